@@ -1,0 +1,1 @@
+"""Seconds and bytes: what a routing costs under a placement."""

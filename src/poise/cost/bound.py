@@ -1,0 +1,206 @@
+"""Lower bounds: seconds that no placement with these slots, and no token split, can beat on the same routing.
+
+Each bound is a relaxation that keeps one reason why time is needed; the largest counts. ``g`` is the roofline of
+:func:`poise.cost.compute.expert_seconds`; it is subadditive, so splitting an expert never makes its total smaller.
+
+Compute of a layer
+    averaging       sum_e g(n_e) / sum_d speed_d
+    single expert   g(n_e) / (sum of the c fastest speeds), c = min(D, S - E + 1) the most replicas an expert can have
+    without spare slots (S = E: nothing can be split, every slot is taken), from loads sorted downwards:
+    pigeonhole      k D + 1 experts on D devices: one holds k + 1 of them
+    slot counting   the heaviest expert's device is filled up with at least the lightest ones
+Traffic of a layer
+    a device or node keeps at most the s heaviest of its own flows local (s = its slots); the rest leaves through its
+    ports, at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under ``stay`` a token came
+    from where its heaviest expert of the layer before ran: an expert shares its device with at most s of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.compute import expert_seconds
+from poise.cost.links import latency_seconds
+from poise.cost.step import kv_seconds_per_token
+from poise.cost.traffic import Traffic
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundTerms:
+    """Lower bounds per term, float64 seconds, [B, L] each."""
+
+    compute_BL: NDArray[np.float64]
+    dispatch_BL: NDArray[np.float64]
+    combine_BL: NDArray[np.float64]
+    kv_BL: NDArray[np.float64]
+
+    @property
+    def seconds_BL(self) -> NDArray[np.float64]:
+        """Bound on the whole layer: terms are bounded one by one, so it holds for their sum."""
+        return self.compute_BL + self.dispatch_BL + self.combine_BL + self.kv_BL
+
+
+def compute_bound(
+    work_XE: NDArray[np.float64], slots_D: NDArray[Any], speed_D: NDArray[np.float64], *, spare: int
+) -> NDArray[np.float64]:
+    """Bound on max_d of compute seconds, float64 [X].
+
+    Parameters
+    ----------
+    work_XE : float64 [X, E], seconds of each expert at speed 1.
+    slots_D : int [D], most experts a device can hold in this layer.
+    speed_D : float64 [D].
+    spare : most slots that this layer can have beyond one per expert.
+    """
+    num_experts, num_devices = work_XE.shape[1], len(speed_D)
+    usable = np.minimum(np.asarray(slots_D), num_experts)
+    fastest = np.sort(speed_D)[::-1]
+    copies = max(1, min(num_devices, spare + 1))
+    bound = np.maximum(work_XE.sum(axis=1) / speed_D.sum(), work_XE.max(axis=1) / fastest[:copies].sum())
+    if spare > 0:
+        return bound
+    down = -np.sort(-work_XE, axis=1)
+    for k in range(1, (num_experts - 1) // num_devices + 1):
+        together = down[:, k * num_devices - k : k * num_devices + 1].sum(axis=1)
+        bound = np.maximum(bound, together / fastest[0])
+    if int(usable.sum()) > num_experts:
+        return bound
+    up_sum = np.concatenate([np.zeros((len(down), 1)), np.cumsum(down[:, ::-1], axis=1)], axis=1)
+    holders = np.flatnonzero(usable > 0)
+    filled = (down[:, :1] + up_sum[:, usable[holders] - 1]) / speed_D[holders]
+    return np.maximum(bound, filled.min(axis=1))
+
+
+def bound_terms(
+    batch: RoutingBatch,
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    slots_D: NDArray[Any],
+    spare: int | None = None,
+) -> BoundTerms:
+    """Bounds per term on every step and layer.
+
+    ``slots_D`` (int [D]) are the most experts a device can hold in a layer, ``spare`` the most slots a layer can have
+    beyond one per expert (default: what slots_D leave). The placement may differ from step to step, so the mean over
+    steps bounds every static plan too.
+    """
+    spare = int(np.minimum(slots_D, batch.num_experts).sum()) - batch.num_experts if spare is None else spare
+    shape = (batch.num_steps, batch.num_layers)
+    work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
+    compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
+    pairs_BL = batch.load_BLE.sum(axis=2)
+    busy = (pairs_BL > 0) * latency_seconds(cluster)
+    port = _port_bound(batch, cluster, traffic, np.asarray(slots_D))
+    two_way = traffic != "stay" or batch.top_k > 1
+    combine = busy * two_way + (0.0 if traffic == "stay" else port * model.combine_bytes_per_token)
+    kv = pairs_BL / batch.top_k * kv_seconds_per_token(cluster, model) if traffic == "stay" else np.zeros(shape)
+    return BoundTerms(compute, busy + port * model.dispatch_bytes_per_token, combine, kv)
+
+
+def step_bound_BL(
+    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: Traffic, slots_D: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Least seconds any placement with these slots, and any split, could need; float64 [B, L]."""
+    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D).seconds_BL
+
+
+def _port_bound(batch: RoutingBatch, cluster: Cluster, traffic: Traffic, slots_D: NDArray[Any]) -> NDArray[Any]:
+    """Bound on max over ports of copies / (bytes/s), float64 [B, L]; multiply by bytes per copy."""
+    if cluster.num_devices == 1:
+        return np.zeros((batch.num_steps, batch.num_layers))
+    if batch.experts_TLK is None or batch.start_B is None:
+        return batch.load_BLE.sum(axis=2) * _spread_homes_rate(cluster)
+    out = np.zeros((batch.num_steps, batch.num_layers))
+    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    home_T = batch.home_of_tokens(cluster.num_devices)
+    for layer in range(batch.num_layers):
+        experts = batch.experts_TLK[:, layer]
+        if traffic == "stay" and layer > 0:
+            came_from = batch.experts_TLK[:, layer - 1, 0]
+            out[:, layer] = _stay_bound(experts, came_from, step_T, batch, cluster, slots_D)
+        else:
+            out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, traffic, slots_D)
+    return out
+
+
+def _spread_homes_rate(cluster: Cluster) -> float:
+    """Seconds-per-byte bound for one pair when homes are spread evenly: its home is elsewhere with known odds.
+
+    Each device takes in (1 - 1/D) of its tokens, of which the part from other nodes by the network; the fullest
+    port is at least the average one.
+    """
+    devices, per_node = cluster.num_devices, cluster.devices_per_node_N
+    intra = (per_node.min() - 1) / devices / devices / cluster.intra_bytes_per_s
+    ports = cluster.num_nodes if cluster.nic_shared else devices
+    net = (devices - per_node.max()) / devices / ports / cluster.inter_bytes_per_s
+    return float(max(intra, net))
+
+
+def _flows(source_T: NDArray[Any], experts_TK: NDArray[Any], step_T: NDArray[Any], shape: tuple[int, int, int]
+           ) -> NDArray[np.float64]:
+    """Pairs from each source to each expert in each step, float64 [B, sources, E]."""
+    flat = (step_T[:, None] * shape[1] + source_T[:, None]) * shape[2] + experts_TK
+    return np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
+
+
+def _top_sum(flow: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Sum of the ``count`` largest along the last axis."""
+    size = flow.shape[-1]
+    if count >= size:
+        return flow.sum(axis=-1)
+    if count <= 0:
+        return np.zeros(flow.shape[:-1])
+    out: NDArray[np.float64] = np.partition(flow, size - count, axis=-1)[..., size - count :].sum(axis=-1)
+    return out
+
+
+def _home_bound(
+    experts_TK: NDArray[Any], home_T: NDArray[Any], step_T: NDArray[Any], batch: RoutingBatch, cluster: Cluster,
+    traffic: Traffic, slots_D: NDArray[Any],
+) -> NDArray[np.float64]:
+    top_k, devices = batch.top_k, cluster.num_devices
+    flow = _flows(home_T, experts_TK, step_T, (batch.num_steps, devices, batch.num_experts))
+    node_slots = np.bincount(cluster.node_D, weights=slots_D).astype(np.int64)
+    per_copy, per_net_copy = 1, 1
+    if traffic == "home_device_dedup":
+        per_copy = per_net_copy = max(1, min(top_k, int(slots_D.max())))
+    elif traffic == "home_node_dedup":
+        per_net_copy = max(1, min(top_k, int(node_slots.max())))
+        per_copy = per_net_copy if cluster.num_nodes > 1 else max(1, min(top_k, int(slots_D.max())))
+    wire = cluster.intra_bytes_per_s + (cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
+    bound = np.zeros(batch.num_steps)
+    net_B = np.zeros((batch.num_steps, cluster.num_nodes))
+    for d in range(devices):
+        total = flow[:, d].sum(axis=-1)
+        bound = np.maximum(bound, (total - _top_sum(flow[:, d], int(slots_D[d]))) / per_copy / wire)
+        leaves = (total - _top_sum(flow[:, d], int(node_slots[cluster.node_D[d]]))) / per_net_copy
+        port = net_B[:, cluster.node_D[d]]
+        net_B[:, cluster.node_D[d]] = port + leaves if cluster.nic_shared else np.maximum(port, leaves)
+    return np.maximum(bound, net_B.max(axis=1) / cluster.inter_bytes_per_s)
+
+
+def _stay_bound(
+    experts_TK: NDArray[Any], came_from_T: NDArray[Any], step_T: NDArray[Any], batch: RoutingBatch, cluster: Cluster,
+    slots_D: NDArray[Any],
+) -> NDArray[np.float64]:
+    """Pairs that must cross / D over the widest pair of ports: the fullest device sends at least the average."""
+    most = int(slots_D.max())
+    wire = cluster.intra_bytes_per_s + (cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
+    out = np.empty(batch.num_steps)
+    bounds = np.searchsorted(step_T, np.arange(batch.num_steps + 1))
+    for b in range(batch.num_steps):
+        rows = slice(bounds[b], bounds[b + 1])
+        flow = _flows(came_from_T[rows], experts_TK[rows], np.zeros(rows.stop - rows.start, np.int64),
+                      (1, batch.num_experts, batch.num_experts))[0]
+        kept = min(_top_sum(flow, most).sum(), _top_sum(flow.T, most).sum())
+        out[b] = (flow.sum() - kept) / max(1, min(batch.top_k, most)) / cluster.num_devices / wire
+    return out

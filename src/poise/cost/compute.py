@@ -1,0 +1,28 @@
+"""Seconds of expert compute on one device: a roofline.
+
+In prefill an expert is bound by arithmetic; in decode, with few tokens an expert, by reading its weights: what counts
+there is the number of active experts (DESIGN 3.1, arXiv 2512.09277), and a replica that splits a small expert costs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.modelspec import ModelSpec
+
+
+def roofline(cluster: Cluster, model: ModelSpec) -> tuple[float, float]:
+    """Seconds per token in one expert, and seconds to read one expert's weights, at speed 1."""
+    return model.flops_per_token / cluster.flops_per_s, model.expert_bytes / cluster.memory_bytes_per_s
+
+
+def expert_seconds(tokens: NDArray[np.float64], cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
+    """Seconds to compute ``tokens`` tokens of one expert at speed 1; any shape, elementwise.
+
+    ``max(n * flops_per_token / flops, min(n, 1) * expert_bytes / bandwidth)``: a fraction below one token is an
+    expectation, and the weights are then read with at most that probability.
+    """
+    per_token, per_expert = roofline(cluster, model)
+    return np.maximum(tokens * per_token, np.minimum(tokens, 1.0) * per_expert)

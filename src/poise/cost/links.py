@@ -1,0 +1,50 @@
+"""Seconds of an all-to-all: latency plus the fullest port. Ports saturate, not pairs (DESIGN 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PortLoad:
+    """Token copies through every port, float64 [B, D] each. Ports are symmetric: the way back is the mirror image.
+
+    Parameters
+    ----------
+    intra_out_BD, intra_in_BD : through a device's port into its node's fabric.
+    net_out_BD, net_in_BD : between nodes, booked on the sending and receiving device.
+    """
+
+    intra_out_BD: NDArray[np.float64]
+    intra_in_BD: NDArray[np.float64]
+    net_out_BD: NDArray[np.float64]
+    net_in_BD: NDArray[np.float64]
+
+
+def latency_seconds(cluster: Cluster) -> float:
+    """Start-up of one all-to-all: nothing for one device, the network's on top of the node's when there are several."""
+    if cluster.num_devices == 1:
+        return 0.0
+    return cluster.intra_latency_s + (cluster.inter_latency_s if cluster.num_nodes > 1 else 0.0)
+
+
+def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
+    """Copies per network port: of each device, or summed over each node's shared one; float64 [B, D or N]."""
+    if not cluster.nic_shared:
+        return copies_BD
+    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
+    out: NDArray[np.float64] = np.add.reduceat(copies_BD, starts, axis=1)
+    return out
+
+
+def port_seconds(load: PortLoad, bytes_per_copy: float, cluster: Cluster) -> NDArray[np.float64]:
+    """Seconds until the fullest port of each step is drained, float64 [B]; latency not included."""
+    intra = np.maximum(load.intra_out_BD, load.intra_in_BD).max(axis=1) / cluster.intra_bytes_per_s
+    net_out, net_in = network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster)
+    net = np.maximum(net_out, net_in).max(axis=1) / cluster.inter_bytes_per_s
+    return np.maximum(intra, net) * bytes_per_copy

@@ -1,0 +1,223 @@
+"""One step's seconds: batch + placement + machine + model -> time of every step and layer, by term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.compute import expert_seconds
+from poise.cost.links import latency_seconds, port_seconds
+from poise.cost.split import Split, split_share_BED
+from poise.cost.traffic import Copies, Traffic, any_of, node_share, port_load, sum_by_source
+from poise.errors import OptionError
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+
+_CHUNK_ELEMENTS = 8_000_000
+"""Largest [T, K, D] array held at once; steps are taken in chunks below it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchCost:
+    """Modelled cost of B steps x L layers. A (step, layer) without tokens has zeros everywhere.
+
+    Parameters
+    ----------
+    compute_BL, dispatch_BL, combine_BL, kv_BL : float64 [B, L], seconds.
+    tokens_BLD : float64 [B, L, D], tokens computed on each device.
+    pairs_BL : float64 [B, L], (token, expert) pairs.
+    cross_device_BL, cross_node_BL : float64 [B, L], pairs computed on another device / node than the token came from.
+    """
+
+    compute_BL: NDArray[np.float64]
+    dispatch_BL: NDArray[np.float64]
+    combine_BL: NDArray[np.float64]
+    kv_BL: NDArray[np.float64]
+    tokens_BLD: NDArray[np.float64]
+    pairs_BL: NDArray[np.float64]
+    cross_device_BL: NDArray[np.float64]
+    cross_node_BL: NDArray[np.float64]
+
+    @property
+    def seconds_BL(self) -> NDArray[np.float64]:
+        """Modelled seconds of each (step, layer)."""
+        return self.compute_BL + self.dispatch_BL + self.combine_BL + self.kv_BL
+
+    def imbalance_BL(self) -> NDArray[np.float64]:
+        """Max / mean tokens over devices of each (step, layer); NaN where a (step, layer) has no tokens."""
+        mean = self.tokens_BLD.mean(axis=2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(mean > 0, self.tokens_BLD.max(axis=2) / mean, np.nan)
+
+
+def batch_cost(
+    batch: RoutingBatch,
+    count_LED: NDArray[Any],
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    split: Split,
+) -> BatchCost:
+    """Cost of every step and layer of a batch under a placement. The mathematics: :mod:`poise.planning.problem`.
+
+    Parameters
+    ----------
+    batch : the traffic.
+    count_LED : int [L, E, D], slots of each expert on each device.
+    cluster, model : the machine and the model's sizes.
+    traffic : data flow (:mod:`poise.cost.traffic`); a batch of loads knows only ``home``, with homes spread evenly.
+    split : token split over replicas (:mod:`poise.cost.split`).
+
+    Raises
+    ------
+    OptionError : the placement's shape is not the batch's and cluster's, or the flow needs tokens the batch has not.
+    """
+    expected = (batch.num_layers, batch.num_experts, cluster.num_devices)
+    if count_LED.shape != expected:
+        raise OptionError(f"placement [layers, experts, devices] is {count_LED.shape}, traffic and cluster {expected}")
+    if not batch.has_tokens and traffic != "home":
+        raise OptionError(
+            f"traffic model {traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
+        )
+    shape = (batch.num_steps, batch.num_layers)
+    out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
+    tokens_BLD = np.zeros((*shape, cluster.num_devices))
+    share_prev: NDArray[np.float64] | None = None
+    for layer in range(batch.num_layers):
+        load_BE = batch.load_BLE[:, layer]
+        share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
+        for steps in _chunks(batch, cluster.num_devices):
+            rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
+            tokens = load_BE[steps][:, :, None] * share_BED[rows]
+            tokens_BLD[steps, layer] = tokens.sum(axis=1)
+            seconds = expert_seconds(tokens, cluster, model).sum(axis=1) / cluster.speed_D
+            out["compute"][steps, layer] = seconds.max(axis=1)
+            flow = _flow(batch, layer, steps, share_BED, share_prev, cluster, traffic)
+            out["dispatch"][steps, layer] = port_seconds(
+                port_load(flow.dispatch, cluster), model.dispatch_bytes_per_token, cluster
+            )
+            back = flow.dispatch if flow.combine is None else flow.combine
+            out["combine"][steps, layer] = port_seconds(port_load(back, cluster), model.combine_bytes_per_token, cluster)
+            out["device"][steps, layer], out["node"][steps, layer] = flow.cross_device_B, flow.cross_node_B
+        share_prev = share_BED
+    pairs_BL = batch.load_BLE.sum(axis=2)
+    _add_constants(out, pairs_BL, batch.top_k, cluster, model, traffic)
+    return BatchCost(
+        out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
+    )
+
+
+def kv_seconds_per_token(cluster: Cluster, model: ModelSpec) -> float:
+    """Seconds per new token and layer to give its keys and values to every device (``stay`` only).
+
+    Every device takes in every other's, once over the network per device port, or per node where the port is shared.
+    """
+    devices, per_node = cluster.num_devices, cluster.devices_per_node_N.max()
+    intra = (per_node - 1) / devices / cluster.intra_bytes_per_s
+    inter = (devices - cluster.devices_per_node_N.min()) / devices / cluster.inter_bytes_per_s
+    return float(model.kv_bytes_per_token_layer * max(intra, inter))
+
+
+def _add_constants(
+    out: dict[str, NDArray[np.float64]],
+    pairs_BL: NDArray[np.float64],
+    top_k: int,
+    cluster: Cluster,
+    model: ModelSpec,
+    traffic: Traffic,
+) -> None:
+    """Latencies and the key/value exchange: the same for every placement."""
+    busy = pairs_BL > 0
+    out["dispatch"] += busy * latency_seconds(cluster)
+    if traffic == "stay":
+        out["kv"] += pairs_BL / top_k * kv_seconds_per_token(cluster, model)
+    if traffic != "stay" or top_k > 1:
+        out["combine"] += busy * latency_seconds(cluster)
+
+
+def _chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
+    """Consecutive steps whose [T, K, D] and [B, E, D] arrays stay small."""
+    if batch.start_B is None:
+        size = np.full(batch.num_steps, batch.num_experts * num_devices)
+    else:
+        size = np.maximum(np.diff(batch.start_B) * batch.top_k, batch.num_experts) * num_devices
+    group = np.cumsum(size) // _CHUNK_ELEMENTS
+    cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), batch.num_steps]
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flow:
+    """Copies of one layer out and back (``combine`` None: the mirror image), and the pairs that leave."""
+
+    dispatch: Copies
+    combine: Copies | None
+    cross_device_B: NDArray[np.float64]
+    cross_node_B: NDArray[np.float64]
+
+
+def _flow(
+    batch: RoutingBatch,
+    layer: int,
+    steps: slice,
+    share_BED: NDArray[np.float64],
+    prev_BED: NDArray[np.float64] | None,
+    cluster: Cluster,
+    traffic: Traffic,
+) -> _Flow:
+    if batch.experts_TLK is None or batch.start_B is None:
+        return _flow_of_loads(batch.load_BLE[steps, layer], share_BED, steps, cluster)
+    first, last = batch.start_B[steps.start], batch.start_B[steps.stop]
+    num_steps = steps.stop - steps.start
+    step_T = np.repeat(np.arange(num_steps), np.diff(batch.start_B[steps.start : steps.stop + 1]))
+    experts = batch.experts_TLK[first:last]
+    share_TKD = _gather(share_BED, experts[:, layer], step_T + steps.start)
+    if traffic == "stay" and prev_BED is not None:
+        source_TD = _gather(prev_BED, experts[:, layer - 1, :1], step_T + steps.start)[:, 0]
+    else:
+        source_TD = np.eye(cluster.num_devices)[batch.home_of_tokens(cluster.num_devices)[first:last]]
+    pairs_TD = share_TKD.sum(axis=1)
+    pairs = sum_by_source(source_TD, pairs_TD, step_T, num_steps)
+    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
+    total = pairs.sum(axis=(1, 2))
+    crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
+    if traffic == "home":
+        return _Flow(Copies(pairs), None, *crossing)
+    copies = pairs if batch.top_k == 1 else sum_by_source(source_TD, any_of(share_TKD), step_T, num_steps)
+    if traffic == "home_node_dedup" and cluster.num_nodes > 1:
+        nodes = sum_by_source(source_TD, any_of(node_share(share_TKD, cluster)), step_T, num_steps)
+        return _Flow(Copies(copies, nodes), None, *crossing)
+    combine = None
+    if traffic == "stay":
+        join = any_of(share_TKD[:, 1:]) if batch.top_k > 1 else np.zeros_like(pairs_TD)
+        combine = Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps))
+    return _Flow(Copies(copies), combine, *crossing)
+
+
+def _gather(
+    share_BED: NDArray[np.float64], experts_TK: NDArray[Any], step_T: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Share of each of a token's experts on each device, [T, K, D]."""
+    out: NDArray[np.float64]
+    out = share_BED[0][experts_TK] if share_BED.shape[0] == 1 else share_BED[step_T[:, None], experts_TK]
+    return out
+
+
+def _flow_of_loads(
+    load_BE: NDArray[np.float64], share_BED: NDArray[np.float64], steps: slice, cluster: Cluster
+) -> _Flow:
+    """Copies when only loads are known: homes are spread evenly."""
+    rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
+    tokens_BD = (load_BE[:, :, None] * share_BED[rows]).sum(axis=1)
+    pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, (len(load_BE), *(cluster.num_devices,) * 2))
+    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
+    total = tokens_BD.sum(axis=1)
+    return _Flow(
+        Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2))
+    )

@@ -1,0 +1,68 @@
+"""Every error poise raises on purpose.
+
+::
+
+    PoiseError
+    ├── InputError (also ValueError)   the caller's input is wrong; the CLI exits with 2
+    │   ├── TraceError                 a routing trace or load profile
+    │   ├── ClusterError               a cluster spec, preset or YAML file
+    │   ├── ModelError                 a model preset, config or module
+    │   ├── PlacementError             a placement or placement file
+    │   └── OptionError                an option of a call or of the command line
+    └── NoResultError                  the input is fine, no answer exists or was found; the CLI exits with 1
+        └── InfeasibleError            proven: no placement meets the constraints
+
+A message names the two numbers that disagree; ``hint`` says how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class PoiseError(Exception):
+    """Root of poise's errors.
+
+    Parameters
+    ----------
+    message : what is wrong, with the numbers that disagree.
+    hint : how to mend it, or ``""``.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class InputError(PoiseError, ValueError):
+    """The caller's input is wrong."""
+
+
+class TraceError(InputError):
+    """A routing trace or load profile is malformed."""
+
+
+class ClusterError(InputError):
+    """A cluster spec, preset or file is malformed."""
+
+
+class ModelError(InputError):
+    """A model preset, config or module is not one poise understands."""
+
+
+class PlacementError(InputError):
+    """A placement breaks an invariant, or its file is malformed."""
+
+
+class OptionError(InputError):
+    """An option of a call or of the command line is out of range."""
+
+
+class NoResultError(PoiseError):
+    """The input is fine but no answer was found."""
+
+
+class InfeasibleError(NoResultError):
+    """Proven: no placement meets the constraints."""

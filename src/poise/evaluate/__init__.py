@@ -1,0 +1,1 @@
+"""Replay of traffic on placements, comparison, report."""

@@ -1,0 +1,1 @@
+"""What happened: routing traces, load profiles, steps, statistics."""

@@ -1,0 +1,101 @@
+"""RoutingBatch: the traffic of B steps in the one form that cost, planning and replay read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import TraceError
+
+UNKNOWN_HOME = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutingBatch:
+    """Traffic of B steps. Arrays are read-only.
+
+    Parameters
+    ----------
+    load_BLE : float64 [B, L, E], tokens of each expert (a token counts once for each of its K experts).
+    weight_B : float64 [B], weight of each step in an expectation, summing to 1.
+    top_k : K.
+    layer_ids_L : int32 [L], index of each MoE layer among the model's decoder layers.
+    experts_TLK : int16 [T, L, K] or None where only loads are known; rows sorted by step, heaviest expert first.
+    start_B : int64 [B + 1]; the tokens of step b are rows start_B[b]:start_B[b + 1].
+    request_T : int32 [T] or None.
+    home_T : int32 [T] or None, recorded home rank.
+    order : how the steps were made, in words (printed under every table).
+    """
+
+    load_BLE: NDArray[np.float64]
+    weight_B: NDArray[np.float64]
+    top_k: int
+    layer_ids_L: NDArray[np.int32]
+    experts_TLK: NDArray[np.int16] | None = None
+    start_B: NDArray[np.int64] | None = None
+    request_T: NDArray[np.int32] | None = None
+    home_T: NDArray[np.int32] | None = None
+    order: str = ""
+
+    def __post_init__(self) -> None:
+        load = self.load_BLE
+        if load.ndim != 3 or 0 in load.shape:
+            raise TraceError(f"loads must be [B, L, E] and not empty, got shape {load.shape}")
+        if not np.isfinite(load).all() or load.min() < 0:
+            raise TraceError("loads must be finite and at least 0")
+        if self.weight_B.shape != load.shape[:1] or self.layer_ids_L.shape != load.shape[1:2]:
+            raise TraceError(
+                f"{self.weight_B.size} weights and {self.layer_ids_L.size} layer ids for {load.shape[:2]} steps, layers"
+            )
+        if self.experts_TLK is not None:
+            if self.start_B is None or self.start_B.size != load.shape[0] + 1:
+                raise TraceError(f"step offsets must have {load.shape[0] + 1} entries")
+            if self.experts_TLK.shape[1:] != (load.shape[1], self.top_k):
+                raise TraceError(f"experts {self.experts_TLK.shape} for {load.shape[1]} layers, top-{self.top_k}")
+        for name in ("load_BLE", "weight_B", "layer_ids_L", "experts_TLK", "start_B", "request_T", "home_T"):
+            arr = getattr(self, name)
+            if arr is not None:
+                arr.flags.writeable = False
+
+    @property
+    def num_steps(self) -> int:
+        """B."""
+        return int(self.load_BLE.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.load_BLE.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.load_BLE.shape[2])
+
+    @property
+    def has_tokens(self) -> bool:
+        """Token-level routing is known, not only loads."""
+        return self.experts_TLK is not None
+
+    def load_LE(self) -> NDArray[np.float64]:
+        """Expected load of one step, float64 [L, E]."""
+        return np.einsum("b,ble->le", self.weight_B, self.load_BLE)
+
+    def home_of_tokens(self, num_devices: int) -> NDArray[np.int32]:
+        """Home rank of each token, int32 [T]: as recorded, else requests dealt to ranks in turn.
+
+        Raises
+        ------
+        TraceError : no tokens are known, or a recorded home rank is not below ``num_devices``.
+        """
+        if self.experts_TLK is None:
+            raise TraceError("home ranks need token-level routing", hint="give a routing trace, not a load profile")
+        if self.home_T is not None:
+            if self.home_T.size and not 0 <= self.home_T.min() <= self.home_T.max() < num_devices:
+                raise TraceError(f"home ranks reach {self.home_T.max()}, the cluster has {num_devices} devices")
+            return self.home_T
+        if self.request_T is None:
+            return (np.arange(len(self.experts_TLK)) % num_devices).astype(np.int32)
+        return (self.request_T % num_devices).astype(np.int32)

@@ -1,0 +1,1 @@
+"""What to do: placements, the placement problem, and the methods that solve it."""

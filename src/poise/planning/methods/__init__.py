@@ -1,0 +1,1 @@
+"""Published static methods, one file each, steps numbered as published."""

@@ -1,0 +1,174 @@
+"""PlacementProblem and Solution: the mathematics.
+
+Sets
+    b in B scenarios (steps drawn from the fitted traffic, weight w[b]), l in L MoE layers, e in E experts,
+    d in D devices with slots[d] slots a layer.
+Decision
+    count[l, e, d] = slots of expert e on device d in layer l (0 or 1; published methods may put 2).
+Split (recourse; after the placement, per scenario and layer)
+    n[b, l, e, d] = tokens of e computed on d. ``even``: load[b, l, e] * count[l, e, d] / sum_d count[l, e, d],
+    the expectation of an engine that picks a replica at random. ``exact``: integer, minimising the largest
+    n / speed over devices.
+Objective (seconds; DESIGN 3.1)
+    sum_b w[b] * mean_l ( dispatch + max_d compute(d) + combine + kv )
+    compute(d) = 1 / speed[d] * sum_e max(n * flops_per_token / flops, min(n, 1) * expert_bytes / memory_bandwidth)
+    dispatch, combine = latency + max over ports of bytes / bandwidth under a traffic model (poise.cost.traffic)
+Subject to
+    every expert has a slot in every layer; a device holds at most slots[d] experts in every layer, or, ``pooled``,
+    at most L * slots[d] over all layers (MoETuner's memory constraint).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.split import SPLITS, Split
+from poise.cost.traffic import TRAFFIC_MODELS, Traffic
+from poise.errors import OptionError, PlacementError
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacementProblem:
+    """Traffic, machine, model and memory: everything a method may look at. Notation: module docstring.
+
+    Parameters
+    ----------
+    batch : the fitted traffic; its steps are the scenarios.
+    cluster, model : the machine and the model's sizes.
+    slots_D : int [D], slots of each device in every layer.
+    traffic : traffic model (load-only batches know only ``home``).
+    split : how tokens of a replicated expert are split.
+    pooled : slots are counted over all layers together instead of layer by layer.
+
+    Raises
+    ------
+    OptionError : slots do not hold the experts, or the traffic model needs tokens that the batch has not.
+    """
+
+    batch: RoutingBatch
+    cluster: Cluster
+    model: ModelSpec
+    slots_D: NDArray[np.int64]
+    traffic: Traffic = "home"
+    split: Split = "even"
+    pooled: bool = False
+
+    def __post_init__(self) -> None:
+        slots = np.array(self.slots_D, dtype=np.int64)
+        experts, devices = self.batch.num_experts, self.cluster.num_devices
+        if slots.shape != (devices,) or slots.min() < 0:
+            raise OptionError(f"slots_D must be {devices} counts of at least 0, got {slots.tolist()[:8]}")
+        if slots.sum() < experts:
+            raise OptionError(
+                f"{slots.sum()} slots on {devices} devices cannot hold {experts} experts",
+                hint=f"give at least {-(-experts // devices)} slots a device",
+            )
+        if not self.pooled and np.minimum(slots, experts).sum() < experts:
+            raise OptionError(f"slots {slots.tolist()[:8]} hold fewer than {experts} different experts")
+        if self.traffic not in TRAFFIC_MODELS:
+            raise OptionError(f"unknown traffic model {self.traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
+        if self.split not in SPLITS:
+            raise OptionError(f"unknown split {self.split!r}", hint=f"one of {', '.join(SPLITS)}")
+        if self.traffic != "home" and not self.batch.has_tokens:
+            raise OptionError(
+                f"traffic model {self.traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
+            )
+        self.model.matches(num_experts=experts, layer_ids=self.batch.layer_ids_L)
+        slots.flags.writeable = False
+        object.__setattr__(self, "slots_D", slots)
+
+    @property
+    def num_devices(self) -> int:
+        """D."""
+        return self.cluster.num_devices
+
+    @property
+    def spare_slots(self) -> int:
+        """Slots beyond one per expert that one layer can have."""
+        beyond = int(self.slots_D.sum()) - self.batch.num_experts
+        return beyond * self.batch.num_layers if self.pooled else beyond
+
+    @property
+    def layer_slots_D(self) -> NDArray[np.int64]:
+        """Most experts a device can hold in one layer, int [D]."""
+        most = self.slots_D * self.batch.num_layers if self.pooled else self.slots_D
+        return np.minimum(most, self.batch.num_experts)
+
+    def check(self, placement: Placement) -> None:
+        """Raise PlacementError unless the placement fits this problem's shapes and slots."""
+        want = (self.batch.num_layers, self.batch.num_experts, self.num_devices)
+        have = (placement.num_layers, placement.num_experts, placement.num_devices)
+        if want != have:
+            raise PlacementError(f"placement has [layers, experts, devices] {have}, the problem {want}")
+        used_LD = placement.count_LED().sum(axis=1)
+        used, room = (used_LD.sum(axis=0), self.slots_D * want[0]) if self.pooled else (used_LD.max(axis=0), self.slots_D)
+        if (used > room).any():
+            d = int(np.argmax(used - room))
+            raise PlacementError(f"device {d} holds {used[d]} experts in {room[d]} slots")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodResult:
+    """What a method returns: a placement and what it wants to say about it (JSON values, e.g. its own bounds)."""
+
+    placement: Placement
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of the objective, seconds per layer and step: its value and a lower bound no plan can beat."""
+
+    seconds: float
+    lower_bound: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A placement, re-evaluated by code that shares nothing with the search, with bounds.
+
+    Parameters
+    ----------
+    placement, method : what was found, by whom.
+    terms : ``compute``, ``dispatch``, ``combine``, ``kv``: mean seconds per layer and step, and their bounds.
+    imbalance : mean over scenarios and layers of max / mean tokens (in-sample).
+    seconds : planning time.
+    details : what the method says about itself.
+    """
+
+    placement: Placement
+    method: str
+    terms: dict[str, Term]
+    imbalance: float
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> float:
+        """Expected seconds per layer and step."""
+        return sum(term.seconds for term in self.terms.values())
+
+    @property
+    def lower_bound(self) -> float:
+        """Seconds per layer and step no placement can beat."""
+        return sum(term.lower_bound for term in self.terms.values())
+
+    @property
+    def gap(self) -> float:
+        """(objective - lower_bound) / objective."""
+        return (self.objective - self.lower_bound) / self.objective if self.objective > 0 else 0.0
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{name} {1e6 * t.seconds:.1f}" for name, t in self.terms.items() if t.seconds > 0)
+        return (
+            f"Solution({self.method}: {1e6 * self.objective:.1f} us a layer ({terms}), gap {self.gap:.1%}, "
+            f"imbalance {self.imbalance:.3f}, {self.seconds:.2f} s)"
+        )

@@ -1,0 +1,1 @@
+"""Solvers, bounds, and the one door to every method."""

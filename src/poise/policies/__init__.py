@@ -1,0 +1,1 @@
+"""Fast loop: pure functions from the loads of one step to a token split."""
