@@ -1,0 +1,465 @@
+"""Incremental cost of a placement: what :mod:`poise.planning.solve.search` changes move by move.
+
+The same mathematics as :mod:`poise.cost` under the even split, kept as running sums per layer: compute seconds
+[B, D], tokens [B, D] and copies through four kinds of ports [B, D]. A change touches only the tokens that use the
+changed experts. Nothing of it is used to report a result: :func:`poise.planning.solve.solve.solve` prices what the
+search returns with :func:`poise.cost.step.batch_cost`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from poise.cost.compute import roofline
+from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
+from poise.planning.problem import PlacementProblem
+
+HOME, DEVICE_DEDUP, NODE_DEDUP, STAY = range(4)
+TIE_BREAK = 1e-3
+"""Weight of the largest device's tokens: it orders plans that the roofline prices alike (memory-bound decode)."""
+
+
+class Rows(NamedTuple):
+    """Distinct token rows of all layers, back to back; equal tokens of a step are one row with a weight.
+
+    Layer l owns rows ``start_L[l]:start_L[l + 1]``. ``by_expert`` lists, from ``by_expert_ptr[l, e]`` on, the rows
+    of layer l that use expert e; ``by_source`` the rows of layer l whose token came from expert e (``stay``).
+    """
+
+    start_L: NDArray[np.int64]
+    experts_MK: NDArray[np.int16]
+    step_M: NDArray[np.int32]
+    source_M: NDArray[np.int32]
+    weight_M: NDArray[np.float64]
+    by_expert: NDArray[np.int64]
+    by_expert_ptr: NDArray[np.int64]
+    by_source: NDArray[np.int64]
+    by_source_ptr: NDArray[np.int64]
+
+
+class Data(NamedTuple):
+    """Constants of a problem in the form compiled code reads."""
+
+    rows: Rows
+    load_LBE: NDArray[np.float64]
+    weight_B: NDArray[np.float64]
+    speed_D: NDArray[np.float64]
+    node_D: NDArray[np.int64]
+    node_size_N: NDArray[np.int64]
+    landing_DN: NDArray[np.int64]
+    flow: int
+    has_tokens: bool
+    nic_shared: bool
+    per_token: float
+    per_expert: float
+    intra: float
+    inter: float
+    out_bytes: float
+    back_bytes: float
+
+
+class State(NamedTuple):
+    """A placement without duplicates and its running sums. ``room_GD``: free slots, per layer or (pooled) in all."""
+
+    hold_LED: NDArray[np.int16]
+    copies_LE: NDArray[np.int64]
+    held_LED: NDArray[np.bool_]
+    used_LD: NDArray[np.int64]
+    room_GD: NDArray[np.int64]
+    compute_LBD: NDArray[np.float64]
+    tokens_LBD: NDArray[np.float64]
+    port_LFPBD: NDArray[np.float64]
+    stamp_M: NDArray[np.int64]
+    work: NDArray[np.int64]
+
+
+def make_data(problem: PlacementProblem, max_rows: int) -> Data:
+    """Compile a problem; where the traffic has more than ``max_rows`` rows, evenly spaced steps stand for all."""
+    batch, cluster, model = problem.batch, problem.cluster, problem.model
+    per_token, per_expert = roofline(cluster, model)
+    steps = np.arange(batch.num_steps)
+    if batch.has_tokens and batch.experts_TLK is not None:
+        total = len(batch.experts_TLK) * batch.num_layers
+        keep = max(1, min(len(steps), int(len(steps) * max_rows / max(total, 1))))
+        steps = np.unique(np.linspace(0, len(steps) - 1, keep).round().astype(np.int64))
+    weight = batch.weight_B[steps]
+    return Data(
+        rows=_rows(problem, steps),
+        load_LBE=np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2)),
+        weight_B=weight / weight.sum(),
+        speed_D=np.array(cluster.speed_D),
+        node_D=cluster.node_D.astype(np.int64),
+        node_size_N=cluster.devices_per_node_N.astype(np.int64),
+        landing_DN=landing_DN(cluster),
+        flow=TRAFFIC_MODELS.index(problem.traffic),
+        has_tokens=batch.has_tokens,
+        nic_shared=cluster.nic_shared,
+        per_token=per_token,
+        per_expert=per_expert,
+        intra=cluster.intra_bytes_per_s,
+        inter=cluster.inter_bytes_per_s,
+        out_bytes=model.dispatch_bytes_per_token,
+        back_bytes=model.combine_bytes_per_token,
+    )
+
+
+def _rows(problem: PlacementProblem, steps: NDArray[Any]) -> Rows:
+    batch = problem.batch
+    layers, experts = batch.num_layers, batch.num_experts
+    if batch.experts_TLK is None or batch.start_B is None:
+        none = np.zeros(0, np.int64)
+        ptr = np.zeros((layers, experts + 1), np.int64)
+        return Rows(
+            np.zeros(layers + 1, np.int64), np.zeros((0, batch.top_k), np.int16), none.astype(np.int32),
+            none.astype(np.int32), none.astype(np.float64), none, ptr, none, ptr,
+        )  # fmt: skip
+    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    kept = np.isin(step_T, steps)
+    step_T, experts_TLK = np.searchsorted(steps, step_T[kept]), batch.experts_TLK[kept]
+    home_T = batch.home_of_tokens(problem.num_devices)[kept]
+    parts: list[NDArray[Any]] = []
+    weights: list[NDArray[np.float64]] = []
+    for layer in range(layers):
+        ids = experts_TLK[:, layer].astype(np.int32)
+        stay = problem.traffic == "stay"
+        source = experts_TLK[:, layer - 1, 0] if stay and layer > 0 else home_T
+        if not stay:
+            ids = np.sort(ids, axis=1)
+        key = np.column_stack([step_T, source, ids]).astype(np.int32)
+        unique, count = np.unique(key, axis=0, return_counts=True)
+        parts.append(unique)
+        weights.append(count.astype(np.float64))
+    start = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    table = np.concatenate(parts)
+    by_expert, by_expert_ptr = _index([part[:, 2:] for part in parts], start, experts)
+    sources = [part[:, 1:2] for part in parts] if problem.traffic == "stay" else [part[:0, 1:2] for part in parts]
+    by_source, by_source_ptr = _index(sources, start, max(experts, problem.num_devices))
+    return Rows(
+        start,
+        np.ascontiguousarray(table[:, 2:]).astype(np.int16),
+        table[:, 0].copy(),
+        table[:, 1].copy(),
+        np.concatenate(weights),
+        by_expert,
+        by_expert_ptr,
+        by_source,
+        by_source_ptr,
+    )
+
+
+def _index(
+    ids_by_layer: list[NDArray[Any]], start: NDArray[np.int64], size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of each (layer, id): concatenated row numbers and int64 [L, size + 1] offsets."""
+    rows, pointers, offset = [], [], 0
+    for layer, ids in enumerate(ids_by_layer):
+        flat = ids.ravel()
+        order = np.argsort(flat, kind="stable")
+        rows.append(start[layer] + order // max(1, ids.shape[1]))
+        pointers.append(offset + np.searchsorted(flat[order], np.arange(size + 1)))
+        offset += flat.size
+    return np.concatenate(rows).astype(np.int64), np.stack(pointers).astype(np.int64)
+
+
+def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> State:
+    """State of a placement given as bool [L, E, D], with all sums computed."""
+    layers, experts, devices = held_LED.shape
+    steps = data.weight_B.size
+    used = held_LED.sum(axis=1).astype(np.int64)
+    slots = np.minimum(problem.slots_D, experts)
+    room = (problem.slots_D * layers - used.sum(axis=0))[None] if problem.pooled else slots[None] - used
+    state = State(
+        hold_LED=np.full((layers, experts, devices), -1, np.int16),
+        copies_LE=np.zeros((layers, experts), np.int64),
+        held_LED=held_LED.copy(),
+        used_LD=used,
+        room_GD=np.ascontiguousarray(room),
+        compute_LBD=np.zeros((layers, steps, devices)),
+        tokens_LBD=np.zeros((layers, steps, devices)),
+        port_LFPBD=np.zeros((layers, 2 if data.flow == STAY else 1, 4, steps, devices)),
+        stamp_M=np.zeros(len(data.rows.weight_M), np.int64),
+        work=np.zeros(2, np.int64),
+    )
+    for layer in range(layers):
+        for expert in range(experts):
+            on = np.flatnonzero(held_LED[layer, expert])
+            state.hold_LED[layer, expert, : on.size] = on
+            state.copies_LE[layer, expert] = on.size
+    for layer in range(layers):
+        rebuild(data, state, layer)
+    return state
+
+
+@njit(cache=True)
+def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
+    """Compute all sums of a layer anew."""
+    state.compute_LBD[layer] = 0.0
+    state.tokens_LBD[layer] = 0.0
+    state.port_LFPBD[layer] = 0.0
+    for e in range(state.copies_LE.shape[1]):
+        _book_expert(data, state, layer, e, 1.0)
+    for m in range(data.rows.start_L[layer], data.rows.start_L[layer + 1]):
+        _book_row(data, state, layer, m, 1.0)
+
+
+@njit(cache=True)
+def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
+    """Add or take away an expert's compute seconds and tokens."""
+    copies = state.copies_LE[layer, e]
+    steps = data.weight_B.size
+    for b in range(steps):
+        n = data.load_LBE[layer, b, e] / copies
+        if n > 0.0:
+            seconds = max(n * data.per_token, min(n, 1.0) * data.per_expert)
+            for i in range(copies):
+                d = state.hold_LED[layer, e, i]
+                state.compute_LBD[layer, b, d] += sign * seconds / data.speed_D[d]
+                state.tokens_LBD[layer, b, d] += sign * n
+    state.work[0] += steps * copies
+
+
+@njit(cache=True)
+def _book_copies(data, port, b, source, d, copies):  # type: ignore[no-untyped-def]
+    """Book copies from a device to a device on the ports they pass."""
+    if d == source:
+        return
+    if data.node_D[d] == data.node_D[source]:
+        port[0, b, source] += copies
+        port[1, b, d] += copies
+    else:
+        port[2, b, source] += copies
+        port[3, b, d] += copies
+
+
+@njit(cache=True)
+def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
+    """Add or take away the copies of one token row (:mod:`poise.cost.traffic`)."""
+    rows = data.rows
+    top_k = rows.experts_MK.shape[1]
+    devices = data.speed_D.size
+    b, source, weight = rows.step_M[m], rows.source_M[m], sign * rows.weight_M[m]
+    out = state.port_LFPBD[layer, 0]
+    came_from_expert = data.flow == STAY and layer > 0
+    sources = state.copies_LE[layer - 1, source] if came_from_expert else 1
+    if data.flow == HOME:
+        for k in range(top_k):
+            e = rows.experts_MK[m, k]
+            copies = state.copies_LE[layer, e]
+            for i in range(copies):
+                _book_copies(data, out, b, source, state.hold_LED[layer, e, i], weight / copies)
+        state.work[0] += top_k
+        return
+    missed = np.ones(devices)
+    for k in range(top_k):
+        e = rows.experts_MK[m, k]
+        copies = state.copies_LE[layer, e]
+        for i in range(copies):
+            missed[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
+    state.work[0] += top_k + devices
+    if data.flow == NODE_DEDUP and data.node_size_N.size > 1:
+        _book_nodes(data, state, layer, m, missed, weight)
+        return
+    for s in range(sources):
+        origin = state.hold_LED[layer - 1, source, s] if came_from_expert else source
+        for d in range(devices):
+            if missed[d] < 1.0:
+                _book_copies(data, out, b, origin, d, weight / sources * (1.0 - missed[d]))
+    if data.flow == STAY and top_k > 1:
+        back = state.port_LFPBD[layer, 1]
+        joined = np.ones(devices)
+        for k in range(1, top_k):
+            e = rows.experts_MK[m, k]
+            copies = state.copies_LE[layer, e]
+            for i in range(copies):
+                joined[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
+        heaviest = rows.experts_MK[m, 0]
+        copies = state.copies_LE[layer, heaviest]
+        for d in range(devices):
+            if joined[d] < 1.0:
+                for i in range(copies):
+                    to = state.hold_LED[layer, heaviest, i]
+                    _book_copies(data, back, b, d, to, weight * (1.0 - joined[d]) / copies)
+
+
+@njit(cache=True)
+def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyped-def]
+    """Copies of one row under ``home_node_dedup``: once per node over the network, fanned out inside."""
+    rows = data.rows
+    nodes, devices = data.node_size_N.size, data.speed_D.size
+    b, source = rows.step_M[m], rows.source_M[m]
+    port = state.port_LFPBD[layer, 0]
+    node_missed = np.ones(nodes)
+    share = np.zeros(nodes)
+    for k in range(rows.experts_MK.shape[1]):
+        e = rows.experts_MK[m, k]
+        copies = state.copies_LE[layer, e]
+        share[:] = 0.0
+        for i in range(copies):
+            share[data.node_D[state.hold_LED[layer, e, i]]] += 1.0 / copies
+        for n in range(nodes):
+            node_missed[n] *= 1.0 - share[n]
+    home_node = data.node_D[source]
+    for n in range(nodes):
+        if n != home_node and node_missed[n] < 1.0:
+            port[2, b, source] += weight * (1.0 - node_missed[n])
+            port[3, b, data.landing_DN[source, n]] += weight * (1.0 - node_missed[n])
+    for d in range(devices):
+        if missed[d] < 1.0:
+            n = data.node_D[d]
+            origin = source if n == home_node else data.landing_DN[source, n]
+            _book_copies(data, port, b, origin, d, weight * (1.0 - missed[d]))
+
+
+@njit(cache=True)
+def _port_seconds(data, port, b):  # type: ignore[no-untyped-def]
+    """Fullest port of one step, seconds per byte of a copy."""
+    devices = data.speed_D.size
+    intra, net, out_sum, in_sum = 0.0, 0.0, 0.0, 0.0
+    for d in range(devices):
+        intra = max(intra, port[0, b, d], port[1, b, d])
+        if data.nic_shared:
+            if d == 0 or data.node_D[d] != data.node_D[d - 1]:
+                out_sum, in_sum = 0.0, 0.0
+            out_sum += port[2, b, d]
+            in_sum += port[3, b, d]
+            net = max(net, out_sum, in_sum)
+        else:
+            net = max(net, port[2, b, d], port[3, b, d])
+    return max(intra / data.intra, net / data.inter)
+
+
+@njit(cache=True)
+def _port_seconds_of_loads(data, tokens_BD, b):  # type: ignore[no-untyped-def]
+    """The same where only loads are known: homes are spread evenly over the devices."""
+    devices = data.speed_D.size
+    total, intra, net, first = 0.0, 0.0, 0.0, 0
+    for d in range(devices):
+        total += tokens_BD[b, d]
+    for n in range(data.node_size_N.size):
+        size = data.node_size_N[n]
+        inside = 0.0
+        for d in range(first, first + size):
+            inside += tokens_BD[b, d]
+        away_in, away_out = 0.0, 0.0
+        for d in range(first, first + size):
+            own = tokens_BD[b, d]
+            intra = max(intra, own * (size - 1) / devices, (inside - own) / devices)
+            get, put = own * (devices - size) / devices, (total - inside) / devices
+            if data.nic_shared:
+                away_in += get
+                away_out += put
+            else:
+                away_in, away_out = max(away_in, get), max(away_out, put)
+        net = max(net, away_in, away_out)
+        first += size
+    return max(intra / data.intra, net / data.inter)
+
+
+@njit(cache=True)
+def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
+    """Expected compute seconds of a layer, with the tie break."""
+    devices = data.speed_D.size
+    out = 0.0
+    for b in range(data.weight_B.size):
+        most, tokens = 0.0, 0.0
+        for d in range(devices):
+            most = max(most, state.compute_LBD[layer, b, d])
+            tokens = max(tokens, state.tokens_LBD[layer, b, d] / data.speed_D[d])
+        out += data.weight_B[b] * (most + TIE_BREAK * tokens * data.per_token)
+    return out
+
+
+@njit(cache=True)
+def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
+    """Expected seconds of a layer that depend on the placement, with the tie break."""
+    out = layer_compute(data, state, layer)
+    state.work[0] += data.weight_B.size * data.speed_D.size
+    for b in range(data.weight_B.size):
+        if not data.has_tokens:
+            port = _port_seconds_of_loads(data, state.tokens_LBD[layer], b) * (data.out_bytes + data.back_bytes)
+        elif data.flow == STAY:
+            port = _port_seconds(data, state.port_LFPBD[layer, 0], b) * data.out_bytes
+            port += _port_seconds(data, state.port_LFPBD[layer, 1], b) * data.back_bytes
+        else:
+            port = _port_seconds(data, state.port_LFPBD[layer, 0], b) * (data.out_bytes + data.back_bytes)
+        out += data.weight_B[b] * port
+    return out
+
+
+@njit(cache=True)
+def _book_rows(data, state, layer, changed, sign):  # type: ignore[no-untyped-def]
+    """Add or take away all rows that a change of the experts ``changed`` [n] of a layer touches, each once."""
+    rows = data.rows
+    if not data.has_tokens:
+        return
+    state.work[1] += 1
+    stamp = state.work[1]
+    for e in changed:
+        for i in range(rows.by_expert_ptr[layer, e], rows.by_expert_ptr[layer, e + 1]):
+            m = rows.by_expert[i]
+            if state.stamp_M[m] != stamp:
+                state.stamp_M[m] = stamp
+                _book_row(data, state, layer, m, sign)
+    if data.flow == STAY and layer + 1 < state.copies_LE.shape[0]:
+        for e in changed:
+            for i in range(rows.by_source_ptr[layer + 1, e], rows.by_source_ptr[layer + 1, e + 1]):
+                _book_row(data, state, layer + 1, rows.by_source[i], sign)
+
+
+@njit(cache=True)
+def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
+    """Put expert e on device d, or take it away."""
+    group = layer if state.room_GD.shape[0] > 1 else 0
+    copies = state.copies_LE[layer, e]
+    if state.held_LED[layer, e, d]:
+        for i in range(copies):
+            if state.hold_LED[layer, e, i] == d:
+                state.hold_LED[layer, e, i] = state.hold_LED[layer, e, copies - 1]
+                break
+        state.hold_LED[layer, e, copies - 1] = -1
+        state.copies_LE[layer, e] -= 1
+        state.held_LED[layer, e, d] = False
+        state.used_LD[layer, d] -= 1
+        state.room_GD[group, d] += 1
+    else:
+        state.hold_LED[layer, e, copies] = d
+        state.copies_LE[layer, e] += 1
+        state.held_LED[layer, e, d] = True
+        state.used_LD[layer, d] += 1
+        state.room_GD[group, d] -= 1
+
+
+@njit(cache=True)
+def change(data, state, layer, experts, devices, limit):  # type: ignore[no-untyped-def]
+    """Toggle (expert, device) pairs of a layer; undone, with False, if its compute alone comes out above ``limit``.
+
+    ``experts`` and ``devices`` are int64 [n]; an expert may appear more than once.
+    """
+    changed = np.unique(experts)
+    for e in changed:
+        _book_expert(data, state, layer, e, -1.0)
+    for i in range(experts.size):
+        _toggle(state, layer, experts[i], devices[i])
+    for e in changed:
+        _book_expert(data, state, layer, e, 1.0)
+    late = layer_compute(data, state, layer) > limit
+    for e in changed:
+        if late:
+            _book_expert(data, state, layer, e, -1.0)
+    if late or data.has_tokens:
+        for i in range(experts.size):
+            _toggle(state, layer, experts[i], devices[i])
+    if late:
+        for e in changed:
+            _book_expert(data, state, layer, e, 1.0)
+        return False
+    if data.has_tokens:
+        _book_rows(data, state, layer, changed, -1.0)
+        for i in range(experts.size):
+            _toggle(state, layer, experts[i], devices[i])
+        _book_rows(data, state, layer, changed, 1.0)
+    return True
