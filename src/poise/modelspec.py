@@ -42,8 +42,18 @@ class ModelSpec:
     num_expert_groups: int = 1
 
     def __post_init__(self) -> None:
-        for attr in ("num_hidden_layers", "num_experts", "top_k", "hidden_size", "expert_intermediate_size",
-                     "num_expert_matrices", "weight_bytes", "dispatch_bytes", "combine_bytes", "num_expert_groups"):
+        for attr in (
+            "num_hidden_layers",
+            "num_experts",
+            "top_k",
+            "hidden_size",
+            "expert_intermediate_size",
+            "num_expert_matrices",
+            "weight_bytes",
+            "dispatch_bytes",
+            "combine_bytes",
+            "num_expert_groups",
+        ):
             if not getattr(self, attr) > 0:
                 raise ModelError(f"{attr} must be above 0, got {getattr(self, attr)!r}")
         if self.top_k > self.num_experts:

@@ -145,8 +145,9 @@ def _spread_homes_rate(cluster: Cluster) -> float:
     return float(max(intra, net))
 
 
-def _flows(source_T: NDArray[Any], experts_TK: NDArray[Any], step_T: NDArray[Any], shape: tuple[int, int, int]
-           ) -> NDArray[np.float64]:
+def _flows(
+    source_T: NDArray[Any], experts_TK: NDArray[Any], step_T: NDArray[Any], shape: tuple[int, int, int]
+) -> NDArray[np.float64]:
     """Pairs from each source to each expert in each step, float64 [B, sources, E]."""
     flat = (step_T[:, None] * shape[1] + source_T[:, None]) * shape[2] + experts_TK
     return np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
@@ -164,8 +165,13 @@ def _top_sum(flow: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 
 
 def _home_bound(
-    experts_TK: NDArray[Any], home_T: NDArray[Any], step_T: NDArray[Any], batch: RoutingBatch, cluster: Cluster,
-    traffic: Traffic, slots_D: NDArray[Any],
+    experts_TK: NDArray[Any],
+    home_T: NDArray[Any],
+    step_T: NDArray[Any],
+    batch: RoutingBatch,
+    cluster: Cluster,
+    traffic: Traffic,
+    slots_D: NDArray[Any],
 ) -> NDArray[np.float64]:
     top_k, devices = batch.top_k, cluster.num_devices
     flow = _flows(home_T, experts_TK, step_T, (batch.num_steps, devices, batch.num_experts))
@@ -189,7 +195,11 @@ def _home_bound(
 
 
 def _stay_bound(
-    experts_TK: NDArray[Any], came_from_T: NDArray[Any], step_T: NDArray[Any], batch: RoutingBatch, cluster: Cluster,
+    experts_TK: NDArray[Any],
+    came_from_T: NDArray[Any],
+    step_T: NDArray[Any],
+    batch: RoutingBatch,
+    cluster: Cluster,
     slots_D: NDArray[Any],
 ) -> NDArray[np.float64]:
     """Pairs that must cross / D over the widest pair of ports: the fullest device sends at least the average."""
@@ -199,8 +209,12 @@ def _stay_bound(
     bounds = np.searchsorted(step_T, np.arange(batch.num_steps + 1))
     for b in range(batch.num_steps):
         rows = slice(bounds[b], bounds[b + 1])
-        flow = _flows(came_from_T[rows], experts_TK[rows], np.zeros(rows.stop - rows.start, np.int64),
-                      (1, batch.num_experts, batch.num_experts))[0]
+        flow = _flows(
+            came_from_T[rows],
+            experts_TK[rows],
+            np.zeros(rows.stop - rows.start, np.int64),
+            (1, batch.num_experts, batch.num_experts),
+        )[0]
         kept = min(_top_sum(flow, most).sum(), _top_sum(flow.T, most).sum())
         out[b] = (flow.sum() - kept) / max(1, min(batch.top_k, most)) / cluster.num_devices / wire
     return out

@@ -67,8 +67,17 @@ def _balance(quota_ED, holds_ED, speed_D, load_D):  # type: ignore[no-untyped-de
         if goal < 0:
             return
         # as many tokens as the path carries without lifting its end above its start
-        amount = np.int64(max(1.0, np.floor((limit - load_D[goal] / speed_D[goal])
-                                            * speed_D[top] * speed_D[goal] / (speed_D[top] + speed_D[goal]))))
+        amount = np.int64(
+            max(
+                1.0,
+                np.floor(
+                    (limit - load_D[goal] / speed_D[goal])
+                    * speed_D[top]
+                    * speed_D[goal]
+                    / (speed_D[top] + speed_D[goal])
+                ),
+            )
+        )
         d = goal
         while d != top:
             amount = min(amount, quota_ED[via[d], prev[d]])

@@ -103,7 +103,9 @@ def batch_cost(
                 port_load(flow.dispatch, cluster), model.dispatch_bytes_per_token, cluster
             )
             back = flow.dispatch if flow.combine is None else flow.combine
-            out["combine"][steps, layer] = port_seconds(port_load(back, cluster), model.combine_bytes_per_token, cluster)
+            out["combine"][steps, layer] = port_seconds(
+                port_load(back, cluster), model.combine_bytes_per_token, cluster
+            )
             out["device"][steps, layer], out["node"][steps, layer] = flow.cross_device_B, flow.cross_node_B
         share_prev = share_BED
     pairs_BL = batch.load_BLE.sum(axis=2)
@@ -200,9 +202,7 @@ def _flow(
     return _Flow(Copies(copies), combine, *crossing)
 
 
-def _gather(
-    share_BED: NDArray[np.float64], experts_TK: NDArray[Any], step_T: NDArray[Any]
-) -> NDArray[np.float64]:
+def _gather(share_BED: NDArray[np.float64], experts_TK: NDArray[Any], step_T: NDArray[Any]) -> NDArray[np.float64]:
     """Share of each of a token's experts on each device, [T, K, D]."""
     out: NDArray[np.float64]
     out = share_BED[0][experts_TK] if share_BED.shape[0] == 1 else share_BED[step_T[:, None], experts_TK]
@@ -218,6 +218,4 @@ def _flow_of_loads(
     pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, (len(load_BE), *(cluster.num_devices,) * 2))
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
     total = tokens_BD.sum(axis=1)
-    return _Flow(
-        Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2))
-    )
+    return _Flow(Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))

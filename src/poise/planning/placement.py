@@ -44,7 +44,9 @@ class Placement:
         slots = np.array(self.slot_expert_LS, dtype=np.int32)
         device = np.array(self.slot_device_S, dtype=np.int32)
         if slots.ndim != 2 or device.shape != slots.shape[1:] or slots.size == 0:
-            raise PlacementError(f"slot_expert_LS {slots.shape} and slot_device_S {device.shape} must be [L, S] and [S]")
+            raise PlacementError(
+                f"slot_expert_LS {slots.shape} and slot_device_S {device.shape} must be [L, S] and [S]"
+            )
         num_layers = slots.shape[0]
         ids = np.arange(num_layers) if self.layer_ids_L is None else np.array(self.layer_ids_L)
         ids = ids.astype(np.int32)
@@ -98,7 +100,11 @@ class Placement:
 
     @classmethod
     def from_devices(
-        cls, expert_device_LE: NDArray[Any], num_devices: int, *, layer_ids_L: NDArray[np.int32] | None = None,
+        cls,
+        expert_device_LE: NDArray[Any],
+        num_devices: int,
+        *,
+        layer_ids_L: NDArray[np.int32] | None = None,
         method: str = "custom",
     ) -> Placement:
         """Placement without replicas from the device of each expert, int [L, E].
@@ -114,8 +120,12 @@ class Placement:
 
     @classmethod
     def from_counts(
-        cls, count_LED: NDArray[Any], *, slots_D: NDArray[Any] | None = None,
-        layer_ids_L: NDArray[np.int32] | None = None, method: str = "custom",
+        cls,
+        count_LED: NDArray[Any],
+        *,
+        slots_D: NDArray[Any] | None = None,
+        layer_ids_L: NDArray[np.int32] | None = None,
+        method: str = "custom",
     ) -> Placement:
         """Placement from the number of slots of each expert on each device, int [L, E, D].
 

@@ -20,6 +20,7 @@ Subject to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,10 @@ from poise.errors import OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
+
+
+Progress = Callable[[str, float], None]
+"""Called by long work with a stage and the share of it done, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +114,9 @@ class PlacementProblem:
         if want != have:
             raise PlacementError(f"placement has [layers, experts, devices] {have}, the problem {want}")
         used_LD = placement.count_LED().sum(axis=1)
-        used, room = (used_LD.sum(axis=0), self.slots_D * want[0]) if self.pooled else (used_LD.max(axis=0), self.slots_D)
+        used, room = used_LD.max(axis=0), self.slots_D
+        if self.pooled:
+            used, room = used_LD.sum(axis=0), self.slots_D * want[0]
         if (used > room).any():
             d = int(np.argmax(used - room))
             raise PlacementError(f"device {d} holds {used[d]} experts in {room[d]} slots")

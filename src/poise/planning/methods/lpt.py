@@ -1,0 +1,74 @@
+"""Longest processing time first (Graham 1969), per layer, on the expected load.
+
+Step 1  (our extension) redundant slots: one replica at a time to the expert with the largest load / replicas.
+Step 2  replicas in descending load; each goes to the device with the least load / speed that has a free slot and
+        none of this expert.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.planning.placement import Placement
+from poise.planning.problem import MethodResult, PlacementProblem, Progress
+
+
+def replicate(load_E: NDArray[np.float64], extra: int, most: int) -> NDArray[np.int64]:
+    """Replicas of each expert, int [E]: ``extra`` more, each to the largest load / replicas, at most ``most`` each."""
+    replicas = np.ones(len(load_E), np.int64)
+    heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
+    heapq.heapify(heap)
+    while extra and heap:
+        _, expert = heapq.heappop(heap)
+        if replicas[expert] == most:
+            continue
+        replicas[expert] += 1
+        extra -= 1
+        heapq.heappush(heap, (-float(load_E[expert]) / replicas[expert], expert))
+    return replicas
+
+
+def pack(
+    load_E: NDArray[np.float64], replicas_E: NDArray[np.int64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
+) -> NDArray[np.int32]:
+    """Capacity-constrained LPT, int32 [E, D] of 0 and 1; a replica that fits nowhere is left out."""
+    each = load_E / replicas_E
+    count = np.zeros((len(load_E), len(slots_D)), np.int32)
+    free, load_D = slots_D.astype(np.int64).copy(), np.zeros(len(slots_D))
+    for expert in np.argsort(-each, kind="stable"):
+        for _ in range(int(replicas_E[expert])):
+            fits = np.flatnonzero((free > 0) & (count[expert] == 0))
+            if fits.size:
+                d = fits[np.argmin((load_D[fits] + each[expert]) / speed_D[fits])]
+                count[expert, d] = 1
+                free[d] -= 1
+                load_D[d] += each[expert]
+    return count
+
+
+def plan(
+    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+) -> MethodResult:
+    """LPT per layer with greedily replicated experts."""
+    load_LE = problem.batch.load_LE()
+    slots = np.minimum(problem.slots_D, problem.batch.num_experts)
+    extra = int(slots.sum()) - problem.batch.num_experts
+    counts = []
+    for load in load_LE:
+        # An expert that must have a slot may not be crowded out by replicas: pack with fewer until all are in.
+        spare = extra
+        while True:
+            count = pack(load, replicate(load, spare, problem.num_devices), slots, problem.cluster.speed_D)
+            if (count.sum(axis=1) > 0).all():
+                break
+            spare = spare // 2
+        counts.append(count)
+    return MethodResult(
+        Placement.from_counts(
+            np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,
+            layer_ids_L=problem.batch.layer_ids_L, method="lpt",
+        )
+    )  # fmt: skip

@@ -1,0 +1,272 @@
+"""The ``poise`` planner: starts from every method, then swaps, moves and replica moves on the full cost.
+
+Step 1  Starts: the placements of all other methods (and, where traffic is linear, affinity assignments). Under the
+        home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
+        the best whole one.
+Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
+        redundant replica by another expert; drop one; add one. Devices that decide a maximum come first.
+Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, descent again, and back if
+        that did not help, until the work budget is spent.
+Step 4  The best of the result and all starts under :func:`poise.cost.step.batch_cost`, the independent evaluator: so
+        the plan is never worse than any of them on the objective.
+
+The budget is counted in elementary updates, not seconds, so the result depends on the seed alone; the wall clock only
+stops a run that would take 1.5 times its limit. Under the exact split the search works on the even one, and step 4
+chooses by the exact one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from poise.cost.step import batch_cost
+from poise.planning.placement import Placement
+from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.solve.affinity import affinity_start
+from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, make_data, make_state, rebuild
+
+UPDATES_PER_SECOND = 60e6
+"""Elementary updates a second on a slow core: turns a time limit into a work budget."""
+MAX_ROWS = 3_000_000
+BETTER = 1.0 - 1e-9
+
+
+@njit(cache=True)
+def _score(data, state, layer):  # type: ignore[no-untyped-def]
+    """Seconds of the layers that a change of this one can alter."""
+    out = layer_seconds(data, state, layer)
+    if data.flow == STAY and data.has_tokens and layer + 1 < state.copies_LE.shape[0]:
+        out += layer_seconds(data, state, layer + 1)
+    return out
+
+
+@njit(cache=True)
+def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped-def]
+    """Make a change if it lowers ``best``; returns the score after it."""
+    if not change(data, state, layer, experts, devices, best):
+        return best
+    score = _score(data, state, layer)
+    if score < best * BETTER:
+        return score
+    change(data, state, layer, experts[::-1], devices[::-1], np.inf)
+    return best
+
+
+@njit(cache=True)
+def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
+    """Devices by how often they decide a maximum, the most deciding first."""
+    steps, devices = data.weight_B.size, data.speed_D.size
+    power = np.zeros(devices)
+    for b in range(steps):
+        most = 1e-300
+        for d in range(devices):
+            most = max(most, state.compute_LBD[layer, b, d])
+        for d in range(devices):
+            power[d] += data.weight_B[b] * (state.compute_LBD[layer, b, d] / most) ** 8
+            for kind in range(4):
+                top = 1e-300
+                for d2 in range(devices):
+                    top = max(top, state.port_LFPBD[layer, 0, kind, b, d2])
+                power[d] += 0.25 * data.weight_B[b] * (state.port_LFPBD[layer, 0, kind, b, d] / top) ** 8
+    return np.argsort(-power)
+
+
+@njit(cache=True)
+def _room(state, layer, d):  # type: ignore[no-untyped-def]
+    group = layer if state.room_GD.shape[0] > 1 or state.held_LED.shape[0] == 1 else 0
+    return state.room_GD[group, d] > 0 and state.used_LD[layer, d] < state.held_LED.shape[1]
+
+
+@njit(cache=True)
+def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untyped-def]
+    """All changes that involve device a; returns the score."""
+    experts, devices = state.held_LED.shape[1], data.speed_D.size
+    one_e, one_d = np.empty(1, np.int64), np.empty(1, np.int64)
+    two_e, two_d = np.empty(2, np.int64), np.empty(2, np.int64)
+    four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
+    for e in range(experts):
+        if state.work[0] > limit:
+            return best
+        if not state.held_LED[layer, e, a]:
+            if _room(state, layer, a):  # add a replica
+                one_e[0], one_d[0] = e, a
+                best = _try(data, state, layer, one_e, one_d, best)
+            continue
+        for c in range(devices):
+            if c == a or state.held_LED[layer, e, c]:
+                continue
+            if _room(state, layer, c):  # move
+                two_e[0], two_e[1] = e, e
+                two_d[0], two_d[1] = a, c
+                best = _try(data, state, layer, two_e, two_d, best)
+                if not state.held_LED[layer, e, a]:
+                    break
+            for f in range(experts):  # swap
+                if state.held_LED[layer, f, c] and not state.held_LED[layer, f, a]:
+                    four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
+                    four_d[0], four_d[1], four_d[2], four_d[3] = a, c, c, a
+                    best = _try(data, state, layer, four_e, four_d, best)
+                    if not state.held_LED[layer, e, a]:
+                        break
+            if not state.held_LED[layer, e, a] or state.work[0] > limit:
+                break
+        if state.held_LED[layer, e, a] and state.copies_LE[layer, e] > 1:
+            one_e[0], one_d[0] = e, a  # drop a replica
+            best = _try(data, state, layer, one_e, one_d, best)
+            for f in range(experts):  # replace it by another expert
+                if not state.held_LED[layer, e, a] or state.copies_LE[layer, e] < 2:
+                    break
+                if not state.held_LED[layer, f, a]:
+                    two_e[0], two_e[1] = e, f
+                    two_d[0], two_d[1] = a, a
+                    best = _try(data, state, layer, two_e, two_d, best)
+    return best
+
+
+@njit(cache=True)
+def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
+    """Descent in one layer to a local optimum or until the work counter reaches ``limit``; returns the score."""
+    best = _score(data, state, layer)
+    while True:
+        before = best
+        for a in _device_order(data, state, layer):
+            best = _descend_from(data, state, layer, a, best, limit)
+        if best >= before * (1.0 - 1e-7) or state.work[0] > limit:
+            return best
+
+
+@njit(cache=True)
+def _kick(data, state, layer, swaps, seed):  # type: ignore[no-untyped-def]
+    """Random swaps in one layer."""
+    np.random.seed(seed)
+    experts, devices = state.held_LED.shape[1], data.speed_D.size
+    four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
+    for _ in range(swaps):
+        for _ in range(50):
+            e, f = np.random.randint(experts), np.random.randint(experts)
+            a = state.hold_LED[layer, e, np.random.randint(state.copies_LE[layer, e])]
+            c = state.hold_LED[layer, f, np.random.randint(state.copies_LE[layer, f])]
+            if a != c and not state.held_LED[layer, e, c] and not state.held_LED[layer, f, a]:
+                four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
+                four_d[0], four_d[1], four_d[2], four_d[3] = a, c, c, a
+                change(data, state, layer, four_e, four_d, np.inf)
+                break
+    return devices
+
+
+def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
+    """Make a layer of one state equal to another's; ``stay`` sums of the next layer are computed anew."""
+    if to.room_GD.shape[0] > 1 or to.held_LED.shape[0] == 1:
+        to.room_GD[layer] = other.room_GD[layer]
+    else:
+        to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
+    for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFPBD"):
+        getattr(to, name)[layer] = getattr(other, name)[layer]
+    if data.flow == STAY and data.has_tokens and layer + 1 < len(to.copies_LE):
+        rebuild(data, to, layer + 1)
+
+
+def _snapshot(state: State, layer: int) -> tuple[NDArray[Any], ...]:
+    room = state.room_GD.copy()
+    last = min(layer + 2, len(state.copies_LE))
+    return (
+        room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
+        state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
+        state.port_LFPBD[layer:last].copy(),
+    )  # fmt: skip
+
+
+def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
+    state.room_GD[:] = saved[0]
+    targets = (state.hold_LED, state.copies_LE, state.held_LED, state.used_LD, state.compute_LBD, state.tokens_LBD)
+    for target, value in zip(targets, saved[1:7], strict=True):
+        target[layer] = value
+    state.port_LFPBD[layer : layer + len(saved[7])] = saved[7]
+
+
+def _mean_seconds(problem: PlacementProblem, placement: Placement) -> float:
+    cost = batch_cost(problem.batch, placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
+                      split=problem.split)  # fmt: skip
+    return float(problem.batch.weight_B @ cost.seconds_BL.mean(axis=1))
+
+
+def _best_start(data: Data, problem: PlacementProblem, starts: list[Placement]) -> State:
+    """Step 1."""
+    states = [make_state(data, problem, np.asarray(start.count_LED() > 0)) for start in starts]
+    layers = problem.batch.num_layers
+    score = np.array([[layer_seconds(data, state, layer) for layer in range(layers)] for state in states])
+    best = states[int(np.argmin(score.sum(axis=1)))]
+    if problem.pooled or (data.flow == STAY and data.has_tokens):
+        return best
+    for layer in range(layers):
+        _copy_layer(data, best, states[int(np.argmin(score[:, layer]))], layer)
+    return best
+
+
+def search(
+    problem: PlacementProblem,
+    starts: list[Placement],
+    *,
+    time_limit_s: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> MethodResult:
+    """Improve the best of ``starts`` (feasible placements, at least one) for about ``time_limit_s`` seconds."""
+    began = time.monotonic()
+    data = make_data(problem, MAX_ROWS)
+    pool = [*starts, *affinity_start(problem)]
+    state = _best_start(data, problem, pool)
+    layers = problem.batch.num_layers
+    budget = time_limit_s * UPDATES_PER_SECOND
+    state.work[0] = 0
+    score = np.zeros(layers)
+    local = np.zeros(layers, dtype=bool)
+    for layer in range(layers):
+        limit = budget * 0.7 * (layer + 1) / layers
+        rebuild(data, state, layer)
+        score[layer] = _descend(data, state, layer, limit)
+        local[layer] = state.work[0] <= limit
+        if progress:
+            progress("descent", (layer + 1) / layers)
+        if time.monotonic() - began > 1.5 * time_limit_s:
+            break
+    rng = np.random.default_rng(seed)
+    kicks, helped = 0, 0
+    while state.work[0] < budget and time.monotonic() - began < 1.5 * time_limit_s and problem.num_devices > 1:
+        layer = int(rng.integers(layers))
+        kicks += 1
+        saved = _snapshot(state, layer)
+        before = float(_score(data, state, layer))
+        if local[layer]:
+            _kick(data, state, layer, int(rng.integers(1, 4)), int(rng.integers(2**31)))
+        after = float(_descend(data, state, layer, budget))
+        local[layer] = True
+        if after < before * BETTER:
+            helped += 1
+        else:
+            _restore(state, layer, saved)
+        state.work[0] += 1000
+        if progress and kicks % 16 == 0:
+            progress("perturbation", min(1.0, float(state.work[0]) / budget))
+    found = Placement.from_counts(
+        state.held_LED.astype(np.int32), slots_D=None if problem.pooled else problem.slots_D,
+        layer_ids_L=problem.batch.layer_ids_L, method="poise",
+    )  # fmt: skip
+    options = [found, *pool]
+    seconds = [_mean_seconds(problem, option) for option in options]
+    best = int(np.argmin(seconds))
+    chosen = options[best]
+    details = {
+        "updates": int(state.work[0]),
+        "kicks": kicks,
+        "kicks_that_helped": helped,
+        "chosen": "search" if best == 0 else chosen.method,
+        "starts": {option.method: value for option, value in zip(options[1:], seconds[1:], strict=True)},
+    }
+    return MethodResult(Placement(chosen.slot_expert_LS, chosen.slot_device_S, chosen.num_experts, chosen.num_devices,
+                                  chosen.layer_ids_L, "poise"), details)  # fmt: skip
