@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import TraceError
+from poise.errors import OptionError, TraceError
+
+MAX_EXPERTS = 32_767
+MAX_LOAD = 1e15
+Phase = Literal["prefill", "decode"]
+
+
+def integers(name: str, value: Any, low: int, high: int, dtype: Any) -> NDArray[Any]:
+    """A read-only copy of an integer array with all entries in ``low..high``, or TraceError."""
+    arr = np.asarray(value)
+    if arr.dtype.kind not in "iub":
+        raise TraceError(f"{name} must be whole numbers, got {arr.dtype}", hint=f"store {name} as an integer array")
+    if arr.size and (int(arr.min()) < low or int(arr.max()) > high):
+        raise TraceError(f"{name} must lie in {low}..{high}, got {arr.min()}..{arr.max()}")
+    out = arr.astype(dtype)
+    out.flags.writeable = False
+    return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,10 +42,14 @@ class RoutingTrace:
     step : int32 [T] or None, forward pass of the token, if the recorder knew it.
     home : int32 [T] or None, home rank, if the recorder knew it.
     weights : float32 [T, L, K] or None, router weights.
-    layer_ids : int32 [L], index of each MoE layer among the model's decoder layers. Default 0..L-1.
+    layer_ids : int32 [L], index of each MoE layer among the model's decoder layers, ascending. Default 0..L-1.
     domain : int16 [T] or None, index into domain_names.
     domain_names : names of the domains.
     name : file or generator it came from.
+
+    Raises
+    ------
+    TraceError : shapes disagree, ids out of range, or a token lists one expert of a layer twice.
     """
 
     experts: NDArray[np.int16]
@@ -42,7 +63,140 @@ class RoutingTrace:
     domain: NDArray[np.int16] | None = None
     domain_names: tuple[str, ...] = ()
     name: str = field(default="trace")
-    # shape: T, L, K = experts.shape
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise TraceError(f"num_experts must lie in 1..{MAX_EXPERTS}, got {self.num_experts}")
+        experts = integers("experts", self.experts, 0, self.num_experts - 1, np.int16)
+        if experts.ndim == 2:
+            experts = experts[:, :, None]
+        if experts.ndim != 3 or 0 in experts.shape:
+            raise TraceError(f"experts must be [T, L] or [T, L, K] and not empty, got shape {experts.shape}")
+        tokens, layers, top_k = experts.shape
+        if top_k > self.num_experts:
+            raise TraceError(f"{top_k} experts a token, the model has {self.num_experts}")
+        if top_k > 1:
+            ordered = np.sort(experts, axis=2)
+            twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
+            if twice.any():
+                token, layer = (int(x) for x in np.argwhere(twice)[0])
+                raise TraceError(f"token {token} lists one expert twice in layer {layer}: {experts[token, layer]}")
+        self._set("experts", experts)
+        big = 2**31 - 1
+        request = np.arange(tokens) if self.request is None else self.request
+        self._set("request", integers("request", request, -big, big, np.int32))
+        decode = np.zeros(tokens, bool) if self.is_decode is None else self.is_decode
+        self._set("is_decode", integers("is_decode", decode, 0, 1, np.bool_))
+        if self.step is not None:
+            self._set("step", integers("step", self.step, 0, big, np.int32))
+        if self.home is not None:
+            self._set("home", integers("home", self.home, 0, 65_535, np.int32))
+        if self.domain is not None:
+            self._set("domain", integers("domain", self.domain, 0, len(self.domain_names) - 1, np.int16))
+        for name in ("request", "is_decode", "step", "home", "domain"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (tokens,):
+                raise TraceError(f"{name} has shape {value.shape}, experts has {tokens} tokens")
+        ids = np.arange(layers) if self.layer_ids is None else self.layer_ids
+        ids = integers("layer_ids", ids, 0, 65_535, np.int32)
+        if ids.shape != (layers,) or (np.diff(ids) <= 0).any():
+            raise TraceError(f"layer_ids must be {layers} ascending numbers, got {ids.tolist()[:8]}")
+        self._set("layer_ids", ids)
+        if self.weights is not None:
+            weights = np.asarray(self.weights)
+            if weights.shape != experts.shape or weights.dtype.kind != "f":
+                raise TraceError(f"weights {weights.dtype} {weights.shape} must be floats like experts {experts.shape}")
+            if not np.isfinite(weights).all():
+                raise TraceError("weights must be finite")
+            self._set("weights", weights.astype(np.float32))
+
+    def _set(self, name: str, value: NDArray[Any]) -> None:
+        value.flags.writeable = False
+        object.__setattr__(self, name, value)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.experts.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.experts.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.experts.shape[2])
+
+    def requests(self) -> NDArray[np.int32]:
+        """Request ids in order of first appearance, int32."""
+        assert self.request is not None
+        ids, first = np.unique(self.request, return_index=True)
+        return ids[np.argsort(first)]
+
+    def rows(self, mask_T: NDArray[np.bool_]) -> RoutingTrace:
+        """The tokens of a bool mask [T], in order."""
+        if not mask_T.any():
+            raise TraceError(f"the selection leaves 0 of {self.num_tokens} tokens of {self.name}")
+        parts = {
+            name: None if getattr(self, name) is None else getattr(self, name)[mask_T]
+            for name in ("experts", "request", "is_decode", "step", "home", "weights", "domain")
+        }
+        return replace(self, **parts)
+
+    def select(self, *, domains: Sequence[str] | None = None, phase: Phase | None = None) -> RoutingTrace:
+        """The tokens of some domains and / or of one phase."""
+        mask = np.ones(self.num_tokens, dtype=bool)
+        if domains is not None:
+            unknown = [name for name in domains if name not in self.domain_names]
+            if unknown or self.domain is None:
+                known = ", ".join(self.domain_names) or "none"
+                raise TraceError(
+                    f"{self.name} has no domain {unknown[0] if unknown else domains[0]!r}", hint=f"it has: {known}"
+                )
+            mask &= np.isin(self.domain, [self.domain_names.index(name) for name in domains])
+        if phase is not None:
+            if phase not in ("prefill", "decode"):
+                raise OptionError(f"unknown phase {phase!r}", hint="prefill or decode")
+            assert self.is_decode is not None
+            mask &= self.is_decode == (phase == "decode")
+        return self.rows(mask)
+
+    def split_requests(self, share: float = 0.5) -> tuple[RoutingTrace, RoutingTrace]:
+        """The first ``share`` of the requests of every domain (in order of appearance), and the rest."""
+        assert self.request is not None
+        first: list[NDArray[np.int32]] = []
+        domain = np.zeros(self.num_tokens, np.int16) if self.domain is None else self.domain
+        for index in np.unique(domain):
+            part = self.request[domain == index]
+            ids, at = np.unique(part, return_index=True)
+            if ids.size < 2:
+                raise TraceError(
+                    f"{self.name} has {ids.size} request to split into two parts", hint="name --fit traces"
+                )
+            ids = ids[np.argsort(at)]
+            first.append(ids[: min(ids.size - 1, max(1, round(share * ids.size)))])
+        mask = np.isin(self.request, np.concatenate(first))
+        return self.rows(mask), self.rows(~mask)
+
+    def save(self, path: str | Path) -> None:
+        """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles."""
+        small = np.uint8 if self.num_experts <= 256 else np.int16
+        arrays: dict[str, Any] = {"experts": self.experts.astype(small), "num_experts": np.int32(self.num_experts)}
+        for name in ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
+        if self.domain_names:
+            arrays["domain_names"] = np.array(self.domain_names)
+        with Path(path).open("wb") as stream:
+            np.savez_compressed(stream, **arrays)
+
+    def __repr__(self) -> str:
+        return (
+            f"RoutingTrace({self.name}: {self.num_tokens} tokens, {len(self.requests())} requests, "
+            f"{self.num_layers} layers, top-{self.top_k} of {self.num_experts})"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,14 +205,57 @@ class LoadProfile:
 
     Parameters
     ----------
-    load_BLE : float64 [B, L, E], tokens of each expert in each of B recorded steps (or one whole workload, B = 1).
+    load_BLE : float64 [B, L, E], tokens of each expert in each of B recorded steps (or whole workloads).
     layer_ids : int32 [L].
     top_k : K if known, else 1 (a token then counts K times in load_BLE).
-    affinity : dict of (l, l') -> [E, E] pair counts between two recorded layers, where the file has them.
     name : file it came from.
     """
 
     load_BLE: NDArray[np.float64]
-    layer_ids: NDArray[np.int32]
+    layer_ids: NDArray[np.int32] | None = None
     top_k: int = 1
     name: str = field(default="profile")
+
+    def __post_init__(self) -> None:
+        load = np.asarray(self.load_BLE)
+        if load.dtype.kind not in "iuf":
+            raise TraceError(f"loads must be numbers, got {load.dtype}")
+        load = load.astype(np.float64)
+        if load.ndim == 2:
+            load = load[None]
+        if load.ndim != 3 or 0 in load.shape:
+            raise TraceError(f"loads must be [L, E] or [steps, L, E] and not empty, got shape {load.shape}")
+        if load.shape[2] > MAX_EXPERTS:
+            raise TraceError(f"{load.shape[2]} experts, at most {MAX_EXPERTS} are supported")
+        if not np.isfinite(load).all() or load.min() < 0 or load.max() > MAX_LOAD:
+            raise TraceError(f"loads must be finite and within 0..{MAX_LOAD:g}")
+        ids = np.arange(load.shape[1]) if self.layer_ids is None else self.layer_ids
+        ids = integers("layer_ids", ids, 0, 65_535, np.int32)
+        if ids.shape != (load.shape[1],) or (np.diff(ids) <= 0).any():
+            raise TraceError(f"layer_ids must be {load.shape[1]} ascending numbers, got {ids.tolist()[:8]}")
+        busy = load.sum(axis=(0, 2)) > 0
+        if not busy.any():
+            raise TraceError("all loads are 0", hint="record again with traffic, or drop the file")
+        load, ids = np.ascontiguousarray(load[:, busy]), ids[busy]
+        load.flags.writeable = ids.flags.writeable = False
+        object.__setattr__(self, "load_BLE", load)
+        object.__setattr__(self, "layer_ids", ids)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.load_BLE.shape[2])
+
+    @property
+    def num_layers(self) -> int:
+        """L; layers without any load (dense ones) are left out."""
+        return int(self.load_BLE.shape[1])
+
+    @property
+    def num_steps(self) -> int:
+        """Recorded steps or workloads."""
+        return int(self.load_BLE.shape[0])
+
+    def steps(self, rows: slice) -> LoadProfile:
+        """Some of the recorded steps."""
+        return LoadProfile(self.load_BLE[rows], self.layer_ids, self.top_k, self.name)

@@ -35,7 +35,6 @@ from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 
-
 Progress = Callable[[str, float], None]
 """Called by long work with a stage and the share of it done, 0 to 1."""
 

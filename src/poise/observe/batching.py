@@ -1,0 +1,162 @@
+"""Requests -> steps: which tokens share a forward pass (DESIGN section 5, "Steps")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from poise.errors import OptionError
+from poise.observe.batch import RoutingBatch
+from poise.observe.files import join
+from poise.observe.trace import LoadProfile, RoutingTrace
+
+Order = Literal["interleaved", "file"]
+ORDERS: tuple[Order, ...] = ("interleaved", "file")
+
+
+@njit(cache=True)
+def _interleave(start_R, draws, is_decode, live, per_step, steps):  # type: ignore[no-untyped-def]
+    """Token of each place, int64 [steps, per_step], -1 = empty; requests come in the order of ``draws``."""
+    out = np.full((steps, per_step), -1, np.int64)
+    slot_request = np.full(live, -1, np.int64)
+    slot_at = np.zeros(live, np.int64)
+    drawn = 0
+    turn = 0
+    for b in range(steps):
+        filled = 0
+        for s in range(live):
+            if slot_request[s] < 0:
+                slot_request[s] = draws[drawn % draws.size]
+                slot_at[s] = start_R[slot_request[s]]
+                drawn += 1
+        for phase in range(2):  # decoding requests give one token each, then prefill chunks fill the step
+            for i in range(live):
+                s = (turn + i) % live
+                r = slot_request[s]
+                if r < 0 or filled == per_step:
+                    continue
+                end = start_R[r + 1]
+                if phase == 0 and is_decode[slot_at[s]]:
+                    out[b, filled] = slot_at[s]
+                    filled += 1
+                    slot_at[s] += 1
+                elif phase == 1 and not is_decode[slot_at[s]]:
+                    while slot_at[s] < end and not is_decode[slot_at[s]] and filled < per_step:
+                        out[b, filled] = slot_at[s]
+                        filled += 1
+                        slot_at[s] += 1
+                if slot_at[s] == end:
+                    slot_request[s] = -1
+        turn = (turn + 1) % live
+    return out
+
+
+def default_tokens_per_step(num_tokens: int) -> int:
+    """N when the user names none: sixteen steps' worth of the trace, 64 to 4096 tokens."""
+    return int(min(4096, max(min(64, num_tokens), num_tokens // 16)))
+
+
+def make_batch(
+    traces: RoutingTrace | LoadProfile | Sequence[RoutingTrace | LoadProfile],
+    *,
+    tokens_per_step: int | None = None,
+    order: Order = "interleaved",
+    live_requests: int | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+) -> RoutingBatch:
+    """Batch traffic into steps.
+
+    Parameters
+    ----------
+    traces : one or several traces, or load profiles.
+    tokens_per_step : N. Default: the recorded ``step`` where there is one, else :func:`default_tokens_per_step`; a
+        load profile without N keeps its recorded mass, every step scaled to the mean one.
+    order : ``interleaved``: C live requests, drawn with a seed, again and again once exhausted; every step takes one
+        token of each decoding request, then prefill chunks. ``file``: N consecutive rows.
+    live_requests : C, default N.
+    max_steps : most steps. Default: as many as use about every token once.
+
+    Raises
+    ------
+    OptionError : a number is below 1, or the order is unknown.
+    """
+    for name, value in (
+        ("tokens_per_step", tokens_per_step),
+        ("live_requests", live_requests),
+        ("max_steps", max_steps),
+    ):
+        if value is not None and value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
+    if order not in ORDERS:
+        raise OptionError(f"unknown order {order!r}", hint=f"one of {', '.join(ORDERS)}")
+    trace = traces if isinstance(traces, RoutingTrace | LoadProfile) else join(list(traces))
+    if isinstance(trace, LoadProfile):
+        return _profile_batch(trace, tokens_per_step, max_steps)
+    if tokens_per_step is None and trace.step is not None:
+        ids, step_T = np.unique(trace.step, return_inverse=True)
+        token = np.argsort(step_T, kind="stable")
+        size = np.bincount(step_T)[:max_steps]
+        return _batch(trace, token[: size.sum()], size, f"recorded steps, {min(ids.size, size.size)} steps")
+    per_step = tokens_per_step or default_tokens_per_step(trace.num_tokens)
+    steps = max(1, trace.num_tokens // per_step)
+    if order == "file":
+        steps = -(-trace.num_tokens // per_step)
+        steps = min(steps, max_steps or steps)
+        token = np.arange(min(trace.num_tokens, steps * per_step))
+        size = np.bincount(token // per_step)
+        return _batch(trace, token, size, f"file order, N = {per_step}, {steps} steps")
+    steps = min(steps, max_steps or steps)
+    live = min(live_requests or per_step, per_step * max(1, steps))
+    places = _places(trace, per_step, live, steps, seed)
+    size = (places >= 0).sum(axis=1)
+    words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}, no warm-up left out"
+    return _batch(trace, places[places >= 0], size, words)
+
+
+def _places(trace: RoutingTrace, per_step: int, live: int, steps: int, seed: int) -> NDArray[np.int64]:
+    assert trace.request is not None and trace.is_decode is not None
+    by_request = np.argsort(trace.request, kind="stable")
+    _, start = np.unique(trace.request[by_request], return_index=True)
+    num = start.size
+    bounds = np.append(start, trace.num_tokens).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    rounds = 1 + (live + per_step * steps) // max(1, num)
+    # Once all requests were drawn, draws are with replacement.
+    draws = np.concatenate([rng.permutation(num), rng.integers(num, size=num * min(rounds, 50))])
+    got = _interleave(bounds, draws, np.ascontiguousarray(trace.is_decode[by_request]), live, per_step, steps)
+    return np.where(got >= 0, by_request[got], -1)
+
+
+def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order: str) -> RoutingBatch:
+    start = np.concatenate([[0], np.cumsum(size_B)]).astype(np.int64)
+    experts = np.ascontiguousarray(trace.experts[token])
+    steps, (layers, num) = size_B.size, (trace.num_layers, trace.num_experts)
+    step_T = np.repeat(np.arange(steps), size_B)
+    load = np.empty((steps, layers, num))
+    for layer in range(layers):
+        flat = (step_T[:, None] * num + experts[:, layer]).ravel()
+        load[:, layer] = np.bincount(flat, minlength=steps * num).reshape(steps, num)
+    assert trace.request is not None and trace.layer_ids is not None
+    return RoutingBatch(
+        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, trace.request[token].copy(),
+        None if trace.home is None else trace.home[token].copy(), order,
+    )  # fmt: skip
+
+
+def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None) -> RoutingBatch:
+    load = profile.load_BLE[:max_steps]
+    mass = load.sum(axis=2).max(axis=1)
+    keep = mass > 0
+    load, mass = load[keep], mass[keep]
+    target = float(mass.mean()) if tokens_per_step is None else float(tokens_per_step * profile.top_k)
+    words = "recorded mass, each scaled to the mean" if tokens_per_step is None else f"scaled to N = {tokens_per_step}"
+    assert profile.layer_ids is not None
+    return RoutingBatch(
+        load * (target / mass)[:, None, None], np.full(len(load), 1.0 / len(load)), profile.top_k, profile.layer_ids,
+        order=f"{len(load)} recorded loads as steps, {words}",
+    )  # fmt: skip

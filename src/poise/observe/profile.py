@@ -1,0 +1,143 @@
+"""What a trace says about its model: load, affinity, co-activation, skew, mutual information; also streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import TraceError
+from poise.observe.files import Npz
+
+
+def load_LE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
+    """Tokens of each expert, int64 [L, E] (MoETuner's P; a token counts once for each of its K experts)."""
+    layers = experts_TLK.shape[1]
+    flat = experts_TLK.astype(np.int64) + np.arange(layers)[:, None] * num_experts
+    return np.bincount(flat.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)
+
+
+def affinity_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
+    """Tokens that go from e1 of layer l to e2 of layer l + 1, int64 [L - 1, E, E].
+
+    MoETuner's R (arXiv 2502.06643, section 3): all K * K pairs of a token count.
+    """
+    layers, top_k = experts_TLK.shape[1:]
+    out = np.zeros((max(0, layers - 1), num_experts * num_experts), np.int64)
+    ids = experts_TLK.astype(np.int64)
+    for layer in range(layers - 1):
+        for i in range(top_k):
+            for j in range(top_k):
+                pair = ids[:, layer, i] * num_experts + ids[:, layer + 1, j]
+                out[layer] += np.bincount(pair, minlength=num_experts * num_experts)
+    return out.reshape(-1, num_experts, num_experts)
+
+
+def coactivation_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
+    """Tokens that choose both e1 and e2 of a layer, int64 [L, E, E]; the diagonal is the load."""
+    layers, top_k = experts_TLK.shape[1:]
+    out = np.zeros((layers, num_experts * num_experts), np.int64)
+    ids = experts_TLK.astype(np.int64)
+    for layer in range(layers):
+        for i in range(top_k):
+            for j in range(top_k):
+                pair = ids[:, layer, i] * num_experts + ids[:, layer, j]
+                out[layer] += np.bincount(pair, minlength=num_experts * num_experts)
+    return out.reshape(layers, num_experts, num_experts)
+
+
+def skew_L(load: NDArray[Any]) -> NDArray[np.float64]:
+    """Largest over mean expert load of each layer, float64 [L], from loads [L, E]."""
+    return load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-300)
+
+
+def dead_share_L(load: NDArray[Any], below: float = 0.01) -> NDArray[np.float64]:
+    """Share of experts with less than ``below`` of the mean load, float64 [L], from loads [L, E]."""
+    return (load < below * load.mean(axis=1, keepdims=True)).mean(axis=1)
+
+
+def mutual_information(
+    experts_TLK: NDArray[Any], num_experts: int, *, shuffles: int = 3, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Between the heaviest experts of neighbouring layers, nats, float64 [L - 1]: as recorded, and a shuffled null.
+
+    The null is the mean over ``shuffles`` permutations of the tokens of the later layer: what the finite sample alone
+    gives. Loads stay as they are, so it is the right yardstick for a skewed router.
+    """
+    rng = np.random.default_rng(seed)
+    top = experts_TLK[:, :, 0].astype(np.int64)
+    layers = top.shape[1]
+    real, null = np.zeros(layers - 1), np.zeros(layers - 1)
+    for layer in range(layers - 1):
+        real[layer] = _information(top[:, layer], top[:, layer + 1], num_experts)
+        for _ in range(shuffles):
+            null[layer] += _information(top[:, layer], rng.permutation(top[:, layer + 1]), num_experts) / shuffles
+    return real, null
+
+
+def _information(a: NDArray[np.int64], b: NDArray[np.int64], size: int) -> float:
+    joint = np.bincount(a * size + b, minlength=size * size).reshape(size, size) / a.size
+    outer = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    used = joint > 0
+    return float((joint[used] * np.log(joint[used] / outer[used])).sum())
+
+
+def iter_experts(path: str | Path, rows: int = 65_536) -> Iterator[NDArray[Any]]:
+    """``experts`` of a trace file in chunks [<= rows, L, K], read from the archive piece by piece.
+
+    For traces larger than memory: one chunk is held at a time.
+
+    Raises
+    ------
+    TraceError : as :func:`poise.observe.files.read`, or Fortran order.
+    """
+    members = Npz(Path(path))
+    if "experts" not in members.names:
+        raise TraceError(f"{path} has no array 'experts'")
+    with members.zip, members.zip.open(members.names["experts"]) as stream:
+        try:
+            shape, dtype, fortran = members.header(stream, "experts")
+        except (ValueError, EOFError, OSError) as error:
+            raise TraceError(f"{path}: cannot read experts: {error}") from None
+        if fortran or len(shape) not in (2, 3) or dtype.kind not in "iu" or 0 in shape:
+            raise TraceError(
+                f"{path}: experts must be whole numbers [T, L] or [T, L, K] in C order, got {dtype} {shape}"
+            )
+        per_row = int(np.prod(shape[1:])) * dtype.itemsize
+        for start in range(0, shape[0], rows):
+            take = min(rows, shape[0] - start)
+            data = stream.read(take * per_row)
+            if len(data) != take * per_row:
+                raise TraceError(f"{path}: experts ends after {start + len(data) // per_row} of {shape[0]} tokens")
+            yield np.frombuffer(data, dtype).reshape(take, shape[1], -1)
+
+
+class StreamingProfile:
+    """Load, affinity and co-activation gathered chunk by chunk; memory does not grow with the trace."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.num_tokens = 0
+        self.load_LE: NDArray[np.int64] | None = None
+        self.affinity_LEE: NDArray[np.int64] | None = None
+        self.coactivation_LEE: NDArray[np.int64] | None = None
+
+    def add(self, experts_TLK: NDArray[Any]) -> None:
+        """Take in a chunk [T, L, K]."""
+        if experts_TLK.size and int(experts_TLK.max()) >= self.num_experts:
+            raise TraceError(f"expert id {experts_TLK.max()} in a trace of {self.num_experts} experts")
+        parts = (
+            load_LE(experts_TLK, self.num_experts),
+            affinity_LEE(experts_TLK, self.num_experts),
+            coactivation_LEE(experts_TLK, self.num_experts),
+        )
+        self.num_tokens += len(experts_TLK)
+        if self.load_LE is None or self.affinity_LEE is None or self.coactivation_LEE is None:
+            self.load_LE, self.affinity_LEE, self.coactivation_LEE = parts
+        else:
+            self.load_LE += parts[0]
+            self.affinity_LEE += parts[1]
+            self.coactivation_LEE += parts[2]
