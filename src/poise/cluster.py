@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from poise.errors import ClusterError
+from poise.presets import DEVICES
 
 MAX_DEVICES = 65_536
 
@@ -83,11 +89,156 @@ class Cluster:
         return np.bincount(self.node_D, minlength=self.num_nodes)
 
     @classmethod
+    def uniform(cls, nodes: int, devices_per_node: int, preset: str = "h100", *, tensor_parallel: int = 1) -> Cluster:
+        """``nodes`` nodes of ``devices_per_node`` devices with a preset's constants (:mod:`poise.presets`).
+
+        A device may be a tensor-parallel group of several GPUs: its rates, memory and ports are theirs together.
+        """
+        return from_preset([devices_per_node] * nodes, preset, tensor_parallel=tensor_parallel)
+
+    @classmethod
     def parse(cls, spec: str | Path) -> Cluster:
-        """``"2x8"``, ``"2x8:h100"`` (:data:`PRESETS`) or a path to a YAML file; see docs/formats.md."""
-        raise NotImplementedError
+        """``"2x8"``, ``"2x8:h100"``, ``"2x4:h100@tp2"`` or a path to a YAML file; see docs/formats.md.
+
+        Raises
+        ------
+        ClusterError : the spec or file is malformed, or names an unknown preset.
+        """
+        text = str(spec)
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?::([\w.-]+?))?(?:@tp(\d{1,3}))?", text)
+        if match:
+            nodes, devices, preset, group = match.groups()
+            total = int(nodes) * int(devices)
+            if not 1 <= total <= MAX_DEVICES:
+                raise ClusterError(f"{text!r} has {total} devices, a cluster has 1 to {MAX_DEVICES}")
+            return cls.uniform(int(nodes), int(devices), preset or "h100", tensor_parallel=int(group or 1))
+        if text.endswith((".yaml", ".yml")):
+            return from_yaml(Path(text))
+        raise ClusterError(
+            f"cannot read cluster {text!r}", hint="NxD as in 2x8, NxD:preset as in 2x8:h100, or a .yaml file"
+        )
 
     def __repr__(self) -> str:
         per_node = self.devices_per_node_N
         shape = f"{self.num_nodes}x{per_node[0]}" if (per_node == per_node[0]).all() else f"{per_node.tolist()}"
         return f"Cluster({shape} {self.name}, {self.num_devices} devices)"
+
+
+MAX_YAML_BYTES = 2**20
+RATES = ("flops_per_s", "memory_bytes_per_s", "memory_bytes", "intra_bytes_per_s", "inter_bytes_per_s")
+LATENCIES = ("intra_latency_s", "inter_latency_s")
+YAML_KEYS = (
+    "preset",
+    "tensor_parallel",
+    "nodes",
+    "devices_per_node",
+    "speed",
+    "nic_shared",
+    "name",
+    *RATES,
+    *LATENCIES,
+)
+
+
+def from_preset(
+    devices_per_node: Sequence[int],
+    preset: str,
+    *,
+    tensor_parallel: int = 1,
+    speed: Sequence[float] | None = None,
+    **overrides: Any,
+) -> Cluster:
+    """A cluster of nodes with the given device counts, a preset's constants, and overrides by field name."""
+    if preset not in DEVICES:
+        raise ClusterError(f"unknown cluster preset {preset!r}", hint=f"one of {', '.join(DEVICES)}")
+    if not 1 <= tensor_parallel <= 64:
+        raise ClusterError(f"tensor_parallel must lie in 1..64, got {tensor_parallel}")
+    if not devices_per_node or min(devices_per_node) < 1 or sum(devices_per_node) > MAX_DEVICES:
+        raise ClusterError(
+            f"a cluster has 1 to {MAX_DEVICES} devices and at least one a node, got {list(devices_per_node)[:8]}"
+        )
+    constants: dict[str, Any] = {name: DEVICES[preset][name] * tensor_parallel for name in RATES}
+    node = np.repeat(np.arange(len(devices_per_node)), devices_per_node)
+    constants["name"] = preset + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else "")
+    constants.update(overrides)
+    return Cluster(node, np.ones(node.size) if speed is None else np.asarray(speed, dtype=np.float64), **constants)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without anchors (no cycles, no expansion bombs) and without repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise ClusterError("aliases are not read in a cluster file", hint="write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        if len(keys) != len({str(key) for key in keys}):
+            raise ClusterError(f"a key appears twice among {keys[:12]}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def from_yaml(path: Path) -> Cluster:
+    """A cluster from a YAML file; the keys are listed in docs/formats.md."""
+    if not path.is_file():
+        raise ClusterError(f"no such file: {path}")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ClusterError(f"{path} has {path.stat().st_size} bytes, at most {MAX_YAML_BYTES} are read")
+    try:
+        data = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, ClusterError):
+            raise
+        raise ClusterError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ClusterError(f"{path} must hold keys and values, got {type(data).__name__}")
+    for key in data:
+        if key not in YAML_KEYS:
+            close = difflib.get_close_matches(str(key), YAML_KEYS, 1)
+            raise ClusterError(
+                f"{path}: unknown key {key!r}",
+                hint=f"did you mean {close[0]}?" if close else f"known: {', '.join(YAML_KEYS)}",
+            )
+    for key in (*RATES, *LATENCIES):
+        if key in data:
+            data[key] = _number(path, key, data[key])
+    per_node = data.pop("devices_per_node", None)
+    nodes = data.pop("nodes", None)
+    if isinstance(per_node, list):
+        counts = [_whole(path, "devices_per_node", value) for value in per_node]
+        if nodes is not None and nodes != len(counts):
+            raise ClusterError(f"{path}: nodes is {nodes}, devices_per_node lists {len(counts)}")
+    else:
+        many = _whole(path, "nodes", 1 if nodes is None else nodes)
+        each = _whole(path, "devices_per_node", per_node)
+        if many * each > MAX_DEVICES:
+            raise ClusterError(f"{path}: {many} x {each} devices, at most {MAX_DEVICES}")
+        counts = [each] * many
+    speed = data.pop("speed", None)
+    if speed is not None:
+        if not isinstance(speed, list):
+            raise ClusterError(f"{path}: speed must list one number a device, got {speed!r}")
+        speed = [_number(path, "speed", value) for value in speed]
+    if not isinstance(data.get("nic_shared", False), bool):
+        raise ClusterError(f"{path}: nic_shared must be true or false, got {data['nic_shared']!r}")
+    data["name"] = str(data.get("name", path.name))[:80]
+    preset, group = str(data.pop("preset", "h100")), _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
+    return from_preset(counts, preset, tensor_parallel=group, speed=speed, **data)
+
+
+def _number(path: Path, key: str, value: Any) -> float:
+    """A finite float; YAML reads 1e9 as a string, so numerals in strings count."""
+    try:
+        out = float(value) if not isinstance(value, bool) else np.nan
+    except (TypeError, ValueError, OverflowError):
+        out = np.nan
+    if not np.isfinite(out):
+        raise ClusterError(f"{path}: {key} must be a finite number, got {value!r}")
+    return out
+
+
+def _whole(path: Path, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DEVICES:
+        raise ClusterError(f"{path}: {key} must be a whole number in 1..{MAX_DEVICES}, got {value!r}")
+    return value

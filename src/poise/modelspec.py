@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from poise.errors import ModelError
+from poise.presets import MODELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,100 @@ class ModelSpec:
         """Bytes of one token's expert output on its way back."""
         return self.hidden_size * self.combine_bytes
 
+    def matches(self, *, num_experts: int, layer_ids: NDArray[Any]) -> None:
+        """Raise ModelError unless traffic with these experts and decoder layers can come from this model."""
+        if num_experts != self.num_experts:
+            raise ModelError(
+                f"the traffic has {num_experts} experts, {self.name} has {self.num_experts}", hint="check --model"
+            )
+        if int(np.max(layer_ids)) >= self.num_hidden_layers:
+            raise ModelError(f"the traffic reaches layer {np.max(layer_ids)}, {self.name} has {self.num_hidden_layers}")
+
+    @classmethod
+    def generic(cls, num_experts: int, top_k: int, layer_ids: NDArray[Any]) -> ModelSpec:
+        """Sizes for when no model is named: hidden 2048, expert 1024, bfloat16. Ratios hold, seconds do not."""
+        ids = tuple(int(i) for i in layer_ids)
+        return cls("generic", max(ids) + 1, ids, num_experts, top_k, 2048, 1024, kv_bytes_per_token_layer=2048.0)
+
     @classmethod
     def parse(cls, spec: str) -> ModelSpec:
-        """A preset name (:data:`PRESETS`) or a path to a Hugging Face ``config.json``."""
-        raise NotImplementedError
+        """A preset name (:mod:`poise.presets`) or a path to a Hugging Face ``config.json``.
+
+        Raises
+        ------
+        ModelError : unknown preset, unreadable file, or a config that is not of an MoE model.
+        """
+        if spec in MODELS:
+            return from_hf_config(dict(MODELS[spec]), name=spec)
+        path = Path(spec)
+        if not spec.endswith(".json"):
+            close = difflib.get_close_matches(spec, MODELS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
+            raise ModelError(f"unknown model {spec!r}", hint=hint)
+        if not path.is_file() or path.stat().st_size > 2**22:
+            raise ModelError(f"{path} is missing or larger than {2**22} bytes")
+        try:
+            data = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ModelError(f"{path} is not a model config: it holds a {type(data).__name__}")
+        return from_hf_config(data, name=path.parent.name or path.name)
+
+
+def _field(config: dict[str, Any], *names: str, default: int | None = None) -> int:
+    for name in names:
+        value = config.get(name)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**7:
+                raise ModelError(f"{name} must be a whole number, got {value!r}")
+            return value
+    if default is None:
+        raise ModelError(f"the config has none of {', '.join(names)}", hint="is it a Mixture-of-Experts model?")
+    return default
+
+
+def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
+    """Sizes from a Hugging Face config of the Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek, Kimi, gpt-oss or Llama-4 kind.
+
+    ``poise_*`` keys (presets only) override: ``poise_matrices``, ``poise_weight_bytes``.
+    """
+    if isinstance(config.get("text_config"), dict):
+        config = {**config, **config["text_config"]}
+    layers = _field(config, "num_hidden_layers")
+    if not 1 <= layers <= 10_000:
+        raise ModelError(f"num_hidden_layers must lie in 1..10000, got {layers}")
+    experts = _field(config, "n_routed_experts", "num_local_experts", "num_experts")
+    top_k = _field(config, "num_experts_per_tok", "moe_top_k", "experts_per_token")
+    hidden = _field(config, "hidden_size")
+    kind = str(config.get("model_type", ""))
+    inner = _field(
+        config, *(("intermediate_size",) if "llama4" in kind else ("moe_intermediate_size", "intermediate_size"))
+    )
+    moe = _moe_layers(config, layers)
+    quant = config.get("quantization_config")
+    method = str(quant.get("quant_method", "")) if isinstance(quant, dict) else ""
+    weight = {"fp8": 1.0, "mxfp4": 17 / 32}.get(method, 2.0)
+    heads = _field(config, "num_attention_heads", default=1) or 1
+    kv_heads = _field(config, "num_key_value_heads", default=heads)
+    head_dim = _field(config, "head_dim", default=hidden // heads)
+    kv = 2.0 * 2 * kv_heads * head_dim
+    if config.get("kv_lora_rank"):
+        kv = 2.0 * (_field(config, "kv_lora_rank") + _field(config, "qk_rope_head_dim", default=64))
+    return ModelSpec(
+        name, layers, moe, experts, top_k, hidden, inner, int(config.get("poise_matrices", 3)),
+        float(config.get("poise_weight_bytes", weight)), 1.0 if method == "fp8" else 2.0, 2.0, kv,
+        _field(config, "n_group", default=1) or 1,
+    )  # fmt: skip
+
+
+def _moe_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    dense = _field(config, "first_k_dense_replace", default=0)
+    every = _field(config, "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1) or 1
+    listed = config.get("moe_layers")
+    only = config.get("mlp_only_layers") or []
+    if isinstance(listed, list) and all(isinstance(i, int) for i in listed):
+        return tuple(sorted(listed))
+    if "moe_layer_freq" in config and "decoder_sparse_step" not in config:
+        return tuple(i for i in range(layers) if i >= dense and i % every == 0)
+    return tuple(i for i in range(layers) if i >= dense and (i + 1) % every == 0 and i not in only)

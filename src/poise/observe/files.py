@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.observe.trace import LoadProfile, RoutingTrace, integers
 
 MAX_JSON_BYTES = 512 * 2**20
 MAX_ARRAY_BYTES = 8 * 2**30
@@ -73,7 +73,8 @@ def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProf
     names = tuple(dict.fromkeys(name for trace in traces for name in trace.domain_names))
     domains = []
     for trace in traces:
-        ids, inverse = np.unique(trace.request, return_inverse=True)  # type: ignore[arg-type]
+        assert trace.request is not None
+        ids, inverse = np.unique(trace.request, return_inverse=True)
         requests.append(inverse + next_request)
         next_request += ids.size
         if trace.step is not None:
@@ -185,6 +186,8 @@ def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
     with members.zip:
         if "experts" not in members.names and "counts" in members.names:
             return _read_counts(members)
+        if "experts" not in members.names and "cross" in members.names:
+            return _read_cross(members)
         experts = members.array("experts")
         optional = {name: members.array(name) for name in OPTIONAL if name in members.names}
         if "num_experts" in members.names:
@@ -208,3 +211,19 @@ def _read_counts(members: Npz) -> LoadProfile:
     """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
     ids = members.array("layers") if "layers" in members.names else None
     return LoadProfile(members.array("counts"), ids, name=members.path.name)
+
+
+def _read_cross(members: Npz) -> LoadProfile:
+    """``cross [P, E, E]`` with ``layer_pairs [P, 2]`` (pair counts between two layers): the loads are its sums."""
+    cross, pairs = members.array("cross"), members.array("layer_pairs")
+    if cross.ndim != 3 or cross.shape[1] != cross.shape[2] or cross.dtype.kind not in "iuf":
+        raise TraceError(f"{members.path}: cross must be numbers [P, E, E], got {cross.dtype} {cross.shape}")
+    pairs = integers("layer_pairs", pairs, 0, 65_535, np.int64)
+    if pairs.shape != (len(cross), 2):
+        raise TraceError(f"{members.path}: layer_pairs {pairs.shape} for {len(cross)} tables")
+    loads: dict[int, NDArray[Any]] = {}
+    for table, (first, second) in zip(cross.astype(np.float64), pairs.tolist(), strict=True):
+        loads.setdefault(first, table.sum(axis=1))
+        loads.setdefault(second, table.sum(axis=0))
+    ids = np.array(sorted(loads), np.int32)
+    return LoadProfile(np.stack([loads[int(i)] for i in ids]), ids, name=members.path.name)

@@ -1,4 +1,4 @@
-"""Synthetic traces: oracles with a known best placement, and stand-ins where no real trace exists. Never "real data"."""
+"""Synthetic traces: oracles with a known best placement, and stand-ins where no real trace exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from poise.observe.trace import RoutingTrace
 def planted_affinity(
     *, num_tokens: int = 512, num_layers: int = 4, num_devices: int = 4, experts_per_device: int = 4, seed: int = 0
 ) -> tuple[RoutingTrace, NDArray[np.int64]]:
-    """Tokens that stay in one group of experts through all layers, and the placement [L, E] that keeps each group together.
+    """Tokens that stay in one group of experts through all layers, and the placement [L, E] that keeps groups whole.
 
     Under ``stay`` that placement moves nothing after the first layer, and every device gets the same number of tokens:
     no placement can do better. ``num_tokens`` should be a multiple of num_devices * experts_per_device.
@@ -30,7 +30,8 @@ def planted_affinity(
 
 
 def zipf_trace(
-    *, num_tokens: int, num_layers: int, num_experts: int, top_k: int = 1, exponent: float = 0.8, stickiness: float = 0.0,
+    *, num_tokens: int, num_layers: int, num_experts: int, top_k: int = 1, exponent: float = 0.8,
+    stickiness: float = 0.0,
     tokens_per_request: int = 32, seed: int = 0,
 ) -> RoutingTrace:  # fmt: skip
     """Zipf-skewed loads; with probability ``stickiness`` a token goes on to a fixed partner of its last heaviest expert."""

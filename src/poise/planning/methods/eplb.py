@@ -110,8 +110,8 @@ def _hierarchical(
     per_physical = np.take_along_axis(per_node, phy2mlog, 1) / np.take_along_axis(count, phy2mlog, 1).astype(np.float32)
     gpu_pack, gpu_rank = balanced_packing(per_physical, gpus // nodes)
     pphy2phy = _inverse(gpu_pack * per_gpu + gpu_rank)
-    pphy2mlog = np.take_along_axis(phy2mlog, pphy2phy, 1).reshape(layers, nodes, -1)
-    pphy2mlog = (pphy2mlog + np.arange(0, experts, experts // nodes)[None, :, None]).reshape(layers, -1)
+    in_node = np.take_along_axis(phy2mlog, pphy2phy, 1).reshape(layers, nodes, -1)
+    pphy2mlog = (in_node + np.arange(0, experts, experts // nodes)[None, :, None]).reshape(layers, -1)
     pphy2log = np.take_along_axis(mlog2log, pphy2mlog, 1)
     pphy_rank = np.take_along_axis(replica, pphy2phy, 1).reshape(layers, -1)
     logcnt = np.take_along_axis(count.reshape(layers, -1), log2mlog, 1)
@@ -178,7 +178,7 @@ def _plan(problem: PlacementProblem, groups: int, nodes: int, name: str) -> Meth
                 break
             spare //= 2
         counts.append(count)
-    why = f"slots {problem.slots_D.tolist()[:8]} on nodes of {per_node.tolist()[:8]} devices: the published packing needs equal ones"
+    why = f"the published packing needs equal slots and nodes, got {problem.slots_D.tolist()} on {per_node.tolist()}"
     placement = Placement.from_counts(np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,
                                       layer_ids_L=batch.layer_ids_L, method=name)  # fmt: skip
     return MethodResult(placement, {"adapted": why})
