@@ -158,7 +158,7 @@ def from_preset(
             f"a cluster has 1 to {MAX_DEVICES} devices and at least one a node, got {list(devices_per_node)[:8]}"
         )
     constants: dict[str, Any] = {name: DEVICES[preset][name] * tensor_parallel for name in RATES}
-    node = np.repeat(np.arange(len(devices_per_node)), devices_per_node)
+    node = np.repeat(np.arange(len(devices_per_node), dtype=np.int32), devices_per_node)
     constants["name"] = preset + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else "")
     constants.update(overrides)
     return Cluster(node, np.ones(node.size) if speed is None else np.asarray(speed, dtype=np.float64), **constants)

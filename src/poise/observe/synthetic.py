@@ -46,7 +46,7 @@ def zipf_trace(
             score[follow, partner[follow]] += 50.0
         experts[:, layer] = np.argsort(-score, axis=1)[:, :top_k]
     request = np.arange(num_tokens) // tokens_per_request
-    return RoutingTrace(experts, num_experts, request=request, name=f"synthetic zipf {exponent:g}")
+    return RoutingTrace(experts, num_experts, request=request.astype(np.int32), name=f"synthetic zipf {exponent:g}")
 
 
 def mixtral_like(*, num_tokens: int = 20_000, seed: int = 0) -> RoutingTrace:

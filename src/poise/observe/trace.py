@@ -139,7 +139,7 @@ class RoutingTrace:
         """The tokens of a bool mask [T], in order."""
         if not mask_T.any():
             raise TraceError(f"the selection leaves 0 of {self.num_tokens} tokens of {self.name}")
-        parts = {
+        parts: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[mask_T]
             for name in ("experts", "request", "is_decode", "step", "home", "weights", "domain")
         }

@@ -141,22 +141,21 @@ def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _kick(data, state, layer, swaps, seed):  # type: ignore[no-untyped-def]
-    """Random swaps in one layer."""
-    np.random.seed(seed)
-    experts, devices = state.held_LED.shape[1], data.speed_D.size
+def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
+    """Swaps in one layer chosen by uniform ``draws`` [swaps, tries, 4]; the first possible try of each is made."""
+    experts = state.held_LED.shape[1]
     four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
-    for _ in range(swaps):
-        for _ in range(50):
-            e, f = np.random.randint(experts), np.random.randint(experts)
-            a = state.hold_LED[layer, e, np.random.randint(state.copies_LE[layer, e])]
-            c = state.hold_LED[layer, f, np.random.randint(state.copies_LE[layer, f])]
+    for swap in range(draws.shape[0]):
+        for attempt in range(draws.shape[1]):
+            u = draws[swap, attempt]
+            e, f = int(u[0] * experts), int(u[1] * experts)
+            a = state.hold_LED[layer, e, int(u[2] * state.copies_LE[layer, e])]
+            c = state.hold_LED[layer, f, int(u[3] * state.copies_LE[layer, f])]
             if a != c and not state.held_LED[layer, e, c] and not state.held_LED[layer, f, a]:
                 four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
                 four_d[0], four_d[1], four_d[2], four_d[3] = a, c, c, a
                 change(data, state, layer, four_e, four_d, np.inf)
                 break
-    return devices
 
 
 def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
@@ -183,7 +182,7 @@ def _snapshot(state: State, layer: int) -> tuple[NDArray[Any], ...]:
 
 def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
     state.room_GD[:] = saved[0]
-    targets = (state.hold_LED, state.copies_LE, state.held_LED, state.used_LD, state.compute_LBD, state.tokens_LBD)
+    targets: tuple[NDArray[Any], ...] = (state.hold_LED, state.copies_LE, state.held_LED, state.used_LD, state.compute_LBD, state.tokens_LBD)  # fmt: skip
     for target, value in zip(targets, saved[1:7], strict=True):
         target[layer] = value
     state.port_LFPBD[layer : layer + len(saved[7])] = saved[7]
@@ -243,7 +242,7 @@ def search(
         saved = _snapshot(state, layer)
         before = float(_score(data, state, layer))
         if local[layer]:
-            _kick(data, state, layer, int(rng.integers(1, 4)), int(rng.integers(2**31)))
+            _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
         after = float(_descend(data, state, layer, budget))
         local[layer] = True
         if after < before * BETTER:

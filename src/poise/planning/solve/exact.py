@@ -1,0 +1,134 @@
+"""``exact``: the joint optimum over equal-size placements under linear ``stay`` traffic, by dynamic programming.
+
+DESIGN 3.2. A layer of E experts on D devices, E / D each, has E! / (E/D)!^D placements (8 on 4: 2,520). The objective is
+a sum over neighbouring layers, so the chain is a shortest path with the placements of a layer as its nodes:
+
+    sum_l  max_d compute(d) of the mean load  +  sum_l sum_{e1, e2} tokens[l, e1, e2] * seconds(device e1, device e2)
+
+tokens[l, e1, e2] counts tokens whose heaviest expert of layer l is e1 and that use e2 in layer l + 1 (ExFlow's flow). A
+copy costs its bytes over the narrowest port on its way, divided by D: the mean port, which is linear where the true
+cost, the fullest port, is not.
+"""
+
+from __future__ import annotations
+
+from math import factorial, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.compute import expert_seconds
+from poise.errors import NoResultError
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import Placement
+from poise.planning.problem import MethodResult, PlacementProblem, Progress
+
+MAX_PLACEMENTS = 6_000
+
+
+def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
+    """Expected tokens of a step from each heaviest expert to each expert of the next layer, [L - 1, E, E]."""
+    experts = batch.num_experts
+    out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
+    if batch.experts_TLK is None or batch.start_B is None:
+        return out
+    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    ids = batch.experts_TLK.astype(np.int64)
+    for layer in range(batch.num_layers - 1):
+        flat = (ids[:, layer, :1] * experts + ids[:, layer + 1]).ravel()
+        weight = np.repeat(weight_T, batch.top_k)
+        out[layer] = np.bincount(flat, weights=weight, minlength=experts**2).reshape(experts, experts)
+    return out
+
+
+def copy_seconds_DD(cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
+    """Seconds of one token copy between two devices, as a share of the mean port, [D, D]."""
+    same = cluster.node_D[:, None] == cluster.node_D[None, :]
+    out = np.where(same, 1 / cluster.intra_bytes_per_s, 1 / cluster.inter_bytes_per_s)
+    np.fill_diagonal(out, 0.0)
+    return out * model.dispatch_bytes_per_token / cluster.num_devices
+
+
+def linear_stay_objective(
+    expert_device_LE: NDArray[np.int64], batch: RoutingBatch, cluster: Cluster, model: ModelSpec
+) -> float:
+    """The objective of this module for a placement without replicas, seconds a layer and step."""
+    work = expert_seconds(batch.load_LE(), cluster, model)
+    move = copy_seconds_DD(cluster, model)
+    flow = transitions_LEE(batch)
+    total = 0.0
+    for layer, device in enumerate(expert_device_LE):
+        total += float(
+            (np.bincount(device, weights=work[layer], minlength=cluster.num_devices) / cluster.speed_D).max()
+        )
+        if layer:
+            total += float((flow[layer - 1] * move[np.ix_(expert_device_LE[layer - 1], device)]).sum())
+    return total / len(expert_device_LE)
+
+
+def all_placements(sizes_D: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every way to put sum(sizes) experts on devices with these sizes, int [n, E]."""
+    rows = np.zeros((1, 0), np.int64)
+    used = np.zeros((1, len(sizes_D)), np.int64)
+    for _ in range(int(sizes_D.sum())):
+        parts = []
+        for d, size in enumerate(sizes_D):
+            ok = used[:, d] < size
+            grown = used[ok].copy()
+            grown[:, d] += 1
+            parts.append((np.column_stack([rows[ok], np.full(int(ok.sum()), d)]), grown))
+        rows, used = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    return rows
+
+
+def plan(
+    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+) -> MethodResult:
+    """The proven optimum of the linear objective; ``details["linear_stay_objective"]`` is its value.
+
+    Redundant slots stay empty.
+
+    Raises
+    ------
+    NoResultError : a layer has more than 6,000 placements.
+    """
+    batch, devices = problem.batch, problem.num_devices
+    sizes = np.zeros(devices, np.int64)
+    for _ in range(batch.num_experts):
+        fits = np.flatnonzero(sizes < problem.slots_D)
+        sizes[fits[np.argmin(sizes[fits])]] += 1
+    number = factorial(batch.num_experts) // prod(factorial(int(s)) for s in sizes)
+    if number > MAX_PLACEMENTS:
+        raise NoResultError(
+            f"a layer has {number:.3g} placements of {batch.num_experts} experts on {devices} devices, exact takes "
+            f"{MAX_PLACEMENTS}", hint="use method poise",
+        )  # fmt: skip
+    options = all_placements(sizes)
+    one_hot = np.eye(devices)[options]
+    work = expert_seconds(batch.load_LE(), problem.cluster, problem.model)
+    move = copy_seconds_DD(problem.cluster, problem.model)
+    flow = transitions_LEE(batch)
+    flat = one_hot.reshape(len(options), -1)
+    compute = (np.einsum("ned,le->lnd", one_hot, work) / problem.cluster.speed_D).max(axis=2)
+    cost = compute[0]
+    came = np.zeros((batch.num_layers, len(options)), np.int64)
+    for layer in range(1, batch.num_layers):
+        sent = np.einsum("ef,ned,dc->nfc", flow[layer - 1], one_hot, move, optimize=True).reshape(len(options), -1)
+        total = sent @ flat.T + cost[:, None]
+        came[layer] = total.argmin(axis=0)
+        cost = total[came[layer], np.arange(len(options))] + compute[layer]
+        if progress:
+            progress("dynamic programme", layer / batch.num_layers)
+    path = [int(cost.argmin())]
+    for layer in range(batch.num_layers - 1, 0, -1):
+        path.append(int(came[layer, path[-1]]))
+    device_LE = options[path[::-1]]
+    placement = Placement.from_devices(device_LE, devices, layer_ids_L=batch.layer_ids_L, method="exact")
+    placement = Placement.from_counts(
+        placement.count_LED(), slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L,
+        method="exact",
+    )  # fmt: skip
+    value = float(cost.min()) / batch.num_layers
+    return MethodResult(placement, {"linear_stay_objective": value, "linear_stay_bound": value, "placements": number})

@@ -1,0 +1,88 @@
+"""Thin helpers over HiGHS (highspy): build row by row, run in silence, say how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import InfeasibleError, NoResultError
+
+INF = highspy.kHighsInf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MilpResult:
+    """Values of all columns, objective and proven bound (minimisation)."""
+
+    values: NDArray[np.float64]
+    objective: float
+    bound: float
+
+
+class Milp:
+    """A minimisation problem under construction."""
+
+    def __init__(self) -> None:
+        self.model = highspy.Highs()
+        self.model.setOptionValue("output_flag", False)
+        self.model.setOptionValue("threads", 1)
+        self.size = 0
+
+    def columns(self, costs: NDArray[Any], upper: float = 1.0, *, integer: bool = True) -> NDArray[np.int64]:
+        """Add columns in [0, upper] with the given costs, any shape; returns their numbers in that shape."""
+        flat = np.asarray(costs, dtype=np.float64).ravel()
+        count = flat.size
+        index = np.arange(self.size, self.size + count)
+        none = np.zeros(0, np.int32)
+        self.model.addCols(
+            count, flat, np.zeros(count), np.full(count, upper), 0, np.zeros(count, np.int32), none, np.zeros(0)
+        )
+        if integer:
+            kinds = np.full(count, int(highspy.HighsVarType.kInteger.value), np.uint8)
+            self.model.changeColsIntegrality(count, index.astype(np.int32), kinds)
+        self.size += count
+        return index.reshape(np.shape(costs))
+
+    def row(self, low: float, columns: Sequence[Any] | NDArray[Any], values: Any, high: float) -> None:
+        """Add ``low <= values . columns <= high``."""
+        index = np.asarray(columns, dtype=np.int32).ravel()
+        value = np.broadcast_to(np.asarray(values, dtype=np.float64), np.shape(columns)).ravel()
+        self.model.addRow(low, high, index.size, index, value)
+
+    def solve(
+        self, *, time_limit_s: float, abs_gap: float = 1e-6, rel_gap: float = 0.0, start: NDArray[Any] | None = None
+    ) -> MilpResult:
+        """Run to a gap or the time limit.
+
+        Raises
+        ------
+        InfeasibleError : HiGHS proved that nothing meets the constraints.
+        NoResultError : time ran out before any solution was found.
+        """
+        for name, value in (
+            ("time_limit", max(0.05, time_limit_s)),
+            ("mip_abs_gap", abs_gap),
+            ("mip_rel_gap", rel_gap),
+        ):
+            self.model.setOptionValue(name, float(value))
+        if start is not None:
+            hint = highspy.HighsSolution()
+            hint.col_value = np.asarray(start, dtype=np.float64).tolist()
+            self.model.setSolution(hint)
+        self.model.run()
+        status, info = self.model.getModelStatus(), self.model.getInfo()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            raise InfeasibleError(f"HiGHS proved that no solution meets the {self.model.getNumRow()} constraints")
+        values = np.array(self.model.getSolution().col_value)
+        if (
+            values.size != self.size
+            or not np.isfinite(info.objective_function_value)
+            or info.primal_solution_status == 0
+        ):
+            raise NoResultError(f"HiGHS found no solution in {time_limit_s:.1f} s", hint="raise --time-limit")
+        return MilpResult(values, float(info.objective_function_value), float(info.mip_dual_bound))

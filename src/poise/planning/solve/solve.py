@@ -1,0 +1,119 @@
+"""solve: one problem, one method -> a Solution, priced by independent code and with a bound per term."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from poise.cost.bound import bound_terms, compute_bound
+from poise.cost.compute import expert_seconds
+from poise.cost.step import batch_cost
+from poise.errors import NoResultError, OptionError
+from poise.planning.methods import contiguous, eplb, lpt, moetuner, round_robin
+from poise.planning.placement import Placement
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
+from poise.planning.solve import exact, search
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A static method: what plans, one line on it, and whether its memory is counted over all layers together."""
+
+    plan: Callable[..., MethodResult]
+    summary: str
+    pooled: bool = False
+
+
+def _plan_poise(
+    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+) -> MethodResult:
+    """Search from the placements of all other methods; see :mod:`poise.planning.solve.search`."""
+    starts: list[Placement] = []
+    end = time.monotonic() + 0.4 * time_limit_s
+    for name in STARTS:
+        if METHODS[name].pooled and not problem.pooled:
+            continue
+        try:
+            left = max(0.2, end - time.monotonic())
+            result = METHODS[name].plan(problem, time_limit_s=left, seed=seed)
+            problem.check(result.placement)
+        except NoResultError:
+            continue
+        starts.append(result.placement)
+    return search.search(problem, starts, time_limit_s=0.6 * time_limit_s, seed=seed, progress=progress)
+
+
+METHODS: dict[str, Method] = {
+    "contiguous": Method(contiguous.plan, "blocks of experts in order: what engines do by default"),
+    "round-robin": Method(round_robin.plan, "experts dealt in turn"),
+    "lpt": Method(lpt.plan, "heaviest first onto the least loaded device"),
+    "eplb": Method(eplb.plan, "DeepSeek EPLB, hierarchical where it divides"),
+    "eplb-global": Method(eplb.plan_global, "DeepSeek EPLB, nodes ignored"),
+    "moetuner": Method(moetuner.plan, "MoETuner's two ILPs as published: unequal layers, equal in all", pooled=True),
+    "moetuner-equal": Method(moetuner.plan_equal, "MoETuner's two ILPs with equal layers"),
+    "exact": Method(exact.plan, "proven joint optimum under linear stay traffic, small layers only"),
+    "poise": Method(_plan_poise, "joint search on the full cost"),
+}
+STARTS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "exact", "moetuner-equal", "moetuner")
+
+
+def solve(
+    problem: PlacementProblem,
+    *,
+    method: str = "poise",
+    time_limit_s: float = 20.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Solution:
+    """Plan a placement and price it.
+
+    Parameters
+    ----------
+    problem : traffic, machine, model and memory.
+    method : a key of :data:`METHODS`. ``moetuner`` is solved with ``pooled`` slots, as it was published.
+    time_limit_s : for methods that can use it.
+    seed : the same seed gives the same placement.
+    progress : called with a stage and the share of it done.
+
+    Raises
+    ------
+    OptionError : unknown method, or a time limit that is not above 0.
+    InfeasibleError, NoResultError : the method proved that there is no placement, or found none.
+    """
+    if method not in METHODS:
+        raise OptionError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
+    if not (np.isfinite(time_limit_s) and time_limit_s > 0):
+        raise OptionError(f"the time limit must be above 0 s, got {time_limit_s}")
+    chosen = METHODS[method]
+    if chosen.pooled and not problem.pooled:
+        problem = replace(problem, pooled=True)
+    began = time.monotonic()
+    result = chosen.plan(problem, time_limit_s=time_limit_s, seed=seed, progress=progress)
+    seconds = time.monotonic() - began
+    problem.check(result.placement)
+    return evaluate(problem, result, method=method, seconds=seconds)
+
+
+def evaluate(problem: PlacementProblem, result: MethodResult, *, method: str, seconds: float = 0.0) -> Solution:
+    """Price a placement on the problem's own traffic with :func:`poise.cost.step.batch_cost`, and bound each term."""
+    batch = problem.batch
+    cost = batch_cost(batch, result.placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
+                      split=problem.split)  # fmt: skip
+    bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.layer_slots_D,
+                        spare=problem.spare_slots)  # fmt: skip
+    # One static plan serves all scenarios, so the mean work of an expert bounds it too.
+    work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
+    static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)
+    weight = batch.weight_B
+    terms = {
+        "compute": Term(float(weight @ cost.compute_BL.mean(axis=1)),
+                        float(np.maximum(weight @ bound.compute_BL, static_L).mean())),
+        "dispatch": Term(float(weight @ cost.dispatch_BL.mean(axis=1)), float(weight @ bound.dispatch_BL.mean(axis=1))),
+        "combine": Term(float(weight @ cost.combine_BL.mean(axis=1)), float(weight @ bound.combine_BL.mean(axis=1))),
+        "kv": Term(float(weight @ cost.kv_BL.mean(axis=1)), float(weight @ bound.kv_BL.mean(axis=1))),
+    }  # fmt: skip
+    imbalance = cost.imbalance_BL()
+    return Solution(result.placement, method, terms, float(np.nanmean(imbalance)), seconds, result.details)
