@@ -29,11 +29,11 @@ DEVICES: dict[str, dict[str, float]] = {
     # NVIDIA V100 datasheet: 125 TFLOPS (SXM2), 32 GB, 900 GB/s, NVLink2 300 GB/s both ways; 8 GPUs share 100 Gb/s
     # in the usual cloud instance, here 12.5 Gb/s a GPU
     "v100": _device(125, 32, 900, 150, 12.5),
-    # NVIDIA A100 datasheet: 312 TFLOPS, 80 GB SXM, 2039 GB/s, NVLink3 600 GB/s both ways; DGX A100 user guide: 8x 200 Gb/s
+    # NVIDIA A100 datasheet: 312 TFLOPS, 80 GB SXM, 2039 GB/s, NVLink3 600 GB/s both ways; DGX A100 guide: 8x 200 Gb/s
     "a100": _device(312, 80, 2039, 300, 200),
     # the same with one 100 Gb/s port for 8 GPUs
     "a100-100g": _device(312, 80, 2039, 300, 12.5),
-    # NVIDIA H100 datasheet: 989 TFLOPS, 80 GB SXM, 3.35 TB/s, NVLink4 900 GB/s both ways; DGX H100 user guide: 8x 400 Gb/s
+    # NVIDIA H100 datasheet: 989 TFLOPS, 80 GB SXM, 3.35 TB/s, NVLink4 900 GB/s both ways; DGX H100 guide: 8x 400 Gb/s
     "h100": _device(989, 80, 3350, 450, 400),
     # H100 datasheet, PCIe column: 756 TFLOPS, 80 GB, 2 TB/s, PCIe Gen5 128 GB/s both ways; 100 Gb/s a GPU
     "h100-pcie": _device(756, 80, 2000, 64, 100),

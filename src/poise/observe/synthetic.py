@@ -34,7 +34,7 @@ def zipf_trace(
     stickiness: float = 0.0,
     tokens_per_request: int = 32, seed: int = 0,
 ) -> RoutingTrace:  # fmt: skip
-    """Zipf-skewed loads; with probability ``stickiness`` a token goes on to a fixed partner of its last heaviest expert."""
+    """Zipf-skewed loads; with odds ``stickiness`` a token goes on to a fixed partner of its last heaviest expert."""
     rng = np.random.default_rng(seed)
     log_share = -exponent * np.log(np.arange(1, num_experts + 1))
     experts = np.empty((num_tokens, num_layers, top_k), np.int16)

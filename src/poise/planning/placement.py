@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from poise.errors import PlacementError
 
 EMPTY = -1
+FORMAT = 1
+FIELDS = ("format", "slot_expert", "slot_device", "num_experts", "num_devices", "layer_ids", "method")
+MAX_BYTES = 2**30
+MAX_SIZE = 65_536
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,3 +152,124 @@ class Placement:
                 slot_expert[layer, start[device] : start[device] + held.size] = held
         slot_device = np.repeat(np.arange(num_devices, dtype=np.int32), slots)
         return cls(slot_expert, slot_device, num_experts, num_devices, layer_ids_L=layer_ids_L, method=method)
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.npz`` without pickles (docs/formats.md); the file appears whole or not at all."""
+        ids = np.arange(self.num_layers) if self.layer_ids_L is None else self.layer_ids_L
+        with atomic(Path(path)) as stream:
+            np.savez_compressed(
+                stream, format=np.int32(FORMAT), slot_expert=self.slot_expert_LS, slot_device=self.slot_device_S,
+                num_experts=np.int32(self.num_experts), num_devices=np.int32(self.num_devices), layer_ids=ids,
+                method=np.array(self.method),
+            )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> Placement:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        PlacementError : the file is missing, damaged, pickled, too large, of another format, or no valid placement.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise PlacementError(f"no such file: {path}")
+        try:
+            with zipfile.ZipFile(path) as members:
+                sizes = {info.filename.removesuffix(".npy"): info.file_size for info in members.infolist()}
+                if sum(sizes.values()) > MAX_BYTES:
+                    raise PlacementError(f"{path} unpacks to {sum(sizes.values())} bytes, at most {MAX_BYTES} are read")
+                missing = [name for name in FIELDS if name not in sizes]
+                if missing:
+                    raise PlacementError(f"{path} has no array {missing[0]!r}", hint="is it a poise placement?")
+                arrays = {}
+                for name in FIELDS:
+                    with members.open(f"{name}.npy") as stream:
+                        arrays[name] = npy.read_array(stream, allow_pickle=False)
+        except PlacementError:
+            raise
+        except Exception as error:  # a damaged member can fail in zlib, zipfile, numpy and ast alike
+            raise PlacementError(f"{path} is not a placement: {error}", hint="was it cut short?") from None
+        for name, array in arrays.items():
+            if array.dtype.kind not in ("U" if name == "method" else "iu"):
+                raise PlacementError(f"{path}: {name} must be {'text' if name == 'method' else 'whole numbers'}")
+            if name in ("format", "num_experts", "num_devices", "method") and array.shape != ():
+                raise PlacementError(f"{path}: {name} must be one value, got shape {array.shape}")
+        if int(arrays["format"]) != FORMAT:
+            raise PlacementError(f"{path} has format {int(arrays['format'])}, this version reads {FORMAT}")
+        experts, devices = int(arrays["num_experts"]), int(arrays["num_devices"])
+        layers = arrays["slot_expert"].shape[0] if arrays["slot_expert"].ndim == 2 else 0
+        if not (0 < experts <= MAX_SIZE and 0 < devices <= MAX_SIZE and layers * experts * devices <= MAX_BYTES):
+            raise PlacementError(f"{path}: {layers} layers, {experts} experts, {devices} devices are out of range")
+        return cls(
+            arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], str(arrays["method"])
+        )
+
+    def diff(self, other: Placement) -> PlacementDiff:
+        """What it takes to go from this placement to ``other``; slots may be renumbered inside a device for nothing."""
+        mine = (self.num_layers, self.num_experts, self.num_devices)
+        if mine != (other.num_layers, other.num_experts, other.num_devices):
+            theirs = (other.num_layers, other.num_experts, other.num_devices)
+            raise PlacementError(f"placements of [layers, experts, devices] {mine} and {theirs} cannot be compared")
+        before, after = self.count_LED() > 0, other.count_LED() > 0
+        fetched = after & ~before
+        return PlacementDiff(fetched.sum(axis=(1, 2)), fetched.sum(axis=(0, 1)), int((before & ~after).sum()))
+
+    def __repr__(self) -> str:
+        empty = int((self.slot_expert_LS == EMPTY).sum())
+        return (
+            f"Placement({self.method}: {self.num_layers} layers, {self.num_experts} experts in {self.num_slots} slots on "
+            f"{self.num_devices} devices, most replicas {int(self.replicas_LE().max())}, {empty} slots empty)"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacementDiff:
+    """Weights to move between two placements.
+
+    Parameters
+    ----------
+    fetched_L : int [L], experts that some device must fetch, per layer.
+    fetched_D : int [D], experts that each device must fetch, all layers together.
+    dropped : (layer, expert, device) triples that go.
+    """
+
+    fetched_L: NDArray[np.int64]
+    fetched_D: NDArray[np.int64]
+    dropped: int
+
+    @property
+    def fetched(self) -> int:
+        """Experts to fetch in all."""
+        return int(self.fetched_D.sum())
+
+    def moved_bytes(self, expert_bytes: float) -> float:
+        """Bytes to fetch in all."""
+        return self.fetched * expert_bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"PlacementDiff(fetch {self.fetched}, most on one device {int(self.fetched_D.max())}, drop {self.dropped})"
+        )
+
+
+class atomic:
+    """Write a file so that it appears whole or not at all: ``with atomic(path) as stream``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        try:
+            self.stream = tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".poise-", delete=False)
+        except OSError as error:
+            raise PlacementError(f"cannot write {self.path}: {error.strerror}") from None
+        return self.stream
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.stream.close()
+        if kind is None:
+            os.chmod(self.stream.name, 0o644)
+            os.replace(self.stream.name, self.path)
+        else:
+            os.unlink(self.stream.name)

@@ -5,13 +5,14 @@ Step 1  Profile (section 4.1): P[l, e], tokens of an expert; R[l, e1, e2], token
 Step 2  ILP 1, per layer (balance): experts into G clusters, min sum_c |T[c] - mean|, no cluster empty. As printed the
         sizes are free; engines with fixed slots need ``plan_equal``.
 Step 3  C[l, c1, c2]: tokens that go from a cluster to a cluster of the next layer.
-Step 4  ILP 2 (communication): one cluster to one GPU in every layer, min sum_l max_{g1, g2} C / B over pairs of different
-        GPUs, and every GPU holds E * L / G experts over all layers together.
+Step 4  ILP 2 (communication): one cluster to one GPU in every layer, min sum_l max_{g1, g2} C / B over pairs of
+        different GPUs, and every GPU holds E * L / G experts over all layers together.
 
 ILP 1 is solved to an absolute gap of 0.25 % of the layer's tokens: its linear relaxation is 0 on flat loads, so a
-relative gap would never close. A combinatorial bound and a local search often prove that without the solver; HiGHS does
-the rest. ILP 2 is a path through the G! permutations of every layer (G <= 5), solved to 2.5 %: by dynamic programming where
-sizes are equal, else by HiGHS with the memory equalities as side rows. For more GPUs: descent, with a weak bound.
+relative gap would never close. A combinatorial bound and a local search often prove that without the solver; HiGHS
+does the rest. ILP 2 is a path through the G! permutations of every layer (G <= 5), solved to 2.5 %: by dynamic
+programming where sizes are equal, else by HiGHS with the memory equalities as side rows. For more GPUs: descent, with
+a weak bound.
 
 Neither programme uses redundant slots (they stay empty) nor device speeds: the paper knows neither.
 """
@@ -369,7 +370,8 @@ def _solve(
         for _ in range(batch.num_experts):
             fits = np.flatnonzero(sizes < problem.slots_D)
             sizes[fits[np.argmin(sizes[fits])]] += 1
-    clusters, notes = [], []
+    clusters: list[NDArray[np.int64]] = []
+    notes: list[dict[str, Any]] = []
     for layer, load in enumerate(load_LE):
         left = max(0.2, (end - time.monotonic()) * 0.8 / (len(load_LE) - layer))
         cluster, value, bound, by = ilp1(load, num, sizes, time_limit_s=left)

@@ -1,7 +1,7 @@
 """Affinity assignments: a start for ``stay`` traffic, where a token should go on where it is.
 
 ExFlow-like (arXiv 2401.08383): layer by layer, the experts of a layer are assigned to the slots so that most of the
-transitions from the layer before stay on their device. A price on load, taken from a small grid, trades it against balance.
+transitions from the layer before stay on their device. A price on load, from a small grid, trades it for balance.
 """
 
 from __future__ import annotations
@@ -63,6 +63,6 @@ def affinity_start(problem: PlacementProblem) -> list[Placement]:
                 slots_D=None if problem.pooled else problem.slots_D,
                 layer_ids_L=batch.layer_ids_L,
                 method=placement.method,
-            )  # fmt: skip
+            ),
         )
     return out

@@ -1,6 +1,6 @@
-"""``exact``: the joint optimum over equal-size placements under linear ``stay`` traffic, by dynamic programming.
+"""``exact``: the proven joint optimum over equal-size placements under linear ``stay`` traffic.
 
-DESIGN 3.2. A layer of E experts on D devices, E / D each, has E! / (E/D)!^D placements (8 on 4: 2,520). The objective is
+A dynamic programme over the layer chain (DESIGN 3.2). A layer of E experts on D devices, E / D each, has E! / (E/D)!^D placements (8 on 4: 2,520). The objective is
 a sum over neighbouring layers, so the chain is a shortest path with the placements of a layer as its nodes:
 
     sum_l  max_d compute(d) of the mean load  +  sum_l sum_{e1, e2} tokens[l, e1, e2] * seconds(device e1, device e2)
@@ -102,7 +102,7 @@ def plan(
     number = factorial(batch.num_experts) // prod(factorial(int(s)) for s in sizes)
     if number > MAX_PLACEMENTS:
         raise NoResultError(
-            f"a layer has {number:.3g} placements of {batch.num_experts} experts on {devices} devices, exact takes "
+            f"a layer has about 10^{len(str(number)) - 1} placements of {batch.num_experts} experts on {devices} devices, exact takes "
             f"{MAX_PLACEMENTS}", hint="use method poise",
         )  # fmt: skip
     options = all_placements(sizes)
