@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from corpus import DOMAINS
 from torch import Tensor
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from corpus import DOMAINS
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,9 @@ def held_out_loss(model: OlmoeForCausalLM, windows: dict[str, Tensor], batch: in
         total = 0.0
         for part in rows.split(batch):
             logits = model(input_ids=part, use_cache=False).logits[:, :-1]
-            total += float(F.cross_entropy(logits.reshape(-1, logits.shape[-1]), part[:, 1:].reshape(-1), reduction="sum"))
+            total += float(
+                F.cross_entropy(logits.reshape(-1, logits.shape[-1]), part[:, 1:].reshape(-1), reduction="sum")
+            )
         losses[domain] = total / (rows.shape[0] * (rows.shape[1] - 1))
     model.train()
     return losses
@@ -303,7 +304,12 @@ def train(text: Path, out: Path, options: Options, experts: str, save_minutes: f
             report(step + 1, tokens, now - start, smooth, (float(balance.detach()), float(z.detach())), loads)
             said = now
         if now - saved > save_minutes * 60:
-            save(model, tokenizer, out, {**metrics, "tokens": tokens, "minutes": (now - start) / 60, "train_loss": smooth})
+            save(
+                model,
+                tokenizer,
+                out,
+                {**metrics, "tokens": tokens, "minutes": (now - start) / 60, "train_loss": smooth},
+            )
             saved = now
     minutes = (time.monotonic() - start) / 60
     losses = held_out_loss(model, windows, options.batch)
@@ -345,7 +351,9 @@ def main() -> None:
     args = vars(parser.parse_args())
     own = {name: args.pop(name) for name in ("text", "out", "experts_implementation", "save_minutes", "held_tokens")}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    train(own["text"], own["out"], Options(**args), own["experts_implementation"], own["save_minutes"], own["held_tokens"])
+    train(
+        own["text"], own["out"], Options(**args), own["experts_implementation"], own["save_minutes"], own["held_tokens"]
+    )
 
 
 if __name__ == "__main__":

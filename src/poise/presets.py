@@ -86,7 +86,7 @@ MODELS: dict[str, dict[str, Any]] = {
                            quantization_config={"quant_method": "mxfp4"}),
     "gpt-oss-120b": _config(36, 128, 4, 2880, 2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
                             quantization_config={"quant_method": "mxfp4"}),
-    # Hecate (arXiv 2502.02581), table of models: expert inner width 2 * hidden, plain two-matrix experts, every layer MoE
+    # Hecate (arXiv 2502.02581), table of models: expert inner width 2 * hidden, two matrices, every layer MoE
     "gpt-moe-s": _config(12, 64, 2, 768, 1536, poise_matrices=2),
     "gpt-moe-l": _config(12, 64, 2, 1536, 3072, poise_matrices=2),
     "bert-moe": _config(12, 64, 2, 1024, 2048, poise_matrices=2),

@@ -23,7 +23,7 @@ MAX_BYTES = 256 * 2**20
 def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[NDArray[np.int32], int]:
     """The map, int32 [num_hidden_layers, P], and how many empty slots had to be filled.
 
-    SGLang has no empty slots: each gets the lowest-numbered expert that has the fewest replicas and is not on its device.
+    SGLang has no empty slots: each gets the expert with the fewest replicas that is not on its device.
 
     Raises
     ------

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import zipfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from poise.errors import PlacementError
@@ -218,7 +223,7 @@ class Placement:
     def __repr__(self) -> str:
         empty = int((self.slot_expert_LS == EMPTY).sum())
         return (
-            f"Placement({self.method}: {self.num_layers} layers, {self.num_experts} experts in {self.num_slots} slots on "
+            f"Placement({self.method}: {self.num_layers} layers, {self.num_experts} experts, {self.num_slots} slots on "
             f"{self.num_devices} devices, most replicas {int(self.replicas_LE().max())}, {empty} slots empty)"
         )
 

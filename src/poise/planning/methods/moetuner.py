@@ -185,8 +185,8 @@ def pair_bandwidth(cluster: Cluster) -> NDArray[np.float64]:
     return out
 
 
-def ilp2_objective(flow_LCC: NDArray[np.float64], gpu_LC: NDArray[Any], bandwidth_GG: NDArray[np.float64]) -> float:
-    """Sum over layer boundaries of the largest flow / bandwidth over pairs of GPUs; ``gpu_LC`` = GPU of each cluster."""
+def ilp2_objective(flow_LCC: NDArray[Any], gpu_LC: NDArray[Any], bandwidth_GG: NDArray[np.float64]) -> float:
+    """Sum over layer boundaries of the largest flow / bandwidth over GPU pairs; ``gpu_LC`` = GPU of each cluster."""
     total = 0.0
     for layer, flow in enumerate(flow_LCC):
         total += float((flow / bandwidth_GG[np.ix_(gpu_LC[layer], gpu_LC[layer + 1])]).max())

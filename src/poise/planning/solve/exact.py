@@ -1,7 +1,8 @@
 """``exact``: the proven joint optimum over equal-size placements under linear ``stay`` traffic.
 
-A dynamic programme over the layer chain (DESIGN 3.2). A layer of E experts on D devices, E / D each, has E! / (E/D)!^D placements (8 on 4: 2,520). The objective is
-a sum over neighbouring layers, so the chain is a shortest path with the placements of a layer as its nodes:
+A dynamic programme over the layer chain. A layer of E experts on D devices, E / D each, has
+E! / (E/D)!^D placements (8 on 4: 2,520). The objective is a sum over neighbouring layers, so the chain is a shortest
+path with the placements of a layer as its nodes:
 
     sum_l  max_d compute(d) of the mean load  +  sum_l sum_{e1, e2} tokens[l, e1, e2] * seconds(device e1, device e2)
 

@@ -29,7 +29,7 @@ class Milp:
 
     def __init__(self) -> None:
         self.model = highspy.Highs()
-        self.model.setOptionValue("output_flag", False)
+        self.model.silent()
         self.model.setOptionValue("threads", 1)
         self.size = 0
 

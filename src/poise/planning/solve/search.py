@@ -182,9 +182,9 @@ def _snapshot(state: State, layer: int) -> tuple[NDArray[Any], ...]:
 
 def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
     state.room_GD[:] = saved[0]
-    targets: tuple[NDArray[Any], ...] = (state.hold_LED, state.copies_LE, state.held_LED, state.used_LD, state.compute_LBD, state.tokens_LBD)  # fmt: skip
-    for target, value in zip(targets, saved[1:7], strict=True):
-        target[layer] = value
+    names = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
+    for name, value in zip(names, saved[1:7], strict=True):
+        getattr(state, name)[layer] = value
     state.port_LFPBD[layer : layer + len(saved[7])] = saved[7]
 
 

@@ -1,0 +1,77 @@
+"""poise compare: placements side by side on traffic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poise import api
+from poise.cli import options as o
+from poise.cost.split import SPLITS
+from poise.cost.traffic import TRAFFIC_MODELS
+from poise.errors import OptionError
+from poise.evaluate.compare import Comparison
+from poise.evaluate.report import write_report
+from poise.observe.batching import ORDERS
+
+
+def compare(
+    traces: o.Traces,
+    cluster: o.ClusterSpec,
+    placement: Annotated[
+        list[str] | None,
+        typer.Option("--placement", "-p", help="Method name or placement file; repeat. Default: all methods that fit."),
+    ] = None,
+    fit: Annotated[list[str] | None, typer.Option("--fit", help="Traffic that methods are fitted on; repeat.")] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option("--judge", help="More traffic to judge on, NAME=FILE; repeat.")
+    ] = None,
+    redundant: o.Redundant = 0,
+    model: o.Model = None,
+    traffic: o.TrafficModel = None,
+    split: o.SplitRule = "even",
+    tokens_per_step: o.TokensPerStep = None,
+    order: o.StepOrder = "interleaved",
+    time_limit: o.TimeLimit = 10.0,
+    seed: o.Seed = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report with pictures to this file.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Judge placements on traffic they were not fitted on, in one table with the bound.
+
+    Without --fit, methods are fitted on the first half of the requests and judged on the second.
+
+    Example: poise compare trace.npz --cluster 2x8:h100 --redundant 16 --html report.html
+    """
+    with o.errors():
+        if html is not None:
+            o.writable(html)
+        others: dict[str, str] = {}
+        for item in judge or []:
+            name, equals, path = item.partition("=")
+            if not (name and equals and path):
+                raise OptionError(f"--judge takes NAME=FILE, got {item!r}")
+            others[name] = path
+        with o.progress() as report:
+            result = api.compare(
+                list(traces), cluster, fit=list(fit) if fit else None, others=dict(others),
+                placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, model=model,
+                traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
+                tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), time_limit_s=time_limit,
+                seed=seed, progress=report,
+            )  # fmt: skip
+        show(result, html, json)
+
+
+def show(result: Comparison, html: Path | None, json: bool) -> None:
+    """Print a comparison and write its report."""
+    if html is not None:
+        write_report(result, html)
+    if json:
+        o.print_json(result.to_json())
+    else:
+        result.table(o.out)
+    if html is not None:
+        o.talk.print(f"wrote {html}")

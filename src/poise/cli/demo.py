@@ -1,0 +1,45 @@
+"""poise demo: the main job on the routing trace that ships with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poise import api
+from poise.cli import options as o
+from poise.cli.compare import show
+from poise.observe.trace import RoutingTrace
+
+OTHER = "python"
+"""The domain that methods never see."""
+CLUSTER, REDUNDANT = "2x4:h100", 8
+
+
+def demo(
+    html: Annotated[Path, typer.Option("--html", help="Where the report goes.")] = Path("report.html"),
+    cluster: o.ClusterSpec = CLUSTER,
+    redundant: o.Redundant = REDUNDANT,
+    tokens_per_step: o.TokensPerStep = 2048,
+    time_limit: o.TimeLimit = 10.0,
+    json: o.Json = False,
+) -> None:
+    """Plan and compare on the trace that ships with poise: a small MoE language model on five kinds of text.
+
+    Methods are fitted on half of the requests of four domains, and judged on the other half and on the fifth domain.
+    """
+    with o.errors():
+        o.writable(html)
+        with as_file(files("poise") / "data" / "demo_trace.npz") as path:
+            trace = api.load(path)
+        assert isinstance(trace, RoutingTrace)
+        seen = trace.select(domains=[name for name in trace.domain_names if name != OTHER])
+        fit, held_out = seen.split_requests()
+        with o.progress() as report:
+            result = api.compare(
+                held_out, cluster, fit=fit, others={f"other domain ({OTHER})": trace.select(domains=[OTHER])},
+                redundant=redundant, tokens_per_step=tokens_per_step, time_limit_s=time_limit, progress=report,
+            )  # fmt: skip
+        show(result, html, json)

@@ -1,0 +1,76 @@
+"""poise inspect: what a trace holds, and how skewed it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from poise import api
+from poise.cli import options as o
+from poise.observe.profile import dead_share_L, load_LE, mutual_information, skew_L
+from poise.observe.trace import RoutingTrace
+
+
+def inspect(traces: o.Traces, json: o.Json = False) -> None:
+    """Say what recorded traffic holds: sizes, domains, and per layer skew, dead experts and mutual information.
+
+    Example: poise inspect trace.npz --json
+    """
+    with o.errors():
+        found = api.load(list(traces))
+        facts: dict[str, Any] = {"name": found.name, "layers": found.num_layers, "experts": found.num_experts}
+        if isinstance(found, RoutingTrace):
+            load = load_LE(found.experts, found.num_experts)
+            facts |= {
+                "tokens": found.num_tokens,
+                "requests": len(found.requests()),
+                "top_k": found.top_k,
+                "decode_share": float(np.mean(found.is_decode)) if found.is_decode is not None else 0.0,
+                "domains": _domains(found),
+            }
+            real, null = mutual_information(found.experts, found.num_experts)
+        else:
+            load = found.load_BLE.sum(axis=0)
+            facts |= {"recorded_loads": found.num_steps, "tokens_per_layer": float(load.sum(axis=1).max())}
+            real = null = np.zeros(0)
+        assert found.layer_ids is not None
+        facts["per_layer"] = [
+            {
+                "layer": int(found.layer_ids[index]),
+                "max_over_mean": float(skew_L(load)[index]),
+                "dead_share": float(dead_share_L(load)[index]),
+                "information_to_next_nats": float(real[index]) if index < real.size else None,
+                "shuffled_nats": float(null[index]) if index < null.size else None,
+            }
+            for index in range(found.num_layers)
+        ]
+        if json:
+            o.print_json(facts)
+        else:
+            _show(facts)
+
+
+def _domains(trace: RoutingTrace) -> dict[str, int]:
+    if trace.domain is None:
+        return {}
+    return {name: int((trace.domain == index).sum()) for index, name in enumerate(trace.domain_names)}
+
+
+def _show(facts: dict[str, Any]) -> None:
+    for key, value in facts.items():
+        if key == "domains" and value:
+            o.out.print("domains: " + ", ".join(f"{name} {count} tokens" for name, count in value.items()))
+        elif key not in ("per_layer", "domains"):
+            o.out.print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
+    table = Table(title="per layer", title_justify="left")
+    for head in ("layer", "max / mean load", "dead experts", "information to next, nats", "shuffled"):
+        table.add_column(head, justify="right")
+    for row in facts["per_layer"]:
+        nats = [row["information_to_next_nats"], row["shuffled_nats"]]
+        table.add_row(
+            str(row["layer"]), f"{row['max_over_mean']:.2f}", f"{row['dead_share']:.1%}",
+            *("" if value is None else f"{value:.3f}" for value in nats),
+        )  # fmt: skip
+    o.out.print(table)

@@ -1,0 +1,91 @@
+"""What the verbs share: options, streams, errors -> exit codes, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from poise.errors import InputError, OptionError, PoiseError
+from poise.planning.problem import Progress as Report
+
+out = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+talk = Console(stderr=True, highlight=False)
+
+Traces = Annotated[
+    list[str],
+    typer.Argument(
+        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,phase=decode,half=first keeps a part.",
+        show_default=False,
+    ),
+]
+ClusterSpec = Annotated[
+    str, typer.Option("--cluster", "-c", help="NxD, NxD:preset as in 2x8:h100, NxD:preset@tp2, or a .yaml file.")
+]
+Redundant = Annotated[int, typer.Option("--redundant", "-r", help="Redundant slots a layer, in all.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Model preset or a Hugging Face config.json.")]
+TrafficModel = Annotated[
+    str | None,
+    typer.Option(
+        "--traffic", help="home, home_device_dedup, home_node_dedup or stay. Default: home_node_dedup; loads: home."
+    ),
+]
+SplitRule = Annotated[str, typer.Option("--split", help="Token split over replicas: even or exact.")]
+TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
+StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
+TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds a method may take.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn poise's errors into a message on stderr and exit code 2 (input) or 1 (no result)."""
+    try:
+        yield
+    except PoiseError as error:
+        talk.print(f"[bold red]error:[/] {_plain(error.message)}")
+        if error.hint:
+            talk.print(f"hint: {_plain(error.hint)}")
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except BrokenPipeError:
+        raise typer.Exit(1) from None
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A progress bar on stderr, gone when done; silent where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda stage, share: bar.update(task, description=stage, completed=share)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> Any:
+    """The value, if it is None or allowed."""
+    if value is not None and value not in allowed:
+        raise OptionError(f"unknown {name} {value!r}", hint=f"one of {', '.join(allowed)}")
+    return value
+
+
+def writable(path: Path) -> Path:
+    """The path, if its folder exists; checked before long work."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise OptionError(f"cannot write {path}", hint="name a file in a folder that exists")
+    return path

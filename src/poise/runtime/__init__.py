@@ -1,0 +1,1 @@
+"""What needs PyTorch: recording the routing of a running model."""
