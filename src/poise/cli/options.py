@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from poise.errors import InputError, OptionError, PoiseError
 from poise.planning.problem import Progress as Report
 
-out = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = Console(stderr=True, highlight=False)
 
 Traces = Annotated[

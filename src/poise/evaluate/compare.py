@@ -136,8 +136,8 @@ class Comparison:
         if best == base:
             return f"Not worth it: on {part} traffic no method beats {base}."
         share, low, high = self.gain(best, base)
-        text = f"modelled MoE time {share:+.1%} saved over {base} on {part} traffic"
-        text += f" (95 % of {steps} steps resampled: {low:+.1%} to {high:+.1%})" if steps > 1 else " (one step)"
+        text = f"{share:.1%} less modelled MoE time than {base} on {part} traffic"
+        text += f" (95 % interval over {steps} steps: {low:.1%} to {high:.1%})" if steps > 1 else " (one step)"
         if share < NOT_WORTH or low <= 0:
             return f"Not worth it: {best} is best, {text}."
         return f"{best} is best: {text}."

@@ -115,9 +115,9 @@ def shift_chart(entries: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> s
     for index, (name, values) in enumerate(entries):
         y = up + row * (index + 0.5)
         body.append(_text(left - 10, y + 4, name, "", "end"))
-        at = [left + (value - 1) * scale for _, value in values]
-        body.append(f'<line class="link" x1="{min(at):.1f}" x2="{max(at):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        for order, (x, (part, value)) in enumerate(zip(at, values, strict=True)):
+        spots = [left + (value - 1) * scale for _, value in values]
+        body.append(f'<line class="link" x1="{min(spots):.1f}" x2="{max(spots):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        for order, (x, (part, value)) in enumerate(zip(spots, values, strict=True)):
             title = f"<title>{escape(name)}, {escape(part)}: {value:.3f}</title>"
             body.append(f'<circle class="part{order % 4}" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>')
     body.append(_text(WIDTH - 14, bottom + 30, "imbalance, max / mean tokens (1 is even)", "small", "end"))

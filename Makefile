@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/poise demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# make bench DATA=folder: the routing data to benchmark on
+bench: setup
+	$(BIN)/python benchmarks/planners.py $(DATA)
+	$(BIN)/python benchmarks/moetuner.py $(DATA)
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,45 @@
+"""Names and options that others script against: a change here is a breaking change."""
+
+import typer
+
+import poise
+from poise.cli.main import app
+
+NAMES = {
+    "METHODS", "Cluster", "InfeasibleError", "InputError", "LoadProfile", "ModelSpec", "NoResultError", "Placement",
+    "PlacementProblem", "PoiseError", "RoutingTrace", "Solution", "compare", "make_batch", "plan", "read", "solve",
+}  # fmt: skip
+METHODS = {"contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "exact", "poise"}
+TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
+OPTIONS = {
+    "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--json"},
+    "inspect": {"--json"},
+    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--json"},
+    "compare": TRAFFIC | {"--cluster", "--placement", "--fit", "--judge", "--html", "--json"},
+    "export": {"--to", "--output", "--model", "--num-hidden-layers", "--json"},
+    "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
+               "--temperature", "--seed", "--json"},
+}  # fmt: skip
+
+
+def test_public_names():
+    assert set(poise.__all__) == NAMES and len(NAMES) <= 20
+    assert all(hasattr(poise, name) for name in NAMES)
+
+
+def test_methods():
+    assert set(poise.METHODS) == METHODS
+
+
+def test_verbs_and_options():
+    group = typer.main.get_command(app)
+    found = {
+        name: {option for p in command.params for option in p.opts if option.startswith("--")} - {"--help"}
+        for name, command in group.commands.items()
+    }
+    assert found == OPTIONS
+
+
+def test_every_verb_teaches():
+    for command in typer.main.get_command(app).commands.values():
+        assert command.help and len(command.help) > 60
