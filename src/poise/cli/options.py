@@ -22,7 +22,7 @@ talk = Console(stderr=True, highlight=False)
 Traces = Annotated[
     list[str],
     typer.Argument(
-        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,phase=decode,half=first keeps a part.",
+        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,half=first keeps a part.",
         show_default=False,
     ),
 ]

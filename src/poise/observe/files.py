@@ -1,342 +1,194 @@
-"""Trace and profile files. Untrusted: every defect is a TraceError, sizes are checked before memory is taken.
-
-``.npz`` with ``experts`` is a routing trace, with ``counts`` or ``cross`` a load profile; ``.json`` is a load profile
-``{"logical_count": [L][E]}`` or ``[steps][L][E]``. A selector takes a part of a trace:
-``FILE#domain=german+dutch,phase=decode,half=first``.
-"""
+"""Read traces and load profiles from untrusted files, and choose parts of them."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import TraceError
-from poise.observe.npz import Archive, Header, open_npz
-from poise.observe.trace import MAX_NAME, LoadProfile, Phase, RoutingTrace
+from poise.errors import OptionError, TraceError
+from poise.observe.npz import Archive, open_npz
+from poise.observe.trace import LoadProfile, RoutingTrace, integers
 
-MAX_JSON_BYTES = 128 << 20
-MAX_DOMAINS = 4096
-SELECTOR_KEYS = ("domain", "phase", "half")
-
-
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """The part after ``#``: domains, then a half of the requests (of first appearance), then a phase."""
-
-    domains: tuple[str, ...] = ()
-    phase: Phase | None = None
-    half: Literal["first", "second"] | None = None
-
-    def apply(self, trace: RoutingTrace) -> RoutingTrace:
-        """The selected part of a trace; raises TraceError where nothing is left."""
-        if self.domains:
-            trace = trace.select(domains=self.domains)
-        if self.half is not None:
-            trace = trace.split_requests()[0 if self.half == "first" else 1]
-        return trace.select(phase=self.phase) if self.phase is not None else trace
+MAX_JSON_BYTES = 512 * 2**20
+MAX_NPZ_BYTES = 8 * 2**30
+OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
+SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second"
 
 
-def parse_selector(spec: str | os.PathLike[str]) -> tuple[Path, Selector]:
-    """Split ``FILE#domain=a+b,phase=prefill|decode,half=first|second``; a file of that very name is meant as it is.
+def read(path: str | Path) -> RoutingTrace | LoadProfile:
+    """A routing trace (``.npz``) or a load profile (``.json``, ``.npz``), with an optional selection behind ``#``.
+
+    ``FILE#domain=german,phase=decode,half=first`` keeps one domain, one phase and the first half of the requests.
 
     Raises
     ------
-    TraceError : an unknown, repeated or empty key.
+    TraceError : the file is missing, truncated, pickled, too large, or its arrays break the format (docs/formats.md).
     """
-    text = os.fspath(spec)
-    path, mark, tail = text.rpartition("#")
-    if not mark or _is_file(Path(text)):
-        return Path(text), Selector()
-    given: dict[str, str] = {}
-    for part in tail.split(","):
-        key, equals, value = part.partition("=")
-        if key not in SELECTOR_KEYS or not equals or not value or key in given:
-            raise TraceError(f"cannot read {part!r} in {text}", hint="FILE#domain=NAME,phase=decode,half=first")
-        given[key] = value
-    for key, known in (("phase", ("prefill", "decode")), ("half", ("first", "second"))):
-        if key in given and given[key] not in known:
-            raise TraceError(f"{key} is {given[key]!r} in {text}", hint=f"{key}={known[0]} or {key}={known[1]}")
-    domains = tuple(given["domain"].split("+")) if "domain" in given else ()
-    return Path(path), Selector(domains, cast(Any, given.get("phase")), cast(Any, given.get("half")))
+    name, _, selection = str(path).partition("#")
+    found = _read_json(Path(name)) if name.endswith(".json") else _read_npz(Path(name))
+    return _select(found, selection) if selection else found
 
 
-def read(path: str | os.PathLike[str]) -> RoutingTrace | LoadProfile:
-    """Read a trace or a profile, with or without a selector.
+def read_many(paths: Sequence[str | Path]) -> RoutingTrace | LoadProfile:
+    """Several files as one: traces back to back with requests kept apart, profiles as the steps of one."""
+    return join([read(path) for path in paths])
+
+
+def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProfile:
+    """What :func:`read_many` does, for objects.
 
     Raises
     ------
-    TraceError : the file is missing, damaged or not in a known form; its content is out of range; the selector names
-        what the file does not have.
+    TraceError : no part, traces mixed with profiles, or layers, experts or top-k that disagree.
     """
-    file, selector = parse_selector(path)
-    if not _is_file(file):
-        raise TraceError(f"{file} is not a file", hint="give a routing trace (.npz) or a load profile (.npz, .json)")
-    try:
-        with file.open("rb") as handle:
-            start = handle.read(8)
-    except OSError as err:
-        raise TraceError(f"cannot read {file}: {err}") from err
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06") or file.suffix == ".npz":
-        found = _read_npz(file)
-    elif start[:6] == b"\x93NUMPY" or file.suffix == ".npy":
-        raise TraceError(f"{file} is a bare .npy array", hint="numpy.savez_compressed(..., experts=ids, num_experts=E)")
-    else:
-        found = _read_json(file)
-    if selector == Selector():
-        return found
-    if isinstance(found, LoadProfile):
-        raise TraceError(
-            f"{file} is a load profile: it has no tokens to select from", hint="leave out the part after #"
-        )
-    return selector.apply(found)
-
-
-def read_many(paths: Iterable[str | os.PathLike[str]]) -> RoutingTrace | LoadProfile:
-    """Read several files as one.
-
-    Traces are concatenated: request ids and recorded steps are made distinct; ``step``, ``home`` and ``weights`` are
-    kept where every file has them; a file without domains becomes a domain of its name. Profiles become one profile
-    whose steps are those of the files; pair counts are summed where every file has the same.
-
-    Raises
-    ------
-    TraceError : as :func:`read`; no file; traces and profiles mixed; layers, experts or top_k differ.
-    """
-    names = [os.fspath(path) for path in paths]
-    found = [read(name) for name in names]
-    if not found:
-        raise TraceError("no trace was given", hint="give at least one file")
-    traces = [part for part in found if isinstance(part, RoutingTrace)]
-    profiles = [part for part in found if isinstance(part, LoadProfile)]
-    if traces and profiles:
-        raise TraceError(
-            f"{len(traces)} traces and {len(profiles)} load profiles cannot be mixed", hint="give one kind of file"
-        )
-    if len(found) == 1:
-        return found[0]
-    _check_same_shape(found, names)
-    return concat_traces(traces) if traces else concat_profiles(profiles)
-
-
-def concat_traces(traces: list[RoutingTrace]) -> RoutingTrace:
-    """Traces of one shape, one after the other; see :func:`read_many`."""
-    _check_same_shape(traces, [t.name for t in traces])
-    labels, domain = _merge_domains(traces)
-    step = None
-    if all(t.step is not None for t in traces):
-        step = _distinct([cast(NDArray[np.int32], t.step) for t in traces])
-    joined = {
-        attr: np.concatenate([getattr(t, attr) for t in traces])
-        for attr in ("home", "weights")
-        if all(getattr(t, attr) is not None for t in traces)
-    }
-    return RoutingTrace(
-        np.concatenate([t.experts for t in traces]), traces[0].num_experts,
-        request=_distinct([t.request_T for t in traces]), is_decode=np.concatenate([t.is_decode_T for t in traces]),
-        step=step, layer_ids=traces[0].layer_ids, domain=domain, domain_names=labels,
-        name="+".join(t.name for t in traces), **joined,
-    )  # fmt: skip
-
-
-def concat_profiles(profiles: list[LoadProfile]) -> LoadProfile:
-    """Profiles of one shape as one; see :func:`read_many`."""
-    _check_same_shape(profiles, [p.name for p in profiles])
-    affinity: dict[tuple[int, int], NDArray[np.float64]] = {}
-    if all(p.affinity.keys() == profiles[0].affinity.keys() for p in profiles):
-        affinity = {pair: np.sum([p.affinity[pair] for p in profiles], axis=0) for pair in profiles[0].affinity}
-    load = np.concatenate([p.load_BLE for p in profiles])
-    name = "+".join(p.name for p in profiles)
-    return LoadProfile(load, profiles[0].layer_ids, profiles[0].top_k, affinity=affinity, name=name)
-
-
-def _distinct(parts: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Concatenate ids of several files so that no two files share one, in file order, dense."""
-    out, base = [], 0
-    for part in parts:
-        ids, dense = np.unique(part, return_inverse=True)
-        out.append(dense.astype(np.int32) + np.int32(base))
-        base += ids.size
-    return np.concatenate(out)
-
-
-def _merge_domains(traces: list[RoutingTrace]) -> tuple[tuple[str, ...], NDArray[np.int16]]:
-    names: list[str] = []
-    parts = []
+    if not parts:
+        raise TraceError("no trace was given")
+    if len(parts) == 1:
+        return parts[0]
+    head = parts[0]
+    for part in parts[1:]:
+        for what, a, b in (
+            ("experts", head.num_experts, part.num_experts), ("layers", head.num_layers, part.num_layers),
+            ("experts a token", head.top_k, part.top_k),
+        ):  # fmt: skip
+            if a != b:
+                raise TraceError(f"{head.name} has {a} {what}, {part.name} has {b}", hint="join files of one model")
+        if not np.array_equal(head.layer_ids, part.layer_ids):  # type: ignore[arg-type]
+            raise TraceError(f"{head.name} and {part.name} record different layers")
+    if all(isinstance(part, LoadProfile) for part in parts):
+        loads = np.concatenate([part.load_BLE for part in parts])  # type: ignore[union-attr]
+        return LoadProfile(loads, head.layer_ids, head.top_k, " + ".join(part.name for part in parts))
+    traces = [part for part in parts if isinstance(part, RoutingTrace)]
+    if len(traces) != len(parts):
+        raise TraceError("routing traces and load profiles cannot be joined", hint="give one kind")
+    requests, steps, next_request, next_step = [], [], 0, 0
+    names = tuple(dict.fromkeys(name for trace in traces for name in trace.domain_names))
+    domains = []
     for trace in traces:
-        own = trace.domain_names or (trace.name[-MAX_NAME:] or "trace",)
-        names += [name for name in own if name not in names]
-        place = np.array([names.index(name) for name in own], dtype=np.int16)
-        index = np.zeros(trace.num_tokens, np.int16) if trace.domain is None else trace.domain
-        parts.append(place[index])
-    return tuple(names), np.concatenate(parts)
+        assert trace.request is not None
+        ids, inverse = np.unique(trace.request, return_inverse=True)
+        requests.append(inverse + next_request)
+        next_request += ids.size
+        if trace.step is not None:
+            steps.append(trace.step.astype(np.int64) + next_step)
+            next_step = int(steps[-1].max()) + 1
+        if trace.domain is not None:
+            domains.append(np.array([names.index(name) for name in trace.domain_names])[trace.domain])
+
+    def stack(attr: str) -> NDArray[Any] | None:
+        values = [getattr(trace, attr) for trace in traces]
+        return None if any(value is None for value in values) else np.concatenate(values)
+
+    return RoutingTrace(
+        np.concatenate([trace.experts for trace in traces]),
+        traces[0].num_experts,
+        request=np.concatenate(requests),
+        is_decode=stack("is_decode"),
+        step=np.concatenate(steps) if len(steps) == len(traces) else None,
+        home=stack("home"),
+        weights=stack("weights"),
+        layer_ids=traces[0].layer_ids,
+        domain=np.concatenate(domains) if len(domains) == len(traces) else None,
+        domain_names=names if len(domains) == len(traces) else (),
+        name=" + ".join(trace.name for trace in traces),
+    )
 
 
-def _check_same_shape(found: list[Any], names: list[str]) -> None:
-    first = found[0]
-    for part, name in zip(found[1:], names[1:], strict=True):
-        for what in ("num_experts", "num_layers", "top_k"):
-            if getattr(part, what) != getattr(first, what):
-                raise TraceError(
-                    f"{what} is {getattr(first, what)} in {names[0]} and {getattr(part, what)} in {name}",
-                    hint="give files of one model",
-                )
-        if not np.array_equal(part.layer_ids_L, first.layer_ids_L):
-            differ = int(np.flatnonzero(part.layer_ids_L != first.layer_ids_L)[0])
-            raise TraceError(
-                f"layer {differ} has index {first.layer_ids_L[differ]} in {names[0]} and "
-                f"{part.layer_ids_L[differ]} in {name}",
-                hint="give files of one model",
-            )
+def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace | LoadProfile:
+    if isinstance(found, LoadProfile):
+        raise OptionError(f"{found.name} holds loads only: it has no requests to select by #{selection}")
+    for item in selection.split(","):
+        key, _, value = item.partition("=")
+        if key == "domain":
+            found = found.select(domains=value.split("+"))
+        elif key == "phase":
+            found = found.select(phase=value)  # type: ignore[arg-type]
+        elif key == "half" and value in ("first", "second"):
+            found = found.split_requests()[value == "second"]
+        else:
+            raise OptionError(f"unknown selection {item!r}", hint=SELECTORS)
+    return replace(found, name=f"{found.name}#{selection}")
 
 
-def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
-    with open_npz(path) as archive:
-        if "experts" in archive:
-            return _trace_of(archive, path.stem)
-        if "counts" in archive or "cross" in archive:
-            return _profile_of(archive, path.stem)
-        raise TraceError(
-            f"array 'experts' is missing, the file has {', '.join(archive.names[:12]) or 'no arrays'}",
-            hint="a trace needs experts [tokens, layers, top_k] and num_experts; a profile counts [layers, experts]",
-        )
-
-
-def _trace_of(archive: Archive, name: str) -> RoutingTrace:
-    """All headers first: per-token arrays must have the rows of ``experts`` before any of them is read."""
-    if "num_experts" not in archive:
-        raise TraceError("array 'num_experts' is missing", hint="add num_experts=E, ids alone do not tell it")
-    experts = archive.header("experts")
-    experts.require((None, None), (None, None, None))
-    rows = experts.shape[0]
-    headers: dict[str, Header] = {"num_experts": archive.header("num_experts"), "experts": experts}
-    headers["num_experts"].require((), (1,))
-    for attr, kinds in (("request", "iu"), ("is_decode", "biu"), ("step", "iu"), ("home", "iu"), ("domain", "iu")):
-        if attr in archive:
-            headers[attr] = archive.header(attr)
-            headers[attr].require((rows,), kinds=kinds)
-    if "weights" in archive:
-        headers["weights"] = archive.header("weights")
-        headers["weights"].require(experts.shape, kinds="f")
-    if "layer_ids" in archive:
-        headers["layer_ids"] = archive.header("layer_ids")
-        headers["layer_ids"].require((experts.shape[1],))
-    if "domain_names" in archive:
-        headers["domain_names"] = archive.header("domain_names")
-        headers["domain_names"].require((None,), kinds="U")
-        if not 0 < headers["domain_names"].shape[0] <= MAX_DOMAINS:
-            raise TraceError(f"{headers['domain_names'].shape[0]} domain names, 1 to {MAX_DOMAINS} are read")
-    arrays: dict[str, Any] = {attr: archive.read(header) for attr, header in headers.items()}
-    arrays["num_experts"] = arrays["num_experts"].reshape(())
-    if "domain_names" in arrays:
-        arrays["domain_names"] = _texts(arrays["domain_names"])
-    return RoutingTrace(**arrays, name=name)
-
-
-def _texts(values: NDArray[Any]) -> tuple[str, ...]:
-    try:
-        return tuple(str(v) for v in values)
-    except (ValueError, SystemError) as err:  # code points beyond Unicode
-        raise TraceError(f"domain_names is not text: {err}") from err
-
-
-def _profile_of(archive: Archive, name: str) -> LoadProfile:
-    top_k: Any = 1
-    if "top_k" in archive:
-        header = archive.header("top_k")
-        header.require((), (1,))
-        top_k = archive.read(header).reshape(())
-    affinity, marginal = _pair_counts(archive) if "cross" in archive else ({}, {})
-    if "counts" not in archive:
-        ids = np.array(sorted(marginal))
-        return LoadProfile(np.stack([marginal[i] for i in sorted(marginal)]), ids, top_k, affinity, name)
-    counts = archive.header("counts")
-    counts.require((None, None), (None, None, None), kinds="iuf")
-    layers = None
-    if "layers" in archive:
-        header = archive.header("layers")
-        header.require((counts.shape[-2],))
-        layers = archive.read(header)
-    return LoadProfile(archive.read(counts), layers, top_k, affinity, name)
-
-
-def _pair_counts(
-    archive: Archive,
-) -> tuple[dict[tuple[int, int], NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
-    """Pair counts by (layer, layer), and the loads they imply for each layer."""
-    cross, pairs = archive.header("cross"), archive.header("layer_pairs")
-    cross.require((None, None, None), kinds="iuf")
-    if cross.shape[1] != cross.shape[2] or 0 in cross.shape:
-        raise TraceError(f"cross must be [pairs, experts, experts], got {list(cross.shape)}")
-    pairs.require((cross.shape[0], 2))
-    affinity: dict[tuple[int, int], NDArray[np.float64]] = {}
-    marginal: dict[int, NDArray[np.float64]] = {}
-    for (before, after), count in zip(archive.read(pairs).tolist(), archive.read(cross), strict=True):
-        if not 0 <= before < after or (before, after) in affinity:
-            raise TraceError(f"layer pair ({before}, {after}) is repeated or does not ascend from 0")
-        affinity[before, after] = count.astype(np.float64)
-        for layer, load in (
-            (before, affinity[before, after].sum(axis=1)),
-            (after, affinity[before, after].sum(axis=0)),
-        ):
-            known = marginal.setdefault(layer, load)
-            if "counts" not in archive and not np.allclose(known, load, rtol=1e-6, equal_nan=True):
-                raise TraceError(
-                    f"layer {layer} has {known.sum():g} tokens in one pair and {load.sum():g} in another, or spread "
-                    "otherwise",
-                    hint="add counts [layers, experts] and layers",
-                )
-    return affinity, marginal
+def _size(path: Path, most: int) -> int:
+    if not path.is_file():
+        raise TraceError(f"no such file: {path}")
+    size = path.stat().st_size
+    if size > most:
+        raise TraceError(f"{path} has {size} bytes, at most {most} are read")
+    return size
 
 
 def _read_json(path: Path) -> LoadProfile:
+    _size(path, MAX_JSON_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise TraceError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} of JSON are read", hint="use .npz")
-        data = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except TraceError as err:
-        raise TraceError(f"{path}: {err.message}", hint=err.hint) from err
-    except (OSError, ValueError, RecursionError, MemoryError) as err:
-        raise TraceError(f"{path} is neither .npz nor JSON: {err}", hint="poise convert reads other forms") from err
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path} is not JSON: {error}", hint="was it cut short?") from None
     if not isinstance(data, dict) or "logical_count" not in data:
-        kind = f"keys {', '.join(map(str, list(data)[:8]))}" if isinstance(data, dict) else type(data).__name__
-        raise TraceError(
-            f"{path}: no logical_count, got {kind}", hint='{"logical_count": [[...], ...]}, layers x experts'
-        )
-    if not isinstance(data["logical_count"], list):
-        raise TraceError(f"{path}: logical_count must be nested lists, got {type(data['logical_count']).__name__}")
+        raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     try:
-        load = np.array(data["logical_count"])
-    except (ValueError, OverflowError, TypeError) as err:
-        raise TraceError(f"{path}: logical_count is ragged: {err}", hint="every layer needs the same experts") from err
-    try:
-        return LoadProfile(load, top_k=data.get("top_k", 1), name=path.stem)
-    except TraceError as err:
-        raise TraceError(f"{path}: {err.message}", hint=err.hint) from err
+        load = np.array(data["logical_count"], dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
+    return LoadProfile(load, name=path.name)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise TraceError(f"key {twice[:80]!r} appears twice", hint="keep one of them")
-    return out
+def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
+    _size(path, MAX_NPZ_BYTES)
+    with open_npz(path) as archive:
+        if "experts" not in archive and "counts" in archive:
+            return _read_counts(archive, path.name)
+        if "experts" not in archive and "cross" in archive:
+            return _read_cross(archive, path.name)
+        experts = _array(archive, "experts")
+        optional = {name: _array(archive, name) for name in OPTIONAL if name in archive}
+        if "num_experts" in archive:
+            number = _array(archive, "num_experts")
+            if number.size != 1 or number.dtype.kind not in "iu":
+                raise TraceError(f"num_experts must be one whole number, got {number.dtype} {number.shape}")
+            num_experts = int(number.reshape(-1)[0])
+        elif experts.size and experts.dtype.kind in "iu":
+            num_experts = int(experts.max()) + 1
+        else:
+            raise TraceError(f"experts must be whole numbers and not empty, got {experts.dtype} {experts.shape}")
+        names = optional.pop("domain_names", np.array([], dtype="U1"))
+        if names.ndim != 1 or names.dtype.kind != "U" or names.size > 10_000:
+            raise TraceError(f"domain_names must be at most 10000 strings, got {names.dtype} {names.shape}")
+        try:
+            texts = tuple(str(x) for x in names)
+        except ValueError:
+            raise TraceError("domain_names holds bytes that are no text") from None
+        return RoutingTrace(experts, num_experts, domain_names=texts, name=path.name, **optional)
 
 
-def _no_constant(text: str) -> float:
-    raise TraceError(f"{text} is not a load", hint="loads are finite numbers of at least 0")
+def _array(archive: Archive, name: str) -> NDArray[Any]:
+    return archive.read(archive.header(name))
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # name too long, NUL inside
-        return False
+def _read_counts(archive: Archive, name: str) -> LoadProfile:
+    """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
+    ids = _array(archive, "layers") if "layers" in archive else None
+    return LoadProfile(_array(archive, "counts"), ids, name=name)
+
+
+def _read_cross(archive: Archive, name: str) -> LoadProfile:
+    """``cross [P, E, E]`` with ``layer_pairs [P, 2]`` (pair counts between two layers): the loads are its sums."""
+    cross, pairs = _array(archive, "cross"), _array(archive, "layer_pairs")
+    if cross.ndim != 3 or cross.shape[1] != cross.shape[2] or cross.dtype.kind not in "iuf":
+        raise TraceError(f"cross must be numbers [P, E, E], got {cross.dtype} {cross.shape}")
+    pairs = integers("layer_pairs", pairs, 0, 65_535, np.int64)
+    if pairs.shape != (len(cross), 2) or not len(cross):
+        raise TraceError(f"layer_pairs {pairs.shape} for {len(cross)} tables")
+    loads: dict[int, NDArray[Any]] = {}
+    for table, (first, second) in zip(cross.astype(np.float64), pairs.tolist(), strict=True):
+        loads.setdefault(first, table.sum(axis=1))
+        loads.setdefault(second, table.sum(axis=0))
+    ids = np.array(sorted(loads), np.int32)
+    return LoadProfile(np.stack([loads[int(i)] for i in ids]), ids, name=name)

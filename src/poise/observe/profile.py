@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
-from poise.observe.files import Npz
+from poise.observe.npz import open_npz
 
 
 def load_LE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
@@ -92,27 +92,13 @@ def iter_experts(path: str | Path, rows: int = 65_536) -> Iterator[NDArray[Any]]
 
     Raises
     ------
-    TraceError : as :func:`poise.observe.files.read`, or Fortran order.
+    TraceError : as :func:`poise.observe.files.read`, or the array is stored by columns.
     """
-    members = Npz(Path(path))
-    if "experts" not in members.names:
-        raise TraceError(f"{path} has no array 'experts'")
-    with members.zip, members.zip.open(members.names["experts"]) as stream:
-        try:
-            shape, dtype, fortran = members.header(stream, "experts")
-        except (ValueError, EOFError, OSError) as error:
-            raise TraceError(f"{path}: cannot read experts: {error}") from None
-        if fortran or len(shape) not in (2, 3) or dtype.kind not in "iu" or 0 in shape:
-            raise TraceError(
-                f"{path}: experts must be whole numbers [T, L] or [T, L, K] in C order, got {dtype} {shape}"
-            )
-        per_row = int(np.prod(shape[1:])) * dtype.itemsize
-        for start in range(0, shape[0], rows):
-            take = min(rows, shape[0] - start)
-            data = stream.read(take * per_row)
-            if len(data) != take * per_row:
-                raise TraceError(f"{path}: experts ends after {start + len(data) // per_row} of {shape[0]} tokens")
-            yield np.frombuffer(data, dtype).reshape(take, shape[1], -1)
+    with open_npz(Path(path)) as archive:
+        header = archive.header("experts")
+        header.require((None, None), (None, None, None))
+        for chunk in archive.iter_rows(header, rows):
+            yield chunk.reshape(len(chunk), header.shape[1], -1)
 
 
 class StreamingProfile:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from poise.errors import PlacementError
+from poise.errors import PlacementError, TraceError
+from poise.observe.npz import open_npz
 
 EMPTY = -1
 FORMAT = 1
@@ -180,21 +179,14 @@ class Placement:
         if not path.is_file():
             raise PlacementError(f"no such file: {path}")
         try:
-            with zipfile.ZipFile(path) as members:
-                sizes = {info.filename.removesuffix(".npy"): info.file_size for info in members.infolist()}
-                if sum(sizes.values()) > MAX_BYTES:
-                    raise PlacementError(f"{path} unpacks to {sum(sizes.values())} bytes, at most {MAX_BYTES} are read")
-                missing = [name for name in FIELDS if name not in sizes]
-                if missing:
-                    raise PlacementError(f"{path} has no array {missing[0]!r}", hint="is it a poise placement?")
-                arrays = {}
-                for name in FIELDS:
-                    with members.open(f"{name}.npy") as stream:
-                        arrays[name] = npy.read_array(stream, allow_pickle=False)
-        except PlacementError:
-            raise
-        except Exception as error:  # a damaged member can fail in zlib, zipfile, numpy and ast alike
-            raise PlacementError(f"{path} is not a placement: {error}", hint="was it cut short?") from None
+            with open_npz(path) as archive:
+                headers = [archive.header(name) for name in FIELDS]
+                if sum(header.nbytes for header in headers) > MAX_BYTES:
+                    raise PlacementError(f"{path} unpacks to more than {MAX_BYTES} bytes")
+                arrays = {header.name: archive.read(header) for header in headers}
+                method = str(arrays["method"].reshape(-1)[0]) if arrays["method"].shape == () else ""
+        except TraceError as error:
+            raise PlacementError(error.message, hint=error.hint or "is it a poise placement?") from None
         for name, array in arrays.items():
             if array.dtype.kind not in ("U" if name == "method" else "iu"):
                 raise PlacementError(f"{path}: {name} must be {'text' if name == 'method' else 'whole numbers'}")
@@ -206,9 +198,7 @@ class Placement:
         layers = arrays["slot_expert"].shape[0] if arrays["slot_expert"].ndim == 2 else 0
         if not (0 < experts <= MAX_SIZE and 0 < devices <= MAX_SIZE and layers * experts * devices <= MAX_BYTES):
             raise PlacementError(f"{path}: {layers} layers, {experts} experts, {devices} devices are out of range")
-        return cls(
-            arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], str(arrays["method"])
-        )
+        return cls(arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], method)
 
     def diff(self, other: Placement) -> PlacementDiff:
         """What it takes to go from this placement to ``other``; slots may be renumbered inside a device for nothing."""

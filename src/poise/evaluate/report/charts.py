@@ -23,6 +23,10 @@ def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") 
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
+def _rule(x: float, top: float, bottom: float) -> str:
+    return f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+
+
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two values."""
     raw = max(high - low, 1e-12) / count
@@ -81,7 +85,7 @@ def steps_chart(samples: Sequence[tuple[str, Sequence[float]]]) -> str:
     scale = (WIDTH - left - 14) / (high - low)
     bottom = up + row * len(samples)
     body = [
-        f'<line class="grid" x1="{left + (x - low) * scale:.1f}" x2="{left + (x - low) * scale:.1f}" y1="{up}" y2="{bottom}"/>'
+        _rule(left + (x - low) * scale, up, bottom)
         + _text(left + (x - low) * scale, bottom + 15, f"{x:g}", "small", "middle")
         for x in _ticks(low, high)
     ]
@@ -110,7 +114,7 @@ def shift_chart(entries: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> s
     body = [_legend(parts, left)]
     for x in _ticks(1.0, high):
         at = left + (x - 1) * scale
-        body.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{up}" y2="{bottom}"/>')
+        body.append(_rule(at, up, bottom))
         body.append(_text(at, bottom + 15, f"{x:g}", "small", "middle"))
     for index, (name, values) in enumerate(entries):
         y = up + row * (index + 0.5)
