@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from poise.errors import OptionError
 from poise.planning.methods.eplb import balanced_packing, rebalance_experts
@@ -28,20 +29,15 @@ def published(sglang_wheel):
 )  # fmt: skip
 @pytest.mark.parametrize("hierarchical", [True, False])
 def test_maps_equal_the_published_ones(published, layers, experts, replicas, groups, nodes, gpus, hierarchical):
-    import torch
-
     for seed in range(5):
         weight = np.random.default_rng(seed).lognormal(sigma=1.0, size=(layers, experts)) * 1000
-        theirs = published.rebalance_experts(
-            torch.tensor(weight[None]), replicas, replicas // gpus, groups, nodes, enable_hierarchical=hierarchical
-        ) if "enable_hierarchical" in published.rebalance_experts.__code__.co_varnames else None  # fmt: skip
-        if theirs is None:
-            pytest.fail("the published function has another signature")
+        theirs = published.rebalance_experts(torch.tensor(weight), replicas, groups, nodes, gpus, hierarchical)
         ours = rebalance_experts(weight, replicas, groups if hierarchical else 1, nodes if hierarchical else 1, gpus)
-        for mine, other in zip(ours, theirs, strict=True):
-            other = other.numpy()
-            width = min(mine.shape[-1], other.shape[-1])
-            np.testing.assert_array_equal(mine[..., :width], other[..., :width])
+        np.testing.assert_array_equal(ours[0], theirs[0].numpy())
+        np.testing.assert_array_equal(ours[2], theirs[2].numpy())
+        # Replicas of one expert carry equal loads, and torch's sort leaves the order of equals open: which of them is
+        # the first in log2phy is no property of the method.
+        np.testing.assert_array_equal(np.sort(ours[1], axis=2), np.sort(theirs[1].numpy(), axis=2))
 
 
 def test_packing_is_balanced_in_number():

@@ -32,7 +32,7 @@ def _fill_packs(weight, order, packs):  # type: ignore[no-untyped-def]
     pack_index = np.zeros((rows, items), np.int64)
     rank = np.zeros((rows, items), np.int64)
     for x in range(rows):
-        total = np.zeros(packs, np.float32)
+        total = np.zeros(packs)  # the published code adds up Python floats
         size = np.zeros(packs, np.int64)
         for i in order[x]:
             best = -1

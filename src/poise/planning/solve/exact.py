@@ -103,8 +103,8 @@ def plan(
     number = factorial(batch.num_experts) // prod(factorial(int(s)) for s in sizes)
     if number > MAX_PLACEMENTS:
         raise NoResultError(
-            f"a layer has about 10^{len(str(number)) - 1} placements of {batch.num_experts} experts on {devices} devices, exact takes "
-            f"{MAX_PLACEMENTS}", hint="use method poise",
+            f"a layer of {batch.num_experts} experts on {devices} devices has about 10^{len(str(number)) - 1} placements, "
+            f"exact takes {MAX_PLACEMENTS}", hint="use method poise",
         )  # fmt: skip
     options = all_placements(sizes)
     one_hot = np.eye(devices)[options]

@@ -1,0 +1,100 @@
+"""The poise planner and the baselines: feasible on any shape, never worse than another method, optimal where small."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poise.cluster import Cluster, from_preset
+from poise.errors import NoResultError, OptionError
+from poise.modelspec import ModelSpec
+from poise.observe.batching import make_batch
+from poise.observe.synthetic import planted_affinity, zipf_trace
+from poise.planning.placement import Placement
+from poise.planning.problem import MethodResult, PlacementProblem
+from poise.planning.solve.solve import METHODS, evaluate, solve
+
+SHAPES = st.sampled_from(
+    [([2, 1, 2], [3, 2, 3, 2, 2], [1, 1, 0.5, 2, 1]), ([3], [4, 4, 4], [1, 1, 1]), ([1, 1, 1], [5, 3, 4], [1, 2, 1]),
+     ([2, 2], [3, 3, 3, 3], [1, 1, 1, 1])]
+)  # fmt: skip
+
+
+def make_problem(seed, shape, traffic, split="even", tokens=96, top_k=2):
+    per_node, slots, speed = shape
+    trace = zipf_trace(num_tokens=tokens, num_layers=2, num_experts=9, top_k=top_k, tokens_per_request=8, seed=seed)
+    batch = make_batch(trace, tokens_per_step=48, seed=seed)
+    model = ModelSpec.generic(9, top_k, batch.layer_ids_L)
+    return PlacementProblem(batch, from_preset(per_node, "h100", speed=speed), model, np.array(slots), traffic, split)
+
+
+@given(st.integers(0, 1000), SHAPES, st.sampled_from(["home", "home_device_dedup", "home_node_dedup", "stay"]),
+       st.sampled_from(["even", "exact"]))  # fmt: skip
+@settings(max_examples=8, deadline=None)
+def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split):
+    problem = make_problem(seed, shape, traffic, split)
+    best = solve(problem, method="poise", time_limit_s=0.3, seed=1)
+    assert 0 <= best.gap < 1
+    for name in METHODS:
+        try:
+            other = solve(problem, method=name, time_limit_s=0.5)
+        except NoResultError:
+            continue
+        assert other.lower_bound <= other.objective * (1 + 1e-9)
+        for term in other.terms.values():
+            assert term.lower_bound <= term.seconds * (1 + 1e-9) + 1e-15
+        if name != "poise" and not METHODS[name].pooled:
+            assert best.objective <= other.objective * (1 + 1e-9), name
+
+
+@given(st.integers(0, 1000), st.sampled_from(["home", "home_node_dedup", "stay"]))
+@settings(max_examples=8, deadline=None)
+def test_small_problems_are_solved_to_the_optimum(seed, traffic):
+    trace = zipf_trace(num_tokens=40, num_layers=1, num_experts=4, top_k=2, tokens_per_request=5, seed=seed)
+    batch = make_batch(trace, tokens_per_step=20)
+    model = ModelSpec.generic(4, 2, batch.layer_ids_L)
+    problem = PlacementProblem(batch, Cluster.parse("2x1"), model, np.array([3, 2]), traffic)
+    best = np.inf
+    for held in product([(1, 0), (0, 1), (1, 1)], repeat=4):
+        count = np.array(held)[None]
+        if (count.sum(axis=1) <= problem.slots_D).all():
+            result = MethodResult(Placement.from_counts(count, slots_D=problem.slots_D))
+            best = min(best, evaluate(problem, result, method="brute force").objective)
+    got = solve(problem, method="poise", time_limit_s=1.0)
+    assert got.objective == pytest.approx(best, rel=1e-9)
+
+
+def test_planted_affinity_is_found():
+    trace, groups = planted_affinity(num_tokens=256, num_layers=3, num_devices=4, experts_per_device=3)
+    batch = make_batch(trace, tokens_per_step=256, order="file")
+    model = ModelSpec.generic(12, 1, batch.layer_ids_L)
+    problem = PlacementProblem(batch, Cluster.parse("1x4"), model, np.full(4, 3), "stay")
+    planted = evaluate(problem, MethodResult(Placement.from_devices(groups, 4)), method="planted")
+    got = solve(problem, method="poise", time_limit_s=2.0)
+    assert got.objective <= planted.objective * 1.001
+    assert got.imbalance <= planted.imbalance + 1e-9
+
+
+def test_the_seed_decides():
+    problem = make_problem(3, ([2, 2], [3, 3, 3, 3], [1, 1, 1, 1]), "home_node_dedup")
+    one, two = (solve(problem, method="poise", time_limit_s=0.5, seed=7).placement for _ in range(2))
+    np.testing.assert_array_equal(one.slot_expert_LS, two.slot_expert_LS)
+
+
+def test_redundancy_never_hurts_in_sample():
+    few = make_problem(5, ([4], [3, 3, 3, 3], [1, 1, 1, 1]), "home")
+    many = PlacementProblem(few.batch, few.cluster, few.model, np.full(4, 5), "home")
+    least = solve(few, method="poise", time_limit_s=1).objective
+    assert solve(many, method="poise", time_limit_s=1).objective <= least * (1 + 1e-9)
+
+
+def test_options_are_checked():
+    problem = make_problem(0, ([3], [4, 4, 4], [1, 1, 1]), "home")
+    with pytest.raises(OptionError, match="unknown method"):
+        solve(problem, method="magic")
+    with pytest.raises(OptionError, match="above 0"):
+        solve(problem, time_limit_s=0)
+    with pytest.raises(OptionError, match="6 slots on 3 devices cannot hold 9"):
+        PlacementProblem(problem.batch, problem.cluster, problem.model, np.full(3, 2))
