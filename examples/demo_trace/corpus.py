@@ -57,7 +57,7 @@ class _PageText(HTMLParser):
         if tag in self.VOID:
             return
         named = dict(attrs)
-        kind = (named.get("class") or "").split() + [named.get("id") or ""]
+        kind = [*(named.get("class") or "").split(), named.get("id") or ""]
         hidden = tag in {"head", "script", "style"} or bool(self.HIDDEN.intersection(kind))
         self.stack.append(hidden or bool(self.stack and self.stack[-1]))
 

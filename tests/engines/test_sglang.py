@@ -39,9 +39,9 @@ def loader(sglang_wheel, monkeypatch):
     def load(path, redundant):
         execution = SimpleNamespace(
             moe=Settings(init_expert_location=str(path), ep_num_redundant_experts=redundant, ep_join_mode="none",
-                                ep_dispatch_algorithm=None)
+                                ep_dispatch_algorithm=None, moe_a2a_backend="none")
         )  # fmt: skip
-        parallel = Settings(ep_size=DEVICES, elastic_ep_initial_size=None, tp_size=DEVICES)
+        parallel = Settings(nnodes=1, ep_size=DEVICES, elastic_ep_initial_size=None, tp_size=DEVICES)
         parts = {
             "sglang": {}, "sglang.srt": {},
             "sglang.srt.runtime_context": {
@@ -115,7 +115,8 @@ def test_what_sglang_cannot_load_is_refused_and_not_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"physical_to_logical_map": [[0, 1], [0]]}',
+    "text",
+    ["", "{", "[]", "{}", '{"physical_to_logical_map": [[0, 1], [0]]}',
                                   '{"physical_to_logical_map": [[0, "a"]]}', '{"physical_to_logical_map": [[0, -1]]}',
                                   '{"physical_to_logical_map": [[0, 1, 2]]}', '{"physical_to_logical_map": 1e999}'])  # fmt: skip
 def test_broken_files_are_placement_errors(tmp_path, text):

@@ -103,7 +103,7 @@ def plan(
     number = factorial(batch.num_experts) // prod(factorial(int(s)) for s in sizes)
     if number > MAX_PLACEMENTS:
         raise NoResultError(
-            f"a layer of {batch.num_experts} experts on {devices} devices has about 10^{len(str(number)) - 1} placements, "
+            f"a layer of {batch.num_experts} experts on {devices} devices has 10^{len(str(number)) - 1} placements, "
             f"exact takes {MAX_PLACEMENTS}", hint="use method poise",
         )  # fmt: skip
     options = all_placements(sizes)
