@@ -49,7 +49,7 @@ class Options:
 
 def sliced_experts(module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Experts over token rows sorted by expert: one gather in, one scatter out; hidden [T, D], index [T, K]."""
-    tokens, k = index.shape
+    k = index.shape[1]
     order = torch.argsort(index.reshape(-1), stable=True)
     counts = torch.bincount(index.reshape(-1), minlength=module.num_experts).tolist()
     rows = torch.div(order, k, rounding_mode="floor")

@@ -194,6 +194,8 @@ def _moe_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     every = _field(config, "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1) or 1
     listed = config.get("moe_layers")
     only = config.get("mlp_only_layers") or []
+    if not isinstance(only, list):
+        raise ModelError(f"mlp_only_layers must be a list, got {only!r}")
     if isinstance(listed, list) and all(isinstance(i, int) for i in listed):
         return tuple(sorted(listed))
     if "moe_layer_freq" in config and "decoder_sparse_step" not in config:

@@ -116,7 +116,8 @@ def test_what_sglang_cannot_load_is_refused_and_not_written(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"physical_to_logical_map": [[0, 1], [0]]}',
+    ["", "{", "[]", "{}",
+     '{"physical_to_logical_map": [[0, 1], [0]]}',
                                   '{"physical_to_logical_map": [[0, "a"]]}', '{"physical_to_logical_map": [[0, -1]]}',
                                   '{"physical_to_logical_map": [[0, 1, 2]]}', '{"physical_to_logical_map": 1e999}'])  # fmt: skip
 def test_broken_files_are_placement_errors(tmp_path, text):

@@ -30,14 +30,12 @@ def test_interleaved_steps_obey_the_rules(requests, prompt, new, per_step, seed)
     size = np.diff(batch.start_B)
     assert (size <= per_step).all() and size.sum() == len(batch.experts_TLK)
     decode, request = trace.is_decode, trace.request
-    last: dict[int, int] = {}
+    seen: set[int] = set()
     for b in range(batch.num_steps):
-        tokens = batch.experts_TLK[batch.start_B[b] : batch.start_B[b + 1], 0, 0]
-        for t in tokens:
-            r = int(request[t])
-            if r in last:  # goes on where it was, or starts anew
-                assert t == last[r] + 1 or t == np.flatnonzero(request == r)[0]
-            last[r] = int(t)
+        tokens = batch.experts_TLK[batch.start_B[b] : batch.start_B[b + 1], 0, 0].tolist()
+        for t in tokens:  # a request starts at its first token and goes on where it was
+            assert t == np.flatnonzero(request == request[t])[0] or t - 1 in seen
+            seen.add(t)
         kinds = [bool(decode[t]) for t in tokens]
         assert kinds == sorted(kinds, reverse=True)  # decoding requests first
     if per_step * batch.num_steps <= trace.num_tokens and requests >= per_step:

@@ -74,7 +74,7 @@ def test_join_keeps_requests_apart_and_merges_domains(tmp_path):
     both = join([a, b])
     assert both.num_tokens == 120 and len(both.requests()) == 24 and both.domain_names == ("a", "b")
     np.testing.assert_array_equal(both.experts, np.concatenate([a.experts, b.experts]))
-    with pytest.raises(TraceError, match="6 experts.*8 experts"):
+    with pytest.raises(TraceError, match=r"6 experts, .* has 8"):
         join([a, zipf_trace(num_tokens=5, num_layers=3, num_experts=8, top_k=2)])
     with pytest.raises(TraceError, match="no trace"):
         join([])
@@ -127,7 +127,8 @@ def test_bad_arrays_are_trace_errors(tmp_path, name):
         read(tmp_path / "t.npz")
 
 
-@pytest.mark.parametrize("text", ["", "[", "[]", "{}", '{"logical_count": 3}', '{"logical_count": [[1, 2], [1]]}',
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", "{}", '{"logical_count": 3}', '{"logical_count": [[1, 2], [1]]}',
                                   '{"logical_count": [[1, "x"]]}', '{"logical_count": [[1, NaN]]}',
                                   '{"logical_count": [[1e999]]}', '{"logical_count": [[-1]]}', '{"logical_count": null}',
                                   "[" * 100_000, '{"logical_count": [[' + "9" * 5000 + "]]}"])  # fmt: skip
@@ -204,8 +205,6 @@ def test_information_of_copies_and_of_independent_layers():
 def test_streaming_equals_the_whole_in_little_memory(tmp_path):
     trace = zipf_trace(num_tokens=40_000, num_layers=6, num_experts=32, top_k=4, stickiness=0.5)
     trace.save(tmp_path / "t.npz")
-    stream = StreamingProfile(32)
-    stream.add(trace.experts[:1].astype(np.int64))
     stream = StreamingProfile(32)
     tracemalloc.start()
     for chunk in iter_experts(tmp_path / "t.npz", rows=1000):

@@ -100,7 +100,7 @@ class RoutingTrace:
         ids = np.arange(layers) if self.layer_ids is None else self.layer_ids
         ids = integers("layer_ids", ids, 0, 65_535, np.int32)
         if ids.shape != (layers,) or (np.diff(ids) <= 0).any():
-            raise TraceError(f"layer_ids must be {layers} ascending numbers, got {ids.tolist()[:8]}")
+            raise TraceError(f"layer_ids must be {layers} ascending numbers, got {np.atleast_1d(ids).tolist()[:8]}")
         self._set("layer_ids", ids)
         if self.weights is not None:
             weights = np.asarray(self.weights)
@@ -233,7 +233,9 @@ class LoadProfile:
         ids = np.arange(load.shape[1]) if self.layer_ids is None else self.layer_ids
         ids = integers("layer_ids", ids, 0, 65_535, np.int32)
         if ids.shape != (load.shape[1],) or (np.diff(ids) <= 0).any():
-            raise TraceError(f"layer_ids must be {load.shape[1]} ascending numbers, got {ids.tolist()[:8]}")
+            raise TraceError(
+                f"layer_ids must be {load.shape[1]} ascending numbers, got {np.atleast_1d(ids).tolist()[:8]}"
+            )
         busy = load.sum(axis=(0, 2)) > 0
         if not busy.any():
             raise TraceError("all loads are 0", hint="record again with traffic, or drop the file")

@@ -1,0 +1,93 @@
+"""Replay and comparison: by hand, by property, as JSON."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import poise
+from poise.cluster import Cluster
+from poise.errors import OptionError
+from poise.evaluate.compare import Entry, compare
+from poise.evaluate.replay import replay
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.observe.batching import make_batch
+from poise.observe.synthetic import zipf_trace
+from poise.planning.placement import Placement
+
+
+def hand():
+    """Two steps, two layers, two experts on two devices; no token in layer 1 of step 1."""
+    load = np.array([[[6.0, 2], [4, 4]], [[1, 3], [0, 0]]])
+    return RoutingBatch(load, np.full(2, 0.5), 1, np.array([0, 1], np.int32))
+
+
+def test_a_step_and_layer_without_tokens_is_left_out():
+    batch, cluster = hand(), Cluster.parse("1x2")
+    got = replay(batch, Placement.from_devices(np.array([[0, 1], [0, 1]]), 2), cluster,
+                 ModelSpec.generic(2, 1, batch.layer_ids_L), traffic="home", split="even")  # fmt: skip
+    assert got.imbalance == pytest.approx(np.mean([6 / 4, 1, 3 / 2]))
+    assert got.cross_device_share == pytest.approx(0.5) and got.cross_node_share == 0
+    np.testing.assert_allclose(got.relative_load_LD(), [[7 / 6, 5 / 6], [1, 1]])
+    assert np.isfinite(got.step_seconds_B).all()
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["home", "home_node_dedup", "stay"]), st.sampled_from(["even", "exact"]))
+@settings(max_examples=25, deadline=None)
+def test_efficiency_is_a_share(seed, traffic, split):
+    rng = np.random.default_rng(seed)
+    batch = make_batch(zipf_trace(num_tokens=40, num_layers=2, num_experts=6, top_k=2, seed=seed), tokens_per_step=20)
+    count = rng.random((2, 6, 4)) < 0.3
+    count[:, np.arange(6), rng.integers(4, size=6)] = True
+    got = replay(batch, Placement.from_counts(count.astype(int)), Cluster.parse("2x2"),
+                 ModelSpec.generic(6, 2, batch.layer_ids_L), traffic=traffic, split=split)  # fmt: skip
+    assert 0 < got.efficiency <= 1 and (got.bound_B <= got.step_seconds_B * (1 + 1e-9)).all()
+    assert 1 <= got.imbalance <= 4
+
+
+def comparison(names=("contiguous", "lpt")):
+    trace = zipf_trace(num_tokens=400, num_layers=2, num_experts=8, exponent=1.0)
+    return poise.compare(trace, "1x4", placements=names, time_limit_s=0.3)
+
+
+def test_rows_are_json_and_the_bound_is_no_slower_than_any_row():
+    data = json.loads(json.dumps(comparison().to_json(), allow_nan=False))
+    for part in ("in-sample", "held-out"):
+        rows = {row["name"]: row for row in data["rows"] if row["judged_on"] == part}
+        for row in rows.values():
+            assert rows["bound"]["step_seconds"]["mean"] <= row["step_seconds"]["mean"] * (1 + 1e-9)
+        assert rows["contiguous"]["speedup"] == 1
+
+
+def test_the_verdict_says_not_worth_it():
+    same = Placement.from_devices(np.zeros((2, 8), int) + np.arange(8) % 4, 4)
+    got = poise.compare(zipf_trace(num_tokens=400, num_layers=2, num_experts=8), "1x4", placements=[same, same])
+    assert got.verdict().startswith("Not worth it")
+    assert got.gain("custom-2", "custom") == (0.0, 0.0, 0.0)
+
+
+def test_a_gain_comes_with_an_interval():
+    got = comparison()
+    share, low, high = got.gain("lpt", "contiguous")
+    assert low <= share <= high
+    new, old = (got.replays[name, "held-out"].step_seconds_B.mean() for name in ("lpt", "contiguous"))
+    assert share == pytest.approx(1 - new / old)
+
+
+def test_names_must_differ():
+    batch = hand()
+    entry = Entry("a", Placement.from_devices(np.array([[0, 1], [0, 1]]), 2))
+    with pytest.raises(OptionError, match="different names"):
+        compare({"in-sample": batch}, [entry, entry], cluster=Cluster.parse("1x2"),
+                model=ModelSpec.generic(2, 1, batch.layer_ids_L), traffic="home", split="even",
+                slots_D=np.array([1, 1]))  # fmt: skip
+
+
+def test_load_profiles_are_split_by_step_and_a_single_one_is_said_to_flatter():
+    many = poise.compare(poise.LoadProfile(np.random.default_rng(0).random((4, 2, 8))), "1x4", placements=["lpt"])
+    assert many.batches["in-sample"].num_steps == many.batches["held-out"].num_steps == 2
+    one = poise.compare(poise.LoadProfile(np.ones((1, 2, 8))), "1x4", placements=["lpt"])
+    assert list(one.batches) == ["in-sample"] and "flatters" in one.notes[0]
