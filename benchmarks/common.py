@@ -1,0 +1,91 @@
+"""What the benchmarks share: problems from files, a dated report."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from poise.api import deal_slots
+from poise.cluster import Cluster
+from poise.cost.traffic import Traffic
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.planning.problem import PlacementProblem
+
+REPORTS = Path(__file__).parent / "reports"
+
+
+def problem(
+    batch: RoutingBatch,
+    cluster: str,
+    redundant: int,
+    *,
+    model: str | None = None,
+    traffic: Traffic | None = None,
+    pooled: bool = False,
+) -> PlacementProblem:
+    """A placement problem with R redundant slots in all."""
+    machine = Cluster.parse(cluster)
+    sizes = ModelSpec.parse(model) if model else ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L)
+    flow: Traffic = traffic or ("home_node_dedup" if batch.has_tokens else "home")
+    slots = deal_slots(batch.num_experts, redundant, machine.num_devices)
+    return PlacementProblem(batch, machine, sizes, slots, flow, "even", pooled)
+
+
+def table(head: list[str], rows: list[list[object]]) -> str:
+    """A markdown table; numbers to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---:" if i else "---" for i in range(len(head))) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+
+
+def write(name: str, parts: list[str]) -> None:
+    """A report with date, command, machine and versions at its head; also printed."""
+    date = datetime.date.today().isoformat()
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(["DATA"] if len(sys.argv) > 1 else [])])
+    versions = ", ".join(f"{name} {version(name)}" for name in ("poise-moe", "numpy", "scipy", "highspy", "numba"))
+    head = (
+        f"# {name}\n\n{date}. `{command}`, DATA = the folder of routing data. {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), Python {platform.python_version()}, {versions}. Times are wall clock on a shared machine."
+    )
+    text = "\n\n".join([head, *parts]) + "\n"
+    path = REPORTS / f"{date}-{Path(sys.argv[0]).stem}.md"
+    path.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def line_chart(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """A small SVG: lines over a logarithmic x axis."""
+    colours = ("#8a94a6", "#c2410c", "#0f8a5f", "#1f6feb", "#7c3aed")
+    xs = [np.log(x) for line in series.values() for x, _ in line]
+    ys = [y for line in series.values() for _, y in line]
+    low, high = min(ys) - 0.02, max(ys) + 0.02
+    wide, tall, left, up = 560, 300, 56, 20
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (left + (np.log(x) - min(xs)) / max(max(xs) - min(xs), 1e-9) * (wide - left - 120),
+                up + (high - y) / (high - low) * (tall - up - 44))  # fmt: skip
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {tall}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{wide}" height="{tall}" fill="#fff"/>']  # fmt: skip
+    for y in np.linspace(low, high, 5):
+        px = at(np.exp(min(xs)), float(y))[1]
+        out.append(f'<line x1="{left}" x2="{wide - 120}" y1="{px:.1f}" y2="{px:.1f}" stroke="#ddd"/>')
+        out.append(f'<text x="{left - 6}" y="{px + 4:.1f}" text-anchor="end">{y:.2f}</text>')
+    for x in sorted({x for line in series.values() for x, _ in line}):
+        out.append(f'<text x="{at(x, low)[0]:.1f}" y="{tall - 26}" text-anchor="middle">{x:g}</text>')
+    for (name, line), colour in zip(series.items(), colours, strict=False):
+        points = [at(x, y) for x, y in line]
+        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
+                   + " ".join(f"{x:.1f},{y:.1f}" for x, y in points) + '"/>')  # fmt: skip
+        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+    for index, (name, colour) in enumerate(zip(series, colours, strict=False)):
+        out.append(f'<text x="{wide - 112}" y="{up + 16 * index + 8}" fill="{colour}">{name}</text>')
+    out.append(f'<text x="{(left + wide - 120) / 2}" y="{tall - 8}" text-anchor="middle">{x_label}</text>')
+    out.append(f'<text x="{left}" y="12">{y_label}</text></svg>')
+    return "\n".join(out)
