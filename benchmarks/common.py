@@ -51,7 +51,7 @@ def write(name: str, parts: list[str]) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("poise-moe", "numpy", "scipy", "highspy", "numba"))
     head = (
         f"# {name}\n\n{date}. `{command}`, DATA = the folder of routing data. {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, {versions}. Times are wall clock on a shared machine."
+        f"({platform.machine()}), Python {platform.python_version()}, {versions}. Wall clock, shared machine."
     )
     text = "\n\n".join([head, *parts]) + "\n"
     path = REPORTS / f"{date}-{Path(sys.argv[0]).stem}.md"
@@ -77,7 +77,7 @@ def line_chart(series: dict[str, list[tuple[float, float]]], x_label: str, y_lab
         px = at(np.exp(min(xs)), float(y))[1]
         out.append(f'<line x1="{left}" x2="{wide - 120}" y1="{px:.1f}" y2="{px:.1f}" stroke="#ddd"/>')
         out.append(f'<text x="{left - 6}" y="{px + 4:.1f}" text-anchor="end">{y:.2f}</text>')
-    for x in sorted({x for line in series.values() for x, _ in line}):
+    for x in sorted({point[0] for line in series.values() for point in line}):
         out.append(f'<text x="{at(x, low)[0]:.1f}" y="{tall - 26}" text-anchor="middle">{x:g}</text>')
     for (name, line), colour in zip(series.items(), colours, strict=False):
         points = [at(x, y) for x, y in line]

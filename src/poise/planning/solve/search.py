@@ -2,7 +2,7 @@
 
 Step 1  Starts: the placements of all other methods (and, where traffic is linear, affinity assignments). Under the
         home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
-        the best whole one.
+        the best whole one. With replicas, the best start without them goes beside it through step 2.
 Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
         redundant replica by another expert; drop one; add one. Devices that decide a maximum come first.
 Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, descent again, and back if
@@ -25,6 +25,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from poise.cost.step import batch_cost
+from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
@@ -196,6 +197,33 @@ def _mean_seconds(problem: PlacementProblem, placement: Placement) -> float:
     return float(problem.batch.weight_B @ cost.seconds_BL.mean(axis=1))
 
 
+def _merge(
+    data: Data, problem: PlacementProblem, states: list[State], local: NDArray[np.bool_]
+) -> tuple[State, NDArray[np.bool_]]:
+    """The best of several descents: layer by layer where layers do not depend on each other."""
+    layers = problem.batch.num_layers
+    score = np.array([[layer_seconds(data, state, layer) for layer in range(layers)] for state in states])
+    best = int(np.argmin(score.sum(axis=1)))
+    state, local_L = states[best], local[best].copy()
+    if not (problem.pooled or (data.flow == STAY and data.has_tokens)):
+        for layer in range(layers):
+            other = int(np.argmin(score[:, layer]))
+            _copy_layer(data, state, states[other], layer)
+            local_L[layer] = local[other, layer]
+    return state, local_L
+
+
+def plain_start(problem: PlacementProblem) -> Placement:
+    """LPT without replicas; redundant slots stay empty."""
+    batch = problem.batch
+    slots = np.minimum(problem.slots_D, batch.num_experts)
+    ones = np.ones(batch.num_experts, np.int64)
+    counts = np.stack([pack(load, ones, slots, problem.cluster.speed_D) for load in batch.load_LE()])
+    return Placement.from_counts(
+        counts, slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L, method="lpt-plain"
+    )
+
+
 def _best_start(data: Data, problem: PlacementProblem, starts: list[Placement]) -> State:
     """Step 1."""
     states = [make_state(data, problem, np.asarray(start.count_LED() > 0)) for start in starts]
@@ -219,24 +247,30 @@ def search(
 ) -> MethodResult:
     """Improve the best of ``starts`` (feasible placements, at least one) for about ``time_limit_s`` seconds."""
     data = make_data(problem, MAX_ROWS)
-    pool = [*starts, *affinity_start(problem)]
-    state = _best_start(data, problem, pool)
-    _descend(data, state, 0, -1)  # compiles, so that compiling does not count as search
+    pool = [*starts, plain_start(problem), *affinity_start(problem)]
+    states = [_best_start(data, problem, pool)]
+    if (states[0].copies_LE > 1).any():
+        # Replicas cost weight reads, and descent seldom drops all of them: descend from none as well.
+        plain = [start for start in pool if int(start.replicas_LE().max()) == 1]
+        states.append(_best_start(data, problem, plain))
+    _descend(data, states[0], 0, -1)  # compiles, so that compiling does not count as search
     began = time.monotonic()
     layers = problem.batch.num_layers
     budget = time_limit_s * UPDATES_PER_SECOND
-    state.work[0] = 0
-    score = np.zeros(layers)
-    local = np.zeros(layers, dtype=bool)
-    for layer in range(layers):
-        limit = budget * 0.7 * (layer + 1) / layers
-        rebuild(data, state, layer)
-        score[layer] = _descend(data, state, layer, limit)
-        local[layer] = state.work[0] <= limit
-        if progress:
-            progress("descent", (layer + 1) / layers)
-        if time.monotonic() - began > 2 * time_limit_s:
-            break
+    local = np.zeros((len(states), layers), dtype=bool)
+    for turn, state in enumerate(states):
+        state.work[0] = 0
+        for layer in range(layers):
+            limit = budget * 0.7 / len(states) * (layer + 1) / layers
+            rebuild(data, state, layer)
+            _descend(data, state, layer, limit)
+            local[turn, layer] = state.work[0] <= limit
+            if progress:
+                progress("descent", (turn * layers + layer + 1) / layers / len(states))
+            if time.monotonic() - began > 2 * time_limit_s:
+                break
+    state, local_L = _merge(data, problem, states, local)
+    state.work[0] = sum(int(each.work[0]) for each in states)
     rng = np.random.default_rng(seed)
     kicks, helped = 0, 0
     while state.work[0] < budget and time.monotonic() - began < 2 * time_limit_s and problem.num_devices > 1:
@@ -244,10 +278,10 @@ def search(
         kicks += 1
         saved = _snapshot(state, layer)
         before = float(_score(data, state, layer))
-        if local[layer]:
+        if local_L[layer]:
             _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
         after = float(_descend(data, state, layer, budget))
-        local[layer] = True
+        local_L[layer] = True
         if after < before * BETTER:
             helped += 1
         else:
