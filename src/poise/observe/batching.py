@@ -19,7 +19,7 @@ ORDERS: tuple[Order, ...] = ("interleaved", "file")
 
 
 @njit(cache=True)
-def _interleave(start_R, draws, is_decode, live, per_step, steps):  # type: ignore[no-untyped-def]
+def _interleave(start_R, draws, first_at, is_decode, live, per_step, steps):  # type: ignore[no-untyped-def]
     """Token of each place, int64 [steps, per_step], -1 = empty; requests come in the order of ``draws``."""
     out = np.full((steps, per_step), -1, np.int64)
     slot_request = np.full(live, -1, np.int64)
@@ -31,7 +31,7 @@ def _interleave(start_R, draws, is_decode, live, per_step, steps):  # type: igno
         for s in range(live):
             if slot_request[s] < 0:
                 slot_request[s] = draws[drawn % draws.size]
-                slot_at[s] = start_R[slot_request[s]]
+                slot_at[s] = first_at[drawn] if drawn < first_at.size else start_R[slot_request[s]]
                 drawn += 1
         for phase in range(2):  # decoding requests give one token each, then prefill chunks fill the step
             for i in range(live):
@@ -114,7 +114,7 @@ def make_batch(
     live = min(live_requests or per_step, per_step * max(1, steps))
     places = _places(trace, per_step, live, steps, seed)
     size = (places >= 0).sum(axis=1)
-    words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}, no warm-up left out"
+    words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}, started amid requests"
     return _batch(trace, places[places >= 0], size, words)
 
 
@@ -128,7 +128,12 @@ def _places(trace: RoutingTrace, per_step: int, live: int, steps: int, seed: int
     rounds = 1 + (live + per_step * steps) // max(1, num)
     # Once all requests were drawn, draws are with replacement.
     draws = np.concatenate([rng.permutation(num), rng.integers(num, size=num * min(rounds, 50))])
-    got = _interleave(bounds, draws, np.ascontiguousarray(trace.is_decode[by_request]), live, per_step, steps)
+    is_decode = np.ascontiguousarray(trace.is_decode[by_request])
+    # The first live requests are met in the middle of their answer, as a server in use would meet them: no warm-up.
+    first = draws[np.arange(live) % draws.size]
+    middle = bounds[first] + rng.integers(bounds[first + 1] - bounds[first])
+    first_at = np.where(is_decode[middle], middle, bounds[first])
+    got = _interleave(bounds, draws, first_at, is_decode, live, per_step, steps)
     return np.where(got >= 0, by_request[got], -1)
 
 
@@ -143,9 +148,15 @@ def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order
         load[:, layer] = np.bincount(flat, minlength=steps * num).reshape(steps, num)
     assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
-        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, trace.request[token].copy(),
+        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),
         None if trace.home is None else trace.home[token].copy(), order,
     )  # fmt: skip
+
+
+def _in_turn(request_T: NDArray[Any]) -> NDArray[np.int32]:
+    """Requests numbered from 0 by first appearance, so that home ranks dealt in turn reach every rank."""
+    _, first, number = np.unique(request_T, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first)).astype(np.int32)[number]
 
 
 def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None) -> RoutingBatch:

@@ -117,24 +117,38 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
 
 
 def _size(path: Path, most: int) -> int:
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError) as error:  # a name too long, a zero byte in it
+        raise TraceError(f"cannot read {str(path)[:200]!r}: {error}") from None
+    if size is None:
         raise TraceError(f"no such file: {path}")
-    size = path.stat().st_size
     if size > most:
         raise TraceError(f"{path} has {size} bytes, at most {most} are read")
     return size
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise TraceError(f"key {twice[:80]!r} appears twice in a JSON object", hint="keep one of them")
+    return out
+
+
 def _read_json(path: Path) -> LoadProfile:
     _size(path, MAX_JSON_BYTES)
     try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        data = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except TraceError as error:
+        raise TraceError(f"{path}: {error.message}", hint=error.hint) from None
+    except (ValueError, RecursionError, OSError) as error:
         raise TraceError(f"{path} is not JSON: {error}", hint="was it cut short?") from None
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     try:
-        load = np.array(data["logical_count"], dtype=np.float64)
+        load = np.array(data["logical_count"])
     except (ValueError, TypeError, OverflowError) as error:
         raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
     return LoadProfile(load, name=path.name)
@@ -188,7 +202,13 @@ def _read_cross(archive: Archive, name: str) -> LoadProfile:
         raise TraceError(f"layer_pairs {pairs.shape} for {len(cross)} tables")
     loads: dict[int, NDArray[Any]] = {}
     for table, (first, second) in zip(cross.astype(np.float64), pairs.tolist(), strict=True):
-        loads.setdefault(first, table.sum(axis=1))
-        loads.setdefault(second, table.sum(axis=0))
+        for layer, load in ((first, table.sum(axis=1)), (second, table.sum(axis=0))):
+            known = loads.setdefault(layer, load)
+            if not np.allclose(known, load, rtol=1e-6, equal_nan=True):
+                raise TraceError(
+                    f"layer {layer} has {known.sum():g} tokens in one pair and {load.sum():g} in another, or spread "
+                    "otherwise",
+                    hint="give counts [L, E] and layers [L] instead",
+                )
     ids = np.array(sorted(loads), np.int32)
     return LoadProfile(np.stack([loads[int(i)] for i in ids]), ids, name=name)

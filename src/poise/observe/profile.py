@@ -113,8 +113,9 @@ class StreamingProfile:
 
     def add(self, experts_TLK: NDArray[Any]) -> None:
         """Take in a chunk [T, L, K]."""
-        if experts_TLK.size and int(experts_TLK.max()) >= self.num_experts:
-            raise TraceError(f"expert id {experts_TLK.max()} in a trace of {self.num_experts} experts")
+        low, high = (int(experts_TLK.min()), int(experts_TLK.max())) if experts_TLK.size else (0, 0)
+        if low < 0 or high >= self.num_experts:
+            raise TraceError(f"expert ids {low}..{high} in a trace of {self.num_experts} experts")
         parts = (
             load_LE(experts_TLK, self.num_experts),
             affinity_LEE(experts_TLK, self.num_experts),

@@ -65,8 +65,8 @@ class RoutingTrace:
     name: str = field(default="trace")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_experts <= MAX_EXPERTS:
-            raise TraceError(f"num_experts must lie in 1..{MAX_EXPERTS}, got {self.num_experts}")
+        if not isinstance(self.num_experts, int | np.integer) or not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise TraceError(f"num_experts must be a whole number in 1..{MAX_EXPERTS}, got {self.num_experts}")
         experts = integers("experts", self.experts, 0, self.num_experts - 1, np.int16)
         if experts.ndim == 2:
             experts = experts[:, :, None]
@@ -221,6 +221,8 @@ class LoadProfile:
         load = np.asarray(self.load_BLE)
         if load.dtype.kind not in "iuf":
             raise TraceError(f"loads must be numbers, got {load.dtype}")
+        if not isinstance(self.top_k, int | np.integer) or self.top_k < 1:
+            raise TraceError(f"top_k must be a whole number of at least 1, got {self.top_k}")
         load = load.astype(np.float64)
         if load.ndim == 2:
             load = load[None]

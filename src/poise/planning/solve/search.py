@@ -11,7 +11,7 @@ Step 4  The best of the result and all starts under :func:`poise.cost.step.batch
         the plan is never worse than any of them on the objective.
 
 The budget is counted in elementary updates, not seconds, so the result depends on the seed alone; the wall clock only
-stops a run that would take twice its limit. Under the exact split the search works on the even one, and step 4
+stops a run that would take four times its limit. Under the exact split the search works on the even one, and step 4
 chooses by the exact one.
 """
 
@@ -267,13 +267,13 @@ def search(
             local[turn, layer] = state.work[0] <= limit
             if progress:
                 progress("descent", (turn * layers + layer + 1) / layers / len(states))
-            if time.monotonic() - began > 2 * time_limit_s:
+            if time.monotonic() - began > 4 * time_limit_s:
                 break
     state, local_L = _merge(data, problem, states, local)
     state.work[0] = sum(int(each.work[0]) for each in states)
     rng = np.random.default_rng(seed)
     kicks, helped = 0, 0
-    while state.work[0] < budget and time.monotonic() - began < 2 * time_limit_s and problem.num_devices > 1:
+    while state.work[0] < budget and time.monotonic() - began < 4 * time_limit_s and problem.num_devices > 1:
         layer = int(rng.integers(layers))
         kicks += 1
         saved = _snapshot(state, layer)
