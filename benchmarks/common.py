@@ -79,7 +79,7 @@ def line_chart(series: dict[str, list[tuple[float, float]]], x_label: str, y_lab
         out.append(f'<text x="{left - 6}" y="{px + 4:.1f}" text-anchor="end">{y:.2f}</text>')
     for x in sorted({point[0] for line in series.values() for point in line}):
         out.append(f'<text x="{at(x, low)[0]:.1f}" y="{tall - 26}" text-anchor="middle">{x:g}</text>')
-    for (name, line), colour in zip(series.items(), colours, strict=False):
+    for line, colour in zip(series.values(), colours, strict=False):
         points = [at(x, y) for x, y in line]
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
                    + " ".join(f"{x:.1f},{y:.1f}" for x, y in points) + '"/>')  # fmt: skip

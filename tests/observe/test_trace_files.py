@@ -87,6 +87,7 @@ def test_profiles(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"logical_count": [load.tolist(), (2 * load).tolist()]}))
     np.savez(tmp_path / "c.npz", counts=load[1:3], layers=np.array([1, 2]))
     cross = np.arange(50.0).reshape(2, 5, 5)
+    cross[1] = cross[0].T  # layer 7 has the same loads in both tables
     np.savez(tmp_path / "d.npz", cross=cross, layer_pairs=np.array([[0, 7], [7, 15]]))
     a, b, c, d = (read(tmp_path / name) for name in ("a.json", "b.json", "c.npz", "d.npz"))
     assert a.layer_ids.tolist() == b.layer_ids.tolist() == c.layer_ids.tolist() == [1, 2]
@@ -128,7 +129,8 @@ def test_bad_arrays_are_trace_errors(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[", "[]", "{}", '{"logical_count": 3}', '{"logical_count": [[1, 2], [1]]}',
+    "text",
+    ["", "[", "[]", "{}", '{"logical_count": 3}', '{"logical_count": [[1, 2], [1]]}',
                                   '{"logical_count": [[1, "x"]]}', '{"logical_count": [[1, NaN]]}',
                                   '{"logical_count": [[1e999]]}', '{"logical_count": [[-1]]}', '{"logical_count": null}',
                                   "[" * 100_000, '{"logical_count": [[' + "9" * 5000 + "]]}"])  # fmt: skip
