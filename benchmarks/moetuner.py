@@ -121,8 +121,16 @@ def large() -> str:
                 worst = max(worst, (value - bound) / load.sum())
                 solver += by == "highs"
                 imbalance.append(np.bincount(cluster, weights=load).max() / load.mean() / 16)
-            rows.append([name, "equal" if sizes is not None else "free", f"{seconds:.2f}", f"{worst:.4%}", solver,
-                         f"{np.mean(imbalance):.5f}"])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    "equal" if sizes is not None else "free",
+                    f"{seconds:.2f}",
+                    f"{worst:.4%}",
+                    solver,
+                    f"{np.mean(imbalance):.5f}",
+                ]
+            )
     return (
         "## 94 layers x 128 experts x 8 devices\n\nSynthetic loads. A published run of ILP 1 with a commercial solver took "
         "1015.5 s for this size (equal sizes, gap 0.5 %, imbalance 1.000).\n\n"
@@ -136,7 +144,7 @@ def large() -> str:
                 "mean imbalance",
             ],
             rows,
-        )  # fmt: skip
+        )
     )
 
 
