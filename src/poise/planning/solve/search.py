@@ -31,8 +31,8 @@ from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, make_data, make_state, rebuild
 
-UPDATES_PER_SECOND = 15e6
-"""Elementary updates a second on a slow core: turns a time limit into a work budget."""
+UPDATES_PER_SECOND = 30e6
+"""Elementary updates a second on one core: turns a time limit into a work budget."""
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""
 MAX_ROWS = 3_000_000
