@@ -259,7 +259,7 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
         copies = state.copies_LE[layer, e]
         for i in range(copies):
             missed[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
-    state.work[0] += top_k + devices
+    state.work[0] += 3 * (top_k + devices)
     if data.flow == NODE_DEDUP and data.node_size_N.size > 1:
         _book_nodes(data, state, layer, m, missed, weight)
         return
