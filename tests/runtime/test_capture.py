@@ -27,9 +27,13 @@ FAMILIES = {
     "DeepseekV3": {"num_hidden_layers": 3, "n_routed_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 32,
                    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1},
+    "DeepseekV2": {"num_hidden_layers": 3, "n_routed_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 32,
+                   "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+                   "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1,
+                   "topk_method": "greedy"},
     "GptOss": {"num_hidden_layers": 2, "num_local_experts": 6, "intermediate_size": 16, "head_dim": 16},
 }  # fmt: skip
-LAYERS = {"Qwen3Moe": [0, 2], "DeepseekV3": [1, 2]}
+LAYERS = {"Qwen3Moe": [0, 2], "DeepseekV3": [1, 2], "DeepseekV2": [1, 2]}
 
 
 class Letters:
