@@ -50,6 +50,8 @@ class Cluster:
     name: str = field(default="custom")
 
     def __post_init__(self) -> None:
+        if np.asarray(self.node_D).dtype.kind not in "iu":
+            raise ClusterError(f"node numbers must be whole numbers, got {np.asarray(self.node_D).dtype}")
         node = np.array(self.node_D, dtype=np.int32)
         speed = np.array(self.speed_D, dtype=np.float64)
         if node.ndim != 1 or not 1 <= node.size <= MAX_DEVICES:
@@ -118,6 +120,19 @@ class Cluster:
             f"cannot read cluster {text!r}", hint="NxD as in 2x8, NxD:preset as in 2x8:h100, or a .yaml file"
         )
 
+    def to_yaml(self) -> str:
+        """The cluster as a YAML file that :meth:`parse` reads back as it was; every constant is written out."""
+        per_node = self.devices_per_node_N.tolist()
+        data: dict[str, Any] = {"name": self.name}
+        if len(set(per_node)) == 1:
+            data.update(nodes=len(per_node), devices_per_node=per_node[0])
+        else:
+            data["devices_per_node"] = per_node
+        if (self.speed_D != 1).any():
+            data["speed"] = self.speed_D.tolist()
+        data.update({name: float(getattr(self, name)) for name in (*RATES, *LATENCIES)}, nic_shared=self.nic_shared)
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+
     def __repr__(self) -> str:
         per_node = self.devices_per_node_N
         shape = f"{self.num_nodes}x{per_node[0]}" if (per_node == per_node[0]).all() else f"{per_node.tolist()}"
@@ -148,7 +163,10 @@ def from_preset(
     speed: Sequence[float] | None = None,
     **overrides: Any,
 ) -> Cluster:
-    """A cluster of nodes with the given device counts, a preset's constants, and overrides by field name."""
+    """A cluster of nodes with the given device counts, a preset's constants, and overrides by field name.
+
+    ``tensor_parallel`` multiplies the preset's constants, not the overrides: those are of one device as it is.
+    """
     if preset not in DEVICES:
         raise ClusterError(f"unknown cluster preset {preset!r}", hint=f"one of {', '.join(DEVICES)}")
     if not 1 <= tensor_parallel <= 64:
@@ -158,10 +176,16 @@ def from_preset(
             f"a cluster has 1 to {MAX_DEVICES} devices and at least one a node, got {list(devices_per_node)[:8]}"
         )
     constants: dict[str, Any] = {name: DEVICES[preset][name] * tensor_parallel for name in RATES}
+    if overrides.get("nic_shared"):  # the node's one port does not grow with the groups behind it
+        constants["inter_bytes_per_s"] = DEVICES[preset]["inter_bytes_per_s"]
     node = np.repeat(np.arange(len(devices_per_node), dtype=np.int32), devices_per_node)
     constants["name"] = preset + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else "")
     constants.update(overrides)
     return Cluster(node, np.ones(node.size) if speed is None else np.asarray(speed, dtype=np.float64), **constants)
+
+
+# what PyYAML's own readers of `!!bool x`, `!!int ''`, `!!timestamp x`, `!!set [1]` raise instead of a YAMLError
+_TAG_ERRORS = (KeyError, IndexError, AttributeError, TypeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -181,16 +205,18 @@ class _Loader(yaml.SafeLoader):
 
 def from_yaml(path: Path) -> Cluster:
     """A cluster from a YAML file; the keys are listed in docs/formats.md."""
-    if not path.is_file():
-        raise ClusterError(f"no such file: {path}")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise ClusterError(f"{path} has {path.stat().st_size} bytes, at most {MAX_YAML_BYTES} are read")
     try:
+        size = path.stat().st_size
+        if size > MAX_YAML_BYTES:
+            raise ClusterError(f"{path} has {size} bytes, at most {MAX_YAML_BYTES} are read")
         data = yaml.load(path.read_text("utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, ClusterError):
-            raise
-        raise ClusterError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    except ClusterError:
+        raise
+    except OSError as error:
+        raise ClusterError(f"cannot read {str(path)[:200]!r}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, *_TAG_ERRORS) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ClusterError(f"{path} is not YAML: {reason[0]}") from None
     if not isinstance(data, dict):
         raise ClusterError(f"{path} must hold keys and values, got {type(data).__name__}")
     for key in data:

@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from poise.errors import ModelError
 from poise.presets import MODELS
 
+MAX_CONFIG_BYTES = 2**22
+QUANTIZED_BYTES = {"fp8": 1.0, "fbgemm_fp8": 1.0, "mxfp4": 17 / 32}
+"""Bytes a weight; MXFP4 has one 8-bit scale for 32 weights. FP8 scales (one for 128 x 128 weights) are left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -62,12 +66,14 @@ class ModelSpec:
             "combine_bytes",
             "num_expert_groups",
         ):
-            if not getattr(self, attr) > 0:
-                raise ModelError(f"{attr} must be above 0, got {getattr(self, attr)!r}")
+            if not 0 < getattr(self, attr) < float("inf"):
+                raise ModelError(f"{attr} must be finite and above 0, got {getattr(self, attr)!r}")
         if self.top_k > self.num_experts:
             raise ModelError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
-        if not self.kv_bytes_per_token_layer >= 0:
-            raise ModelError(f"kv_bytes_per_token_layer must be at least 0, got {self.kv_bytes_per_token_layer!r}")
+        if not 0 <= self.kv_bytes_per_token_layer < float("inf"):
+            raise ModelError(
+                f"kv_bytes_per_token_layer must be finite and at least 0, got {self.kv_bytes_per_token_layer!r}"
+            )
         ids = self.moe_layer_ids
         if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= self.num_hidden_layers:
             raise ModelError(f"moe_layer_ids must ascend within 0..{self.num_hidden_layers - 1}, got {ids}")
@@ -119,7 +125,7 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, spec: str) -> ModelSpec:
-        """A preset name (:mod:`poise.presets`) or a path to a Hugging Face ``config.json``.
+        """A preset name (:mod:`poise.presets`), or a Hugging Face ``config.json`` or the folder it lies in.
 
         Raises
         ------
@@ -128,16 +134,23 @@ class ModelSpec:
         if spec in MODELS:
             return from_hf_config(dict(MODELS[spec]), name=spec)
         path = Path(spec)
-        if not spec.endswith(".json"):
-            close = difflib.get_close_matches(spec, MODELS, 1)
-            hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
-            raise ModelError(f"unknown model {spec!r}", hint=hint)
-        if not path.is_file() or path.stat().st_size > 2**22:
-            raise ModelError(f"{path} is missing or larger than {2**22} bytes")
         try:
+            if spec and path.is_dir():
+                path = path / "config.json"
+            elif not spec.endswith(".json"):
+                close = difflib.get_close_matches(spec, MODELS, 1)
+                hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
+                raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
+            size = path.stat().st_size
+            if size > MAX_CONFIG_BYTES:
+                raise ModelError(f"{path} has {size} bytes, at most {MAX_CONFIG_BYTES} are read")
             data = json.loads(path.read_bytes())
+        except OSError as error:
+            raise ModelError(f"cannot read {spec[:200]!r}: {error.strerror}") from None
+        except ModelError:
+            raise
         except (ValueError, RecursionError) as error:
-            raise ModelError(f"{path} is not JSON: {error}") from None
+            raise ModelError(f"{spec[:200]!r} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise ModelError(f"{path} is not a model config: it holds a {type(data).__name__}")
         return from_hf_config(data, name=path.parent.name or path.name)
@@ -158,7 +171,12 @@ def _field(config: dict[str, Any], *names: str, default: int | None = None) -> i
 def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
     """Sizes from a Hugging Face config of the Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek, Kimi, gpt-oss or Llama-4 kind.
 
-    ``poise_*`` keys (presets only) override: ``poise_matrices``, ``poise_weight_bytes``.
+    Weights count 2 bytes unless ``quantization_config`` says otherwise, whatever type the checkpoint is stored in.
+    ``poise_matrices`` (2 or 3, default 3) is for experts that are not gated.
+
+    Raises
+    ------
+    ModelError : a size is missing or of the wrong type, no layer is an MoE layer, or the quantization is not known.
     """
     if isinstance(config.get("text_config"), dict):
         config = {**config, **config["text_config"]}
@@ -174,8 +192,7 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
     )
     moe = _moe_layers(config, layers)
     quant = config.get("quantization_config")
-    method = str(quant.get("quant_method", "")) if isinstance(quant, dict) else ""
-    weight = {"fp8": 1.0, "mxfp4": 17 / 32}.get(method, 2.0)
+    block_fp8 = isinstance(quant, dict) and quant.get("quant_method") == "fp8"  # activations are sent as FP8 too
     heads = _field(config, "num_attention_heads", default=1) or 1
     kv_heads = _field(config, "num_key_value_heads", default=heads)
     head_dim = _field(config, "head_dim", default=hidden // heads)
@@ -183,21 +200,59 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
     if config.get("kv_lora_rank"):
         kv = 2.0 * (_field(config, "kv_lora_rank") + _field(config, "qk_rope_head_dim", default=64))
     return ModelSpec(
-        name, layers, moe, experts, top_k, hidden, inner, int(config.get("poise_matrices", 3)),
-        float(config.get("poise_weight_bytes", weight)), 1.0 if method == "fp8" else 2.0, 2.0, kv,
+        name, layers, moe, experts, top_k, hidden, inner, _field(config, "poise_matrices", default=3),
+        _weight_bytes(quant), 1.0 if block_fp8 else 2.0, 2.0, kv,
         _field(config, "n_group", default=1) or 1,
     )  # fmt: skip
 
 
+def _weight_bytes(quant: Any) -> float:
+    """Bytes of one expert weight, scales included, under a ``quantization_config``."""
+    if not quant:
+        return 2.0
+    method = str(quant.get("quant_method", "")) if isinstance(quant, dict) else ""
+    if method in QUANTIZED_BYTES:
+        return QUANTIZED_BYTES[method]
+    formats: list[Any] = []
+    if method in ("gptq", "awq"):
+        formats = [(quant.get("bits"), quant.get("group_size"))]
+    elif method == "compressed-tensors" and isinstance(quant.get("config_groups"), dict):
+        groups = [group.get("weights") for group in quant["config_groups"].values() if isinstance(group, dict)]
+        formats = [(w.get("num_bits"), w.get("group_size")) for w in groups if isinstance(w, dict)]
+    if len(set(map(repr, formats))) == 1:
+        bits, group = formats[0]
+        if bits in (2, 3, 4, 8) and not isinstance(bits, bool):
+            scale = 2.0 / group if isinstance(group, int) and group > 0 else 0.0
+            return bits / 8 + scale
+    raise ModelError(
+        f"the size of the expert weights is not known from quantization_config {str(quant)[:120]}",
+        hint="remove quantization_config to price 16-bit weights",
+    )
+
+
+def _layer_list(config: dict[str, Any], name: str) -> list[int] | None:
+    """A list of layer numbers, or None where the config has none."""
+    value = config.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+        raise ModelError(f"{name} must be a list of whole numbers, got {str(value)[:120]}")
+    return value
+
+
 def _moe_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """Which decoder layers are MoE layers, by the rule of the config's family."""
     dense = _field(config, "first_k_dense_replace", default=0)
-    every = _field(config, "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1) or 1
-    listed = config.get("moe_layers")
-    only = config.get("mlp_only_layers") or []
-    if not isinstance(only, list):
-        raise ModelError(f"mlp_only_layers must be a list, got {only!r}")
-    if isinstance(listed, list) and all(isinstance(i, int) for i in listed):
+    only = set(_layer_list(config, "mlp_only_layers") or [])
+    listed = _layer_list(config, "moe_layers")
+    if listed is not None:
         return tuple(sorted(listed))
+    if isinstance(config.get("moe_layer_freq"), list):
+        flags = _layer_list(config, "moe_layer_freq") or []
+        if len(flags) != layers or not set(flags) <= {0, 1}:
+            raise ModelError(f"moe_layer_freq has {len(flags)} entries for {layers} layers, or others than 0 and 1")
+        return tuple(i for i, flag in enumerate(flags) if flag)
+    every = _field(config, "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1) or 1
     if "moe_layer_freq" in config and "decoder_sparse_step" not in config:
         return tuple(i for i in range(layers) if i >= dense and i % every == 0)
     return tuple(i for i in range(layers) if i >= dense and (i + 1) % every == 0 and i not in only)

@@ -46,7 +46,7 @@ def export(
             o.print_json({"engine": to, "file": str(output), "filled_slots": filled, "slots": plan.num_slots,
                           "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices})  # fmt: skip
         else:
-            o.out.print(repr(plan))
+            o.out.print(repr(plan), markup=False)
         if filled:
             o.talk.print(f"{filled} empty slots were filled with replicas: the engine knows no empty ones")
         if to == "sglang":

@@ -177,7 +177,7 @@ def _home_bound(
     flow = _flows(home_T, experts_TK, step_T, (batch.num_steps, devices, batch.num_experts))
     node_slots = np.bincount(cluster.node_D, weights=slots_D).astype(np.int64)
     per_copy, per_net_copy = 1, 1
-    if traffic == "home_device_dedup":
+    if traffic in ("home_device_dedup", "stay"):
         per_copy = per_net_copy = max(1, min(top_k, int(slots_D.max())))
     elif traffic == "home_node_dedup":
         per_net_copy = max(1, min(top_k, int(node_slots.max())))

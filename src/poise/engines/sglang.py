@@ -17,43 +17,53 @@ from poise.errors import PlacementError
 from poise.planning.placement import EMPTY, Placement, atomic
 
 KEY = "physical_to_logical_map"
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 64 * 2**20
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 65_536
 
 
 def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[NDArray[np.int32], int]:
     """The map, int32 [num_hidden_layers, P], and how many empty slots had to be filled.
 
-    SGLang has no empty slots: each gets the expert with the fewest replicas that is not on its device.
+    SGLang has no empty slots: each gets the expert with the fewest replicas that is not on its device (where the
+    device holds every expert, of those). Replicas draw traffic, so a filled map is no longer the placement planned.
 
     Raises
     ------
     PlacementError : devices differ in slots, or a layer id is not below num_hidden_layers.
     """
+    if not 1 <= num_hidden_layers <= MAX_LAYERS:
+        raise PlacementError(f"num_hidden_layers must lie in 1..{MAX_LAYERS}, got {num_hidden_layers}")
     per_device = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
     if (per_device != per_device[0]).any():
         raise PlacementError(
-            f"SGLang needs as many slots on every rank, got {per_device.min()} to {per_device.max()}",
+            f"SGLang needs as many slots on every rank, got {per_device.min()} to {per_device.max()}: "
+            f"{placement.num_slots} slots on {placement.num_devices} ranks",
             hint=f"choose --redundant so that {placement.num_experts} + R is a multiple of {placement.num_devices}",
         )
     ids = placement.layer_ids_L
     assert ids is not None
     if int(ids.max()) >= num_hidden_layers:
-        raise PlacementError(f"the placement reaches layer {ids.max()}, the model has {num_hidden_layers}")
+        raise PlacementError(
+            f"the placement reaches layer {ids.max()}, the model has {num_hidden_layers}",
+            hint="num_hidden_layers counts dense layers too",
+        )
     trivial = np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts
     out = np.tile(trivial, (num_hidden_layers, 1))
     out[ids] = placement.slot_expert_LS
-    replicas = placement.replicas_LE().astype(np.int64)
-    held = placement.count_LED() > 0
-    filled = 0
-    for layer, slot in np.argwhere(placement.slot_expert_LS == EMPTY):
-        device = placement.slot_device_S[slot]
-        order = np.lexsort((np.arange(placement.num_experts), replicas[layer], held[layer, :, device]))
-        expert = int(order[0])
-        out[ids[layer], slot] = expert
+    empty = np.argwhere(placement.slot_expert_LS == EMPTY)
+    replicas = placement.replicas_LE()
+    per_rank = int(per_device[0])
+    for layer, slot in empty.tolist():
+        row = out[ids[layer]]
+        first = slot - slot % per_rank
+        held = np.zeros(placement.num_experts, bool)
+        here = row[first : first + per_rank]
+        held[here[here != EMPTY]] = True
+        expert = int(np.lexsort((replicas[layer], held))[0])
+        row[slot] = expert
         replicas[layer, expert] += 1
-        held[layer, expert, device] = True
-        filled += 1
-    return out, filled
+    return out, len(empty)
 
 
 def write(placement: Placement, path: str | Path, *, num_hidden_layers: int) -> int:
@@ -67,22 +77,58 @@ def write(placement: Placement, path: str | Path, *, num_hidden_layers: int) -> 
 def read(path: str | Path, *, num_devices: int, num_experts: int | None = None) -> Placement:
     """A placement from such a file; dense layers cannot be told apart and are kept.
 
+    Parameters
+    ----------
+    path : a file of :func:`write`, or one made for ``--init-expert-location`` by others.
+    num_devices : ``--ep-size``, which the file does not say.
+    num_experts : E; without it the largest id + 1.
+
     Raises
     ------
     PlacementError : not such a file, or its numbers make no placement.
     """
     path = Path(path)
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise PlacementError(f"{path} is missing or larger than {MAX_BYTES} bytes")
+    if not 1 <= num_devices <= MAX_EXPERTS:
+        raise PlacementError(f"num_devices must lie in 1..{MAX_EXPERTS}, got {num_devices}")
+    if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
+        raise PlacementError(f"num_experts must lie in 1..{MAX_EXPERTS}, got {num_experts}")
     try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise PlacementError(f"{path} has {size} bytes, at most {MAX_BYTES} are read")
         data: Any = json.loads(path.read_bytes())
-        table = np.array(data[KEY], dtype=np.int64)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise PlacementError(f"{path} is not an SGLang expert location: {error!r}") from None
-    if table.ndim != 2 or table.size == 0 or table.shape[1] % num_devices:
-        raise PlacementError(f"{path}: a map {table.shape} cannot be shared by {num_devices} devices")
-    if table.min() < 0 or table.max() > 65_535:
-        raise PlacementError(f"{path}: expert ids reach from {table.min()} to {table.max()}")
-    device = np.repeat(np.arange(num_devices, dtype=np.int32), table.shape[1] // num_devices)
-    experts = int(table.max()) + 1 if num_experts is None else num_experts
-    return Placement(table.astype(np.int32), device, experts, num_devices, method="sglang")
+    except OSError as error:
+        raise PlacementError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise PlacementError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or list(data) != [KEY]:
+        has = ", ".join(map(repr, list(data)[:4])) if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise PlacementError(
+            f"{path} must hold the one key {KEY!r}, it has {has or 'none'}",
+            hint="a load profile is read by 'poise plan'" if "logical_count" in has else "",
+        )
+    rows = data[KEY]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        raise PlacementError(f"{path}: {KEY} must be a list of layers, each a list of expert ids")
+    if len(rows) > MAX_LAYERS:
+        raise PlacementError(f"{path}: {len(rows)} layers, at most {MAX_LAYERS} are read")
+    width = len(rows[0])
+    experts = MAX_EXPERTS if num_experts is None else num_experts
+    for layer, row in enumerate(rows):
+        if len(row) != width:
+            raise PlacementError(f"{path}: layer {layer} has {len(row)} slots, layer 0 has {width}")
+        for slot, expert in enumerate(row):
+            if type(expert) is not int or not 0 <= expert < experts:
+                raise PlacementError(
+                    f"{path}: layer {layer}, slot {slot} holds {str(expert)[:40]!r}, not an expert id below {experts}"
+                )
+    if width % num_devices:
+        raise PlacementError(
+            f"{path}: {width} slots cannot be shared evenly by {num_devices} devices", hint="num_devices is --ep-size"
+        )
+    table = np.array(rows, dtype=np.int32)
+    device = np.repeat(np.arange(num_devices, dtype=np.int32), width // num_devices)
+    try:
+        return Placement(table, device, num_experts or int(table.max()) + 1, num_devices, method="sglang")
+    except PlacementError as error:
+        raise PlacementError(f"{path}: {error.message}", hint=error.hint) from None

@@ -19,6 +19,22 @@ FORMAT = 1
 FIELDS = ("format", "slot_expert", "slot_device", "num_experts", "num_devices", "layer_ids", "method")
 MAX_BYTES = 2**30
 MAX_SIZE = 65_536
+MAX_CELLS = 2**28
+"""Most layers * experts * devices of a file: the entries of :meth:`Placement.count_LED`."""
+MAX_NAME = 200
+
+
+def _whole(name: str, value: Any) -> NDArray[np.int32]:
+    """A copy as int32; numbers that int32 would cut or wrap are refused."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise PlacementError(f"{name} has rows of different lengths") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise PlacementError(f"{name} must hold whole numbers, got {array.dtype}")
+    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise PlacementError(f"{name} reaches from {array.min()} to {array.max()}, more than 32 bits hold")
+    return array.astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +47,7 @@ class Placement:
     slot_device_S : int32 [S], device of each slot, non-decreasing.
     num_experts : E.
     num_devices : D (a device may have no slot).
-    layer_ids_L : int32 [L], index of each MoE layer among the model's decoder layers.
+    layer_ids_L : int32 [L], index of each MoE layer among the model's decoder layers, ascending; default 0, 1, ...
     method : who made it.
 
     Raises
@@ -48,17 +64,25 @@ class Placement:
     method: str = field(default="custom")
 
     def __post_init__(self) -> None:
-        slots = np.array(self.slot_expert_LS, dtype=np.int32)
-        device = np.array(self.slot_device_S, dtype=np.int32)
+        slots, device = _whole("slot_expert_LS", self.slot_expert_LS), _whole("slot_device_S", self.slot_device_S)
         if slots.ndim != 2 or device.shape != slots.shape[1:] or slots.size == 0:
             raise PlacementError(
                 f"slot_expert_LS {slots.shape} and slot_device_S {device.shape} must be [L, S] and [S]"
             )
+        if not (0 < self.num_experts < 2**31 and 0 < self.num_devices < 2**31):
+            raise PlacementError(f"{self.num_experts} experts on {self.num_devices} devices: both must be above 0")
+        if slots.shape[1] < self.num_experts:
+            raise PlacementError(f"{slots.shape[1]} slots cannot hold {self.num_experts} experts")
         num_layers = slots.shape[0]
-        ids = np.arange(num_layers) if self.layer_ids_L is None else np.array(self.layer_ids_L)
-        ids = ids.astype(np.int32)
+        ids = _whole("layer_ids_L", np.arange(num_layers) if self.layer_ids_L is None else self.layer_ids_L)
         if ids.shape != (num_layers,):
             raise PlacementError(f"{ids.size} layer ids for {num_layers} layers")
+        if ids[0] < 0 or (np.diff(ids) <= 0).any():
+            raise PlacementError(f"layer ids must ascend from 0 or more, got {ids.tolist()[:8]}")
+        if len(self.method) > MAX_NAME or not self.method.isprintable():
+            raise PlacementError(
+                f"a method's name has at most {MAX_NAME} printable characters, got {self.method!r:.80}"
+            )
         if np.any(np.diff(device) < 0) or device[0] < 0 or device[-1] >= self.num_devices:
             raise PlacementError(f"slot devices must be non-decreasing within 0..{self.num_devices - 1}")
         if slots.min() < EMPTY or slots.max() >= self.num_experts:
@@ -119,7 +143,12 @@ class Placement:
         Devices may hold different numbers of experts in different layers: a device gets as many slots as its fullest
         layer needs, and the rest stay empty.
         """
-        device_LE = np.asarray(expert_device_LE)
+        device_LE = _whole("expert_device_LE", expert_device_LE)
+        if device_LE.ndim != 2 or device_LE.size == 0 or device_LE.min() < 0 or device_LE.max() >= num_devices:
+            raise PlacementError(
+                f"expert_device_LE must be [L, E] devices within 0..{num_devices - 1}, got shape {device_LE.shape}"
+                + (f" with {device_LE.min()}..{device_LE.max()}" if device_LE.size else "")
+            )
         num_layers, num_experts = device_LE.shape
         holds = np.zeros((num_layers, num_experts, num_devices), dtype=np.int32)
         np.put_along_axis(holds, device_LE[:, :, None].astype(np.int64), 1, axis=2)
@@ -139,10 +168,14 @@ class Placement:
         ``slots_D`` are the slots of each device (default: what its fullest layer needs); experts fill them in
         ascending order, empty slots come last.
         """
-        count = np.asarray(count_LED)
+        count = _whole("count_LED", count_LED)
+        if count.ndim != 3 or count.size == 0 or count.min() < 0:
+            raise PlacementError(f"count_LED must be [L, E, D] and at least 0, got shape {count.shape}")
         num_layers, num_experts, num_devices = count.shape
         used_LD = count.sum(axis=1)
-        slots = used_LD.max(axis=0) if slots_D is None else np.asarray(slots_D)
+        slots = used_LD.max(axis=0) if slots_D is None else _whole("slots_D", slots_D)
+        if slots.shape != (num_devices,):
+            raise PlacementError(f"slots_D has shape {slots.shape} for {num_devices} devices")
         if (used_LD > slots).any():
             layer, device = (int(x) for x in np.argwhere(used_LD > slots)[0])
             raise PlacementError(
@@ -196,9 +229,15 @@ class Placement:
             raise PlacementError(f"{path} has format {int(arrays['format'])}, this version reads {FORMAT}")
         experts, devices = int(arrays["num_experts"]), int(arrays["num_devices"])
         layers = arrays["slot_expert"].shape[0] if arrays["slot_expert"].ndim == 2 else 0
-        if not (0 < experts <= MAX_SIZE and 0 < devices <= MAX_SIZE and layers * experts * devices <= MAX_BYTES):
-            raise PlacementError(f"{path}: {layers} layers, {experts} experts, {devices} devices are out of range")
-        return cls(arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], method)
+        if not (0 < experts <= MAX_SIZE and 0 < devices <= MAX_SIZE and layers * experts * devices <= MAX_CELLS):
+            raise PlacementError(
+                f"{path}: {layers} layers, {experts} experts, {devices} devices are out of range",
+                hint=f"at most {MAX_SIZE} experts, {MAX_SIZE} devices, {MAX_CELLS} of layers * experts * devices",
+            )
+        try:
+            return cls(arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], method)
+        except PlacementError as error:
+            raise PlacementError(f"{path}: {error.message}", hint=error.hint) from None
 
     def diff(self, other: Placement) -> PlacementDiff:
         """What it takes to go from this placement to ``other``; slots may be renumbered inside a device for nothing."""
@@ -249,7 +288,12 @@ class PlacementDiff:
 
 
 class atomic:
-    """Write a file so that it appears whole or not at all: ``with atomic(path) as stream``."""
+    """Write a file so that it appears whole or not at all: ``with atomic(path) as stream``.
+
+    Raises
+    ------
+    PlacementError : the system refuses to write; the old file, if there was one, is as it was.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -262,9 +306,15 @@ class atomic:
         return self.stream
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        self.stream.close()
-        if kind is None:
-            os.chmod(self.stream.name, 0o644)
-            os.replace(self.stream.name, self.path)
-        else:
-            os.unlink(self.stream.name)
+        failure = value if isinstance(value, OSError) else None
+        try:
+            self.stream.close()
+            if kind is None:
+                os.chmod(self.stream.name, 0o644)
+                os.replace(self.stream.name, self.path)
+                return
+        except OSError as error:
+            failure = error
+        Path(self.stream.name).unlink(missing_ok=True)
+        if failure is not None:
+            raise PlacementError(f"cannot write {self.path}: {failure.strerror or failure}") from None

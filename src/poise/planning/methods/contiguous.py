@@ -1,6 +1,6 @@
 """Contiguous expert parallelism: the layout every engine starts from.
 
-Step 1  experts in ascending order fill the devices in order, each device as many as its share of the slots.
+Step 1  experts in ascending order fill the devices in order, each device all its slots.
 Step 2  redundant slots hold experts 0, 1, 2, ... again (SGLang's trivial map: physical p holds logical p mod E).
 """
 
@@ -15,39 +15,46 @@ from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
 
-def spread(sequence: NDArray[Any], slots_D: NDArray[Any], num_experts: int) -> NDArray[np.int32]:
-    """Deal a sequence of experts to devices in order, int32 [E, D] of 0 and 1.
+def deal(num_experts: int, slots_D: NDArray[Any], *, in_turn: bool) -> NDArray[np.int32]:
+    """Deal experts 0, 1, ..., E - 1, 0, 1, ... until the slots are full, int32 [E, D] of 0 and 1.
 
-    An expert that its device already holds goes to the next device with a free slot that has none of it; a redundant
-    one that fits nowhere is left out.
+    ``in_turn`` gives every card to the next device, else a device is filled before the next one gets any. An expert
+    that its device already holds goes to the next device with a free slot and none of it; a redundant one that fits
+    nowhere is passed over. ``slots_D`` must sum to E or more.
     """
-    count = np.zeros((num_experts, len(slots_D)), np.int32)
-    free = np.asarray(slots_D, dtype=np.int64).copy()
-    device = 0
-    for expert in sequence:
-        while device < len(free) - 1 and free[device] == 0:
-            device += 1
-        order = np.roll(np.arange(len(free)), -device)
+    devices = len(slots_D)
+    free = np.minimum(slots_D, num_experts).astype(np.int64)
+    count = np.zeros((num_experts, devices), np.int32)
+    next_device = expert = passed = 0
+    while free.any() and passed < num_experts:
+        order = (next_device + np.arange(devices)) % devices
         fits = order[(free[order] > 0) & (count[expert, order] == 0)]
+        passed = 0 if fits.size else passed + 1
         if fits.size:
             count[expert, fits[0]] = 1
             free[fits[0]] -= 1
+            if in_turn:
+                next_device = int(fits[0]) + 1
+        while not in_turn and next_device < devices - 1 and free[next_device] == 0:
+            next_device += 1
+        expert = (expert + 1) % num_experts
     return count
+
+
+def place_alike(problem: PlacementProblem, count_ED: NDArray[np.int32], name: str) -> MethodResult:
+    """The same layout in every layer."""
+    return MethodResult(
+        Placement.from_counts(
+            np.repeat(count_ED[None], problem.batch.num_layers, axis=0),
+            slots_D=None if problem.pooled else problem.slots_D,
+            layer_ids_L=problem.batch.layer_ids_L,
+            method=name,
+        )
+    )
 
 
 def plan(
     problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
-    """Contiguous blocks of experts; without redundant slots the blocks are as even as the slots allow."""
-    experts, slots = problem.batch.num_experts, np.asarray(problem.slots_D)
-    if problem.pooled or slots.sum() > 2 * experts:
-        slots = np.minimum(slots, experts)
-    sequence = np.arange(max(experts, int(slots.sum()))) % experts
-    count = spread(sequence[: max(experts, int(slots.sum()))], slots, experts)
-    counts = np.repeat(count[None], problem.batch.num_layers, axis=0)
-    return MethodResult(
-        Placement.from_counts(
-            counts, slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
-            method="contiguous",
-        )
-    )  # fmt: skip
+    """Contiguous blocks of experts, the same in every layer; load, time limit and seed play no part."""
+    return place_alike(problem, deal(problem.batch.num_experts, problem.slots_D, in_turn=False), "contiguous")

@@ -1,0 +1,110 @@
+"""Small random machines, traffic and placements that brute force can go through."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import numpy as np
+
+from poise.cluster import Cluster
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+
+
+def tiny_cluster(rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False) -> Cluster:
+    """Nodes of these sizes with constants that make compute, fabric and network each matter now and then."""
+    devices = sum(nodes)
+    return Cluster(
+        node_D=np.repeat(np.arange(len(nodes)), nodes),
+        speed_D=np.ones(devices) if equal else rng.choice([0.5, 1.0, 1.5, 2.0], devices),
+        flops_per_s=32.0,
+        memory_bytes_per_s=float(rng.choice([8.0, 32.0, 128.0])),
+        memory_bytes=1e6,
+        intra_bytes_per_s=float(rng.choice([2.0, 8.0, 32.0])),
+        inter_bytes_per_s=float(rng.choice([2.0, 8.0, 32.0])),
+        nic_shared=bool(rng.integers(2)) if shared is None else shared,
+        intra_latency_s=0.25,
+        inter_latency_s=0.5,
+    )
+
+
+def tiny_model(batch: RoutingBatch) -> ModelSpec:
+    """One second a token at speed 1 on :func:`tiny_cluster`; 4 bytes out, 8 bytes back, 6 bytes of keys and values."""
+    layers = batch.num_layers
+    return ModelSpec(
+        "tiny", layers, tuple(range(layers)), batch.num_experts, batch.top_k, hidden_size=4,
+        expert_intermediate_size=2, num_expert_matrices=2, dispatch_bytes=1.0, combine_bytes=2.0,
+        kv_bytes_per_token_layer=6.0,
+    )  # fmt: skip
+
+
+def token_batch(
+    experts_TLK, tokens_B: Sequence[int], num_experts: int, *, home_T=None, request_T=None, weight_B=None
+) -> RoutingBatch:
+    """A batch of given tokens: the first ``tokens_B[0]`` rows are step 0, and so on. Loads are counted one by one."""
+    experts = np.asarray(experts_TLK, dtype=np.int16)
+    start = np.concatenate([[0], np.cumsum(tokens_B)]).astype(np.int64)
+    load = np.zeros((len(tokens_B), experts.shape[1], num_experts))
+    for b in range(len(tokens_B)):
+        for token in experts[start[b] : start[b + 1]]:
+            for layer, chosen in enumerate(token):
+                for expert in chosen:
+                    load[b, layer, expert] += 1
+    weight = np.full(len(tokens_B), 1 / len(tokens_B)) if weight_B is None else np.asarray(weight_B, dtype=float)
+    return RoutingBatch(
+        load, weight, experts.shape[2], np.arange(experts.shape[1], dtype=np.int32), experts, start,
+        None if request_T is None else np.asarray(request_T, dtype=np.int32),
+        None if home_T is None else np.asarray(home_T, dtype=np.int32),
+    )  # fmt: skip
+
+
+def tiny_batch(
+    rng, *, devices: int, experts: int = 4, layers: int = 2, top_k: int = 2, tokens: Sequence[int] = (4, 0, 3)
+) -> RoutingBatch:
+    """Random skewed tokens in steps of these sizes; home ranks recorded, from requests, or dealt in turn."""
+    total = sum(tokens)
+    score = rng.gumbel(size=(total, layers, experts)) + 2.0 * rng.random((1, layers, experts))
+    ids = np.argsort(-score, axis=2)[:, :, :top_k]
+    homes = [{"home_T": rng.integers(devices, size=total)}, {"request_T": rng.integers(9, size=total)}, {}]
+    weight = rng.random(len(tokens)) + 0.1
+    return token_batch(ids, tokens, experts, weight_B=weight / weight.sum(), **homes[rng.integers(3)])
+
+
+def load_batch(rng, *, experts: int = 4, layers: int = 2, top_k: int = 2, steps: int = 2) -> RoutingBatch:
+    """Random loads without tokens, some fractions, some steps of a layer empty."""
+    load = rng.integers(0, 9, (steps, layers, experts)) * rng.choice([0.0, 0.3, 1.0, 2.5], (steps, layers, 1))
+    weight = rng.random(steps) + 0.1
+    load[0, 0, 0] += 1.0
+    return RoutingBatch(load, weight / weight.sum(), top_k, np.arange(layers, dtype=np.int32))
+
+
+def random_count(rng, layers: int, experts: int, devices: int, share: float = 0.3) -> np.ndarray:
+    """Random replicas, int [L, E, D] of 0 and 1, at least one an expert."""
+    count = (rng.random((layers, experts, devices)) < share).astype(np.int64)
+    for layer, expert in product(range(layers), range(experts)):
+        count[layer, expert, rng.integers(devices)] = 1
+    return count
+
+
+def random_slots(rng, experts: int, devices: int, spare: int) -> np.ndarray:
+    """Uneven slots, int [D], that sum to experts + spare; none above the number of experts."""
+    slots = np.zeros(devices, np.int64)
+    while slots.sum() < experts + spare and slots.min() < experts:
+        slots[rng.choice(np.flatnonzero(slots < experts))] += 1
+    return slots
+
+
+def all_counts(experts: int, slots_D) -> Iterator[np.ndarray]:
+    """Every way to fill one layer, int [E, D]: each expert on a set of devices, none beyond its slots."""
+    devices = len(slots_D)
+    sets = [np.array(held) for held in product([0, 1], repeat=devices) if any(held)]
+
+    def fill(rows: list[np.ndarray], used: np.ndarray) -> Iterator[np.ndarray]:
+        if (used > slots_D).any():
+            return
+        if len(rows) == experts:
+            yield np.array(rows)
+            return
+        for held in sets:
+            yield from fill([*rows, held], used + held)
+
+    yield from fill([], np.zeros(devices, np.int64))
