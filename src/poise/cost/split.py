@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from poise.cost.quota import balance, make_holders, make_scratch
 
 Split = Literal["even", "exact"]
 SPLITS: tuple[Split, ...] = ("even", "exact")
+NONE = np.zeros(0, np.int64)
 
 
 def even_share(count_LED: NDArray[Any]) -> NDArray[np.float64]:
@@ -24,71 +26,6 @@ def even_share(count_LED: NDArray[Any]) -> NDArray[np.float64]:
     total = count_LED.sum(axis=-1, keepdims=True)
     share: NDArray[np.float64] = count_LED / np.maximum(total, 1)
     return share
-
-
-@njit(cache=True)
-def _balance(quota_ED, holds_ED, speed_D, load_D):  # type: ignore[no-untyped-def]
-    """Augment until no path leads from a fullest device to one that could take a token and stay below it.
-
-    That is the optimality condition of a min-max bipartite flow: each round does a breadth-first search over devices
-    (d -> d2 if some expert held by both has tokens on d) and shifts tokens along the path found.
-    """
-    num_experts, num_devices = quota_ED.shape
-    via = np.empty(num_devices, np.int64)
-    prev = np.empty(num_devices, np.int64)
-    queue = np.empty(num_devices, np.int64)
-    while True:
-        top = 0
-        for d in range(1, num_devices):
-            if load_D[d] / speed_D[d] > load_D[top] / speed_D[top]:
-                top = d
-        limit = load_D[top] / speed_D[top]
-        prev[:] = -1
-        prev[top] = top
-        queue[0] = top
-        head, tail, goal = 0, 1, -1
-        while head < tail and goal < 0:
-            d = queue[head]
-            head += 1
-            for e in range(num_experts):
-                if quota_ED[e, d] == 0:
-                    continue
-                for d2 in range(num_devices):
-                    if holds_ED[e, d2] and prev[d2] < 0:
-                        prev[d2] = d
-                        via[d2] = e
-                        if (load_D[d2] + 1) / speed_D[d2] < limit:
-                            goal = d2
-                            break
-                        queue[tail] = d2
-                        tail += 1
-                if goal >= 0:
-                    break
-        if goal < 0:
-            return
-        # as many tokens as the path carries without lifting its end above its start
-        amount = np.int64(
-            max(
-                1.0,
-                np.floor(
-                    (limit - load_D[goal] / speed_D[goal])
-                    * speed_D[top]
-                    * speed_D[goal]
-                    / (speed_D[top] + speed_D[goal])
-                ),
-            )
-        )
-        d = goal
-        while d != top:
-            amount = min(amount, quota_ED[via[d], prev[d]])
-            d = prev[d]
-        d = goal
-        while d != top:
-            quota_ED[via[d], prev[d]] -= amount
-            quota_ED[via[d], d] += amount
-            d = prev[d]
-        load_D[top] -= amount
-        load_D[goal] += amount
 
 
 def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -106,13 +43,14 @@ def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[n
     roofline a heuristic.
     """
     load = np.rint(np.asarray(load_E, dtype=np.float64)).astype(np.int64)
-    holds = np.asarray(count_ED) > 0
-    copies = holds.sum(axis=1)
-    rank = np.cumsum(holds, axis=1) - 1
-    base, rest = np.divmod(load, np.maximum(copies, 1))
-    quota = np.where(holds, base[:, None] + (rank < rest[:, None]), 0).astype(np.int64)
-    _balance(quota, holds, np.asarray(speed_D, dtype=np.float64), quota.sum(axis=0))
-    return quota
+    holders = make_holders(count_ED)
+    num_experts, num_devices = np.shape(count_ED)
+    quota = np.zeros(holders.device_H.size, np.int64)
+    balance(load, NONE, holders, np.asarray(speed_D, dtype=np.float64), 0.0, quota,
+            make_scratch(num_experts, num_devices))  # fmt: skip
+    out = np.zeros((num_experts, num_devices), np.int64)
+    out[holders.expert_H, holders.device_H] = quota
+    return out
 
 
 def split_share_BED(

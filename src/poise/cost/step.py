@@ -32,6 +32,7 @@ class BatchCost:
     tokens_BLD : float64 [B, L, D], tokens computed on each device.
     pairs_BL : float64 [B, L], (token, expert) pairs.
     cross_device_BL, cross_node_BL : float64 [B, L], pairs computed on another device / node than the token came from.
+    weights_BL, control_BL : float64 [B, L] or None, exposed weights and control time of a fast loop, seconds.
     """
 
     compute_BL: NDArray[np.float64]
@@ -42,11 +43,16 @@ class BatchCost:
     pairs_BL: NDArray[np.float64]
     cross_device_BL: NDArray[np.float64]
     cross_node_BL: NDArray[np.float64]
+    weights_BL: NDArray[np.float64] | None = None
+    control_BL: NDArray[np.float64] | None = None
 
     @property
     def seconds_BL(self) -> NDArray[np.float64]:
         """Modelled seconds of each (step, layer)."""
-        return self.compute_BL + self.dispatch_BL + self.combine_BL + self.kv_BL
+        out = self.compute_BL + self.dispatch_BL + self.combine_BL + self.kv_BL
+        for extra in (self.weights_BL, self.control_BL):
+            out = out if extra is None else out + extra
+        return out
 
     def imbalance_BL(self) -> NDArray[np.float64]:
         """Max / mean tokens over devices of each (step, layer); NaN where a (step, layer) has no tokens."""
@@ -109,7 +115,7 @@ def batch_cost(
             out["device"][steps, layer], out["node"][steps, layer] = flow.cross_device_B, flow.cross_node_B
         share_prev = share_BED
     pairs_BL = batch.load_BLE.sum(axis=2)
-    _add_constants(out, pairs_BL, batch.top_k, cluster, model, traffic)
+    add_constants(out, pairs_BL, batch.top_k, cluster, model, traffic)
     return BatchCost(
         out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
     )
@@ -126,7 +132,7 @@ def kv_seconds_per_token(cluster: Cluster, model: ModelSpec) -> float:
     return float(model.kv_bytes_per_token_layer * max(intra, inter))
 
 
-def _add_constants(
+def add_constants(
     out: dict[str, NDArray[np.float64]],
     pairs_BL: NDArray[np.float64],
     top_k: int,

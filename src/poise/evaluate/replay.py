@@ -25,10 +25,17 @@ class Replay:
     ----------
     cost : per step and layer (:class:`poise.cost.step.BatchCost`).
     bound_B : float64 [B], least seconds of each step for any placement with the same slots.
+    moved_bytes_B : float64 [B] or None, expert weights that a fast loop fetches in each step.
     """
 
     cost: BatchCost
     bound_B: NDArray[np.float64]
+    moved_bytes_B: NDArray[np.float64] | None = None
+
+    @property
+    def moved_bytes_per_step(self) -> float:
+        """Mean bytes of expert weights moved in a step, all layers and devices together."""
+        return 0.0 if self.moved_bytes_B is None else float(self.moved_bytes_B.mean())
 
     @property
     def step_seconds_B(self) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,31 @@ class RoutingBatch:
     def load_LE(self) -> NDArray[np.float64]:
         """Expected load of one step, float64 [L, E]."""
         return np.einsum("b,ble->le", self.weight_B, self.load_BLE)
+
+    def steps_from(self, first: int) -> RoutingBatch:
+        """The batch without its first ``first`` steps; weights sum to 1 again.
+
+        Raises
+        ------
+        TraceError : no step would be left.
+        """
+        if first == 0:
+            return self
+        if not 0 < first < self.num_steps:
+            raise TraceError(
+                f"{first} steps cannot be left out of {self.num_steps}", hint="use more tokens or shorter steps"
+            )
+        row = 0 if self.start_B is None else int(self.start_B[first])
+        weight = self.weight_B[first:]
+
+        def rest(array: NDArray[Any] | None) -> Any:
+            return None if array is None else array[row:].copy()
+
+        return RoutingBatch(
+            self.load_BLE[first:].copy(), weight / weight.sum(), self.top_k, self.layer_ids_L.copy(),
+            rest(self.experts_TLK), None if self.start_B is None else self.start_B[first:] - row,
+            rest(self.request_T), rest(self.home_T), self.order,
+        )  # fmt: skip
 
     def home_of_tokens(self, num_devices: int) -> NDArray[np.int32]:
         """Home rank of each token, int32 [T]: as recorded, else requests dealt to ranks in turn.

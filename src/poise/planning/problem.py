@@ -51,6 +51,7 @@ class PlacementProblem:
     traffic : traffic model (load-only batches know only ``home``).
     split : how tokens of a replicated expert are split.
     pooled : slots are counted over all layers together instead of layer by layer.
+    current : the placement in use, which methods with bounded moves start from.
 
     Raises
     ------
@@ -64,6 +65,7 @@ class PlacementProblem:
     traffic: Traffic = "home"
     split: Split = "even"
     pooled: bool = False
+    current: Placement | None = None
 
     def __post_init__(self) -> None:
         slots = np.array(self.slots_D, dtype=np.int64)
@@ -86,6 +88,11 @@ class PlacementProblem:
                 f"traffic model {self.traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
             )
         self.model.matches(num_experts=experts, layer_ids=self.batch.layer_ids_L)
+        if self.current is not None:
+            have = (self.current.num_layers, self.current.num_experts, self.current.num_devices)
+            want = (self.batch.num_layers, experts, devices)
+            if have != want:
+                raise OptionError(f"the current placement has [layers, experts, devices] {have}, the problem {want}")
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)
 

@@ -1,1 +1,1 @@
-"""Fast loop: pure functions from the loads of one step to a token split."""
+"""Fast loop: which step replicas exist in a step, and how its tokens are split. Pure; one published method a file."""

@@ -1,0 +1,174 @@
+"""Which source sends which tokens to which replica, and the traffic of whole tokens.
+
+A fast loop deals with whole tokens of known sources, where :mod:`poise.cost.traffic` deals with expectations. Both
+book their copies on the same ports (:func:`poise.cost.traffic.port_load`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.traffic import Copies, Traffic
+
+
+@njit(cache=True)
+def _stage(have_S, free_D, node_D, node, source, e, row_SED, all_rows):  # type: ignore[no-untyped-def]
+    """Match what sources have with free places in order, inside one node (or everywhere: node -1)."""
+    devices = have_S.size
+    s, d = 0, 0
+    while s < devices and d < devices:
+        if have_S[s] == 0 or (node >= 0 and node_D[s] != node):
+            s += 1
+        elif free_D[d] == 0 or (node >= 0 and node_D[d] != node):
+            d += 1
+        else:
+            give = min(have_S[s], free_D[d])
+            have_S[s] -= give
+            free_D[d] -= give
+            if all_rows:
+                row_SED[s, e, d] += give
+            elif s == source:
+                row_SED[0, e, d] += give
+
+
+@njit(cache=True)
+def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # type: ignore[no-untyped-def]
+    """Tokens from each source to each (expert, device): own device first, then own node, then anywhere.
+
+    Every rank finds its own row from the same counts and quotas; together the rows use every quota exactly. Fills
+    ``row_SED`` int64 [D, E, D], or, for one rank ``source`` >= 0, its row alone, [1, E, D]; ``have_S``, ``free_D``
+    int64 [D] are working memory.
+    """
+    devices, experts = load_SE.shape
+    all_rows = source < 0
+    row_SED[:] = 0
+    for e in range(experts):
+        holders, only = 0, 0
+        for d in range(devices):
+            free_D[d] = quota_ED[e, d]
+            have_S[d] = load_SE[d, e]
+            if free_D[d] > 0:
+                holders += 1
+                only = d
+        if holders == 0:
+            continue
+        if holders == 1:
+            if all_rows:
+                for s in range(devices):
+                    row_SED[s, e, only] = have_S[s]
+            else:
+                row_SED[0, e, only] = have_S[source]
+            continue
+        for d in range(devices):
+            stay = min(have_S[d], free_D[d])
+            have_S[d] -= stay
+            free_D[d] -= stay
+            if all_rows:
+                row_SED[d, e, d] = stay
+            elif d == source:
+                row_SED[0, e, d] = stay
+        for node in range(node_D[devices - 1] + 1):
+            if node_D[devices - 1] > 0:
+                _stage(have_S, free_D, node_D, node, source, e, row_SED, all_rows)
+        _stage(have_S, free_D, node_D, -1, source, e, row_SED, all_rows)
+
+
+def locality_rows(
+    load_SE: NDArray[np.int64], quota_ED: NDArray[np.int64], node_D: NDArray[Any], source: int | None = None
+) -> NDArray[np.int64]:
+    """Rows of all sources, int64 [D, E, D], or of one, [1, E, D]: see :func:`rows_into`.
+
+    ``load_SE`` int64 [D, E] tokens of each source; ``quota_ED`` int64 [E, D] with the same sum over d as over s.
+    """
+    devices, experts = load_SE.shape
+    rows = np.zeros((devices if source is None else 1, experts, devices), np.int64)
+    work = np.zeros((2, devices), np.int64)
+    nodes = np.asarray(node_D, dtype=np.int64)
+    rows_into(np.ascontiguousarray(load_SE), np.ascontiguousarray(quota_ED), nodes,
+              -1 if source is None else source, work[0], work[1], rows)  # fmt: skip
+    return rows
+
+
+@njit(cache=True)
+def count_sources(experts_TK, source_T, load_SE):  # type: ignore[no-untyped-def]
+    """Tokens of each expert on each source device, int64 [D, E], in place."""
+    load_SE[:] = 0
+    for t in range(experts_TK.shape[0]):
+        for k in range(experts_TK.shape[1]):
+            load_SE[source_T[t], experts_TK[t, k]] += 1
+
+
+@njit(cache=True)
+def assign_tokens(experts_TK, source_T, row_SED, device_TK):  # type: ignore[no-untyped-def]
+    """Device of each (token, expert) pair, int64 [T, K], in place: a source's tokens of an expert fill its row in
+    order, but join a device that the token goes to anyway where there is room. ``row_SED`` is used up.
+    """
+    devices = row_SED.shape[2]
+    for t in range(experts_TK.shape[0]):
+        s = source_T[t]
+        for k in range(experts_TK.shape[1]):
+            e = experts_TK[t, k]
+            chosen = -1
+            for j in range(k):
+                if row_SED[s, e, device_TK[t, j]] > 0:
+                    chosen = device_TK[t, j]
+                    break
+            if chosen < 0:
+                if row_SED[s, e, s] > 0:
+                    chosen = s
+                else:
+                    for d in range(devices):
+                        if row_SED[s, e, d] > 0:
+                            chosen = d
+                            break
+            row_SED[s, e, chosen] -= 1
+            device_TK[t, k] = chosen
+
+
+@njit(cache=True)
+def _count_copies(device_TK, source_T, node_D, dedup, to_DD, node_DN):  # type: ignore[no-untyped-def]
+    for t in range(device_TK.shape[0]):
+        s = source_T[t]
+        for k in range(device_TK.shape[1]):
+            d = device_TK[t, k]
+            new_device, new_node = True, True
+            for j in range(k):
+                new_device = new_device and device_TK[t, j] != d
+                new_node = new_node and node_D[device_TK[t, j]] != node_D[d]
+            if new_device or not dedup:
+                to_DD[s, d] += 1.0
+            if new_node:
+                node_DN[s, node_D[d]] += 1.0
+
+
+@njit(cache=True)
+def _count_joins(device_TK, to_DD):  # type: ignore[no-untyped-def]
+    """``stay``: the results of a token's other experts join it where its heaviest one ran, once per device."""
+    for t in range(device_TK.shape[0]):
+        for k in range(1, device_TK.shape[1]):
+            new = True
+            for j in range(1, k):
+                new = new and device_TK[t, j] != device_TK[t, k]
+            if new:
+                to_DD[device_TK[t, k], device_TK[t, 0]] += 1.0
+
+
+def token_copies(
+    device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster, traffic: Traffic
+) -> tuple[Copies, Copies]:
+    """Copies out and back of one step and layer (B = 1) when pair (t, k) is computed on ``device_TK[t, k]``."""
+    devices, node_D = cluster.num_devices, cluster.node_D.astype(np.int64)
+    to_DD, node_DN = np.zeros((devices, devices)), np.zeros((devices, cluster.num_nodes))
+    _count_copies(device_TK, source_T, node_D, traffic != "home", to_DD, node_DN)
+    by_node = traffic == "home_node_dedup" and cluster.num_nodes > 1
+    out = Copies(to_DD[None], node_DN[None] if by_node else None)
+    if traffic != "stay":
+        return out, out
+    back_DD = np.zeros((devices, devices))
+    _count_joins(device_TK, back_DD)
+    return out, Copies(back_DD[None])

@@ -1,0 +1,200 @@
+"""Replay of a fast loop: step by step, layer by layer, whole tokens, everything it moves priced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.bound import bound_terms
+from poise.cost.compute import expert_seconds
+from poise.cost.links import port_seconds
+from poise.cost.route import assign_tokens, count_sources, locality_rows, token_copies
+from poise.cost.step import BatchCost, add_constants, batch_cost
+from poise.cost.traffic import Copies, Traffic, port_load
+from poise.cost.weights import StepPrice, fetch_seconds, step_price
+from poise.errors import OptionError
+from poise.evaluate.replay import Replay
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.observe.predict import Predictor, SlidingMean
+from poise.planning.placement import Placement
+from poise.policies.plan import LayerView, StepPlan, StepPolicy
+
+WARM_UP = 5
+"""Steps that fill predictors and kept replicas before judging starts."""
+DEFAULT_PREDICTOR: Predictor = SlidingMean()
+RECENT = 8
+"""Most recent steps that a policy may look at beside the prediction."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FastLoop:
+    """A step-wise method and what it may use.
+
+    Parameters
+    ----------
+    policy : the method.
+    step_slots : M, slots a device beyond the static placement's.
+    predictor : loads before the gate.
+    window_s, control_s : measured seconds that replace the modelled ones (:func:`poise.cost.weights.step_price`).
+    """
+
+    policy: StepPolicy
+    step_slots: int
+    predictor: Predictor = DEFAULT_PREDICTOR
+    window_s: float | None = None
+    control_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_slots < 0:
+            raise OptionError(f"step slots must be at least 0, got {self.step_slots}")
+
+
+def replay_steps(
+    batch: RoutingBatch,
+    placement: Placement,
+    loop: FastLoop,
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    warm_up: int = WARM_UP,
+    prior_LE: NDArray[np.float64] | None = None,
+) -> Replay:
+    """Run a fast loop over a batch; the first ``warm_up`` steps run but are not judged.
+
+    The static placement is what holds between steps. Sources are the tokens' home ranks (under ``stay`` the devices
+    where their heaviest expert of the layer before ran); load-only batches have their tokens spread evenly over all.
+    A passive plan costs what the static placement costs under the engine's even split.
+
+    Raises
+    ------
+    OptionError : shapes that disagree, or too few steps. PlacementError : a plan breaks an invariant.
+    """
+    count_LED = placement.count_LED()
+    static = batch_cost(batch, count_LED, cluster, model, traffic=traffic, split="even")
+    pairs_B = batch.load_BLE.sum(axis=2).max(axis=1)
+    price = step_price(float(pairs_B.mean()) / batch.top_k, batch.num_experts, cluster, model,
+                       window_s=loop.window_s, control_s=loop.control_s)  # fmt: skip
+    run = _Run(batch, count_LED > 0, loop, price, traffic, static)
+    predicted = loop.predictor.predict_BLE(batch, prior_LE)
+    for step in range(batch.num_steps):
+        run.step(step, predicted[step])
+    judged = batch.steps_from(warm_up)
+    slots_D = np.minimum((count_LED > 0).sum(axis=1).max(axis=0) + loop.step_slots, batch.num_experts)
+    bound = bound_terms(judged, cluster, model, traffic=traffic, slots_D=slots_D)
+    return Replay(run.cost(warm_up), bound.seconds_BL.sum(axis=1), run.moved_BL[warm_up:].sum(axis=1))
+
+
+class _Run:
+    """Arrays that a replay fills, and the holders that live from step to step."""
+
+    def __init__(
+        self,
+        batch: RoutingBatch,
+        static_LED: NDArray[np.bool_],
+        loop: FastLoop,
+        price: StepPrice,
+        traffic: Traffic,
+        static: BatchCost,
+    ) -> None:
+        self.batch, self.loop, self.price, self.traffic, self.static = batch, loop, price, traffic, static
+        self.static_LED, self.held_LED = static_LED, static_LED.copy()
+        shape = (batch.num_steps, batch.num_layers)
+        names = ("compute", "dispatch", "combine", "kv", "device", "node", "weights", "control")
+        self.out = {name: np.zeros(shape) for name in names}
+        self.tokens_BLD = np.zeros((*shape, price.cluster.num_devices))
+        self.moved_BL = np.zeros(shape)
+        self.passive_BL = np.zeros(shape, dtype=bool)
+        self.home_T = batch.home_of_tokens(price.cluster.num_devices) if batch.has_tokens else None
+
+    def step(self, step: int, predicted_LE: NDArray[np.float64]) -> None:
+        batch, cluster = self.batch, self.price.cluster
+        rows = slice(0, 0) if batch.start_B is None else slice(*batch.start_B[step : step + 2])
+        source_T = None if self.home_T is None else self.home_T[rows].astype(np.int64)
+        recent = batch.load_BLE[max(0, step - RECENT) : step]
+        for layer in range(batch.num_layers):
+            load_E = np.rint(batch.load_BLE[step, layer]).astype(np.int64)
+            if not load_E.any():
+                continue
+            load_SE = np.zeros((cluster.num_devices, batch.num_experts), np.int64)
+            if source_T is None or batch.experts_TLK is None:
+                whole, rest = np.divmod(load_E, cluster.num_devices)
+                first = (np.cumsum(rest) - rest)[None, :]  # what is left is dealt on in turn
+                load_SE += whole + ((np.arange(cluster.num_devices)[:, None] - first) % cluster.num_devices < rest)
+            else:
+                experts_TK = batch.experts_TLK[rows, layer]
+                count_sources(experts_TK, source_T, load_SE)
+            view = LayerView(self.static_LED[layer], self.held_LED[layer], predicted_LE[layer], recent[:, layer],
+                             self.loop.step_slots, step, layer, self.price)  # fmt: skip
+            plan = self._plan(view, load_SE)
+            flow = plan.rows_SED
+            if flow is None:
+                flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D)
+            device_TK = None
+            if source_T is not None and self.traffic != "home":
+                device_TK = np.empty(experts_TK.shape, np.int64)
+                assign_tokens(experts_TK, source_T, flow.copy(), device_TK)
+            self._price(view, plan, flow, source_T, device_TK)
+            if self.traffic == "stay" and device_TK is not None:
+                source_T = device_TK[:, 0].copy()
+
+    def _plan(self, view: LayerView, load_SE: NDArray[np.int64]) -> StepPlan:
+        policy, step, layer = self.loop.policy, view.step, view.layer
+        early_ED = policy.before_gate(view)
+        plan = policy.after_gate(view, early_ED, load_SE)
+        plan.check(view, load_SE)
+        fetched, late = early_ED & ~view.before_ED, plan.holders_ED & ~early_ED
+        hidden = max(0.0, fetch_seconds(view.before_ED, fetched, self.price) - self.price.window_s)
+        self.out["weights"][step, layer] = hidden + fetch_seconds(early_ED, late, self.price)
+        if policy.exact and not plan.passive:
+            self.out["control"][step, layer] = self.price.control_s
+        self.moved_BL[step, layer] = (int(fetched.sum()) + int(late.sum())) * self.price.model.expert_bytes
+        self.passive_BL[step, layer] = plan.passive
+        if policy.keeps:
+            self.held_LED[layer] = plan.holders_ED
+        return plan
+
+    def _price(
+        self,
+        view: LayerView,
+        plan: StepPlan,
+        flow_SED: NDArray[np.int64],
+        source_T: NDArray[np.int64] | None,
+        device_TK: NDArray[np.int64] | None,
+    ) -> None:
+        cluster, model, at = self.price.cluster, self.price.model, (view.step, view.layer)
+        if plan.passive:  # the same figures as the static row
+            for name in ("compute", "dispatch", "combine", "kv"):
+                self.out[name][at] = getattr(self.static, f"{name}_BL")[at]
+            self.out["device"][at] = self.static.cross_device_BL[at]
+            self.out["node"][at] = self.static.cross_node_BL[at]
+            self.tokens_BLD[at] = self.static.tokens_BLD[at]
+            return
+        self.tokens_BLD[at] = plan.quota_ED.sum(axis=0)
+        seconds = expert_seconds(plan.quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
+        self.out["compute"][at] = seconds.max()
+        pairs_DD = flow_SED.sum(axis=1).astype(np.float64)
+        there = back = Copies(pairs_DD[None])
+        if device_TK is not None and source_T is not None:
+            there, back = token_copies(device_TK, source_T, cluster, self.traffic)
+        self.out["dispatch"][at] = port_seconds(port_load(there, cluster), model.dispatch_bytes_per_token, cluster)[0]
+        self.out["combine"][at] = port_seconds(port_load(back, cluster), model.combine_bytes_per_token, cluster)[0]
+        same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
+        self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
+        self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
+        once = {name: np.zeros((1, 1)) for name in ("dispatch", "combine", "kv")}
+        add_constants(once, np.array([[pairs_DD.sum()]]), self.batch.top_k, cluster, model, self.traffic)
+        for name, value in once.items():
+            self.out[name][at] += value[0, 0]
+
+    def cost(self, first: int) -> BatchCost:
+        """What the steps from ``first`` on cost."""
+        out = {name: value[first:] for name, value in self.out.items()}
+        return BatchCost(
+            out["compute"], out["dispatch"], out["combine"], out["kv"], self.tokens_BLD[first:],
+            self.batch.load_BLE[first:].sum(axis=2), out["device"], out["node"], out["weights"], out["control"],
+        )  # fmt: skip

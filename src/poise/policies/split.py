@@ -1,0 +1,61 @@
+"""``split``: the static placement, and the tokens of its replicas split exactly once the loads are known.
+
+Integer quotas that minimise the fullest device (:mod:`poise.cost.quota`), started from every token on its own device;
+then own device, own node, remote for every source (:mod:`poise.cost.route`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.quota import Holders, Scratch, balance, make_holders, make_scratch
+from poise.policies.plan import LayerView, StepPlan
+
+
+def exact_split(
+    load_SE: NDArray[np.int64],
+    holders_ED: NDArray[np.bool_],
+    speed_D: NDArray[np.float64],
+    *,
+    slack: float = 0.0,
+    ready: tuple[Holders, Scratch] | None = None,
+) -> NDArray[np.int64]:
+    """Quotas, int64 [E, D]: tokens on their own device where that costs the maximum at most ``slack``."""
+    holders, scratch = ready or (make_holders(holders_ED), make_scratch(*holders_ED.shape))
+    load_E = load_SE.sum(axis=0)
+    local_H = np.ascontiguousarray(load_SE[holders.device_H, holders.expert_H])
+    quota_H = np.zeros(holders.device_H.size, np.int64)
+    balance(load_E, local_H, holders, speed_D, slack, quota_H, scratch)
+    out = np.zeros(holders_ED.shape, np.int64)
+    out[holders.expert_H, holders.device_H] = quota_H
+    return out
+
+
+def even_quota(load_E: NDArray[np.int64], holders_ED: NDArray[Any]) -> NDArray[np.int64]:
+    """Tokens dealt in turn over the holders, int64 [E, D]; what is left goes to the first ones."""
+    holds = np.asarray(holders_ED) > 0
+    base, rest = np.divmod(load_E, np.maximum(holds.sum(axis=1), 1))
+    out: NDArray[np.int64] = np.where(holds, base[:, None] + (np.cumsum(holds, axis=1) <= rest[:, None]), 0)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Exact split over the static placement; no weight moves."""
+
+    name: ClassVar[str] = "split"
+    summary: ClassVar[str] = "exact token split over the static placement"
+    keeps: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+
+    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
+        """Nothing moves."""
+        return view.before_ED
+
+    def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """Exact quotas."""
+        return StepPlan(holders_ED, exact_split(load_SE, holders_ED, view.price.cluster.speed_D))
