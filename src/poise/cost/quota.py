@@ -285,16 +285,21 @@ def _fullest(load_D, speed_D):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def balance(load_E, local_H, holders, speed_D, slack, quota_H, scratch):  # type: ignore[no-untyped-def]
+def balance(load_E, local_H, base_D, holders, speed_D, slack, quota_H, scratch):  # type: ignore[no-untyped-def]
     """Fill ``quota_H`` (int64 [H]); returns the largest tokens / speed.
 
     ``load_E`` int64 [E]; ``local_H`` int64 [H] (tokens of the entry's expert whose home is the entry's device) or
-    size 0: how step 2 starts; ``slack`` stops at (1 + slack) times the lower bound: fewer tokens leave their home.
+    size 0: how step 2 starts; ``base_D`` int64 [D] tokens that are there already, or size
+    0; ``slack`` stops at (1 + slack) times the lower bound: fewer tokens leave their home.
     """
     experts, devices = load_E.size, speed_D.size
     load_D, order = scratch.load_D, scratch.order_E
     load_D[:] = 0
     total = 0
+    if base_D.size:
+        for d in range(devices):
+            load_D[d] = base_D[d]
+            total += base_D[d]
     for e in range(experts):
         first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
         total += load_E[e]

@@ -46,7 +46,7 @@ def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[n
     holders = make_holders(count_ED)
     num_experts, num_devices = np.shape(count_ED)
     quota = np.zeros(holders.device_H.size, np.int64)
-    balance(load, NONE, holders, np.asarray(speed_D, dtype=np.float64), 0.0, quota,
+    balance(load, NONE, NONE, holders, np.asarray(speed_D, dtype=np.float64), 0.0, quota,
             make_scratch(num_experts, num_devices))  # fmt: skip
     out = np.zeros((num_experts, num_devices), np.int64)
     out[holders.expert_H, holders.device_H] = quota

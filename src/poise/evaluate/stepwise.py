@@ -15,7 +15,7 @@ from poise.cost.route import assign_tokens, count_sources, locality_rows, token_
 from poise.cost.step import BatchCost, add_constants, batch_cost
 from poise.cost.traffic import Copies, Traffic, port_load
 from poise.cost.weights import StepPrice, fetch_seconds, step_price
-from poise.errors import OptionError
+from poise.errors import OptionError, PlacementError
 from poise.evaluate.replay import Replay
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -103,12 +103,12 @@ class _Run:
     ) -> None:
         self.batch, self.loop, self.price, self.traffic, self.static = batch, loop, price, traffic, static
         self.static_LED, self.held_LED = static_LED, static_LED.copy()
+        self.coming_LED, self.left_s_L = np.zeros_like(static_LED), np.zeros(batch.num_layers)
         shape = (batch.num_steps, batch.num_layers)
         names = ("compute", "dispatch", "combine", "kv", "device", "node", "weights", "control")
         self.out = {name: np.zeros(shape) for name in names}
         self.tokens_BLD = np.zeros((*shape, price.cluster.num_devices))
         self.moved_BL = np.zeros(shape)
-        self.passive_BL = np.zeros(shape, dtype=bool)
         self.home_T = batch.home_of_tokens(price.cluster.num_devices) if batch.has_tokens else None
 
     def step(self, step: int, predicted_LE: NDArray[np.float64]) -> None:
@@ -128,8 +128,10 @@ class _Run:
             else:
                 experts_TK = batch.experts_TLK[rows, layer]
                 count_sources(experts_TK, source_T, load_SE)
-            view = LayerView(self.static_LED[layer], self.held_LED[layer], predicted_LE[layer], recent[:, layer],
-                             self.loop.step_slots, step, layer, self.price)  # fmt: skip
+            view = LayerView(
+                self.static_LED[layer], self.held_LED[layer], predicted_LE[layer], recent[:, layer],
+                self.coming_LED[layer], self.loop.step_slots, step, layer, self.price,
+            )  # fmt: skip
             plan = self._plan(view, load_SE)
             flow = plan.rows_SED
             if flow is None:
@@ -145,18 +147,43 @@ class _Run:
     def _plan(self, view: LayerView, load_SE: NDArray[np.int64]) -> StepPlan:
         policy, step, layer = self.loop.policy, view.step, view.layer
         early_ED = policy.before_gate(view)
+        window_s = self.price.window_s
         plan = policy.after_gate(view, early_ED, load_SE)
         plan.check(view, load_SE)
         fetched, late = early_ED & ~view.before_ED, plan.holders_ED & ~early_ED
-        hidden = max(0.0, fetch_seconds(view.before_ED, fetched, self.price) - self.price.window_s)
-        self.out["weights"][step, layer] = hidden + fetch_seconds(early_ED, late, self.price)
+        early_s = fetch_seconds(view.before_ED, fetched, self.price)
+        self.out["weights"][step, layer] = max(0.0, early_s - window_s) + fetch_seconds(early_ED, late, self.price)
         if policy.exact and not plan.passive:
             self.out["control"][step, layer] = self.price.control_s
-        self.moved_BL[step, layer] = (int(fetched.sum()) + int(late.sum())) * self.price.model.expert_bytes
-        self.passive_BL[step, layer] = plan.passive
+        moved = int(fetched.sum()) + int(late.sum())
         if policy.keeps:
             self.held_LED[layer] = plan.holders_ED
+            moved += self._background(view, plan, max(0.0, window_s - early_s))
+        self.moved_BL[step, layer] = moved * self.price.model.expert_bytes
         return plan
+
+    def _background(self, view: LayerView, plan: StepPlan, window_s: float) -> int:
+        """Go on with what is on its way, or start what the policy asks for; experts newly fetched."""
+        layer, held_ED = view.layer, self.held_LED[view.layer]
+        started = 0
+        if not view.coming_ED.any():
+            fetch = self.loop.policy.in_background(view, plan.holders_ED)
+            if fetch is None:
+                return 0
+            started = int(fetch.coming_ED.sum())
+            self.left_s_L[layer] = fetch_seconds(held_ED, fetch.coming_ED, self.price)
+            self.coming_LED[layer] = fetch.coming_ED
+            held_ED &= ~fetch.dropped_ED
+            used_D = (held_ED | fetch.coming_ED).sum(axis=0)
+            if (used_D > view.slots_D).any() or not held_ED.any(axis=1).all():
+                raise PlacementError(
+                    f"layer {layer}: a background fetch fills {used_D.max()} slots or drops the last copy"
+                )
+        self.left_s_L[layer] -= window_s
+        if self.left_s_L[layer] <= 0:
+            held_ED |= self.coming_LED[layer]
+            self.coming_LED[layer] = False
+        return started
 
     def _price(
         self,

@@ -16,7 +16,6 @@ from poise.cost.weights import StepPrice
 
 UNITS = 64
 """Work is balanced in whole units: the mean work of a device is about this many times the number of experts."""
-NONE = np.zeros(0, np.int64)
 
 
 class Rates(NamedTuple):
@@ -51,6 +50,9 @@ class Desk(NamedTuple):
     quota_H: NDArray[np.int64]
     tokens_H: NDArray[np.float64]
     best_H: NDArray[np.float64]
+    local_H: NDArray[np.int64]
+    base_D: NDArray[np.int64]
+    load_E: NDArray[np.float64]
     seconds_D: NDArray[np.float64]
     sum_D: NDArray[np.float64]
     have_E: NDArray[np.float64]
@@ -58,10 +60,13 @@ class Desk(NamedTuple):
 
 def make_desk(num_experts: int, num_devices: int, num_entries: int) -> Desk:
     """Memory for E experts, D devices and at most ``num_entries`` holders in all."""
-    whole = np.zeros(num_entries, np.int64)
-    return Desk(holders_room(num_experts, num_devices, num_entries), make_scratch(num_experts, num_devices),
-                np.zeros(num_experts, np.int64), whole, np.zeros(num_entries), np.zeros(num_entries),
-                np.zeros(num_devices), np.zeros(num_devices), np.zeros(num_experts))  # fmt: skip
+    whole, more = np.zeros((2, num_entries), np.int64), np.zeros((2, num_entries))
+    real_D, real_E = np.zeros((2, num_devices)), np.zeros((2, num_experts))
+    return Desk(
+        holders_room(num_experts, num_devices, num_entries), make_scratch(num_experts, num_devices),
+        np.zeros(num_experts, np.int64), whole[0], more[0], more[1], whole[1], np.zeros(num_devices, np.int64),
+        real_E[0], real_D[0], real_D[1], real_E[1],
+    )  # fmt: skip
 
 
 @njit(cache=True)
@@ -153,72 +158,105 @@ def even_tokens(load_E, holders, tokens_H):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def split_by_seconds(load_E, holders, rates, tokens_H, desk):  # type: ignore[no-untyped-def]
-    """Longest first, by seconds: an expert that is bound by reading its weights stays whole.
+def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk):  # type: ignore[no-untyped-def]
+    """Split by seconds, float64 [H] tokens: experts bound by reading their weights stay whole.
 
-    Each expert, heaviest first, goes to the holder that would finish it first; one with enough tokens to be bound by
-    arithmetic on several holders is spread over as many of the idlest as that allows.
+    Those go, longest first, to the holder that would finish first (beside an even share of the others); the tokens of
+    the others are then split exactly over what is left. In units of 1 / ``scale`` tokens' compute; ``local_H`` int64
+    [H] (units that may stay at home) or size 0, ``slack`` as in :func:`poise.cost.quota.balance`.
     """
-    seconds, order, have = desk.seconds_D, desk.scratch.order_E, desk.have_E
-    experts = load_E.size
+    seconds, order, base_D = desk.seconds_D, desk.scratch.order_E, desk.base_D
+    experts, devices = load_E.size, rates.speed_D.size
+    knee = rates.per_expert / rates.per_token
     seconds[:] = 0.0
     count = 0
     for e in range(experts):
         first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
-        have[e] = _work(load_E[e], rates)
+        desk.units_E[e] = 0
+        work = _work(load_E[e], rates)
         if last - first == 1:
             tokens_H[first] = load_E[e]
-            seconds[holders.device_H[first]] += have[e] / rates.speed_D[holders.device_H[first]]
+            seconds[holders.device_H[first]] += work
+        elif load_E[e] >= 2.0 * knee:
+            desk.units_E[e] = np.int64(load_E[e] * scale + 0.5)
         else:
             j = count
-            while j > 0 and have[order[j - 1]] < have[e]:
+            while j > 0 and load_E[order[j - 1]] < load_E[e]:
                 order[j] = order[j - 1]
                 j -= 1
             order[j] = e
             count += 1
-    knee = rates.per_expert / max(rates.per_token, 1e-300)
+    for d in range(devices):
+        base_D[d] = np.int64(seconds[d] / rates.per_token * scale + 0.5)
+    for e in holders.shared_Y:
+        if desk.units_E[e] > 0:
+            first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
+            for h in range(first, last):
+                seconds[holders.device_H[h]] += load_E[e] / (last - first) * rates.per_token
     for i in range(count):
         e = order[i]
-        first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
-        for h in range(first, last):
+        best, at = -1, 0.0
+        for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
             tokens_H[h] = 0.0
-        left = load_E[e]
-        if left <= 0.0:
-            continue
-        parts = max(1, min(last - first, np.int64(left / max(knee, 1e-300)))) if knee > 0.0 else last - first
-        for part in range(parts):
-            best, at = -1, 0.0
-            for h in range(first, last):
-                d = holders.device_H[h]
-                if tokens_H[h] == 0.0 and (best < 0 or seconds[d] < at):
-                    best, at = h, seconds[d]
-            give = np.ceil(left / (parts - part)) if part + 1 < parts else left
-            tokens_H[best] = give
-            left -= give
-            d = holders.device_H[best]
-            seconds[d] += _work(give, rates) / rates.speed_D[d]
-            if left <= 0.0:
-                break
+            d = holders.device_H[h]
+            if best < 0 or seconds[d] / rates.speed_D[d] < at:
+                best, at = h, seconds[d] / rates.speed_D[d]
+        d = holders.device_H[best]
+        tokens_H[best] = load_E[e]
+        seconds[d] += _work(load_E[e], rates)
+        base_D[d] += np.int64(_work(load_E[e], rates) / rates.per_token * scale + 0.5)
+    if local_H.size:
+        for e in holders.shared_Y:
+            if desk.units_E[e] == 0:
+                for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
+                    local_H[h] = 0
+    balance(desk.units_E, local_H, base_D, holders, rates.speed_D, slack, desk.quota_H, desk.scratch)
+    for e in holders.shared_Y:
+        if desk.units_E[e] > 0:
+            for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
+                tokens_H[h] = desk.quota_H[h] / scale
+
+
+@njit(cache=True)
+def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped-def]
+    """The fastest of three splits for these sources, float64 [H] whole tokens in ``desk.best_H``; its seconds.
+
+    Exact in tokens; by work; by work with ``slack``, which leaves more tokens at home.
+    """
+    count = holders.device_H.size
+    local_H = desk.local_H[:count]
+    load_E = desk.load_E
+    for e in range(load_E.size):
+        desk.units_E[e] = 0
+        for s in range(load_SE.shape[0]):
+            desk.units_E[e] += load_SE[s, e]
+        load_E[e] = desk.units_E[e]
+    least = np.inf
+    for turn in range(3):
+        for h in range(count):
+            local_H[h] = load_SE[holders.device_H[h], holders.expert_H[h]]
+        if turn == 0:
+            balance(desk.units_E, local_H, desk.base_D[:0], holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
+            for h in range(count):
+                desk.tokens_H[h] = desk.quota_H[h]
+        else:
+            split_by_work(load_E, local_H, holders, rates, slack * (turn - 1), 1.0, desk.tokens_H, desk)
+        seconds = layer_seconds(desk.tokens_H, holders, load_SE, rates, desk)
+        if seconds < least:
+            least = seconds
+            desk.best_H[:count] = desk.tokens_H[:count]
+    return least
 
 
 @njit(cache=True)
 def plan_seconds(load_E, holders, rates, control_s, desk):  # type: ignore[no-untyped-def]
-    """Least modelled seconds of the splits a plan may take, on loads known in expectation: exact in tokens, or by
-    seconds; control included.
-    """
+    """Modelled seconds of the split by work on loads known in expectation, control included."""
     total = 0.0
     for e in range(load_E.size):
         total += load_E[e]
-    scale = max(1.0, UNITS * rates.speed_D.size / max(total, 1e-9))
-    for e in range(load_E.size):
-        desk.units_E[e] = np.int64(load_E[e] * scale + 0.5)
-    balance(desk.units_E, NONE, holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
-    for h in range(holders.device_H.size):
-        desk.tokens_H[h] = desk.quota_H[h] / scale
-    none = np.zeros((0, 0), np.int64)
-    best = layer_seconds(desk.tokens_H, holders, none, rates, desk)
-    split_by_seconds(load_E, holders, rates, desk.tokens_H, desk)
-    return min(best, layer_seconds(desk.tokens_H, holders, none, rates, desk)) + control_s
+    scale = max(1.0, UNITS * load_E.size / max(total, 1e-9))
+    split_by_work(load_E, desk.local_H[:0], holders, rates, 0.0, scale, desk.tokens_H, desk)
+    return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), rates, desk) + control_s
 
 
 @njit(cache=True)
@@ -242,7 +280,7 @@ def next_replica(work_E, held_ED, static_ED, slots_D, holders, rates, desk, drop
     scale = UNITS * experts / max(total, 1e-300)
     for e in range(experts):
         desk.units_E[e] = np.int64(work_E[e] * scale + 0.5)
-    balance(desk.units_E, NONE, holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
+    balance(desk.units_E, desk.local_H[:0], desk.base_D[:0], holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
     load_D = desk.scratch.load_D
     most, least, units = 0.0, 1e300, 0
     for d in range(devices):

@@ -7,6 +7,8 @@ One layer of one step goes like this, on every rank alike (same inputs, same pla
 2. the gate gives the exact loads. ``after_gate`` may add holders (fetched in full sight) and splits the tokens.
 3. holders beyond the static placement are freed at the end of the step, unless the policy ``keeps`` them: then they
    fill ``step_slots`` slots of *this* layer for good, where the others share one buffer among all layers.
+4. a policy that keeps may also ask for replicas ``in_background``: they are fetched in the windows of this and the
+   following steps, so that nothing is exposed, and serve once they are whole. One batch a layer at a time.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class LayerView:
     before_ED : bool [E, D], holders when the step begins: the static ones and what the policy kept.
     predicted_E : float64 [E], predicted tokens of this step; sums to the step's (token, expert) pairs.
     recent_HE : float64 [H, E], exact tokens of the last H steps, the newest last; H may be 0.
+    coming_ED : bool [E, D], replicas on their way in the background; their slots are taken.
     step_slots : M, slots a device beyond the static ones.
     step, layer : numbers from 0.
     price : machine, model, window and control time.
@@ -40,6 +43,7 @@ class LayerView:
     before_ED: NDArray[np.bool_]
     predicted_E: NDArray[np.float64]
     recent_HE: NDArray[np.float64]
+    coming_ED: NDArray[np.bool_]
     step_slots: int
     step: int
     layer: int
@@ -110,6 +114,14 @@ class StepPlan:
             raise PlacementError(f"layer {view.layer}: rows and quotas disagree")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetch:
+    """Replicas to fetch in the background, bool [E, D] each: what comes, and what is dropped at once to make room."""
+
+    coming_ED: NDArray[np.bool_]
+    dropped_ED: NDArray[np.bool_]
+
+
 class StepPolicy(Protocol):
     """A step-wise method: a frozen dataclass of settings. Its two calls are pure functions of their arguments."""
 
@@ -122,6 +134,10 @@ class StepPolicy(Protocol):
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Holders from predicted loads, bool [E, D]; ``view.before_ED`` if nothing is to move."""
+        ...
+
+    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
+        """What to start fetching in the background, if nothing is on its way; only asked of policies that keep."""
         ...
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:

@@ -10,26 +10,28 @@ Before the gate, from predicted loads
             static placement alone is predicted to be as fast, nothing is exchanged and nothing moves.
             ``tokens``: all of them; slots still free get the experts with most tokens a holder, as slack for what the
             prediction misses.
+    Step 4  ``seconds``: replicas that would pay were they here, but whose fetch would be seen, come in the background:
+            at most one a device at a time.
 After the gate, from exact loads
-    Step 4  ``tokens``: the exact split. ``seconds``: of the exact split, one that leaves more tokens at home, and one
-            by seconds (experts bound by reading their weights stay whole), the fastest for these sources.
+    Step 5  ``tokens``: the exact split. ``seconds``: the fastest for these sources of the exact split, one by work
+            (experts bound by reading their weights stay whole), and one by work that leaves more tokens at home.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.links import latency_seconds
-from poise.cost.quota import balance
 from poise.cost.weights import fetch_seconds
 from poise.policies import kernels as k
-from poise.policies.plan import LayerView, StepPlan
-from poise.policies.split import even_quota
+from poise.policies.plan import Fetch, LayerView, StepPlan
+from poise.policies.split import even_quota, exact_split
 
 Objective = Literal["seconds", "tokens"]
 
@@ -47,6 +49,7 @@ class Poise:
     ----------
     objective : ``seconds`` weighs everything; ``tokens`` balances tokens whatever it costs.
     horizon : steps over which an exposed fetch is written off; replicas that stay serve many.
+    patience : most windows that a background fetch may take.
     margin : least predicted gain, as a share of the passive layer time, that wakes the loop.
     slack : the second split may exceed the best maximum by this share to keep tokens at home.
     """
@@ -57,7 +60,8 @@ class Poise:
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     objective: Objective = "seconds"
-    horizon: float = 8.0
+    horizon: float = 32.0
+    patience: float = 8.0
     margin: float = 0.02
     slack: float = 0.05
 
@@ -66,54 +70,67 @@ class Poise:
         rates = k.make_rates(view.price)
         desk = self._desk_of(view)
         held = view.before_ED.copy()
+        if view.coming_ED.any():
+            return view.before_ED
         if self.objective == "tokens":
             return self._fill(view, held, rates, desk, view.predicted_E)[-1]
-        work_E = np.maximum(view.predicted_E * rates.per_token, np.minimum(view.predicted_E, 1.0) * rates.per_expert)
-        plans = self._fill(view, held, rates, desk, work_E)
         best, best_seconds = view.before_ED, np.inf
-        for plan in plans:
-            holders = k.compile_all(plan, desk)
-            seconds = k.plan_seconds(view.predicted_E, holders, rates, view.price.control_s, desk)
+        for plan in self._fill(view, held, rates, desk, self._work(view, rates)):
+            seconds = self._planned(view, plan, rates, desk)
             fetch = fetch_seconds(view.before_ED, plan & ~view.before_ED, view.price)
             seconds += max(0.0, fetch - view.price.window_s) / self.horizon
             if seconds < best_seconds * (1 - 1e-6):
                 best, best_seconds = plan, seconds
         return view.before_ED if best_seconds > self._wake_below(view, rates, desk) else best
 
-    def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
         """Step 4."""
+        if self.objective == "tokens":
+            return None
         rates, desk = k.make_rates(view.price), self._desk_of(view)
-        if self.objective == "seconds":
-            holders = k.compile_all(holders_ED, desk)
-            predicted = k.plan_seconds(view.predicted_E, holders, rates, view.price.control_s, desk)
-            if predicted > self._wake_below(view, rates, desk):
-                return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
-        quota = self.split(load_SE, holders_ED, rates, desk)
+        plans = self._fill(view, holders_ED.copy(), rates, desk, self._work(view, rates))
+        seconds = [self._planned(view, plan, rates, desk) for plan in plans]
+        wake = self._wake_below(view, rates, desk)
+        best = int(np.argmin(seconds))
+        if best == 0 or seconds[best] > min(wake, seconds[0] * (1.0 - self.margin)):
+            return None
+        coming = np.zeros_like(holders_ED)
+        for before, after in pairwise(plans[: best + 1]):
+            new = after & ~before
+            if coming[:, new.any(axis=0)].any():
+                break
+            coming |= new
+        wanted = coming & ~holders_ED
+        if fetch_seconds(holders_ED, wanted, view.price) > self.patience * view.price.window_s:
+            return None
+        to = wanted.any(axis=0)
+        dropped = holders_ED & ~plans[best] & to & ~view.static_ED
+        room = view.slots_D - holders_ED.sum(axis=0)
+        dropped &= room < wanted.sum(axis=0)
+        return Fetch(wanted, dropped) if wanted.any() and (dropped.sum(axis=0) <= 1).all() else None
+
+    def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """Step 5."""
+        rates, desk = k.make_rates(view.price), self._desk_of(view)
+        if self.objective == "tokens":
+            return StepPlan(holders_ED, exact_split(load_SE, holders_ED, rates.speed_D))
+        if self._planned(view, holders_ED, rates, desk) > self._wake_below(view, rates, desk):
+            return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
+        holders = k.compile_all(holders_ED, desk)
+        k.best_split(load_SE, holders, rates, self.slack, desk)
+        quota = np.zeros(holders_ED.shape, np.int64)
+        quota[holders.expert_H, holders.device_H] = np.rint(desk.best_H[: holders.device_H.size])
         return StepPlan(holders_ED, quota)
 
-    def split(
-        self, load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], rates: k.Rates, desk: k.Desk
-    ) -> NDArray[np.int64]:
-        """Quotas, int64 [E, D], of exact loads, int64 [D, E]."""
-        holders = k.compile_all(holders_ED, desk)
-        load_E = load_SE.sum(axis=0)
-        entries = holders.device_H.size
-        local_H = np.ascontiguousarray(load_SE[holders.device_H, holders.expert_H])
-        best = np.zeros(entries, np.int64)
-        least = np.inf
-        for slack in (0.0,) if self.objective == "tokens" else (0.0, self.slack):
-            balance(load_E, local_H, holders, rates.speed_D, slack, desk.quota_H, desk.scratch)
-            desk.tokens_H[:entries] = desk.quota_H[:entries]
-            seconds = k.layer_seconds(desk.tokens_H, holders, load_SE, rates, desk)
-            if seconds < least:
-                best, least = desk.quota_H[:entries].copy(), seconds
-        if self.objective == "seconds":
-            k.split_by_seconds(load_E.astype(np.float64), holders, rates, desk.tokens_H, desk)
-            if k.layer_seconds(desk.tokens_H, holders, load_SE, rates, desk) < least:
-                best = np.rint(desk.tokens_H[:entries]).astype(np.int64)
-        out = np.zeros(holders_ED.shape, np.int64)
-        out[holders.expert_H, holders.device_H] = best
-        return out
+    def _work(self, view: LayerView, rates: k.Rates) -> NDArray[np.float64]:
+        """Predicted seconds of each expert at speed 1."""
+        tokens_E = view.predicted_E
+        return np.maximum(tokens_E * rates.per_token, np.minimum(tokens_E, 1.0) * rates.per_expert)
+
+    def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], rates: k.Rates, desk: k.Desk) -> float:
+        """Predicted seconds of a plan's split, control included."""
+        holders = k.compile_all(plan_ED, desk)
+        return float(k.plan_seconds(view.predicted_E, holders, rates, view.price.control_s, desk))
 
     def _desk_of(self, view: LayerView) -> k.Desk:
         return _desk(*view.static_ED.shape, int(view.slots_D.sum()) + view.static_ED.shape[0])

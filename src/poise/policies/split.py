@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.quota import Holders, Scratch, balance, make_holders, make_scratch
-from poise.policies.plan import LayerView, StepPlan
+from poise.cost.split import NONE
+from poise.policies.plan import Fetch, LayerView, StepPlan
 
 
 def exact_split(
@@ -29,7 +30,7 @@ def exact_split(
     load_E = load_SE.sum(axis=0)
     local_H = np.ascontiguousarray(load_SE[holders.device_H, holders.expert_H])
     quota_H = np.zeros(holders.device_H.size, np.int64)
-    balance(load_E, local_H, holders, speed_D, slack, quota_H, scratch)
+    balance(load_E, local_H, NONE, holders, speed_D, slack, quota_H, scratch)
     out = np.zeros(holders_ED.shape, np.int64)
     out[holders.expert_H, holders.device_H] = quota_H
     return out
@@ -55,6 +56,10 @@ class Split:
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
+
+    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
+        """Nothing moves."""
+        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Exact quotas."""

@@ -1,0 +1,312 @@
+"""ExFlow (arXiv 2401.08383; its published code https://github.com/YJHMITWEB/ExFlow): fewest hops between layers.
+
+Step 1  Trace: the heaviest expert of each token in each layer. Tokens from a to b of the next layer are one column of
+        the programme with their number as its weight: the same optimum as one column a token, in fewer columns.
+Step 2  Integer programme of a stage: binary x[l, e, p], expert e of layer l in part p; for each transition (a, b)
+        cost >= |x[l, a, p] - x[l + 1, b, p]| for all p; every expert in one part; every part holds exactly its number
+        of experts in every layer; minimise the mean cost, the share of transitions that change their part.
+Step 3  Stage 1: parts are the nodes. Stage 2: in each node, parts are its devices, and only transitions that stay on
+        the node count. ``bipartition``, the code's other mode, halves the devices until one is left.
+
+There is no load term and no notion of replicas: redundant slots stay empty.
+
+What the source leaves open, and what stands in for Gurobi:
+
+- E may not divide by D, and slots may differ: each expert goes to a device with fewest and a free slot.
+- The code gives Gurobi 60 s a stage and 5,000 more tokens at a time, each run started from the last. Here HiGHS gets
+  all tokens and a start from the descent below, in programmes of at most :data:`MAX_ROWS` cost rows; it stops after
+  :data:`MAX_NODES` nodes, the time limit being only a guard, so that a seed decides the result.
+- Larger programmes: the same objective by block-coordinate descent. With its neighbours fixed the best parts of a
+  whole layer are an assignment problem, solved exactly, in sweeps forward and backward until nothing improves, from
+  the contiguous layout and from seeded ones: a random layer grown outwards, then the best with some layers drawn anew.
+- Models with K > 1 (the paper has top-1 gates): ``flow="top1"`` follows the heaviest experts, ``flow="all"`` goes from
+  the heaviest to all K experts of the next layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from poise.errors import NoResultError
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import Placement
+from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.solve.milp import INF, Milp
+
+MAX_ROWS = 800
+"""Cost rows (transitions * parts * 2) up to which the integer programme goes to HiGHS."""
+MAX_NODES = 200
+INTER_HOP = 2.0
+"""Cost of a hop between nodes in the published code; inside a node it is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExFlowSetting:
+    """What the paper leaves open.
+
+    Parameters
+    ----------
+    stages : nodes, then devices; or halves of halves.
+    flow : transitions between heaviest experts, or from the heaviest to all K of the next layer.
+    starts, sweeps : bounds on the descent's work.
+    """
+
+    stages: Literal["node-gpu", "bipartition"] = "node-gpu"
+    flow: Literal["top1", "all"] = "top1"
+    starts: int = 24
+    sweeps: int = 15
+
+
+PUBLISHED = ExFlowSetting()
+GRID: tuple[ExFlowSetting, ...] = (
+    PUBLISHED,
+    ExFlowSetting(stages="bipartition"),
+    ExFlowSetting(flow="all"),
+    ExFlowSetting(stages="bipartition", flow="all"),
+)
+
+
+def flow_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
+    """Step 1: expected tokens of a step from expert to expert of the next layer, [L - 1, E, E].
+
+    Raises
+    ------
+    NoResultError : the batch has loads only.
+    """
+    if batch.experts_TLK is None or batch.start_B is None:
+        raise NoResultError(
+            "ExFlow needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
+        )
+    experts = batch.num_experts
+    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    ids = batch.experts_TLK.astype(np.int64)
+    out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
+    for layer in range(batch.num_layers - 1):
+        for k in range(batch.top_k if flow == "all" else 1):
+            pair = ids[:, layer, 0] * experts + ids[:, layer + 1, k]
+            out[layer] += np.bincount(pair, weights=weight_T, minlength=experts**2).reshape(experts, experts)
+    return out
+
+
+def crossings(flow: NDArray[np.float64], part_LM: NDArray[Any]) -> float:
+    """Objective of a stage, not divided by its constant number of transitions: tokens that change their part."""
+    return sum(
+        float(step[part_LM[layer][:, None] != part_LM[layer + 1][None, :]].sum()) for layer, step in enumerate(flow)
+    )
+
+
+def hops(flow: NDArray[np.float64], device_LE: NDArray[Any], node_D: NDArray[Any]) -> tuple[float, float]:
+    """Share of transitions that change their device inside a node, and their node."""
+    total = max(float(flow.sum()), 1e-300)
+    inter = crossings(flow, np.asarray(node_D)[device_LE])
+    return (crossings(flow, device_LE) - inter) / total, inter / total
+
+
+def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
+    """Experts of each device in every layer, int [D]: as equal as slots allow, the first devices get the rest."""
+    sizes = np.zeros(len(slots_D), np.int64)
+    for _ in range(num_experts):
+        fits = np.flatnonzero(sizes < slots_D)
+        sizes[fits[np.argmin(sizes[fits])]] += 1
+    return sizes
+
+
+def integer_programme(
+    flow: NDArray[np.float64], sizes_P: NDArray[np.int64], start_LM: NDArray[Any], *, time_limit_s: float
+) -> tuple[NDArray[np.int64], float]:
+    """Step 2: part of each expert int [L, M], and a bound on :func:`crossings`.
+
+    ``flow`` is [L - 1, M, M], ``start_LM`` a feasible layout; M = sum of ``sizes_P``.
+
+    Raises
+    ------
+    NoResultError : HiGHS found nothing in time.
+    """
+    layers, members = start_LM.shape
+    parts = len(sizes_P)
+    scale = max(float(flow.sum()), 1e-300)
+    milp = Milp()
+    x = milp.columns(np.zeros((layers, members, parts)))
+    pairs = np.argwhere(flow > 0)
+    cost = milp.columns(flow[flow > 0] / scale, integer=False)
+    for layer in range(layers):
+        for e in range(members):
+            milp.row(1, x[layer, e], 1.0, 1)
+        for p in range(parts):
+            milp.row(sizes_P[p], x[layer, :, p], 1.0, sizes_P[p])
+    for i, (layer, a, b) in enumerate(pairs):
+        for p in range(parts):
+            milp.row(0, [cost[i], x[layer, a, p], x[layer + 1, b, p]], [1.0, -1.0, 1.0], INF)
+            milp.row(0, [cost[i], x[layer, a, p], x[layer + 1, b, p]], [1.0, 1.0, -1.0], INF)
+    first = np.arange(parts)
+    if (sizes_P == sizes_P[0]).all():  # parts are alike: expert i of the first layer uses one of the first i + 1
+        for e in range(min(parts - 1, members)):
+            milp.row(0, x[0, e, e + 1 :], 1.0, 0)
+        order = {int(p): i for i, p in enumerate(dict.fromkeys(start_LM[0].tolist()))}
+        first = np.array([order[p] for p in range(parts)])
+    begin = np.zeros(milp.size)
+    named = first[start_LM]
+    begin[np.take_along_axis(x, named[:, :, None], axis=2)] = 1.0
+    begin[cost] = [named[layer, a] != named[layer + 1, b] for layer, a, b in pairs]
+    milp.model.setOptionValue("mip_max_nodes", MAX_NODES)
+    got = milp.solve(time_limit_s=time_limit_s, start=begin)
+    return got.values[x].argmax(axis=2), max(0.0, got.bound) * scale
+
+
+def best_layer(
+    flow: NDArray[np.float64], part_LM: NDArray[Any], layer: int, sizes_P: NDArray[np.int64], *, known: NDArray[Any]
+) -> NDArray[np.int64]:
+    """The best parts of one layer with its ``known`` neighbours fixed, int [M]: an exact assignment."""
+    parts = np.arange(len(sizes_P))
+    keep = np.zeros((part_LM.shape[1], len(sizes_P)))
+    if layer and known[layer - 1]:
+        keep += flow[layer - 1].T @ (part_LM[layer - 1][:, None] == parts)
+    if layer < len(flow) and known[layer + 1]:
+        keep += flow[layer] @ (part_LM[layer + 1][:, None] == parts)
+    slot_part = np.repeat(parts, sizes_P)
+    _, slot = linear_sum_assignment(keep[:, slot_part], maximize=True)
+    return slot_part[slot]
+
+
+def _sweep(
+    flow: NDArray[np.float64], part_LM: NDArray[np.int64], sizes_P: NDArray[np.int64], sweeps: int, end: float
+) -> float:
+    """Sweeps forward and backward, in place, until nothing improves; returns the crossings."""
+    known = np.ones(len(part_LM), bool)
+    value = crossings(flow, part_LM)
+    for _ in range(sweeps):
+        for layer in [*range(len(part_LM)), *range(len(part_LM) - 2, -1, -1)]:
+            part_LM[layer] = best_layer(flow, part_LM, layer, sizes_P, known=known)
+        before, value = value, crossings(flow, part_LM)
+        if value >= before * (1 - 1e-9) or time.monotonic() > end:
+            break
+    return value
+
+
+def _grow(
+    flow: NDArray[np.float64], part_LM: NDArray[np.int64], known: NDArray[np.bool_], sizes_P: NDArray[np.int64]
+) -> None:
+    """Fill the layers that are not ``known``, nearest to a known one first, in place."""
+    while not known.all():
+        beside = ~known & (np.append(known[1:], False) | np.insert(known[:-1], 0, False))
+        layer = int(np.flatnonzero(beside)[0])
+        part_LM[layer] = best_layer(flow, part_LM, layer, sizes_P, known=known)
+        known[layer] = True
+
+
+def descend(
+    flow: NDArray[np.float64], sizes_P: NDArray[np.int64], layers: int, setting: ExFlowSetting, *, seed: int, end: float
+) -> NDArray[np.int64]:
+    """Block-coordinate descent on :func:`crossings`, int [L, M]; never worse than contiguous blocks."""
+    rng = np.random.default_rng(seed)
+    blocks = np.repeat(np.arange(len(sizes_P)), sizes_P)
+    best = np.tile(blocks, (layers, 1))
+    value = _sweep(flow, best, sizes_P, setting.sweeps, end)
+    for start in range(1, setting.starts):
+        if time.monotonic() > end or value <= 0:
+            break
+        trial = best.copy()
+        if start <= setting.starts // 2:
+            known = np.zeros(layers, bool)
+            root = int(rng.integers(layers))
+            trial[root], known[root] = rng.permutation(blocks), True
+        else:
+            known = rng.random(layers) < 0.5
+            known[rng.integers(layers)] = True
+        _grow(flow, trial, known, sizes_P)
+        found = _sweep(flow, trial, sizes_P, setting.sweeps, end)
+        if found < value * (1 - 1e-12):
+            best, value = trial, found
+    return best
+
+
+def _stages(node_D: NDArray[Any], stages: str) -> Iterator[list[NDArray[np.int64]]]:
+    """Step 3: each split of a set of devices into the parts of one programme, outermost first."""
+
+    def halve(devices: NDArray[np.int64]) -> Iterator[list[NDArray[np.int64]]]:
+        if len(devices) > 1:
+            halves = [devices[: len(devices) // 2], devices[len(devices) // 2 :]]
+            yield halves
+            for half in halves:
+                yield from halve(half)
+
+    devices = np.arange(len(node_D), dtype=np.int64)
+    if stages == "bipartition":
+        yield from halve(devices)
+        return
+    nodes = [devices[node_D == n] for n in range(int(node_D[-1]) + 1)]
+    if len(nodes) > 1:
+        yield nodes
+    for node in nodes:
+        if len(node) > 1:
+            yield [node[i : i + 1] for i in range(len(node))]
+
+
+def plan(
+    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None,
+    setting: ExFlowSetting = PUBLISHED,
+) -> MethodResult:  # fmt: skip
+    """ExFlow in two stages (or by halves); see the module.
+
+    Raises
+    ------
+    NoResultError : the batch has loads only.
+    """
+    batch, node_D = problem.batch, problem.cluster.node_D
+    flow = flow_LEE(batch, setting.flow)
+    sizes = equal_sizes(batch.num_experts, problem.slots_D)
+    layers = batch.num_layers
+    # Experts with the same first device are not told apart yet.
+    device_LE = np.zeros((layers, batch.num_experts), np.int64)
+    end = time.monotonic() + time_limit_s
+    todo = list(_stages(node_D, setting.stages))
+    notes: list[dict[str, Any]] = []
+    for number, parts in enumerate(todo):
+        sizes_P = np.array([int(sizes[part].sum()) for part in parts])
+        whole = int(parts[0][0])
+        # Stable: the contiguous blocks of a stage are the experts in ascending order.
+        member_LM = np.stack([np.flatnonzero(row == whole) for row in device_LE])
+        inner = np.zeros((len(flow), member_LM.shape[1], member_LM.shape[1]))
+        for layer, step in enumerate(flow):
+            inner[layer] = step[np.ix_(member_LM[layer], member_LM[layer + 1])]
+        left = max(0.05, (end - time.monotonic()) / (len(todo) - number))
+        part_LM = descend(inner, sizes_P, layers, setting, seed=seed + number, end=time.monotonic() + left / 2)
+        value, bound = crossings(inner, part_LM), 0.0
+        note: dict[str, Any] = {"parts": len(parts), "by": "descent"}
+        if 0 < np.count_nonzero(inner) * 2 * len(parts) <= MAX_ROWS and value > 0:
+            try:
+                found, bound = integer_programme(inner, sizes_P, part_LM, time_limit_s=left / 2)
+                note["by"] = "integer programme"
+                if crossings(inner, found) < value:
+                    part_LM, value = found, crossings(inner, found)
+            except NoResultError:
+                pass
+        total = max(float(inner.sum()), 1e-300)
+        notes.append({**note, "crossing_share": value / total, "bound": bound / total})
+        first_P = np.array([int(part[0]) for part in parts])
+        np.put_along_axis(device_LE, member_LM, first_P[part_LM], axis=1)
+        if progress:
+            progress("stage", (number + 1) / len(todo))
+    placement = Placement.from_devices(device_LE, problem.num_devices, layer_ids_L=batch.layer_ids_L, method="exflow")
+    placement = Placement.from_counts(
+        placement.count_LED(), slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L,
+        method="exflow",
+    )  # fmt: skip
+    intra, inter = hops(flow, device_LE, node_D)
+    return MethodResult(
+        placement,
+        {
+            "setting": asdict(setting),
+            "stages": notes,
+            "hops_inside_nodes": intra,
+            "hops_between_nodes": inter,
+            "hop_cost": intra + INTER_HOP * inter,
+        },
+    )
