@@ -10,8 +10,9 @@ Compute of a layer
     pigeonhole      k D + 1 experts on D devices: one holds k + 1 of them
     slot counting   the heaviest expert's device is filled up with at least the lightest ones
 Traffic of a layer
-    a device or node keeps at most the s heaviest of its own flows local (s = its slots); the rest leaves through its
-    ports, at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under ``stay`` a token came
+    a device or node keeps at most the s heaviest of its own flows local (s = its slots), and all of them together at
+    most each expert's heaviest flow and the heaviest S - E others; the rest leaves through its ports (the fullest
+    takes at least the mean), at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under ``stay`` a token came
     from where its heaviest expert of the layer before ran: an expert shares its device with at most s of those.
 """
 
@@ -99,7 +100,7 @@ def bound_terms(
     compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
     pairs_BL = batch.load_BLE.sum(axis=2)
     busy = (pairs_BL > 0) * latency_seconds(cluster)
-    port = _port_bound(batch, cluster, traffic, np.asarray(slots_D))
+    port = _port_bound(batch, cluster, traffic, np.asarray(slots_D), max(0, spare))
     two_way = traffic != "stay" or batch.top_k > 1
     combine = busy * two_way + (0.0 if traffic == "stay" else port * model.combine_bytes_per_token)
     kv = pairs_BL / batch.top_k * kv_seconds_per_token(cluster, model) if traffic == "stay" else np.zeros(shape)
@@ -113,7 +114,9 @@ def step_bound_BL(
     return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D).seconds_BL
 
 
-def _port_bound(batch: RoutingBatch, cluster: Cluster, traffic: Traffic, slots_D: NDArray[Any]) -> NDArray[Any]:
+def _port_bound(
+    batch: RoutingBatch, cluster: Cluster, traffic: Traffic, slots_D: NDArray[Any], spare: int
+) -> NDArray[Any]:
     """Bound on max over ports of copies / (bytes/s), float64 [B, L]; multiply by bytes per copy."""
     if cluster.num_devices == 1:
         return np.zeros((batch.num_steps, batch.num_layers))
@@ -128,7 +131,7 @@ def _port_bound(batch: RoutingBatch, cluster: Cluster, traffic: Traffic, slots_D
             came_from = batch.experts_TLK[:, layer - 1, 0]
             out[:, layer] = _stay_bound(experts, came_from, step_T, batch, cluster, slots_D)
         else:
-            out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, traffic, slots_D)
+            out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, traffic, slots_D, spare)
     return out
 
 
@@ -164,6 +167,16 @@ def _top_sum(flow: NDArray[np.float64], count: int) -> NDArray[np.float64]:
     return out
 
 
+def _most_local(flow_BSE: NDArray[np.float64], spare: int) -> NDArray[np.float64]:
+    """Most pairs that can be computed where they come from: every expert somewhere once, ``spare`` more copies."""
+    once = flow_BSE.max(axis=1).sum(axis=1)
+    if spare <= 0 or flow_BSE.shape[1] == 1:
+        return once
+    others = np.sort(flow_BSE, axis=1)[:, :-1].reshape(len(flow_BSE), -1)
+    out: NDArray[np.float64] = once + _top_sum(others, min(spare, others.shape[1]))
+    return out
+
+
 def _home_bound(
     experts_TK: NDArray[Any],
     home_T: NDArray[Any],
@@ -172,6 +185,7 @@ def _home_bound(
     cluster: Cluster,
     traffic: Traffic,
     slots_D: NDArray[Any],
+    spare: int,
 ) -> NDArray[np.float64]:
     top_k, devices = batch.top_k, cluster.num_devices
     flow = _flows(home_T, experts_TK, step_T, (batch.num_steps, devices, batch.num_experts))
@@ -191,6 +205,12 @@ def _home_bound(
         leaves = (total - _top_sum(flow[:, d], int(node_slots[cluster.node_D[d]]))) / per_net_copy
         port = net_B[:, cluster.node_D[d]]
         net_B[:, cluster.node_D[d]] = port + leaves if cluster.nic_shared else np.maximum(port, leaves)
+    total_B = flow.sum(axis=(1, 2))
+    bound = np.maximum(bound, (total_B - _most_local(flow, spare)) / per_copy / wire / devices)
+    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
+    leaves_B = (total_B - _most_local(np.add.reduceat(flow, starts, axis=1), spare)) / per_net_copy
+    ports = cluster.num_nodes if cluster.nic_shared else devices
+    net_B = np.maximum(net_B, leaves_B[:, None] / ports)
     return np.maximum(bound, net_B.max(axis=1) / cluster.inter_bytes_per_s)
 
 

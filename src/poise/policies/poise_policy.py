@@ -60,9 +60,9 @@ class Poise:
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     objective: Objective = "seconds"
-    horizon: float = 32.0
+    horizon: float = 24.0
     patience: float = 8.0
-    margin: float = 0.02
+    margin: float = 0.03
     slack: float = 0.05
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ Step 4  In every layer, at most 20 times, the two devices of different nodes who
 The published code exchanges blocks of E / groups slots instead of devices and adds up its gain with the sign that
 *lowers* the affinity inside nodes; its description is followed here. On one node step 4 has nothing to exchange.
 
-Settings beyond the published one (:data:`GRID`): ``affinity="all"`` counts the pairs of all experts, not of the hottest;
+Settings beyond the published one (:data:`GRID`): ``affinity="all"`` counts the pairs of all experts of two devices;
 ``unit="expert"`` exchanges single replicas, the hottest ``hot`` of each device (0: all) against any other, between
 nodes or, ``scope="device"``, between devices. ``tolerance`` is what the heaviest device's load / speed may exceed
 EPLB's by, as a share. ``start="cooccurrence"`` takes the place of EPLB's packing by that of TensorRT-LLM (Apache-2.0,
@@ -121,11 +121,11 @@ def spread(
             if move is None:
                 dropped += 1
                 continue
-            other, f = move
-            count_ED[e, other] += 1
-            if f >= 0:
-                count_ED[f, other] -= 1
-                count_ED[f, d] += 1
+            to, back = move
+            count_ED[e, to] += 1
+            if back >= 0:
+                count_ED[back, to] -= 1
+                count_ED[back, d] += 1
     return dropped
 
 
@@ -185,7 +185,7 @@ def exchange_devices(
         affinity = share.T @ pairs_EE @ share
     else:
         # An empty device has no hottest expert and no affinity.
-        used = count_ED.any(axis=0)
+        used: NDArray[np.bool_] = count_ED.sum(axis=0) > 0
         top = np.where(count_ED > 0, each[:, None], -1.0).argmax(axis=0)
         affinity = pairs_EE[np.ix_(top, top)] * (used[:, None] & used)
     np.fill_diagonal(affinity, 0)
@@ -194,7 +194,8 @@ def exchange_devices(
     fits = (held[:, None] <= problem.slots_D) & (load_D[:, None] <= cap * speed_D)
     content = np.arange(len(node_D))  # which device's experts each device has
     one_hot = np.eye(int(node_D[-1]) + 1)[node_D]
-    for done in range(setting.rounds):
+    done = 0
+    while done < setting.rounds:
         a = affinity[np.ix_(content, content)]
         near = a @ one_hot
         own = near[np.arange(len(node_D)), node_D]
@@ -206,8 +207,7 @@ def exchange_devices(
         if gain[x, y] <= 1e-9 * max(1.0, float(a.sum())):
             break
         content[[x, y]] = content[[y, x]]
-    else:
-        done = setting.rounds
+        done += 1
     count_ED[:] = count_ED[:, content]
     return done
 

@@ -400,6 +400,13 @@ def _solve(
         progress("ILP 2", 1.0)
     device_LE = np.take_along_axis(gpu_LC, cluster_LE, axis=1)
     placement = Placement.from_devices(device_LE, num, layer_ids_L=batch.layer_ids_L, method=name)
+    used_D = placement.count_LED().sum(axis=(0, 1))
+    if problem.pooled and (used_D > problem.slots_D * batch.num_layers).any():
+        d = int(np.argmax(used_D - problem.slots_D * batch.num_layers))
+        raise InfeasibleError(
+            f"MoETuner puts {used_D[d]} experts on device {d}, which has {problem.slots_D[d] * batch.num_layers} slots "
+            "over all layers: its memory constraint knows only equal devices"
+        )
     if not problem.pooled:
         placement = Placement.from_counts(placement.count_LED(), slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L,
                                           method=name)  # fmt: skip
@@ -420,7 +427,7 @@ def plan(
 
     Raises
     ------
-    InfeasibleError : the memory equalities of ILP 2 cannot be met for ILP 1's sizes.
+    InfeasibleError : the memory equalities of ILP 2 cannot be met for ILP 1's sizes, or by a device's slots.
     """
     return _solve(problem, "moetuner", False, time_limit_s, seed, progress)
 

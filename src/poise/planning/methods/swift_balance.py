@@ -1,0 +1,331 @@
+"""SwiftBalance: vllm-ascend's default policy (2), a bounded number of moves away from the placement in use.
+
+Source: github.com/vllm-project/vllm-ascend, vllm_ascend/eplb/core/policy/policy_swift_balancer.py (formerly
+policy_dynamic_ep_v2.py). There is no paper; the steps are those of the code, layer by layer:
+
+Step 1  Start from the table in use. The load of an expert is the sum over its replicas.
+Step 2  Leave a layer alone whose max/mean over ranks, with even split, is below the threshold (1.01).
+Step 3  Slot by slot over all ranks, the first copy of an expert is its owner and stays; all later copies are taken out.
+Step 4  Redundancy anew: one replica at a time to the expert with the largest share, fewer than D for each expert. After
+        a replicas the code counts a share of 2 load / (a + 2); an even split would give load / (a + 1).
+Step 5  Replicas in descending share to the least loaded rank with a free slot, without the expert, and which has not
+        yet received from the owner's rank. Slots left over take the expert with the largest exact share that the rank
+        lacks, whoever sends it.
+Step 6  Swaps, at most 100: the hottest rank tries the others from the coldest up, takes the first whose best pair
+        lowers the larger of the two loads by 1 % of the mean, and stops if none does. A pair of ranks exchanges at most
+        one expert in each direction, and what a rank has just received stays there.
+Step 7  Keep the new layer only if its largest load, in the shares of step 4, is below the old one.
+Step 8  Experts that stay on their rank keep their slot.
+
+The shares of step 4 never lie below the true ones, so a kept layer is never less balanced than it was on the fitted
+traffic; they do hide gains, which is why :data:`GRID` has ``share="even"`` too.
+
+Chosen where the source is silent or cannot be followed:
+
+- Without a current placement the layout is the one the engine starts with: physical expert p holds p mod E.
+- The code compares every layer with the mean load of layer 0; here with its own. Loads are not cut to integers.
+- Equal values: higher expert in steps 4 and 5, higher rank as hottest, lower rank as coldest, as stable sorts give.
+- Free slots count as redundant ones, slots may differ, and loads are divided by the speed of their device.
+- A second copy on the same device is dropped before anything else; that alone may change a layer's balance.
+- The engine's flag "worth a change" (sum of layer maxima down by 5 %) is reported in ``details["change"]``, not acted on.
+- Redundancy inside each node, an option of the code that is off, is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import OptionError
+from poise.planning.methods import contiguous
+from poise.planning.placement import EMPTY, Placement
+from poise.planning.problem import MethodResult, PlacementProblem, Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwiftBalanceSetting:
+    """Constants of the code.
+
+    Parameters
+    ----------
+    imbalance_threshold : max/mean below which a layer is left alone.
+    max_swaps : swaps a layer.
+    max_transfers : experts one rank may send to another, a layer.
+    min_gain : least gain of a swap, as a share of the mean load.
+    share : what a replica of an expert with a redundant ones is thought to carry: 2 / (a + 2) or 1 / (a + 1) of it.
+    """
+
+    imbalance_threshold: float = 1.01
+    max_swaps: int = 100
+    max_transfers: int = 1
+    min_gain: float = 0.01
+    share: Literal["published", "even"] = "published"
+
+    def __post_init__(self) -> None:
+        if not self.imbalance_threshold >= 1:
+            raise OptionError(f"the imbalance threshold must be at least 1, got {self.imbalance_threshold}")
+        if not (self.max_swaps >= 0 and self.max_transfers >= 0 and self.min_gain >= 0):
+            raise OptionError(
+                f"{self.max_swaps} swaps, {self.max_transfers} transfers, gain {self.min_gain}: all must be at least 0"
+            )
+        if self.share not in ("published", "even"):
+            raise OptionError(f"unknown share {self.share!r}", hint="one of published, even")
+
+
+PUBLISHED = SwiftBalanceSetting()
+GRID: tuple[SwiftBalanceSetting, ...] = (
+    PUBLISHED,
+    SwiftBalanceSetting(share="even"),
+    SwiftBalanceSetting(share="even", min_gain=0.0),
+    SwiftBalanceSetting(share="even", min_gain=0.0, max_transfers=8),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotTable:
+    """A placement as a table that policies with bounded moves start from.
+
+    Parameters
+    ----------
+    expert_LDK : int64 [L, D, K], expert of the k-th slot of each device; -1 where empty or beyond its slots. Never an
+        expert twice on a device.
+    room_D : int64 [D], slots of each device.
+    capacity_LD : int64 [L, D], most experts a device may hold in a layer.
+    notes : what had to be changed in the placement in use.
+    """
+
+    expert_LDK: NDArray[np.int64]
+    room_D: NDArray[np.int64]
+    capacity_LD: NDArray[np.int64]
+    notes: tuple[str, ...]
+
+    def holds_LDE(self, num_experts: int) -> NDArray[np.bool_]:
+        """Device d holds expert e, bool [L, D, E]."""
+        out = np.zeros((*self.expert_LDK.shape[:2], num_experts + 1), np.bool_)
+        np.put_along_axis(out, np.where(self.expert_LDK == EMPTY, num_experts, self.expert_LDK), True, axis=2)
+        return out[:, :, :num_experts]
+
+
+def start_table(problem: PlacementProblem) -> SlotTable:
+    """The placement in use, or the engine's start-up layout, fitted to the problem's slots.
+
+    Raises
+    ------
+    OptionError : a device of the current placement holds more experts than it has slots.
+    """
+    placement = problem.current
+    if placement is None:
+        placement = contiguous.plan(problem, time_limit_s=1.0).placement
+    experts, devices = problem.batch.num_experts, problem.num_devices
+    used_LD = (placement.count_LED() > 0).sum(axis=1)
+    theirs_D = np.bincount(placement.slot_device_S, minlength=devices)
+    room_D = theirs_D if problem.pooled else problem.slots_D
+    capacity_LD = used_LD if problem.pooled else np.broadcast_to(np.minimum(room_D, experts), used_LD.shape)
+    if (used_LD > capacity_LD).any():
+        layer, d = (int(x) for x in np.argwhere(used_LD > capacity_LD)[0])
+        raise OptionError(
+            f"layer {layer}: device {d} of the current placement holds {used_LD[layer, d]} experts in "
+            f"{capacity_LD[layer, d]} slots"
+        )
+    first = np.concatenate([[0], np.cumsum(theirs_D)])
+    table = np.full((problem.batch.num_layers, devices, int(room_D.max())), EMPTY, np.int64)
+    for layer, row in enumerate(placement.slot_expert_LS):
+        for d in range(devices):
+            held = row[first[d] : first[d + 1]].astype(np.int64)
+            _, where = np.unique(held, return_index=True)
+            again = np.ones(len(held), np.bool_)
+            again[where] = False
+            held[again] = EMPTY
+            room = int(room_D[d])
+            table[layer, d, : min(room, len(held))] = held[:room]
+            beyond = held[room:][held[room:] != EMPTY]
+            table[layer, d, np.flatnonzero(table[layer, d, :room] == EMPTY)[: beyond.size]] = beyond
+    notes = []
+    if placement.has_duplicates:
+        notes.append("second copies of an expert on one device of the current placement were dropped")
+    if not problem.pooled and (theirs_D != room_D).any():
+        notes.append(f"the current placement has slots {theirs_D.tolist()}, the problem {room_D.tolist()}")
+    return SlotTable(table, np.asarray(room_D, np.int64), np.asarray(capacity_LD, np.int64), tuple(notes))
+
+
+def keep_slots(old_DK: NDArray[np.int64], holds_DE: NDArray[np.bool_], room_D: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Experts that stay on their device keep their slot, newcomers fill the others in order; int64 [D, K]."""
+    table = np.full_like(old_DK, EMPTY)
+    for d, old in enumerate(old_DK):
+        stays = (old != EMPTY) & holds_DE[d, old]
+        table[d, stays] = old[stays]
+        new = np.setdiff1d(np.flatnonzero(holds_DE[d]), old[stays])
+        table[d, np.flatnonzero(table[d, : room_D[d]] == EMPTY)[: new.size]] = new
+    return table
+
+
+def to_placement(
+    problem: PlacementProblem, table_LDK: NDArray[np.int64], room_D: NDArray[np.int64], method: str
+) -> Placement:
+    """The placement of a slot table."""
+    exists_DK = np.arange(table_LDK.shape[2]) < room_D[:, None]
+    return Placement(
+        table_LDK[:, exists_DK].astype(np.int32), np.repeat(np.arange(len(room_D), dtype=np.int32), room_D),
+        problem.batch.num_experts, problem.num_devices, problem.batch.layer_ids_L, method,
+    )  # fmt: skip
+
+
+def peak(load_E: NDArray[np.float64], holds_DE: NDArray[np.bool_], speed_D: NDArray[np.float64]) -> float:
+    """Largest load / speed over devices under even split."""
+    return float((holds_DE @ (load_E / holds_DE.sum(axis=0)) / speed_D).max())
+
+
+def _redundancy(
+    load_E: NDArray[np.float64], slots: int, devices: int, share: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Step 4: redundant replicas of each expert, int [E], and the share each of its replicas is thought to carry."""
+    extra, weight = np.zeros(len(load_E), np.int64), load_E.astype(np.float64)
+    offset = 1 if share == "published" else 0
+    for _ in range(slots):
+        open_E = extra + 1 < devices
+        if not open_E.any():
+            break
+        expert = int(np.flatnonzero(open_E & (weight == weight[open_E].max()))[-1])
+        extra[expert] += 1
+        weight[expert] *= (extra[expert] + offset) / (extra[expert] + offset + 1)
+    return extra, weight
+
+
+def _redeploy(
+    load_E: NDArray[np.float64], table: SlotTable, layer: int, speed_D: NDArray[np.float64], s: SwiftBalanceSetting
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Steps 3 to 5: what devices hold [D, E], shares [E], transfers from rank to rank [D, D], received [D, E]."""
+    old_DK, devices = table.expert_LDK[layer], len(speed_D)
+    owner_E = np.full(len(load_E), -1)
+    holds = np.zeros((devices, len(load_E)), np.bool_)
+    for d, expert in ((d, e) for column in old_DK.T for d, e in enumerate(column) if e != EMPTY):
+        if owner_E[expert] < 0:
+            owner_E[expert] = d
+            holds[d, expert] = True
+    free_D = table.capacity_LD[layer] - holds.sum(axis=1)
+    extra, weight = _redundancy(load_E, int(free_D.sum()), devices, s.share)
+    load_D = holds @ weight
+    sent, received = np.zeros((devices, devices), np.int64), np.zeros_like(holds)
+    order = np.argsort(-weight, kind="stable")
+    for expert in np.repeat(order, extra[order]):
+        fits = np.flatnonzero((free_D > 0) & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
+        if fits.size:
+            d = fits[np.argmin(load_D[fits] / speed_D[fits])]
+            holds[d, expert] = received[d, expert] = True
+            load_D[d] += weight[expert]
+            free_D[d] -= 1
+            sent[owner_E[expert], d] += 1
+    if free_D.any():
+        count = holds.sum(axis=0)
+        weight = load_E / count
+        for d in np.repeat(np.arange(devices), free_D):
+            lacks = ~holds[d]
+            if lacks.any():
+                expert = int(np.flatnonzero(lacks & (weight == weight[lacks].max()))[-1])
+                holds[d, expert] = received[d, expert] = True
+                sent[owner_E[expert], d] += 1
+                count[expert] += 1
+                weight[expert] = load_E[expert] / count[expert]
+    return holds, weight, sent, received
+
+
+def _best_pair(
+    hot: int, cold: int, holds: NDArray[np.bool_], received: NDArray[np.bool_], weight: NDArray[np.float64],
+    load_D: NDArray[np.float64], speed_D: NDArray[np.float64],
+) -> tuple[float, int, int]:  # fmt: skip
+    """The swap after which the larger of two ranks' loads is least: that load, the expert to give, the one to take."""
+    give = np.flatnonzero(holds[hot] & ~holds[cold] & ~received[hot])
+    take = np.flatnonzero(holds[cold] & ~holds[hot] & ~received[cold])
+    if not (give.size and take.size):
+        return np.inf, -1, -1
+    change = weight[take][None, :] - weight[give][:, None]
+    after = np.maximum((load_D[hot] + change) / speed_D[hot], (load_D[cold] - change) / speed_D[cold])
+    i, j = np.unravel_index(int(after.argmin()), after.shape)
+    return float(after[i, j]), int(give[i]), int(take[j])
+
+
+def _swap(
+    holds: NDArray[np.bool_], weight: NDArray[np.float64], sent: NDArray[np.int64], received: NDArray[np.bool_],
+    speed_D: NDArray[np.float64], s: SwiftBalanceSetting,
+) -> tuple[int, float]:  # fmt: skip
+    """Step 6, in place: number of swaps, largest load / speed after them."""
+    load_D = holds @ weight
+    least = s.min_gain * float(load_D.sum() / speed_D.sum())
+    swaps = 0
+    while swaps < s.max_swaps:
+        order = np.argsort(load_D / speed_D, kind="stable")
+        hot = int(order[-1])
+        now = float(load_D[hot] / speed_D[hot])
+        for cold in order[:-1].tolist():
+            if max(sent[hot, cold], sent[cold, hot]) >= s.max_transfers:
+                continue
+            after, give, take = _best_pair(hot, cold, holds, received, weight, load_D, speed_D)
+            if after >= now or now - after < least:
+                continue
+            holds[hot, give] = holds[cold, take] = False
+            holds[hot, take] = holds[cold, give] = True
+            received[hot, take] = received[cold, give] = True
+            sent[hot, cold] += 1
+            sent[cold, hot] += 1
+            load_D[hot] += weight[take] - weight[give]
+            load_D[cold] += weight[give] - weight[take]
+            swaps += 1
+            break
+        else:
+            break
+    return swaps, float((holds @ weight / speed_D).max())
+
+
+def plan(
+    problem: PlacementProblem,
+    *,
+    time_limit_s: float,
+    seed: int = 0,
+    progress: Progress | None = None,
+    setting: SwiftBalanceSetting = PUBLISHED,
+) -> MethodResult:
+    """SwiftBalance on the expected load; time limit and seed play no part.
+
+    ``details``: swaps and changed layers in all, ``change`` (module docstring), the setting's
+    share, and ``adapted`` where slots, speeds or the current placement are not what the code knows.
+    """
+    load_LE, speed_D = problem.batch.load_LE(), problem.cluster.speed_D
+    table = start_table(problem)
+    holds_LDE = table.holds_LDE(problem.batch.num_experts)
+    out = table.expert_LDK.copy()
+    swaps = changed = 0
+    before = after = 0.0
+    for layer, load_E in enumerate(load_LE):
+        was = peak(load_E, holds_LDE[layer], speed_D)
+        mean = float(load_E.sum() / speed_D.sum())
+        now = was
+        if mean > 0 and was / mean >= setting.imbalance_threshold:
+            holds, weight, sent, received = _redeploy(load_E, table, layer, speed_D, setting)
+            done, now = _swap(holds, weight, sent, received, speed_D, setting)
+            if now < was:
+                out[layer] = keep_slots(table.expert_LDK[layer], holds, table.room_D)
+                swaps, changed = swaps + done, changed + 1
+        before, after = before + was, after + now
+        if progress is not None:
+            progress("swift-balance", (layer + 1) / len(load_LE))
+    details: dict[str, Any] = {
+        "swaps": swaps, "changed_layers": changed, "change": bool(after < 0.95 * before), "share": setting.share,
+    }  # fmt: skip
+    notes = [*table.notes, *uneven(problem, table)]
+    if notes:
+        details["adapted"] = "; ".join(notes)
+    return MethodResult(to_placement(problem, out, table.room_D, "swift-balance"), details)
+
+
+def uneven(problem: PlacementProblem, table: SlotTable) -> list[str]:
+    """What of the machine the published code does not know: slots or speeds that differ."""
+    speed, slots = problem.cluster.speed_D, table.capacity_LD
+    notes = []
+    if (slots != slots[0, 0]).any():
+        notes.append(f"the published code needs equal slots, got {slots[0].tolist()}")
+    if (speed != speed[0]).any():
+        notes.append(f"loads are divided by speeds {speed.tolist()}")
+    return notes
