@@ -150,9 +150,10 @@ def test_spread_leaves_no_expert_twice_and_drops_only_what_cannot_stay(seed):
 
 
 def test_spread_by_hand():
-    # Expert 0 twice on device 0; exchange with expert 2 (load 3) or 3 (load 1) of device 1: 2 keeps the loads closest.
+    # Expert 0 twice on device 0 (3 each): if 1 comes back for it, device 1 has 6 at speed 1, if 2 does, 4; and device 0
+    # has 6 at speed 2 at most.
     count = np.array([[2, 0], [0, 1], [0, 1]], np.int32)
-    assert coactivation.spread(count, np.array([6.0, 1.0, 3.0]), np.array([2, 2]), np.ones(2)) == 0
+    assert coactivation.spread(count, np.array([6.0, 1.0, 3.0]), np.array([2, 2]), np.array([2.0, 1.0])) == 0
     np.testing.assert_array_equal(count, [[1, 1], [0, 1], [1, 0]])
     full = np.array([[2, 1], [0, 1]], np.int32)
     assert coactivation.spread(full, np.array([3.0, 1.0]), np.array([2, 2]), np.ones(2)) == 1
@@ -194,14 +195,15 @@ def test_any_shape_keeps_slots_and_the_tolerance(seed, setting, nodes, even):
 
 
 def test_hot_experts_that_go_together_meet_on_a_node():
-    # Experts 0 and 1 are hot and chosen together, 2 and 3 less; every device has one of them and one cold expert.
-    tokens = [[0, 1]] * 8 + [[2, 3]] * 6 + [[4, 5], [6, 7]]
+    # 0 and 4 are hot and chosen together, 1 and 5 less so; EPLB keeps groups 0..3 and 4..7 on a node each, and every
+    # device has one of these four and a cold expert.
+    tokens = [[0, 4]] * 8 + [[1, 5]] * 6 + [[2, 6], [3, 7]]
     batch = token_batch(np.array(tokens)[:, None], [16], 8)
     cluster = tiny_cluster(np.random.default_rng(0), (2, 2), equal=True)
     problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(4, 2))
     got = coactivation.plan(problem, time_limit_s=5)
     node = cluster.node_D[got.placement.count_LED()[0].argmax(axis=1)]
-    assert node[0] == node[1] != node[2] == node[3]
+    assert node[0] == node[4] != node[1] == node[5]
     before = eplb.plan(problem, time_limit_s=5).placement.count_LED()[0]
     assert {tuple(c) for c in before.T} == {tuple(c) for c in got.placement.count_LED()[0].T}
     assert got.details["exchanges"] == 1 and got.details["kept_on_node"] > got.details["kept_on_node_before"]

@@ -53,6 +53,7 @@ class Desk(NamedTuple):
     local_H: NDArray[np.int64]
     base_D: NDArray[np.int64]
     load_E: NDArray[np.float64]
+    sum_E: NDArray[np.float64]
     seconds_D: NDArray[np.float64]
     sum_D: NDArray[np.float64]
     have_E: NDArray[np.float64]
@@ -61,11 +62,11 @@ class Desk(NamedTuple):
 def make_desk(num_experts: int, num_devices: int, num_entries: int) -> Desk:
     """Memory for E experts, D devices and at most ``num_entries`` holders in all."""
     whole, more = np.zeros((2, num_entries), np.int64), np.zeros((2, num_entries))
-    real_D, real_E = np.zeros((2, num_devices)), np.zeros((2, num_experts))
+    real_D, real_E = np.zeros((2, num_devices)), np.zeros((3, num_experts))
     return Desk(
         holders_room(num_experts, num_devices, num_entries), make_scratch(num_experts, num_devices),
         np.zeros(num_experts, np.int64), whole[0], more[0], more[1], whole[1], np.zeros(num_devices, np.int64),
-        real_E[0], real_D[0], real_D[1], real_E[1],
+        real_E[0], real_E[2], real_D[0], real_D[1], real_E[1],
     )  # fmt: skip
 
 
@@ -103,20 +104,21 @@ def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-u
     leave = seconds
     nodes = rates.size_N.size
     exact = load_SE.size > 0
-    if exact:  # tokens on their own device do not travel
-        for d in range(devices):
+    load_E = desk.sum_E
+    load_E[:] = 0.0
+    for h in range(holders.device_H.size):
+        load_E[holders.expert_H[h]] += tokens_H[h]
+    for d in range(devices):  # tokens on their own device do not travel
+        leave[d] = total / devices
+        if exact:
             leave[d] = 0.0
             for e in range(load_SE.shape[1]):
                 leave[d] += load_SE[d, e]
-        for h in range(holders.device_H.size):
-            d = holders.device_H[h]
-            stay = min(tokens_H[h], float(load_SE[d, holders.expert_H[h]]))
-            arrive[d] -= stay
-            leave[d] -= stay
-    else:
-        for d in range(devices):
-            leave[d] = total / devices - arrive[d] / devices
-            arrive[d] -= arrive[d] / devices
+    for h in range(holders.device_H.size):
+        d, e = holders.device_H[h], holders.expert_H[h]
+        stay = min(tokens_H[h], load_SE[d, e] if exact else load_E[e] / devices)
+        arrive[d] -= stay
+        leave[d] -= stay
     intra, net, first = 0.0, 0.0, 0
     for n in range(nodes):
         size = rates.size_N[n]
@@ -125,19 +127,17 @@ def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-u
             in_sum += arrive[d]
             out_sum += leave[d]
         if nodes > 1:
-            if exact:
-                for e in range(load_SE.shape[1]):
-                    need, place = 0.0, 0.0
+            for e in range(load_E.size):
+                need, place = load_E[e] * size / devices, 0.0
+                if exact:
+                    need = 0.0
                     for d in range(first, first + size):
                         need += load_SE[d, e]
-                    for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
-                        if rates.node_D[holders.device_H[h]] == n:
-                            place += tokens_H[h]
-                    away_in += place - min(need, place)
-                    away_out += need - min(need, place)
-            else:
-                part = (devices - size) / max(1.0, devices - 1.0)
-                away_in, away_out = in_sum * part, out_sum * part
+                for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
+                    if rates.node_D[holders.device_H[h]] == n:
+                        place += tokens_H[h]
+                away_in += place - min(need, place)
+                away_out += need - min(need, place)
             ports = 1.0 if rates.nic_shared else float(size)
             net = max(net, away_in / ports, away_out / ports)
         for d in range(first, first + size):

@@ -9,7 +9,7 @@ Before the gate, from predicted loads
             predicted layer time + exposed fetch / ``horizon`` steps. If leaving the engine's even split over the
             static placement alone is predicted to be as fast, nothing is exchanged and nothing moves.
             ``tokens``: all of them; slots still free get the experts with most tokens a holder, as slack for what the
-            prediction misses.
+            prediction misses. (``seconds`` offers such slots to the hottest experts, whose tokens then stay at home.)
     Step 4  ``seconds``: replicas that would pay were they here, but whose fetch would be seen, come in the background:
             at most one a device at a time.
 After the gate, from exact loads
@@ -155,15 +155,17 @@ class Poise:
             if drop >= 0:
                 held_ED[drop, to] = False
             out.append(held_ED.copy())
-        if self.objective == "tokens":
-            free_D = slots_D - held_ED.sum(axis=0)
-            for _ in range(int(free_D.sum())):
-                to = int(np.argmax(free_D))
-                each_E = np.where(held_ED[:, to], -1.0, work_E / held_ED.sum(axis=1))
-                expert = int(np.argmax(each_E))
-                if each_E[expert] <= 0:
-                    break
-                held_ED[expert, to] = True
-                free_D[to] -= 1
-            out.append(held_ED.copy())
+        free_D = slots_D - held_ED.sum(axis=0)
+        for _ in range(int(free_D.sum())):
+            to = int(np.argmax(free_D))
+            each_E = work_E / held_ED.sum(axis=1) if self.objective == "tokens" else view.predicted_E.copy()
+            each_E[held_ED[:, to]] = -1.0
+            expert = int(np.argmax(each_E))
+            if each_E[expert] <= 0:
+                break
+            held_ED[expert, to] = True
+            free_D[to] -= 1
+            if self.objective == "seconds":
+                out.append(held_ED.copy())
+        out.append(held_ED.copy())
         return out

@@ -230,9 +230,9 @@ def exchange_experts(
     weight = 1.0 / count_ED.sum(axis=1)
     each = load_E * weight
     cap = float((each @ count_ED / speed_D).max()) * (1 + setting.tolerance) * (1 + 1e-12)
+    met = pairs @ _shares(count_ED, group_D)
     for done in range(setting.rounds):
         load_D = each @ count_ED
-        met = pairs @ _shares(count_ED, group_D)
         f, fd = np.nonzero(count_ED)
         e, ed = f, fd
         if setting.hot:
@@ -240,28 +240,25 @@ def exchange_experts(
             place = np.arange(len(order)) - np.searchsorted(fd[order], fd[order])
             pick = np.sort(order[place < setting.hot])
             e, ed = f[pick], fd[pick]
-        g, h = group_D[ed][:, None], group_D[fd]
-        gain = (
-            (met[f, g] - met[f, h]) * weight[f]
-            - (met[e[:, None], g] - met[e[:, None], h]) * weight[e][:, None]
-            - 2 * pairs[np.ix_(e, f)] * weight[e][:, None] * weight[f]
-        )
+        g, h = group_D[ed], group_D[fd]
+        met_f, met_e = met[f] * weight[f][:, None], met[e] * weight[e][:, None]
+        gain = met_f[:, g].T - met_f[np.arange(len(f)), h]
+        gain -= met_e[np.arange(len(e)), g][:, None] - met_e[:, h]
+        gain -= 2 * (pairs[e] * weight[e][:, None] * weight)[:, f]
         moved = each[e][:, None] - each[f]
-        allowed = (
-            (g != h)
-            & (count_ED[e[:, None], fd] == 0)
-            & (count_ED[f, ed[:, None]] == 0)
-            & (load_D[ed][:, None] - moved <= cap * speed_D[ed][:, None])
-            & (load_D[fd] + moved <= cap * speed_D[fd])
-        )
+        held = count_ED > 0
+        allowed = (g[:, None] != h) & ~held[e][:, fd] & ~held[f][:, ed].T
+        allowed &= moved >= (load_D - cap * speed_D)[ed][:, None]
+        allowed &= moved <= (cap * speed_D - load_D)[fd]
         gain = np.where(allowed, gain, 0.0)
         if not gain.size or gain.max() <= 1e-9 * max(1.0, float(pairs.max())):
             return done
         x, y = np.unravel_index(int(gain.argmax()), gain.shape)
-        count_ED[e[x], ed[x]] -= 1
-        count_ED[e[x], fd[y]] += 1
-        count_ED[f[y], fd[y]] -= 1
-        count_ED[f[y], ed[x]] += 1
+        for who, old, new in ((e[x], ed[x], fd[y]), (f[y], fd[y], ed[x])):
+            count_ED[who, old] -= 1
+            count_ED[who, new] += 1
+            met[:, group_D[old]] -= pairs[:, who] * weight[who]
+            met[:, group_D[new]] += pairs[:, who] * weight[who]
     return setting.rounds
 
 

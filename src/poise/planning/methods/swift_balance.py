@@ -27,7 +27,7 @@ Chosen where the source is silent or cannot be followed:
 - Equal values: higher expert in steps 4 and 5, higher rank as hottest, lower rank as coldest, as stable sorts give.
 - Free slots count as redundant ones, slots may differ, and loads are divided by the speed of their device.
 - A second copy on the same device is dropped before anything else; that alone may change a layer's balance.
-- The engine's flag "worth a change" (sum of layer maxima down by 5 %) is reported in ``details["change"]``, not acted on.
+- The code's flag "change" (sum of layer maxima down by 5 %) is reported in ``details["change"]``, not acted on.
 - Redundancy inside each node, an option of the code that is off, is left out.
 """
 
@@ -210,10 +210,10 @@ def _redeploy(
     load_D = holds @ weight
     sent, received = np.zeros((devices, devices), np.int64), np.zeros_like(holds)
     order = np.argsort(-weight, kind="stable")
-    for expert in np.repeat(order, extra[order]):
+    for expert in np.repeat(order, extra[order]).tolist():
         fits = np.flatnonzero((free_D > 0) & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
         if fits.size:
-            d = fits[np.argmin(load_D[fits] / speed_D[fits])]
+            d = int(fits[np.argmin(load_D[fits] / speed_D[fits])])
             holds[d, expert] = received[d, expert] = True
             load_D[d] += weight[expert]
             free_D[d] -= 1
@@ -221,7 +221,7 @@ def _redeploy(
     if free_D.any():
         count = holds.sum(axis=0)
         weight = load_E / count
-        for d in np.repeat(np.arange(devices), free_D):
+        for d in np.repeat(np.arange(devices), free_D).tolist():
             lacks = ~holds[d]
             if lacks.any():
                 expert = int(np.flatnonzero(lacks & (weight == weight[lacks].max()))[-1])
