@@ -15,14 +15,17 @@ from poise.cost.traffic import Traffic
 from poise.errors import InfeasibleError, NoResultError, OptionError
 from poise.evaluate.compare import IN_SAMPLE, Comparison, Entry
 from poise.evaluate.compare import compare as compare_entries
+from poise.evaluate.stepwise import WARM_UP, FastLoop
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import Order, make_batch
 from poise.observe.files import join, read
+from poise.observe.predict import PREDICTORS
 from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Solution
 from poise.planning.solve.solve import METHODS, solve
+from poise.policies.registry import parse_policy
 
 Traffics = RoutingTrace | LoadProfile
 Source = str | Path | Traffics
@@ -147,6 +150,12 @@ def compare(
     order: Order = "interleaved",
     time_limit_s: float = 10.0,
     seed: int = 0,
+    fast: Sequence[str] = (),
+    fast_over: str | None = None,
+    step_slots: int = 2,
+    predictor: str = "mean",
+    steps: int | None = None,
+    warm_up: int | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Comparison:
     """Judge placements on traffic, side by side.
@@ -157,6 +166,13 @@ def compare(
     fit : traffic that named methods are fitted on.
     others : more traffic to judge on, by name, e.g. another domain.
     placements : method names, placement files or Placements. The first row is the baseline.
+    fast : step-wise policies (:data:`poise.policies.registry.POLICIES`), ``"name"`` or ``"name:key=value"``; each runs
+        over the placement named ``fast_over`` (default: the last of ``placements``).
+    step_slots : M, slots a device that policies have beyond the placement's.
+    predictor : what policies know before the gate (:data:`poise.observe.predict.PREDICTORS`).
+    steps : steps to judge in each part, drawn again from its requests if need be; default: as many as use about
+        every token once.
+    warm_up : steps before those that run but are not judged; default 5 with ``fast``, else none.
 
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
     """
@@ -164,9 +180,12 @@ def compare(
     given = None if fit is None else load(fit)
     fitted, judged, notes = split_traffic(whole, given, {name: load(source) for name, source in (others or {}).items()})
     parts = {IN_SAMPLE: fitted, **judged}
+    skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
     batches = {
-        name: make_batch(part, tokens_per_step=tokens_per_step, order=order, seed=seed) for name, part in parts.items()
-    }
+        name: make_batch(part, tokens_per_step=tokens_per_step, order=order, seed=seed,
+                         steps=None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip)
+        for name, part in parts.items()
+    }  # fmt: skip
     batch = batches[IN_SAMPLE]
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)
@@ -196,8 +215,30 @@ def compare(
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
+    entries += _fast_entries(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
     return compare_entries(batches, entries, cluster=machine, model=sizes, traffic=flow, split=split, slots_D=slots_D,
-                           notes=said)  # fmt: skip
+                           notes=said, warm_up=skip)  # fmt: skip
+
+
+def _fast_entries(
+    entries: Sequence[Entry], fast: Sequence[str], over: str | None, step_slots: int, predictor: str,
+    fitted: RoutingBatch, model_named: bool,
+) -> list[Entry]:  # fmt: skip
+    """A row for each step-wise policy over one of the placements."""
+    if not fast:
+        return []
+    if predictor not in PREDICTORS:
+        raise OptionError(f"unknown predictor {predictor!r}", hint=f"one of {', '.join(PREDICTORS)}")
+    names = {entry.name: entry for entry in entries}
+    if over is not None and over not in names:
+        raise OptionError(f"--fast-over names {over!r}", hint=f"one of {', '.join(names)}")
+    base = names[over] if over is not None else entries[-1]
+    out: list[Entry] = []
+    for spec in fast:
+        loop = FastLoop(parse_policy(spec, model_named=model_named), step_slots, PREDICTORS[predictor])
+        name = _free_name(f"{base.name} + {spec}", [*entries, *out])
+        out.append(Entry(name, base.placement, fast=loop, prior_LE=fitted.load_LE()))
+    return out
 
 
 def _free_name(name: str, entries: Sequence[Entry]) -> str:

@@ -34,6 +34,15 @@ def compare(
     split: o.SplitRule = "even",
     tokens_per_step: o.TokensPerStep = None,
     order: o.StepOrder = "interleaved",
+    fast: Annotated[
+        list[str] | None,
+        typer.Option("--fast", help="Step-wise policy over the last placement, NAME or NAME:key=value; repeat."),
+    ] = None,
+    fast_over: Annotated[str | None, typer.Option(help="The row that --fast runs over. Default: the last.")] = None,
+    step_slots: Annotated[int, typer.Option(help="M, slots a device for step replicas.")] = 2,
+    predictor: Annotated[str, typer.Option(help="Loads before the gate: mean, exponential or requests.")] = "mean",
+    steps: Annotated[int | None, typer.Option(help="Steps to judge, requests drawn again if need be.")] = None,
+    warm_up: Annotated[int | None, typer.Option(help="Steps before those, not judged. Default: 5 with --fast.")] = None,
     time_limit: o.TimeLimit = 10.0,
     seed: o.Seed = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write the report with pictures to this file.")] = None,
@@ -60,7 +69,8 @@ def compare(
                 placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, model=model,
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), time_limit_s=time_limit,
-                seed=seed, progress=report,
+                seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots, predictor=predictor,
+                steps=steps, warm_up=warm_up, progress=report,
             )  # fmt: skip
         show(result, html, json)
 

@@ -17,6 +17,7 @@ from poise.cost.split import Split
 from poise.cost.traffic import Traffic
 from poise.errors import OptionError
 from poise.evaluate.replay import Replay, replay
+from poise.evaluate.stepwise import WARM_UP, FastLoop, replay_steps
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
@@ -36,12 +37,16 @@ class Entry:
     placement : what is replayed.
     pooled : its memory is counted over all layers together.
     seconds : planning time, or None if it came from a file.
+    fast : a fast loop over the placement, or None: the engine's own split.
+    prior_LE : float64 [L, E], loads a fast loop knows before the first step, or None.
     """
 
     name: str
     placement: Placement
     pooled: bool = False
     seconds: float | None = None
+    fast: FastLoop | None = None
+    prior_LE: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +61,7 @@ class Comparison:
     bounds_B : part -> least seconds of each step for any placement with the slots of the problem.
     cluster, model, traffic, split, slots_D : what was priced, and how.
     notes : what the reader must know, one sentence each.
+    warm_up : steps at the start of each part that ran but are not judged.
     """
 
     entries: tuple[Entry, ...]
@@ -68,6 +74,7 @@ class Comparison:
     split: Split
     slots_D: NDArray[np.int64]
     notes: tuple[str, ...] = ()
+    warm_up: int = 0
 
     @property
     def judged_on(self) -> str:
@@ -92,7 +99,7 @@ class Comparison:
                         "cross_node_share": got.cross_node_share,
                         "step_seconds": _spread(seconds),
                         "efficiency": got.efficiency,
-                        "moved_bytes_per_step": 0.0,
+                        "moved_bytes_per_step": got.moved_bytes_per_step,
                         "speedup": base / float(seconds.mean()),
                         "planning_seconds": entry.seconds,
                     }
@@ -148,7 +155,7 @@ class Comparison:
             "rows": self.rows(),
             "verdict": self.verdict(),
             "judged": {
-                part: {"order": batch.order, "steps": batch.num_steps, "warmup_steps_left_out": 0}
+                part: {"order": batch.order, "steps": batch.num_steps, "warmup_steps_left_out": self.warm_up}
                 for part, batch in self.batches.items()
             },
             "cluster": repr(self.cluster),
@@ -164,7 +171,8 @@ class Comparison:
         rows = self.rows()
         for part, batch in self.batches.items():
             mine = [row for row in rows if row["judged_on"] == part]
-            table = Table(title=f"{part}: {batch.order}", title_justify="left", header_style="bold")
+            left_out = f", {self.warm_up} warm-up steps left out" if self.warm_up else ""
+            table = Table(title=f"{part}: {batch.order}{left_out}", title_justify="left", header_style="bold")
             table.add_column("placement")
             for head in ("imbalance", "p99", "off device", "off node", "step ms", "p99 ms", "efficiency", "speedup"):
                 table.add_column(head, justify="right")
@@ -209,6 +217,7 @@ def compare(
     split: Split,
     slots_D: NDArray[np.int64],
     notes: Sequence[str] = (),
+    warm_up: int | None = None,
 ) -> Comparison:
     """Replay every entry on every part of the traffic.
 
@@ -217,6 +226,7 @@ def compare(
     batches : part -> traffic; the key :data:`IN_SAMPLE` marks what the entries were fitted on.
     entries : at least one; names must differ.
     slots_D : int [D], the memory that the bound row is given.
+    warm_up : steps that run but are not judged; default 5 where an entry has a fast loop, else none.
 
     Raises
     ------
@@ -225,13 +235,31 @@ def compare(
     names = [entry.name for entry in entries]
     if not names or len(set(names)) < len(names) or not batches:
         raise OptionError(f"a comparison needs traffic and placements with different names, got {names}")
-    replays, bounds = {}, {}
+    loops = [entry.fast for entry in entries if entry.fast is not None]
+    skip = (WARM_UP if loops else 0) if warm_up is None else warm_up
+    room_D = np.minimum(
+        slots_D + max((loop.step_slots for loop in loops), default=0), next(iter(batches.values())).num_experts
+    )
+    replays, bounds, judged = {}, {}, {}
     for part, batch in batches.items():
-        for entry in entries:
-            replays[entry.name, part] = replay(
-                batch, entry.placement, cluster, model, traffic=traffic, split=split, pooled=entry.pooled
+        if skip >= batch.num_steps:
+            raise OptionError(
+                f"{part} has {batch.num_steps} steps, {skip} of them warm-up",
+                hint="lower --tokens-per-step, or --steps",
             )
-        bounds[part] = bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D).seconds_BL.sum(axis=1)
+        judged[part] = batch.steps_from(skip)
+        for entry in entries:
+            if entry.fast is not None:
+                replays[entry.name, part] = replay_steps(
+                    batch, entry.placement, entry.fast, cluster, model, traffic=traffic, warm_up=skip,
+                    prior_LE=entry.prior_LE,
+                )  # fmt: skip
+                continue
+            replays[entry.name, part] = replay(
+                judged[part], entry.placement, cluster, model, traffic=traffic, split=split, pooled=entry.pooled
+            )
+        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D)
+        bounds[part] = terms.seconds_BL.sum(axis=1)
     return Comparison(
-        tuple(entries), dict(batches), replays, bounds, cluster, model, traffic, split, slots_D, tuple(notes)
+        tuple(entries), judged, replays, bounds, cluster, model, traffic, split, slots_D, tuple(notes), skip
     )

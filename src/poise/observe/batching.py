@@ -68,6 +68,7 @@ def make_batch(
     live_requests: int | None = None,
     seed: int = 0,
     max_steps: int | None = None,
+    steps: int | None = None,
 ) -> RoutingBatch:
     """Batch traffic into steps.
 
@@ -80,6 +81,7 @@ def make_batch(
         token of each decoding request, then prefill chunks. ``file``: N consecutive rows.
     live_requests : C, default N.
     max_steps : most steps. Default: as many as use about every token once.
+    steps : so many steps, requests drawn again as often as it takes (interleaved order only).
 
     Raises
     ------
@@ -89,6 +91,7 @@ def make_batch(
         ("tokens_per_step", tokens_per_step),
         ("live_requests", live_requests),
         ("max_steps", max_steps),
+        ("steps", steps),
     ):
         if value is not None and value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
@@ -103,6 +106,7 @@ def make_batch(
         size = np.bincount(step_T)[:max_steps]
         return _batch(trace, token[: size.sum()], size, f"recorded steps, {min(ids.size, size.size)} steps")
     per_step = tokens_per_step or default_tokens_per_step(trace.num_tokens)
+    many = steps
     steps = max(1, trace.num_tokens // per_step)
     if order == "file":
         steps = -(-trace.num_tokens // per_step)
@@ -110,7 +114,7 @@ def make_batch(
         token = np.arange(min(trace.num_tokens, steps * per_step))
         size = np.bincount(token // per_step)
         return _batch(trace, token, size, f"file order, N = {per_step}, {steps} steps")
-    steps = min(steps, max_steps or steps)
+    steps = many or min(steps, max_steps or steps)
     live = min(live_requests or per_step, per_step * max(1, steps))
     places = _places(trace, per_step, live, steps, seed)
     size = (places >= 0).sum(axis=1)
