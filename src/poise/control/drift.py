@@ -6,8 +6,8 @@ is: the two-sample permutation test (Fisher 1935; Pitman 1937), with p = (1 + ex
 Phipson and Smyth (2010, "Permutation P-values should never be zero") derive it.
 
 Step 1  Cells: ``cell`` consecutive steps, of which the first ``gap`` are left out, summed. Requests that live through
-        neighbouring steps tie these together; ``gap`` is the number of lags at which the reference steps are found to
-        be correlated (each lag against permutations of the order, at 5 %). Without traffic that is correlated over
+        neighbouring steps tie these together; ``gap`` is the number of lags at which the reference steps are more alike
+        than in the median random order (one gap too many costs tokens, one too few would cost the rate). Without traffic that is correlated over
         more than ``gap`` steps, cells are independent. Choice: cells of three gaps keep two thirds of the tokens;
         shorter ones, then smaller gaps, where there would be too few arrangements for the rate (see ``exact``).
 Step 2  Statistic: with q[e] the share of expert e in all cells together, and w, r the mean of the cells' shares in the
@@ -86,7 +86,9 @@ def gram_LNN(load_NLE: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def correlated_lags(load_BLE: NDArray[np.float64], *, seed: int = 0, most: int | None = None) -> int:
-    """Consecutive lags, from 1 on, at which steps are more alike than in 19 of 20 random orders.
+    """Consecutive lags, from 1 on, at which steps are more alike than in half of all random orders.
+
+    So low a bar errs on the side of a gap too many, which costs tokens; one too few would cost the rate.
 
     At most ``most`` lags are looked at (default an eighth of the steps).
     """
@@ -97,7 +99,7 @@ def correlated_lags(load_BLE: NDArray[np.float64], *, seed: int = 0, most: int |
     for lag in range(1, 1 + (steps // 8 if most is None else min(most, steps - 2))):
         here = np.diagonal(gram, lag).mean()
         null = gram[orders[:, :-lag], orders[:, lag:]].mean(axis=1)
-        if here <= np.quantile(null, 0.95):
+        if here <= np.median(null):
             return lag - 1
     return max(0, steps // 8 if most is None else min(most, steps - 2))
 

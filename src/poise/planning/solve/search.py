@@ -1,14 +1,16 @@
 """The ``poise`` planner: starts from every method, then swaps, moves and replica moves on the full cost.
 
-Step 1  Starts: the placements of all other methods (and, where traffic is linear, affinity assignments). Under the
+Step 1  Starts: the placements of all other methods, one annealed for balance in every scenario
+        (:mod:`poise.planning.solve.anneal`), and, where traffic is linear, affinity assignments. Under the
         home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
         the best whole one. With replicas, the best start without them goes beside it through step 2.
 Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
         redundant replica by another expert; drop one; add one. Devices that decide a maximum come first.
 Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, descent again, and back if
         that did not help, until the work budget is spent.
-Step 4  The best of the result and all starts under :func:`poise.cost.step.batch_cost`, the independent evaluator: so
-        the plan is never worse than any of them on the objective.
+Step 4  Of the result and all starts that are at least as good as every other method's placement under
+        :func:`poise.cost.step.batch_cost`, the independent evaluator, the one that costs least when the expected loads
+        shift at random: the plan is never worse than a rival's on the fitted traffic, and holds beyond it.
 
 The budget is counted in elementary updates, not seconds, so the result depends on the seed alone; the wall clock only
 stops a run that would take four times its limit. Under the exact split the search works on the even one, and step 4
@@ -25,16 +27,21 @@ from numba import njit
 from numpy.typing import NDArray
 
 from poise.cost.step import batch_cost
+from poise.observe.batch import RoutingBatch
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
+from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, make_data, make_state, rebuild
 
 UPDATES_PER_SECOND = 30e6
 """Elementary updates a second on one core: turns a time limit into a work budget."""
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""
+PROPOSALS_PER_SECOND = 8e6
+SHIFT, SHIFTS = 0.15, 8
+"""Log-normal spread of the loads that step 4 tries, and how many draws."""
 MAX_ROWS = 3_000_000
 BETTER = 1.0 - 1e-9
 
@@ -197,6 +204,23 @@ def _mean_seconds(problem: PlacementProblem, placement: Placement) -> float:
     return float(problem.batch.weight_B @ cost.seconds_BL.mean(axis=1))
 
 
+def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed: int) -> list[float]:
+    """What shifted loads cost on top: each expert's load times a log-normal factor, the same for all placements."""
+    batch = problem.batch
+    load_LE = batch.load_LE()
+    rng = np.random.default_rng(seed)
+    draws = load_LE * np.exp(SHIFT * rng.standard_normal((SHIFTS, *load_LE.shape)))
+    draws *= load_LE.sum(axis=1)[None, :, None] / np.maximum(draws.sum(axis=2, keepdims=True), 1e-300)
+    both = np.concatenate([load_LE[None], draws])
+    loads = RoutingBatch(both, np.full(len(both), 1 / len(both)), batch.top_k, batch.layer_ids_L.copy())
+    out = []
+    for placement in placements:
+        cost = batch_cost(loads, placement.count_LED(), problem.cluster, problem.model, traffic="home",
+                          split=problem.split).seconds_BL.mean(axis=1)  # fmt: skip
+        out.append(float(cost[1:].mean() - cost[0]))
+    return out
+
+
 def _merge(
     data: Data, problem: PlacementProblem, states: list[State], local: NDArray[np.bool_]
 ) -> tuple[State, NDArray[np.bool_]]:
@@ -248,6 +272,10 @@ def search(
     """Improve the best of ``starts`` (feasible placements, at least one) for about ``time_limit_s`` seconds."""
     data = make_data(problem, MAX_ROWS)
     pool = [*starts, plain_start(problem), *affinity_start(problem)]
+    if problem.num_devices > 1 and not problem.pooled:
+        balanced = next((start for start in starts if start.method.startswith("eplb")), pool[-1])
+        proposals = min(PROPOSALS, int(0.3 * time_limit_s * PROPOSALS_PER_SECOND / problem.batch.num_layers))
+        pool.append(annealed(problem, balanced, proposals=proposals, seed=seed))
     states = [_best_start(data, problem, pool)]
     if (states[0].copies_LE > 1).any():
         # Replicas cost weight reads, and descent seldom drops all of them: descend from none as well.
@@ -295,7 +323,11 @@ def search(
     )  # fmt: skip
     options = [found, *pool]
     seconds = [_mean_seconds(problem, option) for option in options]
-    best = int(np.argmin(seconds))
+    # at least as good as every start that others would have used; among those, the one that holds when loads shift
+    limit = min(seconds[1 : 1 + len(starts)] or seconds)
+    fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]
+    shifted = _shift_seconds(problem, [options[i] for i in fit], seed)
+    best = fit[int(np.argmin([seconds[i] + more for i, more in zip(fit, shifted, strict=True)]))]
     chosen = options[best]
     details = {
         "updates": int(state.work[0]),

@@ -1,0 +1,467 @@
+"""From one placement to another: rounds of moves that serve correctly throughout, and the best part under a budget.
+
+A round: every move of it copies an expert from a device that holds it to a slot that is empty, or into one of the
+receiver's ``staging`` buffers when the slot is in use. The old slots serve all the while. Then all devices flip at
+once: staged experts take their slots, dropped ones leave theirs.
+
+Step 1  A device with more to come than empty slots must give one up. Its *leavers* are the experts that the new
+        placement does not want there. A leaver with another copy can go; one without can go when its copy arrives
+        elsewhere in the same round, which may need room there in turn. So arrivals form chains, and the shortest chain
+        of each arrival is found by breadth-first search over devices. It ends at an empty slot, at a leaver with
+        another copy, or by coming back to the expert it started with.
+Step 2  A round takes chains, devices with most to come first, until no staging buffer is left that helps. There
+        always is a chain while something is to come: without one, the devices reached by the search would be full,
+        each with as many leavers as arrivals, none of them held elsewhere, so following leavers would close a cycle,
+        and a cycle is a chain of its own arrivals. Hence it ends, and nothing is fetched twice.
+Step 3  Senders: holders at the start of the round; the receiver's own node first, then the one that has sent least.
+
+Rounds are few, not proven fewest. An expert twice on a device is copied there without a fetch.
+
+:func:`bounded` takes the chains, one by one, that lower the modelled seconds most per fetched expert.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.split import even_share
+from poise.cost.step import batch_cost
+from poise.errors import OptionError, PlacementError
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import EMPTY, Placement
+from poise.planning.problem import PlacementProblem
+
+SHORTLIST = 8
+"""Chains of a layer that are priced in full at a time; the rest are behind them by their effect on device loads."""
+MOST_LEAVERS = 4
+"""Leavers of a full device that are tried for each arrival."""
+
+
+class Move(NamedTuple):
+    """One expert of one layer to one slot; ``staged``: by way of a staging buffer, since the slot is in use."""
+
+    layer: int
+    expert: int
+    slot: int
+    from_device: int
+    to_device: int
+    staged: bool
+
+
+class Drop(NamedTuple):
+    """A slot that is empty after the round."""
+
+    layer: int
+    slot: int
+
+
+class Link(NamedTuple):
+    """One part of a chain: an expert arrives at a device, another one (or EMPTY: none) leaves it."""
+
+    expert: int
+    device: int
+    leaver: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Moves that run together and take effect together, with the drops."""
+
+    moves: tuple[Move, ...]
+    drops: tuple[Drop, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MoveList:
+    """Rounds in order. ``result`` is the placement after the last one: ``after``, slots renumbered inside devices.
+
+    Parameters
+    ----------
+    rounds : see :class:`Round`.
+    result : the placement they lead to.
+    expert_bytes : bytes of one expert.
+    staging : buffers a device, each of one expert.
+    """
+
+    rounds: tuple[Round, ...]
+    result: Placement
+    expert_bytes: float
+    staging: int
+
+    @property
+    def fetched(self) -> int:
+        """Experts that go from a device to another."""
+        return sum(move.from_device != move.to_device for each in self.rounds for move in each.moves)
+
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes that go from a device to another."""
+        return self.fetched * self.expert_bytes
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Link seconds of all rounds, one after the other: latency and the fullest port of each."""
+        shape = (len(self.rounds), cluster.num_devices)
+        out_in = np.zeros((4, *shape))
+        for at, each in enumerate(self.rounds):
+            for move in each.moves:
+                source, target = move.from_device, move.to_device
+                if source != target:
+                    kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
+                    out_in[kind, at, source] += 1
+                    out_in[kind + 1, at, target] += 1
+        busy = out_in.sum(axis=(0, 2)) > 0
+        if not busy.any():
+            return 0.0
+        ports = port_seconds(PortLoad(*out_in[:, busy]), self.expert_bytes, cluster)
+        return float((ports + latency_seconds(cluster)).sum())
+
+    def __repr__(self) -> str:
+        return (
+            f"MoveList({len(self.rounds)} rounds, {self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB, "
+            f"at most {self.staging} staged a device and round)"
+        )
+
+
+class Work:
+    """Where the experts of one layer are and shall be; what is to come and to go on each device.
+
+    Parameters
+    ----------
+    have_ED, want_ED : int [E, D], slots of each expert on each device, now and in the end.
+    """
+
+    def __init__(self, have_ED: NDArray[Any], want_ED: NDArray[Any]) -> None:
+        devices = range(have_ED.shape[1])
+        self.have_ED = have_ED.astype(np.int64)
+        self.want_ED = want_ED.astype(np.int64)
+        self.copies_E: list[int] = have_ED.sum(axis=1).tolist()
+        self.comers_D = [set(np.flatnonzero(want_ED[:, d] > have_ED[:, d]).tolist()) for d in devices]
+        self.leavers_D = [set(np.flatnonzero(have_ED[:, d] > want_ED[:, d]).tolist()) for d in devices]
+
+    def arrive(self, expert: int, device: int) -> None:
+        """One more slot of an expert that is to come."""
+        self.have_ED[expert, device] += 1
+        self.copies_E[expert] += 1
+        if self.have_ED[expert, device] == self.want_ED[expert, device]:
+            self.comers_D[device].discard(expert)
+
+    def leave(self, expert: int, device: int) -> None:
+        """One slot less of a leaver."""
+        self.have_ED[expert, device] -= 1
+        self.copies_E[expert] -= 1
+        if self.have_ED[expert, device] == self.want_ED[expert, device]:
+            self.leavers_D[device].discard(expert)
+
+    def apply(self, chain: Sequence[Link]) -> None:
+        """Everything a chain says."""
+        for link in chain:
+            self.arrive(link.expert, link.device)
+        for link in chain:
+            if link.leaver != EMPTY:
+                self.leave(link.leaver, link.device)
+
+    def chain(
+        self, expert: int, device: int, room_D: Sequence[int], budget_D: Sequence[int], *, leaver: int | None = None
+    ) -> list[Link]:
+        """Shortest chain that lets an expert arrive at a device (step 1); empty if there is none.
+
+        Parameters
+        ----------
+        room_D : empty slots; budget_D : staging buffers left.
+        leaver : what must leave the first device; default: what is best.
+        """
+        came: dict[int, tuple[int, int]] = {device: (expert, -1)}
+        queue = deque([device])
+        while queue:
+            d = queue.popleft()
+            forced = leaver if d == device else None
+            if room_D[d] > 0 and forced is None:
+                return self._unroll(came, d, EMPTY)
+            if budget_D[d] < 1:
+                continue
+            leavers = sorted(self.leavers_D[d]) if forced is None else [forced]
+            for x in leavers:
+                if self.copies_E[x] > 1 or x == expert:
+                    return self._unroll(came, d, x)
+            for x in leavers:
+                for target in np.flatnonzero(self.want_ED[x] > self.have_ED[x]).tolist():
+                    if target not in came:
+                        came[target] = (x, d)
+                        queue.append(target)
+        return []
+
+    @staticmethod
+    def _unroll(came: dict[int, tuple[int, int]], device: int, leaver: int) -> list[Link]:
+        links = []
+        while device >= 0:
+            expert, before = came[device]
+            links.append(Link(expert, device, leaver))
+            leaver, device = expert, before
+        return links[::-1]
+
+    def surplus(self) -> list[tuple[int, int]]:
+        """Leavers that nothing will replace and that have another copy: (expert, device), already gone from here."""
+        gone = []
+        for d, leavers in enumerate(self.leavers_D):
+            spare = int(self.have_ED[:, d].sum() - self.want_ED[:, d].sum())
+            for x in sorted(leavers) if spare > 0 else []:
+                while spare > 0 and self.copies_E[x] > 1 and self.have_ED[x, d] > self.want_ED[x, d]:
+                    self.leave(x, d)
+                    gone.append((x, d))
+                    spare -= 1
+        return gone
+
+
+def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
+    """Slots of each device, int [D].
+
+    Raises
+    ------
+    PlacementError : the two placements differ in shape or in the slots of a device.
+    """
+    before.diff(after)
+    mine = np.bincount(before.slot_device_S, minlength=before.num_devices)
+    theirs = np.bincount(after.slot_device_S, minlength=after.num_devices)
+    if (mine != theirs).any():
+        d = int(np.argmax(mine != theirs))
+        raise PlacementError(f"device {d} has {mine[d]} slots before and {theirs[d]} after")
+    return mine
+
+
+def move_list(
+    before: Placement,
+    after: Placement,
+    *,
+    expert_bytes: float,
+    staging: int = 1,
+    node_D: NDArray[Any] | None = None,
+) -> MoveList:
+    """Rounds of moves that turn one placement into the other; what holds throughout: module docstring.
+
+    Parameters
+    ----------
+    before, after : placements with the same slots on every device.
+    expert_bytes : bytes of one expert.
+    staging : buffers a device, each of one expert, shared by all layers.
+    node_D : int [D], node of each device; senders of the same node are preferred.
+
+    Raises
+    ------
+    PlacementError : the placements differ in shape or in the slots of a device.
+    OptionError : no staging buffer, or expert bytes that are not above 0.
+    """
+    if staging < 1 or not (np.isfinite(expert_bytes) and expert_bytes > 0):
+        raise OptionError(f"staging must be at least 1 and expert_bytes above 0, got {staging}, {expert_bytes}")
+    slots_D = same_slots(before, after)
+    devices, layers = before.num_devices, before.num_layers
+    node = np.zeros(devices, np.int64) if node_D is None else np.asarray(node_D)
+    if node.shape != (devices,):
+        raise OptionError(f"node_D names {node.size} devices, the placements have {devices}")
+    works = [Work(*pair) for pair in zip(before.count_LED(), after.count_LED(), strict=True)]
+    slots_of_D = [np.flatnonzero(before.slot_device_S == d).tolist() for d in range(devices)]
+    slot_expert = before.slot_expert_LS.tolist()
+    sent_D = np.zeros(devices, np.int64)
+    rounds = []
+    while any(any(work.comers_D) or any(work.leavers_D) for work in works):
+        held = [work.have_ED.copy() for work in works]
+        links = _fill_round(works, held, slots_D, staging)
+        arrivals, drops = [], []
+        for layer in range(layers):
+            row, old = slot_expert[layer], list(slot_expert[layer])
+            for link in links[layer]:
+                slot = next(s for s in slots_of_D[link.device] if old[s] == link.leaver and row[s] == link.leaver)
+                row[slot] = link.expert
+                arrivals.append((layer, link.expert, slot, link.device, link.leaver != EMPTY))
+            for expert, d in works[layer].surplus():
+                slot = next(s for s in slots_of_D[d] if row[s] == expert and old[s] == expert)
+                row[slot] = EMPTY
+                drops.append(Drop(layer, slot))
+        rounds.append(Round(_senders(arrivals, held, node, sent_D), tuple(drops)))
+    result = Placement(
+        np.array(slot_expert, np.int32), before.slot_device_S, before.num_experts, devices, before.layer_ids_L,
+        after.method,
+    )  # fmt: skip
+    return MoveList(tuple(rounds), result, expert_bytes, staging)
+
+
+def _fill_round(
+    works: list[Work], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int
+) -> list[list[Link]]:
+    """Step 2: the links of each layer in this round; ``works`` are as after it."""
+    budget = [staging] * len(slots_D)
+    rooms = [(slots_D - have.sum(axis=0)).tolist() for have in held]
+    links: list[list[Link]] = [[] for _ in works]
+    again = True
+    while again:
+        again = False
+        to_come = np.array([[len(comers) for comers in work.comers_D] for work in works]).sum(axis=0)
+        for d in np.argsort(-to_come, kind="stable").tolist():
+            for layer, work in enumerate(works):
+                if not work.comers_D[d]:
+                    continue
+                for expert in sorted(work.comers_D[d]):
+                    if budget[d] < 1 and rooms[layer][d] < 1:
+                        break
+                    # A second copy on a device is made from the first, which must have been there.
+                    if expert not in work.comers_D[d] or (work.have_ED[expert, d] > 0 and held[layer][expert, d] == 0):
+                        continue
+                    chain = work.chain(expert, d, rooms[layer], budget)
+                    for link in chain:
+                        (rooms[layer] if link.leaver == EMPTY else budget)[link.device] -= 1
+                    work.apply(chain)
+                    links[layer] += chain
+                    again = again or bool(chain)
+    return links
+
+
+def _senders(
+    arrivals: list[tuple[int, int, int, int, bool]],
+    held: list[NDArray[np.int64]],
+    node_D: NDArray[Any],
+    sent_D: NDArray[np.int64],
+) -> tuple[Move, ...]:
+    """Step 3, those with the fewest holders first; ``sent_D`` counts over all rounds and breaks ties."""
+    holders = [np.flatnonzero(held[layer][expert]) for layer, expert, *_ in arrivals]
+    now_D = np.zeros_like(sent_D)
+    moves: list[Move | None] = [None] * len(arrivals)
+    for at in sorted(range(len(arrivals)), key=lambda i: len(holders[i])):
+        layer, expert, slot, device, staged = arrivals[at]
+        source = device
+        if device not in holders[at]:
+            source = min(holders[at].tolist(), key=lambda s: (node_D[s] != node_D[device], now_D[s], sent_D[s], s))  # noqa: B023
+            now_D[source] += 1
+            sent_D[source] += 1
+        moves[at] = Move(layer, expert, slot, source, device, staged)
+    return tuple(move for move in moves if move is not None)
+
+
+def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_moves: int) -> Placement:
+    """A placement on the way from one to the other that at most ``max_moves`` fetched experts lead to.
+
+    Greedy: again and again the chain, drop or whole rest of a layer that lowers the objective on the problem's traffic
+    (:func:`poise.cost.step.batch_cost`) most per fetched expert, until none lowers it or fits. Layers are independent
+    but for ``stay``, where a change counts in the next layer too. Called again from its result it goes on, up to
+    ``after`` or to where no single step helps; ``after`` itself is returned where it fits and is as good.
+
+    Raises
+    ------
+    PlacementError : the placements differ in shape or slots, or do not fit the problem.
+    OptionError : ``max_moves`` is negative.
+    """
+    if max_moves < 0:
+        raise OptionError(f"max_moves must be at least 0, got {max_moves}")
+    slots_D = same_slots(before, after)
+    problem.check(before)
+    problem.check(after)
+    count_LED, want_LED = before.count_LED(), after.count_LED()
+    left, layers = max_moves, range(before.num_layers)
+    best = {layer: _best_step(layer, count_LED, want_LED, slots_D, problem, left) for layer in layers}
+    while True:
+        for layer, step in best.items():
+            if step is not None and step[1] > left:
+                best[layer] = _best_step(layer, count_LED, want_LED, slots_D, problem, left)
+        able = [(step[0], -layer) for layer, step in best.items() if step is not None]
+        if not able:
+            break
+        layer = -max(able)[1]
+        step = best[layer]
+        assert step is not None
+        left -= step[1]
+        count_LED[layer] = step[2]
+        for near in (layer - 1, layer, layer + 1) if problem.traffic == "stay" else (layer,):
+            if near in layers:
+                best[near] = _best_step(near, count_LED, want_LED, slots_D, problem, left)
+    if before.diff(after).fetched <= max_moves:
+        all_seconds = [_seconds(problem, counts, 0, before.num_layers) for counts in (count_LED, want_LED)]
+        if all_seconds[1] <= all_seconds[0]:
+            return after
+    return Placement.from_counts(
+        count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=f"{after.method} in part"[:200]
+    )
+
+
+def _best_step(
+    layer: int, count_LED: NDArray[Any], want_LED: NDArray[Any], slots_D: NDArray[np.int64], problem: PlacementProblem,
+    left: int,
+) -> tuple[float, int, NDArray[Any]] | None:  # fmt: skip
+    """Seconds saved per fetched expert, experts fetched and counts [E, D] after the layer's best step; None if none."""
+    have = count_LED[layer]
+    load_E = problem.batch.weight_B @ problem.batch.load_BLE[:, layer]
+
+    def roughness(count_ED: NDArray[Any]) -> float:
+        return float(np.linalg.norm((load_E @ even_share(count_ED)) / problem.cluster.speed_D, 8))
+
+    rough = roughness(have)
+    ranked = []
+    for option in _options(Work(have, want_LED[layer]), slots_D, load_E):
+        fetched = int(((option > 0) & (have == 0)).sum())
+        if fetched <= left:
+            ranked.append(((rough - roughness(option)) / max(fetched, 0.5), fetched, option))
+    ranked.sort(key=lambda item: -item[0])
+    whole = [item for item in ranked[SHORTLIST:] if (item[2] == want_LED[layer]).all()]
+    now = _seconds(problem, count_LED, layer, layer + 1)
+    found: tuple[float, int, NDArray[Any]] | None = None
+    for _, fetched, option in ranked[:SHORTLIST] + whole[:1]:
+        changed = count_LED.copy()
+        changed[layer] = option
+        gain = now - _seconds(problem, changed, layer, layer + 1)
+        rate = gain / fetched if fetched else np.inf
+        if gain > 1e-12 * now and (found is None or rate > found[0]):
+            found = (rate, fetched, option)
+    return found
+
+
+def _options(work: Work, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]) -> list[NDArray[Any]]:
+    """Counts [E, D] after every chain, with and without the copies it makes needless, every drop, and all of it."""
+    have, want, room = work.have_ED, work.want_ED, (slots_D - work.have_ED.sum(axis=0)).tolist()
+    chains = []
+    for d, comers in enumerate(work.comers_D):
+        leavers: list[int | None] = [None]
+        if room[d] < 1 and work.leavers_D[d]:
+            by_load = sorted(work.leavers_D[d], key=lambda x: (load_E[x] / work.copies_E[x], x))
+            picks = np.unique(np.linspace(0, len(by_load) - 1, MOST_LEAVERS).round().astype(int))
+            leavers = [by_load[i] for i in picks]
+        chains += [work.chain(e, d, room, [1] * len(slots_D), leaver=x) for e in sorted(comers) for x in leavers]
+    options = [want] if (have != want).any() else []
+    for links in filter(None, chains):
+        after = have.copy()
+        for link in links:
+            after[link.expert, link.device] += 1
+            if link.leaver != EMPTY:
+                after[link.leaver, link.device] -= 1
+        options.append(after)
+        trimmed = after.copy()
+        for link in links:
+            for d in np.flatnonzero(trimmed[link.expert] > want[link.expert]):
+                if trimmed[link.expert].sum() > 1:
+                    trimmed[link.expert, d] -= 1
+        if (trimmed != after).any():
+            options.append(trimmed)
+    for d, gone in enumerate(work.leavers_D):
+        for x in sorted(gone):
+            if work.copies_E[x] > 1:
+                options.append(have.copy())
+                options[-1][x, d] -= 1
+    return options
+
+
+def _seconds(problem: PlacementProblem, count_LED: NDArray[Any], first: int, last: int) -> float:
+    """Expected seconds of a step in layers first to last - 1, and in the one behind them where it depends on them."""
+    batch, stay = problem.batch, problem.traffic == "stay"
+    part = slice(max(0, first - 1) if stay else first, min(batch.num_layers, last + 1) if stay else last)
+    experts = None if batch.experts_TLK is None else np.ascontiguousarray(batch.experts_TLK[:, part])
+    some = RoutingBatch(
+        batch.load_BLE[:, part], batch.weight_B, batch.top_k, batch.layer_ids_L[part], experts, batch.start_B,
+        batch.request_T, batch.home_T,
+    )  # fmt: skip
+    cost = batch_cost(some, count_LED[part], problem.cluster, problem.model, traffic=problem.traffic,
+                      split=problem.split)  # fmt: skip
+    return float(batch.weight_B @ cost.seconds_BL[:, first - part.start :].sum(axis=1))

@@ -1,0 +1,219 @@
+"""Simulated annealing on loads alone: the start that decides balance, and how well it holds on traffic not seen.
+
+    minimise  sum_b w[b] sum_d ( D * x[b, d] / speed[d] )^p,   x[b, d] = sum_e load[b, e] * count[e, d] / replicas[e]
+
+for every layer, scenarios b scaled to a mean of 1, p = 8 and then 32. A high power stands for the maximum, but every
+device counts, not only the fullest of each scenario: the maximum alone leaves the others where they are, and what was
+not the fullest in the traffic fitted on is the fullest in the next. (Measured: docs/decisions/0004-robust-start.md.)
+
+Step 1  Start: a placement without duplicates; free slots get the experts with most load a replica.
+Step 2  Proposals, half a million a layer: swap the contents of two slots of two devices; now and then replace a
+        replica of a replicated expert by another expert. Accepted by Metropolis' rule, temperature falling
+        geometrically, p rising half-way.
+Step 3  In the last quarter the state with the least weighted mean of maxima is kept.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from poise.cost.compute import expert_seconds
+from poise.planning.placement import EMPTY, Placement
+from poise.planning.problem import PlacementProblem
+
+PROPOSALS = 400_000
+MAX_SCENARIOS = 8
+HOT, COLD = 0.1, 1e-4
+"""First and last temperature, in units of a device's mean term."""
+REPLICA_SHARE = 0.2
+"""Share of proposals that change replicas."""
+
+
+@njit(cache=True)
+def _power(x, high):  # type: ignore[no-untyped-def]
+    """x^8, or x^32."""
+    x *= x
+    x *= x
+    x *= x
+    if high:
+        x *= x
+        x *= x
+    return x
+
+
+@njit(cache=True)
+def _anneal(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draws_seed):  # type: ignore[no-untyped-def]
+    """Improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
+
+    ``load_BE`` float64 [B, E + 1]: the last column is the empty slot's zero load; ``rate_D`` float64 [D] turns load
+    into relative load of a device.
+    """
+    np.random.seed(draws_seed)
+    steps, experts = load_BE.shape[0], load_BE.shape[1] - 1
+    slots, devices = slot_expert.size, rate_D.size
+    copies = np.zeros(experts + 1, np.int64)
+    held = np.zeros((experts + 1, devices), np.bool_)
+    where = np.full((experts + 1, devices), -1, np.int64)
+    for s in range(slots):
+        e = slot_expert[s]
+        if e >= 0:
+            where[e, copies[e]] = s
+            copies[e] += 1
+            held[e, slot_device[s]] = True
+    copies[experts] = 1
+    x = np.zeros((devices, steps))
+    for s in range(slots):
+        e, d = slot_expert[s], slot_device[s]
+        for b in range(steps):
+            if e >= 0:
+                x[d, b] += load_BE[b, e] / copies[e] * rate_D[d]
+    after = np.zeros((devices, steps))
+    mark = np.zeros(devices, np.int64)
+    best = np.inf
+    kept = slot_expert.copy()
+    for turn in range(proposals):
+        done = turn / proposals
+        heat = HOT * (COLD / HOT) ** done
+        high = done >= 0.5
+        if np.random.random() >= REPLICA_SHARE:
+            i, j = np.random.randint(slots), np.random.randint(slots)
+            di, dj = slot_device[i], slot_device[j]
+            a, c = slot_expert[i], slot_expert[j]
+            if di == dj or a == c or (a >= 0 and held[a, dj]) or (c >= 0 and held[c, di]):
+                continue
+            delta = 0.0
+            for b in range(steps):
+                moved = load_BE[b, c] / copies[c] - load_BE[b, a] / copies[a]
+                one, two = x[di, b] + moved * rate_D[di], x[dj, b] - moved * rate_D[dj]
+                delta += weight_B[b] * (_power(one, high) + _power(two, high))
+                delta -= weight_B[b] * (_power(x[di, b], high) + _power(x[dj, b], high))
+            if delta > 0.0 and np.random.random() >= np.exp(-delta / heat):
+                continue
+            for b in range(steps):
+                moved = load_BE[b, c] / copies[c] - load_BE[b, a] / copies[a]
+                x[di, b] += moved * rate_D[di]
+                x[dj, b] -= moved * rate_D[dj]
+            slot_expert[i], slot_expert[j] = c, a
+            for e, from_s, to_s in ((a, i, j), (c, j, i)):
+                if e >= 0:
+                    held[e, slot_device[from_s]] = False
+                    held[e, slot_device[to_s]] = True
+                    for k in range(copies[e]):
+                        if where[e, k] == from_s:
+                            where[e, k] = to_s
+                            break
+        else:
+            i = np.random.randint(slots)
+            a, di = slot_expert[i], slot_device[i]
+            c = np.random.randint(experts)
+            if c == a or held[c, di] or (a >= 0 and copies[a] < 2):
+                continue
+            more = 1.0 / (copies[c] + 1) - 1.0 / copies[c]
+            less = 1.0 / (copies[a] - 1) - 1.0 / copies[a] if a >= 0 else 0.0
+            mark[di] = 1
+            after[di] = x[di]
+            for q in range(2):
+                e, change = (c, more) if q else (a, less)
+                if e < 0:
+                    continue
+                for k in range(copies[e]):
+                    d = slot_device[where[e, k]]
+                    if mark[d] == 0:
+                        mark[d] = 1
+                        after[d] = x[d]
+                    for b in range(steps):
+                        after[d, b] += load_BE[b, e] * change * rate_D[d]
+            for b in range(steps):
+                if a >= 0:
+                    after[di, b] -= load_BE[b, a] / (copies[a] - 1) * rate_D[di]
+                after[di, b] += load_BE[b, c] / (copies[c] + 1) * rate_D[di]
+            delta = 0.0
+            for d in range(devices):
+                if mark[d]:
+                    for b in range(steps):
+                        delta += weight_B[b] * (_power(after[d, b], high) - _power(x[d, b], high))
+            taken = delta <= 0.0 or np.random.random() < np.exp(-delta / heat)
+            for d in range(devices):
+                if mark[d]:
+                    mark[d] = 0
+                    if taken:
+                        x[d] = after[d]
+            if not taken:
+                continue
+            if a >= 0:
+                for k in range(copies[a]):
+                    if where[a, k] == i:
+                        where[a, k] = where[a, copies[a] - 1]
+                        break
+                copies[a] -= 1
+                held[a, di] = False
+            where[c, copies[c]] = i
+            copies[c] += 1
+            held[c, di] = True
+            slot_expert[i] = c
+        if done > 0.75 and turn % 256 == 0:
+            value = 0.0
+            for b in range(steps):
+                most = 0.0
+                for d in range(devices):
+                    most = max(most, x[d, b])
+                value += weight_B[b] * most
+            if value < best:
+                best = value
+                kept[:] = slot_expert
+    if best < np.inf:
+        slot_expert[:] = kept
+    return best
+
+
+def scenarios(problem: PlacementProblem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most 8 scenarios, float64 [B, L, E] and weights [B]: seconds of each expert in runs of consecutive steps."""
+    batch = problem.batch
+    work = expert_seconds(batch.load_BLE, problem.cluster, problem.model)
+    groups = min(batch.num_steps, MAX_SCENARIOS)
+    group_B = np.arange(batch.num_steps) * groups // batch.num_steps
+    weight = np.bincount(group_B, weights=batch.weight_B, minlength=groups).astype(np.float64)
+    mean = np.zeros((groups, *work.shape[1:]))
+    np.add.at(mean, group_B, work * batch.weight_B[:, None, None])
+    return mean / np.maximum(weight, 1e-300)[:, None, None], weight
+
+
+def annealed(problem: PlacementProblem, start: Placement, *, proposals: int = PROPOSALS, seed: int = 0) -> Placement:
+    """A placement balanced for every scenario alike, from one for the same problem; slots are counted by layer."""
+    batch, devices = problem.batch, problem.num_devices
+    work_BLE, weight_B = scenarios(problem)
+    slots_D = problem.layer_slots_D if not problem.pooled else start.count_LED().sum(axis=1).max(axis=0)
+    slot_device = np.repeat(np.arange(devices), slots_D)
+    speed_D = problem.cluster.speed_D
+    out = np.zeros((batch.num_layers, batch.num_experts, devices), np.int32)
+    held_LED = start.count_LED() > 0
+    for layer in range(batch.num_layers):
+        load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
+        total = load.sum(axis=1, keepdims=True)
+        load = np.where(total > 0, load / np.maximum(total, 1e-300), 0.0)
+        slot_expert = _fill(held_LED[layer], load.mean(axis=0)[:-1], slots_D)
+        rate_D = speed_D.sum() / speed_D
+        _anneal(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer)
+        used = slot_expert >= 0
+        out[layer, slot_expert[used], slot_device[used]] = 1
+    return Placement.from_counts(out, slots_D=None if problem.pooled else problem.slots_D,
+                                 layer_ids_L=batch.layer_ids_L, method="annealed")  # fmt: skip
+
+
+def _fill(held_ED: NDArray[np.bool_], load_E: NDArray[np.float64], slots_D: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Step 1: expert of each slot, int64 [S]."""
+    held = held_ED.copy()
+    out = np.full(int(slots_D.sum()), EMPTY, np.int64)
+    at = 0
+    for d, slots in enumerate(slots_D):
+        mine = np.flatnonzero(held[:, d]).tolist()
+        while len(mine) < slots:
+            each = np.where(held[:, d], -1.0, load_E / held.sum(axis=1))
+            mine.append(int(np.argmax(each)))
+            held[mine[-1], d] = True
+        out[at : at + slots] = mine
+        at += int(slots)
+    return out
