@@ -6,10 +6,11 @@ is: the two-sample permutation test (Fisher 1935; Pitman 1937), with p = (1 + ex
 Phipson and Smyth (2010, "Permutation P-values should never be zero") derive it.
 
 Step 1  Cells: ``cell`` consecutive steps, of which the first ``gap`` are left out, summed. Requests that live through
-        neighbouring steps tie these together; ``gap`` is the number of lags at which the reference steps are more alike
-        than in the median random order (one gap too many costs tokens, one too few would cost the rate). Without traffic that is correlated over
-        more than ``gap`` steps, cells are independent. Choice: cells of three gaps keep two thirds of the tokens;
-        shorter ones, then smaller gaps, where there would be too few arrangements for the rate (see ``exact``).
+        neighbouring steps tie these together; ``gap`` is the number of lags at which the reference steps are more
+        alike than in the median random order (one gap too many costs tokens, one too few would cost the rate).
+        Where no dependence reaches further than ``gap`` steps, cells are independent. Choice: cells of three gaps
+        keep two thirds of the tokens; shorter ones, then smaller gaps, where there would be too few arrangements for
+        the rate (see ``exact``).
 Step 2  Statistic: with q[e] the share of expert e in all cells together, and w, r the mean of the cells' shares in the
         window and in the reference, T = mean over layers of sum_e (w[e] - r[e])^2 / q[e].
 Step 3  Null: the same cells dealt at random into a window and a reference of the same sizes. Being a quadratic form

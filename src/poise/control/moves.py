@@ -16,7 +16,6 @@ Step 2  A round takes chains, devices with most to come first, until no staging 
 Step 3  Senders: holders at the start of the round; the receiver's own node first, then the one that has sent least.
 
 Rounds are few, not proven fewest. An expert twice on a device is copied there without a fetch.
-
 :func:`bounded` takes the chains, one by one, that lower the modelled seconds most per fetched expert.
 """
 
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,13 +55,6 @@ class Move(NamedTuple):
     staged: bool
 
 
-class Drop(NamedTuple):
-    """A slot that is empty after the round."""
-
-    layer: int
-    slot: int
-
-
 class Link(NamedTuple):
     """One part of a chain: an expert arrives at a device, another one (or EMPTY: none) leaves it."""
 
@@ -71,24 +63,18 @@ class Link(NamedTuple):
     leaver: int
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """Moves that run together and take effect together, with the drops."""
+class Round(NamedTuple):
+    """Moves that run and take effect together, and the slots (layer, slot) that are empty from then on."""
 
     moves: tuple[Move, ...]
-    drops: tuple[Drop, ...]
+    drops: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoveList:
-    """Rounds in order. ``result`` is the placement after the last one: ``after``, slots renumbered inside devices.
+    """Rounds in order, and the placement they lead to: ``after``, slots renumbered inside devices.
 
-    Parameters
-    ----------
-    rounds : see :class:`Round`.
-    result : the placement they lead to.
-    expert_bytes : bytes of one expert.
-    staging : buffers a device, each of one expert.
+    ``expert_bytes`` is the size of one expert, ``staging`` the number of buffers a device, each of one expert.
     """
 
     rounds: tuple[Round, ...]
@@ -108,75 +94,51 @@ class MoveList:
 
     def seconds(self, cluster: Cluster) -> float:
         """Link seconds of all rounds, one after the other: latency and the fullest port of each."""
-        shape = (len(self.rounds), cluster.num_devices)
-        out_in = np.zeros((4, *shape))
+        port = np.zeros((4, len(self.rounds), cluster.num_devices))
         for at, each in enumerate(self.rounds):
-            for move in each.moves:
-                source, target = move.from_device, move.to_device
+            for _, _, _, source, target, _ in each.moves:
                 if source != target:
                     kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
-                    out_in[kind, at, source] += 1
-                    out_in[kind + 1, at, target] += 1
-        busy = out_in.sum(axis=(0, 2)) > 0
-        if not busy.any():
-            return 0.0
-        ports = port_seconds(PortLoad(*out_in[:, busy]), self.expert_bytes, cluster)
-        return float((ports + latency_seconds(cluster)).sum())
+                    port[[kind, kind + 1], at, [source, target]] += 1
+        busy = port.any(axis=(0, 2))
+        ports = port_seconds(PortLoad(*port), self.expert_bytes, cluster) if busy.any() else np.zeros(busy.size)
+        return float((ports + busy * latency_seconds(cluster)).sum())
 
     def __repr__(self) -> str:
-        return (
-            f"MoveList({len(self.rounds)} rounds, {self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB, "
-            f"at most {self.staging} staged a device and round)"
-        )
+        size = f"{self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB"
+        return f"MoveList({len(self.rounds)} rounds, {size}, at most {self.staging} staged a device and round)"
 
 
 class Work:
-    """Where the experts of one layer are and shall be; what is to come and to go on each device.
-
-    Parameters
-    ----------
-    have_ED, want_ED : int [E, D], slots of each expert on each device, now and in the end.
-    """
+    """One layer: where experts are (``have_ED``) and shall be (``want_ED``), who comes and leaves on each device."""
 
     def __init__(self, have_ED: NDArray[Any], want_ED: NDArray[Any]) -> None:
-        devices = range(have_ED.shape[1])
-        self.have_ED = have_ED.astype(np.int64)
-        self.want_ED = want_ED.astype(np.int64)
+        self.have_ED, self.want_ED = have_ED.astype(np.int64), want_ED.astype(np.int64)
         self.copies_E: list[int] = have_ED.sum(axis=1).tolist()
-        self.comers_D = [set(np.flatnonzero(want_ED[:, d] > have_ED[:, d]).tolist()) for d in devices]
-        self.leavers_D = [set(np.flatnonzero(have_ED[:, d] > want_ED[:, d]).tolist()) for d in devices]
+        self.comers_D = [set(np.flatnonzero(column).tolist()) for column in (want_ED > have_ED).T]
+        self.leavers_D = [set(np.flatnonzero(column).tolist()) for column in (want_ED < have_ED).T]
 
-    def arrive(self, expert: int, device: int) -> None:
-        """One more slot of an expert that is to come."""
-        self.have_ED[expert, device] += 1
-        self.copies_E[expert] += 1
+    def change(self, expert: int, device: int, by: int) -> None:
+        """One slot more of an expert that comes (1), or less of one that leaves (-1)."""
+        self.have_ED[expert, device] += by
+        self.copies_E[expert] += by
         if self.have_ED[expert, device] == self.want_ED[expert, device]:
-            self.comers_D[device].discard(expert)
-
-    def leave(self, expert: int, device: int) -> None:
-        """One slot less of a leaver."""
-        self.have_ED[expert, device] -= 1
-        self.copies_E[expert] -= 1
-        if self.have_ED[expert, device] == self.want_ED[expert, device]:
-            self.leavers_D[device].discard(expert)
+            (self.comers_D if by > 0 else self.leavers_D)[device].discard(expert)
 
     def apply(self, chain: Sequence[Link]) -> None:
-        """Everything a chain says."""
+        """Arrivals, then leavers."""
         for link in chain:
-            self.arrive(link.expert, link.device)
+            self.change(link.expert, link.device, 1)
         for link in chain:
             if link.leaver != EMPTY:
-                self.leave(link.leaver, link.device)
+                self.change(link.leaver, link.device, -1)
 
     def chain(
         self, expert: int, device: int, room_D: Sequence[int], budget_D: Sequence[int], *, leaver: int | None = None
     ) -> list[Link]:
         """Shortest chain that lets an expert arrive at a device (step 1); empty if there is none.
 
-        Parameters
-        ----------
-        room_D : empty slots; budget_D : staging buffers left.
-        leaver : what must leave the first device; default: what is best.
+        ``room_D``, ``budget_D``: empty slots, staging buffers left; ``leaver``: what must leave the first device.
         """
         came: dict[int, tuple[int, int]] = {device: (expert, -1)}
         queue = deque([device])
@@ -184,49 +146,44 @@ class Work:
             d = queue.popleft()
             forced = leaver if d == device else None
             if room_D[d] > 0 and forced is None:
-                return self._unroll(came, d, EMPTY)
+                return _unroll(came, d, EMPTY)
             if budget_D[d] < 1:
                 continue
             leavers = sorted(self.leavers_D[d]) if forced is None else [forced]
             for x in leavers:
                 if self.copies_E[x] > 1 or x == expert:
-                    return self._unroll(came, d, x)
+                    return _unroll(came, d, x)
             for x in leavers:
-                for target in np.flatnonzero(self.want_ED[x] > self.have_ED[x]).tolist():
+                for target in [other for other, comers in enumerate(self.comers_D) if x in comers]:
                     if target not in came:
                         came[target] = (x, d)
                         queue.append(target)
         return []
 
-    @staticmethod
-    def _unroll(came: dict[int, tuple[int, int]], device: int, leaver: int) -> list[Link]:
-        links = []
-        while device >= 0:
-            expert, before = came[device]
-            links.append(Link(expert, device, leaver))
-            leaver, device = expert, before
-        return links[::-1]
-
     def surplus(self) -> list[tuple[int, int]]:
-        """Leavers that nothing will replace and that have another copy: (expert, device), already gone from here."""
+        """Let leavers go that nothing will replace and that have another copy; (expert, device) of each."""
         gone = []
         for d, leavers in enumerate(self.leavers_D):
             spare = int(self.have_ED[:, d].sum() - self.want_ED[:, d].sum())
-            for x in sorted(leavers) if spare > 0 else []:
+            for x in sorted(leavers):
                 while spare > 0 and self.copies_E[x] > 1 and self.have_ED[x, d] > self.want_ED[x, d]:
-                    self.leave(x, d)
+                    self.change(x, d, -1)
                     gone.append((x, d))
                     spare -= 1
         return gone
 
 
-def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
-    """Slots of each device, int [D].
+def _unroll(came: dict[int, tuple[int, int]], device: int, leaver: int) -> list[Link]:
+    links = []
+    while device >= 0:
+        expert, before = came[device]
+        links.append(Link(expert, device, leaver))
+        leaver, device = expert, before
+    return links[::-1]
 
-    Raises
-    ------
-    PlacementError : the two placements differ in shape or in the slots of a device.
-    """
+
+def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
+    """Slots of each device, int [D]; PlacementError if the placements differ in shape or in the slots of a device."""
     before.diff(after)
     mine = np.bincount(before.slot_device_S, minlength=before.num_devices)
     theirs = np.bincount(after.slot_device_S, minlength=after.num_devices)
@@ -237,12 +194,7 @@ def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
 
 
 def move_list(
-    before: Placement,
-    after: Placement,
-    *,
-    expert_bytes: float,
-    staging: int = 1,
-    node_D: NDArray[Any] | None = None,
+    before: Placement, after: Placement, *, expert_bytes: float, staging: int = 1, node_D: NDArray[Any] | None = None
 ) -> MoveList:
     """Rounds of moves that turn one placement into the other; what holds throughout: module docstring.
 
@@ -260,8 +212,7 @@ def move_list(
     """
     if staging < 1 or not (np.isfinite(expert_bytes) and expert_bytes > 0):
         raise OptionError(f"staging must be at least 1 and expert_bytes above 0, got {staging}, {expert_bytes}")
-    slots_D = same_slots(before, after)
-    devices, layers = before.num_devices, before.num_layers
+    slots_D, devices = same_slots(before, after), before.num_devices
     node = np.zeros(devices, np.int64) if node_D is None else np.asarray(node_D)
     if node.shape != (devices,):
         raise OptionError(f"node_D names {node.size} devices, the placements have {devices}")
@@ -274,8 +225,8 @@ def move_list(
         held = [work.have_ED.copy() for work in works]
         links = _fill_round(works, held, slots_D, staging)
         arrivals, drops = [], []
-        for layer in range(layers):
-            row, old = slot_expert[layer], list(slot_expert[layer])
+        for layer, row in enumerate(slot_expert):
+            old = list(row)
             for link in links[layer]:
                 slot = next(s for s in slots_of_D[link.device] if old[s] == link.leaver and row[s] == link.leaver)
                 row[slot] = link.expert
@@ -283,12 +234,9 @@ def move_list(
             for expert, d in works[layer].surplus():
                 slot = next(s for s in slots_of_D[d] if row[s] == expert and old[s] == expert)
                 row[slot] = EMPTY
-                drops.append(Drop(layer, slot))
+                drops.append((layer, slot))
         rounds.append(Round(_senders(arrivals, held, node, sent_D), tuple(drops)))
-    result = Placement(
-        np.array(slot_expert, np.int32), before.slot_device_S, before.num_experts, devices, before.layer_ids_L,
-        after.method,
-    )  # fmt: skip
+    result = replace(before, slot_expert_LS=np.array(slot_expert, np.int32), method=after.method)
     return MoveList(tuple(rounds), result, expert_bytes, staging)
 
 
@@ -305,8 +253,6 @@ def _fill_round(
         to_come = np.array([[len(comers) for comers in work.comers_D] for work in works]).sum(axis=0)
         for d in np.argsort(-to_come, kind="stable").tolist():
             for layer, work in enumerate(works):
-                if not work.comers_D[d]:
-                    continue
                 for expert in sorted(work.comers_D[d]):
                     if budget[d] < 1 and rooms[layer][d] < 1:
                         break
@@ -323,24 +269,22 @@ def _fill_round(
 
 
 def _senders(
-    arrivals: list[tuple[int, int, int, int, bool]],
-    held: list[NDArray[np.int64]],
-    node_D: NDArray[Any],
+    arrivals: list[tuple[int, int, int, int, bool]], held: list[NDArray[np.int64]], node_D: NDArray[Any],
     sent_D: NDArray[np.int64],
-) -> tuple[Move, ...]:
+) -> tuple[Move, ...]:  # fmt: skip
     """Step 3, those with the fewest holders first; ``sent_D`` counts over all rounds and breaks ties."""
     holders = [np.flatnonzero(held[layer][expert]) for layer, expert, *_ in arrivals]
     now_D = np.zeros_like(sent_D)
-    moves: list[Move | None] = [None] * len(arrivals)
+    moves = []
     for at in sorted(range(len(arrivals)), key=lambda i: len(holders[i])):
         layer, expert, slot, device, staged = arrivals[at]
         source = device
         if device not in holders[at]:
-            source = min(holders[at].tolist(), key=lambda s: (node_D[s] != node_D[device], now_D[s], sent_D[s], s))  # noqa: B023
+            source = min(holders[at].tolist(), key=lambda s: (node_D[s] != node_D[device], now_D[s], sent_D[s], s))
             now_D[source] += 1
             sent_D[source] += 1
-        moves[at] = Move(layer, expert, slot, source, device, staged)
-    return tuple(move for move in moves if move is not None)
+        moves.append(Move(layer, expert, slot, source, device, staged))
+    return tuple(moves)
 
 
 def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_moves: int) -> Placement:
@@ -348,8 +292,8 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
 
     Greedy: again and again the chain, drop or whole rest of a layer that lowers the objective on the problem's traffic
     (:func:`poise.cost.step.batch_cost`) most per fetched expert, until none lowers it or fits. Layers are independent
-    but for ``stay``, where a change counts in the next layer too. Called again from its result it goes on, up to
-    ``after`` or to where no single step helps; ``after`` itself is returned where it fits and is as good.
+    but for ``stay``, where a change counts in the next layer too. Called again from its result it goes on; ``after``
+    itself is returned where it fits and is as good.
 
     Raises
     ------
@@ -363,29 +307,21 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
     problem.check(after)
     count_LED, want_LED = before.count_LED(), after.count_LED()
     left, layers = max_moves, range(before.num_layers)
-    best = {layer: _best_step(layer, count_LED, want_LED, slots_D, problem, left) for layer in layers}
+    best: dict[int, tuple[float, int, NDArray[Any]] | None] = {}
+    stale = set(layers)
     while True:
-        for layer, step in best.items():
-            if step is not None and step[1] > left:
-                best[layer] = _best_step(layer, count_LED, want_LED, slots_D, problem, left)
-        able = [(step[0], -layer) for layer, step in best.items() if step is not None]
+        stale |= {layer for layer, step in best.items() if step is not None and step[1] > left}
+        best |= {each: _best_step(each, count_LED, want_LED, slots_D, problem, left) for each in sorted(stale)}
+        able = {layer: step for layer, step in best.items() if step is not None}
         if not able:
             break
-        layer = -max(able)[1]
-        step = best[layer]
-        assert step is not None
-        left -= step[1]
-        count_LED[layer] = step[2]
-        for near in (layer - 1, layer, layer + 1) if problem.traffic == "stay" else (layer,):
-            if near in layers:
-                best[near] = _best_step(near, count_LED, want_LED, slots_D, problem, left)
+        layer = max(able, key=lambda each: (able[each][0], -each))
+        left, count_LED[layer] = left - able[layer][1], able[layer][2]
+        stale = {layer} | ({layer - 1, layer + 1} & set(layers) if problem.traffic == "stay" else set())
     if before.diff(after).fetched <= max_moves:
-        all_seconds = [_seconds(problem, counts, 0, before.num_layers) for counts in (count_LED, want_LED)]
-        if all_seconds[1] <= all_seconds[0]:
+        if _seconds(problem, want_LED, 0, len(layers)) <= _seconds(problem, count_LED, 0, len(layers)):
             return after
-    return Placement.from_counts(
-        count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=f"{after.method} in part"[:200]
-    )
+    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=after.method)
 
 
 def _best_step(
@@ -393,29 +329,25 @@ def _best_step(
     left: int,
 ) -> tuple[float, int, NDArray[Any]] | None:  # fmt: skip
     """Seconds saved per fetched expert, experts fetched and counts [E, D] after the layer's best step; None if none."""
-    have = count_LED[layer]
+    have, found = count_LED[layer], None
     load_E = problem.batch.weight_B @ problem.batch.load_BLE[:, layer]
 
     def roughness(count_ED: NDArray[Any]) -> float:
         return float(np.linalg.norm((load_E @ even_share(count_ED)) / problem.cluster.speed_D, 8))
 
     rough = roughness(have)
-    ranked = []
-    for option in _options(Work(have, want_LED[layer]), slots_D, load_E):
-        fetched = int(((option > 0) & (have == 0)).sum())
-        if fetched <= left:
-            ranked.append(((rough - roughness(option)) / max(fetched, 0.5), fetched, option))
-    ranked.sort(key=lambda item: -item[0])
-    whole = [item for item in ranked[SHORTLIST:] if (item[2] == want_LED[layer]).all()]
+    steps = _options(Work(have, want_LED[layer]), slots_D, load_E)
+    every = [(int(((each > 0) & (have == 0)).sum()), each) for each in steps]
+    options = [each for each in every if each[0] <= left]
+    whole = [each for each in options[:1] if each[1] is steps[0]]  # if it fits, it is priced whatever its rank
+    options.sort(key=lambda each: (roughness(each[1]) - rough) / max(each[0], 0.5))
     now = _seconds(problem, count_LED, layer, layer + 1)
-    found: tuple[float, int, NDArray[Any]] | None = None
-    for _, fetched, option in ranked[:SHORTLIST] + whole[:1]:
+    for fetched, option in options[:SHORTLIST] + whole:
         changed = count_LED.copy()
         changed[layer] = option
         gain = now - _seconds(problem, changed, layer, layer + 1)
-        rate = gain / fetched if fetched else np.inf
-        if gain > 1e-12 * now and (found is None or rate > found[0]):
-            found = (rate, fetched, option)
+        if gain > 1e-12 * now and (found is None or gain / max(fetched, 1e-9) > found[0]):
+            found = (gain / max(fetched, 1e-9), fetched, option)
     return found
 
 
@@ -429,8 +361,10 @@ def _options(work: Work, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]
             by_load = sorted(work.leavers_D[d], key=lambda x: (load_E[x] / work.copies_E[x], x))
             picks = np.unique(np.linspace(0, len(by_load) - 1, MOST_LEAVERS).round().astype(int))
             leavers = [by_load[i] for i in picks]
-        chains += [work.chain(e, d, room, [1] * len(slots_D), leaver=x) for e in sorted(comers) for x in leavers]
-    options = [want] if (have != want).any() else []
+        chains += [work.chain(e, d, room, [1] * len(room), leaver=x) for e in sorted(comers) for x in leavers]
+    if (have == want).all():
+        return []
+    options = [want]
     for links in filter(None, chains):
         after = have.copy()
         for link in links:
@@ -440,16 +374,14 @@ def _options(work: Work, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]
         options.append(after)
         trimmed = after.copy()
         for link in links:
-            for d in np.flatnonzero(trimmed[link.expert] > want[link.expert]):
-                if trimmed[link.expert].sum() > 1:
-                    trimmed[link.expert, d] -= 1
+            for at in np.flatnonzero(trimmed[link.expert] > want[link.expert]):
+                trimmed[link.expert, at] -= int(trimmed[link.expert].sum() > 1)
         if (trimmed != after).any():
             options.append(trimmed)
     for d, gone in enumerate(work.leavers_D):
-        for x in sorted(gone):
-            if work.copies_E[x] > 1:
-                options.append(have.copy())
-                options[-1][x, d] -= 1
+        for x in (each for each in sorted(gone) if work.copies_E[each] > 1):
+            options.append(have.copy())
+            options[-1][x, d] -= 1
     return options
 
 

@@ -19,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from poise.errors import OptionError
-from poise.planning.methods.lpt import pack, replicate
+from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -169,15 +169,7 @@ def _plan(problem: PlacementProblem, groups: int, nodes: int, name: str) -> Meth
         placement = Placement(phy2log.astype(np.int32), slot_device.astype(np.int32), batch.num_experts,
                               cluster.num_devices, batch.layer_ids_L, name)  # fmt: skip
         return MethodResult(placement, {"hierarchical": bool(hierarchical and nodes > 1)})
-    counts = []
-    for row in load:
-        spare = int(slots.sum()) - batch.num_experts
-        while True:
-            count = pack(row, replicate(row, spare, cluster.num_devices), slots, cluster.speed_D)
-            if (count.sum(axis=1) > 0).all():
-                break
-            spare //= 2
-        counts.append(count)
+    counts = [pack_all(row, slots, cluster.speed_D) for row in load]
     why = f"the published packing needs equal slots and nodes, got {problem.slots_D.tolist()} on {per_node.tolist()}"
     placement = Placement.from_counts(np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,
                                       layer_ids_L=batch.layer_ids_L, method=name)  # fmt: skip

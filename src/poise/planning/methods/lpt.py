@@ -49,23 +49,25 @@ def pack(
     return count
 
 
+def pack_all(
+    load_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
+) -> NDArray[np.int32]:
+    """Replicas for all slots, packed, int32 [E, D]; with fewer replicas where they would crowd an expert out."""
+    spare = int(slots_D.sum()) - len(load_E)
+    while True:
+        count = pack(load_E, replicate(load_E, spare, len(slots_D)), slots_D, speed_D)
+        if (count.sum(axis=1) > 0).all():
+            return count
+        spare //= 2
+
+
 def plan(
     problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """LPT per layer with greedily replicated experts."""
     load_LE = problem.batch.load_LE()
     slots = np.minimum(problem.slots_D, problem.batch.num_experts)
-    extra = int(slots.sum()) - problem.batch.num_experts
-    counts = []
-    for load in load_LE:
-        # An expert that must have a slot may not be crowded out by replicas: pack with fewer until all are in.
-        spare = extra
-        while True:
-            count = pack(load, replicate(load, spare, problem.num_devices), slots, problem.cluster.speed_D)
-            if (count.sum(axis=1) > 0).all():
-                break
-            spare = spare // 2
-        counts.append(count)
+    counts = [pack_all(load, slots, problem.cluster.speed_D) for load in load_LE]
     return MethodResult(
         Placement.from_counts(
             np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,

@@ -6,7 +6,8 @@ for every layer, scenarios b scaled to a mean of 1, p = 8 and then 32. A high po
 device counts, not only the fullest of each scenario: the maximum alone leaves the others where they are, and what was
 not the fullest in the traffic fitted on is the fullest in the next. (Measured: docs/decisions/0004-robust-start.md.)
 
-Step 1  Start: a placement without duplicates; free slots get the experts with most load a replica.
+Step 1  Start: LPT with replicas for the largest root mean square over scenarios of load / replicas. Which experts
+        have replicas decides most of what happens on other traffic, so step 2 seldom changes it.
 Step 2  Proposals, half a million a layer: swap the contents of two slots of two devices; now and then replace a
         replica of a replicated expert by another expert. Accepted by Metropolis' rule, temperature falling
         geometrically, p rising half-way.
@@ -21,6 +22,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
+from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 
@@ -28,7 +30,7 @@ PROPOSALS = 400_000
 MAX_SCENARIOS = 8
 HOT, COLD = 0.1, 1e-4
 """First and last temperature, in units of a device's mean term."""
-REPLICA_SHARE = 0.2
+REPLICA_SHARE = 0.02
 """Share of proposals that change replicas."""
 
 
@@ -181,39 +183,32 @@ def scenarios(problem: PlacementProblem) -> tuple[NDArray[np.float64], NDArray[n
     return mean / np.maximum(weight, 1e-300)[:, None, None], weight
 
 
-def annealed(problem: PlacementProblem, start: Placement, *, proposals: int = PROPOSALS, seed: int = 0) -> Placement:
-    """A placement balanced for every scenario alike, from one for the same problem; slots are counted by layer."""
+def annealed(problem: PlacementProblem, *, proposals: int = PROPOSALS, seed: int = 0) -> Placement:
+    """A placement balanced for every scenario alike; slots are counted by layer."""
     batch, devices = problem.batch, problem.num_devices
     work_BLE, weight_B = scenarios(problem)
-    slots_D = problem.layer_slots_D if not problem.pooled else start.count_LED().sum(axis=1).max(axis=0)
+    slots_D = problem.layer_slots_D
     slot_device = np.repeat(np.arange(devices), slots_D)
     speed_D = problem.cluster.speed_D
+    rate_D = speed_D.sum() / speed_D
     out = np.zeros((batch.num_layers, batch.num_experts, devices), np.int32)
-    held_LED = start.count_LED() > 0
     for layer in range(batch.num_layers):
         load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
-        total = load.sum(axis=1, keepdims=True)
-        load = np.where(total > 0, load / np.maximum(total, 1e-300), 0.0)
-        slot_expert = _fill(held_LED[layer], load.mean(axis=0)[:-1], slots_D)
-        rate_D = speed_D.sum() / speed_D
+        load /= np.maximum(load.sum(axis=1, keepdims=True), 1e-300)
+        slot_expert = _start(np.sqrt(weight_B @ load[:, :-1] ** 2), slots_D, speed_D)
         _anneal(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer)
         used = slot_expert >= 0
         out[layer, slot_expert[used], slot_device[used]] = 1
-    return Placement.from_counts(out, slots_D=None if problem.pooled else problem.slots_D,
-                                 layer_ids_L=batch.layer_ids_L, method="annealed")  # fmt: skip
+    return Placement.from_counts(out, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")
 
 
-def _fill(held_ED: NDArray[np.bool_], load_E: NDArray[np.float64], slots_D: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Step 1: expert of each slot, int64 [S]."""
-    held = held_ED.copy()
-    out = np.full(int(slots_D.sum()), EMPTY, np.int64)
-    at = 0
+def _start(load_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Step 1: expert of each slot, int64 [S]; what the packing leaves empty stays empty."""
+    held = pack_all(load_E, slots_D, speed_D) > 0
+    parts = []
     for d, slots in enumerate(slots_D):
-        mine = np.flatnonzero(held[:, d]).tolist()
-        while len(mine) < slots:
-            each = np.where(held[:, d], -1.0, load_E / held.sum(axis=1))
-            mine.append(int(np.argmax(each)))
-            held[mine[-1], d] = True
-        out[at : at + slots] = mine
-        at += int(slots)
-    return out
+        mine = np.full(int(slots), EMPTY, np.int64)
+        on = np.flatnonzero(held[:, d])
+        mine[: on.size] = on
+        parts.append(mine)
+    return np.concatenate(parts)

@@ -273,9 +273,8 @@ def search(
     data = make_data(problem, MAX_ROWS)
     pool = [*starts, plain_start(problem), *affinity_start(problem)]
     if problem.num_devices > 1 and not problem.pooled:
-        balanced = next((start for start in starts if start.method.startswith("eplb")), pool[-1])
         proposals = min(PROPOSALS, int(0.3 * time_limit_s * PROPOSALS_PER_SECOND / problem.batch.num_layers))
-        pool.append(annealed(problem, balanced, proposals=proposals, seed=seed))
+        pool.append(annealed(problem, proposals=proposals, seed=seed))
     states = [_best_start(data, problem, pool)]
     if (states[0].copies_LE > 1).any():
         # Replicas cost weight reads, and descent seldom drops all of them: descend from none as well.
