@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cluster import Cluster
 from poise.control.moves import Move, MoveList, Round, bounded, move_list
@@ -13,7 +14,6 @@ from poise.cost.step import batch_cost
 from poise.errors import OptionError, PlacementError
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
-from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 
 def random_placement(rng, layers, experts, slots_D, *, fill=1.0, twice=False) -> Placement:

@@ -12,8 +12,9 @@ Compute of a layer
 Traffic of a layer
     a device or node keeps at most the s heaviest of its own flows local (s = its slots), and all of them together at
     most each expert's heaviest flow and the heaviest S - E others; the rest leaves through its ports (the fullest
-    takes at least the mean), at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under ``stay`` a token came
-    from where its heaviest expert of the layer before ran: an expert shares its device with at most s of those.
+    takes at least the mean), at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under
+    ``stay`` a token came from where its heaviest expert of the layer before ran: an expert shares its device with at
+    most s of those.
 """
 
 from __future__ import annotations

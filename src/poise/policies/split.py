@@ -46,12 +46,19 @@ def even_quota(load_E: NDArray[np.int64], holders_ED: NDArray[Any]) -> NDArray[n
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Exact split over the static placement; no weight moves."""
+    """Exact split over the static placement; no weight moves.
+
+    Parameters
+    ----------
+    slack : the fullest device may exceed the least maximum by this share to keep tokens on their device.
+    """
 
     name: ClassVar[str] = "split"
     summary: ClassVar[str] = "exact token split over the static placement"
     keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"slack": 0.05}, {"slack": 0.1})
+    slack: float = 0.0
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
@@ -63,4 +70,4 @@ class Split:
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Exact quotas."""
-        return StepPlan(holders_ED, exact_split(load_SE, holders_ED, view.price.cluster.speed_D))
+        return StepPlan(holders_ED, exact_split(load_SE, holders_ED, view.price.cluster.speed_D, slack=self.slack))

@@ -12,10 +12,21 @@ from poise.cost.bound import bound_terms, compute_bound
 from poise.cost.compute import expert_seconds
 from poise.cost.step import batch_cost
 from poise.errors import NoResultError, OptionError
-from poise.planning.methods import contiguous, eplb, lpt, moetuner, round_robin
+from poise.planning.methods import (
+    coactivation,
+    contiguous,
+    eplb,
+    exflow,
+    flash_lb,
+    grace_moe,
+    lpt,
+    moetuner,
+    round_robin,
+    swift_balance,
+)
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
-from poise.planning.solve import exact, search
+from poise.planning.solve import exact, search, stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +65,28 @@ METHODS: dict[str, Method] = {
     "eplb-global": Method(eplb.plan_global, "DeepSeek EPLB, nodes ignored"),
     "moetuner": Method(moetuner.plan, "MoETuner's two ILPs as published: unequal layers, equal in all", pooled=True),
     "moetuner-equal": Method(moetuner.plan_equal, "MoETuner's two ILPs with equal layers"),
+    "exflow": Method(exflow.plan, "ExFlow: most tokens stay on their device from layer to layer; no load term"),
+    "grace-moe": Method(grace_moe.plan, "GRACE-MoE: co-activation groups, replicas for the heaviest group"),
+    "coactivation": Method(coactivation.plan, "swaps by co-activation after EPLB"),
+    "swift-balance": Method(swift_balance.plan, "vllm-ascend's SwiftBalance: bounded swaps from the current placement"),
+    "flash-lb": Method(flash_lb.plan, "vllm-ascend's FlashLB: mean and covariance of loads, tree search over replicas"),
     "exact": Method(exact.plan, "proven joint optimum under linear stay traffic, small layers only"),
+    "poise-stay": Method(stay.plan, "for stay traffic: hottest experts everywhere, the rest by affinity"),
     "poise": Method(_plan_poise, "joint search on the full cost"),
 }
-STARTS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "exact", "moetuner-equal", "moetuner")
+STARTS = (
+    "contiguous",
+    "round-robin",
+    "lpt",
+    "eplb",
+    "eplb-global",
+    "flash-lb",
+    "swift-balance",
+    "coactivation",
+    "exact",
+    "moetuner-equal",
+    "moetuner",
+)
 
 
 def solve(

@@ -1,0 +1,406 @@
+"""Controller: steps in; when traffic drifts, a new plan, if it pays, and the moves that lead to it.
+
+Step 1  Learn: the first ``reference`` steps become the reference of the drift test, and a plan is made on them (the
+        placement in use may be anybody's).
+Step 2  Watch: every ``every`` steps, once ``window`` steps have passed since the reference, the test looks at them.
+Step 3  Alarm: a plan is made on the window, at once. Part of it may still be traffic of before, so the controller
+        learns again from the next step on (step 1): that plan settles what this one began.
+
+A plan is judged on steps it was not fitted on (every fourth of those at hand; fewer than eight steps are used for
+both). Devices of equal speed and slots are interchangeable up to where tokens happen to come from, so the new plan is
+also tried with its devices renumbered to fetch least (:func:`aligned`). The better one, after migration, is taken if
+
+    horizon_steps * (seconds of a step now - then)  >  exposed_share * link seconds of its moves
+
+on modelled seconds of the MoE layers; ``exposed_share`` 1 lets serving stand still while weights move. With
+``max_moves`` only the best part of the way is gone at a time (:func:`poise.control.moves.bounded`), the rest at the
+next looks, each part judged anew on the traffic of its time. While it plans or moves, no test is made.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from poise.cluster import Cluster
+from poise.control.drift import DriftTest, DriftVerdict
+from poise.control.moves import MoveList, bounded, move_list
+from poise.cost.step import BatchCost, batch_cost
+from poise.errors import OptionError
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
+from poise.planning.solve.solve import solve
+
+State = Literal["idle", "planning", "moving"]
+Reason = Literal["first", "drift", "settled", "continued"]
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """How a :class:`Controller` behaves: module docstring.
+
+    Parameters
+    ----------
+    window, every : steps of a window, steps between looks.
+    reference : steps of a reference; None: four windows.
+    false_alarm_rate, looks : of :class:`poise.control.drift.DriftTest`.
+    max_moves : most experts fetched at a time; None: no limit.
+    horizon_steps : steps that a plan is expected to serve.
+    exposed_share : share of the link seconds of a migration that serving feels.
+    staging : staging buffers a device.
+    method, time_limit_s, seed : of :func:`poise.planning.solve.solve.solve`.
+    background : plan in a thread; else inside :meth:`Controller.observe`.
+    """
+
+    window: int = 16
+    every: int = 8
+    reference: int | None = None
+    false_alarm_rate: float = 0.01
+    looks: int = 1
+    max_moves: int | None = None
+    horizon_steps: float = 10_000.0
+    exposed_share: float = 1.0
+    staging: int = 1
+    method: str = "poise"
+    time_limit_s: float = 10.0
+    seed: int = 0
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("window", "every", "reference", "looks", "max_moves", "staging"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be at least 1, got {value}")
+        if not (0 < self.horizon_steps < float("inf") and 0 <= self.exposed_share < float("inf")):
+            got = f"{self.horizon_steps} and {self.exposed_share}"
+            raise OptionError(f"horizon_steps must be above 0 and exposed_share at least 0, got {got}")
+
+    @property
+    def reference_steps(self) -> int:
+        """Steps of a reference."""
+        return self.reference or 4 * self.window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What came of a plan.
+
+    Parameters
+    ----------
+    step : steps that were observed when planning began.
+    reason : ``first`` plan, ``drift``, ``settled`` (on the reference after a drift), ``continued`` (a further part).
+    accepted : the gain over the horizon exceeds the cost.
+    seconds_before, seconds_after : modelled seconds of a step's MoE layers on the judged steps.
+    cost_seconds : exposed link seconds of the moves.
+    moves : what to do; ``moves.result`` is the placement they lead to.
+    target : the whole plan, of which ``moves`` may be a part.
+    """
+
+    step: int
+    reason: Reason
+    accepted: bool
+    seconds_before: float
+    seconds_after: float
+    cost_seconds: float
+    moves: MoveList
+    target: Placement
+
+    @property
+    def left(self) -> int:
+        """Experts still to be fetched towards the plan after these moves."""
+        return self.moves.result.diff(self.target).fetched
+
+    @property
+    def gain_seconds(self) -> float:
+        """Modelled seconds saved in a step."""
+        return self.seconds_before - self.seconds_after
+
+    @property
+    def predicted_gain(self) -> float:
+        """The same as a share of the seconds before."""
+        return self.gain_seconds / self.seconds_before if self.seconds_before > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What was seen after ``step`` steps: imbalance in use (max / mean tokens over the window), and the drift test."""
+
+    step: int
+    imbalance: float
+    verdict: DriftVerdict | None
+    state: State
+    learning: bool
+
+
+def steps_of(batch: RoutingBatch, rows: slice | NDArray[Any]) -> RoutingBatch:
+    """Some of a batch's steps, weighted alike."""
+    return join_steps([_one_step(batch, int(b)) for b in np.arange(batch.num_steps)[rows]])
+
+
+def _one_step(batch: RoutingBatch, b: int) -> RoutingBatch:
+    load, weight = batch.load_BLE[b : b + 1], np.ones(1)
+    if batch.start_B is None:
+        return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, order=batch.order)
+    rows = slice(int(batch.start_B[b]), int(batch.start_B[b + 1]))
+
+    def cut(array: NDArray[Any] | None) -> Any:
+        return None if array is None else array[rows]
+
+    start = np.array([0, rows.stop - rows.start])
+    return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, cut(batch.experts_TLK), start,
+                        cut(batch.request_T), cut(batch.home_T), batch.order)  # fmt: skip
+
+
+def join_steps(parts: Sequence[RoutingBatch]) -> RoutingBatch:
+    """Batches one after another as one, every step weighted alike; request numbers are taken to be common."""
+    head = parts[0]
+    for part in parts[1:]:
+        have = (part.load_BLE.shape[1:], part.top_k, part.has_tokens)
+        want = (head.load_BLE.shape[1:], head.top_k, head.has_tokens)
+        if have != want:
+            raise OptionError(f"steps with [layers, experts], top-k, tokens {have} follow steps with {want}")
+
+    def stack(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else np.concatenate(values)
+
+    load = stack("load_BLE")
+    sizes = [np.diff(part.start_B) for part in parts if part.start_B is not None]
+    start = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]) if head.has_tokens else None
+    return RoutingBatch(load, np.full(len(load), 1 / len(load)), head.top_k, head.layer_ids_L, stack("experts_TLK"),
+                        start, stack("request_T"), stack("home_T"), head.order)  # fmt: skip
+
+
+def aligned(before: Placement, after: Placement, cluster: Cluster, *, whole: bool) -> Placement:
+    """``after`` with interchangeable devices renumbered so that least is fetched coming from ``before``.
+
+    Devices of one node are interchangeable where speed and slots are equal, nodes where their devices are, in order.
+    ``whole`` renumbers all layers alike, which linked layers (``stay``) need; else each layer has its own numbering.
+    """
+    slots_D = np.bincount(after.slot_device_S, minlength=after.num_devices)
+    have, want = before.count_LED() > 0, after.count_LED()
+    shared_LDD = np.einsum("lea,leb->lab", have.astype(np.float32), (want > 0).astype(np.float32))
+    kind_D = list(zip(cluster.speed_D.tolist(), slots_D.tolist(), strict=True))
+    inside = [np.flatnonzero(cluster.node_D == node) for node in range(cluster.num_nodes)]
+    for layers in [slice(None)] if whole else [slice(at, at + 1) for at in range(after.num_layers)]:
+        shared = shared_LDD[layers].sum(axis=0)
+        to_node = np.full((cluster.num_nodes,) * 2, -np.inf)
+        best: dict[tuple[int, int], NDArray[Any]] = {}
+        for a, mine in enumerate(inside):
+            for b, theirs in enumerate(inside):
+                if [kind_D[d] for d in mine] == [kind_D[d] for d in theirs]:
+                    value = shared[np.ix_(mine, theirs)].astype(np.float64)
+                    same = np.array([[kind_D[x] == kind_D[y] for y in theirs] for x in mine])
+                    _, column = linear_sum_assignment(np.where(same, -value, 1e9))
+                    best[a, b] = theirs[column]
+                    to_node[a, b] = value[np.arange(mine.size), column].sum()
+        _, node = linear_sum_assignment(np.where(np.isfinite(to_node), -to_node, 1e12))
+        source = np.concatenate([best[a, int(b)] for a, b in enumerate(node)])
+        want[layers] = want[layers][:, :, source]
+    return Placement.from_counts(want, slots_D=slots_D, layer_ids_L=after.layer_ids_L, method=after.method)
+
+
+class Controller:
+    """Keeps a placement fit for the traffic it sees. Rules: module docstring.
+
+    Parameters
+    ----------
+    problem : machine, model, slots, traffic model and split; its batch only says what steps look like, and
+        ``problem.current`` is the placement in use.
+    settings : see :class:`ControlSettings`.
+
+    Attributes
+    ----------
+    step : steps observed. state : ``planning`` and ``moving`` while that lasts. current : the placement in use.
+    test : the drift test, None while a reference is learned. target : the plan on whose way ``current`` is, or None.
+
+    Raises
+    ------
+    OptionError : no current placement, other slots than the problem has, or pooled slots.
+    """
+
+    def __init__(self, problem: PlacementProblem, settings: ControlSettings | None = None) -> None:
+        if problem.current is None or problem.pooled:
+            raise OptionError("a controller needs the placement in use, and slots counted layer by layer")
+        problem.check(problem.current)
+        slots_D = np.bincount(problem.current.slot_device_S, minlength=problem.num_devices)
+        if (slots_D != problem.slots_D).any():
+            d = int(np.argmax(slots_D != problem.slots_D))
+            raise OptionError(f"the placement in use has {slots_D[d]} slots on device {d}, not {problem.slots_D[d]}")
+        self.settings = settings or ControlSettings()
+        self.step = 0
+        self.state: State = "idle"
+        self.current: Placement = problem.current
+        self.target: Placement | None = None
+        self.test: DriftTest | None = None
+        self._problem = problem
+        self._recent: deque[RoutingBatch] = deque(maxlen=self.settings.window)
+        self._learned: deque[RoutingBatch] = deque(maxlen=self.settings.reference_steps)
+        self._since = 0
+        self._planned = False
+        self._thread: threading.Thread | None = None
+        self._outcome: Decision | Exception | None = None
+        self._decisions: deque[Decision] = deque()
+        self._moving: Decision | None = None
+
+    def observe(self, steps: RoutingBatch | NDArray[Any]) -> list[Look]:
+        """Take in one or more steps, in order: a batch, or loads [B, L, E] or [L, E]; returns the looks that fell due.
+
+        Raises
+        ------
+        OptionError : the steps are not of the problem's shape.
+        PoiseError : what planning raised; the controller is idle again and learns anew.
+        """
+        batch = self._batch(steps)
+        looks = []
+        for b in range(batch.num_steps):
+            one = _one_step(batch, b)
+            self.step += 1
+            self._recent.append(one)
+            if self.test is None:
+                self._learned.append(one)
+            else:
+                self._since += 1
+            self._reap(wait=False)
+            if self.test is None and len(self._learned) == self.settings.reference_steps and self.state == "idle":
+                self._learn()
+            if self.step % self.settings.every == 0:
+                looks.append(self._look())
+        return looks
+
+    def collect(self, *, wait: bool = False) -> Decision | None:
+        """The oldest decision not collected yet, or None; ``wait`` for a plan that is being made.
+
+        An accepted one holds the state at ``moving`` until :meth:`moved` says how its moves went.
+
+        Raises
+        ------
+        PoiseError : what planning raised, as in :meth:`observe`.
+        """
+        self._reap(wait=wait)
+        return self._decisions.popleft() if self._decisions else None
+
+    def moved(self, *, done: bool = True) -> None:
+        """The moves of the accepted decision were made and serve, or (not ``done``) were given up and undone."""
+        if self._moving is None:
+            raise OptionError(f"no moves are under way, the state is {self.state}")
+        self.target = None
+        if done:
+            self.current = self._moving.moves.result
+            self.target = self._moving.target if self._moving.left else None
+        self._moving, self.state = None, "idle"
+
+    def _batch(self, steps: RoutingBatch | NDArray[Any]) -> RoutingBatch:
+        like = self._problem.batch
+        if not isinstance(steps, RoutingBatch):
+            load = np.array(steps, dtype=np.float64)
+            load = load[None] if load.ndim == 2 else load
+            steps = RoutingBatch(load, np.full(len(load), 1 / max(1, len(load))), like.top_k, like.layer_ids_L)
+        have, want = ((x.num_layers, x.num_experts, x.top_k) for x in (steps, like))
+        if have != want:
+            raise OptionError(f"steps have [layers, experts, top-k] {have}, the problem {want}")
+        if self._problem.traffic != "home" and not steps.has_tokens:
+            raise OptionError(f"traffic model {self._problem.traffic!r} needs steps with tokens, got loads only")
+        return steps
+
+    def _learn(self) -> None:
+        reference = join_steps(list(self._learned))
+        self._learned.clear()
+        s = self.settings
+        self.test = DriftTest.fit(reference, s.window, s.false_alarm_rate, looks=s.looks, seed=s.seed)
+        self._since = 0
+        self._plan(reference, "settled" if self._planned else "first", None)
+
+    def _look(self) -> Look:
+        window = join_steps(list(self._recent))
+        cost = self._cost(window, self.current)
+        verdict = None
+        if self.test is not None and self._since >= self.settings.window and self.state == "idle":
+            verdict = self.test.check(window)
+            if verdict.drifted:
+                self.test, self.target = None, None
+                self._learned.clear()
+                self._plan(window, "drift", None)
+        if self.state == "idle" and self.target is not None:
+            self._plan(window, "continued", self.target)
+        imbalance_BL = cost.imbalance_BL()
+        busy = imbalance_BL[np.isfinite(imbalance_BL)]
+        return Look(self.step, float(busy.mean()) if busy.size else 1.0, verdict, self.state, self.test is None)
+
+    def _plan(self, batch: RoutingBatch, reason: Reason, target: Placement | None) -> None:
+        self.state, self._planned = "planning", True
+        current, step = self.current, self.step
+
+        def work() -> None:
+            try:
+                self._outcome = self._decide(batch, current, target, reason, step)
+            except Exception as error:
+                self._outcome = error
+
+        if self.settings.background:
+            self._thread = threading.Thread(target=work, name="poise-planner", daemon=True)
+            self._thread.start()
+        else:
+            work()
+            self._reap(wait=True)
+
+    def _reap(self, *, wait: bool) -> None:
+        if self._thread is not None:
+            if self._thread.is_alive() and not wait:
+                return
+            self._thread.join()
+            self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Exception):
+            self.state, self.test, self.target = "idle", None, None
+            self._learned.clear()
+            raise outcome
+        if outcome is not None:
+            self._decisions.append(outcome)
+            self.state = "moving" if outcome.accepted else "idle"
+            self._moving = outcome if outcome.accepted else None
+            self.target = None
+
+    def _decide(
+        self, batch: RoutingBatch, current: Placement, target: Placement | None, reason: Reason, step: int
+    ) -> Decision:
+        """Plan, judge, and choose between the plan and its renumbered twin; touches nothing of the controller."""
+        s, cluster = self.settings, self._problem.cluster
+        fit, judged = batch, batch
+        if batch.num_steps >= 8:
+            every_fourth = np.arange(batch.num_steps) % 4 == 3
+            fit, judged = steps_of(batch, ~every_fourth), steps_of(batch, every_fourth)
+        problem = replace(self._problem, batch=fit, current=current)
+        plans = [] if target is None else [target]
+        if target is None:
+            found = solve(problem, method=s.method, time_limit_s=s.time_limit_s, seed=s.seed).placement
+            count_LED, ids = found.count_LED(), found.layer_ids_L
+            found = Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=ids, method=found.method)
+            plans = [found, aligned(current, found, cluster, whole=problem.traffic == "stay")]
+        before = self._seconds(judged, current)
+        best: tuple[float, Decision] | None = None
+        for plan in plans:
+            there = plan if s.max_moves is None else bounded(current, plan, problem, s.max_moves)
+            moves = move_list(current, there, expert_bytes=problem.model.expert_bytes, staging=s.staging,
+                              node_D=cluster.node_D)  # fmt: skip
+            after, cost = self._seconds(judged, there), s.exposed_share * moves.seconds(cluster)
+            net = s.horizon_steps * (before - after) - cost
+            if best is None or net > best[0]:
+                best = net, Decision(step, reason, net > 0, before, after, cost, moves, plan)
+        assert best is not None
+        return best[1]
+
+    def _cost(self, batch: RoutingBatch, placement: Placement) -> BatchCost:
+        p = self._problem
+        return batch_cost(batch, placement.count_LED(), p.cluster, p.model, traffic=p.traffic, split=p.split)
+
+    def _seconds(self, batch: RoutingBatch, placement: Placement) -> float:
+        return float(batch.weight_B @ self._cost(batch, placement).seconds_BL.sum(axis=1))
