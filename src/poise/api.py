@@ -23,7 +23,7 @@ from poise.observe.files import join, read
 from poise.observe.predict import PREDICTORS
 from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem, Progress, Solution
+from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.solve.solve import METHODS, solve
 from poise.policies.registry import parse_policy
 
@@ -78,6 +78,9 @@ def plan(
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
     pooled: bool = False,
+    current: str | Path | Placement | None = None,
+    migration_steps: float = 1000.0,
+    risk: Risk = "mean",
     time_limit_s: float = 20.0,
     seed: int = 0,
     progress: Progress | None = None,
@@ -95,6 +98,8 @@ def plan(
     split : how tokens of replicas are split.
     tokens_per_step, order, seed : how the trace is batched into steps (:func:`poise.observe.batching.make_batch`).
     pooled : count slots over all layers together.
+    current, migration_steps : the placement that runs now; fetches from it are written off over so many steps.
+    risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
     time_limit_s : for methods that can use it.
 
     Raises
@@ -104,8 +109,33 @@ def plan(
     batch = make_batch(load(trace), tokens_per_step=tokens_per_step, order=order, seed=seed)
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)
-    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, split, pooled)
+    running = None if current is None else _placement(current)
+    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, split, pooled, running, migration_steps, risk)
     return solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
+
+
+def _placement(item: str | Path | Placement) -> Placement:
+    return item if isinstance(item, Placement) else Placement.load(item)
+
+
+def verdict(
+    trace: Source | Sequence[Source],
+    cluster: str | Path | Cluster,
+    *,
+    method: str = "poise",
+    current: str | Path | Placement | None = None,
+    **options: Any,
+) -> str | None:
+    """What planning by ``method`` gains over what runs now (default: contiguous), fitted on one half of the traffic and
+    judged on the other; None where the traffic cannot be halved. ``options`` as in :func:`compare`.
+    """
+    whole = load(trace)
+    if isinstance(whole, LoadProfile) and whole.num_steps < 2:
+        return None
+    if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
+        return None
+    base: str | Placement = "contiguous" if current is None else _placement(current)
+    return compare(whole, cluster, placements=(base, method), **options).verdict()
 
 
 def _slots(batch: RoutingBatch, machine: Cluster, redundant: int, slots: Sequence[int] | None) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from poise.cli import options as o
 from poise.cost.split import SPLITS
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.observe.batching import ORDERS
-from poise.planning.problem import Solution
+from poise.planning.problem import RISKS, Solution
 
 
 def plan(
@@ -28,6 +28,14 @@ def plan(
     tokens_per_step: o.TokensPerStep = None,
     order: o.StepOrder = "interleaved",
     pooled: Annotated[bool, typer.Option("--pooled", help="Count slots over all layers together (MoETuner).")] = False,
+    current: Annotated[
+        Path | None, typer.Option("--current", help="The placement that runs now; moves from it are priced.")
+    ] = None,
+    migration_steps: Annotated[float, typer.Option(help="Steps over which those moves are written off.")] = 1000.0,
+    risk: Annotated[str, typer.Option(help="mean, worst or cvar over steps or recorded workloads.")] = "mean",
+    verdict: Annotated[
+        bool, typer.Option(help="Say what is gained over what runs now, on traffic left out of a second fit.")
+    ] = True,
     time_limit: o.TimeLimit = 20.0,
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -43,13 +51,23 @@ def plan(
                 list(traces), cluster, redundant=redundant, method=method, model=model,
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), pooled=pooled,
+                current=current, migration_steps=migration_steps, risk=o.one_of("risk", risk, RISKS),
                 time_limit_s=time_limit, seed=seed, progress=report,
             )  # fmt: skip
+            said = None
+            if verdict and not pooled:
+                said = api.verdict(
+                    list(traces), cluster, method=method, current=current, redundant=redundant, model=model,
+                    traffic=traffic, split=split, tokens_per_step=tokens_per_step, order=order,
+                    time_limit_s=time_limit / 2, seed=seed, progress=report,
+                )  # fmt: skip
         solution.placement.save(output)
         if json:
-            o.print_json(_json(solution))
+            o.print_json({**_json(solution), "verdict": said})
         else:
             _show(solution)
+            if said:
+                o.out.print(f"Over what runs now, fitted on one half of the traffic and judged on the other. {said}")
         o.talk.print(f"wrote {output}")
 
 

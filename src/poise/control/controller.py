@@ -213,18 +213,14 @@ class Controller:
 
     Parameters
     ----------
-    problem : machine, model, slots, traffic model and split; its batch only says what steps look like, and
-        ``problem.current`` is the placement in use.
+    problem : machine, model, slots (of the placement in use, not pooled), traffic model and split; its batch only says
+        what steps look like, and ``problem.current`` is the placement in use.
     settings : see :class:`ControlSettings`.
 
     Attributes
     ----------
     step : steps observed. state : ``planning`` and ``moving`` while that lasts. current : the placement in use.
     test : the drift test, None while a reference is learned. target : the plan on whose way ``current`` is, or None.
-
-    Raises
-    ------
-    OptionError : no current placement, other slots than the problem has, or pooled slots.
     """
 
     def __init__(self, problem: PlacementProblem, settings: ControlSettings | None = None) -> None:
@@ -236,7 +232,7 @@ class Controller:
             d = int(np.argmax(slots_D != problem.slots_D))
             raise OptionError(f"the placement in use has {slots_D[d]} slots on device {d}, not {problem.slots_D[d]}")
         self.settings = settings or ControlSettings()
-        self.step = 0
+        self.step, self._since, self._planned = 0, 0, False
         self.state: State = "idle"
         self.current: Placement = problem.current
         self.target: Placement | None = None
@@ -244,8 +240,6 @@ class Controller:
         self._problem = problem
         self._recent: deque[RoutingBatch] = deque(maxlen=self.settings.window)
         self._learned: deque[RoutingBatch] = deque(maxlen=self.settings.reference_steps)
-        self._since = 0
-        self._planned = False
         self._thread: threading.Thread | None = None
         self._outcome: Decision | Exception | None = None
         self._decisions: deque[Decision] = deque()
@@ -280,10 +274,7 @@ class Controller:
         """The oldest decision not collected yet, or None; ``wait`` for a plan that is being made.
 
         An accepted one holds the state at ``moving`` until :meth:`moved` says how its moves went.
-
-        Raises
-        ------
-        PoiseError : what planning raised, as in :meth:`observe`.
+        Raises what planning raised, as :meth:`observe` does.
         """
         self._reap(wait=wait)
         return self._decisions.popleft() if self._decisions else None
@@ -303,7 +294,8 @@ class Controller:
         if not isinstance(steps, RoutingBatch):
             load = np.array(steps, dtype=np.float64)
             load = load[None] if load.ndim == 2 else load
-            steps = RoutingBatch(load, np.full(len(load), 1 / max(1, len(load))), like.top_k, like.layer_ids_L)
+            ids = like.layer_ids_L if load.shape[1:2] == like.layer_ids_L.shape else np.arange(load.shape[1])
+            steps = RoutingBatch(load, np.full(len(load), 1 / max(1, len(load))), like.top_k, ids.astype(np.int32))
         have, want = ((x.num_layers, x.num_experts, x.top_k) for x in (steps, like))
         if have != want:
             raise OptionError(f"steps have [layers, experts, top-k] {have}, the problem {want}")

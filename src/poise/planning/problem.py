@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,10 @@ from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 
+Risk = Literal["mean", "worst", "cvar"]
+RISKS: tuple[Risk, ...] = ("mean", "worst", "cvar")
+CVAR_TAIL = 0.25
+"""Weight of the scenarios that ``cvar`` averages over."""
 Progress = Callable[[str, float], None]
 """Called by long work with a stage and the share of it done, 0 to 1."""
 
@@ -51,7 +55,10 @@ class PlacementProblem:
     traffic : traffic model (load-only batches know only ``home``).
     split : how tokens of a replicated expert are split.
     pooled : slots are counted over all layers together instead of layer by layer.
-    current : the placement in use, which methods with bounded moves start from.
+    current : the placement in use, which methods with bounded moves start from, and moves are priced against.
+    migration_steps : steps over which ``poise`` writes off the fetches from ``current``; 0: moving is free.
+    risk : what ``poise`` minimises over scenarios: their ``mean``, the ``worst`` one, or ``cvar``, the mean of the
+        worst quarter.
 
     Raises
     ------
@@ -66,6 +73,8 @@ class PlacementProblem:
     split: Split = "even"
     pooled: bool = False
     current: Placement | None = None
+    migration_steps: float = 0.0
+    risk: Risk = "mean"
 
     def __post_init__(self) -> None:
         slots = np.array(self.slots_D, dtype=np.int64)
@@ -87,6 +96,10 @@ class PlacementProblem:
             raise OptionError(
                 f"traffic model {self.traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
             )
+        if self.risk not in RISKS:
+            raise OptionError(f"unknown risk {self.risk!r}", hint=f"one of {', '.join(RISKS)}")
+        if not self.migration_steps >= 0:
+            raise OptionError(f"migration steps must be at least 0, got {self.migration_steps}")
         self.model.matches(num_experts=experts, layer_ids=self.batch.layer_ids_L)
         if self.current is not None:
             have = (self.current.num_layers, self.current.num_experts, self.current.num_devices)
@@ -95,6 +108,25 @@ class PlacementProblem:
                 raise OptionError(f"the current placement has [layers, experts, devices] {have}, the problem {want}")
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)
+
+    def risk_seconds(self, seconds_B: NDArray[np.float64]) -> float:
+        """Mean, worst, or mean of the worst quarter (by weight) of scenario times, float64 [B]."""
+        weight = self.batch.weight_B
+        if self.risk == "mean":
+            return float(weight @ seconds_B)
+        if self.risk == "worst":
+            return float(seconds_B[weight > 0].max())
+        order = np.argsort(-seconds_B)
+        taken = np.diff(np.minimum(np.cumsum(weight[order]), CVAR_TAIL), prepend=0.0)
+        return float(taken @ seconds_B[order] / taken.sum())
+
+    def migration_seconds(self, placement: Placement) -> float:
+        """Seconds a step and layer that moving to ``placement`` costs: fetches of the fullest device over the steps."""
+        if self.current is None or self.migration_steps <= 0:
+            return 0.0
+        wire = self.cluster.inter_bytes_per_s if self.cluster.num_nodes > 1 else self.cluster.intra_bytes_per_s
+        fetched = float(self.current.diff(placement).fetched_D.max())
+        return fetched * self.model.expert_bytes / wire / self.migration_steps / self.batch.num_layers
 
     @property
     def num_devices(self) -> int:

@@ -50,14 +50,15 @@ def neighbours(num_devices: int, node_size: int, slots: int, topology: Topology 
     """Step 1: r2o, int64 [D, columns], whose experts each device copies. ``node_size`` 0: nodes are not equal."""
     device = np.arange(num_devices)
     if topology == "auto":
-        topology = {8: "cube", 16: "hypercube"}.get(num_devices, "torus") if slots > 1 else "ring"  # type: ignore[assignment]
+        names: dict[int, Topology] = {8: "cube", 16: "hypercube"}
+        topology = names.get(num_devices, "torus") if slots > 1 else "ring"
     if topology == "ring":
         return ((device + 1) % num_devices)[:, None]
     group = {"cube": 8, "hypercube": 16}.get(topology, 0)
     if group and num_devices % group == 0:
         first, i = device - device % group, device % group
         turned = i - i % 4 + (i + 3) % 4
-        across = (i + group - 4) % group if group == 16 else (i % 4 + 2) % 4 + (4 - i + i % 4)
+        across = (i + 12) % 16 if group == 16 else np.where(i < 4, 4 + (i + 2) % 4, i - 4)
         return np.stack([first + turned, first + across], axis=1)
     side = node_size if 1 < node_size < num_devices else int(np.sqrt(num_devices))
     while num_devices % side:
@@ -67,7 +68,9 @@ def neighbours(num_devices: int, node_size: int, slots: int, topology: Topology 
     return np.stack([(row + 1) % rows * side + column, row * side + (column + 1) % side], axis=1)
 
 
-def put_replicas(static_ED: NDArray[np.bool_], weight_E: NDArray[np.float64], r2o: NDArray[np.int64], slots: int) -> NDArray[np.bool_]:  # fmt: skip
+def put_replicas(
+    static_ED: NDArray[np.bool_], weight_E: NDArray[np.float64], r2o: NDArray[np.int64], slots: int
+) -> NDArray[np.bool_]:
     """Steps 1 and 2: the static holders and one copy over each edge and slot, bool [E, D]."""
     held_ED = static_ED.copy()
     order = np.argsort(-weight_E, kind="stable")
@@ -106,7 +109,7 @@ def solve_shares(load_E: NDArray[np.int64], held_ED: NDArray[np.bool_], original
     """
     devices = held_ED.shape[1]
     many_E = held_ED.sum(axis=1) > 1
-    load_D = np.bincount(held_ED.argmax(axis=1), np.where(many_E, 0, load_E), devices)
+    load_D = np.bincount(held_ED.argmax(axis=1), np.where(many_E, 0.0, load_E), devices).astype(np.float64)
     shared_Y = np.flatnonzero(many_E)
     expert_H, device_H = np.nonzero(held_ED[shared_Y])
     order = np.lexsort((device_H, device_H != original_E[shared_Y][expert_H], expert_H))
@@ -115,7 +118,7 @@ def solve_shares(load_E: NDArray[np.int64], held_ED: NDArray[np.bool_], original
     key = np.packbits(np.column_stack([held_ED[shared_Y], original_E[shared_Y, None] == np.arange(devices)]), axis=1)
     one_G, group_Y = np.unique(key, axis=0, return_index=True, return_inverse=True)[1:]
     group_Y = group_Y.reshape(-1)
-    tokens_G = np.bincount(group_Y, load_E[shared_Y])
+    tokens_G = np.bincount(group_Y, load_E[shared_Y]).astype(np.float64)
     first_Y = np.searchsorted(expert_H, np.arange(shared_Y.size + 1))
     size_G = np.diff(first_Y)[one_G]
     first_G = np.cumsum(size_G) - size_G

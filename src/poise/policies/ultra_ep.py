@@ -6,9 +6,9 @@ for itself:
     Step 1  Load of each rank with every token at its owner. The threshold lies between ``target`` times the domain's
             mean and the largest load.
     Step 2  Oracle: can every rank be brought to a threshold? Ranks by load, fullest first, export their excess; their
-            experts, fullest first, each to the rank with most room below the threshold that has a free slot and no copy,
-            as much as need, room and expert allow (one token stays with the owner). An export below the floor is not
-            made. No replica without a quota: every export is both.
+            experts, fullest first, each to the rank with most room below the threshold that has a free slot and no
+            copy, as much as need, room and expert allow (one token stays with the owner). An export below the floor is
+            not made. No replica without a quota: every export is both.
     Step 3  Fast probe: the oracle at (1 + ``eps``) times the lower end, then twice more, each 1 % of the largest load
             higher; the floor here is the excess left over the ranks that could take it. The first that works is taken.
     Step 4  Else the oracle at the lower end with ``min_tokens`` as the floor, and if that fails a search with four
@@ -18,8 +18,8 @@ for itself:
 Chosen here. Holders of a static placement are all native: their tokens are first split exactly
 (:func:`poise.policies.split.exact_split`, the published start where no expert is replicated), and each exports what it
 has. ``probe=False`` leaves step 3 out: then every replica gets at least ``min_tokens``, which the published code does
-not promise (its fast probe has a floor of its own). ``cross_node=True`` makes the machine one domain. Ceilings are taken
-in 64 bits, the code's in 32. Sources are matched own device first, then own node (the code: own rank, then in
+not promise (its fast probe has a floor of its own). ``cross_node=True`` makes the machine one domain. Ceilings are
+taken in 64 bits, the code's in 32. Sources are matched own device first, then own node (the code: own rank, then in
 proportion). Weights are priced without the published relay trees. Device speeds are not looked at.
 """
 

@@ -321,7 +321,7 @@ def search(
         layer_ids_L=problem.batch.layer_ids_L, method="poise",
     )  # fmt: skip
     options = [found, *pool]
-    seconds = [_mean_seconds(problem, option) for option in options]
+    seconds = [_mean_seconds(problem, option) + problem.migration_seconds(option) for option in options]
     # at least as good as every start that others would have used; among those, the one that holds when loads shift
     limit = min(seconds[1 : 1 + len(starts)] or seconds)
     fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]

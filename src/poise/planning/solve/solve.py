@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poise.cost.bound import bound_terms, compute_bound
 from poise.cost.compute import expert_seconds
@@ -26,7 +27,9 @@ from poise.planning.methods import (
 )
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
-from poise.planning.solve import exact, search, stay
+from poise.planning.solve import exact, search, small, stay
+
+RISK_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,41 @@ class Method:
 def _plan_poise(
     problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
-    """Search from the placements of all other methods; see :mod:`poise.planning.solve.search`."""
+    """Search from the placements of all other methods; see :mod:`poise.planning.solve.search`.
+
+    Under a risk other than the mean, scenarios are weighed anew between rounds, those that do worst more: the dual of
+    the risk's envelope. The best plan of all rounds under :meth:`PlacementProblem.risk_seconds` counts.
+    """
+    if problem.risk == "mean":
+        return _search_once(problem, time_limit_s=time_limit_s, seed=seed, progress=progress)
+    best: tuple[float, MethodResult] | None = None
+    weighed = problem
+    for _ in range(RISK_ROUNDS):
+        found = _search_once(weighed, time_limit_s=time_limit_s / RISK_ROUNDS, seed=seed, progress=progress)
+        seconds_B = _step_seconds(problem, found.placement)
+        value = problem.risk_seconds(seconds_B)
+        if best is None or value < best[0]:
+            best = (value, found)
+        heavier = weighed.batch.weight_B * np.exp(4.0 * (seconds_B / seconds_B.mean() - 1.0))
+        weighed = replace(weighed, batch=replace(problem.batch, weight_B=heavier / heavier.sum()))
+    assert best is not None
+    return MethodResult(best[1].placement, {**best[1].details, "risk": problem.risk, "risk_seconds": best[0]})
+
+
+def _step_seconds(problem: PlacementProblem, placement: Placement) -> NDArray[np.float64]:
+    """Seconds of one layer in each scenario, float64 [B]."""
+    cost = batch_cost(problem.batch, placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
+                      split=problem.split)  # fmt: skip
+    out: NDArray[np.float64] = cost.seconds_BL.mean(axis=1)
+    return out
+
+
+def _search_once(
+    problem: PlacementProblem, *, time_limit_s: float, seed: int, progress: Progress | None
+) -> MethodResult:
     starts: list[Placement] = []
     end = time.monotonic() + 0.4 * time_limit_s
-    for name in STARTS:
+    for name in STARTS + (STAY_STARTS if problem.traffic == "stay" else ()):
         if METHODS[name].pooled and not problem.pooled:
             continue
         try:
@@ -54,6 +88,8 @@ def _plan_poise(
         except NoResultError:
             continue
         starts.append(result.placement)
+    if problem.current is not None:
+        starts.append(problem.current)
     return search.search(problem, starts, time_limit_s=0.6 * time_limit_s, seed=seed, progress=progress)
 
 
@@ -71,22 +107,15 @@ METHODS: dict[str, Method] = {
     "swift-balance": Method(swift_balance.plan, "vllm-ascend's SwiftBalance: bounded swaps from the current placement"),
     "flash-lb": Method(flash_lb.plan, "vllm-ascend's FlashLB: mean and covariance of loads, tree search over replicas"),
     "exact": Method(exact.plan, "proven joint optimum under linear stay traffic, small layers only"),
+    "exact-balance": Method(small.plan, "proven least maximum under the even split, small layers only"),
     "poise-stay": Method(stay.plan, "for stay traffic: hottest experts everywhere, the rest by affinity"),
     "poise": Method(_plan_poise, "joint search on the full cost"),
 }
 STARTS = (
-    "contiguous",
-    "round-robin",
-    "lpt",
-    "eplb",
-    "eplb-global",
-    "flash-lb",
-    "swift-balance",
-    "coactivation",
-    "exact",
-    "moetuner-equal",
-    "moetuner",
-)
+    "exact-balance", "contiguous", "round-robin", "lpt", "eplb", "eplb-global", "flash-lb", "swift-balance",
+    "grace-moe", "coactivation", "exact", "moetuner-equal", "moetuner",
+)  # fmt: skip
+STAY_STARTS = ("exflow", "poise-stay")
 
 
 def solve(

@@ -1,0 +1,262 @@
+"""The controller: plans when traffic drifts, only if it pays, in parts where told, and says so when planning fails."""
+
+import threading
+from dataclasses import replace
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.control.test_moves import random_placement, simulate
+
+from poise.cluster import Cluster, from_preset
+from poise.control import controller as module
+from poise.control.controller import Controller, ControlSettings, aligned, join_steps, steps_of
+from poise.cost.step import batch_cost
+from poise.errors import InfeasibleError, OptionError, PlacementError
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.observe.batching import make_batch
+from poise.observe.trace import RoutingTrace
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
+from poise.planning.solve.solve import solve
+
+LAYERS, EXPERTS, DEVICES, TOKENS = 2, 12, 4, 64
+# Slow enough that computing decides, not latency.
+CLUSTER = from_preset([2, 2], "h100", flops_per_s=1e10, intra_latency_s=0.0, inter_latency_s=0.0)
+
+
+def stream(steps, seed, kind=0):
+    """Steps of one kind of traffic; kinds prefer other experts, seeds draw other tokens."""
+    rng = np.random.default_rng(seed)
+    score = -0.8 * np.log(np.arange(1, EXPERTS + 1)) + rng.gumbel(size=(steps * TOKENS, LAYERS, EXPERTS))
+    experts = (np.argsort(-score, axis=2)[:, :, :2] + 5 * kind) % EXPERTS
+    return make_batch(RoutingTrace(experts.astype(np.int16), EXPERTS), tokens_per_step=TOKENS, order="file")
+
+
+def controller(traffic="home_node_dedup", *, method="lpt", redundant=4, **options):
+    batch = stream(2, 0)
+    model = ModelSpec.generic(EXPERTS, 2, batch.layer_ids_L)
+    slots = np.full(DEVICES, (EXPERTS + redundant) // DEVICES)
+    problem = PlacementProblem(batch, CLUSTER, model, slots, traffic)
+    start = solve(problem, method="contiguous").placement
+    options = {"window": 8, "every": 4, "reference": 24, "background": False, "time_limit_s": 0.3, **options}
+    return Controller(replace(problem, current=start), ControlSettings(method=method, **options))
+
+
+def cost(batch, placement):
+    """Modelled seconds of a step."""
+    model = ModelSpec.generic(EXPERTS, 2, batch.layer_ids_L)
+    got = batch_cost(batch, placement.count_LED(), CLUSTER, model, traffic="home_node_dedup", split="even")
+    return got.seconds_BL.sum(axis=1).mean()
+
+
+def feed(control, batch):
+    """Steps one by one, every accepted move made at once: looks, decisions, and the state each round began in."""
+    looks, decisions = [], []
+    for b in range(batch.num_steps):
+        before = control.current
+        looks += control.observe(steps_of(batch, slice(b, b + 1)))
+        while (decision := control.collect()) is not None:
+            decisions.append(decision)
+            if decision.accepted:
+                assert control.state == "moving"
+                states = simulate(before, decision.moves, control.settings.staging)
+                control.moved()
+                np.testing.assert_array_equal(control.current.slot_expert_LS, states[-1])
+            assert control.state == "idle"
+    return looks, decisions
+
+
+@pytest.mark.parametrize("method", ["lpt", "poise"])
+def test_a_change_of_traffic_is_met_with_a_plan_that_helps(method):
+    control = controller(method=method)
+    looks, decisions = feed(control, stream(60, 1))
+    assert [d.reason for d in decisions] == ["first"] and decisions[0].accepted and decisions[0].step == 24
+    assert not any(look.verdict.drifted for look in looks if look.verdict)
+    assert [look.step for look in looks] == list(range(4, 61, 4))
+    assert all((look.verdict is not None) == (look.step >= 24 + 8) for look in looks)
+    fitted = control.current
+
+    looks, decisions = feed(control, stream(60, 2, kind=1))
+    alarms = [look.step for look in looks if look.verdict and look.verdict.drifted]
+    assert len(alarms) == 1 and 60 < alarms[0] <= 68
+    assert [d.reason for d in decisions] == ["drift", "settled"] and decisions[1].step == alarms[0] + 24
+    fresh = stream(40, 3, kind=1)
+    assert cost(fresh, control.current) < 0.9 * cost(fresh, fitted)
+
+
+def test_the_same_steps_give_the_same_decisions():
+    one, two = (controller(method="poise") for _ in range(2))
+    got = [feed(c, stream(40, 1)) for c in (one, two)]
+    assert [d.seconds_after for d in got[0][1]] == [d.seconds_after for d in got[1][1]] and got[0][1]
+    assert [look.verdict for look in got[0][0]] == [look.verdict for look in got[1][0]]
+    np.testing.assert_array_equal(one.current.slot_expert_LS, two.current.slot_expert_LS)
+
+
+@pytest.mark.parametrize("horizon", [1e-3, 1.0, 30.0, 1e4])
+def test_a_plan_is_taken_if_and_only_if_it_pays(horizon):
+    control = controller(horizon_steps=horizon)
+    before = control.current
+    _, (decision,) = feed(control, stream(24, 1))
+    gain = decision.seconds_before - decision.seconds_after
+    assert gain > 0 and decision.moves.fetched > 0
+    assert decision.cost_seconds == pytest.approx(decision.moves.seconds(CLUSTER))
+    assert decision.accepted == (horizon * gain > decision.cost_seconds) == (control.current is not before)
+    assert (horizon != 1e-3 or not decision.accepted) and (horizon != 1e4 or decision.accepted)
+
+
+def test_the_gain_is_that_of_steps_the_plan_was_not_fitted_on():
+    control, batch = controller(), stream(24, 1)
+    before = control.current
+    _, (decision,) = feed(control, batch)
+    judged = np.arange(24) % 4 == 3
+    for placement, seconds in ((before, decision.seconds_before), (control.current, decision.seconds_after)):
+        assert seconds == pytest.approx(cost(steps_of(batch, judged), placement))
+
+
+@pytest.mark.parametrize("method", ["lpt", "poise"])
+def test_moves_in_parts_arrive_a_few_at_a_time(method):
+    control, whole = controller(method=method, max_moves=2), controller(method=method)
+    _, decisions = feed(control, stream(80, 1))
+    _, (at_once,) = feed(whole, stream(80, 1))
+    taken = [d for d in decisions if d.accepted]
+    assert len(taken) > 1 and {d.moves.fetched for d in taken} <= {0, 1, 2}
+    assert taken[0].reason == "first" and {d.reason for d in decisions[1:]} == {"continued"}
+    assert all(a.left >= b.left for a, b in pairwise(taken))
+    assert control.target is None  # arrived, or the rest was not worth it
+    fresh = stream(40, 2)
+    start, parts, all_of_it = (cost(fresh, p) for p in (controller().current, control.current, whole.current))
+    assert parts < start - 0.7 * (start - all_of_it) and at_once.moves.fetched >= taken[0].moves.fetched
+
+
+def test_planning_in_the_background(monkeypatch):
+    go = threading.Event()
+
+    def slow(*args, **options):
+        assert go.wait(20)
+        return solve(*args, **options)
+
+    monkeypatch.setattr(module, "solve", slow)
+    control, batch = controller(background=True), stream(60, 1)
+    start = control.current
+    control.observe(steps_of(batch, slice(0, 24)))
+    assert control.state == "planning" and control.collect() is None
+    looks = control.observe(steps_of(batch, slice(24, 48)))
+    assert control.state == "planning" and control.current is start and len(looks) == 6
+    assert all(look.verdict is None for look in looks)  # no test while planning
+    go.set()
+    decision = control.collect(wait=True)
+    assert decision.accepted and decision.step == 24 and control.state == "moving" and control.current is start
+    assert control.collect() is None
+    control.observe(steps_of(batch, slice(48, 52)))
+    assert control.state == "moving"
+    control.moved()
+    assert control.state == "idle" and control.current is decision.moves.result
+    with pytest.raises(OptionError, match="no moves"):
+        control.moved()
+
+
+def test_moves_that_were_given_up_leave_the_placement():
+    control = controller()
+    start = control.current
+    control.observe(stream(24, 1))
+    assert control.collect().accepted
+    control.moved(done=False)
+    assert control.state == "idle" and control.current is start and control.target is None
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_the_planner_raises_is_raised_and_the_controller_goes_on(monkeypatch, background):
+    def fail(*args, **options):
+        raise InfeasibleError("9 experts in 8 slots")
+
+    control, batch = controller(background=background), stream(60, 1)
+    monkeypatch.setattr(module, "solve", fail)
+    with pytest.raises(InfeasibleError, match="9 experts"):
+        control.observe(steps_of(batch, slice(0, 24)))
+        control.collect(wait=True)
+    assert control.state == "idle" and control.test is None and control.collect() is None
+    monkeypatch.setattr(module, "solve", solve)
+    control.observe(steps_of(batch, slice(24, 60)))
+    assert control.collect(wait=True).accepted
+
+
+def test_loads_alone_will_do():
+    tokens = controller("home")
+    loads = controller("home")
+    batch = stream(24, 1)
+    tokens.observe(batch)
+    for load in batch.load_BLE:
+        loads.observe(load)
+    assert loads.collect().accepted and tokens.collect().accepted
+    with pytest.raises(OptionError, match="needs steps with tokens"):
+        controller().observe(batch.load_BLE)
+    with pytest.raises(OptionError, match="the problem"):
+        loads.observe(batch.load_BLE[:, :1])
+
+
+def test_steps_cut_and_joined_are_the_batch():
+    batch = stream(7, 4)
+    again = join_steps([steps_of(batch, slice(b, b + 1)) for b in range(7)])
+    for name in ("load_BLE", "weight_B", "layer_ids_L", "experts_TLK", "start_B", "request_T"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(batch, name))
+    some = steps_of(batch, np.arange(7) % 3 == 1)
+    np.testing.assert_array_equal(some.load_BLE, batch.load_BLE[[1, 4]])
+    for b in range(some.num_steps):
+        chosen = some.experts_TLK[some.start_B[b] : some.start_B[b + 1], 0].ravel()
+        np.testing.assert_array_equal(np.bincount(chosen, minlength=EXPERTS), some.load_BLE[b, 0])
+    with pytest.raises(OptionError, match="follow"):
+        join_steps([batch, RoutingBatch(batch.load_BLE, batch.weight_B, 2, batch.layer_ids_L)])
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_renumbering_fetches_least_and_costs_nothing(seed, whole):
+    """Against every renumbering of devices; two nodes of two devices that may differ in speed or slots."""
+    rng = np.random.default_rng(seed)
+    speed = rng.choice([1.0, 2.0], 4) if rng.random() < 0.5 else np.ones(4)
+    slots = rng.choice([3, 4], 4) if rng.random() < 0.5 else np.full(4, 3)
+    cluster = from_preset([2, 2], "h100", speed=speed)
+    before, after = (random_placement(rng, 2, 6, slots) for _ in range(2))
+    got = aligned(before, after, cluster, whole=whole)
+    np.testing.assert_array_equal(np.bincount(got.slot_device_S), slots)
+
+    def allowed(order):
+        kinds = [(speed[d], slots[d]) for d in range(4)]
+        nodes = [{order[0] // 2, order[1] // 2}, {order[2] // 2, order[3] // 2}]
+        alike = [kinds[d] for d in order] == kinds and all(len(node) == 1 for node in nodes)
+        return alike and (order[0] < 2 or kinds[:2] == kinds[2:])  # nodes change places if alike in order
+
+    orders = [list(order) for order in permutations(range(4)) if allowed(order)]
+    have, want = before.count_LED() > 0, after.count_LED()
+    fetched = np.array([((want[:, :, order] > 0) & ~have).sum(axis=(1, 2)) for order in orders])
+    least = fetched.sum(axis=1).min() if whole else fetched.min(axis=0).sum()
+    assert before.diff(got).fetched == least
+    for layer, count in enumerate(got.count_LED()):
+        assert any((count == want[layer][:, order]).all() for order in orders)
+    load = rng.integers(1, 9, (3, 2, 6)).astype(float)
+    batch = RoutingBatch(load, np.full(3, 1 / 3), 2, np.arange(2, dtype=np.int32))
+    model = ModelSpec.generic(6, 2, batch.layer_ids_L)
+    costs = [batch_cost(batch, p.count_LED(), cluster, model, traffic="home", split="even") for p in (after, got)]
+    np.testing.assert_allclose(costs[0].seconds_BL, costs[1].seconds_BL)
+
+
+def test_what_it_cannot_keep_it_refuses():
+    control = controller()
+    problem = replace(control._problem, current=control.current)
+    with pytest.raises(OptionError, match="in use"):
+        Controller(replace(problem, current=None))
+    with pytest.raises(OptionError, match="in use"):
+        Controller(replace(problem, pooled=True))
+    with pytest.raises(OptionError, match="4 slots on device 0, not 5"):
+        Controller(replace(problem, slots_D=np.full(4, 5)))
+    with pytest.raises(PlacementError, match="4 experts in 3 slots"):
+        Controller(replace(problem, slots_D=np.full(4, 3)))
+    for wrong in ({"window": 0}, {"every": 0}, {"max_moves": 0}, {"staging": 0}, {"horizon_steps": 0.0},
+                  {"horizon_steps": float("nan")}, {"exposed_share": -1.0}):  # fmt: skip
+        with pytest.raises(OptionError):
+            ControlSettings(**wrong)
+    assert isinstance(CLUSTER, Cluster) and isinstance(control.current, Placement)
