@@ -29,6 +29,7 @@ from poise.policies.registry import parse_policy
 
 Traffics = RoutingTrace | LoadProfile
 Source = str | Path | Traffics
+VERDICT_STEPS = 20
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
@@ -135,6 +136,8 @@ def verdict(
     if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
         return None
     base: str | Placement = "contiguous" if current is None else _placement(current)
+    if isinstance(whole, RoutingTrace) and options.get("order", "interleaved") == "interleaved":
+        options = {"steps": VERDICT_STEPS, **options}
     return compare(whole, cluster, placements=(base, method), **options).verdict()
 
 

@@ -69,18 +69,11 @@ def passes_replay(policy, seed: int) -> None:
     cluster: Cluster = tiny_cluster(rng, nodes)
     devices, experts = sum(nodes), 6
     batch = tiny_batch(rng, devices=devices, experts=experts, tokens=(9, 7, 0, 12, 5, 8, 11))
-    held = [[[e for e in range(experts) if e % devices == d] for d in range(devices)] for _ in range(batch.num_layers)]
+    count = np.zeros((batch.num_layers, experts, devices), np.int64)
+    count[:, np.arange(experts), np.arange(experts) % devices] = 1
     if rng.integers(2):
-        for layer in held:
-            layer[0].append(1)
-    width = max(len(slots) for layer in held for slots in layer)
-    held = [[slots + [-1] * (width - len(slots)) for slots in layer] for layer in held]
-    count = np.zeros((batch.num_layers, experts, devices), int)
-    for layer, devices_of in enumerate(held):
-        for d, slots in enumerate(devices_of):
-            count[layer, [e for e in slots if e >= 0], d] = 1
-    placement = Placement.from_count_LED(count) if hasattr(Placement, "from_count_LED") else None
-    assert placement is not None
+        count[:, 1, 0] = 1
+    placement = Placement.from_counts(count)
     for setting in policy.grid:
         loop = FastLoop(replace(policy, **setting), int(rng.integers(0, 3)))
         replay = replay_steps(batch, placement, loop, cluster, tiny_model(batch), traffic="home", warm_up=2)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from poise.cluster import Cluster
-from poise.control.drift import DriftTest, DriftVerdict
+from poise.control.drift import DriftTest, DriftVerdict, permutations_for
 from poise.control.moves import MoveList, bounded, move_list
 from poise.cost.step import BatchCost, batch_cost
 from poise.errors import OptionError
@@ -82,6 +82,7 @@ class ControlSettings:
         if not (0 < self.horizon_steps < float("inf") and 0 <= self.exposed_share < float("inf")):
             got = f"{self.horizon_steps} and {self.exposed_share}"
             raise OptionError(f"horizon_steps must be above 0 and exposed_share at least 0, got {got}")
+        permutations_for(self.reference_steps, self.window, self.false_alarm_rate, self.looks)
 
     @property
     def reference_steps(self) -> int:

@@ -163,20 +163,11 @@ class DriftTest:
         OptionError : a number is out of range, or the steps can be arranged in too few ways for the rate.
         """
         load = _loads("the reference", loads)
-        if not 0 < false_alarm_rate < 1 or looks < 1 or window < 1 or (gap is not None and gap < 0):
-            raise OptionError(
-                "false_alarm_rate must lie within 0 and 1, looks and window be at least 1, gap at least 0, got "
-                f"{false_alarm_rate}, {looks}, {window}, {gap}"
-            )
-        rate = false_alarm_rate / looks
+        if gap is not None and gap < 0:
+            raise OptionError(f"gap must be at least 0, got {gap}")
+        permutations = permutations_for(len(load), window, false_alarm_rate, looks)
         lags = correlated_lags(load, seed=seed, most=min(window, len(load) // 8)) if gap is None else gap
-        gap_found, cell = _layout(lags, len(load), window, rate)
-        permutations = int(min(MAX_PERMUTATIONS, max(FEWEST_PERMUTATIONS, math.ceil(ARRANGEMENTS / rate) - 1)))
-        if rate * (permutations + 1) < 1:
-            raise OptionError(
-                f"{permutations} permutations cannot tell a rate of {rate:.2g} a look",
-                hint="raise the false-alarm rate or lower looks",
-            )
+        gap_found, cell = _layout(lags, len(load), window, false_alarm_rate / looks)
         cells = _cells(load, cell, gap_found)
         cells.flags.writeable = False
         return cls(cells, window, false_alarm_rate, looks, cell, gap_found, lags, permutations, seed)
@@ -223,6 +214,29 @@ class DriftTest:
             np.put_along_axis(contrast, order[:, :here], 1 / here, axis=1)
             parts.append(((contrast @ gram_NN) * contrast).sum(axis=1))
         return np.concatenate(parts)
+
+
+def permutations_for(steps: int, window: int, false_alarm_rate: float, looks: int = 1) -> int:
+    """Permutations that a test with so many reference steps draws at each look.
+
+    Raises
+    ------
+    OptionError : a number is out of range, or the rate is too small for the steps or for the permutations.
+    """
+    if not 0 < false_alarm_rate < 1 or looks < 1 or window < 1:
+        raise OptionError(
+            "false_alarm_rate must lie within 0 and 1, looks and window be at least 1, got "
+            f"{false_alarm_rate}, {looks}, {window}"
+        )
+    rate = false_alarm_rate / looks
+    _layout(0, steps, window, rate)
+    permutations = int(min(MAX_PERMUTATIONS, max(FEWEST_PERMUTATIONS, math.ceil(ARRANGEMENTS / rate) - 1)))
+    if rate * (permutations + 1) < 1:
+        raise OptionError(
+            f"{permutations} permutations cannot tell a rate of {rate:.2g} a look",
+            hint="raise the false-alarm rate or lower looks",
+        )
+    return permutations
 
 
 def _cells(load_BLE: NDArray[np.float64], cell: int, gap: int) -> NDArray[np.float64]:

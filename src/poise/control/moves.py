@@ -72,10 +72,7 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoveList:
-    """Rounds in order, and the placement they lead to: ``after``, slots renumbered inside devices.
-
-    ``expert_bytes`` is the size of one expert, ``staging`` the number of buffers a device, each of one expert.
-    """
+    """Rounds in order, and the placement they lead to: ``after``, slots renumbered inside devices."""
 
     rounds: tuple[Round, ...]
     result: Placement
@@ -293,7 +290,8 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
     Greedy: again and again the chain, drop or whole rest of a layer that lowers the objective on the problem's traffic
     (:func:`poise.cost.step.batch_cost`) most per fetched expert, until none lowers it or fits. Layers are independent
     but for ``stay``, where a change counts in the next layer too. Called again from its result it goes on; ``after``
-    itself is returned where it fits and is as good.
+    itself is returned where it fits and is as good. Without free slots experts change places in circles: a budget
+    below the shortest circle leads nowhere, one that holds a layer's moves always to where no layer gains.
 
     Raises
     ------
@@ -346,7 +344,7 @@ def _best_step(
         changed = count_LED.copy()
         changed[layer] = option
         gain = now - _seconds(problem, changed, layer, layer + 1)
-        if gain > 1e-12 * now and (found is None or gain / max(fetched, 1e-9) > found[0]):
+        if  (found is None or gain / max(fetched, 1e-9) > found[0]):
             found = (gain / max(fetched, 1e-9), fetched, option)
     return found
 
