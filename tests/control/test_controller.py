@@ -108,11 +108,16 @@ def test_a_plan_is_taken_if_and_only_if_it_pays(horizon):
     assert (horizon != 1e-3 or not decision.accepted) and (horizon != 1e4 or decision.accepted)
 
 
-def test_the_gain_is_that_of_steps_the_plan_was_not_fitted_on():
-    control, batch = controller(), stream(24, 1)
+def test_the_gain_is_that_of_steps_the_plan_was_not_fitted_on(monkeypatch):
+    control, batch, problems = controller(), stream(24, 1), []
     before = control.current
+    monkeypatch.setattr(
+        module, "solve", lambda problem, **options: problems.append(problem) or solve(problem, **options)
+    )
     _, (decision,) = feed(control, batch)
     judged = np.arange(24) % 4 == 3
+    np.testing.assert_array_equal(problems[0].batch.load_BLE, batch.load_BLE[~judged])
+    assert problems[0].current is before and len(problems) == 1
     for placement, seconds in ((before, decision.seconds_before), (control.current, decision.seconds_after)):
         assert seconds == pytest.approx(cost(steps_of(batch, judged), placement))
 

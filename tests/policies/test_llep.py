@@ -149,6 +149,13 @@ def test_slots_limit_helpers():
     assert quota.tolist() == [[100, 0], [90, 0], [0, 5], [0, 5]]
 
 
+def test_natives_stand_beside_helpers_once_slots_are_short():
+    load, home = np.array([230, 170]), np.array([[1, 0, 0, 0], [0, 0, 0, 1]], bool)
+    quota = spill(load, home, load[:, None] * home, np.array([0, 2, 0, 0]), 110, 1)
+    # device 1 fills up with expert 0 and takes 10 too many; expert 1 then stays where less is, on its own device
+    assert quota.tolist() == [[110, 120, 0, 0], [0, 0, 0, 170]]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_replay(seed):
     passes_replay(Llep(), seed)

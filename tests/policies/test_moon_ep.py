@@ -101,11 +101,11 @@ def test_step_2_the_most_overloaded_fills_the_roomiest():
 def test_step_3_fullest_expert_to_the_largest_quota():
     static = np.eye(4, dtype=bool).repeat(2, axis=0)
     load = np.zeros((4, 8), np.int64)
-    load[2] = [100, 50, 80, 30, 40, 40, 60, 0]
+    load[2] = [60, 90, 80, 30, 40, 40, 60, 0]
     plan = run(MoonEp(), view_of(static, load, 2), load)
-    # rank 3 takes 40 of expert 0 (60 left); rank 2 takes 20 of it; rank 0 gets 10 of expert 2
+    # rank 3 takes 40 of expert 1 (50 left); rank 2 takes 20 of expert 0; rank 0 gets 10 of expert 2
     expected = np.zeros((8, 4), int)
-    expected[0], expected[1] = [40, 0, 20, 40], [50, 0, 0, 0]
+    expected[0], expected[1] = [40, 0, 20, 0], [50, 0, 0, 40]
     expected[2], expected[3] = [10, 70, 0, 0], [0, 30, 0, 0]
     expected[4, 2], expected[5, 2], expected[6, 3] = 40, 40, 60
     np.testing.assert_array_equal(plan.quota_ED, expected)

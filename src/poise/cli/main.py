@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from poise import __version__
-from poise.cli import breakeven, compare, demo, export, inspect, plan, record
+from poise.cli import breakeven, compare, demo, export, inspect, plan, record, watch
 
 app = typer.Typer(
     name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -33,7 +33,16 @@ def root(
     """
 
 
-for verb in (demo.demo, inspect.inspect, plan.plan, compare.compare, breakeven.breakeven, export.export, record.record):
+for verb in (
+    demo.demo,
+    inspect.inspect,
+    plan.plan,
+    compare.compare,
+    breakeven.breakeven,
+    export.export,
+    record.record,
+    watch.watch,
+):
     app.command()(verb)
 
 

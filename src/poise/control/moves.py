@@ -344,7 +344,7 @@ def _best_step(
         changed = count_LED.copy()
         changed[layer] = option
         gain = now - _seconds(problem, changed, layer, layer + 1)
-        if  (found is None or gain / max(fetched, 1e-9) > found[0]):
+        if gain > 1e-12 * now and (found is None or gain / max(fetched, 1e-9) > found[0]):
             found = (gain / max(fetched, 1e-9), fetched, option)
     return found
 

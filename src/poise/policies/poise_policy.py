@@ -6,8 +6,9 @@ Before the gate, from predicted loads
             idlest device with a free step slot, or in place of a step replica that brings less than half as much
             ("surplus fill"). Replicas stay until they are replaced: what is predicted again is not fetched again.
     Step 3  ``seconds``: of all the plans passed on the way, from "move nothing" on, the one with the least
-            predicted layer time + exposed fetch / ``horizon`` steps (nothing exposed at all where an expert could
-            come in the background within ``patience`` windows). If leaving the engine's even split over the
+            predicted layer time + exposed fetch / ``horizon`` steps. No fetch stalls a layer by more than ``stall``
+            times its own time, and what can come in the background within ``patience`` windows does, unless it gains
+            ``urgency``. If leaving the engine's even split over the
             static placement alone is predicted to be as fast, nothing is exchanged and nothing moves.
             ``tokens``: all of them; slots still free get the experts with most tokens a holder, as slack for what the
             prediction misses. (``seconds`` offers such slots to the hottest experts, whose tokens then stay at home.)
@@ -51,6 +52,7 @@ class Poise:
     objective : ``seconds`` weighs everything; ``tokens`` balances tokens whatever it costs.
     horizon : steps over which an exposed fetch is written off; replicas that stay serve many.
     stall : most that one exposed fetch may take, in layer times.
+    urgency : predicted gain, as a share of the layer time, for which a fetch that could wait is made at once.
     patience : most windows that a background fetch may take.
     margin : least predicted gain, as a share of the passive layer time, that wakes the loop.
     slack : the second split may exceed the best maximum by this share to keep tokens at home.
@@ -64,6 +66,7 @@ class Poise:
     objective: Objective = "seconds"
     horizon: float = 24.0
     stall: float = 6.0
+    urgency: float = 0.2
     patience: float = 8.0
     margin: float = 0.03
     slack: float = 0.05
@@ -79,13 +82,20 @@ class Poise:
             return self._fill(view, held, rates, desk, view.predicted_E)[-1]
         best, best_seconds = view.before_ED, np.inf
         wake = self._wake_below(view, rates, desk)
+        last, stay_s = view.before_ED, np.inf
         for plan in self._fill(view, held, rates, desk, self._work(view, rates)):
             seconds = self._planned(view, plan, rates, desk)
-            fetch = fetch_seconds(view.before_ED, plan & ~view.before_ED, view.price)
-            exposed = max(0.0, fetch - view.price.window_s)
-            if exposed > 0.0 and (self._can_wait(view) or exposed > self.stall * wake):
-                break
-            seconds += exposed / self.horizon
+            stay_s = min(stay_s, seconds) if not (plan & ~view.before_ED).any() else stay_s
+            exposed = fetch_seconds(view.before_ED, plan & ~view.before_ED, view.price) - view.price.window_s
+            if exposed > 0.0:
+                if exposed > self.stall * wake:
+                    break
+                alone = fetch_seconds(view.before_ED, plan & ~last, view.price)
+                if alone <= self.patience * view.price.window_s and seconds > (1.0 - self.urgency) * stay_s:
+                    last = plan
+                    continue  # step 4 will bring it unseen
+                seconds += exposed / self.horizon
+            last = plan
             if seconds < best_seconds * (1 - 1e-6):
                 best, best_seconds = plan, seconds
         return view.before_ED if best_seconds > wake else best
@@ -138,12 +148,6 @@ class Poise:
         """Predicted seconds of a plan's split, control included."""
         holders = k.compile_all(plan_ED, desk)
         return float(k.plan_seconds(view.predicted_E, holders, rates, view.price.control_s, desk))
-
-    def _can_wait(self, view: LayerView) -> bool:
-        """One expert comes within ``patience`` windows: then nothing is fetched in sight."""
-        cluster = view.price.cluster
-        wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-        return view.price.model.expert_bytes / wire <= self.patience * view.price.window_s
 
     def _desk_of(self, view: LayerView) -> k.Desk:
         return _desk(*view.static_ED.shape, int(view.slots_D.sum()) + view.static_ED.shape[0])
