@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -44,17 +45,23 @@ def table(head: list[str], rows: list[list[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
 
 
-def write(name: str, parts: list[str]) -> None:
+def _commit() -> str:
+    """The commit whose constants a run used."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPORTS, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def write(name: str, parts: list[str], suffix: str = "") -> None:
     """A report with date, command, machine and versions at its head; also printed."""
     date = datetime.date.today().isoformat()
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(["DATA"] if len(sys.argv) > 1 else [])])
     versions = ", ".join(f"{name} {version(name)}" for name in ("poise-moe", "numpy", "scipy", "highspy", "numba"))
     head = (
         f"# {name}\n\n{date}. `{command}`, DATA = the folder of routing data. {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, {versions}. Wall clock, shared machine."
+        f"({platform.machine()}), commit {_commit()}, Python {platform.python_version()}, {versions}. Wall clock, shared machine."
     )
     text = "\n\n".join([head, *parts]) + "\n"
-    path = REPORTS / f"{date}-{Path(sys.argv[0]).stem}.md"
+    path = REPORTS / f"{date}-{Path(sys.argv[0]).stem}{suffix}.md"
     path.write_text(text, encoding="utf-8")
     print(text)
 

@@ -149,7 +149,7 @@ class _Run:
         early_ED = policy.before_gate(view)
         window_s = self.price.window_s
         plan = policy.after_gate(view, early_ED, load_SE)
-        plan.check(view, load_SE)
+        plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
         fetched, late = early_ED & ~view.before_ED, plan.holders_ED & ~early_ED
         early_s = fetch_seconds(view.before_ED, fetched, self.price)
         self.out["weights"][step, layer] = max(0.0, early_s - window_s) + fetch_seconds(early_ED, late, self.price)

@@ -85,15 +85,18 @@ class StepPlan:
             if array is not None:
                 array.flags.writeable = False
 
-    def check(self, view: LayerView, load_SE: NDArray[np.int64]) -> None:
-        """Raise PlacementError unless every invariant holds for these exact loads (int64 [D, E])."""
+    def check(self, view: LayerView, load_SE: NDArray[np.int64], *, unbounded: bool = False) -> None:
+        """Raise PlacementError unless every invariant holds for these exact loads (int64 [D, E]).
+
+        ``unbounded`` leaves out the slots: for policies that take no notice of them.
+        """
         load_E = load_SE.sum(axis=0)
         if self.holders_ED.shape != view.static_ED.shape or self.quota_ED.shape != view.static_ED.shape:
             raise PlacementError(
                 f"plan has shapes {self.holders_ED.shape}, {self.quota_ED.shape}, not {view.static_ED.shape}"
             )
         used_D, room_D = self.holders_ED.sum(axis=0), view.slots_D
-        if (used_D > room_D).any():
+        if (used_D > room_D).any() and not unbounded:
             d = int(np.argmax(used_D - room_D))
             raise PlacementError(f"layer {view.layer}: device {d} holds {used_D[d]} experts in {room_D[d]} slots")
         if not self.holders_ED.any(axis=1).all():

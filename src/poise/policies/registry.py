@@ -6,11 +6,26 @@ from dataclasses import fields, replace
 from typing import Any
 
 from poise.errors import OptionError
+from poise.policies.faster_moe import FasterMoE
+from poise.policies.flex_moe import FlexMoE
+from poise.policies.full_replication import FullReplication
+from poise.policies.hecate import Hecate, HecateCalibrated
+from poise.policies.llep import Llep
+from poise.policies.lplb import Lplb
+from poise.policies.moon_ep import MoonEp
 from poise.policies.plan import StepPolicy
 from poise.policies.poise_policy import Poise
+from poise.policies.smart_moe import SmartMoE
 from poise.policies.split import Split
+from poise.policies.ultra_ep import UltraEp
 
-POLICIES: dict[str, StepPolicy] = {policy.name: policy for policy in (Split(), Poise())}
+POLICIES: dict[str, StepPolicy] = {
+    policy.name: policy
+    for policy in (
+        Split(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(), Llep(), UltraEp(), MoonEp(),
+        FullReplication(), Poise(),
+    )
+}  # fmt: skip
 
 
 def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:

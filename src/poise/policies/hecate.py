@@ -1,0 +1,139 @@
+"""Hecate's sparse materialisation (arXiv 2502.02581, section 3, Algorithm 1) and its dispatch rule.
+
+Before the gate, from F, the mean load of the last w = 5 steps (the predictor's task)
+    Step 1  t = min(window * bandwidth / expert bytes, E), m = min(M, t): integers.
+    Step 2  t <= m: the t most loaded experts go to all devices.
+    Step 3  else D * m places are dealt among the t most loaded in proportion to their load; an expert's replicas go to
+            nodes that lack it and devices with most free slots first.
+After the gate
+    Step 4  Dispatch: a token stays where its expert is; else to the devices of its node that hold it, evenly; else
+            to the others, evenly. No counts are exchanged.
+    Step 5  (``hecate-calibrated``) Algorithm 1 once more with the true loads and the memory left; its replicas are
+            fetched in sight if the modelled compute they save exceeds that time.
+
+Open in the source, chosen here: places are rounded by largest remainder over the t experts' own loads, at most D each;
+ties go to the lower number; bandwidth is the network's where there are several nodes; with several static replicas
+all count as holders. Serving moves weights only, training would add optimizer states at re-sharding (Algorithm 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.compute import expert_seconds
+from poise.cost.weights import fetch_seconds
+from poise.policies.plan import Fetch, LayerView, StepPlan
+
+
+def nearest_rows(load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], node_D: NDArray[Any]) -> NDArray[np.int64]:
+    """Step 4, int64 [D, E, D]: what does not divide is dealt on in turn, from the source's own number on."""
+    devices = len(node_D)
+    rows = np.zeros((devices, *holders_ED.shape), np.int64)
+    for source in range(devices):
+        near_ED = holders_ED & (node_D == node_D[source])
+        choice = np.where(near_ED.any(axis=1, keepdims=True), near_ED, holders_ED)
+        local_E = holders_ED[:, source]
+        choice[local_E] = False
+        choice[local_E, source] = True
+        count_E = choice.sum(axis=1)
+        rank = np.cumsum(choice, axis=1) - 1
+        whole, rest = np.divmod(load_SE[source], np.maximum(count_E, 1))
+        turn = (rank - source) % np.maximum(count_E, 1)[:, None]
+        rows[source] = np.where(choice, whole[:, None] + (turn < rest[:, None]), 0)
+    return rows
+
+
+def materialise(
+    load_E: NDArray[np.float64], held_ED: NDArray[np.bool_], free_D: NDArray[np.int64], t: int, m: int,
+    node_D: NDArray[Any],
+) -> NDArray[np.bool_]:  # fmt: skip
+    """Steps 2 and 3: holders with the replicas of Algorithm 1, bool [E, D]."""
+    out, free = held_ED.copy(), np.minimum(free_D, m)
+    devices = len(node_D)
+    top = np.argsort(-load_E, kind="stable")[:t]
+    if t <= m:
+        wanted = dict.fromkeys(top.tolist(), devices)
+    else:
+        exact = load_E[top] / max(float(load_E[top].sum()), 1e-300) * devices * m
+        places = np.floor(exact).astype(np.int64)
+        for i in np.argsort(-(exact - places), kind="stable")[: devices * m - int(places.sum())]:
+            places[i] += 1
+        wanted = dict(zip(top.tolist(), np.minimum(places, devices).tolist(), strict=True))
+    for e, count in wanted.items():
+        for _ in range(count):
+            fits = np.flatnonzero((free > 0) & ~out[e])
+            if not fits.size:
+                break
+            on_node = np.bincount(node_D, weights=out[e], minlength=int(node_D.max()) + 1)[node_D[fits]]
+            d = fits[np.lexsort((fits, -free[fits], on_node > 0))[0]]
+            out[e, d] = True
+            free[d] -= 1
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Hecate:
+    """Steps 1 to 4.
+
+    Parameters
+    ----------
+    overlap : t, most experts whose transfer the window hides; 0: from the window.
+    """
+
+    name: ClassVar[str] = "hecate"
+    summary: ClassVar[str] = "Hecate: sparse materialisation from predicted loads, nearest replica"
+    keeps: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"overlap": 4}, {"overlap": 8}, {"overlap": 16})
+    overlap: int = 0
+
+    def limits(self, view: LayerView) -> tuple[int, int]:
+        """T and m."""
+        cluster = view.price.cluster
+        wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
+        t = self.overlap or int(view.price.window_s * wire / view.price.model.expert_bytes)
+        t = min(t, len(view.predicted_E))
+        return t, min(view.step_slots, t)
+
+    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
+        """Steps 1 to 3."""
+        t, m = self.limits(view)
+        free = view.slots_D - view.before_ED.sum(axis=0)
+        return materialise(view.predicted_E, view.before_ED, free, t, m, view.price.cluster.node_D)
+
+    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
+        """Nothing."""
+        return None
+
+    def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """Step 4."""
+        rows = nearest_rows(load_SE, holders_ED, view.price.cluster.node_D)
+        return StepPlan(holders_ED, rows.sum(axis=0), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class HecateCalibrated(Hecate):
+    """Steps 1 to 5."""
+
+    name: ClassVar[str] = "hecate-calibrated"
+    summary: ClassVar[str] = "Hecate with calibration after the gate"
+    exact: ClassVar[bool] = True
+
+    def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """Steps 4 and 5."""
+        price, node_D = view.price, view.price.cluster.node_D
+        t, m = self.limits(view)
+        free = view.slots_D - holders_ED.sum(axis=0)
+        more = materialise(load_SE.sum(axis=0).astype(np.float64), holders_ED, free, t, m, node_D)
+        rows = {False: nearest_rows(load_SE, holders_ED, node_D), True: nearest_rows(load_SE, more, node_D)}
+        seconds = {
+            key: (expert_seconds(value.sum(axis=0).astype(np.float64), price.cluster, price.model).sum(axis=0)
+                  / price.cluster.speed_D).max() for key, value in rows.items()
+        }  # fmt: skip
+        pays = seconds[False] - seconds[True] > fetch_seconds(holders_ED, more & ~holders_ED, price)
+        chosen = bool(pays and (more & ~holders_ED).any())
+        return StepPlan(more if chosen else holders_ED, rows[chosen].sum(axis=0), rows[chosen])
