@@ -7,15 +7,29 @@ from poise.cli.main import app
 
 NAMES = {
     "METHODS", "Cluster", "InfeasibleError", "InputError", "LoadProfile", "ModelSpec", "NoResultError", "Placement",
-    "PlacementProblem", "PoiseError", "RoutingTrace", "Solution", "compare", "make_batch", "plan", "read", "solve",
+    "PlacementProblem", "POLICIES", "PoiseError", "RoutingTrace", "Solution", "compare", "make_batch", "plan", "read", "solve",
 }  # fmt: skip
-METHODS = {"contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "exact", "poise"}
+METHODS = {
+    "contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "exflow", "grace-moe",
+    "coactivation", "swift-balance", "flash-lb", "exact", "exact-balance", "poise-stay", "poise",
+}  # fmt: skip
+POLICIES = {
+    "split", "lplb", "faster-moe", "smart-moe", "flex-moe", "hecate", "hecate-calibrated", "llep", "ultra-ep",
+    "moon-ep", "full-replication", "poise",
+}  # fmt: skip
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {
     "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--json"},
     "inspect": {"--json"},
-    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--json"},
-    "compare": TRAFFIC | {"--cluster", "--placement", "--fit", "--judge", "--html", "--json"},
+    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--current", "--migration-steps", "--risk",
+                      "--verdict", "--json"},
+    "compare": TRAFFIC | {"--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
+                         "--step-slots", "--predictor", "--steps", "--warm-up", "--json"},
+    "breakeven": {"--cluster", "--model", "--placement", "--sizes", "--step-slots", "--skew", "--steps", "--traffic",
+                  "--window-us", "--control-us", "--seed", "--json"},
+    "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",
+              "--every", "--max-moves", "--false-alarm-rate", "--horizon", "--method", "--follow", "--interval", "--output",
+              "--time-limit", "--seed", "--json"},
     "export": {"--to", "--output", "--model", "--num-hidden-layers", "--json"},
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},
@@ -29,6 +43,10 @@ def test_public_names():
 
 def test_methods():
     assert set(poise.METHODS) == METHODS
+
+
+def test_policies():
+    assert set(poise.POLICIES) == POLICIES
 
 
 def test_verbs_and_options():

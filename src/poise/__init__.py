@@ -10,10 +10,12 @@ from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Solution
 from poise.planning.solve.solve import METHODS, solve
+from poise.policies.registry import POLICIES
 
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "POLICIES",
     "Cluster",
     "InfeasibleError",
     "InputError",

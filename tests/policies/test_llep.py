@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.policies.step_cases import passes_replay, random_case, run, view_of
 
+from poise.errors import OptionError
 from poise.policies.llep import Llep, spill
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -159,3 +160,9 @@ def test_natives_stand_beside_helpers_once_slots_are_short():
 @pytest.mark.parametrize("seed", range(4))
 def test_replay(seed):
     passes_replay(Llep(), seed)
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"min_tokens": 0}, {"threshold": -1.0}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(OptionError):
+        Llep(**wrong)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from tests.policies.step_cases import passes_replay, random_case, run, view_of
 
+from poise.errors import OptionError
 from poise.policies.lplb import Lplb, neighbours, put_replicas, solve_shares, whole_tokens
 from poise.policies.split import exact_split
 
@@ -185,3 +186,9 @@ def test_step_slots_take_the_topology_only_where_nothing_is_redundant(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_replay(seed):
     passes_replay(Lplb(), seed)
+
+
+@pytest.mark.parametrize("wrong", [{"topology": "cubee"}, {"rounding": "sum"}, {"history_steps": -1}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(OptionError):
+        Lplb(**wrong)

@@ -5,10 +5,11 @@ from math import ceil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.policies.step_cases import passes_replay, random_case, run, view_of
 
+from poise.errors import OptionError
 from poise.policies.split import exact_split
 from poise.policies.ultra_ep import UltraEp
 
@@ -91,6 +92,7 @@ def told_again(policy, view, load_SE):
 
 
 @given(SEEDS)
+@example(1129)  # the third try of the fast probe
 @settings(max_examples=300, deadline=None)
 def test_the_same_as_the_published_search(seed):
     rng = np.random.default_rng(seed)
@@ -234,3 +236,9 @@ def test_a_higher_target_needs_fewer_replicas():
 @pytest.mark.parametrize("seed", range(4))
 def test_replay(seed):
     passes_replay(UltraEp(), seed)
+
+
+@pytest.mark.parametrize("wrong", [{"min_tokens": 0}, {"eps": -0.1}, {"target": 0.5}, {"target": float("nan")}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(OptionError):
+        UltraEp(**wrong)

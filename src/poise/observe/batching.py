@@ -118,7 +118,7 @@ def make_batch(
     live = min(live_requests or per_step, per_step * max(1, steps))
     places = _places(trace, per_step, live, steps, seed)
     size = (places >= 0).sum(axis=1)
-    words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}, no warm-up left out"
+    words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}"
     return _batch(trace, places[places >= 0], size, words)
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from poise.errors import OptionError
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota
 
@@ -129,6 +130,13 @@ class Llep:
     alpha: float = 1.1
     min_tokens: int = 1024
     threshold: float = 1.3
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and self.min_tokens >= 1 and self.threshold >= 0):
+            raise OptionError(
+                f"llep needs alpha > 0, min_tokens >= 1 and threshold >= 0, got {self.alpha}, {self.min_tokens} and"
+                f" {self.threshold}"
+            )
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""

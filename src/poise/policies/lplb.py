@@ -29,7 +29,7 @@ balanced, not seconds, and device speeds are not looked at, as published.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import highspy
 import numpy as np
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from poise.errors import NoResultError
+from poise.errors import NoResultError, OptionError
 from poise.planning.solve.milp import Milp
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota
@@ -206,6 +206,15 @@ class Lplb:
     topology: Topology = "auto"
     rounding: Rounding = "source"
     history_steps: int = 4
+
+    def __post_init__(self) -> None:
+        for name, kind in (("topology", Topology), ("rounding", Rounding)):
+            if getattr(self, name) not in get_args(kind):
+                raise OptionError(
+                    f"lplb has no {name} {getattr(self, name)!r}", hint=f"one of {', '.join(get_args(kind))}"
+                )
+        if self.history_steps < 0:
+            raise OptionError(f"history_steps must be at least 0, got {self.history_steps}")
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Steps 1 and 2, once."""

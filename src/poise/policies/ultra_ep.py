@@ -32,6 +32,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from poise.errors import OptionError
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota, exact_split
 
@@ -103,7 +104,7 @@ def solve_domain(quota_ED, load_D, order_DX, held_ED, slots, first, last, target
     """Steps 1, 3 and 4: (threshold, exports in ``plan_X``, whether the fast probe found it)."""
     start = quota_ED, load_D, order_DX, first + np.argsort(-load_D[first:last], kind="mergesort")
     total, most = load_D[first:last].sum(), load_D[first:last].max()
-    low = np.int64(np.ceil(total / (last - first) * max(1.0, target) - 1e-9))
+    low = np.int64(np.ceil(total / (last - first) * target - 1e-9))
     high = max(low, most)
     if probe:
         threshold = np.int64(np.ceil(low * (1.0 + eps) - 1e-9))
@@ -165,6 +166,13 @@ class UltraEp:
     cross_node: bool = False
     empty_owner: bool = False
 
+    def __post_init__(self) -> None:
+        if not (self.min_tokens >= 1 and 0 <= self.eps < np.inf and 1 <= self.target < np.inf):
+            raise OptionError(
+                f"ultra-ep needs min_tokens >= 1, eps >= 0 and target >= 1, got {self.min_tokens}, {self.eps} and"
+                f" {self.target}"
+            )
+
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
@@ -189,7 +197,7 @@ class UltraEp:
         for a, b in zip(last - sizes, last, strict=True):
             threshold, count, fast = solve_domain(
                 start_ED, load_D, order_DX, static_ED, view.step_slots, int(a), int(b), self.target, self.eps,
-                max(1, self.min_tokens), self.probe, 0 if self.empty_owner else 1, plan_X,
+                self.min_tokens, self.probe, 0 if self.empty_owner else 1, plan_X,
             )  # fmt: skip
             for e, source, to, tokens in plan_X[:count]:
                 quota_ED[e, source] -= tokens
