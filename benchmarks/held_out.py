@@ -43,7 +43,7 @@ STATIC = ("contiguous", "lpt", "eplb-global", "flash-lb", "swift-balance", "grac
 
 def placement_for(fit: RoutingTrace, devices: int, method: str) -> Placement:
     batch = make_batch(fit, tokens_per_step=512)
-    return solve(problem(batch, f"1x{devices}", devices, traffic="home"), method=method, time_limit_s=8).placement
+    return solve(problem(batch, f"1x{devices}", devices, traffic="home"), method=method, time_limit_s=4).placement
 
 
 def imbalance(got: Replay) -> str:
@@ -131,9 +131,9 @@ def llama_efficiency(traces: dict[str, RoutingTrace]) -> list[str]:
         cluster = Cluster.parse(spec)
         static = solve(problem(make_batch(traces[fit], tokens_per_step=512), spec, cluster.num_devices, traffic="home"),
                        method="eplb-global").placement  # fmt: skip
-        got = breakeven(cluster, model, trace=traces[fit], placement=static, slots=(SLOTS,), steps=8,
+        got = breakeven(cluster, model, trace=traces[fit], slots=(SLOTS,), steps=8,
                         sizes=(512, 2048, 8192, 16384, 32768))  # fmt: skip
-        said.append(f"{spec}, before the run, on {fit}: {got.verdict()}")
+        said.append(f"{spec}, before the run, contiguous, on {fit}: {got.verdict()}")
         print(said[-1], flush=True)
         for tokens in (512, 2048, 8192, 16384, 32768, 65536):
             batch = make_batch(traces[judge], tokens_per_step=tokens, steps=STEPS + WARM_UP)

@@ -3,8 +3,8 @@
 A min-max bipartite flow from experts to the devices that hold them.
 
 Step 1  Experts with one holder are loads that cannot move.
-Step 2  Start. From counts per source: every token stays on its own device where that holds its expert. What is left
-        of each replicated expert, heaviest first, fills its holders to one level (water-filling).
+Step 2  Start. From counts per source: every token stays on its device, or in its node, where that holds its expert.
+        What is left of each replicated expert, heaviest first, fills its holders to one level (water-filling).
 Step 3  Every device gets the largest lower bound (mean, fixed loads) as its cap. Tokens above a cap flow to devices
         below theirs along shared experts (Dinic's level graph and blocking flows).
 Step 4  When none can flow any more, the devices reached from those above their cap hold tokens that no device outside
@@ -105,6 +105,32 @@ def make_scratch(num_experts: int, num_devices: int) -> Scratch:
     """Working memory for these sizes."""
     devices, experts = np.zeros((6, num_devices), np.int64), np.zeros((3, num_experts), np.int64)
     return Scratch(*devices, *experts)
+
+
+@njit(cache=True)
+def near_start(load_SE, holders, node_D, local_H):  # type: ignore[no-untyped-def]
+    """Fill ``local_H`` (int64 [H]) with tokens that need not leave their device or, failing that, their node.
+
+    Tokens whose own device holds no copy are shared by the holders of their node; what does not divide is left out.
+    """
+    for e in range(holders.ptr_E.size - 1):
+        first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
+        start = first
+        while start < last:  # holders are sorted by device, so those of a node lie together
+            node = node_D[holders.device_H[start]]
+            end = start
+            own = 0
+            while end < last and node_D[holders.device_H[end]] == node:
+                local_H[end] = load_SE[holders.device_H[end], e]
+                own += local_H[end]
+                end += 1
+            others = -own
+            for d in range(node_D.size):
+                if node_D[d] == node:
+                    others += load_SE[d, e]
+            for h in range(start, end):
+                local_H[h] += others // (end - start)
+            start = end
 
 
 @njit(cache=True)

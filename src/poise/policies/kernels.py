@@ -11,7 +11,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from poise.cost.compute import roofline
-from poise.cost.quota import Holders, Scratch, balance, compile_holders, holders_room, make_scratch
+from poise.cost.quota import Holders, Scratch, balance, compile_holders, holders_room, make_scratch, near_start
 from poise.cost.weights import StepPrice
 
 UNITS = 64
@@ -233,8 +233,7 @@ def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped
         load_E[e] = desk.units_E[e]
     least = np.inf
     for turn in range(3):
-        for h in range(count):
-            local_H[h] = load_SE[holders.device_H[h], holders.expert_H[h]]
+        near_start(load_SE, holders, rates.node_D, local_H)
         if turn == 0:
             balance(desk.units_E, local_H, desk.base_D[:0], holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
             for h in range(count):

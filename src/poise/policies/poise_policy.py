@@ -130,7 +130,7 @@ class Poise:
         """Step 5."""
         rates, desk = k.make_rates(view.price), self._desk_of(view)
         if self.objective == "tokens":
-            return StepPlan(holders_ED, exact_split(load_SE, holders_ED, rates.speed_D))
+            return StepPlan(holders_ED, exact_split(load_SE, holders_ED, rates.speed_D, node_D=rates.node_D))
         if self._planned(view, holders_ED, rates, desk) > self._wake_below(view, rates, desk):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
         holders = k.compile_all(holders_ED, desk)
@@ -177,6 +177,8 @@ class Poise:
             to = int(np.argmax(free_D))
             each_E = work_E / held_ED.sum(axis=1) if self.objective == "tokens" else view.predicted_E.copy()
             each_E[held_ED[:, to]] = -1.0
+            if self.objective == "seconds":  # a node that lacks it saves network, a device only fabric
+                each_E[held_ED[:, rates.node_D == rates.node_D[to]].any(axis=1)] *= 0.1
             expert = int(np.argmax(each_E))
             if each_E[expert] <= 0:
                 break

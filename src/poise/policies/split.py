@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.quota import Holders, Scratch, balance, make_holders, make_scratch
+from poise.cost.quota import Holders, Scratch, balance, make_holders, make_scratch, near_start
 from poise.cost.split import NONE
 from poise.policies.plan import Fetch, LayerView, StepPlan
 
@@ -22,13 +22,18 @@ def exact_split(
     holders_ED: NDArray[np.bool_],
     speed_D: NDArray[np.float64],
     *,
+    node_D: NDArray[np.int64] | None = None,
     slack: float = 0.0,
     ready: tuple[Holders, Scratch] | None = None,
 ) -> NDArray[np.int64]:
-    """Quotas, int64 [E, D]: tokens on their own device where that costs the maximum at most ``slack``."""
+    """Quotas, int64 [E, D]: tokens on their own device, then node, where that costs the maximum at most ``slack``.
+
+    Without ``node_D`` (int64 [D]) every device is a node of its own.
+    """
     holders, scratch = ready or (make_holders(holders_ED), make_scratch(*holders_ED.shape))
     load_E = load_SE.sum(axis=0)
-    local_H = np.ascontiguousarray(load_SE[holders.device_H, holders.expert_H])
+    local_H = np.zeros(holders.device_H.size, np.int64)
+    near_start(load_SE, holders, np.arange(len(speed_D)) if node_D is None else node_D, local_H)
     quota_H = np.zeros(holders.device_H.size, np.int64)
     balance(load_E, local_H, NONE, holders, speed_D, slack, quota_H, scratch)
     out = np.zeros(holders_ED.shape, np.int64)
@@ -70,4 +75,7 @@ class Split:
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Exact quotas."""
-        return StepPlan(holders_ED, exact_split(load_SE, holders_ED, view.price.cluster.speed_D, slack=self.slack))
+        nodes = view.price.cluster.node_D.astype(np.int64)
+        return StepPlan(
+            holders_ED, exact_split(load_SE, holders_ED, view.price.cluster.speed_D, node_D=nodes, slack=self.slack)
+        )

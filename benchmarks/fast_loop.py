@@ -1,0 +1,92 @@
+"""Time of the fast loop's kernels on one core, E = 256.
+
+    python benchmarks/fast_loop.py
+
+Loads: log-normal, redrawn 300 times; placements: LPT with greedy replicas for other loads of the same law.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from common import table, write
+
+from poise.cluster import Cluster
+from poise.cost.quota import balance, make_holders, make_scratch
+from poise.cost.route import rows_into
+from poise.cost.weights import control_seconds, step_price
+from poise.modelspec import ModelSpec
+from poise.planning.methods.lpt import pack_all
+from poise.policies import kernels as k
+from poise.policies.plan import LayerView
+from poise.policies.poise_policy import Poise
+
+EXPERTS, DRAWS = 256, 300
+
+
+def timed(call) -> str:
+    call()
+    seconds = []
+    for _ in range(DRAWS):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    median, p99 = 1e6 * np.percentile(seconds, [50, 99])
+    return f"{median:.0f} / {p99:.0f}"
+
+
+def main() -> None:
+    rng, rows = np.random.default_rng(0), []
+    model = ModelSpec.parse("deepseek-v3")
+    for devices, slots in ((8, 264), (64, 320), (64, 448), (1024, 2048)):
+        cluster = Cluster.parse(f"{max(1, devices // 8)}x8:h100")
+        for skew in (0.5, 1.0):
+            law = np.exp(skew * rng.standard_normal(EXPERTS))
+            shape = np.full(devices, slots // devices)
+            held = pack_all(law * np.exp(0.3 * rng.standard_normal(EXPERTS)), shape, np.ones(devices)) > 0
+            holders, scratch = make_holders(held), make_scratch(EXPERTS, devices)
+            quota, none, speed = np.zeros(holders.device_H.size, np.int64), np.zeros(0, np.int64), np.ones(devices)
+            draws = [rng.poisson(law * np.exp(0.3 * rng.standard_normal(EXPERTS)) * 500).astype(np.int64)
+                     for _ in range(DRAWS + 1)]  # fmt: skip
+            turn = iter(draws)
+            split = timed(lambda turn=turn, h=holders, q=quota, c=scratch, s=speed:
+                          balance(next(turn), none, none, h, s, 0.0, q, c))  # fmt: skip
+            load = draws[0]
+            sources = np.stack([rng.multinomial(n, np.full(devices, 1 / devices)) for n in load]).T.astype(np.int64)
+            quota_ED = np.zeros((EXPERTS, devices), np.int64)
+            balance(load, none, none, holders, speed, 0.0, quota, scratch)
+            quota_ED[holders.expert_H, holders.device_H] = quota
+            row, work = np.zeros((1, EXPERTS, devices), np.int64), np.zeros((2, devices), np.int64)
+            node = cluster.node_D.astype(np.int64)
+            own = timed(lambda a=(sources, quota_ED, node, 3, work[0], work[1], row): rows_into(*a))
+            after = before = ""
+            if devices <= 64:
+                price = step_price(4096, EXPERTS, cluster, model)
+                rates = k.make_rates(price)
+                desk = k.make_desk(EXPERTS, devices, slots + 2 * devices)
+                ready = k.compile_all(held, desk)
+                after = timed(lambda a=(sources, ready, rates, 0.05, desk): k.best_split(*a))
+                view = LayerView(
+                    held, held, load.astype(float), np.zeros((0, EXPERTS)), np.zeros_like(held), 2, 0, 0, price
+                )
+                policy, began = Poise(objective="tokens"), time.perf_counter()
+                for _ in range(5):
+                    policy.before_gate(view)
+                before = f"{1e3 * (time.perf_counter() - began) / 5:.1f} ms"
+            rows.append(
+                [devices, slots, skew, split, own, after, before, f"{1e6 * control_seconds(EXPERTS, cluster):.0f}"]
+            )
+            print(rows[-1], flush=True)
+    write("Fast loop: planning time", [
+        f"Median / 99th percentile of {DRAWS} calls, us, one core, compiled, nothing allocated. `split`: exact quotas. "
+        "Own row: one rank's tokens to every replica. After the gate: poise's three splits, priced for these sources. "
+        "Before the gate: all step replicas from nothing, 2 slots a GPU (hidden under attention; with replicas kept, a "
+        "step adds few). Control: what the cost model charges a layer, exchange of counts and synchronisation included.",
+        table(["GPUs", "slots", "skew", "split us", "own row us", "after the gate us", "before the gate", "charged us"],
+              rows),
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
