@@ -26,6 +26,8 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/planners.py $(DATA)
 	$(BIN)/python benchmarks/moetuner.py $(DATA)
+	$(BIN)/python benchmarks/fast_loop.py
+	$(BIN)/python benchmarks/held_out.py $(DATA)
 
 clean:
 	rm -rf .venv build

@@ -50,7 +50,7 @@ def main() -> None:
             draws = [rng.poisson(law * np.exp(0.3 * rng.standard_normal(EXPERTS)) * 500).astype(np.int64)
                      for _ in range(DRAWS + 1)]  # fmt: skip
             turn = iter(draws)
-            split = timed(lambda turn=turn, h=holders, q=quota, c=scratch, s=speed:
+            split = timed(lambda turn=turn, none=none, h=holders, q=quota, c=scratch, s=speed:
                           balance(next(turn), none, none, h, s, 0.0, q, c))  # fmt: skip
             load = draws[0]
             sources = np.stack([rng.multinomial(n, np.full(devices, 1 / devices)) for n in load]).T.astype(np.int64)

@@ -17,7 +17,7 @@ from poise.cost.links import latency_seconds
 from poise.modelspec import ModelSpec
 
 PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR = 10e-6, 14e-9
-"""Three splits and one rank's row: seconds, and seconds per (expert, device), fitted to benchmarks/fast_loop.py (medians)."""
+"""Three splits and one rank's row: seconds, and seconds per (expert, device), after benchmarks/fast_loop.py."""
 SYNC_SECONDS = 5e-6
 """Handing counts to the planner and its plan to the kernels, once a layer."""
 
