@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,9 @@ def verdict(
         return None
     if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
         return None
-    base: str | Placement = "contiguous" if current is None else _placement(current)
+    if current is None and method == "contiguous":
+        return None
+    base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     if isinstance(whole, RoutingTrace) and options.get("order", "interleaved") == "interleaved":
         options = {"steps": VERDICT_STEPS, **options}
     return compare(whole, cluster, placements=(base, method), **options).verdict()
