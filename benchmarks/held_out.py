@@ -30,7 +30,7 @@ from poise.observe.files import read
 from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
-from poise.planning.solve.anneal import annealed
+from poise.planning.solve.fill import filled
 from poise.planning.solve.solve import solve
 from poise.policies.poise_policy import Poise
 from poise.policies.registry import POLICIES
@@ -228,7 +228,7 @@ def one_percent(files: dict[str, RoutingTrace | LoadProfile]) -> list[str]:
                 continue
             model = ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L)
             slots = deal_slots(batch.num_experts, devices, devices)
-            placement = annealed(PlacementProblem(mass, Cluster.parse(f"1x{devices}"), model, slots, "home"))
+            placement = filled(PlacementProblem(mass, Cluster.parse(f"1x{devices}"), model, slots, "home"))
             gaps = []
             for layer, load in enumerate(mass.load_BLE[0]):
                 load = np.rint(load * max(1.0, 1e6 / load.sum()))
@@ -240,7 +240,7 @@ def one_percent(files: dict[str, RoutingTrace | LoadProfile]) -> list[str]:
             )
             print(rows[-1], flush=True)
     return ["## Balance with one redundant slot a GPU, exact split, in-sample",
-            "Gap of the fullest device to max(mean, heaviest expert / D), layer by layer. A layer above 1 % has no proof "
+            "`surplus-fill`, which `poise --split exact` starts from. Gap of the fullest device to max(mean, heaviest expert / D), layer by layer. A layer above 1 % has no proof "
             "that no plan is nearer.",
             table(["file", "GPUs", "layers", "within 1 %", "largest gap", "mean gap"], rows)]  # fmt: skip
 

@@ -11,7 +11,7 @@ NAMES = {
 }  # fmt: skip
 METHODS = {
     "contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "exflow", "grace-moe",
-    "coactivation", "swift-balance", "flash-lb", "exact", "exact-balance", "poise-stay", "poise",
+    "coactivation", "swift-balance", "flash-lb", "exact", "exact-balance", "surplus-fill", "poise-stay", "poise",
 }  # fmt: skip
 POLICIES = {
     "split", "lplb", "faster-moe", "smart-moe", "flex-moe", "hecate", "hecate-calibrated", "llep", "ultra-ep",

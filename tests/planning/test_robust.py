@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.helpers import all_counts, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cluster import Cluster
+from poise.cost.split import exact_quota
 from poise.errors import NoResultError, OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -19,6 +20,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve import stay
 from poise.planning.solve.anneal import annealed, scenarios
+from poise.planning.solve.fill import fill_layer, filled
 from poise.planning.solve.small import even_optimum
 from poise.planning.solve.solve import solve
 
@@ -86,6 +88,28 @@ def test_annealing_finds_a_balance_that_lpt_misses():
         mine = fullest(placement.count_LED()[layer], load[0, layer])
         lpt = fullest(pack_all(load[0, layer], problem.slots_D, np.ones(8)), load[0, layer])
         assert mine <= lpt and mine <= 1.02 * load[0, layer].sum() / 8
+
+
+@given(SEEDS, st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_surplus_fill_is_valid_on_odd_shapes(seed, spare):
+    rng = np.random.default_rng(seed)
+    cluster = tiny_cluster(rng, (2, 1))
+    batch = load_batch(rng, experts=5, steps=2)
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), random_slots(rng, 5, 3, spare), "home", "exact")
+    placement = filled(problem)
+    problem.check(placement)
+    assert not placement.has_duplicates
+
+
+def test_one_redundant_slot_a_device_balances_within_a_percent():
+    rng = np.random.default_rng(3)
+    for devices in (4, 8, 16, 32):
+        work = rng.lognormal(sigma=1.5, size=64)
+        held = fill_layer(work, np.full(devices, 64 // devices + 1), np.ones(devices))
+        units = np.rint(work / work.sum() * 1e6)
+        most = exact_quota(units, held, np.ones(devices)).sum(axis=0).max()
+        assert most <= 1.01 * max(units.sum(), units.max()) / devices
 
 
 def test_many_steps_become_few_scenarios_of_the_same_mass():

@@ -33,6 +33,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.anneal import PROPOSALS, annealed
+from poise.planning.solve.fill import filled
 from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, make_data, make_state, rebuild
 
 UPDATES_PER_SECOND = 30e6
@@ -275,6 +276,8 @@ def search(
     if problem.num_devices > 1 and not problem.pooled:
         proposals = min(PROPOSALS, int(0.3 * time_limit_s * PROPOSALS_PER_SECOND / problem.batch.num_layers))
         pool.append(annealed(problem, proposals=proposals, seed=seed))
+        if problem.split == "exact" and problem.spare_slots > 0:
+            pool.append(filled(problem, seed=seed))
     states = [_best_start(data, problem, pool)]
     if (states[0].copies_LE > 1).any():
         # Replicas cost weight reads, and descent seldom drops all of them: descend from none as well.

@@ -27,7 +27,7 @@ from poise.planning.methods import (
 )
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
-from poise.planning.solve import exact, search, small, stay
+from poise.planning.solve import exact, fill, search, small, stay
 
 RISK_ROUNDS = 3
 
@@ -108,6 +108,7 @@ METHODS: dict[str, Method] = {
     "flash-lb": Method(flash_lb.plan, "vllm-ascend's FlashLB: mean and covariance of loads, tree search over replicas"),
     "exact": Method(exact.plan, "proven joint optimum under linear stay traffic, small layers only"),
     "exact-balance": Method(small.plan, "proven least maximum under the even split, small layers only"),
+    "surplus-fill": Method(fill.plan, "replicas where the exact split lacks room: balance within 0.2 % of its bound"),
     "poise-stay": Method(stay.plan, "for stay traffic: hottest experts everywhere, the rest by affinity"),
     "poise": Method(_plan_poise, "joint search on the full cost"),
 }
