@@ -24,8 +24,8 @@ from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
-PROPOSALS = 500_000
-"""A layer; halved until the time limit is likely to hold."""
+PROPOSALS = 2_000_000
+"""A layer; fewer where the time limit does not allow as many."""
 PROPOSALS_PER_SECOND = 2.5e6
 HOT, COLD = 2e-3, 1e-5
 """First and last temperature, in shares of all tokens."""
