@@ -51,6 +51,9 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+COMMIT = _commit()
+
+
 def write(name: str, parts: list[str], suffix: str = "") -> None:
     """A report with date, command, machine and versions at its head; also printed."""
     date = datetime.date.today().isoformat()
@@ -58,7 +61,7 @@ def write(name: str, parts: list[str], suffix: str = "") -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("poise-moe", "numpy", "scipy", "highspy", "numba"))
     head = (
         f"# {name}\n\n{date}. `{command}`, DATA = the folder of routing data. {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), commit {_commit()}, Python {platform.python_version()}, {versions}. Wall clock, shared machine."
+        f"({platform.machine()}), commit {COMMIT}, Python {platform.python_version()}, {versions}. Wall clock, shared machine."
     )
     text = "\n\n".join([head, *parts]) + "\n"
     path = REPORTS / f"{date}-{Path(sys.argv[0]).stem}{suffix}.md"
