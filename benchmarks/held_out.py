@@ -255,6 +255,17 @@ def one_percent(files: dict[str, RoutingTrace | LoadProfile]) -> list[str]:
             table(["file", "GPUs", "layers", "within 1 %", "largest gap", "mean gap"], rows)]  # fmt: skip
 
 
+def every_file(data: Path) -> dict[str, RoutingTrace | LoadProfile]:
+    """All traces and load profiles below a folder."""
+    out: dict[str, RoutingTrace | LoadProfile] = {}
+    for path in sorted([*data.rglob("*.npz"), *data.rglob("*.json")]):
+        try:
+            out[f"{path.relative_to(data).parts[0]}/{path.stem}"] = read(path)
+        except PoiseError as error:
+            print(path, error)
+    return out
+
+
 def main() -> None:
     data = Path(sys.argv[1])
     traces = {path.stem: read(path) for path in sorted((data / "llama4-maverick").glob("*.npz"))}
@@ -266,7 +277,7 @@ def main() -> None:
         else ["balance", "deepseek", "stay", "percent", "efficiency", "rivals"]
     )
     jobs = {"balance": lambda: llama_balance(traces), "deepseek": lambda: deepseek(profiles), "stay": lambda: stay(traces),
-            "percent": lambda: one_percent({**traces, **profiles}), "efficiency": lambda: llama_efficiency(traces),
+            "percent": lambda: one_percent(every_file(data)), "efficiency": lambda: llama_efficiency(traces),
             "rivals": lambda: llama_rivals(traces)}  # fmt: skip
     for name in wanted:
         parts += jobs[name]()
