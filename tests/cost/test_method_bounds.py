@@ -32,7 +32,8 @@ def random_problem(seed, traffic, split, loads, nodes, experts, spare, pooled) -
 
 
 NOT_FOR_ALL = {
-    "exact", "exact-balance", "moetuner", "moetuner-equal", "exflow", "grace-moe", "coactivation", "poise-stay",
+    "exact", "exact-balance", "moetuner", "moetuner-equal", "exflow", "grace-moe", "coactivation", "surplus-fill",
+    "poise-stay",
 }  # fmt: skip
 """Methods that need tokens, small layers or equal devices."""
 

@@ -104,7 +104,7 @@ def test_surplus_fill_is_valid_on_odd_shapes(seed, spare):
 
 def test_one_redundant_slot_a_device_balances_within_a_percent():
     rng = np.random.default_rng(3)
-    for devices in (4, 8, 16, 32):
+    for devices in (4, 8, 16, 32, 64):
         work = rng.lognormal(sigma=1.5, size=64)
         held = fill_layer(work, np.full(devices, 64 // devices + 1), np.ones(devices))
         units = np.rint(work / work.sum() * 1e6)

@@ -5,6 +5,8 @@ Step 1  Owners: LPT over as many slots a device as the experts need, with loads 
 Step 2  While a device lies above the mean under the exact split: the expert that gives most on a fullest device gets a
         replica on the idlest device that has a free slot and lacks it.
 Step 3  Slots left over get the experts with most load a replica.
+        (Every second try instead fills, like an alias table, the idlest device to the mean at once with one expert of
+        the fullest, and never touches it again: with E = D that is exact for any loads.)
 Step 4  While the fullest device is above its lower bound: again, owners packed by loads that were shaken at random, at
         most :data:`TRIES` times; the best counts.
 """
@@ -37,9 +39,8 @@ def fill_layer(
     bound = max(units_E.sum(), units_E.max()) / speed_D.sum()
     best, least = np.zeros(0, np.int32), np.inf
     for turn in range(TRIES):
-        held = _fill_once(
-            work_E, work_E * np.exp(0.3 * (turn > 0) * rng.standard_normal(len(work_E))), slots_D, speed_D
-        )
+        shaken_E = work_E * np.exp(0.3 * (turn > 1) * rng.standard_normal(len(work_E)))
+        held = _fill_once(work_E, shaken_E, slots_D, speed_D, alias=turn % 2 == 1)
         most = float((exact_quota(units_E, held, speed_D).sum(axis=0) / speed_D).max())
         if most < least:
             best, least = held, most
@@ -49,7 +50,12 @@ def fill_layer(
 
 
 def _fill_once(
-    work_E: NDArray[np.float64], shaken_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
+    work_E: NDArray[np.float64],
+    shaken_E: NDArray[np.float64],
+    slots_D: NDArray[np.int64],
+    speed_D: NDArray[np.float64],
+    *,
+    alias: bool,
 ) -> NDArray[np.int32]:
     """Steps 1 to 3."""
     experts, devices = len(work_E), len(slots_D)
@@ -60,6 +66,8 @@ def _fill_once(
         own_D[fits[np.argmin(own_D[fits])]] += 1
     held = pack(np.minimum(shaken_E, total / devices), np.ones(experts, np.int64), own_D, speed_D)
     units_E = np.rint(work_E / total * UNITS)
+    if alias:
+        _alias(units_E, held, slots_D, speed_D)
     free_D = slots_D - held.sum(axis=0)
     while free_D.any():
         quota = exact_quota(units_E, held, speed_D)
@@ -80,6 +88,29 @@ def _fill_once(
         if each_E.max() >= 0:
             held[int(np.argmax(each_E)), d] = 1
     return held
+
+
+def _alias(
+    units_E: NDArray[np.float64], held: NDArray[np.int32], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
+) -> None:
+    """Step 2 as an alias table is made (Walker 1974), in place."""
+    left_ED = units_E[:, None] * held
+    mean = units_E.sum() / speed_D.sum()
+    open_D = held.sum(axis=0) < slots_D
+    while open_D.any():
+        load_D = left_ED.sum(axis=0) / speed_D
+        to = int(np.argmin(np.where(open_D, load_D, np.inf)))
+        top = int(np.argmax(load_D))
+        need = (mean - load_D[to]) * speed_D[to]
+        give_E = np.where(held[:, to] > 0, 0.0, left_ED[:, top])
+        e = int(np.argmax(give_E))
+        give = min(float(give_E[e]), float(need))
+        if give <= 0 or load_D[top] <= mean * (1 + 1e-6):
+            return
+        held[e, to] = 1
+        left_ED[e, to] += give
+        left_ED[e, top] -= give
+        open_D[to] = held[:, to].sum() < slots_D[to]
 
 
 def filled(problem: PlacementProblem, *, seed: int = 0) -> Placement:
