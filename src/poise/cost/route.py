@@ -17,14 +17,13 @@ from poise.cost.traffic import Copies, Traffic
 
 
 @njit(cache=True)
-def _stage(have_S, free_D, node_D, node, source, e, row_SED, all_rows):  # type: ignore[no-untyped-def]
-    """Match what sources have with free places in order, inside one node (or everywhere: node -1)."""
-    devices = have_S.size
-    s, d = 0, 0
-    while s < devices and d < devices:
-        if have_S[s] == 0 or (node >= 0 and node_D[s] != node):
+def _stage(have_S, free_D, first, last, source, e, row_SED, all_rows):  # type: ignore[no-untyped-def]
+    """Match what sources first..last have with free places among them, in order."""
+    s, d = first, first
+    while s < last and d < last:
+        if have_S[s] == 0:
             s += 1
-        elif free_D[d] == 0 or (node >= 0 and node_D[d] != node):
+        elif free_D[d] == 0:
             d += 1
         else:
             give = min(have_S[s], free_D[d])
@@ -48,6 +47,8 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
     all_rows = source < 0
     row_SED[:] = 0
     for e in range(experts):
+        if not all_rows and load_SE[source, e] == 0:
+            continue
         holders, only = 0, 0
         for d in range(devices):
             free_D[d] = quota_ED[e, d]
@@ -72,10 +73,14 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
                 row_SED[d, e, d] = stay
             elif d == source:
                 row_SED[0, e, d] = stay
-        for node in range(node_D[devices - 1] + 1):
-            if node_D[devices - 1] > 0:
-                _stage(have_S, free_D, node_D, node, source, e, row_SED, all_rows)
-        _stage(have_S, free_D, node_D, -1, source, e, row_SED, all_rows)
+        first = 0
+        while first < devices:
+            last = first + 1
+            while last < devices and node_D[last] == node_D[first]:
+                last += 1
+            _stage(have_S, free_D, first, last, source, e, row_SED, all_rows)
+            first = last
+        _stage(have_S, free_D, 0, devices, source, e, row_SED, all_rows)
 
 
 def locality_rows(

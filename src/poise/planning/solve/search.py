@@ -9,8 +9,9 @@ Step 2  Descent, layer by layer, first improvement: swap two experts of two devi
 Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, descent again, and back if
         that did not help, until the work budget is spent.
 Step 4  Of the result and all starts that are at least as good as every other method's placement under
-        :func:`poise.cost.step.batch_cost`, the independent evaluator, the one that costs least when the expected loads
-        shift at random: the plan is never worse than a rival's on the fitted traffic, and holds beyond it.
+        :func:`poise.cost.step.batch_cost`, the independent evaluator, the best; or, where that is 3 % better, the one
+        that costs least when the expected loads shift at random. The plan is never worse than a rival's on the fitted
+        traffic.
 
 The budget is counted in elementary updates, not seconds, so the result depends on the seed alone; the wall clock only
 stops a run that would take four times its limit. Under the exact split the search works on the even one, and step 4
@@ -43,11 +44,13 @@ KICK_UPDATES = 15_000
 PROPOSALS_PER_SECOND = 8e6
 SHIFT, SHIFTS = 0.15, 8
 """Log-normal spread of the loads that step 4 tries, and how many draws."""
+WORTH = 0.03
+"""Share of the shifted cost for which step 4 gives up some of the fitted one."""
 MAX_ROWS = 3_000_000
 BETTER = 1.0 - 1e-9
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _score(data, state, layer):  # type: ignore[no-untyped-def]
     """Seconds of the layers that a change of this one can alter."""
     out = layer_seconds(data, state, layer)
@@ -56,7 +59,7 @@ def _score(data, state, layer):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped-def]
     """Make a change if it lowers ``best``; returns the score after it."""
     if not change(data, state, layer, experts, devices, best):
@@ -68,7 +71,7 @@ def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
     """Devices by how often they decide a maximum, the most deciding first."""
     steps, devices = data.weight_B.size, data.speed_D.size
@@ -87,13 +90,13 @@ def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
     return np.argsort(-power)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _room(state, layer, d):  # type: ignore[no-untyped-def]
     group = layer if state.room_GD.shape[0] > 1 or state.held_LED.shape[0] == 1 else 0
     return state.room_GD[group, d] > 0 and state.used_LD[layer, d] < state.held_LED.shape[1]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untyped-def]
     """All changes that involve device a; returns the score."""
     experts, devices = state.held_LED.shape[1], data.speed_D.size
@@ -139,7 +142,7 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
     """Descent in one layer to a local optimum or until the work counter reaches ``limit``; returns the score."""
     best = _score(data, state, layer)
@@ -151,7 +154,7 @@ def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
             return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
     """Swaps in one layer chosen by uniform ``draws`` [swaps, tries, 4]; the first possible try of each is made."""
     experts = state.held_LED.shape[1]
@@ -329,7 +332,10 @@ def search(
     limit = min(seconds[1 : 1 + len(starts)] or seconds)
     fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]
     shifted = _shift_seconds(problem, [options[i] for i in fit], seed)
-    best = fit[int(np.argmin([seconds[i] + more for i, more in zip(fit, shifted, strict=True)]))]
+    total = {i: seconds[i] + more for i, more in zip(fit, shifted, strict=True)}
+    best, robust = min(fit, key=seconds.__getitem__), min(total, key=total.__getitem__)
+    if total[robust] < (1 - WORTH) * total[best]:
+        best = robust
     chosen = options[best]
     details = {
         "updates": int(state.work[0]),

@@ -194,7 +194,7 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
     return state
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
     """Compute all sums of a layer anew."""
     state.compute_LBD[layer] = 0.0
@@ -206,7 +206,7 @@ def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
         _book_row(data, state, layer, m, 1.0)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
     """Add or take away an expert's compute seconds and tokens."""
     copies = state.copies_LE[layer, e]
@@ -222,7 +222,7 @@ def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
     state.work[0] += steps * copies
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _book_copies(data, port, b, source, d, copies):  # type: ignore[no-untyped-def]
     """Book copies from a device to a device on the ports they pass."""
     if d == source:
@@ -235,7 +235,7 @@ def _book_copies(data, port, b, source, d, copies):  # type: ignore[no-untyped-d
         port[3, b, d] += copies
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
     """Add or take away the copies of one token row (:mod:`poise.cost.traffic`)."""
     rows = data.rows
@@ -285,7 +285,7 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
                     _book_copies(data, back, b, d, to, weight * (1.0 - joined[d]) / copies)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyped-def]
     """Copies of one row under ``home_node_dedup``: once per node over the network, fanned out inside."""
     rows = data.rows
@@ -314,7 +314,7 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
             _book_copies(data, port, b, origin, d, weight * (1.0 - missed[d]))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _port_seconds(data, port, b):  # type: ignore[no-untyped-def]
     """Fullest port of one step, seconds per byte of a copy."""
     devices = data.speed_D.size
@@ -332,7 +332,7 @@ def _port_seconds(data, port, b):  # type: ignore[no-untyped-def]
     return max(intra / data.intra, net / data.inter)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _port_seconds_of_loads(data, tokens_BD, b):  # type: ignore[no-untyped-def]
     """The same where only loads are known: homes are spread evenly over the devices."""
     devices = data.speed_D.size
@@ -359,7 +359,7 @@ def _port_seconds_of_loads(data, tokens_BD, b):  # type: ignore[no-untyped-def]
     return max(intra / data.intra, net / data.inter)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
     """Expected compute seconds of a layer, with the tie break."""
     devices = data.speed_D.size
@@ -373,7 +373,7 @@ def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
     """Expected seconds of a layer that depend on the placement, with the tie break."""
     out = layer_compute(data, state, layer)
@@ -390,7 +390,7 @@ def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _book_rows(data, state, layer, changed, sign):  # type: ignore[no-untyped-def]
     """Add or take away all rows that a change of the experts ``changed`` [n] of a layer touches, each once."""
     rows = data.rows
@@ -410,7 +410,7 @@ def _book_rows(data, state, layer, changed, sign):  # type: ignore[no-untyped-de
                 _book_row(data, state, layer + 1, rows.by_source[i], sign)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
     """Put expert e on device d, or take it away."""
     group = layer if state.room_GD.shape[0] > 1 else 0
@@ -433,7 +433,7 @@ def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
         state.room_GD[group, d] -= 1
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def change(data, state, layer, experts, devices, limit):  # type: ignore[no-untyped-def]
     """Toggle (expert, device) pairs of a layer; undone, with False, if its compute alone comes out above ``limit``.
 

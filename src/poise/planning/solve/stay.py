@@ -32,7 +32,7 @@ HOT, COLD = 2e-3, 1e-5
 FILL, PRICE = 0.6, 0.3
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _anneal(owner, ptr, neighbour, weight, load, fixed, shape, proposals, seed):  # type: ignore[no-untyped-def]
     """Swap owners (int64 [L * E], in place); ``load`` float64 [L * E] is relative to a device's mean."""
     np.random.seed(seed)
