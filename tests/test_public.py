@@ -14,7 +14,7 @@ METHODS = {
     "coactivation", "swift-balance", "flash-lb", "exact", "exact-balance", "surplus-fill", "poise-stay", "poise",
 }  # fmt: skip
 POLICIES = {
-    "split", "lplb", "faster-moe", "smart-moe", "flex-moe", "hecate", "hecate-calibrated", "llep", "ultra-ep",
+    "expert-parallelism", "split", "lplb", "faster-moe", "smart-moe", "flex-moe", "hecate", "hecate-calibrated", "llep", "ultra-ep",
     "moon-ep", "full-replication", "poise",
 }  # fmt: skip
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}

@@ -9,6 +9,7 @@
     │   ├── ModelError                 a model preset, config or module
     │   ├── PlacementError             a placement or placement file
     │   └── OptionError                an option of a call or of the command line
+    ├── CommunicationError             a rank was lost or a collective failed
     └── NoResultError                  the input is fine, no answer exists or was found; the CLI exits with 1
         └── InfeasibleError            proven: no placement meets the constraints
 
@@ -58,6 +59,10 @@ class PlacementError(InputError):
 
 class OptionError(InputError):
     """An option of a call or of the command line is out of range."""
+
+
+class CommunicationError(PoiseError):
+    """A rank was lost, or a collective failed or ran out of time."""
 
 
 class NoResultError(PoiseError):

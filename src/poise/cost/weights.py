@@ -2,6 +2,14 @@
 
 Exposed weights (DESIGN 3.1) = max(0, seconds of what is fetched before the gate - window) + seconds of what is fetched
 after it. Control = exchange of counts + planning + synchronisation, paid whenever a plan needs the exact loads.
+
+Training (FSSDP, arXiv 2502.02581, section 3) has three compute passes and four all-to-alls a layer. The optimizer
+changes every weight, so nothing that was kept is free: each replica is gathered and its gradient reduced in every step.
+Attention of the forward pass hides the gather, attention of the backward pass (twice as long) the reduce and, where
+replicas are freed after the forward pass and gathered again (re-materialisation), that gather too:
+
+    exposed = max(0, gather before the gate - window) + gather after the gate
+              + max(0, reduce [+ second gather] - 2 * window)
 """
 
 from __future__ import annotations
@@ -22,21 +30,59 @@ SYNC_SECONDS = 5e-6
 """Handing counts to the planner and its plan to the kernels, once a layer."""
 
 
+COMPUTE_PASSES, EXCHANGE_PASSES = 3.0, 2.0
+"""Training: forward, gradient of the inputs, gradient of the weights; dispatch and combine forward and backward."""
+STATE_RATIO = 7.0
+"""Bytes that move with an owner over bytes of its 16-bit parameters: they and 12 bytes of Adam in mixed precision."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepPrice:
     """Machine, model and the constants that only a fast loop pays. Seconds.
 
+    A policy that asks the price, not who runs it, weighs rightly in serving and in training.
+
     Parameters
     ----------
     cluster, model : the machine and the model's sizes.
-    window_s : time before the gate of each MoE layer in which weights can move unseen.
+    window_s : time before the gate of each MoE layer in which weights can move unseen (training: forward pass).
     control_s : exchange of counts, planning and synchronisation of one layer.
+    compute_passes : times that the forward pass's compute is done in a step.
+    exchange_passes : times that dispatch and combine are done in a step.
+    training : the optimizer changes the weights after every step.
+    rematerialise : training: replicas are freed after the forward pass and gathered again.
+    gradient_ratio : training: bytes of an expert's gradient over bytes of its weights.
+    fan_out : weights cross the network once per node and are passed on inside it (topology-aware gather).
     """
 
     cluster: Cluster
     model: ModelSpec
     window_s: float
     control_s: float
+    compute_passes: float = 1.0
+    exchange_passes: float = 1.0
+    training: bool = False
+    rematerialise: bool = False
+    gradient_ratio: float = 1.0
+    fan_out: bool = False
+
+    def exposed_seconds(self, early_s: float, late_s: float) -> float:
+        """Seconds that weights add to a layer.
+
+        ``early_s``: gather of what is fetched before the gate; ``late_s``: gather of what is fetched after it. In
+        training the way back of both (reduce, second gather) is in.
+        """
+        exposed = max(0.0, early_s - self.window_s) + late_s
+        if self.training:
+            back = (early_s + late_s) * (self.gradient_ratio + (1.0 if self.rematerialise else 0.0))
+            exposed += max(0.0, back - 2.0 * self.window_s)
+        return exposed
+
+    def hidden_experts(self) -> int:
+        """Hecate's overlap degree t: whole experts that the window can bring over the slowest link."""
+        cluster = self.cluster
+        wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
+        return int(self.window_s * wire / self.model.expert_bytes)
 
 
 def attention_parameters(model: ModelSpec) -> float:
@@ -81,8 +127,48 @@ def step_price(
     )
 
 
+def training_price(
+    tokens: float,
+    num_experts: int,
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    rematerialise: bool = False,
+    window_s: float | None = None,
+    control_s: float | None = None,
+    sequence_length: int = 0,
+    causal: bool = True,
+    gradient_ratio: float = 1.0,
+    fan_out: bool = True,
+) -> StepPrice:
+    """The price of a training step of ``tokens`` tokens over all devices, spread evenly.
+
+    Parameters
+    ----------
+    tokens, num_experts, cluster, model : what runs, and where.
+    rematerialise, gradient_ratio, fan_out : see :class:`StepPrice`.
+    window_s, control_s : measured seconds in place of the modelled ones.
+    sequence_length, causal : for the attention scores in the window; 0 leaves them out.
+    """
+    window = attention_seconds(tokens, cluster, model, sequence_length=sequence_length, causal=causal)
+    control = control_seconds(num_experts, cluster)
+    return StepPrice(
+        cluster, model, window if window_s is None else window_s, control if control_s is None else control_s,
+        COMPUTE_PASSES, EXCHANGE_PASSES, True, rematerialise, gradient_ratio, fan_out,
+    )  # fmt: skip
+
+
+def attention_seconds(
+    tokens: float, cluster: Cluster, model: ModelSpec, *, sequence_length: int = 0, causal: bool = True
+) -> float:
+    """Forward attention before one MoE layer: :func:`window_seconds` and the scores of sequences of that length."""
+    per_token = (2.0 if causal else 4.0) * sequence_length * model.hidden_size
+    per_token *= model.num_hidden_layers / model.num_moe_layers
+    return window_seconds(tokens, cluster, model) + per_token * tokens / cluster.num_devices / cluster.flops_per_s
+
+
 @njit(cache=True)
-def _fetch_ports(held_ED, fetched_ED, node_D):  # type: ignore[no-untyped-def]
+def _fetch_ports(held_ED, fetched_ED, node_D, fan_out):  # type: ignore[no-untyped-def]
     """Experts through every port, float64 [4, D] (out and in inside a node, out and in between nodes)."""
     experts, devices = held_ED.shape
     port = np.zeros((4, devices))
@@ -93,7 +179,8 @@ def _fetch_ports(held_ED, fetched_ED, node_D):  # type: ignore[no-untyped-def]
                 continue
             best = -1
             for s in range(devices):
-                if held_ED[e, s] and s != d:
+                landed = fan_out and s < d and fetched_ED[e, s] and node_D[s] == node_D[d]
+                if (held_ED[e, s] or landed) and s != d:
                     near, best_near = node_D[s] == node_D[d], best >= 0 and node_D[best] == node_D[d]
                     if best < 0 or (near and not best_near) or (near == best_near and sent[s] < sent[best]):
                         best = s
@@ -109,16 +196,25 @@ def _fetch_ports(held_ED, fetched_ED, node_D):  # type: ignore[no-untyped-def]
 def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], price: StepPrice) -> float:
     """Seconds to bring experts to the devices that fetch them, all at once; 0 if none moves.
 
-    Each copy comes from the holder that has sent least, of the same node where there is one; no relays. The fullest
-    port decides.
+    Each copy comes from the holder that has sent least, of the same node where there is one; under ``fan_out`` what
+    has landed in a node is passed on there. No relays between nodes. The fullest port decides. A reduce is the mirror
+    image of its gather and takes as long.
     """
     if not fetched_ED.any():
         return 0.0
     cluster = price.cluster
-    port = _fetch_ports(held_ED, fetched_ED, cluster.node_D.astype(np.int64))
+    port = _fetch_ports(held_ED, fetched_ED, cluster.node_D.astype(np.int64), price.fan_out)
     net = port[2:]
     if cluster.nic_shared:
         starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
         net = np.add.reduceat(net, starts, axis=1)
     seconds = max(port[:2].max() / cluster.intra_bytes_per_s, net.max() / cluster.inter_bytes_per_s)
     return float(seconds * price.model.expert_bytes + latency_seconds(cluster))
+
+
+def layer_exposed(
+    before_ED: NDArray[np.bool_], early_ED: NDArray[np.bool_], holders_ED: NDArray[np.bool_], price: StepPrice
+) -> float:
+    """Exposed seconds of a layer that holds ``before``, fetches up to ``early`` before the gate, the rest after it."""
+    early_s = fetch_seconds(before_ED, early_ED & ~before_ED, price)
+    return price.exposed_seconds(early_s, fetch_seconds(early_ED, holders_ED & ~early_ED, price))

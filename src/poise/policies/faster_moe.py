@@ -6,9 +6,9 @@ After the gate, from exact loads
             step 1's on the tokens left + the time to send the shadows chosen so far.
     Step 3  Stop at the first expert that does not lower it. Shadows are dropped after the step.
 
-Published for training (a = 3 computes, 4 sends a layer); serving has one compute and two sends, which
-``training=True`` turns into the published ones. Chosen: a device needs a free step slot for each shadow it does not
-hold, so at most M of them; static replicas of the others split evenly.
+Published for training (a = 3 computes, 4 sends a layer), as under a training price; serving has one compute and two
+sends, which ``training=True`` turns into the published ones. Chosen: a device needs a free step slot for each shadow it
+does not hold, so at most M of them; static replicas of the others split evenly.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FasterMoE:
         """Steps 1 to 3."""
         cluster, model = view.price.cluster, view.price.model
         wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-        computes, sends = (3.0, 4.0) if self.training else (1.0, 2.0)
+        computes, sends = (3.0, 4.0) if self.training or view.price.training else (1.0, 2.0)
         per_token = computes * model.flops_per_token / cluster.flops_per_s
         per_token += sends * model.dispatch_bytes_per_token / wire
         node_D = cluster.node_D

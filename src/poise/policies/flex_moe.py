@@ -9,8 +9,10 @@ Before the gate, from the mean of recent loads
             ``most`` changes a step.
 After the gate: tokens are split evenly over the replicas (no counts are exchanged).
 
-No official code was found; the cost estimate is this package's roofline. Serving moves weights only; the published
-system moves optimizer states too.
+No official code was found; the cost estimate is this package's roofline. Serving moves weights only. In training the
+estimate has all compute passes, the tokens that all-to-alls bring to the fullest device (node, where it
+shares the network port), and the gradients' all-reduce that shows; a change moves optimizer states too and pays for
+them (step 4).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
-from poise.cost.weights import fetch_seconds
+from poise.cost.weights import STATE_RATIO, fetch_seconds
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota
 
@@ -54,7 +56,8 @@ class FlexMoE:
             if changed is None:
                 break
             saved = self._seconds(load_E, held, view) - self._seconds(load_E, changed, view)
-            if saved * self.horizon <= fetch_seconds(held, changed & ~held, view.price):
+            states = STATE_RATIO if view.price.training else 1.0
+            if saved * self.horizon <= states * fetch_seconds(held, changed & ~held, view.price):
                 break
             held = changed
         return held
@@ -74,7 +77,21 @@ class FlexMoE:
     def _seconds(self, load_E: NDArray[np.float64], held: NDArray[np.bool_], view: LayerView) -> float:
         cluster = view.price.cluster
         tokens = (load_E / held.sum(axis=1))[:, None] * held
-        return float((expert_seconds(tokens, cluster, view.price.model).sum(axis=0) / cluster.speed_D).max())
+        compute = float((expert_seconds(tokens, cluster, view.price.model).sum(axis=0) / cluster.speed_D).max())
+        if not view.price.training:
+            return compute
+        price, model = view.price, view.price.model
+        both = (model.dispatch_bytes_per_token + model.combine_bytes_per_token) * price.exchange_passes
+        arrive_D, wire = tokens.sum(axis=0), cluster.intra_bytes_per_s
+        if cluster.num_nodes > 1:
+            wire = cluster.inter_bytes_per_s
+            if cluster.nic_shared:
+                arrive_D = np.bincount(cluster.node_D, weights=arrive_D)
+        base = view.static_ED & held
+        moved_E = ~base.any(axis=1)
+        base[moved_E, held[moved_E].argmax(axis=1)] = True
+        sync = price.exposed_seconds(fetch_seconds(base, held & ~base, price), 0.0)
+        return compute * price.compute_passes + float(arrive_D.max()) * both / wire + sync
 
     def _expand(
         self, load_E: NDArray[np.float64], held: NDArray[np.bool_], load_D: NDArray[np.float64], view: LayerView

@@ -9,7 +9,8 @@ After the gate
     Step 4  Dispatch: a token stays where its expert is; else to the devices of its node that hold it, evenly; else
             to the others, evenly. No counts are exchanged.
     Step 5  (``hecate-calibrated``) Algorithm 1 once more with the true loads and the memory left; its replicas are
-            fetched in sight if the modelled compute they save exceeds that time.
+            fetched in sight if the modelled compute they save exceeds that time. In training: if the compute and
+            all-to-alls of all passes that they save exceed what they expose, their way back included.
 
 Open in the source, chosen here: places are rounded by largest remainder over the t experts' own loads, at most D each;
 ties go to the lower number; bandwidth is the network's where there are several nodes; with several static replicas
@@ -25,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
-from poise.cost.weights import fetch_seconds
+from poise.cost.links import port_seconds
+from poise.cost.traffic import Copies, port_load
+from poise.cost.weights import StepPrice, fetch_seconds
 from poise.policies.plan import Fetch, LayerView, StepPlan
 
 
@@ -93,10 +96,7 @@ class Hecate:
 
     def limits(self, view: LayerView) -> tuple[int, int]:
         """T and m."""
-        cluster = view.price.cluster
-        wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-        t = self.overlap or int(view.price.window_s * wire / view.price.model.expert_bytes)
-        t = min(t, len(view.predicted_E))
+        t = min(self.overlap or view.price.hidden_experts(), len(view.predicted_E))
         return t, min(view.step_slots, t)
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
@@ -130,10 +130,22 @@ class HecateCalibrated(Hecate):
         free = view.slots_D - holders_ED.sum(axis=0)
         more = materialise(load_SE.sum(axis=0).astype(np.float64), holders_ED, free, t, m, node_D)
         rows = {False: nearest_rows(load_SE, holders_ED, node_D), True: nearest_rows(load_SE, more, node_D)}
-        seconds = {
-            key: (expert_seconds(value.sum(axis=0).astype(np.float64), price.cluster, price.model).sum(axis=0)
-                  / price.cluster.speed_D).max() for key, value in rows.items()
-        }  # fmt: skip
-        pays = seconds[False] - seconds[True] > fetch_seconds(holders_ED, more & ~holders_ED, price)
+        late_s = fetch_seconds(holders_ED, more & ~holders_ED, price)
+        seconds = {key: self._seconds(value, price) for key, value in rows.items()}
+        if price.training:
+            early_s = fetch_seconds(view.before_ED, holders_ED & ~view.before_ED, price)
+            late_s = price.exposed_seconds(early_s, late_s) - price.exposed_seconds(early_s, 0.0)
+        pays = seconds[False] - seconds[True] > late_s
         chosen = bool(pays and (more & ~holders_ED).any())
         return StepPlan(more if chosen else holders_ED, rows[chosen].sum(axis=0), rows[chosen])
+
+    def _seconds(self, rows_SED: NDArray[np.int64], price: StepPrice) -> float:
+        """Modelled compute; in training all passes of compute and all-to-alls."""
+        cluster = price.cluster
+        work_ED = expert_seconds(rows_SED.sum(axis=0).astype(np.float64), cluster, price.model)
+        compute = float((work_ED.sum(axis=0) / cluster.speed_D).max())
+        if not price.training:
+            return compute
+        load = port_load(Copies(rows_SED.sum(axis=1)[None].astype(np.float64)), cluster)
+        both = price.model.dispatch_bytes_per_token + price.model.combine_bytes_per_token
+        return compute * price.compute_passes + float(port_seconds(load, both, cluster)[0]) * price.exchange_passes

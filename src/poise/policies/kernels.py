@@ -32,13 +32,14 @@ class Rates(NamedTuple):
 
 
 def make_rates(price: StepPrice) -> Rates:
-    """Rates of a price; a copy pays the way out and back."""
+    """Rates of a price, all passes of a step in them; a copy pays the way out and back."""
     cluster, model = price.cluster, price.model
-    both = model.dispatch_bytes_per_token + model.combine_bytes_per_token
+    both = (model.dispatch_bytes_per_token + model.combine_bytes_per_token) * price.exchange_passes
     inter = both / cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0
     nodes = cluster.node_D.astype(np.int64), cluster.devices_per_node_N.astype(np.int64)
     intra = both / cluster.intra_bytes_per_s
-    return Rates(*roofline(cluster, model), intra, inter, np.array(cluster.speed_D), *nodes, cluster.nic_shared)
+    per_token, per_expert = (seconds * price.compute_passes for seconds in roofline(cluster, model))
+    return Rates(per_token, per_expert, intra, inter, np.array(cluster.speed_D), *nodes, cluster.nic_shared)
 
 
 class Desk(NamedTuple):

@@ -17,6 +17,13 @@ Before the gate, from predicted loads
 After the gate, from exact loads
     Step 5  ``tokens``: the exact split. ``seconds``: the fastest for these sources of the exact split, one by work
             (experts bound by reading their weights stay whole), and one by work that leaves more tokens at home.
+
+Training (``view.price.training``; ``view.before_ED`` holds owners only): the optimizer changes every weight, so no
+replica is kept and none comes in the background. In place of steps 1 to 5, with three compute passes, four all-to-alls
+and weights priced there and back (:mod:`poise.policies.joint_plan`, whose steps 1 to 6 run):
+    Step 6  Before the gate: the replicas with the least modelled time on predicted loads; none, and no exchange of
+            counts, if that does not beat the owners alone.
+    Step 7  After the gate: the fastest two-level split on exact loads, and at most ``extra`` late replicas that pay.
 """
 
 from __future__ import annotations
@@ -31,11 +38,14 @@ from numpy.typing import NDArray
 
 from poise.cost.links import latency_seconds
 from poise.cost.weights import fetch_seconds
+from poise.policies import joint, joint_plan
 from poise.policies import kernels as k
 from poise.policies.plan import Fetch, LayerView, StepPlan
-from poise.policies.split import even_quota, exact_split
+from poise.policies.split import even_quota, exact_split, spread_evenly
 
 Objective = Literal["seconds", "tokens"]
+TRAIN_PLAN_SECONDS_BASE, TRAIN_PLAN_SECONDS_PER_PAIR = 25e-6, 100e-9
+"""Step 7 on one core: seconds, and seconds per (expert, device), after benchmarks/train.py (part ``planner``)."""
 
 
 @lru_cache(maxsize=8)
@@ -56,11 +66,13 @@ class Poise:
     patience : most windows that a background fetch may take.
     margin : least predicted gain, as a share of the passive layer time, that wakes the loop.
     slack : the second split may exceed the best maximum by this share to keep tokens at home.
+    extra : training: most replicas that are fetched after the gate.
     """
 
     name: ClassVar[str] = "poise"
     summary: ClassVar[str] = "predicted replicas where they pay, exact split after the gate"
     keeps: ClassVar[bool] = True
+    keeps_in_training: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     objective: Objective = "seconds"
@@ -70,9 +82,12 @@ class Poise:
     patience: float = 8.0
     margin: float = 0.03
     slack: float = 0.05
+    extra: int = 4
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Steps 1 to 3."""
+        """Steps 1 to 3, or 6."""
+        if view.price.training and self.objective == "seconds":
+            return self._materialise(view)
         rates = k.make_rates(view.price)
         desk = self._desk_of(view)
         held = view.before_ED.copy()
@@ -102,7 +117,7 @@ class Poise:
 
     def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
         """Step 4."""
-        if self.objective == "tokens":
+        if self.objective == "tokens" or view.price.training:
             return None
         rates, desk = k.make_rates(view.price), self._desk_of(view)
         plans = self._fill(view, holders_ED.copy(), rates, desk, self._work(view, rates))
@@ -127,10 +142,12 @@ class Poise:
         return Fetch(wanted, dropped) if wanted.any() and (dropped.sum(axis=0) <= 1).all() else None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
-        """Step 5."""
+        """Steps 5 and 7."""
         rates, desk = k.make_rates(view.price), self._desk_of(view)
         if self.objective == "tokens":
             return StepPlan(holders_ED, exact_split(load_SE, holders_ED, rates.speed_D, node_D=rates.node_D))
+        if view.price.training:
+            return self._calibrated(view, holders_ED, load_SE)
         if self._planned(view, holders_ED, rates, desk) > self._wake_below(view, rates, desk):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
         holders = k.compile_all(holders_ED, desk)
@@ -138,6 +155,37 @@ class Poise:
         quota = np.zeros(holders_ED.shape, np.int64)
         quota[holders.expert_H, holders.device_H] = np.rint(desk.best_H[: holders.device_H.size])
         return StepPlan(holders_ED, quota)
+
+    def _materialise(self, view: LayerView) -> NDArray[np.bool_]:
+        """Step 6."""
+        price, cluster = view.price, view.price.cluster
+        out = view.before_ED.copy()
+        load_SE = spread_evenly(np.rint(view.predicted_E).astype(np.int64), cluster.num_devices)
+        free_D = view.slots_D - view.before_ED.sum(axis=0)
+        counts = joint_plan.tried_counts(view.step_slots, int(cluster.devices_per_node_N.max()), len(out))
+        least, alone = joint_plan.plan_layer(
+            load_SE, view.before_ED, free_D, k.make_rates(price), joint.wire_of(price), price.window_s,
+            joint.back_passes(price), counts, out,
+        )  # fmt: skip
+        control_s = price.control_s + self.training_plan_seconds(*out.shape)
+        return out if least + control_s < alone else view.before_ED
+
+    def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
+        """What step 7 takes beside the control time that every exact method pays."""
+        return TRAIN_PLAN_SECONDS_BASE + TRAIN_PLAN_SECONDS_PER_PAIR * num_experts * num_devices
+
+    def _calibrated(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """Step 7."""
+        price = view.price
+        if (holders_ED == view.static_ED).all():
+            return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
+        quota, held = np.zeros(holders_ED.shape, np.int64), holders_ED.copy()
+        free_D = view.slots_D - holders_ED.sum(axis=0)
+        joint_plan.calibrate(
+            np.ascontiguousarray(load_SE), view.before_ED, held, free_D, k.make_rates(price), joint.wire_of(price),
+            price.window_s, joint.back_passes(price), self.extra, quota,
+        )  # fmt: skip
+        return StepPlan(held, quota)
 
     def _work(self, view: LayerView, rates: k.Rates) -> NDArray[np.float64]:
         """Predicted seconds of each expert at speed 1."""

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from poise.errors import OptionError
+from poise.policies.expert_parallelism import ExpertParallelism
 from poise.policies.faster_moe import FasterMoE
 from poise.policies.flex_moe import FlexMoE
 from poise.policies.full_replication import FullReplication
@@ -22,8 +23,8 @@ from poise.policies.ultra_ep import UltraEp
 POLICIES: dict[str, StepPolicy] = {
     policy.name: policy
     for policy in (
-        Split(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(), Llep(), UltraEp(), MoonEp(),
-        FullReplication(), Poise(),
+        ExpertParallelism(), Split(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(), Llep(),
+        UltraEp(), MoonEp(), FullReplication(), Poise(),
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ Before the gate, every ``interval`` steps, from the mean of recent loads
 After the gate: every token goes to its expert; static replicas split evenly.
 
 Published greedy, dynamic and hybrid searches over pools of plans; this is the greedy one. A switch is fetched in sight.
-Serving moves weights only; training moves optimizer states with them.
+Serving moves weights only; training moves optimizer states with them (the replay charges it).
 """
 
 from __future__ import annotations

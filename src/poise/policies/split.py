@@ -49,6 +49,14 @@ def even_quota(load_E: NDArray[np.int64], holders_ED: NDArray[Any]) -> NDArray[n
     return out
 
 
+def spread_evenly(load_E: NDArray[np.int64], num_devices: int) -> NDArray[np.int64]:
+    """Tokens of each expert dealt over the sources, int64 [D, E]; what does not divide is dealt on in turn."""
+    whole, rest = np.divmod(load_E, num_devices)
+    first = (np.cumsum(rest) - rest)[None, :]
+    out: NDArray[np.int64] = whole + ((np.arange(num_devices)[:, None] - first) % num_devices < rest)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Exact split over the static placement; no weight moves.

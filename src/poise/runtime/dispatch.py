@@ -1,0 +1,96 @@
+"""Dispatch and combine: every (token, expert) pair to the rank the plan names and back, by one uneven all-to-all each.
+
+No token is dropped; ranks and experts without tokens are fine. Pairs leave sorted by (rank, expert) and are computed
+sorted by (expert, source), so that an expert's tokens lie together and the order is the same in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from poise.errors import CommunicationError
+from poise.runtime.collectives import finish, lost
+
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name since PyTorch 2.13, and before."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """One rank's part of a dispatch.
+
+    Parameters
+    ----------
+    send_N : int64 [N] positions of this rank's pairs (token * K + k) in the order they leave.
+    sent_D, got_D : pairs to and from each rank.
+    arrange_n : int64 [n] what arrived, in the order the experts need it.
+    count_E : pairs of each expert computed here, int64 [E] on the host.
+    """
+
+    send_N: Tensor
+    sent_D: list[int]
+    got_D: list[int]
+    arrange_n: Tensor
+    count_E: NDArray[np.int64]
+
+
+def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64]:
+    """Pairs of every rank and expert, int64 [D, E]: one all-gather of E numbers a rank."""
+    mine = torch.bincount(ids_TK.reshape(-1), minlength=num_experts)
+    out = torch.empty(dist.get_world_size(group) * num_experts, dtype=torch.int64, device=ids_TK.device)
+    try:
+        _all_gather(out, mine, group=group)
+    except RuntimeError as error:
+        raise CommunicationError(*lost(error)) from error
+    return out.view(-1, num_experts).cpu().numpy()
+
+
+def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
+    """From this rank's expert ids int64 [T, K] and everyone's pairs by source, expert and device int64 [D, E, D].
+
+    ``slots`` are the experts held here in the order they are computed; without it, by number.
+    """
+    device = ids_TK.device
+    mine_ED, here_SE = rows_SED[rank], rows_SED[:, :, rank]
+    by_expert = torch.argsort(ids_TK.reshape(-1), stable=True)
+    to = np.repeat(np.tile(np.arange(mine_ED.shape[1]), mine_ED.shape[0]), mine_ED.reshape(-1))
+    by_rank = torch.from_numpy(np.argsort(to, kind="stable")).to(device)
+    expert = np.repeat(np.tile(np.arange(here_SE.shape[1]), here_SE.shape[0]), here_SE.reshape(-1))
+    place_E = np.zeros(here_SE.shape[1], np.int64)
+    place_E[slots if slots is not None else slice(None)] = np.arange(len(place_E) if slots is None else len(slots))
+    return Exchange(
+        by_expert[by_rank],
+        mine_ED.sum(axis=0).tolist(),
+        here_SE.sum(axis=1).tolist(),
+        torch.from_numpy(np.argsort(place_E[expert], kind="stable")).to(device),
+        here_SE.sum(axis=0),
+    )
+
+
+def there(x_Nd: Tensor, way: Exchange, group: Any) -> Tensor:
+    """Pairs in sending order to their ranks; what is computed here, [n, d], sorted by expert."""
+    return _all_to_all(x_Nd, way.sent_D, way.got_D, group).index_select(0, way.arrange_n)
+
+
+def back(y_nd: Tensor, way: Exchange, group: Any) -> Tensor:
+    """The reverse of :func:`there`: [N, d] in sending order."""
+    out = torch.empty_like(y_nd)
+    out[way.arrange_n] = y_nd
+    return _all_to_all(out, way.got_D, way.sent_D, group)
+
+
+def _all_to_all(x: Tensor, sent_D: list[int], got_D: list[int], group: Any) -> Tensor:
+    out = x.new_empty((sum(got_D), x.shape[1]))
+    try:
+        work = dist.all_to_all_single(out, x.contiguous(), got_D, sent_D, group=group, async_op=True)
+    except RuntimeError as error:
+        raise CommunicationError(*lost(error)) from error
+    finish([work])
+    return out

@@ -1,0 +1,18 @@
+"""Fully Sharded Sparse Data Parallelism (FSSDP): experts of MoE layers fully sharded, materialised where needed."""
+
+from poise.train.api import FssdpExperts, fully_shard_experts
+from poise.train.checkpoint import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint
+from poise.train.gradients import clip_grad_norm_, parameter_groups
+from poise.train.schedule import LayerMetrics
+
+__all__ = [
+    "FssdpExperts",
+    "LayerMetrics",
+    "clip_grad_norm_",
+    "export_safetensors",
+    "full_state_dict",
+    "fully_shard_experts",
+    "load_checkpoint",
+    "parameter_groups",
+    "save_checkpoint",
+]

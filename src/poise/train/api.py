@@ -1,0 +1,306 @@
+"""``fully_shard_experts``: experts of every MoE layer fully sharded and sparsely materialised, in place.
+
+In the manner of PyTorch's ``fully_shard``, which takes the dense rest::
+
+    run = fully_shard_experts(model, mesh=mesh, policy="poise", step_slots=2)
+    fully_shard(model, mesh=mesh)                      # experts are left alone
+    optimizer = torch.optim.AdamW(model.parameters())
+    run.attach(optimizer)                              # owners may move: optimizer states go with them
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from poise.cluster import Cluster
+from poise.errors import ModelError, OptionError
+from poise.modelspec import ModelSpec
+from poise.policies.plan import StepPolicy
+from poise.policies.registry import parse_policy
+from poise.policies.sharding import Even, Heterogeneous, ShardingPolicy, even_sharding
+from poise.runtime.experts import recognise
+from poise.runtime.transfers import Form
+from poise.train.checkpoint import speak_of_experts
+from poise.train.gradients import clip_grad_norm_
+from poise.train.schedule import LayerMetrics, Schedule, Settings
+from poise.train.sharding import ShardedExperts, stacked
+
+SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous()}
+
+
+class FssdpExperts:
+    """Handle of a model whose experts are sharded.
+
+    Parameters
+    ----------
+    model : it.
+    schedule : the run that its layers share.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self.model, self.schedule = model, schedule
+
+    @property
+    def metrics(self) -> list[LayerMetrics]:
+        """Of the last forward pass, one a layer."""
+        return self.schedule.metrics
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """Owner of every expert, int64 [L, E]."""
+        return np.array([experts.owner_E for experts in self.schedule.layers])
+
+    def parameters(self) -> set[nn.Parameter]:
+        """Owned expert weights: ``ignored_params`` for wrappers that ask."""
+        return {weight for experts in self.schedule.layers for weight in experts.parameters()}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let owners move while training: after every step of this optimizer the sharding policy may plan anew."""
+        self.schedule.optimizers.append(optimizer)
+        optimizer.register_step_post_hook(lambda *_: self.schedule.after_step())
+
+    def reshard(self, owner_LE: NDArray[np.int64]) -> int:
+        """Move owners now, between steps; bytes that this rank received. Collective.
+
+        Raises
+        ------
+        OptionError : a shape that is not [L, E], an owner that does not exist, or a backward pass still to come.
+        """
+        owners = np.asarray(owner_LE)
+        if owners.shape != self.owners.shape:
+            raise OptionError(f"owners have shape {owners.shape}, the model {self.owners.shape}")
+        if owners.min() < 0 or owners.max() >= self.schedule.cluster.num_devices:
+            raise OptionError(f"owner {owners.max()} among {self.schedule.cluster.num_devices} ranks")
+        return self.schedule.reshard(owners.astype(np.int64))
+
+    def set_policy(self, policy: str | StepPolicy, step_slots: int | None = None) -> None:
+        """Change the policy between steps; results stay the same."""
+        old = self.schedule.settings
+        new = parse_policy(policy) if isinstance(policy, str) else policy
+        slots = old.step_slots if step_slots is None else step_slots
+        self.schedule.settings = replace(old, policy=new, step_slots=slots)
+        self.schedule.forget_held()
+
+    def set_requires_gradient_sync(self, sync: bool) -> None:
+        """False: replica gradients stay where they are until a backward pass with True (gradient accumulation)."""
+        self.schedule.sync = sync
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        """What expert gradients are divided by: the number of ranks unless set (FSDP2's mean). 1: a sum."""
+        if not factor > 0:
+            raise OptionError(f"the divide factor must be above 0, got {factor}")
+        self.schedule.divide_factor = factor
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """See :func:`poise.train.gradients.clip_grad_norm_`."""
+        return clip_grad_norm_(self.model, max_norm, norm_type)
+
+    def memory(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        """Bytes of experts on this rank: owned weights, their gradients and states, and the peak of all else."""
+        weights = self.parameters()
+        states = optimizer.state if optimizer is not None else {}
+        ledger = self.schedule.ledger
+        return {
+            "parameters": sum(weight.nbytes for weight in weights),
+            "gradients": sum(weight.grad.nbytes for weight in weights if weight.grad is not None),
+            "states": sum(
+                value.nbytes for weight in weights for value in states.get(weight, {}).values()
+                if isinstance(value, Tensor)
+            ),
+            "materialised peak": ledger.peak,
+            **{f"peak: {kind}": nbytes for kind, nbytes in ledger.peak_parts.items()},
+        }  # fmt: skip
+
+
+def fully_shard_experts(
+    model: nn.Module,
+    *,
+    mesh: DeviceMesh,
+    policy: str | StepPolicy = "poise",
+    step_slots: int = 2,
+    sharding: str | ShardingPolicy | None = "even",
+    rematerialise: bool | float = False,
+    prefetch: int = 1,
+    window: int = 5,
+    cluster: Cluster | None = None,
+    window_s: float | None = None,
+    form: Form = "auto",
+    mp_policy: Any = None,
+    offload: bool = False,
+    force_balance: bool = False,
+    owners: NDArray[np.int64] | None = None,
+) -> FssdpExperts:
+    """Shard the experts of every MoE layer over a mesh, in place.
+
+    Parameters
+    ----------
+    model : a Hugging Face MoE model (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, gpt-oss kind) or any module with a child
+        ``experts`` called as ``experts(tokens, ids, weights)`` (:mod:`poise.runtime.moe`); may be on the meta device.
+    mesh : 1-D, or 2-D (node, device in the node). Every rank has its own tokens.
+    policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.policies`.
+    step_slots : M, replicas a rank may hold of a layer beside the experts it owns.
+    sharding : ``even``, ``heterogeneous`` (Hecate's Algorithm 2, every 100 steps) or an object: who owns what.
+    rematerialise : True frees replicas after the forward pass and gathers them again (Hecate-RM); a number keeps
+        those that pay most within so many bytes.
+    prefetch : layers ahead whose replicas are gathered; 0 gathers in sight.
+    window : steps whose mean load is the prediction.
+    cluster : the machine that policies reckon with; without it, nodes from the mesh or ``LOCAL_WORLD_SIZE`` and the
+        rates of an A100.
+    window_s : seconds of attention that a gather can hide behind; without it, modelled first and measured on the run.
+    form : how sparse collectives travel (:mod:`poise.runtime.transfers`).
+    mp_policy : FSDP2's ``MixedPrecisionPolicy``: ``param_dtype`` of materialised weights, ``reduce_dtype`` on the wire.
+    offload : owned weights, gradients and states stay on the CPU.
+    force_balance : replace the router's choice by an even one, to see what imbalance costs.
+    owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
+
+    Raises
+    ------
+    ModelError : no MoE layer of a known shape, or layers that differ. OptionError : an option out of range, or a mesh
+        that does not hold this rank.
+    """
+    _check(step_slots, prefetch, window, rematerialise, mesh)
+    found = _find(model)
+    kinds = {name: recognise(module) for name, module in found.items()}
+    first_name, kind = next(iter(kinds.items()))
+    counts = {name: _count(module) for name, module in found.items()}
+    for name, other in kinds.items():
+        if other.shapes != kind.shapes or counts[name] != counts[first_name]:
+            raise ModelError(
+                f"{name} has {counts[name]} experts of {other.shapes}, "
+                f"{first_name} {counts[first_name]} of {kind.shapes}",
+                hint="layers of one run must be equal; shard them by separate calls",
+            )
+    flat = mesh if mesh.ndim == 1 else mesh._flatten()
+    tokens_group = flat.get_group()
+    ranks = dist.get_process_group_ranks(tokens_group)
+    weights_group = dist.new_group(ranks, backend=dist.get_backend(tokens_group))
+    rank, size = dist.get_rank(tokens_group), len(ranks)
+    machine = cluster or _machine(mesh, size)
+    if machine.num_devices != size:
+        raise OptionError(f"the cluster has {machine.num_devices} devices, the mesh {size} ranks")
+    if isinstance(sharding, str) and sharding not in SHARDINGS:
+        raise OptionError(f"unknown sharding {sharding!r}", hint=f"one of {', '.join(SHARDINGS)}")
+    plan = SHARDINGS[sharding] if isinstance(sharding, str) else sharding
+    experts = counts[first_name]
+    owner_LE = even_sharding(len(found), experts, size) if owners is None else np.asarray(owners, np.int64)
+    if owner_LE.shape != (len(found), experts) or owner_LE.min() < 0 or owner_LE.max() >= size:
+        raise OptionError(f"owners have shape {owner_LE.shape}, not {(len(found), experts)}, or name no rank of {size}")
+    layers = []
+    for number, (name, module) in enumerate(found.items()):
+        weights = stacked(module, kinds[name])
+        trained = (
+            dict(module.named_parameters())
+            if not isinstance(module, nn.ModuleList)
+            else dict(module[0].named_parameters())
+        )
+        trainable = [key for key in kinds[name].shapes if trained[key].requires_grad]
+        new = ShardedExperts(kinds[name], weights, trainable, owner_LE[number], rank)
+        speak_of_experts(new)
+        new.listed = isinstance(module, nn.ModuleList)
+        if offload:
+            new.to("cpu")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+        _hide(new)
+        layers.append(new)
+    stored = next(iter(layers[0].owned().values()))
+    device = (
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else (torch.device(mesh.device_type))
+    )
+    compute = getattr(mp_policy, "param_dtype", None) or stored.dtype
+    top_k = _top_k(model, next(iter(found)))
+    schedule = Schedule(
+        layers,
+        Settings(
+            parse_policy(policy) if isinstance(policy, str) else policy, step_slots, window, prefetch, rematerialise,
+            plan, form, window_s, force_balance, top_k,
+        ),
+        machine, _model(kind, experts, top_k, len(layers), compute), tokens_group, weights_group, compute,
+        getattr(mp_policy, "reduce_dtype", None) or compute, device,
+    )  # fmt: skip
+    handle = FssdpExperts(model, schedule)
+    dist.barrier(group=weights_group)  # the first operation on a communicator must be everyone's
+    model.register_forward_pre_hook(lambda *_: schedule.begin())
+    names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
+    model._ddp_params_and_buffers_to_ignore = names
+    return handle
+
+
+def _check(step_slots: int, prefetch: int, window: int, rematerialise: bool | float, mesh: DeviceMesh) -> None:
+    if step_slots < 0 or prefetch < 0 or window < 1 or (not isinstance(rematerialise, bool) and rematerialise < 0):
+        raise OptionError(
+            f"step_slots {step_slots}, prefetch {prefetch} and rematerialise {rematerialise} must be at least 0, "
+            f"window {window} at least 1"
+        )
+    if mesh.ndim > 2:
+        raise OptionError(f"the mesh has {mesh.ndim} dimensions", hint="1, or 2: node and device in the node")
+    if mesh.get_coordinate() is None:
+        raise OptionError("this rank is not in the mesh")
+
+
+def _find(model: nn.Module) -> dict[str, nn.Module]:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedExperts):
+            raise ModelError(f"{name} is sharded already")
+        if name.rpartition(".")[2] == "experts" and next(module.parameters(), None) is not None:
+            if type(module) is nn.ModuleList:
+                raise ModelError(
+                    f"{name} is a bare ModuleList, which cannot be called",
+                    hint="use poise.runtime.moe.ExpertList and call it as experts(tokens, ids, weights)",
+                )
+            found[name] = module
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no child named experts", hint="is it a Mixture-of-Experts model?")
+    return found
+
+
+def _count(module: nn.Module) -> int:
+    return len(module) if isinstance(module, nn.ModuleList) else int(next(module.parameters(recurse=False)).shape[0])
+
+
+def _top_k(model: nn.Module, name: str) -> int:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    for owner in (parent, getattr(parent, "gate", None), getattr(parent, "router", None)):
+        value = getattr(owner, "top_k", None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1
+
+
+def _machine(mesh: DeviceMesh, size: int) -> Cluster:
+    local = mesh.shape[1] if mesh.ndim == 2 else int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return Cluster.uniform(size // local, local, "a100") if size % local == 0 else Cluster.uniform(1, size, "a100")
+
+
+def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> ModelSpec:
+    """Sizes for the policies' price: an expert weighs what it weighs."""
+    size = float(torch.empty((), dtype=dtype).element_size())
+    hidden = (
+        next(shape[0] for name, shape in kind.shapes.items() if len(shape) == 2 and "down" in name)
+        if any("down" in name for name in kind.shapes)
+        else min(min(shape) for shape in kind.shapes.values() if len(shape) == 2)
+    )
+    if kind.name == "gpt-oss":
+        hidden = kind.shapes["down_proj"][1]
+    inner = max(1, round(kind.numel / (kind.matrices * hidden)))
+    return ModelSpec("training", layers, tuple(range(layers)), experts, min(top_k, experts), hidden, inner,
+                     kind.matrices, size, size, size, 2.0 * hidden)  # fmt: skip
+
+
+def _hide(experts: ShardedExperts) -> None:
+    """FSDP2 passes over modules that another composable parallelism has taken; experts are such."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+
+    experts.__dict__.setdefault(REGISTRY_KEY, {})["replicate"] = RegistryItem()

@@ -1,0 +1,267 @@
+"""Checkpoints keyed by logical expert: saved at one world size and sharding, loaded at any other, or without poise.
+
+In ``torch.distributed.checkpoint`` an expert weight is one tensor [E, ...] under the name it has in the unsharded
+model, in chunks of one expert; so are its optimizer states. A checkpoint is written beside its place and moved there
+when complete: an interrupted write leaves the one before as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from poise.errors import InputError, ModelError, OptionError
+from poise.train.gradients import sharded_layers
+from poise.train.sharding import ShardedExperts
+
+LATEST = "latest"
+
+
+class ExpertShards(torch.Tensor):
+    """The experts that one rank owns, shown to ``torch.distributed.checkpoint`` as part of a tensor [E, ...]."""
+
+    local: Tensor
+    mine: list[int]
+
+    @staticmethod
+    def __new__(cls, local: Tensor, mine: list[int], num_experts: int) -> ExpertShards:  # noqa: D102
+        shape = (num_experts, *local.shape[1:])
+        out: ExpertShards = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        out.local, out.mine = local, list(mine)
+        return out
+
+    def __init__(self, local: Tensor, mine: list[int], num_experts: int) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].local, args[0].mine, args[0].shape[0])
+        raise OptionError(f"{func} is not defined for experts that lie on several ranks", hint="use .local")
+
+    def __repr__(self, **_: Any) -> str:
+        return f"ExpertShards({tuple(self.shape)}, {self.dtype}, here={self.mine})"
+
+    def _chunk(self, expert: int) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([expert, *[0] * (self.dim() - 1)]), torch.Size([1, *self.shape[1:]]))
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        """One chunk an expert owned here."""
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, self._chunk(expert).offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(self._chunk(expert), properties, self.size()),
+            )
+            for expert in self.mine
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """One chunk an expert owned here."""
+        return [self._chunk(expert) for expert in self.mine]
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        """The expert at an offset."""
+        row = self.mine.index(int(index.offset[0]))
+        return self.local[row : row + 1]
+
+
+def speak_of_experts(experts: ShardedExperts) -> None:
+    """Let ``state_dict`` and ``load_state_dict`` of the module speak of all E experts."""
+
+    def show(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for attribute in module._attribute.values():
+            key = prefix + attribute
+            if key in state:
+                state[key] = ExpertShards(state[key], module.mine, module.num_experts)
+
+    def take(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, attribute in module._attribute.items():
+            key = prefix + attribute
+            value = state.get(key)
+            if value is None and module.listed:
+                rows = [state.pop(f"{prefix}{e}.{name}", None) for e in range(module.num_experts)]
+                if all(row is not None for row in rows):
+                    value = torch.stack([row for row in rows if row is not None])
+            if isinstance(value, ExpertShards):
+                if value.mine != module.mine:
+                    raise ModelError(f"{key} holds experts {value.mine}, this rank owns {module.mine}")
+                state[key] = value.local
+            elif isinstance(value, Tensor):
+                if value.shape[0] != module.num_experts:
+                    raise ModelError(f"{key} has {value.shape[0]} experts, the model {module.num_experts}")
+                state[key] = value[torch.as_tensor(module.mine, dtype=torch.int64, device=value.device)]
+
+    experts.register_state_dict_post_hook(show)
+    experts.register_load_state_dict_pre_hook(take)
+
+
+def _shown(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State of model and optimizer in which expert tensors are :class:`ExpertShards`."""
+    weights, states = get_state_dict(model, optimizer)
+    owners = {
+        f"{prefix}.{attribute}": module
+        for prefix, module in model.named_modules() if isinstance(module, ShardedExperts)
+        for attribute in module._attribute.values()
+    }  # fmt: skip
+    inner: Any = states.get("state", {})
+    for name, values in inner.items():
+        module = owners.get(name)
+        if module is None:
+            continue
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(module.mine):
+                values[key] = ExpertShards(value, module.mine, module.num_experts)
+    return weights, states
+
+
+def _local(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _local(value) for key, value in tree.items()}
+    return tree.local if isinstance(tree, ExpertShards) else tree
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    step: int = 0,
+    keep: int = 2,
+) -> Path:
+    """Write ``folder/step-N`` and name it in ``folder/latest``; older ones beyond ``keep`` are removed. Collective.
+
+    Raises
+    ------
+    OptionError : ``keep`` below 1.
+    """
+    if keep < 1:
+        raise OptionError(f"keep must be at least 1, got {keep}")
+    sharded_layers(model)
+    root = Path(folder)
+    place, partial = root / f"step-{step}", root / f".step-{step}.partial"
+    weights, states = _shown(model, () if optimizer is None else optimizer)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dcp.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+        note = root / f".{LATEST}.new"
+        note.write_text(place.name, "utf-8")
+        os.replace(note, root / LATEST)
+        numbered = sorted((int(p.name[5:]), p) for p in root.glob("step-*") if p.name[5:].isdigit())
+        for _, old in numbered[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return place
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    note = Path(folder) / LATEST
+    if not note.is_file():
+        return None
+    name = note.read_text("utf-8").strip()
+    place = Path(folder) / name
+    if "/" in name or not place.is_dir():
+        raise InputError(f"{note} names {name[:80]!r}, which is not there")
+    return place
+
+
+def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Load the newest checkpoint of a folder, whatever world size and sharding wrote it; its step. Collective.
+
+    Raises
+    ------
+    InputError : there is none.
+    """
+    place = latest_checkpoint(folder)
+    if place is None:
+        raise InputError(f"{folder} holds no complete checkpoint")
+    weights, states = _shown(model, () if optimizer is None else optimizer)
+    state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
+    dcp.load(state, checkpoint_id=str(place))
+    set_state_dict(model, () if optimizer is None else optimizer, model_state_dict=state["model"],
+                   optim_state_dict=_local(state["optimizer"]))  # fmt: skip
+    return int(state["step"])
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """The unsharded model's weights on the CPU of rank 0 (None elsewhere), one tensor at a time. Collective."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ShardedExperts)}
+    schedule = next(iter(layers.values())).schedule if layers else None
+    if schedule is None:
+        sharded_layers(model)
+        raise ModelError("these experts belong to no run")
+    first, out = dist.get_rank(schedule.tokens_group) == 0, {}
+    for key, value in model.state_dict().items():
+        if isinstance(value, ExpertShards):
+            prefix, _, attribute = key.rpartition(".")
+            module = layers[prefix]
+            full = _collect(value, module, schedule.weights_group)
+            name = next(n for n, a in module._attribute.items() if a == attribute)
+            if full is not None and module.listed:
+                out.update({f"{prefix}.{e}.{name}": full[e].clone() for e in range(len(full))})
+            elif full is not None:
+                out[key] = full
+        else:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if first:
+                out[key] = whole.detach().cpu().clone()
+    return out if first else None
+
+
+def _collect(value: ExpertShards, module: ShardedExperts, group: Any) -> Tensor | None:
+    """All experts on rank 0."""
+    rank = dist.get_rank(group)
+    full = torch.empty(value.shape, dtype=value.dtype) if rank == 0 else None
+    for e, owner in enumerate(module.owner_E.tolist()):
+        row = value.local[module.mine.index(e)].contiguous() if owner == rank else None
+        if owner and rank == 0:
+            row = torch.empty(value.shape[1:], dtype=value.dtype, device=value.device)
+            dist.recv(row, dist.get_global_rank(group, owner), group)
+        elif owner and row is not None:
+            dist.send(row, dist.get_global_rank(group, 0), group)
+        if full is not None and row is not None:
+            full[e] = row.cpu()
+    return full
+
+
+def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
+    """The unsharded model as safetensors, by rank 0: as Hugging Face names it where the model can save itself.
+
+    Collective. A model with ``save_pretrained`` is written with its config; any other as ``model.safetensors``.
+    """
+    state = full_state_dict(model)
+    place = Path(folder)
+    if state is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(place, state_dict=state)
+        else:
+            from safetensors.torch import save_file
+
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(place / "model.safetensors"))
+    dist.barrier()
+    return place

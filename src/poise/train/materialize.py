@@ -1,0 +1,314 @@
+"""The experts one rank holds in one forward pass: its own, and replicas that live until their gradients are reduced.
+
+A replica's weights are filled by SparseAllGather, freed after the forward pass if the layer re-materialises (Hecate-RM)
+and filled again before its backward. The tensors stay the same throughout: only their storage comes and goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from poise.cluster import Cluster
+from poise.runtime.collectives import Pending, sparse_all_gather, sparse_reduce_scatter
+from poise.runtime.experts import Bank
+from poise.runtime.transfers import Form, TransferPlan, plan_transfers
+from poise.train.sharding import Run, ShardedExperts
+
+
+class Ledger:
+    """Bytes that live beside parameters and optimizer states, now and at most, by kind."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, int] = {}
+        self.peak = 0
+        self.peak_parts: dict[str, int] = {}
+
+    def add(self, kind: str, nbytes: int) -> None:
+        """Count bytes in (or, negative, out)."""
+        self.now[kind] = self.now.get(kind, 0) + nbytes
+        total = sum(self.now.values())
+        if total > self.peak:
+            self.peak, self.peak_parts = total, dict(self.now)
+
+    def reset(self) -> None:
+        """Forget the peak."""
+        self.peak, self.peak_parts = sum(self.now.values()), dict(self.now)
+
+
+class Schedule(Run, Protocol):
+    """What a layer's weights need of the run they belong to."""
+
+    rank: int
+    cluster: Cluster
+    form: Form
+    ledger: Ledger
+    reduce_dtype: torch.dtype
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes of one expert on the wire."""
+        ...
+
+    def forward_done(self, weights: Materialised) -> None:
+        """Experts of a layer have run."""
+        ...
+
+    def backward_starts(self, weights: Materialised) -> None:
+        """A layer's backward begins."""
+        ...
+
+    def backward_done(
+        self, weights: Materialised, own: dict[str, Tensor | None], replicas: dict[int, list[Tensor]], nbytes: int
+    ) -> None:
+        """A layer's experts have their gradients; ``nbytes`` are counted for the replicas'."""
+        ...
+
+
+class Storage:
+    """Stacked tensors [n, ...] whose bytes come and go."""
+
+    def __init__(self, bank: Bank, ledger: Ledger, kind: str) -> None:
+        self.bank, self.ledger, self.kind = bank, ledger, kind
+        self.nbytes = sum(tensor.nbytes for tensor in bank.values())
+        self.here = False
+        for tensor in bank.values():
+            tensor.untyped_storage().resize_(0)
+
+    def allocate(self) -> None:
+        """Make room; what lies there is undefined."""
+        if not self.here:
+            for tensor in self.bank.values():
+                tensor.untyped_storage().resize_(tensor.nbytes)
+            self.ledger.add(self.kind, self.nbytes)
+            self.here = True
+
+    def free(self) -> None:
+        """Give the bytes back."""
+        if self.here:
+            for tensor in self.bank.values():
+                tensor.untyped_storage().resize_(0)
+            self.ledger.add(self.kind, -self.nbytes)
+            self.here = False
+
+    def __del__(self) -> None:
+        if self.here:
+            self.ledger.add(self.kind, -self.nbytes)
+
+
+class Materialised:
+    """Weights of one layer in one forward pass.
+
+    Parameters
+    ----------
+    experts, schedule : the layer and the run it belongs to.
+    early_ED : bool [E, D], holders known before the gate.
+    """
+
+    def __init__(self, experts: ShardedExperts, schedule: Schedule, early_ED: NDArray[np.bool_]) -> None:
+        self.experts, self.schedule = experts, schedule
+        self.early_ED = early_ED
+        self.parts: list[_Replicas] = []
+        self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
+        # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
+        self._own: Bank = {
+            name: weight.detach().requires_grad_(name in experts.trainable) for name, weight in experts.owned().items()
+        }
+        self.copies: Storage | None = None
+        if experts.needs_copies:
+            like = dict(device=schedule.device, dtype=schedule.compute_dtype, requires_grad=True)
+            bank = {name: torch.empty(weight.shape, **like) for name, weight in experts.owned().items()}
+            self.copies = Storage(bank, schedule.ledger, "copies of owned experts")
+        self.gathered_count = 0
+        self._fill_copies()
+        self._add(early_ED)
+
+    def _fill_copies(self) -> None:
+        if self.copies is not None and not self.copies.here:
+            self.copies.allocate()
+            for name, weight in self.experts.owned().items():
+                self.copies.bank[name].data.copy_(weight.detach())
+
+    def _add(self, holders_ED: NDArray[np.bool_]) -> None:
+        experts, rank = self.experts, self.schedule.rank
+        plan = plan_transfers(
+            experts.owner_E, holders_ED, self.schedule.cluster, expert_bytes=self.schedule.expert_bytes,
+            form=self.schedule.form,
+        )  # fmt: skip
+        if not plan.count:
+            return
+        mine = [int(e) for e in np.flatnonzero(holders_ED[:, rank]) if experts.owner_E[e] != rank]
+        self.parts.append(_Replicas(self, plan, mine))
+        self.gathered_count += plan.count
+
+    def complete(self, holders_ED: NDArray[np.bool_], used_ED: NDArray[np.bool_]) -> None:
+        """After the gate: fetch holders that were not known before it; ``used_ED`` are those that compute."""
+        late_ED = holders_ED & ~self.early_ED
+        self.used_ED = used_ED
+        if late_ED.any():
+            self._add(late_ED)
+
+    @property
+    def slots(self) -> list[int]:
+        """Experts held here in the order of :meth:`banks`."""
+        return [*self.experts.mine, *(e for part in self.parts for e in part.mine)]
+
+    def counts(self, count_E: NDArray[np.int64]) -> list[list[int]]:
+        """Tokens of every row of every bank."""
+        return [count_E[ids].tolist() for ids in (self.experts.mine, *(part.mine for part in self.parts))]
+
+    def banks(self) -> list[Bank]:
+        """See :class:`poise.runtime.layer.Weights`."""
+        self.ready()
+        own = self._own if self.copies is None else self.copies.bank
+        return [own, *(part.storage.bank for part in self.parts)]
+
+    def own_row(self, expert: int) -> list[Tensor]:
+        """Weights of an expert owned here."""
+        row = self.experts.mine.index(expert)
+        bank = self._own if self.copies is None else self.copies.bank
+        return [weight.data[row] for weight in bank.values()]
+
+    def start(self) -> None:
+        """Gather again what was freed."""
+        self._fill_copies()
+        for part in self.parts:
+            part.start()
+
+    def ready(self) -> None:
+        """Wait until all is here."""
+        self.start()
+        for part in self.parts:
+            part.wait()
+
+    def free(self) -> None:
+        """Give up the weights; gradients will need :meth:`ready` again."""
+        if self.copies is not None:
+            self.copies.free()
+        for part in self.parts:
+            part.free()
+
+    def leaves(self) -> list[Tensor]:
+        """See :class:`poise.runtime.layer.Weights`."""
+        own = self._own if self.copies is None else self.copies.bank
+        wanted = self.experts.trainable
+        return [bank[name] for bank in (own, *(part.storage.bank for part in self.parts)) for name in wanted]
+
+    def after_forward(self) -> None:
+        """See :class:`poise.runtime.layer.Weights`."""
+        self.schedule.forward_done(self)
+
+    def before_backward(self) -> None:
+        """See :class:`poise.runtime.layer.Weights`."""
+        self.schedule.backward_starts(self)
+        self.ready()
+
+    def after_backward(self, grads: Sequence[Tensor | None]) -> None:
+        """See :class:`poise.runtime.layer.Weights`."""
+        names = self.experts.trainable
+        own = dict(zip(names, grads[: len(names)], strict=True))
+        replicas: dict[int, list[Tensor]] = {}
+        at = len(names)
+        for part in self.parts:
+            mine, at = grads[at : at + len(names)], at + len(names)
+            for row, expert in enumerate(part.mine):
+                if self.used_ED[expert, self.schedule.rank]:
+                    replicas[expert] = [grad[row] for grad in mine if grad is not None]
+        nbytes = sum(grad.nbytes for grad in grads[len(names) :] if grad is not None)
+        self.schedule.ledger.add("replica gradients", nbytes)
+        self.free()
+        self.schedule.backward_done(self, own, replicas, nbytes)
+
+
+class _Replicas:
+    """Experts fetched together: those known before the gate, or those added after it."""
+
+    def __init__(self, owner: Materialised, plan: TransferPlan, mine: list[int]) -> None:
+        self.plan, self.mine, self.owner, self.group = plan, mine, weakref.ref(owner), owner.schedule.weights_group
+        like: dict[str, Any] = {"device": owner.schedule.device, "dtype": owner.schedule.compute_dtype}
+        shapes = owner.experts.kind.shapes
+        bank = {
+            name: torch.empty(len(mine), *shape, **like).requires_grad_(name in owner.experts.trainable)
+            for name, shape in shapes.items()
+        }
+        self.storage = Storage(bank, owner.schedule.ledger, "replicas")
+        self.gather: Pending | None = None
+        self.here = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin to gather, unless done or begun."""
+        if self.here or self.gather is not None:
+            return
+        self.storage.allocate()
+        self.gather = sparse_all_gather(self.plan, self.group, self.rows)
+
+    def rows(self, expert: int) -> list[Tensor]:
+        """Where an expert lies on this rank."""
+        if expert in self.mine:
+            row = self.mine.index(expert)
+            return [weight.data[row] for weight in self.storage.bank.values()]
+        owner = self.owner()
+        assert owner is not None
+        return owner.own_row(expert)
+
+    def wait(self) -> None:
+        """Until they are here."""
+        if self.gather is not None:
+            self.gather.wait()
+            self.gather, self.here = None, True
+
+    def free(self) -> None:
+        """Give up the weights."""
+        self.wait()
+        self.storage.free()
+        self.here = False
+
+
+class Reduction:
+    """Replica gradients on their way to their owners.
+
+    Parameters
+    ----------
+    experts, schedule : the layer and its run.
+    holders_ED : bool [E, D], who has gradients to send.
+    rows : this rank's replica gradients by expert, one tensor a trainable weight.
+    nbytes : what the ledger counts for them.
+    """
+
+    def __init__(
+        self,
+        experts: ShardedExperts,
+        schedule: Schedule,
+        holders_ED: NDArray[np.bool_],
+        rows: dict[int, list[Tensor]],
+        nbytes: int,
+    ) -> None:
+        self.rows, self.experts, self.ledger, self.nbytes = rows, experts, schedule.ledger, nbytes
+        plan = plan_transfers(
+            experts.owner_E, holders_ED, schedule.cluster, expert_bytes=schedule.expert_bytes, form=schedule.form
+        )
+        self.count = plan.count
+        self.pending = sparse_reduce_scatter(plan, schedule.weights_group, self._rows, schedule.reduce_dtype)
+        self.buffers = self.pending.buffer_bytes
+        self.ledger.add("arriving gradients", self.buffers)
+
+    def _rows(self, expert: int) -> list[Tensor]:
+        if expert in self.rows:
+            return self.rows[expert]
+        row = self.experts.mine.index(expert)
+        return [self.experts.gradient(name)[row] for name in self.experts.trainable]
+
+    def wait(self) -> None:
+        """Until the owners have them."""
+        self.pending.wait()
+        self.rows = {}
+        self.ledger.add("arriving gradients", -self.buffers)
+        self.ledger.add("replica gradients", -self.nbytes)
+        self.buffers = self.nbytes = 0

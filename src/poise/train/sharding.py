@@ -1,0 +1,176 @@
+"""Experts of one layer, owned whole by ranks: the module that stands in for ``experts``, and moving owners.
+
+Ownership is at expert granularity and any plan over all layers is allowed (:mod:`poise.policies.sharding`). A rank's
+experts are stacked in plain parameters [n, ...], by expert number: ragged ownership is never shown as a ``Shard(0)``
+DTensor, whose offsets would be wrong. ``state_dict`` speaks of logical experts (:mod:`poise.train.checkpoint`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from poise.errors import ModelError, OptionError
+from poise.runtime.collectives import finish, post
+from poise.runtime.experts import Bank, ExpertKind
+
+
+class Run(Protocol):
+    """Who runs a layer: the schedule that all sharded layers of a model share."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    tokens_group: Any
+    weights_group: Any
+
+    def run(self, experts: Any, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """One layer, forward."""
+        ...
+
+
+def stacked(experts: nn.Module, kind: ExpertKind) -> dict[str, Tensor]:
+    """All experts' weights, name -> [E, ...], from a fused module or a list of modules."""
+    if isinstance(experts, nn.ModuleList):
+        return {name: torch.stack([dict(one.named_parameters())[name].detach() for one in experts])
+                for name in kind.shapes}  # fmt: skip
+    return {name: weight.detach() for name, weight in experts.named_parameters(recurse=False)}
+
+
+class ShardedExperts(nn.Module):
+    """The experts that one rank owns, called as Hugging Face calls ``experts``.
+
+    Parameters
+    ----------
+    kind : how an expert computes.
+    weights : all experts' weights, name -> [E, ...] (or on the meta device); this rank keeps its rows.
+    trainable : names of the weights that are trained.
+    owner_E : int64 [E], rank of each expert.
+    rank : this one.
+    """
+
+    def __init__(
+        self, kind: ExpertKind, weights: dict[str, Tensor], trainable: list[str], owner_E: NDArray[np.int64], rank: int
+    ) -> None:
+        super().__init__()
+        self.kind, self.trainable, self.rank = kind, trainable, rank
+        self.num_experts = len(owner_E)
+        self.listed = False
+        self.own(owner_E)
+        self._attribute = {name: name.replace(".", "__") for name in kind.shapes}
+        for name in kind.shapes:
+            row = weights[name][torch.as_tensor(self.mine, dtype=torch.int64, device=weights[name].device)].clone()
+            self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
+        self.schedule: Run | None = None
+        self.number = -1
+
+    def own(self, owner_E: NDArray[np.int64]) -> None:
+        """Take note of new owners; the parameters are the caller's task."""
+        self.owner_E = np.asarray(owner_E, np.int64)
+        self.mine: list[int] = np.flatnonzero(self.owner_E == self.rank).tolist()
+
+    def owned(self) -> Bank:
+        """Parameters of this rank, name -> [n, ...]."""
+        return {name: self._parameters[attribute] for name, attribute in self._attribute.items()}
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of an owned weight, zeros until something is added: every expert gets one in every step."""
+        weight: Any = self._parameters[self._attribute[name]]
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
+    @property
+    def needs_copies(self) -> bool:
+        """Owned weights are computed with in another type or on another device than they are stored in."""
+        assert self.schedule is not None
+        weight = next(iter(self.owned().values()))
+        return weight.dtype != self.schedule.compute_dtype or weight.device != self.schedule.device
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Tokens [T, d] (or [..., d]), expert ids and weights [T, K]; the weighted sum of the experts, [T, d]."""
+        if self.schedule is None:
+            raise ModelError("these experts belong to no run", hint="fully_shard_experts sets them up")
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids = top_k_index.reshape(-1, top_k_index.shape[-1])
+        weights = top_k_weights.reshape(-1, top_k_index.shape[-1])
+        return self.schedule.run(self, x, ids, weights).view(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        """Which experts lie here."""
+        return f"{self.kind.name}, experts={self.num_experts}, owned here={self.mine}"
+
+
+def move_owners(
+    layers: list[ShardedExperts],
+    owner_LE: NDArray[np.int64],
+    optimizers: list[torch.optim.Optimizer],
+    group: Any,
+) -> int:
+    """Give every expert its new owner, optimizer states and gradients with it; bytes this rank received.
+
+    Optimizer states that have one row an expert owned here go along; others (a step count) stay.
+
+    Raises
+    ------
+    OptionError : a state of a parameter has neither one row an expert nor a single value.
+    """
+    rank, received = dist.get_rank(group), 0
+    for experts, owner_E in zip(layers, owner_LE, strict=True):
+        if (experts.owner_E == owner_E).all():
+            continue
+        moving = np.flatnonzero(experts.owner_E != owner_E)
+        old, new = experts.mine, np.flatnonzero(owner_E == rank).tolist()
+        tables = [one for weight in experts.owned().values() for one in _tables(weight, len(old), optimizers)]
+        operations, after = [], []
+        for tensor, put in tables:
+            into = tensor.new_empty((len(new), *tensor.shape[1:]))
+            for e in set(new) & set(old):
+                into[new.index(e)] = tensor[old.index(e)]
+            for e in moving.tolist():
+                if experts.owner_E[e] == rank:
+                    peer = dist.get_global_rank(group, int(owner_E[e]))
+                    operations.append(dist.P2POp(dist.isend, tensor[old.index(e)], peer, group))
+                elif owner_E[e] == rank:
+                    peer = dist.get_global_rank(group, int(experts.owner_E[e]))
+                    operations.append(dist.P2POp(dist.irecv, into[new.index(e)], peer, group))
+                    received += into[new.index(e)].nbytes
+            after.append((put, into))
+        finish(post(operations))
+        for put, into in after:
+            put(into)
+        experts.own(owner_E)
+    return received
+
+
+def _tables(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> list[tuple[Tensor, Any]]:
+    """What has one row an expert: the weight, its gradient, its optimizer states; and how to put it back."""
+
+    def put_weight(into: Tensor) -> None:
+        weight.data = into
+
+    def put_grad(into: Tensor) -> None:
+        weight.grad = into
+
+    gradient = weight.grad
+    if gradient is not None:
+        weight.grad = None  # a gradient must have its weight's shape at all times
+    out: list[tuple[Tensor, Any]] = [(weight.data, put_weight)]
+    for optimizer in optimizers:
+        state = optimizer.state.get(weight, {})
+        for key in sorted(state):
+            value = state[key]
+            if isinstance(value, Tensor) and value.dim() > 0:
+                if value.dim() != weight.dim() or value.shape[0] != rows:
+                    raise OptionError(
+                        f"optimizer state {key!r} of shape {tuple(value.shape)} does not belong to {rows} experts",
+                        hint="use an optimizer whose states have the shape of the parameter",
+                    )
+                out.append((value, lambda into, state=state, key=key: state.__setitem__(key, into)))
+    if gradient is not None:
+        out.append((gradient, put_grad))
+    return out

@@ -1,0 +1,282 @@
+"""Parity of sharded training with one dense process: models, workloads W0 to W7, and the comparison.
+
+The reference runs on every rank alike, over the tokens of all ranks at once: same code, no collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from poise.policies.registry import POLICIES
+from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
+from poise.train import fully_shard_experts
+
+EXPERTS, WIDTH, INNER, LAYERS, TOKENS = 10, 8, 12, 2, 6
+STEPS = 5
+WORKLOADS = ("W0", "W1", "W2", "W3", "W4", "W5", "W6", "W7")
+
+
+def tokens_of(workload: str, step: int, world: int) -> list[int]:
+    """Tokens of every rank; W4 is ragged, with an empty rank."""
+    if workload != "W4":
+        return [TOKENS] * world
+    ragged = np.random.default_rng([4, step]).integers(1, 2 * TOKENS, world)
+    ragged[(step + 1) % world] = 0
+    return ragged.tolist()
+
+
+def routing(workload: str, step: int, layer: int, world: int, top_k: int) -> np.ndarray:
+    """Forced expert ids of all tokens, rank by rank, [T, K]."""
+    total = sum(tokens_of(workload, step, world))
+    rng = np.random.default_rng([int(workload[1]), step, layer])
+    score = rng.random((total, EXPERTS))
+    if workload == "W0":
+        return (np.arange(total)[:, None] * top_k + np.arange(top_k)) % EXPERTS
+    if workload == "W1":
+        score[:, [2, 7]] += 0.8
+    elif workload == "W2":  # all of the first rank's experts
+        score[:, : -(-EXPERTS // world)] += 2.0
+    elif workload == "W3":  # one hot expert a rank
+        score[:, :: max(1, EXPERTS // world)] += 0.6
+    elif workload == "W5":  # the upper half never
+        score[:, EXPERTS // 2 if top_k <= EXPERTS // 2 else top_k :] -= 3.0
+    elif workload == "W6":
+        score[:, (3 * step + layer) % EXPERTS] += 2.0
+    elif workload == "W7" and step % 3 == 2:
+        score[:, [1, 4]] += 2.0
+    return np.argsort(-score, axis=1, kind="stable")[:, :top_k].copy()
+
+
+class Block(nn.Module):
+    """A dense map in place of attention, and an MoE layer whose routing is given; its gate still gets gradients."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.gate.top_k = 1
+        if kind == "list":
+            self.experts: nn.Module = ExpertList(
+                nn.Sequential(nn.Linear(WIDTH, INNER), nn.Tanh(), nn.Linear(INNER, WIDTH)) for _ in range(EXPERTS)
+            )
+        else:
+            self.experts = {"gated": GatedExperts, "plain": PlainExperts}[kind](EXPERTS, WIDTH, INNER)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = x + torch.tanh(self.mix(x))
+        weights = self.gate(x).softmax(-1).gather(1, ids)
+        return x + self.experts(x, ids, weights)
+
+
+class Model(nn.Module):
+    def __init__(self, kind: str = "gated", layers: int = LAYERS) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(kind) for _ in range(layers))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, ids: list[Tensor]) -> Tensor:
+        for block, chosen in zip(self.blocks, ids, strict=True):
+            x = block(x, chosen)
+        return self.head(x)
+
+
+def build(kind: str = "gated", dtype: torch.dtype = torch.float64, layers: int = LAYERS) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = Model(kind, layers).to(torch.float64)
+        for name, weight in model.named_parameters():
+            if "experts" in name:
+                nn.init.normal_(weight, std=0.4)
+    return model.to(dtype)
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    target: Tensor
+    ids: list[Tensor]
+    total: int
+
+
+def batch(
+    workload: str, step: int, world: int, top_k: int, rank: int | None, dtype: torch.dtype, layers: int = LAYERS
+) -> Batch:
+    """One rank's tokens, or all of them (``rank`` None)."""
+    counts = tokens_of(workload, step, world)
+    total = sum(counts)
+    rng = np.random.default_rng([99, step])
+    x, target = rng.standard_normal((total, WIDTH)), rng.standard_normal((total, 3))
+    start = 0 if rank is None else sum(counts[:rank])
+    rows = slice(start, total if rank is None else start + counts[rank])
+    ids = [torch.from_numpy(routing(workload, step, layer, world, top_k)[rows]) for layer in range(layers)]
+    return Batch(torch.tensor(x[rows], dtype=dtype), torch.tensor(target[rows], dtype=dtype), ids, total)
+
+
+def loss_of(model: nn.Module, data: Batch) -> Tensor:
+    """Sum over tokens over the global number of tokens: exact for ragged and empty ranks."""
+    return (model(data.x, data.ids) - data.target).square().sum() / data.total
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+@dataclass
+class Trail:
+    """What a run leaves: losses, gradient norms, gradients of every step, weights after the last."""
+
+    losses: list[float]
+    norms: list[float]
+    grads: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "gated", dtype: torch.dtype = torch.float64,
+          steps: int = STEPS, order: int = 1) -> Trail:  # fmt: skip
+    """The reference; ``order`` -1 adds the tokens up in the opposite order."""
+    model = build(kind, dtype)
+    opt = make_optimizer(optimizer, model)
+    trail = Trail([], [], [], {})
+    for step in range(steps):
+        data = batch(workload, step, world, top_k, None, dtype)
+        if order == -1:
+            data = Batch(data.x.flip(0), data.target.flip(0), [ids.flip(0) for ids in data.ids], data.total)
+        opt.zero_grad()
+        loss = loss_of(model, data)
+        loss.backward()
+        grads = {
+            name: w.grad.clone() if w.grad is not None else torch.zeros_like(w) for name, w in model.named_parameters()
+        }
+        for w in model.parameters():
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+        trail.losses.append(loss.item())
+        trail.norms.append(torch.stack([g.double().norm() for g in grads.values()]).norm().item())
+        trail.grads.append(grads)
+        opt.step()
+    trail.weights = {name: w.detach().clone() for name, w in model.named_parameters()}
+    return trail
+
+
+def reduce_dense(model: nn.Module, run: object) -> None:
+    """Sum the replicated weights' gradients over ranks."""
+    owned = run.parameters()
+    for weight in model.parameters():
+        if weight not in owned:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(weight.grad)
+
+
+def local_rows(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of full tensors, what this rank has: rows of owned experts, the rest whole; a list of experts is stacked."""
+    out = {}
+    for name, _ in model.named_parameters():
+        if ".experts." not in name:
+            out[name] = values[name]
+            continue
+        prefix, _, attribute = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if module.listed:
+            key = next(n for n, a in module._attribute.items() if a == attribute)
+            full = torch.stack([values[f"{prefix}.{e}.{key}"] for e in range(EXPERTS)])
+        else:
+            full = values[name]
+        out[name] = full[torch.tensor(module.mine, dtype=torch.int64)]
+    return out
+
+
+def worst(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Largest relative error ||a - b|| / ||b|| of any tensor; of an all-zero reference, ||a||."""
+    out = 0.0
+    for name, value in reference.items():
+        norm = value.double().norm().item()
+        gap = (mine[name].double() - value.double()).norm().item()
+        out = max(out, gap / norm if norm > 0 else gap)
+    return out
+
+
+def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, reference: Trail, *, rematerialise: bool | float = False,
+                kind: str = "gated", dtype: torch.dtype = torch.float64, steps: int = STEPS, change=None, slots: int = 2,
+                mutate: str = "", **options: object) -> tuple[float, int, int]:  # fmt: skip
+    """Train sharded; the largest relative error of losses, gradients, norms and weights; bytes gathered; replica rows
+    that a mutation lost on rank 0."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = build(kind, dtype)
+    mesh = options.pop("mesh", None) or MESH(world)
+    run = fully_shard_experts(model, mesh=mesh, policy=policy, step_slots=slots, rematerialise=rematerialise, **options)
+    run.set_gradient_divide_factor(2.0 if mutate == "divisor" else 1.0)
+    opt = make_optimizer(optimizer, model)
+    run.attach(opt)
+    error, lost = 0.0, 0
+    for step in range(steps):
+        if change is not None:
+            change(run, step)
+        data = batch(workload, step, world, top_k, rank, dtype)
+        if mutate == "token" and rank == 0 and len(data.x):
+            data.ids[0][0, 0] = next(e for e in range(EXPERTS) if e not in data.ids[0][0])
+        opt.zero_grad()
+        loss = loss_of(model, data)
+        with dropped(mutate == "replica") as count:
+            loss.backward()
+        lost += len(count)
+        reduce_dense(model, run)
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        grads = {name: weight.grad for name, weight in model.named_parameters()}
+        norm = run.clip_grad_norm_(1e9).item()
+        error = max(
+            error,
+            abs(total.item() - reference.losses[step]) / abs(reference.losses[step]),
+            abs(norm - reference.norms[step]) / reference.norms[step],
+            worst(grads, local_rows(model, reference.grads[step])),
+        )
+        opt.step()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    error = max(error, worst(weights, local_rows(model, reference.weights)))
+    shared = torch.tensor([error], dtype=torch.float64)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.item(), run.schedule.moved_bytes["gather"], lost
+
+
+_meshes: dict[int, object] = {}
+
+
+def MESH(world: int) -> object:
+    if world not in _meshes:
+        _meshes[world] = init_device_mesh("cpu", (world,))
+    return _meshes[world]
+
+
+@contextmanager
+def dropped(active: bool) -> Iterator[list]:
+    """The mutation that forgets replica gradients: what arrives at an owner is not added."""
+    from poise.train import materialize
+
+    before, count = materialize.Reduction.wait, []
+    if active:
+
+        def wait(self: object) -> None:
+            gradients = {name: self.experts.gradient(name).clone() for name in self.experts.trainable}
+            count.extend([None] * self.count)
+            before(self)
+            for name, value in gradients.items():
+                self.experts.gradient(name).copy_(value)
+
+        materialize.Reduction.wait = wait
+    try:
+        yield count
+    finally:
+        materialize.Reduction.wait = before
+
+
+def policies() -> list[str]:
+    return list(POLICIES)

@@ -1,0 +1,110 @@
+"""The parity matrix: policy x re-materialisation x top-k x workload x optimizer, one launch per world size.
+
+    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--mutate NAME]
+
+Each cell trains 5 steps sharded and compares losses, all gradients, the gradient norm and the weights with one dense
+process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
+owners and the form of the sparse collectives changes, so that these are covered too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.train import harness as h
+
+from poise.cluster import Cluster
+
+POLICIES = {
+    "smart-moe": "smart-moe:interval=1,threshold=0.0",
+    "flex-moe": "flex-moe:trigger=1.0",
+    "llep": "llep",
+    "poise": "poise",
+}
+FORMS = ("auto", "direct", "node", "tree")
+
+
+def machine(world: int) -> Cluster:
+    """A slow computer on fast wires, so that weights are worth moving even for these few tokens."""
+    nodes = np.arange(world) // max(1, world // 2)
+    return Cluster(nodes.astype(np.int32), np.ones(world), 1e6, 1e6, 1e9, 1e12, 1e12,
+                   intra_latency_s=1e-9, inter_latency_s=1e-9)  # fmt: skip
+
+
+def all_cells() -> list[tuple[str, bool, int, str, str]]:
+    return list(itertools.product(h.policies(), (False, True), (1, 2, 8), h.WORKLOADS, ("sgd", "adamw")))
+
+
+def pairwise(cells: list[tuple]) -> list[tuple]:
+    """A sample in which every pair of values of two factors occurs, greedily."""
+    todo = {((i, cell[i]), (j, cell[j])) for cell in cells for i, j in itertools.combinations(range(5), 2)}
+    out = []
+    rng = np.random.default_rng(0)
+    while todo:
+        some = [cells[i] for i in rng.choice(len(cells), 60)]
+        best = max(
+            some,
+            key=lambda cell: sum(((i, cell[i]), (j, cell[j])) in todo for i, j in itertools.combinations(range(5), 2)),
+        )
+        out.append(best)
+        todo -= {((i, best[i]), (j, best[j])) for i, j in itertools.combinations(range(5), 2)}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--pairwise", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th cell")
+    parser.add_argument("--mutate", default="")
+    options = parser.parse_args()
+    warnings.simplefilter("error", UserWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cells = all_cells()
+    if options.pairwise:
+        cells = pairwise(cells)
+    cells = cells[:: options.every]
+    if options.mutate:
+        cells = [cell for cell in cells if cell[4] == "sgd"]
+    references: dict[tuple, h.Trail] = {}
+    rows, start = [], time.time()
+    for number, (policy, again, top_k, workload, optimizer) in enumerate(cells):
+        key = (workload, top_k, optimizer)
+        if key not in references:
+            references[key] = h.dense(workload, top_k, optimizer, world)
+        owners = None
+        if number % 2:
+            owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
+        error, gathered, lost = h.sharded_run(
+            workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
+            owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=options.mutate,
+        )  # fmt: skip
+        rows.append({"policy": policy, "rematerialise": again, "top_k": top_k, "workload": workload,
+                     "optimizer": optimizer, "error": error,
+                     "gathered": gathered, "lost": lost})  # fmt: skip
+        if rank == 0 and number % 50 == 49:
+            worst = max(row["error"] for row in rows)
+            print(f"{number + 1}/{len(cells)} cells, worst {worst:.1e}, {time.time() - start:.0f} s", file=sys.stderr)
+    if rank == 0:
+        Path(options.out).write_text(json.dumps({"world": world, "seconds": time.time() - start, "cells": rows}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

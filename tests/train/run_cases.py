@@ -1,0 +1,288 @@
+"""Cases that need several ranks, all in one launch: each prints one JSON line on rank 0.
+
+torchrun --standalone --nproc-per-node 4 tests/train/run_cases.py [--steps 1000] [case ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.train import harness as h
+from tests.train.matrix import machine
+
+from poise.errors import OptionError
+from poise.policies.sharding import Heterogeneous, check_sharding
+from poise.runtime.collectives import sparse_all_gather, sparse_reduce_scatter
+from poise.runtime.transfers import plan_transfers
+from poise.train import fully_shard_experts
+
+MINE: dict[str, Any] = {}
+
+
+def case(function):
+    MINE[function.__name__] = function
+    return function
+
+
+def same(value: Any) -> None:
+    """Every rank has the same value."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    assert all(part == parts[0] for part in parts), parts
+
+
+@case
+def collectives(options) -> dict:
+    """Pre- and post-conditions, bytes on every link, and the order of the sum, against sums on one process."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    cluster, worst = machine(world), 0.0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        experts = int(rng.integers(1, 9))
+        owner = rng.integers(0, world, experts)
+        wanted = rng.random((experts, world)) < 0.5
+        form = ("direct", "node", "tree", "auto")[seed % 4]
+        plan = plan_transfers(owner, wanted, cluster, form=form)
+        value = lambda e, d: torch.tensor(np.random.default_rng([seed, e, d]).standard_normal(17))  # noqa: B023, E731
+        store = {e: [value(e, rank), value(e, rank)[:5].clone()] for e in range(experts)}
+        sparse_all_gather(plan, dist.group.WORLD, store.__getitem__).wait()
+        for e in range(experts):
+            held = wanted[e, rank] or owner[e] == rank
+            expected = value(e, int(owner[e])) if held else value(e, rank)
+            assert torch.equal(store[e][0], expected) and torch.equal(store[e][1], expected[:5])
+        store = {e: [value(e, rank)] for e in range(experts)}
+        once = None
+        for _ in range(2):  # the same sum to the last bit
+            rows = {e: [value(e, rank)] for e in range(experts)}
+            sparse_reduce_scatter(plan, dist.group.WORLD, rows.__getitem__, torch.float64).wait()
+            for e in np.flatnonzero(owner == rank):
+                full = sum(value(int(e), d) for d in range(world) if wanted[e, d] or d == rank)
+                worst = max(worst, (rows[int(e)][0] - full).abs().max().item())
+            now = [rows[int(e)][0] for e in np.flatnonzero(owner == rank)]
+            assert once is None or all(torch.equal(a, b) for a, b in zip(once, now, strict=True))
+            once = now
+    assert worst < 1e-13
+    return {"worst": worst}
+
+
+@case
+def changes(options) -> dict:
+    """Policies, owners and slots change between steps: nothing but speed does."""
+    world = dist.get_world_size()
+    names = [
+        "hecate",
+        "poise",
+        "full-replication",
+        "smart-moe:interval=1,threshold=0.0",
+        "hecate-calibrated",
+        "moon-ep",
+    ]
+    received = []
+
+    def change(run, step):
+        run.set_policy(names[step % len(names)], step_slots=1 + step % 3)
+        if step % 2 == 1:
+            owners = np.random.default_rng(step).integers(0, world, (h.LAYERS, h.EXPERTS))
+            received.append(run.reshard(owners))
+            assert (run.owners == owners).all()
+
+    worst = 0.0
+    for optimizer in ("sgd", "adamw"):
+        for again in (False, True, 4000.0):
+            reference = h.dense("W6", 2, optimizer, world, steps=8)
+            error, moved, _ = h.sharded_run("W6", 2, optimizer, "poise", reference, steps=8, change=change,
+                                            rematerialise=again, cluster=machine(world))  # fmt: skip
+            assert moved > 0
+            worst = max(worst, error)
+    assert worst <= 1e-11, worst
+    return {"worst": worst, "received": sum(received)}
+
+
+@case
+def schedules(options) -> dict:
+    """Prefetch depth, wire types and both sharding policies that move owners by themselves."""
+    world, worst, moved_owners = dist.get_world_size(), 0.0, 0
+    for prefetch, again in ((0, True), (1, True), (2, True), (2, False), (0, False)):
+        reference = h.dense("W1", 2, "adamw", world)
+        error, _, _ = h.sharded_run("W1", 2, "adamw", "hecate", reference, prefetch=prefetch, rematerialise=again,
+                                    cluster=machine(world))  # fmt: skip
+        worst = max(worst, error)
+    reference = h.dense("W6", 1, "adamw", world, steps=9)
+    seen = []
+
+    def watch(run, step):
+        check_sharding(run.owners, world)
+        seen.append(run.owners.tolist())
+
+    error, _, _ = h.sharded_run("W6", 1, "adamw", "hecate:overlap=1", reference, steps=9, change=watch,
+                                sharding=Heterogeneous(interval=2, overlap=1), cluster=machine(world))  # fmt: skip
+    moved_owners = sum(a != b for a, b in zip(seen, seen[1:], strict=False))
+    assert moved_owners > 0
+    worst = max(worst, error)
+    assert worst <= 1e-11, worst
+    same(seen)
+    return {"worst": worst, "plans": moved_owners}
+
+
+@case
+def memory(options) -> dict:
+    """Bytes that live at once, to the byte: full replication has the same replicas in every layer."""
+    world, rank, layers = dist.get_world_size(), dist.get_rank(), 4
+    expert = 3 * h.WIDTH * h.INNER * 8
+    out = {}
+    for again, prefetch in ((False, 1), (True, 1), (True, 2), (True, 0)):
+        model = h.build(layers=layers)
+        run = fully_shard_experts(model, mesh=h.MESH(world), policy="full-replication", rematerialise=again,
+                                  prefetch=prefetch, cluster=machine(world), form="direct")  # fmt: skip
+        run.set_gradient_divide_factor(1.0)
+        optimizer = h.make_optimizer("adamw", model)
+        ledger, most = run.schedule.ledger, [0]
+        count = type(ledger).add
+
+        def add(kind, nbytes, ledger=ledger, most=most, count=count):
+            count(ledger, kind, nbytes)
+            held = sum(value for name, value in ledger.now.items() if name != "arriving gradients")
+            most[0] = max(most[0], held)
+
+        ledger.add = add
+        for step in range(3):
+            data = h.batch("W0", step, world, 2, rank, torch.float64, layers)
+            optimizer.zero_grad()
+            h.loss_of(model, data).backward()
+            optimizer.step()
+            gc.collect()
+            assert sum(run.schedule.ledger.now.values()) == 0, run.schedule.ledger.now
+        found = run.memory(optimizer)
+        owned = int((run.owners == rank).sum())
+        assert found["parameters"] == owned * expert and found["gradients"] == owned * expert
+        assert found["states"] == 2 * owned * expert + 2 * layers * 4, found  # AdamW: two moments and a float32 count
+        replicas = max(h.EXPERTS - int((one == rank).sum()) for one in run.owners)
+        # full replication: every other rank sends its gradients of each owned expert home
+        arriving = max(int((one == rank).sum()) for one in run.owners) * (world - 1) * expert
+        peak = found["materialised peak"]
+        if again:
+            flight = max(1, prefetch)
+            expected = (
+                replicas * flight * 2 * expert
+            )  # (replicas a layer) x (layers in flight) x (parameter + gradient)
+            assert most[0] == expected if prefetch < 2 else most[0] <= expected, (most, expected)
+            assert peak <= expected + arriving
+        else:
+            assert peak >= layers * replicas * expert
+        out[f"rematerialise {again}, prefetch {prefetch}"] = peak // expert
+    return out
+
+
+@case
+def wire(options) -> dict:
+    """Bytes moved are expert bytes times new holders, forward and back, counted apart from the runtime."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    expert = 3 * h.WIDTH * h.INNER * 8
+    for policy in ("hecate", "poise", "moon-ep"):
+        model = h.build()
+        run = fully_shard_experts(model, mesh=h.MESH(world), policy=policy, cluster=machine(world), rematerialise=True)
+        for step in range(3):
+            before = dict(run.schedule.moved_bytes)
+            h.loss_of(model, h.batch("W1", step, world, 2, rank, torch.float64)).backward()
+            moved = {key: run.schedule.moved_bytes[key] - before[key] for key in before}
+            assert moved["gather"] == sum(one.replicas for one in run.metrics) * expert
+            assert moved["reduce"] <= moved["gather"]
+            assert all(one.tokens_D.sum() == 2 * h.TOKENS * world for one in run.metrics)
+        assert run.schedule.moved_bytes["gather"] > 0
+        same([one.tokens_D.tolist() for one in run.metrics])
+    return {"bytes": run.schedule.moved_bytes}
+
+
+@case
+def steady(options) -> dict:
+    """Many steps, a new plan in each and new owners every 100: no leak, no drift."""
+    world, rank, steps = dist.get_world_size(), dist.get_rank(), options.steps
+    model, reference = h.build(), h.build()
+    run = fully_shard_experts(model, mesh=h.MESH(world), policy="hecate:overlap=3", cluster=machine(world),
+                              rematerialise=True, sharding=Heterogeneous(interval=max(10, steps // 10), overlap=1))  # fmt: skip
+    run.set_gradient_divide_factor(1.0)
+    mine = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    run.attach(mine)
+    theirs = torch.optim.SGD(reference.parameters(), lr=1e-3, momentum=0.9)
+    owners, objects = [run.owners.tolist()], []
+    for step in range(steps):
+        mine.zero_grad()
+        h.loss_of(model, h.batch("W6", step, world, 2, rank, torch.float64)).backward()
+        h.reduce_dense(model, run)
+        mine.step()
+        theirs.zero_grad()
+        h.loss_of(reference, h.batch("W6", step, world, 2, None, torch.float64)).backward()
+        theirs.step()
+        if run.owners.tolist() != owners[-1]:
+            owners.append(run.owners.tolist())
+        if step in (steps // 4, steps - 1):
+            gc.collect()
+            objects.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            assert sum(run.schedule.ledger.now.values()) == 0
+    full = dict(reference.named_parameters())
+    error = h.worst(dict(model.named_parameters()), h.local_rows(model, {k: v.detach() for k, v in full.items()}))
+    assert len(owners) > 1, "owners never moved"
+    assert objects[1] <= objects[0] + 8, objects
+    assert error <= 1e-9, error
+    return {"steps": steps, "error": error, "owner plans": len(owners), "tensors": objects}
+
+
+@case
+def refusals(options) -> dict:
+    """What cannot be done is said, on every rank."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = h.build()
+    run = fully_shard_experts(model, mesh=h.MESH(world), policy="poise", cluster=machine(world))
+    loss = h.loss_of(model, h.batch("W1", 0, world, 2, rank, torch.float64))
+    said = []
+    for owners in (run.owners[::-1].copy() * 0, np.zeros((1, 2), int), run.owners + world):
+        try:
+            run.reshard(owners)
+        except OptionError as error:
+            said.append(error.message)
+    assert len(said) == 3 and "backward" in said[0] and "(1, 2)" in said[1] and "owner" in said[2], said
+    loss.backward()
+    run.reshard(run.owners * 0)  # everything on one rank is legal, if unwise
+    h.loss_of(model, h.batch("W1", 1, world, 2, rank, torch.float64)).backward()
+    return {"said": said}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    warnings.simplefilter("error", UserWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for name in options.cases or MINE:
+        try:
+            result = MINE[name](options)
+        except BaseException:
+            print(
+                json.dumps({"case": name, "rank": dist.get_rank(), "failed": traceback.format_exc()[-3000:]}),
+                flush=True,
+            )
+            raise
+        if dist.get_rank() == 0:
+            print(json.dumps({"case": name, **result}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

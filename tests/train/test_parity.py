@@ -1,0 +1,34 @@
+"""Sharded training equals one dense process, for every policy. A pairwise sample; ``make test-all`` runs all cells."""
+
+import json
+
+import pytest
+from tests.train.launch import torchrun
+
+from poise.policies.registry import POLICIES
+
+STILL = {"expert-parallelism", "split"}
+"""Policies that move no weights."""
+
+
+def cells(world, tmp_path, *arguments):
+    out = tmp_path / "cells.json"
+    torchrun(world, "tests/train/matrix.py", "--out", str(out), "--pairwise", *arguments)
+    return json.loads(out.read_text())["cells"]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_policy_equals_the_dense_reference(world, tmp_path):
+    found = cells(world, tmp_path, *(("--every", "4") if world == 8 else ()))
+    assert {cell["policy"] for cell in found} == set(POLICIES) or world == 8
+    assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
+    if world == 4:
+        assert {cell["policy"] for cell in found if cell["gathered"]} == set(POLICIES) - STILL
+
+
+@pytest.mark.parametrize("mutation", ["divisor", "replica", "token"])
+def test_a_mutation_fails_every_cell_it_touches(mutation, tmp_path):
+    found = cells(2, tmp_path, "--mutate", mutation)
+    touched = [cell for cell in found if mutation != "replica" or cell["lost"]]
+    assert len(touched) > 20
+    assert min(cell["error"] for cell in touched) > 1e-6
