@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-all check bench clean
 
 setup: $(STAMP)
 
@@ -16,6 +16,10 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# the tests, and the whole parity matrix of sharded training on 2, 4 and 8 processes; writes a report
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -58,9 +58,11 @@ def write(name: str, parts: list[str], suffix: str = "") -> None:
     """A report with date, command, machine and versions at its head; also printed."""
     date = datetime.date.today().isoformat()
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(["DATA"] if len(sys.argv) > 1 else [])])
-    versions = ", ".join(f"{name} {version(name)}" for name in ("poise-moe", "numpy", "scipy", "highspy", "numba"))
+    names = ("poise-moe", "numpy", "scipy", "highspy", "numba", *(["torch"] if "torch" in sys.modules else []))
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    data = ", DATA = the folder of routing data" if len(sys.argv) > 1 else ""
     head = (
-        f"# {name}\n\n{date}. `{command}`, DATA = the folder of routing data. {os.cpu_count()} CPU cores "
+        f"# {name}\n\n{date}. `{command}`{data}. {os.cpu_count()} CPU cores "
         f"({platform.machine()}), commit {COMMIT}, Python {platform.python_version()}, {versions}. Wall clock, shared machine."
     )
     text = "\n\n".join([head, *parts]) + "\n"

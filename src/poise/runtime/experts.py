@@ -5,6 +5,7 @@ A *bank* is a dict of stacked weights, name -> [n, ...]: the experts a rank owns
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,14 +81,15 @@ def recognise(module: nn.Module) -> ExpertKind:
         return _module_list(module)
     shapes = {name: tuple(weight.shape[1:]) for name, weight in module.named_parameters(recurse=False)}
     act = getattr(module, "act_fn", None)
-    if set(shapes) == {"gate_up_proj", "down_proj"} and act is not None and not hasattr(module, "_apply_gate"):
+    if set(shapes) == {"gate_up_proj", "down_proj"} and act is not None:
         (rows, width), (out, inner) = shapes["gate_up_proj"], shapes["down_proj"]
         if rows == 2 * inner and width == out:
-            return ExpertKind("gated", shapes, _gated(act), _gated_grouped(act), 3, inner)
-    if set(shapes) == {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"} and hasattr(
-        module, "_apply_gate"
-    ):
-        return ExpertKind("gpt-oss", shapes, _biased(module._apply_gate), None, 3, shapes["down_proj"][0])
+            gate = _gate_of(module) or _halves(act)
+            return ExpertKind("gated", shapes, _gated(gate), _gated_grouped(gate), 3, inner)
+    if set(shapes) == {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}:
+        (width, columns), (inner, out), gate = shapes["gate_up_proj"], shapes["down_proj"], _gate_of(module)
+        if columns == 2 * inner and width == out and gate is not None:
+            return ExpertKind("gpt-oss", shapes, _biased(gate), None, 3, inner)
     if set(shapes) == {"up_proj", "down_proj"} and act is not None:
         if shapes["up_proj"] == shapes["down_proj"][::-1]:
             return ExpertKind("plain", shapes, _plain(act), _plain_grouped(act), 2, shapes["up_proj"][0])
@@ -97,18 +99,34 @@ def recognise(module: nn.Module) -> ExpertKind:
     )
 
 
-def _gated(act: Any) -> Any:
+def _gate_of(module: nn.Module) -> Any:
+    """The module's own gating of [n, 2h] -> [n, h], free of its weights; None if it has none (transformers has)."""
+    if not hasattr(module, "_apply_gate"):
+        return None
+    shell = copy.copy(module)
+    shell._parameters = {}
+    return shell._apply_gate
+
+
+def _halves(act: Any) -> Any:
+    def gate(gate_up: Tensor) -> Tensor:
+        first, second = gate_up.chunk(2, dim=-1)
+        return act(first) * second
+
+    return gate
+
+
+def _gated(gate: Any) -> Any:
     def one(weights: Bank, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, weights["gate_up_proj"]).chunk(2, dim=-1)
-        return F.linear(act(gate) * up, weights["down_proj"])
+        return F.linear(gate(F.linear(x, weights["gate_up_proj"])), weights["down_proj"])
 
     return one
 
 
-def _gated_grouped(act: Any) -> Any:
+def _gated_grouped(gate: Any) -> Any:
     def grouped(bank: Bank, x: Tensor, ends: Tensor) -> Tensor:
-        gate, up = F.grouped_mm(x, bank["gate_up_proj"].transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(act(gate) * up, bank["down_proj"].transpose(-2, -1), offs=ends)
+        inner = gate(F.grouped_mm(x, bank["gate_up_proj"].transpose(-2, -1), offs=ends))
+        return F.grouped_mm(inner, bank["down_proj"].transpose(-2, -1), offs=ends)
 
     return grouped if hasattr(F, "grouped_mm") else None
 
@@ -152,8 +170,10 @@ def _module_list(experts: nn.ModuleList) -> ExpertKind:
     if not matrices:
         raise ModelError(f"experts have weights {shapes}, none of them a matrix")
 
+    code = copy.deepcopy(template).to("meta")
+
     def one(weights: Bank, x: Tensor) -> Tensor:
-        return torch.func.functional_call(template, weights, (x,))
+        return torch.func.functional_call(code, weights, (x,))
 
     total = sum(a * b for a, b in matrices)
     width = min(min(shape) for shape in matrices)

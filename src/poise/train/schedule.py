@@ -152,8 +152,8 @@ class Schedule:
         self._keep_L = np.zeros(len(layers), bool)
         self._last_bytes_L, self._last_s_L = np.zeros(len(layers)), np.zeros(len(layers))
         self._seen_L = np.zeros(len(layers), np.int64)
-        self._left_at: float | None = None
-        self._windows: deque[float] = deque(maxlen=RECENT)
+        self._left_at: Any = None
+        self._windows: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
         for number, experts in enumerate(layers):
             experts.schedule, experts.number = self, number
 
@@ -182,8 +182,8 @@ class Schedule:
         if in_backward():
             one = self._replay(experts, ids_TK)
         else:
-            if self._left_at is not None and x_Td.device.type == "cpu":
-                self._windows.append(time.perf_counter() - self._left_at)
+            if self._left_at is not None:
+                self._windows.append((self._left_at, _now(x_Td)))
             one = self._plan(experts, self._forced(ids_TK))
         trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
@@ -196,7 +196,7 @@ class Schedule:
         if not graph:
             one.weights.free()
             one.done = True
-        self._left_at = time.perf_counter()
+        self._left_at = _now(y_Nd)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
 
@@ -430,7 +430,9 @@ class Schedule:
         """Least median time between layers over the ranks: what a gather can hide behind."""
         if not self._windows:
             return
-        mine = torch.tensor([float(np.median(self._windows))], dtype=torch.float64, device=self.device)
+        mine = torch.tensor(
+            [float(np.median([_seconds(*window) for window in self._windows]))], dtype=torch.float64, device=self.device
+        )
         dist.all_reduce(mine, op=dist.ReduceOp.MIN, group=self.tokens_group)
         self.measured_window_s = float(mine.item())
 
@@ -447,6 +449,22 @@ class _Link:
         self.one.weights.after_backward(grads)
         self.one.done = True
         self.schedule.previous_starts(self.one)
+
+
+def _now(like: Tensor) -> Any:
+    """Now, in the work of a tensor's device."""
+    if like.is_cuda:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    return time.perf_counter()
+
+
+def _seconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _scaled(row: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
