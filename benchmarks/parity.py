@@ -22,7 +22,7 @@ LIMIT = 1e-11
 
 
 def main() -> None:
-    parts, failed = [], 0
+    parts, failed = [""], 0
     for world in [int(word) for word in sys.argv[1:]] or [2, 4, 8]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "cells.json"
@@ -39,17 +39,18 @@ def main() -> None:
             rows.append([policy, len(mine), sum(cell["gathered"] > 0 for cell in mine),
                          f"{max(cell['error'] for cell in mine):.1e}"])  # fmt: skip
         worst = max(cells, key=lambda cell: cell["error"])
-        parts.append(
+        parts.insert(
+            len(parts) - 1,
             f"## {world} ranks\n\n{len(cells)} cells in {found['seconds']:.0f} s; worst {worst['error']:.1e} "
             f"({worst['policy']}, {worst['workload']}, top-{worst['top_k']}, {worst['optimizer']})\n\n"
-            + table(["policy", "cells", "cells that moved weights", "worst relative error"], rows)
+            + table(["policy", "cells", "cells that moved weights", "worst relative error"], rows),
         )
-    parts.append(
-        f"Limit {LIMIT:g} on ||a - b|| / ||b|| of every loss, gradient, gradient norm and weight over 5 steps, float64, "
-        f"against one dense process on all tokens; {failed} cells above it. Every other cell starts on random owners; "
-        "the form of the sparse collectives changes from cell to cell."
-    )
-    write("parity", parts)
+        parts[-1] = (
+            f"Limit {LIMIT:g} on ||a - b|| / ||b|| of every loss, gradient, gradient norm and weight over 5 steps, "
+            f"float64, against one dense process on all tokens; {failed} cells above it. Every other cell starts on "
+            "random owners; the form of the sparse collectives changes from cell to cell."
+        )
+        write("parity", parts)
     sys.exit(1 if failed else 0)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
@@ -32,21 +33,34 @@ from poise.cost.weights import StepPrice, fetch_seconds
 from poise.policies.plan import Fetch, LayerView, StepPlan
 
 
+@njit(cache=True)
+def _nearest(load_SE, holders_ED, node_D, rows_SED):  # type: ignore[no-untyped-def]
+    devices, experts = load_SE.shape
+    for e in range(experts):
+        for s in range(devices):
+            load = load_SE[s, e]
+            if load == 0:
+                continue
+            if holders_ED[e, s]:
+                rows_SED[s, e, s] = load
+                continue
+            near, anywhere = 0, 0
+            for d in range(devices):
+                if holders_ED[e, d]:
+                    anywhere += 1
+                    near += 1 if node_D[d] == node_D[s] else 0
+            count = near if near > 0 else anywhere
+            whole, rest, rank = load // count, load % count, 0
+            for d in range(devices):
+                if holders_ED[e, d] and (near == 0 or node_D[d] == node_D[s]):
+                    rows_SED[s, e, d] = whole + (1 if (rank - s) % count < rest else 0)
+                    rank += 1
+
+
 def nearest_rows(load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], node_D: NDArray[Any]) -> NDArray[np.int64]:
     """Step 4, int64 [D, E, D]: what does not divide is dealt on in turn, from the source's own number on."""
-    devices = len(node_D)
-    rows = np.zeros((devices, *holders_ED.shape), np.int64)
-    for source in range(devices):
-        near_ED = holders_ED & (node_D == node_D[source])
-        choice = np.where(near_ED.any(axis=1, keepdims=True), near_ED, holders_ED)
-        local_E = holders_ED[:, source]
-        choice[local_E] = False
-        choice[local_E, source] = True
-        count_E = choice.sum(axis=1)
-        rank = np.cumsum(choice, axis=1) - 1
-        whole, rest = np.divmod(load_SE[source], np.maximum(count_E, 1))
-        turn = (rank - source) % np.maximum(count_E, 1)[:, None]
-        rows[source] = np.where(choice, whole[:, None] + (turn < rest[:, None]), 0)
+    rows = np.zeros((len(node_D), *holders_ED.shape), np.int64)
+    _nearest(np.ascontiguousarray(load_SE), np.ascontiguousarray(holders_ED), np.asarray(node_D, np.int64), rows)
     return rows
 
 

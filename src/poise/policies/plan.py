@@ -70,7 +70,8 @@ class StepPlan:
     quota_ED : int64 [E, D], tokens of each expert on each device; sums to the expert's tokens.
     rows_SED : int64 [D, E, D] or None: tokens from each source. None: own device, own node, remote
         (:func:`poise.cost.route.locality_rows`).
-    passive : the engine's even split over the static placement was left alone: nothing was exchanged or planned.
+    passive : the engine's even split over the static placement was left alone: nothing was exchanged or planned. In
+        training also where every source sends its tokens to the nearest of the holders chosen before the gate.
     """
 
     holders_ED: NDArray[np.bool_]

@@ -23,7 +23,9 @@ replica is kept and none comes in the background. In place of steps 1 to 5, with
 and weights priced there and back (:mod:`poise.policies.joint_plan`, whose steps 1 to 6 run):
     Step 6  Before the gate: the replicas with the least modelled time on predicted loads; none, and no exchange of
             counts, if that does not beat the owners alone.
-    Step 7  After the gate: the fastest two-level split on exact loads, and at most ``extra`` late replicas that pay.
+    Step 7  After the gate: the fastest two-level split on exact loads, and at most ``extra`` late replicas that pay. No
+            counts are exchanged where tokens sent to their nearest holders are predicted to be as fast, within
+            ``margin``, as the exact split with its control time.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from poise.cost.links import latency_seconds
 from poise.cost.weights import fetch_seconds
 from poise.policies import joint, joint_plan
 from poise.policies import kernels as k
+from poise.policies.hecate import nearest_rows
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota, exact_split, spread_evenly
 
@@ -64,7 +67,8 @@ class Poise:
     stall : most that one exposed fetch may take, in layer times.
     urgency : predicted gain, as a share of the layer time, for which a fetch that could wait is made at once.
     patience : most windows that a background fetch may take.
-    margin : least predicted gain, as a share of the passive layer time, that wakes the loop.
+    margin : least predicted gain, as a share of the passive layer time, that wakes the loop (training: by which
+        sending tokens to the nearest holders must be faster).
     slack : the second split may exceed the best maximum by this share to keep tokens at home.
     extra : training: most replicas that are fetched after the gate.
     """
@@ -160,25 +164,26 @@ class Poise:
         """Step 6."""
         price, cluster = view.price, view.price.cluster
         out = view.before_ED.copy()
-        load_SE = spread_evenly(np.rint(view.predicted_E).astype(np.int64), cluster.num_devices)
         free_D = view.slots_D - view.before_ED.sum(axis=0)
         counts = joint_plan.tried_counts(view.step_slots, int(cluster.devices_per_node_N.max()), len(out))
         least, alone = joint_plan.plan_layer(
-            load_SE, view.before_ED, free_D, k.make_rates(price), joint.wire_of(price), price.window_s,
+            self._expected(view), view.before_ED, free_D, k.make_rates(price), joint.wire_of(price), price.window_s,
             joint.back_passes(price), counts, out,
         )  # fmt: skip
-        control_s = price.control_s + self.training_plan_seconds(*out.shape)
-        return out if least + control_s < alone else view.before_ED
-
-    def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
-        """What step 7 takes beside the control time that every exact method pays."""
-        return TRAIN_PLAN_SECONDS_BASE + TRAIN_PLAN_SECONDS_PER_PAIR * num_experts * num_devices
+        if (out == view.before_ED).all():
+            return view.before_ED
+        near_s, exact_s = self._dispatch_seconds(view, out)
+        return out if least - exact_s + min(near_s, exact_s + self._control(view)) < alone else view.before_ED
 
     def _calibrated(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 7."""
         price = view.price
         if (holders_ED == view.static_ED).all():
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
+        near_s, exact_s = self._dispatch_seconds(view, holders_ED)
+        if near_s * (1.0 + self.margin) < exact_s + self._control(view):
+            rows = nearest_rows(load_SE, holders_ED, price.cluster.node_D)
+            return StepPlan(holders_ED, rows.sum(axis=0), rows, passive=True)
         quota, held = np.zeros(holders_ED.shape, np.int64), holders_ED.copy()
         free_D = view.slots_D - holders_ED.sum(axis=0)
         joint_plan.calibrate(
@@ -186,6 +191,26 @@ class Poise:
             price.window_s, joint.back_passes(price), self.extra, quota,
         )  # fmt: skip
         return StepPlan(held, quota)
+
+    def _expected(self, view: LayerView) -> NDArray[np.int64]:
+        """Predicted tokens of each source, evenly spread, int64 [D, E]."""
+        return spread_evenly(np.rint(view.predicted_E).astype(np.int64), view.price.cluster.num_devices)
+
+    def _control(self, view: LayerView) -> float:
+        return view.price.control_s + self.training_plan_seconds(*view.static_ED.shape)
+
+    def _dispatch_seconds(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> tuple[float, float]:
+        """Predicted seconds of a layer if tokens go to the nearest holders, and if they are split exactly."""
+        load_SE, rates = self._expected(view), k.make_rates(view.price)
+        quota = np.zeros(holders_ED.shape, np.int64)
+        exact_s = float(joint.best_quotas(load_SE, holders_ED, rates, joint.SLACKS, quota))
+        near = nearest_rows(load_SE, holders_ED, rates.node_D).sum(axis=0)
+        need = joint.node_needs(load_SE, rates.node_D, rates.size_N.size)
+        return float(joint.quota_seconds(near, load_SE, need, rates)), exact_s
+
+    def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
+        """What step 7 takes beside the control time that every exact method pays."""
+        return TRAIN_PLAN_SECONDS_BASE + TRAIN_PLAN_SECONDS_PER_PAIR * num_experts * num_devices
 
     def _work(self, view: LayerView, rates: k.Rates) -> NDArray[np.float64]:
         """Predicted seconds of each expert at speed 1."""

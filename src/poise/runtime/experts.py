@@ -6,6 +6,7 @@ A *bank* is a dict of stacked weights, name -> [n, ...]: the experts a rank owns
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class ExpertKind:
     grouped : (bank, tokens sorted by expert, end of each expert's tokens) -> [n, d], or None.
     matrices : weight matrices an expert has.
     inner : its inner width.
+    hidden : width of its tokens, d.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ExpertKind:
     grouped: Callable[[Bank, Tensor, Tensor], Tensor] | None
     matrices: int
     inner: int
+    hidden: int
 
     @property
     def numel(self) -> int:
@@ -54,7 +57,7 @@ class ExpertKind:
                 continue
             x = x_nd[start : start + total]
             start += total
-            if self.grouped is not None and _grouped_pays(x):
+            if self.grouped is not None and _grouped_pays(x, self.shapes):
                 ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
                 out.append(self.grouped(bank, x, ends))
                 continue
@@ -62,103 +65,113 @@ class ExpertKind:
             for row, part in enumerate(x.split(list(counts))):
                 if len(part):
                     out.append(self.one({name: all_rows[row] for name, all_rows in rows.items()}, part))
-        return torch.cat(out) if out else x_nd.new_zeros(x_nd.shape)
+        # autocast makes its own type on ranks that have tokens; all ranks must send the same
+        return torch.cat(out).to(x_nd.dtype) if out else x_nd.new_zeros(x_nd.shape)
 
 
-def _grouped_pays(x: Tensor) -> bool:
-    """On a CPU a loop is as fast or faster, and float64 is refused."""
-    return x.is_cuda and x.dtype == torch.bfloat16
+def _grouped_pays(x: Tensor, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """On a CPU a loop is as fast or faster, and float64 is refused; rows must begin at multiples of 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(shape[-1] % 8 == 0 for shape in shapes.values())
 
 
 def recognise(module: nn.Module) -> ExpertKind:
-    """The kind of an ``experts`` module.
+    """The kind of an ``experts`` module; it keeps no weight of the module alive.
+
+    Fused modules are those of Hugging Face's ``use_experts_implementation``, whose flags say how weights lie, or any
+    with ``gate_up_proj`` or ``up_proj``, ``down_proj`` and ``act_fn``. Their forward is not looked at: an expert is
+    taken to compute ``down(gate(up(x)))`` as that interface promises.
 
     Raises
     ------
-    ModelError : its weights are of no known shape.
+    ModelError : its weights are of no known shape, or it is not called as ``experts(tokens, ids, weights)``.
     """
     if isinstance(module, nn.ModuleList):
         return _module_list(module)
-    shapes = {name: tuple(weight.shape[1:]) for name, weight in module.named_parameters(recurse=False)}
+    name = type(module).__name__
+    shapes = {key: tuple(weight.shape[1:]) for key, weight in module.named_parameters(recurse=False)}
+    inputs = [key for key in inspect.signature(type(module).forward).parameters if key != "self"]
+    if len(inputs) != 3:
+        raise ModelError(
+            f"{name} takes {len(inputs)} inputs ({', '.join(inputs)}), experts 3",
+            hint="experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])",
+        )
+    for deeper, _ in module.named_parameters():
+        if "." in deeper:
+            raise ModelError(f"{name} has a weight {deeper} in a module of its own", hint="stack it: [E, ...]")
+    if getattr(module, "has_post_expert_norm", False):
+        raise ModelError(f"{name} normalises each expert's output, which is not supported")
+    first = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
+    plain, biased = {first, "down_proj"}, {first, "down_proj", f"{first}_bias", "down_proj_bias"}
     act = getattr(module, "act_fn", None)
-    if set(shapes) == {"gate_up_proj", "down_proj"} and act is not None:
-        (rows, width), (out, inner) = shapes["gate_up_proj"], shapes["down_proj"]
-        if rows == 2 * inner and width == out:
-            gate = _gate_of(module) or _halves(act)
-            return ExpertKind("gated", shapes, _gated(gate), _gated_grouped(gate), 3, inner)
-    if set(shapes) == {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}:
-        (width, columns), (inner, out), gate = shapes["gate_up_proj"], shapes["down_proj"], _gate_of(module)
-        if columns == 2 * inner and width == out and gate is not None:
-            return ExpertKind("gpt-oss", shapes, _biased(gate), None, 3, inner)
-    if set(shapes) == {"up_proj", "down_proj"} and act is not None:
-        if shapes["up_proj"] == shapes["down_proj"][::-1]:
-            return ExpertKind("plain", shapes, _plain(act), _plain_grouped(act), 2, shapes["up_proj"][0])
+    gate = getattr(module, "_apply_gate", None)
+    if set(shapes) in (plain, biased) and (act is not None or gate is not None):
+        transposed = bool(getattr(module, "is_transposed", hasattr(module, "limit")))
+        (rows, hidden), (out, inner) = (
+            shapes[key][::-1] if transposed else shapes[key] for key in (first, "down_proj")
+        )
+        gated = first == "gate_up_proj"
+        if rows == (1 + gated) * inner and hidden == out:
+            middle = _without_weights(module)._apply_gate if gate is not None and gated else _middle(act, gated)
+            return ExpertKind(
+                "gated" if gated else "plain", shapes, _one(first, transposed, middle),
+                _grouped(first, transposed, middle), 2 + gated, inner, hidden,
+            )  # fmt: skip
     raise ModelError(
-        f"experts of {type(module).__name__} have weights {shapes or 'none of their own'}: no known shape",
+        f"experts of {name} have weights {shapes or 'none of their own'}: no known shape",
         hint="gate_up_proj [E, 2h, d] and down_proj [E, d, h]; up_proj [E, h, d] and down_proj; or equal modules",
     )
 
 
-def _gate_of(module: nn.Module) -> Any:
-    """The module's own gating of [n, 2h] -> [n, h], free of its weights; None if it has none (transformers has)."""
-    if not hasattr(module, "_apply_gate"):
-        return None
+def _without_weights(module: nn.Module) -> Any:
+    """The same module without its weights, for the code and settings it carries."""
     shell = copy.copy(module)
-    shell._parameters = {}
-    return shell._apply_gate
+    shell.__dict__["_parameters"] = {}
+    return shell
 
 
-def _halves(act: Any) -> Any:
-    def gate(gate_up: Tensor) -> Tensor:
-        first, second = gate_up.chunk(2, dim=-1)
-        return act(first) * second
+def _middle(act: Any, gated: bool) -> Any:
+    """What lies between the two matrices."""
 
-    return gate
+    def gate_up(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        out: Tensor = act(gate) * up
+        return out
+
+    return gate_up if gated else act
 
 
-def _gated(gate: Any) -> Any:
+def _one(first: str, transposed: bool, middle: Any) -> Any:
+    def project(x: Tensor, weights: Bank, name: str) -> Tensor:
+        weight, bias = weights[name], weights.get(f"{name}_bias")
+        if not transposed:
+            return F.linear(x, weight, bias)
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
     def one(weights: Bank, x: Tensor) -> Tensor:
-        return F.linear(gate(F.linear(x, weights["gate_up_proj"])), weights["down_proj"])
+        return project(middle(project(x, weights, first)), weights, "down_proj")
 
     return one
 
 
-def _gated_grouped(gate: Any) -> Any:
+def _grouped(first: str, transposed: bool, middle: Any) -> Any:
+    def project(x: Tensor, bank: Bank, name: str, ends: Tensor) -> Tensor:
+        weight, bias = bank[name], bank.get(f"{name}_bias")
+        out = F.grouped_mm(x, weight if transposed else weight.transpose(-2, -1), offs=ends)
+        if bias is None:
+            return out
+        return out + bias.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), dim=0, output_size=len(x))
+
     def grouped(bank: Bank, x: Tensor, ends: Tensor) -> Tensor:
-        inner = gate(F.grouped_mm(x, bank["gate_up_proj"].transpose(-2, -1), offs=ends))
-        return F.grouped_mm(inner, bank["down_proj"].transpose(-2, -1), offs=ends)
+        return project(middle(project(x, bank, first, ends)), bank, "down_proj", ends)
 
     return grouped if hasattr(F, "grouped_mm") else None
-
-
-def _plain(act: Any) -> Any:
-    def one(weights: Bank, x: Tensor) -> Tensor:
-        return F.linear(act(F.linear(x, weights["up_proj"])), weights["down_proj"])
-
-    return one
-
-
-def _plain_grouped(act: Any) -> Any:
-    def grouped(bank: Bank, x: Tensor, ends: Tensor) -> Tensor:
-        inner = act(F.grouped_mm(x, bank["up_proj"].transpose(-2, -1), offs=ends))
-        return F.grouped_mm(inner, bank["down_proj"].transpose(-2, -1), offs=ends)
-
-    return grouped if hasattr(F, "grouped_mm") else None
-
-
-def _biased(apply_gate: Any) -> Any:
-    def one(weights: Bank, x: Tensor) -> Tensor:
-        inner = apply_gate(torch.addmm(weights["gate_up_proj_bias"], x, weights["gate_up_proj"]))
-        return torch.addmm(weights["down_proj_bias"], inner, weights["down_proj"])
-
-    return one
 
 
 def _module_list(experts: nn.ModuleList) -> ExpertKind:
     """Equal modules, each of one input: the first one's code with each one's weights."""
     if not len(experts):
         raise ModelError("the list of experts is empty")
-    template = experts[0]
+    template = copy.deepcopy(experts[0]).to("meta")
     shapes = {name: tuple(weight.shape) for name, weight in template.named_parameters()}
     for number, expert in enumerate(experts):
         other = {name: tuple(weight.shape) for name, weight in expert.named_parameters()}
@@ -166,15 +179,15 @@ def _module_list(experts: nn.ModuleList) -> ExpertKind:
             raise ModelError(f"expert {number} has weights {other}, expert 0 {shapes}", hint="experts must be equal")
         if next(expert.buffers(), None) is not None:
             raise ModelError(f"expert {number} has buffers", hint="experts with buffers are not supported")
+        if any(isinstance(part, nn.Dropout) and part.p > 0 for part in expert.modules()):
+            raise ModelError(f"expert {number} has dropout", hint="a recomputed pass would drop other values")
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
     if not matrices:
         raise ModelError(f"experts have weights {shapes}, none of them a matrix")
 
-    code = copy.deepcopy(template).to("meta")
-
     def one(weights: Bank, x: Tensor) -> Tensor:
-        return torch.func.functional_call(code, weights, (x,))
+        return torch.func.functional_call(template, weights, (x,))
 
     total = sum(a * b for a, b in matrices)
     width = min(min(shape) for shape in matrices)
-    return ExpertKind("modules", shapes, one, None, len(matrices), max(1, total // (len(matrices) * width)))
+    return ExpertKind("modules", shapes, one, None, len(matrices), max(1, total // (len(matrices) * width)), width)

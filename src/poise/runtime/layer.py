@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from poise.errors import ModelError
 from poise.runtime.dispatch import Exchange, back, there
 from poise.runtime.experts import Bank, ExpertKind
 
@@ -77,6 +79,7 @@ class LayerStep:
         )
         self.x_edge: GradientEdge | None = None
         self.y_edge: GradientEdge | None = None
+        self.spent = False
 
     def forward(self, x_Td: Tensor, graph: bool) -> Tensor:
         """Outputs of this rank's pairs, [T * K, d]."""
@@ -98,14 +101,23 @@ class LayerStep:
 
     def backward(self, dy_Nd: Tensor, wants_x: bool) -> Tensor | None:
         """Gradient of the tokens, [T, d]; those of the weights go to ``weights``."""
-        way, leaves = self.way, self.weights.leaves()
+        if self.spent:
+            raise ModelError(
+                "the experts' graph was freed by a backward pass before this one",
+                hint="pass retain_graph=True to the first",
+            )
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        way, leaves, self.spent = self.way, self.weights.leaves(), not keep
         self.weights.before_backward()
         dy_in = there(dy_Nd.index_select(0, way.send_N), way, self.group)
         dx_in, grads = dy_in.new_zeros(dy_in.shape), [None] * len(leaves)
         if self.y_edge is not None and self.x_edge is not None:
-            got = torch.autograd.grad([self.y_edge], [self.x_edge, *leaves], [dy_in], allow_unused=True)
+            got = torch.autograd.grad(
+                [self.y_edge], [self.x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
+            )
             dx_in, grads = got[0], list(got[1:])
-            self.x_edge = self.y_edge = None
+            if not keep:
+                self.x_edge = self.y_edge = None
         self.weights.after_backward(grads)
         if not wants_x:
             return None
@@ -127,5 +139,6 @@ class RunExperts(torch.autograd.Function):
         return step.forward(x_Td, graph)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
         return (None, None, ctx.step.backward(grads[0], ctx.needs_input_grad[2]), *[None] * ctx.given)

@@ -12,15 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.errors import ModelError
-from poise.runtime.experts import recognise
+from poise.runtime.experts import ExpertKind, recognise
 
 
 class DenseExperts(nn.Module):
     """All experts on one device, one after the other: the reference."""
 
+    def _kind(self) -> ExpertKind:
+        kind = self.__dict__.get("_known")
+        if kind is None:
+            kind = self.__dict__["_known"] = recognise(self)
+        return kind
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, [T, d]."""
-        kind = recognise(self)
+        kind = self._kind()
         listed = isinstance(self, nn.ModuleList)
         weights = {} if listed else {name: weight.unbind(0) for name, weight in self.named_parameters(recurse=False)}
         out = torch.zeros_like(hidden_states)

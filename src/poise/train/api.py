@@ -26,7 +26,7 @@ from poise.errors import ModelError, OptionError
 from poise.modelspec import ModelSpec
 from poise.policies.plan import StepPolicy
 from poise.policies.registry import parse_policy
-from poise.policies.sharding import Even, Heterogeneous, ShardingPolicy, even_sharding
+from poise.policies.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
 from poise.runtime.experts import recognise
 from poise.runtime.transfers import Form
 from poise.train.checkpoint import speak_of_experts
@@ -34,7 +34,7 @@ from poise.train.gradients import clip_grad_norm_
 from poise.train.schedule import LayerMetrics, Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
 
-SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous()}
+SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous(), "balanced": Balanced()}
 
 
 class FssdpExperts:
@@ -148,7 +148,8 @@ def fully_shard_experts(
     mesh : 1-D, or 2-D (node, device in the node). Every rank has its own tokens.
     policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.policies`.
     step_slots : M, replicas a rank may hold of a layer beside the experts it owns.
-    sharding : ``even``, ``heterogeneous`` (Hecate's Algorithm 2, every 100 steps) or an object: who owns what.
+    sharding : ``even``, ``heterogeneous`` (Hecate's Algorithm 2, every 100 steps), ``balanced`` (the same where
+        it pays: poise's) or an object: who owns what.
     rematerialise : True frees replicas after the forward pass and gathers them again (Hecate-RM); a number keeps
         those that pay most within so many bytes.
     prefetch : layers ahead whose replicas are gathered; 0 gathers in sight.
@@ -168,6 +169,7 @@ def fully_shard_experts(
         that does not hold this rank.
     """
     _check(step_slots, prefetch, window, rematerialise, mesh)
+    planner = parse_policy(policy) if isinstance(policy, str) else policy
     found = _find(model)
     kinds = {name: recognise(module) for name, module in found.items()}
     first_name, kind = next(iter(kinds.items()))
@@ -181,9 +183,8 @@ def fully_shard_experts(
             )
     flat = mesh if mesh.ndim == 1 else mesh._flatten()
     tokens_group = flat.get_group()
-    ranks = dist.get_process_group_ranks(tokens_group)
-    weights_group = dist.new_group(ranks, backend=dist.get_backend(tokens_group))
-    rank, size = dist.get_rank(tokens_group), len(ranks)
+    weights_group = _second_group(flat, tokens_group)
+    rank, size = dist.get_rank(tokens_group), dist.get_world_size(tokens_group)
     machine = cluster or _machine(mesh, size)
     if machine.num_devices != size:
         raise OptionError(f"the cluster has {machine.num_devices} devices, the mesh {size} ranks")
@@ -223,14 +224,12 @@ def fully_shard_experts(
     schedule = Schedule(
         layers,
         Settings(
-            parse_policy(policy) if isinstance(policy, str) else policy, step_slots, window, prefetch, rematerialise,
-            plan, form, window_s, force_balance, top_k,
+            planner, step_slots, window, prefetch, rematerialise, plan, form, window_s, force_balance, top_k,
         ),
         machine, _model(kind, experts, top_k, len(layers), compute), tokens_group, weights_group, compute,
         getattr(mp_policy, "reduce_dtype", None) or compute, device,
     )  # fmt: skip
     handle = FssdpExperts(model, schedule)
-    dist.barrier(group=weights_group)  # the first operation on a communicator must be everyone's
     model.register_forward_pre_hook(lambda *_: schedule.begin())
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
     model._ddp_params_and_buffers_to_ignore = names
@@ -279,6 +278,18 @@ def _top_k(model: nn.Module, name: str) -> int:
     return 1
 
 
+def _second_group(mesh: DeviceMesh, first: Any) -> Any:
+    """A communicator of the mesh's ranks for weights, one a mesh: every group costs threads or device memory."""
+    group = getattr(mesh, "_poise_weights_group", None)
+    if group is None:
+        ranks = dist.get_process_group_ranks(first)
+        # by the members alone: the other parts of a larger mesh make groups of their own
+        group = dist.new_group(ranks, backend=dist.get_backend(first), use_local_synchronization=True)
+        dist.barrier(group=group)  # the first operation on a communicator must be everyone's
+        mesh._poise_weights_group = group
+    return group
+
+
 def _machine(mesh: DeviceMesh, size: int) -> Cluster:
     local = mesh.shape[1] if mesh.ndim == 2 else int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return Cluster.uniform(size // local, local, "a100") if size % local == 0 else Cluster.uniform(1, size, "a100")
@@ -287,14 +298,7 @@ def _machine(mesh: DeviceMesh, size: int) -> Cluster:
 def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> ModelSpec:
     """Sizes for the policies' price: an expert weighs what it weighs."""
     size = float(torch.empty((), dtype=dtype).element_size())
-    hidden = (
-        next(shape[0] for name, shape in kind.shapes.items() if len(shape) == 2 and "down" in name)
-        if any("down" in name for name in kind.shapes)
-        else min(min(shape) for shape in kind.shapes.values() if len(shape) == 2)
-    )
-    if kind.name == "gpt-oss":
-        hidden = kind.shapes["down_proj"][1]
-    inner = max(1, round(kind.numel / (kind.matrices * hidden)))
+    hidden, inner = kind.hidden, max(1, round(kind.numel / (kind.matrices * kind.hidden)))
     return ModelSpec("training", layers, tuple(range(layers)), experts, min(top_k, experts), hidden, inner,
                      kind.matrices, size, size, size, 2.0 * hidden)  # fmt: skip
 

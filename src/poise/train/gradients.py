@@ -1,4 +1,6 @@
-"""One global gradient norm, every expert counted once; and optimizer groups that keep experts and the rest apart."""
+"""One global gradient norm, every expert counted once; optimizer groups that keep experts and the rest apart; and
+the routers' correction bias, moved by global loads.
+"""
 
 from __future__ import annotations
 
@@ -62,19 +64,70 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     part = part if infinite else part**norm_type
     dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=schedule.tokens_group)
     plain = [w.grad for w in dense if w.grad is not None and not isinstance(w.grad, DTensor)]
-    shards = [w.grad for w in dense if isinstance(w.grad, DTensor)]
+    shards: dict[Any, list[Any]] = {}
+    for weight in dense:
+        if isinstance(weight.grad, DTensor):
+            shards.setdefault((weight.grad.device_mesh, weight.grad.placements), []).append(weight.grad)
     rest = [_norm(plain, norm_type, device)]
-    if shards:
-        norm: Any = torch.nn.utils.get_total_norm(shards, norm_type)
+    for grads in shards.values():  # tensor parallel and FSDP2 tensors do not mix in one stack
+        norm: Any = torch.nn.utils.get_total_norm(grads, norm_type)
         rest.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device, part.dtype))
     if infinite:
         total = torch.stack([part, *rest]).max()
     else:
         total = (part + torch.stack(rest).pow(norm_type).sum()) ** (1.0 / norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for grad in (*mine, *plain, *shards):
+    for grad in (*mine, *plain, *(grad for grads in shards.values() for grad in grads)):
         grad.mul_(scale.to(grad.device))
     return total
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def update_correction_bias(model: nn.Module, rate: float, *, passes: int = 1) -> int:
+    """Balance without an auxiliary loss: ``bias += rate * sign(mean load - load)``; the number of layers changed.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after the optimizer step, on every rank: loads are the exact
+    pairs of all ranks, so that every rank makes the same change without a collective. ``load`` and ``bias`` are [E].
+
+    Parameters
+    ----------
+    model : its routers have a buffer ``e_score_correction_bias`` [E], in the module beside the experts.
+    rate : step of the bias, gamma in the paper.
+    passes : forward passes that count: the micro-batches of a step.
+
+    Raises
+    ------
+    OptionError : ``rate`` below 0, or fewer forward passes were made than ``passes``. ModelError : no router has such
+        a bias.
+    """
+    if rate < 0 or passes < 1:
+        raise OptionError(f"rate {rate} must be at least 0, passes {passes} at least 1")
+    sharded_layers(model)
+    changed = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, ShardedExperts):
+            continue
+        bias = _correction_bias(model.get_submodule(name.rpartition(".")[0]))
+        if bias is None:
+            continue
+        schedule: Any = module.schedule
+        recent = list(schedule._recent[module.number])
+        if len(recent) < passes:
+            raise OptionError(f"{passes} forward passes are to count, {len(recent)} are known of {name}")
+        load_E = torch.from_numpy(sum(recent[-passes:]))
+        bias.add_(torch.sign(load_E.mean() - load_E).to(bias), alpha=rate)
+        changed += 1
+    if not changed:
+        raise ModelError(f"no router of {type(model).__name__} has an e_score_correction_bias")
+    return changed
+
+
+def _correction_bias(parent: nn.Module) -> Tensor | None:
+    for module in parent.modules():
+        bias = getattr(module, "e_score_correction_bias", None)
+        if isinstance(bias, Tensor):
+            return bias
+    return None
 
 
 def _norm(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
