@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,21 @@ def torchrun(world: int, script: str, *arguments: str, timeout: float = 300.0, c
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
+
+
+def processes(world: int, script: str, *arguments: str, timeout: float = 120.0) -> list[tuple[int, str]]:
+    """Exit code and output of every rank, started without an agent that would end the others when one dies."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    running = []
+    for rank in range(world):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        running.append(subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=ROOT, env=env, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+    try:
+        return [(process.wait(), out) for process in running for out in (process.communicate(timeout=timeout)[0],)]
+    finally:
+        for process in running:
+            process.kill()

@@ -120,15 +120,16 @@ def _shown(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, 
         for prefix, module in model.named_modules() if isinstance(module, ShardedExperts)
         for attribute in module._attribute.values()
     }  # fmt: skip
-    inner: Any = states.get("state", {})
-    for name, values in inner.items():
+
+    def shown(name: str, value: Any) -> Any:
         module = owners.get(name)
-        if module is None:
-            continue
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(module.mine):
-                values[key] = ExpertShards(value, module.mine, module.num_experts)
-    return weights, states
+        if module is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] != len(module.mine):
+            return value
+        return ExpertShards(value, module.mine, module.num_experts)
+
+    inner: Any = states.get("state", {})  # the optimizer's own dicts: they are not to be changed
+    seen = {name: {key: shown(name, value) for key, value in values.items()} for name, values in inner.items()}
+    return weights, {**states, "state": seen}
 
 
 def _local(tree: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from poise.errors import ModelError, OptionError
 from poise.train.sharding import ShardedExperts
@@ -64,22 +64,38 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     part = part if infinite else part**norm_type
     dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=schedule.tokens_group)
     plain = [w.grad for w in dense if w.grad is not None and not isinstance(w.grad, DTensor)]
-    shards: dict[Any, list[Any]] = {}
-    for weight in dense:
-        if isinstance(weight.grad, DTensor):
-            shards.setdefault((weight.grad.device_mesh, weight.grad.placements), []).append(weight.grad)
-    rest = [_norm(plain, norm_type, device)]
-    for grads in shards.values():  # tensor parallel and FSDP2 tensors do not mix in one stack
-        norm: Any = torch.nn.utils.get_total_norm(grads, norm_type)
-        rest.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device, part.dtype))
+    shards = [w.grad for w in dense if isinstance(w.grad, DTensor)]
+    rest = [_norm(plain, norm_type, device), *_norms_of_shards(shards, norm_type, device)]
     if infinite:
         total = torch.stack([part, *rest]).max()
     else:
         total = (part + torch.stack(rest).pow(norm_type).sum()) ** (1.0 / norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for grad in (*mine, *plain, *(grad for grads in shards.values() for grad in grads)):
+    for grad in (*mine, *plain, *shards):
         grad.mul_(scale.to(grad.device))
     return total
+
+
+def _norms_of_shards(shards: list[Any], norm_type: float, device: torch.device) -> list[Tensor]:
+    """Norms of DTensors, by mesh and placement: those of FSDP2 and of tensor parallelism do not mix in one stack.
+
+    From the local shards: torch's own norm refuses an empty one for the infinity norm, on the ranks that have it only.
+    """
+    groups: dict[Any, list[Any]] = {}
+    for grad in shards:
+        if any(placement.is_partial() for placement in grad.placements):
+            grad = grad.redistribute(placements=[Replicate()] * grad.device_mesh.ndim)
+        groups.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
+    out, infinite = [], norm_type == float("inf")
+    for (mesh, placements), grads in groups.items():
+        norm = _norm([grad for grad in grads if grad.numel()], norm_type, device)
+        norm = norm if infinite else norm**norm_type
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate():
+                op = dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM
+                dist.all_reduce(norm, op=op, group=mesh.get_group(dim))
+        out.append(norm if infinite else norm ** (1.0 / norm_type))
+    return out
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -305,6 +305,13 @@ class Reduction:
         row = self.experts.mine.index(expert)
         return [self.experts.gradient(name)[row] for name in self.experts.trainable]
 
+    def discard(self) -> None:
+        """End it, adding nothing: the backward pass that it belongs to failed."""
+        shapes = [self.experts.kind.shapes[name] for name in self.experts.trainable]
+        device = next(iter(self.experts.owned().values())).device
+        self.pending.rows = lambda e: self.rows.get(e) or [torch.zeros(shape, device=device) for shape in shapes]
+        self.wait()
+
     def wait(self) -> None:
         """Until the owners have them."""
         self.pending.wait()

@@ -36,6 +36,7 @@ from poise.policies.rematerialise import layers_to_keep
 from poise.policies.sharding import ShardingPolicy
 from poise.runtime.dispatch import Exchange, all_counts, make_exchange
 from poise.runtime.layer import LayerStep, RunExperts
+from poise.runtime.recompute import checkpoint_frame, in_backward, places
 from poise.runtime.transfers import Form
 from poise.train.materialize import Ledger, Materialised, Reduction
 from poise.train.sharding import ShardedExperts, move_owners
@@ -99,6 +100,7 @@ class Pass:
     way: Exchange
     weights: Materialised
     before: weakref.ref[Pass] | None
+    frame: weakref.ref[Any] | None
     done: bool = False
 
 
@@ -169,6 +171,8 @@ class Schedule:
         if in_backward():
             return
         self._drop_early()
+        if self._callback:
+            self._forget_backward()
         self.metrics = []
         self._left_at = None
         if self._due is not None:
@@ -179,12 +183,13 @@ class Schedule:
 
     def run(self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """One layer, forward."""
+        frame = checkpoint_frame()
         if in_backward():
-            one = self._replay(experts, ids_TK)
+            one = self._replay(experts, ids_TK, frame)
         else:
             if self._left_at is not None:
                 self._windows.append((self._left_at, _now(x_Td)))
-            one = self._plan(experts, self._forced(ids_TK))
+            one = self._plan(experts, ids_TK, frame)
         trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
@@ -198,6 +203,8 @@ class Schedule:
             one.done = True
         self._left_at = _now(y_Nd)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
+        if frame is not None:  # recorded now, so that the recomputation can put swapped experts back
+            weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
 
     def _forced(self, ids_TK: Tensor) -> Tensor:
@@ -208,8 +215,8 @@ class Schedule:
         turn = torch.arange(ids_TK.numel(), device=ids_TK.device) + self.rank * ids_TK.numel()
         return (turn % experts).view(ids_TK.shape)
 
-    def _plan(self, experts: ShardedExperts, ids_TK: Tensor) -> Pass:
-        layer = experts.number
+    def _plan(self, experts: ShardedExperts, given_TK: Tensor, frame: Any) -> Pass:
+        layer, ids_TK = experts.number, self._forced(given_TK)
         load_SE = all_counts(ids_TK, experts.num_experts, self.tokens_group)
         weights = self._early.pop(layer, None) or self._materialise(layer)
         view = self.view(layer, load_SE.sum())
@@ -222,7 +229,8 @@ class Schedule:
         weights.complete(plan.holders_ED, plan.quota_ED > 0)
         if getattr(policy, "keeps_in_training", policy.keeps):
             self._held[layer] = plan.holders_ED
-        one = Pass(layer, ids_TK, make_exchange(ids_TK, rows, self.rank, weights.slots), weights, None)
+        way = make_exchange(ids_TK, rows, self.rank, weights.slots)
+        one = Pass(layer, given_TK, way, weights, None, None if frame is None else weakref.ref(frame))
         self._note(experts, load_SE, plan, weights)
         if torch.is_grad_enabled():
             self._passes = [ref for ref in self._passes if (old := ref()) is not None and not old.done]
@@ -252,8 +260,11 @@ class Schedule:
                          weights.gathered_count, gathered)
         )  # fmt: skip
 
-    def _replay(self, experts: ShardedExperts, ids_TK: Tensor) -> Pass:
-        """The pass that activation checkpointing computes again: a router may flip ties, plan and splits must not."""
+    def _replay(self, experts: ShardedExperts, ids_TK: Tensor, frame: Any) -> Pass:
+        """The pass that activation checkpointing computes again: a router may flip ties, plan and splits must not.
+
+        Of several open passes it is the one of this checkpoint; of several of it, the one with the most equal ids.
+        """
         found = [
             one for ref in self._passes
             if (one := ref()) is not None and one.layer == experts.number and not one.done
@@ -264,7 +275,9 @@ class Schedule:
                 f"layer {experts.number} is computed in the backward pass, but no forward pass of it is open",
                 hint="checkpoint with use_reentrant=False",
             )
-        same = [int((one.ids_TK == ids_TK).sum()) for one in found]
+        here = [one for one in found if frame is not None and one.frame is not None and one.frame() is frame]
+        found = here or found
+        same = [int((one.ids_TK == ids_TK).sum()) if len(found) > 1 else 0 for one in found]
         return found[max(range(len(found)), key=lambda i: (same[i], i))]
 
     def view(self, layer: int, pairs: float | None = None) -> LayerView:
@@ -376,6 +389,16 @@ class Schedule:
             reduction.wait()
         self._reductions.clear()
 
+    def _forget_backward(self) -> None:
+        """A backward pass failed on the way: what it left must not enter the next step."""
+        self._callback = False
+        for reduction in self._reductions:
+            reduction.discard()
+        self._reductions.clear()
+        self.ledger.add("replica gradients", -sum(self._grad_bytes))
+        self._grad_bytes = [0] * len(self.layers)
+        self._kept_grads, self._kept_ED = [{} for _ in self.layers], [None] * len(self.layers)
+
     def _finish(self) -> None:
         """The backward pass is over."""
         self._callback = False
@@ -469,11 +492,6 @@ def _seconds(start: Any, end: Any) -> float:
 
 def _scaled(row: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return row.to(dtype) if scale == 1.0 else row.to(dtype).mul_(scale)
-
-
-def in_backward() -> bool:
-    """Whether autograd is running: then a forward is a recomputation."""
-    return int(torch._C._current_graph_task_id()) != -1
 
 
 @lru_cache(maxsize=64)
