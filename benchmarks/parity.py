@@ -1,6 +1,6 @@
 """The whole parity matrix of sharded training, one launch per world size: policy x re-materialisation x K x W0-W7.
 
-Usage: python benchmarks/parity.py [2 4 8]
+Usage: python benchmarks/parity.py [2 4 8/4 ...]    (8/4: on 8 ranks every fourth cell)
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ LIMIT = 1e-11
 
 def main() -> None:
     parts, failed = [""], 0
-    for world in [int(word) for word in sys.argv[1:]] or [2, 4, 8]:
+    for word in sys.argv[1:] or ["2", "4", "8"]:
+        world, _, every = word.partition("/")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "cells.json"
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-                 str(ROOT / "tests/train/matrix.py"), "--out", str(out)], check=True, cwd=ROOT,
+                 str(ROOT / "tests/train/matrix.py"), "--out", str(out), "--every", every or "1"], check=True, cwd=ROOT,
             )  # fmt: skip
             found = json.loads(out.read_text())
         cells = found["cells"]

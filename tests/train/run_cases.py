@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import itertools
+
 from tests.train import harness as h
 from tests.train.matrix import machine
 
@@ -130,7 +132,7 @@ def schedules(options) -> dict:
 
     error, _, _ = h.sharded_run("W6", 1, "adamw", "hecate:overlap=1", reference, steps=9, change=watch,
                                 sharding=Heterogeneous(interval=2, overlap=1), cluster=machine(world))  # fmt: skip
-    moved_owners = sum(a != b for a, b in zip(seen, seen[1:], strict=False))
+    moved_owners = sum(a != b for a, b in itertools.pairwise(seen))
     assert moved_owners > 0
     worst = max(worst, error)
     assert worst <= 1e-11, worst

@@ -2,20 +2,23 @@
 
 One autograd function holds the whole of it, with the experts' own graph inside. So no rank's collectives depend on
 which of its experts got tokens, or on the order in which the engine visits nodes: a rank without a token takes part in
-everything. The graph inside is kept by its two ends only; under activation checkpointing it holds no activations.
+everything. Under activation checkpointing the forward pass builds no graph inside; the recomputation does, before the
+backward of the layer needs it, and with real tensors: unpacked in the inner backward, a task of its own for autograd,
+they would be computed a second time, and only on ranks that have tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from poise.errors import ModelError
 from poise.runtime.dispatch import Exchange, back, there
 from poise.runtime.experts import Bank, ExpertKind
 
@@ -56,6 +59,14 @@ class _Entry(torch.autograd.Function):
         return None, None
 
 
+@dataclass(slots=True)
+class Inner:
+    """The two ends of the experts' graph on one rank, None without tokens; shared with the layer's recomputation."""
+
+    x_edge: GradientEdge | None = None
+    y_edge: GradientEdge | None = None
+
+
 class LayerStep:
     """One layer in one forward pass.
 
@@ -64,33 +75,33 @@ class LayerStep:
     kind, way, top_k, group : the experts, who sends what, K, and the process group of tokens.
     weights : the experts held here.
     counts : tokens of every row of every bank.
+    inner : where the graph inside is kept.
     """
 
     def __init__(
-        self, kind: ExpertKind, way: Exchange, top_k: int, group: Any, weights: Weights, counts: list[list[int]]
+        self,
+        kind: ExpertKind,
+        way: Exchange,
+        top_k: int,
+        group: Any,
+        weights: Weights,
+        counts: list[list[int]],
+        inner: Inner,
     ) -> None:
-        self.kind, self.way, self.top_k, self.group, self.weights, self.counts = (
-            kind,
-            way,
-            top_k,
-            group,
-            weights,
-            counts,
-        )
-        self.x_edge: GradientEdge | None = None
-        self.y_edge: GradientEdge | None = None
-        self.spent = False
+        self.kind, self.way, self.top_k, self.group = kind, way, top_k, group
+        self.weights, self.counts, self.inner = weights, counts, inner
 
-    def forward(self, x_Td: Tensor, graph: bool) -> Tensor:
-        """Outputs of this rank's pairs, [T * K, d]."""
-        way = self.way
+    def forward(self, x_Td: Tensor, graph: bool, recomputed: bool) -> Tensor:
+        """Outputs of this rank's pairs, [T * K, d]; ``graph``: build the graph inside."""
+        way, inner = self.way, self.inner
         x_in = there(x_Td.index_select(0, way.send_N // self.top_k), way, self.group)
         banks = list(zip(self.weights.banks(), self.counts, strict=True))
         if graph and len(x_in):
-            with torch.enable_grad():
+            as_is = saved_tensors_hooks(_same, _same) if recomputed else nullcontext()
+            with torch.enable_grad(), as_is:
                 x_work = _Entry.apply(x_in.new_zeros((), requires_grad=True), x_in)
                 y_in = self.kind.run(banks, x_work)
-                self.x_edge, self.y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
+                inner.x_edge, inner.y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
         else:
             y_in = self.kind.run(banks, x_in)
         y_in = y_in.detach()
@@ -101,23 +112,18 @@ class LayerStep:
 
     def backward(self, dy_Nd: Tensor, wants_x: bool) -> Tensor | None:
         """Gradient of the tokens, [T, d]; those of the weights go to ``weights``."""
-        if self.spent:
-            raise ModelError(
-                "the experts' graph was freed by a backward pass before this one",
-                hint="pass retain_graph=True to the first",
-            )
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        way, leaves, self.spent = self.way, self.weights.leaves(), not keep
+        way, leaves, inner = self.way, self.weights.leaves(), self.inner
         self.weights.before_backward()
         dy_in = there(dy_Nd.index_select(0, way.send_N), way, self.group)
         dx_in, grads = dy_in.new_zeros(dy_in.shape), [None] * len(leaves)
-        if self.y_edge is not None and self.x_edge is not None:
+        if inner.y_edge is not None and inner.x_edge is not None:
             got = torch.autograd.grad(
-                [self.y_edge], [self.x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
+                [inner.y_edge], [inner.x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
             )
             dx_in, grads = got[0], list(got[1:])
             if not keep:
-                self.x_edge = self.y_edge = None
+                inner.x_edge = inner.y_edge = None
         self.weights.after_backward(grads)
         if not wants_x:
             return None
@@ -127,18 +133,27 @@ class LayerStep:
         return out.view(len(out) // self.top_k, self.top_k, out.shape[1]).sum(dim=1)
 
 
-class RunExperts(torch.autograd.Function):
-    """``apply(step, graph, tokens [T, d], *weights)``: outputs of the pairs [T * K, d].
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
-    The weights are named so that the graph reaches the layer; their gradients are set by ``step.weights``.
+
+class RunExperts(torch.autograd.Function):
+    """``apply(step, graph, recomputed, tokens [T, d], *weights)``: outputs of the pairs [T * K, d].
+
+    The weights are named so that the graph reaches the layer; their gradients are set by ``step.weights``. The empty
+    tensor that is saved makes checkpointing compute the layer again before its backward, tokens or not.
     """
 
     @staticmethod
-    def forward(ctx: Any, step: LayerStep, graph: bool, x_Td: Tensor, *weights: Tensor) -> Tensor:  # noqa: D102
+    def forward(  # noqa: D102
+        ctx: Any, step: LayerStep, graph: bool, recomputed: bool, x_Td: Tensor, *weights: Tensor
+    ) -> Tensor:
         ctx.step, ctx.given = step, len(weights)
-        return step.forward(x_Td, graph)
+        ctx.save_for_backward(x_Td.new_empty(0))
+        return step.forward(x_Td, graph, recomputed)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
-        return (None, None, ctx.step.backward(grads[0], ctx.needs_input_grad[2]), *[None] * ctx.given)
+        ctx.saved_tensors  # noqa: B018
+        return (None, None, None, ctx.step.backward(grads[0], ctx.needs_input_grad[3]), *[None] * ctx.given)

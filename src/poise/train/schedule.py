@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +35,7 @@ from poise.policies.plan import LayerView, StepPlan, StepPolicy
 from poise.policies.rematerialise import layers_to_keep
 from poise.policies.sharding import ShardingPolicy
 from poise.runtime.dispatch import Exchange, all_counts, make_exchange
-from poise.runtime.layer import LayerStep, RunExperts
+from poise.runtime.layer import Inner, LayerStep, RunExperts
 from poise.runtime.recompute import checkpoint_frame, in_backward, places
 from poise.runtime.transfers import Form
 from poise.train.materialize import Ledger, Materialised, Reduction
@@ -101,6 +101,7 @@ class Pass:
     weights: Materialised
     before: weakref.ref[Pass] | None
     frame: weakref.ref[Any] | None
+    inner: Inner = field(default_factory=Inner)
     done: bool = False
 
 
@@ -194,10 +195,11 @@ class Schedule:
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
             experts.kind, one.way, ids_TK.shape[1], self.tokens_group, _Link(self, one),
-            one.weights.counts(one.way.count_E),
+            one.weights.counts(one.way.count_E), one.inner,
         )  # fmt: skip
+        recomputed = in_backward()
         x = x_Td.to(self.compute_dtype) if x_Td.dtype != self.compute_dtype else x_Td
-        y_Nd = RunExperts.apply(step, graph, x, *trainable)
+        y_Nd = RunExperts.apply(step, graph and (frame is None or recomputed), recomputed, x, *trainable)
         if not graph:
             one.weights.free()
             one.done = True
@@ -265,18 +267,18 @@ class Schedule:
 
         Of several open passes it is the one of this checkpoint; of several of it, the one with the most equal ids.
         """
-        found = [
+        known = [
             one for ref in self._passes
-            if (one := ref()) is not None and one.layer == experts.number and not one.done
-            and one.ids_TK.shape == ids_TK.shape
+            if (one := ref()) is not None and one.layer == experts.number and one.ids_TK.shape == ids_TK.shape
         ]  # fmt: skip
+        # one that is done comes back when its graph was kept
+        found = [one for one in known if frame is not None and one.frame is not None and one.frame() is frame]
+        found = found or [one for one in known if not one.done]
         if not found:
             raise ModelError(
                 f"layer {experts.number} is computed in the backward pass, but no forward pass of it is open",
                 hint="checkpoint with use_reentrant=False",
             )
-        here = [one for one in found if frame is not None and one.frame is not None and one.frame() is frame]
-        found = here or found
         same = [int((one.ids_TK == ids_TK).sum()) if len(found) > 1 else 0 for one in found]
         return found[max(range(len(found)), key=lambda i: (same[i], i))]
 

@@ -1,0 +1,1 @@
+"""Cases about where weights lie: meta device, offload, checkpoints, exports."""

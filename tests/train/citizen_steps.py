@@ -1,0 +1,416 @@
+"""Cases about steps: accumulation, activation checkpointing, errors, derivatives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tests.train import citizen_models as c
+from tests.train import harness as h
+from tests.train.citizen_cases import EXACT, fsdp, shard, trails
+from tests.train.citizen_models import case
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from poise.cluster import Cluster
+from poise.errors import InputError, ModelError, OptionError
+from poise.runtime.moe import ExpertList, GatedExperts, MoE
+from poise.runtime.recompute import in_backward
+from poise.train import clip_grad_norm_, fully_shard_experts
+from poise.train.gradients import update_correction_bias
+
+# ---- 4. gradient accumulation --------------------------------------------------------------------------------------
+
+
+@case
+def accumulation() -> dict:
+    """Three micro-batches, replica gradients kept until the last one, equal one large batch; plans differ between."""
+    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
+    workloads = ("W1", "W3", "W2")
+    dense = h.build()
+    for step, workload in enumerate(workloads):
+        h.loss_of(dense, h.batch(workload, step, world, 2, None, torch.float64)).backward()
+    expected = {name: weight.grad for name, weight in dense.named_parameters()}
+    norm = torch.nn.utils.get_total_norm(expected.values()).item()
+    for again in (False, True):
+        for wrap in (False, True):
+            model = h.build()
+            run = shard(model, rematerialise=again, policy="hecate:overlap=3")
+            if wrap:
+                fsdp(model, h.MESH(world))
+            reduced, plans = [], []
+            for step, workload in enumerate(workloads):
+                last = step == len(workloads) - 1
+                run.set_requires_gradient_sync(last)
+                if wrap:
+                    model.set_requires_gradient_sync(last)
+                h.loss_of(model, h.batch(workload, step, world, 2, rank, torch.float64)).mul(world).backward()
+                plans.append([one.tokens_D.tolist() for one in run.metrics])
+                reduced.append(run.schedule.moved_bytes["reduce"])
+                if not last:
+                    said = c.raised(OptionError, lambda run=run: run.reshard(run.owners[:, ::-1].copy()))
+                    assert "gradients" in said
+            assert reduced[0] == reduced[1] == 0 < reduced[2], reduced
+            assert plans[0] != plans[1] != plans[2]
+            if not wrap:
+                c.average_dense(model, run)
+            mine = run.clip_grad_norm_(1e9).item()
+            errors[f"rematerialise {again}, FSDP2 {wrap}"] = c.agreed(
+                max(abs(mine / norm - 1), h.worst(c.of_all(model), h.local_rows(model, expected)))
+            )
+    assert max(errors.values()) <= EXACT, errors
+    return errors
+
+
+# ---- 5. activation checkpointing -----------------------------------------------------------------------------------
+
+
+def checkpointed(module: nn.Module, reentrant: bool = False) -> None:
+    """Recompute the module in the backward pass."""
+    module.forward = partial(checkpoint, module.forward, use_reentrant=reentrant)
+
+
+def counted_once(run: Any, steps: int) -> None:
+    schedule = run.schedule
+    assert [one.layer for one in run.metrics] == list(range(h.LAYERS))
+    assert [len(recent) for recent in schedule._recent] == [steps] * h.LAYERS
+    assert schedule._seen_L.tolist() == [steps] * h.LAYERS
+
+
+def checkpoint_case(part: str) -> dict:
+    errors = {}
+    for workload, again in (("W3", False), ("W3", True), ("W4", False), ("W4", True)):
+        trail = trails() if workload == "W3" else h.dense("W4", 2, "adamw", dist.get_world_size(), steps=3)
+        model = h.build()
+        run = shard(model, rematerialise=again)
+        for block in model.blocks:
+            checkpointed(block if part == "block" else block.experts)
+        error = c.follow(model, run, trail, c.plain_loss(workload), average=True)
+        counted_once(run, len(trail.losses))
+        errors[f"{workload}, rematerialise {again}"] = error
+        assert sum(run.schedule.ledger.now.values()) == 0
+    assert max(errors.values()) <= EXACT, errors
+    return errors
+
+
+@case
+def checkpoint_block() -> dict:
+    """W4: one rank has no token."""
+    return checkpoint_case("block")
+
+
+@case
+def checkpoint_experts_only() -> dict:
+    return checkpoint_case("experts")
+
+
+@case
+def checkpoint_hugging_face() -> dict:
+    rank, world, errors = dist.get_rank(), dist.get_world_size(), {}
+    trail = c.hf_dense("mixtral")
+    for again in (False, True):
+        model = c.hf_model("mixtral")
+        run = shard(model, rematerialise=again)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        error = c.follow(model, run, trail, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True)
+        counted_once(run, len(trail.losses))
+        errors[f"rematerialise {again}"] = error
+    assert max(errors.values()) <= EXACT, errors
+    return errors
+
+
+def flipped(ids: Tensor, how: str) -> Tensor:
+    """What a router may say when it computes again: two of a token's experts swapped, or a tied one in their place."""
+    out = ids.clone()
+    if in_backward() and len(ids):
+        if how == "swap":
+            out[0] = ids[0].flip(0)
+        else:
+            out[ids == 3] = 5
+    return out
+
+
+@case
+def checkpoint_router_flips() -> dict:
+    """Experts 3 and 5 tie for every token: ids change in the recomputation, plan, splits and results do not.
+
+    The router's own gradient then goes to the expert it names the second time; the tie's sum is exact.
+    """
+    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
+    everything = h.batch("W3", 0, world, 2, None, torch.float64)
+    for chosen in everything.ids:
+        chosen[::3, 0] = 3
+        chosen[::3, 1] = 4
+        chosen[1::3] = torch.tensor([6, 7])
+        chosen[2::3] = torch.tensor([3, 8])
+    per = len(everything.x) // world
+    rows = slice(rank * per, (rank + 1) * per)
+
+    def tied() -> nn.Module:
+        model = h.build()
+        for block in model.blocks:
+            block.gate.weight.data[5] = block.gate.weight.data[3]
+        return model
+
+    dense = tied()
+    h.loss_of(dense, everything).backward()
+    expected = {name: weight.grad for name, weight in dense.named_parameters()}
+    mine = h.Batch(
+        everything.x[rows], everything.target[rows], [ids[rows] for ids in everything.ids], len(everything.x)
+    )
+    for how in ("swap", "tie"):
+        for again in (False, True):
+            model = tied()
+            run = shard(model, rematerialise=again)
+            for block in model.blocks:
+                inner = block.forward
+                block.forward = partial(checkpoint, lambda x, ids, inner=inner, how=how: inner(x, flipped(ids, how)),
+                                        use_reentrant=False)  # fmt: skip
+            (h.loss_of(model, mine) * world).backward()
+            c.average_dense(model, run)
+            found, wanted = c.of_all(model), h.local_rows(model, expected)
+            for name in wanted:
+                if "gate" in name and how == "tie":
+                    found[name], wanted[name] = (
+                        torch.cat([g[:3], g[4:5], g[6:], g[3:4] + g[5:6]]) for g in (found[name], wanted[name])
+                    )
+            counted_once(run, 1)
+            errors[f"{how}, rematerialise {again}"] = c.agreed(h.worst(found, wanted))
+    assert max(errors.values()) <= EXACT, errors
+    return errors
+
+
+@case
+def checkpoint_two_passes_open() -> dict:
+    """Two forward passes before their backward passes, in either order; one rank has no token in both."""
+    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
+    for order in ((0, 1), (1, 0)):
+        dense, model = h.build(), h.build()
+        run = shard(model, rematerialise=True)
+        for block in model.blocks:
+            checkpointed(block)
+        losses = []
+        for step in (0, 1):
+            data = h.batch("W1" if step else "W3", step, world, 2, None, torch.float64)
+            per = len(data.x) // world
+            keep = slice(per, None)  # the first rank's tokens are nobody's
+            h.loss_of(
+                dense, h.Batch(data.x[keep], data.target[keep], [i[keep] for i in data.ids], data.total)
+            ).backward()
+            rows = slice(rank * per, (rank + 1) * per if rank else 0)
+            losses.append(
+                h.loss_of(model, h.Batch(data.x[rows], data.target[rows], [i[rows] for i in data.ids], data.total))
+            )
+        for step in order:
+            (losses[step] * world).backward()
+        c.average_dense(model, run)
+        expected = {name: weight.grad for name, weight in dense.named_parameters()}
+        errors[str(order)] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
+    assert max(errors.values()) <= EXACT, errors
+    return errors
+
+
+@case
+def checkpoint_reentrant_is_refused() -> dict:
+    world, rank, model = dist.get_world_size(), dist.get_rank(), h.build()
+    run = shard(model)
+    plain = model.blocks[0].forward
+    checkpointed(model.blocks[0], reentrant=True)
+    data = h.batch("W3", 0, world, 2, rank, torch.float64)
+    data.x.requires_grad_()
+    said = c.raised(ModelError, lambda: h.loss_of(model, data).backward())
+    assert "use_reentrant=False" in said
+    model.blocks[0].forward = plain  # and the run goes on
+    model.zero_grad()
+    error = c.follow(model, run, trails(), c.plain_loss("W3"), average=True)
+    assert error <= EXACT, error
+    return {"said": said}
+
+
+# ---- 9. what is refused --------------------------------------------------------------------------------------------
+
+
+@case
+def errors() -> dict:
+    world, rank, said = dist.get_world_size(), dist.get_rank(), {}
+    mesh = h.MESH(world)
+
+    def refused(what: str, kind: type[Exception], action: Any) -> None:
+        said[what] = c.raised(kind, action).splitlines()[0]
+
+    def deep_mesh() -> None:
+        fully_shard_experts(h.build(), mesh=init_device_mesh("cpu", (1, 1, world)))
+
+    def after(change: Any, kind: str = "gated") -> Any:
+        model = h.build(kind)
+        change(model)
+        return lambda: fully_shard_experts(model, mesh=mesh)
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    class OneInput(GatedExperts):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = OneInput(4, 8, 8)
+
+    refused("three dimensions", OptionError, deep_mesh)
+    refused(
+        "cluster",
+        OptionError,
+        lambda: fully_shard_experts(h.build(), mesh=mesh, cluster=Cluster.uniform(1, 64, "a100")),
+    )
+    refused("bare list", ModelError, lambda: fully_shard_experts(Bare(), mesh=mesh))
+    refused("one input", ModelError, lambda: fully_shard_experts(Owner(), mesh=mesh))
+    refused("no experts", ModelError, lambda: fully_shard_experts(nn.Linear(2, 2), mesh=mesh))
+    refused(
+        "widths differ",
+        ModelError,
+        after(lambda m: setattr(m.blocks[1], "experts", GatedExperts(h.EXPERTS, h.WIDTH, 4))),
+    )
+    refused(
+        "counts differ", ModelError, after(lambda m: setattr(m.blocks[1], "experts", GatedExperts(4, h.WIDTH, h.INNER)))
+    )
+    unequal = ExpertList([nn.Linear(4, 4), nn.Linear(4, 5)])
+    refused("experts differ", ModelError, lambda: fully_shard_experts(MoE(unequal, 4, 2, 1), mesh=mesh))
+    dropping = ExpertList(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)) for _ in range(2))
+    refused("dropout", ModelError, lambda: fully_shard_experts(MoE(dropping, 4, 2, 1), mesh=mesh))
+    model = h.build()
+    refused("unknown policy", OptionError, lambda: fully_shard_experts(model, mesh=mesh, policy="magic"))
+    refused("unknown setting", OptionError, lambda: fully_shard_experts(model, mesh=mesh, policy="hecate:magic=1"))
+    refused("unknown sharding", OptionError, lambda: fully_shard_experts(model, mesh=mesh, sharding="magic"))
+    refused("slots", OptionError, lambda: fully_shard_experts(model, mesh=mesh, step_slots=-1))
+    refused(
+        "owners",
+        OptionError,
+        lambda: fully_shard_experts(model, mesh=mesh, owners=np.full((h.LAYERS, h.EXPERTS), world)),
+    )
+    refused("owners' shape", OptionError, lambda: fully_shard_experts(model, mesh=mesh, owners=np.zeros((1, 3))))
+    refused("not sharded", ModelError, lambda: clip_grad_norm_(model, 1.0))
+    run = shard(model)  # none of the refusals left a trace
+    refused("twice", ModelError, lambda: fully_shard_experts(model, mesh=mesh))
+    refused("norm", OptionError, lambda: clip_grad_norm_(model, 1.0, norm_type=0.0))
+    refused("no bias", ModelError, lambda: update_correction_bias(model, 0.1))
+    refused("reshard shape", OptionError, lambda: run.reshard(np.zeros((1, 1), int)))
+    refused("reshard range", OptionError, lambda: run.reshard(run.owners - world))
+    refused("policy later", OptionError, lambda: run.set_policy("magic"))
+    refused("divide factor", OptionError, lambda: run.set_gradient_divide_factor(0.0))
+    loss = h.loss_of(model, h.batch("W3", 0, world, 2, rank, torch.float64))
+    refused("reshard in a step", OptionError, lambda: run.reshard(run.owners[:, ::-1].copy()))
+    loss.backward()
+    assert all(isinstance(text, str) and text for text in said.values())
+    assert issubclass(ModelError, InputError) and issubclass(OptionError, InputError)
+    run.reshard(run.owners[:, ::-1].copy())
+    return said
+
+
+@case
+def failed_backward_is_forgotten() -> dict:
+    """An error in the middle of a backward pass, the same on all ranks, leaves nothing behind."""
+    model = h.build()
+    run = shard(model, rematerialise=True)
+
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError("injected")
+
+    handle = model.blocks[0].register_forward_hook(lambda m, i, out: out.register_hook(fail) and None)
+    c.raised(ArithmeticError, lambda: c.plain_loss("W3")(model, 0).backward())
+    handle.remove()
+    error = c.follow(model, run, trails(), c.plain_loss("W3"), average=True)
+    assert error <= EXACT, error
+    return {"error": error}
+
+
+# ---- 10. derivatives -----------------------------------------------------------------------------------------------
+
+
+@case
+def gradcheck() -> dict:
+    """``torch.autograd.gradcheck`` through gather, dispatch, experts and combine, by tokens and routing weights.
+
+    All ranks check at once, each its own tokens, equally many: so all make the same number of forward and backward
+    passes, and each pass is one collective step. A token's output depends on that token alone, so that what the other
+    ranks perturb at the same time does not enter a rank's Jacobian. gradcheck goes backward many times through one
+    graph, with ``retain_graph``.
+    """
+    world, rank, done = dist.get_world_size(), dist.get_rank(), 0
+    for policy, again in (("hecate", False), ("poise", True), ("full-replication", True)):
+        model = h.build(layers=1)
+        run = shard(model, policy=policy, rematerialise=again)
+        rng = torch.Generator().manual_seed(rank)
+        x = torch.randn(3, h.WIDTH, dtype=torch.float64, generator=rng, requires_grad=True)
+        weights = torch.rand(3, 2, dtype=torch.float64, generator=rng).requires_grad_()
+        ids = torch.tensor([[0, 2], [2, 5], [2, 9]])
+        assert torch.autograd.gradcheck(
+            lambda x, w, m=model, i=ids: m.blocks[0].experts(x, i, w), (x, weights), atol=1e-7
+        )
+        done += run.schedule.moved_bytes["gather"] > 0
+    assert done >= 2, "replicas took part too seldom"
+    return {"with replicas": done, "world": world}
+
+
+@case
+def directional_derivative_of_expert_weights() -> dict:
+    """Central differences along a random direction of all owned weights, against ``.grad``."""
+    world, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    for kind in ("gated", "plain", "list"):
+        model = h.build(kind)
+        run = shard(model, policy="hecate")
+        run.set_gradient_divide_factor(1.0)
+        data = h.batch("W1", 0, world, 2, rank, torch.float64)
+        h.loss_of(model, data).backward()
+        owned = sorted(run.parameters(), key=lambda weight: tuple(weight.shape))
+        rng = torch.Generator().manual_seed(10 + rank)
+        along = [torch.randn(weight.shape, dtype=torch.float64, generator=rng) for weight in owned]
+        slope = torch.stack([(weight.grad * v).sum() for weight, v in zip(owned, along, strict=True)]).sum()
+        dist.all_reduce(slope)
+        ends = []
+        for shift in (1e-5, -2e-5):
+            for weight, v in zip(owned, along, strict=True):
+                weight.data.add_(v, alpha=shift)
+            with torch.no_grad():
+                ends.append(h.loss_of(model, data))
+        total = torch.stack(ends)
+        dist.all_reduce(total)
+        worst = max(worst, abs((total[0] - total[1]).item() / 2e-5 / slope.item() - 1))
+    assert c.agreed(worst) <= 1e-6, worst
+    return {"error": worst}
+
+
+@case
+def second_backward() -> dict:
+    """Kept graphs go backward again; freed ones, and derivatives of derivatives, raise."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = h.build()
+    run = shard(model, rematerialise=True)
+    data = h.batch("W3", 0, world, 2, rank, torch.float64)
+    loss = h.loss_of(model, data)
+    loss.backward(retain_graph=True)
+    once = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    loss.backward()
+    error = max(h.worst({name: w.grad}, {name: 2 * once[name]}) for name, w in model.named_parameters())
+    assert c.agreed(error) <= EXACT, error
+    x = data.x.clone().requires_grad_()
+    ids = data.ids[0]
+    out = model.blocks[0].experts(x, ids, torch.full(ids.shape, 0.5, dtype=torch.float64))
+    out.sum().backward()
+    freed = c.raised(RuntimeError, lambda: out.sum().backward())
+    slope = torch.autograd.grad(
+        model.blocks[0].experts(x, ids, torch.full(ids.shape, 0.5, dtype=torch.float64)).square().sum(),
+        x,
+        create_graph=True,
+    )[0]
+    twice = c.raised(RuntimeError, lambda: slope.sum().backward())
+    assert "twice" in twice
+    assert run.schedule.ledger.now.get("replicas", 0) >= 0
+    return {"freed": freed.splitlines()[0], "twice": twice.splitlines()[0][:120]}
