@@ -57,10 +57,11 @@ COMMIT = _commit()
 def write(name: str, parts: list[str], suffix: str = "") -> None:
     """A report with date, command, machine and versions at its head; also printed."""
     date = datetime.date.today().isoformat()
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(["DATA"] if len(sys.argv) > 1 else [])])
+    words = ["DATA" if Path(word).is_dir() else word for word in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     names = ("poise-moe", "numpy", "scipy", "highspy", "numba", *(["torch"] if "torch" in sys.modules else []))
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    data = ", DATA = the folder of routing data" if len(sys.argv) > 1 else ""
+    data = ", DATA = the folder of routing data" if "DATA" in words else ""
     head = (
         f"# {name}\n\n{date}. `{command}`{data}. {os.cpu_count()} CPU cores "
         f"({platform.machine()}), commit {COMMIT}, Python {platform.python_version()}, {versions}. Wall clock, shared machine."

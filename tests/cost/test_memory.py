@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.cost.memory import Activations, TrainingBytes, largest_batch, training_memory
+from poise.cost.memory import Activations, TrainingBytes, largest_batch, slots_that_fit, training_memory
 from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 
@@ -72,6 +72,17 @@ def test_the_largest_batch_fits_and_one_more_does_not(memory, one, other):
     assert largest_batch(memory, held, S, 2048, imbalance=low) >= largest_batch(memory, held, S, 2048, imbalance=high)
 
 
+@given(st.floats(0, 3e9), st.booleans(), st.sampled_from((S, DEEP)))
+def test_slots_fit_and_one_more_does_not(budget, again, model):
+    slots, kept = slots_that_fit(budget, model, rematerialise=again), np.full(model.num_moe_layers, not again)
+
+    def need(count):
+        return training_memory(model, 32, np.full(model.num_moe_layers, count), kept_L=kept).replicas
+
+    assert need(slots) <= budget * (1 + 1e-12)
+    assert slots == model.num_experts or need(slots + 1) > budget * (1 - 1e-12)
+
+
 def test_activations_by_hand():
     """12 layers: 15 bytes an element of 768, and two pairs of (768 + 1536) elements in and out, 2 bytes each."""
     assert Activations().per_token(S, 1.0) == 12 * (15 * 768 + 2 * 2 * 2 * (768 + 1536))
@@ -85,5 +96,7 @@ def test_bad_numbers_are_refused():
         training_memory(S, 32, np.zeros(12), in_flight=0)
     with pytest.raises(OptionError, match="bytes a parameter"):
         TrainingBytes(weight=0.0)
+    with pytest.raises(OptionError, match="at least 0 bytes"):
+        slots_that_fit(-1.0, S, rematerialise=True)
     with pytest.raises(OptionError, match="at least 1"):
         largest_batch(1e9, training_memory(S, 32, np.zeros(12)), S, 2048, imbalance=0.5)

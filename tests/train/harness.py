@@ -5,6 +5,7 @@ The reference runs on every rank alike, over the tokens of all ranks at once: sa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from poise.policies.registry import POLICIES
 from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
@@ -142,29 +145,61 @@ class Trail:
 
 
 def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "gated", dtype: torch.dtype = torch.float64,
-          steps: int = STEPS, order: int = 1) -> Trail:  # fmt: skip
-    """The reference; ``order`` -1 adds the tokens up in the opposite order."""
-    model = build(kind, dtype)
+          steps: int = STEPS, order: int = 0) -> Trail:  # fmt: skip
+    """The reference: all tokens at once. bfloat16: weights are float32, computed with in bfloat16.
+
+    ``order`` above 0 adds up otherwise: tokens are shuffled and come in ``world`` parts, and if it is odd the experts
+    are numbered backwards.
+    """
+    low = dtype == torch.bfloat16
+    model = build(kind, torch.float32 if low else dtype)
+    computing = copy.deepcopy(model).to(dtype) if low else model
+    backwards = order % 2 == 1
+    if backwards:
+        turn_experts(dict(model.named_parameters()))
     opt = make_optimizer(optimizer, model)
     trail = Trail([], [], [], {})
     for step in range(steps):
         data = batch(workload, step, world, top_k, None, dtype)
-        if order == -1:
-            data = Batch(data.x.flip(0), data.target.flip(0), [ids.flip(0) for ids in data.ids], data.total)
-        opt.zero_grad()
-        loss = loss_of(model, data)
-        loss.backward()
-        grads = {
-            name: w.grad.clone() if w.grad is not None else torch.zeros_like(w) for name, w in model.named_parameters()
-        }
-        for w in model.parameters():
-            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
-        trail.losses.append(loss.item())
+        parts = [data]
+        if order:
+            shuffled = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(order))
+            parts = [
+                Batch(data.x[rows], data.target[rows], [EXPERTS - 1 - ids[rows] if backwards else ids[rows] for ids in data.ids],
+                      data.total) for rows in shuffled.chunk(world)
+            ]  # fmt: skip
+        model.zero_grad()
+        loss = 0.0
+        for part in parts:
+            if low:
+                computing.zero_grad()
+                computing.load_state_dict(model.state_dict())
+            one = loss_of(computing, part)
+            one.backward()
+            loss += one.item()
+            for weight, used in zip(model.parameters(), computing.parameters(), strict=True):
+                new = torch.zeros_like(weight) if used.grad is None else used.grad.to(weight.dtype)
+                if low:
+                    weight.grad = new if weight.grad is None else weight.grad + new
+                elif weight.grad is None:
+                    weight.grad = new
+        grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        trail.losses.append(loss)
         trail.norms.append(torch.stack([g.double().norm() for g in grads.values()]).norm().item())
         trail.grads.append(grads)
         opt.step()
     trail.weights = {name: w.detach().clone() for name, w in model.named_parameters()}
+    if backwards:
+        for values in (*trail.grads, trail.weights):
+            turn_experts(values)
     return trail
+
+
+def turn_experts(values: dict[str, Tensor]) -> None:
+    """Number stacked experts, and the gate's rows, backwards."""
+    for name, value in values.items():
+        if ".experts." in name or ".gate." in name:
+            value.data = value.data.flip(0)
 
 
 def reduce_dense(model: nn.Module, run: object) -> None:
@@ -204,19 +239,42 @@ def worst(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     return out
 
 
+def worst_in_all(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """The same over all ranks' rows of a tensor together, as it is between two dense runs."""
+    squares = torch.stack([torch.stack([(mine[name].double() - value.double()).square().sum(), value.double().square().sum()])
+                           for name, value in reference.items()])  # fmt: skip
+    dist.all_reduce(squares)
+    gap, norm = squares.sqrt().unbind(1)
+    return torch.where(norm > 0, gap / norm, gap).max().item()
+
+
+def apart(mine: Trail, reference: Trail) -> float:
+    """The largest relative error of losses, norms, gradients and weights between two runs."""
+    pairs = zip([*mine.losses, *mine.norms], [*reference.losses, *reference.norms], strict=True)
+    tensors = zip([*mine.grads, mine.weights], [*reference.grads, reference.weights], strict=True)
+    return max(*(abs(a - b) / abs(b) for a, b in pairs), *(worst(a, b) for a, b in tensors))
+
+
 def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, reference: Trail, *, rematerialise: bool | float = False,
                 kind: str = "gated", dtype: torch.dtype = torch.float64, steps: int = STEPS, change=None, slots: int = 2,
                 mutate: str = "", **options: object) -> tuple[float, int, int]:  # fmt: skip
     """Train sharded; the largest relative error of losses, gradients, norms and weights; bytes gathered; replica rows
     that a mutation lost on rank 0."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = build(kind, dtype)
+    low = dtype == torch.bfloat16
+    model = build(kind, torch.float32 if low else dtype)
     mesh = options.pop("mesh", None) or MESH(world)
-    run = fully_shard_experts(model, mesh=mesh, policy=policy, step_slots=slots, rematerialise=rematerialise, **options)
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else None
+    run = fully_shard_experts(model, mesh=mesh, policy=policy, step_slots=slots, rematerialise=rematerialise,
+                              mp_policy=mixed, **options)  # fmt: skip
+    if low:
+        fully_shard(model, mesh=mesh, mp_policy=mixed)
+        model.set_gradient_divide_factor(1.0)
+        model.set_force_sum_reduction_for_comms(True)
     run.set_gradient_divide_factor(2.0 if mutate == "divisor" else 1.0)
     opt = make_optimizer(optimizer, model)
     run.attach(opt)
-    error, lost = 0.0, 0
+    error, lost, compared = 0.0, 0, worst if dtype == torch.float64 else worst_in_all
     for step in range(steps):
         if change is not None:
             change(run, step)
@@ -228,23 +286,28 @@ def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, referenc
         with dropped(mutate == "replica") as count:
             loss.backward()
         lost += len(count)
-        reduce_dense(model, run)
+        if not low:
+            reduce_dense(model, run)
         total = loss.detach().double()
         dist.all_reduce(total)
-        grads = {name: weight.grad for name, weight in model.named_parameters()}
+        grads = {name: whole(weight.grad) for name, weight in model.named_parameters()}
         norm = run.clip_grad_norm_(1e9).item()
         error = max(
             error,
             abs(total.item() - reference.losses[step]) / abs(reference.losses[step]),
             abs(norm - reference.norms[step]) / reference.norms[step],
-            worst(grads, local_rows(model, reference.grads[step])),
+            compared(grads, local_rows(model, reference.grads[step])),
         )
         opt.step()
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    error = max(error, worst(weights, local_rows(model, reference.weights)))
+    weights = {name: whole(weight.detach()) for name, weight in model.named_parameters()}
+    error = max(error, compared(weights, local_rows(model, reference.weights)))
     shared = torch.tensor([error], dtype=torch.float64)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.item(), run.schedule.moved_bytes["gather"], lost
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 _meshes: dict[int, object] = {}
@@ -259,9 +322,9 @@ def MESH(world: int) -> object:
 @contextmanager
 def dropped(active: bool) -> Iterator[list]:
     """The mutation that forgets replica gradients: what arrives at an owner is not added."""
-    from poise.train import materialize
+    from poise.train import reduce
 
-    before, count = materialize.Reduction.wait, []
+    before, count = reduce.Reduction.wait, []
     if active:
 
         def wait(self: object) -> None:
@@ -271,11 +334,11 @@ def dropped(active: bool) -> Iterator[list]:
             for name, value in gradients.items():
                 self.experts.gradient(name).copy_(value)
 
-        materialize.Reduction.wait = wait
+        reduce.Reduction.wait = wait
     try:
         yield count
     finally:
-        materialize.Reduction.wait = before
+        reduce.Reduction.wait = before
 
 
 def policies() -> list[str]:

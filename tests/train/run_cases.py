@@ -26,12 +26,13 @@ import itertools
 from tests.train import harness as h
 from tests.train.matrix import machine
 
+from poise.cost.transfers import plan_transfers
 from poise.errors import OptionError
 from poise.policies.sharding import Heterogeneous, check_sharding
 from poise.runtime.collectives import sparse_all_gather, sparse_reduce_scatter
-from poise.runtime.transfers import plan_transfers
 from poise.train import fully_shard_experts
 
+CPU = torch.device("cpu")
 MINE: dict[str, Any] = {}
 
 
@@ -61,7 +62,7 @@ def collectives(options) -> dict:
         plan = plan_transfers(owner, wanted, cluster, form=form)
         value = lambda e, d: torch.tensor(np.random.default_rng([seed, e, d]).standard_normal(17))  # noqa: B023, E731
         store = {e: [value(e, rank), value(e, rank)[:5].clone()] for e in range(experts)}
-        sparse_all_gather(plan, dist.group.WORLD, store.__getitem__).wait()
+        sparse_all_gather(plan, dist.group.WORLD, store.__getitem__, CPU).wait()
         for e in range(experts):
             held = wanted[e, rank] or owner[e] == rank
             expected = value(e, int(owner[e])) if held else value(e, rank)
@@ -70,7 +71,7 @@ def collectives(options) -> dict:
         once = None
         for _ in range(2):  # the same sum to the last bit
             rows = {e: [value(e, rank)] for e in range(experts)}
-            sparse_reduce_scatter(plan, dist.group.WORLD, rows.__getitem__, torch.float64).wait()
+            sparse_reduce_scatter(plan, dist.group.WORLD, rows.__getitem__, torch.float64, CPU).wait()
             for e in np.flatnonzero(owner == rank):
                 full = sum(value(int(e), d) for d in range(world) if wanted[e, d] or d == rank)
                 worst = max(worst, (rows[int(e)][0] - full).abs().max().item())
@@ -173,8 +174,8 @@ def memory(options) -> dict:
         assert found["parameters"] == owned * expert and found["gradients"] == owned * expert
         assert found["states"] == 2 * owned * expert + 2 * layers * 4, found  # AdamW: two moments and a float32 count
         replicas = max(h.EXPERTS - int((one == rank).sum()) for one in run.owners)
-        # full replication: every other rank sends its gradients of each owned expert home
-        arriving = max(int((one == rank).sum()) for one in run.owners) * (world - 1) * expert
+        # no more gradients arrive at an owner at once than the most replicas that a rank has
+        arriving = max(h.EXPERTS - np.bincount(one, minlength=world).min() for one in run.owners) * expert
         peak = found["materialised peak"]
         if again:
             flight = max(1, prefetch)
@@ -186,6 +187,26 @@ def memory(options) -> dict:
         else:
             assert peak >= layers * replicas * expert
         out[f"rematerialise {again}, prefetch {prefetch}"] = peak // expert
+    return out
+
+
+@case
+def slots_from_memory(options) -> dict:
+    """``replica_bytes`` in place of a number of slots: what the ledger counts stays within it."""
+    world, rank, out = dist.get_world_size(), dist.get_rank(), {}
+    expert = 3 * h.WIDTH * h.INNER * 8
+    for again in (False, True):
+        for budget in (0, 12 * expert, 33 * expert):
+            model = h.build()
+            run = fully_shard_experts(model, mesh=h.MESH(world), policy="hecate:overlap=9", replica_bytes=budget,
+                                      rematerialise=again, cluster=machine(world))  # fmt: skip
+            for step in range(2):
+                model.zero_grad()  # a second gradient would lie beside the first until it is added
+                h.loss_of(model, h.batch("W1", step, world, 2, rank, torch.float64)).backward()
+            peak, slots = run.schedule.ledger.peak, run.schedule.settings.step_slots
+            assert peak <= budget and (peak > 0) == (slots > 0), (peak, budget, slots)
+            out[f"{budget // expert}, {again}"] = slots
+    assert out["12, True"] >= out["12, False"] and out["33, False"] > 0, out
     return out
 
 

@@ -3,15 +3,11 @@
 import json
 
 import pytest
+from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add cases)
+from tests.train.citizen_models import MINE
 from tests.train.launch import torchrun
 
-CASES = (
-    "hf_mixtral", "hf_qwen3_moe", "hf_olmoe", "hf_gpt_oss", "hf_deepseek_v3", "fsdp2_passes_over_experts",
-    "fsdp2_ignored_params", "hsdp", "ddp", "hf_fsdp2", "groups_foreach_fused", "clip_norms", "precision_float32",
-    "precision_bfloat16", "autocast", "accumulation", "checkpoint_block", "checkpoint_experts_only",
-    "checkpoint_hugging_face", "checkpoint_router_flips", "checkpoint_two_passes_open", "checkpoint_reentrant_is_refused",
-    "errors", "failed_backward_is_forgotten", "gradcheck", "directional_derivative_of_expert_weights", "second_backward",
-)  # fmt: skip
+CASES = tuple(MINE)
 
 
 @pytest.fixture(scope="module")

@@ -32,3 +32,11 @@ def test_a_mutation_fails_every_cell_it_touches(mutation, tmp_path):
     touched = [cell for cell in found if mutation != "replica" or cell["lost"]]
     assert len(touched) > 20
     assert min(cell["error"] for cell in touched) > 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_precision_differs_no_more_than_dense_runs_do(dtype, tmp_path):
+    """At most 4 times what dense runs differ that add up in other orders; bfloat16 with float32 weights."""
+    found = cells(4, tmp_path, "--dtype", dtype, "--every", "6")
+    assert len(found) > 15 and len({cell["policy"] for cell in found}) > 8
+    assert max(cell["error"] / cell["dense"] for cell in found) <= 4.0, found

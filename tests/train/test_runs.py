@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.train.launch import torchrun
 
-CASES = ("collectives", "changes", "schedules", "memory", "wire", "steady", "refusals")
+CASES = ("collectives", "changes", "schedules", "memory", "slots_from_memory", "wire", "steady", "refusals")
 
 
 @pytest.fixture(scope="module")

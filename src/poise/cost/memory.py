@@ -8,7 +8,8 @@ while they wait to be reduced:
     re-materialised                   weights of ``in_flight`` layers at a time (the buffers are shared by all layers)
     kept for good (rearrangement)     weights, gradients and states of all layers
 
-in_flight 2: the next layer's replicas are gathered while this one runs (prefetch depth 1). Hecate (arXiv 2502.02581,
+in_flight 2: the next layer's replicas are gathered while this one runs; poise's runtime frees first and needs 1.
+gradient_layers 2: beside a layer's own replica gradients, as many arrive at owners at once. Hecate (arXiv 2502.02581,
 section 5) counts parameters, gradients and states so; its published totals follow with ``in_flight`` and
 ``gradient_layers`` of 1 (benchmarks/train.py shows both).
 """
@@ -131,6 +132,22 @@ def training_memory(
         extra = (float(live) * per_replica * each.weight, float(waiting) * per_replica * each.gradient, 0.0)
     every = each.weight + each.gradient + each.states
     return RankMemory(owned * each.weight, owned * each.gradient, owned * each.states, dense_parameters * every, *extra)
+
+
+def slots_that_fit(
+    budget_bytes: float, model: ModelSpec, *, rematerialise: bool, sizes: TrainingBytes | None = None
+) -> int:
+    """Hecate's m: the most replicas a rank may hold of every layer within ``budget_bytes`` for all layers together.
+
+    Raises
+    ------
+    OptionError : a budget below 0.
+    """
+    if not budget_bytes >= 0:
+        raise OptionError(f"the budget for replicas must be at least 0 bytes, got {budget_bytes}")
+    kept = np.full(model.num_moe_layers, not rematerialise)
+    one = training_memory(model, 1, np.ones(model.num_moe_layers), kept_L=kept, sizes=sizes).replicas
+    return min(int(budget_bytes / one), model.num_experts)
 
 
 @dataclass(frozen=True, slots=True)

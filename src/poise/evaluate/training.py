@@ -12,7 +12,7 @@ states in sight; its seconds are spread over the steps until the next one, so th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds, port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
+from poise.cost.transfers import Form, plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
 from poise.errors import OptionError
 from poise.evaluate.stepwise import RECENT, WARM_UP, FastLoop
@@ -242,21 +243,22 @@ class _Run:
     def _weights(self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan) -> None:
         price, at = self.price, (view.step, view.layer)
         size = price.model.expert_bytes
-        passes = 1.0 + price.gradient_ratio + (1.0 if price.rematerialise else 0.0)
+        passes = 1.0 + price.gradient_ratio + (1.0 if price.rematerialise and not self.keeps else 0.0)
         switch_s, new = 0.0, 0
         if self.keeps:
+            price = replace(price, rematerialise=False)  # these replicas are there for good
             base = view.static_ED & plan.holders_ED
             moved_E = ~base.any(axis=1)
             base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
             added = plan.holders_ED & ~view.before_ED
             new = int(added.sum())
-            switch_s = STATE_RATIO * fetch_seconds(view.before_ED, added, price)
-            early_s, late_s = fetch_seconds(base, plan.holders_ED & ~base, price), 0.0
+            switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
+            early_s, late_s = gather_seconds(base, plan.holders_ED & ~base, price), 0.0
             self.held_LED[view.layer] = plan.holders_ED
         else:
             base = view.before_ED
-            early_s = fetch_seconds(base, early_ED & ~base, price)
-            late_s = fetch_seconds(early_ED, plan.holders_ED & ~early_ED, price)
+            early_s = gather_seconds(base, early_ED & ~base, price)
+            late_s = gather_seconds(base, plan.holders_ED & ~early_ED & ~base, price)
         replicas = plan.holders_ED & ~base
         self.replicas_BLD[at] = replicas.sum(axis=0)
         shown_s = price.exposed_seconds(early_s, late_s)
@@ -274,6 +276,19 @@ class _Run:
             self.tokens_BLD[first:], out["moved"], out["exposed"], self.replicas_BLD[first:], attention_s, rest_s,
             self.owner_LE, self.moved_owners,
         )  # fmt: skip
+
+
+def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
+    """Seconds of the runtime's sparse gather, round by round, from each expert's first holder; bool [E, D] both.
+
+    :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.
+    """
+    if not new_ED.any():
+        return 0.0
+    form: Form = "auto" if price.fan_out else "direct"
+    size = price.model.expert_bytes
+    plan = plan_transfers(held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=size, form=form)
+    return plan.seconds(price.cluster, size)
 
 
 def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:

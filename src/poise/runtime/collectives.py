@@ -1,8 +1,8 @@
 """SparseAllGather and SparseReduceScatter over one communicator, without copies: rows go straight from where they lie.
 
 A batch of point-to-point operations a round. Every rank posts the operations of one round in the same order, so that
-two ranks match them without tags. Rounds after the first are posted in :meth:`Pending.wait`; on NCCL all rounds of a
-gather are queued at once, since one communicator runs them in order.
+two ranks match them without tags. On a CPU, rounds after the first are posted in :meth:`Pending.wait`; on CUDA all are
+queued at once on a stream of their own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from poise.cost.transfers import Transfer, TransferPlan
 from poise.errors import CommunicationError
-from poise.runtime.transfers import Transfer, TransferPlan
 
 Rows = Callable[[int], Sequence[Tensor]]
 """An expert's tensors on this rank, each contiguous: what is sent, or filled, or added to."""
+Count = Callable[[int], None]
 
 
 def post(operations: list[dist.P2POp]) -> list[Any]:
@@ -52,65 +53,95 @@ class Pending:
     ----------
     plan, group : what moves, and over which process group (group ranks are the plan's ranks).
     rows : this rank's tensors of an expert.
+    device : where what travels lies; rows that are added to may lie elsewhere.
     wire : None: a gather. Else a reduction in this type: the plan is read backwards and what arrives is added;
         temporary buffers are as large as what arrives in a round.
+    count : told of the bytes of buffers that come and (negative) go.
     """
 
-    def __init__(self, plan: TransferPlan, group: Any, rows: Rows, *, wire: torch.dtype | None = None) -> None:
-        self.group, self.rows, self.wire, self.reduce = group, rows, wire, wire is not None
-        reduce = self.reduce
+    def __init__(
+        self,
+        plan: TransferPlan,
+        group: Any,
+        rows: Rows,
+        device: torch.device,
+        *,
+        wire: torch.dtype | None = None,
+        count: Count | None = None,
+    ) -> None:
+        self.group, self.rows, self.device, self.wire, self.count = group, rows, device, wire, count
+        self.reduce = wire is not None
         self.rank = dist.get_rank(group)
-        self.rounds = list(reversed(plan.rounds)) if reduce else list(plan.rounds)
+        self.rounds = list(plan.backwards() if self.reduce else plan.rounds)
         self.works: list[Any] = []
         self.arrived: list[tuple[Transfer, list[Tensor]]] = []
-        self.buffer_bytes = 0
-        self._done = False
-        ahead = len(self.rounds) if not reduce and dist.get_backend(group) == "nccl" else 1
-        for _ in range(min(ahead, len(self.rounds))):
+        self._buffer_bytes = 0
+        self._done = not self.rounds
+        self._stream: Any = None
+        if device.type == "cuda" and not self._done:  # all rounds at once, on a stream of their own
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                while not self._done:
+                    self._post()
+                    self._land()
+        elif not self._done:
             self._post()
 
     def _post(self) -> None:
         operations = []
         for move in self.rounds.pop(0):
-            source, target = (move.target, move.source) if self.reduce else (move.source, move.target)
-            if self.rank == source:
-                operations += [self._op(dist.isend, row, target) for row in self.rows(move.expert)]
-            elif self.rank == target:
+            if self.rank == move.source:
+                operations += [self._op(dist.isend, row, move.target) for row in self.rows(move.expert)]
+            elif self.rank == move.target:
                 rows = list(self.rows(move.expert))
                 if self.reduce:
-                    rows = [torch.empty(row.shape, dtype=self.wire, device=row.device) for row in rows]
+                    rows = [torch.empty(row.shape, dtype=self.wire, device=self.device) for row in rows]
                     self.arrived.append((move, rows))
-                    self.buffer_bytes += sum(row.nbytes for row in rows)
-                operations += [self._op(dist.irecv, row, source) for row in rows]
+                    self._counted(sum(row.nbytes for row in rows))
+                operations += [self._op(dist.irecv, row, move.source) for row in rows]
         self.works += post(operations)
+
+    def _land(self) -> None:
+        finish(self.works)
+        self.works = []
+        for move, rows in sorted(self.arrived, key=lambda item: (item[0].expert, item[0].source)):
+            for into, row in zip(self.rows(move.expert), rows, strict=True):
+                into.add_(row.to(into.device))
+        self.arrived = []
+        self._counted(-self._buffer_bytes)
+        self._done = not self.rounds
+
+    def _counted(self, nbytes: int) -> None:
+        self._buffer_bytes += nbytes
+        if self.count is not None and nbytes:
+            self.count(nbytes)
 
     def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group)
 
     def wait(self) -> None:
         """Until everything this rank sends and receives is done; may be called again."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            return
         while not self._done:
-            finish(self.works)
-            self.works = []
-            for move, rows in sorted(self.arrived, key=lambda item: (item[0].expert, item[0].target)):
-                for into, row in zip(self.rows(move.expert), rows, strict=True):
-                    into.add_(row)
-            self.arrived = []
+            self._land()
             if self.rounds:
                 self._post()
-            else:
-                self._done = True
 
 
-def sparse_all_gather(plan: TransferPlan, group: Any, rows: Rows) -> Pending:
+def sparse_all_gather(plan: TransferPlan, group: Any, rows: Rows, device: torch.device) -> Pending:
     """Start SparseAllGather. After ``wait()``, ``rows(e)`` of every target of the plan equals the owner's."""
-    return Pending(plan, group, rows)
+    return Pending(plan, group, rows, device)
 
 
-def sparse_reduce_scatter(plan: TransferPlan, group: Any, rows: Rows, wire: torch.dtype) -> Pending:
+def sparse_reduce_scatter(
+    plan: TransferPlan, group: Any, rows: Rows, wire: torch.dtype, device: torch.device, count: Count | None = None
+) -> Pending:
     """Start SparseReduceScatter. After ``wait()``, the owner's ``rows(e)`` are the sum over it and all targets.
 
     Replicas' rows are of type ``wire``; the owner's may be wider. The order of the sum is the plan's: what arrives in
-    a round is added by rank. Relays' rows hold partial sums after.
+    a round is added by rank. Relays' rows hold partial sums after. ``count`` is told of bytes for what arrives.
     """
-    return Pending(plan, group, rows, wire=wire)
+    return Pending(plan, group, rows, device, wire=wire, count=count)

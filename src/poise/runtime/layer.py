@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from poise.errors import ModelError
 from poise.runtime.dispatch import Exchange, back, there
 from poise.runtime.experts import Bank, ExpertKind
 
@@ -42,8 +43,8 @@ class Weights(Protocol):
         """The weights are needed again."""
         ...
 
-    def after_backward(self, grads: Sequence[Tensor | None]) -> None:
-        """Gradients of :meth:`leaves`."""
+    def after_backward(self, grads: Sequence[Tensor | None] | None) -> None:
+        """Gradients of :meth:`leaves`; None: this backward pass asks for those of the tokens alone."""
         ...
 
 
@@ -105,15 +106,15 @@ class LayerStep:
         else:
             y_in = self.kind.run(banks, x_in)
         y_in = y_in.detach()
-        self.weights.after_forward()
         out = y_in.new_empty((len(way.send_N), y_in.shape[1]))
         out[way.send_N] = back(y_in, way, self.group)
+        self.weights.after_forward()  # plans and fetches for later layers: once the combine is on its way
         return out
 
-    def backward(self, dy_Nd: Tensor, wants_x: bool) -> Tensor | None:
-        """Gradient of the tokens, [T, d]; those of the weights go to ``weights``."""
+    def backward(self, dy_Nd: Tensor, accumulate: bool) -> Tensor:
+        """Gradient of the tokens, [T, d]; those of the weights, if they are to be, go to ``weights``."""
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        way, leaves, inner = self.way, self.weights.leaves(), self.inner
+        way, leaves, inner = self.way, self.weights.leaves() if accumulate else [], self.inner
         self.weights.before_backward()
         dy_in = there(dy_Nd.index_select(0, way.send_N), way, self.group)
         dx_in, grads = dy_in.new_zeros(dy_in.shape), [None] * len(leaves)
@@ -124,9 +125,7 @@ class LayerStep:
             dx_in, grads = got[0], list(got[1:])
             if not keep:
                 inner.x_edge = inner.y_edge = None
-        self.weights.after_backward(grads)
-        if not wants_x:
-            return None
+        self.weights.after_backward(grads if accumulate else None)
         dx_N = back(dx_in, way, self.group)
         out = torch.empty_like(dx_N)
         out[way.send_N] = dx_N
@@ -156,4 +155,21 @@ class RunExperts(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
         ctx.saved_tensors  # noqa: B018
-        return (None, None, None, ctx.step.backward(grads[0], ctx.needs_input_grad[3]), *[None] * ctx.given)
+        return (None, None, None, ctx.step.backward(grads[0], _accumulates(ctx)), *[None] * ctx.given)
+
+
+def _accumulates(ctx: Any) -> bool:
+    """Whether this pass adds to the weights' gradients: ``torch.autograd.grad`` by something else does not.
+
+    Raises
+    ------
+    ModelError : it is asked to return them.
+    """
+    leaves = [node for node, _ in ctx.next_functions[len(ctx.next_functions) - ctx.given :] if node is not None]
+    try:
+        return any([torch._C._will_engine_execute_node(node) for node in leaves])
+    except RuntimeError:
+        raise ModelError(
+            "gradients of sharded experts come into .grad of their owners, and cannot be returned",
+            hint="call backward() in place of torch.autograd.grad by expert weights",
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +16,47 @@ def in_backward() -> bool:
     return int(torch._C._current_graph_task_id()) != -1
 
 
-def checkpoint_frame() -> Any:
-    """What ``torch.utils.checkpoint`` (not reentrant) calls this region, or None outside of one.
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where a forward pass runs.
 
-    It is the same object in the forward pass and in the recomputation, so that a rank knows by itself which of several
-    open passes is computed again, even without tokens. It is read from the saved-tensor hook that checkpointing sets;
-    under another hook (offloading of activations) or in another release of PyTorch it may not be found.
+    Parameters
+    ----------
+    frames : what ``torch.utils.checkpoint`` (not reentrant) calls the regions around it, innermost first: the same
+        objects in the forward pass and in the recomputation, so that a rank knows by itself, even without tokens, which
+        of several open passes is computed again. Of regions inside of another, only the outermost object is the same.
+    later : what is saved here is dropped, and computed again before its backward.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
-        return None
-    for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
-        content = cell.cell_contents
-        frame = content() if isinstance(content, weakref.ref) else content
-        if type(frame).__name__ == "_CheckpointFrame":
-            return frame
-    return None
+
+    frames: tuple[Any, ...]
+    later: bool
+
+
+def checkpoint_region() -> Region:
+    """Read from the saved-tensor hooks that checkpointing sets; another release of PyTorch may hide it there."""
+    frames, later = [], False
+    for depth, hooks in enumerate(_saved_tensor_hooks()):
+        for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
+            content = cell.cell_contents
+            frame = content() if isinstance(content, weakref.ref) else content
+            if type(frame).__name__ == "_CheckpointFrame":
+                frames.append(frame)
+                later = later or (depth == 0 and frame is content)  # in the recomputation it is a weak reference
+    return Region(tuple(frames), later)
+
+
+def _saved_tensor_hooks() -> list[Any]:
+    """All that are set, the innermost first: only that one can be read, so the others are taken off and put back."""
+    api: Any = torch._C._autograd
+    taken: list[Any] = []
+    while (top := api._top_saved_tensors_default_hooks(True)) is not None:
+        taken.append(top)
+        if not api._saved_tensors_hooks_is_enabled():
+            return taken
+        api._pop_saved_tensors_default_hooks()
+    for pack, unpack in reversed(taken):
+        api._push_saved_tensors_default_hooks(pack, unpack)
+    return taken
 
 
 def places(ids_TK: Tensor, again_TK: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from poise.train.api import FssdpExperts, fully_shard_experts
 from poise.train.checkpoint import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint
-from poise.train.gradients import clip_grad_norm_, parameter_groups
-from poise.train.schedule import LayerMetrics
+from poise.train.gradients import clip_grad_norm_, parameter_groups, update_correction_bias
+from poise.train.metrics import LayerMetrics
 
 __all__ = [
     "FssdpExperts",
@@ -15,4 +15,5 @@ __all__ = [
     "load_checkpoint",
     "parameter_groups",
     "save_checkpoint",
+    "update_correction_bias",
 ]

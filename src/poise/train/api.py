@@ -4,13 +4,13 @@ In the manner of PyTorch's ``fully_shard``, which takes the dense rest::
 
     run = fully_shard_experts(model, mesh=mesh, policy="poise", step_slots=2)
     fully_shard(model, mesh=mesh)                      # experts are left alone
-    optimizer = torch.optim.AdamW(model.parameters())
-    run.attach(optimizer)                              # owners may move: optimizer states go with them
+    optimizer = torch.optim.AdamW(model.parameters())  # owners may move: optimizer states go with them
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +20,21 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from poise.cluster import Cluster
+from poise.cluster import Cluster, from_preset
+from poise.cost.memory import TrainingBytes, slots_that_fit
+from poise.cost.transfers import Form
 from poise.errors import ModelError, OptionError
 from poise.modelspec import ModelSpec
 from poise.policies.plan import StepPolicy
 from poise.policies.registry import parse_policy
 from poise.policies.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
-from poise.runtime.experts import recognise
-from poise.runtime.transfers import Form
+from poise.runtime.experts import ExpertKind, recognise
 from poise.train.checkpoint import speak_of_experts
 from poise.train.gradients import clip_grad_norm_
-from poise.train.schedule import LayerMetrics, Schedule, Settings
+from poise.train.metrics import LayerMetrics
+from poise.train.schedule import Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
 
 SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous(), "balanced": Balanced()}
@@ -64,9 +67,22 @@ class FssdpExperts:
         return {weight for experts in self.schedule.layers for weight in experts.parameters()}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let owners move while training: after every step of this optimizer the sharding policy may plan anew."""
-        self.schedule.optimizers.append(optimizer)
-        optimizer.register_step_post_hook(lambda *_: self.schedule.after_step())
+        """Name an optimizer whose states move with owners before its first step; later its steps make it known.
+
+        Raises
+        ------
+        OptionError : it holds no sharded expert (it was built before they were sharded, or of another model), or it takes
+            all parameters as one vector.
+        """
+        _check_kind(optimizer)
+        owned = {id(weight) for weight in self.parameters()}
+        if not any(id(weight) in owned for group in optimizer.param_groups for weight in group["params"]):
+            raise OptionError(
+                f"{type(optimizer).__name__} holds none of the {len(owned)} sharded weights",
+                hint="build the optimizer after fully_shard_experts",
+            )
+        if optimizer not in self.schedule.optimizers:
+            self.schedule.optimizers.append(optimizer)
 
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Move owners now, between steps; bytes that this rank received. Collective.
@@ -126,7 +142,8 @@ def fully_shard_experts(
     *,
     mesh: DeviceMesh,
     policy: str | StepPolicy = "poise",
-    step_slots: int = 2,
+    step_slots: int | None = None,
+    replica_bytes: float | None = None,
     sharding: str | ShardingPolicy | None = "even",
     rematerialise: bool | float = False,
     prefetch: int = 1,
@@ -147,7 +164,8 @@ def fully_shard_experts(
         ``experts`` called as ``experts(tokens, ids, weights)`` (:mod:`poise.runtime.moe`); may be on the meta device.
     mesh : 1-D, or 2-D (node, device in the node). Every rank has its own tokens.
     policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.policies`.
-    step_slots : M, replicas a rank may hold of a layer beside the experts it owns.
+    step_slots : M, replicas a rank may hold of a layer beside the experts it owns; 2 without ``replica_bytes``.
+    replica_bytes : memory a rank may spend on replicas of all layers and their gradients, in place of ``step_slots``.
     sharding : ``even``, ``heterogeneous`` (Hecate's Algorithm 2, every 100 steps), ``balanced`` (the same where
         it pays: poise's) or an object: who owns what.
     rematerialise : True frees replicas after the forward pass and gathers them again (Hecate-RM); a number keeps
@@ -157,7 +175,7 @@ def fully_shard_experts(
     cluster : the machine that policies reckon with; without it, nodes from the mesh or ``LOCAL_WORLD_SIZE`` and the
         rates of an A100.
     window_s : seconds of attention that a gather can hide behind; without it, modelled first and measured on the run.
-    form : how sparse collectives travel (:mod:`poise.runtime.transfers`).
+    form : how sparse collectives travel (:mod:`poise.cost.transfers`).
     mp_policy : FSDP2's ``MixedPrecisionPolicy``: ``param_dtype`` of materialised weights, ``reduce_dtype`` on the wire.
     offload : owned weights, gradients and states stay on the CPU.
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
@@ -168,9 +186,9 @@ def fully_shard_experts(
     ModelError : no MoE layer of a known shape, or layers that differ. OptionError : an option out of range, or a mesh
         that does not hold this rank.
     """
-    _check(step_slots, prefetch, window, rematerialise, mesh)
+    _check(step_slots, replica_bytes, prefetch, window, rematerialise, mesh)
     planner = parse_policy(policy) if isinstance(policy, str) else policy
-    found = _find(model)
+    found, again = _find(model)
     kinds = {name: recognise(module) for name, module in found.items()}
     first_name, kind = next(iter(kinds.items()))
     counts = {name: _count(module) for name, module in found.items()}
@@ -185,7 +203,7 @@ def fully_shard_experts(
     tokens_group = flat.get_group()
     weights_group = _second_group(flat, tokens_group)
     rank, size = dist.get_rank(tokens_group), dist.get_world_size(tokens_group)
-    machine = cluster or _machine(mesh, size)
+    machine = cluster or _machine(mesh, dist.get_process_group_ranks(tokens_group))
     if machine.num_devices != size:
         raise OptionError(f"the cluster has {machine.num_devices} devices, the mesh {size} ranks")
     if isinstance(sharding, str) and sharding not in SHARDINGS:
@@ -195,22 +213,21 @@ def fully_shard_experts(
     owner_LE = even_sharding(len(found), experts, size) if owners is None else np.asarray(owners, np.int64)
     if owner_LE.shape != (len(found), experts) or owner_LE.min() < 0 or owner_LE.max() >= size:
         raise OptionError(f"owners have shape {owner_LE.shape}, not {(len(found), experts)}, or name no rank of {size}")
-    layers = []
+    layers: list[ShardedExperts] = []
+    replaced: list[weakref.ref[nn.Parameter]] = []
     for number, (name, module) in enumerate(found.items()):
         weights = stacked(module, kinds[name])
-        trained = (
-            dict(module.named_parameters())
-            if not isinstance(module, nn.ModuleList)
-            else dict(module[0].named_parameters())
-        )
-        trainable = [key for key in kinds[name].shapes if trained[key].requires_grad]
-        new = ShardedExperts(kinds[name], weights, trainable, owner_LE[number], rank)
+        new = ShardedExperts(kinds[name], weights, _trained(name, module, kinds[name]), owner_LE[number], rank)
         speak_of_experts(new)
         new.listed = isinstance(module, nn.ModuleList)
-        if offload:
+        if offload and not any(weight.is_meta for weight in weights.values()):
             new.to("cpu")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+        replaced += [weakref.ref(weight) for weight in module.parameters()]
+        for place in (name, *again[name]):
+            parent, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+        new._forward_hooks.update(module._forward_hooks)
+        new._forward_pre_hooks.update(module._forward_pre_hooks)
         _hide(new)
         layers.append(new)
     stored = next(iter(layers[0].owned().values()))
@@ -221,23 +238,39 @@ def fully_shard_experts(
     )
     compute = getattr(mp_policy, "param_dtype", None) or stored.dtype
     top_k = _top_k(model, next(iter(found)))
+    reduced = getattr(mp_policy, "reduce_dtype", None) or compute
+    sizes = _model(kind, experts, top_k, len(layers), compute)
+    slots = 2 if step_slots is None else step_slots
+    if replica_bytes is not None:
+        each = TrainingBytes(float(compute.itemsize), float(reduced.itemsize), 0.0)
+        slots = slots_that_fit(replica_bytes, sizes, rematerialise=rematerialise is not False, sizes=each)
     schedule = Schedule(
         layers,
         Settings(
-            planner, step_slots, window, prefetch, rematerialise, plan, form, window_s, force_balance, top_k,
+            planner, slots, window, prefetch, rematerialise, plan, form, window_s, force_balance,
         ),
-        machine, _model(kind, experts, top_k, len(layers), compute), tokens_group, weights_group, compute,
-        getattr(mp_policy, "reduce_dtype", None) or compute, device,
+        machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
     )  # fmt: skip
     handle = FssdpExperts(model, schedule)
     model.register_forward_pre_hook(lambda *_: schedule.begin())
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
-    model._ddp_params_and_buffers_to_ignore = names
+    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    _watch_optimizers(schedule, replaced)
     return handle
 
 
-def _check(step_slots: int, prefetch: int, window: int, rematerialise: bool | float, mesh: DeviceMesh) -> None:
-    if step_slots < 0 or prefetch < 0 or window < 1 or (not isinstance(rematerialise, bool) and rematerialise < 0):
+def _check(
+    step_slots: int | None,
+    replica_bytes: float | None,
+    prefetch: int,
+    window: int,
+    rematerialise: bool | float,
+    mesh: DeviceMesh,
+) -> None:
+    if step_slots is not None and replica_bytes is not None:
+        raise OptionError(f"step_slots {step_slots} and replica_bytes {replica_bytes:g} say the same", hint="give one")
+    budget = 0.0 if isinstance(rematerialise, bool) else rematerialise
+    if (step_slots or 0) < 0 or prefetch < 0 or window < 1 or budget < 0:
         raise OptionError(
             f"step_slots {step_slots}, prefetch {prefetch} and rematerialise {rematerialise} must be at least 0, "
             f"window {window} at least 1"
@@ -248,9 +281,11 @@ def _check(step_slots: int, prefetch: int, window: int, rematerialise: bool | fl
         raise OptionError("this rank is not in the mesh")
 
 
-def _find(model: nn.Module) -> dict[str, nn.Module]:
-    found = {}
-    for name, module in model.named_modules():
+def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """Experts by the name under which they come first, and the other names of each (layers that share experts)."""
+    found: dict[str, nn.Module] = {}
+    again: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedExperts):
             raise ModelError(f"{name} is sharded already")
         if name.rpartition(".")[2] == "experts" and next(module.parameters(), None) is not None:
@@ -259,22 +294,79 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
                     f"{name} is a bare ModuleList, which cannot be called",
                     hint="use poise.runtime.moe.ExpertList and call it as experts(tokens, ids, weights)",
                 )
-            found[name] = module
+            first = next((known for known, other in found.items() if other is module), None)
+            if first is None:
+                found[name], again[name] = module, []
+            else:
+                again[first].append(name)
     if not found:
         raise ModelError(f"{type(model).__name__} has no child named experts", hint="is it a Mixture-of-Experts model?")
-    return found
+    uses: dict[int, str] = {}
+    inside = {id(weight) for module in found.values() for weight in module.parameters()}
+    for owner_name, owner in model.named_modules():
+        for key, weight in owner.named_parameters(recurse=False):
+            if id(weight) in inside and uses.setdefault(id(weight), f"{owner_name}.{key}") != f"{owner_name}.{key}":
+                raise ModelError(
+                    f"{owner_name}.{key} and {uses[id(weight)]} are one parameter", hint="experts cannot share weights"
+                )
+    return found, again
+
+
+def _trained(name: str, module: nn.Module, kind: ExpertKind) -> list[str]:
+    """Names of the weights that are trained; those of a list must agree, and all must have one type."""
+    lists = list(module) if isinstance(module, nn.ModuleList) else [module]
+    flags = [tuple(dict(one.named_parameters())[key].requires_grad for key in kind.shapes) for one in lists]
+    if len(set(flags)) > 1:
+        odd = next(number for number, flag in enumerate(flags) if flag != flags[0])
+        raise ModelError(f"expert {odd} of {name} is trained otherwise than expert 0", hint="set requires_grad for all")
+    types = {weight.dtype for weight in module.parameters()}
+    if len(types) > 1:
+        raise ModelError(f"weights of {name} have types {', '.join(sorted(map(str, types)))}", hint="use one type")
+    return [key for key, flag in zip(kind.shapes, flags[0], strict=True) if flag]
+
+
+def _check_kind(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError(
+            "LBFGS takes all parameters of a process as one vector, and ranks have different ones",
+            hint="use an optimizer that treats parameters one by one",
+        )
+
+
+def _watch_optimizers(schedule: Schedule, replaced: list[weakref.ref[nn.Parameter]]) -> None:
+    """Let the run know of every step of an optimizer that holds its experts."""
+    known = weakref.ref(schedule)
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        run = known()
+        if run is None:
+            return
+        owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
+        old = {id(weight) for ref in replaced if (weight := ref()) is not None}
+        held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        if owned & held:
+            _check_kind(optimizer)
+            run.stepped(optimizer)
+        elif old & held:
+            raise OptionError(
+                f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
+                hint="build the optimizer after fully_shard_experts",
+            )
+
+    weakref.finalize(schedule, register_optimizer_step_post_hook(stepped).remove)
 
 
 def _count(module: nn.Module) -> int:
     return len(module) if isinstance(module, nn.ModuleList) else int(next(module.parameters(recurse=False)).shape[0])
 
 
-def _top_k(model: nn.Module, name: str) -> int:
-    parent = model.get_submodule(name.rpartition(".")[0])
+def _top_k(model: nn.Module, experts: str) -> int:
+    parent = model.get_submodule(experts.rpartition(".")[0])
     for owner in (parent, getattr(parent, "gate", None), getattr(parent, "router", None)):
-        value = getattr(owner, "top_k", None)
-        if isinstance(value, int) and value > 0:
-            return value
+        for name in ("top_k", "num_experts_per_tok"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
     return 1
 
 
@@ -290,9 +382,14 @@ def _second_group(mesh: DeviceMesh, first: Any) -> Any:
     return group
 
 
-def _machine(mesh: DeviceMesh, size: int) -> Cluster:
-    local = mesh.shape[1] if mesh.ndim == 2 else int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return Cluster.uniform(size // local, local, "a100") if size % local == 0 else Cluster.uniform(1, size, "a100")
+def _machine(mesh: DeviceMesh, ranks: list[int]) -> Cluster:
+    """Nodes from a 2-D mesh, or from the ranks' numbers; the rates of an A100."""
+    size = len(ranks)
+    local = mesh.shape[1] if mesh.ndim == 2 else int(os.environ.get("LOCAL_WORLD_SIZE", max(ranks) + 1))
+    nodes = np.arange(size) // local if mesh.ndim == 2 else np.array(ranks) // local
+    if (np.diff(nodes) < 0).any():
+        nodes = np.zeros(size, int)
+    return from_preset([int(count) for count in np.unique(nodes, return_counts=True)[1]], "a100")
 
 
 def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> ModelSpec:

@@ -95,7 +95,7 @@ def speak_of_experts(experts: ShardedExperts) -> None:
         for name, attribute in module._attribute.items():
             key = prefix + attribute
             value = state.get(key)
-            if value is None and module.listed:
+            if module.listed:  # before what is there under the stacked name: torch's loader puts local weights there
                 rows = [state.pop(f"{prefix}{e}.{name}", None) for e in range(module.num_experts)]
                 if all(row is not None for row in rows):
                     value = torch.stack([row for row in rows if row is not None])

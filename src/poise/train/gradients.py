@@ -99,25 +99,23 @@ def _norms_of_shards(shards: list[Any], norm_type: float, device: torch.device) 
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def update_correction_bias(model: nn.Module, rate: float, *, passes: int = 1) -> int:
+def update_correction_bias(model: nn.Module, rate: float) -> int:
     """Balance without an auxiliary loss: ``bias += rate * sign(mean load - load)``; the number of layers changed.
 
-    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after the optimizer step, on every rank: loads are the exact
-    pairs of all ranks, so that every rank makes the same change without a collective. ``load`` and ``bias`` are [E].
+    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after the backward pass of a step, on every rank: loads are
+    the exact pairs of all ranks and micro-batches, so that every rank makes the same change without a collective.
 
     Parameters
     ----------
     model : its routers have a buffer ``e_score_correction_bias`` [E], in the module beside the experts.
     rate : step of the bias, gamma in the paper.
-    passes : forward passes that count: the micro-batches of a step.
 
     Raises
     ------
-    OptionError : ``rate`` below 0, or fewer forward passes were made than ``passes``. ModelError : no router has such
-        a bias.
+    OptionError : ``rate`` below 0, or no backward pass was made yet. ModelError : no router has such a bias.
     """
-    if rate < 0 or passes < 1:
-        raise OptionError(f"rate {rate} must be at least 0, passes {passes} at least 1")
+    if not rate >= 0:
+        raise OptionError(f"the rate must be at least 0, got {rate}")
     sharded_layers(model)
     changed = 0
     for name, module in model.named_modules():
@@ -127,10 +125,10 @@ def update_correction_bias(model: nn.Module, rate: float, *, passes: int = 1) ->
         if bias is None:
             continue
         schedule: Any = module.schedule
-        recent = list(schedule._recent[module.number])
-        if len(recent) < passes:
-            raise OptionError(f"{passes} forward passes are to count, {len(recent)} are known of {name}")
-        load_E = torch.from_numpy(sum(recent[-passes:]))
+        recent = schedule.history.of(module.number)
+        if not len(recent):
+            raise OptionError(f"no loads are known of {name}", hint="call it after a backward pass")
+        load_E = torch.from_numpy(recent[-1])
         bias.add_(torch.sign(load_E.mean() - load_E).to(bias), alpha=rate)
         changed += 1
     if not changed:

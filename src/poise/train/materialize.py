@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.cluster import Cluster
-from poise.runtime.collectives import Pending, sparse_all_gather, sparse_reduce_scatter
+from poise.cost.transfers import Form, TransferPlan, plan_transfers
+from poise.errors import ModelError
+from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
-from poise.runtime.transfers import Form, TransferPlan, plan_transfers
 from poise.train.sharding import Run, ShardedExperts
 
 
@@ -46,6 +47,7 @@ class Schedule(Run, Protocol):
     """What a layer's weights need of the run they belong to."""
 
     rank: int
+    layers: list[ShardedExperts]
     cluster: Cluster
     form: Form
     ledger: Ledger
@@ -53,7 +55,12 @@ class Schedule(Run, Protocol):
 
     @property
     def expert_bytes(self) -> float:
-        """Bytes of one expert on the wire."""
+        """Bytes of one expert's weights on the wire."""
+        ...
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Bytes of one expert's gradients on the wire."""
         ...
 
     def forward_done(self, weights: Materialised) -> None:
@@ -109,25 +116,30 @@ class Materialised:
     ----------
     experts, schedule : the layer and the run it belongs to.
     early_ED : bool [E, D], holders known before the gate.
+    plan : how they get their experts.
     """
 
-    def __init__(self, experts: ShardedExperts, schedule: Schedule, early_ED: NDArray[np.bool_]) -> None:
+    def __init__(
+        self, experts: ShardedExperts, schedule: Schedule, early_ED: NDArray[np.bool_], plan: TransferPlan
+    ) -> None:
         self.experts, self.schedule = experts, schedule
         self.early_ED = early_ED
+        self.owner_E, self.trainable = experts.owner_E, experts.trainable
         self.parts: list[_Replicas] = []
         self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
         # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
         self._own: Bank = {
-            name: weight.detach().requires_grad_(name in experts.trainable) for name, weight in experts.owned().items()
+            name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in experts.owned().items()
         }
         self.copies: Storage | None = None
         if experts.needs_copies:
-            like = dict(device=schedule.device, dtype=schedule.compute_dtype, requires_grad=True)
-            bank = {name: torch.empty(weight.shape, **like) for name, weight in experts.owned().items()}
+            like: dict[str, Any] = {"device": schedule.device, "dtype": schedule.compute_dtype}
+            bank = {name: torch.empty(weight.shape, **like).requires_grad_(weight.requires_grad)
+                    for name, weight in experts.owned().items()}  # fmt: skip
             self.copies = Storage(bank, schedule.ledger, "copies of owned experts")
         self.gathered_count = 0
         self._fill_copies()
-        self._add(early_ED)
+        self._add(plan, early_ED)
 
     def _fill_copies(self) -> None:
         if self.copies is not None and not self.copies.here:
@@ -135,14 +147,10 @@ class Materialised:
             for name, weight in self.experts.owned().items():
                 self.copies.bank[name].data.copy_(weight.detach())
 
-    def _add(self, holders_ED: NDArray[np.bool_]) -> None:
-        experts, rank = self.experts, self.schedule.rank
-        plan = plan_transfers(
-            experts.owner_E, holders_ED, self.schedule.cluster, expert_bytes=self.schedule.expert_bytes,
-            form=self.schedule.form,
-        )  # fmt: skip
+    def _add(self, plan: TransferPlan, holders_ED: NDArray[np.bool_]) -> None:
         if not plan.count:
             return
+        experts, rank = self.experts, self.schedule.rank
         mine = [int(e) for e in np.flatnonzero(holders_ED[:, rank]) if experts.owner_E[e] != rank]
         self.parts.append(_Replicas(self, plan, mine))
         self.gathered_count += plan.count
@@ -152,7 +160,10 @@ class Materialised:
         late_ED = holders_ED & ~self.early_ED
         self.used_ED = used_ED
         if late_ED.any():
-            self._add(late_ED)
+            schedule = self.schedule
+            plan = plan_transfers(self.owner_E, late_ED, schedule.cluster, expert_bytes=schedule.expert_bytes,
+                                  form=schedule.form)  # fmt: skip
+            self._add(plan, late_ED)
 
     @property
     def slots(self) -> list[int]:
@@ -197,8 +208,7 @@ class Materialised:
     def leaves(self) -> list[Tensor]:
         """See :class:`poise.runtime.layer.Weights`."""
         own = self._own if self.copies is None else self.copies.bank
-        wanted = self.experts.trainable
-        return [bank[name] for bank in (own, *(part.storage.bank for part in self.parts)) for name in wanted]
+        return [bank[name] for bank in (own, *(part.storage.bank for part in self.parts)) for name in self.trainable]
 
     def after_forward(self) -> None:
         """See :class:`poise.runtime.layer.Weights`."""
@@ -206,12 +216,20 @@ class Materialised:
 
     def before_backward(self) -> None:
         """See :class:`poise.runtime.layer.Weights`."""
+        if self.experts.owner_E is not self.owner_E:
+            raise ModelError(
+                f"owners of layer {self.experts.number} moved after the forward pass whose backward comes now",
+                hint="go backward before the next optimizer step",
+            )
         self.schedule.backward_starts(self)
         self.ready()
 
-    def after_backward(self, grads: Sequence[Tensor | None]) -> None:
+    def after_backward(self, grads: Sequence[Tensor | None] | None) -> None:
         """See :class:`poise.runtime.layer.Weights`."""
-        names = self.experts.trainable
+        if grads is None:
+            self.free()
+            return
+        names = self.trainable
         own = dict(zip(names, grads[: len(names)], strict=True))
         replicas: dict[int, list[Tensor]] = {}
         at = len(names)
@@ -219,7 +237,10 @@ class Materialised:
             mine, at = grads[at : at + len(names)], at + len(names)
             for row, expert in enumerate(part.mine):
                 if self.used_ED[expert, self.schedule.rank]:
-                    replicas[expert] = [grad[row] for grad in mine if grad is not None]
+                    replicas[expert] = [
+                        torch.zeros_like(part.storage.bank[name][row]) if grad is None else grad[row]
+                        for name, grad in zip(names, mine, strict=True)
+                    ]
         nbytes = sum(grad.nbytes for grad in grads[len(names) :] if grad is not None)
         self.schedule.ledger.add("replica gradients", nbytes)
         self.free()
@@ -231,10 +252,11 @@ class _Replicas:
 
     def __init__(self, owner: Materialised, plan: TransferPlan, mine: list[int]) -> None:
         self.plan, self.mine, self.owner, self.group = plan, mine, weakref.ref(owner), owner.schedule.weights_group
+        self.device = owner.schedule.device
         like: dict[str, Any] = {"device": owner.schedule.device, "dtype": owner.schedule.compute_dtype}
         shapes = owner.experts.kind.shapes
         bank = {
-            name: torch.empty(len(mine), *shape, **like).requires_grad_(name in owner.experts.trainable)
+            name: torch.empty(len(mine), *shape, **like).requires_grad_(name in owner.trainable)
             for name, shape in shapes.items()
         }
         self.storage = Storage(bank, owner.schedule.ledger, "replicas")
@@ -247,7 +269,7 @@ class _Replicas:
         if self.here or self.gather is not None:
             return
         self.storage.allocate()
-        self.gather = sparse_all_gather(self.plan, self.group, self.rows)
+        self.gather = sparse_all_gather(self.plan, self.group, self.rows, self.device)
 
     def rows(self, expert: int) -> list[Tensor]:
         """Where an expert lies on this rank."""
@@ -269,53 +291,3 @@ class _Replicas:
         self.wait()
         self.storage.free()
         self.here = False
-
-
-class Reduction:
-    """Replica gradients on their way to their owners.
-
-    Parameters
-    ----------
-    experts, schedule : the layer and its run.
-    holders_ED : bool [E, D], who has gradients to send.
-    rows : this rank's replica gradients by expert, one tensor a trainable weight.
-    nbytes : what the ledger counts for them.
-    """
-
-    def __init__(
-        self,
-        experts: ShardedExperts,
-        schedule: Schedule,
-        holders_ED: NDArray[np.bool_],
-        rows: dict[int, list[Tensor]],
-        nbytes: int,
-    ) -> None:
-        self.rows, self.experts, self.ledger, self.nbytes = rows, experts, schedule.ledger, nbytes
-        plan = plan_transfers(
-            experts.owner_E, holders_ED, schedule.cluster, expert_bytes=schedule.expert_bytes, form=schedule.form
-        )
-        self.count = plan.count
-        self.pending = sparse_reduce_scatter(plan, schedule.weights_group, self._rows, schedule.reduce_dtype)
-        self.buffers = self.pending.buffer_bytes
-        self.ledger.add("arriving gradients", self.buffers)
-
-    def _rows(self, expert: int) -> list[Tensor]:
-        if expert in self.rows:
-            return self.rows[expert]
-        row = self.experts.mine.index(expert)
-        return [self.experts.gradient(name)[row] for name in self.experts.trainable]
-
-    def discard(self) -> None:
-        """End it, adding nothing: the backward pass that it belongs to failed."""
-        shapes = [self.experts.kind.shapes[name] for name in self.experts.trainable]
-        device = next(iter(self.experts.owned().values())).device
-        self.pending.rows = lambda e: self.rows.get(e) or [torch.zeros(shape, device=device) for shape in shapes]
-        self.wait()
-
-    def wait(self) -> None:
-        """Until the owners have them."""
-        self.pending.wait()
-        self.rows = {}
-        self.ledger.add("arriving gradients", -self.buffers)
-        self.ledger.add("replica gradients", -self.nbytes)
-        self.buffers = self.nbytes = 0

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from poise.cluster import Cluster
 from poise.cost.route import locality_rows
+from poise.cost.transfers import Form, plan_transfers
 from poise.cost.weights import StepPrice, training_price
 from poise.errors import ModelError, OptionError
 from poise.modelspec import ModelSpec
@@ -36,13 +40,16 @@ from poise.policies.rematerialise import layers_to_keep
 from poise.policies.sharding import ShardingPolicy
 from poise.runtime.dispatch import Exchange, all_counts, make_exchange
 from poise.runtime.layer import Inner, LayerStep, RunExperts
-from poise.runtime.recompute import checkpoint_frame, in_backward, places
-from poise.runtime.transfers import Form
-from poise.train.materialize import Ledger, Materialised, Reduction
+from poise.runtime.recompute import Region, checkpoint_region, in_backward, places
+from poise.train.ahead import Plan, PlanAhead
+from poise.train.history import LoadHistory
+from poise.train.materialize import Ledger, Materialised
+from poise.train.metrics import LayerMetrics
+from poise.train.reduce import ReplicaGradients
 from poise.train.sharding import ShardedExperts, move_owners
 
-RECENT = 20
-"""Steps of exact loads that are kept for predictions."""
+WINDOWS = 20
+"""Times between layers that are kept to measure what a gather can hide behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +65,6 @@ class Settings:
     form: Form
     window_s: float | None
     force_balance: bool
-    top_k: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerMetrics:
-    """What one layer did in one forward pass, the same on all ranks.
-
-    Parameters
-    ----------
-    layer : number among the MoE layers.
-    tokens_D : pairs computed on each rank.
-    owner_tokens_D : pairs each rank would have computed without replicas (plain expert parallelism on these owners).
-    replicas : experts gathered, over all ranks.
-    gathered_bytes : they in bytes; re-gathering for the backward costs the same again.
-    """
-
-    layer: int
-    tokens_D: NDArray[np.int64]
-    owner_tokens_D: NDArray[np.int64]
-    replicas: int
-    gathered_bytes: int
-
-    @property
-    def overload(self) -> float:
-        """Max / mean pairs over the ranks."""
-        return float(self.tokens_D.max() / max(1e-9, self.tokens_D.mean()))
-
-    @property
-    def owner_overload(self) -> float:
-        """The same without replicas."""
-        return float(self.owner_tokens_D.max() / max(1e-9, self.owner_tokens_D.mean()))
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -100,7 +76,7 @@ class Pass:
     way: Exchange
     weights: Materialised
     before: weakref.ref[Pass] | None
-    frame: weakref.ref[Any] | None
+    frames: list[weakref.ref[Any]]
     inner: Inner = field(default_factory=Inner)
     done: bool = False
 
@@ -115,6 +91,7 @@ class Schedule:
     tokens_group, weights_group : two communicators of the same ranks: dispatch does not queue behind weights.
     compute_dtype, reduce_dtype : of materialised weights and of gradients on the wire.
     device : where experts are computed.
+    top_k : experts a token, until the first forward pass tells.
     """
 
     def __init__(
@@ -128,6 +105,7 @@ class Schedule:
         compute_dtype: torch.dtype,
         reduce_dtype: torch.dtype,
         device: torch.device,
+        top_k: int,
     ) -> None:
         self.layers, self.settings, self.cluster, self.model = layers, settings, cluster, model
         self.tokens_group, self.weights_group = tokens_group, weights_group
@@ -141,56 +119,87 @@ class Schedule:
         self.moved_bytes = {"gather": 0, "reduce": 0, "reshard": 0}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.steps = 0
+        self.top_k = top_k
         self.measured_window_s: float | None = settings.window_s
-        self._recent = [deque[NDArray[np.float64]](maxlen=RECENT) for _ in layers]
+        self.history = LoadHistory(len(layers), layers[0].num_experts)
+        self.replica_gradients = ReplicaGradients(self)
+        self._ahead, self._version = PlanAhead(), 0
         self._early: dict[int, Materialised] = {}
         self._held: list[NDArray[np.bool_] | None] = [None] * len(layers)
         self._passes: list[weakref.ref[Pass]] = []
-        self._reductions: list[Reduction] = []
-        self._grad_bytes = [0] * len(layers)
-        self._kept_grads: list[dict[int, list[Tensor]]] = [{} for _ in layers]
-        self._kept_ED: list[NDArray[np.bool_] | None] = [None] * len(layers)
-        self._callback = False
+        self._callback, self._accumulated, self._wrapped_well = False, False, False
+        self._hooks: list[tuple[Any, Any]] = []
+        self._turns: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
+        self._last: int | None = None
         self._due: NDArray[np.int64] | None = None
-        self._keep_L = np.zeros(len(layers), bool)
+        self._keep_L, self._kept_bytes = np.zeros(len(layers), bool), 0.0
         self._last_bytes_L, self._last_s_L = np.zeros(len(layers)), np.zeros(len(layers))
-        self._seen_L = np.zeros(len(layers), np.int64)
         self._left_at: Any = None
-        self._windows: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
+        self._windows: deque[tuple[Any, Any]] = deque(maxlen=WINDOWS)
         for number, experts in enumerate(layers):
             experts.schedule, experts.number = self, number
 
     @property
     def expert_bytes(self) -> float:
-        """Bytes of one expert on the wire."""
-        return float(self.layers[0].kind.numel * torch.empty((), dtype=self.compute_dtype).element_size())
+        """Bytes of one expert's weights on the wire."""
+        return float(self.layers[0].kind.numel * self.compute_dtype.itemsize)
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Bytes of one expert's gradients on the wire."""
+        return float(self.layers[0].kind.numel * self.reduce_dtype.itemsize)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self) -> None:
-        """A forward pass of the model starts."""
+        """A forward pass of the model starts; where the model's hook does not run, its first layer says so."""
         if in_backward():
             return
         self._drop_early()
         if self._callback:
             self._forget_backward()
-        self.metrics = []
-        self._left_at = None
+        self._check_wrappers()
+        self.metrics, self._left_at, self._last = [], None, -1
         if self._due is not None:
-            self.reshard(self._due)
+            self._move(self._due)
         self._choose_kept()
-        for layer in range(min(max(1, self.settings.prefetch), len(self.layers))):
+        for layer in range(min(self.settings.prefetch, len(self.layers))):
             self._fetch_early(layer)
+
+    def _check_wrappers(self) -> None:
+        """Data parallelism around a parent of the model takes experts for replicas, and the same on every rank."""
+        active = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if self._wrapped_well or active is None:
+            return
+        managed = {id(weight) for weight in active._module_parameters}
+        if any(id(weight) in managed for experts in self.layers for weight in experts.parameters()):
+            raise ModelError(
+                "DistributedDataParallel manages sharded experts, and has overwritten them",
+                hint="wrap the very model that was given to fully_shard_experts, or use fully_shard",
+            )
+        self._wrapped_well = True
 
     def run(self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """One layer, forward."""
-        frame = checkpoint_frame()
+        region = checkpoint_region()
+        # selective checkpointing looks at every operation and expects the same ones when it computes again
+        with _disable_current_modes() if region.frames else nullcontext():
+            return self._run(experts, x_Td, ids_TK, weights_TK, region)
+
+    def _run(self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor, region: Region) -> Tensor:
+        if not in_backward():
+            if self._last is None or experts.number <= self._last:
+                self.begin()
+            self._last, self.top_k = experts.number, ids_TK.shape[1]
         if in_backward():
-            one = self._replay(experts, ids_TK, frame)
+            one = self._replay(experts, ids_TK, region)
         else:
             if self._left_at is not None:
                 self._windows.append((self._left_at, _now(x_Td)))
-            one = self._plan(experts, ids_TK, frame)
+            one = self._plan(experts, ids_TK, region)
+        if not x_Td.requires_grad:
+            one.before = None  # no backward pass goes on from here
         trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
@@ -199,13 +208,13 @@ class Schedule:
         )  # fmt: skip
         recomputed = in_backward()
         x = x_Td.to(self.compute_dtype) if x_Td.dtype != self.compute_dtype else x_Td
-        y_Nd = RunExperts.apply(step, graph and (frame is None or recomputed), recomputed, x, *trainable)
+        y_Nd = RunExperts.apply(step, graph and not region.later, recomputed, x, *trainable)
         if not graph:
             one.weights.free()
             one.done = True
         self._left_at = _now(y_Nd)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
-        if frame is not None:  # recorded now, so that the recomputation can put swapped experts back
+        if region.frames:  # recorded now, so that the recomputation can put swapped experts back
             weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
 
@@ -217,7 +226,7 @@ class Schedule:
         turn = torch.arange(ids_TK.numel(), device=ids_TK.device) + self.rank * ids_TK.numel()
         return (turn % experts).view(ids_TK.shape)
 
-    def _plan(self, experts: ShardedExperts, given_TK: Tensor, frame: Any) -> Pass:
+    def _plan(self, experts: ShardedExperts, given_TK: Tensor, region: Region) -> Pass:
         layer, ids_TK = experts.number, self._forced(given_TK)
         load_SE = all_counts(ids_TK, experts.num_experts, self.tokens_group)
         weights = self._early.pop(layer, None) or self._materialise(layer)
@@ -229,58 +238,79 @@ class Schedule:
         if rows is None:
             rows = locality_rows(load_SE, plan.quota_ED, self.cluster.node_D)
         weights.complete(plan.holders_ED, plan.quota_ED > 0)
-        if getattr(policy, "keeps_in_training", policy.keeps):
+        if torch.is_grad_enabled() and getattr(policy, "keeps_in_training", policy.keeps):
             self._held[layer] = plan.holders_ED
         way = make_exchange(ids_TK, rows, self.rank, weights.slots)
-        one = Pass(layer, given_TK, way, weights, None, None if frame is None else weakref.ref(frame))
+        one = Pass(layer, given_TK, way, weights, None, [weakref.ref(frame) for frame in region.frames])
         self._note(experts, load_SE, plan, weights)
         if torch.is_grad_enabled():
-            self._passes = [ref for ref in self._passes if (old := ref()) is not None and not old.done]
+            self._passes = [ref for ref in self._passes if ref() is not None]
             if layer and self._passes:
                 before = self._passes[-1]()
-                one.before = self._passes[-1] if before is not None and before.layer == layer - 1 else None
+                if before is not None and before.layer == layer - 1 and not before.done:
+                    one.before = self._passes[-1]
             self._passes.append(weakref.ref(one))
         return one
 
     def _note(self, experts: ShardedExperts, load_SE: NDArray[np.int64], plan: StepPlan, weights: Materialised) -> None:
         load_E = load_SE.sum(axis=0)
-        self._recent[experts.number].append(load_E.astype(np.float64))
-        self._seen_L[experts.number] += 1
         gathered = int(weights.gathered_count * self.expert_bytes)
-        if not isinstance(self.settings.rematerialise, bool):
-            extra_D = np.zeros(self.cluster.num_devices, np.int64)
-            for part in weights.parts:
-                extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
-            self._last_bytes_L[experts.number] = extra_D.max() * self.expert_bytes
-            seconds = sum(part.plan.seconds(self.cluster, self.expert_bytes) for part in weights.parts)
-            hidden = 2.0 * self.price(load_E.sum()).window_s
-            self._last_s_L[experts.number] = max(0.0, 2.0 * seconds - hidden) - max(0.0, seconds - hidden)
         self.moved_bytes["gather"] += gathered
         owner_tokens = np.bincount(experts.owner_E, weights=load_E, minlength=self.cluster.num_devices)
         self.metrics.append(
             LayerMetrics(experts.number, plan.quota_ED.sum(axis=0), owner_tokens.astype(np.int64),
                          weights.gathered_count, gathered)
         )  # fmt: skip
+        if not torch.is_grad_enabled():
+            return
+        self.history.record(experts.number, load_E)
+        if self.sync:
+            self.history.close(experts.number)
+            self._ahead.start(experts.number, self._version, self._early_plan(experts.number))
+        if not isinstance(self.settings.rematerialise, bool):
+            self._last_bytes_L[experts.number] = self._fullest_bytes(weights)
+            seconds = sum(part.plan.seconds(self.cluster, self.expert_bytes) for part in weights.parts)
+            hidden = 2.0 * self.price(load_E.sum()).window_s
+            self._last_s_L[experts.number] = max(0.0, 2.0 * seconds - hidden) - max(0.0, seconds - hidden)
 
-    def _replay(self, experts: ShardedExperts, ids_TK: Tensor, frame: Any) -> Pass:
+    def _fullest_bytes(self, weights: Materialised) -> float:
+        """Replicas of a layer on the rank that has most, in bytes; the same on all ranks."""
+        extra_D = np.zeros(self.cluster.num_devices, np.int64)
+        for part in weights.parts:
+            extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
+        return float(extra_D.max() * self.expert_bytes)
+
+    def _replay(self, experts: ShardedExperts, ids_TK: Tensor, region: Region) -> Pass:
         """The pass that activation checkpointing computes again: a router may flip ties, plan and splits must not.
 
-        Of several open passes it is the one of this checkpoint; of several of it, the one with the most equal ids.
+        Of several passes it is the one of this checkpoint (one that is done comes back when its graph was kept); of
+        several of it, they come again in the order they came. Where the checkpoint is not known: an open one, with the
+        most equal ids.
         """
-        known = [
-            one for ref in self._passes
-            if (one := ref()) is not None and one.layer == experts.number and one.ids_TK.shape == ids_TK.shape
-        ]  # fmt: skip
-        # one that is done comes back when its graph was kept
-        found = [one for one in known if frame is not None and one.frame is not None and one.frame() is frame]
-        found = found or [one for one in known if not one.done]
+        layer = experts.number
+        known = [one for ref in self._passes if (one := ref()) is not None and one.layer == layer]
+        for frame in region.frames:
+            found = [one for one in known if any(ref() is frame for ref in one.frames)]
+            if found:
+                one = found[min(self._turn(frame, layer), len(found) - 1)]
+                known_refs = [ref for ref in one.frames if ref() is not None]
+                new = [f for f in region.frames if not any(ref() is f for ref in known_refs)]
+                one.frames = [*known_refs, *(weakref.ref(f) for f in new)]  # a checkpoint inside of this one is new
+                return one
+        found = [one for one in known if not one.done and one.ids_TK.shape == ids_TK.shape]
         if not found:
             raise ModelError(
-                f"layer {experts.number} is computed in the backward pass, but no forward pass of it is open",
+                f"layer {layer} is computed in the backward pass, but no forward pass of it is open",
                 hint="checkpoint with use_reentrant=False",
             )
         same = [int((one.ids_TK == ids_TK).sum()) if len(found) > 1 else 0 for one in found]
         return found[max(range(len(found)), key=lambda i: (same[i], i))]
+
+    def _turn(self, frame: Any, layer: int) -> int:
+        """How often a layer was computed again in a checkpoint, in this backward pass."""
+        turns, key = self._turns.setdefault(frame, {}), (torch._C._current_graph_task_id(), layer)
+        turns[key] = turns.get(key, -1) + 1
+        return turns[key]
 
     def view(self, layer: int, pairs: float | None = None) -> LayerView:
         """What the policy may look at."""
@@ -288,27 +318,38 @@ class Schedule:
         shape = (experts.num_experts, self.cluster.num_devices)
         static = np.zeros(shape, bool)
         static[np.arange(shape[0]), experts.owner_E] = True
-        recent = self._recent[layer]
-        history = np.array(recent) if recent else np.zeros((0, shape[0]))
-        total = pairs if pairs is not None else (history[-1].sum() if len(history) else 1.0)
+        history = self.history.of(layer)
+        total = pairs if pairs is not None else float(self.history.pairs_L[layer])
         load_E = history[-self.settings.window :].mean(axis=0) if len(history) else np.ones(shape[0])
         if not load_E.any():
             load_E = np.ones(shape[0])
         held = self._held[layer]
         return LayerView(
             static, static if held is None else held, load_E * (total / load_E.sum()), history[-8:],
-            np.zeros(shape, bool), self.settings.step_slots, int(self._seen_L[layer]), layer, self.price(total),
+            np.zeros(shape, bool), self.settings.step_slots, int(self.history.seen_L[layer]), layer, self.price(total),
         )  # fmt: skip
 
     def price(self, pairs: float) -> StepPrice:
         """Machine, model and window; the tokens count in powers of two, so that it seldom changes."""
-        tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.settings.top_k)))
-        return _price(tokens, self.layers[0].num_experts, self.cluster, self.model,
-                      bool(self.settings.rematerialise), self.measured_window_s)  # fmt: skip
+        tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.top_k)))
+        ratio, again = self.gradient_bytes / self.expert_bytes, bool(self.settings.rematerialise)
+        return _price(tokens, self.layers[0].num_experts, self.cluster, self.model, again, self.measured_window_s,
+                      ratio, self.form != "direct")  # fmt: skip
 
     def _materialise(self, layer: int) -> Materialised:
-        early_ED = self.settings.policy.before_gate(self.view(layer))
-        return Materialised(self.layers[layer], self, early_ED)
+        plan = self._ahead.get(layer, self._version) or self._early_plan(layer)()
+        return Materialised(self.layers[layer], self, *plan)
+
+    def _early_plan(self, layer: int) -> Callable[[], Plan]:
+        """Replicas of the next forward pass and how they travel: after this one all is known that will be."""
+        view, policy, owner_E = self.view(layer), self.settings.policy, self.layers[layer].owner_E
+        route = partial(plan_transfers, owner_E, cluster=self.cluster, expert_bytes=self.expert_bytes, form=self.form)
+
+        def plan() -> Plan:
+            early_ED = policy.before_gate(view)
+            return early_ED, route(early_ED)
+
+        return plan
 
     def _fetch_early(self, layer: int) -> None:
         if layer < len(self.layers) and layer not in self._early:
@@ -318,20 +359,28 @@ class Schedule:
         """Experts of a layer have run: free, and fetch for the next."""
         if in_backward():
             return
-        layer = weights.experts.number
-        if self.settings.rematerialise is not False and not self._keep_L[layer]:
+        if not self._keeps(weights):
             weights.free()
         if self.settings.prefetch:
-            self._fetch_early(layer + self.settings.prefetch)
+            self._fetch_early(weights.experts.number + self.settings.prefetch)
+
+    def _keeps(self, weights: Materialised) -> bool:
+        """Whether a layer's replicas stay until its backward: all, the last only, or those that pay most and fit."""
+        budget, layer = self.settings.rematerialise, weights.experts.number
+        if budget is False or layer == len(self.layers) - 1:
+            return True
+        nbytes = self._fullest_bytes(weights) if self._keep_L[layer] else 0.0
+        if not self._keep_L[layer] or self._kept_bytes + nbytes > budget:
+            return False
+        self._kept_bytes += nbytes
+        return True
 
     def _choose_kept(self) -> None:
-        """Layers whose replicas stay until their backward: all, the last one only, or those that pay most."""
+        """By what the layers' replicas took and saved in the last training pass; this pass's must fit as well."""
         budget = self.settings.rematerialise
-        self._keep_L = np.zeros(len(self.layers), bool)
-        self._keep_L[-1] = True
-        if isinstance(budget, bool) or not self._last_bytes_L.any():
-            return
-        self._keep_L = layers_to_keep(self._last_bytes_L, self._last_s_L, float(budget))
+        self._keep_L, self._kept_bytes = np.zeros(len(self.layers), bool), 0.0
+        if not isinstance(budget, bool) and self._last_bytes_L.any():
+            self._keep_L = layers_to_keep(self._last_bytes_L, self._last_s_L, float(budget))
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -340,41 +389,29 @@ class Schedule:
         if not self._callback:
             self._callback = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self._wait_reductions()
+        for weight in weights.experts.parameters():  # autograd would call them before the gradient is complete
+            hooks = getattr(weight, "_post_accumulate_grad_hooks", None)
+            if hooks:
+                self._hooks.append((weight, hooks))
+                weight._post_accumulate_grad_hooks = OrderedDict()
+        self.replica_gradients.wait()
 
     def backward_done(
         self, weights: Materialised, own: dict[str, Tensor | None], replicas: dict[int, list[Tensor]], nbytes: int
     ) -> None:
         """A layer's experts have their gradients: add the owned ones, send the others home."""
-        experts, scale = weights.experts, 1.0 / self.divide_factor
+        experts, scale, self._accumulated = weights.experts, 1.0 / self.divide_factor, True
+        beside = sum(grad.nbytes for name, grad in own.items() if grad is not None and not experts.takes(name, grad))
+        self.ledger.add("gradients of owned experts", beside)
         for name, grad in own.items():
-            into = experts.gradient(name)
-            if grad is not None:
-                into.add_(grad.to(into.device), alpha=scale)
-        sent = {e: [_scaled(row, scale, self.reduce_dtype) for row in rows] for e, rows in replicas.items()}
-        if self.reduce_dtype != self.compute_dtype:  # copies in the wider type took their place
-            copied = sum(row.nbytes for rows in sent.values() for row in rows)
-            self.ledger.add("replica gradients", copied - nbytes)
-            nbytes = copied
-        self._grad_bytes[experts.number] += nbytes
-        active_ED = weights.used_ED.copy()
-        kept = self._kept_grads[experts.number]
-        for e, rows in sent.items():
-            if e in kept:
-                for into, row in zip(kept[e], rows, strict=True):
-                    into.add_(row)
-            else:
-                kept[e] = rows
-        before = self._kept_ED[experts.number]
-        active_ED = active_ED if before is None else active_ED | before
-        if not self.sync:
-            self._kept_ED[experts.number] = active_ED
-            return
-        self._kept_grads[experts.number], self._kept_ED[experts.number] = {}, None
-        reduction = Reduction(experts, self, active_ED, kept, self._grad_bytes[experts.number])
-        self._grad_bytes[experts.number] = 0
-        self.moved_bytes["reduce"] += int(reduction.count * self.expert_bytes)
-        self._reductions.append(reduction)
+            experts.add_gradient(name, grad, scale)
+        self.ledger.add("gradients of owned experts", -beside)
+        self.replica_gradients.add(weights, replicas, nbytes, scale)
+        if self.sync:
+            self._reduce(experts.number)
+
+    def _reduce(self, layer: int) -> None:
+        self.moved_bytes["reduce"] += int(self.replica_gradients.reduce(layer) * self.gradient_bytes)
 
     def previous_starts(self, one: Pass) -> None:
         """Gather for the backward of the layers before, under this layer's attention."""
@@ -386,42 +423,54 @@ class Schedule:
                 before.weights.start()
             one = before
 
-    def _wait_reductions(self) -> None:
-        for reduction in self._reductions:
-            reduction.wait()
-        self._reductions.clear()
-
     def _forget_backward(self) -> None:
         """A backward pass failed on the way: what it left must not enter the next step."""
-        self._callback = False
-        for reduction in self._reductions:
-            reduction.discard()
-        self._reductions.clear()
-        self.ledger.add("replica gradients", -sum(self._grad_bytes))
-        self._grad_bytes = [0] * len(self.layers)
-        self._kept_grads, self._kept_ED = [{} for _ in self.layers], [None] * len(self.layers)
+        self._callback, self._accumulated = False, False
+        self._give_hooks_back()
+        self.replica_gradients.forget()
 
     def _finish(self) -> None:
         """The backward pass is over."""
-        self._callback = False
-        self._wait_reductions()
+        self._callback, self._last = False, None
+        self._give_hooks_back()
+        accumulated, self._accumulated = self._accumulated, False
+        if not accumulated:  # torch.autograd.grad by something else than weights
+            return
         if self.sync:
-            for experts in self.layers:
-                for weight in experts.owned().values():
-                    for hook in (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values():
-                        hook(weight)
+            for layer in range(len(self.layers)):  # what earlier micro-batches left in layers this one did not reach
+                self._reduce(layer)
+        self.replica_gradients.wait()
+        if not self.sync:
+            return
+        for experts in self.layers:
+            for weight in experts.owned().values():
+                for hook in (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values():
+                    hook(weight)
+
+    def _give_hooks_back(self) -> None:
+        for weight, hooks in self._hooks:
+            weight._post_accumulate_grad_hooks = hooks
+        self._hooks.clear()
 
     # ---- between steps -------------------------------------------------------------------------------------------
 
-    def after_step(self) -> None:
-        """An optimizer step was made: see whether owners are to move at the next forward pass."""
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that holds owned experts made a step: weights gathered before it are old."""
+        self._drop_early()
+        self._last = None
+        if optimizer not in self.optimizers:
+            self.optimizers.append(optimizer)
+        if optimizer is not self.optimizers[0]:
+            return
         self.steps += 1
         sharding = self.settings.sharding
         if self.settings.window_s is None and self.steps in (3, 10):
             self._measure_window()
-        if sharding is None or not sharding.interval or self.steps % sharding.interval or not self._recent[0]:
+        if sharding is None or not sharding.interval or self.steps % sharding.interval:
             return
-        load_LE = np.array([np.mean(recent, axis=0) for recent in self._recent])
+        load_LE = self.history.mean_LE()
+        if not load_LE.any():
+            return
         current = np.array([experts.owner_E for experts in self.layers])
         planned = sharding.plan(load_LE, current, self.price(load_LE.sum(axis=1).mean()))
         if (planned != current).any():
@@ -429,20 +478,28 @@ class Schedule:
 
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Give experts new owners, optimizer states with them; bytes this rank received. Between steps only."""
-        if self._passes and any((one := ref()) is not None and not one.done for ref in self._passes):
+        alive = any((one := ref()) is not None and not one.done for ref in self._passes)
+        flag = torch.tensor([int(alive)], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.tokens_group)
+        if flag.item():
             raise OptionError("owners cannot move while a backward pass is to come")
-        if any(kept is not None for kept in self._kept_ED):
+        return self._move(owner_LE)
+
+    def _move(self, owner_LE: NDArray[np.int64]) -> int:
+        """A pass that is still open then raises in its backward."""
+        if self.replica_gradients.waiting:
             raise OptionError("owners cannot move while replica gradients wait for a synchronised backward pass")
         self._due = None
         self._drop_early()
-        received = move_owners(self.layers, owner_LE, self.optimizers, self.weights_group)
+        received = move_owners(self.layers, owner_LE, self.optimizers, self.weights_group, self.device)
         self.moved_bytes["reshard"] += received
         self.forget_held()
         return received
 
     def forget_held(self) -> None:
-        """Replicas that a policy keeps from step to step start anew."""
+        """Replicas that a policy keeps from step to step, and plans made ahead, start anew."""
         self._held = [None] * len(self.layers)
+        self._version += 1
         self._drop_early()
 
     def _drop_early(self) -> None:
@@ -460,6 +517,7 @@ class Schedule:
         )
         dist.all_reduce(mine, op=dist.ReduceOp.MIN, group=self.tokens_group)
         self.measured_window_s = float(mine.item())
+        self._version += 1
 
 
 class _Link:
@@ -492,12 +550,16 @@ def _seconds(start: Any, end: Any) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def _scaled(row: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return row.to(dtype) if scale == 1.0 else row.to(dtype).mul_(scale)
-
-
 @lru_cache(maxsize=64)
 def _price(
-    tokens: float, num_experts: int, cluster: Cluster, model: ModelSpec, rematerialise: bool, window_s: float | None
+    tokens: float,
+    num_experts: int,
+    cluster: Cluster,
+    model: ModelSpec,
+    rematerialise: bool,
+    window_s: float | None,
+    gradient_ratio: float,
+    fan_out: bool,
 ) -> StepPrice:
-    return training_price(tokens, num_experts, cluster, model, rematerialise=rematerialise, window_s=window_s)
+    return training_price(tokens, num_experts, cluster, model, rematerialise=rematerialise, window_s=window_s,
+                          gradient_ratio=gradient_ratio, fan_out=fan_out)  # fmt: skip

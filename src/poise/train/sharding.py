@@ -57,7 +57,7 @@ class ShardedExperts(nn.Module):
         self, kind: ExpertKind, weights: dict[str, Tensor], trainable: list[str], owner_E: NDArray[np.int64], rank: int
     ) -> None:
         super().__init__()
-        self.kind, self.trainable, self.rank = kind, trainable, rank
+        self.kind, self.rank = kind, rank
         self.num_experts = len(owner_E)
         self.listed = False
         self.own(owner_E)
@@ -77,6 +77,11 @@ class ShardedExperts(nn.Module):
         """Parameters of this rank, name -> [n, ...]."""
         return {name: self._parameters[attribute] for name, attribute in self._attribute.items()}
 
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the weights that are trained."""
+        return [name for name, weight in self.owned().items() if weight.requires_grad]
+
     def gradient(self, name: str) -> Tensor:
         """Gradient of an owned weight, zeros until something is added: every expert gets one in every step."""
         weight: Any = self._parameters[self._attribute[name]]
@@ -84,13 +89,29 @@ class ShardedExperts(nn.Module):
             weight.grad = torch.zeros_like(weight)
         return weight.grad
 
+    def takes(self, name: str, grad: Tensor) -> bool:
+        """Whether a new gradient can become the weight's own without a copy: the first of a step, of the same type."""
+        weight: Any = self._parameters[self._attribute[name]]
+        return weight.grad is None and grad.dtype == weight.dtype and grad.device == weight.device
+
+    def add_gradient(self, name: str, grad: Tensor | None, scale: float) -> None:
+        """Add ``scale * grad``."""
+        weight: Any = self._parameters[self._attribute[name]]
+        if grad is not None and self.takes(name, grad):
+            weight.grad = grad.contiguous().mul_(scale)
+            return
+        into = self.gradient(name)
+        if grad is not None:
+            into.add_(grad.to(into.device), alpha=scale)
+
     @property
     def needs_copies(self) -> bool:
         """Owned weights are computed with in another type or on another device than they are stored in."""
         assert self.schedule is not None
-        weight = next(iter(self.owned().values()))
-        return weight.dtype != self.schedule.compute_dtype or weight.device != self.schedule.device
+        run = self.schedule
+        return any(weight.dtype != run.compute_dtype or weight.device != run.device for weight in self.owned().values())
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [T, d] (or [..., d]), expert ids and weights [T, K]; the weighted sum of the experts, [T, d]."""
         if self.schedule is None:
@@ -110,6 +131,7 @@ def move_owners(
     owner_LE: NDArray[np.int64],
     optimizers: list[torch.optim.Optimizer],
     group: Any,
+    device: torch.device,
 ) -> int:
     """Give every expert its new owner, optimizer states and gradients with it; bytes this rank received.
 
@@ -117,16 +139,17 @@ def move_owners(
 
     Raises
     ------
-    OptionError : a state of a parameter has neither one row an expert nor a single value.
+    OptionError : on every rank, if on any a state has neither one row an expert nor a single value; nothing moves then.
     """
     rank, received = dist.get_rank(group), 0
+    _check_states(layers, optimizers, group, device)
     for experts, owner_E in zip(layers, owner_LE, strict=True):
         if (experts.owner_E == owner_E).all():
             continue
         moving = np.flatnonzero(experts.owner_E != owner_E)
         old, new = experts.mine, np.flatnonzero(owner_E == rank).tolist()
         tables = [one for weight in experts.owned().values() for one in _tables(weight, len(old), optimizers)]
-        operations, after = [], []
+        operations, after, landing = [], [], []
         for tensor, put in tables:
             into = tensor.new_empty((len(new), *tensor.shape[1:]))
             for e in set(new) & set(old):
@@ -134,17 +157,44 @@ def move_owners(
             for e in moving.tolist():
                 if experts.owner_E[e] == rank:
                     peer = dist.get_global_rank(group, int(owner_E[e]))
-                    operations.append(dist.P2POp(dist.isend, tensor[old.index(e)], peer, group))
+                    operations.append(dist.P2POp(dist.isend, tensor[old.index(e)].to(device), peer, group))
                 elif owner_E[e] == rank:
                     peer = dist.get_global_rank(group, int(experts.owner_E[e]))
-                    operations.append(dist.P2POp(dist.irecv, into[new.index(e)], peer, group))
-                    received += into[new.index(e)].nbytes
+                    row = into[new.index(e)]
+                    here = row if row.device == device else row.to(device)  # offloaded rows travel by the device
+                    landing.append((row, here))
+                    operations.append(dist.P2POp(dist.irecv, here, peer, group))
+                    received += row.nbytes
             after.append((put, into))
         finish(post(operations))
+        for row, here in landing:
+            if here is not row:
+                row.copy_(here)
         for put, into in after:
             put(into)
         experts.own(owner_E)
     return received
+
+
+def _check_states(
+    layers: list[ShardedExperts], optimizers: list[torch.optim.Optimizer], group: Any, device: torch.device
+) -> None:
+    problem: OptionError | None = None
+    try:
+        for experts in layers:
+            for weight in experts.owned().values():
+                _states(weight, len(experts.mine), optimizers)
+    except OptionError as error:
+        problem = error
+    flag = torch.tensor([problem is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    if problem is not None:
+        raise problem
+    if flag.item():
+        raise OptionError(
+            "optimizer states of another rank do not belong to single experts",
+            hint="use an optimizer whose states have the shape of the parameter",
+        )
 
 
 def _tables(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> list[tuple[Tensor, Any]]:
@@ -160,6 +210,16 @@ def _tables(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> 
     if gradient is not None:
         weight.grad = None  # a gradient must have its weight's shape at all times
     out: list[tuple[Tensor, Any]] = [(weight.data, put_weight)]
+    for state, key in _states(weight, rows, optimizers):
+        out.append((state[key], lambda into, state=state, key=key: state.__setitem__(key, into)))
+    if gradient is not None:
+        out.append((gradient, put_grad))
+    return out
+
+
+def _states(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> list[tuple[dict[str, Any], str]]:
+    """Optimizer states that have one row an expert: where they are kept, by name."""
+    out = []
     for optimizer in optimizers:
         state = optimizer.state.get(weight, {})
         for key in sorted(state):
@@ -170,7 +230,5 @@ def _tables(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> 
                         f"optimizer state {key!r} of shape {tuple(value.shape)} does not belong to {rows} experts",
                         hint="use an optimizer whose states have the shape of the parameter",
                     )
-                out.append((value, lambda into, state=state, key=key: state.__setitem__(key, into)))
-    if gradient is not None:
-        out.append((gradient, put_grad))
+                out.append((state, key))
     return out

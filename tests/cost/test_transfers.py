@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.cluster import Cluster
+from poise.cost.transfers import plan_transfers
 from poise.errors import OptionError, PlacementError
-from poise.runtime.transfers import plan_transfers
 
 FORMS = ("direct", "node", "tree", "auto")
 
@@ -44,6 +44,22 @@ def test_everyone_gets_what_is_wanted_once_and_relays_have_it(case, form):
     assert plan.count == links.sum() == new.sum()
     assert (links.sum(axis=0) == new.sum(axis=0)).all()
     assert links.sum(axis=0).max(initial=0) <= new.any(axis=1).sum(), "a rank receives more than lambda S"
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=cases(), form=st.sampled_from(FORMS))
+def test_a_reduction_is_the_gather_backwards_and_few_gradients_arrive_at_once(case, form):
+    cluster, owner, wanted = case
+    plan = plan_transfers(owner, wanted, cluster, expert_bytes=1e6, form=form)
+    back = plan.backwards()
+    there = sorted((m.expert, m.source, m.target) for one in plan.rounds for m in one)
+    assert there == sorted((m.expert, m.target, m.source) for one in back for m in one)
+    most = max(np.bincount([d for _, _, d in there], minlength=1))
+    gone = set()
+    for one in back:
+        assert max(np.bincount([move.target for move in one])) <= most
+        assert not any((move.expert, move.target) in gone for move in one), "arrives where the sum has left already"
+        gone |= {(move.expert, move.source) for move in one}
 
 
 @settings(deadline=None, max_examples=200)

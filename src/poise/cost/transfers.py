@@ -45,6 +45,30 @@ class TransferPlan:
         """Transfers in all."""
         return sum(len(one) for one in self.rounds)
 
+    def backwards(self) -> tuple[tuple[Transfer, ...], ...]:
+        """Rounds of the reduction: from target to source, last round first.
+
+        A round is split so that no more gradients arrive at a rank at once than the most replicas that any rank holds:
+        the owner of an expert that all others hold needs no room for all of theirs.
+        """
+        moves = [move for one in self.rounds for move in one]
+        held: dict[int, set[int]] = {}
+        for move in moves:
+            held.setdefault(move.target, set()).add(move.expert)
+        most = max((len(experts) for experts in held.values()), default=1)
+        out: list[tuple[Transfer, ...]] = []
+        for one in reversed(self.rounds):
+            parts: list[list[Transfer]] = []
+            arrived: dict[int, int] = {}
+            for move in one:
+                part = arrived.get(move.source, 0) // most
+                arrived[move.source] = arrived.get(move.source, 0) + 1
+                while len(parts) <= part:
+                    parts.append([])
+                parts[part].append(Transfer(move.expert, move.target, move.source))
+            out += [tuple(part) for part in parts]
+        return tuple(out)
+
     def links_DD(self, num_devices: int) -> NDArray[np.int64]:
         """Experts from each rank to each other, int64 [D, D]."""
         out = np.zeros((num_devices, num_devices), np.int64)

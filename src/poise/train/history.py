@@ -1,0 +1,45 @@
+"""Loads of the last iterations, the same on all ranks: what predictions and owners are planned from."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+RECENT = 20
+"""Iterations that are kept."""
+
+
+class LoadHistory:
+    """Pairs by expert of every layer, one entry an iteration: the mean over its forward passes (micro-batches).
+
+    Passes without gradient (evaluation) are not recorded: they do not belong to the iterations that are predicted.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.recent = [deque[NDArray[np.float64]](maxlen=RECENT) for _ in range(layers)]
+        self.seen_L = np.zeros(layers, np.int64)
+        self.pairs_L = np.ones(layers)
+        self._open_LE, self._passes_L = np.zeros((layers, experts)), np.zeros(layers, np.int64)
+
+    def record(self, layer: int, load_E: NDArray[np.int64]) -> None:
+        """A forward pass of a layer."""
+        self._open_LE[layer] += load_E
+        self._passes_L[layer] += 1
+        self.pairs_L[layer] = load_E.sum()
+
+    def close(self, layer: int) -> None:
+        """A layer's iteration has had its last forward pass."""
+        self.recent[layer].append(self._open_LE[layer] / self._passes_L[layer])
+        self.seen_L[layer] += 1
+        self._open_LE[layer], self._passes_L[layer] = 0, 0
+
+    def of(self, layer: int) -> NDArray[np.float64]:
+        """Entries of a layer, oldest first, float64 [n, E]."""
+        return np.array(self.recent[layer]).reshape(-1, self._open_LE.shape[1])
+
+    def mean_LE(self) -> NDArray[np.float64]:
+        """Mean of all entries; zeros for a layer that never ran."""
+        return np.stack([self.of(layer).mean(axis=0) if rows else np.zeros(self._open_LE.shape[1])
+                         for layer, rows in enumerate(self.recent)])  # fmt: skip

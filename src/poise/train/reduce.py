@@ -1,0 +1,137 @@
+"""Replica gradients between a layer's backward pass and their owners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from poise.cost.transfers import plan_transfers
+from poise.errors import ModelError
+from poise.runtime.collectives import sparse_reduce_scatter
+from poise.train.materialize import Materialised, Schedule
+from poise.train.sharding import ShardedExperts
+
+
+@dataclass
+class Kept:
+    """A layer's replica gradients on this rank, of one or several micro-batches.
+
+    Parameters
+    ----------
+    rows : by expert, one tensor a trainable weight.
+    names : the trainable weights.
+    holders_ED : bool [E, D], who has gradients; the same on all ranks.
+    nbytes : what the ledger counts for them.
+    """
+
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    holders_ED: NDArray[np.bool_] | None = None
+    nbytes: int = 0
+
+
+class ReplicaGradients:
+    """They are kept until a backward pass that synchronises, then reduced while the backward pass goes on."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.reductions: list[Reduction] = []
+        self._kept = [Kept() for _ in schedule.layers]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some wait for a synchronised backward pass; the same on all ranks."""
+        return any(kept.holders_ED is not None for kept in self._kept)
+
+    def add(self, weights: Materialised, replicas: dict[int, list[Tensor]], nbytes: int, scale: float) -> None:
+        """Gradients of one micro-batch; ``nbytes`` are counted for them already."""
+        if not weights.trainable:
+            return
+        schedule, kept = self.schedule, self._kept[weights.experts.number]
+        sent = {e: [_scaled(row, scale, schedule.reduce_dtype) for row in rows] for e, rows in replicas.items()}
+        if schedule.reduce_dtype != schedule.compute_dtype:  # copies in the wider type took their place
+            copied = sum(row.nbytes for rows in sent.values() for row in rows)
+            schedule.ledger.add("replica gradients", copied - nbytes)
+            nbytes = copied
+        if kept.holders_ED is not None and kept.names != weights.trainable:
+            raise ModelError(
+                f"layer {weights.experts.number} trained {kept.names}, now {weights.trainable}, within one step",
+                hint="change requires_grad between steps",
+            )
+        for e, rows in sent.items():
+            if e in kept.rows:
+                for into, row in zip(kept.rows[e], rows, strict=True):
+                    into.add_(row)
+            else:
+                kept.rows[e] = rows
+        kept.names, kept.nbytes = weights.trainable, kept.nbytes + nbytes
+        used_ED = weights.used_ED
+        kept.holders_ED = used_ED.copy() if kept.holders_ED is None else kept.holders_ED | used_ED
+
+    def reduce(self, layer: int) -> int:
+        """Send a layer's gradients home; how many cross between ranks. Nothing to send is fine."""
+        kept = self._kept[layer]
+        if kept.holders_ED is None:
+            return 0
+        self._kept[layer] = Kept()
+        self.reductions.append(Reduction(self.schedule.layers[layer], self.schedule, kept))
+        return self.reductions[-1].count
+
+    def wait(self) -> None:
+        """Until the owners have what is on its way."""
+        for reduction in self.reductions:
+            reduction.wait()
+        self.reductions.clear()
+
+    def forget(self) -> None:
+        """A backward pass failed: end what is on its way, adding nothing."""
+        for reduction in self.reductions:
+            reduction.discard()
+        self.reductions.clear()
+        self.schedule.ledger.add("replica gradients", -sum(kept.nbytes for kept in self._kept))
+        self._kept = [Kept() for _ in self._kept]
+
+
+class Reduction:
+    """One layer's gradients on their way."""
+
+    def __init__(self, experts: ShardedExperts, schedule: Schedule, kept: Kept) -> None:
+        assert kept.holders_ED is not None
+        self.kept, self.experts, self.ledger = kept, experts, schedule.ledger
+        plan = plan_transfers(
+            experts.owner_E, kept.holders_ED, schedule.cluster, expert_bytes=schedule.gradient_bytes, form=schedule.form
+        )
+        self.count = plan.count
+        self.pending = sparse_reduce_scatter(
+            plan, schedule.weights_group, self._rows, schedule.reduce_dtype, schedule.device,
+            partial(self.ledger.add, "arriving gradients"),
+        )  # fmt: skip
+
+    def _rows(self, expert: int) -> list[Tensor]:
+        if expert in self.kept.rows:
+            return self.kept.rows[expert]
+        row = self.experts.mine.index(expert)
+        return [self.experts.gradient(name)[row] for name in self.kept.names]
+
+    def discard(self) -> None:
+        """End it, adding nothing: the backward pass that it belongs to failed."""
+        shapes = [self.experts.kind.shapes[name] for name in self.kept.names]
+        device = next(iter(self.experts.owned().values())).device
+        self.pending.rows = lambda e: self.kept.rows.get(e) or [torch.zeros(shape, device=device) for shape in shapes]
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the owners have them."""
+        self.pending.wait()
+        self.kept.rows = {}
+        self.ledger.add("replica gradients", -self.kept.nbytes)
+        self.kept.nbytes = 0
+
+
+def _scaled(row: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return row.to(dtype) if scale == 1.0 else row.to(dtype).mul_(scale)

@@ -1,0 +1,338 @@
+"""Cases about uses that are easy to get wrong: each is right, or says what is wrong, on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tests.train import citizen_models as c
+from tests.train import harness as h
+from tests.train.citizen_cases import EXACT, shard
+from tests.train.citizen_models import case
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from poise.cluster import Cluster
+from poise.errors import ModelError, OptionError
+from poise.policies.hecate import Hecate
+from poise.policies.plan import LayerView
+from poise.policies.sharding import Heterogeneous
+from poise.runtime.moe import ExpertList, GatedExperts, MoE
+
+
+def mine(step: int = 0, workload: str = "W3", layers: int = h.LAYERS, dtype: torch.dtype = torch.float64) -> h.Batch:
+    return h.batch(workload, step, dist.get_world_size(), 2, dist.get_rank(), dtype, layers)
+
+
+def everyone(step: int = 0, workload: str = "W3") -> h.Batch:
+    return h.batch(workload, step, dist.get_world_size(), 2, None, torch.float64)
+
+
+def through(model: nn.Module, data: h.Batch, blocks: tuple[int, ...]) -> Tensor:
+    """The loss by calling parts of the model: the model's own hooks do not run."""
+    x = data.x
+    for number in blocks:
+        x = model.blocks[number](x, data.ids[number])
+    return (model.head(x) - data.target).square().sum() / data.total
+
+
+def pair(kind: str = "gated", **options: Any) -> tuple[nn.Module, nn.Module, Any]:
+    dense, model = h.build(kind), h.build(kind)
+    run = shard(model, **options)
+    run.set_gradient_divide_factor(1.0)
+    return dense, model, run
+
+
+def apart(model: nn.Module, run: Any, dense: nn.Module) -> float:
+    """Largest relative error of any gradient on any rank."""
+    h.reduce_dense(model, run)
+    wanted = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in dense.named_parameters()}
+    return c.agreed(h.worst(c.of_all(model), h.local_rows(model, wanted)))
+
+
+@case
+def parts_called_by_themselves() -> dict:
+    """Blocks skipped or in another order, with steps between: no replica of before a step is used after it."""
+    errors = {}
+    for name, orders in (("skipped", ((0, 1), (0,), (0, 1))), ("reversed", ((1, 0),) * 3), ("twice", ((1, 0, 1),) * 3)):
+        dense, model, run = pair(rematerialise=name == "twice", prefetch=2 if name == "twice" else 1)
+        theirs, ours = (torch.optim.SGD(one.parameters(), lr=0.5) for one in (dense, model))
+        worst = 0.0
+        for step, blocks in enumerate(orders):
+            theirs.zero_grad(), ours.zero_grad()
+            through(dense, everyone(step), blocks).backward()
+            through(model, mine(step), blocks).backward()
+            worst = max(worst, apart(model, run, dense))
+            for one in (dense, model):
+                for weight in one.parameters():  # experts of a skipped block change as well
+                    weight.grad = (torch.zeros_like(weight) if weight.grad is None else weight.grad) + 0.1
+            theirs.step(), ours.step()
+        assert len(run.metrics) <= 2
+        errors[name] = worst
+    assert max(errors.values()) <= EXACT, errors
+    return errors
+
+
+@case
+def shared_experts_of_layers() -> dict:
+    """Two layers with one experts module stay so; a weight of two modules is refused."""
+    dense, model = h.build(), h.build()
+    for one in (dense, model):
+        one.blocks[1].experts = one.blocks[0].experts
+    run = shard(model, rematerialise=True)
+    run.set_gradient_divide_factor(1.0)
+    assert model.blocks[0].experts is model.blocks[1].experts and run.owners.shape[0] == 1
+    h.loss_of(dense, everyone()).backward()
+    h.loss_of(model, mine()).backward()
+    error = apart(model, run, dense)
+    assert error <= EXACT, error
+    tied = h.build()
+    tied.blocks[1].experts.down_proj = tied.blocks[0].experts.down_proj
+    said = c.raised(ModelError, lambda: shard(tied))
+    assert "down_proj" in said
+    return {"error": error, "said": said.splitlines()[0]}
+
+
+@case
+def ddp_of_a_parent() -> dict:
+    parent = nn.Sequential(MoE(GatedExperts(8, h.WIDTH, h.INNER), h.WIDTH, 8, 2), nn.Linear(h.WIDTH, 3))
+    shard(parent[0])
+    wrapped = DistributedDataParallel(parent)  # eight experts on every rank count: it finds equal shapes
+    said = c.raised(ModelError, lambda: wrapped(torch.ones(4, h.WIDTH)))
+    return {"said": said.splitlines()[0]}
+
+
+@case
+def frozen_and_thawed() -> dict:
+    """``requires_grad`` is looked at in every pass; experts of a list must agree."""
+    dense, model, run = pair()
+    for weight in run.parameters():
+        weight.requires_grad_(False)
+    h.loss_of(model, mine()).backward()
+    assert all(weight.grad is None for weight in run.parameters())
+    for weight in run.parameters():
+        weight.requires_grad_(True)
+    model.zero_grad()
+    h.loss_of(dense, everyone(1)).backward()
+    h.loss_of(model, mine(1)).backward()
+    error = apart(model, run, dense)
+    assert error <= EXACT, error
+    some = h.build("list")
+    some.blocks[0].experts[3].requires_grad_(False)
+    said = c.raised(ModelError, lambda: shard(some))
+    assert "expert 3" in said
+    return {"error": error, "said": said.splitlines()[0]}
+
+
+@case
+def optimizers_and_owners() -> dict:
+    """Built too early: said. Never attached: its states move with owners all the same."""
+    early = h.build()
+    optimizer = torch.optim.AdamW(early.parameters())
+    run = shard(early)
+    first = c.raised(OptionError, lambda: run.attach(optimizer))
+    h.loss_of(early, mine()).backward()
+    second = c.raised(OptionError, optimizer.step)
+    dense, model, run = pair()
+    theirs, ours = h.make_optimizer("adamw", dense), h.make_optimizer("adamw", model)
+    for step in range(4):
+        theirs.zero_grad(), ours.zero_grad()
+        h.loss_of(dense, everyone(step)).backward()
+        h.loss_of(model, mine(step)).backward()
+        h.reduce_dense(model, run)
+        for weight in dense.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        theirs.step(), ours.step()
+        if step == 1:
+            run.reshard(run.owners[:, ::-1].copy())
+    full = {name: weight.detach() for name, weight in dense.named_parameters()}
+    error = c.agreed(h.worst(c.of_all(model, "weight"), h.local_rows(model, full)))
+    assert error <= EXACT, error
+    return {"error": error, "said": [first.splitlines()[0], second.splitlines()[0]]}
+
+
+@case
+def a_kept_graph_on_one_rank() -> dict:
+    """One rank keeps a validation loss with its graph: owners move all the same, and its backward is refused later."""
+    rank = dist.get_rank()
+    _, model, run = pair(sharding=Heterogeneous(interval=2, overlap=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = h.loss_of(model, mine(9)) if rank == 0 else h.loss_of(model, mine(9)).detach()
+    before = run.owners
+    for step in range(4):
+        optimizer.zero_grad()
+        h.loss_of(model, mine(step)).backward()
+        optimizer.step()
+    h.loss_of(model, mine(4)).backward()
+    assert (run.owners != before).any()
+    flags = c.raised(OptionError, lambda: run.reshard(before)) if kept is not None else ""
+    assert "backward" in flags
+    return {"said": flags}
+
+
+@case
+def old_graph_after_a_move() -> dict:
+    """A backward pass through owners that are no more is an error, not a wrong gradient."""
+    _, model, run = pair()
+    loss = h.loss_of(model, mine())
+    run.schedule._move(run.owners[:, ::-1].copy())
+    said = c.raised(ModelError, loss.backward)
+    assert "moved" in said
+    model.zero_grad()
+    h.loss_of(model, mine(1)).backward()  # and the run goes on
+    return {"said": said.splitlines()[0]}
+
+
+@case
+def a_rank_without_gradient_of_its_input() -> dict:
+    """Experts first in the model; a rank without tokens passes a fresh empty tensor."""
+    rank, model = dist.get_rank(), h.build(layers=1)
+    run = shard(model)
+    data = mine(layers=1)
+    x = data.x.clone().requires_grad_() if rank == 0 else torch.zeros(0, h.WIDTH, dtype=torch.float64)
+    ids = data.ids[0][: len(x)]
+    weights = torch.full(ids.shape, 0.5, dtype=torch.float64)
+    model.blocks[0].experts(x, ids, weights).sum().backward()
+    assert rank or x.grad.abs().sum() > 0
+    h.loss_of(model, mine(1, layers=1)).backward()
+    return {"moved": run.schedule.moved_bytes}
+
+
+@case
+def a_layer_left_out() -> dict:
+    """Replica gradients of an unsynchronised micro-batch get home though the last one skips their layer."""
+    dense, model, run = pair(sharding=Heterogeneous(interval=1))
+    h.loss_of(dense, everyone()).backward()
+    run.set_requires_gradient_sync(False)
+    h.loss_of(model, mine()).backward()
+    run.set_requires_gradient_sync(True)
+    through(dense, everyone(1), (0,)).backward()
+    through(model, mine(1), (0,)).backward()
+    error = apart(model, run, dense)
+    assert error <= EXACT, error
+    fresh = h.build()
+    run = shard(fresh, sharding=Heterogeneous(interval=1))
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    for step in range(2):  # the second layer never ran: it has no loads to plan from
+        through(fresh, mine(step), (0,)).backward()
+        optimizer.step()
+    return {"error": error}
+
+
+@case
+def odd_weights() -> dict:
+    """A weight that the experts do not use; types that differ within an expert."""
+
+    class Unused(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(h.WIDTH, h.INNER), nn.Tanh(), nn.Linear(h.INNER, h.WIDTH))
+            self.extra = nn.Parameter(torch.ones(3))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        dense, model = h.build("list"), h.build("list")
+        for block in dense.blocks:
+            block.experts = ExpertList(Unused().double() for _ in range(h.EXPERTS))
+    for block, other in zip(model.blocks, dense.blocks, strict=True):
+        block.experts = ExpertList(Unused().double() for _ in range(h.EXPERTS))
+        block.experts.load_state_dict(other.experts.state_dict())
+    run = shard(model)
+    run.set_gradient_divide_factor(1.0)
+    h.loss_of(dense, everyone()).backward()
+    h.loss_of(model, mine()).backward()
+    error = apart(model, run, dense)
+    assert error <= EXACT and run.schedule.moved_bytes["reduce"] > 0, error
+    mixed = h.build("list", dtype=torch.float32)
+    for expert in mixed.blocks[1].experts:
+        expert[0].to(torch.bfloat16)
+    said = c.raised(ModelError, lambda: shard(mixed))
+    assert "bfloat16" in said
+    return {"error": error, "said": said.splitlines()[0]}
+
+
+@case
+def loads_of_iterations() -> dict:
+    """Evaluation does not enter the prediction; micro-batches of a step are one entry."""
+    model = h.build()
+    run = shard(model)
+    h.loss_of(model, mine(0, "W1")).backward()
+    before = run.schedule.view(0)
+    with torch.no_grad():
+        for step in range(3):
+            h.loss_of(model, mine(step, "W5"))
+    after = run.schedule.view(0)
+    assert (before.predicted_E == after.predicted_E).all() and before.step == after.step == 1
+    run.set_requires_gradient_sync(False)
+    for step in range(3):
+        run.set_requires_gradient_sync(step == 2)
+        h.loss_of(model, mine(step, "W3")).backward()
+    counts = [np.bincount(everyone(step).ids[0].flatten(), minlength=h.EXPERTS) for step in range(3)]
+    history = run.schedule.history.of(0)
+    assert len(history) == 2 and np.allclose(history[1], np.mean(counts, axis=0))
+    return {"entries": len(history)}
+
+
+@case
+def prices_and_wires() -> dict:
+    """Gradients in a wider type cost more; K is what the router chose; hooks of the experts still run."""
+    model = h.build(dtype=torch.float32)
+    calls: list[int] = []
+    for block in model.blocks:
+        block.gate.top_k = 7  # wrong, and mended by the first pass
+        block.experts.register_forward_hook(lambda *_: calls.append(1) and None)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    run = shard(model, mp_policy=policy, form="direct")
+    h.loss_of(model, mine(dtype=torch.float32)).backward()
+    h.loss_of(model, mine(1, dtype=torch.float32)).backward()
+    schedule = run.schedule
+    price = schedule.price(100)
+    assert price.gradient_ratio == 2.0 and not price.fan_out and schedule.top_k == 2
+    assert len(calls) == 4
+    assert schedule.gradient_bytes == 2 * schedule.expert_bytes and schedule.moved_bytes["gather"] > 0
+    return {"moved": schedule.moved_bytes}
+
+
+@case
+def a_budget_is_a_bound() -> dict:
+    """Replicas that are kept stay within the budget also when there are suddenly more of them."""
+
+    class More(Hecate):
+        count = 1
+
+        def before_gate(self, view: LayerView) -> np.ndarray:
+            out = view.before_ED.copy()
+            for d in range(out.shape[1]):
+                out[np.flatnonzero(~out[:, d])[: More.count], d] = True
+            return out
+
+    world = dist.get_world_size()
+    slow = Cluster(np.arange(world, dtype=np.int32), np.ones(world), 1e12, 1e12, 1e9, 1e3, 1e3)
+    model = h.build(layers=3)
+    expert = 3 * h.WIDTH * h.INNER * 8
+    run = shard(model, policy=More(), rematerialise=2.0 * expert, step_slots=4, cluster=slow)
+    kept = []
+    for step, count in enumerate((1, 1, 4)):
+        More.count = count
+        run.schedule.forget_held()  # what was planned ahead knows nothing of it
+        h.loss_of(model, mine(step, layers=3)).backward()
+        kept.append(run.schedule._kept_bytes / expert)
+    assert kept == [0.0, 2.0, 0.0], kept
+    return {"kept": kept}
+
+
+@case
+def a_policy_object_with_other_slots() -> dict:
+    """Plans made ahead are not used after the policy changed."""
+    _, model, run = pair(policy="full-replication")
+    h.loss_of(model, mine()).backward()
+    run.set_policy("expert-parallelism")
+    h.loss_of(model, mine(1)).backward()
+    assert all(one.replicas == 0 for one in run.metrics)
+    run.set_policy(replace(Hecate(), overlap=1), step_slots=1)
+    h.loss_of(model, mine(2)).backward()
+    assert all(0 < one.replicas <= dist.get_world_size() for one in run.metrics)
+    return {"replicas": [one.replicas for one in run.metrics]}
