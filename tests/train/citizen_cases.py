@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.train import citizen_models as c
 from tests.train import harness as h
 from tests.train.citizen_models import MINE, case
+from tests.train.launch import leave
 from tests.train.matrix import machine
 
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
@@ -369,8 +370,7 @@ def main() -> None:
         dist.all_gather_object(flags, bool(failed))
         if any(flags) and not all(flags):  # the others may still wait for this rank
             sys.exit(f"{name} failed on some ranks only: {flags}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

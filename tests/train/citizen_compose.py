@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -114,7 +114,7 @@ def pipelined(make: Any, *, wrap: bool = False, told: bool = False, layers: int 
     """Two stages (or twice two) of two data-parallel ranks; gradients against a dense run, two steps."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     place, dp = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
-    stages = 2 * (2 if make in (ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble) else 1)
+    stages = 4 if make is ScheduleInterleaved1F1B else 2
     per = layers // stages
     dense = Stack.built(layers)
     example = torch.zeros(2, WIDTH, dtype=torch.float64, requires_grad=True) if told else None
@@ -130,8 +130,7 @@ def pipelined(make: Any, *, wrap: bool = False, told: bool = False, layers: int 
             PipelineStage(part, number, stages, torch.device("cpu"), group=mesh["pp"].get_group(),
                           input_args=example, output_args=example)
         )  # fmt: skip
-    single = make in (ScheduleGPipe, Schedule1F1B)
-    schedule = make(parts[0] if single else parts, n_microbatches=MICRO, loss_fn=mean_square)
+    schedule = make(parts if len(parts) > 1 else parts[0], n_microbatches=MICRO, loss_fn=mean_square)
     worst = 0.0
     for step in range(2):
         dense.zero_grad()
@@ -190,8 +189,17 @@ def pipeline_1f1b() -> dict:
 
 @case
 def pipeline_zero_bubble_is_refused() -> dict:
-    """It asks autograd for the weights' gradients in a second pass; experts' come into ``.grad`` alone."""
-    said = c.raised(ModelError, lambda: pipelined(ScheduleInterleavedZeroBubble, told=True))
+    """It asks autograd for the weights' gradients in a second pass; experts' come into ``.grad`` alone.
+
+    By the two halves of its backward pass: in a pipeline the other stages would wait for the rank that got the error.
+    """
+    model = Stack.built(1)
+    shard(model)
+    x, y = tokens(0, dist.get_rank())
+    x.requires_grad_()
+    _, groups = stage_backward_input([mean_square(model(x), y)], None, [x], model.parameters())
+    assert all(weight.grad is None for weight in model.parameters())
+    said = c.raised(ModelError, lambda: stage_backward_weight(model.parameters(), groups))
     return {"said": said}
 
 
@@ -389,7 +397,7 @@ def under(context: Any, forward: Any) -> Any:
 def saved_tensors_elsewhere() -> dict:
     """Hooks around the forward pass: ``save_on_cpu``, and copies; weights that come and go are copied too."""
     out = composed(lambda forward: forward, around=save_on_cpu, workloads=("W3",))
-    return {"save_on_cpu": out, "copies": composed(lambda forward: forward, around=moved)}
+    return {"save_on_cpu": out, "copies": composed(lambda forward: forward, around=moved, workloads=("W4",))}
 
 
 @case
@@ -401,7 +409,7 @@ def saved_tensors_around_checkpoint() -> dict:
 def saved_tensors_inside_checkpoint() -> dict:
     """Nothing inside is computed again then, but what is outside may be."""
     return {
-        "all of a block": composed(lambda forward: recomputed(under(moved, forward))),
+        "all of a block": composed(lambda forward: recomputed(under(moved, forward)), workloads=("W3",)),
         "its experts": experts_under_hooks(),
     }
 
@@ -427,13 +435,15 @@ def selective_checkpoint() -> dict:
         ],
     }.items():  # fmt: skip
         contexts = partial(create_selective_checkpoint_contexts, chosen)
-        out[name] = composed(lambda forward, contexts=contexts: recomputed(forward, context_fn=contexts))
+        out[name] = composed(
+            lambda forward, contexts=contexts: recomputed(forward, context_fn=contexts), workloads=("W4",)
+        )
 
     def everything(*_: Any, **__: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE
 
     contexts = partial(create_selective_checkpoint_contexts, everything)
-    out["everything"] = composed(lambda forward: recomputed(forward, context_fn=contexts))
+    out["everything"] = composed(lambda forward: recomputed(forward, context_fn=contexts), workloads=("W4",))
     return out
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.train import harness as h
+from tests.train.launch import leave
 from tests.train.matrix import machine
 
 from poise.errors import CommunicationError
@@ -94,8 +95,7 @@ def main() -> None:
     full = full_state_dict(model)
     if full is not None:
         torch.save(full, options.folder / "weights.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.train import harness as h
+from tests.train.launch import leave
 
 from poise.cluster import Cluster
 
@@ -110,8 +111,7 @@ def main() -> None:
             print(f"{number + 1}/{len(cells)} cells, worst {worst:.1e}, {time.time() - start:.0f} s", file=sys.stderr)
     if rank == 0:
         Path(options.out).write_text(json.dumps({"world": world, "seconds": time.time() - start, "cells": rows}))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import itertools
 
 from tests.train import harness as h
+from tests.train.launch import leave
 from tests.train.matrix import machine
 
 from poise.cost.transfers import plan_transfers
@@ -303,8 +304,7 @@ def main() -> None:
             raise
         if dist.get_rank() == 0:
             print(json.dumps({"case": name, **result}), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ CASES = tuple(MINE)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("citizens") / "results.jsonl"
-    said = torchrun(4, "tests/train/citizen_cases.py", "--out", str(out), check=False)
+    said = torchrun(4, "tests/train/citizen_cases.py", "--out", str(out), check=False, timeout=600)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return {line["case"]: line for line in lines if not line["failed"]}, lines, said
 

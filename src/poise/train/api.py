@@ -71,8 +71,8 @@ class FssdpExperts:
 
         Raises
         ------
-        OptionError : it holds no sharded expert (it was built before they were sharded, or of another model), or it takes
-            all parameters as one vector.
+        OptionError : it holds no sharded expert (it was built before they were sharded, or of another model), or it
+            takes all parameters as one vector.
         """
         _check_kind(optimizer)
         owned = {id(weight) for weight in self.parameters()}
