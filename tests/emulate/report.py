@@ -1,0 +1,18 @@
+"""A rank that says who it is; with an argument it misbehaves. No torch, so that it starts at once."""
+
+import os
+import sys
+import time
+
+rank = int(os.environ["RANK"])
+what, who = (sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 2 else ("", -1)
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "MASTER_ADDR")
+print(*(f"{name}={os.environ[name]}" for name in names))
+print(f"rank {rank} speaks", file=sys.stderr)
+if what == "fail" and rank == who:
+    print("something broke here", file=sys.stderr)
+    sys.exit(3)
+if what == "die" and rank == who:
+    os.kill(os.getpid(), 9)
+if what in ("fail", "die") or (what == "hang" and rank == who):
+    time.sleep(600)
