@@ -11,6 +11,8 @@ import json
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.train.matrix import machine
 from poise.cost.transfers import plan_transfers
 from poise.errors import OptionError
 from poise.policies.sharding import Heterogeneous, check_sharding
+from poise.runtime import collectives as wires
 from poise.runtime.collectives import sparse_all_gather, sparse_reduce_scatter
 from poise.train import fully_shard_experts
 
@@ -211,19 +214,51 @@ def slots_from_memory(options) -> dict:
     return out
 
 
+@contextmanager
+def posted() -> Iterator[dict[str, np.ndarray]]:
+    """Bytes that sparse collectives really send to and receive from each rank, counted where they are posted."""
+    world = dist.get_world_size()
+    bytes_D = {"isend": np.zeros(world, np.int64), "irecv": np.zeros(world, np.int64)}
+    before = wires.post
+
+    def count(operations):
+        for one in operations:
+            bytes_D[one.op.__name__][one.group_peer] += one.tensor.nbytes
+        return before(operations)
+
+    wires.post = count
+    try:
+        yield bytes_D
+    finally:
+        wires.post = before
+
+
 @case
 def wire(options) -> dict:
-    """Bytes moved are expert bytes times new holders, forward and back, counted apart from the runtime."""
+    """Bytes on the wire are expert bytes times new holders, in all and on each link, forward and back."""
     world, rank = dist.get_world_size(), dist.get_rank()
     expert = 3 * h.WIDTH * h.INNER * 8
-    for policy in ("hecate", "poise", "moon-ep"):
+    for policy, form in itertools.product(("hecate", "poise", "moon-ep"), ("direct", "node", "tree")):
         model = h.build()
-        run = fully_shard_experts(model, mesh=h.MESH(world), policy=policy, cluster=machine(world), rematerialise=True)
+        run = fully_shard_experts(model, mesh=h.MESH(world), policy=policy, cluster=machine(world), form=form,
+                                  rematerialise=True)  # fmt: skip
         for step in range(3):
             before = dict(run.schedule.moved_bytes)
-            h.loss_of(model, h.batch("W1", step, world, 2, rank, torch.float64)).backward()
+            with posted() as there:
+                loss = h.loss_of(model, h.batch("W1", step, world, 2, rank, torch.float64))
+            held = [part for one in run.schedule.passes.open() for part in one.weights.parts]
+            links_DD = expert * sum((part.plan.links_DD(world) for part in held), np.zeros((world, world), np.int64))
+            mine = expert * sum(len(part.mine) for part in held)
+            assert there["irecv"].sum() == mine <= expert * h.LAYERS * h.EXPERTS  # no rank more than lambda S
+            assert (there["irecv"] == links_DD[:, rank]).all() and (there["isend"] == links_DD[rank]).all()
+            with posted() as back:
+                loss.backward()
+            sent = torch.tensor([there["isend"].sum(), back["isend"].sum()])
+            dist.all_reduce(sent)
             moved = {key: run.schedule.moved_bytes[key] - before[key] for key in before}
-            assert moved["gather"] == sum(one.replicas for one in run.metrics) * expert
+            assert moved["gather"] == sent[0] == sum(one.replicas for one in run.metrics) * expert
+            again = sent[1] - moved["reduce"]  # second gathers: not of the last layer, whose backward comes at once
+            assert again == sum(one.replicas for one in run.metrics[:-1]) * expert, (again, moved)
             assert moved["reduce"] <= moved["gather"]
             assert all(one.tokens_D.sum() == 2 * h.TOKENS * world for one in run.metrics)
         assert run.schedule.moved_bytes["gather"] > 0

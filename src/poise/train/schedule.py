@@ -13,12 +13,11 @@ Hecate (arXiv 2502.02581) section 3.2. No policy here: holders and splits come f
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -38,18 +37,17 @@ from poise.modelspec import ModelSpec
 from poise.policies.plan import LayerView, StepPlan, StepPolicy
 from poise.policies.rematerialise import layers_to_keep
 from poise.policies.sharding import ShardingPolicy
-from poise.runtime.dispatch import Exchange, all_counts, make_exchange
-from poise.runtime.layer import Inner, LayerStep, RunExperts
+from poise.runtime.dispatch import all_counts, make_exchange
+from poise.runtime.layer import LayerStep, RunExperts
 from poise.runtime.recompute import Region, checkpoint_region, in_backward, places
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.history import LoadHistory
 from poise.train.materialize import Ledger, Materialised
 from poise.train.metrics import LayerMetrics
+from poise.train.passes import Pass, Passes
 from poise.train.reduce import ReplicaGradients
 from poise.train.sharding import ShardedExperts, move_owners
-
-WINDOWS = 20
-"""Times between layers that are kept to measure what a gather can hide behind."""
+from poise.train.window import WindowClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +63,6 @@ class Settings:
     form: Form
     window_s: float | None
     force_balance: bool
-
-
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class Pass:
-    """One layer in one forward pass: what its backward, or its recomputation under checkpointing, needs again."""
-
-    layer: int
-    ids_TK: Tensor
-    way: Exchange
-    weights: Materialised
-    before: weakref.ref[Pass] | None
-    frames: list[weakref.ref[Any]]
-    inner: Inner = field(default_factory=Inner)
-    done: bool = False
 
 
 class Schedule:
@@ -126,16 +110,14 @@ class Schedule:
         self._ahead, self._version = PlanAhead(), 0
         self._early: dict[int, Materialised] = {}
         self._held: list[NDArray[np.bool_] | None] = [None] * len(layers)
-        self._passes: list[weakref.ref[Pass]] = []
+        self.passes = Passes()
         self._callback, self._accumulated, self._wrapped_well = False, False, False
         self._hooks: list[tuple[Any, Any]] = []
-        self._turns: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
         self._last: int | None = None
         self._due: NDArray[np.int64] | None = None
         self._keep_L, self._kept_bytes = np.zeros(len(layers), bool), 0.0
         self._last_bytes_L, self._last_s_L = np.zeros(len(layers)), np.zeros(len(layers))
-        self._left_at: Any = None
-        self._windows: deque[tuple[Any, Any]] = deque(maxlen=WINDOWS)
+        self._clock = WindowClock()
         for number, experts in enumerate(layers):
             experts.schedule, experts.number = self, number
 
@@ -160,7 +142,8 @@ class Schedule:
         if self._callback:
             self._forget_backward()
         self._check_wrappers()
-        self.metrics, self._left_at, self._last = [], None, -1
+        self.metrics, self._last = [], -1
+        self._clock.forget()
         if self._due is not None:
             self._move(self._due)
         self._choose_kept()
@@ -188,15 +171,13 @@ class Schedule:
             return self._run(experts, x_Td, ids_TK, weights_TK, region)
 
     def _run(self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor, region: Region) -> Tensor:
-        if not in_backward():
+        if in_backward():
+            one = self.passes.again(experts.number, ids_TK, region)
+        else:
             if self._last is None or experts.number <= self._last:
                 self.begin()
             self._last, self.top_k = experts.number, ids_TK.shape[1]
-        if in_backward():
-            one = self._replay(experts, ids_TK, region)
-        else:
-            if self._left_at is not None:
-                self._windows.append((self._left_at, _now(x_Td)))
+            self._clock.enter(x_Td)
             one = self._plan(experts, ids_TK, region)
         if not x_Td.requires_grad:
             one.before = None  # no backward pass goes on from here
@@ -212,7 +193,7 @@ class Schedule:
         if not graph:
             one.weights.free()
             one.done = True
-        self._left_at = _now(y_Nd)
+        self._clock.leave(y_Nd)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
         if region.frames:  # recorded now, so that the recomputation can put swapped experts back
             weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
@@ -241,15 +222,10 @@ class Schedule:
         if torch.is_grad_enabled() and getattr(policy, "keeps_in_training", policy.keeps):
             self._held[layer] = plan.holders_ED
         way = make_exchange(ids_TK, rows, self.rank, weights.slots)
-        one = Pass(layer, given_TK, way, weights, None, [weakref.ref(frame) for frame in region.frames])
+        one = Pass(layer, given_TK, way, weights, [weakref.ref(frame) for frame in region.frames])
         self._note(experts, load_SE, plan, weights)
         if torch.is_grad_enabled():
-            self._passes = [ref for ref in self._passes if ref() is not None]
-            if layer and self._passes:
-                before = self._passes[-1]()
-                if before is not None and before.layer == layer - 1 and not before.done:
-                    one.before = self._passes[-1]
-            self._passes.append(weakref.ref(one))
+            self.passes.add(one)
         return one
 
     def _note(self, experts: ShardedExperts, load_SE: NDArray[np.int64], plan: StepPlan, weights: Materialised) -> None:
@@ -279,38 +255,6 @@ class Schedule:
         for part in weights.parts:
             extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
         return float(extra_D.max() * self.expert_bytes)
-
-    def _replay(self, experts: ShardedExperts, ids_TK: Tensor, region: Region) -> Pass:
-        """The pass that activation checkpointing computes again: a router may flip ties, plan and splits must not.
-
-        Of several passes it is the one of this checkpoint (one that is done comes back when its graph was kept); of
-        several of it, they come again in the order they came. Where the checkpoint is not known: an open one, with the
-        most equal ids.
-        """
-        layer = experts.number
-        known = [one for ref in self._passes if (one := ref()) is not None and one.layer == layer]
-        for frame in region.frames:
-            found = [one for one in known if any(ref() is frame for ref in one.frames)]
-            if found:
-                one = found[min(self._turn(frame, layer), len(found) - 1)]
-                known_refs = [ref for ref in one.frames if ref() is not None]
-                new = [f for f in region.frames if not any(ref() is f for ref in known_refs)]
-                one.frames = [*known_refs, *(weakref.ref(f) for f in new)]  # a checkpoint inside of this one is new
-                return one
-        found = [one for one in known if not one.done and one.ids_TK.shape == ids_TK.shape]
-        if not found:
-            raise ModelError(
-                f"layer {layer} is computed in the backward pass, but no forward pass of it is open",
-                hint="checkpoint with use_reentrant=False",
-            )
-        same = [int((one.ids_TK == ids_TK).sum()) if len(found) > 1 else 0 for one in found]
-        return found[max(range(len(found)), key=lambda i: (same[i], i))]
-
-    def _turn(self, frame: Any, layer: int) -> int:
-        """How often a layer was computed again in a checkpoint, in this backward pass."""
-        turns, key = self._turns.setdefault(frame, {}), (torch._C._current_graph_task_id(), layer)
-        turns[key] = turns.get(key, -1) + 1
-        return turns[key]
 
     def view(self, layer: int, pairs: float | None = None) -> LayerView:
         """What the policy may look at."""
@@ -465,7 +409,10 @@ class Schedule:
         self.steps += 1
         sharding = self.settings.sharding
         if self.settings.window_s is None and self.steps in (3, 10):
-            self._measure_window()
+            measured = self._clock.least_median(self.tokens_group, self.device)
+            if measured is not None:
+                self.measured_window_s = measured
+                self._version += 1
         if sharding is None or not sharding.interval or self.steps % sharding.interval:
             return
         load_LE = self.history.mean_LE()
@@ -478,8 +425,7 @@ class Schedule:
 
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Give experts new owners, optimizer states with them; bytes this rank received. Between steps only."""
-        alive = any((one := ref()) is not None and not one.done for ref in self._passes)
-        flag = torch.tensor([int(alive)], device=self.device)
+        flag = torch.tensor([int(bool(self.passes.open()))], device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.tokens_group)
         if flag.item():
             raise OptionError("owners cannot move while a backward pass is to come")
@@ -508,17 +454,6 @@ class Schedule:
             weights.free()
         self._early.clear()
 
-    def _measure_window(self) -> None:
-        """Least median time between layers over the ranks: what a gather can hide behind."""
-        if not self._windows:
-            return
-        mine = torch.tensor(
-            [float(np.median([_seconds(*window) for window in self._windows]))], dtype=torch.float64, device=self.device
-        )
-        dist.all_reduce(mine, op=dist.ReduceOp.MIN, group=self.tokens_group)
-        self.measured_window_s = float(mine.item())
-        self._version += 1
-
 
 class _Link:
     """What a layer's step sees of its pass; it ends the pass when its backward is done."""
@@ -532,22 +467,6 @@ class _Link:
         self.one.weights.after_backward(grads)
         self.one.done = True
         self.schedule.previous_starts(self.one)
-
-
-def _now(like: Tensor) -> Any:
-    """Now, in the work of a tensor's device."""
-    if like.is_cuda:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-    return time.perf_counter()
-
-
-def _seconds(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return float(end - start)
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,94 @@
+"""Forward passes whose backward is to come, and which of them activation checkpointing computes again."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.errors import ModelError
+from poise.runtime.dispatch import Exchange
+from poise.runtime.layer import Inner
+from poise.runtime.recompute import Region
+from poise.train.materialize import Materialised
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Pass:
+    """One layer in one forward pass: what its backward, or its recomputation under checkpointing, needs again.
+
+    Parameters
+    ----------
+    layer, ids_TK, way, weights : number, the router's choice, who sends what, and the experts that are held.
+    frames : the checkpoints around it.
+    before : the layer before it in the same forward pass, if its backward comes next.
+    inner : the experts' graph.
+    done : its backward is over.
+    """
+
+    layer: int
+    ids_TK: Tensor
+    way: Exchange
+    weights: Materialised
+    frames: list[weakref.ref[Any]]
+    before: weakref.ref[Pass] | None = None
+    inner: Inner = field(default_factory=Inner)
+    done: bool = False
+
+
+class Passes:
+    """All that are alive: a graph keeps them, this object does not."""
+
+    def __init__(self) -> None:
+        self._refs: list[weakref.ref[Pass]] = []
+        self._turns: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
+
+    def open(self) -> list[Pass]:
+        """Those whose backward is to come, oldest first."""
+        return [one for ref in self._refs if (one := ref()) is not None and not one.done]
+
+    def add(self, one: Pass) -> None:
+        """A forward pass that may go backward."""
+        self._refs = [ref for ref in self._refs if ref() is not None]
+        before = self._refs[-1]() if one.layer and self._refs else None
+        if before is not None and before.layer == one.layer - 1 and not before.done:
+            one.before = self._refs[-1]
+        self._refs.append(weakref.ref(one))
+
+    def again(self, layer: int, ids_TK: Tensor, region: Region) -> Pass:
+        """The pass that is computed again: a router may flip ties, plan and splits must not.
+
+        Of several passes it is the one of this checkpoint (one that is done comes back when its graph was kept); of
+        several of it, they come again in the order they came. Where the checkpoint is not known: an open one, with the
+        most equal ids.
+
+        Raises
+        ------
+        ModelError : there is none.
+        """
+        known = [one for ref in self._refs if (one := ref()) is not None and one.layer == layer]
+        for frame in region.frames:
+            found = [one for one in known if any(ref() is frame for ref in one.frames)]
+            if found:
+                one = found[min(self._turn(frame, layer), len(found) - 1)]
+                alive = [ref for ref in one.frames if ref() is not None]
+                new = [f for f in region.frames if not any(ref() is f for ref in alive)]
+                one.frames = [*alive, *(weakref.ref(f) for f in new)]  # a checkpoint inside of this one is new
+                return one
+        found = [one for one in known if not one.done and one.ids_TK.shape == ids_TK.shape]
+        if not found:
+            raise ModelError(
+                f"layer {layer} is computed in the backward pass, but no forward pass of it is open",
+                hint="checkpoint with use_reentrant=False",
+            )
+        same = [int((one.ids_TK == ids_TK).sum()) if len(found) > 1 else 0 for one in found]
+        return found[max(range(len(found)), key=lambda i: (same[i], i))]
+
+    def _turn(self, frame: Any, layer: int) -> int:
+        """How often a layer was computed again in a checkpoint, in this backward pass."""
+        turns, key = self._turns.setdefault(frame, {}), (torch._C._current_graph_task_id(), layer)
+        turns[key] = turns.get(key, -1) + 1
+        return turns[key]

@@ -1,0 +1,43 @@
+"""Loads of iterations, and plans made by a thread."""
+
+import threading
+
+import numpy as np
+
+from poise.cost.transfers import TransferPlan
+from poise.train.ahead import PlanAhead
+from poise.train.history import RECENT, LoadHistory
+
+
+def test_an_iteration_is_the_mean_of_its_micro_batches():
+    history = LoadHistory(2, 3)
+    for load in ([3, 0, 0], [0, 0, 9]):
+        history.record(0, np.array(load))
+    assert history.of(0).shape == (0, 3) and history.seen_L.tolist() == [0, 0]
+    history.close(0)
+    np.testing.assert_array_equal(history.of(0), [[1.5, 0, 4.5]])
+    assert history.seen_L.tolist() == [1, 0] and history.pairs_L.tolist() == [9, 1]
+    np.testing.assert_array_equal(history.mean_LE(), [[1.5, 0, 4.5], [0, 0, 0]])  # the other layer never ran
+
+
+def test_only_recent_iterations_are_kept():
+    history = LoadHistory(1, 1)
+    for step in range(RECENT + 5):
+        history.record(0, np.array([step]))
+        history.close(0)
+    assert history.of(0)[:, 0].tolist() == list(range(5, RECENT + 5)) and history.seen_L[0] == RECENT + 5
+
+
+def test_a_plan_is_waited_for_and_used_only_for_what_it_was_made_from():
+    ahead, go = PlanAhead(), threading.Event()
+    plan = (np.zeros((1, 2), bool), TransferPlan((), "none"))
+    ahead.start(3, 7, lambda: go.wait(30) and plan)
+    assert ahead.get(3, 8) is None and ahead.get(2, 7) is None
+    go.set()
+    assert ahead.get(3, 7) is plan and ahead.get(3, 7) is plan
+    ahead.start(3, 8, lambda: 1 / 0)
+    try:
+        ahead.get(3, 8)
+    except ZeroDivisionError:
+        return
+    raise AssertionError("an error of the planner was lost")
