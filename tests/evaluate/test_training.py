@@ -10,6 +10,7 @@ from tests.policies.step_cases import random_case
 from poise.cluster import Cluster, from_preset
 from poise.cost.links import latency_seconds
 from poise.cost.route import locality_rows
+from poise.cost.transfers import plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds, layer_exposed, training_price
 from poise.errors import OptionError
 from poise.evaluate.stepwise import FastLoop
@@ -17,6 +18,7 @@ from poise.evaluate.training import (
     SourceLoads,
     compute_seconds,
     exchange_seconds,
+    gather_seconds,
     replay_training,
     reshard_seconds,
 )
@@ -154,6 +156,45 @@ def test_kept_replicas_pay_in_every_step_and_states_when_they_are_new():
     swaps = replay_training(traffic, FastLoop(SmartMoE(interval=2), 0), price, warm_up=0)
     assert (swaps.replicas_BLD == 0).all() and swaps.moved_BL.sum() > 0
     assert (swaps.moved_BL % (STATE_RATIO * size) == 0).all()  # owners move with their states; nothing to reduce
+
+
+def test_rematerialisation_costs_replicas_that_are_kept_for_good_nothing():
+    traffic = skewed(np.random.default_rng(3), steps=8, tokens=200_000)
+    loop = FastLoop(FlexMoE(trigger=1.01, horizon=1e6), 2)
+    kept, again = (
+        replay_training(traffic, loop, price_of(Cluster.uniform(2, 2), window_s=0.0, rematerialise=flag), warm_up=0)
+        for flag in (False, True)
+    )
+    np.testing.assert_array_equal(kept.weights_BL, again.weights_BL)
+    np.testing.assert_array_equal(kept.moved_BL, again.moved_BL)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, st.sampled_from([(2, 2), (4,), (1, 3), (2, 2, 2)]), st.booleans())
+def test_a_gather_takes_as_long_as_the_rounds_that_run(seed, nodes, fan_out):
+    """At least what the fullest port needs, at most what sending everything from the owners takes."""
+    rng = np.random.default_rng(seed)
+    cluster = from_preset(list(nodes), "v100", nic_shared=True)
+    price = price_of(cluster, fan_out=fan_out)
+    devices, size = cluster.num_devices, price.model.expert_bytes
+    held = owned_ED(rng.integers(0, devices, 8), devices)
+    new = (rng.random((8, devices)) < 0.4) & ~held
+    seconds = gather_seconds(held, new, price)
+    if not new.any():
+        assert seconds == 0.0
+        return
+    direct = plan_transfers(held.argmax(axis=1), new, cluster, form="direct").seconds(cluster, size)
+    inside = new.sum(axis=0).max() * size / max(cluster.intra_bytes_per_s, cluster.inter_bytes_per_s)
+    assert inside <= seconds <= direct * (1 + 1e-12)
+    if not fan_out:
+        assert seconds == direct
+    ports = np.zeros((2, len(nodes)))
+    for e, d in np.argwhere(new):  # an expert crosses into a node at least once if nobody there holds it
+        source, target = cluster.node_D[held[e].argmax()], cluster.node_D[d]
+        if source != target and not new[e, :d][cluster.node_D[:d] == target].any():
+            ports[0, source] += len(nodes) == 2  # with relays others may send on
+            ports[1, target] += 1
+    assert seconds >= ports.max() * size / cluster.inter_bytes_per_s
 
 
 def test_full_replication_gathers_and_reduces_everything_in_every_step():
