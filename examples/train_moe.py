@@ -193,6 +193,7 @@ def train(opts: argparse.Namespace, policy: str, text: torch.Tensor, mesh: Any, 
             save_checkpoint(opts.checkpoint, training.model, training.optimizer, step=step + 1)
     skip = min(5, max(0, len(losses) - 1))
     memory = training.run.memory(training.optimizer)
+    moved, replicas = dict(training.run.schedule.moved_bytes), sum(one.replicas for one in training.run.metrics)
     return {
         "policy": policy,
         "steps": len(losses),
@@ -202,8 +203,8 @@ def train(opts: argparse.Namespace, policy: str, text: torch.Tensor, mesh: Any, 
         "held_out_loss": training.evaluate(held_out),
         "imbalance": float(np.mean(overload[skip:])) if losses else None,
         "owner_imbalance": float(np.mean(owner_overload[skip:])) if losses else None,
-        "replicas_per_step": sum(one.replicas for one in training.run.metrics),
-        "moved_bytes": dict(training.run.schedule.moved_bytes),
+        "replicas_per_step": replicas,
+        "moved_bytes": moved,
         "memory_bytes": memory,
         "median_step_seconds": float(np.median(seconds)) if seconds else None,
     }

@@ -271,6 +271,7 @@ def loads_of_iterations() -> dict:
         run.set_requires_gradient_sync(step == 2)
         h.loss_of(model, mine(step, "W3")).backward()
     counts = [np.bincount(everyone(step).ids[0].flatten(), minlength=h.EXPERTS) for step in range(3)]
+    assert run.schedule.history.passes(0) == 3
     history = run.schedule.history.of(0)
     assert len(history) == 2 and np.allclose(history[1], np.mean(counts, axis=0))
     return {"entries": len(history)}
@@ -318,8 +319,10 @@ def a_budget_is_a_bound() -> dict:
     for step, count in enumerate((1, 1, 4)):
         More.count = count
         run.schedule.forget_held()  # what was planned ahead knows nothing of it
-        h.loss_of(model, mine(step, layers=3)).backward()
+        loss = h.loss_of(model, mine(step, layers=3))
         kept.append(run.schedule._kept_bytes / expert)
+        loss.backward()
+        assert run.schedule._kept_bytes == 0
     assert kept == [0.0, 2.0, 0.0], kept
     return {"kept": kept}
 
@@ -336,3 +339,94 @@ def a_policy_object_with_other_slots() -> dict:
     h.loss_of(model, mine(2)).backward()
     assert all(0 < one.replicas <= dist.get_world_size() for one in run.metrics)
     return {"replicas": [one.replicas for one in run.metrics]}
+
+
+@case
+def a_fetch_for_nothing_in_mixed_precision() -> dict:
+    """Copies that replicas are sent from stay until the sending is over, though the layer does not run."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for form in ("direct", "tree"):
+        model = h.build(dtype=torch.float32)
+        run = shard(model, mp_policy=policy, policy="full-replication", form=form)
+        for step in range(3):
+            through(model, mine(step, dtype=torch.float32), (0,)).backward()
+        assert run.schedule.moved_bytes["gather"] > 0
+    return {}
+
+
+@case
+def a_part_of_a_graph_on_one_rank() -> dict:
+    """One rank keeps the first block's graph, the others drop it: what is gathered for the backward is the same."""
+    rank, errors = dist.get_rank(), []
+    dense, model, run = pair(rematerialise=True, policy="full-replication")
+    for same_pass in (True, False):
+        data = mine()
+        x = model.blocks[0](data.x, data.ids[0])
+        kept = x if rank == 0 else x.detach()
+        if not same_pass:
+            run.schedule.begin()
+        x = x.detach().requires_grad_()
+        model.blocks[1](x, data.ids[1]).sum().backward()
+        model.zero_grad(), dense.zero_grad()
+        h.loss_of(dense, everyone(1)).backward()
+        h.loss_of(model, mine(1)).backward()
+        errors.append(apart(model, run, dense))
+        del kept
+    assert max(errors) <= EXACT, errors
+    return {"errors": errors}
+
+
+@case
+def loaded_between_blocks() -> dict:
+    """Weights loaded after replicas were fetched: none of the old ones is used."""
+    dense, model, _ = pair(policy="full-replication")
+    state = {name: 1.5 * weight for name, weight in h.build().state_dict().items()}
+    with torch.no_grad():
+        losses = []
+        for one, data in ((dense, everyone()), (model, mine())):
+            x = one.blocks[0](data.x, data.ids[0])
+            one.load_state_dict(state)
+            x = one.blocks[1](x, data.ids[1])
+            losses.append((one.head(x) - data.target).square().sum() / data.total)
+    dist.all_reduce(losses[1])
+    error = abs(losses[1] / losses[0] - 1).item()
+    assert c.agreed(error) <= EXACT, error
+    return {"error": error}
+
+
+@case
+def arrays_and_optimizers_that_change() -> dict:
+    """The caller's array of owners is not the run's; an optimizer that takes another's place counts steps as well."""
+    world = dist.get_world_size()
+    owners = np.arange(h.LAYERS * h.EXPERTS).reshape(h.LAYERS, -1) % world
+    model = h.build()
+    run = shard(model, owners=owners, sharding=Heterogeneous(interval=2, overlap=1))
+    owners[:] = owners[:, ::-1].copy()
+    assert c.agreed(float(run.reshard(owners))) > 0 and (run.owners == owners).all()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(7):
+        h.loss_of(model, mine(step)).backward()
+        optimizer.step()
+        if step == 0:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert run.schedule.steps == 7 and len([ref for ref in run.schedule.optimizers if ref() is not None]) == 1
+    assert (run.owners != owners).any()
+    said = c.raised(OptionError, lambda: run.set_policy("hecate", step_slots=-1))
+    return {"steps": run.schedule.steps, "said": said}
+
+
+@case
+def micro_batches_without_telling() -> dict:
+    """Two forward passes, then two backward passes, as pipelines do: one iteration, ended by the optimizer."""
+    model = h.build()
+    run = shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        losses = [h.loss_of(model, mine(2 * step + part)) for part in (0, 1)]
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+    history = run.schedule.history
+    # without an optimizer that is known, the first backward pass ends the first iteration
+    assert len(history.of(0)) == 3 and history.seen(0) == 3 and run.schedule.steps == 3, len(history.of(0))
+    return {"entries": len(history.of(0))}

@@ -13,8 +13,9 @@ def test_an_iteration_is_the_mean_of_its_micro_batches():
     history = LoadHistory(2, 3)
     for load in ([3, 0, 0], [0, 0, 9]):
         history.record(0, np.array(load))
-    assert history.of(0).shape == (0, 3) and history.seen_L.tolist() == [0, 0]
-    history.close(0)
+    assert history.passes(0) == 2 and history.seen(0) == 1 and history.seen(1) == 0
+    np.testing.assert_array_equal(history.of(0), [[1.5, 0, 4.5]])  # the open iteration so far
+    assert history.close() == [0] and history.close() == [] and history.passes(0) == 0
     np.testing.assert_array_equal(history.of(0), [[1.5, 0, 4.5]])
     assert history.seen_L.tolist() == [1, 0] and history.pairs_L.tolist() == [9, 1]
     np.testing.assert_array_equal(history.mean_LE(), [[1.5, 0, 4.5], [0, 0, 0]])  # the other layer never ran
@@ -24,7 +25,7 @@ def test_only_recent_iterations_are_kept():
     history = LoadHistory(1, 1)
     for step in range(RECENT + 5):
         history.record(0, np.array([step]))
-        history.close(0)
+        assert history.close() == []
     assert history.of(0)[:, 0].tolist() == list(range(5, RECENT + 5)) and history.seen_L[0] == RECENT + 5
 
 

@@ -135,7 +135,12 @@ def training_memory(
 
 
 def slots_that_fit(
-    budget_bytes: float, model: ModelSpec, *, rematerialise: bool, sizes: TrainingBytes | None = None
+    budget_bytes: float,
+    model: ModelSpec,
+    *,
+    rematerialise: bool,
+    in_flight: int = 2,
+    sizes: TrainingBytes | None = None,
 ) -> int:
     """Hecate's m: the most replicas a rank may hold of every layer within ``budget_bytes`` for all layers together.
 
@@ -146,7 +151,8 @@ def slots_that_fit(
     if not budget_bytes >= 0:
         raise OptionError(f"the budget for replicas must be at least 0 bytes, got {budget_bytes}")
     kept = np.full(model.num_moe_layers, not rematerialise)
-    one = training_memory(model, 1, np.ones(model.num_moe_layers), kept_L=kept, sizes=sizes).replicas
+    ones = np.ones(model.num_moe_layers)
+    one = training_memory(model, 1, ones, kept_L=kept, in_flight=in_flight, sizes=sizes).replicas
     return min(int(budget_bytes / one), model.num_experts)
 
 

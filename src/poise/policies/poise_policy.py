@@ -30,6 +30,7 @@ and weights priced there and back (:mod:`poise.policies.joint_plan`, whose steps
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -51,8 +52,8 @@ TRAIN_PLAN_SECONDS_BASE, TRAIN_PLAN_SECONDS_PER_PAIR = 25e-6, 100e-9
 """Step 7 on one core: seconds, and seconds per (expert, device), after benchmarks/train.py (part ``planner``)."""
 
 
-@lru_cache(maxsize=8)
-def _desk(num_experts: int, num_devices: int, num_entries: int) -> k.Desk:
+@lru_cache(maxsize=32)
+def _desk(num_experts: int, num_devices: int, num_entries: int, thread: int) -> k.Desk:
     return k.make_desk(num_experts, num_devices, num_entries)
 
 
@@ -223,7 +224,8 @@ class Poise:
         return float(k.plan_seconds(view.predicted_E, holders, rates, view.price.control_s, desk))
 
     def _desk_of(self, view: LayerView) -> k.Desk:
-        return _desk(*view.static_ED.shape, int(view.slots_D.sum()) + view.static_ED.shape[0])
+        entries = int(view.slots_D.sum()) + view.static_ED.shape[0]
+        return _desk(*view.static_ED.shape, entries, threading.get_ident())  # scratch: one for each thread
 
     def _wake_below(self, view: LayerView, rates: k.Rates, desk: k.Desk) -> float:
         """Predicted seconds below which the loop is worth its control time."""

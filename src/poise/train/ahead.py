@@ -28,6 +28,8 @@ class PlanAhead:
         """Begin to plan; ``version`` names what the plan is made from."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "poise-plan")
+        if layer in self._found:
+            self._found[layer][1].cancel()  # an older one, if it has not begun
         self._found[layer] = version, self._pool.submit(plan)
 
     def get(self, layer: int, version: int) -> Plan | None:

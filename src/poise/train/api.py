@@ -37,6 +37,8 @@ from poise.train.metrics import LayerMetrics
 from poise.train.schedule import Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
 
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+         "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous(), "balanced": Balanced()}
 
 
@@ -81,8 +83,14 @@ class FssdpExperts:
                 f"{type(optimizer).__name__} holds none of the {len(owned)} sharded weights",
                 hint="build the optimizer after fully_shard_experts",
             )
-        if optimizer not in self.schedule.optimizers:
-            self.schedule.optimizers.append(optimizer)
+        self.schedule.know(optimizer)
+
+    def weights_changed(self) -> None:
+        """Tell, on every rank, that owned weights were changed by hand, as by an average of weights that is swapped in.
+
+        Optimizer steps and ``load_state_dict`` are seen without it.
+        """
+        self.schedule.weights_changed()
 
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Move owners now, between steps; bytes that this rank received. Collective.
@@ -103,6 +111,8 @@ class FssdpExperts:
         old = self.schedule.settings
         new = parse_policy(policy) if isinstance(policy, str) else policy
         slots = old.step_slots if step_slots is None else step_slots
+        if slots < 0:
+            raise OptionError(f"step_slots must be at least 0, got {slots}")
         self.schedule.settings = replace(old, policy=new, step_slots=slots)
         self.schedule.forget_held()
 
@@ -226,8 +236,8 @@ def fully_shard_experts(
         for place in (name, *again[name]):
             parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
-        new._forward_hooks.update(module._forward_hooks)
-        new._forward_pre_hooks.update(module._forward_pre_hooks)
+        for kind_of_hook in HOOKS:
+            getattr(new, kind_of_hook).update(getattr(module, kind_of_hook))
         _hide(new)
         layers.append(new)
     stored = next(iter(layers[0].owned().values()))
@@ -243,7 +253,9 @@ def fully_shard_experts(
     slots = 2 if step_slots is None else step_slots
     if replica_bytes is not None:
         each = TrainingBytes(float(compute.itemsize), float(reduced.itemsize), 0.0)
-        slots = slots_that_fit(replica_bytes, sizes, rematerialise=rematerialise is not False, sizes=each)
+        keeps = 0.0 if isinstance(rematerialise, bool) else float(rematerialise)  # these come on top of the buffers
+        slots = slots_that_fit(max(0.0, replica_bytes - keeps), sizes, rematerialise=rematerialise is not False,
+                               in_flight=max(2, prefetch + 1), sizes=each)  # fmt: skip
     schedule = Schedule(
         layers,
         Settings(

@@ -92,6 +92,8 @@ def speak_of_experts(experts: ShardedExperts) -> None:
                 state[key] = ExpertShards(state[key], module.mine, module.num_experts)
 
     def take(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if module.schedule is not None:
+            module.schedule.weights_changed()
         for name, attribute in module._attribute.items():
             key = prefix + attribute
             value = state.get(key)

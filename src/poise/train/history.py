@@ -24,22 +24,37 @@ class LoadHistory:
         self._open_LE, self._passes_L = np.zeros((layers, experts)), np.zeros(layers, np.int64)
 
     def record(self, layer: int, load_E: NDArray[np.int64]) -> None:
-        """A forward pass of a layer."""
+        """A forward pass of a layer; it belongs to the iteration that is open."""
         self._open_LE[layer] += load_E
         self._passes_L[layer] += 1
         self.pairs_L[layer] = load_E.sum()
 
-    def close(self, layer: int) -> None:
-        """A layer's iteration has had its last forward pass."""
-        self.recent[layer].append(self._open_LE[layer] / self._passes_L[layer])
-        self.seen_L[layer] += 1
-        self._open_LE[layer], self._passes_L[layer] = 0, 0
+    def close(self) -> list[int]:
+        """The iteration has had its last forward pass; the layers that ran more than once in it."""
+        ran = np.flatnonzero(self._passes_L)
+        several = np.flatnonzero(self._passes_L > 1).tolist()
+        for layer in ran:
+            self.recent[layer].append(self._open_LE[layer] / self._passes_L[layer])
+        self.seen_L[ran] += 1
+        self._open_LE[:], self._passes_L[:] = 0, 0
+        return several
+
+    def passes(self, layer: int) -> int:
+        """Forward passes of a layer in the open iteration."""
+        return int(self._passes_L[layer])
+
+    def seen(self, layer: int) -> int:
+        """Iterations of a layer, the open one included."""
+        return int(self.seen_L[layer]) + (self._passes_L[layer] > 0)
 
     def of(self, layer: int) -> NDArray[np.float64]:
-        """Entries of a layer, oldest first, float64 [n, E]."""
-        return np.array(self.recent[layer]).reshape(-1, self._open_LE.shape[1])
+        """Entries of a layer, oldest first, float64 [n, E]; the last one is the open iteration's so far."""
+        rows = list(self.recent[layer])
+        if self._passes_L[layer]:
+            rows.append(self._open_LE[layer] / self._passes_L[layer])
+        return np.array(rows).reshape(-1, self._open_LE.shape[1])
 
     def mean_LE(self) -> NDArray[np.float64]:
         """Mean of all entries; zeros for a layer that never ran."""
-        return np.stack([self.of(layer).mean(axis=0) if rows else np.zeros(self._open_LE.shape[1])
-                         for layer, rows in enumerate(self.recent)])  # fmt: skip
+        return np.stack([rows.mean(axis=0) if len(rows) else np.zeros(self._open_LE.shape[1])
+                         for rows in map(self.of, range(len(self.recent)))])  # fmt: skip

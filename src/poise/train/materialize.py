@@ -138,6 +138,7 @@ class Materialised:
                     for name, weight in experts.owned().items()}  # fmt: skip
             self.copies = Storage(bank, schedule.ledger, "copies of owned experts")
         self.gathered_count = 0
+        self.kept_bytes, self.used_in_backward = 0.0, False
         self._fill_copies()
         self._add(plan, early_ED)
 
@@ -200,10 +201,10 @@ class Materialised:
 
     def free(self) -> None:
         """Give up the weights; gradients will need :meth:`ready` again."""
+        for part in self.parts:  # they wait for what is sent from the copies
+            part.free()
         if self.copies is not None:
             self.copies.free()
-        for part in self.parts:
-            part.free()
 
     def leaves(self) -> list[Tensor]:
         """See :class:`poise.runtime.layer.Weights`."""
@@ -221,6 +222,7 @@ class Materialised:
                 f"owners of layer {self.experts.number} moved after the forward pass whose backward comes now",
                 hint="go backward before the next optimizer step",
             )
+        self.used_in_backward = True
         self.schedule.backward_starts(self)
         self.ready()
 

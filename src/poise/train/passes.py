@@ -24,7 +24,7 @@ class Pass:
     ----------
     layer, ids_TK, way, weights : number, the router's choice, who sends what, and the experts that are held.
     frames : the checkpoints around it.
-    before : the layer before it in the same forward pass, if its backward comes next.
+    before : the layer before it in the same forward pass, whose backward comes next; the same on all ranks.
     inner : the experts' graph.
     done : its backward is over.
     """
@@ -34,28 +34,33 @@ class Pass:
     way: Exchange
     weights: Materialised
     frames: list[weakref.ref[Any]]
-    before: weakref.ref[Pass] | None = None
+    before: Pass | None = None
     inner: Inner = field(default_factory=Inner)
     done: bool = False
 
 
 class Passes:
-    """All that are alive: a graph keeps them, this object does not."""
+    """All that are alive: a graph keeps them, this object only the last one of the forward pass that runs."""
 
     def __init__(self) -> None:
         self._refs: list[weakref.ref[Pass]] = []
+        self._last: Pass | None = None
         self._turns: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
 
     def open(self) -> list[Pass]:
         """Those whose backward is to come, oldest first."""
         return [one for ref in self._refs if (one := ref()) is not None and not one.done]
 
+    def begin(self) -> None:
+        """A forward pass of the model starts."""
+        self._last = None
+
     def add(self, one: Pass) -> None:
-        """A forward pass that may go backward."""
+        """A forward pass of a layer that may go backward."""
         self._refs = [ref for ref in self._refs if ref() is not None]
-        before = self._refs[-1]() if one.layer and self._refs else None
-        if before is not None and before.layer == one.layer - 1 and not before.done:
-            one.before = self._refs[-1]
+        if self._last is not None and self._last.layer == one.layer - 1:
+            one.before = self._last
+        self._last = one
         self._refs.append(weakref.ref(one))
 
     def again(self, layer: int, ids_TK: Tensor, region: Region) -> Pass:

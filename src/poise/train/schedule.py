@@ -101,7 +101,7 @@ class Schedule:
         self.divide_factor = float(cluster.num_devices)
         self.metrics: list[LayerMetrics] = []
         self.moved_bytes = {"gather": 0, "reduce": 0, "reshard": 0}
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self.steps = 0
         self.top_k = top_k
         self.measured_window_s: float | None = settings.window_s
@@ -114,6 +114,8 @@ class Schedule:
         self._callback, self._accumulated, self._wrapped_well = False, False, False
         self._hooks: list[tuple[Any, Any]] = []
         self._last: int | None = None
+        self._unstepped = False
+        self._started: list[Materialised] = []
         self._due: NDArray[np.int64] | None = None
         self._keep_L, self._kept_bytes = np.zeros(len(layers), bool), 0.0
         self._last_bytes_L, self._last_s_L = np.zeros(len(layers)), np.zeros(len(layers))
@@ -144,6 +146,9 @@ class Schedule:
         self._check_wrappers()
         self.metrics, self._last = [], -1
         self._clock.forget()
+        self.passes.begin()
+        if self._unstepped and not self.optimizers:  # nothing else tells that an iteration is over
+            self._close_iteration()
         if self._due is not None:
             self._move(self._due)
         self._choose_kept()
@@ -179,8 +184,6 @@ class Schedule:
             self._last, self.top_k = experts.number, ids_TK.shape[1]
             self._clock.enter(x_Td)
             one = self._plan(experts, ids_TK, region)
-        if not x_Td.requires_grad:
-            one.before = None  # no backward pass goes on from here
         trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
@@ -240,8 +243,7 @@ class Schedule:
         if not torch.is_grad_enabled():
             return
         self.history.record(experts.number, load_E)
-        if self.sync:
-            self.history.close(experts.number)
+        if self.history.passes(experts.number) == 1:  # of several micro-batches, the close of the iteration plans anew
             self._ahead.start(experts.number, self._version, self._early_plan(experts.number))
         if not isinstance(self.settings.rematerialise, bool):
             self._last_bytes_L[experts.number] = self._fullest_bytes(weights)
@@ -270,13 +272,13 @@ class Schedule:
         held = self._held[layer]
         return LayerView(
             static, static if held is None else held, load_E * (total / load_E.sum()), history[-8:],
-            np.zeros(shape, bool), self.settings.step_slots, int(self.history.seen_L[layer]), layer, self.price(total),
+            np.zeros(shape, bool), self.settings.step_slots, self.history.seen(layer), layer, self.price(total),
         )  # fmt: skip
 
     def price(self, pairs: float) -> StepPrice:
         """Machine, model and window; the tokens count in powers of two, so that it seldom changes."""
         tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.top_k)))
-        ratio, again = self.gradient_bytes / self.expert_bytes, bool(self.settings.rematerialise)
+        ratio, again = self.gradient_bytes / self.expert_bytes, self.settings.rematerialise is not False
         return _price(tokens, self.layers[0].num_experts, self.cluster, self.model, again, self.measured_window_s,
                       ratio, self.form != "direct")  # fmt: skip
 
@@ -317,12 +319,13 @@ class Schedule:
         if not self._keep_L[layer] or self._kept_bytes + nbytes > budget:
             return False
         self._kept_bytes += nbytes
+        weights.kept_bytes = nbytes
         return True
 
     def _choose_kept(self) -> None:
         """By what the layers' replicas took and saved in the last training pass; this pass's must fit as well."""
         budget = self.settings.rematerialise
-        self._keep_L, self._kept_bytes = np.zeros(len(self.layers), bool), 0.0
+        self._keep_L = np.zeros(len(self.layers), bool)
         if not isinstance(budget, bool) and self._last_bytes_L.any():
             self._keep_L = layers_to_keep(self._last_bytes_L, self._last_s_L, float(budget))
 
@@ -345,6 +348,7 @@ class Schedule:
     ) -> None:
         """A layer's experts have their gradients: add the owned ones, send the others home."""
         experts, scale, self._accumulated = weights.experts, 1.0 / self.divide_factor, True
+        self._kept_bytes, weights.kept_bytes = self._kept_bytes - weights.kept_bytes, 0.0
         beside = sum(grad.nbytes for name, grad in own.items() if grad is not None and not experts.takes(name, grad))
         self.ledger.add("gradients of owned experts", beside)
         for name, grad in own.items():
@@ -360,23 +364,32 @@ class Schedule:
     def previous_starts(self, one: Pass) -> None:
         """Gather for the backward of the layers before, under this layer's attention."""
         for _ in range(self.settings.prefetch):
-            before = one.before() if one.before is not None else None
-            if before is None:
+            if one.before is None:
                 return
-            if not before.done:
-                before.weights.start()
-            one = before
+            one = one.before
+            if not one.done:
+                one.weights.start()
+                self._started.append(one.weights)
+
+    def _end_started(self) -> None:
+        """Gathers for layers that the backward pass did not reach."""
+        for weights in self._started:
+            if not weights.used_in_backward:
+                weights.free()
+        self._started.clear()
 
     def _forget_backward(self) -> None:
         """A backward pass failed on the way: what it left must not enter the next step."""
-        self._callback, self._accumulated = False, False
+        self._callback, self._accumulated, self._kept_bytes = False, False, 0.0
         self._give_hooks_back()
+        self._end_started()
         self.replica_gradients.forget()
 
     def _finish(self) -> None:
         """The backward pass is over."""
         self._callback, self._last = False, None
         self._give_hooks_back()
+        self._end_started()
         accumulated, self._accumulated = self._accumulated, False
         if not accumulated:  # torch.autograd.grad by something else than weights
             return
@@ -386,6 +399,7 @@ class Schedule:
         self.replica_gradients.wait()
         if not self.sync:
             return
+        self._unstepped = True
         for experts in self.layers:
             for weight in experts.owned().values():
                 for hook in (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values():
@@ -398,14 +412,24 @@ class Schedule:
 
     # ---- between steps -------------------------------------------------------------------------------------------
 
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer that holds owned experts made a step: weights gathered before it are old."""
+    def weights_changed(self) -> None:
+        """What was gathered before is old."""
         self._drop_early()
         self._last = None
-        if optimizer not in self.optimizers:
-            self.optimizers.append(optimizer)
-        if optimizer is not self.optimizers[0]:
+
+    def know(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its states move with owners, as long as it lives."""
+        self.optimizers = [ref for ref in self.optimizers if ref() is not None]
+        if not any(ref() is optimizer for ref in self.optimizers):
+            self.optimizers.append(weakref.ref(optimizer))
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that holds owned experts made a step: the first one after a backward pass ends the iteration."""
+        self.weights_changed()
+        self.know(optimizer)
+        if not self._unstepped:
             return
+        self._close_iteration()
         self.steps += 1
         sharding = self.settings.sharding
         if self.settings.window_s is None and self.steps in (3, 10):
@@ -423,6 +447,11 @@ class Schedule:
         if (planned != current).any():
             self._due = planned
 
+    def _close_iteration(self) -> None:
+        self._unstepped, self._kept_bytes = False, 0.0
+        for layer in self.history.close():
+            self._ahead.start(layer, self._version, self._early_plan(layer))
+
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Give experts new owners, optimizer states with them; bytes this rank received. Between steps only."""
         flag = torch.tensor([int(bool(self.passes.open()))], device=self.device)
@@ -437,7 +466,8 @@ class Schedule:
             raise OptionError("owners cannot move while replica gradients wait for a synchronised backward pass")
         self._due = None
         self._drop_early()
-        received = move_owners(self.layers, owner_LE, self.optimizers, self.weights_group, self.device)
+        optimizers = [optimizer for ref in self.optimizers if (optimizer := ref()) is not None]
+        received = move_owners(self.layers, owner_LE, optimizers, self.weights_group, self.device)
         self.moved_bytes["reshard"] += received
         self.forget_held()
         return received
@@ -467,6 +497,7 @@ class _Link:
         self.one.weights.after_backward(grads)
         self.one.done = True
         self.schedule.previous_starts(self.one)
+        self.one.before = None
 
 
 @lru_cache(maxsize=64)

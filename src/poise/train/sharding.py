@@ -32,6 +32,10 @@ class Run(Protocol):
         """One layer, forward."""
         ...
 
+    def weights_changed(self) -> None:
+        """What was gathered before is old."""
+        ...
+
 
 def stacked(experts: nn.Module, kind: ExpertKind) -> dict[str, Tensor]:
     """All experts' weights, name -> [E, ...], from a fused module or a list of modules."""
@@ -70,7 +74,8 @@ class ShardedExperts(nn.Module):
 
     def own(self, owner_E: NDArray[np.int64]) -> None:
         """Take note of new owners; the parameters are the caller's task."""
-        self.owner_E = np.asarray(owner_E, np.int64)
+        self.owner_E = np.array(owner_E, np.int64)
+        self.owner_E.flags.writeable = False
         self.mine: list[int] = np.flatnonzero(self.owner_E == self.rank).tolist()
 
     def owned(self) -> Bank:
