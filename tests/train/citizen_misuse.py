@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.train.citizen_models import case
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from poise.cluster import Cluster
 from poise.errors import ModelError, OptionError
@@ -430,3 +432,21 @@ def micro_batches_without_telling() -> dict:
     # without an optimizer that is known, the first backward pass ends the first iteration
     assert len(history.of(0)) == 3 and history.seen(0) == 3 and run.schedule.steps == 3, len(history.of(0))
     return {"entries": len(history.of(0))}
+
+
+@case
+def runs_that_end_while_optimizers_step() -> dict:
+    """Runs are collected at any moment, also amid the hooks of a step; those that are left still know of it."""
+    model = h.build()
+    run = shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gone = [shard(h.build()) for _ in range(4)]
+    handle = register_optimizer_step_post_hook(lambda *_: (gone and gone.pop(), gc.collect()) and None)
+    try:
+        for step in range(4):
+            h.loss_of(model, mine(step)).backward()
+            optimizer.step()
+    finally:
+        handle.remove()
+    assert not gone and run.schedule.steps == 4
+    return {"steps": run.schedule.steps}

@@ -345,17 +345,26 @@ def _check_kind(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _watch_optimizers(schedule: Schedule, replaced: list[weakref.ref[nn.Parameter]]) -> None:
-    """Let the run know of every step of an optimizer that holds its experts."""
-    known = weakref.ref(schedule)
+_RUNS: weakref.WeakKeyDictionary[Schedule, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+"""Every run, and the parameters that its experts have replaced."""
+_WATCHED: list[Any] = []
 
-    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        run = known()
-        if run is None:
-            return
+
+def _watch_optimizers(schedule: Schedule, replaced: list[weakref.ref[nn.Parameter]]) -> None:
+    """Let the run know of every step of an optimizer that holds its experts.
+
+    One hook for all runs, for good: to take it off while PyTorch goes through its hooks is an error.
+    """
+    _RUNS[schedule] = replaced
+    if not _WATCHED:
+        _WATCHED.append(register_optimizer_step_post_hook(_stepped))
+
+
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for run, replaced in list(_RUNS.items()):
         owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
         old = {id(weight) for ref in replaced if (weight := ref()) is not None}
-        held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         if owned & held:
             _check_kind(optimizer)
             run.stepped(optimizer)
@@ -364,8 +373,6 @@ def _watch_optimizers(schedule: Schedule, replaced: list[weakref.ref[nn.Paramete
                 f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
                 hint="build the optimizer after fully_shard_experts",
             )
-
-    weakref.finalize(schedule, register_optimizer_step_post_hook(stepped).remove)
 
 
 def _count(module: nn.Module) -> int:
