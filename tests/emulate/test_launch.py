@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import contextmanager
 
 import pytest
 from tests.emulate.needs import HERE, descendants, interfaces, net_namespaces, processes_with, shaping
@@ -105,12 +106,22 @@ def gone(token, before, family, seconds=60.0):
     return False
 
 
-def family_of(process, seconds=60.0):
-    """What the launcher has started, once it has started something."""
+def family_of(process, enough=bool, seconds=60.0):
+    """What the launcher has started, once that is enough."""
     deadline = time.monotonic() + seconds
-    while not (found := descendants(process.pid)) and time.monotonic() < deadline:
+    while not enough(found := descendants(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.002)
     return found
+
+
+@contextmanager
+def killed(process):
+    """The launcher, killed at the end of the block, whatever happens in it."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @shaping
@@ -118,28 +129,23 @@ def test_a_killed_launcher_leaves_nothing_behind():
     before = interfaces()
     for moment in (random.uniform(0.0, 0.1), random.uniform(0.1, 0.4), None):  # None: once the ranks run
         token = uuid.uuid4().hex
-        process = launcher("--", str(REPORT), "hang", "1", token)
-        assert family_of(process)
-        if moment is None:
-            assert process.stdout.readline().startswith("RANK=0")
-        else:
-            time.sleep(moment)
-        family = descendants(process.pid)
-        if moment is None:
-            assert len({space for _, space in family}) >= 3 and processes_with(token)
-        process.kill()
-        process.communicate()
+        with killed(launcher("--", str(REPORT), "hang", "1", token)) as process:
+            family = family_of(process)
+            if moment is None:  # ranks start one after the other
+                family = family_of(process, lambda found: len({space for _, space in found}) >= 4)
+                assert processes_with(token)
+            else:
+                time.sleep(moment)
+                family |= descendants(process.pid)
+            assert family
         assert gone(token, before, family), (moment, family)
 
 
 def test_a_killed_launcher_without_shaping_ends_its_ranks(tmp_path):
     token, before = uuid.uuid4().hex, interfaces()
-    process = launcher("--", str(REPORT), "hang", "1", token, PATH=str(tmp_path))
-    assert process.stdout.readline().startswith("RANK=0")
-    family = descendants(process.pid)
-    assert len(family) >= 3
-    process.kill()
-    process.communicate()
+    with killed(launcher("--", str(REPORT), "hang", "1", token, PATH=str(tmp_path))) as process:
+        family = family_of(process, lambda found: len(found) >= 3)
+        assert len(family) >= 3
     assert gone(token, before, family)
 
 

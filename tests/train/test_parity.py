@@ -19,7 +19,7 @@ def cells(world, tmp_path, *arguments):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_policy_equals_the_dense_reference(world, tmp_path):
-    found = cells(world, tmp_path, *(("--every", "4") if world == 8 else ()))
+    found = cells(world, tmp_path, "--every", {2: "2", 4: "1", 8: "8"}[world])
     assert {cell["policy"] for cell in found} == set(POLICIES) or world == 8
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
     if world == 4:
@@ -28,15 +28,15 @@ def test_every_policy_equals_the_dense_reference(world, tmp_path):
 
 @pytest.mark.parametrize("mutation", ["divisor", "replica", "token"])
 def test_a_mutation_fails_every_cell_it_touches(mutation, tmp_path):
-    found = cells(2, tmp_path, "--mutate", mutation)
+    found = cells(2, tmp_path, "--mutate", mutation, "--every", "2")
     touched = [cell for cell in found if mutation != "replica" or cell["lost"]]
-    assert len(touched) > 20
+    assert len(touched) > 10
     assert min(cell["error"] for cell in touched) > 1e-6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_low_precision_differs_no_more_than_dense_runs_do(dtype, tmp_path):
     """At most 4 times what dense runs differ that add up in other orders; bfloat16 with float32 weights."""
-    found = cells(4, tmp_path, "--dtype", dtype, "--every", "6")
-    assert len(found) > 15 and len({cell["policy"] for cell in found}) > 8
+    found = cells(4, tmp_path, "--dtype", dtype, "--every", "9")
+    assert len(found) > 10 and len({cell["policy"] for cell in found}) > 6
     assert max(cell["error"] / cell["dense"] for cell in found) <= 4.0, found
