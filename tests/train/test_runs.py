@@ -2,21 +2,17 @@
 
 import json
 
-import pytest
 from tests.train.launch import torchrun
+from tests.train.run_cases import MINE
 
-CASES = ("collectives", "changes", "schedules", "memory", "slots_from_memory", "wire", "steady", "refusals")
 
-
-@pytest.fixture(scope="module")
-def results():
-    lines = [json.loads(line) for line in torchrun(4, "tests/train/run_cases.py", check=False).splitlines()
-             if line.startswith('{"case"')]  # fmt: skip
+def test_all_cases(subtests):
+    """One launch for all: a fixture would run it on every worker."""
+    said = torchrun(4, "tests/train/run_cases.py", check=False)
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"case"')]
     failed = {line["case"]: line["failed"] for line in lines if "failed" in line}
-    return {line["case"]: line for line in lines if "failed" not in line}, failed
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_case(case, results):
-    passed, failed = results
-    assert case in passed, failed.get(case, f"{case} did not run: {list(failed)}")
+    passed = {line["case"] for line in lines if "failed" not in line}
+    for case in MINE:
+        with subtests.test(case):
+            assert case not in failed, failed[case]
+            assert case in passed, f"{case} did not run\n{said[-3000:]}"
