@@ -223,6 +223,8 @@ def posted() -> Iterator[dict[str, np.ndarray]]:
 
     def count(operations):
         for one in operations:
+            if one.tag == wires.EXCHANGE_TAG:  # tokens
+                continue
             bytes_D[one.op.__name__][one.group_peer] += one.tensor.nbytes
         return before(operations)
 

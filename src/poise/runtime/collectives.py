@@ -41,6 +41,39 @@ def finish(works: Sequence[Any]) -> None:
         raise CommunicationError(*lost(error)) from error
 
 
+EXCHANGE_TAG = 1
+"""Sparse collectives on their way in the same group use tag 0."""
+
+
+def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
+    """All-to-all of rows: the first ``sent_D[0]`` go to rank 0 and so on; what came, by rank.
+
+    On gloo all receives are posted before the first send: ``all_to_all_single`` there lets the word that a receive is
+    ready queue behind data going the other way, and reaches 0.5 to 0.67 of limited links, this 0.91 to 0.99
+    (docs/emulation.md).
+    """
+    out = x_nd.new_empty((sum(got_D), *x_nd.shape[1:]))
+    x_nd = x_nd.contiguous()
+    if dist.get_backend(group) != "gloo":
+        try:
+            work = dist.all_to_all_single(out, x_nd, list(got_D), list(sent_D), group=group, async_op=True)
+        except RuntimeError as error:
+            raise CommunicationError(*lost(error)) from error
+        finish([work])
+        return out
+    own, world = dist.get_rank(group), dist.get_world_size(group)
+    into, of = out.split(list(got_D)), x_nd.split(list(sent_D))
+    into[own].copy_(of[own])
+    peers = [(own + i) % world for i in range(1, world)]
+    name = {peer: dist.get_global_rank(group, peer) for peer in peers}
+    works = post(
+        [dist.P2POp(dist.irecv, into[p], name[p], group, EXCHANGE_TAG) for p in peers if got_D[p]]
+        + [dist.P2POp(dist.isend, of[p], name[p], group, EXCHANGE_TAG) for p in peers if sent_D[p]]
+    )
+    finish(works)
+    return out
+
+
 def lost(error: RuntimeError) -> tuple[str]:
     """What to say of an error of a collective."""
     return (f"a collective failed on rank {dist.get_rank()}: {str(error).splitlines()[0][:300]}",)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.errors import CommunicationError
-from poise.runtime.collectives import finish, lost
+from poise.runtime.collectives import exchange, lost
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Its name since PyTorch 2.13, and before."""
@@ -76,21 +76,11 @@ def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots:
 
 def there(x_Nd: Tensor, way: Exchange, group: Any) -> Tensor:
     """Pairs in sending order to their ranks; what is computed here, [n, d], sorted by expert."""
-    return _all_to_all(x_Nd, way.sent_D, way.got_D, group).index_select(0, way.arrange_n)
+    return exchange(x_Nd, way.sent_D, way.got_D, group).index_select(0, way.arrange_n)
 
 
 def back(y_nd: Tensor, way: Exchange, group: Any) -> Tensor:
     """The reverse of :func:`there`: [N, d] in sending order."""
     out = torch.empty_like(y_nd)
     out[way.arrange_n] = y_nd
-    return _all_to_all(out, way.got_D, way.sent_D, group)
-
-
-def _all_to_all(x: Tensor, sent_D: list[int], got_D: list[int], group: Any) -> Tensor:
-    out = x.new_empty((sum(got_D), x.shape[1]))
-    try:
-        work = dist.all_to_all_single(out, x.contiguous(), got_D, sent_D, group=group, async_op=True)
-    except RuntimeError as error:
-        raise CommunicationError(*lost(error)) from error
-    finish([work])
-    return out
+    return exchange(out, way.got_D, way.sent_D, group)
