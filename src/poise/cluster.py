@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from poise.curve import ExpertCurve
 from poise.errors import ClusterError
 from poise.presets import DEVICES
 
@@ -35,6 +36,9 @@ class Cluster:
     nic_shared : one network port per node instead of one per device.
     intra_latency_s, inter_latency_s : start-up seconds of an all-to-all inside a node, across nodes.
     name : preset or file it came from.
+    peer_latency_s : start-up seconds of an all-to-all that each other device adds.
+    expert_curve : measured seconds of an expert, in place of the roofline of ``flops_per_s`` and
+        ``memory_bytes_per_s``.
     """
 
     node_D: NDArray[np.int32]
@@ -48,6 +52,8 @@ class Cluster:
     intra_latency_s: float = 10e-6
     inter_latency_s: float = 30e-6
     name: str = field(default="custom")
+    peer_latency_s: float = 0.0
+    expert_curve: ExpertCurve | None = None
 
     def __post_init__(self) -> None:
         if np.asarray(self.node_D).dtype.kind not in "iu":
@@ -67,10 +73,12 @@ class Cluster:
             value = getattr(self, attr)
             if not (np.isfinite(value) and value > 0):
                 raise ClusterError(f"{attr} must be finite and above 0, got {value!r}")
-        for attr in ("intra_latency_s", "inter_latency_s"):
+        for attr in LATENCIES:
             value = getattr(self, attr)
             if not (np.isfinite(value) and value >= 0):
                 raise ClusterError(f"{attr} must be finite and at least 0, got {value!r}")
+        if self.expert_curve is not None and not isinstance(self.expert_curve, ExpertCurve):
+            raise ClusterError(f"expert_curve must be an ExpertCurve, got {type(self.expert_curve).__name__}")
         node.flags.writeable = speed.flags.writeable = False
         object.__setattr__(self, "node_D", node)
         object.__setattr__(self, "speed_D", speed)
@@ -131,6 +139,8 @@ class Cluster:
         if (self.speed_D != 1).any():
             data["speed"] = self.speed_D.tolist()
         data.update({name: float(getattr(self, name)) for name in (*RATES, *LATENCIES)}, nic_shared=self.nic_shared)
+        if self.expert_curve is not None:
+            data["expert_curve"] = self.expert_curve.to_dict()
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
 
     def __repr__(self) -> str:
@@ -141,7 +151,8 @@ class Cluster:
 
 MAX_YAML_BYTES = 2**20
 RATES = ("flops_per_s", "memory_bytes_per_s", "memory_bytes", "intra_bytes_per_s", "inter_bytes_per_s")
-LATENCIES = ("intra_latency_s", "inter_latency_s")
+LATENCIES = ("intra_latency_s", "inter_latency_s", "peer_latency_s")
+CURVE_KEYS = ("tokens", "seconds", "parameters", "weight_bytes")
 YAML_KEYS = (
     "preset",
     "tensor_parallel",
@@ -150,6 +161,7 @@ YAML_KEYS = (
     "speed",
     "nic_shared",
     "name",
+    "expert_curve",
     *RATES,
     *LATENCIES,
 )
@@ -248,9 +260,31 @@ def from_yaml(path: Path) -> Cluster:
         speed = [_number(path, "speed", value) for value in speed]
     if not isinstance(data.get("nic_shared", False), bool):
         raise ClusterError(f"{path}: nic_shared must be true or false, got {data['nic_shared']!r}")
+    if "expert_curve" in data:
+        data["expert_curve"] = _curve(path, data["expert_curve"])
     data["name"] = str(data.get("name", path.name))[:80]
     preset, group = str(data.pop("preset", "h100")), _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
     return from_preset(counts, preset, tensor_parallel=group, speed=speed, **data)
+
+
+def _curve(path: Path, value: Any) -> ExpertCurve:
+    """The mapping ``expert_curve``: lists of tokens and seconds, parameters, and weight_bytes if not 2."""
+    if not isinstance(value, dict):
+        raise ClusterError(f"{path}: expert_curve must be a mapping, got {value!r}", hint=", ".join(CURVE_KEYS))
+    unknown, missing = [key for key in value if key not in CURVE_KEYS], [k for k in CURVE_KEYS[:3] if k not in value]
+    if unknown or missing:
+        wrong = f"does not know {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ClusterError(f"{path}: expert_curve {wrong}", hint=f"keys: {', '.join(CURVE_KEYS)}")
+    knots: list[NDArray[np.float64]] = []
+    for key in CURVE_KEYS[:2]:
+        if not isinstance(value[key], list):
+            raise ClusterError(f"{path}: {key} of expert_curve must be a list, got {value[key]!r}")
+        knots.append(np.array([_number(path, f"expert_curve {key}", one) for one in value[key]]))
+    sizes = [_number(path, f"expert_curve {key}", value.get(key, 2.0)) for key in CURVE_KEYS[2:]]
+    try:
+        return ExpertCurve(knots[0], knots[1], sizes[0], sizes[1])
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error.message}", hint=error.hint) from None
 
 
 def _number(path: Path, key: str, value: Any) -> float:

@@ -1,7 +1,8 @@
 """Lower bounds: seconds that no placement with these slots, and no token split, can beat on the same routing.
 
-Each bound is a relaxation that keeps one reason why time is needed; the largest counts. ``g`` is the roofline of
-:func:`poise.cost.compute.expert_seconds`; it is subadditive, so splitting an expert never makes its total smaller.
+Each bound is a relaxation that keeps one reason why time is needed; the largest counts. ``g`` is the roofline or
+measured curve of :func:`poise.cost.compute.expert_seconds`; it is subadditive (:mod:`poise.curve` refuses other
+curves), so splitting an expert never makes its total smaller.
 
 Compute of a layer
     averaging       sum_e g(n_e) / sum_d speed_d

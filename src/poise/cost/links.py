@@ -27,10 +27,14 @@ class PortLoad:
 
 
 def latency_seconds(cluster: Cluster) -> float:
-    """Start-up of one all-to-all: nothing for one device, the network's on top of the node's when there are several."""
+    """Start-up of one all-to-all: nothing for one device, the network's on top of the node's when there are several.
+
+    Every other device adds ``peer_latency_s``.
+    """
     if cluster.num_devices == 1:
         return 0.0
-    return cluster.intra_latency_s + (cluster.inter_latency_s if cluster.num_nodes > 1 else 0.0)
+    network = cluster.inter_latency_s if cluster.num_nodes > 1 else 0.0
+    return cluster.intra_latency_s + network + cluster.peer_latency_s * (cluster.num_devices - 1)
 
 
 def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
