@@ -18,7 +18,7 @@ from torch import Tensor
 from poise.errors import CommunicationError
 from poise.runtime.collectives import exchange, lost
 
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Its name since PyTorch 2.13, and before."""
 
 
@@ -46,7 +46,7 @@ def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64
     mine = torch.bincount(ids_TK.reshape(-1), minlength=num_experts)
     out = torch.empty(dist.get_world_size(group) * num_experts, dtype=torch.int64, device=ids_TK.device)
     try:
-        _all_gather(out, mine, group=group)
+        all_gather(out, mine, group=group)
     except RuntimeError as error:
         raise CommunicationError(*lost(error)) from error
     return out.view(-1, num_experts).cpu().numpy()

@@ -1,0 +1,179 @@
+"""Which device computes each of a rank's (token, expert) pairs: the engines' even split, or a fast loop's plan."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from poise.cost.route import assign_tokens, locality_rows
+from poise.cost.weights import StepPrice
+from poise.policies.loop import LayerLoop, Outcome
+from poise.policies.plan import LayerView, StepPolicy
+from poise.runtime.dispatch import all_counts
+
+RECENT = 8
+"""Most recent steps that a policy may look at beside the prediction."""
+
+
+class Replicas(Protocol):
+    """Where a fast loop's replicas go (:class:`poise.serve.replicas.StepReplicas`)."""
+
+    def fetch(self, fetched_ED: NDArray[np.bool_], kept_ED: NDArray[np.bool_]) -> None:
+        """Start to fetch replicas for this step; slots of what is not in ``kept_ED`` are free."""
+        ...
+
+    def start(self, coming_ED: NDArray[np.bool_], kept_ED: NDArray[np.bool_]) -> None:
+        """Start to fetch replicas that serve after :meth:`land`."""
+        ...
+
+    def land(self) -> None:
+        """Wait for what was started."""
+        ...
+
+
+class Split(Protocol):
+    """A way to split one layer's tokens."""
+
+    def prefetch(self, tokens: int | None) -> None:
+        """Before attention."""
+        ...
+
+    def devices(self, ids_TK: Tensor) -> Tensor:
+        """Device of each pair, int64 [T, K]; all ranks call it together."""
+        ...
+
+    def finish(self) -> None:
+        """After the experts have run."""
+        ...
+
+
+class EvenSplit:
+    """Each replica gets the same share, whoever asks: what engines do by default. No communication.
+
+    Parameters
+    ----------
+    count_ED : int [E, D], slots of each expert on each device.
+    rank : this rank; ranks begin at different replicas.
+    """
+
+    def __init__(self, count_ED: NDArray[Any], rank: int) -> None:
+        copies_E = count_ED.sum(axis=1)
+        table = np.zeros((len(count_ED), int(copies_E.max())), np.int64)
+        for expert, row in enumerate(count_ED):
+            where = np.repeat(np.arange(len(row)), row)
+            table[expert, : len(where)] = where
+        self._table_EX, self._copies_E = torch.from_numpy(table), torch.from_numpy(copies_E.astype(np.int64))
+        self._rank = rank
+
+    def prefetch(self, tokens: int | None) -> None:
+        """Nothing to fetch."""
+
+    def devices(self, ids_TK: Tensor) -> Tensor:
+        """The pairs of an expert are dealt over its replicas in turn."""
+        ids = ids_TK.reshape(-1).cpu()
+        order = torch.argsort(ids, stable=True)
+        count_E = torch.bincount(ids, minlength=len(self._copies_E))
+        first = (count_E.cumsum(0) - count_E)[ids[order]]
+        turn = torch.empty_like(ids)
+        turn[order] = torch.arange(len(ids)) - first
+        out: Tensor = self._table_EX[ids, (turn + self._rank) % self._copies_E[ids]]
+        return out.view(ids_TK.shape).to(ids_TK.device)
+
+    def finish(self) -> None:
+        """Nothing goes on in the background."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FastLoop:
+    """A step-wise policy in serving.
+
+    Parameters
+    ----------
+    policy : any of :data:`poise.policies.registry.POLICIES`; its plans are the simulator's.
+    price : machine and model it plans with.
+    step_slots : M, slots a device and layer beyond the static placement's (one buffer for all layers if the policy
+        keeps no replica from step to step).
+    window : steps whose mean load is the prediction.
+    prior_LE : loads known before the first step, float64 [L, E]; default: all experts alike.
+    """
+
+    policy: StepPolicy
+    price: StepPrice
+    step_slots: int = 1
+    window: int = 5
+    prior_LE: NDArray[np.float64] | None = None
+
+
+class PlannedSplit:
+    """The plan of a fast loop, the same on all ranks: one all-gather of counts a layer.
+
+    Parameters
+    ----------
+    loop, layer, static_ED, rank, group : the policy, this layer's place in it, and who runs it.
+    replicas : takes and brings the replicas that plans ask for.
+    """
+
+    def __init__(
+        self, loop: FastLoop, layer: int, static_ED: NDArray[np.bool_], rank: int, group: Any, replicas: Replicas
+    ) -> None:
+        self._state = LayerLoop(loop.policy, loop.price, static_ED, step_slots=loop.step_slots, layer=layer)
+        self._rank, self._group, self._replicas = rank, group, replicas
+        experts = len(static_ED)
+        self._recent: deque[NDArray[np.float64]] = deque(maxlen=max(RECENT, loop.window))
+        self._window = loop.window
+        self._prior_E = np.ones(experts) if loop.prior_LE is None else loop.prior_LE[layer]
+        self._step = 0
+        self._view: LayerView | None = None
+        self._early_ED = static_ED
+        self.outcome: Outcome | None = None
+
+    def prefetch(self, tokens: int | None) -> None:
+        """Plan from predicted loads, start to fetch. ``tokens``: pairs of this step, all ranks; default: as before."""
+        seen = list(self._recent)
+        base_E = np.sum(seen[-self._window :], axis=0) if seen else self._prior_E
+        pairs = float(seen[-1].sum()) if seen else float(len(base_E))
+        share_E = base_E / base_E.sum() if base_E.sum() else np.full(len(base_E), 1.0 / len(base_E))
+        recent_HE = np.array(seen[-RECENT:]).reshape(-1, len(base_E))
+        self._view, self._early_ED = self._state.begin(
+            self._step, share_E * (pairs if tokens is None else float(tokens)), recent_HE
+        )
+        self._replicas.fetch(self._early_ED & ~self._view.before_ED, self._early_ED | self._view.coming_ED)
+
+    def devices(self, ids_TK: Tensor) -> Tensor:
+        """Counts of all ranks, the plan, and the devices it names for this rank's pairs."""
+        if self._view is None:
+            self.prefetch(None)
+        assert self._view is not None
+        load_SE = all_counts(ids_TK, len(self._early_ED), self._group)
+        view, self._view = self._view, None
+        self.outcome = outcome = self._state.finish(view, self._early_ED, load_SE)
+        plan = outcome.plan
+        self._replicas.fetch(plan.holders_ED & ~self._early_ED, plan.holders_ED | view.coming_ED)
+        self._recent.append(load_SE.sum(axis=0).astype(np.float64))
+        self._step += 1
+        # one row is needed, at this rank's place among the sources; zeros take no memory until they are written
+        rows_SED = np.zeros((self._rank + 1, *plan.quota_ED.shape), np.int64)
+        if plan.rows_SED is not None:
+            rows_SED[self._rank] = plan.rows_SED[self._rank]
+        else:
+            node_D = self._state.price.cluster.node_D
+            rows_SED[self._rank] = locality_rows(load_SE, plan.quota_ED, node_D, self._rank)[0]
+        device_TK = np.empty(tuple(ids_TK.shape), np.int64)
+        ids = ids_TK.cpu().numpy()
+        assign_tokens(ids, np.full(len(ids), self._rank), rows_SED, device_TK)
+        return torch.from_numpy(device_TK).to(ids_TK.device)
+
+    def finish(self) -> None:
+        """Start, or take in, what comes in the background: slots that this step used are free now."""
+        assert self.outcome is not None
+        state, outcome = self._state, self.outcome
+        if outcome.started_ED is not None:
+            self._replicas.start(outcome.started_ED, state.held_ED | outcome.started_ED)
+        if outcome.landed_ED is not None:
+            self._replicas.land()
