@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import tiny_cluster
 
-from poise.cost.route import assign_tokens, count_sources, locality_rows, token_copies
+from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.weights import StepPrice, fetch_seconds, step_price, window_seconds
 from poise.modelspec import ModelSpec
 
@@ -34,6 +34,7 @@ def test_rows_use_every_quota_and_keep_what_can_be_kept(seed):
         assert (inside == np.minimum(load[here].sum(axis=0), quota[:, here].sum(axis=1))).all()  # then own node
     for source in range(len(node_D)):
         assert (locality_rows(load, quota, node_D, source)[0] == rows[source]).all()
+    assert (locality_pairs(load, quota, node_D) == rows.sum(axis=1)).all()
 
 
 @given(SEEDS)

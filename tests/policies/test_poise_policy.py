@@ -10,7 +10,8 @@ from poise.cost.split import exact_quota
 from poise.policies import kernels as k
 from poise.policies.faster_moe import FasterMoE
 from poise.policies.flex_moe import FlexMoE
-from poise.policies.hecate import Hecate, HecateCalibrated, materialise, nearest_rows
+from poise.policies.hecate import Hecate, HecateCalibrated, materialise, nearest_quota, nearest_rows
+from poise.policies.lplb import Lplb
 from poise.policies.poise_policy import Poise
 from poise.policies.registry import POLICIES
 from poise.policies.smart_moe import SmartMoE
@@ -104,6 +105,22 @@ def test_hecate_sends_a_token_to_the_nearest_replica(seed):
             if used.size:
                 holders = view.static_ED[expert].sum()
                 assert rows[source, expert][used].ptp() <= 1 if hasattr(rows, "ptp") else holders >= used.size
+    assert (nearest_quota(load_SE, view.static_ED, node_D) == rows.sum(axis=0)).all()
+
+
+@pytest.mark.parametrize("policy", [Hecate(), Lplb(history_steps=0)])
+@given(seed=SEEDS)
+@settings(max_examples=40, deadline=None)
+def test_without_room_for_rows_the_quotas_are_the_same(policy, seed):
+    view, load_SE = random_case(np.random.default_rng(seed))
+    held = policy.before_gate(view)
+    whole = policy.after_gate(view, held, load_SE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{type(policy).__module__}.MAX_ROWS", 0)
+        plan = policy.after_gate(view, held, load_SE)
+    assert plan.rows_SED is None and plan.passive == whole.passive
+    np.testing.assert_array_equal(plan.quota_ED, whole.quota_ED)
+    plan.check(view, load_SE)
 
 
 def test_calibration_moves_only_what_pays():

@@ -18,7 +18,7 @@ from poise.cost.traffic import Copies, Traffic
 
 @njit(cache=True)
 def _stage(have_S, free_D, first, last, source, e, row_SED, all_rows):  # type: ignore[no-untyped-def]
-    """Match what sources first..last have with free places among them, in order."""
+    """Match what sources first..last have with free places among them, in order; booked at ``e`` of ``row_SED``."""
     s, d = first, first
     while s < last and d < last:
         if have_S[s] == 0:
@@ -40,8 +40,8 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
     """Tokens from each source to each (expert, device): own device first, then own node, then anywhere.
 
     Every rank finds its own row from the same counts and quotas; together the rows use every quota exactly. Fills
-    ``row_SED`` int64 [D, E, D], or, for one rank ``source`` >= 0, its row alone, [1, E, D]; ``have_S``, ``free_D``
-    int64 [D] are working memory.
+    ``row_SED`` int64 [D, E, D], or, for one rank ``source`` >= 0, its row alone, [1, E, D]; where all rows have room
+    for one expert only, [D, 1, D], they hold the sum over experts. ``have_S``, ``free_D`` int64 [D] are working memory.
     """
     devices, experts = load_SE.shape
     all_rows = source < 0
@@ -49,6 +49,7 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
     for e in range(experts):
         if not all_rows and load_SE[source, e] == 0:
             continue
+        at = min(e, row_SED.shape[1] - 1)
         holders, only = 0, 0
         for d in range(devices):
             free_D[d] = quota_ED[e, d]
@@ -61,7 +62,7 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
         if holders == 1:
             if all_rows:
                 for s in range(devices):
-                    row_SED[s, e, only] = have_S[s]
+                    row_SED[s, at, only] += have_S[s]
             else:
                 row_SED[0, e, only] = have_S[source]
             continue
@@ -70,7 +71,7 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
             have_S[d] -= stay
             free_D[d] -= stay
             if all_rows:
-                row_SED[d, e, d] = stay
+                row_SED[d, at, d] += stay
             elif d == source:
                 row_SED[0, e, d] = stay
         first = 0
@@ -78,9 +79,9 @@ def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # ty
             last = first + 1
             while last < devices and node_D[last] == node_D[first]:
                 last += 1
-            _stage(have_S, free_D, first, last, source, e, row_SED, all_rows)
+            _stage(have_S, free_D, first, last, source, at, row_SED, all_rows)
             first = last
-        _stage(have_S, free_D, 0, devices, source, e, row_SED, all_rows)
+        _stage(have_S, free_D, 0, devices, source, at, row_SED, all_rows)
 
 
 def locality_rows(
@@ -97,6 +98,15 @@ def locality_rows(
     rows_into(np.ascontiguousarray(load_SE), np.ascontiguousarray(quota_ED), nodes,
               -1 if source is None else source, work[0], work[1], rows)  # fmt: skip
     return rows
+
+
+def locality_pairs(load_SE: NDArray[np.int64], quota_ED: NDArray[np.int64], node_D: NDArray[Any]) -> NDArray[np.int64]:
+    """Sum over experts of :func:`locality_rows`, int64 [D, D], without the rows: 2048 devices need 34 MB, not 9 GB."""
+    devices = load_SE.shape[0]
+    pairs, work = np.zeros((devices, 1, devices), np.int64), np.zeros((2, devices), np.int64)
+    rows_into(np.ascontiguousarray(load_SE), np.ascontiguousarray(quota_ED), np.asarray(node_D, dtype=np.int64), -1,
+              work[0], work[1], pairs)  # fmt: skip
+    return pairs[:, 0]
 
 
 @njit(cache=True)

@@ -84,13 +84,7 @@ def batch_cost(
     ------
     OptionError : the placement's shape is not the batch's and cluster's, or the flow needs tokens the batch has not.
     """
-    expected = (batch.num_layers, batch.num_experts, cluster.num_devices)
-    if count_LED.shape != expected:
-        raise OptionError(f"placement [layers, experts, devices] is {count_LED.shape}, traffic and cluster {expected}")
-    if not batch.has_tokens and traffic != "home":
-        raise OptionError(
-            f"traffic model {traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
-        )
+    check_inputs(batch, count_LED, cluster, traffic)
     shape = (batch.num_steps, batch.num_layers)
     out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
     tokens_BLD = np.zeros((*shape, cluster.num_devices))
@@ -119,6 +113,17 @@ def batch_cost(
     return BatchCost(
         out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
     )
+
+
+def check_inputs(batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, traffic: Traffic) -> None:
+    """Raise OptionError unless the shapes agree and the batch knows what the data flow needs."""
+    expected = (batch.num_layers, batch.num_experts, cluster.num_devices)
+    if count_LED.shape != expected:
+        raise OptionError(f"placement [layers, experts, devices] is {count_LED.shape}, traffic and cluster {expected}")
+    if not batch.has_tokens and traffic != "home":
+        raise OptionError(
+            f"traffic model {traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
+        )
 
 
 def kv_seconds_per_token(cluster: Cluster, model: ModelSpec) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,8 @@ from poise.cluster import Cluster
 from poise.cost.bound import bound_terms
 from poise.cost.compute import expert_seconds
 from poise.cost.links import port_seconds
-from poise.cost.route import assign_tokens, count_sources, locality_rows, token_copies
-from poise.cost.step import BatchCost, add_constants, batch_cost
+from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
+from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
 from poise.cost.traffic import Copies, Traffic, port_load
 from poise.cost.weights import StepPrice, fetch_seconds, step_price
 from poise.errors import OptionError, PlacementError
@@ -75,11 +76,11 @@ def replay_steps(
     OptionError : shapes that disagree, or too few steps. PlacementError : a plan breaks an invariant.
     """
     count_LED = placement.count_LED()
-    static = batch_cost(batch, count_LED, cluster, model, traffic=traffic, split="even")
+    check_inputs(batch, count_LED, cluster, traffic)
     pairs_B = batch.load_BLE.sum(axis=2).max(axis=1)
     price = step_price(float(pairs_B.mean()) / batch.top_k, batch.num_experts, cluster, model,
                        window_s=loop.window_s, control_s=loop.control_s)  # fmt: skip
-    run = _Run(batch, count_LED > 0, loop, price, traffic, static)
+    run = _Run(batch, count_LED, loop, price, traffic)
     predicted = loop.predictor.predict_BLE(batch, prior_LE)
     for step in range(batch.num_steps):
         run.step(step, predicted[step])
@@ -95,21 +96,26 @@ class _Run:
     def __init__(
         self,
         batch: RoutingBatch,
-        static_LED: NDArray[np.bool_],
+        count_LED: NDArray[np.int32],
         loop: FastLoop,
         price: StepPrice,
         traffic: Traffic,
-        static: BatchCost,
     ) -> None:
-        self.batch, self.loop, self.price, self.traffic, self.static = batch, loop, price, traffic, static
-        self.static_LED, self.held_LED = static_LED, static_LED.copy()
-        self.coming_LED, self.left_s_L = np.zeros_like(static_LED), np.zeros(batch.num_layers)
+        self.batch, self.loop, self.price, self.traffic, self.count_LED = batch, loop, price, traffic, count_LED
+        self.static_LED, self.held_LED = count_LED > 0, count_LED > 0
+        self.coming_LED, self.left_s_L = np.zeros_like(self.static_LED), np.zeros(batch.num_layers)
         shape = (batch.num_steps, batch.num_layers)
         names = ("compute", "dispatch", "combine", "kv", "device", "node", "weights", "control")
         self.out = {name: np.zeros(shape) for name in names}
         self.tokens_BLD = np.zeros((*shape, price.cluster.num_devices))
         self.moved_BL = np.zeros(shape)
         self.home_T = batch.home_of_tokens(price.cluster.num_devices) if batch.has_tokens else None
+
+    @cached_property
+    def static(self) -> BatchCost:
+        """What passive plans cost; made when the first one comes."""
+        price = self.price
+        return batch_cost(self.batch, self.count_LED, price.cluster, price.model, traffic=self.traffic, split="even")
 
     def step(self, step: int, predicted_LE: NDArray[np.float64]) -> None:
         batch, cluster = self.batch, self.price.cluster
@@ -133,14 +139,16 @@ class _Run:
                 self.coming_LED[layer], self.loop.step_slots, step, layer, self.price,
             )  # fmt: skip
             plan = self._plan(view, load_SE)
-            flow = plan.rows_SED
-            if flow is None:
-                flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D)
-            device_TK = None
+            flow, device_TK = plan.rows_SED, None
             if source_T is not None and self.traffic != "home":
+                flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D) if flow is None else flow
                 device_TK = np.empty(experts_TK.shape, np.int64)
                 assign_tokens(experts_TK, source_T, flow.copy(), device_TK)
-            self._price(view, plan, flow, source_T, device_TK)
+            if flow is None:
+                pairs_DD = locality_pairs(load_SE, plan.quota_ED, cluster.node_D)
+            else:
+                pairs_DD = flow.sum(axis=1)
+            self._price(view, plan, pairs_DD.astype(np.float64), source_T, device_TK)
             if self.traffic == "stay" and device_TK is not None:
                 source_T = device_TK[:, 0].copy()
 
@@ -189,7 +197,7 @@ class _Run:
         self,
         view: LayerView,
         plan: StepPlan,
-        flow_SED: NDArray[np.int64],
+        pairs_DD: NDArray[np.float64],
         source_T: NDArray[np.int64] | None,
         device_TK: NDArray[np.int64] | None,
     ) -> None:
@@ -204,12 +212,13 @@ class _Run:
         self.tokens_BLD[at] = plan.quota_ED.sum(axis=0)
         seconds = expert_seconds(plan.quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
         self.out["compute"][at] = seconds.max()
-        pairs_DD = flow_SED.sum(axis=1).astype(np.float64)
         there = back = Copies(pairs_DD[None])
         if device_TK is not None and source_T is not None:
             there, back = token_copies(device_TK, source_T, cluster, self.traffic)
-        self.out["dispatch"][at] = port_seconds(port_load(there, cluster), model.dispatch_bytes_per_token, cluster)[0]
-        self.out["combine"][at] = port_seconds(port_load(back, cluster), model.combine_bytes_per_token, cluster)[0]
+        out_load = port_load(there, cluster)
+        back_load = out_load if back is there else port_load(back, cluster)
+        self.out["dispatch"][at] = port_seconds(out_load, model.dispatch_bytes_per_token, cluster)[0]
+        self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster)[0]
         same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
         self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
         self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()

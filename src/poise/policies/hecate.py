@@ -14,7 +14,9 @@ After the gate
 
 Open in the source, chosen here: places are rounded by largest remainder over the t experts' own loads, at most D each;
 ties go to the lower number; bandwidth is the network's where there are several nodes; with several static replicas
-all count as holders. Serving moves weights only, training would add optimizer states at re-sharding (Algorithm 2).
+all count as holders. Above ``MAX_ROWS`` entries a plan keeps its quotas only, and sources are matched to them by
+locality, which differs from step 4 in which of a node's holders a source sends to. Serving moves weights only,
+training would add optimizer states at re-sharding (Algorithm 2).
 """
 
 from __future__ import annotations
@@ -30,38 +32,64 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import port_seconds
 from poise.cost.traffic import Copies, port_load
 from poise.cost.weights import StepPrice, fetch_seconds
-from poise.policies.plan import Fetch, LayerView, StepPlan
+from poise.policies.plan import MAX_ROWS, Fetch, LayerView, StepPlan
 
 
 @njit(cache=True)
-def _nearest(load_SE, holders_ED, node_D, rows_SED):  # type: ignore[no-untyped-def]
+def _nearest(load_SE, holders_ED, node_D, rows_SED, quota_ED):  # type: ignore[no-untyped-def]
+    """Rows, or, where they have no room (size 0), quotas alone."""
     devices, experts = load_SE.shape
+    with_rows, nodes = rows_SED.size > 0, node_D[-1] + 1
+    device_X, first_N, many_N = np.zeros(devices, np.int64), np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
     for e in range(experts):
+        anywhere = 0
+        many_N[:] = 0
+        for d in range(devices):
+            if holders_ED[e, d]:
+                if many_N[node_D[d]] == 0:
+                    first_N[node_D[d]] = anywhere
+                device_X[anywhere] = d
+                anywhere += 1
+                many_N[node_D[d]] += 1
         for s in range(devices):
             load = load_SE[s, e]
             if load == 0:
                 continue
             if holders_ED[e, s]:
-                rows_SED[s, e, s] = load
+                quota_ED[e, s] += load
+                if with_rows:
+                    rows_SED[s, e, s] = load
                 continue
-            near, anywhere = 0, 0
-            for d in range(devices):
-                if holders_ED[e, d]:
-                    anywhere += 1
-                    near += 1 if node_D[d] == node_D[s] else 0
-            count = near if near > 0 else anywhere
-            whole, rest, rank = load // count, load % count, 0
-            for d in range(devices):
-                if holders_ED[e, d] and (near == 0 or node_D[d] == node_D[s]):
-                    rows_SED[s, e, d] = whole + (1 if (rank - s) % count < rest else 0)
-                    rank += 1
+            near = many_N[node_D[s]]
+            count, first = (near, first_N[node_D[s]]) if near > 0 else (anywhere, 0)
+            whole, rest = load // count, load % count
+            for rank in range(count):
+                d = device_X[first + rank]
+                give = whole + (1 if (rank - s) % count < rest else 0)
+                quota_ED[e, d] += give
+                if with_rows:
+                    rows_SED[s, e, d] = give
 
 
 def nearest_rows(load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], node_D: NDArray[Any]) -> NDArray[np.int64]:
     """Step 4, int64 [D, E, D]: what does not divide is dealt on in turn, from the source's own number on."""
     rows = np.zeros((len(node_D), *holders_ED.shape), np.int64)
-    _nearest(np.ascontiguousarray(load_SE), np.ascontiguousarray(holders_ED), np.asarray(node_D, np.int64), rows)
+    _fill_rows(load_SE, holders_ED, node_D, rows)
     return rows
+
+
+def nearest_quota(load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], node_D: NDArray[Any]) -> NDArray[np.int64]:
+    """Sum over sources of :func:`nearest_rows`, int64 [E, D], without the rows."""
+    return _fill_rows(load_SE, holders_ED, node_D, np.zeros((0, 0, 0), np.int64))
+
+
+def _fill_rows(
+    load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], node_D: NDArray[Any], rows_SED: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    quota = np.zeros(holders_ED.shape, np.int64)
+    _nearest(np.ascontiguousarray(load_SE), np.ascontiguousarray(holders_ED), np.asarray(node_D, np.int64), rows_SED,
+             quota)  # fmt: skip
+    return quota
 
 
 def materialise(
@@ -125,7 +153,10 @@ class Hecate:
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 4."""
-        rows = nearest_rows(load_SE, holders_ED, view.price.cluster.node_D)
+        node_D = view.price.cluster.node_D
+        if holders_ED.size * len(load_SE) > MAX_ROWS:
+            return StepPlan(holders_ED, nearest_quota(load_SE, holders_ED, node_D))
+        rows = nearest_rows(load_SE, holders_ED, node_D)
         return StepPlan(holders_ED, rows.sum(axis=0), rows)
 
 

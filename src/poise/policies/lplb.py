@@ -21,7 +21,8 @@ where nodes are equal and there are several), and the ring where there is one sl
 not divide the devices becomes a torus. An odd last slot uses column 0 (the code wants multiples). The code runs five
 steps of an interior-point method and falls back to halves when that did not converge; here HiGHS solves it exactly,
 every connected part of the edges for itself. Step 4: the code gives the original ``floor(share x tokens)`` of each
-source's tokens and the copy the rest; with few tokens a source that leaves the programme's optimum far behind.
+source's tokens and the copy the rest; with few tokens a source that leaves the programme's optimum far behind; above
+``MAX_ROWS`` entries the plan keeps its quotas only.
 ``rounding="total"`` splits the sum over all sources instead, which are then matched to the nearest holder. Tokens are
 balanced, not seconds, and device speeds are not looked at, as published.
 """
@@ -39,7 +40,7 @@ from scipy.sparse.csgraph import connected_components
 
 from poise.errors import NoResultError, OptionError
 from poise.planning.solve.milp import Milp
-from poise.policies.plan import Fetch, LayerView, StepPlan
+from poise.policies.plan import MAX_ROWS, Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota
 
 Topology = Literal["auto", "cube", "hypercube", "torus", "ring"]
@@ -165,8 +166,14 @@ def _solve(
 
 
 def whole_tokens(tokens_SE: NDArray[np.int64], shares: Shares, num_devices: int, *, nearest: bool) -> NDArray[np.int64]:
-    """Step 4: rows int64 [S, E, D]. The running sum over an expert's holders is rounded down, or to the nearest."""
+    """Step 4: rows int64 [S, E, D]."""
     rows_SED = np.zeros((*tokens_SE.shape, num_devices), np.int64)
+    rows_SED[:, shares.expert_H, shares.device_H] = tokens_of_holders(tokens_SE, shares, nearest=nearest)
+    return rows_SED
+
+
+def tokens_of_holders(tokens_SE: NDArray[np.int64], shares: Shares, *, nearest: bool) -> NDArray[np.int64]:
+    """Step 4, int64 [S, H]. The running sum over an expert's holders is rounded down, or to the nearest."""
     first_H = np.diff(shares.expert_H, prepend=-1) != 0
     last_H = np.append(first_H[1:], True)[: first_H.size]
     sum_H = np.cumsum(shares.share_H)
@@ -175,8 +182,8 @@ def whole_tokens(tokens_SE: NDArray[np.int64], shares: Shares, num_devices: int,
     cut_SH = np.floor(tokens_SH * sum_H + (0.5 if nearest else 1e-6)).astype(np.int64)
     cut_SH = np.where(last_H, tokens_SH, np.minimum(cut_SH, tokens_SH))
     before_SH = np.where(first_H, 0, np.roll(cut_SH, 1, axis=1))
-    rows_SED[:, shares.expert_H, shares.device_H] = cut_SH - before_SH
-    return rows_SED
+    out: NDArray[np.int64] = cut_SH - before_SH
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +246,13 @@ class Lplb:
             return StepPlan(holders_ED, even_quota(load_E, view.static_ED), passive=True)
         shares = solve_shares(load_E, holders_ED, view.owner_E)
         total = self.rounding == "total"
-        rows_SED = whole_tokens(load_E[None] if total else load_SE, shares, holders_ED.shape[1], nearest=total)
-        quota_ED = rows_SED.sum(axis=0) + np.where(holders_ED & ~many_E[:, None], load_E[:, None], 0)
-        if total:
+        if total or holders_ED.size * len(load_SE) > MAX_ROWS:
+            quota_ED = np.where(holders_ED & ~many_E[:, None], load_E[:, None], 0)
+            tokens_SH = tokens_of_holders(load_E[None] if total else load_SE, shares, nearest=total)
+            quota_ED[shares.expert_H, shares.device_H] = tokens_SH.sum(axis=0)
             return StepPlan(holders_ED, quota_ED)
+        rows_SED = whole_tokens(load_SE, shares, holders_ED.shape[1], nearest=False)
+        quota_ED = rows_SED.sum(axis=0) + np.where(holders_ED & ~many_E[:, None], load_E[:, None], 0)
         alone = np.flatnonzero(~many_E)
         rows_SED[:, alone, holders_ED[alone].argmax(axis=1)] = load_SE[:, alone]
         return StepPlan(holders_ED, quota_ED, rows_SED)

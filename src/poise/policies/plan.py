@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from poise.cost.weights import StepPrice
 from poise.errors import PlacementError
 
+MAX_ROWS = 2**28
+"""Most entries of ``rows_SED`` (2 GB): beyond, methods with a dispatch rule of their own pass quotas only."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerView:
