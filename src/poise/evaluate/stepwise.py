@@ -15,13 +15,14 @@ from poise.cost.links import port_seconds
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
 from poise.cost.traffic import Copies, Traffic, port_load
-from poise.cost.weights import StepPrice, fetch_seconds, step_price
-from poise.errors import OptionError, PlacementError
+from poise.cost.weights import StepPrice, step_price
+from poise.errors import OptionError
 from poise.evaluate.replay import Replay
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.predict import Predictor, SlidingMean
 from poise.planning.placement import Placement
+from poise.policies.loop import LayerLoop
 from poise.policies.plan import LayerView, StepPlan, StepPolicy
 
 WARM_UP = 5
@@ -102,8 +103,10 @@ class _Run:
         traffic: Traffic,
     ) -> None:
         self.batch, self.loop, self.price, self.traffic, self.count_LED = batch, loop, price, traffic, count_LED
-        self.static_LED, self.held_LED = count_LED > 0, count_LED > 0
-        self.coming_LED, self.left_s_L = np.zeros_like(self.static_LED), np.zeros(batch.num_layers)
+        self.loops = [
+            LayerLoop(loop.policy, price, static_ED, step_slots=loop.step_slots, layer=layer)
+            for layer, static_ED in enumerate(count_LED > 0)
+        ]
         shape = (batch.num_steps, batch.num_layers)
         names = ("compute", "dispatch", "combine", "kv", "device", "node", "weights", "control")
         self.out = {name: np.zeros(shape) for name in names}
@@ -134,11 +137,8 @@ class _Run:
             else:
                 experts_TK = batch.experts_TLK[rows, layer]
                 count_sources(experts_TK, source_T, load_SE)
-            view = LayerView(
-                self.static_LED[layer], self.held_LED[layer], predicted_LE[layer], recent[:, layer],
-                self.coming_LED[layer], self.loop.step_slots, step, layer, self.price,
-            )  # fmt: skip
-            plan = self._plan(view, load_SE)
+            view, early_ED = self.loops[layer].begin(step, predicted_LE[layer], recent[:, layer])
+            plan = self._plan(view, early_ED, load_SE)
             flow, device_TK = plan.rows_SED, None
             if source_T is not None and self.traffic != "home":
                 flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D) if flow is None else flow
@@ -152,46 +152,17 @@ class _Run:
             if self.traffic == "stay" and device_TK is not None:
                 source_T = device_TK[:, 0].copy()
 
-    def _plan(self, view: LayerView, load_SE: NDArray[np.int64]) -> StepPlan:
-        policy, step, layer = self.loop.policy, view.step, view.layer
-        early_ED = policy.before_gate(view)
-        window_s = self.price.window_s
-        plan = policy.after_gate(view, early_ED, load_SE)
-        plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
-        fetched, late = early_ED & ~view.before_ED, plan.holders_ED & ~early_ED
-        early_s = fetch_seconds(view.before_ED, fetched, self.price)
-        self.out["weights"][step, layer] = max(0.0, early_s - window_s) + fetch_seconds(early_ED, late, self.price)
-        if policy.exact and not plan.passive:
-            self.out["control"][step, layer] = self.price.control_s
-        moved = int(fetched.sum()) + int(late.sum())
-        if policy.keeps:
-            self.held_LED[layer] = plan.holders_ED
-            moved += self._background(view, plan, max(0.0, window_s - early_s))
-        self.moved_BL[step, layer] = moved * self.price.model.expert_bytes
-        return plan
-
-    def _background(self, view: LayerView, plan: StepPlan, window_s: float) -> int:
-        """Go on with what is on its way, or start what the policy asks for; experts newly fetched."""
-        layer, held_ED = view.layer, self.held_LED[view.layer]
-        started = 0
-        if not view.coming_ED.any():
-            fetch = self.loop.policy.in_background(view, plan.holders_ED)
-            if fetch is None:
-                return 0
-            started = int(fetch.coming_ED.sum())
-            self.left_s_L[layer] = fetch_seconds(held_ED, fetch.coming_ED, self.price)
-            self.coming_LED[layer] = fetch.coming_ED
-            held_ED &= ~fetch.dropped_ED
-            used_D = (held_ED | fetch.coming_ED).sum(axis=0)
-            if (used_D > view.slots_D).any() or not held_ED.any(axis=1).all():
-                raise PlacementError(
-                    f"layer {layer}: a background fetch fills {used_D.max()} slots or drops the last copy"
-                )
-        self.left_s_L[layer] -= window_s
-        if self.left_s_L[layer] <= 0:
-            held_ED |= self.coming_LED[layer]
-            self.coming_LED[layer] = False
-        return started
+    def _plan(self, view: LayerView, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """The layer's plan; weights and control time are booked."""
+        at, policy = (view.step, view.layer), self.loop.policy
+        done = self.loops[view.layer].finish(view, early_ED, load_SE)
+        self.out["weights"][at] = max(0.0, done.early_s - self.price.window_s) + done.late_s
+        if policy.exact and not done.plan.passive:
+            self.out["control"][at] = self.price.control_s
+        moved = (early_ED & ~view.before_ED).sum() + (done.plan.holders_ED & ~early_ED).sum()
+        moved += 0 if done.started_ED is None else done.started_ED.sum()
+        self.moved_BL[at] = float(moved) * self.price.model.expert_bytes
+        return done.plan
 
     def _price(
         self,
