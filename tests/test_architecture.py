@@ -1,4 +1,4 @@
-"""Imports go downwards only, in no circle, and PyTorch stays in runtime/, train/ and scripts that ranks run."""
+"""Imports go downwards only, in no circle, and PyTorch stays in runtime/, train/, serve/ and scripts that ranks run."""
 
 import ast
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "src"
-TORCH = ("poise.runtime", "poise.train", "poise.emulate.probe", "poise.calibrate.compute", "poise.calibrate.links",
+TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.emulate.probe", "poise.calibrate.compute", "poise.calibrate.links",
          "poise.calibrate.ranks")  # fmt: skip
 LAYERS = [
     {"poise.errors", "poise.presets", "poise.curve", "poise.cluster", "poise.modelspec"},
@@ -18,7 +18,7 @@ LAYERS = [
     {"poise.evaluate"},
     {"poise.control"},
     {"poise.runtime"},
-    {"poise.train"},
+    {"poise.train", "poise.serve"},
     {"poise.engines", "poise.calibrate", "poise.api", "poise.cli", "poise"},
 ]
 

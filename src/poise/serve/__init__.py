@@ -1,0 +1,8 @@
+"""Expert-parallel inference of Hugging Face MoE models with any placement, which may change while it serves."""
+
+from poise.serve.engine import Engine, StepRecord
+from poise.serve.load import from_config, from_folder
+from poise.serve.split import FastLoop
+from poise.serve.swap import SwapRecord
+
+__all__ = ["Engine", "FastLoop", "StepRecord", "SwapRecord", "from_config", "from_folder"]

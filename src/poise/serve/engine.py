@@ -1,0 +1,267 @@
+"""Serve requests on several ranks: continuous batching, expert parallelism by any placement, placements that change.
+
+All ranks call the same things in the same order, with the same prompts; each comes to the same tokens. A step runs the
+tokens of all ranks together and ends with one small all-reduce: what was sampled, and who waits for weights.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from poise.cluster import Cluster
+from poise.cost.traffic import TRAFFIC_MODELS, Traffic
+from poise.errors import CommunicationError, OptionError
+from poise.planning.placement import Placement
+from poise.runtime.collectives import lost
+from poise.serve.layer import Clock, ServedLayer
+from poise.serve.model import Parts, ServedModel, check_placement, take_apart
+from poise.serve.replicas import empty_bank
+from poise.serve.requests import Book, Request, pick
+from poise.serve.split import FastLoop
+from poise.serve.swap import Swap, SwapRecord, align, by_row
+
+NONE = -1
+RECORDS = 100_000
+"""Steps whose records are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step on one rank.
+
+    Parameters
+    ----------
+    seconds : all of it, the stall included.
+    tokens, local_tokens : that ran on all ranks, and that started on this one.
+    sampled : new tokens of all requests.
+    stall_s : seconds it waited for a swap of placements.
+    swapping : whether weights were on their way.
+    """
+
+    seconds: float
+    tokens: int
+    local_tokens: int
+    sampled: int
+    stall_s: float
+    swapping: bool
+
+
+class Engine:
+    """One rank of a served model.
+
+    Parameters
+    ----------
+    model : a causal language model with all its experts (it is taken apart), or the parts that
+        :func:`poise.serve.from_folder` read for this placement.
+    placement : expert of every slot; devices are ranks.
+    cluster : which ranks share a node.
+    traffic : ``home``, ``home_device_dedup``, ``home_node_dedup`` or ``stay``.
+    fast : a step-wise policy with step replicas and its own token split; None: static, replicas share evenly.
+    group : process group whose ranks are the cluster's devices; default: all.
+    budget : most tokens of one rank in a step; longer prompts run in chunks.
+    most_live : most requests of one rank that hold keys and values at a time.
+    temperature, seed : 0: greedy. Else tokens are drawn by seed, request and position, so alike under every flow.
+    eos : token that ends a request; None: all run to their last token.
+    clock : of an emulated device (:mod:`poise.emulate`).
+
+    Raises
+    ------
+    ModelError : a family that is not known, or experts of no known shape.
+    PlacementError : a placement for another model or number of ranks.
+    OptionError : an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Parts,
+        placement: Placement,
+        cluster: Cluster,
+        *,
+        traffic: Traffic = "home",
+        fast: FastLoop | None = None,
+        group: Any = None,
+        budget: int = 512,
+        most_live: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        eos: int | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.group = group if group is not None else dist.group.WORLD
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if traffic not in TRAFFIC_MODELS:
+            raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
+        if cluster.num_devices != self.ranks:
+            raise OptionError(f"the cluster has {cluster.num_devices} devices, the process group {self.ranks} ranks")
+        if not temperature >= 0:
+            raise OptionError(f"temperature must be at least 0, got {temperature}")
+        parts = model if isinstance(model, Parts) else take_apart(model, placement, self.rank)
+        self._layers = sorted(parts.kinds)
+        self._num_experts = placement.num_experts
+        check_placement(placement, self._layers, parts.placement.num_experts, self.ranks)
+        if (parts.placement.slot_expert_LS.tolist(), parts.placement.slot_device_S.tolist()) != (
+            placement.slot_expert_LS.tolist(), placement.slot_device_S.tolist()
+        ):  # fmt: skip
+            raise OptionError("the parts were read for another placement", hint="give both the same one")
+        self.placement, self.cluster, self.traffic = placement, cluster, traffic
+        self.temperature, self.seed, self.eos = temperature, seed, eos
+        self.book = Book(self.ranks, budget, most_live)
+        self._kinds = parts.kinds
+        like = next(iter(parts.banks[self._layers[0]].values()))
+        kind = self._kinds[self._layers[0]]
+        alike = all(other.shapes == kind.shapes for other in self._kinds.values())
+        step_bank = empty_bank(kind, fast.step_slots, like) if fast is not None and alike else None
+        self.experts = {
+            layer: ServedLayer(row, self._kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
+                               group=self.group, fast=fast, step_bank=step_bank, clock=clock)
+            for row, layer in enumerate(self._layers)
+        }  # fmt: skip
+        self.model = ServedModel(parts, self.experts, traffic, self.group)
+        self.steps: deque[StepRecord] = deque(maxlen=RECORDS)
+        self.swaps: list[SwapRecord] = []
+        self._swap: Swap | None = None
+        self._setup_s = 0.0
+        self._weights_group: Any = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is not done."""
+        return self.book.busy
+
+    @property
+    def swapping(self) -> bool:
+        """Whether a swap is on its way."""
+        return self._swap is not None
+
+    def submit(self, prompt: Sequence[int], max_new_tokens: int, *, home: int | None = None) -> Request:
+        """Take in a request, on all ranks alike; it starts with the next step. ``home``: its rank, default in turn."""
+        return self.book.add([int(token) for token in prompt], max_new_tokens, home)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        homes: Sequence[int] | None = None,
+        before_step: Callable[[Engine], None] | None = None,
+    ) -> list[list[int]]:
+        """Submit and run to the end: the sampled tokens of each prompt, the same on every rank.
+
+        ``before_step`` is called with the engine before each step, on all ranks, and may swap placements.
+        """
+        if homes is not None and len(homes) != len(prompts):
+            raise OptionError(f"{len(homes)} homes for {len(prompts)} prompts")
+        mine = [
+            self.submit(prompt, max_new_tokens, home=None if homes is None else homes[i])
+            for i, prompt in enumerate(prompts)
+        ]
+        while self.busy:
+            if before_step is not None:
+                before_step(self)
+            self.step()
+        return [request.sampled for request in mine]
+
+    def step(self) -> StepRecord:
+        """Run one step with all other ranks; without tokens it only brings a swap forward.
+
+        Raises
+        ------
+        CommunicationError : a rank was lost.
+        OptionError : ranks were given different requests.
+        """
+        start = time.perf_counter()
+        swap = self._swap
+        stall = swap.advance() if swap is not None else 0.0
+        for request in self.book.admit():
+            if self.traffic == "stay" or request.home == self.rank:
+                self.model.cache.open(request.number, request.room)
+        batch = self.book.batch()
+        ends = self.book.ends(batch)
+        want = batch.last_tags()[ends]
+        mine = torch.full((len(want) + 1,), NONE, dtype=torch.int64)
+        if batch.num_tokens:
+            tags, logits = self.model.forward(batch, want)
+            for place, row in zip(np.searchsorted(want, tags).tolist(), logits, strict=True):
+                chunk = batch.chunks[ends[place]]
+                position = chunk.first + len(chunk.tokens)
+                mine[place] = pick(row, self.temperature, self.seed, chunk.request, position)
+        mine[-1] = int(swap is not None and not swap.complete)
+        agreed = self._agree(mine, batch.token_T)
+        sampled = {batch.chunks[i].request: token for i, token in zip(ends, agreed[:-1], strict=True)}
+        for request in self.book.advance(batch, sampled, self.eos):
+            if self.traffic == "stay" or request.home == self.rank:
+                self.model.cache.close(request.number)
+        if swap is not None and agreed[-1] == 0:
+            stall += self._switch(swap)
+        record = StepRecord(
+            time.perf_counter() - start, batch.num_tokens, len(batch.tags(self.rank)), len(sampled), stall,
+            swap is not None,
+        )  # fmt: skip
+        self.steps.append(record)
+        return record
+
+    def _agree(self, mine: Tensor, token_T: Any) -> list[int]:
+        """The largest of each number over the ranks; ranks whose steps differ find out here."""
+        check = zlib.crc32(token_T.tobytes())
+        both = torch.cat([mine, torch.tensor([check, -check])]).to(self.model.device)
+        try:
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        except RuntimeError as error:
+            raise CommunicationError(*lost(error)) from error
+        *agreed, high, low = both.tolist()
+        if high != -low:
+            raise OptionError("ranks run different tokens", hint="submit the same requests on all ranks, in one order")
+        return [int(value) for value in agreed]
+
+    def swap(self, placement: Placement, *, bytes_per_step: int = 2**26) -> None:
+        """Start to move to another placement, on all ranks alike, between two steps; see :mod:`poise.serve.swap`.
+
+        Steps go on meanwhile; all layers switch at the end of a later one, the same on all ranks. Slots may be
+        renumbered inside ranks: ``placement`` of the engine then tells.
+
+        Parameters
+        ----------
+        placement : of the same model and ranks; slots a rank may differ.
+        bytes_per_step : most that one rank sends, or receives, in one step (but one expert at least).
+
+        Raises
+        ------
+        OptionError : a swap is on its way.
+        PlacementError : the placement is for another model or number of ranks.
+        """
+        if self._swap is not None:
+            raise OptionError("a swap is on its way already", hint="step until `swapping` is False")
+        start = time.perf_counter()
+        check_placement(placement, self._layers, self._num_experts, self.ranks)
+        if self._weights_group is None:
+            ranks = dist.get_process_group_ranks(self.group)
+            self._weights_group = dist.new_group(ranks, use_local_synchronization=True)
+            dist.barrier(group=self._weights_group)  # the first operation on a communicator must be everyone's
+        banks = by_row({layer: served.bank for layer, served in self.experts.items()})
+        kinds = [self._kinds[layer] for layer in self._layers]
+        self._swap = Swap(self.placement, align(self.placement, placement), banks, kinds, self.cluster.node_D,
+                          self._weights_group, bytes_per_step)  # fmt: skip
+        self._setup_s = time.perf_counter() - start
+
+    def _switch(self, swap: Swap) -> float:
+        """All ranks have all: from the next step on the new placement serves."""
+        start = time.perf_counter()
+        for served in self.experts.values():
+            if served._replicas is not None:  # rows that are about to change may still be on their way to others
+                served._replicas.land()
+        for layer, bank in zip(self._layers, swap.apply(), strict=True):
+            self.experts[layer].switch(bank, swap.after)
+        self.placement = swap.after
+        self._swap = None
+        self.swaps.append(swap.record(self._setup_s))
+        return time.perf_counter() - start

@@ -1,0 +1,236 @@
+"""From one placement to another while steps go on: weights come in rounds, then all layers switch at one step boundary.
+
+Step 1  Every rank works out the same list: who lacks which expert of which layer, and from whom it comes (a holder in
+        the same node first, then the one that has sent least). Rounds are filled in order, so that no rank sends or
+        receives more than ``bytes_per_step`` in one of them (but one expert at least).
+Step 2  Between two steps a rank waits for the round before and posts the next one, over a process group of its own. So
+        a transfer has one whole step to run in, and only what is left of it then stalls the step.
+Step 3  Nothing of the old placement goes before every rank has said, in the all-reduce of a step, that it has all.
+Step 4  Then rows are put in place. Experts that stay keep their row, so where a rank holds as many as before only
+        what came is copied; else the layer's stack is made anew.
+
+Memory beyond the old placement: the experts that come, and one layer's stack while it is made anew.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from poise.errors import OptionError
+from poise.planning.placement import EMPTY, Placement
+from poise.runtime.collectives import finish, post
+from poise.runtime.experts import Bank, ExpertKind
+from poise.serve.model import rows_held
+
+
+class Fetch(NamedTuple):
+    """One expert of one layer (its row in the placement), from a rank to a rank."""
+
+    layer: int
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SwapRecord:
+    """What a swap took on this rank.
+
+    Parameters
+    ----------
+    rounds : of transfers; one a step.
+    steps : that ran between the call and the switch.
+    fetched, sent : experts.
+    bytes_fetched : weights that came.
+    bytes_staged : most memory taken beyond the old placement.
+    wait_s, apply_s : seconds that steps waited for transfers, and for the switch.
+    worst_s : most that one step was held up.
+    setup_s : seconds in the call itself.
+    """
+
+    rounds: int
+    steps: int
+    fetched: int
+    sent: int
+    bytes_fetched: int
+    bytes_staged: int
+    wait_s: float
+    apply_s: float
+    worst_s: float
+    setup_s: float
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that tokens waited for the swap."""
+        return self.wait_s + self.apply_s
+
+
+def align(before: Placement, after: Placement) -> Placement:
+    """``after`` with slots renumbered inside devices, so that an expert that stays on a device keeps its row."""
+    slots = np.full_like(after.slot_expert_LS, EMPTY)
+    for layer in range(after.num_layers):
+        for device in range(after.num_devices):
+            old, new = rows_held(before, layer, device), rows_held(after, layer, device)
+            left = Counter(new)
+            rows = [EMPTY] * len(new)
+            for row, expert in enumerate(old[: len(new)]):
+                if left[expert] > 0:
+                    rows[row] = expert
+                    left[expert] -= 1
+            coming = iter(sorted(left.elements()))
+            rows = [next(coming) if expert == EMPTY else expert for expert in rows]
+            first = int(np.searchsorted(after.slot_device_S, device))
+            slots[layer, first : first + len(rows)] = rows
+    return replace(after, slot_expert_LS=slots)
+
+
+def fetches(before: Placement, after: Placement, node_D: NDArray[np.int32]) -> list[Fetch]:
+    """Step 1: what each rank lacks, and a holder that sends it."""
+    have_LED, want_LED = before.count_LED() > 0, after.count_LED() > 0
+    sent_D = np.zeros(before.num_devices, np.int64)
+    out = []
+    for layer, expert, target in np.argwhere(want_LED & ~have_LED).tolist():
+        holders = np.flatnonzero(have_LED[layer, expert]).tolist()
+        source = min(holders, key=lambda d: (node_D[d] != node_D[target], sent_D[d], d))
+        sent_D[source] += 1
+        out.append(Fetch(layer, expert, source, target))
+    return out
+
+
+def fill_rounds(moves: list[Fetch], bytes_L: list[int], num_ranks: int, bytes_per_step: int) -> list[list[Fetch]]:
+    """Step 1: rounds in which no rank sends or receives more than so many bytes, or one expert where that is more."""
+    rounds: list[list[Fetch]] = []
+    used: list[NDArray[np.int64]] = []
+    first_free_D = np.zeros((2, num_ranks), np.int64)
+    for move in moves:
+        size, ports = bytes_L[move.layer], ((0, move.source), (1, move.target))
+        at = int(max(first_free_D[port] for port in ports))
+        while at < len(rounds) and any(0 < used[at][port] and used[at][port] + size > bytes_per_step for port in ports):
+            at += 1
+        if at == len(rounds):
+            rounds.append([])
+            used.append(np.zeros((2, num_ranks), np.int64))
+        rounds[at].append(move)
+        for port in ports:
+            used[at][port] += size
+            while first_free_D[port] < len(used) and used[first_free_D[port]][port] >= bytes_per_step:
+                first_free_D[port] += 1
+    return rounds
+
+
+class Swap:
+    """One swap on its way on one rank. The rounds are the same on all ranks, and so is when each is posted.
+
+    Parameters
+    ----------
+    before, after : placements; ``after`` aligned (:func:`align`).
+    banks, kinds : this rank's weights and the shapes of experts, one a layer of the placement.
+    node_D : int [D], node of each rank.
+    group : process group for weights alone: on NCCL what runs on one communicator is ordered.
+    bytes_per_step : see step 1.
+    """
+
+    def __init__(
+        self, before: Placement, after: Placement, banks: list[Bank], kinds: list[ExpertKind],
+        node_D: NDArray[np.int32], group: Any, bytes_per_step: int,
+    ) -> None:  # fmt: skip
+        if bytes_per_step < 1:
+            raise OptionError(f"bytes_per_step must be at least 1, got {bytes_per_step}")
+        self.before, self.after, self.banks, self.kinds, self.group = before, after, banks, kinds, group
+        self.rank = dist.get_rank(group)
+        self._bytes_L = [
+            sum(math.prod(shape) * bank[name].element_size() for name, shape in kind.shapes.items())
+            for bank, kind in zip(banks, kinds, strict=True)
+        ]
+        self.rounds = fill_rounds(fetches(before, after, node_D), self._bytes_L, before.num_devices, bytes_per_step)
+        self.arrived: dict[tuple[int, int], Bank] = {}
+        self.bytes_moved = 0
+        self.wait_s, self.apply_s, self.worst_s, self.steps, self.sent = 0.0, 0.0, 0.0, 0, 0
+        self._works: list[Any] = []
+        self._posted = 0
+        self._stack_bytes = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether this rank has all that it needs and nobody waits for it any more."""
+        return self._posted == len(self.rounds) and not self._works
+
+    def advance(self) -> float:
+        """Between two steps: wait for the round before, post the next; seconds this took (step 2)."""
+        start = time.perf_counter()
+        finish(self._works)
+        self._works = []
+        if self._posted < len(self.rounds):
+            self._works = post(self._operations(self.rounds[self._posted]))
+            self._posted += 1
+        seconds = time.perf_counter() - start
+        self.wait_s += seconds
+        self.worst_s = max(self.worst_s, seconds)
+        self.steps += 1
+        return seconds
+
+    def _operations(self, moves: list[Fetch]) -> list[dist.P2POp]:
+        receives, sends = [], []
+        for move in moves:
+            bank = self.banks[move.layer]
+            if move.target == self.rank:
+                rows = {name: bank[name].new_empty(shape) for name, shape in self.kinds[move.layer].shapes.items()}
+                self.arrived[move.layer, move.expert] = rows
+                self.bytes_moved += self._bytes_L[move.layer]
+                receives += [self._op(dist.irecv, row, move.source) for row in rows.values()]
+            elif move.source == self.rank:
+                row = rows_held(self.before, move.layer, self.rank).index(move.expert)
+                self.sent += 1
+                sends += [self._op(dist.isend, bank[name][row], move.target) for name in self.kinds[move.layer].shapes]
+        return receives + sends
+
+    def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group)
+
+    def apply(self) -> list[Bank]:
+        """Put what came in place (step 4); the banks of the new placement, those that fit in the same memory."""
+        start = time.perf_counter()
+        out = [self._layer(layer) for layer in range(self.before.num_layers)]
+        self.apply_s = time.perf_counter() - start
+        self.worst_s = max(self.worst_s, self.apply_s)
+        return out
+
+    def _layer(self, layer: int) -> Bank:
+        old, new = rows_held(self.before, layer, self.rank), rows_held(self.after, layer, self.rank)
+        bank = self.banks[layer]
+        if old == new:
+            return bank
+        same = len(old) == len(new)
+        out = bank if same else {name: weight.new_empty((len(new), *weight.shape[1:])) for name, weight in bank.items()}
+        for row, expert in enumerate(new):
+            if same and old[row] == expert:
+                continue
+            for name, weight in out.items():
+                came = self.arrived.get((layer, expert))
+                weight[row].copy_(bank[name][old.index(expert)] if came is None else came[name])
+        if not same:
+            self._stack_bytes = max(self._stack_bytes, sum(weight.nbytes for weight in out.values()))
+        self.banks[layer] = out  # the old stack may go, before the next layer's is made
+        return out
+
+    def record(self, setup_s: float) -> SwapRecord:
+        """What it took, once applied."""
+        return SwapRecord(
+            len(self.rounds), self.steps, len(self.arrived), self.sent, self.bytes_moved,
+            self.bytes_moved + self._stack_bytes, self.wait_s, self.apply_s, self.worst_s, setup_s,
+        )  # fmt: skip
+
+
+def by_row(banks: Mapping[int, Bank]) -> list[Bank]:
+    """Banks in the order of the placement's layers."""
+    return [banks[layer] for layer in sorted(banks)]
