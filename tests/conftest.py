@@ -8,8 +8,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tests.kernels import compile_all
 
 WHEEL = "sglang==0.5.23"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """Before there are workers."""
+    compile_all()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,72 @@
+"""Compile the kernels once, before there are workers and ranks of a launch that would each do it on their own.
+
+    python -m tests.kernels training | rest
+
+The two parts take about as long; what is compiled already is loaded in about a second.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("training", "rest")
+
+
+def compile_all() -> None:
+    """Both parts, side by side."""
+    running = [subprocess.Popen([sys.executable, "-m", "tests.kernels", part], cwd=ROOT) for part in PARTS]
+    assert not any([one.wait() for one in running]), "the kernels do not compile"
+
+
+def training() -> None:
+    """What ``poise`` plans sharded training with."""
+    import numpy as np
+
+    from poise.cluster import Cluster
+    from poise.cost.weights import training_price
+    from poise.evaluate.stepwise import FastLoop
+    from poise.evaluate.training import SourceLoads, replay_training
+    from poise.modelspec import ModelSpec
+    from poise.policies.registry import POLICIES
+
+    price = training_price(4096, 8, Cluster.uniform(2, 2), ModelSpec.generic(8, 2, np.arange(2)))
+    weight = np.random.default_rng(0).dirichlet(np.full(8, 0.4), size=(2, 4))
+    loads = np.random.default_rng(1).multinomial(60_000, weight, size=(4, 2, 4)).astype(np.int32)
+    replay_training(SourceLoads(loads, 2), FastLoop(POLICIES["poise"], 2), price, warm_up=2)
+
+
+def rest() -> None:
+    """Planning methods, and policies that serve."""
+    import numpy as np
+
+    from poise.cluster import Cluster
+    from poise.errors import NoResultError
+    from poise.evaluate.stepwise import FastLoop, replay_steps
+    from poise.modelspec import ModelSpec
+    from poise.observe.batching import make_batch
+    from poise.observe.synthetic import zipf_trace
+    from poise.planning.problem import PlacementProblem
+    from poise.planning.solve.solve import METHODS, solve
+    from poise.policies.registry import POLICIES
+
+    trace = zipf_trace(num_tokens=96, num_layers=2, num_experts=8, top_k=2, tokens_per_request=8, seed=0)
+    batch = make_batch(trace, tokens_per_step=24)
+    cluster, model = Cluster.uniform(2, 2), ModelSpec.generic(8, 2, batch.layer_ids_L)
+    for traffic in ("home", "home_node_dedup", "stay"):
+        problem = PlacementProblem(batch, cluster, model, np.full(4, 3), traffic)
+        for method in METHODS:
+            try:
+                solution = solve(problem, method=method, time_limit_s=0.05)
+            except NoResultError:
+                continue
+    for policy in POLICIES.values():
+        replay_steps(batch, solution.placement, FastLoop(policy, 2), cluster, model, traffic="home", warm_up=1)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    {"training": training, "rest": rest}[sys.argv[1]]()
