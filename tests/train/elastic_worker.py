@@ -80,8 +80,9 @@ def main() -> None:
             loss = h.loss_of(model, data)
             if last and step == options.die:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if last and step == options.stall:
-                time.sleep(60)
+            if last and step == options.stall:  # a minute, or until the others have given up
+                while time.monotonic() - since < 60 and not list(options.folder.glob("rank-*.error")):
+                    time.sleep(0.1)
             loss.backward()
             h.reduce_dense(model, run)
             optimizer.step()
