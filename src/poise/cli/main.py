@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from poise import __version__
-from poise.cli import breakeven, compare, demo, export, inspect, plan, record, watch
+from poise.cli import breakeven, calibrate, compare, demo, export, inspect, plan, record, watch
 
 app = typer.Typer(
     name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -42,6 +42,7 @@ for verb in (
     export.export,
     record.record,
     watch.watch,
+    calibrate.calibrate,
 ):
     app.command()(verb)
 

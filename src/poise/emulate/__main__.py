@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--no-limit", action="store_true", help="--selftest without the search for the limit")
     out.add_argument("--output", "-o", help="JSON file of --selftest")
     out.add_argument("--json", action="store_true", help="print --selftest as JSON")
-    out.add_argument("command", nargs="*", help="script and its arguments, after --")
+    out.add_argument("command", nargs="*", help="script or -m module, and its arguments, after --")
     return out
 
 

@@ -68,7 +68,8 @@ def run(
     Parameters
     ----------
     spec : the cluster.
-    script, args : what every rank runs, with this interpreter, in this folder.
+    script, args : what every rank runs, with this interpreter, in this folder; as script ``-m``, args begin with a
+        module's name.
     timeout : seconds from the first rank's start.
 
     Raises
@@ -78,8 +79,8 @@ def run(
         output of the rank that failed first.
     CommunicationError : the network could not be built.
     """
-    if not Path(script).is_file():
-        raise OptionError(f"no script {str(script)!r}", hint="a path to a Python file")
+    if script != "-m" and not Path(script).is_file():
+        raise OptionError(f"no script {str(script)!r}", hint="a path to a Python file, or -m and a module")
     if not timeout > 0:
         raise OptionError(f"timeout must be above 0 seconds, got {timeout!r}")
     reason = network.why_not()

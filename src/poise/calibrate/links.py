@@ -1,0 +1,199 @@
+"""Exchanges measured on the ranks: what the runtime does for a layer without its arithmetic.
+
+A round is a dispatch (counts to everyone, then rows) and a combine (the same rows back), by the functions the runtime
+uses. The cost model charges one start-up to each of the two, so a row is half a round. Rounds of one repeat follow each
+other without a barrier, as layers do; the slowest rank's time counts. Sizes are found first; then all exchanges are run
+in turn, again and again, so that a busy minute of the machine falls on one repeat of each and not on all of one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from poise.calibrate.fit import LinkRow, fit_links
+from poise.calibrate.patterns import PortBytes, balanced, bulk_patterns, peer_counts, port_bytes, ring
+from poise.runtime.collectives import exchange
+from poise.runtime.dispatch import all_counts
+
+ROW_BYTES = 64
+WARM_UP = 2
+"""Rounds that are not counted: connections are made, windows open."""
+LEAST_REPEATS = 3
+FIND_SHARE = 0.4
+"""Part of the time in which sizes are looked for."""
+FIRST_BYTES, GROWTH = 16 * 1024, 4
+MOST_BYTES = 2**30
+MOST_ROUNDS = 32
+LONG_START_UPS = 8.0
+"""An exchange that is to tell a rate lasts at least as long as so many start-ups."""
+LONGER = 2.0
+"""Beside the size that lasts long enough, one this many times longer: two long rows tell a rate from a start-up."""
+
+
+@dataclass(slots=True)
+class Ranks:
+    """What every rank knows of the run; decisions are made from numbers that all ranks have agreed on.
+
+    Parameters
+    ----------
+    node_D : int32 [D], node of each rank.
+    device : where tensors live.
+    counts : numbers a rank tells the others before a dispatch (the runtime: one an expert).
+    sharing : ranks on this machine, emulated nodes or not.
+    """
+
+    node_D: NDArray[np.int32]
+    device: torch.device
+    counts: int = 64
+    sharing: int = 1
+    began: float = field(default_factory=time.monotonic)
+
+    def agree(self, *numbers: float) -> list[float]:
+        """The largest of each number over all ranks. A barrier, too."""
+        if len(self.node_D) == 1:
+            return list(numbers)
+        both = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        out: list[float] = both.tolist()
+        return out
+
+    def elapsed(self) -> float:
+        """Seconds since the run began, agreed."""
+        return self.agree(time.monotonic() - self.began)[0]
+
+    def wait(self) -> None:
+        """Until this device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure.
+
+    Parameters
+    ----------
+    seconds : for all exchanges together; at its end patterns are cut short, and at least three repeats are made.
+    long_s : an exchange that is to tell a rate lasts at least so long, and so does a repeat of short ones.
+    repeats : of each row; their median counts.
+    """
+
+    seconds: float = 40.0
+    long_s: float = 0.05
+    repeats: int = 7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Case:
+    """One exchange: its sizes in rows int64 [D, D], how many rounds make a repeat, and seconds as first seen."""
+
+    name: str
+    rows_DD: NDArray[np.int64]
+    ports: PortBytes
+    rounds: int
+    seconds: float
+
+    def row(self, took: list[float], counts: list[float]) -> LinkRow:
+        low, middle, high = (float(value) for value in np.quantile(took, [0.25, 0.5, 0.75]))
+        ports = self.ports
+        return LinkRow(
+            self.name, ports.intra, ports.inter, ports.node, ports.peers, middle, low, high, len(took), self.rounds,
+            float(np.median(counts)),
+        )  # fmt: skip
+
+
+def measure_links(ranks: Ranks, effort: Effort, *, find_nic: bool = False) -> list[LinkRow]:
+    """Rows of every pattern this shape has, from a few bytes to exchanges that last long enough.
+
+    Parameters
+    ----------
+    ranks, effort : the run.
+    find_nic : also the pattern that tells one network port a device from one a node.
+    """
+    devices, begin = len(ranks.node_D), ranks.elapsed()
+    runner = _Runner(ranks)
+    cases = [
+        runner.case(f"{peers} peers", ring(devices, peers) * ROW_BYTES * peers, effort)
+        for peers in peer_counts(devices)
+    ]
+    effort = replace(effort, long_s=max(effort.long_s, LONG_START_UPS * cases[-1].seconds))
+    patterns = bulk_patterns(ranks.node_D, single=find_nic)
+    todo = len(patterns) + ("all" in patterns)
+    for name, matrix in patterns.items():
+        cases += _grow(name, matrix, runner, effort, (begin + FIND_SHARE * effort.seconds - ranks.elapsed()) / todo)
+        todo -= 1
+    if "all" in patterns:
+        found = fit_links([case.row([case.seconds], [0.0]) for case in cases]).constants
+        matrix = balanced(ranks.node_D, found["intra_bytes_per_s"], found["inter_bytes_per_s"])
+        cases += _grow("balanced", matrix, runner, effort, begin + FIND_SHARE * effort.seconds - ranks.elapsed())
+    sweep = sum(2 * case.rounds * case.seconds for case in cases)
+    repeats = int(min(effort.repeats, max(LEAST_REPEATS, (begin + effort.seconds - ranks.elapsed()) / sweep)))
+    took: list[list[tuple[float, float]]] = [[] for _ in cases]
+    for _ in range(repeats):
+        for case, seen in zip(cases, took, strict=True):
+            seen.append(runner.run(case.rows_DD, case.rounds))
+    return [
+        case.row([seconds for seconds, _ in seen], [counts for _, counts in seen])
+        for case, seen in zip(cases, took, strict=True)
+    ]
+
+
+def _grow(name: str, matrix_DD: NDArray[np.float64], runner: _Runner, effort: Effort, seconds: float) -> list[_Case]:
+    """One pattern, larger and larger until an exchange lasts long enough, and one beyond that."""
+    cases: list[_Case] = []
+    size, stop = float(FIRST_BYTES), runner.ranks.elapsed() + seconds
+    while True:
+        cases.append(runner.case(name, matrix_DD * size, effort))
+        last = cases[-1].seconds
+        long = last >= effort.long_s
+        if long and len(cases) > 1 and cases[-2].seconds >= effort.long_s:
+            return cases
+        factor = LONGER if long else min(GROWTH, max(1.5, 1.2 * effort.long_s / last))
+        size *= factor
+        ahead = 2 * last * factor * WARM_UP
+        if size > MOST_BYTES or runner.ranks.elapsed() + ahead > stop:
+            return cases
+
+
+class _Runner:
+    """Runs rounds of dispatch and combine from one buffer."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._rank = dist.get_rank()
+        self._buffer_nd = torch.zeros(0, ROW_BYTES, dtype=torch.uint8, device=ranks.device)
+        self._ids_TK = torch.zeros(1, 1, dtype=torch.int64, device=ranks.device)
+
+    def case(self, name: str, bytes_DD: NDArray[np.float64], effort: Effort) -> _Case:
+        """An exchange, warmed up, with as many rounds a repeat as make it last."""
+        rows_DD = np.ceil(bytes_DD / ROW_BYTES).astype(np.int64)
+        ports = port_bytes(rows_DD.astype(np.float64) * ROW_BYTES, self.ranks.node_D)
+        seconds = max(min(self.run(rows_DD, 1)[0] for _ in range(WARM_UP)), 1e-7)
+        rounds = int(min(MOST_ROUNDS, max(1, np.ceil(effort.long_s / seconds / 2))))
+        return _Case(name, rows_DD, ports, rounds, seconds)
+
+    def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[float, float]:
+        """Seconds of half a round on the slowest rank, and what a dispatch took beyond a combine."""
+        sent_D, got_D = rows_DD[self._rank].tolist(), rows_DD[:, self._rank].tolist()
+        if len(self._buffer_nd) < sum(sent_D):
+            self._buffer_nd = torch.zeros(sum(sent_D), ROW_BYTES, dtype=torch.uint8, device=self.ranks.device)
+        x_nd, ranks, group, more = self._buffer_nd[: sum(sent_D)], self.ranks, dist.group.WORLD, 0.0
+        ranks.agree(0.0)
+        start = time.perf_counter()
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            all_counts(self._ids_TK, ranks.counts, group)
+            y_nd = exchange(x_nd, sent_D, got_D, group)
+            ranks.wait()
+            middle = time.perf_counter()
+            exchange(y_nd, got_D, sent_D, group)
+            ranks.wait()
+            more += 2 * middle - begin - time.perf_counter()
+        took, more = ranks.agree(time.perf_counter() - start, more)
+        return took / rounds / 2, more / rounds

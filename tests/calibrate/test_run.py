@@ -1,0 +1,113 @@
+"""poise calibrate as it is run: alone, under torchrun, on an emulated cluster with known rates."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tests.emulate.needs import shaping
+from tests.train.launch import ROOT
+from typer.testing import CliRunner
+
+from poise.cli.main import app
+from poise.cluster import Cluster
+from poise.cost.compute import expert_seconds
+from poise.emulate.launch import run
+from poise.emulate.spec import EmulatedCluster
+from poise.modelspec import ModelSpec
+
+RUNNER = CliRunner()
+SMALL = ["--hidden", "16", "--inner", "8", "--quick", "--repeats", "3"]
+
+
+def alone(*arguments):
+    return RUNNER.invoke(app, ["calibrate", *map(str, arguments)], env={"RANK": None, "WORLD_SIZE": None})
+
+
+def checked(path, shape):
+    text = path.read_text()
+    cluster = Cluster.parse(path)
+    assert cluster.devices_per_node_N.tolist() == list(shape) and text.startswith("# poise calibrate, 20")
+    assert "worst residual" in text and yaml.safe_load(text)["name"] == "calibrated"
+    assert cluster.expert_curve is not None and cluster.expert_curve.parameters == 3 * 16 * 8
+    model = ModelSpec("tiny", 1, (0,), 4, 2, 16, 8)
+    few, many = expert_seconds([1.0, 1000.0], cluster, model)
+    assert 0 < few < many
+    return cluster
+
+
+def test_a_single_process_measures_compute_only_and_says_so(tmp_path):
+    path = tmp_path / "c.yaml"
+    done = alone(*SMALL, "--seconds", "2", "-o", path, "--cluster", "2x4:a100", "--json")
+    assert done.exit_code == 0, done.output
+    got = json.loads(done.stdout)
+    assert got["links"] is None and any("links were not measured" in note for note in got["notes"])
+    assert "links were not measured" in done.stderr and "links were not measured" in path.read_text()
+    cluster = checked(path, (4, 4))
+    assert cluster.intra_bytes_per_s == Cluster.parse("2x4:a100").intra_bytes_per_s
+    assert {row["active"] for row in got["compute"]["rows"]} == {1, 4}
+
+
+def test_the_device_clock_is_measured_in_place_of_arithmetic(tmp_path):
+    csv, path = tmp_path / "curve.csv", tmp_path / "c.yaml"
+    csv.write_text("tokens,active_experts,seconds\n" + "".join(f"{t},1,{2e-6 + 1e-7 * t}\n" for t in (8, 32, 128)))
+    done = alone(*SMALL, "--seconds", "10", "--curve", csv, "--dilation", "1000", "-o", path)
+    assert done.exit_code == 0, done.output
+    curve = checked(path, (1,)).expert_curve
+    assert "device clock, dilation 1000" in path.read_text()
+    assert curve.per_expert == pytest.approx(2.1e-3, rel=0.15)  # seconds of this machine
+    assert curve.seconds_X[-1] == pytest.approx(27.6e-3, rel=0.15) and curve.tokens_X[-1] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-o", "nowhere/c.yaml"], "cannot write"),
+        (["-o", "c.json"], "no cluster file"),
+        (["-o", "c.yaml", "--hidden", "0"], "hidden 0"),
+        (["-o", "c.yaml", "--matrices", "4"], "4 matrices"),
+        (["-o", "c.yaml", "--seconds", "0"], "seconds"),
+        (["-o", "c.yaml", "--repeats", "0"], "repeats"),
+        (["-o", "c.yaml", "--device", "tpu"], "tpu"),
+        (["-o", "c.yaml", "--model", "none"], "unknown model"),
+        (["-o", "c.yaml", "--cluster", "none"], "cannot read cluster"),
+        (["-o", "c.yaml", "--curve", "none.csv"], "cannot read"),
+        (["-o", "c.yaml", "--hidden", "10000000", "--inner", "10000000"], "does not fit"),
+    ],
+)
+def test_wrong_input_is_exit_code_2(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = alone(*arguments)
+    assert done.exit_code == 2 and says in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_four_ranks_under_torchrun(tmp_path):
+    path = tmp_path / "c.yaml"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "poise.cli",
+               "calibrate", *SMALL, "--seconds", "8", "--json", "-o", str(path)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = json.loads(done.stdout)
+    cluster = checked(path, (4,))
+    patterns = {row["pattern"] for row in got["links"]["rows"]}
+    assert patterns == {"1 peers", "2 peers", "3 peers", "intra", "hot"}
+    assert all(row["low_s"] <= row["seconds"] <= row["high_s"] for row in got["links"]["rows"])
+    assert cluster.intra_bytes_per_s > 1e6 and cluster.intra_latency_s + 3 * cluster.peer_latency_s > 0
+    assert any("inter_bytes_per_s was not measured" in note for note in got["notes"])
+
+
+@shaping
+def test_an_emulated_cluster_gives_its_rates_back(tmp_path):
+    path, out, err = tmp_path / "c.yaml", io.StringIO(), io.StringIO()
+    arguments = ["--hidden", "16", "--inner", "8", "--repeats", "3", "--seconds", "16", "--json", "-o", str(path)]
+    done = run(EmulatedCluster(2, 2, 20e6, 5e6), "-m", ["poise.cli", "calibrate", *arguments], timeout=120,
+               out=out, err=err)  # fmt: skip
+    assert done.shaped
+    cluster = checked(path, (2, 2))
+    assert cluster.intra_bytes_per_s == pytest.approx(20e6, rel=0.15)
+    assert cluster.inter_bytes_per_s == pytest.approx(5e6, rel=0.15)
+    rows = json.loads(out.getvalue())["links"]["rows"]
+    assert {"intra", "inter", "all", "hot", "balanced"} <= {row["pattern"] for row in rows}
