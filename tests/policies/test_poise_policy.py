@@ -1,17 +1,23 @@
 """poise and the policies of Hecate, FasterMoE, SmartMoE and FlexMoE: what each promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.policies.step_cases import random_case, view_of
 
+from poise.cluster import Cluster
 from poise.cost.split import exact_quota
+from poise.cost.weights import step_price
+from poise.modelspec import ModelSpec
 from poise.policies import kernels as k
 from poise.policies.faster_moe import FasterMoE
 from poise.policies.flex_moe import FlexMoE
 from poise.policies.hecate import Hecate, HecateCalibrated, materialise, nearest_quota, nearest_rows
 from poise.policies.lplb import Lplb
+from poise.policies.plan import LayerView
 from poise.policies.poise_policy import Poise
 from poise.policies.registry import POLICIES
 from poise.policies.smart_moe import SmartMoE
@@ -121,6 +127,26 @@ def test_without_room_for_rows_the_quotas_are_the_same(policy, seed):
     assert plan.rows_SED is None and plan.passive == whole.passive
     np.testing.assert_array_equal(plan.quota_ED, whole.quota_ED)
     plan.check(view, load_SE)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 14117, 15213, 36666])
+def test_what_comes_in_the_background_fits_though_a_later_plan_wants_back_what_it_drops(seed):
+    rng, devices, experts = np.random.default_rng(seed), 8, 16
+    cluster = Cluster.parse("1x8:h100")
+    price = step_price(8 * 4096, experts, cluster, replace(ModelSpec.parse("deepseek-v3"), num_experts=experts),
+                       window_s=1.0)  # fmt: skip
+    static = np.zeros((experts, devices), bool)
+    static[np.arange(experts), rng.permutation(np.arange(experts) % devices)] = True
+    held = static.copy()
+    for d in range(devices):
+        held[rng.permutation(np.flatnonzero(~held[:, d]))[: rng.integers(0, 2) + 1], d] = True
+    load = np.exp(1.5 * rng.normal(size=experts))
+    load *= 8 * 4096 * 8 / load.sum()
+    view = LayerView(static, held, load, np.zeros((0, experts)), np.zeros_like(static), 2, 0, 0, price)
+    fetch = Poise().in_background(view, held)
+    if fetch is not None:
+        after = (held & ~fetch.dropped_ED) | fetch.coming_ED
+        assert (after.sum(axis=0) <= view.slots_D).all() and (after >= static).all()
 
 
 def test_calibration_moves_only_what_pays():

@@ -131,17 +131,17 @@ class Poise:
         best = int(np.argmin(seconds))
         if best == 0 or seconds[best] > min(wake, seconds[0] * (1.0 - self.margin)):
             return None
-        coming = np.zeros_like(holders_ED)
+        coming, reached = np.zeros_like(holders_ED), holders_ED
         for before, after in pairwise(plans[: best + 1]):
             new = after & ~before
             if coming[:, new.any(axis=0)].any():
                 break
-            coming |= new
+            coming, reached = coming | new, after
         wanted = coming & ~holders_ED
         if fetch_seconds(holders_ED, wanted, view.price) > self.patience * view.price.window_s:
             return None
         to = wanted.any(axis=0)
-        dropped = holders_ED & ~plans[best] & to & ~view.static_ED
+        dropped = holders_ED & ~reached & to & ~view.static_ED
         room = view.slots_D - holders_ED.sum(axis=0)
         dropped &= room < wanted.sum(axis=0)
         return Fetch(wanted, dropped) if wanted.any() and (dropped.sum(axis=0) <= 1).all() else None
