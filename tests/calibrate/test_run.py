@@ -102,12 +102,12 @@ def test_four_ranks_under_torchrun(tmp_path):
 @shaping
 def test_an_emulated_cluster_gives_its_rates_back(tmp_path):
     path, out, err = tmp_path / "c.yaml", io.StringIO(), io.StringIO()
-    arguments = ["--hidden", "16", "--inner", "8", "--repeats", "3", "--seconds", "16", "--json", "-o", str(path)]
-    done = run(EmulatedCluster(2, 2, 20e6, 5e6), "-m", ["poise.cli", "calibrate", *arguments], timeout=120,
+    arguments = ["--hidden", "16", "--inner", "8", "--repeats", "3", "--seconds", "12", "--json", "-o", str(path)]
+    done = run(EmulatedCluster(2, 2, 60e6, 15e6), "-m", ["poise.cli", "calibrate", *arguments], timeout=120,
                out=out, err=err)  # fmt: skip
     assert done.shaped
     cluster = checked(path, (2, 2))
-    assert cluster.intra_bytes_per_s == pytest.approx(20e6, rel=0.15)
-    assert cluster.inter_bytes_per_s == pytest.approx(5e6, rel=0.15)
+    assert cluster.intra_bytes_per_s == pytest.approx(60e6, rel=0.15)
+    assert cluster.inter_bytes_per_s == pytest.approx(15e6, rel=0.15)
     rows = json.loads(out.getvalue())["links"]["rows"]
     assert {"intra", "inter", "all", "hot", "balanced"} <= {row["pattern"] for row in rows}

@@ -31,6 +31,8 @@ FASTEST_BYTES_PER_S = 1e16
 """A rate that no row tells from infinity becomes this."""
 LEAST_SLOPE = 0.01
 """The end of a curve rises by at least this part of its seconds per token: tokens beyond it must cost something."""
+FEW_BYTES, FEW_WEIGHT = 4096, 3.0
+"""Exchanges of few bytes weigh more: they alone show the start-up undiluted, and there are few of them."""
 LONG = 4.0
 """Bytes dominate an exchange if they take so many times as long as its start-up."""
 SURE = 0.05
@@ -50,7 +52,7 @@ class LinkRow:
     seconds : median over repeats of the slowest rank's time.
     low_s, high_s : quartiles of the repeats.
     repeats, rounds : repeats, and exchanges in each (there and back counts as one).
-    counts_s : what the dispatch took longer than the combine (its exchange of counts), median.
+    counts_s : the exchange of counts in a dispatch, of the rank that waited least in it; median.
     """
 
     pattern: str
@@ -123,7 +125,8 @@ def _fit_links(rows: Sequence[LinkRow], nic_shared: bool) -> LinkFit:
     if not (np.isfinite(seconds).all() and (seconds > 0).all()):
         raise NoResultError("a measured time is not above 0", hint="the machine's clock is too coarse: measure longer")
     spread = np.array([max(0.0, row.high_s - row.low_s) for row in rows]) / seconds
-    weight = SURE / (SURE + spread)
+    few = np.array([row.intra_bytes + row.inter_bytes <= FEW_BYTES for row in rows])
+    weight = SURE / (SURE + spread) * np.where(few, FEW_WEIGHT, 1.0)
     inside = np.array([row.intra_bytes for row in rows])
     outside = np.array([row.node_bytes if nic_shared else row.inter_bytes for row in rows])
     if not inside.any() and not outside.any():

@@ -179,21 +179,20 @@ class _Runner:
         return _Case(name, rows_DD, ports, rounds, seconds)
 
     def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[float, float]:
-        """Seconds of half a round on the slowest rank, and what a dispatch took beyond a combine."""
+        """Seconds of half a round on the slowest rank, and of its counts on the rank that waited least for others."""
         sent_D, got_D = rows_DD[self._rank].tolist(), rows_DD[:, self._rank].tolist()
         if len(self._buffer_nd) < sum(sent_D):
             self._buffer_nd = torch.zeros(sum(sent_D), ROW_BYTES, dtype=torch.uint8, device=self.ranks.device)
-        x_nd, ranks, group, more = self._buffer_nd[: sum(sent_D)], self.ranks, dist.group.WORLD, 0.0
+        x_nd, ranks, group, counts = self._buffer_nd[: sum(sent_D)], self.ranks, dist.group.WORLD, 0.0
         ranks.agree(0.0)
         start = time.perf_counter()
         for _ in range(rounds):
             begin = time.perf_counter()
             all_counts(self._ids_TK, ranks.counts, group)
+            counts += time.perf_counter() - begin
             y_nd = exchange(x_nd, sent_D, got_D, group)
             ranks.wait()
-            middle = time.perf_counter()
             exchange(y_nd, got_D, sent_D, group)
             ranks.wait()
-            more += 2 * middle - begin - time.perf_counter()
-        took, more = ranks.agree(time.perf_counter() - start, more)
-        return took / rounds / 2, more / rounds
+        took, counts = ranks.agree(time.perf_counter() - start, -counts)
+        return took / rounds / 2, -counts / rounds
