@@ -33,6 +33,8 @@ OPTIONS = {
     "export": {"--to", "--output", "--model", "--num-hidden-layers", "--json"},
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},
+    "calibrate": {"--output", "--model", "--hidden", "--inner", "--matrices", "--curve", "--dilation", "--seconds",
+                  "--repeats", "--quick", "--find-nic", "--device", "--cluster", "--json"},
 }  # fmt: skip
 
 
