@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from poise.cost.weights import StepPrice
 from poise.errors import PlacementError
 
-MAX_ROWS = 2**28
-"""Most entries of ``rows_SED`` (2 GB): beyond, methods with a dispatch rule of their own pass quotas only."""
+MAX_ROWS = 2**25
+"""Most entries of ``rows_SED`` (0.3 GB): beyond, methods with a dispatch rule of their own pass quotas only."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
