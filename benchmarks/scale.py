@@ -540,29 +540,36 @@ def phase_words(phase: Phase) -> str:
 SHOWN = ("split", "hecate", "ultra-ep", "moon-ep", "poise")
 NAMES = {"deepseek-v3": "DeepSeek-V3", "kimi-k2": "Kimi-K2 (synthetic loads)"}
 FINDINGS = """\
-**On paper only.** Every number is modelled. The model has been measured on emulated machines of up to 16 ranks (other reports of
-this date), nothing at these sizes or on a GPU; rates are datasheet peaks, flows are `home` (no deduplication), step-to-step drift is
-assumed, and Kimi-K2's loads are synthetic. Read ratios, not milliseconds; planning seconds alone are measured, on this CPU.
+**On paper only.** Every number is modelled. The model has been measured on emulated machines of up to 16 ranks (other
+reports of this date), never at these sizes or on a GPU; rates are datasheet peaks, flows are `home` (no deduplication),
+the drift from step to step is assumed, and Kimi-K2's loads are synthetic. Read ratios, not milliseconds; only planning
+seconds are measured, on this CPU. Few layers and steps are judged at the large sizes: differences of 5 % mean nothing.
 
-- **The straggler is one network port**: that of the device with the hottest expert, which in most rows is the fullest in compute
-  too. Under the best static map it sets 70 to 83 % of the layer; 17 to 71 % of the layer is what it takes beyond the mean device. Lag grows with
-  devices until each holds one expert (DeepSeek-V3 prefill: max / mean 1.45 on 64, 2.98 on 512) and eases little with more copies (2.6 on 2048).
-- **Prefill, 4096 tokens a device: moving weights pays at every size** from 64 to 2048 devices: the fastest policy is 1.38 to 2.28 times as fast as
-  the best static map (synthetic Kimi-K2: 1.38 to 2.90), most at 512. `poise` leads up to 256 devices on DeepSeek-V3 and **loses** beyond it, and on Kimi-K2 from
-  128 on, to UltraEP (with replicas across nodes, which is not its published form) and at times to MoonEP.
-- **Decode, 128 tokens a device: nothing pays at any size.** The best is Hecate's 1.04 on 64 devices, 1.00 from 512 on. Policies that need
-  exact loads take 1.3 (64 devices) to 8 and 9 times (2048) the static layer, nearly all of it charged control; were planning free, the split
-  would still be at 0.93 to 1.10. `poise` stays asleep and costs nothing. One expert's weights need 0.9 ms on the network, a layer's whole time.
-- **The exact split stops paying where a device has one slot**, from 512 devices on: an expert's own devices are then its alone and the even
-  split is exact; what is left is control (0.96 on 512, 0.85 on 2048). Below that it gains 1.13 to 1.17 in prefill (Kimi-K2 1.04 to 1.21).
-- **Break-even in tokens a device** (decode loads): between 1024 and 4096 for every policy that moves weights, at 64, 256 and 1024 devices alike; Hecate
-  loses there (exposed fetches) and the split alone pays at 256 devices only.
-- **Planning is the wall for the exact policies at scale.** The model charges all alike, 7.4 ms a layer on 2048 devices. Measured, the split needs a
-  seventh of it, LLEP half, but MoonEP 19, UltraEP 50 and LPLB 77 ms: with those seconds UltraEP's 1.59 is 0.6, MoonEP's 1.61 is 1.1, LLEP's
-  1.53 is 1.7. `poise` plans ahead, which the model does not charge: 20 ms a layer on 512 devices and seconds on 1024 in prefill, and in decode more than the
-  layer takes from 64 devices on. None of that can be hidden on one core.
-- **Static planning saturates.** `poise`'s map is 8 to 15 % faster than EPLB's and LPT's in prefill up to 256 devices and -2 to +4 % in decode, for
-  0.2 to 6 s a layer; with one slot a device all three are one map. MoETuner's equal clusters lose to contiguous blocks on 128 devices."""
+- **The straggler is one network port**, of the device with the hottest expert, which is mostly the fullest in compute
+  too. Under the best static map it sets 70 to 83 % of the layer, and 17 to 71 % of the layer is what it takes beyond the
+  mean device. That grows until a device holds one expert (DeepSeek-V3 prefill: max / mean 1.45 on 64, 2.98 on 512) and
+  eases little with more copies (2.6 on 2048). Efficiency there: 0.34 to 0.39.
+- **Prefill, 4096 tokens a device: moving weights pays at every size**: the fastest policy is 1.38 to 2.28 times as fast
+  as the best static map (Kimi-K2 1.38 to 2.90), most on 512. `poise` leads up to 256 devices on DeepSeek-V3 and is no
+  longer first on 512 and 1024 (2.24 against UltraEP's 2.28, 1.82 against 1.86); on Kimi-K2 it **loses** on 128 (1.31
+  against 1.42) and 256 (1.99 against 2.06). UltraEP wins with replicas across nodes, not its published form.
+- **Decode, 128 tokens a device: no fast loop pays at any size.** Best: Hecate's 1.04 on 64 devices, 1.00 from 512 on.
+  Policies that need exact loads take 1.3 (64) to 9 times (2048) the static layer, mostly charged control; with planning
+  free the split would gain at most 5 %, up to 256 devices. One expert's weights take 0.9 ms on the network, a whole
+  layer. `poise` stays passive and costs nothing but its planning.
+- **The exact split stops paying where a device has one slot**, from 512 devices on: there the even split is exact, and
+  what is left is control (0.96 on 512, 0.85 on 2048). Below, it gains 13 to 17 % in prefill (Kimi-K2 4 to 21 %).
+- **One more redundant slot a device is the better answer in decode**, and half of it in prefill: on 512 devices a
+  second slot takes decode from 1.36 to 0.99 ms and prefill from 53.3 to 35.4 ms under the even split, for 2.6 GB a device.
+- **Break-even** (decode loads): 1024 to 4096 tokens a device for every policy that moves weights after the gate and for
+  `poise`, on 64, 256 and 1024 devices alike. Hecate loses from 4096 on (exposed fetches); the split alone pays on 256 only.
+- **Planning is the wall at scale.** The model charges all exact policies alike, 7.4 ms a layer on 2048 devices. Measured,
+  the split takes 1 ms and LLEP 4, but MoonEP 17, UltraEP 53 and LPLB 21 to 70 ms: with those seconds UltraEP's 1.59 is
+  0.60 and MoonEP's 1.61 is 1.19, LLEP's 1.53 is 1.75. `poise` plans ahead, uncharged: below the layer's time in prefill up to 256
+  devices, 0.2 s a layer on 512 and 4 s on 1024; in decode 27 layer times on 64 devices already, to decide to do nothing.
+- **Static planning saturates.** `poise`'s map is 8 to 18 % faster than LPT's and EPLB's in prefill up to 256 devices (Kimi-K2
+  2 to 4 %) and -2 to +4 % in decode, for 0.2 to 4 s a layer; with one slot a device it is LPT's and global EPLB's. MoETuner's equal
+  clusters use no redundant slots and lose to contiguous blocks on 128 devices."""
 SPEED = (
     "Static rows: modelled ms a layer (bold: the least under the even split; the policies run over that map). Policies (+): "
     "that map's time / the policy's; above 1 it pays. Static rows with the exact split pay no control time: what a split "
@@ -586,7 +593,8 @@ PLANNING = (
 )
 SLOTS = (
     "DeepSeek-V3, EPLB's map, two layers: the slot rule, one and two slots a device more. A slot more a device is 44 MB a "
-    "layer, 2.6 GB over 58 layers, taken from the key/value cache."
+    "layer, 2.6 GB over 58 layers, taken from the key/value cache. `poise` keeps its step replicas, so its M = 1 costs as much; "
+    "UltraEP, LLEP and MoonEP share one buffer among the layers. The exact columns pay no control time."
 )
 DEDUP = (
     "DeepSeek-V3 decode, one layer, two judged steps of synthetic tokens: Gumbel scores on the log shares, the 4 of 8 groups "
@@ -623,8 +631,8 @@ def how() -> str:
         f"judged steps of one layer, chosen anew for every case up to {TUNED_TO} devices, beyond that as at {TUNED_TO}. Tuned and chosen on judged traffic, which favours "
         "the rivals; so is the best static map.",
         f"- Not run: MoETuner's ILPs above {MOETUNER_TO} devices (clusters of one expert) and on the synthetic loads; poise's static search above "
-        f"{POISE_TO} (with one slot a device, at 512, it took 9 s for two layers, at 2048 91 s, to find LPT's map, whose greedy "
-        "replication is optimal there); poise's fast loop above 512 (decode), 1024 (prefill), 256 (Kimi-K2): planning ahead takes seconds a layer, and at 2048 the plans it compares "
+        f"{POISE_TO} (with one slot a device, tried once beside this run, it took 9 s for two layers on 512 and 91 s on 2048 to find LPT's map, whose greedy "
+        "replication is optimal there for one scenario); poise's fast loop above 512 (decode), 1024 (prefill), 256 (Kimi-K2): planning ahead takes seconds a layer, and at 2048 the plans it compares "
         "would not fit into memory (4 GB).",
         "- EPLB is hierarchical where groups or experts divide by nodes: DeepSeek-V3 (8 groups) on 64 devices only.",
     ])  # fmt: skip
