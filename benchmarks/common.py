@@ -102,3 +102,27 @@ def line_chart(series: dict[str, list[tuple[float, float]]], x_label: str, y_lab
     out.append(f'<text x="{(left + wide - 120) / 2}" y="{tall - 8}" text-anchor="middle">{x_label}</text>')
     out.append(f'<text x="{left}" y="12">{y_label}</text></svg>')
     return "\n".join(out)
+
+
+def bar_chart(groups: dict[str, tuple[float, ...]], names: tuple[str, ...], label: str) -> str:
+    """A small SVG: a group of horizontal bars a key, from 0."""
+    colours = ("#1f6feb", "#c2c8d2", "#0f8a5f", "#c2410c")
+    most = max(max(values) for values in groups.values())
+    left, wide, bar, gap, up = 210, 560, 13, 12, 34
+    tall = up + sum(len(values) * bar + gap for values in groups.values()) + 10
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {tall}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{wide}" height="{tall}" fill="#fff"/>']  # fmt: skip
+    for index, name in enumerate(names):
+        out.append(f'<rect x="{left + 110 * index}" y="8" width="10" height="10" fill="{colours[index]}"/>')
+        out.append(f'<text x="{left + 110 * index + 15}" y="17">{name}</text>')
+    out.append(f'<text x="8" y="17">{label}</text>')
+    y = up
+    for key, values in groups.items():
+        out.append(f'<text x="{left - 8}" y="{y + len(values) * bar / 2 + 4:.1f}" text-anchor="end">{key}</text>')
+        for index, value in enumerate(values):
+            length = value / most * (wide - left - 60)
+            out.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 2}" fill="{colours[index]}"/>')
+            out.append(f'<text x="{left + length + 5:.1f}" y="{y + 10}" font-size="10">{value:.3g}</text>')
+            y += bar
+        y += gap
+    return "\n".join([*out, "</svg>"])

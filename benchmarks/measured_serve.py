@@ -1,0 +1,404 @@
+"""Serving measured on emulated clusters: placements and fast loops run, beside what the cost model says of each.
+
+    python benchmarks/measured_serve.py DATA [--repeats 20] [--scenes llama-1x8,...]
+
+Needs root, ip and tc (docs/emulation.md). Link rates are chosen so that the contiguous placement spends the published
+35.7 % of its time in all-to-alls (modelled); constants of the model come from `poise calibrate` on the same links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import REPORTS, bar_chart, table, write
+
+from poise.api import deal_slots
+from poise.cluster import Cluster
+from poise.cost.compute import expert_seconds
+from poise.cost.step import BatchCost, batch_cost
+from poise.cost.traffic import Traffic
+from poise.curve import ExpertCurve
+from poise.emulate import EmulatedCluster, run
+from poise.errors import InfeasibleError
+from poise.evaluate.replay import replay
+from poise.evaluate.stepwise import WARM_UP, FastLoop, replay_steps
+from poise.evaluate.timeline import Event, simulated_step, write_perfetto
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.observe.batching import make_batch
+from poise.observe.files import join, read
+from poise.observe.synthetic import zipf_trace
+from poise.observe.trace import RoutingTrace
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
+from poise.planning.solve.solve import solve
+from poise.policies.registry import parse_policy
+
+HERE = Path(__file__).parent
+SHARE = 0.357
+"""All-to-all's part of end-to-end time under the contiguous placement (MoETuner, arXiv 2502.06643)."""
+WIDTH = 1024
+FLOOR_TOKENS = 9
+"""Rows below which reading an expert's weights takes longer than its arithmetic. A row stands for 32 tokens, so that 512
+rows are prefill with 16,384 tokens a GPU; an H100 reads weights in the time of 295 tokens."""
+EXPERT_ROWS = 768
+"""Bytes of an expert over bytes of a row: Llama-4's (252 MB, 10 KB) with 32 tokens a row."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One cluster, one traffic, one data flow.
+
+    ``unit_s``: seconds of attention, and of a mean device's experts, in one layer. ``startup_s``: start-up of an exchange
+    that is allowed for when links are chosen. ``ratio``: a device's port into its node over its network port (450 GB/s
+    NVLink and 800 Gb/s network). ``rows``: name, method, redundant experts a GPU, fast loop.
+    """
+
+    name: str
+    nodes: int
+    devices: int
+    traffic: Traffic
+    tokens_per_device: int
+    num_layers: int
+    steps: int
+    rows: tuple[tuple[str, str, int, str], ...]
+    unit_s: float = 0.06
+    startup_s: float = 0.008
+    ratio: float = 4.5
+    in_sample: bool = False
+
+    @property
+    def world(self) -> int:
+        """D."""
+        return self.nodes * self.devices
+
+
+FULL = (
+    ("contiguous", "contiguous", 0, ""),
+    ("EPLB, 1 redundant a GPU", "eplb", 1, ""),
+    ("MoETuner", "moetuner", 0, ""),
+    ("poise static, no redundant", "poise", 0, ""),
+    ("poise static, 1 redundant a GPU", "poise", 1, ""),
+    ("poise + fast loop", "poise", 1, "poise"),
+)
+PAPER = (
+    ("contiguous", "contiguous", 0, ""),
+    ("MoETuner", "moetuner", 0, ""),
+    ("poise static, equal slots", "poise", 0, ""),
+    ("poise static, 1 redundant a GPU", "poise", 1, ""),
+)
+SHIFT = FULL[:2] + FULL[4:]
+SCENES = {
+    "llama-1x8": Scene("llama-1x8", 1, 8, "home", 512, 2, 6, FULL),
+    "llama-2x4": Scene("llama-2x4", 2, 4, "home", 512, 2, 6, FULL),
+    "llama-4x4": Scene("llama-4x4", 4, 4, "home", 256, 2, 4, FULL, unit_s=0.12, startup_s=0.025),
+    "llama-2x4-shift": Scene("llama-2x4-shift", 2, 4, "home", 512, 2, 4, SHIFT),
+    "olmoe-2x4-stay": Scene("olmoe-2x4-stay", 2, 4, "stay", 512, 3, 2, FULL[:1] + FULL[2:5]),
+    "paper-1x4": Scene("paper-1x4", 1, 4, "home", 512, 4, 3, PAPER, startup_s=0.004, in_sample=True),
+    "paper-2x2": Scene("paper-2x2", 2, 2, "home", 512, 4, 3, PAPER, startup_s=0.004, in_sample=True),
+}
+
+
+def traces(scene: Scene, data: Path) -> tuple[RoutingTrace, RoutingTrace, str]:
+    """What placements are fitted on, what they are judged on, and both in words."""
+    if scene.name.startswith("llama"):
+        folder = data / "llama4-maverick"
+        one, other = read(folder / "abstract_algebra.npz"), read(folder / "anatomy.npz")
+        assert isinstance(one, RoutingTrace) and isinstance(other, RoutingTrace)
+        fit, judge = one, other
+        words = "Llama-4 Maverick, top-1 of 128: fitted on one MMLU subject, judged on another"
+        if not scene.name.endswith("shift"):
+            halves = list(zip(one.split_requests(), other.split_requests(), strict=True))
+            fit, judge = join(halves[0]), join(halves[1])
+            words = (
+                "Llama-4 Maverick, top-1 of 128: fitted on half of the requests of two subjects, judged on the others"
+            )
+    elif scene.name.startswith("olmoe"):
+        fit, judge = read(Path(str(files("poise") / "data" / "demo_trace.npz"))).split_requests()
+        words = (
+            "the small OLMoE trained for the demo, top-4 of 32: fitted on half of the requests, judged on the others"
+        )
+    else:
+        fit = judge = zipf_trace(num_tokens=40_000, num_layers=8, num_experts=8, top_k=2, exponent=0.7, stickiness=0.5)
+        words = "synthetic, top-2 of 8 experts, Zipf 0.7, half of the tokens follow a partner: in sample, as the paper's maps"
+    assert isinstance(fit, RoutingTrace) and isinstance(judge, RoutingTrace)
+    return fit, judge, words
+
+
+def batch_of(trace: RoutingTrace, scene: Scene, steps: int, seed: int) -> RoutingBatch:
+    """Steps of equally many tokens a device; layers spread over the model (neighbours under ``stay``)."""
+    whole = make_batch(trace, tokens_per_step=scene.tokens_per_device * scene.world, steps=steps, seed=seed)
+    assert whole.experts_TLK is not None
+    layers = np.linspace(0, whole.num_layers - 1, scene.num_layers).round().astype(int)
+    if scene.traffic == "stay":
+        layers = np.arange(2, 2 + scene.num_layers)
+    home = np.arange(len(whole.experts_TLK)) % scene.world
+    return replace(whole, load_BLE=whole.load_BLE[:, layers].copy(), experts_TLK=whole.experts_TLK[:, layers].copy(),
+                   layer_ids_L=whole.layer_ids_L[layers].copy(), home_T=home.astype(np.int32))  # fmt: skip
+
+
+def model_of(batch: RoutingBatch) -> ModelSpec:
+    """Sizes whose bytes are those of the run: rows of 1024 16-bit numbers, and on the way there ids and weights."""
+    along = (4.0 + 4.0) * batch.top_k
+    if batch.top_k == 1:
+        along = 8.0
+    inner = EXPERT_ROWS // 2
+    ids = tuple(int(i) for i in batch.layer_ids_L)
+    return ModelSpec("replayed", max(ids) + 1, ids, batch.num_experts, batch.top_k, WIDTH, inner, 2, 2.0,
+                     2.0 + along / WIDTH, 2.0, 1024.0)  # fmt: skip
+
+
+def curve_rows(batch: RoutingBatch, scene: Scene) -> np.ndarray:
+    """The device clock's curve: a roofline in tokens, active experts and seconds, so that a mean device takes a unit."""
+    per_token = scene.unit_s / (scene.tokens_per_device * batch.top_k)
+    tokens = np.array([1.0, FLOOR_TOKENS, 8 * FLOOR_TOKENS, 64 * FLOOR_TOKENS, 256 * FLOOR_TOKENS])
+    return np.stack([tokens, np.ones_like(tokens), np.maximum(tokens, FLOOR_TOKENS) * per_token], axis=1)
+
+
+def links(scene: Scene, batch: RoutingBatch, model: ModelSpec, curve: ExpertCurve, placement: Placement) -> Cluster:
+    """The cluster on which the contiguous placement spends SHARE of its time in all-to-alls."""
+    shape = Cluster.uniform(scene.nodes, scene.devices)
+    base = replace(shape, intra_bytes_per_s=scene.ratio if scene.nodes > 1 else 1.0, inter_bytes_per_s=1.0,
+                   intra_latency_s=0.0, inter_latency_s=0.0, expert_curve=curve, name=scene.name)  # fmt: skip
+    cost = batch_cost(batch, placement.count_LED(), base, model, traffic=scene.traffic, split="even")
+    bytes_ = float((cost.dispatch_BL + cost.combine_BL + cost.kv_BL).sum(axis=1).mean())
+    seconds = float(cost.compute_BL.sum(axis=1).mean()) + scene.num_layers * scene.unit_s
+    startup = 2 * scene.num_layers * scene.startup_s
+    rate = bytes_ / (SHARE / (1 - SHARE) * seconds - startup)
+    return replace(base, intra_bytes_per_s=base.intra_bytes_per_s * rate, inter_bytes_per_s=rate)
+
+
+def calibrate(emulated: EmulatedCluster, folder: Path, curve: Path, model: ModelSpec) -> Cluster:
+    """Constants of the emulated cluster as `poise calibrate` finds them."""
+    out = folder / "calibrated.yaml"
+    args = ["poise.cli", "calibrate", "-o", str(out), "--hidden", str(model.hidden_size), "--inner",
+            str(model.expert_intermediate_size), "--matrices", "2", "--curve", str(curve)]  # fmt: skip
+    run(emulated, "-m", args, timeout=900, out=sys.stderr)
+    return Cluster.parse(out)
+
+
+def plan_rows(scene: Scene, fit: RoutingBatch, cluster: Cluster, model: ModelSpec) -> list[Placement]:
+    """A placement for each row."""
+    out: dict[tuple[str, int], Placement] = {}
+    for _, method, redundant, _ in scene.rows:
+        if (method, redundant) in out:
+            continue
+        slots = deal_slots(fit.num_experts, redundant * scene.world, scene.world)
+        case = PlacementProblem(fit, cluster, model, slots, scene.traffic, "even", method == "moetuner")
+        try:
+            found = solve(case, method=method, time_limit_s=8)
+        except InfeasibleError:  # ILP 1's sizes may leave ILP 2 no equal memory over so few layers
+            found = solve(replace(case, pooled=False), method=f"{method}-equal", time_limit_s=8)
+        out[method, redundant] = found.placement
+    return [out[method, redundant] for _, method, redundant, _ in scene.rows]
+
+
+@dataclass
+class Predicted:
+    """Modelled terms of the judged steps, and the compute of each device."""
+
+    cost: BatchCost
+    compute_BLD: np.ndarray
+
+
+def predict(scene: Scene, row: tuple[str, str, int, str], placement: Placement, batch: RoutingBatch, cluster: Cluster,
+            model: ModelSpec, prior: np.ndarray) -> Predicted:  # fmt: skip
+    _, _, _, fast = row
+    if fast:
+        loop = FastLoop(parse_policy(fast), 1, window_s=scene.unit_s)
+        cost = replay_steps(batch, placement, loop, cluster, model, traffic=scene.traffic, prior_LE=prior).cost
+        tokens = cost.tokens_BLD
+        return Predicted(cost, cost.compute_BL[..., None] * tokens / np.maximum(tokens.max(axis=2, keepdims=True), 1))
+    judged = batch.steps_from(WARM_UP)
+    cost = replay(judged, placement, cluster, model, traffic=scene.traffic, split="even").cost
+    count = placement.count_LED()
+    share = count / np.maximum(count.sum(axis=2, keepdims=True), 1)
+    tokens = judged.load_BLE[..., None] * share[None]
+    return Predicted(cost, expert_seconds(tokens, cluster, model).sum(axis=2) / cluster.speed_D)
+
+
+def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, Any]:
+    """Plan, calibrate, run and predict one scene."""
+    fit_trace, judge_trace, words = traces(scene, data)
+    steps = WARM_UP + scene.steps
+    fit = batch_of(fit_trace, scene, steps, seed=1)
+    batch = batch_of(judge_trace, scene, steps, seed=1 if scene.in_sample else 2)
+    model = model_of(batch)
+    rows = curve_rows(batch, scene)
+    curve_file = folder / "curve.csv"
+    np.savetxt(curve_file, rows, delimiter=",", header="tokens,active_experts,seconds", comments="")
+    curve = ExpertCurve(rows[:, 0], rows[:, 2], model.expert_parameters)
+    contiguous = plan_rows(replace(scene, rows=scene.rows[:1]), fit, Cluster.uniform(scene.nodes, scene.devices), model)
+    stated = links(scene, batch.steps_from(WARM_UP), model, curve, contiguous[0])
+    emulated = EmulatedCluster(scene.nodes, scene.devices, stated.intra_bytes_per_s,
+                               stated.inter_bytes_per_s if scene.nodes > 1 else None)  # fmt: skip
+    cluster = calibrate(emulated, folder, curve_file, model)
+    placements = plan_rows(scene, fit, cluster, model)
+    prior = fit.load_LE()
+    job = {
+        "cluster": str(folder / "calibrated.yaml"), "traffic": scene.traffic, "width": WIDTH, "model": asdict(model),
+        "expert_bytes": int(model.expert_bytes), "curve": str(curve_file), "window_s": scene.unit_s, "repeats": repeats,
+        "tokens": scene.tokens_per_device * scene.world, "warm_up": WARM_UP, "prior": prior.tolist(),
+        "kv_bytes": int(model.kv_bytes_per_token_layer), "rows": [],
+    }  # fmt: skip
+    for index, (row, placement) in enumerate(zip(scene.rows, placements, strict=True)):
+        path = folder / f"row{index}.npz"
+        placement.save(path)
+        job["rows"].append({"name": row[0], "placement": str(path), "fast": row[3], "step_slots": 1})
+    (folder / "job.json").write_text(json.dumps(job))
+    np.savez(folder / "routing.npz", experts=batch.experts_TLK, home=batch.home_T, start=batch.start_B)
+    done = run(emulated, HERE / "serve_rank.py",
+               [str(folder / name) for name in ("job.json", "routing.npz", "out.npz")], timeout=3600, out=sys.stderr)  # fmt: skip
+    with np.load(folder / "out.npz", allow_pickle=False) as z:
+        marks, overruns = z["marks"], z["overruns"]
+    return {"scene": scene, "words": words, "marks": marks, "overruns": int(overruns.sum()), "shaped": done.shaped,
+            "stated": stated, "cluster": cluster, "batch": batch,
+            "predicted": [predict(scene, row, placement, batch, cluster, model, prior)
+                          for row, placement in zip(scene.rows, placements, strict=True)]}  # fmt: skip
+
+
+def terms(marks: np.ndarray) -> dict[str, np.ndarray]:
+    """Seconds of each term from marks [repeats, steps, layers, devices, 6]: ends of the last device, one after the other.
+
+    A term lasts from when the last device is done with the one before until the last one is done with it; so terms add up
+    to the step, [repeats, steps]. ``waiting_*`` count what single devices spent in all-to-alls, waiting included.
+    """
+    last = marks.max(axis=3)
+    own = marks[..., 3] - marks[..., 2] + marks[..., 5] - marks[..., 4]
+    compute = marks[..., 4] - marks[..., 3]
+    return {
+        "attention": (last[..., 1] - last[..., 0]).sum(axis=2),
+        "weights": (last[..., 2] - last[..., 1]).sum(axis=2),
+        "exchange": (last[..., 3] - last[..., 2] + last[..., 5] - last[..., 4]).sum(axis=2),
+        "compute": (last[..., 4] - last[..., 3]).sum(axis=2),
+        "step": last[:, :, -1, 5] - marks[:, :, 0, :, 0].min(axis=2),
+        "exchange_tail": own.max(axis=3).sum(axis=2),
+        "exchange_mean": own.mean(axis=3).sum(axis=2),
+        "compute_tail": compute.max(axis=3).sum(axis=2),
+        "compute_mean": compute.mean(axis=3).sum(axis=2),
+    }
+
+
+def modelled(predicted: Predicted, layers: int, unit_s: float) -> dict[str, np.ndarray]:
+    """The same terms of the cost model, [steps]."""
+    cost = predicted.cost
+    extra = sum((part for part in (cost.weights_BL, cost.control_BL) if part is not None), np.zeros_like(cost.kv_BL))
+    exchange = cost.dispatch_BL + cost.combine_BL
+    out = {"exchange": exchange, "compute": cost.compute_BL, "weights": extra + cost.kv_BL}
+    sums = {name: value.sum(axis=1) for name, value in out.items()}
+    sums["step"] = sum(sums.values()) + layers * unit_s
+    return sums
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables of one scene."""
+    scene, marks = found["scene"], found["marks"]
+    layers = marks.shape[3]
+    head = [
+        "placement",
+        "step, s",
+        "spread",
+        "p99",
+        "speed",
+        "all-to-all",
+        "tail",
+        "average",
+        "compute tail",
+        "average",
+    ]
+    error_head = ["placement", "step measured", "modelled", "error", "all-to-all measured", "modelled", "error",
+                  "compute (slept) measured", "modelled", "error", "weights, control, keys measured", "modelled",
+                  "worst step's error"]  # fmt: skip
+    rows, errors, bars = [], [], {}
+    first = None
+    for index, (name, *_) in enumerate(scene.rows):
+        got = {
+            key: np.median(value, axis=0) for key, value in terms(marks[index]).items()
+        }  # medians of repeats, [steps]
+        whole = terms(marks[index])["step"]
+        first = first or {key: value.mean() for key, value in got.items()}
+        speeds = terms(marks[0])["step"].mean(axis=1) / whole.mean(axis=1)
+        spread = np.percentile(whole / np.median(whole, axis=0), [5, 95])
+        rows.append([name, f"{got['step'].mean():.3f}", f"{spread[0] - 1:+.1%} {spread[1] - 1:+.1%}",
+                     f"{np.percentile(got['step'], 99):.3f}", f"{np.median(speeds):.3f}",
+                     f"{got['exchange'].mean() / got['step'].mean():.1%}",
+                     *(f"{got[key].mean() / first[key] - 1:+.1%}"
+                       for key in ("exchange_tail", "exchange_mean", "compute_tail", "compute_mean"))])  # fmt: skip
+        want = modelled(found["predicted"][index], layers, scene.unit_s)
+        line: list[object] = [name]
+        for key in ("step", "exchange", "compute"):
+            line += [
+                f"{got[key].mean():.4f}",
+                f"{want[key].mean():.4f}",
+                f"{want[key].mean() / got[key].mean() - 1:+.1%}",
+            ]
+        line += [f"{got['weights'].mean():.4f}", f"{want['weights'].mean():.4f}",
+                 f"{np.abs(want['step'] / got['step'] - 1).max():.1%}"]  # fmt: skip
+        errors.append(line)
+        bars[name] = (got["step"].mean(), want["step"].mean())
+    base, stated = found["cluster"], found["stated"]
+    picture = f"measured-serve-{scene.name}.svg"
+    (REPORTS / picture).write_text(bar_chart(bars, ("measured", "modelled"), "seconds a step"))
+    timeline = f"measured-serve-{scene.name}.perfetto.json"
+    write_perfetto(REPORTS / timeline, timelines(found))
+    words = (
+        f"{found['words']}. {scene.tokens_per_device} rows a device and step, {layers} layers, {marks.shape[2]} steps after "
+        f"{WARM_UP} warm-up steps, {marks.shape[1]} paired repeats, flow `{scene.traffic}`. Ports set to "
+        f"{stated.intra_bytes_per_s / 1e6:.1f} MB/s inside a node"
+        + (f", {stated.inter_bytes_per_s / 1e6:.1f} MB/s between nodes" if scene.nodes > 1 else "")
+        + f"; calibrated {base.intra_bytes_per_s / 1e6:.1f}"
+        + (f" and {base.inter_bytes_per_s / 1e6:.1f}" if scene.nodes > 1 else "")
+        + f" MB/s, start-up {1e3 * (base.intra_latency_s + (base.inter_latency_s if scene.nodes > 1 else 0)):.1f} ms + "
+        f"{1e3 * base.peer_latency_s:.2f} ms a peer. Over-runs of the device clock: {found['overruns']}."
+        + ("" if found["shaped"] else " **Links were not shaped: these times say nothing.**")
+    )
+    return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe model beside it, seconds a step (means over steps of "
+            f"medians over repeats); last: the step it is furthest off on:\n\n{table(error_head, errors)}\n\n"
+            f"![measured and modelled]({picture})\n\nTimeline of one step, measured and simulated: [{timeline}]({timeline}), "
+            f"for ui.perfetto.dev.")  # fmt: skip
+
+
+def timelines(found: dict[str, Any]) -> dict[str, list[Event]]:
+    """Step 0 of the first and the last row: the repeat nearest to the median, and the model's."""
+    scene, out = found["scene"], {}
+    for index in (0, len(scene.rows) - 1):
+        step = terms(found["marks"][index])["step"][:, 0]
+        marks = found["marks"][index, int(np.argmin(np.abs(step - np.median(step)))), 0]
+        events = []
+        for layer in range(marks.shape[0]):
+            for device in range(marks.shape[1]):
+                at = marks[layer, device]
+                for name, a, b in zip(("attention", "weights, control", "dispatch", "experts", "combine"), at, at[1:],
+                                      strict=False):  # fmt: skip
+                    events.append(Event(name, device, float(a), float(b - a)))
+        predicted = found["predicted"][index]
+        name = scene.rows[index][0]
+        out[f"{name}, measured"] = events
+        out[f"{name}, simulated"] = simulated_step(predicted.cost, 0, predicted.compute_BLD[0], window_s=scene.unit_s)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--scenes", default=",".join(SCENES))
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    for name in options.scenes.split(","):
+        scene = SCENES[name] if options.steps is None else replace(SCENES[name], steps=options.steps)
+        with tempfile.TemporaryDirectory() as folder:
+            text = report(measure(scene, options.data, options.repeats, Path(folder)))
+        write("Serving, measured on an emulated cluster", [text], f"-{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What every rank of an emulated cluster runs for benchmarks/measured_serve.py: replayed routing through real exchanges.
+
+    serve_rank.py JOB.json ROUTING.npz OUT.npz
+
+The routing of each token is given, its row and the experts' weights are real bytes, a device clock stands for attention
+and experts. Outputs are checked against one multiplication a token in the first repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from poise.cluster import Cluster
+from poise.cost.weights import step_price
+from poise.emulate import DeviceClock, ExpertCurve
+from poise.modelspec import ModelSpec
+from poise.planning.placement import Placement
+from poise.policies.registry import parse_policy
+from poise.runtime.collectives import exchange
+from poise.runtime.experts import ExpertKind
+from poise.serve.layer import ServedLayer
+from poise.serve.split import FastLoop
+
+MARKS = ("start", "attention", "planned", "dispatched", "computed", "combined")
+"""Ends of the parts of a layer, in the order of the last axis of what is written."""
+
+
+def scaled_rows(width: int, numel: int) -> ExpertKind:
+    """Experts that multiply by their first weight; the others are there to be moved."""
+    return ExpertKind("scale", {"w": (numel,)}, lambda bank, x: x * bank["w"][0], None, 1, width, width)
+
+
+class Routing:
+    """The tokens of all steps."""
+
+    def __init__(self, path: str) -> None:
+        with np.load(path, allow_pickle=False) as z:
+            self.experts = torch.from_numpy(z["experts"].astype(np.int64))
+            self.home, self.start = z["home"], z["start"]
+        self.top_k = self.experts.shape[2]
+        weight = torch.arange(self.top_k, 0, -1, dtype=torch.float32)
+        self.weight = weight / weight.sum()
+
+    def tokens(self, step: int, rank: int) -> torch.Tensor:
+        """Numbers of this rank's tokens in a step."""
+        rows = np.arange(self.start[step], self.start[step + 1])
+        return torch.from_numpy(rows[self.home[rows] == rank])
+
+
+class Run:
+    """One row of the table on this rank."""
+
+    def __init__(self, job: dict[str, Any], row: dict[str, Any], routing: Routing, cluster: Cluster) -> None:
+        self.job, self.routing, self.rank = job, routing, dist.get_rank()
+        self.placement = Placement.load(row["placement"])
+        self.kind = scaled_rows(job["width"], job["expert_bytes"] // 2)
+        self.clock = DeviceClock(ExpertCurve.from_csv(job["curve"]))
+        fast = None
+        if row["fast"]:
+            model = ModelSpec(**{**job["model"], "moe_layer_ids": tuple(job["model"]["moe_layer_ids"])})
+            price = step_price(job["tokens"], model.num_experts, cluster, model, window_s=job["window_s"])
+            prior = np.array(job["prior"]) if job.get("prior") else None
+            fast = FastLoop(parse_policy(row["fast"]), price, step_slots=row["step_slots"], prior_LE=prior)
+        self.banks, self.layers = [], []
+        for index in range(self.placement.num_layers):
+            slots = self.placement.slot_expert_LS[index, self.placement.slot_device_S == self.rank]
+            bank = torch.zeros(int((slots >= 0).sum()), self.kind.numel, dtype=torch.bfloat16)
+            bank[:, 0] = scale_of(torch.from_numpy(slots[slots >= 0].astype(np.int64)))
+            self.banks.append({"w": bank})
+            self.layers.append(ServedLayer(index, self.kind, self.banks[-1], self.placement, cluster,
+                                           traffic=job["traffic"], fast=fast, clock=self.clock))  # fmt: skip
+        self.fast = fast
+        self.spans: dict[str, list[tuple[float, float]]] = {}
+
+    def reset(self, warm_up: int) -> None:
+        """As before the first step; a fast loop then plans, and fetches for, the warm-up steps without their tokens."""
+        for layer, bank in zip(self.layers, self.banks, strict=True):
+            layer.switch(bank, self.placement)
+            layer.flow.record = self._note
+        if self.fast is None:
+            return
+        for step in range(warm_up):
+            mine = self.routing.tokens(step, self.rank)
+            for index, layer in enumerate(self.layers):
+                layer.prefetch()
+                layer._devices(self.routing.experts[mine, index])
+                layer.split.finish()
+
+    def _note(self, name: str, began: float, ended: float) -> None:
+        self.spans.setdefault(name, []).append((began, ended))
+
+    def step(self, step: int, check: bool) -> np.ndarray:
+        """Marks of every layer, float64 [L, 6]."""
+        job, routing = self.job, self.routing
+        tag = routing.tokens(step, self.rank)
+        x = torch.ones(len(tag), job["width"], dtype=torch.bfloat16)
+        marks = np.zeros((len(self.layers), len(MARKS)))
+        stay = job["traffic"] == "stay"
+        dist.barrier()
+        for index, layer in enumerate(self.layers):
+            marks[index, 0] = time.monotonic()
+            layer.prefetch()
+            if stay:
+                self._share_keys(len(tag))
+            self._until(marks[index, 0] + job["window_s"])
+            marks[index, 1] = time.monotonic()
+            ids, weight = routing.experts[tag, index], routing.weight.expand(len(tag), -1)
+            self.spans.clear()
+            if stay:
+                moved = layer.move(x, ids, weight, tag, lambda rows: rows)
+                tag, y = moved.tag_T, moved.y_Td
+            else:
+                y = layer.run(x, ids, weight)
+            now = time.monotonic()
+            sent, ran = self.spans["dispatch"], self.spans["experts"]
+            marks[index, 2:] = sent[0][0], sent[-1][1], ran[0][1], now
+            if check:
+                want = (scale_of(routing.experts[tag, index]) * routing.weight).sum(dim=1)
+                assert torch.allclose(y[:, 0].float(), want, rtol=0.02), (y[:5, 0], want[:5])
+            x = x.new_ones(len(tag), job["width"])
+        return marks
+
+    def _share_keys(self, tokens: int) -> None:
+        """``stay``: new keys and values go to every rank."""
+        world, width = dist.get_world_size(), self.job["kv_bytes"]
+        mine = torch.tensor([tokens])
+        counts = torch.empty(world, dtype=torch.int64)
+        dist.all_gather_into_tensor(counts, mine)
+        rows = torch.zeros(tokens, width, dtype=torch.uint8).repeat(world, 1)
+        exchange(rows, [tokens] * world, counts.tolist(), dist.group.WORLD)
+
+    @staticmethod
+    def _until(when: float) -> None:
+        while (left := when - time.monotonic()) > 0:
+            time.sleep(left)
+
+
+def scale_of(expert: torch.Tensor) -> torch.Tensor:
+    """Powers of two, so that bfloat16 keeps them exactly."""
+    return 2.0 ** ((expert % 7) - 3).to(torch.float32)
+
+
+def main() -> None:
+    job = json.loads(open(sys.argv[1], encoding="utf-8").read())
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    routing, cluster = Routing(sys.argv[2]), Cluster.parse(job["cluster"])
+    runs = [Run(job, row, routing, cluster) for row in job["rows"]]
+    warm_up, steps = job["warm_up"], len(routing.start) - 1 - job["warm_up"]
+    layers = runs[0].placement.num_layers
+    marks = np.zeros((len(runs), job["repeats"], steps, layers, len(MARKS)))
+    for repeat in range(job["repeats"]):
+        for turn in range(len(runs)):
+            which = (turn + repeat) % len(runs)
+            runs[which].reset(warm_up)
+            if repeat == 0:
+                runs[which].step(warm_up, True)  # connections, pages, checks
+                runs[which].reset(warm_up)
+            for step in range(steps):
+                marks[which, repeat, step] = runs[which].step(warm_up + step, False)
+        if rank == 0:
+            print(f"repeat {repeat + 1}/{job['repeats']}", file=sys.stderr, flush=True)
+    every: list[Any] = [None] * world
+    dist.all_gather_object(every, (marks, [run.clock.report() for run in runs]))
+    if rank == 0:
+        np.savez(sys.argv[3], marks=np.stack([one[0] for one in every], axis=4),
+                 overruns=np.array([[report["overruns"] for report in one[1]] for one in every]))  # fmt: skip
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
