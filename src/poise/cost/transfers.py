@@ -78,20 +78,25 @@ class TransferPlan:
         return out
 
     def seconds(self, cluster: Cluster, expert_bytes: float) -> float:
-        """Modelled time: each round its latency and its fullest port."""
-        total = 0.0
-        for one in self.rounds:
-            port = np.zeros((4, cluster.num_devices))
-            for move in one:
-                far = 2 * int(cluster.node_D[move.source] != cluster.node_D[move.target])
-                port[far, move.source] += 1
-                port[far + 1, move.target] += 1
-            net = port[2:]
-            if cluster.nic_shared:
-                net = np.add.reduceat(net, np.flatnonzero(np.diff(cluster.node_D, prepend=-1)), axis=1)
-            wire = max(port[:2].max() / cluster.intra_bytes_per_s, net.max() / cluster.inter_bytes_per_s)
-            total += wire * expert_bytes + (cluster.inter_latency_s if net.any() else cluster.intra_latency_s)
-        return float(total)
+        """Modelled time: each round its start-up and its fullest port."""
+        return sum(_round_seconds(one, cluster, expert_bytes) for one in self.rounds)
+
+    def back_seconds(self, cluster: Cluster, gradient_bytes: float) -> float:
+        """Modelled time of the reduction, which has more rounds where an owner gets many gradients."""
+        return sum(_round_seconds(one, cluster, gradient_bytes) for one in self.backwards())
+
+
+def _round_seconds(moves: tuple[Transfer, ...], cluster: Cluster, expert_bytes: float) -> float:
+    port = np.zeros((4, cluster.num_devices))
+    for move in moves:
+        far = 2 * int(cluster.node_D[move.source] != cluster.node_D[move.target])
+        port[far, move.source] += 1
+        port[far + 1, move.target] += 1
+    net = port[2:]
+    if cluster.nic_shared:
+        net = np.add.reduceat(net, np.flatnonzero(np.diff(cluster.node_D, prepend=-1)), axis=1)
+    wire = max(port[:2].max() / cluster.intra_bytes_per_s, net.max() / cluster.inter_bytes_per_s)
+    return float(wire * expert_bytes + cluster.intra_latency_s + (cluster.inter_latency_s if net.any() else 0.0))
 
 
 def plan_transfers(

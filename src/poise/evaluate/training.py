@@ -12,7 +12,7 @@ states in sight; its seconds are spread over the steps until the next one, so th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds, port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
-from poise.cost.transfers import Form, plan_transfers
+from poise.cost.transfers import Form, TransferPlan, plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
 from poise.errors import OptionError
 from poise.evaluate.stepwise import RECENT, WARM_UP, FastLoop
@@ -98,6 +98,7 @@ class TrainingReplay:
     attention_s, rest_s : seconds a step of attention (forward and backward, all layers) and of the dense rest.
     owner_LE : int64 [L, E], owners at the end.
     moved_owners : experts that changed owner in all re-shardings, warm-up included.
+    switch_BL : float64 [B, L], what moves of owners and new kept replicas take of ``weights_BL``.
     """
 
     compute_BL: NDArray[np.float64]
@@ -113,6 +114,7 @@ class TrainingReplay:
     rest_s: float
     owner_LE: NDArray[np.int64]
     moved_owners: int
+    switch_BL: NDArray[np.float64]
 
     @property
     def layers_B(self) -> NDArray[np.float64]:
@@ -195,12 +197,13 @@ class _Run:
         self.load_BLE = batch.load_BLE
         self.predicted_BLE = loop.predictor.predict_BLE(batch)
         steps, layers, devices, _ = traffic.load_BLSE.shape
-        names = ("compute", "exchange", "weights", "control", "moved", "exposed")
+        names = ("compute", "exchange", "weights", "control", "moved", "exposed", "switch")
         self.out = {name: np.zeros((steps, layers)) for name in names}
         self.tokens_BLD = np.zeros((steps, layers, devices), np.int64)
         self.replicas_BLD = np.zeros((steps, layers, devices), np.int64)
         self.reshard_B = np.zeros(steps)
         self.held_LED = np.stack([owned_ED(row, devices) for row in owner_LE])
+        self.last = layers - 1  # its backward comes at once: nothing is freed in between
 
     def reshard(self, step: int, first: int) -> None:
         interval = self.sharding.interval
@@ -243,28 +246,29 @@ class _Run:
     def _weights(self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan) -> None:
         price, at = self.price, (view.step, view.layer)
         size = price.model.expert_bytes
-        passes = 1.0 + price.gradient_ratio + (1.0 if price.rematerialise and not self.keeps else 0.0)
+        again = price.rematerialise and not self.keeps and view.layer < self.last
+        passes = 1.0 + price.gradient_ratio + (1.0 if again else 0.0)
         switch_s, new = 0.0, 0
         if self.keeps:
-            price = replace(price, rematerialise=False)  # these replicas are there for good
             base = view.static_ED & plan.holders_ED
             moved_E = ~base.any(axis=1)
             base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
             added = plan.holders_ED & ~view.before_ED
             new = int(added.sum())
             switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
-            early_s, late_s = gather_seconds(base, plan.holders_ED & ~base, price), 0.0
+            parts = [plan.holders_ED & ~base]
             self.held_LED[view.layer] = plan.holders_ED
         else:
             base = view.before_ED
-            early_s = gather_seconds(base, early_ED & ~base, price)
-            late_s = gather_seconds(base, plan.holders_ED & ~early_ED & ~base, price)
+            parts = [early_ED & ~base, plan.holders_ED & ~early_ED & ~base]
+        seconds = [gather_seconds(base, part, price) for part in parts]
         replicas = plan.holders_ED & ~base
         self.replicas_BLD[at] = replicas.sum(axis=0)
-        shown_s = price.exposed_seconds(early_s, late_s)
-        self.out["weights"][at] = shown_s + switch_s
+        back_s = (sum(seconds) if again else 0.0) + reduce_seconds(base, replicas & (plan.quota_ED > 0), price)
+        shown_s = max(0.0, seconds[0] - price.window_s) + sum(seconds[1:]) + max(0.0, back_s - 2.0 * price.window_s)
+        self.out["weights"][at], self.out["switch"][at] = shown_s + switch_s, switch_s
         synced = float(replicas.sum()) * size * passes
-        whole_s = (early_s + late_s) * passes
+        whole_s = sum(seconds) + back_s
         self.out["moved"][at] = synced + new * size * STATE_RATIO
         self.out["exposed"][at] = (synced * shown_s / whole_s if whole_s else 0.0) + new * size * STATE_RATIO
 
@@ -274,7 +278,7 @@ class _Run:
         return TrainingReplay(
             out["compute"], out["exchange"], out["weights"], out["control"], self.reshard_B[first:],
             self.tokens_BLD[first:], out["moved"], out["exposed"], self.replicas_BLD[first:], attention_s, rest_s,
-            self.owner_LE, self.moved_owners,
+            self.owner_LE, self.moved_owners, out["switch"],
         )  # fmt: skip
 
 
@@ -283,12 +287,20 @@ def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price:
 
     :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.
     """
-    if not new_ED.any():
-        return 0.0
+    return _transfers(held_ED, new_ED, price, 1.0).seconds(price.cluster, price.model.expert_bytes)
+
+
+def reduce_seconds(held_ED: NDArray[np.bool_], used_ED: NDArray[np.bool_], price: StepPrice) -> float:
+    """Seconds of the runtime's sparse reduction to each expert's first holder, from the replicas that computed."""
+    ratio = price.gradient_ratio
+    return _transfers(held_ED, used_ED, price, ratio).back_seconds(price.cluster, price.model.expert_bytes * ratio)
+
+
+def _transfers(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice, ratio: float) -> TransferPlan:
     form: Form = "auto" if price.fan_out else "direct"
-    size = price.model.expert_bytes
-    plan = plan_transfers(held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=size, form=form)
-    return plan.seconds(price.cluster, size)
+    return plan_transfers(
+        held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=price.model.expert_bytes * ratio, form=form
+    )
 
 
 def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:

@@ -1,0 +1,415 @@
+"""What every rank of an emulated cluster runs for benchmarks/measured_train.py: given routing through the real runtime.
+
+    train_rank.py JOB.json COUNTS.npz OUT.npz
+
+A model of MoE layers under ``fully_shard_experts``: routers answer what COUNTS says, tokens, weights and gradients are
+real bytes with a little arithmetic, a device clock stands for experts and attention. ``stream`` in the job: sparse
+collectives run on a thread, one after the other, as they do on a stream of their own with NCCL; without it gloo posts
+their later rounds only when they are waited for. In the first repeat gradients are compared with a dense run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import poise.runtime.layer
+import poise.train.schedule
+from poise.cluster import Cluster
+from poise.emulate import DeviceClock, ExpertCurve
+from poise.policies.registry import parse_policy
+from poise.runtime.collectives import Pending
+from poise.runtime.experts import ExpertKind
+from poise.runtime.moe import ExpertList
+from poise.train import fully_shard_experts
+from poise.train.history import LoadHistory
+from poise.train.materialize import Materialised
+from poise.train.schedule import Schedule
+
+FORWARD = ("start", "attention", "counted", "planned", "dispatched", "ready", "computed", "combined")
+BACKWARD = ("start", "ready", "dispatched", "computed", "posted", "combined", "attention")
+"""Ends of the parts of a layer, in the order of the last axis of what is written (backwards the last place is empty)."""
+
+
+class Clock:
+    """The device: what experts and attention take. One a process: experts are copied without values."""
+
+    forward: DeviceClock
+    backward: DeviceClock
+    began = 0.0
+    window_s = 0.0
+
+    @classmethod
+    def start(cls, curve: ExpertCurve, window_s: float) -> None:
+        """Before the first computation."""
+        cls.forward, cls.backward = DeviceClock(curve), DeviceClock(lambda tokens: 2.0 * curve(tokens))
+        cls.window_s = window_s
+
+
+class Marks:
+    """Moments of the step that runs, float64 [L, 2, 8], and all spans of it for the timeline."""
+
+    at_LXM = np.zeros((0, 2, 8))
+    layer, way = 0, 0
+    spans: ClassVar[list[tuple[str, float, float]]] = []
+
+    @classmethod
+    def now(cls, mark: int) -> None:
+        """A part of the layer that runs is done."""
+        cls.at_LXM[cls.layer, cls.way, mark] = time.monotonic()
+
+
+def until(when: float) -> None:
+    while (left := when - time.monotonic()) > 0:
+        time.sleep(left)
+
+
+class _Enter(torch.autograd.Function):
+    """An expert begins; backwards it ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Clock.began, ctx.tokens = time.monotonic(), len(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        Clock.backward.compute([ctx.tokens], since=Clock.began)
+        return grads[0]
+
+
+class _Leave(torch.autograd.Function):
+    """An expert ends; backwards it begins here."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        Clock.forward.compute([len(y)], since=Clock.began)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        Clock.began = time.monotonic()
+        return grads[0]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: int) -> Tensor:
+        ctx.layer, Marks.layer, Marks.way = layer, layer, 0
+        Marks.now(0)
+        until(Marks.at_LXM[layer, 0, 0] + Clock.window_s)
+        Marks.now(1)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        until(time.monotonic() + 2.0 * Clock.window_s)
+        Marks.at_LXM[ctx.layer, 1, 6] = time.monotonic()
+        return grads[0], None
+
+
+class Expert(nn.Module):
+    """Multiplies by its first row; the other rows are there to be moved."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, width) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [n, d]."""
+        return _Leave.apply(_Enter.apply(x) * self.weight[0])
+
+
+class Block(nn.Module):
+    """Attention by the clock, and experts whose router is given."""
+
+    def __init__(self, number: int, experts: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.number = number
+        self.experts = ExpertList(Expert(rows, width) for _ in range(experts))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Tokens [T, d] to experts [T, K]."""
+        x = _Attention.apply(x, self.number)
+        return x + self.experts(x, ids, torch.full(ids.shape, 1.0 / ids.shape[1]))
+
+
+class Model(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self, layers: int, experts: int, rows: int, width: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.blocks = nn.ModuleList(Block(layer, experts, rows, width) for layer in range(layers))
+
+    def forward(self, x: Tensor, ids: list[Tensor]) -> Tensor:
+        """Tokens [T, d]; experts of every layer."""
+        for block, chosen in zip(self.blocks, ids, strict=True):
+            x = block(x, chosen)
+        return x
+
+
+def record_parts() -> None:
+    """Let the runtime's own functions say when they are done."""
+
+    def after(owner: Any, name: str, forward: int | None, backward: int | None) -> None:
+        inside = getattr(owner, name)
+
+        def run(*args: Any, **named: Any) -> Any:
+            out = inside(*args, **named)
+            mark = backward if Marks.way else forward
+            if mark is not None:
+                Marks.now(mark)
+            return out
+
+        setattr(owner, name, run)
+
+    after(poise.train.schedule, "all_counts", 2, None)
+    after(Schedule, "_plan", 3, None)
+    after(poise.runtime.layer, "there", 4, 2)
+    after(Materialised, "banks", 5, None)
+    after(ExpertKind, "run", 6, None)
+    after(poise.runtime.layer, "back", 7, 5)
+    before, behind = Materialised.before_backward, Materialised.after_backward
+
+    def before_backward(self: Materialised) -> None:
+        Marks.layer, Marks.way = self.experts.number, 1
+        Marks.now(0)
+        before(self)
+        Marks.now(1)
+
+    def after_backward(self: Materialised, grads: Any) -> None:
+        Marks.now(3)
+        behind(self, grads)
+        Marks.now(4)
+
+    Materialised.before_backward, Materialised.after_backward = before_backward, after_backward  # type: ignore[method-assign]
+
+
+class Stream:
+    """A thread that runs sparse collectives in the order they were started."""
+
+    def __init__(self) -> None:
+        self.waiting: queue.SimpleQueue[Pending] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="weights")
+        self.post, land = Pending._post, Pending.wait
+        self.land = land
+        stream = self
+
+        def post(one: Pending) -> None:
+            if threading.current_thread() is stream.thread:
+                stream.post(one)
+            else:
+                one.done = threading.Event()  # type: ignore[attr-defined]
+                stream.waiting.put(one)
+
+        def wait(one: Pending) -> None:
+            if hasattr(one, "done"):
+                one.done.wait()
+            if hasattr(one, "error"):
+                raise one.error
+
+        Pending._post, Pending.wait = post, wait  # type: ignore[method-assign]
+        self.thread.start()
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while True:
+            one = self.waiting.get()
+            began, kind = time.monotonic(), "reduce" if one.reduce else "gather"
+            try:
+                self.post(one)
+                self.land(one)
+            except Exception as error:  # raised where it is waited for
+                one.error = error  # type: ignore[attr-defined]
+            one.done.set()  # type: ignore[attr-defined]
+            Marks.spans.append((kind, began, time.monotonic()))
+
+
+class Traffic:
+    """Counts by step, layer, source and expert, and what follows for this rank."""
+
+    def __init__(self, load_BLSE: np.ndarray, job: dict[str, Any]) -> None:
+        self.load_BLSE, self.top_k, self.width = load_BLSE, int(job["top_k"]), int(job["width"])
+
+    def ids(self, step: int, rank: int) -> list[Tensor]:
+        """Experts of a rank's tokens in every layer, [T, K]."""
+        out = []
+        for layer, load_SE in enumerate(self.load_BLSE[step]):
+            ids = np.repeat(np.arange(load_SE.shape[1]), load_SE[rank])
+            np.random.default_rng([step, layer, rank]).shuffle(ids)
+            out.append(torch.from_numpy(ids.reshape(-1, self.top_k)))
+        return out
+
+    def tokens(self, step: int, rank: int) -> Tensor:
+        """Inputs of a rank, [T, d]."""
+        count = int(self.load_BLSE[step, 0, rank].sum()) // self.top_k
+        make = torch.Generator().manual_seed(1000 * step + rank)
+        return torch.randn(count, self.width, generator=make)
+
+
+class Row:
+    """One row of the table on this rank: a model of its own under a policy."""
+
+    def __init__(self, job: dict[str, Any], row: dict[str, Any], traffic: Traffic, mesh: Any) -> None:
+        self.job, self.traffic, self.name = job, traffic, row["name"]
+        self.owners = np.array(row["owners"])
+        self.rank = dist.get_rank()
+        model = Model(job["layers"], job["experts"], job["rows_per_expert"], job["width"])
+        self.run = fully_shard_experts(
+            model, mesh=mesh, policy=parse_policy(row["policy"]), step_slots=row["step_slots"], sharding=None,
+            rematerialise=row.get("rematerialise", False), cluster=Cluster.parse(job["cluster"]),
+            window_s=job["window_s"], form=row.get("form", "auto"), owners=self.owners,
+        )  # fmt: skip
+        self.run.set_gradient_divide_factor(1.0)
+        self.model, self.schedule = model, self.run.schedule
+        self.schedule.top_k = traffic.top_k
+        self._known: tuple[LoadHistory, list[Any], np.ndarray] | None = None
+        self.tokens: list[np.ndarray] = []
+
+    def reset(self, warm_up: int) -> None:
+        """As after the warm-up steps: what they taught the policy, the replicas it keeps, owners that it moved."""
+        schedule = self.schedule
+        if self._known is None:
+            self._known = self._rehearse(warm_up)
+        history, held, owners = self._known
+        if (owners != self.run.owners).any():
+            self.run.reshard(owners)
+        schedule.forget_held()
+        schedule.history, schedule._held = copy.deepcopy(history), list(held)
+        schedule._unstepped = False
+        for layer in range(len(schedule.layers)):
+            schedule._ahead.start(layer, schedule._version, schedule._early_plan(layer))
+        for layer in range(len(schedule.layers)):
+            schedule._ahead.get(layer, schedule._version)
+
+    def _rehearse(self, warm_up: int) -> tuple[LoadHistory, list[Any], np.ndarray]:
+        schedule, policy, load = self.schedule, self.schedule.settings.policy, self.traffic.load_BLSE
+        keeps = getattr(policy, "keeps_in_training", policy.keeps)
+        for step in range(warm_up):
+            for layer in range(load.shape[1]):
+                load_SE = load[step, layer].astype(np.int64)
+                early = policy.before_gate(schedule.view(layer))
+                plan = policy.after_gate(schedule.view(layer, load_SE.sum()), early, load_SE)
+                schedule._held[layer] = plan.holders_ED if keeps else None
+                schedule.history.record(layer, load_SE.sum(axis=0))
+            schedule.history.close()
+        owners = self.owners.copy()
+        for layer, held in enumerate(schedule._held):
+            if held is not None:  # who no longer holds an expert does not own it
+                gone = ~held[np.arange(len(held)), owners[layer]]
+                owners[layer, gone] = held[gone].argmax(axis=1)
+        return copy.deepcopy(schedule.history), list(schedule._held), owners
+
+    def step(self, step: int) -> tuple[np.ndarray, float, float]:
+        """Marks of every layer [L, 2, 8], and when the step began and ended."""
+        x, ids = self.traffic.tokens(step, self.rank).requires_grad_(True), self.traffic.ids(step, self.rank)
+        for weight in self.run.parameters():
+            weight.grad = None
+        Marks.at_LXM, Marks.spans = np.zeros((len(ids), 2, 8)), []
+        dist.barrier()
+        began = time.monotonic()
+        self.model(x, ids).square().sum().backward()
+        ended = time.monotonic()
+        self.tokens = [one.tokens_D for one in self.run.metrics]
+        return Marks.at_LXM, began, ended
+
+    def gap(self, step: int) -> float:
+        """Largest relative error of this rank's gradients against a dense run over all tokens."""
+        world = dist.get_world_size()
+        dense = Model(self.job["layers"], self.job["experts"], self.job["rows_per_expert"], self.job["width"])
+        scale = [torch.stack([one.weight.detach()[0] for one in block.experts]) for block in dense.blocks]
+        for weight in scale:
+            weight.requires_grad_(True)
+        x = torch.cat([self.traffic.tokens(step, rank) for rank in range(world)])
+        every = zip(*(self.traffic.ids(step, rank) for rank in range(world)), strict=True)
+        for weight, ids in zip(scale, every, strict=True):
+            x = x + (x.unsqueeze(1) * weight[torch.cat(ids)]).mean(dim=1)
+        x.square().sum().backward()
+        worst = 0.0
+        for layer, weight in zip(self.schedule.layers, scale, strict=True):
+            for name, mine in layer.owned().items():
+                assert name.endswith("weight") and weight.grad is not None
+                want, got = weight.grad[layer.mine], mine.grad
+                if got is None:
+                    worst = max(worst, float(want.abs().max()) if len(want) else 0.0)
+                    continue
+                worst = max(worst, float((got[:, 0] - want).norm() / want.norm().clamp(min=1e-9)),
+                            float(got[:, 1:].abs().max()) if len(got) else 0.0)  # fmt: skip
+        return worst
+
+
+def measure(job: dict[str, Any], rows: list[Row], say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    """Every row in every repeat, in an order that turns; a step that is not timed comes first."""
+    warm_up, steps, repeats = job["warm_up"], job["steps"], job["repeats"]
+    marks = np.zeros((len(rows), repeats, steps, job["layers"], 2, 8))
+    ends, gaps = np.zeros((len(rows), repeats, steps, 2)), np.zeros(len(rows))
+    tokens = np.zeros((len(rows), steps, job["layers"], dist.get_world_size()), np.int64)
+    spans: dict[str, list[Any]] = {}
+    for repeat in range(repeats):
+        for turn in range(len(rows)):
+            which = (turn + repeat) % len(rows)
+            row = rows[which]
+            row.reset(warm_up)
+            if repeat == 0:
+                row.step(warm_up)  # connections and pages
+                gaps[which] = row.gap(warm_up)
+                row.reset(warm_up)
+            for step in range(steps):
+                marks[which, repeat, step], *ends[which, repeat, step] = row.step(warm_up + step)
+                tokens[which, step] = row.tokens
+            if repeat == 0:
+                spans[row.name] = list(Marks.spans)
+        say(f"repeat {repeat + 1}/{repeats}")
+    return {"marks": marks, "ends": ends, "gaps": gaps, "tokens": tokens, "spans": spans}  # type: ignore[dict-item]
+
+
+def main() -> None:
+    job = json.loads(open(sys.argv[1], encoding="utf-8").read())
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    Clock.start(ExpertCurve.from_csv(job["curve"]), job["window_s"])
+    record_parts()
+    if job["stream"]:
+        Stream()
+    with np.load(sys.argv[2], allow_pickle=False) as z:
+        traffic = {name: Traffic(z[name], job) for name in z.files}
+    mesh = init_device_mesh("cpu", (world,))
+    rows = [Row(job, row, traffic[row.get("traffic", "load")], mesh) for row in job["table"]]
+    out = measure(job, rows, lambda text: print(text, file=sys.stderr, flush=True) if rank == 0 else None)
+    out["clock"] = (Clock.forward.report(), Clock.backward.report())  # type: ignore[assignment]
+    every: list[Any] = [None] * world
+    dist.all_gather_object(every, out)
+    if rank == 0:
+        np.savez(
+            sys.argv[3], marks=np.stack([one["marks"] for one in every], axis=4),
+            ends=np.stack([one["ends"] for one in every], axis=3), gaps=np.stack([one["gaps"] for one in every]),
+            tokens=out["tokens"],
+            overruns=np.array([sum(part["overruns"] for part in one["clock"]) for one in every]),
+            late_p99_s=np.array([max(part["late_p99_s"] for part in one["clock"]) for one in every]),
+            spans=json.dumps([one["spans"] for one in every]),
+        )  # fmt: skip
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may crash when the interpreter ends
+
+
+if __name__ == "__main__":
+    main()
