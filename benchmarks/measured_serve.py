@@ -45,7 +45,7 @@ from poise.policies.registry import parse_policy
 HERE = Path(__file__).parent
 SHARE = 0.357
 """All-to-all's part of end-to-end time under the contiguous placement (MoETuner, arXiv 2502.06643)."""
-WIDTH = 1024
+WIDTH = 512
 FLOOR_TOKENS = 9
 """Rows below which reading an expert's weights takes longer than its arithmetic. A row stands for 32 tokens, so that 512
 rows are prefill with 16,384 tokens a GPU; an H100 reads weights in the time of 295 tokens."""
@@ -146,14 +146,14 @@ def batch_of(trace: RoutingTrace, scene: Scene, steps: int, seed: int) -> Routin
 
 
 def model_of(batch: RoutingBatch) -> ModelSpec:
-    """Sizes whose bytes are those of the run: rows of 1024 16-bit numbers, and on the way there ids and weights."""
+    """Sizes whose bytes are those of the run: rows of 512 16-bit numbers, and on the way there ids and weights."""
     along = (4.0 + 4.0) * batch.top_k
     if batch.top_k == 1:
         along = 8.0
     inner = EXPERT_ROWS // 2
     ids = tuple(int(i) for i in batch.layer_ids_L)
     return ModelSpec("replayed", max(ids) + 1, ids, batch.num_experts, batch.top_k, WIDTH, inner, 2, 2.0,
-                     2.0 + along / WIDTH, 2.0, 1024.0)  # fmt: skip
+                     2.0 + along / WIDTH, 2.0, 512.0)  # fmt: skip
 
 
 def curve_rows(batch: RoutingBatch, scene: Scene) -> np.ndarray:

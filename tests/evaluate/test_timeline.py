@@ -1,5 +1,6 @@
 """Timelines: simulated steps fill the modelled time, files hold what was given."""
 
+import itertools
 import json
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_every_device_fills_the_modelled_step(layers, devices, seed):
     for device in range(devices):
         mine = sorted((e for e in events if e.lane == device), key=lambda e: e.start_s)
         assert np.isclose(sum(e.seconds for e in mine), total)
-        assert all(np.isclose(a.start_s + a.seconds, b.start_s) for a, b in zip(mine, mine[1:], strict=False))
+        assert all(np.isclose(a.start_s + a.seconds, b.start_s) for a, b in itertools.pairwise(mine))
         assert np.isclose(sum(e.seconds for e in mine if e.name == "experts"), compute_LD[:, device].sum())
 
 
