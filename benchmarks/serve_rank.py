@@ -26,6 +26,7 @@ from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 from poise.policies.registry import parse_policy
 from poise.runtime.collectives import exchange
+from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
 from poise.serve.split import FastLoop
@@ -92,7 +93,10 @@ class Run:
             mine = self.routing.tokens(step, self.rank)
             for index, layer in enumerate(self.layers):
                 layer.prefetch()
-                layer._devices(self.routing.experts[mine, index])
+                ids, flow = self.routing.experts[mine, index], layer.flow
+                layer._devices(ids)
+                if flow.tell_X is not None:  # nothing is dispatched that would carry the counts
+                    flow.told_DX, flow.tell_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
                 layer.split.finish()
 
     def _note(self, name: str, began: float, ended: float) -> None:

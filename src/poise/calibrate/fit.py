@@ -66,6 +66,8 @@ class LinkRow:
     repeats: int = 1
     rounds: int = 1
     counts_s: float = 0.0
+    intra_even: float = 1.0
+    inter_even: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +156,7 @@ def _fit_links(rows: Sequence[LinkRow], nic_shared: bool) -> LinkFit:
         design = np.stack(list(columns.values()), axis=1)
         floor = [1 / FASTEST_BYTES_PER_S if name.endswith("_per_s") else 0.0 for name in columns]
         found = dict(
-            zip(columns, _least_deviations(design[use], seconds[use], weight[use], np.array(floor)), strict=True)
+            zip(columns, least_deviations(design[use], seconds[use], weight[use], np.array(floor)), strict=True)
         )
         wait = np.sum([found.get(name, 0.0) * column for name, column in start.items()], axis=0)
         near, far = found.get("intra_bytes_per_s", 0.0) * inside, found.get("inter_bytes_per_s", 0.0) * outside
@@ -171,7 +173,7 @@ def _fit_links(rows: Sequence[LinkRow], nic_shared: bool) -> LinkFit:
     return LinkFit(constants, nic_shared, best[1], best[2])
 
 
-def _least_deviations(
+def least_deviations(
     design_RC: NDArray[np.float64],
     seconds_R: NDArray[np.float64],
     weight_R: NDArray[np.float64],

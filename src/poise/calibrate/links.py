@@ -104,7 +104,7 @@ class _Case:
         ports = self.ports
         return LinkRow(
             self.name, ports.intra, ports.inter, ports.node, ports.peers, middle, low, high, len(took), self.rounds,
-            float(np.median(counts)),
+            float(np.median(counts)), ports.intra_even, ports.inter_even,
         )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.exchange import evenness
+
 
 @dataclass(frozen=True, slots=True)
 class PortBytes:
@@ -22,12 +24,15 @@ class PortBytes:
     intra, inter : of one device, into its node's fabric and into the network, the larger of out and in.
     node : of one node into the network, should its devices share a port.
     peers : ranks that one rank sends to and receives from, the mean of both; of the rank with most.
+    intra_even, inter_even : mean over fullest port of a device (:func:`poise.cost.exchange.evenness`).
     """
 
     intra: float
     inter: float
     node: float
     peers: float
+    intra_even: float
+    inter_even: float
 
 
 def port_bytes(bytes_DD: NDArray[np.float64], node_D: NDArray[np.int32]) -> PortBytes:
@@ -43,6 +48,8 @@ def port_bytes(bytes_DD: NDArray[np.float64], node_D: NDArray[np.int32]) -> Port
         float(max(between.sum(axis=0).max(), between.sum(axis=1).max())),
         float(max(out_N.max(), in_N.max())),
         float(posts.max()),
+        evenness(inside),
+        evenness(between),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from poise.calibrate.exchange import fit_exchange
 from poise.calibrate.fit import ComputeRow, CurveFit, LinkFit, LinkRow
 from poise.cluster import Cluster
 
@@ -81,9 +82,22 @@ class Calibration:
             },
             "machine": dataclasses.asdict(self.machine),
             "links": None if links is None else _rows(self.link_rows, links.residual_R, links.worst),
+            "exchange": self._exchange(),
             "compute": _rows(self.compute_rows, self.compute.residual_R, self.compute.worst),
             "notes": list(self.notes),
         }  # fmt: skip
+
+    def _exchange(self) -> dict[str, Any] | None:
+        """Constants of the finer model; there is none where a node's devices share a port."""
+        if self.links is None or self.links.nic_shared:
+            return None
+        found = fit_exchange(self.link_rows)
+        return {
+            **dataclasses.asdict(found.model),
+            "counts_s": found.counts_s,
+            "worst_residual": float(np.abs(found.residual_R).max()),
+            "median_residual": float(np.median(np.abs(found.residual_R))),
+        }
 
 
 def _rows(rows: Any, residual_R: Any, worst: float) -> dict[str, Any]:

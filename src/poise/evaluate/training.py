@@ -24,6 +24,7 @@ from poise.cost.traffic import Copies, port_load
 from poise.cost.transfers import Form, TransferPlan, plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
 from poise.errors import OptionError
+from poise.evaluate.ranks import LayerWork
 from poise.evaluate.stepwise import RECENT, WARM_UP, FastLoop
 from poise.observe.batch import RoutingBatch
 from poise.policies.plan import LayerView, StepPlan
@@ -99,6 +100,7 @@ class TrainingReplay:
     owner_LE : int64 [L, E], owners at the end.
     moved_owners : experts that changed owner in all re-shardings, warm-up included.
     switch_BL : float64 [B, L], what moves of owners and new kept replicas take of ``weights_BL``.
+    work_BL : the layers of each judged step for :func:`poise.evaluate.ranks.rank_step`.
     """
 
     compute_BL: NDArray[np.float64]
@@ -115,6 +117,7 @@ class TrainingReplay:
     owner_LE: NDArray[np.int64]
     moved_owners: int
     switch_BL: NDArray[np.float64]
+    work_BL: tuple[tuple[LayerWork, ...], ...]
 
     @property
     def layers_B(self) -> NDArray[np.float64]:
@@ -203,6 +206,7 @@ class _Run:
         self.replicas_BLD = np.zeros((steps, layers, devices), np.int64)
         self.reshard_B = np.zeros(steps)
         self.held_LED = np.stack([owned_ED(row, devices) for row in owner_LE])
+        self.work: list[list[LayerWork]] = [[] for _ in range(steps)]
         self.last = layers - 1  # its backward comes at once: nothing is freed in between
 
     def reshard(self, step: int, first: int) -> None:
@@ -224,6 +228,8 @@ class _Run:
         price, policy, cluster = self.price, self.loop.policy, self.price.cluster
         load_SE = self.traffic.load_BLSE[step, layer].astype(np.int64)
         if not load_SE.any():
+            none = np.zeros((cluster.num_devices,) * 2)
+            self.work[step].append(LayerWork(none, none[0], 0.0, none, 0.0))
             return
         owned = owned_ED(self.owner_LE[layer], cluster.num_devices)
         before = self.held_LED[layer] if self.keeps else owned
@@ -233,7 +239,7 @@ class _Run:
         early = policy.before_gate(view)
         plan = policy.after_gate(view, early, load_SE)
         plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
-        self._weights(view, early, plan)
+        moved = self._weights(view, early, plan)
         if policy.exact and not plan.passive:
             self.out["control"][step, layer] = price.control_s + self.plan_s
         flow = plan.rows_SED
@@ -241,9 +247,19 @@ class _Run:
             flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D)
         self.tokens_BLD[step, layer] = plan.quota_ED.sum(axis=0)
         self.out["compute"][step, layer] = compute_seconds(plan.quota_ED, price)
-        self.out["exchange"][step, layer] = exchange_seconds(flow.sum(axis=1), price)
+        pairs_DD = flow.sum(axis=1)
+        self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
+        work_ED = expert_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
+        self.work[step].append(
+            LayerWork(
+                pairs_DD * float(price.model.dispatch_bytes_per_token), work_ED.sum(axis=0) / cluster.speed_D, *moved
+            )
+        )
 
-    def _weights(self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan) -> None:
+    def _weights(
+        self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan
+    ) -> tuple[float, NDArray[np.float64], float]:
+        """Seconds and bytes of what moves; for a rank's step: early gather, late bytes [D, D], what comes back."""
         price, at = self.price, (view.step, view.layer)
         size = price.model.expert_bytes
         again = price.rematerialise and not self.keeps and view.layer < self.last
@@ -271,6 +287,10 @@ class _Run:
         whole_s = sum(seconds) + back_s
         self.out["moved"][at] = synced + new * size * STATE_RATIO
         self.out["exposed"][at] = (synced * shown_s / whole_s if whole_s else 0.0) + new * size * STATE_RATIO
+        late_DD = np.zeros((price.cluster.num_devices,) * 2)
+        for part in parts[1:]:
+            late_DD += size * _transfers(base, part, price, 1.0).links_DD(len(late_DD))
+        return seconds[0], late_DD, back_s
 
     def result(self, first: int, rest_s: float) -> TrainingReplay:
         out = {name: value[first:] for name, value in self.out.items()}
@@ -279,6 +299,7 @@ class _Run:
             out["compute"], out["exchange"], out["weights"], out["control"], self.reshard_B[first:],
             self.tokens_BLD[first:], out["moved"], out["exposed"], self.replicas_BLD[first:], attention_s, rest_s,
             self.owner_LE, self.moved_owners, out["switch"],
+            tuple(tuple(layers) for layers in self.work[first:]),
         )  # fmt: skip
 
 

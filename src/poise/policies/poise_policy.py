@@ -153,13 +153,20 @@ class Poise:
             return StepPlan(holders_ED, exact_split(load_SE, holders_ED, rates.speed_D, node_D=rates.node_D))
         if view.price.training:
             return self._calibrated(view, holders_ED, load_SE)
-        if self._planned(view, holders_ED, rates, desk) > self._wake_below(view, rates, desk):
+        if self.leaves_alone(view, holders_ED):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
         holders = k.compile_all(holders_ED, desk)
         k.best_split(load_SE, holders, rates, self.slack, desk)
         quota = np.zeros(holders_ED.shape, np.int64)
         quota[holders.expert_H, holders.device_H] = np.rint(desk.best_H[: holders.device_H.size])
         return StepPlan(holders_ED, quota)
+
+    def leaves_alone(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> bool:
+        """Whether :meth:`after_gate` will be passive whatever the exact loads are: then nobody need wait for them."""
+        if self.objective == "tokens" or view.price.training:
+            return False
+        rates, desk = k.make_rates(view.price), self._desk_of(view)
+        return self._planned(view, holders_ED, rates, desk) > self._wake_below(view, rates, desk)
 
     def _materialise(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 6."""

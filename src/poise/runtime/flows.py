@@ -77,6 +77,7 @@ class Flow:
     num_experts : E.
     group : process group whose ranks are the cluster's devices.
 
+    ``tell_X`` int64 [X], if set, is gathered along with the sizes of the next dispatch into ``told_DX`` [D, X].
     ``place_E`` int64 [E] is the order in which this rank's experts want their rows (default: by number); ``record``, if
     set, is told when this rank dispatched, computed and combined.
 
@@ -96,6 +97,8 @@ class Flow:
         self.lands_D = torch.where(self.node_D == self.node_D[self.rank], torch.arange(self.world),
                                    landing[self.node_D])  # fmt: skip
         self.place_E = torch.arange(num_experts)
+        self.tell_X: Tensor | None = None
+        self.told_DX: Tensor | None = None
         self.record: Record | None = None
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weight_TK: Tensor, device_TK: Tensor, compute: Compute) -> Tensor:
@@ -175,12 +178,16 @@ class Flow:
         """Send copies, sorted by rank; what arrives, and rows sent to and got from each rank."""
         began = time.monotonic()
         sent_D = torch.bincount(to_n, minlength=self.world)
-        everyone = sent_D.new_empty(self.world * self.world)
+        mine_X = sent_D if self.tell_X is None else torch.cat([sent_D, self.tell_X])
+        everyone = mine_X.new_empty(self.world * len(mine_X))
         try:
-            all_gather(everyone, sent_D, group=self.group)
+            all_gather(everyone, mine_X, group=self.group)
         except RuntimeError as error:
             raise CommunicationError(*lost(error)) from error
-        way = sent_D.tolist(), everyone.view(self.world, self.world)[:, self.rank].tolist()
+        everyone_DX = everyone.view(self.world, -1)
+        way = sent_D.tolist(), everyone_DX[:, self.rank].tolist()
+        if self.tell_X is not None:
+            self.told_DX, self.tell_X = everyone_DX[:, self.world :], None
         parts = (copies.x_nd, copies.weight_nK, copies.ids_nK.to(torch.int32), copies.more_nX)
         got = exchange(torch.cat([_bytes(part) for part in parts], dim=1), *way, self.group)
         out, at = [], 0

@@ -95,7 +95,7 @@ class ServedLayer:
         if room is None or self._fast.policy.keeps:
             room = empty_bank(self.kind, self._fast.step_slots, next(iter(bank.values())))
         self._replicas = StepReplicas(room, bank, self._row_of, count_ED > 0, self.cluster, flow.group, flow.rank)
-        self.split = PlannedSplit(self._fast, self.index, count_ED > 0, flow.rank, flow.group, self._replicas)
+        self.split = PlannedSplit(self._fast, self.index, count_ED, flow, self._replicas)
 
     def prefetch(self, tokens: int | None = None) -> None:
         """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks."""

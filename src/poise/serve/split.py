@@ -16,6 +16,7 @@ from poise.cost.weights import StepPrice
 from poise.policies.loop import LayerLoop, Outcome
 from poise.policies.plan import LayerView, StepPolicy
 from poise.runtime.dispatch import all_counts
+from poise.runtime.flows import Flow
 
 RECENT = 8
 """Most recent steps that a policy may look at beside the prediction."""
@@ -115,15 +116,16 @@ class PlannedSplit:
 
     Parameters
     ----------
-    loop, layer, static_ED, rank, group : the policy, this layer's place in it, and who runs it.
+    loop, layer, count_ED : the policy, this layer's place in it, and slots of each expert on each device.
+    flow : carries the counts along where the policy leaves the engine's split alone.
     replicas : takes and brings the replicas that plans ask for.
     """
 
-    def __init__(
-        self, loop: FastLoop, layer: int, static_ED: NDArray[np.bool_], rank: int, group: Any, replicas: Replicas
-    ) -> None:
+    def __init__(self, loop: FastLoop, layer: int, count_ED: NDArray[Any], flow: Flow, replicas: Replicas) -> None:
+        static_ED = count_ED > 0
         self._state = LayerLoop(loop.policy, loop.price, static_ED, step_slots=loop.step_slots, layer=layer)
-        self._rank, self._group, self._replicas = rank, group, replicas
+        self._flow, self._rank, self._replicas = flow, flow.rank, replicas
+        self._even = EvenSplit(count_ED, flow.rank)
         experts = len(static_ED)
         self._recent: deque[NDArray[np.float64]] = deque(maxlen=max(RECENT, loop.window))
         self._window = loop.window
@@ -146,17 +148,22 @@ class PlannedSplit:
         self._replicas.fetch(self._early_ED & ~self._view.before_ED, self._early_ED | self._view.coming_ED)
 
     def devices(self, ids_TK: Tensor) -> Tensor:
-        """Counts of all ranks, the plan, and the devices it names for this rank's pairs."""
+        """Counts of all ranks, the plan, and the devices it names for this rank's pairs.
+
+        A policy that says beforehand that it leaves the engine alone gets the counts along with the dispatch.
+        """
         if self._view is None:
             self.prefetch(None)
         assert self._view is not None
-        load_SE = all_counts(ids_TK, len(self._early_ED), self._group)
-        view, self._view = self._view, None
-        self.outcome = outcome = self._state.finish(view, self._early_ED, load_SE)
-        plan = outcome.plan
+        experts = len(self._early_ED)
+        leaves_alone = getattr(self._state.policy, "leaves_alone", None)
+        self.outcome = None
+        if leaves_alone is not None and leaves_alone(self._view, self._early_ED):
+            self._flow.tell_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
+            return self._even.devices(ids_TK)
+        load_SE = all_counts(ids_TK, experts, self._flow.group)
+        view, plan = self._view, self._plan(load_SE).plan
         self._replicas.fetch(plan.holders_ED & ~self._early_ED, plan.holders_ED | view.coming_ED)
-        self._recent.append(load_SE.sum(axis=0).astype(np.float64))
-        self._step += 1
         # one row is needed, at this rank's place among the sources; zeros take no memory until they are written
         rows_SED = np.zeros((self._rank + 1, *plan.quota_ED.shape), np.int64)
         if plan.rows_SED is not None:
@@ -169,10 +176,21 @@ class PlannedSplit:
         assign_tokens(ids, np.full(len(ids), self._rank), rows_SED, device_TK)
         return torch.from_numpy(device_TK).to(ids_TK.device)
 
+    def _plan(self, load_SE: NDArray[np.int64]) -> Outcome:
+        assert self._view is not None
+        view, self._view = self._view, None
+        self.outcome = self._state.finish(view, self._early_ED, load_SE)
+        self._recent.append(load_SE.sum(axis=0).astype(np.float64))
+        self._step += 1
+        return self.outcome
+
     def finish(self) -> None:
         """Start, or take in, what comes in the background: slots that this step used are free now."""
-        assert self.outcome is not None
-        state, outcome = self._state, self.outcome
+        outcome = self.outcome
+        if outcome is None:
+            assert self._flow.told_DX is not None
+            outcome = self._plan(self._flow.told_DX.cpu().numpy())
+        state = self._state
         if outcome.started_ED is not None:
             self._replicas.start(outcome.started_ED, state.held_ED | outcome.started_ED)
         if outcome.landed_ED is not None:

@@ -1,0 +1,94 @@
+"""Constants of :class:`poise.cost.exchange.ExchangeModel` from the exchanges that a cluster's constants come from.
+
+    seconds = start + counts / 2 + max(peer * peers, (bytes + evenness * min(crowding, bytes / 4)) / rate)
+
+With the crowding and what decides each row given, it is linear: crowding is tried on a grid, the deciding part of each
+row is taken from the last fit until nothing changes, and each fit has the least absolute relative deviations. A row
+weighs the more the longer it lasts (by its root): long ones tell a rate, and they are what a layer's time is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.calibrate.fit import SURE, LinkRow, least_deviations
+from poise.cost.exchange import RAMP, ExchangeModel
+from poise.errors import NoResultError
+
+TRIED_BYTES = (0.0, *np.geomspace(1e4, 1e8, 81).tolist())
+"""Crowding that is tried."""
+MOST_CROWDING = 0.5
+"""Crowding is at most this part of the fullest port's bytes in the longest row: more would be no end of a ramp."""
+LEAST = 1e-16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExchangeFit:
+    """A model without its exchange of counts, seconds of one (median of the rows), and residuals of the rows, [R]."""
+
+    model: ExchangeModel
+    counts_s: float
+    residual_R: NDArray[np.float64]
+
+
+def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
+    """Constants from measured exchanges, half of a dispatch (with its counts) and a combine each.
+
+    Raises
+    ------
+    NoResultError : no row carries bytes.
+    """
+    inside, outside = np.array([(row.intra_bytes, row.inter_bytes) for row in rows]).T
+    if not (inside.any() or outside.any()):
+        raise NoResultError(f"none of {len(rows)} measured exchanges carried bytes", hint="two ranks or more")
+    seconds = np.array([row.seconds for row in rows])
+    spread = np.array([max(0.0, row.high_s - row.low_s) for row in rows]) / seconds
+    weight = SURE / (SURE + spread) * np.sqrt(seconds)
+    peers = np.array([row.peers for row in rows])
+    even = np.array([(row.intra_even, row.inter_even) for row in rows]).T
+    found = [
+        _fit(crowding, np.stack([inside, outside]), even, peers, seconds, weight)
+        for crowding in TRIED_BYTES
+        if crowding <= MOST_CROWDING * max(inside.max(), outside.max())
+    ]
+    _, crowding, (start, peer, near, far), residual = min(found, key=lambda one: one[0])
+    counts_s = float(np.median([row.counts_s for row in rows]))
+    rates = [1 / slope if slope > 10 * LEAST else 0.0 for slope in (near, far)]
+    rates = [rate or max(rates) for rate in rates]  # no such links: the other's
+    model = ExchangeModel(max(0.0, start - counts_s / 2), peer, rates[0], rates[1], crowding)
+    return ExchangeFit(model, counts_s, residual)
+
+
+def _fit(
+    crowding: float,
+    bytes_CR: NDArray[np.float64],
+    even_CR: NDArray[np.float64],
+    peers_R: NDArray[np.float64],
+    seconds_R: NDArray[np.float64],
+    weight_R: NDArray[np.float64],
+) -> tuple[float, float, NDArray[np.float64], NDArray[np.float64]]:
+    """Deviation, crowding, (start, peer, seconds a byte inside and between), residuals: the best of a few rounds."""
+    moved_CR = bytes_CR + even_CR * np.minimum(crowding, bytes_CR / RAMP)
+    parts_PR = np.stack([peers_R, moved_CR[0], moved_CR[1]])
+    decides_R = np.where(moved_CR.sum(axis=0) < bytes_CR.max() / 100, 0, np.where(bytes_CR[1] > bytes_CR[0] / 8, 2, 1))
+    best = None
+    for _ in range(30):
+        design = np.stack(
+            [np.ones(len(seconds_R)), *(part * (decides_R == i) for i, part in enumerate(parts_PR))], axis=1
+        )
+        value = least_deviations(design, seconds_R, weight_R, np.array([0.0, 0.0, LEAST, LEAST]))
+        shares_PR = value[1:, None] * parts_PR
+        residual = (value[0] + shares_PR.max(axis=0)) / seconds_R - 1
+        off = float(weight_R @ np.abs(residual))
+        if best is None or off < best[0]:
+            best = (off, crowding, value, residual)
+        new = shares_PR.argmax(axis=0)
+        if (new == decides_R).all():
+            break
+        decides_R = new
+    assert best is not None
+    return best

@@ -1,0 +1,125 @@
+"""An all-to-all rank by rank: who is done when, if not all begin together. Finer than :mod:`poise.cost.links`.
+
+An exchange of x[s, d] bytes that rank s begins at released[s] ends on rank r at
+
+    start + max(released[r] + peer * posts[r],  every port that r's bytes pass is drained,  and crowding)
+
+- A port drains in order: what is sent leaves from released[s] on; what arrives is taken sender by sender, as they
+  begin. The bytes of one sender share its port evenly, so that a short message is out before a long one.
+- Messages to further peers are posted while the first ones travel: the two overlap.
+- *Crowding*. Where both ends of all flows are full, a port idles now and then because its partner is busy with
+  somebody else, and that is not made up for: about a receive window is lost. A hot port never idles, its senders
+  queue. So the loss is counted as bytes, ``crowding_bytes`` at most and a quarter of the exchange at most, times the
+  evenness of the ports: mean over fullest.
+
+:func:`poise.calibrate.exchange.fit_exchange` measures the constants.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.errors import ClusterError
+
+RAMP = 4.0
+"""An exchange loses at most its bytes over this to crowding."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeModel:
+    """Constants of an exchange.
+
+    Parameters
+    ----------
+    start_s : seconds that every exchange takes at least.
+    peer_s : seconds to post one peer's messages.
+    intra_bytes_per_s, inter_bytes_per_s : of a device's ports.
+    crowding_bytes : most that is lost where all ports are equally full.
+
+    Raises
+    ------
+    ClusterError : a rate is not above 0, or another constant is negative.
+    """
+
+    start_s: float
+    peer_s: float
+    intra_bytes_per_s: float
+    inter_bytes_per_s: float
+    crowding_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and not name.endswith("_per_s")))):
+                raise ClusterError(f"{name} of an exchange is {value!r}")
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> ExchangeModel:
+        """What a cluster's constants say: nothing is crowded."""
+        start = cluster.intra_latency_s + (cluster.inter_latency_s if cluster.num_nodes > 1 else 0.0)
+        return cls(start, cluster.peer_latency_s, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s)
+
+
+def evenness(bytes_DD: NDArray[np.float64]) -> float:
+    """Mean over fullest port, in or out; 0 without bytes."""
+    fullest = max(bytes_DD.sum(axis=0).max(), bytes_DD.sum(axis=1).max())
+    return float(bytes_DD.sum() / len(bytes_DD) / fullest) if fullest > 0 else 0.0
+
+
+def exchange_ends(
+    bytes_DD: NDArray[np.float64],
+    released_D: NDArray[np.float64],
+    node_D: NDArray[np.int32],
+    model: ExchangeModel,
+    beside_DD: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """When every rank is done with an exchange, float64 [D].
+
+    Parameters
+    ----------
+    bytes_DD : float64 [D, D], from rank to rank; what stays passes no port.
+    released_D : float64 [D], when a rank begins.
+    node_D : node of each rank.
+    model : constants.
+    beside_DD : other bytes that leave at the same times over the same ports (weights fetched after the gate).
+    """
+    elsewhere = ~np.eye(len(node_D), dtype=bool)
+    tokens_DD = bytes_DD * elsewhere
+    all_DD = tokens_DD if beside_DD is None else tokens_DD + beside_DD * elsewhere
+    if not all_DD.any():
+        return released_D.copy()
+    posts_D = ((tokens_DD > 0).sum(axis=0) + (tokens_DD > 0).sum(axis=1)) / 2
+    end_D = released_D + model.peer_s * posts_D
+    near_DD = node_D[:, None] == node_D[None, :]
+    for part_DD, rate in (
+        (all_DD * near_DD, model.intra_bytes_per_s),
+        (all_DD * ~near_DD, model.inter_bytes_per_s),
+    ):
+        if part_DD.any():
+            end_D = np.maximum(end_D, _drained(part_DD, released_D, rate, model.crowding_bytes))
+    out: NDArray[np.float64] = model.start_s + end_D
+    return out
+
+
+def _drained(
+    bytes_DD: NDArray[np.float64], released_D: NDArray[np.float64], rate: float, crowding: float
+) -> NDArray[np.float64]:
+    """When the ports of one class have passed all of each rank's bytes; -inf for a rank without."""
+    out_D, in_D = bytes_DD.sum(axis=1), bytes_DD.sum(axis=0)
+    fullest = max(out_D.max(), in_D.max())
+    lost_s = evenness(bytes_DD) * min(crowding, fullest / RAMP) / rate
+    end_D = np.where(out_D > 0, released_D + out_D / rate, -np.inf)
+    order = np.argsort(released_D, kind="stable")
+    for rank in np.flatnonzero(in_D > 0):
+        now = -np.inf
+        for source in order[bytes_DD[order, rank] > 0]:
+            own = bytes_DD[source, rank]
+            left = released_D[source] + np.minimum(bytes_DD[source], own).sum() / rate
+            now = max(max(now, released_D[source]) + own / rate, left)
+        end_D[rank] = max(end_D[rank], now)
+    ends: NDArray[np.float64] = end_D + lost_s * np.maximum(out_D, in_D) / fullest
+    return ends
