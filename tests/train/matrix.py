@@ -1,6 +1,6 @@
 """The parity matrix: policy x re-materialisation x top-k x workload x optimizer, one launch per world size.
 
-    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--mutate NAME] [--dtype T]
+    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--mutate NAMES] [--dtype TYPES]
 
 Each cell trains 5 steps sharded and compares losses, all gradients, the gradient norm and the weights with one dense
 process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
@@ -67,25 +67,9 @@ def pairwise(cells: list[tuple]) -> list[tuple]:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--pairwise", action="store_true")
-    parser.add_argument("--every", type=int, default=1, help="only every n-th cell")
-    parser.add_argument("--mutate", default="")
-    parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16"), default="float64")
-    options = parser.parse_args()
-    warnings.simplefilter("error", UserWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype) -> list[dict]:
+    """A row for each cell."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    cells = all_cells()
-    if options.pairwise:
-        cells = pairwise(cells)
-    cells = cells[:: options.every]
-    if options.mutate:
-        cells = [cell for cell in cells if cell[4] == "sgd"]
-    dtype = getattr(torch, options.dtype)
     references: dict[tuple, h.Trail] = {}
     bounds: dict[tuple, float] = {}
     rows, start = [], time.time()
@@ -101,14 +85,38 @@ def main() -> None:
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
         error, gathered, lost = h.sharded_run(
             workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
-            owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=options.mutate, dtype=dtype,
+            owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=mutate, dtype=dtype,
         )  # fmt: skip
-        rows.append({"policy": policy, "rematerialise": again, "top_k": top_k, "workload": workload,
-                     "optimizer": optimizer, "error": error, "dense": bounds.get(key),
-                     "gathered": gathered, "lost": lost})  # fmt: skip
+        rows.append({"mutate": mutate, "dtype": str(dtype).removeprefix("torch."), "policy": policy,
+                     "rematerialise": again, "top_k": top_k, "workload": workload, "optimizer": optimizer,
+                     "error": error, "dense": bounds.get(key), "gathered": gathered, "lost": lost})  # fmt: skip
         if rank == 0 and number % 50 == 49:
             worst = max(row["error"] for row in rows)
             print(f"{number + 1}/{len(cells)} cells, worst {worst:.1e}, {time.time() - start:.0f} s", file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--pairwise", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th cell")
+    parser.add_argument("--mutate", default="", help="one mutation, or several separated by commas")
+    parser.add_argument("--dtype", default="float64", help="float64, float32, bfloat16, or several separated by commas")
+    options = parser.parse_args()
+    warnings.simplefilter("error", UserWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    cells = all_cells()
+    if options.pairwise:
+        cells = pairwise(cells)
+    cells = cells[:: options.every]
+    if options.mutate:
+        cells = [cell for cell in cells if cell[4] == "sgd"]
+    rows, start = [], time.time()
+    for mutate, dtype in itertools.product(options.mutate.split(","), options.dtype.split(",")):
+        rows += run_cells(cells, mutate, getattr(torch, dtype))
+    rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         Path(options.out).write_text(json.dumps({"world": world, "seconds": time.time() - start, "cells": rows}))
     leave()
