@@ -9,10 +9,11 @@ Needs root, ip and tc (docs/emulation.md). Link rates are chosen so that the con
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,16 @@ from common import REPORTS, bar_chart, table, write
 
 from poise.api import deal_slots
 from poise.cluster import Cluster
-from poise.cost.compute import expert_seconds
+from poise.cost.exchange import ExchangeModel
 from poise.cost.step import BatchCost, batch_cost
 from poise.cost.traffic import Traffic
 from poise.curve import ExpertCurve
 from poise.emulate import EmulatedCluster, run
 from poise.errors import InfeasibleError
 from poise.evaluate.replay import replay
+from poise.evaluate.serve_ranks import serve_step, served_work
 from poise.evaluate.stepwise import WARM_UP, FastLoop, replay_steps
-from poise.evaluate.timeline import Event, simulated_step, write_perfetto
+from poise.evaluate.timeline import Event, write_perfetto
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import make_batch
@@ -180,8 +182,11 @@ def calibrate(emulated: EmulatedCluster, folder: Path, curve: Path, model: Model
     """Constants of the emulated cluster as `poise calibrate` finds them."""
     out = folder / "calibrated.yaml"
     args = ["poise.cli", "calibrate", "-o", str(out), "--hidden", str(model.hidden_size), "--inner",
-            str(model.expert_intermediate_size), "--matrices", "2", "--curve", str(curve)]  # fmt: skip
-    run(emulated, "-m", args, timeout=900, out=sys.stderr)
+            str(model.expert_intermediate_size), "--matrices", "2", "--curve", str(curve), "--json"]  # fmt: skip
+    if not out.exists():
+        said = io.StringIO()
+        run(emulated, "-m", args, timeout=900, out=said)
+        (folder / "calibrated.json").write_text(said.getvalue())
     return Cluster.parse(out)
 
 
@@ -203,26 +208,26 @@ def plan_rows(scene: Scene, fit: RoutingBatch, cluster: Cluster, model: ModelSpe
 
 @dataclass
 class Predicted:
-    """Modelled terms of the judged steps, and the compute of each device."""
+    """What planners see (terms of a step, added up) and marks of the run simulated rank by rank, [1, steps, L, D, 6]."""
 
     cost: BatchCost
-    compute_BLD: np.ndarray
+    marks: np.ndarray
 
 
 def predict(scene: Scene, row: tuple[str, str, int, str], placement: Placement, batch: RoutingBatch, cluster: Cluster,
-            model: ModelSpec, prior: np.ndarray) -> Predicted:  # fmt: skip
-    _, _, _, fast = row
-    if fast:
-        loop = FastLoop(parse_policy(fast), 1, window_s=scene.unit_s)
+            model: ModelSpec, prior: np.ndarray, exchange: dict[str, float]) -> Predicted:  # fmt: skip
+    fast = row[3]
+    loop = FastLoop(parse_policy(fast), 1, window_s=scene.unit_s) if fast else None
+    if loop is not None:
         cost = replay_steps(batch, placement, loop, cluster, model, traffic=scene.traffic, prior_LE=prior).cost
-        tokens = cost.tokens_BLD
-        return Predicted(cost, cost.compute_BL[..., None] * tokens / np.maximum(tokens.max(axis=2, keepdims=True), 1))
-    judged = batch.steps_from(WARM_UP)
-    cost = replay(judged, placement, cluster, model, traffic=scene.traffic, split="even").cost
-    count = placement.count_LED()
-    share = count / np.maximum(count.sum(axis=2, keepdims=True), 1)
-    tokens = judged.load_BLE[..., None] * share[None]
-    return Predicted(cost, expert_seconds(tokens, cluster, model).sum(axis=2) / cluster.speed_D)
+    else:
+        judged = batch.steps_from(WARM_UP)
+        cost = replay(judged, placement, cluster, model, traffic=scene.traffic, split="even").cost
+    work = served_work(batch, placement, cluster, model, traffic=scene.traffic, loop=loop, prior_LE=prior)
+    constants = ExchangeModel(**{field.name: exchange[field.name] for field in fields(ExchangeModel)})
+    marks = [serve_step(layers, cluster.node_D, constants, window_s=scene.unit_s, counts_s=exchange["counts_s"])
+             for layers in work[WARM_UP:]]  # fmt: skip
+    return Predicted(cost, np.stack(marks)[None])
 
 
 def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, Any]:
@@ -241,7 +246,8 @@ def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, A
     emulated = EmulatedCluster(scene.nodes, scene.devices, stated.intra_bytes_per_s,
                                stated.inter_bytes_per_s if scene.nodes > 1 else None)  # fmt: skip
     cluster = calibrate(emulated, folder, curve_file, model)
-    placements = plan_rows(scene, fit, cluster, model)
+    made = sorted(folder.glob("row*.npz"), key=lambda path: int(path.stem[3:]))
+    placements = [Placement.load(path) for path in made] or plan_rows(scene, fit, cluster, model)
     prior = fit.load_LE()
     job = {
         "cluster": str(folder / "calibrated.yaml"), "traffic": scene.traffic, "width": WIDTH, "model": asdict(model),
@@ -255,13 +261,17 @@ def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, A
         job["rows"].append({"name": row[0], "placement": str(path), "fast": row[3], "step_slots": 1})
     (folder / "job.json").write_text(json.dumps(job))
     np.savez(folder / "routing.npz", experts=batch.experts_TLK, home=batch.home_T, start=batch.start_B)
-    done = run(emulated, HERE / "serve_rank.py",
-               [str(folder / name) for name in ("job.json", "routing.npz", "out.npz")], timeout=3600, out=sys.stderr)  # fmt: skip
+    if not (folder / "out.npz").exists():
+        files_ = [str(folder / name) for name in ("job.json", "routing.npz", "out.npz")]
+        done = run(emulated, HERE / "serve_rank.py", files_, timeout=3600, out=sys.stderr)
+        if not done.shaped:
+            raise SystemExit("the links were not shaped: nothing was measured (root, ip and tc are needed)")
     with np.load(folder / "out.npz", allow_pickle=False) as z:
         marks, overruns = z["marks"], z["overruns"]
-    return {"scene": scene, "words": words, "marks": marks, "overruns": int(overruns.sum()), "shaped": done.shaped,
-            "stated": stated, "cluster": cluster, "batch": batch,
-            "predicted": [predict(scene, row, placement, batch, cluster, model, prior)
+    exchange = json.loads((folder / "calibrated.json").read_text())["exchange"]
+    return {"scene": scene, "words": words, "marks": marks, "overruns": int(overruns.sum()), "stated": stated,
+            "cluster": cluster, "exchange": exchange,
+            "predicted": [predict(scene, row, placement, batch, cluster, model, prior, exchange)
                           for row, placement in zip(scene.rows, placements, strict=True)]}  # fmt: skip
 
 
@@ -287,15 +297,10 @@ def terms(marks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def modelled(predicted: Predicted, layers: int, unit_s: float) -> dict[str, np.ndarray]:
-    """The same terms of the cost model, [steps]."""
-    cost = predicted.cost
-    extra = sum((part for part in (cost.weights_BL, cost.control_BL) if part is not None), np.zeros_like(cost.kv_BL))
-    exchange = cost.dispatch_BL + cost.combine_BL
-    out = {"exchange": exchange, "compute": cost.compute_BL, "weights": extra + cost.kv_BL}
-    sums = {name: value.sum(axis=1) for name, value in out.items()}
-    sums["step"] = sum(sums.values()) + layers * unit_s
-    return sums
+def planners_step(predicted: Predicted, layers: int, unit_s: float) -> np.ndarray:
+    """Seconds of each step as planners see them."""
+    out: np.ndarray = predicted.cost.seconds_BL.sum(axis=1) + layers * unit_s
+    return out
 
 
 def report(found: dict[str, Any]) -> str:
@@ -314,9 +319,9 @@ def report(found: dict[str, Any]) -> str:
         "compute tail",
         "average",
     ]
-    error_head = ["placement", "step measured", "modelled", "error", "all-to-all measured", "modelled", "error",
-                  "compute (slept) measured", "modelled", "error", "weights, control, keys measured", "modelled",
-                  "worst step's error"]  # fmt: skip
+    error_head = ["placement", "step measured", "simulated", "error", "all-to-all measured", "simulated", "error",
+                  "compute (slept) measured", "simulated", "error", "weights, control measured", "simulated",
+                  "worst step's error", "terms added up: step", "error"]  # fmt: skip
     rows, errors, bars = [], [], {}
     first = None
     for index, (name, *_) in enumerate(scene.rows):
@@ -332,7 +337,8 @@ def report(found: dict[str, Any]) -> str:
                      f"{got['exchange'].mean() / got['step'].mean():.1%}",
                      *(f"{got[key].mean() / first[key] - 1:+.1%}"
                        for key in ("exchange_tail", "exchange_mean", "compute_tail", "compute_mean"))])  # fmt: skip
-        want = modelled(found["predicted"][index], layers, scene.unit_s)
+        want = {key: value[0] for key, value in terms(found["predicted"][index].marks).items()}
+        plain = planners_step(found["predicted"][index], layers, scene.unit_s).mean()
         line: list[object] = [name]
         for key in ("step", "exchange", "compute"):
             line += [
@@ -341,12 +347,13 @@ def report(found: dict[str, Any]) -> str:
                 f"{want[key].mean() / got[key].mean() - 1:+.1%}",
             ]
         line += [f"{got['weights'].mean():.4f}", f"{want['weights'].mean():.4f}",
-                 f"{np.abs(want['step'] / got['step'] - 1).max():.1%}"]  # fmt: skip
+                 f"{np.abs(want['step'] / got['step'] - 1).max():.1%}", f"{plain:.4f}",
+                 f"{plain / got['step'].mean() - 1:+.1%}"]  # fmt: skip
         errors.append(line)
         bars[name] = (got["step"].mean(), want["step"].mean())
     base, stated = found["cluster"], found["stated"]
     picture = f"measured-serve-{scene.name}.svg"
-    (REPORTS / picture).write_text(bar_chart(bars, ("measured", "modelled"), "seconds a step"))
+    (REPORTS / picture).write_text(bar_chart(bars, ("measured", "simulated"), "seconds a step"))
     timeline = f"measured-serve-{scene.name}.perfetto.json"
     write_perfetto(REPORTS / timeline, timelines(found))
     words = (
@@ -358,32 +365,31 @@ def report(found: dict[str, Any]) -> str:
         + (f" and {base.inter_bytes_per_s / 1e6:.1f}" if scene.nodes > 1 else "")
         + f" MB/s, start-up {1e3 * (base.intra_latency_s + (base.inter_latency_s if scene.nodes > 1 else 0)):.1f} ms + "
         f"{1e3 * base.peer_latency_s:.2f} ms a peer. Over-runs of the device clock: {found['overruns']}."
-        + ("" if found["shaped"] else " **Links were not shaped: these times say nothing.**")
     )
-    return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe model beside it, seconds a step (means over steps of "
-            f"medians over repeats); last: the step it is furthest off on:\n\n{table(error_head, errors)}\n\n"
-            f"![measured and modelled]({picture})\n\nTimeline of one step, measured and simulated: [{timeline}]({timeline}), "
+    return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe simulation beside it (rank by rank, `evaluate/serve_ranks.py`), seconds a step, means over "
+            f"steps of medians over repeats; last, the step as planners see it, one term after the other:\n\n{table(error_head, errors)}\n\n"
+            f"![measured and simulated]({picture})\n\nTimeline of one step, measured and simulated: [{timeline}]({timeline}), "
             f"for ui.perfetto.dev.")  # fmt: skip
 
 
 def timelines(found: dict[str, Any]) -> dict[str, list[Event]]:
-    """Step 0 of the first and the last row: the repeat nearest to the median, and the model's."""
+    """Step 0 of the first and the last row: the repeat nearest to the median, and the simulation's."""
     scene, out = found["scene"], {}
     for index in (0, len(scene.rows) - 1):
         step = terms(found["marks"][index])["step"][:, 0]
-        marks = found["marks"][index, int(np.argmin(np.abs(step - np.median(step)))), 0]
-        events = []
-        for layer in range(marks.shape[0]):
-            for device in range(marks.shape[1]):
-                at = marks[layer, device]
-                for name, a, b in zip(("attention", "weights, control", "dispatch", "experts", "combine"), at, at[1:],
-                                      strict=False):  # fmt: skip
-                    events.append(Event(name, device, float(a), float(b - a)))
-        predicted = found["predicted"][index]
+        median = int(np.argmin(np.abs(step - np.median(step))))
         name = scene.rows[index][0]
-        out[f"{name}, measured"] = events
-        out[f"{name}, simulated"] = simulated_step(predicted.cost, 0, predicted.compute_BLD[0], window_s=scene.unit_s)
+        out[f"{name}, measured"] = events_of(found["marks"][index, median, 0])
+        out[f"{name}, simulated"] = events_of(found["predicted"][index].marks[0, 0])
     return out
+
+
+def events_of(marks_LDM: np.ndarray) -> list[Event]:
+    """Marks of one step as events."""
+    names = ("attention", "weights, control", "dispatch", "experts", "combine")
+    return [Event(name, device, float(a), float(b - a))
+            for layer in marks_LDM for device, at in enumerate(layer)
+            for name, a, b in zip(names, at, at[1:], strict=False)]  # fmt: skip
 
 
 def main() -> None:
@@ -392,11 +398,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--scenes", default=",".join(SCENES))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--keep", type=Path, help="folder for what is measured; what lies there is not measured again")
     options = parser.parse_args()
     for name in options.scenes.split(","):
         scene = SCENES[name] if options.steps is None else replace(SCENES[name], steps=options.steps)
-        with tempfile.TemporaryDirectory() as folder:
-            text = report(measure(scene, options.data, options.repeats, Path(folder)))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) if options.keep is None else options.keep / name
+            folder.mkdir(parents=True, exist_ok=True)
+            text = report(measure(scene, options.data, options.repeats, folder))
         write("Serving, measured on an emulated cluster", [text], f"-{name}")
 
 

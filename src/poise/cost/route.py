@@ -173,6 +173,25 @@ def _count_joins(device_TK, to_DD):  # type: ignore[no-untyped-def]
                 to_DD[device_TK[t, k], device_TK[t, 0]] += 1.0
 
 
+def deal_evenly(experts_TK: NDArray[np.int64], count_ED: NDArray[Any], source: int) -> NDArray[np.int64]:
+    """Devices of one source's pairs, int64 [T, K], if each expert's are dealt over its slots in turn: the engines' way.
+
+    ``count_ED`` int [E, D]: slots of each expert on each device; sources begin at different slots.
+    """
+    slots_E = count_ED.sum(axis=1)
+    table = np.zeros((len(count_ED), int(slots_E.max())), np.int64)
+    for expert, row in enumerate(count_ED):
+        where = np.repeat(np.arange(len(row)), row)
+        table[expert, : len(where)] = where
+    ids = experts_TK.reshape(-1)
+    order = np.argsort(ids, kind="stable")
+    count_E = np.bincount(ids, minlength=len(count_ED))
+    turn = np.empty(len(ids), np.int64)
+    turn[order] = np.arange(len(ids)) - (np.cumsum(count_E) - count_E)[ids[order]]
+    out: NDArray[np.int64] = table[ids, (turn + source) % slots_E[ids]]
+    return out.reshape(experts_TK.shape)
+
+
 def token_copies(
     device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster, traffic: Traffic
 ) -> tuple[Copies, Copies]:

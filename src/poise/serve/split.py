@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cost.route import assign_tokens, locality_rows
+from poise.cost.route import assign_tokens, deal_evenly, locality_rows
 from poise.cost.weights import StepPrice
 from poise.policies.loop import LayerLoop, Outcome
 from poise.policies.plan import LayerView, StepPolicy
@@ -64,27 +64,15 @@ class EvenSplit:
     """
 
     def __init__(self, count_ED: NDArray[Any], rank: int) -> None:
-        copies_E = count_ED.sum(axis=1)
-        table = np.zeros((len(count_ED), int(copies_E.max())), np.int64)
-        for expert, row in enumerate(count_ED):
-            where = np.repeat(np.arange(len(row)), row)
-            table[expert, : len(where)] = where
-        self._table_EX, self._copies_E = torch.from_numpy(table), torch.from_numpy(copies_E.astype(np.int64))
-        self._rank = rank
+        self._count_ED, self._rank = count_ED, rank
 
     def prefetch(self, tokens: int | None) -> None:
         """Nothing to fetch."""
 
     def devices(self, ids_TK: Tensor) -> Tensor:
         """The pairs of an expert are dealt over its replicas in turn."""
-        ids = ids_TK.reshape(-1).cpu()
-        order = torch.argsort(ids, stable=True)
-        count_E = torch.bincount(ids, minlength=len(self._copies_E))
-        first = (count_E.cumsum(0) - count_E)[ids[order]]
-        turn = torch.empty_like(ids)
-        turn[order] = torch.arange(len(ids)) - first
-        out: Tensor = self._table_EX[ids, (turn + self._rank) % self._copies_E[ids]]
-        return out.view(ids_TK.shape).to(ids_TK.device)
+        device_TK = deal_evenly(ids_TK.cpu().numpy(), self._count_ED, self._rank)
+        return torch.from_numpy(device_TK).to(ids_TK.device)
 
     def finish(self) -> None:
         """Nothing goes on in the background."""
