@@ -26,13 +26,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# make bench DATA=folder: the routing data to benchmark on
+# make bench DATA=folder: the routing data to benchmark on; measured_* need root, ip and tc (docs/emulation.md)
 bench: setup
 	$(BIN)/python benchmarks/planners.py $(DATA)
 	$(BIN)/python benchmarks/moetuner.py $(DATA)
 	$(BIN)/python benchmarks/fast_loop.py
 	$(BIN)/python benchmarks/held_out.py $(DATA)
 	$(BIN)/python benchmarks/scale.py $(DATA)
+	$(BIN)/python benchmarks/measured_serve.py $(DATA)
+	$(BIN)/python benchmarks/measured_train.py $(DATA)
 
 clean:
 	rm -rf .venv build
