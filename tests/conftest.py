@@ -13,6 +13,27 @@ from tests.kernels import compile_all
 WHEEL = "sglang==0.5.23"
 
 
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "train/test_citizens", "train/test_parity", "serve/test_serve", "train/test_runs", "train/test_elastic",
+        "train/test_example",
+    )
+)  # fmt: skip
+"""Tests that start several processes, the longest first."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first on two workers: each gets one half of the items, and what is stolen comes from the end."""
+    long = sorted(
+        (item for item in items if item.nodeid.startswith(LONGEST)),
+        key=lambda item: LONGEST.index(item.nodeid.partition("::")[0]),
+    )
+    rest = [item for item in items if not item.nodeid.startswith(LONGEST)]
+    half = max(0, len(items) // 2 - len(long[::2]))
+    items[:] = [*long[::2], *rest[:half], *long[1::2], *rest[half:]]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config, specs):
     """Before there are workers."""
