@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from tests.train.launch import leave
 
 from poise.cluster import Cluster
