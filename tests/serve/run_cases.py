@@ -391,7 +391,7 @@ def served_from_disk() -> dict:
         if dist.get_rank() == 0:
             plain(family).save_pretrained(folder[0], max_shard_size="60KB")
         dist.barrier()
-        parts = from_folder(folder[0], place("replicas", family), dist.get_rank(), dtype=torch.float64)
+        parts = from_folder(folder[0], place("replicas", family), dtype=torch.float64)
         held = [len(rows_held(parts.placement, row, dist.get_rank())) for row in range(len(parts.banks))]
         assert [len(next(iter(bank.values()))) for bank in parts.banks.values()] == held
         kept = sum(weight.numel() for weight in parts.model.parameters())

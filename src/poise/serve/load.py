@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -44,7 +45,9 @@ def from_config(config: Any, *, seed: int = 0, dtype: torch.dtype | None = None)
             raise ModelError(f"no model for {type(config).__name__}: {str(error).splitlines()[0][:200]}") from None
 
 
-def from_folder(path: str | Path, placement: Placement, rank: int, *, dtype: torch.dtype | None = None) -> Parts:
+def from_folder(
+    path: str | Path, placement: Placement, rank: int | None = None, *, dtype: torch.dtype | None = None
+) -> Parts:
     """A model from a local folder of safetensors; nothing is fetched, no code of it is run.
 
     A rank reads the dense weights and the experts of its slots. Where experts are stored in a way that is not known
@@ -53,7 +56,7 @@ def from_folder(path: str | Path, placement: Placement, rank: int, *, dtype: tor
     Parameters
     ----------
     path : what ``save_pretrained`` wrote.
-    placement, rank : which experts are this rank's.
+    placement, rank : which experts are this rank's; default: of this process among all.
     dtype : of the weights; default: as stored.
 
     Raises
@@ -64,6 +67,7 @@ def from_folder(path: str | Path, placement: Placement, rank: int, *, dtype: tor
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(path)
+    rank = dist.get_rank() if rank is None else rank
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", hint="give the folder of a Hugging Face model")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
