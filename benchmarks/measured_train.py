@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from common import REPORTS, table, write
 from train_cases import shares
 
 from poise.cluster import Cluster
+from poise.cost.exchange import ExchangeModel
 from poise.cost.weights import StepPrice, training_price
 from poise.emulate import EmulatedCluster, run
 from poise.emulate.spec import parse_shape
+from poise.evaluate.ranks import BACKWARD, FORWARD, RankStep, rank_step
 from poise.evaluate.stepwise import FastLoop
 from poise.evaluate.timeline import Event, write_perfetto
 from poise.evaluate.training import SourceLoads, TrainingReplay, replay_training
@@ -46,6 +48,8 @@ OVERLAPS = (0, 2, 4, 8, 16)
 TABLE_SEED, OTHER_SEED = 11, 1011
 TERMS = ("attention", "compute", "all-to-all", "weights, counts", "planning", "other")
 FORCED = "force-balanced router"
+PARTS = {"counted": "counts", "planned": "planning", "dispatched": "dispatch", "ready": "weights", "computed": "experts",
+         "posted": "gradients", "combined": "combine"}  # fmt: skip
 MAIN = (FORCED, "expert-parallelism", "full-replication (FSDP)", "hecate", "hecate, best setting", "hecate-RM", "hecate-calibrated", "poise",
         "poise-RM", "llep", "moon-ep", "ultra-ep")  # fmt: skip
 
@@ -113,22 +117,27 @@ class Bench:
         knots = [1, 16, 128, 1024, 2048]
         self.curve.write_text("tokens,active_experts,seconds\n" + "".join(
             f"{n},1,{LAUNCH_S + n * TOKEN_S!r}\n" for n in knots))  # fmt: skip
-        self.cluster, self.calibration, self.counts_s = Cluster.uniform(nodes, devices), {}, 0.0
+        self.cluster, self.calibration = Cluster.uniform(nodes, devices), {}
+        self.exchange = ExchangeModel.of(self.cluster)
 
     def calibrate(self, seconds: float) -> None:
-        """``poise calibrate`` on the emulated cluster: no traffic or placement of the table is in it.
-
-        It books half of the exchange of counts on each exchange. Here counts are a part of their own, so they come off.
-        """
+        """``poise calibrate`` on the emulated cluster: no traffic or placement of the table is in it."""
         path = self.folder / "cluster.yaml"
         words = ["poise.cli", "calibrate", "-o", str(path), "--hidden", str(WIDTH), "--inner", str(ROWS // 2), "--matrices",
                  "2", "--curve", str(self.curve), "--seconds", f"{seconds:g}", "--json"]  # fmt: skip
         done = run(self.spec, "-m", words, timeout=20 * seconds + 120, out=open(self.folder / "calibrate.out", "w"))
-        self.calibration = json.loads(done.ranks[0].stdout)
-        found = Cluster.parse(path)
-        counts_s = float(np.median([row["counts_s"] for row in self.calibration["links"]["rows"]])) / 2
-        self.counts_s = min(counts_s, found.intra_latency_s)
-        self.cluster = replace(found, intra_latency_s=found.intra_latency_s - self.counts_s)
+        (self.folder / "calibration.json").write_text(done.ranks[0].stdout)
+        self.take(self.folder)
+
+    def take(self, folder: Path) -> None:
+        """Constants of a calibration: those of the finer model of exchanges, for policies too."""
+        self.calibration = json.loads((folder / "calibration.json").read_text())
+        constants = self.calibration["exchange"]
+        self.exchange = m = ExchangeModel(**{field.name: constants[field.name] for field in fields(ExchangeModel)})
+        self.cluster = replace(
+            Cluster.parse(folder / "cluster.yaml"), intra_latency_s=m.start_s, inter_latency_s=0.0, peer_latency_s=m.peer_s,
+            intra_bytes_per_s=m.intra_bytes_per_s, inter_bytes_per_s=m.inter_bytes_per_s,
+        )  # fmt: skip
 
     def price(self, row: Row) -> StepPrice:
         """What the runtime's policies and the replay reckon with."""
@@ -145,14 +154,14 @@ class Bench:
     def measure(self, loads: SourceLoads, rows: list[Row], steps: int, repeats: int) -> dict[str, np.ndarray]:
         """Marks of all rows; raises if experts were not computed as in a dense run, or the clock was overrun."""
         even = even_sharding(self.layers, self.experts, self.devices)
-        job = {"cluster": str(self.folder / "cluster.yaml"), "curve": str(self.curve), "window_s": WINDOW_S, "layers": self.layers,
+        job = {"cluster": str(self.folder / "policies.yaml"), "curve": str(self.curve), "window_s": WINDOW_S, "layers": self.layers,
                "experts": self.experts, "top_k": TOP_K, "width": WIDTH, "rows_per_expert": ROWS, "warm_up": WARM_UP,
                "steps": steps, "repeats": repeats, "stream": self.stream,
                "table": [{"name": row.name, "policy": row.policy, "step_slots": row.slots, "rematerialise": row.rematerialise,
                           "owners": (even if row.owners is None else row.owners).tolist(),
                           "traffic": "forced" if row.forced else "load"} for row in rows]}  # fmt: skip
         paths = [self.folder / name for name in ("job.json", "counts.npz", "out.npz")]
-        (self.folder / "cluster.yaml").write_text(self.cluster.to_yaml())
+        (self.folder / "policies.yaml").write_text(self.cluster.to_yaml())
         paths[0].write_text(json.dumps(job))
         np.savez(paths[1], load=loads.load_BLSE, forced=loads.force_balanced().load_BLSE)
         done = run(self.spec, Path(__file__).with_name("train_rank.py"), [str(path) for path in paths],
@@ -167,13 +176,25 @@ class Bench:
 def fronts(marks_LXDM: np.ndarray, ends_DX: np.ndarray) -> dict[str, float]:
     """Seconds of a step by term: between the moments at which the last rank had done a part; they add up to the step.
 
-    marks [L, 2, D, 8], ends [D, 2].
+    marks [L, 2, D, 11], ends [D, 2].
     """
     out = dict.fromkeys(TERMS, 0.0)
     now = float(ends_DX[:, 0].max())
     waits = "weights, counts"
-    forward = ("other", "attention", waits, "planning", "all-to-all", waits, "compute", "all-to-all")
-    backward = ("other", waits, "all-to-all", "compute", "other", "all-to-all", "attention")
+    forward = (
+        "other",
+        "attention",
+        waits,
+        "planning",
+        "other",
+        "all-to-all",
+        "other",
+        waits,
+        "compute",
+        "other",
+        "all-to-all",
+    )
+    backward = ("other", waits, "other", "all-to-all", "other", "compute", "other", "other", "all-to-all", "attention")
     front_LXM = marks_LXDM.max(axis=2)
     order = [(layer, 0) for layer in range(len(front_LXM))]
     order += [(layer, 1) for layer in reversed(range(len(front_LXM)))]
@@ -187,18 +208,31 @@ def fronts(marks_LXDM: np.ndarray, ends_DX: np.ndarray) -> dict[str, float]:
 
 def measured_terms(got: dict[str, np.ndarray], which: int) -> np.ndarray:
     """Seconds of a row by repeat and term, mean over its steps, float64 [R, terms]."""
-    marks, ends = got["marks"][which], got["ends"][which]  # [R, B, L, D, 2, 8] and [R, B, D, 2]
+    marks, ends = got["marks"][which], got["ends"][which]  # [R, B, L, D, 2, 11] and [R, B, D, 2]
     return np.array([
         np.mean([[*fronts(marks[r, b].swapaxes(1, 2), ends[r, b]).values()] for b in range(marks.shape[1])], axis=0)
         for r in range(len(marks))])  # fmt: skip
 
 
-def predicted_terms(replay: TrainingReplay, counts_s: float, planning_s: float, other_s: float) -> np.ndarray:
-    """The same of the model, float64 [terms]: counts (a layer), planning and other (a step) come from other traffic."""
-    layers = replay.compute_BL.shape[1]
-    weights = (replay.weights_BL - replay.switch_BL).sum(axis=1).mean()
-    return np.array([replay.attention_s, replay.compute_BL.sum(axis=1).mean(), replay.exchange_BL.sum(axis=1).mean(),
-                     weights + counts_s * layers, planning_s, other_s])  # fmt: skip
+def simulated_steps(bench: Bench, replay: TrainingReplay, counts_s: float, planning_s: float) -> list[RankStep]:
+    """The judged steps by the cost model, rank by rank."""
+    return [rank_step(work, bench.cluster.node_D, bench.exchange, window_s=WINDOW_S, counts_s=counts_s,
+                      planning_s=planning_s) for work in replay.work_BL]  # fmt: skip
+
+
+def predicted_terms(steps: list[RankStep], other_s: float) -> np.ndarray:
+    """Seconds of the model by term, cut as the measured ones are, mean over steps, float64 [terms]."""
+    terms = [[*fronts(one.marks_LXDM, np.stack([0 * one.end_D, one.end_D], axis=1)).values()] for one in steps]
+    out: np.ndarray = np.mean(terms, axis=0)
+    out[TERMS.index("other")] += other_s
+    return out
+
+
+def added_seconds(replay: TrainingReplay) -> float:
+    """The step if every term waited for the slowest rank: what the replay adds up."""
+    return float(
+        (replay.layers_B - replay.switch_BL.sum(axis=1) - replay.control_BL.sum(axis=1)).mean() + replay.attention_s
+    )
 
 
 def choose_hecate(
@@ -250,15 +284,17 @@ def compared(bench: Bench, loads: SourceLoads, rows: list[Row], got: dict[str, n
         constants = np.median(measured_terms(other, which), axis=0)
         replay = bench.replay(loads, row)
         terms = measured_terms(got, which)
+        ranks = simulated_steps(bench, replay, counts_s, constants[4] / bench.layers)
+        overhead_s = counts_s * bench.layers + constants[4] + constants[5]
         found[row.name] = {
             "row": row, "replay": replay, "measured": terms, "same": bool((replay.tokens_BLD == got["tokens"][which]).all()),
-            "predicted": predicted_terms(replay, counts_s, *constants[4:]),
+            "ranks": ranks, "predicted": predicted_terms(ranks, constants[5]), "added": added_seconds(replay) + overhead_s,
         }  # fmt: skip
     step = {name: float(np.median(one["measured"].sum(axis=1))) for name, one in found.items()}
     ep, flat = step.get("expert-parallelism", np.nan), step.get(FORCED, np.nan)
     hecates = [step[name] for name in step if name.startswith("hecate") and "RM" not in name]
     head = ["policy", "setting", "max/mean", "step s", "quartiles", "over EP", "over EP, paired", "share of forced",
-            "gap to forced closed", "modelled s", "error"]  # fmt: skip
+            "gap to forced closed", "modelled s", "error", "terms added"]  # fmt: skip
     lines, errors = [], []
     for name, one in found.items():
         row, total = one["row"], one["measured"].sum(axis=1)
@@ -274,7 +310,7 @@ def compared(bench: Bench, loads: SourceLoads, rows: list[Row], got: dict[str, n
         )
         lines.append([name, f"{row.policy}, M={row.slots}", f"{one['replay'].imbalance:.2f}", f"{step[name]:.3f}",
                       f"{low:.3f}-{high:.3f}", f"{ep / step[name]:.2f}", f"{paired:.2f}", f"{flat / step[name]:.1%}", closed,
-                      f"{modelled:.3f}", f"{modelled / step[name] - 1:+.1%}"])  # fmt: skip
+                      f"{modelled:.3f}", f"{modelled / step[name] - 1:+.1%}", f"{one['added'] / step[name] - 1:+.1%}"])  # fmt: skip
         medians = np.median(one["measured"], axis=0)
         cells = [f"{m:.3f} / {p:.3f} ({_off(p, m)})" for m, p in zip(medians, one["predicted"], strict=True)]
         errors.append([name, "yes" if one["same"] else "NO", *cells])
@@ -284,8 +320,23 @@ def compared(bench: Bench, loads: SourceLoads, rows: list[Row], got: dict[str, n
         "counts (expert parallelism's), planning and other are measured on other traffic; attention and compute are slept: no evidence. "
         "Weights that a window does not hide delay the counts, which share the ports: one column.",
         table(["policy", "same plan", *TERMS], errors),
+        worst_errors(found),
     ]  # fmt: skip
     return parts, found
+
+
+def worst_errors(found: dict[str, Any]) -> str:
+    """Largest and median error over the rows; of an all-to-all where it takes a hundredth of the step or more."""
+    out = []
+    for name, at in (("compute", 1), ("all-to-all", 2), ("step", None)):
+        off = []
+        for one in found.values():
+            measured = one["measured"].sum(axis=1) if at is None else one["measured"][:, at]
+            modelled = one["predicted"].sum() if at is None else one["predicted"][at]
+            if np.median(measured) >= 0.01 * np.median(one["measured"].sum(axis=1)):
+                off.append(abs(modelled / float(np.median(measured)) - 1))
+        out.append(f"{name} {np.max(off):.1%} (median {np.median(off):.1%})")
+    return "Largest error of a row, without sign: " + "; ".join(out) + "."
 
 
 def _off(modelled: float, measured: float) -> str:
@@ -293,57 +344,30 @@ def _off(modelled: float, measured: float) -> str:
 
 
 def timeline(bench: Bench, got: dict[str, np.ndarray], rows: list[Row], found: dict[str, Any], path: Path) -> None:
-    """One measured and one simulated step of poise (or the last row)."""
+    """The same step of poise (or the last row), measured and simulated."""
     which = next((i for i, row in enumerate(rows) if row.name == "poise"), len(rows) - 1)
-    row = rows[which]
-    events: list[Event] = []
-    names = (("", "attention", "counts", "planning", "dispatch", "weights", "experts", "combine"),
-             ("", "weights", "combine, backward", "experts, backward", "weights posted", "dispatch, backward",
-              "attention, backward"))  # fmt: skip
-    marks = got["marks"][which, 0, -1]
-    for rank in range(bench.devices):
-        for layer in range(bench.layers):
-            for way in (0, 1):
-                at = marks[layer, rank, way]
-                events += [
-                    Event(names[way][i], rank, float(at[i - 1]), float(at[i] - at[i - 1]))
-                    for i in range(1, len(names[way]))
-                ]
-        events += [Event(kind, bench.devices + rank, begin, end - begin)
-                   for kind, begin, end in json.loads(str(got["spans"]))[rank][row.name]]  # fmt: skip
-    write_perfetto(
-        path, {f"measured: {row.name}": events, f"simulated: {row.name}": simulated(bench, found[row.name], row)}
-    )
+    name, ranks = rows[which].name, found[rows[which].name]["ranks"]
+    measured = events_of(got["marks"][which, 0, -1].swapaxes(1, 2))
+    for rank, one in enumerate(json.loads(str(got["spans"]))):
+        measured += [Event(kind, bench.devices + rank, begin, end - begin) for kind, begin, end in one[name]]
+    write_perfetto(path, {f"measured: {name}": measured, f"simulated: {name}": events_of(ranks[-1].marks_LXDM)})
 
 
-def simulated(bench: Bench, one: dict[str, Any], row: Row) -> list[Event]:
-    """The modelled step: every term one after the other, waiting where a device is idle."""
-    replay: TrainingReplay = one["replay"]
-    control = one["predicted"][4] / bench.layers  # planning; counts are booked with weights
-    step, now = -1, 0.0
-    events: list[Event] = []
-    order = [(layer, 0) for layer in range(bench.layers)] + [(layer, 1) for layer in reversed(range(bench.layers))]
-    for layer, way in order:
-        share = replay.tokens_BLD[step, layer] / max(1, replay.tokens_BLD[step, layer].max())
-        compute, exchange = replay.compute_BL[step, layer], replay.exchange_BL[step, layer] / 4
-        parts = [("attention", WINDOW_S), ("control", control), ("dispatch", exchange), ("experts", compute / 3),
-                 ("combine", exchange)]  # fmt: skip
-        if way:
-            parts = [("combine, backward", exchange), ("experts, backward", compute * 2 / 3), ("dispatch, backward", exchange),
-                     ("weights", replay.weights_BL[step, layer]), ("attention, backward", 2 * WINDOW_S)]  # fmt: skip
-        for name, seconds in parts:
-            for device in range(bench.devices):
-                took = seconds * share[device] if name.startswith("experts") else seconds
-                events.append(Event(name, device, now, float(took)))
-            now += float(seconds)
+def events_of(marks_LXDM: np.ndarray) -> list[Event]:
+    """Parts of a step; a lane a device."""
+    events = []
+    for marks_XDM in marks_LXDM:
+        for way, names in enumerate((FORWARD, BACKWARD)):
+            for rank, at in enumerate(marks_XDM[way]):
+                events += [Event(f"{PARTS.get(name, name)}{', backward' * way}", rank, float(at[i]), float(at[i + 1] - at[i]))
+                           for i, name in enumerate(names[1:]) if at[i + 1] > at[i]]  # fmt: skip
     return events
 
 
 def about(bench: Bench, loads: SourceLoads, steps: int, repeats: int) -> str:
     judged = loads.load_BLSE[WARM_UP : WARM_UP + steps].sum(axis=2)
     skew = (judged.max(axis=2) / judged.mean(axis=2)).mean()
-    c = bench.cluster
-    links = bench.calibration.get("links") or {"worst_residual": np.nan, "median_residual": np.nan}
+    m, links = bench.exchange, bench.calibration["exchange"]
     return (
         f"Emulated {bench.spec.nodes} x {bench.spec.devices_per_node} devices, {INTRA / 1e6:g} MB/s a device inside a node, {INTER / 1e6:g} MB/s "
         f"a device between nodes. It stands for GPT-MoE-S on V100s (45 % of peak, 8192 tokens a device, top-2) with a 100 Gb/s "
@@ -353,9 +377,9 @@ def about(bench: Bench, loads: SourceLoads, steps: int, repeats: int) -> str:
         f"backward; attention {WINDOW_S * 1e3:.1f} ms forward, twice backward. Traffic: OLMoE shares, expert max / mean {skew:.2f} in the "
         f"{steps} judged steps after {WARM_UP} that policies know the counts of. {repeats} repeats, all rows in each, the order "
         f"turns. Sparse collectives {'on a thread, as on a stream' if bench.stream else 'as gloo runs them: later rounds in wait'}.\n\n"
-        f"`poise calibrate`: intra {c.intra_bytes_per_s / 1e6:.2f}, inter {c.inter_bytes_per_s / 1e6:.3f} MB/s; start-up "
-        f"{1e3 * (c.intra_latency_s + c.inter_latency_s):.2f} ms (without {1e3 * bench.counts_s:.2f} ms of counts) + {1e3 * c.peer_latency_s:.2f} ms a peer; residual of its link rows at most "
-        f"{links['worst_residual']:.1%}, median {links['median_residual']:.1%}."
+        f"`poise calibrate`: intra {m.intra_bytes_per_s / 1e6:.2f}, inter {m.inter_bytes_per_s / 1e6:.3f} MB/s; start-up "
+        f"{1e3 * m.start_s:.2f} ms, {1e3 * m.peer_s:.2f} ms a peer, at most {m.crowding_bytes / 1e3:.0f} kB lost to crowding; residual of its "
+        f"link rows at most {links['worst_residual']:.1%}, median {links['median_residual']:.1%}."
     )  # fmt: skip
 
 
@@ -369,7 +393,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--other-repeats", type=int, default=3)
     parser.add_argument("--calibrate-seconds", type=float, default=90.0)
-    parser.add_argument("--calibrated", type=Path, help="a cluster file from before; nothing is calibrated")
+    parser.add_argument("--calibrated", type=Path, help="folder that --keep left: nothing is calibrated")
     parser.add_argument("--no-stream", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print the report, write nothing")
     parser.add_argument("--keep", type=Path, help="folder for what was measured")
@@ -380,7 +404,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(asked.cluster, asked.layers, not asked.no_stream, folder)
         if asked.calibrated:
-            bench.cluster = Cluster.parse(asked.calibrated)
+            bench.take(asked.calibrated)
         else:
             bench.calibrate(asked.calibrate_seconds)
         names = {"main": list(MAIN), "all": None}.get(asked.rows, asked.rows.split(","))

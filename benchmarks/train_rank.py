@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import poise.runtime.dispatch
 import poise.runtime.layer
 import poise.train.schedule
 from poise.cluster import Cluster
@@ -39,10 +40,6 @@ from poise.train import fully_shard_experts
 from poise.train.history import LoadHistory
 from poise.train.materialize import Materialised
 from poise.train.schedule import Schedule
-
-FORWARD = ("start", "attention", "counted", "planned", "dispatched", "ready", "computed", "combined")
-BACKWARD = ("start", "ready", "dispatched", "computed", "posted", "combined", "attention")
-"""Ends of the parts of a layer, in the order of the last axis of what is written (backwards the last place is empty)."""
 
 
 class Clock:
@@ -61,9 +58,9 @@ class Clock:
 
 
 class Marks:
-    """Moments of the step that runs, float64 [L, 2, 8], and all spans of it for the timeline."""
+    """Moments of the step that runs, float64 [L, 2, 11] (:mod:`poise.evaluate.ranks` names them), and spans of weights."""
 
-    at_LXM = np.zeros((0, 2, 8))
+    at_LXM = np.zeros((0, 2, 11))
     layer, way = 0, 0
     spans: ClassVar[list[tuple[str, float, float]]] = []
 
@@ -118,7 +115,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         until(time.monotonic() + 2.0 * Clock.window_s)
-        Marks.at_LXM[ctx.layer, 1, 6] = time.monotonic()
+        Marks.at_LXM[ctx.layer, 1, 9] = time.monotonic()
         return grads[0], None
 
 
@@ -181,10 +178,20 @@ def record_parts() -> None:
 
     after(poise.train.schedule, "all_counts", 2, None)
     after(Schedule, "_plan", 3, None)
-    after(poise.runtime.layer, "there", 4, 2)
-    after(Materialised, "banks", 5, None)
-    after(ExpertKind, "run", 6, None)
-    after(poise.runtime.layer, "back", 7, 5)
+    after(poise.runtime.layer, "there", 6, 4)
+    after(Materialised, "banks", 7, None)
+    after(ExpertKind, "run", 8, None)
+    send = poise.runtime.dispatch.exchange
+
+    def exchange(*args: Any, **named: Any) -> Tensor:
+        """The first one of a pass is the way out, the second one back."""
+        first = (4, 2)[Marks.way] if not Marks.at_LXM[Marks.layer, Marks.way, (4, 2)[Marks.way]] else (9, 7)[Marks.way]
+        Marks.now(first)
+        out = send(*args, **named)
+        Marks.now(first + 1)
+        return out
+
+    poise.runtime.dispatch.exchange = exchange  # type: ignore[attr-defined]
     before, behind = Materialised.before_backward, Materialised.after_backward
 
     def before_backward(self: Materialised) -> None:
@@ -194,9 +201,9 @@ def record_parts() -> None:
         Marks.now(1)
 
     def after_backward(self: Materialised, grads: Any) -> None:
-        Marks.now(3)
+        Marks.now(5)
         behind(self, grads)
-        Marks.now(4)
+        Marks.now(6)
 
     Materialised.before_backward, Materialised.after_backward = before_backward, after_backward  # type: ignore[method-assign]
 
@@ -317,11 +324,11 @@ class Row:
         return copy.deepcopy(schedule.history), list(schedule._held), owners
 
     def step(self, step: int) -> tuple[np.ndarray, float, float]:
-        """Marks of every layer [L, 2, 8], and when the step began and ended."""
+        """Marks of every layer [L, 2, 11], and when the step began and ended."""
         x, ids = self.traffic.tokens(step, self.rank).requires_grad_(True), self.traffic.ids(step, self.rank)
         for weight in self.run.parameters():
             weight.grad = None
-        Marks.at_LXM, Marks.spans = np.zeros((len(ids), 2, 8)), []
+        Marks.at_LXM, Marks.spans = np.zeros((len(ids), 2, 11)), []
         dist.barrier()
         began = time.monotonic()
         self.model(x, ids).square().sum().backward()
@@ -357,7 +364,7 @@ class Row:
 def measure(job: dict[str, Any], rows: list[Row], say: Callable[[str], None]) -> dict[str, np.ndarray]:
     """Every row in every repeat, in an order that turns; a step that is not timed comes first."""
     warm_up, steps, repeats = job["warm_up"], job["steps"], job["repeats"]
-    marks = np.zeros((len(rows), repeats, steps, job["layers"], 2, 8))
+    marks = np.zeros((len(rows), repeats, steps, job["layers"], 2, 11))
     ends, gaps = np.zeros((len(rows), repeats, steps, 2)), np.zeros(len(rows))
     tokens = np.zeros((len(rows), steps, job["layers"], dist.get_world_size()), np.int64)
     spans: dict[str, list[Any]] = {}

@@ -53,13 +53,13 @@ def test_a_repeat_on_two_ranks(tmp_path):
     with np.load(paths[2], allow_pickle=False) as z:
         out = {name: z[name] for name in z.files}
     rows = len(job["table"])
-    assert out["marks"].shape == (rows, 1, 1, LAYERS, 2, 2, 8) and out["ends"].shape == (rows, 1, 1, 2, 2)
+    assert out["marks"].shape == (rows, 1, 1, LAYERS, 2, 2, 11) and out["ends"].shape == (rows, 1, 1, 2, 2)
     assert out["gaps"].max() < 1e-5 and not out["overruns"].any()
     assert (np.diff(out["marks"][..., 0, :], axis=-1) >= 0).all()
-    assert (np.diff(out["marks"][..., 1, :7], axis=-1) >= 0).all()
+    assert (np.diff(out["marks"][..., 1, :10], axis=-1) >= 0).all()
     assert len(json.loads(str(out["spans"]))) == 2
 
-    took = out["marks"][0, 0, 0, :, :, 0, 6] - out["marks"][0, 0, 0, :, :, 0, 5]  # expert parallelism, forward, [L, D]
+    took = out["marks"][0, 0, 0, :, :, 0, 8] - out["marks"][0, 0, 0, :, :, 0, 7]  # expert parallelism, forward, [L, D]
     here = load[WARM_UP].sum(axis=1).reshape(LAYERS, 2, EXPERTS // 2)  # [L, D, experts of a rank]
     asked = ((here > 0) * FIXED_S + here * TOKEN_S).sum(axis=2)
     assert (took >= asked - 1e-4).all()  # a busy machine may take longer

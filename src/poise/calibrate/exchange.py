@@ -19,7 +19,7 @@ from poise.calibrate.fit import SURE, LinkRow, least_deviations
 from poise.cost.exchange import RAMP, ExchangeModel
 from poise.errors import NoResultError
 
-TRIED_BYTES = (0.0, *np.geomspace(1e4, 1e8, 81).tolist())
+TRIED_BYTES = (0.0, *np.geomspace(1e4, 1e8, 49).tolist())
 """Crowding that is tried."""
 MOST_CROWDING = 0.5
 """Crowding is at most this part of the fullest port's bytes in the longest row: more would be no end of a ramp."""
@@ -76,7 +76,7 @@ def _fit(
     parts_PR = np.stack([peers_R, moved_CR[0], moved_CR[1]])
     decides_R = np.where(moved_CR.sum(axis=0) < bytes_CR.max() / 100, 0, np.where(bytes_CR[1] > bytes_CR[0] / 8, 2, 1))
     best = None
-    for _ in range(30):
+    for _ in range(8):
         design = np.stack(
             [np.ones(len(seconds_R)), *(part * (decides_R == i) for i, part in enumerate(parts_PR))], axis=1
         )

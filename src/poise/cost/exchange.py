@@ -115,11 +115,11 @@ def _drained(
     end_D = np.where(out_D > 0, released_D + out_D / rate, -np.inf)
     order = np.argsort(released_D, kind="stable")
     for rank in np.flatnonzero(in_D > 0):
-        now = -np.inf
+        now = left = -np.inf
         for source in order[bytes_DD[order, rank] > 0]:
             own = bytes_DD[source, rank]
-            left = released_D[source] + np.minimum(bytes_DD[source], own).sum() / rate
-            now = max(max(now, released_D[source]) + own / rate, left)
-        end_D[rank] = max(end_D[rank], now)
+            left = max(left, released_D[source] + np.minimum(bytes_DD[source], own).sum() / rate)
+            now = max(now, released_D[source]) + own / rate
+        end_D[rank] = max(end_D[rank], now, left)
     ends: NDArray[np.float64] = end_D + lost_s * np.maximum(out_D, in_D) / fullest
     return ends

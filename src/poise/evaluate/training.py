@@ -21,10 +21,10 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds, port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
-from poise.cost.transfers import Form, TransferPlan, plan_transfers
+from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
 from poise.errors import OptionError
-from poise.evaluate.ranks import LayerWork
+from poise.evaluate.ranks import LayerWork, Rounds
 from poise.evaluate.stepwise import RECENT, WARM_UP, FastLoop
 from poise.observe.batch import RoutingBatch
 from poise.policies.plan import LayerView, StepPlan
@@ -229,7 +229,7 @@ class _Run:
         load_SE = self.traffic.load_BLSE[step, layer].astype(np.int64)
         if not load_SE.any():
             none = np.zeros((cluster.num_devices,) * 2)
-            self.work[step].append(LayerWork(none, none[0], 0.0, none, 0.0))
+            self.work[step].append(LayerWork(none, none[0]))
             return
         owned = owned_ED(self.owner_LE[layer], cluster.num_devices)
         before = self.held_LED[layer] if self.keeps else owned
@@ -258,8 +258,8 @@ class _Run:
 
     def _weights(
         self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan
-    ) -> tuple[float, NDArray[np.float64], float]:
-        """Seconds and bytes of what moves; for a rank's step: early gather, late bytes [D, D], what comes back."""
+    ) -> tuple[Rounds, Rounds, Rounds, bool]:
+        """Seconds and bytes of what moves; for a rank's step: early gather, late one, reduction, and whether again."""
         price, at = self.price, (view.step, view.layer)
         size = price.model.expert_bytes
         again = price.rematerialise and not self.keeps and view.layer < self.last
@@ -287,10 +287,9 @@ class _Run:
         whole_s = sum(seconds) + back_s
         self.out["moved"][at] = synced + new * size * STATE_RATIO
         self.out["exposed"][at] = (synced * shown_s / whole_s if whole_s else 0.0) + new * size * STATE_RATIO
-        late_DD = np.zeros((price.cluster.num_devices,) * 2)
-        for part in parts[1:]:
-            late_DD += size * _transfers(base, part, price, 1.0).links_DD(len(late_DD))
-        return seconds[0], late_DD, back_s
+        early, *late = (_rounds(_transfers(base, part, price, 1.0).rounds, size, price) for part in parts)
+        back = _transfers(base, replicas & (plan.quota_ED > 0), price, price.gradient_ratio).backwards()
+        return early, sum(late, ()), _rounds(back, size * price.gradient_ratio, price), again
 
     def result(self, first: int, rest_s: float) -> TrainingReplay:
         out = {name: value[first:] for name, value in self.out.items()}
@@ -315,6 +314,17 @@ def reduce_seconds(held_ED: NDArray[np.bool_], used_ED: NDArray[np.bool_], price
     """Seconds of the runtime's sparse reduction to each expert's first holder, from the replicas that computed."""
     ratio = price.gradient_ratio
     return _transfers(held_ED, used_ED, price, ratio).back_seconds(price.cluster, price.model.expert_bytes * ratio)
+
+
+def _rounds(rounds: tuple[tuple[Transfer, ...], ...], size: float, price: StepPrice) -> Rounds:
+    """Bytes of each round, float64 [D, D]."""
+    out = []
+    for one in rounds:
+        bytes_DD = np.zeros((price.cluster.num_devices,) * 2)
+        for move in one:
+            bytes_DD[move.source, move.target] += size
+        out.append(bytes_DD)
+    return tuple(out)
 
 
 def _transfers(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice, ratio: float) -> TransferPlan:
