@@ -373,7 +373,7 @@ def about(bench: Bench, loads: SourceLoads, steps: int, repeats: int) -> str:
         f"a device between nodes. It stands for GPT-MoE-S on V100s (45 % of peak, 8192 tokens a device, top-2) with a 100 Gb/s "
         f"port a device (and a fabric {INTRA / INTER:g} times as fast, where theirs is 12), {DILATION:g} times slower, and with {INTER * DILATION / 12.5e9:.3f} of the bytes, since this machine carries no more: "
         f"bytes over rate are as there. {bench.experts} experts of {ROWS * WIDTH * 4 / 1e3:.0f} kB, {bench.layers} layers, {TOKENS} tokens "
-        f"of {WIDTH * 4} bytes a device, M = {SLOTS}. Expert {LAUNCH_S * 1e3:.2f} ms + {TOKEN_S * 1e6:.1f} us a token forward, twice "
+        f"of {WIDTH * 4} bytes a device, M = {SLOTS} (FSDP holds all experts). Expert {LAUNCH_S * 1e3:.2f} ms + {TOKEN_S * 1e6:.1f} us a token forward, twice "
         f"backward; attention {WINDOW_S * 1e3:.1f} ms forward, twice backward. Traffic: OLMoE shares, expert max / mean {skew:.2f} in the "
         f"{steps} judged steps after {WARM_UP} that policies know the counts of. {repeats} repeats, all rows in each, the order "
         f"turns. Sparse collectives {'on a thread, as on a stream' if bench.stream else 'as gloo runs them: later rounds in wait'}.\n\n"
@@ -398,6 +398,9 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print the report, write nothing")
     parser.add_argument("--keep", type=Path, help="folder for what was measured")
     asked = parser.parse_args()
+    if asked.keep:  # where files were kept is not the report's business
+        at = sys.argv.index("--keep")
+        del sys.argv[at : at + 2]
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.keep or Path(temporary)
