@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, chi2_contingency
 
@@ -32,6 +32,7 @@ def loads(rng, steps, *, tokens=64, request=1.0, tilt=0.0, layers=LAYERS, drifti
 
 
 @given(st.integers(0, 10_000))
+@example(1622)  # the statistic is the threshold but for its last bit
 @settings(max_examples=30, deadline=None)
 def test_statistic_and_p_value_are_those_of_the_definition(seed):
     rng = np.random.default_rng(seed)
@@ -58,7 +59,8 @@ def test_statistic_and_p_value_are_those_of_the_definition(seed):
     assert verdict.statistic == pytest.approx(seen.mean())
     share_as_far = (every >= seen.mean() * (1 - 1e-9)).mean()
     assert abs(verdict.p_value - share_as_far) < 5 * np.sqrt(0.25 / test.permutations)
-    assert verdict.drifted == (verdict.p_value <= 0.2) == (verdict.statistic > verdict.threshold)
+    above = verdict.statistic > verdict.threshold * (1 + 1e-9)  # arrangements as far apart tie up to rounding
+    assert verdict.drifted == (verdict.p_value <= 0.2) == above
     chance = np.mean([distance(c) for c in combinations(range(steps + window), window)], axis=0)
     assert verdict.worst_layer == np.argmax(seen / chance)
 
