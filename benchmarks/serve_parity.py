@@ -170,12 +170,23 @@ def main() -> None:
                    f"--nproc-per-node={numbers['ranks']}", str(Path(__file__)), str(job)]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         rows = json.loads(out.read_text())
-    report(rows, numbers)
+    report(rows, numbers, [trained(Path(name)) for name in folders])
+    sys.stdout.flush()
     if not all(row["equal"] for row in rows if row["dtype"] == "float64"):
         sys.exit("tokens differ")
 
 
-def report(rows: list[dict[str, Any]], numbers: dict[str, int]) -> None:
+def trained(folder: Path) -> str:
+    """What a checkpoint is, from what its training wrote."""
+    told = folder / "metrics.json"
+    if not told.is_file():
+        return "CHECKPOINT is a folder that `save_pretrained` wrote."
+    metrics = json.loads(told.read_text())
+    return (f"CHECKPOINT is what `examples/demo_trace/train.py` wrote after {metrics['minutes']:.0f} minutes: "
+            f"{metrics['parameters'] / 1e6:.1f} M parameters, held-out loss {metrics['model']['all']:.2f}.")  # fmt: skip
+
+
+def report(rows: list[dict[str, Any]], numbers: dict[str, int], checkpoints: list[str]) -> None:
     def name(row: dict[str, Any]) -> str:
         model = row["model"] if row["model"] in CONFIGS else "trained, from disk"
         return f"{model}, {row['dtype']}"
@@ -191,16 +202,17 @@ def report(rows: list[dict[str, Any]], numbers: dict[str, int]) -> None:
          f"{1e3 * row['worst']:.1f}", f"{1e3 * row['step']:.0f}", f"{1e3 * row['step_swapping']:.0f}"]
         for row in rows if row["temperature"] == 0
     ]  # fmt: skip
+    sys.argv[1:] = ["CHECKPOINT" if Path(word).is_dir() else word for word in sys.argv[1:]]
     write("Serving: tokens equal to the single-process model, across a swap", [
         f"{numbers['ranks']} processes (gloo, one thread each) as 2 nodes; {len(LENGTHS)} requests with prompts of "
         f"{', '.join(map(str, LENGTHS))} tokens, {numbers['tokens']:,} new tokens each, at most 16 tokens a rank and step, so that "
         "prompts run in chunks beside decoding. Placement with replicas; from the middle on another one with replicas, a rank "
         "without experts and other numbers of slots. The single process is transformers' model with its own attention and cache. "
-        "\"Distinct\" counts different tokens in the second half of the answers.",
+        f"{' '.join([*checkpoints, ''])}\"Distinct\" counts different tokens in the second half of the answers.",
         table(["model", "data flow", "decoding", "tokens equal", "distinct", "steps", "seconds"], tokens),
         "## The swap\n\nMost of any rank; ms. *Staged*: memory beyond the old placement. *Wait*: sum of what steps waited for "
         "transfers; *switch*: putting rows in place; *worst*: most that one step was held up; median step without and with a "
-        f"swap on its way. Bytes a step are set so that the fullest rank needs {SWAP_ROUNDS} rounds.",
+        f"swap on its way. Bytes a step: a part in {SWAP_ROUNDS} of what the fullest rank fetches, or one expert.",
         table(["model", "data flow", "experts", "MiB", "staged MiB", "rounds", "steps", "wait", "switch", "worst", "step",
                "step, swapping"], swaps),
     ])  # fmt: skip
