@@ -144,12 +144,12 @@ class Bench:
         return training_price(TOKENS * self.devices, self.experts, self.cluster, self.model, window_s=WINDOW_S,
                               rematerialise=row.rematerialise)  # fmt: skip
 
-    def replay(self, loads: SourceLoads, row: Row, *, thin: bool = False) -> TrainingReplay:
+    def replay(self, loads: SourceLoads, row: Row) -> TrainingReplay:
         """The same steps by the cost model."""
         loads = loads.force_balanced() if row.forced else loads
         owners = even_sharding(self.layers, self.experts, self.devices) if row.owners is None else row.owners
         return replay_training(loads, FastLoop(parse_policy(row.policy), row.slots, SlidingMean(5)), self.price(row),
-                               sharding=Fixed(owners), first_reshard=0, warm_up=WARM_UP)  # fmt: skip
+                               sharding=Fixed(owners), first_reshard=0, warm_up=WARM_UP, by_rank=True)  # fmt: skip
 
     def measure(self, loads: SourceLoads, rows: list[Row], steps: int, repeats: int) -> dict[str, np.ndarray]:
         """Marks of all rows; raises if experts were not computed as in a dense run, or the clock was overrun."""

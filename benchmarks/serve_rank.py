@@ -22,6 +22,7 @@ import torch.distributed as dist
 from poise.cluster import Cluster
 from poise.cost.weights import step_price
 from poise.emulate import DeviceClock, ExpertCurve
+from poise.evaluate.serve_ranks import MARKS
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 from poise.policies.registry import parse_policy
@@ -30,9 +31,6 @@ from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
 from poise.serve.split import FastLoop
-
-MARKS = ("start", "attention", "planned", "dispatched", "computed", "combined")
-"""Ends of the parts of a layer, in the order of the last axis of what is written."""
 
 
 def scaled_rows(width: int, numel: int) -> ExpertKind:
@@ -73,9 +71,9 @@ class Run:
             fast = FastLoop(parse_policy(row["fast"]), price, step_slots=row["step_slots"], prior_LE=prior)
         self.banks, self.layers = [], []
         for index in range(self.placement.num_layers):
-            slots = self.placement.slot_expert_LS[index, self.placement.slot_device_S == self.rank]
-            bank = torch.zeros(int((slots >= 0).sum()), self.kind.numel, dtype=torch.bfloat16)
-            bank[:, 0] = scale_of(torch.from_numpy(slots[slots >= 0].astype(np.int64)))
+            held = self.placement.experts_of(index, self.rank)
+            bank = torch.zeros(len(held), self.kind.numel, dtype=torch.bfloat16)
+            bank[:, 0] = scale_of(torch.tensor(held, dtype=torch.int64))
             self.banks.append({"w": bank})
             self.layers.append(ServedLayer(index, self.kind, self.banks[-1], self.placement, cluster,
                                            traffic=job["traffic"], fast=fast, clock=self.clock))  # fmt: skip
@@ -94,7 +92,7 @@ class Run:
             for index, layer in enumerate(self.layers):
                 layer.prefetch()
                 ids, flow = self.routing.experts[mine, index], layer.flow
-                layer._devices(ids)
+                layer.devices(ids)
                 if flow.tell_X is not None:  # nothing is dispatched that would carry the counts
                     flow.told_DX, flow.tell_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
                 layer.split.finish()

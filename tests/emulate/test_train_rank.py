@@ -69,5 +69,5 @@ def test_a_repeat_on_two_ranks(tmp_path):
         loop = FastLoop(parse_policy(row["policy"]), 2, SlidingMean(5))
         price = training_price(TOKENS * 2, EXPERTS, Cluster.uniform(1, 2), MODEL, window_s=WINDOW_S,
                                rematerialise=row.get("rematerialise", False))  # fmt: skip
-        got = replay_training(traffic, loop, price, warm_up=WARM_UP)
+        got = replay_training(traffic, loop, price, warm_up=WARM_UP, by_rank=True)
         assert (got.tokens_BLD == out["tokens"][number]).all(), row["name"]

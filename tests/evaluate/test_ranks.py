@@ -20,7 +20,7 @@ CLUSTER = Cluster.uniform(2, 2)
 
 def steps_of(traffic, policy, **options):
     price = price_of(CLUSTER, **options)
-    got = replay_training(traffic, FastLoop(policy, 8), price, warm_up=0)
+    got = replay_training(traffic, FastLoop(policy, 8), price, warm_up=0, by_rank=True)
     model = ExchangeModel.of(CLUSTER)
     return got, [rank_step(work, CLUSTER.node_D, model, window_s=price.window_s) for work in got.work_BL]
 

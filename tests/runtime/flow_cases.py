@@ -93,8 +93,8 @@ def check(traffic: str, seed: int, fast: FastLoop | None, top_k: int, cluster: C
         x, ids, router = tokens(seed * 10 + step, rank, world, top_k, 1.2)
         layer.prefetch()
         wire.legs.clear()
-        device = layer._devices(ids)
-        layer._devices = lambda ids, device=device: device  # planned once: the counts are exchanged once
+        device = layer.devices(ids)
+        layer.devices = lambda ids, device=device: device  # planned once: the counts are exchanged once
         y = dense(x, ids, router)
         tag = torch.arange(len(x)) * world + rank
         if traffic == "stay":
@@ -113,7 +113,7 @@ def check(traffic: str, seed: int, fast: FastLoop | None, top_k: int, cluster: C
         else:
             out = layer.run(x, ids, router)
             assert torch.allclose(out, y, rtol=1e-12, atol=1e-12), (out - y).abs().max()
-        del layer._devices
+        del layer.devices
         compare_wire(traffic, device, rank, cluster, wire)
 
 

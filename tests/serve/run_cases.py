@@ -44,7 +44,7 @@ from poise.policies.split import even_quota
 from poise.serve import Engine, FastLoop, from_folder
 from poise.serve.batch import Chunk, StepBatch
 from poise.serve.load import from_config
-from poise.serve.model import FAMILIES, rows_held
+from poise.serve.model import FAMILIES
 
 EXACT = 1e-9
 """Of float64 runs; measured errors are 1e-15. Norms pass through float32, where a last bit may flip."""
@@ -176,7 +176,7 @@ def greedy_across_a_swap() -> dict:
                 assert 3 < 3 + record.steps < len(steps), "the switch came amid the run"
                 assert [step.swapping for step in steps[3 : 3 + record.steps]] == [True] * record.steps
                 assert all(step.stall_s == 0 for step in steps if not step.swapping)
-                held = [rows_held(served.placement, row, served.rank) for row in range(target.num_layers)]
+                held = [served.placement.experts_of(row, served.rank) for row in range(target.num_layers)]
                 for mine, bank, layer in zip(held, banks(served), m.moe_layers(plain(family)), strict=True):
                     for name, weight in bank.items():
                         full = getattr(m.block_of(plain(family), layer).experts, name)
@@ -392,7 +392,7 @@ def served_from_disk() -> dict:
             plain(family).save_pretrained(folder[0], max_shard_size="60KB")
         dist.barrier()
         parts = from_folder(folder[0], place("replicas", family), dtype=torch.float64)
-        held = [len(rows_held(parts.placement, row, dist.get_rank())) for row in range(len(parts.banks))]
+        held = [len(parts.placement.experts_of(row, dist.get_rank())) for row in range(len(parts.banks))]
         assert [len(next(iter(bank.values()))) for bank in parts.banks.values()] == held
         kept = sum(weight.numel() for weight in parts.model.parameters())
         dense = sum(weight.numel() for name, weight in plain(family).named_parameters() if ".experts." not in name)

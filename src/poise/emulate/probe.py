@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from poise.emulate.clock import DeviceClock
+from poise.runtime.collectives import point_to_point
 
 Exchange = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], object]
 SKIP = 2
@@ -95,19 +96,8 @@ def timed(splits: list[int], rounds: int, exchange: Exchange) -> list[float]:
 
 
 def receives_first(got: torch.Tensor, sent: torch.Tensor, back: list[int], to: list[int]) -> None:
-    """An all-to-all of point-to-point operations in which every rank posts all receives before its first send.
-
-    gloo announces a receive to its sender over the connection that carries data the other way. In
-    ``all_to_all_single`` that word may queue behind megabytes of data, and the two directions then run one after
-    the other. Posted first, it is always ahead of the data.
-    """
-    own, world = dist.get_rank(), dist.get_world_size()
-    into, of = got.split(back), sent.split(to)
-    order = [(own + i) % world for i in range(1, world)]
-    operations = [dist.P2POp(dist.irecv, into[peer], peer) for peer in order if back[peer]]
-    operations += [dist.P2POp(dist.isend, of[peer], peer) for peer in order if to[peer]]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
+    """What the runtime does on gloo."""
+    point_to_point(got.split(back), sent.split(to), dist.group.WORLD)
 
 
 def peer_counts() -> list[int]:

@@ -20,11 +20,11 @@ from poise.cost.route import assign_tokens, count_sources, deal_evenly, locality
 from poise.cost.traffic import Traffic
 from poise.cost.weights import step_price
 from poise.errors import OptionError
-from poise.evaluate.stepwise import RECENT, FastLoop
+from poise.evaluate.stepwise import FastLoop
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
-from poise.policies.loop import LayerLoop
+from poise.policies.loop import RECENT, LayerLoop
 
 MARKS = ("start", "attention", "planned", "dispatched", "computed", "combined")
 """Ends of the parts of a layer, in the order of the last axis of marks."""

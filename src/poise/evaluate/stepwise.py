@@ -22,14 +22,12 @@ from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.predict import Predictor, SlidingMean
 from poise.planning.placement import Placement
-from poise.policies.loop import LayerLoop
+from poise.policies.loop import RECENT, LayerLoop
 from poise.policies.plan import LayerView, StepPlan, StepPolicy
 
 WARM_UP = 5
 """Steps that fill predictors and kept replicas before judging starts."""
 DEFAULT_PREDICTOR: Predictor = SlidingMean()
-RECENT = 8
-"""Most recent steps that a policy may look at beside the prediction."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,11 +25,14 @@ from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
 from poise.errors import OptionError
 from poise.evaluate.ranks import LayerWork, Rounds
-from poise.evaluate.stepwise import RECENT, WARM_UP, FastLoop
+from poise.evaluate.stepwise import WARM_UP, FastLoop
 from poise.observe.batch import RoutingBatch
+from poise.policies.loop import RECENT
 from poise.policies.plan import LayerView, StepPlan
 from poise.policies.sharding import Even, ShardingPolicy, check_sharding, even_sharding, moves, owned_ED
 from poise.policies.split import spread_evenly
+
+Moves = tuple[tuple[Transfer, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +103,7 @@ class TrainingReplay:
     owner_LE : int64 [L, E], owners at the end.
     moved_owners : experts that changed owner in all re-shardings, warm-up included.
     switch_BL : float64 [B, L], what moves of owners and new kept replicas take of ``weights_BL``.
-    work_BL : the layers of each judged step for :func:`poise.evaluate.ranks.rank_step`.
+    work_BL : the layers of each judged step for :func:`poise.evaluate.ranks.rank_step`; empty unless asked for.
     """
 
     compute_BL: NDArray[np.float64]
@@ -146,6 +149,7 @@ def replay_training(
     first_reshard: int = WARM_UP,
     warm_up: int = WARM_UP,
     rest_s: float = 0.0,
+    by_rank: bool = False,
 ) -> TrainingReplay:
     """Run a policy over a batch of training steps; the first ``warm_up`` steps run but are not judged.
 
@@ -157,6 +161,7 @@ def replay_training(
     sharding : owners; they start as :func:`poise.policies.sharding.even_sharding`, are planned at step
         ``first_reshard`` and then every ``interval`` steps, from the predictor's loads. None: even, for good.
     rest_s : seconds of the dense rest of a step.
+    by_rank : keep what every rank does (``work_BL``): a few [D, D] arrays a layer and step.
 
     Raises
     ------
@@ -172,7 +177,7 @@ def replay_training(
         )
     if not 0 <= warm_up < steps:
         raise OptionError(f"{warm_up} warm-up steps cannot be left out of {steps}", hint="use more steps")
-    run = _Run(traffic, loop, price, sharding or Even(), even_sharding(layers, experts, sources))
+    run = _Run(traffic, loop, price, sharding or Even(), even_sharding(layers, experts, sources), by_rank)
     for step in range(steps):
         run.reshard(step, first_reshard)
         for layer in range(layers):
@@ -190,6 +195,7 @@ class _Run:
         price: StepPrice,
         sharding: ShardingPolicy,
         owner_LE: NDArray[np.int64],
+        by_rank: bool,
     ) -> None:
         self.traffic, self.loop, self.price, self.sharding = traffic, loop, price, sharding
         self.owner_LE, self.moved_owners = owner_LE, 0
@@ -206,8 +212,8 @@ class _Run:
         self.replicas_BLD = np.zeros((steps, layers, devices), np.int64)
         self.reshard_B = np.zeros(steps)
         self.held_LED = np.stack([owned_ED(row, devices) for row in owner_LE])
-        self.work: list[list[LayerWork]] = [[] for _ in range(steps)]
-        self.last = layers - 1  # its backward comes at once: nothing is freed in between
+        self.work: list[list[LayerWork]] | None = [[] for _ in range(steps)] if by_rank else None
+        self.last = layers - 1
 
     def reshard(self, step: int, first: int) -> None:
         interval = self.sharding.interval
@@ -228,8 +234,9 @@ class _Run:
         price, policy, cluster = self.price, self.loop.policy, self.price.cluster
         load_SE = self.traffic.load_BLSE[step, layer].astype(np.int64)
         if not load_SE.any():
-            none = np.zeros((cluster.num_devices,) * 2)
-            self.work[step].append(LayerWork(none, none[0]))
+            if self.work is not None:
+                none = np.zeros((cluster.num_devices,) * 2)
+                self.work[step].append(LayerWork(none, none[0]))
             return
         owned = owned_ED(self.owner_LE[layer], cluster.num_devices)
         before = self.held_LED[layer] if self.keeps else owned
@@ -239,7 +246,7 @@ class _Run:
         early = policy.before_gate(view)
         plan = policy.after_gate(view, early, load_SE)
         plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
-        moved = self._weights(view, early, plan)
+        transfers = self._weights(view, early, plan)
         if policy.exact and not plan.passive:
             self.out["control"][step, layer] = price.control_s + self.plan_s
         flow = plan.rows_SED
@@ -249,20 +256,19 @@ class _Run:
         self.out["compute"][step, layer] = compute_seconds(plan.quota_ED, price)
         pairs_DD = flow.sum(axis=1)
         self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
-        work_ED = expert_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
-        self.work[step].append(
-            LayerWork(
-                pairs_DD * float(price.model.dispatch_bytes_per_token), work_ED.sum(axis=0) / cluster.speed_D, *moved
+        if self.work is not None:
+            work_ED = expert_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
+            bytes_DD = pairs_DD * float(price.model.dispatch_bytes_per_token)
+            before, after, back = (_rounds(moves, size, price) for moves, size in transfers)
+            self.work[step].append(
+                LayerWork(bytes_DD, work_ED.sum(axis=0) / cluster.speed_D, before, after, back, self._again(layer))
             )
-        )
 
-    def _weights(
-        self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan
-    ) -> tuple[Rounds, Rounds, Rounds, bool]:
-        """Seconds and bytes of what moves; for a rank's step: early gather, late one, reduction, and whether again."""
+    def _weights(self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan) -> list[tuple[Moves, float]]:
+        """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
         price, at = self.price, (view.step, view.layer)
         size = price.model.expert_bytes
-        again = price.rematerialise and not self.keeps and view.layer < self.last
+        again = self._again(view.layer)
         passes = 1.0 + price.gradient_ratio + (1.0 if again else 0.0)
         switch_s, new = 0.0, 0
         if self.keeps:
@@ -277,19 +283,25 @@ class _Run:
         else:
             base = view.before_ED
             parts = [early_ED & ~base, plan.holders_ED & ~early_ED & ~base]
-        seconds = [gather_seconds(base, part, price) for part in parts]
+        gathers = [_transfers(base, part, price) for part in parts]
+        seconds = [gather.seconds(price.cluster, size) for gather in gathers]
         replicas = plan.holders_ED & ~base
         self.replicas_BLD[at] = replicas.sum(axis=0)
-        back_s = (sum(seconds) if again else 0.0) + reduce_seconds(base, replicas & (plan.quota_ED > 0), price)
+        gradient_bytes = size * price.gradient_ratio
+        reduction = _transfers(base, replicas & (plan.quota_ED > 0), price, gradient_bytes)
+        back_s = (sum(seconds) if again else 0.0) + reduction.back_seconds(price.cluster, gradient_bytes)
         shown_s = max(0.0, seconds[0] - price.window_s) + sum(seconds[1:]) + max(0.0, back_s - 2.0 * price.window_s)
         self.out["weights"][at], self.out["switch"][at] = shown_s + switch_s, switch_s
         synced = float(replicas.sum()) * size * passes
         whole_s = sum(seconds) + back_s
         self.out["moved"][at] = synced + new * size * STATE_RATIO
         self.out["exposed"][at] = (synced * shown_s / whole_s if whole_s else 0.0) + new * size * STATE_RATIO
-        early, *late = (_rounds(_transfers(base, part, price, 1.0).rounds, size, price) for part in parts)
-        back = _transfers(base, replicas & (plan.quota_ED > 0), price, price.gradient_ratio).backwards()
-        return early, sum(late, ()), _rounds(back, size * price.gradient_ratio, price), again
+        late: Moves = sum((gather.rounds for gather in gathers[1:]), ())
+        return [(gathers[0].rounds, size), (late, size), (reduction.backwards(), gradient_bytes)]
+
+    def _again(self, layer: int) -> bool:
+        """Replicas are freed and gathered again; not of the last layer, whose backward comes at once."""
+        return self.price.rematerialise and not self.keeps and layer < self.last
 
     def result(self, first: int, rest_s: float) -> TrainingReplay:
         out = {name: value[first:] for name, value in self.out.items()}
@@ -298,7 +310,7 @@ class _Run:
             out["compute"], out["exchange"], out["weights"], out["control"], self.reshard_B[first:],
             self.tokens_BLD[first:], out["moved"], out["exposed"], self.replicas_BLD[first:], attention_s, rest_s,
             self.owner_LE, self.moved_owners, out["switch"],
-            tuple(tuple(layers) for layers in self.work[first:]),
+            tuple(tuple(layers) for layers in (self.work or [])[first:]),
         )  # fmt: skip
 
 
@@ -307,16 +319,10 @@ def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price:
 
     :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.
     """
-    return _transfers(held_ED, new_ED, price, 1.0).seconds(price.cluster, price.model.expert_bytes)
+    return _transfers(held_ED, new_ED, price).seconds(price.cluster, price.model.expert_bytes)
 
 
-def reduce_seconds(held_ED: NDArray[np.bool_], used_ED: NDArray[np.bool_], price: StepPrice) -> float:
-    """Seconds of the runtime's sparse reduction to each expert's first holder, from the replicas that computed."""
-    ratio = price.gradient_ratio
-    return _transfers(held_ED, used_ED, price, ratio).back_seconds(price.cluster, price.model.expert_bytes * ratio)
-
-
-def _rounds(rounds: tuple[tuple[Transfer, ...], ...], size: float, price: StepPrice) -> Rounds:
+def _rounds(rounds: Moves, size: float, price: StepPrice) -> Rounds:
     """Bytes of each round, float64 [D, D]."""
     out = []
     for one in rounds:
@@ -327,11 +333,12 @@ def _rounds(rounds: tuple[tuple[Transfer, ...], ...], size: float, price: StepPr
     return tuple(out)
 
 
-def _transfers(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice, ratio: float) -> TransferPlan:
+def _transfers(
+    held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice, expert_bytes: float | None = None
+) -> TransferPlan:
     form: Form = "auto" if price.fan_out else "direct"
-    return plan_transfers(
-        held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=price.model.expert_bytes * ratio, form=form
-    )
+    size = price.model.expert_bytes if expert_bytes is None else expert_bytes
+    return plan_transfers(held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=size, form=form)
 
 
 def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:

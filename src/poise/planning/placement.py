@@ -110,6 +110,11 @@ class Placement:
         """S, empty slots included."""
         return int(self.slot_expert_LS.shape[1])
 
+    def experts_of(self, layer: int, device: int) -> list[int]:
+        """Experts of a device's slots of one layer (its row), in slot order; empty slots are left out."""
+        held = self.slot_expert_LS[layer, self.slot_device_S == device]
+        return [int(expert) for expert in held if expert != EMPTY]
+
     def count_LED(self) -> NDArray[np.int32]:
         """Slots of expert e on device d, int32 [L, E, D]."""
         out = np.zeros((self.num_layers, self.num_experts, self.num_devices), dtype=np.int32)

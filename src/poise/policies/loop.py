@@ -14,6 +14,9 @@ from poise.cost.weights import StepPrice, fetch_seconds
 from poise.errors import PlacementError
 from poise.policies.plan import LayerView, StepPlan, StepPolicy
 
+RECENT = 8
+"""Most recent steps that a policy may look at beside the prediction."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:

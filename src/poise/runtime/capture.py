@@ -58,6 +58,20 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
+def routed(output: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Expert ids and weights, [T, K], among what a router returns: told apart by type and shape.
+
+    Where K = E the logits have the weights' shape as well; they come first in every family.
+    """
+    parts = [part.detach() for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
+    ids = next((part for part in parts if part.dtype in (torch.int64, torch.int32)), None)
+    if ids is None:
+        return None, None
+    flat = ids.reshape(-1, ids.shape[-1])
+    weights = [part.reshape(-1, part.shape[-1]) for part in parts if part.is_floating_point()]
+    return flat, next((part for part in reversed(weights) if part.shape == flat.shape), None)
+
+
 class RouterCapture:
     """Context manager: collects expert ids [T, K], heaviest first, of every router call, by decoder layer."""
 
@@ -80,17 +94,12 @@ class RouterCapture:
 
     def _hook(self, layer: int) -> Any:
         def take(module: nn.Module, args: Any, output: Any) -> None:
-            parts = output if isinstance(output, tuple) else (output,)
-            ids = next((x for x in parts if isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)), None)
+            ids, weights = routed(output)
             if ids is None:
                 raise ModelError(f"the router of layer {layer} returns no expert ids", hint="transformers >= 5 does")
-            flat = ids.detach().reshape(-1, ids.shape[-1])
-            weights = [x for x in parts if isinstance(x, Tensor) and x.is_floating_point()]
-            same = next((x for x in weights if x.reshape(-1, x.shape[-1]).shape == flat.shape), None)
-            if same is not None:
-                order = same.detach().reshape(flat.shape).argsort(dim=-1, descending=True, stable=True)
-                flat = flat.gather(1, order)
-            self.calls[layer].append(flat.cpu())
+            if weights is not None:
+                ids = ids.gather(1, weights.argsort(dim=-1, descending=True, stable=True))
+            self.calls[layer].append(ids.cpu())
 
         return take
 

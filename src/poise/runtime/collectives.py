@@ -41,6 +41,8 @@ def finish(works: Sequence[Any]) -> None:
         raise CommunicationError(*lost(error)) from error
 
 
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name since PyTorch 2.13, and before."""
 EXCHANGE_TAG = 1
 """Sparse collectives on their way in the same group use tag 0."""
 
@@ -48,9 +50,7 @@ EXCHANGE_TAG = 1
 def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
     """All-to-all of rows: the first ``sent_D[0]`` go to rank 0 and so on; what came, by rank.
 
-    On gloo all receives are posted before the first send: ``all_to_all_single`` there lets the word that a receive is
-    ready queue behind data going the other way, and reaches 0.5 to 0.67 of limited links, this 0.91 to 0.99
-    (docs/emulation.md).
+    On gloo by :func:`point_to_point`.
     """
     out = x_nd.new_empty((sum(got_D), *x_nd.shape[1:]))
     x_nd = x_nd.contiguous()
@@ -61,17 +61,43 @@ def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: A
             raise CommunicationError(*lost(error)) from error
         finish([work])
         return out
+    point_to_point(out.split(list(got_D)), x_nd.split(list(sent_D)), group)
+    return out
+
+
+def gather_rows(mine_nd: Tensor, count_D: Sequence[int], group: Any) -> Tensor:
+    """Rows of all ranks in their order, [sum, d]: everyone's own to every other, as in :func:`exchange`."""
+    out = mine_nd.new_empty((sum(count_D), *mine_nd.shape[1:]))
+    point_to_point(out.split(list(count_D)), [mine_nd.contiguous()] * len(count_D), group)
+    return out
+
+
+def gather(mine_X: Tensor, group: Any) -> Tensor:
+    """The same few numbers of every rank, [D, X]."""
+    out = mine_X.new_empty(dist.get_world_size(group) * len(mine_X))
+    try:
+        _all_gather(out, mine_X, group=group)
+    except RuntimeError as error:
+        raise CommunicationError(*lost(error)) from error
+    return out.view(-1, len(mine_X))
+
+
+def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> None:
+    """Part ``of[d]`` to every rank d, what comes from it into ``into[d]``; empty parts are not sent.
+
+    gloo announces a receive to its sender over the connection that carries data the other way. In
+    ``all_to_all_single`` that word may queue behind megabytes of data, and the two directions then run one after the
+    other: 0.5 to 0.67 of limited links, against 0.91 to 0.99 with all receives posted first (docs/emulation.md).
+    """
     own, world = dist.get_rank(group), dist.get_world_size(group)
-    into, of = out.split(list(got_D)), x_nd.split(list(sent_D))
     into[own].copy_(of[own])
     peers = [(own + i) % world for i in range(1, world)]
     name = {peer: dist.get_global_rank(group, peer) for peer in peers}
     works = post(
-        [dist.P2POp(dist.irecv, into[p], name[p], group, EXCHANGE_TAG) for p in peers if got_D[p]]
-        + [dist.P2POp(dist.isend, of[p], name[p], group, EXCHANGE_TAG) for p in peers if sent_D[p]]
+        [dist.P2POp(dist.irecv, into[p], name[p], group, EXCHANGE_TAG) for p in peers if len(into[p])]
+        + [dist.P2POp(dist.isend, of[p], name[p], group, EXCHANGE_TAG) for p in peers if len(of[p])]
     )
     finish(works)
-    return out
 
 
 def lost(error: RuntimeError) -> tuple[str]:

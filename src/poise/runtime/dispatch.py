@@ -11,15 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.errors import CommunicationError
-from poise.runtime.collectives import exchange, lost
-
-all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Its name since PyTorch 2.13, and before."""
+from poise.runtime.collectives import exchange, gather
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,12 +39,7 @@ class Exchange:
 def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64]:
     """Pairs of every rank and expert, int64 [D, E]: one all-gather of E numbers a rank."""
     mine = torch.bincount(ids_TK.reshape(-1), minlength=num_experts)
-    out = torch.empty(dist.get_world_size(group) * num_experts, dtype=torch.int64, device=ids_TK.device)
-    try:
-        all_gather(out, mine, group=group)
-    except RuntimeError as error:
-        raise CommunicationError(*lost(error)) from error
-    return out.view(-1, num_experts).cpu().numpy()
+    return gather(mine, group).cpu().numpy()
 
 
 def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:

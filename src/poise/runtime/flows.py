@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.cluster import Cluster
-from poise.cost.traffic import Traffic, landing_DN
-from poise.errors import CommunicationError, OptionError
-from poise.runtime.collectives import exchange, lost
-from poise.runtime.dispatch import all_gather
+from poise.cost.traffic import TRAFFIC_MODELS, Traffic, landing_DN
+from poise.errors import OptionError
+from poise.runtime.collectives import exchange, gather
 
 Compute = Callable[[Tensor, NDArray[np.int64]], Tensor]
 """(rows [n, d] sorted by the place of their expert, pairs of each expert int64 [E]) -> outputs [n, d]."""
@@ -87,6 +86,8 @@ class Flow:
     """
 
     def __init__(self, traffic: Traffic, cluster: Cluster, num_experts: int, group: Any = None) -> None:
+        if traffic not in TRAFFIC_MODELS:
+            raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
         self.group = group if group is not None else dist.group.WORLD
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         if self.world != cluster.num_devices:
@@ -179,12 +180,7 @@ class Flow:
         began = time.monotonic()
         sent_D = torch.bincount(to_n, minlength=self.world)
         mine_X = sent_D if self.tell_X is None else torch.cat([sent_D, self.tell_X])
-        everyone = mine_X.new_empty(self.world * len(mine_X))
-        try:
-            all_gather(everyone, mine_X, group=self.group)
-        except RuntimeError as error:
-            raise CommunicationError(*lost(error)) from error
-        everyone_DX = everyone.view(self.world, -1)
+        everyone_DX = gather(mine_X, self.group)
         way = sent_D.tolist(), everyone_DX[:, self.rank].tolist()
         if self.tell_X is not None:
             self.told_DX, self.tell_X = everyone_DX[:, self.world :], None
@@ -222,7 +218,7 @@ def _bytes(part: Tensor) -> Tensor:
 def _copies(
     ids_TK: Tensor, device_TK: Tensor, dedup: bool, world: int, active_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies to send, by device, then token: token int64 [n], device int64 [n], experts int64 [n, K or 1].
+    """Copies to send, by device, then token: token int64 [n], device int64 [n], experts int64 [n, K], -1 elsewhere.
 
     Without ``dedup`` every pair is a copy of its own. ``active_TK`` leaves pairs out.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from poise.errors import ModelError
-from poise.runtime.collectives import finish, post
+from poise.runtime.collectives import gather_rows
 from poise.serve.batch import Chunk, KeyValueCache, StepBatch
 
 NAME = "poise"
@@ -119,21 +119,6 @@ def _gather(step: AttentionStep, keys_nHD: Tensor, values_nHD: Tensor) -> tuple[
     place_T[np.argsort(step.owner_T, kind="stable")] = np.arange(step.batch.num_tokens)
     by_tag = arrived[torch.from_numpy(place_T).to(arrived.device)].view(-1, heads, wide + tall)
     return by_tag[:, :, :wide], by_tag[:, :, wide:]
-
-
-def gather_rows(mine_nd: Tensor, count_D: list[int], group: Any) -> Tensor:
-    """Rows of all ranks in their order, [sum, d]; receives are posted before sends, or gloo is slow."""
-    rank = dist.get_rank(group)
-    out = mine_nd.new_empty((sum(count_D), mine_nd.shape[1]))
-    into = out.split(count_D)
-    into[rank].copy_(mine_nd)
-    order = [(rank + i) % len(count_D) for i in range(1, len(count_D))]
-    peers = {peer: dist.get_global_rank(group, peer) for peer in order}
-    operations = [dist.P2POp(dist.irecv, into[peer], peers[peer], group) for peer in order if count_D[peer]]
-    if count_D[rank]:
-        operations += [dist.P2POp(dist.isend, into[rank], peers[peer], group) for peer in order]
-    finish(post(operations))
-    return out
 
 
 def _queries(step: AttentionStep) -> list[tuple[Chunk, slice, NDArray[np.int64]]]:

@@ -257,8 +257,7 @@ class Engine:
         """All ranks have all: from the next step on the new placement serves."""
         start = time.perf_counter()
         for served in self.experts.values():
-            if served._replicas is not None:  # rows that are about to change may still be on their way to others
-                served._replicas.land()
+            served.settle()
         for layer, bank in zip(self._layers, swap.apply(), strict=True):
             self.experts[layer].switch(bank, swap.after)
         self.placement = swap.after

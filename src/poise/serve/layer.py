@@ -76,8 +76,7 @@ class ServedLayer:
                 f"the placement has {placement.num_experts} experts on {placement.num_devices} devices, this run"
                 f" {flow.num_experts} on {flow.world}"
             )
-        slots = placement.slot_expert_LS[self.index, placement.slot_device_S == flow.rank]
-        mine = slots[slots != EMPTY].tolist()
+        mine = placement.experts_of(self.index, flow.rank)
         for name, weight in bank.items():
             if len(weight) != len(mine):
                 raise PlacementError(
@@ -103,7 +102,7 @@ class ServedLayer:
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sums of the chosen experts, [T, d], under a ``home`` flow. Every rank calls it; T may be 0."""
-        device_TK = self._devices(ids_TK)
+        device_TK = self.devices(ids_TK)
         out = self.flow.run(x_Td, ids_TK, weights_TK, device_TK, self._compute)
         self.split.finish()
         return out
@@ -120,14 +119,20 @@ class ServedLayer:
         """
         order = weights_TK.argsort(dim=-1, descending=True, stable=True)
         ids_TK, weights_TK = ids_TK.gather(1, order), weights_TK.gather(1, order)
-        device_TK = self._devices(ids_TK)
+        device_TK = self.devices(ids_TK)
         out = self.flow.move(
             h_Td, ids_TK, weights_TK, device_TK, tag_T, lambda x, count: self._compute(prepare(x), count)
         )
         self.split.finish()
         return out
 
-    def _devices(self, ids_TK: Tensor) -> Tensor:
+    def settle(self) -> None:
+        """Take in replicas that are on their way from rows that are about to change."""
+        if self._replicas is not None:
+            self._replicas.land()
+
+    def devices(self, ids_TK: Tensor) -> Tensor:
+        """Device of each pair, int64 [T, K]; what a fast loop brings for them is here then. All ranks call it."""
         device_TK = self.split.devices(ids_TK)
         if self._replicas is not None:
             self._replicas.ready()

@@ -19,7 +19,7 @@ from poise.errors import ModelError, PlacementError
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers
 from poise.runtime.experts import Bank, ExpertKind, recognise
-from poise.serve.model import Parts, StandIn, block_of, check_family, check_placement, rows_held, take_apart
+from poise.serve.model import Parts, StandIn, block_of, check_family, check_placement, take_apart
 
 RENAMED = (("block_sparse_moe.", "mlp."),)
 """What transformers renames when it reads a checkpoint of the known families."""
@@ -158,7 +158,7 @@ def _sparse(model: Any, kinds: dict[int, ExpertKind], stored: Checkpoint, placem
         block = block_of(model, layer)
         kept = next(block.experts.parameters()).dtype
         banks[layer] = {name: torch.empty((0, *shape), dtype=kept) for name, shape in kind.shapes.items()}
-        held = rows_held(placement, row, rank)
+        held = placement.experts_of(row, rank)
         for name in kind.shapes if held else ():
             banks[layer][name] = torch.stack([stored.expert(layer, e, name).to(kept) for e in held])
         block.experts = StandIn()

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.cost.traffic import Traffic
-from poise.errors import CommunicationError, ModelError, PlacementError
-from poise.planning.placement import EMPTY, Placement
-from poise.runtime.capture import find_routers
-from poise.runtime.collectives import lost
-from poise.runtime.dispatch import all_gather
+from poise.errors import ModelError, PlacementError
+from poise.planning.placement import Placement
+from poise.runtime.capture import find_routers, routed
+from poise.runtime.collectives import gather
 from poise.runtime.experts import Bank, ExpertKind, recognise
 from poise.serve.attention import NAME, STEP, AttentionStep, StepSlot
 from poise.serve.batch import KeyValueCache, StepBatch, as_ids
@@ -62,12 +61,6 @@ class Parts:
     kinds: dict[int, ExpertKind]
     banks: dict[int, Bank]
     placement: Placement
-
-
-def rows_held(placement: Placement, layer: int, rank: int) -> list[int]:
-    """Experts of a rank's slots of one layer (its row in the placement), in slot order, empty slots left out."""
-    held = placement.slot_expert_LS[layer][placement.slot_device_S == rank]
-    return [int(e) for e in held if e != EMPTY]
 
 
 def check_family(model: nn.Module) -> None:
@@ -110,7 +103,7 @@ def take_apart(model: nn.Module, placement: Placement, rank: int) -> Parts:
     check_placement(placement, list(blocks), len(next(iter(first.parameters()))), placement.num_devices)
     banks: dict[int, Bank] = {}
     for row, (layer, block) in enumerate(blocks.items()):
-        rows = torch.tensor(rows_held(placement, row, rank), dtype=torch.int64)
+        rows = torch.tensor(placement.experts_of(row, rank), dtype=torch.int64)
         weights: Any = block.experts
         with torch.no_grad():
             banks[layer] = {name: getattr(weights, name).detach()[rows].clone() for name in kinds[layer].shapes}
@@ -252,7 +245,9 @@ class ServedModel:
             hidden_states=layer.input_layernorm(h), position_embeddings=rotary, attention_mask=None
         )
         h = h + attended
-        ids, weights = routed(layer.mlp, layer.post_attention_layernorm(h)[0])
+        router = getattr(layer.mlp, "gate", None) or layer.mlp.router
+        ids, weights = routed(router(layer.post_attention_layernorm(h)[0]))
+        assert ids is not None and weights is not None  # of all FAMILIES
         n = len(step.tag_n)
         moved = served.move(
             h[0, :n], ids[:n], weights[:n], as_ids(step.tag_n, self.device), layer.post_attention_layernorm
@@ -271,22 +266,4 @@ class ServedModel:
         """Rank where each token lives now, int64 [T]: one all-gather of a byte a token."""
         mine = torch.zeros(step.batch.num_tokens, dtype=torch.uint8)
         mine[torch.from_numpy(step.tag_n)] = 1
-        mine = mine.to(self.device)
-        everyone = mine.new_empty(self.ranks * len(mine))
-        try:
-            all_gather(everyone, mine, group=self.group)
-        except RuntimeError as error:
-            raise CommunicationError(*lost(error)) from error
-        return everyone.view(self.ranks, -1).argmax(dim=0).cpu().numpy()
-
-
-def routed(block: nn.Module, x_Td: Tensor) -> tuple[Tensor, Tensor]:
-    """Expert ids int64 [T, K] and weights [T, K] of a block's router: told apart by type and shape.
-
-    Where K = E the logits have the weights' shape as well; they come first in every family.
-    """
-    router: Any = getattr(block, "gate", None) or block.router
-    parts = [part for part in router(x_Td) if isinstance(part, Tensor)]
-    ids = next(part for part in parts if not part.is_floating_point())
-    weights = [part for part in parts if part.is_floating_point() and part.shape == ids.shape]
-    return ids, weights[-1]
+        return gather(mine.to(self.device), self.group).argmax(dim=0).cpu().numpy()

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from poise.cost.route import assign_tokens, deal_evenly, locality_rows
 from poise.cost.weights import StepPrice
-from poise.policies.loop import LayerLoop, Outcome
+from poise.policies.loop import RECENT, LayerLoop, Outcome
 from poise.policies.plan import LayerView, StepPolicy
 from poise.runtime.dispatch import all_counts
 from poise.runtime.flows import Flow
-
-RECENT = 8
-"""Most recent steps that a policy may look at beside the prediction."""
 
 
 class Replicas(Protocol):

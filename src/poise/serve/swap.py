@@ -30,7 +30,6 @@ from poise.errors import OptionError
 from poise.planning.placement import EMPTY, Placement
 from poise.runtime.collectives import finish, post
 from poise.runtime.experts import Bank, ExpertKind
-from poise.serve.model import rows_held
 
 
 class Fetch(NamedTuple):
@@ -80,7 +79,7 @@ def align(before: Placement, after: Placement) -> Placement:
     slots = np.full_like(after.slot_expert_LS, EMPTY)
     for layer in range(after.num_layers):
         for device in range(after.num_devices):
-            old, new = rows_held(before, layer, device), rows_held(after, layer, device)
+            old, new = before.experts_of(layer, device), after.experts_of(layer, device)
             left = Counter(new)
             rows = [EMPTY] * len(new)
             for row, expert in enumerate(old[: len(new)]):
@@ -189,7 +188,7 @@ class Swap:
                 self.bytes_moved += self._bytes_L[move.layer]
                 receives += [self._op(dist.irecv, row, move.source) for row in rows.values()]
             elif move.source == self.rank:
-                row = rows_held(self.before, move.layer, self.rank).index(move.expert)
+                row = self.before.experts_of(move.layer, self.rank).index(move.expert)
                 self.sent += 1
                 sends += [self._op(dist.isend, bank[name][row], move.target) for name in self.kinds[move.layer].shapes]
         return receives + sends
@@ -206,7 +205,7 @@ class Swap:
         return out
 
     def _layer(self, layer: int) -> Bank:
-        old, new = rows_held(self.before, layer, self.rank), rows_held(self.after, layer, self.rank)
+        old, new = self.before.experts_of(layer, self.rank), self.after.experts_of(layer, self.rank)
         bank = self.banks[layer]
         if old == new:
             return bank
