@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import REPORTS, table, write
-from train_cases import shares
+from train_cases import of_domains
 
 from poise.cluster import Cluster
 from poise.cost.exchange import ExchangeModel
@@ -86,22 +86,8 @@ def model_of(layers: int, experts: int) -> ModelSpec:
 
 
 def traffic(data: Path, steps: int, layers: int, devices: int, experts: int, seed: int) -> SourceLoads:
-    """Real shares of experts: a sequence is of one domain, the mixture drifts; as in benchmarks/train_cases.py."""
-    rng = np.random.default_rng(seed)
-    share = shares(data)
-    pick = [rng.permutation(64)[:experts] for _ in range(layers)]
-    share_lGE = np.stack([share[:, layer * 3 // layers][:, pick[layer]] for layer in range(layers)])
-    share_lGE /= share_lGE.sum(axis=2, keepdims=True)
-    out = np.zeros((steps, layers, devices, experts), np.int32)
-    z = rng.normal(size=len(share))
-    for step in range(steps):
-        z = 0.97 * z + np.sqrt(1 - 0.97**2) * rng.normal(size=len(share))
-        weight = np.exp(4 * z) / np.exp(4 * z).sum()
-        count_DG = rng.multinomial(TOKENS // SEQUENCE, weight, size=devices)
-        for layer in range(layers):
-            for g in range(len(share)):
-                out[step, layer] += rng.multinomial(count_DG[:, g] * SEQUENCE * TOP_K, share_lGE[layer, g])
-    return SourceLoads(out, TOP_K)
+    """Real shares of experts, as in the modelled table."""
+    return of_domains(data, TOKENS, layers, experts, TOP_K, SEQUENCE, steps, devices, seed)
 
 
 class Bench:

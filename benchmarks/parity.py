@@ -61,8 +61,10 @@ def matrix(word: str) -> tuple[str, int]:
 def steady() -> tuple[str, int]:
     """Many steps against the reference."""
     start = time.time()
-    out = launch(4, "tests/train/run_cases.py", "--steps", str(STEPS), "steady")
-    got = json.loads(next(line for line in out.splitlines() if line.startswith('{"case"')))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.jsonl"
+        launch(4, "tests/train/run_cases.py", "--steps", str(STEPS), "--out", str(path), "steady")
+        got = json.loads(path.read_text())["result"]
     text = (
         f"## {got['steps']} steps\n\n4 ranks, hecate, a new plan in every step, {got['owner plans']} sets of owners: relative error of "
         f"the weights against the dense run {got['error']:.1e}; live tensors after a quarter of the steps and at the end "

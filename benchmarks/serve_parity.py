@@ -27,7 +27,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import table, write
-from tests.train.launch import leave
+from tests.launch import leave
 from transformers import AutoModelForCausalLM, DeepseekV3Config, OlmoeConfig
 
 from poise.cluster import Cluster

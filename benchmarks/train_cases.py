@@ -94,13 +94,20 @@ def matched_sigma(data: Path) -> float:
 
 
 def traced(data: Path, case: Case, steps: int, seed: int = SEED) -> SourceLoads:
-    """Real counts: every sequence is of one domain; the mixture drifts (softmax of 4 z, z an AR(1) with 0.97).
+    """Real counts (:func:`of_domains`); 32 experts are half of the 64."""
+    model = case.model
+    return of_domains(data, case.tokens, model.num_moe_layers, model.num_experts, model.top_k, MODELS[case.name][0],
+                      steps, case.cluster.num_devices, seed)  # fmt: skip
 
-    Layer l of the model is the recorded layer l * 3 // L with its experts renumbered; 32 experts are half of the 64.
+
+def of_domains(
+    data: Path, tokens: int, layers: int, experts: int, top_k: int, sequence: int, steps: int, devices: int, seed: int
+) -> SourceLoads:
+    """Every sequence is of one domain; the mixture drifts (softmax of 4 z, z an AR(1) with 0.97).
+
+    ``tokens`` a device and step. Layer l of the model is the recorded layer l * 3 // L with its experts renumbered.
     """
     rng = np.random.default_rng(seed)
-    model, devices = case.model, case.cluster.num_devices
-    layers, experts, sequence = model.num_moe_layers, model.num_experts, MODELS[case.name][0]
     share = shares(data)
     pick = [rng.permutation(64)[:experts] for _ in range(layers)]
     share_lGE = np.stack([share[:, layer * 3 // layers][:, pick[layer]] for layer in range(layers)])
@@ -110,11 +117,11 @@ def traced(data: Path, case: Case, steps: int, seed: int = SEED) -> SourceLoads:
     for step in range(steps):
         z = 0.97 * z + np.sqrt(1 - 0.97**2) * rng.normal(size=len(share))
         weight = np.exp(4 * z) / np.exp(4 * z).sum()
-        count_DG = rng.multinomial(case.tokens // sequence, weight, size=devices)
+        count_DG = rng.multinomial(tokens // sequence, weight, size=devices)
         for layer in range(layers):
             for g in range(len(share)):
-                out[step, layer] += rng.multinomial(count_DG[:, g] * sequence * model.top_k, share_lGE[layer, g])
-    return SourceLoads(out, model.top_k)
+                out[step, layer] += rng.multinomial(count_DG[:, g] * sequence * top_k, share_lGE[layer, g])
+    return SourceLoads(out, top_k)
 
 
 def drifting(data: Path, case: Case, steps: int, seed: int = SEED) -> SourceLoads:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 from tests.emulate.needs import shaping
-from tests.train.launch import ROOT
+from tests.launch import ROOT
 from typer.testing import CliRunner
 
 from poise.cli.main import app

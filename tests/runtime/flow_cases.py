@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.train.launch import leave
+from tests.cases import read_options, run_cases
 
 from poise.cluster import Cluster
 from poise.cost.route import token_copies
@@ -140,36 +139,23 @@ def compare_wire(traffic: str, device, rank: int, cluster: Cluster, wire: Wire) 
         assert np.array_equal((off * ~same).sum(axis=0), want.net_in_BD[0]), traffic
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    world, rank = dist.get_world_size(), dist.get_rank()
-    cluster = Cluster.uniform(2, world // 2)
+def flow(traffic: str, policy: str | None, top_k: int) -> None:
+    """Three placements and batches."""
+    cluster, wire = Cluster.uniform(2, dist.get_world_size() // 2), Wire()
     model = ModelSpec.generic(EXPERTS, 2, np.arange(1))
-    wire = Wire()
     flows.exchange = wire
-    cases = [(traffic, None, top_k) for traffic in TRAFFIC_MODELS for top_k in (1, 2, 3)]
-    cases += [(traffic, policy, 2) for policy in POLICIES for traffic in ("home", "home_node_dedup", "stay")]
-    for traffic, policy, top_k in cases:
-        name = f"{traffic}, {policy or 'even'}, top-{top_k}"
-        try:
-            for seed in range(3):
-                price = step_price(200.0, EXPERTS, cluster, model, window_s=1e-3, control_s=1e-9)
-                fast = None if policy is None else FastLoop(parse_policy(policy), price, step_slots=3)
-                check(traffic, seed, fast, top_k, cluster, wire)
-            failed = None
-        except Exception:
-            failed = traceback.format_exc()[-2500:]
-        every: list = [None] * world
-        dist.all_gather_object(every, failed)
-        if rank == 0:
-            print(
-                json.dumps({"case": name, **({"failed": f} if (f := next(filter(None, every), None)) else {})}),
-                flush=True,
-            )
-        if any(every):
-            break
-    leave()
+    try:
+        for seed in range(3):
+            price = step_price(200.0, EXPERTS, cluster, model, window_s=1e-3, control_s=1e-9)
+            fast = None if policy is None else FastLoop(parse_policy(policy), price, step_slots=3)
+            check(traffic, seed, fast, top_k, cluster, wire)
+    finally:
+        flows.exchange = wire.real
 
+
+WHICH = [(traffic, None, top_k) for traffic in TRAFFIC_MODELS for top_k in (1, 2, 3)]
+WHICH += [(traffic, policy, 2) for policy in POLICIES for traffic in ("home", "home_node_dedup", "stay")]
+CASES = {f"{one[0]}, {one[1] or 'even'}, top-{one[2]}": partial(flow, *one) for one in WHICH}
 
 if __name__ == "__main__":
-    main()
+    run_cases(CASES, read_options())

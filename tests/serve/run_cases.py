@@ -7,17 +7,11 @@ Every case asserts on all ranks alike and returns what it measured.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 import tempfile
-import time
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,8 +23,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.cases import read_options, run_cases
 from tests.serve import models as m
-from tests.train.launch import leave
 
 from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS
@@ -520,30 +514,5 @@ def ranks_that_disagree() -> dict:
     return {}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--out", required=True)
-    options = parser.parse_args()
-    warnings.simplefilter("error", UserWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for name in options.cases or CASES:
-        start, failed, result = time.time(), "", None
-        try:
-            result = CASES[name]()
-        except Exception:
-            failed = traceback.format_exc()[-3000:]
-        line = {"case": name, "rank": dist.get_rank(), "seconds": round(time.time() - start, 2)}
-        if failed or dist.get_rank() == 0:
-            with Path(options.out).open("a") as file:
-                file.write(json.dumps({**line, "failed": failed, "result": result}) + "\n")
-        flags: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(flags, bool(failed))
-        if any(flags) and not all(flags):  # the others may still wait for this rank
-            sys.exit(f"{name} failed on some ranks only: {flags}")
-    leave()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES, read_options())

@@ -7,13 +7,7 @@ Every case asserts on all ranks alike and returns what it measured.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
-import traceback
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +19,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.cases import read_options, run_cases
 from tests.train import citizen_models as c
 from tests.train import harness as h
 from tests.train.citizen_models import MINE, case
-from tests.train.launch import leave
 from tests.train.matrix import machine
 
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
@@ -349,28 +343,7 @@ def main() -> None:
     sys.modules.setdefault("tests.train.citizen_cases", sys.modules["__main__"])
     from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add their cases)
 
-    parser = argparse.ArgumentParser()
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--out", required=True)
-    options = parser.parse_args()
-    warnings.simplefilter("error", UserWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for name in options.cases or MINE:
-        start, failed, result = time.time(), "", None
-        try:
-            result = MINE[name]()
-        except Exception:
-            failed = traceback.format_exc()[-3000:]
-        line = {"case": name, "rank": dist.get_rank(), "seconds": round(time.time() - start, 2)}
-        if failed or dist.get_rank() == 0:
-            with Path(options.out).open("a") as file:
-                file.write(json.dumps({**line, "failed": failed, "result": result}) + "\n")
-        flags: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(flags, bool(failed))
-        if any(flags) and not all(flags):  # the others may still wait for this rank
-            sys.exit(f"{name} failed on some ranks only: {flags}")
-    leave()
+    run_cases(MINE, read_options())
 
 
 if __name__ == "__main__":

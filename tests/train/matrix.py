@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.launch import leave
 from tests.train import harness as h
-from tests.train.launch import leave
 
 from poise.cluster import Cluster
 

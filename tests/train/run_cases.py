@@ -1,19 +1,16 @@
-"""Cases that need several ranks, all in one launch: each prints one JSON line on rank 0.
+"""Cases that need several ranks, all in one launch.
 
-torchrun --standalone --nproc-per-node 4 tests/train/run_cases.py [--steps 1000] [case ...]
+torchrun --standalone --nproc-per-node 4 tests/train/run_cases.py --out results.jsonl [--steps 1000] [case ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
-import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import itertools
 
+from tests.cases import read_options, run_cases
 from tests.train import harness as h
-from tests.train.launch import leave
 from tests.train.matrix import machine
 
 from poise.cost.transfers import plan_transfers
@@ -324,24 +321,9 @@ def refusals(options) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("cases", nargs="*")
     parser.add_argument("--steps", type=int, default=60)
-    options = parser.parse_args()
-    warnings.simplefilter("error", UserWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for name in options.cases or MINE:
-        try:
-            result = MINE[name](options)
-        except BaseException:
-            print(
-                json.dumps({"case": name, "rank": dist.get_rank(), "failed": traceback.format_exc()[-3000:]}),
-                flush=True,
-            )
-            raise
-        if dist.get_rank() == 0:
-            print(json.dumps({"case": name, **result}), flush=True)
-    leave()
+    given = read_options(parser)
+    run_cases({name: partial(function, given) for name, function in MINE.items()}, given, timeout_s=120)
 
 
 if __name__ == "__main__":

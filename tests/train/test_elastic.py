@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tests.launch import processes, torchrun
 from tests.train import harness as h
 from tests.train.elastic_worker import SAVE_EVERY, TOP_K, WORLD_OF_DATA
-from tests.train.launch import processes, torchrun
 
 STEPS = 8
 WORKER = "tests/train/elastic_worker.py"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.train.launch import torchrun
+from tests.launch import torchrun
 
 SMALL = ("--layers", "2", "--hidden", "32", "--experts", "6", "--batch", "6", "--json")
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.train.launch import torchrun
+from tests.launch import torchrun
 
 from poise.policies.registry import POLICIES
 

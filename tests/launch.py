@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 EXIT_CRASH = "terminate called without an active exception"
 """What a gloo process with a second group sometimes says when it ends, without poise as well: 3 of 30 launches."""
 
