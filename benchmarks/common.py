@@ -58,6 +58,9 @@ def write(name: str, parts: list[str], suffix: str = "") -> None:
     """A report with date, command, machine and versions at its head; also printed."""
     date = datetime.date.today().isoformat()
     words = ["DATA" if Path(word).is_dir() else word for word in sys.argv[1:]]
+    if "--keep" in words:  # where files were kept is not the report's business
+        at = words.index("--keep")
+        del words[at : at + 2]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     names = ("poise-moe", "numpy", "scipy", "highspy", "numba", *(["torch"] if "torch" in sys.modules else []))
     versions = ", ".join(f"{name} {version(name)}" for name in names)

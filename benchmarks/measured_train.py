@@ -384,9 +384,6 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print the report, write nothing")
     parser.add_argument("--keep", type=Path, help="folder for what was measured")
     asked = parser.parse_args()
-    if asked.keep:  # where files were kept is not the report's business
-        at = sys.argv.index("--keep")
-        del sys.argv[at : at + 2]
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.keep or Path(temporary)

@@ -26,7 +26,7 @@ from poise.evaluate.serve_ranks import MARKS
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 from poise.policies.registry import parse_policy
-from poise.runtime.collectives import exchange
+from poise.runtime.collectives import exchange, twin
 from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
@@ -58,7 +58,9 @@ class Routing:
 class Run:
     """One row of the table on this rank."""
 
-    def __init__(self, job: dict[str, Any], row: dict[str, Any], routing: Routing, cluster: Cluster) -> None:
+    def __init__(
+        self, job: dict[str, Any], row: dict[str, Any], routing: Routing, cluster: Cluster, weights: Any
+    ) -> None:
         self.job, self.routing, self.rank = job, routing, dist.get_rank()
         self.placement = Placement.load(row["placement"])
         self.kind = scaled_rows(job["width"], job["expert_bytes"] // 2)
@@ -76,7 +78,8 @@ class Run:
             bank[:, 0] = scale_of(torch.tensor(held, dtype=torch.int64))
             self.banks.append({"w": bank})
             self.layers.append(ServedLayer(index, self.kind, self.banks[-1], self.placement, cluster,
-                                           traffic=job["traffic"], fast=fast, clock=self.clock))  # fmt: skip
+                                           traffic=job["traffic"], weights_group=weights, fast=fast,
+                                           clock=self.clock))  # fmt: skip
         self.fast = fast
         self.spans: dict[str, list[tuple[float, float]]] = {}
 
@@ -96,6 +99,8 @@ class Run:
                 if flow.tell_X is not None:  # nothing is dispatched that would carry the counts
                     flow.told_DX, flow.tell_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
                 layer.split.finish()
+        for layer in self.layers:  # no time has passed in which weights could come
+            layer.settle()
 
     def _note(self, name: str, began: float, ended: float) -> None:
         self.spans.setdefault(name, []).append((began, ended))
@@ -157,7 +162,8 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank, world = dist.get_rank(), dist.get_world_size()
     routing, cluster = Routing(sys.argv[2]), Cluster.parse(job["cluster"])
-    runs = [Run(job, row, routing, cluster) for row in job["rows"]]
+    weights = twin(dist.group.WORLD)
+    runs = [Run(job, row, routing, cluster, weights) for row in job["rows"]]
     warm_up, steps = job["warm_up"], len(routing.start) - 1 - job["warm_up"]
     layers = runs[0].placement.num_layers
     marks = np.zeros((len(runs), job["repeats"], steps, layers, len(MARKS)))

@@ -1,6 +1,6 @@
 """Constants of :class:`poise.cost.exchange.ExchangeModel` from the exchanges that a cluster's constants come from.
 
-    seconds = start + counts / 2 + max(peer * peers, (bytes + evenness * min(crowding, bytes / 4)) / rate)
+    seconds = start + max(peer * peers, (bytes + evenness * min(crowding, bytes / 4)) / rate)
 
 With the crowding and what decides each row given, it is linear: crowding is tried on a grid, the deciding part of each
 row is taken from the last fit until nothing changes, and each fit has the least absolute relative deviations. A row
@@ -36,7 +36,7 @@ class ExchangeFit:
 
 
 def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
-    """Constants from measured exchanges, half of a dispatch (with its counts) and a combine each.
+    """Constants from exchanges measured without counts; what counts add is apart, since all ranks wait for them.
 
     Raises
     ------
@@ -45,8 +45,8 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
     inside, outside = np.array([(row.intra_bytes, row.inter_bytes) for row in rows]).T
     if not (inside.any() or outside.any()):
         raise NoResultError(f"none of {len(rows)} measured exchanges carried bytes", hint="two ranks or more")
-    seconds = np.array([row.seconds for row in rows])
-    spread = np.array([max(0.0, row.high_s - row.low_s) for row in rows]) / seconds
+    seconds = np.array([row.alone_s for row in rows])
+    spread = np.array([max(0.0, row.high_s - row.low_s) / row.seconds for row in rows])
     weight = SURE / (SURE + spread) * np.sqrt(seconds)
     peers = np.array([row.peers for row in rows])
     even = np.array([(row.intra_even, row.inter_even) for row in rows]).T
@@ -59,7 +59,7 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
     counts_s = float(np.median([row.counts_s for row in rows]))
     rates = [1 / slope if slope > 10 * LEAST else 0.0 for slope in (near, far)]
     rates = [rate or max(rates) for rate in rates]  # no such links: the other's
-    model = ExchangeModel(max(0.0, start - counts_s / 2), peer, rates[0], rates[1], crowding)
+    model = ExchangeModel(start, peer, rates[0], rates[1], crowding)
     return ExchangeFit(model, counts_s, residual)
 
 

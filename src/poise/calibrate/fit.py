@@ -52,7 +52,7 @@ class LinkRow:
     seconds : median over repeats of the slowest rank's time.
     low_s, high_s : quartiles of the repeats.
     repeats, rounds : repeats, and exchanges in each (there and back counts as one).
-    counts_s : the exchange of counts in a dispatch, of the rank that waited least in it; median.
+    alone_s : one exchange where no counts go before: combine after combine; median.
     """
 
     pattern: str
@@ -65,9 +65,14 @@ class LinkRow:
     high_s: float = 0.0
     repeats: int = 1
     rounds: int = 1
-    counts_s: float = 0.0
+    alone_s: float = 0.0
     intra_even: float = 1.0
     inter_even: float = 1.0
+
+    @property
+    def counts_s(self) -> float:
+        """What the counts add to a dispatch: their exchange, and that ranks leave it one after the other."""
+        return max(0.0, 2.0 * (self.seconds - self.alone_s))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

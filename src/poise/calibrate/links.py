@@ -1,9 +1,11 @@
 """Exchanges measured on the ranks: what the runtime does for a layer without its arithmetic.
 
 A round is a dispatch (counts to everyone, then rows) and a combine (the same rows back), by the functions the runtime
-uses. The cost model charges one start-up to each of the two, so a row is half a round. Rounds of one repeat follow each
-other without a barrier, as layers do; the slowest rank's time counts. Sizes are found first; then all exchanges are run
-in turn, again and again, so that a busy minute of the machine falls on one repeat of each and not on all of one.
+uses. The cost model charges one start-up to each of the two, so a row is half a round. Then come as many rounds without
+counts: what is missing in them is what counts add, their exchange and that ranks leave it one after the other. Rounds
+of one repeat follow each other without a barrier, as layers do; the slowest rank's time counts. Sizes are found first;
+then all exchanges are run in turn, again and again, so that a busy minute of the machine falls on one repeat of each
+and not on all of one.
 """
 
 from __future__ import annotations
@@ -99,12 +101,12 @@ class _Case:
     rounds: int
     seconds: float
 
-    def row(self, took: list[float], counts: list[float]) -> LinkRow:
+    def row(self, took: list[float], alone: list[float]) -> LinkRow:
         low, middle, high = (float(value) for value in np.quantile(took, [0.25, 0.5, 0.75]))
         ports = self.ports
         return LinkRow(
             self.name, ports.intra, ports.inter, ports.node, ports.peers, middle, low, high, len(took), self.rounds,
-            float(np.median(counts)), ports.intra_even, ports.inter_even,
+            float(np.median(alone)), ports.intra_even, ports.inter_even,
         )  # fmt: skip
 
 
@@ -129,17 +131,17 @@ def measure_links(ranks: Ranks, effort: Effort, *, find_nic: bool = False) -> li
         cases += _grow(name, matrix, runner, effort, (begin + FIND_SHARE * effort.seconds - ranks.elapsed()) / todo)
         todo -= 1
     if "all" in patterns:
-        found = fit_links([case.row([case.seconds], [0.0]) for case in cases]).constants
+        found = fit_links([case.row([case.seconds], [case.seconds]) for case in cases]).constants
         matrix = balanced(ranks.node_D, found["intra_bytes_per_s"], found["inter_bytes_per_s"])
         cases += _grow("balanced", matrix, runner, effort, begin + FIND_SHARE * effort.seconds - ranks.elapsed())
-    sweep = sum(2 * case.rounds * case.seconds for case in cases)
+    sweep = sum(4 * case.rounds * case.seconds for case in cases)
     repeats = int(min(effort.repeats, max(LEAST_REPEATS, (begin + effort.seconds - ranks.elapsed()) / sweep)))
     took: list[list[tuple[float, float]]] = [[] for _ in cases]
     for _ in range(repeats):
         for case, seen in zip(cases, took, strict=True):
             seen.append(runner.run(case.rows_DD, case.rounds))
     return [
-        case.row([seconds for seconds, _ in seen], [counts for _, counts in seen])
+        case.row([seconds for seconds, _ in seen], [alone for _, alone in seen])
         for case, seen in zip(cases, took, strict=True)
     ]
 
@@ -179,20 +181,25 @@ class _Runner:
         return _Case(name, rows_DD, ports, rounds, seconds)
 
     def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[float, float]:
-        """Seconds of half a round on the slowest rank, and of its counts on the rank that waited least for others."""
+        """Seconds of half a round on the slowest rank, and of half a round without counts."""
         sent_D, got_D = rows_DD[self._rank].tolist(), rows_DD[:, self._rank].tolist()
         if len(self._buffer_nd) < sum(sent_D):
             self._buffer_nd = torch.zeros(sum(sent_D), ROW_BYTES, dtype=torch.uint8, device=self.ranks.device)
-        x_nd, ranks, group, counts = self._buffer_nd[: sum(sent_D)], self.ranks, dist.group.WORLD, 0.0
+        x_nd = self._buffer_nd[: sum(sent_D)]
+        took = [self._rounds(x_nd, sent_D, got_D, rounds, counted) for counted in (True, False)]
+        counted_s, alone_s = self.ranks.agree(*took)
+        return counted_s / rounds / 2, alone_s / rounds / 2
+
+    def _rounds(self, x_nd: torch.Tensor, sent_D: list[int], got_D: list[int], rounds: int, counted: bool) -> float:
+        """Seconds of this rank from a barrier on."""
+        ranks, group = self.ranks, dist.group.WORLD
         ranks.agree(0.0)
         start = time.perf_counter()
         for _ in range(rounds):
-            begin = time.perf_counter()
-            all_counts(self._ids_TK, ranks.counts, group)
-            counts += time.perf_counter() - begin
+            if counted:
+                all_counts(self._ids_TK, ranks.counts, group)
             y_nd = exchange(x_nd, sent_D, got_D, group)
             ranks.wait()
             exchange(y_nd, got_D, sent_D, group)
             ranks.wait()
-        took, counts = ranks.agree(time.perf_counter() - start, -counts)
-        return took / rounds / 2, -counts / rounds
+        return time.perf_counter() - start

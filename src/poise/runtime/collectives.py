@@ -100,6 +100,17 @@ def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> 
     finish(works)
 
 
+def twin(group: Any) -> Any:
+    """A process group of the same ranks with connections of its own; all of them call it.
+
+    For weights that travel while steps go on: on one connection tokens wait behind them (measured with gloo: a barrier
+    waited 0.3 s for an expert), on one NCCL communicator what runs is ordered.
+    """
+    own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    dist.barrier(group=own)  # the first operation on a communicator must be everyone's
+    return own
+
+
 def lost(error: RuntimeError) -> tuple[str]:
     """What to say of an error of a collective."""
     return (f"a collective failed on rank {dist.get_rank()}: {str(error).splitlines()[0][:300]}",)

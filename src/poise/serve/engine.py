@@ -22,7 +22,7 @@ from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS, Traffic
 from poise.errors import CommunicationError, OptionError
 from poise.planning.placement import Placement
-from poise.runtime.collectives import lost
+from poise.runtime.collectives import lost, twin
 from poise.serve.layer import Clock, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
 from poise.serve.replicas import empty_bank
@@ -121,9 +121,11 @@ class Engine:
         kind = self._kinds[self._layers[0]]
         alike = all(other.shapes == kind.shapes for other in self._kinds.values())
         step_bank = empty_bank(kind, fast.step_slots, like) if fast is not None and alike else None
+        self._weights_group = None if fast is None else twin(self.group)
         self.experts = {
             layer: ServedLayer(row, self._kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
-                               group=self.group, fast=fast, step_bank=step_bank, clock=clock)
+                               group=self.group, weights_group=self._weights_group, fast=fast, step_bank=step_bank,
+                               clock=clock)
             for row, layer in enumerate(self._layers)
         }  # fmt: skip
         self.model = ServedModel(parts, self.experts, traffic, self.group)
@@ -131,7 +133,6 @@ class Engine:
         self.swaps: list[SwapRecord] = []
         self._swap: Swap | None = None
         self._setup_s = 0.0
-        self._weights_group: Any = None
 
     @property
     def busy(self) -> bool:
@@ -244,9 +245,7 @@ class Engine:
         start = time.perf_counter()
         check_placement(placement, self._layers, self._num_experts, self.ranks)
         if self._weights_group is None:
-            ranks = dist.get_process_group_ranks(self.group)
-            self._weights_group = dist.new_group(ranks, use_local_synchronization=True)
-            dist.barrier(group=self._weights_group)  # the first operation on a communicator must be everyone's
+            self._weights_group = twin(self.group)
         banks = by_row({layer: served.bank for layer, served in self.experts.items()})
         kinds = [self._kinds[layer] for layer in self._layers]
         self._swap = Swap(self.placement, align(self.placement, placement), banks, kinds, self.cluster.node_D,

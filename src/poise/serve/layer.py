@@ -39,6 +39,7 @@ class ServedLayer:
     placement, cluster : who holds what.
     traffic : data flow.
     group : process group whose ranks are the placement's devices.
+    weights_group : the same ranks, for a fast loop's weights (:func:`poise.runtime.collectives.twin`); default: group.
     fast : a fast loop; without it replicas get equal shares.
     step_bank : room for the fast loop's replicas, shared with other layers; a policy that keeps replicas gets its own.
     clock : of an emulated device.
@@ -59,6 +60,7 @@ class ServedLayer:
         *,
         traffic: Traffic = "home",
         group: Any = None,
+        weights_group: Any = None,
         fast: FastLoop | None = None,
         step_bank: Bank | None = None,
         clock: Clock | None = None,
@@ -66,6 +68,7 @@ class ServedLayer:
         self.index, self.kind, self.cluster = index, kind, cluster
         self.flow = Flow(traffic, cluster, placement.num_experts, group)
         self._fast, self._step_bank, self._clock = fast, step_bank, clock
+        self._weights_group = weights_group if weights_group is not None else self.flow.group
         self.switch(bank, placement)
 
     def switch(self, bank: Bank, placement: Placement) -> None:
@@ -93,7 +96,9 @@ class ServedLayer:
         room = self._step_bank
         if room is None or self._fast.policy.keeps:
             room = empty_bank(self.kind, self._fast.step_slots, next(iter(bank.values())))
-        self._replicas = StepReplicas(room, bank, self._row_of, count_ED > 0, self.cluster, flow.group, flow.rank)
+        self._replicas = StepReplicas(
+            room, bank, self._row_of, count_ED > 0, self.cluster, self._weights_group, flow.rank
+        )
         self.split = PlannedSplit(self._fast, self.index, count_ED, flow, self._replicas)
 
     def prefetch(self, tokens: int | None = None) -> None:
