@@ -183,7 +183,7 @@ def calibrate(emulated: EmulatedCluster, folder: Path, curve: Path, model: Model
     """Constants of the emulated cluster as `poise calibrate` finds them."""
     out = folder / "calibrated.yaml"
     args = ["poise.cli", "calibrate", "-o", str(out), "--hidden", str(model.hidden_size), "--inner",
-            str(model.expert_intermediate_size), "--matrices", "2", "--curve", str(curve), "--json"]  # fmt: skip
+            str(model.expert_intermediate_size), "--matrices", "2", "--curve", str(curve), "--seconds", "150", "--json"]  # fmt: skip
     if not out.exists():
         said = io.StringIO()
         run(emulated, "-m", args, timeout=900, out=said)

@@ -10,7 +10,8 @@ An exchange of x[s, d] bytes that rank s begins at released[s] ends on rank r at
 - *Crowding*. Where both ends of all flows are full, a port idles now and then because its partner is busy with
   somebody else, and that is not made up for: about a receive window is lost. A hot port never idles, its senders
   queue. So the loss is counted as bytes, ``crowding_bytes`` at most and a quarter of the exchange at most, times the
-  evenness of the ports: mean over fullest.
+  evenness of the ports: mean over fullest. It counts from when ranks begin on average: who begins later than the
+  others finds ports that they have left.
 
 :func:`poise.calibrate.exchange.fit_exchange` measures the constants.
 """
@@ -121,5 +122,7 @@ def _drained(
             left = max(left, released_D[source] + np.minimum(bytes_DD[source], own).sum() / rate)
             now = max(now, released_D[source]) + own / rate
         end_D[rank] = max(end_D[rank], now, left)
-    ends: NDArray[np.float64] = end_D + lost_s * np.maximum(out_D, in_D) / fullest
-    return ends
+    most_D = np.maximum(out_D, in_D)
+    together_s = float(released_D[most_D > 0].mean())
+    ends: NDArray[np.float64] = np.maximum(end_D, together_s + most_D / rate + lost_s * most_D / fullest)
+    return np.where(most_D > 0, ends, -np.inf)
