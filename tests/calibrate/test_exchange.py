@@ -1,5 +1,7 @@
 """The finer model of an exchange: its fit gives constants back; its ends lie where the coarse model has them, or before."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,8 @@ def rows_of(shape, model, counts_s):
     devices = len(node_D)
     patterns = [(f"{p} peers", ring(devices, p) * 64 * p) for p in peer_counts(devices)]
     bulk = bulk_patterns(node_D)
-    bulk["balanced"] = balanced(node_D, model.intra_bytes_per_s, model.inter_bytes_per_s)
+    if len(shape) > 1:
+        bulk["balanced"] = balanced(node_D, model.intra_bytes_per_s, model.inter_bytes_per_s)
     patterns += [(name, matrix * size) for name, matrix in bulk.items() for size in (2e5, 8e5, 32e5, 128e5)]
     out = []
     for name, matrix in patterns:
@@ -44,6 +47,18 @@ def test_exact_rows_give_the_constants_back(seed, shape):
     assert found.model.intra_bytes_per_s == pytest.approx(truth.intra_bytes_per_s, rel=0.02)
     assert found.model.inter_bytes_per_s == pytest.approx(truth.inter_bytes_per_s, rel=0.02)
     assert found.model.crowding_bytes == pytest.approx(truth.crowding_bytes, rel=0.3)  # the grid is that coarse
+
+
+def test_what_a_loop_overlaps_is_told_from_a_rate():
+    truth, overlap = ExchangeModel(2e-3, 1e-4, 2e7, 2e7, 1e5), 6e4
+    rows = []
+    for row in rows_of((8,), truth, 2e-3):
+        bulk = row.intra_bytes > 1e5
+        alone_s = row.alone_s - overlap / truth.intra_bytes_per_s * bulk
+        rows.append(replace(row, alone_s=alone_s, seconds=alone_s + 1e-3, low_s=alone_s + 1e-3, high_s=alone_s + 1e-3))
+    found = fit_exchange(rows).model
+    assert found.intra_bytes_per_s == pytest.approx(truth.intra_bytes_per_s, rel=0.02)
+    assert found.start_s == pytest.approx(truth.start_s, abs=1e-3)
 
 
 def test_rows_without_bytes_are_no_result():
@@ -80,5 +95,10 @@ def test_crowding_is_paid_where_ports_are_even():
     hot[:3, 3] = 100.0
     assert exchange_ends(even, np.zeros(4), node_D, crowded).max() == pytest.approx(32.0)
     assert evenness(hot) == 0.25 and exchange_ends(hot, np.zeros(4), node_D, crowded).max() == pytest.approx(30.5)
+    # who begins late finds the ports that the others have left
+    pair = np.zeros((4, 4))
+    pair[0, 1] = pair[1, 0] = pair[2, 3] = pair[3, 2] = 100.0
+    late = exchange_ends(pair, np.array([0.0, 0.0, 0.0, 8.0]), node_D, crowded)
+    assert late.tolist() == pytest.approx([12.0, 12.0, 18.0, 18.0])
     with pytest.raises(ClusterError, match="crowding_bytes"):
         ExchangeModel(0.0, 0.0, 1.0, 1.0, -1.0)

@@ -35,8 +35,8 @@ MOST_ROUNDS = 32
 LONG_START_UPS = 8.0
 """An exchange that is to tell a rate lasts at least as long as so many start-ups."""
 LONGER = 6.0
-"""Beside the size that lasts long enough, one this many times longer: it tells the rate. The shorter one is slower by what
-even exchanges lose, which does not grow with their bytes."""
+"""Beside the size that lasts long enough, one this many times longer: it tells the rate. The shorter one is slower by
+what even exchanges lose, which does not grow with their bytes."""
 
 
 @dataclass(slots=True)

@@ -124,5 +124,6 @@ def _drained(
         end_D[rank] = max(end_D[rank], now, left)
     most_D = np.maximum(out_D, in_D)
     together_s = float(released_D[most_D > 0].mean())
-    ends: NDArray[np.float64] = np.maximum(end_D, together_s + most_D / rate + lost_s * most_D / fullest)
+    begin_D = np.minimum(together_s, end_D - most_D / rate)
+    ends: NDArray[np.float64] = np.maximum(end_D, begin_D + most_D / rate + lost_s * most_D / fullest)
     return np.where(most_D > 0, ends, -np.inf)
