@@ -34,6 +34,8 @@ MOST_BYTES = 2**30
 MOST_ROUNDS = 32
 LONG_START_UPS = 8.0
 """An exchange that is to tell a rate lasts at least as long as so many start-ups."""
+REPEAT_LONGS = 4.0
+"""A repeat lasts at least as long as so many of them: ranks leave the barrier before it one after the other."""
 LONGER = 6.0
 """Beside the size that lasts long enough, one this many times longer: it tells the rate. The shorter one is slower by
 what even exchanges lose, which does not grow with their bytes."""
@@ -83,7 +85,7 @@ class Effort:
     Parameters
     ----------
     seconds : for all exchanges together; at its end patterns are cut short, and at least three repeats are made.
-    long_s : an exchange that is to tell a rate lasts at least so long, and so does a repeat of short ones.
+    long_s : an exchange that is to tell a rate lasts at least so long; a repeat lasts some times that.
     repeats : of each row; their median counts.
     """
 
@@ -178,7 +180,7 @@ class _Runner:
         rows_DD = np.ceil(bytes_DD / ROW_BYTES).astype(np.int64)
         ports = port_bytes(rows_DD.astype(np.float64) * ROW_BYTES, self.ranks.node_D)
         seconds = max(min(self.run(rows_DD, 1)[0] for _ in range(WARM_UP)), 1e-7)
-        rounds = int(min(MOST_ROUNDS, max(1, np.ceil(effort.long_s / seconds / 2))))
+        rounds = int(min(MOST_ROUNDS, max(1, np.ceil(REPEAT_LONGS * effort.long_s / seconds / 2))))
         return _Case(name, rows_DD, ports, rounds, seconds)
 
     def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[float, float]:
