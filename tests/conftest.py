@@ -5,12 +5,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.kernels import compile_all
 
-WHEEL = "sglang==0.5.23"
+SGLANG = "sglang==0.5.23"
+VLLM = "0.33.0"
 
 
 LONGEST = tuple(
@@ -40,32 +42,41 @@ def pytest_xdist_setupnodes(config, specs):
     compile_all()
 
 
-@pytest.fixture(scope="session")
-def sglang_wheel() -> Path:
-    """SGLang's expert-placement code, unpacked from its wheel; fetched once and kept in the temporary folder."""
-    root = Path(tempfile.gettempdir()) / f"poise-{WHEEL.replace('==', '-')}"
-    done = root / "done"
+def unpacked(requirement: str, *folders: str) -> Path:
+    """Folders of an engine's wheel; fetched once and kept in the temporary folder."""
+    root = Path(tempfile.gettempdir()) / f"poise-{requirement.replace('==', '-')}"
+    done = root / ("done-" + "+".join(folder.replace("/", ".") for folder in folders))
     if not done.exists():
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--disable-pip-version-check",
-                "-d",
-                folder,
-            ]
-            got = subprocess.run([*command, WHEEL], capture_output=True, text=True)
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+            got = subprocess.run([*command, "-d", folder, requirement], capture_output=True, text=True)
             if got.returncode:
                 if os.environ.get("CI"):
-                    pytest.fail(f"cannot fetch {WHEEL}: {got.stderr[-300:]}")
-                pytest.skip(f"cannot fetch {WHEEL}: not online?")
+                    pytest.fail(f"cannot fetch {requirement}: {got.stderr[-300:]}")
+                pytest.skip(f"cannot fetch {requirement}: not online?")
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
                 for name in wheel.namelist():
-                    if name.startswith("sglang/srt/eplb/"):
+                    if name.startswith(tuple(f"{folder}/" for folder in folders)):
                         wheel.extract(name, root)
         done.touch()
     return root
+
+
+@pytest.fixture(scope="session")
+def sglang_wheel() -> Path:
+    """SGLang's expert-placement and plugin code, from its wheel."""
+    return unpacked(SGLANG, "sglang/srt/eplb", "sglang/srt/plugins")
+
+
+@pytest.fixture(scope="session")
+def vllm_wheel() -> Callable[[str], Path]:
+    """vLLM's load-balancer code of a release, from its wheel: a third of a gigabyte, so older ones only with
+    POISE_WHEELS=1, or where they were fetched before."""
+
+    def fetch(version: str) -> Path:
+        there = list(Path(tempfile.gettempdir()).glob(f"poise-vllm-{version}/done-*"))
+        if version != VLLM and not there and not os.environ.get("POISE_WHEELS"):
+            pytest.skip(f"vllm {version} is large: fetched with POISE_WHEELS=1")
+        return unpacked(f"vllm=={version}", "vllm/distributed/eplb")
+
+    return fetch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "src"
 TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.emulate.probe", "poise.calibrate.compute", "poise.calibrate.links",
-         "poise.calibrate.ranks")  # fmt: skip
+         "poise.calibrate.ranks", "poise.engines.torch_files")  # fmt: skip
 LAYERS = [
     {"poise.errors", "poise.presets", "poise.curve", "poise.cluster", "poise.modelspec"},
     {"poise.observe"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"poise.control"},
     {"poise.runtime"},
     {"poise.train", "poise.serve"},
-    {"poise.engines", "poise.calibrate", "poise.api", "poise.cli", "poise"},
+    {"poise.engines", "poise.calibrate", "poise.watch", "poise.api", "poise.cli", "poise"},
 ]
 
 

@@ -1,6 +1,7 @@
 """poise watch: alarms after the traffic changed and not before, follows a growing file, and writes what it adopts."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib.resources import files
@@ -11,12 +12,13 @@ import typer
 from typer.testing import CliRunner
 
 from poise import api
-from poise.cli.watch import Tail, watch
+from poise.cli.watch import watch
 from poise.errors import TraceError
 from poise.observe.batching import make_batch
 from poise.observe.files import join
 from poise.observe.trace import RoutingTrace
 from poise.planning.placement import Placement
+from poise.watch.sources import UNREADABLE_POLLS, Tail
 
 module = sys.modules["poise.cli.watch"]
 N, WINDOW, EVERY = 96, 12, 6
@@ -215,7 +217,7 @@ def test_a_file_that_stays_broken_ends_the_watch(parts, cluster, tmp_path, monke
 
     monkeypatch.setattr(module.time, "sleep", sleep)
     got = run(path, *options(cluster))
-    assert got.exit_code == 2 and "error:" in got.stderr and len(waits) == module.UNREADABLE_POLLS - 1
+    assert got.exit_code == 2 and "error:" in got.stderr and len(waits) == UNREADABLE_POLLS - 1
     waits.clear()
     got = run(path, *options(cluster, "--once"))
     assert got.exit_code == 2 and not waits and not got.stdout
@@ -244,3 +246,44 @@ def test_what_does_not_fit_together_exits_with_2(parts, tmp_path):
         assert got.exit_code == 2 and got.stderr and not got.stdout
     got = run(tmp_path / "none.npz", "-c", "2x4")
     assert got.exit_code == 2 and "no such file" in got.stderr
+
+
+def test_a_folder_of_dumps_is_watched_and_maps_of_engines_are_kept(parts, cluster, tmp_path):
+    (tmp_path / "dumps").mkdir()
+    load = make_batch(parts[0], tokens_per_step=N, order="file").load_BLE
+    for k in range(8):
+        path = tmp_path / "dumps" / f"{k}.json"
+        path.write_text(json.dumps({"logical_count": load[10 * k : 10 * k + 10].tolist()}))
+        os.utime(path, (k, k))
+    (tmp_path / "dumps" / "9.json").write_text("[")
+    words = ["-c", cluster, "-r", 8, "--window", WINDOW, "--every", EVERY, "--method", "lpt", "--once", "--json"]
+    exports = ["--export", f"sglang:{tmp_path / 'map.json'}", "--num-hidden-layers", 8, "-o", tmp_path / "p.npz"]
+    got = run(tmp_path / "dumps", *words, *exports)
+    assert got.exit_code == 0, got.output
+    plan = lines(got, "plan")[0]
+    assert plan["accepted"] and plan["files"] == [str(tmp_path / "p.npz"), str(tmp_path / "map.json")]
+    assert len(lines(got, "look")) == 80 // EVERY and "9.json" in lines(got, "problem")[0]["message"]
+    kept, table = Placement.load(tmp_path / "p.npz"), json.loads((tmp_path / "map.json").read_text())
+    assert table == {"physical_to_logical_map": kept.slot_expert_LS.tolist()}
+    again = run(tmp_path / "dumps", *words[:2], *words[4:], "-p", tmp_path / "map.json")
+    assert again.exit_code == 0 and lines(again, "look")[0]["imbalance"] < lines(got, "look")[0]["imbalance"]
+    one = run(tmp_path / "dumps", *words, "--steps-per-dump", 3)
+    assert one.exit_code == 0 and len(lines(one, "look")) == 24 // EVERY
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], "name what to watch"), (["--sglang", "http://h:1"], "--dump-dir"), (["--dump-dir", "."], "name what to watch"),
+     (["t.npz", "--sglang", "http://h:1", "--dump-dir", "."], "neither a trace"),
+     (["--sglang", "http://h:1", "--dump-dir", ".", "--once"], "--once"),
+     (["--sglang", "http://h:1", "--dump-dir", ".", "-r", 8], "how many redundant"),
+     (["--sglang", "h:1", "--dump-dir", "."], "no address"), (["EMPTY", "--once"], "no dump with traffic"),
+     (["EMPTY", "--export", "none:m.json"], "cannot keep"), (["EMPTY", "--export", "checkpoint:c"], "cannot keep"),
+     (["EMPTY", "--export", "m.json"], "names no file"), (["EMPTY", "--export", "sglang:no/such/m.json"], "cannot write"),
+     (["EMPTY", "--listen", "nowhere"], "cannot listen"), (["EMPTY", "--steps-per-dump", 0], "at least 1"),
+     (["EMPTY", "-p", "none.json"], "none.json")],
+)  # fmt: skip
+def test_what_cannot_be_watched_exits_with_2(tmp_path, words, said):
+    (tmp_path / "empty").mkdir()
+    got = run(*[tmp_path / "empty" if word == "EMPTY" else word for word in words], "-c", "2x4", "--method", "lpt")
+    assert got.exit_code == 2 and said in got.stderr.replace("\n", " ") and "Traceback" not in got.output, got.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +80,7 @@ def compare(
 def show(result: Comparison, html: Path | None, json: bool) -> None:
     """Print a comparison and write its report."""
     if html is not None:
-        write_report(result, html)
+        write_report(result, html, command=shlex.join(["poise", *sys.argv[1:]]))
     if json:
         o.print_json(result.to_json())
     else:

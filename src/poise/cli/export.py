@@ -8,22 +8,24 @@ from typing import Annotated
 import typer
 
 from poise.cli import options as o
-from poise.engines import sglang
+from poise.engines.exports import TARGETS, ExportOptions
 from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 
-ENGINES = ("sglang", "npz")
-
 
 def export(
     placement: Annotated[Path, typer.Argument(help="Placement file of 'poise plan'.")],
-    to: Annotated[str, typer.Option("--to", help="sglang (JSON for --init-expert-location) or npz.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    to: Annotated[str, typer.Option("--to", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; for a checkpoint a folder.")],
     model: o.Model = None,
     num_hidden_layers: Annotated[
         int | None, typer.Option(help="Decoder layers of the model, dense ones included; --model knows it too.")
     ] = None,
+    num_mtp_layers: Annotated[
+        int, typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm: they need a row).")
+    ] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
     json: o.Json = False,
 ) -> None:
     """Write a placement in an engine's format.
@@ -31,27 +33,33 @@ def export(
     Example: poise export placement.npz --to sglang --model deepseek-v3 -o experts.json
     """
     with o.errors():
-        o.one_of("engine", to, ENGINES)
-        o.writable(output)
+        target = TARGETS[o.one_of("target", to, tuple(TARGETS))]
+        if not target.folder:
+            o.writable(output)
         plan = Placement.load(placement)
-        filled = 0
-        if to == "npz":
-            plan.save(output)
-        else:
-            if num_hidden_layers is None and model is None:
-                raise OptionError("SGLang's map needs every decoder layer", hint="give --model or --num-hidden-layers")
-            layers = num_hidden_layers or ModelSpec.parse(model or "").num_hidden_layers
-            filled = sglang.write(plan, output, num_hidden_layers=layers)
+        sizes = None if model is None else ModelSpec.parse(model)
+        if sizes is not None and sizes.num_experts != plan.num_experts:
+            raise OptionError(
+                f"the placement has {plan.num_experts} experts, {sizes.name} has {sizes.num_experts}",
+                hint="check --model",
+            )
+        with o.progress() as report:
+            made = target.write(
+                plan, output, ExportOptions(sizes, num_hidden_layers, num_mtp_layers, checkpoint, report)
+            )
         if json:
-            o.print_json({"engine": to, "file": str(output), "filled_slots": filled, "slots": plan.num_slots,
-                          "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices})  # fmt: skip
+            o.print_json({"engine": to, "file": str(output), "filled_slots": made.filled, "slots": plan.num_slots,
+                          "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices,
+                          "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
+                          **made.facts})  # fmt: skip
         else:
             o.out.print(repr(plan), markup=False)
-        if filled:
-            o.talk.print(f"{filled} empty slots were filled with replicas: the engine knows no empty ones")
-        if to == "sglang":
-            o.talk.print(
-                f"start the engine with --ep-size {plan.num_devices} --ep-num-redundant-experts "
-                f"{plan.num_slots - plan.num_experts} --init-expert-location {output}"
-            )
-        o.talk.print(f"wrote {output}")
+        if made.filled:
+            o.talk.print(f"{made.filled} empty slots were filled with replicas: the engine knows no empty ones")
+        if made.unplanned:
+            o.talk.print(f"{made.unplanned} layers were not planned: they start as the engine would start them")
+        if made.command:
+            o.talk.print(f"start the engine with {made.command}", markup=False, soft_wrap=True)
+        for note in made.notes:
+            o.talk.print(note, markup=False)
+        o.talk.print(f"wrote {output}", markup=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from poise import __version__
-from poise.cli import breakeven, calibrate, compare, demo, export, inspect, plan, record, watch
+from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
 
 app = typer.Typer(
     name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -39,8 +39,11 @@ for verb in (
     plan.plan,
     compare.compare,
     breakeven.breakeven,
+    diff.diff,
     export.export,
+    convert.convert,
     record.record,
+    verify.verify,
     watch.watch,
     calibrate.calibrate,
 ):

@@ -1,105 +1,55 @@
-"""poise watch: a placement that follows the traffic of a growing trace."""
+"""poise watch: a placement that follows the traffic of a growing trace, a folder of dumps, or a serving engine."""
 
 from __future__ import annotations
 
 import json as jsonlib
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from poise import api
 from poise.cli import options as o
 from poise.cluster import Cluster
-from poise.control.controller import Controller, ControlSettings, Decision, Look, steps_of
-from poise.cost.split import SPLITS, Split
-from poise.cost.traffic import TRAFFIC_MODELS, Traffic
+from poise.control.controller import ControlSettings, Decision, Look
+from poise.cost.split import SPLITS
+from poise.cost.traffic import TRAFFIC_MODELS
+from poise.engines import sglang as sglang_file
+from poise.engines.dump import ReadOptions
+from poise.engines.readers import read_dump
 from poise.errors import OptionError, TraceError
 from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import default_tokens_per_step, make_batch
-from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem
-from poise.planning.solve.solve import METHODS, solve
+from poise.planning.solve.solve import METHODS
+from poise.watch.board import Board
+from poise.watch.metrics import Metrics
+from poise.watch.page import Page, answers, listen_address
+from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Trouble
+from poise.watch.sglang_recorder import SGLangRecorder
+from poise.watch.sources import DumpFolder, Polled, Source, Tail
 
-UNREADABLE_POLLS = 3
-"""A file that is not readable and no longer changes is broken, not half written, after so many looks at it."""
-
-
-class Tail:
-    """The steps that a growing trace has gained: :meth:`steps` returns the new ones, or None where there are none.
-
-    Steps are ``tokens_per_step`` consecutive rows, or the recorded ones; only whole ones are given out: the last rows
-    wait for the rest of theirs, and the last recorded step for the one after it, unless the trace is said to be over.
-    """
-
-    def __init__(self, source: str, tokens_per_step: int | None) -> None:
-        self.source = source
-        self.tokens_per_step = tokens_per_step
-        self.given = 0
-        self.tokens = 0
-        self._seen: tuple[int, int] | None = None
-        self._failed = 0
-
-    def steps(self, *, over: bool) -> RoutingBatch | None:
-        """New whole steps; a file that cannot be read is tried again, unless it is ``over`` or stays as it is.
-
-        Raises
-        ------
-        InputError : the file cannot be read, or holds less than before.
-        """
-        stamp = self._stamp()
-        if stamp is not None and stamp == self._seen and not self._failed:
-            return None
-        try:
-            found = api.load(self.source)
-        except TraceError:
-            self._failed = self._failed + 1 if stamp == self._seen else 1
-            self._seen = stamp
-            if over or self._failed >= UNREADABLE_POLLS:
-                raise
-            return None
-        self._seen, self._failed = stamp, 0
-        return self._new(found, over)
-
-    def _stamp(self) -> tuple[int, int] | None:
-        try:
-            stat = Path(self.source.partition("#")[0]).stat()
-        except (OSError, ValueError):
-            return None
-        return stat.st_size, stat.st_mtime_ns
-
-    def _new(self, found: RoutingTrace | LoadProfile, over: bool) -> RoutingBatch | None:
-        size = found.num_tokens if isinstance(found, RoutingTrace) else found.num_steps
-        if size < self.tokens:
-            raise TraceError(
-                f"{self.source} holds {size} rows, {self.tokens} were read before", hint="watch a file that only grows"
-            )
-        self.tokens = size
-        recorded = isinstance(found, LoadProfile) or (found.step is not None and self.tokens_per_step is None)
-        if self.tokens_per_step is None and isinstance(found, RoutingTrace) and found.step is None:
-            self.tokens_per_step = default_tokens_per_step(found.num_tokens)
-        batch = make_batch(found, tokens_per_step=self.tokens_per_step, order="file")
-        if recorded:
-            whole = batch.num_steps - (not over and isinstance(found, RoutingTrace))
-        else:
-            whole = size // (self.tokens_per_step or 1)
-        if whole <= self.given:
-            return None
-        new = steps_of(batch, slice(self.given, whole))
-        self.given = whole
-        return new
+FILE_INTERVAL_S, ENGINE_INTERVAL_S = 1.0, 10.0
+STALE_S = 120.0
+"""Seconds without a look, beside ten intervals, after which the watch calls itself ill."""
 
 
 def watch(
-    trace: Annotated[str, typer.Argument(help="Routing trace or load profile that may grow.", show_default=False)],
     cluster: o.ClusterSpec,
+    trace: Annotated[
+        str | None,
+        typer.Argument(help="Routing trace or load profile that may grow, or a folder that dumps come into."),
+    ] = None,
     placement: Annotated[
-        Path | None, typer.Option("--placement", "-p", help="Placement in use. Default: contiguous.")
+        Path | None,
+        typer.Option("--placement", "-p", help="Placement in use: .npz, or SGLang's .json. Default: contiguous."),
     ] = None,
     redundant: Annotated[
         int | None, typer.Option("--redundant", "-r", help="Redundant slots a layer, without --placement. Default: 0.")
@@ -115,8 +65,34 @@ def watch(
     horizon: Annotated[float, typer.Option(help="Steps that a new placement is expected to serve.")] = 10_000,
     method: Annotated[str, typer.Option(help="Method that plans, as in 'poise plan'.")] = "poise",
     follow: Annotated[bool, typer.Option("--follow/--once", help="Wait for more, or end at the file's end.")] = True,
-    interval: Annotated[float, typer.Option(help="Seconds between looks at the file.")] = 1.0,
+    interval: Annotated[
+        float | None, typer.Option(help="Seconds between looks at the source. Default: 1; with --sglang 10.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Placement file to keep up to date.")] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(help="ENGINE:FILE to keep up to date too, as 'poise export --to ENGINE' writes it. Repeatable."),
+    ] = None,
+    num_hidden_layers: Annotated[
+        int | None, typer.Option(help="Decoder layers, for --export; --model and SGLang's dumps know it too.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT (or PORT, this machine only) for the page and /metrics.")
+    ] = None,
+    sglang: Annotated[
+        str | None, typer.Option(help="Address of an SGLang engine to record, in place of TRACE.")
+    ] = None,
+    dump_dir: Annotated[
+        Path | None, typer.Option(help="With --sglang: its SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, readable here.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="With --sglang: its --api-key.")] = None,
+    admin_api_key: Annotated[
+        str | None, typer.Option(envvar="SGLANG_ADMIN_API_KEY", help="With --sglang: its --admin-api-key.")
+    ] = None,
+    steps_per_dump: Annotated[
+        int, typer.Option(help="Steps of a dump that are watched, evenly spaced; the drift test needs few.")
+    ] = 16,
+    delete_dumps: Annotated[bool, typer.Option("--delete-dumps", help="Remove a dump once it was read.")] = False,
     time_limit: o.TimeLimit = 10.0,
     seed: o.Seed = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
@@ -126,10 +102,15 @@ def watch(
     Moves are taken to be made at once. Ends with --once at the file's end, else when interrupted.
 
     Example: poise watch trace.npz --cluster 2x8:h100 --redundant 16 --model deepseek-v3 --max-moves 64 -o now.npz
+
+    Beside an engine: poise watch --sglang http://127.0.0.1:30000 --dump-dir /dumps --cluster 1x8:h100
+    --model deepseek-v3 --export sglang:/maps/map.json --listen 9464
     """
     with o.errors():
-        if output is not None:
-            o.writable(output)
+        outputs = [] if output is None else [Output("npz", o.writable(output))]
+        outputs += [_output(spec) for spec in export or []]
+        if interval is None:
+            interval = FILE_INTERVAL_S if sglang is None else ENGINE_INTERVAL_S
         if not (np.isfinite(interval) and interval > 0):
             raise OptionError(f"the interval must be above 0 s, got {interval}")
         if tokens_per_step is not None and tokens_per_step < 1:
@@ -145,59 +126,124 @@ def watch(
         machine = Cluster.parse(cluster)
         flow = o.one_of("traffic model", traffic, TRAFFIC_MODELS)
         rule = o.one_of("split", split, SPLITS)
-        use = None if placement is None else Placement.load(placement)
-        if not Path(trace.partition("#")[0]).exists():
+        sizes = None if model is None else ModelSpec.parse(model)
+        use = None if placement is None else _placement(placement, machine.num_devices)
+        folder = dump_dir or (Path(trace) if trace is not None and Path(trace).is_dir() else None)
+        dumps = None if folder is None else DumpFolder(
+            folder, tokens_per_step=tokens_per_step, most_steps=steps_per_dump, delete=delete_dumps,
+            read=partial(read_dump, options=ReadOptions(model=sizes)),
+        )  # fmt: skip
+        source: Source
+        if sglang is not None:
+            if trace is not None or dumps is None or not follow or redundant is not None:
+                raise OptionError(
+                    "--sglang needs --dump-dir, and goes with neither a trace, --once nor --redundant",
+                    hint="the engine says how many redundant slots it has",
+                )
+            source = SGLangRecorder(
+                sglang, dumps, num_devices=machine.num_devices, api_key=api_key, admin_api_key=admin_api_key
+            )
+        elif trace is None or dump_dir is not None:
+            raise OptionError("name what to watch: a trace, a folder of dumps, or --sglang with --dump-dir")
+        elif dumps is not None:
+            source = dumps
+        elif Path(trace.partition("#")[0]).exists():
+            source = Tail(trace, tokens_per_step)
+        else:
             raise TraceError(f"no such file: {trace.partition('#')[0]}")
-        tail, controller = Tail(trace, tokens_per_step), None
-        try:
-            while True:
-                new = tail.steps(over=not follow)
-                if new is not None and controller is None:
-                    controller = _start(new, machine, model, flow, rule, use, redundant or 0, settings)
-                for b in range(0 if new is None else new.num_steps):
-                    assert controller is not None and new is not None
-                    for look in controller.observe(steps_of(new, slice(b, b + 1))):
-                        _say_look(look, json)
-                    _carry_out(controller, output, json)
-                if controller is not None:
-                    _carry_out(controller, output, json)
-                if not follow:
-                    break
-                time.sleep(interval)
-        except KeyboardInterrupt:
-            pass
-        if controller is None:
-            raise TraceError(f"{trace} holds {tail.tokens} rows, less than a step of {tail.tokens_per_step}")
-        o.talk.print(f"{controller.step} steps watched")
+        setup = Setup(machine, settings, sizes, flow, rule, use, redundant or 0, num_hidden_layers)
+        service = Service(source, setup, outputs, measured=listen is not None)
+        with ExitStack() as stack:
+            listeners: list[Board | Metrics] = []
+            if listen is not None:
+                written = ", ".join(str(one.path) for one in outputs)
+                about = {"source": sglang or trace, "cluster": cluster, "model": model or "generic model",
+                         "method": method, "outputs": written or "writes nothing"}  # fmt: skip
+                board, metrics = Board(about, window=window), Metrics()
+                listeners = [board, metrics]
+                page = Page(listen_address(listen), answers(board, metrics, stale_s=10 * interval + STALE_S))
+                page.start()
+                stack.callback(page.close)
+                _say_listening(page.url, json)
+            stack.enter_context(_terminated_like_interrupted())
+            teller = _Teller(output, json)
+            events = stack.enter_context(closing(service.run(once=not follow, interval_s=interval, wait=time.sleep)))
+            try:
+                for event in events:
+                    for listener in listeners:
+                        listener.note(event)
+                    teller.say(event)
+            except KeyboardInterrupt:
+                pass
+        if service.controller is None and isinstance(source, Tail):
+            raise TraceError(f"{trace} holds {source.tokens} rows, less than a step of {source.tokens_per_step}")
+        if service.controller is None and not follow:
+            raise TraceError(f"{trace} holds no dump with traffic")
+        o.talk.print(f"{0 if service.controller is None else service.controller.step} steps watched")
 
 
-def _start(
-    batch: RoutingBatch, cluster: Cluster, model: str | None, traffic: Traffic | None, split: Split,
-    placement: Placement | None, redundant: int, settings: ControlSettings,
-) -> Controller:  # fmt: skip
-    sizes = ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L) if model is None else None
-    sizes = sizes or ModelSpec.parse(model or "")
-    flow: Traffic = traffic or ("home_node_dedup" if batch.has_tokens else "home")
-    if placement is None:
-        slots_D = api.deal_slots(batch.num_experts, redundant, cluster.num_devices)
-        problem = PlacementProblem(batch, cluster, sizes, slots_D, flow, split)
-        placement = solve(problem, method="contiguous").placement
-    if placement.num_devices != cluster.num_devices:
-        raise OptionError(
-            f"the placement is for {placement.num_devices} devices, the cluster has {cluster.num_devices}"
-        )
-    slots_D = np.bincount(placement.slot_device_S, minlength=cluster.num_devices)
-    return Controller(PlacementProblem(batch, cluster, sizes, slots_D, flow, split, current=placement), settings)
+def _output(spec: str) -> Output:
+    target, colon, path = spec.partition(":")
+    if not colon or not path:
+        raise OptionError(f"--export {spec!r:.80} names no file", hint="ENGINE:FILE, as in sglang:map.json")
+    return Output(target, o.writable(Path(path)))
 
 
-def _carry_out(controller: Controller, output: Path | None, json: bool) -> None:
-    """Report what was decided, and let accepted placements serve."""
-    while (decision := controller.collect()) is not None:
-        if decision.accepted:
-            controller.moved()
-            if output is not None:
-                controller.current.save(output)
-        _say_decision(decision, output if decision.accepted else None, json)
+def _placement(path: Path, num_devices: int) -> Placement:
+    if path.suffix == ".json":
+        return sglang_file.read(path, num_devices=num_devices)
+    return Placement.load(path)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Supervisors end a sidecar with SIGTERM: it leaves as with control-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be taken
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Teller:
+    """Prints events; a problem that stays is told once."""
+
+    def __init__(self, output: Path | None, json: bool) -> None:
+        self._output, self._json = output, json
+        self._told: tuple[str, ...] = ()
+
+    def say(self, event: Event) -> None:
+        """Print an event."""
+        if isinstance(event, Polled):
+            for message in event.problems:
+                if message not in self._told:
+                    self._say_problem(message)
+            self._told = event.problems
+        elif isinstance(event, Trouble):
+            self._say_problem(event.message)
+        elif isinstance(event, Seen):
+            _say_look(event.look, self._json)
+        else:
+            _say_decision(event, self._output, self._json)
+
+    def _say_problem(self, message: str) -> None:
+        if self._json:
+            _line({"event": "problem", "message": message})
+        else:
+            o.talk.print(message, markup=False, soft_wrap=True)
+
+
+def _say_listening(url: str, json: bool) -> None:
+    if json:
+        _line({"event": "listening", "url": url})
+    o.talk.print(f"page at {url}, metrics at {url}metrics", markup=False, soft_wrap=True)
 
 
 def _say_look(look: Look, json: bool) -> None:
@@ -213,14 +259,16 @@ def _say_look(look: Look, json: bool) -> None:
     o.out.print(line, markup=False)
 
 
-def _say_decision(decision: Decision, written: Path | None, json: bool) -> None:
+def _say_decision(event: Planned, output: Path | None, json: bool) -> None:
+    decision: Decision = event.decision
     moves = decision.moves
     if json:
+        files = [str(path) for path in event.written]
         _line({"event": "plan", "step": decision.step, "reason": decision.reason, "accepted": decision.accepted,
                "predicted_gain": decision.predicted_gain, "gain_seconds": decision.gain_seconds,
                "cost_seconds": decision.cost_seconds, "moves": moves.fetched, "bytes": moves.moved_bytes,
                "rounds": len(moves.rounds), "left": decision.left,
-               "file": None if written is None else str(written)})  # fmt: skip
+               "file": str(output) if output in event.written else None, "files": files})  # fmt: skip
         return
     verdict = "moving" if decision.accepted else "not worth it"
     o.out.print(

@@ -92,13 +92,13 @@ def batch_cost(
     for layer in range(batch.num_layers):
         load_BE = batch.load_BLE[:, layer]
         share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
-        for steps in _chunks(batch, cluster.num_devices):
+        for steps in step_chunks(batch, cluster.num_devices):
             rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
             tokens = load_BE[steps][:, :, None] * share_BED[rows]
             tokens_BLD[steps, layer] = tokens.sum(axis=1)
             seconds = expert_seconds(tokens, cluster, model).sum(axis=1) / cluster.speed_D
             out["compute"][steps, layer] = seconds.max(axis=1)
-            flow = _flow(batch, layer, steps, share_BED, share_prev, cluster, traffic)
+            flow = layer_flow(batch, layer, steps, share_BED, share_prev, cluster, traffic)
             out["dispatch"][steps, layer] = port_seconds(
                 port_load(flow.dispatch, cluster), model.dispatch_bytes_per_token, cluster
             )
@@ -154,7 +154,7 @@ def add_constants(
         out["combine"] += busy * latency_seconds(cluster)
 
 
-def _chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
+def step_chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
     """Consecutive steps whose [T, K, D] and [B, E, D] arrays stay small."""
     if batch.start_B is None:
         size = np.full(batch.num_steps, batch.num_experts * num_devices)
@@ -166,7 +166,7 @@ def _chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Flow:
+class LayerFlow:
     """Copies of one layer out and back (``combine`` None: the mirror image), and the pairs that leave."""
 
     dispatch: Copies
@@ -175,7 +175,7 @@ class _Flow:
     cross_node_B: NDArray[np.float64]
 
 
-def _flow(
+def layer_flow(
     batch: RoutingBatch,
     layer: int,
     steps: slice,
@@ -183,7 +183,14 @@ def _flow(
     prev_BED: NDArray[np.float64] | None,
     cluster: Cluster,
     traffic: Traffic,
-) -> _Flow:
+) -> LayerFlow:
+    """What some steps of one layer send: copies by pair of devices.
+
+    Parameters
+    ----------
+    share_BED : float64 [B or 1, E, D], part of each expert's tokens that each device computes.
+    prev_BED : the same of the layer before, under ``stay``.
+    """
     if batch.experts_TLK is None or batch.start_B is None:
         return _flow_of_loads(batch.load_BLE[steps, layer], share_BED, steps, cluster)
     first, last = batch.start_B[steps.start], batch.start_B[steps.stop]
@@ -201,16 +208,16 @@ def _flow(
     total = pairs.sum(axis=(1, 2))
     crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
     if traffic == "home":
-        return _Flow(Copies(pairs), None, *crossing)
+        return LayerFlow(Copies(pairs), None, *crossing)
     copies = pairs if batch.top_k == 1 else sum_by_source(source_TD, any_of(share_TKD), step_T, num_steps)
     if traffic == "home_node_dedup" and cluster.num_nodes > 1:
         nodes = sum_by_source(source_TD, any_of(node_share(share_TKD, cluster)), step_T, num_steps)
-        return _Flow(Copies(copies, nodes), None, *crossing)
+        return LayerFlow(Copies(copies, nodes), None, *crossing)
     combine = None
     if traffic == "stay":
         join = any_of(share_TKD[:, 1:]) if batch.top_k > 1 else np.zeros_like(pairs_TD)
         combine = Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps))
-    return _Flow(Copies(copies), combine, *crossing)
+    return LayerFlow(Copies(copies), combine, *crossing)
 
 
 def _gather(share_BED: NDArray[np.float64], experts_TK: NDArray[Any], step_T: NDArray[Any]) -> NDArray[np.float64]:
@@ -222,11 +229,13 @@ def _gather(share_BED: NDArray[np.float64], experts_TK: NDArray[Any], step_T: ND
 
 def _flow_of_loads(
     load_BE: NDArray[np.float64], share_BED: NDArray[np.float64], steps: slice, cluster: Cluster
-) -> _Flow:
+) -> LayerFlow:
     """Copies when only loads are known: homes are spread evenly."""
     rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
     tokens_BD = (load_BE[:, :, None] * share_BED[rows]).sum(axis=1)
     pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, (len(load_BE), *(cluster.num_devices,) * 2))
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
     total = tokens_BD.sum(axis=1)
-    return _Flow(Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
+    return LayerFlow(
+        Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2))
+    )

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.engines.slots import full_table, trivial_row
 from poise.errors import PlacementError
-from poise.planning.placement import EMPTY, Placement, atomic
+from poise.planning.placement import Placement, atomic
 
 KEY = "physical_to_logical_map"
 MAX_BYTES = 64 * 2**20
@@ -25,8 +26,7 @@ MAX_EXPERTS = 65_536
 def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[NDArray[np.int32], int]:
     """The map, int32 [num_hidden_layers, P], and how many empty slots had to be filled.
 
-    SGLang has no empty slots: each gets the expert with the fewest replicas that is not on its device (where the
-    device holds every expert, of those). Replicas draw traffic, so a filled map is no longer the placement planned.
+    SGLang has no empty slots: they are filled by :func:`poise.engines.slots.full_table`.
 
     Raises
     ------
@@ -34,13 +34,6 @@ def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[N
     """
     if not 1 <= num_hidden_layers <= MAX_LAYERS:
         raise PlacementError(f"num_hidden_layers must lie in 1..{MAX_LAYERS}, got {num_hidden_layers}")
-    per_device = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
-    if (per_device != per_device[0]).any():
-        raise PlacementError(
-            f"SGLang needs as many slots on every rank, got {per_device.min()} to {per_device.max()}: "
-            f"{placement.num_slots} slots on {placement.num_devices} ranks",
-            hint=f"choose --redundant so that {placement.num_experts} + R is a multiple of {placement.num_devices}",
-        )
     ids = placement.layer_ids_L
     assert ids is not None
     if int(ids.max()) >= num_hidden_layers:
@@ -48,22 +41,10 @@ def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[N
             f"the placement reaches layer {ids.max()}, the model has {num_hidden_layers}",
             hint="num_hidden_layers counts dense layers too",
         )
-    trivial = np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts
-    out = np.tile(trivial, (num_hidden_layers, 1))
-    out[ids] = placement.slot_expert_LS
-    empty = np.argwhere(placement.slot_expert_LS == EMPTY)
-    replicas = placement.replicas_LE()
-    per_rank = int(per_device[0])
-    for layer, slot in empty.tolist():
-        row = out[ids[layer]]
-        first = slot - slot % per_rank
-        held = np.zeros(placement.num_experts, bool)
-        here = row[first : first + per_rank]
-        held[here[here != EMPTY]] = True
-        expert = int(np.lexsort((replicas[layer], held))[0])
-        row[slot] = expert
-        replicas[layer, expert] += 1
-    return out, len(empty)
+    table, filled = full_table(placement, engine="SGLang")
+    out = np.tile(trivial_row(placement.num_experts, placement.num_slots), (num_hidden_layers, 1))
+    out[ids] = table
+    return out, filled
 
 
 def write(placement: Placement, path: str | Path, *, num_hidden_layers: int) -> int:

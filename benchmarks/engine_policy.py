@@ -1,0 +1,69 @@
+"""The core behind the engine plugins against the engines' own algorithm (EPLB), on recorded loads of DeepSeek-R1.
+
+    python benchmarks/engine_policy.py DATA
+
+A map is made for one workload, and then anew for another one, from the map in use: imbalance (max / mean tokens over
+ranks, mean over layers, in sample) and the share of slots whose expert a rank must fetch. No report is written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from poise.engines.policy import PolicySettings, rebalance, warm_up
+from poise.planning.methods import eplb
+
+CASES = ((8, 288, 1), (16, 288, 2), (64, 320, 8))  # ranks, slots, nodes; the model has 8 expert groups
+FIRST, NEXT = "prefill_in1000out1000", "prefill_in4096"
+
+
+def loads(folder: Path, name: str) -> np.ndarray:
+    """Loads of the MoE layers, int [58, 256]."""
+    count = np.array(json.loads((folder / "deepseek-r1" / f"{name}.json").read_text())["logical_count"])
+    return count.reshape(-1, *count.shape[-2:]).sum(axis=0)[3:]
+
+
+def imbalance(load: np.ndarray, table: np.ndarray, ranks: int) -> float:
+    """Max over mean tokens of ranks, mean over layers."""
+    replicas = np.stack([np.bincount(row, minlength=load.shape[1]) for row in table])
+    tokens = np.take_along_axis(load / replicas, table, axis=1).reshape(len(table), ranks, -1).sum(axis=2)
+    return float((tokens.max(axis=1) / tokens.mean(axis=1)).mean())
+
+
+def fetched(old: np.ndarray, new: np.ndarray, ranks: int) -> float:
+    """Share of slots whose expert a rank must fetch."""
+    pairs = zip(old.reshape(len(old) * ranks, -1).tolist(), new.reshape(len(new) * ranks, -1).tolist(), strict=True)
+    return sum(len(set(b) - set(a)) for a, b in pairs) / old.size
+
+
+def main() -> None:
+    """One line a case and algorithm."""
+    first, later = (loads(Path(sys.argv[1]), name) for name in (FIRST, NEXT))
+    warm_up()
+    print("| ranks, slots, nodes | map | imbalance, first | old map, next | new map, next | fetched | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for ranks, slots, nodes in CASES:
+
+        def ours(load, old=None, shape=(slots, 8, nodes, ranks)):
+            return rebalance(load, *shape, old, settings=PolicySettings())
+
+        def theirs(load, old=None, shape=(slots, 8, nodes, ranks)):
+            return eplb.rebalance_experts(load, *shape)[0]
+
+        for name, make in (("poise", ours), ("EPLB", theirs)):
+            old = make(first)
+            began = time.perf_counter()
+            new = make(later, old)
+            took = time.perf_counter() - began
+            cells = (imbalance(first, old, ranks), imbalance(later, old, ranks), imbalance(later, new, ranks))
+            print(f"| {ranks}, {slots}, {nodes} | {name} | " + " | ".join(f"{cell:.4f}" for cell in cells)
+                  + f" | {fetched(old, new, ranks):.0%} | {took:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

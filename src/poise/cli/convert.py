@@ -1,0 +1,140 @@
+"""poise convert: what an engine wrote, as a trace, a load profile or a placement."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from poise.cli import options as o
+from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
+from poise.errors import OptionError, TraceError
+from poise.modelspec import ModelSpec
+from poise.observe.trace import LoadProfile
+from poise.planning.placement import Placement, atomic
+
+
+def convert(
+    dumps: Annotated[list[Path], typer.Argument(help="Files or folders that an engine wrote in one run.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Trace (.npz) or load profile (.json, .npz) to write.")
+    ],
+    model: o.Model = None,
+    placement: Annotated[
+        Path | None, typer.Option(help="Placement or engine's map that ran, for dumps that count slots without a map.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help=f"Instead of detection: {', '.join(FORMATS)}.", show_default=False)
+    ] = None,
+    num_experts: Annotated[int | None, typer.Option(help="E, where no model is named.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="K, where no model is named.")] = None,
+    relabelling: Annotated[
+        Path | None, typer.Option(help="poise-relabelling.json of the checkpoint that ran, or its folder.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Write the map of a dump as a placement on so many devices (.npz).")
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Turn an engine's dump into a routing trace or a load profile; the format is told from the content.
+
+    Example: poise convert dumps/ --model deepseek-v3 -o trace.npz
+    """
+    with o.errors():
+        o.writable(output)
+        spec = None if model is None else ModelSpec.parse(model)
+        ran = None if placement is None else _placement(placement, ReadOptions(spec))
+        options = ReadOptions(spec, ran, num_experts, top_k, form, relabelling)
+        dump = read_dump(dumps, options=options)
+        for note in dump.notes:
+            o.talk.print(note, markup=False)
+        wrote = (
+            _write_placement(dump, devices, options, output) if devices is not None else _write_traffic(dump, output)
+        )
+        if json:
+            o.print_json({"engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
+                          "notes": list(dump.notes)})  # fmt: skip
+        else:
+            o.out.print(repr(dump), markup=False)
+        o.talk.print(f"wrote {output}", markup=False)
+
+
+def _placement(path: Path, options: ReadOptions) -> Placement | SlotRecord:
+    """A placement of poise, or any map that is read."""
+    if path.suffix == ".npz":
+        return Placement.load(path)
+    return read_slot_map(path, options=options)
+
+
+def _write_traffic(dump: EngineDump, output: Path) -> str:
+    if dump.trace is None and dump.profile is None and dump.slots is not None:
+        raise TraceError(
+            f"{dump.engine} {dump.kind}: a map of slots, no traffic",
+            hint="'poise verify' compares it with a plan; --devices D writes it as a placement",
+        )
+    traffic = dump.traffic
+    if isinstance(traffic, LoadProfile):
+        _write_profile(traffic, output, dump.recorded_layers)
+        return "profile"
+    if output.suffix != ".npz":
+        raise OptionError(f"{output} would hold a trace", hint="name it .npz")
+    traffic.save(output)
+    return "trace"
+
+
+def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | None) -> None:
+    """``.json``: one row a decoder layer, zeros where nothing was recorded. ``.npz``: counts and their layers."""
+    ids = profile.layer_ids
+    assert ids is not None
+    if output.suffix == ".npz":
+        with atomic(output) as stream:
+            np.savez_compressed(stream, counts=profile.load_BLE, layers=ids)
+        return
+    if output.suffix != ".json":
+        raise OptionError(f"{output} would hold a load profile", hint="name it .json or .npz")
+    full = np.zeros((profile.num_steps, max(int(ids.max()) + 1, recorded_layers or 0), profile.num_experts))
+    full[:, ids] = profile.load_BLE
+    count = full.astype(np.int64) if (full == np.floor(full)).all() else full
+    rows = count[0] if len(count) == 1 else count
+    with atomic(output) as stream:
+        stream.write(jsonlib.dumps({"logical_count": rows.tolist()}).encode())
+
+
+def _write_placement(dump: EngineDump, devices: int, options: ReadOptions, output: Path) -> str:
+    if dump.slots is None or dump.slots.map_LS is None:
+        raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
+    map_LS = dump.slots.map_LS
+    if devices < 1 or map_LS.shape[1] % devices:
+        raise OptionError(f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices")
+    if output.suffix != ".npz":
+        raise OptionError(f"{output} would hold a placement", hint="name it .npz")
+    device_S = np.repeat(np.arange(devices, dtype=np.int32), map_LS.shape[1] // devices)
+    experts = options.experts or int(map_LS.max()) + 1
+    Placement(map_LS, device_S, experts, devices, dump.slots.layer_ids_L, method=dump.engine).save(output)
+    return "placement"
+
+
+def _facts(dump: EngineDump) -> dict[str, Any]:
+    out: dict[str, Any] = {"recorded_layers": dump.recorded_layers}
+    if dump.trace is not None:
+        t = dump.trace
+        assert t.is_decode is not None and t.layer_ids is not None
+        out["trace"] = {"tokens": t.num_tokens, "requests": len(t.requests()), "decoded": int(t.is_decode.sum()),
+                        "layers": t.layer_ids.tolist(), "experts": t.num_experts, "top_k": t.top_k}  # fmt: skip
+    if dump.profile is not None:
+        p = dump.profile
+        assert p.layer_ids is not None
+        out["profile"] = {"steps": p.num_steps, "layers": p.layer_ids.tolist(), "experts": p.num_experts,
+                          "pairs": float(p.load_BLE.sum())}  # fmt: skip
+    if dump.slots is not None:
+        s = dump.slots
+        width = (s.map_LS if s.map_LS is not None else s.count_BLS).shape[-1]  # type: ignore[union-attr]
+        out["slots"] = {"layers": s.layer_ids_L.tolist(), "slots": int(width), "map": s.map_LS is not None,
+                        "counts": s.count_BLS is not None}  # fmt: skip
+    if dump.balance_B is not None:
+        out["balance"] = {"records": len(dump.balance_B), "mean": float(dump.balance_B.mean())}
+    return out

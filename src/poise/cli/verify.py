@@ -1,0 +1,81 @@
+"""poise verify: is the plan what runs, and does it balance as predicted?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from poise.cli import options as o
+from poise.engines.readers import ReadOptions, read_dump
+from poise.engines.verify import RUNS, Verification
+from poise.engines.verify import verify as check
+from poise.errors import NoResultError
+from poise.modelspec import ModelSpec
+from poise.planning.placement import Placement
+
+SHOWN = 12
+"""Layers of the table on a terminal."""
+
+
+def verify(
+    placement: Annotated[Path, typer.Argument(help="Placement file of 'poise plan', as it was exported.")],
+    dumps: Annotated[list[Path], typer.Argument(help="What the engine wrote while it ran (docs/engines.md).")],
+    model: o.Model = None,
+    traffic: Annotated[
+        Path | None, typer.Option(help="What ran meanwhile, for a dump that reports a balance alone (a server log).")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Relative; balances this near count as equal.")] = 0.05,
+    json: o.Json = False,
+) -> None:
+    """Say from an engine's dump whether the map is live, in which layers not, and whether balance is as predicted.
+
+    Exit codes: 0 the plan runs, 1 it does not, or the dump does not tell, 2 bad input.
+
+    Example: poise verify placement.npz dumps/ --json
+    """
+    with o.errors():
+        plan = Placement.load(placement)
+        spec = None if model is None else ModelSpec.parse(model)
+        dump = read_dump(dumps, options=ReadOptions(model=spec))
+        if traffic is not None:
+            ran = read_dump(traffic, options=ReadOptions(model=spec))
+            dump = replace(dump, trace=ran.trace, profile=ran.profile)
+        found = check(plan, dump, tolerance=tolerance)
+        if json:
+            o.print_json(_facts(found))
+        else:
+            _show(found)
+        for note in (*dump.notes, *found.notes):
+            o.talk.print(note, markup=False)
+        if not found.live:
+            raise NoResultError(found.sentence())
+
+
+def _facts(found: Verification) -> dict[str, Any]:
+    return {
+        "live": found.live, "evidence": found.evidence, "as_predicted": found.as_predicted,
+        "balance": {"measured": found.measured, "predicted": found.predicted, "without_plan": found.trivial},
+        "verdict": found.sentence(),
+        "layers": [{"layer": f.layer_id, "state": f.state, "wrong": f.wrong, "imbalance_measured": f.measured,
+                    "imbalance_predicted": f.predicted} for f in found.layers],
+    }  # fmt: skip
+
+
+def _show(found: Verification) -> None:
+    """The verdict, and the layers that are worst first."""
+    if found.live:
+        o.out.print(found.sentence(), markup=False)
+    rows = sorted(found.layers, key=lambda f: (f.state in RUNS, f.state == "unseen", -(f.measured or 0.0)))
+    table = Table(title=f"evidence: {found.evidence}", title_justify="left")
+    for head in ("layer", "map", "wrong", "imbalance measured", "predicted"):
+        table.add_column(head, justify="left" if head == "map" else "right")
+    for f in rows[:SHOWN]:
+        table.add_row(str(f.layer_id), f.state, str(f.wrong),
+                      *("" if value is None else f"{value:.3f}" for value in (f.measured, f.predicted)))  # fmt: skip
+    o.out.print(table)
+    if len(rows) > SHOWN:
+        o.out.print(f"{len(rows) - SHOWN} more layers: --json shows all")

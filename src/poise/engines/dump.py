@@ -1,0 +1,159 @@
+"""What an engine wrote about its own run, in one shape for all engines.
+
+A reader (:mod:`poise.engines.readers`) turns files into one :class:`EngineDump`. ``poise convert`` keeps its traffic
+(``trace`` or ``profile``), ``poise verify`` compares what it says about slots with a placement, ``poise watch`` feeds
+its loads to the controller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import OptionError, TraceError
+from poise.modelspec import ModelSpec
+from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
+from poise.planning.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotRecord:
+    """What was seen of physical slots.
+
+    Parameters
+    ----------
+    layer_ids_L : int32 [L], decoder layers, ascending.
+    map_LS : int32 [L, S], expert in each physical slot as the engine says it runs, -1 empty; None: it does not say.
+    count_BLS : float64 [B, L, S], pairs that each slot computed in each record; None: not recorded.
+    """
+
+    layer_ids_L: NDArray[np.int32]
+    map_LS: NDArray[np.int32] | None = None
+    count_BLS: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        layers = len(self.layer_ids_L)
+        if self.map_LS is None and self.count_BLS is None:
+            raise TraceError("a record of slots says neither what they hold nor what they computed")
+        shapes = [None if self.map_LS is None else self.map_LS.shape,
+                  None if self.count_BLS is None else self.count_BLS.shape[1:]]  # fmt: skip
+        for shape in shapes:
+            if shape is not None and (len(shape) != 2 or shape[0] != layers):
+                raise TraceError(f"slots of shape {shape} for {layers} layers")
+        if None not in shapes and shapes[0] != shapes[1]:
+            raise TraceError(f"the map has {shapes[0]} layers and slots, the counts {shapes[1]}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineDump:
+    """One engine's record of its run. At least one of ``trace``, ``profile``, ``slots`` and ``balance_B`` is there.
+
+    Parameters
+    ----------
+    engine : ``sglang``, ``vllm``, ``tensorrt-llm``, ``vllm-ascend``, ... or ``poise``.
+    kind : the format, as in docs/engines.md (``stat``, ``per-token``, ``routed-experts``, ...).
+    trace : routing token by token, logical ids, MoE layers only.
+    profile : loads, logical ids, MoE layers only.
+    slots : what physical slots held and computed.
+    balance_B : float64 [B], mean over fullest device as the engine reported it; None: it did not.
+    recorded_layers : layers that the record has, those without load (dense ones) included; None: unknown.
+    notes : what a user should know: layers left out, rows dropped, what had to be assumed.
+    """
+
+    engine: str
+    kind: str
+    trace: RoutingTrace | None = None
+    profile: LoadProfile | None = None
+    slots: SlotRecord | None = None
+    balance_B: NDArray[np.float64] | None = None
+    recorded_layers: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.trace is None and self.profile is None and self.slots is None and self.balance_B is None:
+            raise TraceError(f"{self.engine} {self.kind}: neither tokens, loads, slots nor a balance are in it")
+
+    @property
+    def traffic(self) -> RoutingTrace | LoadProfile:
+        """Tokens where they are known, else loads.
+
+        Raises
+        ------
+        TraceError : the dump says what slots hold, or how balanced devices were, and nothing about traffic.
+        """
+        found = self.trace if self.trace is not None else self.profile
+        if found is None:
+            what = "the balance of devices" if self.slots is None else "a map of slots"
+            raise TraceError(
+                f"{self.engine} {self.kind}: {what}, no traffic", hint="'poise verify' compares a map with a plan"
+            )
+        return found
+
+    def __repr__(self) -> str:
+        parts = [repr(self.trace)] if self.trace is not None else []
+        if self.profile is not None:
+            p = self.profile
+            parts.append(f"loads of {p.num_steps} steps, {p.num_layers} layers, {p.num_experts} experts")
+        if self.slots is not None:
+            s = self.slots
+            shape = s.map_LS.shape if s.map_LS is not None else s.count_BLS.shape[1:]  # type: ignore[union-attr]
+            has = " and ".join(n for n, v in (("map", s.map_LS), ("counts", s.count_BLS)) if v is not None)
+            parts.append(f"{has} of {shape[1]} slots in {shape[0]} layers")
+        if self.balance_B is not None:
+            parts.append(f"balance {float(self.balance_B.mean()):.3f} of 1, mean of {len(self.balance_B)}")
+        return f"EngineDump({self.engine} {self.kind}: {'; '.join(parts)})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadOptions:
+    """What a dump does not say of itself.
+
+    Parameters
+    ----------
+    model : which decoder layers are MoE layers, E, K.
+    placement : what physical slots hold, where the dump counts slots and has no map.
+    num_experts, top_k : E and K, where no model is named.
+    format : a format by its name (:data:`poise.engines.readers.FORMATS`) instead of detection.
+    relabelling : ``poise-relabelling.json`` of the relabelled checkpoint that ran, or its folder: ids of the original
+        model come out.
+
+    Raises
+    ------
+    OptionError : a number is out of range, or contradicts the model.
+    """
+
+    model: ModelSpec | None = None
+    placement: Placement | SlotRecord | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    format: str | None = None
+    relabelling: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("num_experts", self.num_experts, MAX_EXPERTS), ("top_k", self.top_k, MAX_EXPERTS)):
+            if value is not None and not 1 <= value <= most:
+                raise OptionError(f"{name} must lie in 1..{most}, got {value}")
+            known = None if self.model is None else getattr(self.model, name)
+            if None not in (value, known) and value != known:
+                raise OptionError(f"{name} is {value}, {self.model.name} has {known}")  # type: ignore[union-attr]
+
+    @property
+    def experts(self) -> int | None:
+        """E if known."""
+        return self.num_experts if self.model is None else self.model.num_experts
+
+    @property
+    def k(self) -> int | None:
+        """K if known."""
+        return self.top_k if self.model is None else self.model.top_k
+
+    @property
+    def slot_map(self) -> SlotRecord | None:
+        """The placement as what slots hold."""
+        if isinstance(self.placement, Placement):
+            assert self.placement.layer_ids_L is not None
+            return SlotRecord(self.placement.layer_ids_L, self.placement.slot_expert_LS)
+        return self.placement

@@ -1,0 +1,159 @@
+"""From what an engine counts to logical experts of decoder layers: slots, dense layers, layers that predict ahead."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import ReadOptions, SlotRecord
+from poise.engines.untrusted import BIG, joined
+from poise.errors import TraceError
+from poise.modelspec import ModelSpec
+
+MAX_MTP_LAYERS = 8
+"""Most layers of multi-token prediction behind a model's own that are taken for such."""
+MAX_TABLE = 1 << 28
+"""Most numbers that a table of loads may unfold to."""
+
+
+def decoder_layers(
+    count: int, model: ModelSpec | None, what: str
+) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
+    """Rows to keep of ``count`` layers that an engine numbered from 0, their decoder layers, and notes.
+
+    Engines list either all decoder layers or the MoE layers alone, and may add layers of multi-token prediction.
+
+    Raises
+    ------
+    TraceError : the number fits neither way.
+    """
+    if model is None:
+        return np.arange(count), np.arange(count, dtype=np.int32), []
+    ids = np.array(model.moe_layer_ids, np.int32)
+    for own, rows in ((model.num_hidden_layers, ids.astype(np.int64)), (len(ids), np.arange(len(ids)))):
+        if count == own:
+            return rows, ids, []
+    for own, rows in ((model.num_hidden_layers, ids.astype(np.int64)), (len(ids), np.arange(len(ids)))):
+        if 0 < count - own <= MAX_MTP_LAYERS:
+            return rows, ids, [f"{count - own} layers behind the model's own were left out: multi-token prediction"]
+    raise TraceError(
+        f"{what} has {count} layers, {model.name} has {model.num_hidden_layers}, of them {len(ids)} MoE layers",
+        hint="check --model",
+    )
+
+
+def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tuple[list[int], list[str]]:
+    """Of decoder layers that an engine named, those to keep, and notes.
+
+    Raises
+    ------
+    TraceError : a layer is a dense one of the model.
+    """
+    if model is None:
+        return list(ids), []
+    moe, notes = set(model.moe_layer_ids), []
+    ahead = [i for i in ids if i >= model.num_hidden_layers]
+    if len(ahead) > MAX_MTP_LAYERS:
+        raise TraceError(f"{what} reaches layer {max(ahead)}, {model.name} has {model.num_hidden_layers}")
+    kept = [i for i in ids if i < model.num_hidden_layers]
+    dense = [i for i in kept if i not in moe]
+    if dense:
+        raise TraceError(f"{what} has traffic in layer {dense[0]}, a dense layer of {model.name}", hint="check --model")
+    if ahead:
+        notes.append(f"layers {joined(map(str, ahead))} were left out: multi-token prediction")
+    missing = sorted(moe - set(kept))
+    if missing:
+        notes.append(f"nothing was recorded of MoE layers {joined(map(str, missing))}")
+    return kept, notes
+
+
+def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | None = None) -> tuple[int, list[str]]:
+    """E as known, or one more than the largest id seen, with a note.
+
+    Raises
+    ------
+    TraceError : an id is not below E, or E exceeds ``most``.
+    """
+    known = options.experts
+    experts = largest + 1 if known is None else known
+    if largest >= experts:
+        raise TraceError(
+            f"{what} names expert {largest}, the model has {experts}", hint="check --model or --num-experts"
+        )
+    if most is not None and experts > most:
+        raise TraceError(f"{what} has {most} slots for {experts} experts")
+    return experts, [] if known is not None else [f"{experts} experts: the largest id seen is {largest}"]
+
+
+def rows_of(slots: SlotRecord, layer_ids: Sequence[int], num_slots: int, what: str) -> NDArray[np.int64]:
+    """The map of some layers, int64 [layers, S].
+
+    Raises
+    ------
+    TraceError : it has no map, another number of slots, or not all of the layers.
+    """
+    if slots.map_LS is None:
+        raise TraceError("what was given as a placement has no map")
+    if slots.map_LS.shape[1] != num_slots:
+        raise TraceError(f"{what} has {num_slots} slots a layer, the placement {slots.map_LS.shape[1]}")
+    at = {int(layer): row for row, layer in enumerate(slots.layer_ids_L)}
+    missing = [layer for layer in layer_ids if layer not in at]
+    if missing:
+        raise TraceError(f"{what} has traffic in layer {missing[0]}, the placement has no row for it")
+    return slots.map_LS[[at[layer] for layer in layer_ids]].astype(np.int64)
+
+
+def by_expert(count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int) -> NDArray[np.float64]:
+    """Pairs of each expert, float64 [B, L, E], from those of its slots; empty slots must have none.
+
+    Raises
+    ------
+    TraceError : an empty slot computed something, or the table would be too large.
+    """
+    steps, layers, _ = count_BLS.shape
+    if steps * layers * experts > MAX_TABLE:
+        raise TraceError(f"{steps} records of {layers} layers and {experts} experts are too many")
+    out = np.zeros((steps, layers, experts))
+    for layer, row in enumerate(map_LS):
+        held = row >= 0
+        if count_BLS[:, layer, ~held].any():
+            raise TraceError(f"a slot that is empty in the map has tokens in layer {layer} of it")
+        np.add.at(out[:, layer].T, row[held], count_BLS[:, layer, held].T)
+    return out
+
+
+def distinct(sources: Iterable[Mapping[Any, NDArray[Any]]]) -> list[int]:
+    """Sources that are no copy of an earlier one.
+
+    Ranks that share their tokens (tensor-parallel attention) count the same: two sources are copies if what both have
+    is equal throughout and not all zero.
+    """
+    marks = [{key: _mark(array) for key, array in source.items()} for source in sources]
+    kept: list[int] = []
+    for index, mine in enumerate(marks):
+        if not any(_copy(mine, marks[other]) for other in kept):
+            kept.append(index)
+    return kept
+
+
+def _mark(array: NDArray[Any]) -> bytes | None:
+    if not array.any():
+        return None
+    return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16).digest() + str(array.shape).encode()
+
+
+def _copy(mine: Mapping[Any, bytes | None], other: Mapping[Any, bytes | None]) -> bool:
+    shared = mine.keys() & other.keys()
+    return any(mine[key] is not None for key in shared) and all(mine[key] == other[key] for key in shared)
+
+
+def check_ids(what: str, ids: Sequence[int]) -> None:
+    """Raise TraceError unless layer numbers are whole, each once, and small."""
+    if len(set(ids)) != len(ids):
+        raise TraceError(f"{what} names a layer twice")
+    if any(i > 65_535 or i < 0 for i in ids):
+        raise TraceError(f"{what} names layer {max(ids)}", hint=f"layers up to 65535, numbers up to {BIG}")

@@ -1,0 +1,268 @@
+"""Placements as new expert ids: of contiguous blocks of E/D new ids, the d-th is what device d holds.
+
+Engines that know no map put the d-th block of expert ids on rank d. Give the experts new ids, and the router's rows
+with them, and such an engine runs the placement; the model computes what it did. A permutation has no replicas, and
+where the router first picks groups (blocks of E/G ids, DeepSeek), only permutations of whole groups, and within groups,
+keep the function.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from poise.errors import PlacementError, TraceError
+from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.placement import MAX_NAME, MAX_SIZE, Placement
+
+RELABELLING_FILE = "poise-relabelling.json"
+FORMAT, VERSION = "poise-relabelling", 1
+MAX_FILE_BYTES = 2**26
+
+
+def permutation(placement: Placement, *, num_groups: int = 1) -> NDArray[np.int32]:
+    """Old expert of each new id, int32 [L, E]: device d gets the new ids d * E/D to (d + 1) * E/D - 1.
+
+    Within a device experts keep their order, so a contiguous placement gives 0, 1, 2, ...
+
+    Parameters
+    ----------
+    placement : as many experts on every device of every layer, no replicas, no empty slots.
+    num_groups : G, groups that the router picks from before it picks experts; 1 if it does not.
+
+    Raises
+    ------
+    PlacementError : replicas, empty slots, devices that differ in slots, or groups that are torn apart.
+    """
+    layers, experts, devices = placement.num_layers, placement.num_experts, placement.num_devices
+    if placement.num_slots != experts:
+        raise PlacementError(
+            f"{placement.num_slots} slots for {experts} experts: new expert ids allow neither replicas nor empty slots",
+            hint="plan with --redundant 0 and without --pooled",
+        )
+    per_device = np.bincount(placement.slot_device_S, minlength=devices)
+    if (per_device != per_device[0]).any():
+        raise PlacementError(
+            f"{experts} experts on {devices} devices, {per_device.min()} to {per_device.max()} on each: engines cut "
+            "expert ids into equal blocks",
+            hint=f"plan with --redundant 0 for a number of devices that divides {experts}",
+        )
+    order_LE = np.sort(placement.slot_expert_LS.reshape(layers, devices, -1), axis=2).reshape(layers, experts)
+    if num_groups > 1:
+        _check_groups(placement, order_LE, num_groups)
+    return order_LE
+
+
+def _group_size(placement: Placement, num_groups: int) -> int:
+    """Experts a group, if groups and devices line up."""
+    experts, devices = placement.num_experts, placement.num_devices
+    if experts % num_groups:
+        raise PlacementError(f"{experts} experts cannot be {num_groups} equal routing groups")
+    if num_groups % devices and devices % num_groups:
+        raise PlacementError(
+            f"devices of {experts // devices} experts and routing groups of {experts // num_groups} do not line up",
+            hint=f"plan for a number of devices that divides {num_groups} or is a multiple of it",
+        )
+    return experts // num_groups
+
+
+def _check_groups(placement: Placement, order_LE: NDArray[np.int32], num_groups: int) -> None:
+    size = _group_size(placement, num_groups)
+    group_LGS = order_LE.reshape(len(order_LE), num_groups, size) // size
+    torn = np.argwhere(group_LGS != group_LGS[:, :, :1])
+    if torn.size:
+        layer, block, at = (int(x) for x in torn[0])
+        per_device = placement.num_experts // placement.num_devices
+        first, last = block * size // per_device, (block * size + size - 1) // per_device
+        who = f"device {first} holds" if first == last else f"devices {first} to {last} together hold"
+        assert placement.layer_ids_L is not None
+        raise PlacementError(
+            f"layer {placement.layer_ids_L[layer]}: {who} a part of routing group {group_LGS[layer, block, 0]} and of "
+            f"group {group_LGS[layer, block, at]}; the router picks among {num_groups} groups of {size} ids, so new "
+            f"ids must keep each group whole ({len(set(torn[:, 0].tolist()))} of {len(order_LE)} layers break this)",
+            hint=f"poise.engines.permutation.keep_groups(placement, {num_groups}) gives the nearest placement that "
+            "does; or export a map (sglang, tensorrt-llm), which has no such limit",
+        )
+
+
+def keep_groups(placement: Placement, num_groups: int) -> Placement:
+    """The nearest placement that keeps routing groups whole: the fewest experts change their device.
+
+    In every layer either each device holds whole groups, or a run of devices holds one. Which group goes where is an
+    assignment problem, solved exactly. It knows no loads: judge the result with ``poise compare``.
+
+    Raises
+    ------
+    PlacementError : as :func:`permutation`, but for torn groups; or groups and devices do not line up.
+    """
+    order_LE = permutation(placement)
+    size = _group_size(placement, num_groups)
+    experts, devices = placement.num_experts, placement.num_devices
+    per_device = experts // devices
+    unit = max(size, per_device)  # a bin is a device, or a run of devices that share one group
+    old_LE = np.argsort(order_LE, axis=1) // per_device
+    new_LE = np.empty_like(old_LE)
+    group_E = np.arange(experts) // size
+    for old_E, new_E in zip(old_LE, new_LE, strict=True):
+        bin_E = old_E * per_device // unit
+        overlap = np.zeros((num_groups, experts // unit), np.int64)
+        np.add.at(overlap, (group_E, bin_E), 1)
+        _, column = linear_sum_assignment(np.repeat(overlap, unit // size, axis=1), maximize=True)
+        goal_E = (column // (unit // size))[group_E]
+        stays_E = goal_E == bin_E
+        new_E[stays_E] = old_E[stays_E]
+        for bin_ in range(experts // unit):
+            free = np.full(devices, 0)
+            free[bin_ * unit // per_device : (bin_ + 1) * unit // per_device] = per_device
+            free -= np.bincount(old_E[stays_E & (goal_E == bin_)], minlength=devices)
+            new_E[~stays_E & (goal_E == bin_)] = np.repeat(np.arange(devices), free)
+    method = f"{placement.method}, groups kept"[:MAX_NAME]
+    return Placement.from_devices(new_LE, devices, layer_ids_L=placement.layer_ids_L, method=method)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relabelling:
+    """New expert ids of some layers. Plain frozen data, checked once; arrays are read-only.
+
+    Parameters
+    ----------
+    layer_ids_L : int32 [L], decoder layers, ascending.
+    order_LE : int32 [L, E], old expert of each new id.
+    source : name of the model with the old ids.
+
+    Raises
+    ------
+    PlacementError : shapes disagree, or a row is no permutation.
+    """
+
+    layer_ids_L: NDArray[np.int32]
+    order_LE: NDArray[np.int32]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        ids, order = np.array(self.layer_ids_L), np.array(self.order_LE)
+        if ids.ndim != 1 or order.ndim != 2 or len(ids) != len(order) or order.size == 0:
+            raise PlacementError(f"new ids of shape {order.shape} for {ids.size} layers")
+        if ids.min() < 0 or (np.diff(ids) <= 0).any():
+            raise PlacementError(f"layer ids must ascend from 0 or more, got {ids.tolist()[:8]}")
+        wrong = np.flatnonzero((np.sort(order, axis=1) != np.arange(order.shape[1])).any(axis=1))
+        if wrong.size:
+            raise PlacementError(
+                f"layer {ids[wrong[0]]}: the old ids are no permutation of 0..{order.shape[1] - 1} "
+                f"({wrong.size} such layers)"
+            )
+        ids, order = ids.astype(np.int32), order.astype(np.int32)
+        ids.flags.writeable = order.flags.writeable = False
+        object.__setattr__(self, "layer_ids_L", ids)
+        object.__setattr__(self, "order_LE", order)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.order_LE.shape[1])
+
+    @property
+    def moved(self) -> int:
+        """Experts with another id, all layers together."""
+        return int((self.order_LE != np.arange(self.num_experts)).sum())
+
+    def rows(self) -> dict[int, NDArray[np.int32]]:
+        """The order of each decoder layer, int32 [E]."""
+        return dict(zip(self.layer_ids_L.tolist(), self.order_LE, strict=True))
+
+    def inverse(self) -> Relabelling:
+        """What undoes it."""
+        return replace(self, order_LE=np.argsort(self.order_LE, axis=1).astype(np.int32))
+
+    def placement(self) -> Placement:
+        """One expert a device, E devices: relabelling with it gives these very ids."""
+        experts = self.num_experts
+        devices = np.arange(experts, dtype=np.int32)
+        return Placement(self.order_LE, devices, experts, experts, self.layer_ids_L, method="relabelling")
+
+    def after(self, first: Relabelling) -> Relabelling:
+        """Both in one: ``first``, then this one on the ids that it gave. The source is that of ``first``.
+
+        Raises
+        ------
+        PlacementError : the numbers of experts differ.
+        """
+        if first.num_experts != self.num_experts:
+            raise PlacementError(
+                f"{self.num_experts} experts get new ids, the first relabelling has {first.num_experts}"
+            )
+        same, before, then = np.arange(self.num_experts), first.rows(), self.rows()
+        ids = sorted({*before, *then})
+        order = [before.get(layer, same)[then.get(layer, same)] for layer in ids]
+        return Relabelling(np.array(ids), np.array(order), first.source)
+
+    def original(self, traffic: RoutingTrace | LoadProfile) -> RoutingTrace | LoadProfile:
+        """Traffic of the relabelled model in the ids of its source; layers without new ids are as they were.
+
+        Raises
+        ------
+        TraceError : the numbers of experts differ.
+        """
+        if traffic.num_experts != self.num_experts:
+            raise TraceError(f"{traffic.name} has {traffic.num_experts} experts, the relabelling {self.num_experts}")
+        assert traffic.layer_ids is not None
+        rows, same = self.rows(), np.arange(self.num_experts)
+        old_LE = np.array([rows.get(layer, same) for layer in traffic.layer_ids.tolist()])
+        if isinstance(traffic, RoutingTrace):
+            return replace(traffic, experts=old_LE[np.arange(traffic.num_layers)[:, None], traffic.experts])
+        return replace(traffic, load_BLE=np.take_along_axis(traffic.load_BLE, np.argsort(old_LE, axis=1)[None], axis=2))
+
+    def to_json(self) -> str:
+        """What :func:`load_relabelling` reads."""
+        layers = {str(layer): order.tolist() for layer, order in self.rows().items()}
+        return json.dumps(
+            {"format": FORMAT, "version": VERSION, "source": self.source, "num_experts": self.num_experts,
+             "layers": layers}
+        )  # fmt: skip
+
+
+def load_relabelling(path: str | Path) -> Relabelling:
+    """Read the ``poise-relabelling.json`` of a relabelled checkpoint, or of the folder it lies in.
+
+    Raises
+    ------
+    PlacementError : the file is missing, too large, damaged or of another format.
+    """
+    path = Path(path)
+    try:
+        path = path / RELABELLING_FILE if path.is_dir() else path
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise PlacementError(f"{path} has {path.stat().st_size} bytes, at most {MAX_FILE_BYTES} are read")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PlacementError(f"cannot read {path}: {error.strerror}", hint="is it a relabelled checkpoint?") from None
+    except PlacementError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PlacementError(f"{path} is not JSON: {str(error)[:200]}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+        raise PlacementError(f"{path} is not of format {FORMAT} {VERSION}")
+    experts, layers, source = data.get("num_experts"), data.get("layers"), data.get("source")
+    if not _count(experts, 1, MAX_SIZE) or not isinstance(layers, dict) or not layers or not isinstance(source, str):
+        raise PlacementError(f"{path}: num_experts, layers or source is missing or not what it should be")
+    order: dict[int, list[int]] = {}
+    for name, row in layers.items():
+        if not (name.isascii() and name.isdigit() and len(name) < 6):
+            raise PlacementError(f"{path}: {name!r:.40} is no layer")
+        if not isinstance(row, list) or len(row) != experts or not all(_count(old, 0, MAX_SIZE) for old in row):
+            raise PlacementError(f"{path}: layer {name} must list {experts} experts")
+        order[int(name)] = row
+    try:
+        return Relabelling(np.array(sorted(order)), np.array([order[layer] for layer in sorted(order)]), source)
+    except PlacementError as error:
+        raise PlacementError(f"{path}: {error.message}") from None
+
+
+def _count(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

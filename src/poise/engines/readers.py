@@ -1,0 +1,221 @@
+"""One entry for everything that engines write: :func:`read_dump`. Formats are told by what a file holds.
+
+Formats and what becomes of them: docs/engines-dumps.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from poise.engines import (
+    ascend_maps,
+    public_traces,
+    routed,
+    sglang_dumps,
+    tensorrt_maps,
+    tensorrt_stats,
+    tokenspeed,
+    vllm_logs,
+    vllm_maps,
+)  # fmt: skip
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
+from poise.engines.parts import Part, open_part
+from poise.engines.permutation import Relabelling, load_relabelling
+from poise.engines.untrusted import MAX_FILE_BYTES, joined
+from poise.errors import OptionError, TraceError
+from poise.observe.files import join, read
+from poise.observe.trace import LoadProfile
+
+__all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
+
+MAX_FILES = 20_000
+TRACE, PLACEMENT = "experts", "slot_expert"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One format.
+
+    Parameters
+    ----------
+    holds : whether a file is of it.
+    read : all files of it at once.
+    """
+
+    holds: Callable[[Part], bool]
+    read: Callable[[Sequence[Part], ReadOptions], EngineDump]
+
+
+def _in(*containers: str, when: Callable[[object], bool] = lambda value: True) -> Callable[[Part], bool]:
+    return lambda part: part.container in containers and when(part.value)
+
+
+def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    found = join([read(part.path) for part in parts])
+    if isinstance(found, LoadProfile):
+        return EngineDump("poise", "profile", profile=found)
+    return EngineDump("poise", "trace", trace=found)
+
+
+FORMATS: dict[str, Format] = {
+    "sglang-detail": Format(_in("torch", when=sglang_dumps.is_detail), sglang_dumps.read_detail),
+    "tokenspeed": Format(_in("torch", when=tokenspeed.is_load), tokenspeed.read),
+    "sglang-stat": Format(_in("torch", "json", when=sglang_dumps.is_stat), sglang_dumps.read_stat),
+    "sglang-map": Format(_in("torch", "json", when=sglang_dumps.is_map), sglang_dumps.read_map),
+    "routed-experts": Format(_in("json", "json-lines", when=routed.is_routed), routed.read),
+    "balance-log": Format(lambda part: part.container == "text" and vllm_logs.is_log(part), vllm_logs.read),
+    "tensorrt-statistics": Format(
+        lambda part: (part.container == "safetensors" and tensorrt_stats.is_counts(part.value))
+        or (part.container == "json" and tensorrt_stats.is_beside(part.value)),
+        tensorrt_stats.read,
+    ),
+    "tensorrt-map": Format(_in("yaml", "json", when=tensorrt_maps.is_map), tensorrt_maps.read),
+    "ascend-map": Format(_in("json", when=ascend_maps.is_map), ascend_maps.read),
+    "vllm-34811": Format(_in("json", when=vllm_maps.is_ranks), vllm_maps.read),
+    "vllm-49572": Format(_in("json", when=vllm_maps.is_slots), vllm_maps.read),
+    "exflow": Format(_in("npy"), public_traces.read_exflow),
+    "selection-trace": Format(_in("json", when=public_traces.is_selections), public_traces.read_selections),
+    "load-history": Format(_in("json", when=public_traces.is_history), public_traces.read_history),
+    "step-routing": Format(_in("npz", when=lambda names: names == ["data"]), public_traces.read_step),
+    "route-log": Format(_in("json-lines", when=public_traces.is_routes), public_traces.read_routes),
+    "poise": Format(
+        _in("npz", when=lambda names: isinstance(names, list) and bool({TRACE, "counts", "cross"} & set(names))), _own
+    ),
+}  # fmt: skip
+
+
+def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions | None = None) -> EngineDump:
+    """What an engine wrote about one run.
+
+    Parameters
+    ----------
+    paths : files and folders; all records of one run, in one format. Of a folder all plain files are read, those of no
+        known format are left out with a note.
+    options : what the dump does not say of itself.
+
+    Raises
+    ------
+    TraceError : missing, damaged, of no known or of several formats, too large, or its numbers make no routing.
+    OptionError : an unknown format was asked for. ModelError : the traffic cannot be the model's.
+    NoResultError : a torch file, and PyTorch is not installed.
+    """
+    options = options or ReadOptions()
+    relabelling = None if options.relabelling is None else load_relabelling(options.relabelling)
+    if relabelling is not None and options.experts is None:
+        options = replace(options, num_experts=relabelling.num_experts)
+    if options.format is not None and options.format not in FORMATS:
+        raise OptionError(f"unknown format {options.format!r}", hint=f"one of {', '.join(FORMATS)}")
+    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options.format)
+    try:
+        dump = FORMATS[name].read(parts, options)
+        traffic = dump.trace if dump.trace is not None else dump.profile
+        if options.model is not None and traffic is not None:
+            assert traffic.layer_ids is not None
+            options.model.matches(num_experts=traffic.num_experts, layer_ids=traffic.layer_ids)
+    except TraceError as error:
+        where = parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more"
+        raise TraceError(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None
+    dump = replace(dump, notes=(*notes, *dump.notes))
+    return dump if relabelling is None else _original(dump, relabelling)
+
+
+def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> SlotRecord:
+    """What slots hold, from any map file. Raises as :func:`read_dump`, and TraceError where no map is in it."""
+    found = read_dump(path, options=options).slots
+    if found is None or found.map_LS is None:
+        raise TraceError(
+            f"{str(path)[:200]} says nothing about what slots hold", hint="name a placement or an engine's map"
+        )
+    return found
+
+
+def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[Part], str, list[str]]:
+    """Files of one format, its name, and notes about others."""
+    if not paths:
+        raise TraceError("no file was given")
+    files = [file for given in map(Path, paths) for file in _files(given)]
+    if len(files) > MAX_FILES:
+        raise TraceError(f"{len(files)} files, at most {MAX_FILES} are read together")
+    found: dict[str, list[Part]] = {}
+    unknown: list[str] = []
+    size = 0
+    for path, named in files:
+        try:
+            part = open_part(path)
+            name = _format(part, wanted)
+        except TraceError as error:
+            if named or len(files) == 1:
+                raise
+            unknown.append(f"{path.name} ({error.message.removeprefix(str(path)).lstrip(': ')[:80]})")
+            continue
+        size += part.size
+        if size > 2 * MAX_FILE_BYTES:
+            raise TraceError(f"files of more than {2 * MAX_FILE_BYTES} bytes together")
+        found.setdefault(name, []).append(part)
+    if len(found) > 1:
+        raise TraceError(
+            "files of different formats: " + ", ".join(f"{parts[0].name} ({name})" for name, parts in found.items()),
+            hint="give those of one format",
+        )
+    if not found:
+        raise TraceError(f"nothing that is read among {joined(unknown, 3)}", hint="docs/engines-dumps.md lists formats")
+    name, parts = next(iter(found.items()))
+    return parts, name, [f"left out: {joined(unknown, 4)}"] if unknown else []
+
+
+def _files(given: Path) -> list[tuple[Path, bool]]:
+    """The file, or those of the folder, and whether it was named itself."""
+    try:
+        if not given.is_dir():
+            return [(given, True)]
+        inside = [(path, False) for path in sorted(given.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    except (OSError, ValueError) as error:
+        raise TraceError(f"cannot read {str(given)[:200]!r}: {error}") from None
+    if not inside:
+        raise TraceError(f"no files in {str(given)[:200]}")
+    return inside
+
+
+def _format(part: Part, wanted: str | None) -> str:
+    """The name of a file's format, which is ``wanted`` if anything is."""
+    if wanted is not None:
+        if not FORMATS[wanted].holds(part):
+            raise TraceError(f"{part.path}: not of format {wanted}, it holds {_content(part)}")
+        return wanted
+    for name, format_ in FORMATS.items():
+        if format_.holds(part):
+            return name
+    hint = "docs/engines-dumps.md lists what is read"
+    if part.container == "npz" and PLACEMENT in part.value:
+        hint = "a placement of poise: 'poise export' and 'poise verify' take it"
+    raise TraceError(f"{part.path}: no known format, it holds {_content(part)}", hint=hint)
+
+
+def _content(part: Part) -> str:
+    value = part.value
+    if isinstance(value, dict):
+        return f"{part.container} with keys {joined([str(key)[:40] for key in value]) or 'none'}"
+    return f"{part.container} with {joined(value)}" if part.container == "npz" else part.container
+
+
+def _original(dump: EngineDump, relabelling: Relabelling) -> EngineDump:
+    """In the expert ids that the model had before it was relabelled."""
+    back = {name: None if found is None else relabelling.original(found)
+            for name, found in (("trace", dump.trace), ("profile", dump.profile))}  # fmt: skip
+    slots = dump.slots
+    if slots is not None and slots.map_LS is not None:
+        rows = relabelling.rows()
+        map_LS = slots.map_LS.copy()
+        for index, layer in enumerate(slots.layer_ids_L.tolist()):
+            if layer in rows:
+                row = map_LS[index]
+                if int(row.max()) >= relabelling.num_experts:
+                    raise TraceError(f"the map names expert {row.max()}, the relabelling has {relabelling.num_experts}")
+                map_LS[index] = np.where(row < 0, row, rows[layer][row])
+        slots = replace(slots, map_LS=map_LS)
+    notes = (*dump.notes, "expert ids are those before the relabelling")
+    return replace(dump, slots=slots, notes=notes, **back)  # type: ignore[arg-type]

@@ -1,0 +1,234 @@
+"""Routed experts per request, as engines answer with them: the best source of routing across layers. Logical ids.
+
+SGLang (``--enable-return-routed-experts``; state_capturer/routed_experts.py, routed_experts_wire.py)
+    ``meta_info.routed_experts``, in OpenAI answers ``sglext.routed_experts``: base64 of little-endian int32 (or
+    ``routed_experts_dtype``) [prompt + completion - 1, num_hidden_layers, K]; dense layers are zeros. A prefix may be
+    missing (``routed_experts_start_len``).
+vLLM (``--enable-return-routed-experts``; fused_moe/routed_experts_capturer.py)
+    ``prompt_routed_experts`` [prompt, layers, K] and ``choices[i].routed_experts`` [completion or one less, layers, K],
+    as nested lists or base64 of an ``.npy``; earlier versions give both parts in the latter. Captured before EPLB maps.
+
+One answer, a list of them, or one a line.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import EngineDump, ReadOptions
+from poise.engines.mapping import decoder_layers, num_experts
+from poise.engines.parts import Part
+from poise.engines.untrusted import integer_npy, table, whole
+from poise.errors import TraceError
+from poise.observe.trace import MAX_EXPERTS, RoutingTrace
+
+KEY, PROMPT_KEY = "routed_experts", "prompt_routed_experts"
+DTYPES = {"int32": "<i4", "int16": "<i2", "uint16": "<u2", "uint8": "u1"}
+MAX_TOKENS = 1 << 28
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    """One choice of one answer, undecoded."""
+
+    where: str
+    prompt: Any
+    routed: Any
+    dtype: Any
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def is_routed(value: Any) -> bool:
+    """Answers with routed experts in them."""
+    answers = value if isinstance(value, list) else [value]
+    return bool(answers) and all(isinstance(a, dict) for a in answers) and any(_has_routes(a) for a in answers)
+
+
+def _has_routes(answer: dict[str, Any]) -> bool:
+    nested = [answer, *(answer.get(name) for name in ("meta_info", "sglext"))]
+    choices = answer.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
+        if isinstance(choice, dict):
+            nested += [choice, choice.get("meta_info"), choice.get("sglext")]
+    return any(isinstance(d, dict) and (d.get(KEY) is not None or d.get(PROMPT_KEY) is not None) for d in nested)
+
+
+def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """All answers of all files as one trace, a request each."""
+    engines: set[str] = set()
+    pieces: list[tuple[NDArray[np.int64], int]] = []
+    silent = 0
+    for part in parts:
+        answers = part.value if isinstance(part.value, list) else [part.value]
+        for number, answer in enumerate(answers):
+            if not isinstance(answer, dict) or not _has_routes(answer):
+                silent += 1
+                continue
+            for found in _answers(answer, f"{part.name}, answer {number}"):
+                experts_TLK, decoded, engine = _rows(found, options)
+                engines.add(engine)
+                pieces.append((experts_TLK, decoded))
+    pieces = [piece for piece in pieces if len(piece[0])]
+    if not pieces:
+        raise TraceError("no answer has routed experts", hint="start the engine with --enable-return-routed-experts")
+    if len(engines) > 1:
+        raise TraceError("answers of SGLang and of vLLM", hint="give those of one engine")
+    shapes = sorted({piece.shape[1:] for piece, _ in pieces})
+    if len(shapes) > 1:
+        raise TraceError(f"answers of [layers, experts a token] {list(shapes[0])} and {list(shapes[1])}")
+    notes = [f"{silent} answers without routed experts were left out"] if silent else []
+    experts_TLK = np.concatenate([piece for piece, _ in pieces])
+    request_T = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _ in pieces])
+    decode_T = np.concatenate([np.arange(len(piece)) >= len(piece) - decoded for piece, decoded in pieces])
+    engine = engines.pop()
+    rows, ids, said = decoder_layers(shapes[0][0], options.model, "an answer")
+    if options.model is None:
+        rows, ids, said = _busy_layers(experts_TLK, engine)
+    experts_TLK = experts_TLK[:, rows]
+    keep_T = ~(experts_TLK < 0).any(axis=(1, 2))
+    if shapes[0][1] > 1:
+        keep_T &= (experts_TLK != experts_TLK[:, :1, :1]).any(axis=(1, 2))
+    if not keep_T.any():
+        raise TraceError("no token has experts in every layer", hint="check --model")
+    if not keep_T.all():
+        notes.append(f"{(~keep_T).sum()} tokens without captured experts were left out")
+    experts, more = num_experts(options, int(experts_TLK[keep_T].max()), "an answer")
+    trace = RoutingTrace(
+        experts_TLK[keep_T].astype(np.int16), experts, request=request_T[keep_T].astype(np.int32),
+        is_decode=decode_T[keep_T], layer_ids=ids, name=parts[0].name,
+    )  # fmt: skip
+    return EngineDump(engine, "routed-experts", trace=trace, recorded_layers=shapes[0][0], notes=(*notes, *said, *more))
+
+
+def _busy_layers(experts_TLK: NDArray[np.int64], engine: str) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
+    """Without a model: layers in which some token has different experts; those without are dense."""
+    if experts_TLK.shape[2] > 1:
+        busy = (experts_TLK != experts_TLK[:, :, :1]).any(axis=(0, 2))
+    else:
+        busy = (experts_TLK > 0).any(axis=(0, 2))  # all zeros: dense, or expert 0 for everyone
+    if not busy.any():
+        raise TraceError("no layer has routed experts", hint="check --top-k")
+    rows = np.flatnonzero(busy)
+    notes = [] if engine == "sglang" else ["layers are numbered as the engine lists them: --model gives decoder layers"]
+    return rows, rows.astype(np.int32), notes
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
+    usage, meta = _dict(answer.get("usage")), _dict(answer.get("meta_info"))
+    listed = answer.get("choices")
+    choices = [choice for choice in listed if isinstance(choice, dict)] if isinstance(listed, list) else []
+
+    def one(prompt: Any, routed: Any, dtype: Any, counts: dict[str, Any]) -> _Answer:
+        known = [counts.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        both = [None if n is None else whole("a count of tokens", n, high=MAX_TOKENS) for n in known]
+        return _Answer(where, prompt, routed, dtype, *both)
+
+    if meta.get(KEY) is not None:
+        yield one(None, meta[KEY], meta.get("routed_experts_dtype"), meta)
+    elif not choices:
+        yield one(answer.get(PROMPT_KEY), answer.get(KEY), answer.get("routed_experts_dtype"), usage or answer)
+    for index, choice in enumerate(choices):
+        shared = answer.get("sglext") if index == 0 else None
+        places = (choice, choice.get("meta_info"), choice.get("sglext"), shared)
+        inner = [place for place in places if isinstance(place, dict) and place.get(KEY) is not None]
+        prompt = choice.get(PROMPT_KEY, answer.get(PROMPT_KEY) if index == 0 else None)
+        if not inner and prompt is None:
+            continue
+        held = inner[0] if inner else {}
+        counts = held if "completion_tokens" in held else (usage if len(choices) == 1 else {})
+        yield one(prompt, held.get(KEY), held.get("routed_experts_dtype"), counts)
+
+
+def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int64], int, str]:
+    """Experts of an answer, [rows, layers, K], how many of the last rows were decoded, and the engine."""
+    try:
+        routed = _decode(found.routed, found.dtype)
+        prompt = _decode(found.prompt, found.dtype)
+        if routed is not None and routed.ndim == 1:
+            return *_flat(routed, found, options), "sglang"
+        if prompt is not None and prompt.ndim == 1:
+            raise TraceError(f"{PROMPT_KEY} is not [prompt, layers, experts a token]")
+        if prompt is not None:
+            parts = [prompt] if routed is None or not len(routed) else [prompt, routed]
+            if len({p.shape[1:] for p in parts}) > 1:
+                raise TraceError(f"{PROMPT_KEY} {prompt.shape[1:]} and {KEY} {parts[1].shape[1:]} disagree")
+            return np.concatenate(parts), len(parts[1]) if len(parts) > 1 else 0, "vllm"
+        if routed is None:
+            return np.zeros((0, 1, 1), np.int64), 0, "vllm"
+        return routed, _decoded(len(routed), found), "vllm"
+    except TraceError as error:
+        raise TraceError(f"{found.where}: {error.message}", hint=error.hint) from None
+
+
+def _decode(value: Any, dtype: Any) -> NDArray[np.int64] | None:
+    """Three-dimensional, or one-dimensional where the text has no shape."""
+    if value is None or value == []:
+        return None
+    if isinstance(value, list):
+        array = table(KEY, value, 3, low=-1, high=MAX_EXPERTS)
+    elif isinstance(value, str):
+        try:
+            data = base64.b64decode(value, validate=True)
+        except ValueError as error:
+            raise TraceError(f"{KEY} is no base64: {error}") from None
+        if data.startswith(b"\x93NUMPY"):
+            array = table(KEY, integer_npy(data), 3, low=-1, high=MAX_EXPERTS)
+        else:
+            kind = DTYPES.get(dtype if isinstance(dtype, str) else "int32")
+            if kind is None or len(data) % np.dtype(kind).itemsize:
+                raise TraceError(f"{KEY} has {len(data)} bytes of type {str(dtype)[:20]!r}")
+            array = table(KEY, np.frombuffer(data, kind), 1, low=-1, high=MAX_EXPERTS)
+    else:
+        raise TraceError(f"{KEY} is a {type(value).__name__}, not a list or base64")
+    if array.ndim == 3 and 0 in array.shape[1:]:
+        return None
+    return array
+
+
+def _flat(flat: NDArray[np.int64], found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int64], int]:
+    """SGLang's numbers, whose shape the answer does not say."""
+    if found.prompt_tokens is None or found.completion_tokens is None:
+        raise TraceError(
+            "prompt_tokens and completion_tokens are missing", hint="keep meta_info, or usage, of the answer"
+        )
+    expected = max(0, found.prompt_tokens + found.completion_tokens - 1)
+    decoded = max(0, found.completion_tokens - 1)
+    if options.model is not None:
+        layers, top_k = options.model.num_hidden_layers, options.model.top_k
+        if flat.size % (layers * top_k) or flat.size > expected * layers * top_k:
+            raise TraceError(
+                f"{flat.size} experts for {expected} tokens, {layers} layers and top-{top_k}", hint="check --model"
+            )
+    else:
+        if not expected or flat.size % expected or not flat.size:
+            raise TraceError(f"{flat.size} experts do not spread over {expected} tokens", hint="give --model")
+        if options.top_k is None:
+            raise TraceError(
+                f"{flat.size // expected} experts a token, which are layers times top-k", hint="give --model or --top-k"
+            )
+        top_k, layers = options.top_k, flat.size // expected // options.top_k
+        if not layers or flat.size != expected * layers * top_k:
+            raise TraceError(f"{flat.size // expected} experts a token are no multiple of top-{top_k}")
+    rows = flat.reshape(-1, layers, top_k)
+    return rows, min(decoded, len(rows))
+
+
+def _decoded(rows: int, found: _Answer) -> int:
+    """How many of vLLM's rows, prompt and answer in one, were decoded."""
+    prompt, completion = found.prompt_tokens, found.completion_tokens
+    if prompt is None or completion is None or rows in (completion, completion - 1):
+        return rows
+    if rows in (prompt + completion, prompt + completion - 1):
+        return rows - prompt
+    raise TraceError(f"{rows} rows for {prompt} tokens of the prompt and {completion} of the answer")

@@ -1,0 +1,71 @@
+"""TokenSpeed: ``*.expert-load.pt`` of its EXPERT_LOAD profile, one a rank and window.
+
+``{ep_rank, ep_size, physical_count int [L, P], logical_count int [L, E], physical_to_logical_map int [L, P]}``. A rank
+counts what its own router chose; ranks with replicated inputs count the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
+from poise.engines.mapping import MAX_TABLE, decoder_layers, distinct, num_experts
+from poise.engines.parts import Part
+from poise.engines.untrusted import table, whole
+from poise.errors import TraceError
+from poise.observe.trace import MAX_EXPERTS, LoadProfile
+
+
+def is_load(value: Any) -> bool:
+    """One rank's record."""
+    return isinstance(value, dict) and {"physical_count", "logical_count"} <= value.keys()
+
+
+def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """Loads of all ranks together; the n-th file of each rank, in order of names, is of the n-th window."""
+    ranks: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = defaultdict(list)
+    map_LS, notes = None, []
+    for part in parts:
+        slots, experts = (table(name, part.value[name], 2, high=2**50) for name in ("physical_count", "logical_count"))
+        if not slots.size or len(slots) != len(experts):
+            raise TraceError(f"{part.name} has {len(slots)} layers of slots and {len(experts)} of experts")
+        raw = part.value.get("physical_to_logical_map")
+        if raw is not None:
+            found = table("physical_to_logical_map", raw, 2, low=-1, high=MAX_EXPERTS - 1)
+            if found.shape != slots.shape:
+                raise TraceError(f"{part.name} has a map of {list(found.shape)} for counts of {list(slots.shape)}")
+            if map_LS is not None and not np.array_equal(found, map_LS):
+                notes.append("the map changed between files: slots are told by the last one")
+            map_LS = found
+        ranks[whole("ep_rank", part.value.get("ep_rank", len(ranks)))].append((slots, experts))
+    first = next(iter(ranks.values()))[0]
+    shapes = {(s.shape, e.shape) for found in ranks.values() for s, e in found}
+    if len(shapes) > 1:
+        raise TraceError(
+            f"records of shapes {first[0].shape}, {first[1].shape} and others", hint="give those of one run"
+        )
+    order = sorted(ranks)
+    kept = [order[i] for i in distinct(dict(enumerate(e for _, e in ranks[rank])) for rank in order)]
+    if len(kept) < len(order):
+        notes.append(f"{len(order) - len(kept)} ranks count the tokens of another one and were left out")
+    windows = max(len(ranks[rank]) for rank in kept)
+    if windows * max(first[0].size, first[1].size) > MAX_TABLE:
+        raise TraceError(f"{windows} windows of {first[0].shape} are too many")
+    count_BLS, load_BLE = np.zeros((windows, *first[0].shape)), np.zeros((windows, *first[1].shape))
+    for rank in kept:
+        for window, (slots, experts) in enumerate(ranks[rank]):
+            count_BLS[window] += slots
+            load_BLE[window] += experts
+    known, _ = num_experts(options, load_BLE.shape[2] - 1, "logical_count")
+    if known != load_BLE.shape[2]:
+        raise TraceError(f"logical_count has {load_BLE.shape[2]} experts, the model {known}")
+    rows, ids, more = decoder_layers(count_BLS.shape[1], options.model, "physical_count")
+    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
+    record = SlotRecord(ids, None if map_LS is None else map_LS[rows].astype(np.int32), count_BLS[:, rows])
+    return EngineDump("tokenspeed", "expert-load", profile=profile, slots=record, recorded_layers=count_BLS.shape[1],
+                      notes=(*notes, *more))  # fmt: skip

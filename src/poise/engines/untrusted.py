@@ -1,0 +1,176 @@
+"""Reading what others wrote: sizes first, no pickles, no number that a table cannot hold. Defects are TraceErrors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import TraceError
+
+MAX_FILE_BYTES = 8 << 30
+MAX_JSON_BYTES = 512 << 20
+MAX_CELLS = 1 << 28
+"""Most numbers of one table that is spelled out in JSON."""
+BIG = 2**31 - 1
+NPY = re.compile(
+    rb"\x93NUMPY(?:\x01.(..)|[\x02\x03].(....))"
+    rb"\{'descr': '([<>|]?[iu][1248])', 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,12}(?:, \d{1,12}){0,7}),?\), \}",
+    re.DOTALL,
+)
+
+
+def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
+    """Bytes of a plain file.
+
+    Raises
+    ------
+    TraceError : no such file, or it has more than ``most`` bytes.
+    """
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError) as error:  # a name too long, a zero byte in it
+        raise TraceError(f"cannot read {str(path)[:200]!r}: {error}") from None
+    if size is None:
+        raise TraceError(f"no such file: {str(path)[:200]}")
+    if size > most:
+        raise TraceError(f"{size} bytes, at most {most} are read")
+    return size
+
+
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The whole file, if it is not larger than ``most``."""
+    size = file_size(path, most)
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(size + 1)
+    except OSError as error:
+        raise TraceError(f"cannot be read: {error.strerror}") from None
+    if len(data) > size:
+        raise TraceError(f"grew beyond {size} bytes while it was read", hint="is it still being written?")
+    return data
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON without NaN, infinities and repeated keys.
+
+    Raises
+    ------
+    TraceError : not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"not JSON: {str(error)[:200]}", hint="was it cut short?") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice[:80]!r} appears twice in an object")
+    return out
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def table(name: str, value: Any, *ndims: int, low: int = 0, high: int = BIG) -> NDArray[np.int64]:
+    """Whole numbers within ``low..high`` as int64, of one of the dimensions ``ndims``.
+
+    ``value`` is an array or nested lists; lists are looked through before numpy is, which would take room for text.
+
+    Raises
+    ------
+    TraceError : anything else, lists of different lengths among it.
+    """
+    array = _array(name, value, max(ndims), {int})
+    if array.dtype.kind not in "iu" and array.size:
+        raise TraceError(f"{name} must hold whole numbers, got {array.dtype}")
+    if array.ndim not in ndims:
+        raise TraceError(f"{name} has {array.ndim} dimensions, not {' or '.join(map(str, ndims))}")
+    if array.size and (int(array.min()) < low or int(array.max()) > high):
+        raise TraceError(f"{name} must lie in {low}..{high}, got {array.min()}..{array.max()}")
+    return array.astype(np.int64)
+
+
+def loads(name: str, value: Any, *ndims: int) -> NDArray[np.float64]:
+    """Numbers as float64, of one of the dimensions ``ndims``, range unchecked. Raises as :func:`table`."""
+    array = _array(name, value, max(ndims), {int, float})
+    if array.dtype.kind not in "iuf" or array.ndim not in ndims:
+        raise TraceError(
+            f"{name} must be numbers in {' or '.join(map(str, ndims))} dimensions, got {array.dtype} {array.shape}"
+        )
+    return array.astype(np.float64)
+
+
+def _array(name: str, value: Any, depth: int, kinds: set[type]) -> NDArray[Any]:
+    if isinstance(value, list):
+        if _count(name, value, depth, kinds) > MAX_CELLS:
+            raise TraceError(f"{name} has more than {MAX_CELLS} numbers")
+        try:
+            return np.array(value)
+        except (ValueError, OverflowError):
+            raise TraceError(f"{name} is no full table: its rows differ in length") from None
+    if not isinstance(value, np.ndarray):
+        raise TraceError(f"{name} must be a table of numbers, got {type(value).__name__}")
+    return value
+
+
+def _count(name: str, value: list[Any], depth: int, kinds: set[type]) -> int:
+    """Numbers in nested lists; stops soon after MAX_CELLS."""
+    types = set(map(type, value))
+    if types <= kinds:
+        return len(value)
+    if types != {list} or depth == 1:
+        raise TraceError(f"{name} must hold numbers alone, it has {', '.join(sorted(t.__name__ for t in types)[:4])}")
+    total = 0
+    for row in value:
+        total += _count(name, row, depth - 1, kinds)
+        if total > MAX_CELLS:
+            break
+    return total
+
+
+def whole(name: str, value: Any, low: int = 0, high: int = BIG) -> int:
+    """A whole number within ``low..high``, or TraceError."""
+    if type(value) is not int or not low <= value <= high:
+        raise TraceError(f"{name} must be a whole number in {low}..{high}, got {str(value)[:40]}")
+    return value
+
+
+def integer_npy(data: bytes) -> NDArray[Any]:
+    """An array of whole numbers in numpy's own format; a view of ``data``.
+
+    Raises
+    ------
+    TraceError : another type of array, or another size than its header claims.
+    """
+    match = NPY.match(data[:4096])
+    if match is None:
+        raise TraceError("not a numpy array of whole numbers", hint="save plain integers with numpy.save")
+    width, raw = (2, match[1]) if match[1] is not None else (4, match[2])
+    start = 8 + width + int.from_bytes(raw, "little")
+    dtype, shape = np.dtype(match[3].decode()), tuple(int(n) for n in match[5].split(b","))
+    size, held = prod(shape) * dtype.itemsize, len(data) - start
+    if held != size:
+        raise TraceError(
+            f"claims shape {list(shape)} of {dtype}, {size} bytes, but holds {held}",
+            hint="the file is truncated or damaged",
+        )
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if match[4] == b"True" else "C")
+
+
+def joined(values: Iterable[str], most: int = 6) -> str:
+    """The first few of many, for a message."""
+    names = list(values)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

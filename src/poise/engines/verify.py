@@ -1,0 +1,291 @@
+"""Whether the placement that was planned is the one that runs, and whether it balances as predicted. Pure.
+
+Engines take a map and drop it in silence (docs/engines.md names cases). Evidence, strongest first:
+
+    map      the engine says what its slots hold: compared slot by slot, layer by layer
+    counts   slots and experts were both counted: the slots of an expert have to add up to its tokens
+    balance  only a balance was reported: it lies nearer to what the plan gives on this traffic, or to the trivial map
+
+Measured balance is compared with the even split of the same loads over the plan's replicas. An engine that sends each
+source to its nearest replica is off that by its choice of replicas, not by the map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import EngineDump, SlotRecord
+from poise.errors import PlacementError, TraceError
+from poise.observe.profile import load_LE
+from poise.planning.placement import EMPTY, Placement
+
+State = Literal["live", "reordered", "trivial map", "other map", "counts agree", "counts disagree", "unseen"]
+Evidence = Literal["map", "counts", "balance"]
+RUNS: tuple[State, ...] = ("live", "reordered", "counts agree")
+"""States in which every device holds what was planned for it."""
+COUNT_TOLERANCE = 1e-6
+"""Counts are whole numbers; sums of them may be rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFinding:
+    """One layer of the placement.
+
+    Parameters
+    ----------
+    layer_id : decoder layer.
+    state : what is known of its map.
+    wrong : slots that hold another expert than planned (map), or experts whose slots do not add up (counts).
+    measured, predicted : fullest over mean device, mean over records; None: the dump does not tell.
+    """
+
+    layer_id: int
+    state: State
+    wrong: int = 0
+    measured: float | None = None
+    predicted: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a dump proves about a placement.
+
+    Parameters
+    ----------
+    evidence : the strongest there is.
+    layers : one finding a layer of the placement.
+    live : whether the plan runs in every layer that was seen; None: the evidence does not tell.
+    measured, predicted, trivial : balance, mean over fullest device, mean over layers and records: as it was, as the
+        plan should give on this traffic, and as the map without a plan would; None: the dump does not tell.
+    tolerance : relative, of imbalances that count as equal.
+    """
+
+    evidence: Evidence
+    layers: tuple[LayerFinding, ...]
+    live: bool | None
+    measured: float | None = None
+    predicted: float | None = None
+    trivial: float | None = None
+    tolerance: float = 0.05
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def as_predicted(self) -> bool | None:
+        """Whether the measured balance is the predicted one or better; None: one of them is unknown."""
+        if self.measured is None or self.predicted is None:
+            return None
+        return self.measured >= self.predicted * (1.0 - self.tolerance)
+
+    def sentence(self) -> str:
+        """The verdict in words."""
+        seen = [layer for layer in self.layers if layer.state != "unseen"]
+        bad = [layer for layer in seen if layer.state not in RUNS]
+        if self.live is None:
+            head = "not decided: the plan and the map without a plan would balance this traffic alike"
+        elif self.live and self.evidence == "balance":
+            head = "the plan seems to run: the reported balance is nearer to its own than to the trivial map's"
+        elif self.live:
+            head = f"the plan runs in all {len(seen)} layers that were seen"
+        elif self.evidence == "balance":
+            head = "the plan does not seem to run: the reported balance is the trivial map's"
+        else:
+            trivial = sum(layer.state == "trivial map" for layer in bad)
+            head = f"the plan does not run in {len(bad)} of {len(seen)} layers"
+            head += f", {trivial} of them run the trivial map" if trivial else ""
+        if self.measured is not None and self.predicted is not None:
+            how = "as predicted" if self.as_predicted else "worse than predicted"
+            head += f"; balance {self.measured:.3f} of 1, {self.predicted:.3f} predicted: {how}"
+        return head
+
+
+def verify(placement: Placement, dump: EngineDump, *, tolerance: float = 0.05) -> Verification:
+    """Compare a placement with what an engine reports while it runs.
+
+    Raises
+    ------
+    PlacementError : the dump is of another model or number of slots.
+    TraceError : the dump has neither slots nor a balance with loads.
+    """
+    loads = _Loads.of(dump)
+    if loads is not None and loads.load_BLE.shape[2] != placement.num_experts:
+        raise PlacementError(
+            f"the dump counts {loads.load_BLE.shape[2]} experts, the placement has {placement.num_experts}"
+        )
+    if dump.slots is not None:
+        return _by_slots(placement, dump.slots, loads, tolerance)
+    if loads is None or dump.balance_B is None:
+        raise TraceError(
+            f"{dump.engine} {dump.kind} says neither what slots hold nor how balanced devices were",
+            hint="record what names slots (SGLang: per_pass), or give the traffic to a reported balance",
+        )
+    return _by_balance(placement, dump, loads, tolerance)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loads:
+    """Tokens of experts, float64 [B, L, E], of decoder layers [L]."""
+
+    load_BLE: NDArray[np.float64]
+    layer_ids_L: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, dump: EngineDump) -> _Loads | None:
+        if dump.profile is not None:
+            assert dump.profile.layer_ids is not None
+            return cls(dump.profile.load_BLE, dump.profile.layer_ids)
+        if dump.trace is not None:
+            assert dump.trace.layer_ids is not None
+            load = load_LE(dump.trace.experts, dump.trace.num_experts)[None]
+            return cls(load.astype(np.float64), dump.trace.layer_ids)
+        return None
+
+    def layer(self, layer_id: int) -> NDArray[np.float64] | None:
+        """[B, E], or None."""
+        at = np.flatnonzero(self.layer_ids_L == layer_id)
+        return self.load_BLE[:, at[0]] if at.size else None
+
+
+def _by_slots(placement: Placement, slots: SlotRecord, loads: _Loads | None, tolerance: float) -> Verification:
+    width = slots.map_LS.shape[1] if slots.map_LS is not None else slots.count_BLS.shape[2]  # type: ignore[union-attr]
+    if width != placement.num_slots:
+        raise PlacementError(
+            f"the engine runs {width} slots a layer, the placement has {placement.num_slots}",
+            hint="was it started with the number of redundant experts that the export named?",
+        )
+    if slots.map_LS is not None and int(slots.map_LS.max(initial=0)) >= placement.num_experts:
+        raise PlacementError(
+            f"the engine's map names expert {slots.map_LS.max()}, the placement has {placement.num_experts}"
+        )
+    assert placement.layer_ids_L is not None
+    count_LED = placement.count_LED()
+    findings: list[LayerFinding] = []
+    measured: list[float] = []
+    predicted: list[float] = []
+    trivial: list[float] = []
+    for index, layer_id in enumerate(placement.layer_ids_L.tolist()):
+        at = np.flatnonzero(slots.layer_ids_L == layer_id)
+        if not at.size:
+            findings.append(LayerFinding(layer_id, "unseen"))
+            continue
+        plan_S = placement.slot_expert_LS[index]
+        load_BE = None if loads is None else loads.layer(layer_id)
+        count_BS = None if slots.count_BLS is None else slots.count_BLS[:, at[0]]
+        state: State = "unseen"
+        wrong = 0
+        if slots.map_LS is not None:
+            state, wrong = _compare(plan_S, slots.map_LS[at[0]], placement.slot_device_S, placement.num_experts)
+            if load_BE is None and count_BS is not None:
+                load_BE = _by_expert(count_BS, slots.map_LS[at[0]], placement.num_experts)
+        elif count_BS is not None and load_BE is not None:
+            state, wrong = _add_up(plan_S, count_BS, load_BE)
+        if count_BS is not None and load_BE is not None and len(count_BS) != len(load_BE):
+            count_BS, load_BE = count_BS.sum(axis=0, keepdims=True), load_BE.sum(axis=0, keepdims=True)
+        got = None if count_BS is None else _balance(_by_device(count_BS, placement))
+        want = None if load_BE is None else _balance(_even(load_BE, count_LED[index]))
+        plain = None if load_BE is None else _balance(_even(load_BE, _trivial_count(placement)))
+        for value, values in ((got, measured), (want, predicted), (plain, trivial)):
+            if value is not None:
+                values.append(value)
+        findings.append(LayerFinding(layer_id, state, wrong, _inverse(got), _inverse(want)))
+    seen = [finding for finding in findings if finding.state != "unseen"]
+    if not seen:
+        raise TraceError(
+            "the dump proves nothing about any layer of the placement",
+            hint="slots without their experts: record loads too, or a mode that writes the map",
+        )
+    return Verification(
+        "map" if slots.map_LS is not None else "counts", tuple(findings), all(f.state in RUNS for f in seen),
+        _mean(measured), _mean(predicted), _mean(trivial), tolerance,
+    )  # fmt: skip
+
+
+def _by_balance(placement: Placement, dump: EngineDump, loads: _Loads, tolerance: float) -> Verification:
+    assert dump.balance_B is not None and placement.layer_ids_L is not None
+    count_LED, plain_ED = placement.count_LED(), _trivial_count(placement)
+    planned, trivial, findings = [], [], []
+    for index, layer_id in enumerate(placement.layer_ids_L.tolist()):
+        load_BE = loads.layer(layer_id)
+        if load_BE is not None:
+            planned.append(_balance(_even(load_BE, count_LED[index])))
+            trivial.append(_balance(_even(load_BE, plain_ED)))
+        want = None if load_BE is None else 1.0 / planned[-1]
+        findings.append(LayerFinding(layer_id, "unseen", predicted=want))
+    if not planned:
+        raise TraceError(f"the dump has layers {loads.layer_ids_L.tolist()[:6]}, none of the placement's")
+    idle = max(0, (dump.recorded_layers or len(planned)) - len(planned))  # SGLang averages over dense layers, as 1
+    mean, plain = (float((np.sum(values) + idle) / (len(values) + idle)) for values in (planned, trivial))
+    got = float(dump.balance_B.mean())
+    apart = abs(mean - plain) > tolerance * max(mean, plain)
+    return Verification(
+        "balance", tuple(findings), abs(got - mean) < abs(got - plain) if apart else None, got, mean, plain, tolerance,
+        ("the engine reported one balance for all layers: which of them run the plan it does not say",),
+    )  # fmt: skip
+
+
+def _compare(
+    plan_S: NDArray[np.int32], seen_S: NDArray[np.int32], device_S: NDArray[np.int32], experts: int
+) -> tuple[State, int]:
+    """State of a layer's map; empty planned slots may hold anything, since engines fill them."""
+    meant = plan_S != EMPTY
+    wrong = int((plan_S != seen_S)[meant].sum())
+    if not wrong:
+        return "live", 0
+    for device in np.unique(device_S):
+        here = device_S == device
+        missing = np.bincount(plan_S[here & meant], minlength=experts)
+        missing -= np.bincount(seen_S[here & (seen_S != EMPTY)], minlength=experts)
+        if (missing > 0).any():
+            trivial = np.arange(len(plan_S)) % experts
+            return ("trivial map" if (seen_S == trivial).all() else "other map"), wrong
+    return "reordered", wrong
+
+
+def _add_up(
+    plan_S: NDArray[np.int32], count_BS: NDArray[np.float64], load_BE: NDArray[np.float64]
+) -> tuple[State, int]:
+    """Whether the slots of each expert add up to its tokens over all records."""
+    if (plan_S == EMPTY).any():
+        return "unseen", 0
+    got_E = _by_expert(count_BS, plan_S, load_BE.shape[1]).sum(axis=0)
+    want_E = load_BE.sum(axis=0)
+    wrong = int((np.abs(got_E - want_E) > COUNT_TOLERANCE * max(1.0, float(want_E.max()))).sum())
+    return ("counts disagree", wrong) if wrong else ("counts agree", 0)
+
+
+def _by_expert(count_BS: NDArray[np.float64], expert_S: NDArray[np.int32], experts: int) -> NDArray[np.float64]:
+    return count_BS @ (expert_S[:, None] == np.arange(experts)).astype(np.float64)
+
+
+def _by_device(count_BS: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:
+    return count_BS @ (placement.slot_device_S[:, None] == np.arange(placement.num_devices)).astype(np.float64)
+
+
+def _even(load_BE: NDArray[np.float64], count_ED: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Tokens of devices [B, D] if replicas share evenly."""
+    out: NDArray[np.float64] = load_BE @ (count_ED / count_ED.sum(axis=1, keepdims=True))
+    return out
+
+
+def _trivial_count(placement: Placement) -> NDArray[np.int32]:
+    """Slot s holds expert s mod E: what engines run without a map."""
+    out = np.zeros((placement.num_experts, placement.num_devices), np.int32)
+    np.add.at(out, (np.arange(placement.num_slots) % placement.num_experts, placement.slot_device_S), 1)
+    return out
+
+
+def _balance(load_BD: NDArray[np.float64]) -> float:
+    """Mean over fullest device, mean over records with tokens; 1 without any."""
+    busy = load_BD[load_BD.sum(axis=1) > 0]
+    return float((busy.mean(axis=1) / busy.max(axis=1)).mean()) if len(busy) else 1.0
+
+
+def _inverse(balance: float | None) -> float | None:
+    return None if balance is None else 1.0 / balance
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None

@@ -1,0 +1,57 @@
+"""vLLM: reads the map files of open proposals (:mod:`poise.engines.vllm` writes them and names them)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
+from poise.engines.mapping import decoder_layers, num_experts
+from poise.engines.parts import Part
+from poise.engines.untrusted import table
+from poise.errors import TraceError
+from poise.observe.trace import MAX_EXPERTS
+
+RANKS = "expert_to_ep_rank"
+
+
+def is_slots(value: Any) -> bool:
+    """#49572: expert of each slot, one list or a list a MoE layer."""
+    return isinstance(value, list) and bool(value) and (type(value[0]) is int or _is_row(value[0]))
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list) and bool(row) and type(row[0]) is int
+
+
+def is_ranks(value: Any) -> bool:
+    """#34811: rank of each expert."""
+    return isinstance(value, dict) and RANKS in value
+
+
+def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """What slots hold; a file with one list is of every MoE layer, so the model has to be known."""
+    if len(parts) != 1:
+        raise TraceError(f"{len(parts)} maps, one is read")
+    value = parts[0].value
+    if isinstance(value, dict):
+        rank_E = table(RANKS, value[RANKS], 1, high=MAX_EXPERTS)
+        map_LS = np.argsort(rank_E, kind="stable")[None]
+    else:
+        map_LS = np.atleast_2d(table("the map", value, 1, 2, high=MAX_EXPERTS - 1))
+    if not map_LS.size:
+        raise TraceError("the map is empty")
+    num_experts(options, int(map_LS.max()), "the map", most=map_LS.shape[1])
+    if isinstance(value, dict) or type(value[0]) is int:
+        if options.model is None:
+            raise TraceError("one list for all layers, whose number it does not say", hint="give --model")
+        ids, notes = np.array(options.model.moe_layer_ids, np.int32), list[str]()
+        map_LS = np.repeat(map_LS, len(ids), axis=0)
+    else:
+        rows, ids, notes = decoder_layers(len(map_LS), options.model, "the map")
+        map_LS = map_LS[rows]
+        if options.model is None:
+            notes = ["layers are numbered among the MoE layers: --model gives decoder layers"]
+    return EngineDump("vllm", "map", slots=SlotRecord(ids, map_LS.astype(np.int32)), notes=tuple(notes))

@@ -1,0 +1,114 @@
+"""What it takes to go from one placement to another: who fetches which expert from whom, and how long links need.
+
+All fetches at once, in the background, each once over its link. :mod:`poise.control.moves` makes of it the rounds that
+keep serving correct with few buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cluster import Cluster
+from poise.cost.transfers import Transfer, TransferPlan
+from poise.errors import PlacementError
+from poise.planning.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moving:
+    """Experts that arrive and leave; slots may be renumbered inside a device for nothing.
+
+    Parameters
+    ----------
+    arrive_LD, leave_LD : int64 [L, D], experts that each device must fetch, and those it gives up.
+    transfers : of each layer, who sends what to whom.
+    layer_ids_L : int32 [L], decoder layers.
+    """
+
+    arrive_LD: NDArray[np.int64]
+    leave_LD: NDArray[np.int64]
+    transfers: tuple[tuple[Transfer, ...], ...]
+    layer_ids_L: NDArray[np.int32]
+
+    @property
+    def fetched(self) -> int:
+        """Experts to fetch in all."""
+        return int(self.arrive_LD.sum())
+
+    @property
+    def dropped(self) -> int:
+        """Experts given up in all."""
+        return int(self.leave_LD.sum())
+
+    @property
+    def plan(self) -> TransferPlan:
+        """All fetches in one round."""
+        every = tuple(move for layer in self.transfers for move in layer)
+        return TransferPlan((every,) if every else (), "direct")
+
+    def links_DD(self) -> NDArray[np.int64]:
+        """Experts from each device to each other, int64 [D, D]."""
+        return self.plan.links_DD(self.arrive_LD.shape[1])
+
+    def by_link(self, cluster: Cluster) -> tuple[int, int]:
+        """Experts that move inside their node, and over the network."""
+        links_DD = self.links_DD()
+        near = int(links_DD[cluster.node_D[:, None] == cluster.node_D[None, :]].sum())
+        return near, self.fetched - near
+
+    def seconds(self, cluster: Cluster, expert_bytes: float) -> float:
+        """Seconds of the fullest port if links do nothing else, with one start-up; 0 if nothing moves."""
+        return float(self.plan.seconds(cluster, expert_bytes))
+
+    def most(self, count: int) -> list[int]:
+        """Layers, by index, in which most experts arrive, most first; those without are left out."""
+        arrive_L = self.arrive_LD.sum(axis=1)
+        return [int(layer) for layer in np.argsort(-arrive_L, kind="stable")[:count] if arrive_L[layer] > 0]
+
+
+def moving(before: Placement, after: Placement, node_D: NDArray[Any] | None = None) -> Moving:
+    """Fetches from one placement to another, a sender for each.
+
+    A sender holds the expert before. One of the receiver's own node is preferred, then the one that has sent least;
+    experts with the fewest holders choose first.
+
+    Parameters
+    ----------
+    node_D : int [D], node of each device; None: all are alike.
+
+    Raises
+    ------
+    PlacementError : the placements are not of one model and cluster size: layers, experts or devices differ.
+    """
+    before.diff(after)
+    ids, others = before.layer_ids_L, after.layer_ids_L
+    assert ids is not None and others is not None  # set by the constructor
+    if (ids != others).any():
+        at = int(np.argmax(ids != others))
+        raise PlacementError(
+            f"placements of different decoder layers cannot be compared: MoE layer {at} is decoder layer {ids[at]} "
+            f"in one and {others[at]} in the other",
+            hint="are both of one model?",
+        )
+    node = np.zeros(before.num_devices, np.int64) if node_D is None else np.asarray(node_D)
+    if node.shape != (before.num_devices,):
+        raise PlacementError(f"the cluster has {node.size} devices, the placements have {before.num_devices}")
+    have_LED, want_LED = before.count_LED() > 0, after.count_LED() > 0
+    arrive_LED = want_LED & ~have_LED
+    sent_D = np.zeros(before.num_devices, np.int64)
+    transfers = []
+    for have_ED, arrive_ED in zip(have_LED, arrive_LED, strict=True):
+        todo = [(int(e), int(d)) for e, d in np.argwhere(arrive_ED)]
+        copies_E = have_ED.sum(axis=1)
+        chosen = []
+        for e, d in sorted(todo, key=lambda pair: copies_E[pair[0]]):
+            holders = np.flatnonzero(have_ED[e]).tolist()
+            source = min(holders, key=lambda s: (node[s] != node[d], sent_D[s], s))
+            sent_D[source] += 1
+            chosen.append(Transfer(e, source, d))
+        transfers.append(tuple(chosen))
+    return Moving(arrive_LED.sum(axis=1), (have_LED & ~want_LED).sum(axis=1), tuple(transfers), ids)

@@ -1,0 +1,107 @@
+"""Prometheus metrics of a watch, in a registry of their own. Needs ``prometheus-client`` (the extra ``watch``)."""
+
+from __future__ import annotations
+
+from poise.errors import NoResultError
+from poise.watch.service import Event, Planned, Seen, Trouble
+from poise.watch.sources import Polled
+
+try:
+    import prometheus_client
+except ImportError:
+    prometheus_client = None  # type: ignore[assignment]
+
+NAN = float("nan")
+
+
+class Metrics:
+    """Gauges and counters (docs/watch.md has the table). A gauge is NaN before its first value.
+
+    Raises
+    ------
+    NoResultError : ``prometheus-client`` is not installed.
+    """
+
+    def __init__(self) -> None:
+        if prometheus_client is None:
+            raise NoResultError("metrics need prometheus-client", hint="pip install 'poise-moe[watch]'")
+        self._registry = registry = prometheus_client.CollectorRegistry()
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> prometheus_client.Gauge:
+            made = prometheus_client.Gauge(f"poise_{name}", text, labels, registry=registry)
+            if not labels:
+                made.set(NAN)
+            return made
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> prometheus_client.Counter:
+            return prometheus_client.Counter(f"poise_{name}", text, labels, registry=registry)
+
+        self._up = gauge("up", "1 if the source of traffic answered at the last look")
+        self._up.set(0)
+        self._imbalance = gauge("imbalance", "Max / mean tokens over devices in the window, placement in use")
+        self._first = gauge("imbalance_first_placement", "The same under the placement that the watch began with")
+        self._predicted = gauge("imbalance_predicted", "The same as the last accepted plan predicted it")
+        self._layer = gauge("layer_imbalance", "Max / mean tokens over devices in the window", ("layer",))
+        self._p_value = gauge("drift_p_value", "p value of the last drift test")
+        self._alarm = gauge("drift_alarm", "1 if the last drift test alarmed")
+        self._seconds = gauge("step_seconds_modelled", "Modelled seconds of a step's MoE layers", ("of",))
+        self._gap = gauge("last_plan_gap", "Modelled seconds of the last plan over the lower bound, minus 1")
+        self._gain = gauge("last_plan_gain_ratio", "Share of a step that the last plan was to save on held-back steps")
+        self._steps = counter("steps", "Steps watched")
+        self._plans = counter("plans", "Plans made", ("accepted",))
+        self._moves = counter("moves", "Experts that accepted plans fetch")
+        self._bytes = counter("moved_bytes", "Bytes of their weights")
+        self._dumps = counter("dumps", "Files of traffic read")
+        self._errors = counter("dump_errors", "Files of traffic that could not be used")
+        for accepted in ("true", "false"):
+            self._plans.labels(accepted)
+        self._step = 0
+        self.content_type = prometheus_client.CONTENT_TYPE_LATEST
+
+    def text(self) -> bytes:
+        """What a scrape gets."""
+        return bytes(prometheus_client.generate_latest(self._registry))
+
+    def note(self, event: Event) -> None:
+        """Take in what happened."""
+        if isinstance(event, Polled):
+            self._up.set(event.up)
+            self._dumps.inc(event.dumps)
+            self._errors.inc(event.errors)
+        elif isinstance(event, Trouble):
+            self._errors.inc(event.bad_dump)
+        elif isinstance(event, Seen):
+            self._note_look(event)
+        else:
+            self._note_plan(event)
+
+    def _note_look(self, event: Seen) -> None:
+        look = event.look
+        self._steps.inc(look.step - self._step)
+        self._step = look.step
+        self._imbalance.set(look.imbalance)
+        if look.verdict is not None:
+            self._p_value.set(look.verdict.p_value)
+            self._alarm.set(look.verdict.drifted)
+        if event.first is not None:
+            self._first.set(event.first.imbalance)
+        if event.now is not None:
+            self._seconds.labels("current").set(event.now.seconds)
+            for layer, value in zip(event.now.layer_ids_L.tolist(), event.now.imbalance_L.tolist(), strict=True):
+                self._layer.labels(layer).set(value)
+        if event.bound_seconds is not None:
+            self._seconds.labels("bound").set(event.bound_seconds)
+
+    def _note_plan(self, event: Planned) -> None:
+        decision = event.decision
+        self._plans.labels("true" if decision.accepted else "false").inc()
+        self._gain.set(decision.predicted_gain)
+        if decision.accepted:
+            self._moves.inc(decision.moves.fetched)
+            self._bytes.inc(decision.moves.moved_bytes)
+        if event.after is not None:
+            if decision.accepted:
+                self._predicted.set(event.after.imbalance)
+            self._seconds.labels("after_plan").set(event.after.seconds)
+        if event.gap is not None:
+            self._gap.set(event.gap)

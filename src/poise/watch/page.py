@@ -1,0 +1,160 @@
+"""The page and the metrics over HTTP: read only, five paths, no framework."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from socket import AF_INET, AF_INET6
+from socketserver import TCPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from poise.errors import OptionError
+from poise.watch.board import Board
+from poise.watch.metrics import Metrics
+
+POLICY = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
+IDLE_S = 20.0
+"""Seconds after which a connection without a request is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Status, type and body."""
+
+    status: HTTPStatus
+    kind: str
+    body: bytes
+
+
+def answers(board: Board, metrics: Metrics, *, stale_s: float) -> Callable[[str], Answer]:
+    """What each path answers. ``stale_s``: seconds without a look at the source after which ``/healthz`` fails."""
+    folder, style = files("poise.watch"), files("poise.evaluate.report")
+    page = (folder / "page.html").read_bytes()
+    sheet = (style / "page.css").read_bytes() + (folder / "page.css").read_bytes()
+    script = (folder / "page.js").read_bytes()
+
+    def answer(target: str) -> Answer:
+        try:
+            parts = urlsplit(target)
+            after = int(parse_qs(parts.query).get("after", ["-1"])[-1])
+        except ValueError:
+            return Answer(HTTPStatus.BAD_REQUEST, "text/plain", b"after must be a whole number\n")
+        if parts.path == "/":
+            return Answer(HTTPStatus.OK, "text/html", page)
+        if parts.path == "/page.css":
+            return Answer(HTTPStatus.OK, "text/css", sheet)
+        if parts.path == "/page.js":
+            return Answer(HTTPStatus.OK, "text/javascript", script)
+        if parts.path == "/state.json":
+            return Answer(HTTPStatus.OK, "application/json", json.dumps(board.state(after), allow_nan=False).encode())
+        if parts.path == "/metrics":
+            return Answer(HTTPStatus.OK, metrics.content_type, metrics.text())
+        if parts.path == "/healthz":
+            idle = board.idle_seconds()
+            if idle > stale_s:
+                return Answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"no look for {idle:.0f} s\n".encode())
+            return Answer(HTTPStatus.OK, "text/plain", b"ok\n")
+        return Answer(HTTPStatus.NOT_FOUND, "text/plain", b"not found\n")
+
+    return answer
+
+
+def listen_address(spec: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``, ``[HOST]:PORT`` or ``PORT`` (this machine only); port 0: any free one.
+
+    Raises
+    ------
+    OptionError : it is none of these.
+    """
+    host, _, port = spec.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) < 65_536):
+        raise OptionError(f"cannot listen on {spec!r:.80}", hint="HOST:PORT, or PORT for this machine only")
+    return host, int(port)
+
+
+class Page:
+    """A server in threads of its own: :meth:`start`, :attr:`url`, :meth:`close`.
+
+    Raises
+    ------
+    OptionError : the address cannot be listened on.
+    """
+
+    def __init__(self, address: tuple[str, int], answer: Callable[[str], Answer]) -> None:
+        host, port = address
+        try:
+            self._server = _Server(host, port, answer)
+        except OSError as error:
+            raise OptionError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}/"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="poise-page", daemon=True)
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_port = False
+
+    def __init__(self, host: str, port: int, answer: Callable[[str], Answer]) -> None:
+        self.address_family = AF_INET6 if ":" in host else AF_INET
+        self.answer = answer
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server for this machine's name."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that goes away is no error."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "poise", ""
+    timeout = IDLE_S
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answer with a body."""
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        """Answer without."""
+        self._answer(body=False)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: stderr is for the watch."""
+
+    def _answer(self, *, body: bool) -> None:
+        answer = self.server.answer(self.path)
+        kind = answer.kind if "charset" in answer.kind else f"{answer.kind}; charset=utf-8"
+        self.send_response(answer.status)
+        for name, value in (
+            ("Content-Type", kind), ("Content-Length", str(len(answer.body))), ("Cache-Control", "no-store"),
+            ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(answer.body)

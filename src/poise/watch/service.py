@@ -1,0 +1,359 @@
+"""The loop of ``poise watch``: asks a source, feeds the controller, writes what is accepted. Prints nothing.
+
+:meth:`Service.run` yields what happened, in order; who listens prints it, counts it or draws it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise import api
+from poise.cluster import Cluster
+from poise.control.controller import Controller, ControlSettings, Decision, Look, join_steps, steps_of
+from poise.cost.split import Split
+from poise.cost.traffic import Traffic
+from poise.engines.dump import SlotRecord
+from poise.engines.exports import TARGETS, ExportOptions
+from poise.errors import NoResultError, OptionError, PlacementError, TraceError
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
+from poise.planning.solve.solve import solve
+from poise.watch.measure import Judged, bound_seconds, judge
+from poise.watch.sources import Arrival, Polled, Source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setup:
+    """What is known before traffic comes.
+
+    Parameters
+    ----------
+    cluster, settings : the machine, and how the controller behaves.
+    model : sizes; None: a generic model.
+    traffic, split : as in :class:`poise.planning.problem.PlacementProblem`; traffic None: by what is recorded.
+    placement : what serves now; None: what the source knows, else contiguous.
+    redundant : redundant slots a layer of a contiguous start.
+    num_hidden_layers : decoder layers, for exports; None: the model's, else those of the first dump.
+    """
+
+    cluster: Cluster
+    settings: ControlSettings
+    model: ModelSpec | None = None
+    traffic: Traffic | None = None
+    split: Split = "even"
+    placement: Placement | None = None
+    redundant: int = 0
+    num_hidden_layers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A file to keep up to date: a name of :data:`poise.engines.exports.TARGETS`, and where."""
+
+    target: str
+    path: Path
+
+    def __post_init__(self) -> None:
+        files = [name for name, target in TARGETS.items() if not target.folder]
+        if self.target not in files:
+            raise OptionError(f"cannot keep a {self.target!r:.40} up to date", hint=f"one of {', '.join(files)}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A look of the controller; the rest is None unless the service measures.
+
+    Parameters
+    ----------
+    look : what the controller saw.
+    now, first : the placement in use, and the one that the watch began with, on the window.
+    bound_seconds : what no placement can beat there.
+    """
+
+    look: Look
+    now: Judged | None = None
+    first: Judged | None = None
+    bound_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A decision; ``before``, ``after`` and ``bound_seconds`` are None unless the service measures.
+
+    Parameters
+    ----------
+    decision : what the controller decided.
+    step : steps that had been watched when it came.
+    written : files that were written.
+    before, after : the placement in use and the one decided on, on the latest window.
+    """
+
+    decision: Decision
+    step: int
+    written: tuple[Path, ...] = ()
+    before: Judged | None = None
+    after: Judged | None = None
+    bound_seconds: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """Modelled seconds of the placement decided on over the bound, minus 1."""
+        if self.after is None or not self.bound_seconds:
+            return None
+        return self.after.seconds / self.bound_seconds - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that did not work and does not end the watch; ``bad_dump``: a dump could not be used."""
+
+    message: str
+    bad_dump: bool = False
+
+
+Event = Polled | Seen | Planned | Trouble
+
+
+class Service:
+    """A controller kept on a source's traffic.
+
+    Parameters
+    ----------
+    source : where traffic comes from.
+    setup : what is known before it comes.
+    outputs : files to write whenever a plan is accepted.
+    measured : judge placements on the window at every look and plan, for metrics and the page.
+
+    Attributes
+    ----------
+    controller : None before the first traffic.
+    """
+
+    def __init__(self, source: Source, setup: Setup, outputs: Sequence[Output] = (), *, measured: bool = False) -> None:
+        self.source, self.setup, self.outputs = source, setup, tuple(outputs)
+        self.controller: Controller | None = None
+        self._measured = measured
+        self._window: deque[RoutingBatch] = deque(maxlen=setup.settings.window)
+        self._unwritten = False
+        self._recorded_layers: int | None = None
+        self._problem: PlacementProblem
+        self._first: Placement
+
+    def run(self, *, once: bool, interval_s: float, wait: Callable[[float], None]) -> Generator[Event, None, None]:
+        """Look, wait, and look again; ``once``: one look.
+
+        Moves are taken to be made as soon as they are decided on.
+
+        Raises
+        ------
+        PoiseError : what was asked for does not fit the traffic; with ``once`` also what else goes wrong.
+        """
+        try:
+            while True:
+                got = self.source.poll(last=once)
+                yield got
+                for arrival in got.arrivals:
+                    yield from self._take(arrival, once)
+                yield from self._carry_out(once)
+                if once:
+                    return
+                yield from self._write_again()
+                wait(interval_s if got.wait_s is None else got.wait_s)
+        finally:
+            self.source.close()
+
+    def _take(self, arrival: Arrival, once: bool) -> Iterator[Event]:
+        self._recorded_layers = self._recorded_layers or arrival.recorded_layers
+        if self.controller is None:
+            if arrival.steps is None:
+                return
+            self._begin(arrival.steps, arrival.slots)
+        assert self.controller is not None
+        wrong = "" if arrival.steps is None else _unlike(arrival.steps, self._problem.batch)
+        if wrong:
+            yield Trouble(wrong, bad_dump=True)
+            return
+        if arrival.slots is not None:
+            yield from self._serve(arrival.slots)
+        for b in range(0 if arrival.steps is None else arrival.steps.num_steps):
+            assert arrival.steps is not None
+            one = steps_of(arrival.steps, slice(b, b + 1))
+            self._window.append(one)
+            try:
+                looks = self.controller.observe(one)
+            except NoResultError as error:
+                if once:
+                    raise
+                yield Trouble(f"no plan: {error.message}")
+                continue
+            for look in looks:
+                yield self._seen(look)
+            yield from self._carry_out(once)
+
+    def _begin(self, steps: RoutingBatch, slots: SlotRecord | None) -> None:
+        s = self.setup
+        sizes = s.model or ModelSpec.generic(steps.num_experts, steps.top_k, steps.layer_ids_L)
+        sizes.matches(num_experts=steps.num_experts, layer_ids=steps.layer_ids_L)
+        flow: Traffic = s.traffic or ("home_node_dedup" if steps.has_tokens else "home")
+        placement, devices = s.placement, s.cluster.num_devices
+        if placement is None and slots is not None and slots.map_LS is not None:
+            placement = served(slots, steps, devices)
+        if placement is None:
+            placement = self.source.first_placement(steps, devices)
+        if placement is None:
+            slots_D = api.deal_slots(steps.num_experts, s.redundant, devices)
+            problem = PlacementProblem(steps, s.cluster, sizes, slots_D, flow, s.split)
+            placement = solve(problem, method="contiguous").placement
+        if placement.num_devices != devices:
+            raise OptionError(f"the placement is for {placement.num_devices} devices, the cluster has {devices}")
+        placement = rows_of(placement, steps.layer_ids_L)
+        slots_D = np.bincount(placement.slot_device_S, minlength=devices)
+        self._problem = PlacementProblem(steps, s.cluster, sizes, slots_D, flow, s.split, current=placement)
+        self._first = placement
+        self.controller = Controller(self._problem, s.settings)
+        for output in self.outputs:  # what cannot be written at all is said before anything is planned
+            try:
+                with tempfile.TemporaryDirectory(prefix=".poise-", dir=output.path.parent) as folder:
+                    TARGETS[output.target].write(placement, Path(folder) / output.path.name, self._options())
+            except OSError as error:
+                raise PlacementError(f"cannot write {output.path}: {error.strerror}") from None
+
+    def _serve(self, record: SlotRecord) -> Iterator[Event]:
+        """Go on from what the engine says it runs."""
+        control = self.controller
+        if control is None or record.map_LS is None or control.state != "idle":
+            return
+        try:
+            runs = served(record, self._problem.batch, self._problem.num_devices)
+            runs = rows_of(runs, self._problem.batch.layer_ids_L)
+            self._problem.check(runs)
+        except (PlacementError, OptionError, TraceError) as error:
+            yield Trouble(f"the engine's map was left out: {error.message}")
+            return
+        if (runs.count_LED() != control.current.count_LED()).any():
+            control.current, control.target = runs, None
+
+    def _seen(self, look: Look) -> Seen:
+        assert self.controller is not None
+        if not self._measured:
+            return Seen(look)
+        window = join_steps(list(self._window))
+        now = judge(window, self.controller.current, self._problem)
+        same = self._first is self.controller.current
+        first = now if same else judge(window, self._first, self._problem)
+        return Seen(look, now, first, bound_seconds(window, self._problem))
+
+    def _carry_out(self, once: bool) -> Iterator[Event]:
+        """Tell what was decided, and let accepted placements serve."""
+        control = self.controller
+        while control is not None:
+            try:
+                decision = control.collect()
+            except NoResultError as error:
+                if once:
+                    raise
+                yield Trouble(f"no plan: {error.message}")
+                continue
+            if decision is None:
+                return
+            before = after = bound = None
+            if self._measured:
+                window = join_steps(list(self._window))
+                before, after = (judge(window, p, self._problem) for p in (control.current, decision.moves.result))
+                bound = bound_seconds(window, self._problem)
+            trouble: Trouble | None = None
+            files: tuple[Path, ...] = ()
+            if decision.accepted:
+                control.moved()
+                trouble = self._write(once)
+                files = () if trouble is not None else tuple(output.path for output in self.outputs)
+            yield Planned(decision, control.step, files, before, after, bound)
+            if trouble is not None:
+                yield trouble
+
+    def _write(self, once: bool) -> Trouble | None:
+        assert self.controller is not None
+        self._unwritten = False
+        for output in self.outputs:
+            try:
+                TARGETS[output.target].write(self.controller.current, output.path, self._options())
+            except PlacementError as error:
+                if once:
+                    raise
+                self._unwritten = True
+                return Trouble(f"{error.message}; it is tried again")
+        return None
+
+    def _write_again(self) -> Iterator[Event]:
+        if self._unwritten and (trouble := self._write(False)) is not None:
+            yield trouble
+
+    def _options(self) -> ExportOptions:
+        layers = self.setup.num_hidden_layers
+        if layers is None and self.setup.model is None:
+            layers = self._recorded_layers
+        return ExportOptions(self.setup.model, layers)
+
+
+def served(record: SlotRecord, steps: RoutingBatch, num_devices: int) -> Placement:
+    """The placement that an engine says it runs; slot s lies on device s // (S / D).
+
+    Raises
+    ------
+    OptionError : slots are not shared evenly by the devices, or a layer of the traffic is not in the record.
+    PlacementError : the map leaves out experts.
+    """
+    assert record.map_LS is not None
+    slots = record.map_LS.shape[1]
+    if slots % num_devices:
+        raise OptionError(f"{slots} slots cannot be shared evenly by {num_devices} devices")
+    row = {int(layer): at for at, layer in enumerate(record.layer_ids_L)}
+    missing = [int(layer) for layer in steps.layer_ids_L if int(layer) not in row]
+    if missing:
+        raise OptionError(f"the engine's map has no layer {missing[0]}, the traffic has it")
+    table = record.map_LS[[row[int(layer)] for layer in steps.layer_ids_L]]
+    device = np.repeat(np.arange(num_devices, dtype=np.int32), slots // num_devices)
+    return Placement(table, device, steps.num_experts, num_devices, steps.layer_ids_L, method="engine")
+
+
+def rows_of(placement: Placement, layer_ids_L: NDArray[np.int32]) -> Placement:
+    """The placement's rows of these decoder layers.
+
+    Raises
+    ------
+    OptionError : it has no row for one of them.
+    """
+    assert placement.layer_ids_L is not None
+    row = {int(layer): at for at, layer in enumerate(placement.layer_ids_L)}
+    missing = [int(layer) for layer in layer_ids_L if int(layer) not in row]
+    if missing:
+        raise OptionError(
+            f"the placement has no row for layer {missing[0]}, the traffic has {len(layer_ids_L)} layers from "
+            f"{layer_ids_L[0]} to {layer_ids_L[-1]}"
+        )
+    if len(row) == len(layer_ids_L):
+        return placement
+    return Placement(
+        placement.slot_expert_LS[[row[int(layer)] for layer in layer_ids_L]], placement.slot_device_S,
+        placement.num_experts, placement.num_devices, layer_ids_L, placement.method,
+    )  # fmt: skip
+
+
+def _unlike(steps: RoutingBatch, first: RoutingBatch) -> str:
+    """How steps differ in shape from the first ones; "" if they do not."""
+    if steps.layer_ids_L.tolist() != first.layer_ids_L.tolist():
+        return (
+            f"a dump has {steps.num_layers} layers from {steps.layer_ids_L[0]} to {steps.layer_ids_L[-1]}, "
+            f"the first had {first.num_layers} from {first.layer_ids_L[0]} to {first.layer_ids_L[-1]}"
+        )
+    have, want = ((x.num_experts, x.top_k, x.has_tokens) for x in (steps, first))
+    return "" if have == want else f"a dump has (experts, top-k, tokens) {have}, the first had {want}"

@@ -1,0 +1,266 @@
+"""SGLang's expert distribution recorder over HTTP: start, wait, stop, dump, read the file that it wrote.
+
+Read in SGLang's ``http_server.py`` and ``eplb/expert_distribution.py`` (0.5.x; 0.5.23 at last). What shaped this file:
+
+- the three endpoints answer POST (and GET) with 200 and a line of text, whatever came of it in most versions;
+- where the engine was started without ``--expert-distribution-recorder-mode``, the first of them raises in the
+  scheduler, which ends the engine in most versions. So the settings are read first (``/server_info``, before that
+  ``/get_server_info``), and nothing is asked of an engine whose settings forbid it or cannot be read;
+- ``--enable-eplb`` uses the same recorder for the engine's own rebalancing: stopping it would stop that;
+- starting what is started clears it, stopping what is stopped does nothing, dumping clears;
+- the recorder endpoints take the admin key where there is one, the settings take the ordinary key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+import numpy as np
+
+from poise.engines import sglang
+from poise.engines.slots import trivial_row
+from poise.errors import CommunicationError, OptionError, PlacementError
+from poise.observe.batch import RoutingBatch
+from poise.planning.placement import Placement
+from poise.watch.sources import DumpFolder, Polled
+
+TIMEOUT_S = 60.0
+"""Seconds that an answer may take: a dump is written before it is answered."""
+LEAVE_S = 5.0
+"""The same when leaving."""
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
+SETTINGS = ("/server_info", "/get_server_info")
+START, STOP, DUMP = (f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump"))
+MODES = ("stat", "stat_approx")
+"""Recorder modes that count all ranks' tokens step by step in one file."""
+MAX_ANSWER = 16 * 2**20
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A key must not follow a redirect to another machine."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the engine says about itself.
+
+    Parameters
+    ----------
+    ep_size : expert-parallel ranks, None: it does not say.
+    redundant : redundant slots a layer.
+    init_location : its ``--init-expert-location``.
+    """
+
+    ep_size: int | None
+    redundant: int
+    init_location: str
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> EngineSettings:
+        """From the answer of ``/server_info``.
+
+        Raises
+        ------
+        OptionError : the engine was started so that its recorder must not be used.
+        """
+        if "expert_distribution_recorder_mode" not in answer:
+            raise OptionError("the engine does not say whether it records", hint="watch a folder of dumps instead")
+        mode = answer["expert_distribution_recorder_mode"]
+        if mode is None:
+            raise OptionError(
+                "the engine was started without its recorder, and asking for it would end it",
+                hint="start it with --expert-distribution-recorder-mode stat",
+            )
+        if mode not in MODES:
+            raise OptionError(
+                f"the engine records {mode!r:.40}, watching needs {' or '.join(MODES)}",
+                hint="start it with --expert-distribution-recorder-mode stat",
+            )
+        if answer.get("enable_eplb") is True:
+            raise OptionError(
+                "the engine rebalances by itself (--enable-eplb) with the same recorder",
+                hint="start it without --enable-eplb, or watch a folder of dumps",
+            )
+        ranks, redundant = answer.get("ep_size"), answer.get("ep_num_redundant_experts")
+        location = answer.get("init_expert_location")
+        return cls(
+            ranks if type(ranks) is int else None,
+            redundant if type(redundant) is int and redundant >= 0 else 0,
+            location if isinstance(location, str) else "trivial",
+        )
+
+
+class SGLangRecorder:
+    """A source that records between one look and the next. A folder of dumps says where the engine's files come.
+
+    Parameters
+    ----------
+    url : of the engine, ``http://host:port``.
+    folder : the engine's SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, as it is reached from here.
+    api_key, admin_api_key : the engine's keys, where it has them.
+    num_devices : D, which must be the engine's ``ep_size``.
+
+    Raises
+    ------
+    OptionError : the address is none.
+    """
+
+    def __init__(
+        self, url: str, folder: DumpFolder, *, num_devices: int, api_key: str | None = None,
+        admin_api_key: str | None = None, timeout_s: float = TIMEOUT_S,
+    ) -> None:  # fmt: skip
+        self.url = _address(url)
+        self._folder, self._devices = folder, num_devices
+        self._key, self._admin_key = api_key, admin_api_key or api_key
+        self._timeout_s = timeout_s
+        self._open = build_opener(ProxyHandler({}), _NoRedirect()).open
+        self._recording = False
+        self._without_file = 0
+        self._retry_s = FIRST_RETRY_S
+        self.settings: EngineSettings | None = None
+        folder.skip_present()
+
+    def poll(self, *, last: bool = False) -> Polled:
+        """Dump what was recorded since the last look, and record on.
+
+        Raises
+        ------
+        OptionError : the engine's settings do not allow it; no retry would mend that.
+        """
+        dumped, problem = False, ""
+        try:
+            self._meet()
+            if self._recording:
+                self._ask(STOP)
+                self._recording = False
+                self._ask(DUMP)
+                dumped = True
+            self._recording = True
+            self._ask(START)
+        except CommunicationError as error:
+            self._recording = False
+            problem = error.message
+        return self._read(dumped, problem)
+
+    def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
+        """What the engine was started with: a map that can be read from here, or slot p holding expert p mod E.
+
+        Raises
+        ------
+        OptionError : it was started with a map that cannot be read from here.
+        """
+        if self.settings is None:
+            return None
+        location, experts = self.settings.init_location, steps.num_experts
+        if location != "trivial":
+            try:
+                if not location.endswith(".json"):
+                    raise PlacementError("not a .json file")
+                return sglang.read(location, num_devices=num_devices, num_experts=experts)
+            except PlacementError as error:
+                raise OptionError(
+                    f"the engine was started with --init-expert-location {location:.80}: {error.message}",
+                    hint="name what it runs with --placement",
+                ) from None
+        slots = experts + self.settings.redundant
+        if slots % num_devices:
+            raise OptionError(f"{slots} slots cannot be shared evenly by {num_devices} devices")
+        table = np.tile(trivial_row(experts, slots), (steps.num_layers, 1))
+        device = np.repeat(np.arange(num_devices, dtype=np.int32), slots // num_devices)
+        return Placement(table, device, experts, num_devices, steps.layer_ids_L, method="trivial")
+
+    def close(self) -> None:
+        """Stop recording, if the engine still answers."""
+        if self._recording:
+            self._recording, self._timeout_s = False, min(LEAVE_S, self._timeout_s)
+            try:
+                self._ask(STOP)
+            except (CommunicationError, OptionError):  # it is gone, and its recorder with it
+                return
+
+    def _read(self, dumped: bool, problem: str) -> Polled:
+        got = self._folder.poll()
+        problems = list(got.problems)
+        self._without_file = self._without_file + 1 if dumped and not (got.dumps or got.errors) else 0
+        if self._without_file == 2:  # one may come late over a network
+            problems.append(
+                f"the engine dumped twice, and no file came to {self._folder.folder}: is that its "
+                "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR?"
+            )
+        wait_s = None
+        if problem:
+            problems.append(problem)
+            wait_s, self._retry_s = self._retry_s, min(LONGEST_RETRY_S, 2 * self._retry_s)
+        else:
+            self._retry_s = FIRST_RETRY_S
+        return Polled(got.arrivals, not problem, got.dumps, got.errors, tuple(problems), wait_s)
+
+    def _meet(self) -> None:
+        """Read the engine's settings, each time: it may have been started anew, with others."""
+        for path in SETTINGS:
+            try:
+                text = self._ask(path, get=True)
+                break
+            except _NotFound:
+                continue
+        else:
+            raise CommunicationError(f"{self.url} has neither {' nor '.join(SETTINGS)}: is it SGLang?")
+        try:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
+            raise CommunicationError(f"{self.url}{path} does not answer with JSON: is it SGLang?") from None
+        if not isinstance(answer, dict):
+            raise CommunicationError(f"{self.url}{path} answers with {type(answer).__name__}, not with settings")
+        settings = EngineSettings.parse(answer)
+        if settings.ep_size not in (None, self._devices):
+            raise OptionError(
+                f"the engine runs {settings.ep_size} expert-parallel ranks, the cluster has {self._devices} devices"
+            )
+        self.settings = settings
+
+    def _ask(self, path: str, *, get: bool = False) -> bytes:
+        headers = {"Accept": "*/*", "User-Agent": "poise"}
+        key = self._key if get else self._admin_key
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        request = Request(self.url + path, headers=headers, method="GET" if get else "POST", data=None if get else b"")
+        try:
+            with self._open(request, timeout=self._timeout_s) as answer:
+                return bytes(answer.read(MAX_ANSWER))
+        except HTTPError as error:
+            with error:
+                text = error.read(200).decode("utf-8", "replace").strip()
+            if error.code in (401, 403):
+                raise OptionError(
+                    f"{self.url}{path} refuses with {error.code}", hint="give --api-key, --admin-api-key or both"
+                ) from None
+            said = f"{self.url}{path} answers {error.code}" + (f": {text}" if text else "")
+            raise (_NotFound if error.code == 404 else CommunicationError)(said) from None
+        except (URLError, OSError, HTTPException) as error:
+            why = error.reason if isinstance(error, URLError) else error
+            raise CommunicationError(f"no answer from {self.url}{path}: {why or type(error).__name__}") from None
+
+
+class _NotFound(CommunicationError):
+    """The engine has no such endpoint."""
+
+
+def _address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good or parts.username or parts.query or parts.fragment:
+        raise OptionError(f"{url:.80} is no address of an engine", hint="as in http://127.0.0.1:30000")
+    return url.rstrip("/")

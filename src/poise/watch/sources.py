@@ -1,0 +1,286 @@
+"""Where watched traffic comes from: a file that grows, or a folder that an engine puts dumps into.
+
+Every source answers :meth:`Source.poll` with what is new since the last look. What the caller got wrong is raised;
+what may be better at the next look (an engine that is down, a dump that is half written or broken) is told in
+:attr:`Polled.problems`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from poise import api
+from poise.control.controller import steps_of
+from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.readers import read_dump
+from poise.errors import ModelError, OptionError, TraceError
+from poise.observe.batch import RoutingBatch
+from poise.observe.batching import default_tokens_per_step, make_batch
+from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.placement import Placement
+
+UNREADABLE_POLLS = 3
+"""A file that is not readable and no longer changes is broken, not half written, after so many looks at it."""
+IDLE = "all loads are 0"
+"""How the message about a dump of an engine without traffic ends: nothing new, and no error."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """What one file brought.
+
+    Parameters
+    ----------
+    steps : in order; None: no traffic is in it.
+    slots : what the engine says its slots hold, None: nothing.
+    recorded_layers : decoder layers of the record, dense ones included; None: unknown.
+    """
+
+    steps: RoutingBatch | None
+    slots: SlotRecord | None = None
+    recorded_layers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Polled:
+    """What one look at a source came to.
+
+    Parameters
+    ----------
+    arrivals : new traffic, oldest first.
+    up : the source answers.
+    dumps, errors : files that were read, and that could not be.
+    problems : what went wrong, for people.
+    wait_s : seconds until the next look makes sense; None: the usual interval.
+    """
+
+    arrivals: tuple[Arrival, ...] = ()
+    up: bool = True
+    dumps: int = 0
+    errors: int = 0
+    problems: tuple[str, ...] = ()
+    wait_s: float | None = None
+
+
+class Source(Protocol):
+    """Anything that can be asked for new traffic."""
+
+    def poll(self, *, last: bool = False) -> Polled:
+        """What is new; ``last``: nothing will be asked after this, so that nothing may wait for more."""
+        ...
+
+    def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
+        """The placement that the source knows to be in use, or None."""
+        ...
+
+    def close(self) -> None:
+        """Leave the engine as it was found."""
+        ...
+
+
+class Tail:
+    """The steps that a growing trace has gained: :meth:`steps` returns the new ones, or None where there are none.
+
+    Steps are ``tokens_per_step`` consecutive rows, or the recorded ones; only whole ones are given out: the last rows
+    wait for the rest of theirs, and the last recorded step for the one after it, unless the trace is said to be over.
+    """
+
+    def __init__(self, source: str, tokens_per_step: int | None) -> None:
+        self.source = source
+        self.tokens_per_step = tokens_per_step
+        self.given = 0
+        self.tokens = 0
+        self._seen: tuple[int, int] | None = None
+        self._failed = 0
+
+    def poll(self, *, last: bool = False) -> Polled:
+        """New whole steps. Raises as :meth:`steps`."""
+        new = self.steps(over=last)
+        return Polled(() if new is None else (Arrival(new),))
+
+    def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
+        """A trace does not say."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def steps(self, *, over: bool) -> RoutingBatch | None:
+        """New whole steps; a file that cannot be read is tried again, unless it is ``over`` or stays as it is.
+
+        Raises
+        ------
+        InputError : the file cannot be read, or holds less than before.
+        """
+        stamp = self._stamp()
+        if stamp is not None and stamp == self._seen and not self._failed:
+            return None
+        try:
+            found = api.load(self.source)
+        except TraceError:
+            self._failed = self._failed + 1 if stamp == self._seen else 1
+            self._seen = stamp
+            if over or self._failed >= UNREADABLE_POLLS:
+                raise
+            return None
+        self._seen, self._failed = stamp, 0
+        return self._new(found, over)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            stat = Path(self.source.partition("#")[0]).stat()
+        except (OSError, ValueError):
+            return None
+        return stat.st_size, stat.st_mtime_ns
+
+    def _new(self, found: RoutingTrace | LoadProfile, over: bool) -> RoutingBatch | None:
+        size = found.num_tokens if isinstance(found, RoutingTrace) else found.num_steps
+        if size < self.tokens:
+            raise TraceError(
+                f"{self.source} holds {size} rows, {self.tokens} were read before", hint="watch a file that only grows"
+            )
+        self.tokens = size
+        recorded = isinstance(found, LoadProfile) or (found.step is not None and self.tokens_per_step is None)
+        if self.tokens_per_step is None and isinstance(found, RoutingTrace) and found.step is None:
+            self.tokens_per_step = default_tokens_per_step(found.num_tokens)
+        batch = make_batch(found, tokens_per_step=self.tokens_per_step, order="file")
+        if recorded:
+            whole = batch.num_steps - (not over and isinstance(found, RoutingTrace))
+        else:
+            whole = size // (self.tokens_per_step or 1)
+        if whole <= self.given:
+            return None
+        new = steps_of(batch, slice(self.given, whole))
+        self.given = whole
+        return new
+
+
+class DumpFolder:
+    """The dumps that come into a folder: each file once, oldest first; half-written ones are tried again.
+
+    Parameters
+    ----------
+    folder : where they come; it may appear later.
+    tokens_per_step : N that loads are scaled to, and consecutive tokens of a trace; default: steps as recorded.
+    most_steps : steps of a dump that are watched, evenly spaced; None: all.
+    delete : remove a file once it was read.
+    read : what reads a file.
+    """
+
+    def __init__(
+        self, folder: Path, *, tokens_per_step: int | None = None, most_steps: int | None = None,
+        delete: bool = False, read: Callable[[Path], EngineDump] = read_dump,
+    ) -> None:  # fmt: skip
+        if most_steps is not None and most_steps < 1:
+            raise OptionError(f"steps per dump must be at least 1, got {most_steps}")
+        self.folder = folder
+        self.tokens_per_step, self.most_steps = tokens_per_step, most_steps
+        self._delete, self._read = delete, read
+        self._any = False
+        self._taken: set[str] = set()
+        self._failed: dict[str, tuple[tuple[int, int], int]] = {}
+
+    def skip_present(self) -> None:
+        """Leave alone what is there already."""
+        try:
+            self._taken |= {name for _, name, _ in self._files()}
+        except OSError:  # no folder yet: nothing is in it
+            return
+
+    def poll(self, *, last: bool = False) -> Polled:
+        """Read what is new.
+
+        Raises
+        ------
+        NoResultError : reading needs what is not installed.
+        ModelError : the first dump is not of the model that was named.
+        """
+        try:
+            files = self._files()
+        except OSError as error:
+            return Polled(up=False, problems=(f"cannot look into {self.folder}: {error.strerror}",))
+        present = {name for _, name, _ in files}
+        self._taken &= present
+        self._failed = {name: value for name, value in self._failed.items() if name in present}
+        arrivals: list[Arrival] = []
+        problems: list[str] = []
+        dumps = errors = 0
+        for stamp, name, path in files:
+            if name in self._taken:
+                continue
+            try:
+                arrivals.append(self._arrival(self._read(path)))
+            except (TraceError, ModelError) as error:
+                if isinstance(error, ModelError) and not self._any:
+                    raise
+                if not error.message.endswith(IDLE):
+                    before, tries = self._failed.get(name, (stamp, 0))
+                    tries = tries + 1 if before == stamp else 1
+                    self._failed[name] = stamp, tries
+                    if last or tries >= UNREADABLE_POLLS:
+                        self._taken.add(name)
+                        errors += 1
+                        said = error.message if name in error.message else f"{name}: {error.message}"
+                        problems.append(f"left out: {said}")
+                    continue
+            dumps += 1
+            self._any = True
+            self._taken.add(name)
+            if self._delete:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    problems.append(f"cannot remove {path}: {error.strerror}")
+        return Polled(tuple(arrivals), dumps=dumps, errors=errors, problems=tuple(problems))
+
+    def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
+        """Dumps that know say it themselves (:attr:`Arrival.slots`)."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _files(self) -> list[tuple[tuple[int, int], str, Path]]:
+        """(time and size, name, path) of the plain files, oldest first."""
+        out = []
+        for path in self.folder.iterdir():
+            if path.name.startswith("."):
+                continue
+            try:
+                stat = path.stat()
+            except OSError:  # went between the two calls
+                continue
+            if path.is_file():
+                out.append(((stat.st_mtime_ns, stat.st_size), path.name, path))
+        return sorted(out)
+
+    def _arrival(self, dump: EngineDump) -> Arrival:
+        steps = None if dump.trace is None and dump.profile is None else self._steps(dump.traffic)
+        return Arrival(steps, dump.slots, dump.recorded_layers)
+
+    def _steps(self, traffic: RoutingTrace | LoadProfile) -> RoutingBatch:
+        if isinstance(traffic, RoutingTrace):
+            if traffic.step is None and self.tokens_per_step is None:
+                self.tokens_per_step = default_tokens_per_step(traffic.num_tokens)
+            batch = make_batch(traffic, tokens_per_step=self.tokens_per_step, order="file")
+        elif self.tokens_per_step is not None:
+            batch = make_batch(traffic, tokens_per_step=self.tokens_per_step)
+        else:
+            batch = recorded_steps(traffic)
+        if self.most_steps is None or batch.num_steps <= self.most_steps:
+            return batch
+        return steps_of(batch, np.linspace(0, batch.num_steps - 1, self.most_steps).round().astype(np.int64))
+
+
+def recorded_steps(profile: LoadProfile) -> RoutingBatch:
+    """Recorded loads as steps of the size they had; those without load (an unused part of a buffer) are left out."""
+    load = profile.load_BLE[profile.load_BLE.any(axis=(1, 2))]
+    assert profile.layer_ids is not None
+    return RoutingBatch(
+        load, np.full(len(load), 1.0 / len(load)), profile.top_k, profile.layer_ids, order=f"{len(load)} recorded steps"
+    )

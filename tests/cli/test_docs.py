@@ -1,0 +1,122 @@
+"""docs/engines.md, page by page: poise's commands as they stand; files in the engine's own layout where it would run."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tests.engines.dumps import npy_base64
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from typer.testing import CliRunner
+
+from poise.cli.main import app
+from poise.observe.profile import load_LE
+from poise.observe.synthetic import zipf_trace
+from poise.planning.placement import Placement
+
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+LAYERS, EXPERTS, TOP_K, DEVICES = 16, 64, 8, 8
+
+
+def routing():
+    trace = zipf_trace(num_tokens=2000, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=0.8)
+    return trace.experts.astype(np.int32)
+
+
+def stat(folder):
+    load = load_LE(routing(), EXPERTS)
+    (folder / "dumps").mkdir()
+    torch.save({"rank": 0, "logical_count": torch.from_numpy(np.stack([load, load])), "average_utilization_rate_over_window": 0.6},
+               folder / "dumps" / "expert_distribution_recorder_1.pt")  # fmt: skip
+
+
+def per_pass(folder):
+    """The engine took the map, and counts what its slots get."""
+    table = np.array(json.loads((folder / "experts.json").read_text())["physical_to_logical_map"])
+    load = load_LE(routing(), EXPERTS)
+    share = np.stack([load[i, row] // np.bincount(row, minlength=EXPERTS)[row] for i, row in enumerate(table)])
+    records = [{"forward_pass_id": i, "rank": 0, "gatherer_key": "primary", "global_physical_count": torch.from_numpy(share)}
+               for i in range(3)]  # fmt: skip
+    (folder / "running").mkdir()
+    torch.save({"records": records, "last_physical_to_logical_map": torch.from_numpy(table)},
+               folder / "running" / "expert_distribution_recorder_2_0.pt")  # fmt: skip
+
+
+def answers(name):
+    def write(folder):
+        lines = []
+        for chosen in np.array_split(routing().astype(np.int16), 20):
+            lines.append(json.dumps({
+                "choices": [{"index": 0, "routed_experts": npy_base64(chosen[-10:])}],
+                "prompt_routed_experts": npy_base64(chosen[:-10]),
+                "usage": {"prompt_tokens": len(chosen) - 10, "completion_tokens": 11},
+            }))  # fmt: skip
+        (folder / name).write_text("\n".join(lines) + "\n")
+
+    return write
+
+
+def log(folder):
+    """The balance that the placement gives: tokens of the mean over those of the fullest rank."""
+    plan, load = Placement.load(folder / "placement.npz"), load_LE(routing(), EXPERTS)
+    count = plan.count_LED()
+    device_LD = np.einsum("le,led->ld", load, count / count.sum(axis=2, keepdims=True))
+    balance = float((device_LD.mean(axis=1) / device_LD.max(axis=1)).mean())
+    (folder / "server.log").write_text(
+        f"INFO 11-25 10:00:00 [eplb_state.py:600] EPLB step: 10 for model allenai/OLMoE: avg_tokens=1000.00, "
+        f"max_tokens={round(1000 / balance)}, balancedness={balance:.4f}\n"
+    )
+
+
+def statistics(folder):
+    from safetensors.numpy import save_file
+
+    (folder / "stats").mkdir()
+    load = load_LE(routing(), EXPERTS)
+    save_file(
+        {f"{step}_{layer}": load[layer] for step in (100, 101) for layer in range(LAYERS)},
+        folder / "stats" / "rank0.safetensors",
+    )
+    (folder / "stats" / "meta_info.json").write_text(
+        json.dumps({"num_experts": EXPERTS, "num_experts_per_token": TOP_K})
+    )
+
+
+def checkpoint(folder):
+    config = OlmoeConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
+                         num_experts=EXPERTS, num_experts_per_tok=TOP_K, vocab_size=32)  # fmt: skip
+    OlmoeForCausalLM(config).save_pretrained(folder / "OLMoE-1B-7B-0924")
+
+
+STAND_INS = {  # a line of the page that starts an engine -> what would be there afterwards
+    "--expert-distribution-recorder-mode stat": stat,
+    "--init-expert-location experts.json": per_pass,
+    "--enable-return-routed-experts": answers("answers.jsonl"),
+    "POISE_STATIC_MAP=": log,
+    "EXPERT_STATISTIC_PATH=": statistics,
+    "expert_map_record_path": lambda folder: shutil.copy(folder / "map.json", folder / "recorded.json"),
+    "vllm serve OLMoE-1B-7B-placed": answers("answers_placed.jsonl"),
+}
+
+
+def test_every_command_of_the_page_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path)
+    ran, stood_in = [], set()
+    for kind, text in re.findall(r"```(\w*)\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL):
+        if kind == "console":
+            for line, stand_in in STAND_INS.items():
+                if line in text:
+                    stand_in(tmp_path)
+                    stood_in.add(line)
+        elif kind == "sh":
+            for command in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(command, comments=True)
+                assert words[0] == "poise", command
+                done = CliRunner().invoke(app, words[1:])
+                assert done.exit_code == 0, (command, done.output)
+                ran.append(words[1])
+    assert stood_in == set(STAND_INS) and {"convert", "compare", "plan", "export", "verify"} <= set(ran)

@@ -1,0 +1,102 @@
+"""The SGLang plugin behind SGLang's own plugin registry and expert-location code, from its wheel."""
+
+import importlib
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tests.engines import engine_stubs
+from tests.engines.test_policy import loads_of, tokens, twice
+
+from poise.engines import policy, sglang_plugin
+from poise.errors import OptionError
+
+LAYERS, EXPERTS, RANKS, REDUNDANT = 4, 16, 4, 8
+
+
+@pytest.fixture
+def engine(sglang_wheel, monkeypatch):
+    """SGLang's algorithms and registry; gives its global state too."""
+    for name in ("POISE_EPLB", "POISE_STATIC_MAP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(policy, "_said", set())
+    state = engine_stubs.Settings()
+    with engine_stubs.borrowed("sglang"):
+        engine_stubs.sglang(sglang_wheel, ranks=RANKS, redundant=REDUNDANT, resources=state)
+        algorithms = importlib.import_module("sglang.srt.eplb.eplb_algorithms")
+        location = importlib.import_module("sglang.srt.eplb.expert_location")
+        registry = importlib.import_module("sglang.srt.plugins.hook_registry").HookRegistry
+        registry.reset()
+        yield SimpleNamespace(algorithms=algorithms, location=location, registry=registry, state=state)
+
+
+def rebalanced(engine, loads):
+    """What SGLang's manager calls when it rebalances."""
+    shape = engine.location.ModelConfigForExpertLocation(num_layers=LAYERS, num_logical_experts=EXPERTS)
+    model = SimpleNamespace(hf_config=None, get_model_config_for_expert_location=lambda config: shape)
+    return engine.location.ExpertLocationMetadata.init_by_eplb(model, loads)
+
+
+def loads(seed=0):
+    """Five recorded steps; the first layer is dense."""
+    made = np.stack([loads_of(LAYERS, EXPERTS, seed + step) for step in range(5)])
+    made[:, 0] = 0
+    return torch.from_numpy(made)
+
+
+def test_not_asked_for_changes_nothing(engine):
+    before = engine.algorithms.rebalance_experts
+    sglang_plugin.register()
+    engine.registry.apply_hooks()
+    assert engine.algorithms.rebalance_experts is before
+
+
+def test_the_registry_puts_our_maps_behind_every_algorithm(engine, monkeypatch):
+    counted = loads()
+    theirs = rebalanced(engine, counted)
+    monkeypatch.setenv("POISE_EPLB", "1")
+    monkeypatch.setenv("POISE_TIME_LIMIT_S", "0.02")
+    sglang_plugin.register()
+    engine.registry.apply_hooks()
+    ours = rebalanced(engine, counted)
+    total = counted.sum(dim=0).numpy()[1:]
+    most = [tokens(total, made.physical_to_logical_map.numpy()[1:], RANKS).max(axis=1) for made in (ours, theirs)]
+    assert (most[0] <= most[1] * (1 + 1e-6)).all() or twice(theirs.physical_to_logical_map.numpy()[1:], RANKS)
+    table = ours.physical_to_logical_map
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        slots = ours.logical_to_all_physical_map[layer, expert]
+        assert slots[slots >= 0].tolist() == torch.nonzero(table[layer] == expert).flatten().tolist()
+        assert ours.logical_to_all_physical_map_num_valid[layer, expert] == (slots >= 0).sum()
+    # the map in use is where the next one starts from: the same loads move nothing much
+    engine.location.set_global_expert_location_metadata(ours)
+    again = rebalanced(engine, counted)
+    changed = (again.physical_to_logical_map != table).sum().item()
+    assert changed < 0.2 * table.numel() and torch.equal(again.physical_to_logical_map[0], table[0])
+    ours.update(again, update_layer_ids=list(range(LAYERS)))  # shapes and types fit the engine's own buffers
+    assert torch.equal(ours.physical_to_logical_map, again.physical_to_logical_map)
+
+
+def test_failures_and_dead_ranks_are_left_to_sglang(engine, monkeypatch, caplog):
+    settings = policy.PolicySettings.from_environment({"POISE_CLUSTER": "1x3"})
+    hook = sglang_plugin.around(settings)
+    given = dict(tokens_per_expert=loads(), num_physical_experts=EXPERTS + REDUNDANT,
+                 num_local_physical_experts=(EXPERTS + REDUNDANT) // RANKS, num_groups=None, num_nodes=1)  # fmt: skip
+    kinds = engine.algorithms.EplbAlgorithm
+    with caplog.at_level(logging.WARNING, "sglang.poise"):
+        for _ in range(2):
+            made = hook(engine.algorithms.rebalance_experts, **given, algorithm=kinds.deepseek)
+    want = engine.algorithms.rebalance_experts(**given, algorithm=kinds.deepseek)
+    assert all(torch.equal(a, b) for a, b in zip(made, want, strict=True))
+    assert caplog.text.count("3 devices, the engine 4 ranks") == 1
+    answers = hook(lambda **arguments: arguments["algorithm"], **given, algorithm=kinds.elasticity_aware)
+    assert answers is kinds.elasticity_aware
+
+
+def test_an_sglang_without_hooks_is_named(monkeypatch):
+    monkeypatch.setenv("POISE_EPLB", "1")
+    with engine_stubs.borrowed("sglang"):
+        engine_stubs.put({"sglang": {}, "sglang.srt": {}})
+        with pytest.raises(OptionError, match="hook_registry"):
+            sglang_plugin.register()

@@ -1,0 +1,154 @@
+"""A plan that runs is told from one that was dropped, by whatever the engine said."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.verify import verify
+from poise.errors import PlacementError, TraceError
+from poise.observe.trace import LoadProfile
+from poise.planning.placement import Placement
+
+EXPERTS, DEVICES, PER, LAYERS = 8, 4, 3, 3
+IDS = np.array([1, 2, 5], np.int32)
+
+
+def plan_of(seed, empty=False):
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(np.concatenate([np.arange(EXPERTS), rng.permutation(EXPERTS)[:4]])) for _ in IDS]
+    slots = np.stack(rows).astype(np.int32)
+    if empty:
+        for row in slots:  # one copy of an expert that has two
+            twice = np.flatnonzero(np.bincount(row, minlength=EXPERTS) == 2)[0]
+            row[np.flatnonzero(row == twice)[0]] = -1
+    return Placement(slots, np.repeat(np.arange(DEVICES), PER), EXPERTS, DEVICES, IDS)
+
+
+def loads_of(seed, records=3):
+    return np.random.default_rng(seed + 1).integers(0, 1000, (records, LAYERS, EXPERTS)) * np.array(
+        [9, 1, 1, 1, 1, 1, 1, 4]
+    )
+
+
+def counted(load_BLE, map_LS):
+    """Tokens of slots, replicas alike."""
+    out = np.zeros((len(load_BLE), *map_LS.shape))
+    for b, layer, s in np.ndindex(out.shape):
+        row = map_LS[layer]
+        out[b, layer, s] = load_BLE[b, layer, row[s]] / (row == row[s]).sum()
+    return out
+
+
+TRIVIAL = np.tile(np.arange(DEVICES * PER) % EXPERTS, (LAYERS, 1)).astype(np.int32)
+
+
+def dump_of(load_BLE, running_LS, *, says_map=True, says_counts=True, says_loads=True):
+    slots = SlotRecord(IDS, running_LS if says_map else None, counted(load_BLE, running_LS) if says_counts else None)
+    return EngineDump("sglang", "per-pass", profile=LoadProfile(load_BLE, IDS) if says_loads else None, slots=slots)
+
+
+@given(st.integers(0, 2**20), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_plan_that_runs_is_live_and_balances_as_predicted(seed, says_loads):
+    plan, load = plan_of(seed), loads_of(seed)
+    found = verify(plan, dump_of(load, plan.slot_expert_LS, says_loads=says_loads))
+    assert found.live and found.evidence == "map" and found.as_predicted
+    assert {layer.state for layer in found.layers} == {"live"}
+    assert found.measured == pytest.approx(found.predicted)
+    for index, layer in enumerate(found.layers):  # by hand: device loads of each record
+        device = counted(load, plan.slot_expert_LS)[:, index].reshape(len(load), DEVICES, PER).sum(axis=2)
+        balance = (device.mean(axis=1) / device.max(axis=1)).mean()
+        assert layer.measured == pytest.approx(1 / balance) and layer.predicted == pytest.approx(1 / balance)
+
+
+@given(st.integers(0, 2**20))
+@settings(max_examples=30, deadline=None)
+def test_a_dropped_map_is_found_layer_by_layer(seed):
+    plan, load = plan_of(seed), loads_of(seed)
+    running = plan.slot_expert_LS.copy()
+    running[1] = TRIVIAL[1]
+    found = verify(plan, dump_of(load, running))
+    assert not found.live
+    assert [layer.state for layer in found.layers] == ["live", "trivial map", "live"]
+    assert "1 of 3 layers, 1 of them run the trivial map" in found.sentence()
+    assert found.layers[1].wrong == int((running[1] != plan.slot_expert_LS[1]).sum())
+
+
+def test_other_order_on_a_device_runs_too_and_empty_slots_may_hold_anything():
+    plan = plan_of(3, empty=True)
+    running = plan.slot_expert_LS.copy()
+    running[running == -1] = 0
+    load = loads_of(3)
+    assert {layer.state for layer in verify(plan, dump_of(load, running)).layers} == {"live"}
+    turned = running.reshape(LAYERS, DEVICES, PER)[:, :, ::-1].reshape(LAYERS, -1)
+    found = verify(plan, dump_of(load, np.ascontiguousarray(turned)))
+    assert found.live and {layer.state for layer in found.layers} <= {"live", "reordered"}
+    assert "reordered" in {layer.state for layer in found.layers}
+    moved = np.roll(running, PER, axis=1)
+    assert "other map" in {layer.state for layer in verify(plan, dump_of(load, moved)).layers}
+
+
+@given(st.integers(0, 2**20))
+@settings(max_examples=30, deadline=None)
+def test_counts_of_slots_and_experts_prove_a_map_without_one(seed):
+    plan, load = plan_of(seed), loads_of(seed)
+    yes = verify(plan, dump_of(load, plan.slot_expert_LS, says_map=False))
+    assert yes.live and yes.evidence == "counts" and {layer.state for layer in yes.layers} == {"counts agree"}
+    no = verify(plan, dump_of(load, TRIVIAL, says_map=False))
+    assert not no.live and {layer.state for layer in no.layers} == {"counts disagree"}
+    with pytest.raises(TraceError, match="proves nothing"):
+        verify(plan, dump_of(load, TRIVIAL, says_map=False, says_loads=False))
+
+
+def test_a_balance_alone_tells_the_plan_from_the_trivial_map():
+    load = np.zeros((4, LAYERS, EXPERTS))
+    load[:, :, [0, 1]] = 100.0  # both on device 0 of the trivial map
+    load[:, :, 2:] = 10.0
+    slots = np.tile([0, 2, 3, 1, 4, 5, 0, 6, 7, 1, 2, 3], (LAYERS, 1)).astype(np.int32)
+    plan = Placement(slots, np.repeat(np.arange(DEVICES), PER), EXPERTS, DEVICES, IDS)
+    profile = LoadProfile(load, IDS)
+
+    def reported(balance, dense=0):
+        return EngineDump(
+            "sglang", "stat", profile=profile, balance_B=np.full(4, balance), recorded_layers=LAYERS + dense
+        )
+
+    on = verify(plan, reported(0.9))
+    assert on.live and on.evidence == "balance" and on.predicted > on.trivial + 0.2
+    off = verify(plan, reported(on.trivial))
+    assert off.live is False and "does not seem to run" in off.sentence() and not off.as_predicted
+    # the engine counts dense layers as balanced
+    assert verify(plan, reported(0.9, dense=3)).trivial == pytest.approx((on.trivial + 1) / 2)
+    even = EngineDump("sglang", "stat", profile=LoadProfile(np.ones((1, LAYERS, EXPERTS)), IDS), balance_B=np.ones(1))
+    flat = Placement(TRIVIAL, np.repeat(np.arange(DEVICES), PER), EXPERTS, DEVICES, IDS)
+    assert verify(flat, even).live is None
+    with pytest.raises(TraceError, match="neither what slots hold"):
+        verify(plan, EngineDump("sglang", "stat", profile=profile))
+
+
+def test_layers_that_were_not_recorded_are_unseen_and_other_shapes_refused():
+    plan, load = plan_of(1), loads_of(1)
+    whole = dump_of(load, plan.slot_expert_LS)
+    part = replace(whole, slots=SlotRecord(IDS[:2], whole.slots.map_LS[:2]))
+    found = verify(plan, part)
+    assert [layer.state for layer in found.layers] == ["live", "live", "unseen"] and found.live
+    assert "all 2 layers that were seen" in found.sentence()
+    wide = replace(whole, slots=SlotRecord(IDS, np.zeros((LAYERS, 16), np.int32)))
+    with pytest.raises(PlacementError, match="16 slots a layer, the placement has 12"):
+        verify(plan, wide)
+    strange = replace(whole, slots=SlotRecord(IDS, np.full((LAYERS, 12), 99, np.int32)))
+    with pytest.raises(PlacementError, match="expert 99, the placement has 8"):
+        verify(plan, strange)
+    with pytest.raises(PlacementError, match="counts 16 experts"):
+        verify(plan, replace(whole, profile=LoadProfile(np.ones((1, 3, 16)), IDS)))
+
+
+def test_tokens_in_one_record_are_compared_with_counts_in_many():
+    plan, load = plan_of(7), loads_of(7)
+    one = replace(dump_of(load, plan.slot_expert_LS), profile=LoadProfile(load.sum(axis=0), IDS))
+    found = verify(plan, one)
+    assert found.measured == pytest.approx(found.predicted)

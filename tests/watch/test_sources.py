@@ -1,0 +1,136 @@
+"""A folder of dumps: each file once, oldest first, half-written ones again, broken ones counted and left."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from poise.engines.dump import EngineDump, SlotRecord
+from poise.errors import ModelError, NoResultError, OptionError, TraceError
+from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.watch.sources import UNREADABLE_POLLS, DumpFolder
+
+
+def read(path):
+    """A dump of JSON: loads [B, L, E]."""
+    try:
+        return EngineDump(
+            "test", "json", profile=LoadProfile(np.array(json.loads(path.read_text()))), recorded_layers=4
+        )
+    except ValueError as error:
+        raise TraceError(f"not JSON: {error}") from None
+
+
+def put(folder, name, loads, at):
+    path = folder / name
+    path.write_text(loads if isinstance(loads, str) else json.dumps(np.asarray(loads).tolist()))
+    os.utime(path, (at, at))
+
+
+def loads(got):
+    return [arrival.steps.load_BLE[:, 0, 0].tolist() for arrival in got.arrivals]
+
+
+def test_files_are_taken_once_and_oldest_first(tmp_path):
+    source = DumpFolder(tmp_path / "later", read=read)
+    got = source.poll()
+    assert not got.up and "cannot look into" in got.problems[0]
+    source.folder.mkdir()
+    for name, value, at in (("a", 3, 30), ("b", 1, 10), (".hidden", 9, 5), ("c", 2, 20)):
+        put(source.folder, name, np.full((2, 3, 4), value), at)
+    (source.folder / "sub").mkdir()
+    got = source.poll()
+    assert got.up and loads(got) == [[1, 1], [2, 2], [3, 3]] and (got.dumps, got.errors) == (3, 0)
+    assert got.arrivals[0].recorded_layers == 4 and source.poll().arrivals == ()
+    put(source.folder, "d", np.full((1, 3, 4), 7), 1)
+    assert loads(source.poll()) == [[7]]
+    fresh = DumpFolder(source.folder, read=read)
+    fresh.skip_present()
+    assert fresh.poll().arrivals == ()
+
+
+def test_half_written_files_are_tried_again_and_broken_ones_left(tmp_path):
+    source = DumpFolder(tmp_path, read=read)
+    put(tmp_path, "a", "[[[1, 2", 10)
+    assert source.poll().dumps == 0
+    put(tmp_path, "a", "[[[1, 2], [3, 4", 11)
+    assert source.poll().problems == ()
+    put(tmp_path, "a", [[[1, 2], [3, 4]]], 12)
+    assert loads(source.poll()) == [[1]]
+    put(tmp_path, "b", "[[[1", 20)
+    put(tmp_path, "c", [[[5, 2]]], 30)
+    polls = [source.poll() for _ in range(UNREADABLE_POLLS + 2)]
+    assert [p.errors for p in polls] == [0] * (UNREADABLE_POLLS - 1) + [1, 0, 0] and loads(polls[0]) == [[5]]
+    assert polls[UNREADABLE_POLLS - 1].problems[0].startswith("left out: b: not JSON")
+    put(tmp_path, "d", "[", 40)
+    assert source.poll(last=True).errors == 1
+
+
+def test_steps_without_load_are_left_out_and_few_of_many_are_watched(tmp_path):
+    ring = np.zeros((9, 2, 4))
+    ring[1:8, :, 0] = np.arange(1, 8)[:, None]
+    put(tmp_path, "a", ring, 10)
+    assert loads(DumpFolder(tmp_path, read=read).poll()) == [[1, 2, 3, 4, 5, 6, 7]]
+    assert loads(DumpFolder(tmp_path, read=read, most_steps=3).poll()) == [[1, 4, 7]]
+    scaled = DumpFolder(tmp_path, read=read, tokens_per_step=10).poll().arrivals[0].steps
+    np.testing.assert_allclose(scaled.load_BLE.sum(axis=2), 10)
+    with pytest.raises(OptionError, match="at least 1, got 0"):
+        DumpFolder(tmp_path, read=read, most_steps=0)
+
+
+def test_read_dumps_go_only_where_asked(tmp_path):
+    put(tmp_path, "a", np.ones((1, 2, 4)), 10)
+    put(tmp_path, "b", "[", 20)
+    assert DumpFolder(tmp_path, read=read).poll(last=True).dumps == 1 and len(list(tmp_path.iterdir())) == 2
+    assert DumpFolder(tmp_path, read=read, delete=True).poll(last=True).dumps == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_tokens_and_maps_of_slots_pass_through(tmp_path):
+    (tmp_path / "a").touch()
+    trace = RoutingTrace(np.arange(24).reshape(12, 2) % 4, 4)
+    slots = SlotRecord(np.arange(2, dtype=np.int32), np.zeros((2, 4), np.int32))
+    got = DumpFolder(tmp_path, tokens_per_step=5, read=lambda p: EngineDump("x", "y", trace=trace, slots=slots)).poll()
+    assert got.arrivals[0].steps.has_tokens and got.arrivals[0].steps.num_steps == 3 and got.arrivals[0].slots is slots
+    got = DumpFolder(tmp_path, read=lambda p: EngineDump("x", "y", slots=slots)).poll()
+    assert got.arrivals[0].steps is None and got.arrivals[0].slots is slots and got.dumps == 1
+
+
+def test_a_dump_of_an_idle_engine_is_no_error(tmp_path):
+    torch = pytest.importorskip("torch")
+    idle = {
+        "rank": 0,
+        "logical_count": torch.zeros((5, 3, 8), dtype=torch.int32),
+        "average_utilization_rate_over_window": None,
+    }
+    torch.save(idle, tmp_path / "expert_distribution_recorder_1.0.pt")
+    got = DumpFolder(tmp_path).poll()
+    assert got.arrivals == () and (got.dumps, got.errors, got.problems) == (1, 0, ())
+
+
+def test_a_foreign_model_ends_it_at_the_first_dump_only(tmp_path):
+    def foreign(path):
+        if path.name == "a":
+            raise ModelError("the traffic has 8 experts")
+        return read(path)
+
+    (tmp_path / "a").touch()
+    with pytest.raises(ModelError):
+        DumpFolder(tmp_path, read=foreign).poll()
+    (tmp_path / "a").unlink()
+    put(tmp_path, "b", np.ones((1, 2, 4)), 10)
+    source = DumpFolder(tmp_path, read=foreign)
+    source.poll()
+    (tmp_path / "a").touch()
+    assert source.poll(last=True).errors == 1
+
+
+def test_what_is_not_installed_is_said(tmp_path):
+    (tmp_path / "a").touch()
+
+    def needs(path):
+        raise NoResultError("reading needs PyTorch")
+
+    with pytest.raises(NoResultError):
+        DumpFolder(tmp_path, read=needs).poll()
