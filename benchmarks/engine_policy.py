@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.engines.policy import PolicySettings, rebalance, warm_up
+from poise.engines.plugins.policy import PolicySettings, rebalance, warm_up
 from poise.planning.methods import eplb
 
 CASES = ((8, 288, 1), (16, 288, 2), (64, 320, 8))  # ranks, slots, nodes; the model has 8 expert groups

@@ -93,6 +93,15 @@ def test_orders_check_the_groups_of_a_named_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     got = run(tmp_path / "p.npz", "--to", "megatron", "-m", tmp_path / "config.json", "-o", tmp_path / "x")
     assert got.exit_code == 2 and "layer 1" in got.stderr and not (tmp_path / "x").exists(), got.output
+    kept = run(
+        tmp_path / "p.npz", "--to", "megatron", "-m", tmp_path / "config.json", "--keep-groups", "-o", tmp_path / "x"
+    )
+    assert kept.exit_code == 0 and "2 routing groups stay whole" in " ".join(kept.stderr.split()), kept.output
+    assert [sorted(row[:4]) for row in json.loads((tmp_path / "x").read_text())["layers"].values()] == [
+        [0, 1, 2, 3]
+    ] * 2
+    alone = run(tmp_path / "p.npz", "--to", "megatron", "--keep-groups", "-o", tmp_path / "y")
+    assert alone.exit_code == 2 and "give --model" in alone.stderr
 
 
 def test_a_checkpoint_needs_the_one_to_relabel(plan, tmp_path):

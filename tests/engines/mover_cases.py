@@ -20,9 +20,9 @@ from tests.cases import read_options, run_cases
 from tests.engines import engine_stubs
 
 from poise.cli.main import app
-from poise.engines.policy import PolicySettings
-from poise.engines.sglang_plugin import around
-from poise.engines.vllm_plugin import register
+from poise.engines.plugins.policy import PolicySettings
+from poise.engines.plugins.sglang_plugin import around
+from poise.engines.plugins.vllm_plugin import register
 from poise.planning.placement import Placement
 
 RANKS, SLOTS, EXPERTS, LAYERS, DENSE = 4, 4, 12, 3, 1

@@ -30,9 +30,9 @@ from tests.serve.models import CONFIGS, SMALL, dense, moe_layers, prompts
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from poise.engines import checkpoint, shards
-from poise.engines.checkpoint import load_relabelling, relabel_checkpoint
-from poise.engines.permutation import keep_groups, permutation
+from poise.engines.checkpoints import checkpoint, shards
+from poise.engines.checkpoints.checkpoint import load_relabelling, relabel_checkpoint
+from poise.engines.checkpoints.permutation import keep_groups, permutation
 from poise.errors import InputError, ModelError, OptionError, PlacementError
 from poise.planning.placement import Placement
 
@@ -399,7 +399,7 @@ def test_targets_and_placements_that_do_not_fit(tmp_path, monkeypatch):
 SPARSE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)
-from poise.engines.checkpoint import relabel_checkpoint
+from poise.engines.checkpoints.checkpoint import relabel_checkpoint
 from poise.planning.placement import Placement
 report = relabel_checkpoint(Placement.load(sys.argv[1]), sys.argv[2], sys.argv[3])
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))  # ru_maxrss would count the parent's too

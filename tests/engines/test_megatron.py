@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from poise.engines.megatron import apply_order_to_state, rename_deepspeed_files, write_order
-from poise.engines.permutation import permutation
+from poise.engines.checkpoints.megatron import apply_order_to_state, rename_deepspeed_files, write_order
+from poise.engines.checkpoints.permutation import permutation
 from poise.errors import ModelError, OptionError, PlacementError
 from poise.planning.placement import Placement
 

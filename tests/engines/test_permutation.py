@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from poise.engines.permutation import Relabelling, keep_groups, load_relabelling, permutation
+from poise.engines.checkpoints.permutation import Relabelling, keep_groups, load_relabelling, permutation
 from poise.errors import PlacementError, TraceError
 from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement

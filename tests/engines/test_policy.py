@@ -7,8 +7,8 @@ import pytest
 
 from poise.cluster import Cluster
 from poise.cost.step import batch_cost
-from poise.engines import policy
-from poise.engines.policy import PolicySettings, logical_maps, rebalance, switched_on, usable_map
+from poise.engines.plugins import policy
+from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, switched_on, usable_map
 from poise.errors import InputError, OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch

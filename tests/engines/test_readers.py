@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engines import dumps
 
-from poise.engines.permutation import Relabelling
+from poise.engines.checkpoints.permutation import Relabelling
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
 from poise.errors import OptionError, TraceError
 from poise.modelspec import from_hf_config

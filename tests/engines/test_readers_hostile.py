@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests.engines import dumps
 
-from poise.engines import parts
+from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
 from poise.errors import InputError, NoResultError, TraceError
 from poise.modelspec import from_hf_config

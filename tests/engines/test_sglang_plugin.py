@@ -10,7 +10,7 @@ import torch
 from tests.engines import engine_stubs
 from tests.engines.test_policy import loads_of, tokens, twice
 
-from poise.engines import policy, sglang_plugin
+from poise.engines.plugins import policy, sglang_plugin
 from poise.errors import OptionError
 
 LAYERS, EXPERTS, RANKS, REDUNDANT = 4, 16, 4, 8

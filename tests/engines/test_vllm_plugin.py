@@ -12,8 +12,8 @@ import torch
 from tests.engines import engine_stubs
 from tests.engines.test_policy import fetched, loads_of, tokens, twice
 
-from poise.engines import policy, vllm_plugin
-from poise.engines.policy import PolicySettings
+from poise.engines.plugins import policy, vllm_plugin
+from poise.engines.plugins.policy import PolicySettings
 from poise.errors import InputError, OptionError, PlacementError
 from poise.planning.methods import eplb
 from poise.planning.placement import Placement

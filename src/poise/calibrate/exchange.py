@@ -62,7 +62,7 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
     best, crowding, overlap = None, 0.0, 0.0
     while True:
         rounds = [(one, overlap) for one in tried] + [(crowding, one) for one in OVERLAP_BYTES if one <= most / 2]
-        found = min((_fit(*one, bytes_CR, even, peers, seconds, weight) for one in rounds), key=lambda one: one.off)
+        found = min((_fit(c, o, bytes_CR, even, peers, seconds, weight) for c, o in rounds), key=lambda one: one.off)
         if best is not None and found.off >= best.off * (1 - 1e-9):
             break
         best, crowding, overlap = found, found.crowding, found.overlap

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from poise.cli import options as o
+from poise.engines.checkpoints.permutation import keep_groups
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.errors import OptionError
 from poise.modelspec import ModelSpec
@@ -26,6 +27,9 @@ def export(
         int, typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm: they need a row).")
     ] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
+    groups: Annotated[
+        bool, typer.Option("--keep-groups", help="The nearest placement that keeps the model's routing groups whole.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Write a placement in an engine's format.
@@ -43,6 +47,8 @@ def export(
                 f"the placement has {plan.num_experts} experts, {sizes.name} has {sizes.num_experts}",
                 hint="check --model",
             )
+        if groups:
+            plan = _grouped(plan, sizes)
         with o.progress() as report:
             made = target.write(
                 plan, output, ExportOptions(sizes, num_hidden_layers, num_mtp_layers, checkpoint, report)
@@ -63,3 +69,15 @@ def export(
         for note in made.notes:
             o.talk.print(note, markup=False)
         o.talk.print(f"wrote {output}", markup=False)
+
+
+def _grouped(plan: Placement, sizes: ModelSpec | None) -> Placement:
+    """The placement with routing groups whole; says what that moved."""
+    if sizes is None:
+        raise OptionError("--keep-groups needs the number of routing groups", hint="give --model")
+    kept = keep_groups(plan, sizes.num_expert_groups)
+    o.talk.print(
+        f"{plan.diff(kept).fetched} experts go to another device so that {sizes.num_expert_groups} routing groups stay "
+        "whole; 'poise compare' says what that costs"
+    )
+    return kept

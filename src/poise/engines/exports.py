@@ -9,7 +9,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from poise.engines import ascend, checkpoint, megatron, sglang, tensorrt, vllm
+from poise.engines import ascend, sglang, tensorrt, vllm
+from poise.engines.checkpoints import checkpoint, megatron
 from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement

@@ -1,6 +1,6 @@
 """One entry for everything that engines write: :func:`read_dump`. Formats are told by what a file holds.
 
-Formats and what becomes of them: docs/engines-dumps.md.
+Formats and what becomes of them: docs/dumps.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.engines import (
+from poise.engines.checkpoints.permutation import Relabelling, load_relabelling
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
+from poise.engines.dumps import (  # fmt: skip
     ascend_maps,
     public_traces,
     routed,
@@ -21,11 +23,9 @@ from poise.engines import (
     tokenspeed,
     vllm_logs,
     vllm_maps,
-)  # fmt: skip
-from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.parts import Part, open_part
-from poise.engines.permutation import Relabelling, load_relabelling
-from poise.engines.untrusted import MAX_FILE_BYTES, joined
+)
+from poise.engines.dumps.parts import Part, open_part
+from poise.engines.dumps.untrusted import MAX_FILE_BYTES, joined
 from poise.errors import OptionError, TraceError
 from poise.observe.files import join, read
 from poise.observe.trace import LoadProfile
@@ -162,7 +162,7 @@ def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[P
             hint="give those of one format",
         )
     if not found:
-        raise TraceError(f"nothing that is read among {joined(unknown, 3)}", hint="docs/engines-dumps.md lists formats")
+        raise TraceError(f"nothing that is read among {joined(unknown, 3)}", hint="docs/dumps.md lists formats")
     name, parts = next(iter(found.items()))
     return parts, name, [f"left out: {joined(unknown, 4)}"] if unknown else []
 
@@ -189,7 +189,7 @@ def _format(part: Part, wanted: str | None) -> str:
     for name, format_ in FORMATS.items():
         if format_.holds(part):
             return name
-    hint = "docs/engines-dumps.md lists what is read"
+    hint = "docs/dumps.md lists what is read"
     if part.container == "npz" and PLACEMENT in part.value:
         hint = "a placement of poise: 'poise export' and 'poise verify' take it"
     raise TraceError(f"{part.path}: no known format, it holds {_content(part)}", hint=hint)

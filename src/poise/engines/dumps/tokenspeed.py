@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.mapping import MAX_TABLE, decoder_layers, distinct, num_experts
-from poise.engines.parts import Part
-from poise.engines.untrusted import table, whole
+from poise.engines.dumps.mapping import MAX_TABLE, decoder_layers, distinct, num_experts
+from poise.engines.dumps.parts import Part
+from poise.engines.dumps.untrusted import table, whole
 from poise.errors import TraceError
 from poise.observe.trace import MAX_EXPERTS, LoadProfile
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from poise.engines.untrusted import file_size
+from poise.engines.dumps.untrusted import file_size
 from poise.errors import TraceError
 from poise.observe.npz import BROKEN
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import yaml
 
-from poise.engines.shards import Shard, read_shard
-from poise.engines.untrusted import MAX_JSON_BYTES, file_size, integer_npy, parse_json, read_bytes
+from poise.engines.checkpoints.shards import Shard, read_shard
+from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy, parse_json, read_bytes
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.observe.npz import BROKEN
 
 try:
-    from poise.engines import torch_files
+    from poise.engines.dumps import torch_files
 except ImportError:
     torch_files = None  # type: ignore[assignment]
 
@@ -43,7 +43,7 @@ class Part:
     path, size : the file, and its bytes.
     container : what kind of file it is.
     value : torch, json, yaml: the object; json-lines: a list of objects; npy: an array; npz: names of its members;
-        safetensors: a :class:`poise.engines.shards.Shard`; text: None, readers go through the lines themselves.
+        safetensors: a :class:`~poise.engines.checkpoints.shards.Shard`; text: None, readers go through the lines.
     """
 
     path: Path
@@ -99,7 +99,7 @@ def _open(path: Path) -> Part:
     if YAML_KEYS.search(head):
         return Part(path, size, "yaml", _yaml(read_bytes(path, MAX_YAML_BYTES)))
     if b"\x00" in head:
-        raise TraceError("a kind of file that is not known", hint="docs/engines-dumps.md lists what is read")
+        raise TraceError("a kind of file that is not known", hint="docs/dumps.md lists what is read")
     return Part(path, size, "text", None)
 
 

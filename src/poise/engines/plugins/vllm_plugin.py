@@ -15,7 +15,7 @@ import logging
 import os
 from typing import Any
 
-from poise.engines.policy import (
+from poise.engines.plugins.policy import (
     PolicySettings,
     logical_maps,
     rebalance,

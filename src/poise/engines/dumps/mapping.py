@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import ReadOptions, SlotRecord
-from poise.engines.untrusted import BIG, joined
+from poise.engines.dumps.untrusted import BIG, joined
 from poise.errors import TraceError
 from poise.modelspec import ModelSpec
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from poise.engines.policy import PolicySettings, logical_maps, rebalance, switched_on, warm_up, warn_once
+from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, switched_on, warm_up, warn_once
 from poise.errors import OptionError
 
 LOG = logging.getLogger("sglang.poise")

@@ -86,8 +86,8 @@ def _check_groups(placement: Placement, order_LE: NDArray[np.int32], num_groups:
             f"layer {placement.layer_ids_L[layer]}: {who} a part of routing group {group_LGS[layer, block, 0]} and of "
             f"group {group_LGS[layer, block, at]}; the router picks among {num_groups} groups of {size} ids, so new "
             f"ids must keep each group whole ({len(set(torn[:, 0].tolist()))} of {len(order_LE)} layers break this)",
-            hint=f"poise.engines.permutation.keep_groups(placement, {num_groups}) gives the nearest placement that "
-            "does; or export a map (sglang, tensorrt-llm), which has no such limit",
+            hint=f"'poise export --keep-groups', or keep_groups(placement, {num_groups}), takes the nearest placement "
+            "that does; or export a map (sglang, tensorrt-llm), which has no such limit",
         )
 
 

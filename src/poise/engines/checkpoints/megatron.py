@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.engines.permutation import permutation
+from poise.engines.checkpoints.permutation import permutation
 from poise.errors import ModelError, OptionError, PlacementError
 from poise.planning.placement import Placement, atomic
 
@@ -64,7 +64,7 @@ def write_order(
 
     Raises
     ------
-    PlacementError : as :func:`poise.engines.permutation.permutation`. OptionError : another framework.
+    PlacementError : as :func:`poise.engines.checkpoints.permutation.permutation`. OptionError : another framework.
     """
     if framework not in FRAMEWORKS:
         raise OptionError(f"unknown framework {framework!r}", hint=f"one of {', '.join(FRAMEWORKS)}")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.engines.permutation import RELABELLING_FILE, Relabelling, load_relabelling, permutation
-from poise.engines.shards import Segment, Shard, copy_segments, read_shard
-from poise.engines.tensor_names import Changes, find_changes
+from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling, load_relabelling, permutation
+from poise.engines.checkpoints.shards import Segment, Shard, copy_segments, read_shard
+from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.errors import ModelError, OptionError, PlacementError
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
@@ -73,7 +73,7 @@ def relabel_checkpoint(
 
     Raises
     ------
-    PlacementError : as :func:`poise.engines.permutation.permutation`, or the placement is of another model.
+    PlacementError : as :func:`poise.engines.checkpoints.permutation.permutation`, or the placement is of another model.
     ModelError : the checkpoint is damaged, or is of a kind of which it is not known what follows expert ids.
     OptionError : the target is not empty, lies within the source, or the disk is too small.
     """

@@ -12,7 +12,7 @@ STeP artifact
 vLLM MoE route logs (course patches of fused_moe.py)
     JSON lines ``{"type": "meta", ...}`` and ``{"type": "route", "req_id", "token_idx", "layer", "topk_ids"}``.
 
-FLAME-MoE-Traces are Parquet (columns ``scores``, ``indices``), a file a layer: docs/engines-dumps.md shows how to turn
+FLAME-MoE-Traces are Parquet (columns ``scores``, ``indices``), a file a layer: docs/dumps.md shows how to turn
 them into an ``.npz``.
 """
 
@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.mapping import MAX_TABLE, check_ids, decoder_layers, num_experts
-from poise.engines.parts import Part
-from poise.engines.untrusted import loads, table, whole
+from poise.engines.dumps.mapping import MAX_TABLE, check_ids, decoder_layers, num_experts
+from poise.engines.dumps.parts import Part
+from poise.engines.dumps.untrusted import loads, table, whole
 from poise.errors import TraceError
 from poise.observe.npz import open_npz
 from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace

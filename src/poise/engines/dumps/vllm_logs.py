@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.parts import Part
-from poise.engines.untrusted import joined
+from poise.engines.dumps.parts import Part
+from poise.engines.dumps.untrusted import joined
 from poise.errors import TraceError
 
 NUMBER = r"(\d{1,20}(?:\.\d{1,20})?)"

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.mapping import decoder_layers, num_experts
-from poise.engines.parts import Part
-from poise.engines.untrusted import table
+from poise.engines.dumps.mapping import decoder_layers, num_experts
+from poise.engines.dumps.parts import Part
+from poise.engines.dumps.untrusted import table
 from poise.errors import TraceError
 from poise.observe.trace import MAX_EXPERTS
 
