@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/fast_loop.py
 	$(BIN)/python benchmarks/held_out.py $(DATA)
 	$(BIN)/python benchmarks/scale.py $(DATA)
+	$(BIN)/python benchmarks/engine_policy.py $(DATA)
 	$(BIN)/python benchmarks/measured_serve.py $(DATA)
 	$(BIN)/python benchmarks/measured_train.py $(DATA)
 

@@ -3,7 +3,7 @@
     python benchmarks/engine_policy.py DATA
 
 A map is made for one workload, and then anew for another one, from the map in use: imbalance (max / mean tokens over
-ranks, mean over layers, in sample) and the share of slots whose expert a rank must fetch. No report is written.
+ranks, mean over layers, in sample) and the share of slots whose expert a rank must fetch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import table, write
 
 from poise.engines.plugins.policy import PolicySettings, rebalance, warm_up
 from poise.planning.methods import eplb
@@ -42,11 +43,10 @@ def fetched(old: np.ndarray, new: np.ndarray, ranks: int) -> float:
 
 
 def main() -> None:
-    """One line a case and algorithm."""
     first, later = (loads(Path(sys.argv[1]), name) for name in (FIRST, NEXT))
     warm_up()
-    print("| ranks, slots, nodes | map | imbalance, first | old map, next | new map, next | fetched | seconds |")
-    print("|---|---|---|---|---|---|---|")
+    head = ["ranks, slots, nodes", "map", "imbalance, first", "old map, next", "new map, next", "fetched", "seconds"]
+    rows = []
     for ranks, slots, nodes in CASES:
 
         def ours(load, old=None, shape=(slots, 8, nodes, ranks)):
@@ -61,8 +61,13 @@ def main() -> None:
             new = make(later, old)
             took = time.perf_counter() - began
             cells = (imbalance(first, old, ranks), imbalance(later, old, ranks), imbalance(later, new, ranks))
-            print(f"| {ranks}, {slots}, {nodes} | {name} | " + " | ".join(f"{cell:.4f}" for cell in cells)
-                  + f" | {fetched(old, new, ranks):.0%} | {took:.2f} |")  # fmt: skip
+            rows.append([f"{ranks}, {slots}, {nodes}", name, *(f"{cell:.4f}" for cell in cells),
+                         f"{fetched(old, new, ranks):.0%}", f"{took:.2f}"])  # fmt: skip
+    words = (
+        f"DeepSeek-R1, 58 layers, 256 experts in 8 groups. First: {FIRST}; next: {NEXT}. Seconds of one plan, one run, "
+        "after compilation."
+    )
+    write("Planner behind engines' load balancers", [words, table(head, rows)])
 
 
 if __name__ == "__main__":

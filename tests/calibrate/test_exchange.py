@@ -61,7 +61,9 @@ def test_what_a_loop_overlaps_is_told_from_a_rate():
     assert found.start_s == pytest.approx(truth.start_s, abs=1e-3)
 
 
-def test_rows_without_bytes_are_no_result():
+def test_rows_without_bytes_or_times_are_no_result():
+    with pytest.raises(NoResultError, match="without counts"):
+        fit_exchange([LinkRow("intra", 1e6, 0, 0, 1, 1e-3)])
     with pytest.raises(NoResultError, match="carried bytes"):
         fit_exchange([LinkRow("1 peers", 0, 0, 0, 1, 1e-3, alone_s=1e-3)])
 

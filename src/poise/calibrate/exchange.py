@@ -47,13 +47,15 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
 
     Raises
     ------
-    NoResultError : no row carries bytes.
+    NoResultError : no row carries bytes, or a time is not above 0.
     """
     inside, outside = np.array([(row.intra_bytes, row.inter_bytes) for row in rows]).T
     if not (inside.any() or outside.any()):
         raise NoResultError(f"none of {len(rows)} measured exchanges carried bytes", hint="two ranks or more")
     seconds = np.array([row.alone_s for row in rows])
-    spread = np.array([max(0.0, row.high_s - row.low_s) / row.seconds for row in rows])
+    if not (np.isfinite(seconds).all() and (seconds > 0).all()):
+        raise NoResultError("an exchange without counts was not measured, or took no time")
+    spread = np.array([max(0.0, row.alone_high_s - row.alone_low_s) for row in rows]) / seconds
     weight = SURE / (SURE + spread) * np.sqrt(seconds)
     peers = np.array([row.peers for row in rows])
     even = np.array([(row.intra_even, row.inter_even) for row in rows]).T

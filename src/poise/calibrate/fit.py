@@ -53,6 +53,8 @@ class LinkRow:
     low_s, high_s : quartiles of the repeats.
     repeats, rounds : repeats, and exchanges in each (there and back counts as one).
     alone_s : one exchange where no counts go before: combine after combine; median.
+    intra_even, inter_even : mean over fullest port, see :class:`~poise.calibrate.patterns.PortBytes`.
+    alone_low_s, alone_high_s : quartiles of ``alone_s``.
     """
 
     pattern: str
@@ -68,6 +70,8 @@ class LinkRow:
     alone_s: float = 0.0
     intra_even: float = 1.0
     inter_even: float = 1.0
+    alone_low_s: float = 0.0
+    alone_high_s: float = 0.0
 
     @property
     def counts_s(self) -> float:

@@ -106,10 +106,11 @@ class _Case:
 
     def row(self, took: list[float], alone: list[float]) -> LinkRow:
         low, middle, high = (float(value) for value in np.quantile(took, [0.25, 0.5, 0.75]))
+        alone_low, alone_s, alone_high = (float(value) for value in np.quantile(alone, [0.25, 0.5, 0.75]))
         ports = self.ports
         return LinkRow(
             self.name, ports.intra, ports.inter, ports.node, ports.peers, middle, low, high, len(took), self.rounds,
-            float(np.median(alone)), ports.intra_even, ports.inter_even,
+            alone_s, ports.intra_even, ports.inter_even, alone_low, alone_high,
         )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def _grow(name: str, matrix_DD: NDArray[np.float64], runner: _Runner, effort: Ef
             return cases
         factor = LONGER if long else min(GROWTH, max(1.5, 1.2 * effort.long_s / last))
         size *= factor
-        ahead = 2 * last * factor * WARM_UP
+        ahead = 4 * last * factor * WARM_UP
         if size > MOST_BYTES or runner.ranks.elapsed() + ahead > stop:
             return cases
 

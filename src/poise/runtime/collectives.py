@@ -107,9 +107,18 @@ def twin(group: Any) -> Any:
     """A process group of the same ranks with connections of its own; all of them call it.
 
     For weights that travel while steps go on: on one connection tokens wait behind them (measured with gloo: a barrier
-    waited 0.3 s for an expert), on one NCCL communicator what runs is ordered.
+    waited 0.3 s for an expert), on one NCCL communicator what runs is ordered. Of a part of the ranks: all of them must
+    be members of equally many groups, by which PyTorch names the new one.
+
+    Raises
+    ------
+    CommunicationError : the group does not have its ranks in order: the new one would number them otherwise.
     """
-    own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    ranks = dist.get_process_group_ranks(group)
+    if ranks != sorted(ranks):
+        raise CommunicationError(f"the process group has its ranks in the order {ranks[:8]}, not ascending")
+    part = len(ranks) < dist.get_world_size()
+    own = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=part)
     dist.barrier(group=own)  # the first operation on a communicator must be everyone's
     return own
 
