@@ -108,6 +108,21 @@ def test_hugging_face_configs(kind, options, experts, top_k, layers):
     assert spec.hidden_size == config["hidden_size"] and spec.flops_per_token > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ({}, 1), ({"n_group": None}, 1), ({"n_group": 1, "topk_group": 1}, 1), ({"n_group": 8}, 8),
+        ({"n_group": 8, "topk_group": 4}, 8), ({"num_expert_group": 4, "topk_group": 2}, 4),
+        ({"n_group": 8, "topk_group": 8}, 1), ({"n_group": 8, "topk_group": 3, "topk_method": "greedy"}, 1),
+        ({"n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"}, 8),
+        ({"text_config": {"n_group": 4, "topk_group": 2}}, 4),
+    ],
+)  # fmt: skip
+def test_routing_groups_count_where_they_limit_the_router(options, groups):
+    config = {**transformers.MixtralConfig().to_dict(), **options}
+    assert from_hf_config(config, name="groups").num_expert_groups == groups
+
+
 def test_model_presets():
     sizes = {name: ModelSpec.parse(name) for name in MODELS}
     assert sizes["deepseek-v3"].moe_layer_ids == tuple(range(3, 61)) and sizes["deepseek-v3"].num_expert_groups == 8
@@ -121,7 +136,8 @@ def test_model_presets():
     "change",
     [{"num_hidden_layers": "x"}, {"num_hidden_layers": -1}, {"num_hidden_layers": 0}, {"num_local_experts": None},
      {"num_experts_per_tok": 99}, {"hidden_size": 0}, {"hidden_size": 1.5}, {"num_attention_heads": "a"},
-     {"intermediate_size": None}, {"mlp_only_layers": 3}, {"moe_layers": [99]}, {"first_k_dense_replace": 99}],
+     {"intermediate_size": None}, {"mlp_only_layers": 3}, {"moe_layers": [99]}, {"first_k_dense_replace": 99},
+     {"n_group": "8"}, {"n_group": 8, "topk_group": True}],
 )  # fmt: skip
 def test_broken_configs_are_model_errors(change):
     config = {**transformers.MixtralConfig().to_dict(), **change}

@@ -36,7 +36,7 @@ class ModelSpec:
     dispatch_bytes, combine_bytes : bytes per activation element on the way out and back (FP8 dispatch: 1 and 2).
     kv_bytes_per_token_layer : key/value cache bytes per token and layer (for ``stay`` traffic and for
         pricing redundant slots).
-    num_expert_groups : routing groups (DeepSeek), 1 if none.
+    num_expert_groups : routing groups that limit which experts a token may take together (DeepSeek), 1 if none do.
     """
 
     name: str
@@ -202,8 +202,15 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
     return ModelSpec(
         name, layers, moe, experts, top_k, hidden, inner, _field(config, "poise_matrices", default=3),
         _weight_bytes(quant), 1.0 if block_fp8 else 2.0, 2.0, kv,
-        _field(config, "n_group", default=1) or 1,
+        _expert_groups(config),
     )  # fmt: skip
+
+
+def _expert_groups(config: dict[str, Any]) -> int:
+    """Routing groups; 1 where the router chooses among the experts of all groups."""
+    groups = _field(config, "n_group", "num_expert_group", default=1) or 1
+    chosen = _field(config, "topk_group", default=0)
+    return 1 if chosen >= groups or config.get("topk_method") == "greedy" else groups
 
 
 def _weight_bytes(quant: Any) -> float:

@@ -60,11 +60,11 @@ def answers(name):
 
 
 def log(folder):
-    """The balance that the placement gives: tokens of the mean over those of the fullest rank."""
+    """The balance that the placement gives, as vLLM logs it: mean over fullest rank, both summed over layers."""
     plan, load = Placement.load(folder / "placement.npz"), load_LE(routing(), EXPERTS)
     count = plan.count_LED()
     device_LD = np.einsum("le,led->ld", load, count / count.sum(axis=2, keepdims=True))
-    balance = float((device_LD.mean(axis=1) / device_LD.max(axis=1)).mean())
+    balance = float(device_LD.mean(axis=1).sum() / device_LD.max(axis=1).sum())
     (folder / "server.log").write_text(
         f"INFO 11-25 10:00:00 [eplb_state.py:600] EPLB step: 10 for model allenai/OLMoE: avg_tokens=1000.00, "
         f"max_tokens={round(1000 / balance)}, balancedness={balance:.4f}\n"
@@ -97,7 +97,7 @@ STAND_INS = {  # a line of the page that starts an engine -> what would be there
     "--enable-return-routed-experts": answers("answers.jsonl"),
     "POISE_STATIC_MAP=": log,
     "EXPERT_STATISTIC_PATH=": statistics,
-    "expert_map_record_path": lambda folder: shutil.copy(folder / "map.json", folder / "recorded.json"),
+    "DYNAMIC_EPLB=true": lambda folder: shutil.copy(folder / "map.json", folder / "recorded.json"),
     "vllm serve OLMoE-1B-7B-placed": answers("answers_placed.jsonl"),
 }
 

@@ -1,6 +1,7 @@
 """poise export: every target by its name, what it says, and what it refuses."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def test_facts_and_advice(plan, config, name):
     assert data["filled_slots"] == 0 and data["unplanned_layers"] == (0 if name == "sglang" else 1)
     assert out.exists() and str(out) in data["command"]
     said = " ".join(got.stderr.split())
-    assert data["command"] in said and all(" ".join(note.split()) in said for note in data["notes"]) and "wrote" in said
+    at = got.stderr.index(f"{data['command']}\n")  # to be copied: whole lines, YAML on lines of its own
+    assert got.stderr[:at].endswith("start the engine with\n" if name == "tensorrt-llm" else "start the engine with ")
+    assert all(" ".join(note.split()) in said for note in data["notes"]) and "wrote" in said
     plain = run(plan, "--to", name, "--model", config, "-o", out)
     assert plain.exit_code == 0 and plain.stdout.startswith("Placement(")
 
@@ -100,6 +103,9 @@ def test_orders_check_the_groups_of_a_named_model(tmp_path):
     assert [sorted(row[:4]) for row in json.loads((tmp_path / "x").read_text())["layers"].values()] == [
         [0, 1, 2, 3]
     ] * 2
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "topk_group": 2}))  # all groups: no limit
+    free = run(tmp_path / "p.npz", "--to", "megatron", "-m", tmp_path / "config.json", "-o", tmp_path / "z", "--json")
+    assert free.exit_code == 0 and json.loads(free.stdout)["routing_groups"] == 1, free.output
     alone = run(tmp_path / "p.npz", "--to", "megatron", "--keep-groups", "-o", tmp_path / "y")
     assert alone.exit_code == 2 and "give --model" in alone.stderr
 
@@ -129,6 +135,9 @@ def test_a_checkpoint_is_relabelled(tmp_path):
     assert got.exit_code == 0, got.output
     data = json.loads(got.stdout)
     assert data["moved_experts"] == 6 and data["files"] == 3
+    assert shlex.split(data["command"])[2:] == [
+        str(tmp_path / "new"), "--enable-expert-parallel", "--tensor-parallel-size", "2"
+    ]  # fmt: skip
     made = load_file(tmp_path / "new" / "model.safetensors")
     for layer, row in enumerate(rows):
         mlp = f"model.layers.{layer}.mlp"

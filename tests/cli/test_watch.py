@@ -18,7 +18,7 @@ from poise.observe.batching import make_batch
 from poise.observe.files import join
 from poise.observe.trace import RoutingTrace
 from poise.planning.placement import Placement
-from poise.watch.sources import UNREADABLE_POLLS, Tail
+from poise.watch.sources import LEAST_TOKENS, UNREADABLE_POLLS, Tail
 
 module = sys.modules["poise.cli.watch"]
 N, WINDOW, EVERY = 96, 12, 6
@@ -105,8 +105,8 @@ def test_it_alarms_after_the_change_and_not_before_and_a_new_placement_is_writte
     assert np.mean(after) < 0.9 * np.mean(before)
 
 
-def test_the_same_file_gives_the_same_lines_and_people_get_words(both, cluster, tmp_path):
-    both.save(tmp_path / "t.npz")
+def test_the_same_file_gives_the_same_lines_and_people_get_words(parts, cluster, tmp_path):
+    join([first_rows(part, size * N) for part, size in zip(parts, (60, 30), strict=True)]).save(tmp_path / "t.npz")
     one, two = (run(tmp_path / "t.npz", *options(cluster, "--once")) for _ in range(2))
     assert one.exit_code == 0 and one.stdout == two.stdout
     assert "ALARM" in one.stdout and "plan (first)" in one.stdout and "steps watched" in one.stderr
@@ -115,7 +115,7 @@ def test_the_same_file_gives_the_same_lines_and_people_get_words(both, cluster, 
 def test_a_growing_file_is_followed_and_torn_writes_are_tried_again(both, parts, cluster, tmp_path, monkeypatch):
     """The file grows by some hundred rows between looks; every other time it is caught half written."""
     path = tmp_path / "t.npz"
-    sizes = [*range(700, both.num_tokens, 1300), both.num_tokens]
+    sizes = [*range(700, both.num_tokens, 2600), both.num_tokens]
     first = first_rows(both, sizes[0])
     first.save(path)
     todo = [(size, torn) for size in sizes[1:] for torn in (True, False)]
@@ -161,9 +161,10 @@ def test_following_plans_in_the_background(parts, cluster, tmp_path, monkeypatch
 
 
 def test_a_placement_in_use_keeps_its_slots_and_moves_come_in_parts(parts, cluster, tmp_path):
-    trace = first_rows(parts[0], 60 * N)
+    trace = first_rows(parts[0], 54 * N)
     trace.save(tmp_path / "t.npz")
-    words = ["-c", cluster, "-n", N, "--window", WINDOW, "--every", EVERY, "--method", "lpt", "--once", "--json"]
+    words = ["-c", cluster, "-n", N, "--window", WINDOW, "--every", EVERY, "--method", "lpt", "--once", "--json",
+             "--traffic", "home"]  # fmt: skip
     use = api.plan(trace, str(cluster), redundant=16, method="round-robin").placement
     use.save(tmp_path / "use.npz")
     got = run(tmp_path / "t.npz", *words, "-p", tmp_path / "use.npz", "--max-moves", 20, "-o", tmp_path / "p.npz")
@@ -204,6 +205,35 @@ def test_steps_are_given_once_and_only_whole_ones(parts, tmp_path):
     first_rows(trace, 60).save(path)
     with pytest.raises(TraceError, match="holds 60 rows, 250 were read"):
         rows.steps(over=False)
+
+
+def test_the_first_few_rows_do_not_settle_what_a_step_is(parts, cluster, tmp_path):
+    path, tail = tmp_path / "t.npz", Tail(str(tmp_path / "t.npz"), None)
+    first_rows(parts[0], LEAST_TOKENS - 1).save(path)
+    got = tail.poll()
+    assert got.arrivals == () and got.notes == () and tail.tokens_per_step is None
+    assert Tail(str(path), None).steps(over=True).num_steps == 1
+    first_rows(parts[0], 40 * LEAST_TOKENS).save(path)
+    got = tail.poll()
+    assert tail.tokens_per_step == 40 * LEAST_TOKENS // 16 and got.arrivals[0].steps.num_steps == 16
+    assert got.notes[0].startswith("steps of 160 tokens, chosen by the first 2560 rows") and tail.poll().notes == ()
+    words = ["-c", cluster, "--once", "--method", "lpt"]
+    said = run(path, *words, "--json")
+    assert lines(said, "note") == [{"event": "note", "message": got.notes[0], "files": []}]
+    assert "steps of 160 tokens" in run(path, *words).stderr
+
+
+def test_a_trace_that_is_too_young_ends_as_any_other(parts, cluster, tmp_path, monkeypatch):
+    first_rows(parts[0], N - 1).save(tmp_path / "t.npz")
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", interrupted)
+    got = run(tmp_path / "t.npz", *options(cluster))
+    assert got.exit_code == 0 and "0 steps watched" in got.stderr and "error" not in got.stderr
+    got = run(tmp_path / "t.npz", *options(cluster, "--once"))
+    assert got.exit_code == 2 and f"holds {N - 1} rows, less than a step of {N}" in got.stderr
 
 
 def test_a_file_that_stays_broken_ends_the_watch(parts, cluster, tmp_path, monkeypatch):

@@ -78,9 +78,9 @@ def test_chunks_change_nothing(seed, traffic, split, loads, size):
     options = {"traffic": traffic, "split": split}
     whole = batch_cost(batch, count, cluster, tiny_model(batch), **options)
     with pytest.MonkeyPatch.context() as patch:
-        assert len(step_module._chunks(batch, 3)) == 1
+        assert len(step_module.step_chunks(batch, 3)) == 1
         patch.setattr(step_module, "_CHUNK_ELEMENTS", size)
-        chunks = step_module._chunks(batch, 3)
+        chunks = step_module.step_chunks(batch, 3)
         parts = batch_cost(batch, count, cluster, tiny_model(batch), **options)
     assert len(chunks) > 1
     assert [b for chunk in chunks for b in range(batch.num_steps)[chunk]] == list(range(batch.num_steps))

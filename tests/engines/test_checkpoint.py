@@ -147,6 +147,15 @@ def test_broken_groups_change_the_function(saved, tmp_path):
     assert distance(before, logits(load(tmp_path / "new"))) > 1e-3
 
 
+def test_groups_that_limit_nothing_may_be_broken(tmp_path):
+    source = write_checkpoint(tmp_path / "model", "deepseek-fp8", topk_group=4)
+    placement = expert_placement(EXPERTS, 4, [1, 2], 1, seed=0)
+    assert not any("groups" in note for note in relabel_checkpoint(placement, source, tmp_path / "new").notes)
+    limited = write_checkpoint(tmp_path / "limited", "qwen2-gptq", num_expert_group=4, topk_group=2)
+    with pytest.raises(PlacementError, match="a part of routing group"):
+        relabel_checkpoint(placement, limited, tmp_path / "third")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shard_count", [1, 4])
 def test_every_layout(layout, shard_count, tmp_path):

@@ -1,7 +1,10 @@
 """Every format as its engine reads it: golden files, round trips, refusals; their own weight movers follow our maps."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +169,28 @@ def test_open_proposals_say_that_no_release_loads_them(tmp_path):
         made = TARGETS[name].write(plan, tmp_path / name, ExportOptions())
         text = " ".join(made.notes)
         assert name[5:] in text and "no release loads" in text and "checkpoint" in text and "POISE_STATIC_MAP" in text
+
+
+def test_commands_can_be_pasted_and_name_the_ranks(tmp_path):
+    plan = Placement(np.array([[2, 0, 1, 3]]), np.array([0, 0, 1, 1]), 4, 2)
+    path = tmp_path / "a map: \U0001f642"
+    made = TARGETS["tensorrt-llm"].write(plan, path, ExportOptions())
+    assert yaml.safe_load(made.command) == {
+        "moe_config": {"load_balancer": str(path)}, "enable_attention_dp": True, "tensor_parallel_size": 2,
+        "moe_expert_parallel_size": 2,
+    }  # fmt: skip
+    for name in ("vllm-ascend", "vllm-34811", "vllm-49572"):
+        made = TARGETS[name].write(plan, path, ExportOptions())
+        words = shlex.split(made.command)
+        assert words[:3] == ["--enable-expert-parallel", "--tensor-parallel-size", "2"]
+        assert any("tensor-parallel x data-parallel size must be 2" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("name", ["megatron", "deepspeed"])
+def test_orders_name_the_page_that_applies_them(tmp_path, name):
+    made = TARGETS[name].write(Placement(np.array([[1, 0]]), np.array([0, 1]), 2, 2), tmp_path / "o", ExportOptions())
+    page = re.search(r"docs/\w+\.md", made.notes[0])
+    assert page and "apply_order_to_state" in (Path(__file__).parents[2] / page[0]).read_text("utf-8")
 
 
 def test_engines_move_weights_to_our_maps(sglang_wheel, vllm_wheel, tmp_path, subtests, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,10 +109,20 @@ def test_the_file(framework, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_deepspeed_files_load_on_their_ranks(tmp_path):
-    """Two MoE layers as DeepSpeed saves them; renamed, and read as its ranks read them."""
+RECIPE = next(
+    block
+    for block in re.findall(
+        r"```python\n(.*?)```",
+        (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text("utf-8"),
+        flags=re.DOTALL,
+    )
+    if "rename_deepspeed_files" in block
+)
+
+
+def test_deepspeed_files_load_on_their_ranks(tmp_path, monkeypatch):
+    """Two MoE layers as DeepSpeed saves them; reordered as the docs say, and read as its ranks read them."""
     plan = placement(1, layers=(2, 4))
-    orders = permutation(plan)
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     new.mkdir()
@@ -121,15 +132,21 @@ def test_deepspeed_files_load_on_their_ranks(tmp_path):
         for e in range(EXPERTS):
             part = {name: tensor for name, tensor in state.items() if (m := key.match(name)) and int(m[1]) == e}
             torch.save(part, old / f"layer_{layer}_expert_{e}_mp_rank_00_model_states.pt")
-    (old / "mp_rank_00_model_states.pt").touch()
-    names = rename_deepspeed_files([path.name for path in old.iterdir()], orders)
-    assert len(names) == 2 * EXPERTS and set(names) == set(names.values())
-    for name, renamed in names.items():
-        part = torch.load(old / name, weights_only=True)
-        torch.save(apply_order_to_state(part, orders[int(name.split("_")[1])], whole=False), new / renamed)
+    gate = NAMES["deepspeed"][2]
+    gates = [gate.replace("h.4.", f"h.{layer}.") for layer in (2, 10)]
+    assert len({*gates}) == 2
+    torch.save(
+        {"module": {name: state[gate] for name, state in zip(gates, states, strict=True)}},
+        old / "mp_rank_00_model_states.pt",
+    )
+    write_order(plan, tmp_path / "order.json", framework="deepspeed")
+    monkeypatch.chdir(tmp_path)
+    exec(RECIPE, {"folder": "old", "target": "new"})
+    assert {path.name for path in new.iterdir()} == {path.name for path in old.iterdir()}
+    routers = torch.load(new / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     x = torch.randn(32, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for layer, state in enumerate(states):
-        whole = {NAMES["deepspeed"][2]: state[NAMES["deepspeed"][2]][orders[layer].tolist()]}
+        whole = {gate: routers[gates[layer]]}
         for rank in range(DEVICES):
             for local in range(2):
                 expert = 2 * rank + local

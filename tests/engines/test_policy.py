@@ -204,6 +204,48 @@ def test_a_static_map_is_given_whatever_the_load(tmp_path):
     assert rebalance(np.ones((2, 2)), 4, 1, 1, 2, settings=settings).tolist() == [[0, 1, 1, 0], [1, 0, 0, 1]]
 
 
+def write_map(path, rows):
+    path.write_text(json.dumps({"physical_to_logical_map": rows}))
+
+
+@pytest.mark.parametrize("name", ["map.npz", "map.json"])
+def test_a_static_map_is_read_once(tmp_path, name):
+    """The first rearrangement comes thousands of steps after the start; what the file is by then differs by rank."""
+
+    def write(row):
+        if name.endswith("json"):
+            return write_map(tmp_path / name, [row])
+        return Placement(np.array([row]), np.array([0, 0, 1, 1]), 2, 2).save(tmp_path / name)
+
+    write([0, 1, 1, 0])
+    settings = PolicySettings.from_environment({"POISE_STATIC_MAP": str(tmp_path / name)})
+    write([1, 0, 0, 1])
+    first = rebalance(np.ones((1, 2)), 4, 1, 1, 2, settings=settings)
+    assert first.tolist() == [[0, 1, 1, 0]]
+    (tmp_path / name).unlink()
+    first[:] = 0
+    assert rebalance(np.ones((1, 2)), 4, 1, 1, 2, settings=settings).tolist() == [[0, 1, 1, 0]]
+
+
+def test_a_static_map_of_sglang_for_a_model_with_dense_layers(tmp_path):
+    sizes = {"num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "hidden_size": 8,
+             "moe_intermediate_size": 4, "first_k_dense_replace": 2}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    environ = {"POISE_STATIC_MAP": str(tmp_path / "m.json"), "POISE_MODEL": str(tmp_path / "config.json")}
+    moe, dense = [[0, 1, 1, 0], [1, 0, 0, 1]], [0, 1, 0, 1]
+    for rows in (moe, [dense, dense, *moe]):  # by MoE layers, and as 'poise export --to sglang' writes it
+        write_map(tmp_path / "m.json", rows)
+        settings = PolicySettings.from_environment(environ)
+        assert rebalance(np.ones((2, 2)), 4, 1, 1, 2, settings=settings).tolist() == moe
+    unnamed = PolicySettings.from_environment({**environ, "POISE_MODEL": ""})
+    with pytest.raises(PlacementError, match=r"\(4, 2, 4, 2\), the engine \(2, 2, 4, 2\)") as error:
+        rebalance(np.ones((2, 2)), 4, 1, 1, 2, settings=unnamed)
+    assert "POISE_MODEL" in error.value.hint
+    write_map(tmp_path / "m.json", [dense, *moe])
+    with pytest.raises(PlacementError, match=r"3 layers, \S+ 4, 2 of them MoE"):
+        PolicySettings.from_environment(environ)
+
+
 def test_settings_from_the_environment(tmp_path):
     assert PolicySettings.from_environment({"POISE_CLUSTER": " "}) == PolicySettings()
     got = PolicySettings.from_environment(

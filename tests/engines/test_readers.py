@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engines import dumps
@@ -205,6 +206,49 @@ def test_layers_that_predict_ahead_are_left_out(folder, tmp_path):
     data["moe_layer_count"] = 4
     (place / "map.json").write_text(json.dumps(data))
     same(read_dump(place, options=ReadOptions(MODEL)), known)
+
+
+def test_lists_of_moe_layers_alone_are_not_taken_for_decoder_layers(folder):
+    """One dense layer and one that predicts ahead: as many entries as the model has decoder layers."""
+    one_dense = {**dumps.CONFIG, "moe_layer_freq": [0, 1, 1, 1, 1]}
+    model = from_hf_config(one_dense, name="one dense")
+    map_LS = dumps.slot_map(np.random.default_rng(6))
+    place, _ = made(folder, "vllm_49572", 0)
+    (place / "map.json").write_text(json.dumps(map_LS.tolist()))
+    other, _ = made(folder, "ascend_map", 0)
+    layers = [{"layer_id": i, "device_list": [{"device_id": 0, "device_expert": row.tolist()}]}
+              for i, row in enumerate(map_LS)]  # fmt: skip
+    (other / "map.json").write_text(json.dumps({"layer_list": layers}))
+    for path in (place, other):
+        dump = read_dump(path, options=ReadOptions(model))
+        assert dump.slots.layer_ids_L.tolist() == [1, 2, 3, 4]
+        np.testing.assert_array_equal(dump.slots.map_LS, map_LS[:4])
+        assert "1 layers behind the model's own were left out" in dump.notes[0]
+
+
+@pytest.mark.parametrize("name", ["ascend_map", "vllm_49572", "vllm_routed", "load_history", "exflow"])
+def test_a_relabelling_is_not_applied_to_layers_that_are_guessed(folder, tmp_path, name):
+    place, _ = made(folder, name, 0)
+    order = np.stack([np.roll(np.arange(dumps.EXPERTS), 1) for _ in dumps.MOE])
+    (tmp_path / "poise-relabelling.json").write_text(Relabelling(np.array(dumps.MOE), order, "m").to_json())
+    assert read_dump(place).layers_by_place
+    assert any("--model gives decoder layers" in note for note in read_dump(place).notes)
+    with pytest.raises(OptionError, match=r"layer numbers are not known.*\nhint: give --model"):
+        read_dump(place, options=ReadOptions(relabelling=tmp_path))
+    dump = read_dump(place, options=ReadOptions(MODEL, relabelling=tmp_path))
+    assert not dump.layers_by_place and "expert ids are those before the relabelling" in dump.notes
+
+
+def test_tokenspeed_ranks_with_different_maps_are_told(folder):
+    place, known = made(folder, "tokenspeed", 1)
+    assert read_dump(place, options=ReadOptions(MODEL)).slots.maps_agree
+    first = sorted(place.iterdir())[0]
+    data = torch.load(first)
+    data["physical_to_logical_map"] = data["physical_to_logical_map"].flip(1)
+    torch.save(data, first)
+    dump = read_dump(place, options=ReadOptions(MODEL))
+    assert not dump.slots.maps_agree and "files have different maps" in dump.notes[0]
+    same(dump, known)
 
 
 def test_answers_without_a_shape_name_the_option(folder):

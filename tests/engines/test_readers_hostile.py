@@ -1,10 +1,12 @@
 """Untrusted dumps: whatever is in a file, a valid dump or a typed error comes out, no code runs, memory stays small."""
 
+import base64
 import io
 import json
 import pickle
 import resource
 import struct
+import time
 import warnings
 import zipfile
 import zlib
@@ -14,6 +16,7 @@ import pytest
 import torch
 from tests.engines import dumps
 
+from poise.engines import readers
 from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
 from poise.errors import InputError, NoResultError, TraceError
@@ -21,7 +24,7 @@ from poise.modelspec import from_hf_config
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
 MUTANTS = 10_000
-HEADROOM = 1 << 30
+HEADROOM = 1 << 29
 """Bytes of address space that reading small files may take; they have a few kilobytes."""
 
 
@@ -256,10 +259,16 @@ def test_broken_text_is_a_trace_error(tmp_path, text, little_memory):
         read_dump(tmp_path / "f")
 
 
-def test_torch_files_without_torch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ImportError("No module named 'torch'"), OSError("libcudart.so.12: cannot open")])
+def test_torch_files_where_torch_is_missing_or_broken(tmp_path, monkeypatch, error):
     torch.save({"logical_count": torch.ones(2, 2)}, tmp_path / "d.pt")
-    monkeypatch.setattr(parts, "torch_files", None)
-    with pytest.raises(NoResultError, match=r"needs PyTorch\nhint: pip install"):
+
+    def import_module(name):
+        assert name == "poise.engines.dumps.torch_files"
+        raise error
+
+    monkeypatch.setattr(parts.importlib, "import_module", import_module)
+    with pytest.raises(NoResultError, match=r"needs PyTorch: (No module|libcudart).*\nhint: pip install"):
         read_dump(tmp_path / "d.pt")
 
 
@@ -290,3 +299,87 @@ def test_headers_that_lie(tmp_path, little_memory):
     path.write_bytes(zlib.compress(bytes(100)))
     with pytest.raises(TraceError, match=r"not known|no known"):
         read_dump(path)
+
+
+def test_json_that_unfolds(tmp_path, little_memory):
+    """Empty lists, dicts and texts take twenty times their bytes."""
+    path = tmp_path / "f"
+    for start, item, count in ((b"[", b"[],", 21 << 20), (b"{", b'"":{},', 7 << 20), (b"{}\n[", b'"ab",', 21 << 20)):
+        path.write_bytes(start + item * count)
+        with pytest.raises(TraceError, match=r"may take \d+ bytes in memory, at most"):
+            read_dump(path)
+    path.write_bytes(b"{}\n" + b"1\n" * 100)
+    with pytest.raises(TraceError, match="not an object or a list"):
+        read_dump(path)
+    with path.open("wb") as stream:
+        stream.write(b"[0")
+        stream.truncate(parts.MAX_JSON_BYTES + 1)
+    with pytest.raises(TraceError, match=rf"{parts.MAX_JSON_BYTES + 1} bytes in JSON"):
+        read_dump(path)
+    text = b'{"1_1":' + b"[]," * (30 << 20)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(TraceError, match="in memory, at most"):  # the header of a safetensors file
+        read_dump(path)
+
+
+def test_pickles_that_unfold(tmp_path, little_memory):
+    path = tmp_path / "d.pt"
+    made = b"h\x00h\x01R" * 600_000  # what it says again and again is a new object each time
+    for data in (
+        b"\x80\x02ccollections\nOrderedDict\nq\x00)q\x01](" + made + b"e.",
+        b"\x80\x02](" + b"]" * (7 << 20) + b"e.",
+    ):
+        zipped_pickle(path, data)
+        with pytest.raises(TraceError, match=r"a pickle of \d+ bytes would take more than"):
+            read_dump(path)
+    zipped_pickle(path, bytes((32 << 20) + 1))
+    with pytest.raises(TraceError, match="above 33554432 bytes"):
+        read_dump(path)
+
+
+def test_many_files_share_one_limit(tmp_path, monkeypatch):
+    """Each may repeat a number up to 64 MiB, however small it is."""
+    monkeypatch.setattr(readers, "MAX_FILE_BYTES", 8 << 20)
+    for i in range(3):
+        torch.save({"logical_count": torch.ones(1).expand(1 << 10, 1 << 11)}, tmp_path / f"{i}.pt")  # 8 MiB
+    assert read_dump(tmp_path / "0.pt").profile.num_layers == 1 << 10
+    with pytest.raises(TraceError, match="more than 16777216 bytes together, or in memory"):
+        read_dump(tmp_path)
+
+
+def test_statistics_that_are_large_on_paper(tmp_path, little_memory):
+    text = json.dumps({"1_1": {"dtype": "U8", "shape": [1 << 30, 4], "data_offsets": [0, 1 << 32]}}).encode()
+    with (tmp_path / "rank0_raw.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + (1 << 32))
+    with pytest.raises(TraceError, match=r"4294967296 numbers, at most \d+ are read"):
+        read_dump(tmp_path)
+
+
+def test_numbers_of_one_byte_stay_small(tmp_path, little_memory):
+    """As int64 they would take eight times the file, 200 MiB, and two or three times that on the way."""
+    tokens = np.zeros((1 << 14, 1600), np.uint8)
+    tokens[0] = 3
+    np.save(tmp_path / "t.npy", tokens)
+    trace = read_dump(tmp_path / "t.npy").trace
+    assert trace.experts.shape == (*tokens.shape, 1) and trace.experts.dtype == np.int16
+
+
+def test_routed_experts_of_one_byte_stay_small(tmp_path, little_memory):
+    shape = (1 << 14, 384, 4)
+    rows = np.broadcast_to(np.arange(4, dtype=np.uint8), shape)
+    answer = {"routed_experts": base64.b64encode(rows.tobytes()).decode(), "routed_experts_dtype": "uint8",
+              "prompt_tokens": shape[0], "completion_tokens": 1}  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"meta_info": answer}))
+    trace = read_dump(tmp_path / "a.json", options=ReadOptions(top_k=4)).trace
+    assert trace.experts.shape == shape and trace.experts.dtype == np.int16
+
+
+def test_many_keys_with_one_twice_are_told_at_once(tmp_path):
+    """Looking for the one that is there twice took the square of their number."""
+    keys = ",".join(f'"{i}":0' for i in range(30_000))
+    (tmp_path / "f").write_text(f'{{{keys},"29999":0}}')
+    start = time.monotonic()
+    with pytest.raises(TraceError, match="key '29999' appears twice"):
+        read_dump(tmp_path / "f")
+    assert time.monotonic() - start < 3

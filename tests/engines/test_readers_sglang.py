@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engines import dumps, engine_stubs
 
-from poise.engines.readers import ReadOptions, read_dump
+from poise.engines.readers import ReadOptions, read_dump, read_slot_map
 from poise.errors import TraceError
 from poise.modelspec import from_hf_config
 from poise.planning.placement import Placement
@@ -237,6 +237,45 @@ def test_ranks_that_count_the_same_passes_alike_count_once(tmp_path):
     assert "1 of 2 files count the tokens of another one" in twice.notes[0]
     three = read_dump(_files(tmp_path, [mine, twin, other], map_LS)).profile.load_BLE
     np.testing.assert_array_equal(three[:2], 2 * once[:2])
+
+
+def test_ranks_with_different_maps_are_told(tmp_path):
+    rng = np.random.default_rng(8)
+    planned = dumps.slot_map(rng)
+    other = rng.permutation(dumps.EXPERTS)[planned]
+    dense = planned.copy()
+    dense[[i for i in range(dumps.LAYERS) if i not in dumps.MOE]] = 0  # layers without experts hold none
+    records = [[one(rng, 6 + rank, planned, rank=rank)[0]] for rank in range(3)]
+    for detail in ("topk_ids_of_layer", None):
+        files = [[{k: v for k, v in r.items() if k != "topk_ids_of_layer" or detail} for r in file] for file in records]
+        for maps, agree in (
+            ([planned] * 3, True),
+            ([other, planned, planned], False),
+            ([dense, planned, planned], True),
+        ):
+            for rank, map_LS in enumerate(maps):
+                torch.save(dumps.detail(files[rank], map_LS), tmp_path / f"{rank}.pt")
+            dump = read_dump(tmp_path, options=ReadOptions(MODEL))
+            assert dump.slots.maps_agree is agree and (dump.trace is None) is (detail is None)
+            np.testing.assert_array_equal(dump.slots.map_LS, planned[dumps.MOE])
+            assert any("files have different maps" in note for note in dump.notes) is (maps[0] is not planned)
+            if not agree:
+                with pytest.raises(TraceError, match="ranks report different maps"):
+                    read_slot_map(tmp_path)
+
+
+def test_copies_are_told_from_slots_where_a_map_was_lost(tmp_path):
+    """Ranks with the same tokens; the map of one file is a later one, by which its experts would be others."""
+    rng = np.random.default_rng(9)
+    map_LS, later = dumps.slot_map(rng), dumps.slot_map(rng)
+    record, chosen = one(rng, 6, map_LS)
+    count = {key: record[key] for key in ("forward_pass_id", "rank", "global_physical_count")}
+    for held in (record, count):
+        torch.save(dumps.detail([held], map_LS), tmp_path / "0.pt")
+        torch.save(dumps.detail([{**held, "rank": 1}], later), tmp_path / "1.pt")
+        dump = read_dump(tmp_path, options=ReadOptions(MODEL))
+        assert dump.slots.count_BLS.sum() == chosen.size and not dump.slots.maps_agree
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], dumps.count(chosen, dumps.EXPERTS))
 
 
 def served(rng, requests, chunk):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.verify import verify
-from poise.errors import PlacementError, TraceError
-from poise.observe.trace import LoadProfile
+from poise.errors import OptionError, PlacementError, TraceError
+from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 
 EXPERTS, DEVICES, PER, LAYERS = 8, 4, 3, 3
@@ -61,8 +61,8 @@ def test_a_plan_that_runs_is_live_and_balances_as_predicted(seed, says_loads):
     assert found.measured == pytest.approx(found.predicted)
     for index, layer in enumerate(found.layers):  # by hand: device loads of each record
         device = counted(load, plan.slot_expert_LS)[:, index].reshape(len(load), DEVICES, PER).sum(axis=2)
-        balance = (device.mean(axis=1) / device.max(axis=1)).mean()
-        assert layer.measured == pytest.approx(1 / balance) and layer.predicted == pytest.approx(1 / balance)
+        imbalance = (device.max(axis=1) / device.mean(axis=1)).mean()
+        assert layer.measured == pytest.approx(imbalance) and layer.predicted == pytest.approx(imbalance)
 
 
 @given(st.integers(0, 2**20))
@@ -74,7 +74,7 @@ def test_a_dropped_map_is_found_layer_by_layer(seed):
     found = verify(plan, dump_of(load, running))
     assert not found.live
     assert [layer.state for layer in found.layers] == ["live", "trivial map", "live"]
-    assert "1 of 3 layers, 1 of them run the trivial map" in found.sentence()
+    assert "1 of 3 layers, 1 of them the trivial map" in found.sentence()
     assert found.layers[1].wrong == int((running[1] != plan.slot_expert_LS[1]).sum())
 
 
@@ -130,13 +130,53 @@ def test_a_balance_alone_tells_the_plan_from_the_trivial_map():
         verify(plan, EngineDump("sglang", "stat", profile=profile))
 
 
+def test_vllm_logs_sums_over_layers_and_passes_before_the_map_do_not_count():
+    load = np.zeros((2, 2, 4))
+    load[:, 0] = [100, 0, 100, 0]
+    load[:, 1] = [60, 60, 0, 0]
+    plan = Placement(np.array([[0, 1, 2, 3], [0, 2, 1, 3]]), np.array([0, 0, 1, 1]), 4, 2)
+    profile = LoadProfile(load)
+    planned = (100 + 60) / (100 + 60)
+    trivial = (100 + 60) / (100 + 120)
+
+    def log(*balance):
+        return EngineDump("vllm", "balance-log", profile=profile, balance_B=np.array(balance))
+
+    on = verify(plan, log(trivial, planned))
+    assert on.live and on.predicted == pytest.approx(planned) and on.trivial == pytest.approx(trivial)
+    assert verify(plan, log(planned, trivial)).live is False
+    many = log(*[0.5] * 8)
+    assert verify(plan, many).live is None and "single passes are less balanced" in " ".join(verify(plan, many).notes)
+
+
+def test_a_trace_with_steps_is_judged_step_by_step():
+    experts = np.array([[0], [0], [1], [1]])[:, :, None]
+    trace = RoutingTrace(experts, 4, step=np.array([0, 0, 1, 1]))
+    plan = Placement(np.arange(4)[None], np.array([0, 1, 2, 3]), 4, 4)
+    found = verify(plan, EngineDump("sglang", "stat", trace=trace, balance_B=np.array([0.25, 0.25])))
+    assert found.predicted == pytest.approx(0.25)  # all tokens together: 0.5
+
+
+def test_a_file_says_what_should_run_and_ranks_that_differ_are_told():
+    plan, load = plan_of(4), loads_of(4)
+    made = EngineDump("sglang", "map", slots=SlotRecord(IDS, plan.slot_expert_LS.copy()))
+    found = verify(plan, made)
+    assert found.live is None and "whether the engine runs it, it does not say" in found.sentence()
+    assert verify(plan, made, recorded=True).live
+    whole = dump_of(load, plan.slot_expert_LS)
+    apart = verify(plan, replace(whole, slots=replace(whole.slots, maps_agree=False)))
+    assert apart.live is False and "different maps" in apart.sentence()
+
+
 def test_layers_that_were_not_recorded_are_unseen_and_other_shapes_refused():
     plan, load = plan_of(1), loads_of(1)
     whole = dump_of(load, plan.slot_expert_LS)
     part = replace(whole, slots=SlotRecord(IDS[:2], whole.slots.map_LS[:2]))
     found = verify(plan, part)
-    assert [layer.state for layer in found.layers] == ["live", "live", "unseen"] and found.live
-    assert "all 2 layers that were seen" in found.sentence()
+    assert [layer.state for layer in found.layers] == ["live", "live", "unseen"] and found.live is None
+    assert "2 of 3 layers; the others were not seen" in found.sentence()
+    with pytest.raises(OptionError, match=r"part of 1, got 5"):
+        verify(plan, whole, tolerance=5)
     wide = replace(whole, slots=SlotRecord(IDS, np.zeros((LAYERS, 16), np.int32)))
     with pytest.raises(PlacementError, match="16 slots a layer, the placement has 12"):
         verify(plan, wide)

@@ -143,6 +143,9 @@ def test_a_static_map(engine, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("POISE_STATIC_MAP", str(tmp_path / "p.npz"))
     vllm_plugin.register()
     ours = policies["default"]
+    (tmp_path / "p.npz").unlink()  # read once: neither a second call nor a rearrangement opens it again
+    vllm_plugin.register()
+    assert policies["default"] is ours
     for load in (torch.zeros((2, 4), dtype=torch.int32), torch.tensor([[9, 1, 1, 1]] * 2)):
         assert ours.rebalance_experts(load, 6, 1, 1, 2, None).tolist() == rows.tolist()
     draft = torch.tensor([[0, 1, 2, 3, 1, 0]])  # a draft model has other layers: its map stays

@@ -2,7 +2,8 @@
 
 As the engine does (0.5.x): the answers are a line of text, the dump is a ring buffer's content, unused rows and all,
 saved with torch.save, dense layers have rows of zeros, and slots are split over ranks in order. What the engine has
-not, under ``/replay``: its own measured balance, another domain, and a restart with the newest exported map.
+not, under ``/replay``: its own measured balance, another domain, and a restart with the newest exported map (409
+before there is one). As there, a start draws a seed and is told where its map was.
 """
 
 import argparse
@@ -56,7 +57,7 @@ class Engine:
         experts, layers = self.traffic.num_experts, 1 + self.traffic.experts.shape[1]
         self.map_LS = np.tile(np.arange(experts + REDUNDANT) % experts, (layers, 1))
         self.ring, self.at = np.zeros((BUFFER, layers, experts), np.int32), 0
-        self.recording, self.generation, self.down = False, 0, 0
+        self.recording, self.generation, self.down, self.location = False, 0, 0, "trivial"
         self.history = []
 
     def start(self):
@@ -87,12 +88,14 @@ class Engine:
 
     def restart(self):
         self.map_LS = np.array(json.loads(self.map_path.read_text())["physical_to_logical_map"])
-        self.generation, self.recording, self.down = self.generation + 1, False, 2
+        self.generation, self.recording, self.down = self.generation + 1, False, 1
+        self.location = str(self.map_path.absolute())
         return "restarted\n"
 
     def settings(self):
         return {"expert_distribution_recorder_mode": "stat", "ep_size": RANKS, "ep_num_redundant_experts": REDUNDANT,
-                "enable_eplb": False, "init_expert_location": "trivial", "internal_states": []}  # fmt: skip
+                "enable_eplb": False, "init_expert_location": self.location, "random_seed": self.generation,
+                "internal_states": []}  # fmt: skip
 
     def answer(self, method, target):
         """Status and text, or None: the connection is dropped, as by an engine that is starting."""
@@ -100,6 +103,8 @@ class Engine:
         if parts.path == "/replay":
             return 200, json.dumps({"history": self.history, "recording": self.recording, "down": self.down})
         if parts.path == "/replay/restart":
+            if not self.map_path.is_file():
+                return 409, "no map yet: wait for the first plan that is taken\n"
             return 200, self.restart()
         if parts.path == "/replay/domain":
             self.domain = parse_qs(parts.query)["name"][0]

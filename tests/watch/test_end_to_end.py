@@ -101,6 +101,12 @@ def test_a_drift_behind_sglangs_recorder_is_met_and_shown(tmp_path):
         count = np.sum([fresh.step("python") for _ in range(60)], axis=0)
         assert balance(new, count) < 0.85 * balance(old, count)
 
+        def over_start():
+            """How much better the placement decided on is than what the engine was started with."""
+            value = scraped(page)
+            return value["poise_imbalance_first_placement"] / value["poise_imbalance"]
+
+        until(lambda: over_start() > 1 / 0.9, "a restart that would pay")
         get(f"{url}/replay/restart", "POST")
 
         def history():
@@ -113,6 +119,8 @@ def test_a_drift_behind_sglangs_recorder_is_met_and_shown(tmp_path):
         assert measured[1] < 0.85 * measured[0]
 
         until(lambda: json.loads(get(page + "state.json"))["up"], "the engine to be back")
+        until(lambda: over_start() < 1.05, "the restart to be taken in")
+        assert any("started anew" in note["message"] for note in watch.of("note"))
         check_scrape(page)
         assert get(page + "healthz") == "ok\n" and len(list(dumps.iterdir())) <= 2
         check_page(page)
@@ -122,6 +130,11 @@ def test_a_drift_behind_sglangs_recorder_is_met_and_shown(tmp_path):
         watch.reader.join(20)
         watch.process.stdout.close()
         assert not json.loads(get(f"{url}/replay"))["recording"]
+
+
+def scraped(page):
+    families = text_string_to_metric_families(get(page + "metrics"))
+    return {family.name: family.samples[0].value for family in families}
 
 
 def check_scrape(page):
@@ -134,7 +147,7 @@ def check_scrape(page):
         "true": len(taken), "false": len(state["plans"]) - len(taken)
     }  # fmt: skip
     assert value["poise_imbalance_predicted"] == taken[-1]["predicted"] and value["poise_last_plan_gap"] > 0
-    assert 1 <= value["poise_imbalance"] < 0.9 * value["poise_imbalance_first_placement"]
+    assert value["poise_imbalance"] >= 1
     assert len(families["poise_layer_imbalance"].samples) == 8
 
 

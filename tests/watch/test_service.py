@@ -18,7 +18,7 @@ from poise.planning.placement import Placement
 from poise.watch import board as board_module
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics
-from poise.watch.service import Output, Planned, Seen, Service, Setup, Trouble, rows_of
+from poise.watch.service import Output, Planned, Seen, Service, Setup, Told, Trouble, rows_of
 from poise.watch.sources import Arrival, Polled, recorded_steps
 
 WINDOW, EVERY, STEPS = 12, 6, 12
@@ -47,13 +47,15 @@ class Script:
     """A source that brings what it was given, one look after the other; the last look over and over."""
 
     def __init__(self, *polls):
-        self.polls, self.closed = list(polls), 0
+        self.polls, self.closed, self.start = list(polls), 0, None
 
     def poll(self, *, last=False):
         return self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
 
     def first_placement(self, steps, num_devices):
-        return None
+        if isinstance(self.start, Exception):
+            raise self.start
+        return self.start
 
     def close(self):
         self.closed += 1
@@ -202,6 +204,70 @@ def test_waits_are_the_sources_or_the_interval(dumps):
     assert waits == [0.5, 5.0, 5.0] and of(events, Polled) == polls and source.closed == 1
 
 
+def test_what_is_left_is_asked_for_at_once(dumps):
+    def service():
+        return Service(
+            Script(*[Polled((dumps[k],), more=k < 2) for k in range(3)], Polled()), Setup(CLUSTER, settings())
+        )
+
+    events, waits = run(service(), times=2)
+    assert [len(of(events, Polled)), waits] == [4, [5.0, 5.0]]
+    kept = service()
+    list(kept.run(once=True, interval_s=1.0, wait=pytest.fail))
+    assert kept.controller.step == 3 * STEPS
+
+
+def test_moves_in_parts_are_measured_only_where_they_serve_for_a_window(dumps):
+    service = Service(
+        Script(Polled(tuple(dumps[:8]))), Setup(CLUSTER, settings(max_moves=10), redundant=8), measured=True
+    )
+    board, events = Board({}, window=WINDOW), []
+    for event in service.run(once=True, interval_s=1.0, wait=pytest.fail):
+        board.note(event)
+        events.append(event)
+    taken, looks = [plan for plan in board.state()["plans"] if plan["accepted"]], board.state()["looks"]
+    assert len(taken) >= 3 and {plan["reason"] for plan in taken} == {"first", "continued"}
+    for plan, after in zip(taken, [*taken[1:], None], strict=True):
+        end = len(looks) * EVERY if after is None else after["step"]
+        look = next((one for one in looks if plan["step"] + WINDOW <= one["step"] <= end), None)
+        assert plan["measured"] == (None if look is None else look["imbalance"])
+    assert taken[0]["measured"] is None and taken[0]["superseded"]
+
+    replaced = Board({}, window=WINDOW)
+    for event in events:
+        replaced.note(event)
+        if isinstance(event, Planned):
+            replaced.note(Told("another map", replaced=True))
+    assert all(plan["measured"] is None for plan in replaced.state()["plans"])
+
+
+def test_the_engines_start_is_what_it_was_started_with_last(dumps):
+    service = Service(
+        source := Script(Polled(tuple(dumps[:7]))), Setup(CLUSTER, settings(), redundant=8), measured=True
+    )
+    events, _ = run(service)
+    last = of(events, Seen)[-1]
+    assert last.now.imbalance < 0.9 * last.first.imbalance
+    source.start = service.controller.current
+    source.polls = [Polled((dumps[7],), restarted=True)]
+    events, _ = run(service)
+    assert [told.message for told in of(events, Told)] == ["the engine was started anew"]
+    assert all(seen.now.imbalance == seen.first.imbalance for seen in of(events, Seen)) and of(events, Seen)
+    old = Placement(np.tile(np.arange(40) % 32, (9, 1)), np.repeat(np.arange(8), 5), 32, 8)
+    source.start = old
+    events, _ = run(service)
+    assert "not with the newest placement" in of(events, Told)[0].message and service._first is not old
+    assert of(events, Seen)[-1].now.imbalance < of(events, Seen)[-1].first.imbalance
+    thin = Placement(np.tile(np.arange(32), (9, 1)), np.repeat(np.arange(8), 4), 32, 8)
+    for start, words in (
+        (OptionError("not a .json file"), "not a .json"),
+        (thin, "32 slots a layer, plans are for 40"),
+    ):
+        source.start, before = start, service._first
+        events, _ = run(service)
+        assert words in of(events, Trouble)[0].message and service._first is before
+
+
 def test_the_engines_own_map_counts(dumps):
     steps = dumps[0].steps
     table = np.tile(np.arange(32, dtype=np.int32)[::-1].copy(), (9, 1))
@@ -213,8 +279,13 @@ def test_the_engines_own_map_counts(dumps):
     np.testing.assert_array_equal(service._first.slot_expert_LS, table[1:])
     planned = service.controller.current
     assert (planned.slot_expert_LS != table[1:]).any()
-    run(service, times=1)  # the engine says that it still runs what it was started with
+    events, _ = run(service, times=1)  # the engine says that it still runs what it was started with
+    assert [told.replaced for told in of(events, Told)] == [True]
     np.testing.assert_array_equal(service.controller.current.slot_expert_LS, table[1:])
+    record = SlotRecord(np.arange(9, dtype=np.int32), np.roll(table, 1, axis=1))
+    service.source = Script(Polled((Arrival(None, record),)))
+    run(service)
+    np.testing.assert_array_equal(service._first.slot_expert_LS, record.map_LS[1:])
     narrow = SlotRecord(np.arange(9, dtype=np.int32), np.zeros((9, 33), np.int32))
     service.source = Script(Polled((Arrival(None, narrow),)))
     events, _ = run(service)
@@ -225,8 +296,9 @@ def test_what_cannot_be_written_is_tried_again(dumps, tmp_path):
     folder = tmp_path / "maps"
     folder.mkdir()
     polls = (Polled(tuple(dumps[:3])), Polled((dumps[3],)), Polled())
-    service = Service(Script(*polls), Setup(CLUSTER, settings()), [Output("sglang", folder / "map.json")])
-    events, waits = [], []
+    outputs = [Output("sglang", folder / "map.json"), Output("npz", tmp_path / "p.npz")]
+    service = Service(Script(*polls), Setup(CLUSTER, settings()), outputs)
+    board, events, waits = Board({}, window=WINDOW), [], []
 
     def wait(seconds):
         waits.append(seconds)
@@ -240,9 +312,26 @@ def test_what_cannot_be_written_is_tried_again(dumps, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         for event in service.run(once=False, interval_s=1.0, wait=wait):
             events.append(event)
+            board.note(event)
     plan = of(events, Planned)[0]
-    assert plan.decision.accepted and plan.written == ()
-    assert "tried again" in of(events, Trouble)[0].message and (folder / "map.json").exists()
+    assert plan.decision.accepted and plan.written == (tmp_path / "p.npz",)
+    after = events[events.index(plan) + 1 :]  # a failure; it is tried before the next look, and again
+    assert [type(event) for event in after] == [Trouble, Trouble, Polled, Told, Polled]
+    assert "tried again" in after[0].message and after[3].written == (folder / "map.json",)
+    assert board.state()["plans"][0]["files"] == [str(tmp_path / "p.npz"), str(folder / "map.json")]
+    assert (folder / "map.json").exists()
+
+
+def test_one_output_that_fails_at_the_end_does_not_cost_the_others(dumps, tmp_path):
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    outputs = [Output("sglang", folder / "map.json"), Output("npz", tmp_path / "p.npz")]
+    service = Service(Script(Polled(tuple(dumps[:5]))), Setup(CLUSTER, settings()), outputs)
+    with pytest.raises(PlacementError, match=r"map\.json"):
+        for event in service.run(once=True, interval_s=1.0, wait=pytest.fail):
+            if isinstance(event, Seen) and folder.exists():
+                folder.rmdir()
+    assert (tmp_path / "p.npz").exists()
 
 
 def test_a_plan_that_fails_does_not_end_the_watch(dumps, monkeypatch):

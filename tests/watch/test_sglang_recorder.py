@@ -98,7 +98,7 @@ def test_it_records_between_looks_and_leaves_the_recorder_stopped(engine):
     assert second.dumps == 1 and second.arrivals[0].steps.num_steps == 2 and second.wait_s is None
     source.close()
     source.close()
-    assert engine.paths() == [f"POST {STOP}"]
+    assert engine.paths() == [f"GET {INFO}", f"POST {STOP}"]
 
 
 def test_keys_go_where_they_belong(engine):
@@ -135,14 +135,37 @@ def test_an_engine_that_must_not_be_recorded_is_not_asked(engine, settings, word
     assert engine.paths() == [f"GET {INFO}"]
 
 
-def test_an_engine_started_anew_with_other_settings_is_not_asked_either(engine):
-    source = recorder(engine)
+@pytest.mark.parametrize("settings", [{"expert_distribution_recorder_mode": None}, {"enable_eplb": True}])
+def test_an_engine_started_anew_with_other_settings_is_not_asked_either(engine, settings):
+    """Nor when leaving: the request to stop would end it, or stop its own rebalancing."""
+    source, leaving = recorder(engine), recorder(engine)
     source.poll()
+    leaving.poll()
     engine.paths()
-    engine.settings["expert_distribution_recorder_mode"] = None
+    engine.settings.update(settings)
     with pytest.raises(OptionError):
         source.poll()
+    source.close()
     assert engine.paths() == [f"GET {INFO}"]
+    leaving.close()
+    assert engine.paths() == [f"GET {INFO}"]
+
+
+def test_a_start_anew_is_met(engine):
+    source = recorder(engine)
+    engine.settings["random_seed"] = 1
+
+    def restarted():
+        return source.poll().restarted
+
+    assert [restarted(), restarted()] == [False, False]
+    for settings in ({"random_seed": 2}, {"init_expert_location": "/maps/map.json"}):
+        engine.settings.update(settings)
+        assert [restarted(), restarted()] == [True, False]
+    engine.replies[INFO] = 500, "busy"
+    assert not restarted()
+    engine.replies.clear()
+    assert not restarted()
 
 
 def test_old_engines_are_asked_by_the_old_name(engine):
@@ -180,7 +203,8 @@ def test_an_engine_that_is_down_is_waited_for(tmp_path):
     assert all("no answer from" in got.problems[0] for got in down)
     engine = Engine(tmp_path, port)
     try:
-        assert source.poll().up and engine.paths() == [f"GET {INFO}", f"POST {START}"]
+        got = source.poll()
+        assert got.up and got.restarted and engine.paths() == [f"GET {INFO}", f"POST {START}"]
         engine.close()
         source.close()  # gone: nothing to stop
     finally:

@@ -71,11 +71,6 @@ def _placement(path: Path, options: ReadOptions) -> Placement | SlotRecord:
 
 
 def _write_traffic(dump: EngineDump, output: Path) -> str:
-    if dump.trace is None and dump.profile is None and dump.slots is not None:
-        raise TraceError(
-            f"{dump.engine} {dump.kind}: a map of slots, no traffic",
-            hint="'poise verify' compares it with a plan; --devices D writes it as a placement",
-        )
     traffic = dump.traffic
     if isinstance(traffic, LoadProfile):
         _write_profile(traffic, output, dump.recorded_layers)
@@ -107,6 +102,8 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
 def _write_placement(dump: EngineDump, devices: int, options: ReadOptions, output: Path) -> str:
     if dump.slots is None or dump.slots.map_LS is None:
         raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
+    if not dump.slots.maps_agree:
+        raise TraceError(f"{dump.engine} {dump.kind}: ranks report different maps", hint="name the file of one of them")
     map_LS = dump.slots.map_LS
     if devices < 1 or map_LS.shape[1] % devices:
         raise OptionError(f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices")

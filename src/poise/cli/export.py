@@ -65,7 +65,8 @@ def export(
         if made.unplanned:
             o.talk.print(f"{made.unplanned} layers were not planned: they start as the engine would start them")
         if made.command:
-            o.talk.print(f"start the engine with {made.command}", markup=False, soft_wrap=True)
+            space = "\n" if "\n" in made.command else " "
+            o.talk.print(f"start the engine with{space}{made.command}", markup=False, soft_wrap=True)
         for note in made.notes:
             o.talk.print(note, markup=False)
         o.talk.print(f"wrote {output}", markup=False)

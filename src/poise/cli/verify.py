@@ -28,6 +28,9 @@ def verify(
     traffic: Annotated[
         Path | None, typer.Option(help="What ran meanwhile, for a dump that reports a balance alone (a server log).")
     ] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="The map file was written by the running engine (vllm-ascend).")
+    ] = False,
     tolerance: Annotated[float, typer.Option(help="Relative; balances this near count as equal.")] = 0.05,
     json: o.Json = False,
 ) -> None:
@@ -43,8 +46,8 @@ def verify(
         dump = read_dump(dumps, options=ReadOptions(model=spec))
         if traffic is not None:
             ran = read_dump(traffic, options=ReadOptions(model=spec))
-            dump = replace(dump, trace=ran.trace, profile=ran.profile)
-        found = check(plan, dump, tolerance=tolerance)
+            dump = replace(dump, trace=ran.trace, profile=ran.profile, recorded_layers=ran.recorded_layers)
+        found = check(plan, dump, tolerance=tolerance, recorded=True if recorded else None)
         if json:
             o.print_json(_facts(found))
         else:
@@ -57,7 +60,7 @@ def verify(
 
 def _facts(found: Verification) -> dict[str, Any]:
     return {
-        "live": found.live, "evidence": found.evidence, "as_predicted": found.as_predicted,
+        "live": found.live, "recorded": found.recorded, "evidence": found.evidence, "as_predicted": found.as_predicted,
         "balance": {"measured": found.measured, "predicted": found.predicted, "without_plan": found.trivial},
         "verdict": found.sentence(),
         "layers": [{"layer": f.layer_id, "state": f.state, "wrong": f.wrong, "imbalance_measured": f.measured,

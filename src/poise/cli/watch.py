@@ -32,7 +32,7 @@ from poise.planning.solve.solve import METHODS
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics
 from poise.watch.page import Page, answers, listen_address
-from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Trouble
+from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Told, Trouble
 from poise.watch.sglang_recorder import SGLangRecorder
 from poise.watch.sources import DumpFolder, Polled, Source, Tail
 
@@ -175,7 +175,7 @@ def watch(
                     teller.say(event)
             except KeyboardInterrupt:
                 pass
-        if service.controller is None and isinstance(source, Tail):
+        if service.controller is None and not follow and isinstance(source, Tail):
             raise TraceError(f"{trace} holds {source.tokens} rows, less than a step of {source.tokens_per_step}")
         if service.controller is None and not follow:
             raise TraceError(f"{trace} holds no dump with traffic")
@@ -226,8 +226,12 @@ class _Teller:
                 if message not in self._told:
                     self._say_problem(message)
             self._told = event.problems
+            for message in event.notes:
+                self._say_note(Told(message))
         elif isinstance(event, Trouble):
             self._say_problem(event.message)
+        elif isinstance(event, Told):
+            self._say_note(event)
         elif isinstance(event, Seen):
             _say_look(event.look, self._json)
         else:
@@ -238,6 +242,12 @@ class _Teller:
             _line({"event": "problem", "message": message})
         else:
             o.talk.print(message, markup=False, soft_wrap=True)
+
+    def _say_note(self, told: Told) -> None:
+        if self._json:
+            _line({"event": "note", "message": told.message, "files": [str(path) for path in told.written]})
+        else:
+            o.talk.print(told.message, markup=False, soft_wrap=True)
 
 
 def _say_listening(url: str, json: bool) -> None:

@@ -28,11 +28,13 @@ class SlotRecord:
     layer_ids_L : int32 [L], decoder layers, ascending.
     map_LS : int32 [L, S], expert in each physical slot as the engine says it runs, -1 empty; None: it does not say.
     count_BLS : float64 [B, L, S], pairs that each slot computed in each record; None: not recorded.
+    maps_agree : whether all ranks and records that name a map name the same; where False, ``map_LS`` is the last one.
     """
 
     layer_ids_L: NDArray[np.int32]
     map_LS: NDArray[np.int32] | None = None
     count_BLS: NDArray[np.float64] | None = None
+    maps_agree: bool = True
 
     def __post_init__(self) -> None:
         layers = len(self.layer_ids_L)
@@ -54,12 +56,13 @@ class EngineDump:
     Parameters
     ----------
     engine : ``sglang``, ``vllm``, ``tensorrt-llm``, ``vllm-ascend``, ... or ``poise``.
-    kind : the format, as in docs/engines.md (``stat``, ``per-token``, ``routed-experts``, ...).
+    kind : the format, as in docs/dumps.md (``stat``, ``per-token``, ``routed-experts``, ...).
     trace : routing token by token, logical ids, MoE layers only.
     profile : loads, logical ids, MoE layers only.
     slots : what physical slots held and computed.
     balance_B : float64 [B], mean over fullest device as the engine reported it; None: it did not.
     recorded_layers : layers that the record has, those without load (dense ones) included; None: unknown.
+    layers_by_place : the record names no layers and no model was given, so they are numbered by their place.
     notes : what a user should know: layers left out, rows dropped, what had to be assumed.
     """
 
@@ -70,6 +73,7 @@ class EngineDump:
     slots: SlotRecord | None = None
     balance_B: NDArray[np.float64] | None = None
     recorded_layers: int | None = None
+    layers_by_place: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -87,9 +91,10 @@ class EngineDump:
         found = self.trace if self.trace is not None else self.profile
         if found is None:
             what = "the balance of devices" if self.slots is None else "a map of slots"
-            raise TraceError(
-                f"{self.engine} {self.kind}: {what}, no traffic", hint="'poise verify' compares a map with a plan"
-            )
+            hint = "'poise verify' compares it with a plan"
+            if self.slots is not None:
+                hint += "; 'poise convert --devices D' writes it as a placement"
+            raise TraceError(f"{self.engine} {self.kind}: {what}, no traffic", hint=hint)
         return found
 
     def __repr__(self) -> str:

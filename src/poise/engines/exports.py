@@ -59,7 +59,7 @@ class Written:
     ----------
     filled : empty slots that were filled with replicas.
     unplanned : layers with a trivial row, as nothing was planned for them.
-    command : how to start the engine with it, to be copied.
+    command : how to start the engine with it, to be copied as it is; lines of YAML where the engine takes a file.
     notes : what to mind.
     facts : more for ``--json``.
     """
@@ -89,6 +89,15 @@ def _redundant(placement: Placement) -> int:
 
 def _quoted(value: dict[str, Any]) -> str:
     return quote(json.dumps(value))
+
+
+def _on_ranks(placement: Placement) -> str:
+    """Flags of vLLM for as many ranks as the placement has devices."""
+    return f"--enable-expert-parallel --tensor-parallel-size {placement.num_devices}"
+
+
+def _ranks_note(placement: Placement) -> str:
+    return f"tensor-parallel x data-parallel size must be {placement.num_devices}: so many ranks share the experts"
 
 
 def _npz(placement: Placement, path: Path, options: ExportOptions) -> Written:
@@ -129,8 +138,8 @@ def _tensorrt(placement: Placement, path: Path, options: ExportOptions) -> Writt
     return Written(
         made.filled,
         made.unplanned,
-        command=f"moe_config: {{load_balancer: {json.dumps(str(path))}}}, enable_attention_dp: true, "
-        f"tensor_parallel_size: {ranks}, moe_expert_parallel_size: {ranks}",
+        command=f"moe_config: {{load_balancer: {json.dumps(str(path), ensure_ascii=False)}}}\n"
+        f"enable_attention_dp: true\ntensor_parallel_size: {ranks}\nmoe_expert_parallel_size: {ranks}",
         notes=("these are keys of the file for 'trtllm-serve --config'", *notes),
         facts={"layers": made.layers},
     )
@@ -138,14 +147,17 @@ def _tensorrt(placement: Placement, path: Path, options: ExportOptions) -> Writt
 
 def _ascend(placement: Placement, path: Path, options: ExportOptions) -> Written:
     filled, unplanned = ascend.write(placement, path, layer_ids=options.moe_layers)
-    notes = ["model runner v1; with dynamic_eplb the engine moves experts away from the map"]
+    notes = [
+        _ranks_note(placement),
+        "model runner v1; with dynamic_eplb the engine moves experts away from the map",
+    ]
     if options.moe_layers is None:
         notes.append("layers are found by their place in the list: the placement is taken to have every MoE layer")
     config = {"eplb_config": {"expert_map_path": str(path)}}
     return Written(
         filled,
         unplanned,
-        command=f"--enable-expert-parallel --additional-config {_quoted(config)}",
+        command=f"{_on_ranks(placement)} --additional-config {_quoted(config)}",
         notes=tuple(notes),
     )
 
@@ -160,9 +172,8 @@ def _instead(number: int) -> str:
 def _vllm_34811(placement: Placement, path: Path, options: ExportOptions) -> Written:
     vllm.write_34811(placement, path)
     return Written(
-        command=f"--enable-expert-parallel --expert-placement-strategy custom --expert-placement-file "
-        f"{quote(str(path))}",
-        notes=(_instead(34811),),
+        command=f"{_on_ranks(placement)} --expert-placement-strategy custom --expert-placement-file {quote(str(path))}",
+        notes=(_instead(34811), _ranks_note(placement)),
     )
 
 
@@ -172,8 +183,8 @@ def _vllm_49572(placement: Placement, path: Path, options: ExportOptions) -> Wri
     return Written(
         filled,
         unplanned,
-        command=f"--enable-expert-parallel --enable-eplb --eplb-config {_quoted(config)}",
-        notes=(_instead(49572),),
+        command=f"{_on_ranks(placement)} --enable-eplb --eplb-config {_quoted(config)}",
+        notes=(_instead(49572), _ranks_note(placement)),
     )
 
 
@@ -181,7 +192,9 @@ def _order(framework: megatron.Framework) -> Writer:
     def write(placement: Placement, path: Path, options: ExportOptions) -> Written:
         groups = 1 if options.model is None else options.model.num_expert_groups
         megatron.write_order(placement, path, framework=framework, num_groups=groups)
-        notes = ["the order of experts, and of the router's rows, of each layer: docs/engines.md says how to apply it"]
+        notes = [
+            "the order of experts, and of the router's rows, of each layer: docs/checkpoints.md says how to apply it"
+        ]
         if options.model is None:
             notes.append("without --model routing groups are not checked: an order that breaks them changes the model")
         return Written(notes=tuple(notes), facts={"routing_groups": groups})
@@ -193,11 +206,13 @@ def _checkpoint(placement: Placement, path: Path, options: ExportOptions) -> Wri
     if options.checkpoint is None:
         raise OptionError("a relabelled checkpoint needs the one to relabel", hint="give --checkpoint FOLDER")
     made = checkpoint.relabel_checkpoint(placement, options.checkpoint, path, progress=options.progress)
-    ranks = placement.num_devices
     return Written(
-        command=f"vllm serve {quote(str(path))} --enable-expert-parallel (or any engine that gives rank r of "
-        f"{ranks} the r-th block of experts)",
-        notes=made.notes,
+        command=f"vllm serve {quote(str(path))} {_on_ranks(placement)}",
+        notes=(
+            f"or any engine that gives rank r of {placement.num_devices} the r-th block of experts",
+            _ranks_note(placement),
+            *made.notes,
+        ),
         facts={"files": made.files, "tensors": made.tensors, "bytes": made.bytes, "moved_experts": made.moved_experts},
     )
 

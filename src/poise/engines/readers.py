@@ -25,7 +25,7 @@ from poise.engines.dumps import (  # fmt: skip
     vllm_maps,
 )
 from poise.engines.dumps.parts import Part, open_part
-from poise.engines.dumps.untrusted import MAX_FILE_BYTES, joined
+from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.errors import OptionError, TraceError
 from poise.observe.files import join, read
 from poise.observe.trace import LoadProfile
@@ -100,7 +100,8 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
     Raises
     ------
     TraceError : missing, damaged, of no known or of several formats, too large, or its numbers make no routing.
-    OptionError : an unknown format was asked for. ModelError : the traffic cannot be the model's.
+    OptionError : an unknown format was asked for, or a relabelling of layers whose numbers the dump does not say.
+    ModelError : the traffic cannot be the model's.
     NoResultError : a torch file, and PyTorch is not installed.
     """
     options = options or ReadOptions()
@@ -120,16 +121,28 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         where = parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more"
         raise TraceError(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None
     dump = replace(dump, notes=(*notes, *dump.notes))
+    if relabelling is not None and dump.layers_by_place:
+        raise OptionError(
+            f"{dump.engine} {dump.kind}: layer numbers are not known, ids cannot be those before the relabelling",
+            hint="give --model",
+        )
     return dump if relabelling is None else _original(dump, relabelling)
 
 
 def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> SlotRecord:
-    """What slots hold, from any map file. Raises as :func:`read_dump`, and TraceError where no map is in it."""
+    """What slots hold, from any map file.
+
+    Raises
+    ------
+    TraceError : no map is in it, or ranks ran different ones. Else as :func:`read_dump`.
+    """
     found = read_dump(path, options=options).slots
     if found is None or found.map_LS is None:
         raise TraceError(
             f"{str(path)[:200]} says nothing about what slots hold", hint="name a placement or an engine's map"
         )
+    if not found.maps_agree:
+        raise TraceError(f"{str(path)[:200]}: ranks report different maps", hint="name the file of one of them")
     return found
 
 
@@ -152,9 +165,9 @@ def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[P
                 raise
             unknown.append(f"{path.name} ({error.message.removeprefix(str(path)).lstrip(': ')[:80]})")
             continue
-        size += part.size
+        size += max(part.size, part.room)
         if size > 2 * MAX_FILE_BYTES:
-            raise TraceError(f"files of more than {2 * MAX_FILE_BYTES} bytes together")
+            raise TraceError(f"files of more than {2 * MAX_FILE_BYTES} bytes together, or in memory")
         found.setdefault(name, []).append(part)
     if len(found) > 1:
         raise TraceError(
@@ -162,9 +175,9 @@ def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[P
             hint="give those of one format",
         )
     if not found:
-        raise TraceError(f"nothing that is read among {joined(unknown, 3)}", hint="docs/dumps.md lists formats")
+        raise TraceError(f"nothing that is read among {listed(unknown, 3)}", hint="docs/dumps.md lists formats")
     name, parts = next(iter(found.items()))
-    return parts, name, [f"left out: {joined(unknown, 4)}"] if unknown else []
+    return parts, name, [f"left out: {listed(unknown, 4)}"] if unknown else []
 
 
 def _files(given: Path) -> list[tuple[Path, bool]]:
@@ -198,8 +211,8 @@ def _format(part: Part, wanted: str | None) -> str:
 def _content(part: Part) -> str:
     value = part.value
     if isinstance(value, dict):
-        return f"{part.container} with keys {joined([str(key)[:40] for key in value]) or 'none'}"
-    return f"{part.container} with {joined(value)}" if part.container == "npz" else part.container
+        return f"{part.container} with keys {listed([str(key)[:40] for key in value]) or 'none'}"
+    return f"{part.container} with {listed(value)}" if part.container == "npz" else part.container
 
 
 def _original(dump: EngineDump, relabelling: Relabelling) -> EngineDump:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.watch.service import Event, Planned, Seen, Trouble
+from poise.watch.service import Event, Planned, Seen, Told, Trouble
 from poise.watch.sources import Polled
 
 LOOKS, PLANS, PROBLEMS = 2_000, 200, 50
@@ -26,18 +26,22 @@ class Board:
     about : facts that do not change, as JSON can say them.
     window : steps of a window: what is measured after a plan is the first look that knows only steps after it.
     clock : seconds since 1970.
+    ticks : seconds that no setting of a clock moves.
     """
 
-    def __init__(self, about: Mapping[str, Any], *, window: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, about: Mapping[str, Any], *, window: int, clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self._lock = threading.Lock()
-        self._about, self._window, self._clock = dict(about), window, clock
+        self._about, self._window, self._clock, self._ticks = dict(about), window, clock, ticks
         self._started = clock()
         self._number = 0
         self._looks: deque[dict[str, Any]] = deque(maxlen=LOOKS)
         self._plans: deque[dict[str, Any]] = deque(maxlen=PLANS)
         self._problems: deque[dict[str, Any]] = deque(maxlen=PROBLEMS)
         self._heat: dict[str, Any] | None = None
-        self._polled_at = self._started
+        self._noted_at = ticks()
         self._up: bool | None = None
         self._count = {"steps": 0, "dumps": 0, "dump_errors": 0, "plans": 0, "moves": 0, "moved_bytes": 0.0}
         self._state, self._learning = "idle", True
@@ -45,9 +49,9 @@ class Board:
     def note(self, event: Event) -> None:
         """Take in what happened."""
         with self._lock:
-            at = self._clock()
+            at, self._noted_at = self._clock(), self._ticks()
             if isinstance(event, Polled):
-                self._polled_at, self._up = at, event.up
+                self._up = event.up
                 self._count["dumps"] += event.dumps
                 self._count["dump_errors"] += event.errors
                 for message in event.problems:
@@ -57,6 +61,8 @@ class Board:
                 self._note_problem(at, event.message)
             elif isinstance(event, Seen):
                 self._note_look(at, event)
+            elif isinstance(event, Told):
+                self._note_told(event)
             else:
                 self._note_plan(at, event)
 
@@ -72,9 +78,9 @@ class Board:
             }  # fmt: skip
 
     def idle_seconds(self) -> float:
-        """Seconds since the source was last asked."""
+        """Seconds since anything was noted; asking the source is."""
         with self._lock:
-            return self._clock() - self._polled_at
+            return self._ticks() - self._noted_at
 
     def _note_problem(self, at: float, message: str) -> None:
         """One line for a problem that stays, with when it was last met."""
@@ -100,14 +106,31 @@ class Board:
                 "relative": np.round(event.now.relative_LD, 3).tolist(),
                 "imbalance": [None if math.isnan(x) else round(x, 4) for x in event.now.imbalance_L.tolist()],
             }
-        for plan in self._plans:
-            if plan["accepted"] and plan["measured"] is None and look.step >= plan["step"] + self._window:
+        for plan in self._open():
+            if look.step >= plan["step"] + self._window:
                 plan["measured"] = look.imbalance
+
+    def _open(self) -> list[dict[str, Any]]:
+        """Accepted plans that serve and have no window of their own yet."""
+        return [p for p in self._plans if p["accepted"] and p["measured"] is None and not p["superseded"]]
+
+    def _supersede(self) -> None:
+        """Another placement serves: what is seen from now on says nothing about plans of before."""
+        for plan in self._open():
+            plan["superseded"] = True
+
+    def _note_told(self, event: Told) -> None:
+        if event.replaced:
+            self._supersede()
+        taken = [plan for plan in self._plans if plan["accepted"]]
+        for plan in taken[-1:]:  # what is written late is the newest
+            plan["files"] = [*plan["files"], *(str(path) for path in event.written)]
 
     def _note_plan(self, at: float, event: Planned) -> None:
         decision, moves = event.decision, event.decision.moves
         self._count["plans"] += 1
         if decision.accepted:
+            self._supersede()
             self._count["moves"] += moves.fetched
             self._count["moved_bytes"] += moves.moved_bytes
         self._plans.append({
@@ -116,5 +139,5 @@ class Board:
             "bytes": moves.moved_bytes, "rounds": len(moves.rounds), "left": decision.left,
             "before": None if event.before is None else event.before.imbalance,
             "predicted": None if event.after is None else event.after.imbalance, "measured": None,
-            "gap": event.gap, "files": [str(path) for path in event.written],
+            "superseded": False, "gap": event.gap, "files": [str(path) for path in event.written],
         })  # fmt: skip

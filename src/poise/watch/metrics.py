@@ -39,7 +39,9 @@ class Metrics:
         self._up = gauge("up", "1 if the source of traffic answered at the last look")
         self._up.set(0)
         self._imbalance = gauge("imbalance", "Max / mean tokens over devices in the window, placement in use")
-        self._first = gauge("imbalance_first_placement", "The same under the placement that the watch began with")
+        self._first = gauge(
+            "imbalance_first_placement", "The same under the placement that the engine was started with"
+        )
         self._predicted = gauge("imbalance_predicted", "The same as the last accepted plan predicted it")
         self._layer = gauge("layer_imbalance", "Max / mean tokens over devices in the window", ("layer",))
         self._p_value = gauge("drift_p_value", "p value of the last drift test")
@@ -72,7 +74,7 @@ class Metrics:
             self._errors.inc(event.bad_dump)
         elif isinstance(event, Seen):
             self._note_look(event)
-        else:
+        elif isinstance(event, Planned):
             self._note_plan(event)
 
     def _note_look(self, event: Seen) -> None:

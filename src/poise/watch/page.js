@@ -163,7 +163,7 @@ function show(state) {
   at("status").className = state.up === false ? "down" : "";
   say("about", Object.values(state.about).join(" · "));
   say("imbalance", look ? number(look.imbalance, 3) : "–");
-  say("imbalance-was", look && look.first !== null ? `placement at the start: ${number(look.first, 3)}` : "");
+  say("imbalance-was", look && look.first !== null ? `placement at the engine's start: ${number(look.first, 3)}` : "");
   say("predicted", taken ? number(taken.predicted, 3) : "–");
   say("predicted-was", taken ? `measured after it: ${number(taken.measured, 3)}` : "no plan taken yet");
   say("p-value", tested ? tested.p_value.toPrecision(3) : "–");

@@ -75,7 +75,7 @@ class Seen:
     Parameters
     ----------
     look : what the controller saw.
-    now, first : the placement in use, and the one that the watch began with, on the window.
+    now, first : the placement in use, and the one that the engine was started with, on the window.
     bound_seconds : what no placement can beat there.
     """
 
@@ -120,7 +120,23 @@ class Trouble:
     bad_dump: bool = False
 
 
-Event = Polled | Seen | Planned | Trouble
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Something to know that is no trouble.
+
+    Parameters
+    ----------
+    message : for people.
+    written : files that were written later than their plan.
+    replaced : another placement serves than the one decided on.
+    """
+
+    message: str
+    written: tuple[Path, ...] = ()
+    replaced: bool = False
+
+
+Event = Polled | Seen | Planned | Trouble | Told
 
 
 class Service:
@@ -143,13 +159,14 @@ class Service:
         self.controller: Controller | None = None
         self._measured = measured
         self._window: deque[RoutingBatch] = deque(maxlen=setup.settings.window)
-        self._unwritten = False
+        self._unwritten: tuple[Output, ...] = ()
         self._recorded_layers: int | None = None
         self._problem: PlacementProblem
         self._first: Placement
+        self._decided: Placement
 
     def run(self, *, once: bool, interval_s: float, wait: Callable[[float], None]) -> Generator[Event, None, None]:
-        """Look, wait, and look again; ``once``: one look.
+        """Look, wait, and look again; ``once``: until there is no more at hand.
 
         Moves are taken to be made as soon as they are decided on.
 
@@ -159,14 +176,18 @@ class Service:
         """
         try:
             while True:
+                yield from self._write_again()
                 got = self.source.poll(last=once)
                 yield got
+                if got.restarted:
+                    yield from self._start_anew()
                 for arrival in got.arrivals:
                     yield from self._take(arrival, once)
                 yield from self._carry_out(once)
+                if got.more:
+                    continue
                 if once:
                     return
-                yield from self._write_again()
                 wait(interval_s if got.wait_s is None else got.wait_s)
         finally:
             self.source.close()
@@ -239,8 +260,30 @@ class Service:
         except (PlacementError, OptionError, TraceError) as error:
             yield Trouble(f"the engine's map was left out: {error.message}")
             return
+        self._first = runs
         if (runs.count_LED() != control.current.count_LED()).any():
             control.current, control.target = runs, None
+            yield Told("the engine runs another map than was decided on; the watch goes on from it", replaced=True)
+
+    def _start_anew(self) -> Iterator[Event]:
+        """Compare from now on with what the engine was started with this time."""
+        if self.controller is None:
+            return
+        batch, slots = self._problem.batch, self.controller.current.num_slots
+        try:
+            runs = self.source.first_placement(batch, self._problem.num_devices)
+            if runs is None:
+                return
+            runs = rows_of(runs, batch.layer_ids_L)
+            self._problem.check(runs)
+            if runs.num_slots != slots:
+                raise PlacementError(f"it has {runs.num_slots} slots a layer, plans are for {slots}")
+        except (PlacementError, OptionError) as error:
+            yield Trouble(f"the engine was started anew, start the watch anew too: {error.message}")
+            return
+        self._first = runs
+        other = (runs.count_LED() != self.controller.current.count_LED()).any()
+        yield Told(f"the engine was started anew{', not with the newest placement' if other else ''}")
 
     def _seen(self, look: Look) -> Seen:
         assert self.controller is not None
@@ -270,38 +313,48 @@ class Service:
                 window = join_steps(list(self._window))
                 before, after = (judge(window, p, self._problem) for p in (control.current, decision.moves.result))
                 bound = bound_seconds(window, self._problem)
-            trouble: Trouble | None = None
             files: tuple[Path, ...] = ()
+            failures: list[PlacementError] = []
             if decision.accepted:
                 control.moved()
-                trouble = self._write(once)
-                files = () if trouble is not None else tuple(output.path for output in self.outputs)
+                self._decided = control.current
+                files, failures = self._write(self.outputs)
             yield Planned(decision, control.step, files, before, after, bound)
-            if trouble is not None:
-                yield trouble
+            if failures and once:
+                raise failures[0]
+            yield from _retried(failures)
 
-    def _write(self, once: bool) -> Trouble | None:
-        assert self.controller is not None
-        self._unwritten = False
-        for output in self.outputs:
+    def _write(self, outputs: Sequence[Output]) -> tuple[tuple[Path, ...], list[PlacementError]]:
+        """Write all that can be: a full disk under one file must not keep the engine's map back."""
+        written, failures, unwritten = [], [], []
+        for output in outputs:
             try:
-                TARGETS[output.target].write(self.controller.current, output.path, self._options())
+                TARGETS[output.target].write(self._decided, output.path, self._options())
+                written.append(output.path)
             except PlacementError as error:
-                if once:
-                    raise
-                self._unwritten = True
-                return Trouble(f"{error.message}; it is tried again")
-        return None
+                failures.append(error)
+                unwritten.append(output)
+        self._unwritten = tuple(unwritten)
+        return tuple(written), failures
 
     def _write_again(self) -> Iterator[Event]:
-        if self._unwritten and (trouble := self._write(False)) is not None:
-            yield trouble
+        if not self._unwritten:
+            return
+        written, failures = self._write(self._unwritten)
+        if written:
+            yield Told(f"written after all: {', '.join(str(path) for path in written)}", written)
+        yield from _retried(failures)
 
     def _options(self) -> ExportOptions:
         layers = self.setup.num_hidden_layers
         if layers is None and self.setup.model is None:
             layers = self._recorded_layers
         return ExportOptions(self.setup.model, layers)
+
+
+def _retried(failures: Sequence[PlacementError]) -> Iterator[Trouble]:
+    for error in failures:
+        yield Trouble(f"{error.message}; it is tried again")
 
 
 def served(record: SlotRecord, steps: RoutingBatch, num_devices: int) -> Placement:

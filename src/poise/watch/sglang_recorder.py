@@ -7,6 +7,7 @@ Read in SGLang's ``http_server.py`` and ``eplb/expert_distribution.py`` (0.5.x; 
   scheduler, which ends the engine in most versions. So the settings are read first (``/server_info``, before that
   ``/get_server_info``), and nothing is asked of an engine whose settings forbid it or cannot be read;
 - ``--enable-eplb`` uses the same recorder for the engine's own rebalancing: stopping it would stop that;
+- an engine draws ``random_seed`` when it is started without one: another seed is another start;
 - starting what is started clears it, stopping what is stopped does nothing, dumping clears;
 - the recorder endpoints take the admin key where there is one, the settings take the ordinary key.
 """
@@ -59,11 +60,13 @@ class EngineSettings:
     ep_size : expert-parallel ranks, None: it does not say.
     redundant : redundant slots a layer.
     init_location : its ``--init-expert-location``.
+    seed : its random seed, None: it does not say.
     """
 
     ep_size: int | None
     redundant: int
     init_location: str
+    seed: int | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> EngineSettings:
@@ -92,11 +95,12 @@ class EngineSettings:
                 hint="start it without --enable-eplb, or watch a folder of dumps",
             )
         ranks, redundant = answer.get("ep_size"), answer.get("ep_num_redundant_experts")
-        location = answer.get("init_expert_location")
+        location, seed = answer.get("init_expert_location"), answer.get("random_seed")
         return cls(
             ranks if type(ranks) is int else None,
             redundant if type(redundant) is int and redundant >= 0 else 0,
             location if isinstance(location, str) else "trivial",
+            seed if type(seed) is int else None,
         )
 
 
@@ -124,7 +128,7 @@ class SGLangRecorder:
         self._key, self._admin_key = api_key, admin_api_key or api_key
         self._timeout_s = timeout_s
         self._open = build_opener(ProxyHandler({}), _NoRedirect()).open
-        self._recording = False
+        self._recording = self._refused = self._restarted = False
         self._without_file = 0
         self._retry_s = FIRST_RETRY_S
         self.settings: EngineSettings | None = None
@@ -150,6 +154,9 @@ class SGLangRecorder:
         except CommunicationError as error:
             self._recording = False
             problem = error.message
+        except OptionError:  # started anew, perhaps so that even stopping its recorder would harm
+            self._recording = False
+            raise
         return self._read(dumped, problem)
 
     def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
@@ -180,16 +187,17 @@ class SGLangRecorder:
         return Placement(table, device, experts, num_devices, steps.layer_ids_L, method="trivial")
 
     def close(self) -> None:
-        """Stop recording, if the engine still answers."""
+        """Stop recording, if the engine still answers and its settings still allow it."""
         if self._recording:
             self._recording, self._timeout_s = False, min(LEAVE_S, self._timeout_s)
             try:
+                self._meet()
                 self._ask(STOP)
             except (CommunicationError, OptionError):  # it is gone, and its recorder with it
                 return
 
     def _read(self, dumped: bool, problem: str) -> Polled:
-        got = self._folder.poll()
+        got = self._folder.poll(whole=True)  # a dump is answered once it is written
         problems = list(got.problems)
         self._without_file = self._without_file + 1 if dumped and not (got.dumps or got.errors) else 0
         if self._without_file == 2:  # one may come late over a network
@@ -203,10 +211,17 @@ class SGLangRecorder:
             wait_s, self._retry_s = self._retry_s, min(LONGEST_RETRY_S, 2 * self._retry_s)
         else:
             self._retry_s = FIRST_RETRY_S
-        return Polled(got.arrivals, not problem, got.dumps, got.errors, tuple(problems), wait_s)
+        restarted, self._restarted = self._restarted, False
+        return Polled(
+            got.arrivals, not problem, got.dumps, got.errors, tuple(problems), wait_s, notes=got.notes,
+            restarted=restarted,
+        )  # fmt: skip
 
     def _meet(self) -> None:
-        """Read the engine's settings, each time: it may have been started anew, with others."""
+        """Read the engine's settings, each time: it may have been started anew, with others.
+
+        It was if it has other settings than before, or refused a connection in between.
+        """
         for path in SETTINGS:
             try:
                 text = self._ask(path, get=True)
@@ -226,7 +241,8 @@ class SGLangRecorder:
             raise OptionError(
                 f"the engine runs {settings.ep_size} expert-parallel ranks, the cluster has {self._devices} devices"
             )
-        self.settings = settings
+        self._restarted |= self.settings is not None and (self._refused or settings != self.settings)
+        self.settings, self._refused = settings, False
 
     def _ask(self, path: str, *, get: bool = False) -> bytes:
         headers = {"Accept": "*/*", "User-Agent": "poise"}
@@ -248,6 +264,7 @@ class SGLangRecorder:
             raise (_NotFound if error.code == 404 else CommunicationError)(said) from None
         except (URLError, OSError, HTTPException) as error:
             why = error.reason if isinstance(error, URLError) else error
+            self._refused |= isinstance(why, ConnectionRefusedError)
             raise CommunicationError(f"no answer from {self.url}{path}: {why or type(error).__name__}") from None
 
 

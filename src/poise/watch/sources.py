@@ -26,6 +26,10 @@ from poise.planning.placement import Placement
 
 UNREADABLE_POLLS = 3
 """A file that is not readable and no longer changes is broken, not half written, after so many looks at it."""
+FILES_A_LOOK = 16
+"""Most files that one look reads: a backlog comes in parts, so that memory stays bounded."""
+LEAST_TOKENS = 64
+"""Rows that a step has at least where N is not named: the first few rows of a file say little about its size."""
 IDLE = "all loads are 0"
 """How the message about a dump of an engine without traffic ends: nothing new, and no error."""
 
@@ -57,6 +61,9 @@ class Polled:
     dumps, errors : files that were read, and that could not be.
     problems : what went wrong, for people.
     wait_s : seconds until the next look makes sense; None: the usual interval.
+    more : files are left for the next look, which need not wait.
+    notes : what the source settled by itself, for people.
+    restarted : the engine was started anew since the last look; :meth:`Source.first_placement` is of that start.
     """
 
     arrivals: tuple[Arrival, ...] = ()
@@ -65,13 +72,16 @@ class Polled:
     errors: int = 0
     problems: tuple[str, ...] = ()
     wait_s: float | None = None
+    more: bool = False
+    notes: tuple[str, ...] = ()
+    restarted: bool = False
 
 
 class Source(Protocol):
     """Anything that can be asked for new traffic."""
 
     def poll(self, *, last: bool = False) -> Polled:
-        """What is new; ``last``: nothing will be asked after this, so that nothing may wait for more."""
+        """What is new; ``last``: nothing may wait for what comes later."""
         ...
 
     def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
@@ -88,6 +98,7 @@ class Tail:
 
     Steps are ``tokens_per_step`` consecutive rows, or the recorded ones; only whole ones are given out: the last rows
     wait for the rest of theirs, and the last recorded step for the one after it, unless the trace is said to be over.
+    Without ``tokens_per_step`` it is settled once LEAST_TOKENS rows are there.
     """
 
     def __init__(self, source: str, tokens_per_step: int | None) -> None:
@@ -97,11 +108,13 @@ class Tail:
         self.tokens = 0
         self._seen: tuple[int, int] | None = None
         self._failed = 0
+        self._notes: tuple[str, ...] = ()
 
     def poll(self, *, last: bool = False) -> Polled:
         """New whole steps. Raises as :meth:`steps`."""
         new = self.steps(over=last)
-        return Polled(() if new is None else (Arrival(new),))
+        notes, self._notes = self._notes, ()
+        return Polled(() if new is None else (Arrival(new),), notes=notes)
 
     def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
         """A trace does not say."""
@@ -147,7 +160,10 @@ class Tail:
         self.tokens = size
         recorded = isinstance(found, LoadProfile) or (found.step is not None and self.tokens_per_step is None)
         if self.tokens_per_step is None and isinstance(found, RoutingTrace) and found.step is None:
-            self.tokens_per_step = default_tokens_per_step(found.num_tokens)
+            if size < LEAST_TOKENS and not over:
+                return None
+            self.tokens_per_step = default_tokens_per_step(size)
+            self._notes = (_chosen(self.tokens_per_step, size),)
         batch = make_batch(found, tokens_per_step=self.tokens_per_step, order="file")
         if recorded:
             whole = batch.num_steps - (not over and isinstance(found, RoutingTrace))
@@ -162,6 +178,8 @@ class Tail:
 
 class DumpFolder:
     """The dumps that come into a folder: each file once, oldest first; half-written ones are tried again.
+
+    Lines of a file that grows are a whole file too, so one is read only when it is as it was at the look before.
 
     Parameters
     ----------
@@ -182,61 +200,63 @@ class DumpFolder:
         self.tokens_per_step, self.most_steps = tokens_per_step, most_steps
         self._delete, self._read = delete, read
         self._any = False
-        self._taken: set[str] = set()
+        self._taken: dict[str, tuple[int, int] | None] = {}
+        self._stamp: dict[str, tuple[int, int]] = {}
+        self._notes: tuple[str, ...] = ()
+        self._ready: list[tuple[tuple[int, int], str, Path]] = []
         self._failed: dict[str, tuple[tuple[int, int], int]] = {}
 
     def skip_present(self) -> None:
         """Leave alone what is there already."""
         try:
-            self._taken |= {name for _, name, _ in self._files()}
+            self._taken |= {name: None for _, name, _ in self._files()}
         except OSError:  # no folder yet: nothing is in it
             return
 
-    def poll(self, *, last: bool = False) -> Polled:
-        """Read what is new.
+    def poll(self, *, last: bool = False, whole: bool = False) -> Polled:
+        """Read what is new, at most FILES_A_LOOK files; ``whole``: whoever writes them says when they are complete.
 
         Raises
         ------
         NoResultError : reading needs what is not installed.
         ModelError : the first dump is not of the model that was named.
         """
-        try:
-            files = self._files()
-        except OSError as error:
-            return Polled(up=False, problems=(f"cannot look into {self.folder}: {error.strerror}",))
-        present = {name for _, name, _ in files}
-        self._taken &= present
-        self._failed = {name: value for name, value in self._failed.items() if name in present}
-        arrivals: list[Arrival] = []
         problems: list[str] = []
+        if not self._ready:  # else a file would be looked at twice in no time, and look as if it were complete
+            try:
+                problems += self._look(last or whole, told=not whole)
+            except OSError as error:
+                return Polled(up=False, problems=(f"cannot look into {self.folder}: {error.strerror}",))
+        ready, self._ready = self._ready[:FILES_A_LOOK], self._ready[FILES_A_LOOK:]
+        arrivals: list[Arrival] = []
         dumps = errors = 0
-        for stamp, name, path in files:
-            if name in self._taken:
-                continue
+        for stamp, name, path in ready:
             try:
                 arrivals.append(self._arrival(self._read(path)))
             except (TraceError, ModelError) as error:
                 if isinstance(error, ModelError) and not self._any:
                     raise
                 if not error.message.endswith(IDLE):
-                    before, tries = self._failed.get(name, (stamp, 0))
-                    tries = tries + 1 if before == stamp else 1
+                    failed, tries = self._failed.get(name, (stamp, 0))
+                    tries = tries + 1 if failed == stamp else 1
                     self._failed[name] = stamp, tries
                     if last or tries >= UNREADABLE_POLLS:
-                        self._taken.add(name)
+                        self._taken[name] = stamp
                         errors += 1
                         said = error.message if name in error.message else f"{name}: {error.message}"
                         problems.append(f"left out: {said}")
                     continue
             dumps += 1
             self._any = True
-            self._taken.add(name)
+            self._taken[name] = stamp
             if self._delete:
                 try:
                     path.unlink(missing_ok=True)
                 except OSError as error:
                     problems.append(f"cannot remove {path}: {error.strerror}")
-        return Polled(tuple(arrivals), dumps=dumps, errors=errors, problems=tuple(problems))
+        notes, self._notes = self._notes, ()
+        more = bool(self._ready)
+        return Polled(tuple(arrivals), True, dumps, errors, tuple(problems), more=more, notes=notes)
 
     def first_placement(self, steps: RoutingBatch, num_devices: int) -> Placement | None:
         """Dumps that know say it themselves (:attr:`Arrival.slots`)."""
@@ -259,6 +279,24 @@ class DumpFolder:
                 out.append(((stat.st_mtime_ns, stat.st_size), path.name, path))
         return sorted(out)
 
+    def _look(self, complete: bool, *, told: bool) -> list[str]:
+        """Find what can be read; returns, where they are to be ``told``, files that were read too early, once each."""
+        files = self._files()
+        before, now = self._stamp, {name: stamp for stamp, name, _ in files}
+        self._stamp = now
+        self._taken = {name: stamp for name, stamp in self._taken.items() if name in now}
+        self._failed = {name: value for name, value in self._failed.items() if name in now}
+        self._ready = [
+            (stamp, name, path) for stamp, name, path in files
+            if name not in self._taken and (complete or before.get(name) == stamp)
+        ]  # fmt: skip
+        changed = [name for name, stamp in self._taken.items() if told and stamp not in (None, now[name])]
+        self._taken |= dict.fromkeys(changed)
+        return [
+            f"{name} changed after it was read, and is not read again: write dumps elsewhere and move them here"
+            for name in changed
+        ]
+
     def _arrival(self, dump: EngineDump) -> Arrival:
         steps = None if dump.trace is None and dump.profile is None else self._steps(dump.traffic)
         return Arrival(steps, dump.slots, dump.recorded_layers)
@@ -266,7 +304,8 @@ class DumpFolder:
     def _steps(self, traffic: RoutingTrace | LoadProfile) -> RoutingBatch:
         if isinstance(traffic, RoutingTrace):
             if traffic.step is None and self.tokens_per_step is None:
-                self.tokens_per_step = default_tokens_per_step(traffic.num_tokens)
+                self.tokens_per_step = max(LEAST_TOKENS, default_tokens_per_step(traffic.num_tokens))
+                self._notes = (_chosen(self.tokens_per_step, traffic.num_tokens),)
             batch = make_batch(traffic, tokens_per_step=self.tokens_per_step, order="file")
         elif self.tokens_per_step is not None:
             batch = make_batch(traffic, tokens_per_step=self.tokens_per_step)
@@ -275,6 +314,10 @@ class DumpFolder:
         if self.most_steps is None or batch.num_steps <= self.most_steps:
             return batch
         return steps_of(batch, np.linspace(0, batch.num_steps - 1, self.most_steps).round().astype(np.int64))
+
+
+def _chosen(tokens_per_step: int, rows: int) -> str:
+    return f"steps of {tokens_per_step} tokens, chosen by the first {rows} rows; --tokens-per-step sets it"
 
 
 def recorded_steps(profile: LoadProfile) -> RoutingBatch:

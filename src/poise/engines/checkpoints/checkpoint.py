@@ -164,20 +164,7 @@ def _check_model(config: dict[str, Any], placement: Placement, source: Path) -> 
     spec = from_hf_config(merged, name=source.name)
     if spec.num_experts != placement.num_experts:
         raise PlacementError(f"the placement has {placement.num_experts} experts, {source} has {spec.num_experts}")
-    groups, kept = (_first(merged, names) for names in (("n_group", "num_expert_group"), ("topk_group",)))
-    if groups is None or merged.get("topk_method") == "greedy" or (kept is not None and kept >= groups):
-        return 1
-    return max(1, groups)
-
-
-def _first(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = config.get(name)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**6:
-                raise ModelError(f"{name} must be a whole number, got {value!r:.80}")
-            return value
-    return None
+    return spec.num_expert_groups
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:

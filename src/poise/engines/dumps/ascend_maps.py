@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.dumps.mapping import decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table, whole
 from poise.errors import TraceError
@@ -48,11 +48,12 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(f"layers have {min(map(len, rows.values()))} to {max(map(len, rows.values()))} slots")
     map_LS = np.stack([rows[i] for i in range(len(layers))])
     num_experts(options, int(map_LS.max()), "the map", most=map_LS.shape[1])
-    kept, ids, notes = decoder_layers(len(layers), options.model, "the map")
-    if options.model is None:
-        notes = ["layers are numbered among the MoE layers: --model gives decoder layers"]
+    kept, ids, notes = decoder_layers(len(layers), options.model, "the map", moe_only=True)
+    guessed = options.model is None
+    if guessed:
+        notes = [BY_PLACE]
     record = SlotRecord(ids, map_LS[kept].astype(np.int32))
-    return EngineDump("vllm-ascend", "map", slots=record, notes=tuple(notes))
+    return EngineDump("vllm-ascend", "map", slots=record, layers_by_place=guessed, notes=tuple(notes))
 
 
 def _row(layer: dict[str, Any]) -> NDArray[np.int64]:

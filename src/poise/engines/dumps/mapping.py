@@ -10,22 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import ReadOptions, SlotRecord
-from poise.engines.dumps.untrusted import BIG, joined
+from poise.engines.dumps.untrusted import BIG, listed
 from poise.errors import TraceError
 from poise.modelspec import ModelSpec
 
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""
+BY_PLACE = "layers are numbered by their place in the record: --model gives decoder layers"
 MAX_TABLE = 1 << 28
 """Most numbers that a table of loads may unfold to."""
 
 
 def decoder_layers(
-    count: int, model: ModelSpec | None, what: str
+    count: int, model: ModelSpec | None, what: str, *, moe_only: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
     """Rows to keep of ``count`` layers that an engine numbered from 0, their decoder layers, and notes.
 
-    Engines list either all decoder layers or the MoE layers alone, and may add layers of multi-token prediction.
+    Engines list either all decoder layers or the MoE layers alone (``moe_only``: surely the latter), and may add layers
+    of multi-token prediction.
 
     Raises
     ------
@@ -34,10 +36,13 @@ def decoder_layers(
     if model is None:
         return np.arange(count), np.arange(count, dtype=np.int32), []
     ids = np.array(model.moe_layer_ids, np.int32)
-    for own, rows in ((model.num_hidden_layers, ids.astype(np.int64)), (len(ids), np.arange(len(ids)))):
+    ways = [(len(ids), np.arange(len(ids)))]
+    if not moe_only:
+        ways.insert(0, (model.num_hidden_layers, ids.astype(np.int64)))
+    for own, rows in ways:
         if count == own:
             return rows, ids, []
-    for own, rows in ((model.num_hidden_layers, ids.astype(np.int64)), (len(ids), np.arange(len(ids)))):
+    for own, rows in ways:
         if 0 < count - own <= MAX_MTP_LAYERS:
             return rows, ids, [f"{count - own} layers behind the model's own were left out: multi-token prediction"]
     raise TraceError(
@@ -64,10 +69,10 @@ def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tupl
     if dense:
         raise TraceError(f"{what} has traffic in layer {dense[0]}, a dense layer of {model.name}", hint="check --model")
     if ahead:
-        notes.append(f"layers {joined(map(str, ahead))} were left out: multi-token prediction")
+        notes.append(f"layers {listed(map(str, ahead))} were left out: multi-token prediction")
     missing = sorted(moe - set(kept))
     if missing:
-        notes.append(f"nothing was recorded of MoE layers {joined(map(str, missing))}")
+        notes.append(f"nothing was recorded of MoE layers {listed(map(str, missing))}")
     return kept, notes
 
 
@@ -126,18 +131,23 @@ def by_expert(count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int) 
     return out
 
 
-def distinct(sources: Iterable[Mapping[Any, NDArray[Any]]]) -> list[int]:
-    """Sources that are no copy of an earlier one.
+def distinct(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[int]:
+    """Sources that are no copy of an earlier one in any view of them; every view lists the same sources.
 
     Ranks that share their tokens (tensor-parallel attention) count the same: two sources are copies if what both have
     is equal throughout and not all zero.
     """
-    marks = [{key: _mark(array) for key, array in source.items()} for source in sources]
+    marks = [[{key: _mark(array) for key, array in source.items()} for source in view] for view in views]
     kept: list[int] = []
-    for index, mine in enumerate(marks):
-        if not any(_copy(mine, marks[other]) for other in kept):
+    for index in range(len(marks[0])):
+        if not any(_copy(view[index], view[other]) for other in kept for view in marks):
             kept.append(index)
     return kept
+
+
+def agree(maps: Sequence[NDArray[Any]]) -> bool:
+    """Whether all maps are the same."""
+    return all(np.array_equal(maps[0], other) for other in maps[1:])
 
 
 def _mark(array: NDArray[Any]) -> bytes | None:

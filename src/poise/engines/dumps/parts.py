@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import re
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from poise.engines.checkpoints.shards import Shard, read_shard
-from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy, parse_json, read_bytes
+from poise.engines.checkpoints.shards import MAX_HEADER_BYTES, Shard, read_shard
+from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy, json_room, parse_json, read_bytes
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.observe.npz import BROKEN
-
-try:
-    from poise.engines.dumps import torch_files
-except ImportError:
-    torch_files = None  # type: ignore[assignment]
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "yaml", "text"]
 HEAD_BYTES = 4096
 MAX_NPY_BYTES = 2 << 30
 MAX_LINES_BYTES = 1 << 30
-MAX_YAML_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 20
 YAML_KEYS = re.compile(rb"^(num_slots|initial_global_assignments|layer_updates_per_iter)\s*:", re.MULTILINE)
 DATED = re.compile(rb"\[\d{4}-\d\d-\d\d")
 """How a log line may begin that is no JSON list."""
@@ -44,12 +42,14 @@ class Part:
     container : what kind of file it is.
     value : torch, json, yaml: the object; json-lines: a list of objects; npy: an array; npz: names of its members;
         safetensors: a :class:`~poise.engines.checkpoints.shards.Shard`; text: None, readers go through the lines.
+    room : bytes of memory that the value takes at most, where they may be more than those of the file.
     """
 
     path: Path
     size: int
     container: Container
     value: Any
+    room: int = 0
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ def open_part(path: Path) -> Part:
     Raises
     ------
     TraceError : missing, too large, damaged, or of no kind that is known.
-    NoResultError : a torch file, and PyTorch is not installed.
+    NoResultError : a torch file, and PyTorch is not installed or does not load.
     """
     try:
         return _open(path)
@@ -84,15 +84,14 @@ def _open(path: Path) -> Part:
         names = _members(path)
         if not any(name.endswith("/data.pkl") for name in names):
             return Part(path, size, "npz", [name.removesuffix(".npy") for name in names])
-        if torch_files is None:
-            raise NoResultError(f"reading {path} needs PyTorch", hint="pip install 'poise-moe[torch]'")
-        return Part(path, size, "torch", torch_files.load(path, skip=UNUSED))
+        value, room = _torch_files(path).load(path, skip=UNUSED)
+        return Part(path, size, "torch", value, room)
     if head.startswith(b"\x93NUMPY"):
         return Part(path, size, "npy", integer_npy(read_bytes(path, MAX_NPY_BYTES)))
     if head[:1] == b"\x80":
         raise TraceError("a bare pickle", hint="pickles are not read; torch.save in its zip format is")
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
-        return Part(path, size, "safetensors", _shard(path))
+        return Part(path, size, "safetensors", _shard(path, int.from_bytes(head[:8], "little")))
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] in (b"{", b"[") and not DATED.match(text):
         return _json(path, size)
@@ -103,6 +102,16 @@ def _open(path: Path) -> Part:
     return Part(path, size, "text", None)
 
 
+def _torch_files(path: Path) -> Any:
+    """The module that reads them; only here is PyTorch loaded, which takes seconds and may be missing or broken."""
+    try:
+        return importlib.import_module("poise.engines.dumps.torch_files")
+    except (ImportError, OSError) as error:
+        raise NoResultError(
+            f"reading {path} needs PyTorch: {str(error)[:200]}", hint="pip install 'poise-moe[torch]'"
+        ) from None
+
+
 def _members(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -111,9 +120,15 @@ def _members(path: Path) -> list[str]:
         raise TraceError(f"not a readable archive: {error}", hint="it may be truncated") from None
 
 
-def _shard(path: Path) -> Shard:
+def _shard(path: Path, header: int) -> Shard:
     try:
+        if header <= MAX_HEADER_BYTES:  # a longer one is refused unread
+            with path.open("rb") as stream:
+                stream.seek(8)
+                json_room(stream.read(header))
         return read_shard(path)
+    except OSError as error:
+        raise TraceError(f"cannot be read: {error.strerror}") from None
     except ModelError as error:
         raise TraceError(error.message, hint=error.hint) from None
 
@@ -121,14 +136,28 @@ def _shard(path: Path) -> Shard:
 def _json(path: Path, size: int) -> Part:
     """One document, or one a line."""
     data = read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES).removeprefix(b"\xef\xbb\xbf")
-    first, _, rest = data.strip().partition(b"\n")
-    if rest and first.rstrip()[-1:] in (b"}", b"]"):
+    room = json_room(data)
+    lines = _lines(data)
+    first = next(lines, b"")
+    if first[-1:] in (b"}", b"]") and next(lines, None) is not None:
         try:
             parse_json(first)
         except TraceError:
-            return Part(path, size, "json", parse_json(data))
-        return Part(path, size, "json-lines", [parse_json(line) for line in data.splitlines() if line.strip()])
-    return Part(path, size, "json", parse_json(data))
+            return Part(path, size, "json", parse_json(data), room)
+        return Part(path, size, "json-lines", [_line(line) for line in _lines(data)], room)
+    return Part(path, size, "json", parse_json(data), room)
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    """Lines with something in them, one at a time."""
+    return (line for raw in io.BytesIO(data) if (line := raw.strip()))
+
+
+def _line(line: bytes) -> Any:
+    """The object or list of a line; plain values could be more than their bytes tell."""
+    if line[:1] not in (b"{", b"["):
+        raise TraceError(f"a line is {line[:40]!r}, not an object or a list")
+    return parse_json(line)
 
 
 class _Loader(yaml.SafeLoader):

@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import MAX_TABLE, check_ids, decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, check_ids, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import loads, table, whole
+from poise.engines.dumps.untrusted import id_table, loads, whole
 from poise.errors import TraceError
 from poise.observe.npz import open_npz
-from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
+from poise.observe.trace import LoadProfile, RoutingTrace
 
 LAYER = re.compile(r"\d{1,5}")
 STEP_NAME = re.compile(r"\d{1,9}_(\d{1,5})")
@@ -40,15 +40,20 @@ STEP_NAME = re.compile(r"\d{1,9}_(\d{1,5})")
 
 def read_exflow(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Tokens [T, L] (or [T, L, K]) of all files."""
-    tables = [table(part.name, part.value, 2, 3, high=MAX_EXPERTS - 1) for part in parts]
+    tables = [id_table(part.name, part.value, 2, 3) for part in parts]
     shapes = sorted({t.shape[1:] for t in tables})
     if len(shapes) > 1 or 0 in shapes[0] or not sum(map(len, tables)):
         raise TraceError(f"files of [layers, ...] {[list(s) for s in shapes][:4]} with {sum(map(len, tables))} tokens")
     tokens = np.concatenate(tables)
     rows, ids, notes = decoder_layers(tokens.shape[1], options.model, parts[0].name)
     experts, more = num_experts(options, int(tokens[:, rows].max()), parts[0].name)
-    trace = RoutingTrace(tokens[:, rows].astype(np.int16), experts, layer_ids=ids, name=parts[0].name)
-    return EngineDump("exflow", "top-1", trace=trace, recorded_layers=tokens.shape[1], notes=(*notes, *more))
+    trace = RoutingTrace(tokens[:, rows], experts, layer_ids=ids, name=parts[0].name)
+    return EngineDump("exflow", "top-1", trace=trace, recorded_layers=tokens.shape[1],
+                      layers_by_place=options.model is None, notes=(*_by_place(options), *notes, *more))  # fmt: skip
+
+
+def _by_place(options: ReadOptions) -> list[str]:
+    return [BY_PLACE] if options.model is None else []
 
 
 def is_selections(value: Any) -> bool:
@@ -62,7 +67,7 @@ def _is_entry(entry: Any) -> bool:
 
 def read_selections(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Each file is a request."""
-    pieces: list[NDArray[np.int64]] = []
+    pieces: list[NDArray[np.int16]] = []
     decode_T: list[NDArray[np.bool_]] = []
     counts: list[int] = []
     layers: list[int] | None = None
@@ -80,7 +85,7 @@ def read_selections(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
             layers = sorted(found) if layers is None else layers
             if sorted(found) != layers:
                 raise TraceError(f"{part.name}: entry {index} has layers {sorted(found)[:6]}, others {layers[:6]}")
-            piece = [table(f"{part.name}, layer {layer}", found[layer], 2, high=MAX_EXPERTS - 1) for layer in layers]
+            piece = [id_table(f"{part.name}, layer {layer}", found[layer], 2) for layer in layers]
             if len({rows.shape for rows in piece}) > 1:
                 raise TraceError(
                     f"{part.name}: entry {index} has {piece[0].shape} experts in one layer, others in another"
@@ -92,7 +97,7 @@ def read_selections(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError("no tokens, or different numbers of experts a token")
     tokens = np.concatenate(pieces)
     experts, notes = num_experts(options, int(tokens.max()), parts[0].name)
-    trace = RoutingTrace(tokens.astype(np.int16), experts, request=np.repeat(np.arange(len(parts)), counts),
+    trace = RoutingTrace(tokens, experts, request=np.repeat(np.arange(len(parts)), counts),
                          is_decode=np.concatenate(decode_T), layer_ids=np.array(layers, np.int32),
                          name=parts[0].path.parent.name)  # fmt: skip
     return EngineDump("sglang", "selection-trace", trace=trace, recorded_layers=recorded, notes=tuple(notes))
@@ -122,7 +127,8 @@ def read_history(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(f"load_history has {steps[0].shape[1]} experts, the model {experts}")
     rows, ids, notes = decoder_layers(len(steps[0]), options.model, "load_history")
     profile = LoadProfile(np.stack(steps)[:, rows], ids, options.k or 1, parts[0].name)
-    return EngineDump("vllm", "load-history", profile=profile, recorded_layers=len(steps[0]), notes=tuple(notes))
+    return EngineDump("vllm", "load-history", profile=profile, recorded_layers=len(steps[0]),
+                      layers_by_place=options.model is None, notes=(*_by_place(options), *notes))  # fmt: skip
 
 
 def read_step(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -132,7 +138,7 @@ def read_step(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         with open_npz(part.path) as archive:
             header = archive.header("data")
             header.require((None, None))
-            pieces.append(table("data", archive.read(header), 2, high=MAX_EXPERTS - 1))
+            pieces.append(id_table("data", archive.read(header), 2))
         match = STEP_NAME.fullmatch(part.path.stem)
         layers.add(int(match[1]) if match else 0)
     if len(layers) > 1 or len({piece.shape[1] for piece in pieces}) > 1 or not sum(piece.size for piece in pieces):
@@ -141,7 +147,7 @@ def read_step(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     check_ids(parts[0].name, [layer])
     tokens = np.concatenate(pieces)[:, None]
     experts, notes = num_experts(options, int(tokens.max()), parts[0].name)
-    trace = RoutingTrace(tokens.astype(np.int16), experts, layer_ids=np.array([layer], np.int32), name=parts[0].name)
+    trace = RoutingTrace(tokens, experts, layer_ids=np.array([layer], np.int32), name=parts[0].name)
     notes.append(f"layer {layer} is what the file name says")
     return EngineDump("step", "one-layer", trace=trace, notes=tuple(notes))
 
@@ -169,14 +175,14 @@ def read_routes(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     layers = sorted(by_layer)
     if len({len(rows) for rows in by_layer.values()}) != 1:
         raise TraceError(f"layers {layers[:6]} have different numbers of tokens")
-    columns = [table("topk_ids", by_layer[layer], 2, high=MAX_EXPERTS - 1) for layer in layers]
+    columns = [id_table("topk_ids", by_layer[layer], 2) for layer in layers]
     if len({column.shape for column in columns}) > 1 or not columns[0].size:
         raise TraceError("layers have different numbers of experts a token, or none")
     tokens = np.stack(columns, axis=1)
     experts, notes = num_experts(options, int(tokens.max()), parts[0].name)
     ids = {name: number for number, name in enumerate(dict.fromkeys(requests[layers[0]]))}
     trace = RoutingTrace(
-        tokens.astype(np.int16), experts, request=np.array([ids[name] for name in requests[layers[0]]]),
+        tokens, experts, request=np.array([ids[name] for name in requests[layers[0]]]),
         layer_ids=np.array(layers, np.int32), name=parts[0].name,
     )  # fmt: skip
     notes.append("padding cannot be told from tokens in such a log")

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import integer_npy, table, whole
+from poise.engines.dumps.untrusted import id_table, integer_npy, whole
 from poise.errors import TraceError
 from poise.observe.trace import MAX_EXPERTS, RoutingTrace
 
@@ -63,7 +63,7 @@ def _has_routes(answer: dict[str, Any]) -> bool:
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """All answers of all files as one trace, a request each."""
     engines: set[str] = set()
-    pieces: list[tuple[NDArray[np.int64], int]] = []
+    pieces: list[tuple[NDArray[np.int16], int]] = []
     silent = 0
     for part in parts:
         answers = part.value if isinstance(part.value, list) else [part.value]
@@ -84,14 +84,14 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if len(shapes) > 1:
         raise TraceError(f"answers of [layers, experts a token] {list(shapes[0])} and {list(shapes[1])}")
     notes = [f"{silent} answers without routed experts were left out"] if silent else []
-    experts_TLK = np.concatenate([piece for piece, _ in pieces])
     request_T = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _ in pieces])
     decode_T = np.concatenate([np.arange(len(piece)) >= len(piece) - decoded for piece, decoded in pieces])
     engine = engines.pop()
     rows, ids, said = decoder_layers(shapes[0][0], options.model, "an answer")
     if options.model is None:
-        rows, ids, said = _busy_layers(experts_TLK, engine)
-    experts_TLK = experts_TLK[:, rows]
+        rows, ids, said = _busy_layers([piece for piece, _ in pieces], engine)
+    experts_TLK = np.concatenate([piece[:, rows] for piece, _ in pieces])
+    del pieces
     keep_T = ~(experts_TLK < 0).any(axis=(1, 2))
     if shapes[0][1] > 1:
         keep_T &= (experts_TLK != experts_TLK[:, :1, :1]).any(axis=(1, 2))
@@ -101,22 +101,28 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         notes.append(f"{(~keep_T).sum()} tokens without captured experts were left out")
     experts, more = num_experts(options, int(experts_TLK[keep_T].max()), "an answer")
     trace = RoutingTrace(
-        experts_TLK[keep_T].astype(np.int16), experts, request=request_T[keep_T].astype(np.int32),
+        experts_TLK[keep_T], experts, request=request_T[keep_T].astype(np.int32),
         is_decode=decode_T[keep_T], layer_ids=ids, name=parts[0].name,
     )  # fmt: skip
-    return EngineDump(engine, "routed-experts", trace=trace, recorded_layers=shapes[0][0], notes=(*notes, *said, *more))
+    guessed = options.model is None and engine == "vllm"
+    return EngineDump(engine, "routed-experts", trace=trace, recorded_layers=shapes[0][0], layers_by_place=guessed,
+                      notes=(*notes, *said, *more))  # fmt: skip
 
 
-def _busy_layers(experts_TLK: NDArray[np.int64], engine: str) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
+def _busy_layers(
+    pieces: Sequence[NDArray[np.int16]], engine: str
+) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
     """Without a model: layers in which some token has different experts; those without are dense."""
-    if experts_TLK.shape[2] > 1:
-        busy = (experts_TLK != experts_TLK[:, :, :1]).any(axis=(0, 2))
-    else:
-        busy = (experts_TLK > 0).any(axis=(0, 2))  # all zeros: dense, or expert 0 for everyone
+    busy = np.zeros(pieces[0].shape[1], bool)
+    for piece_TLK in pieces:
+        if piece_TLK.shape[2] > 1:
+            busy |= (piece_TLK != piece_TLK[:, :, :1]).any(axis=(0, 2))
+        else:
+            busy |= (piece_TLK > 0).any(axis=(0, 2))  # all zeros: dense, or expert 0 for everyone
     if not busy.any():
         raise TraceError("no layer has routed experts", hint="check --top-k")
     rows = np.flatnonzero(busy)
-    notes = [] if engine == "sglang" else ["layers are numbered as the engine lists them: --model gives decoder layers"]
+    notes = [] if engine == "sglang" else [BY_PLACE]
     return rows, rows.astype(np.int32), notes
 
 
@@ -150,7 +156,7 @@ def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
         yield one(prompt, held.get(KEY), held.get("routed_experts_dtype"), counts)
 
 
-def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int64], int, str]:
+def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int, str]:
     """Experts of an answer, [rows, layers, K], how many of the last rows were decoded, and the engine."""
     try:
         routed = _decode(found.routed, found.dtype)
@@ -165,30 +171,30 @@ def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int64], int,
                 raise TraceError(f"{PROMPT_KEY} {prompt.shape[1:]} and {KEY} {parts[1].shape[1:]} disagree")
             return np.concatenate(parts), len(parts[1]) if len(parts) > 1 else 0, "vllm"
         if routed is None:
-            return np.zeros((0, 1, 1), np.int64), 0, "vllm"
+            return np.zeros((0, 1, 1), np.int16), 0, "vllm"
         return routed, _decoded(len(routed), found), "vllm"
     except TraceError as error:
         raise TraceError(f"{found.where}: {error.message}", hint=error.hint) from None
 
 
-def _decode(value: Any, dtype: Any) -> NDArray[np.int64] | None:
+def _decode(value: Any, dtype: Any) -> NDArray[np.int16] | None:
     """Three-dimensional, or one-dimensional where the text has no shape."""
     if value is None or value == []:
         return None
     if isinstance(value, list):
-        array = table(KEY, value, 3, low=-1, high=MAX_EXPERTS)
+        array = id_table(KEY, value, 3, low=-1, high=MAX_EXPERTS)
     elif isinstance(value, str):
         try:
             data = base64.b64decode(value, validate=True)
         except ValueError as error:
             raise TraceError(f"{KEY} is no base64: {error}") from None
         if data.startswith(b"\x93NUMPY"):
-            array = table(KEY, integer_npy(data), 3, low=-1, high=MAX_EXPERTS)
+            array = id_table(KEY, integer_npy(data), 3, low=-1, high=MAX_EXPERTS)
         else:
             kind = DTYPES.get(dtype if isinstance(dtype, str) else "int32")
             if kind is None or len(data) % np.dtype(kind).itemsize:
                 raise TraceError(f"{KEY} has {len(data)} bytes of type {str(dtype)[:20]!r}")
-            array = table(KEY, np.frombuffer(data, kind), 1, low=-1, high=MAX_EXPERTS)
+            array = id_table(KEY, np.frombuffer(data, kind), 1, low=-1, high=MAX_EXPERTS)
     else:
         raise TraceError(f"{KEY} is a {type(value).__name__}, not a list or base64")
     if array.ndim == 3 and 0 in array.shape[1:]:
@@ -196,7 +202,7 @@ def _decode(value: Any, dtype: Any) -> NDArray[np.int64] | None:
     return array
 
 
-def _flat(flat: NDArray[np.int64], found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int64], int]:
+def _flat(flat: NDArray[np.int16], found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int]:
     """SGLang's numbers, whose shape the answer does not say."""
     if found.prompt_tokens is None or found.completion_tokens is None:
         raise TraceError(

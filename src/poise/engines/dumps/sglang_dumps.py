@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import (
     MAX_TABLE,
+    agree,
     by_expert,
     decoder_layers,
     distinct,
@@ -35,7 +36,7 @@ from poise.engines.dumps.mapping import (
     rows_of,
 )
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import loads, table, whole
+from poise.engines.dumps.untrusted import id_table, loads, table, whole
 from poise.errors import TraceError
 from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 
@@ -120,7 +121,7 @@ def read_map(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 class _Tokens:
     """Tokens of one forward pass on one rank."""
 
-    topk_LTK: NDArray[np.int64]
+    topk_LTK: NDArray[np.int16]
     input_T: NDArray[np.int64]
     position_T: NDArray[np.int64]
     lengths: NDArray[np.int64] | None
@@ -165,7 +166,7 @@ def _check_size(part: Part) -> None:
         if not isinstance(raw, dict):
             raise TraceError(f"{part.name}: a record is a {type(raw).__name__}")
         held += sum(
-            v.nbytes if isinstance(v, np.ndarray) else 8 * len(v)
+            8 * (v.size if isinstance(v, np.ndarray) else len(v))
             for v in raw.values()
             if isinstance(v, list | np.ndarray)
         )
@@ -179,7 +180,7 @@ def _record(raw: dict[Any, Any], source: int, part: Part) -> _Record:
     count_LS = None if count is None else table("global_physical_count", count, 2)
     tokens = None
     if raw.get("topk_ids_of_layer") is not None:
-        topk = table("topk_ids_of_layer", raw["topk_ids_of_layer"], 3, low=-1)
+        topk = id_table("topk_ids_of_layer", raw["topk_ids_of_layer"], 3, low=-1, high=MAX_EXPERTS)
         inputs, positions = (
             table(name, raw.get(name), 1, low=-BIG_ID, high=BIG_ID) for name in ("input_ids", "positions")
         )
@@ -222,10 +223,10 @@ def _maps(
                 f"{part.name}: a map of {list(found.shape)} for records of {num_layers} layers and {num_slots} slots"
             )
         out.append(found)
-    if any(not np.array_equal(out[0], other) for other in out[1:] if other.shape == out[0].shape):
-        notes.append("the map changed between files: each file was read with its own last one")
     if len({found.shape for found in out}) > 1:
         raise TraceError(f"files have maps of shapes {sorted({found.shape for found in out})[:4]}")
+    if not agree(out):
+        notes.append("files have different maps: each file was read with its own last one")
     return out, notes
 
 
@@ -249,8 +250,9 @@ def _per_pass(
         counts = np.stack(list(sources[source].values()))
         return by_expert(counts, maps[source], experts)
 
-    # ranks with the same tokens may have sent them to other replicas
-    kept = [order[i] for i in distinct(dict(zip(sources[i], loads_of(i), strict=True)) for i in order)]
+    # ranks with the same tokens may have sent them to other replicas, or have lost the map of that time
+    by_load = (dict(zip(sources[i], loads_of(i), strict=True)) for i in order)
+    kept = [order[i] for i in distinct(by_load, (sources[i] for i in order))]
     if len(kept) < len(order):
         notes.append(
             f"{len(order) - len(kept)} of {len(order)} files count the tokens of another one and were left out"
@@ -266,7 +268,8 @@ def _per_pass(
         raise TraceError("all counts are 0", hint="record again with traffic")
     ids, said = model_layers(busy, options.model, "the record")
     profile = LoadProfile(load_BLE[:, ids], np.array(ids, np.int32), options.k or 1, name)
-    slots = SlotRecord(np.array(ids, np.int32), maps[kept[-1]][ids].astype(np.int32), count_BLS[:, ids])
+    slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), count_BLS[:, ids],
+                       agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
     return EngineDump("sglang", "per-pass", profile=profile, slots=slots, recorded_layers=shape[0],
                       notes=(*notes, *more, *said))  # fmt: skip
 
@@ -277,17 +280,17 @@ class _Group:
 
     home: int
     tokens: _Tokens
-    slot_LTK: NDArray[np.int64]
-    expert_LTK: NDArray[np.int64]
+    slot_LTK: NDArray[np.int16]
+    expert_LTK: NDArray[np.int16]
 
-    def takes(self, tokens: _Tokens, expert_LTK: NDArray[np.int64], slot_LTK: NDArray[np.int64]) -> bool:
+    def takes(self, tokens: _Tokens, expert_LTK: NDArray[np.int16], slot_LTK: NDArray[np.int16]) -> bool:
         """Merge another rank's record, if it is of the same tokens."""
         mine = self.tokens
         if not (np.array_equal(mine.input_T, tokens.input_T) and np.array_equal(mine.position_T, tokens.position_T)):
             return False
         both = (self.expert_LTK >= 0) & (expert_LTK >= 0)
-        if (self.expert_LTK[both] != expert_LTK[both]).any():
-            return False
+        if (self.expert_LTK[both] != expert_LTK[both]).any() and (self.slot_LTK[both] != slot_LTK[both]).any():
+            return False  # neither to the same experts nor, by a map that a file has lost, to the same slots
         new = (self.expert_LTK < 0) & (expert_LTK >= 0)
         self.expert_LTK = np.where(new, expert_LTK, self.expert_LTK)
         self.slot_LTK = np.where(new, slot_LTK, self.slot_LTK)
@@ -300,6 +303,7 @@ def _per_token(
     num_layers, num_slots = maps[0].shape
     top_k, said = _top_k(records, num_layers, num_slots, options)
     experts, more = num_experts(options, max(int(m.max()) for m in maps), "the map", most=num_slots)
+    short, layer_L11 = [map_LS.astype(np.int16) for map_LS in maps], np.arange(num_layers)[:, None, None]
     passes: dict[int, list[_Group]] = {}
     copies = 0
     for r in records:
@@ -309,7 +313,7 @@ def _per_token(
         slot_LTK = r.tokens.topk_LTK[:, :, :top_k]
         if int(slot_LTK.max()) >= num_slots:
             raise TraceError(f"pass {r.pass_id} names slot {slot_LTK.max()}, the map has {num_slots}")
-        expert_LTK = np.where(slot_LTK < 0, -1, maps[r.source][np.arange(num_layers)[:, None, None], slot_LTK])
+        expert_LTK = np.where(slot_LTK < 0, np.int16(-1), short[r.source][layer_L11, slot_LTK])
         if ((slot_LTK >= 0) & (expert_LTK < 0)).any():
             raise TraceError(f"pass {r.pass_id} names a slot that is empty in the map")
         groups = passes.setdefault(r.pass_id, [])
@@ -331,7 +335,8 @@ def _per_token(
         for group in groups:
             rows.add(pass_id, group, ids)
     trace = rows.trace(experts, np.array(ids, np.int32), name)
-    slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots))
+    slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots),
+                       agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
     return EngineDump("sglang", "per-token", trace=trace, slots=slots, recorded_layers=num_layers,
                       notes=(*notes, *said, *more, *layers, *rows.notes()))  # fmt: skip
 

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,10 @@ def is_counts(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rank:
-    """One file of one rank: counts [S] or tokens [T, K] by (iteration, layer)."""
+    """One file of one rank: counts int64 [S] or tokens int16 [T, K], -1 for padding, by (iteration, layer)."""
 
     name: str
-    arrays: dict[Key, NDArray[np.int64]]
+    arrays: dict[Key, NDArray[Any]]
 
 
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -108,13 +109,16 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 
 def _ranks(parts: Sequence[Part], width: int | None) -> tuple[list[_Rank], list[_Rank], list[str]]:
     """Files of counts and files of tokens."""
+    numbers = sum(prod(tensor.shape) for part in parts for tensor in part.value.tensors)
+    if numbers > MAX_TABLE:
+        raise TraceError(f"{numbers} numbers, at most {MAX_TABLE} are read together", hint="record fewer iterations")
     counts, raw, notes = [], [], []
     for part in parts:
         arrays = {}
         for tensor in part.value.tensors:
             match = KEY.fullmatch(tensor.name)
             assert match is not None
-            arrays[int(match[1]), int(match[2])] = _array(part, tensor, width)
+            arrays[int(match[1]), int(match[2])] = _array(part, tensor)
         if len(arrays) != len(part.value.tensors):
             raise TraceError(f"{part.name} has an iteration and layer twice")
         dims = {array.ndim for array in arrays.values()}
@@ -135,7 +139,7 @@ def _ranks(parts: Sequence[Part], width: int | None) -> tuple[list[_Rank], list[
     return counts, raw, notes
 
 
-def _array(part: Part, tensor: StoredTensor, width: int | None) -> NDArray[np.int64]:
+def _array(part: Part, tensor: StoredTensor) -> NDArray[Any]:
     kind = DTYPES.get(tensor.dtype)
     if kind is None or len(tensor.shape) not in (1, 2) or 0 in tensor.shape[1:]:
         raise TraceError(f"{part.name}: {tensor.name} is {tensor.dtype} {list(tensor.shape)[:8]}, not counts or tokens")
@@ -146,7 +150,12 @@ def _array(part: Part, tensor: StoredTensor, width: int | None) -> NDArray[np.in
         array = np.frombuffer(data, kind).reshape(tensor.shape)
     except (OSError, ValueError):
         raise TraceError(f"{part.name}: {tensor.name} is cut short") from None
-    return table(tensor.name, array, 1, 2, low=-1 if array.ndim == 2 else 0, high=2**40)
+    if array.ndim == 2:
+        real = (array >= 0) & (array < MAX_EXPERTS)
+        tokens = np.full(array.shape, -1, np.int16)
+        tokens[real] = array[real]
+        return tokens
+    return table(tensor.name, array, 1, high=2**40)
 
 
 def _without_copies(counts: list[_Rank], raw: list[_Rank]) -> list[str]:
@@ -183,9 +192,10 @@ def _trace(
 ) -> RoutingTrace | None:
     """Tokens of the passes in which every layer kept as many."""
     ranks = sorted(ranks, key=lambda rank: rank.name)
+    short_LS = None if map_LS is None else map_LS.astype(np.int16)
     pieces, step_T, home_T, uneven, padded = [], [], [], 0, 0
     for home, rank in enumerate(ranks):
-        by_step: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
+        by_step: dict[int, dict[int, NDArray[np.int16]]] = defaultdict(dict)
         for (step, layer), tokens in rank.arrays.items():
             by_step[step][layer] = tokens
         for step, found in sorted(by_step.items()):
@@ -198,7 +208,7 @@ def _trace(
             real_T = ((slot_TLK >= 0) & (slot_TLK < top)).all(axis=(1, 2))
             padded += int((~real_T).sum())
             slot_TLK = slot_TLK[real_T]
-            pieces.append(slot_TLK if map_LS is None else map_LS[np.arange(len(layers))[:, None], slot_TLK])
+            pieces.append(slot_TLK if short_LS is None else short_LS[np.arange(len(layers))[:, None], slot_TLK])
             step_T.append(np.full(len(slot_TLK), step))
             home_T.append(np.full(len(slot_TLK), home))
     if uneven:
@@ -213,7 +223,7 @@ def _trace(
     notes.append("each token is a request of its own: the engine does not say which it belongs to, nor its phase")
     order = np.argsort(np.concatenate(step_T), kind="stable")
     return RoutingTrace(
-        np.concatenate(pieces)[order].astype(np.int16), experts, step=np.concatenate(step_T)[order],
+        np.concatenate(pieces)[order], experts, step=np.concatenate(step_T)[order],
         home=np.concatenate(home_T)[order],
         layer_ids=np.array(layers, np.int32), name=name,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.dumps.mapping import MAX_TABLE, decoder_layers, distinct, num_experts
+from poise.engines.dumps.mapping import MAX_TABLE, agree, decoder_layers, distinct, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table, whole
 from poise.errors import TraceError
@@ -29,7 +29,8 @@ def is_load(value: Any) -> bool:
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Loads of all ranks together; the n-th file of each rank, in order of names, is of the n-th window."""
     ranks: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = defaultdict(list)
-    map_LS, notes = None, []
+    maps: list[NDArray[np.int64]] = []
+    notes = []
     for part in parts:
         slots, experts = (table(name, part.value[name], 2, high=2**50) for name in ("physical_count", "logical_count"))
         if not slots.size or len(slots) != len(experts):
@@ -39,9 +40,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
             found = table("physical_to_logical_map", raw, 2, low=-1, high=MAX_EXPERTS - 1)
             if found.shape != slots.shape:
                 raise TraceError(f"{part.name} has a map of {list(found.shape)} for counts of {list(slots.shape)}")
-            if map_LS is not None and not np.array_equal(found, map_LS):
-                notes.append("the map changed between files: slots are told by the last one")
-            map_LS = found
+            maps.append(found)
         ranks[whole("ep_rank", part.value.get("ep_rank", len(ranks)))].append((slots, experts))
     first = next(iter(ranks.values()))[0]
     shapes = {(s.shape, e.shape) for found in ranks.values() for s, e in found}
@@ -49,6 +48,8 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(
             f"records of shapes {first[0].shape}, {first[1].shape} and others", hint="give those of one run"
         )
+    if not agree(maps):
+        notes.append("files have different maps: slots are told by the last one")
     order = sorted(ranks)
     kept = [order[i] for i in distinct(dict(enumerate(e for _, e in ranks[rank])) for rank in order)]
     if len(kept) < len(order):
@@ -66,6 +67,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(f"logical_count has {load_BLE.shape[2]} experts, the model {known}")
     rows, ids, more = decoder_layers(count_BLS.shape[1], options.model, "physical_count")
     profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
-    record = SlotRecord(ids, None if map_LS is None else map_LS[rows].astype(np.int32), count_BLS[:, rows])
+    record = SlotRecord(ids, maps[-1][rows].astype(np.int32) if maps else None, count_BLS[:, rows],
+                        agree([map_LS[rows] for map_LS in maps]))  # fmt: skip
     return EngineDump("tokenspeed", "expert-load", profile=profile, slots=record, recorded_layers=count_BLS.shape[1],
                       notes=(*notes, *more))  # fmt: skip

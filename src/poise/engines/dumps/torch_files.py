@@ -21,7 +21,12 @@ from poise.engines.dumps.untrusted import file_size
 from poise.errors import TraceError
 from poise.observe.npz import BROKEN
 
-MAX_PICKLE_BYTES = 256 << 20
+MAX_PICKLE_BYTES = 32 << 20
+MAX_PICKLE_ROOM = 512 << 20
+"""Most bytes of memory that the objects of a pickle may take, tensors' numbers apart."""
+ROOM, OTHER_ROOM = {"REDUCE": 1024, "MARK": 128, "BINPUT": 112, "LONG_BINPUT": 112, "PUT": 112, "MEMOIZE": 112,
+                    "BININT": 40, "BININT1": 40, "BININT2": 40, "BINFLOAT": 40}, 80  # fmt: skip
+"""What each instruction may leave in memory, at most: a tensor, a list, a place in the table of what was made, ..."""
 FREE_BYTES = 64 << 20
 """Tensors that repeat themselves may take up so much more than their storages."""
 MAX_DEPTH = 8
@@ -32,8 +37,8 @@ REFUSED = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2",
 PLAIN = {int, float, bool, str, type(None)}
 
 
-def load(path: Path, *, skip: frozenset[str] = frozenset()) -> Any:
-    """The saved object: dicts, lists, plain values and numpy arrays.
+def load(path: Path, *, skip: frozenset[str] = frozenset()) -> tuple[Any, int]:
+    """The saved object (dicts, lists, plain values and numpy arrays), and bytes of memory that it takes at most.
 
     Parameters
     ----------
@@ -45,7 +50,7 @@ def load(path: Path, *, skip: frozenset[str] = frozenset()) -> Any:
     TraceError : not such a file, damaged, or with anything in it but containers, numbers, text and dense tensors.
     """
     size = file_size(path)
-    _check_archive(path, size)
+    room = _check_archive(path, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -54,10 +59,12 @@ def load(path: Path, *, skip: frozenset[str] = frozenset()) -> Any:
         raise
     except Exception as error:  # an unpickler raises whatever damaged data makes it raise
         raise TraceError(f"not readable: {str(error)[:200] or type(error).__name__}") from None
-    return _Plain(size + FREE_BYTES, skip).of(value)
+    plain = _Plain(size + FREE_BYTES, skip)
+    return plain.of(value), room + size + FREE_BYTES - plain.budget
 
 
-def _check_archive(path: Path, size: int) -> None:
+def _check_archive(path: Path, size: int) -> int:
+    """Bytes of memory that its objects may take."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -71,13 +78,14 @@ def _check_archive(path: Path, size: int) -> None:
             damaged = archive.testzip()
             if damaged is not None:
                 raise TraceError(f"{damaged!r:.80} is damaged: its checksum is another")
-            _check_pickle(archive.read(pickles[0]))
+            return _check_pickle(archive.read(pickles[0]))
     except BROKEN as error:
         raise TraceError(f"not readable as torch.save writes: {str(error)[:200]}", hint="it may be truncated") from None
 
 
-def _check_pickle(data: bytes) -> None:
-    """Refuse a pickle that names anything but tensors. It is taken apart here, not run."""
+def _check_pickle(data: bytes) -> int:
+    """Refuse a pickle that names anything but tensors, or is large. It is taken apart here, not run."""
+    room = len(data)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in REFUSED or (opcode.name == "GLOBAL" and argument not in GLOBALS):
@@ -85,12 +93,16 @@ def _check_pickle(data: bytes) -> None:
                     f"holds {str(argument or opcode.name)[:80]!r}, where only tensors, numbers and text are read",
                     hint="nothing of it was run",
                 )
+            room += ROOM.get(opcode.name, OTHER_ROOM)
+            if room > MAX_PICKLE_ROOM:
+                raise TraceError(f"a pickle of {len(data)} bytes would take more than {MAX_PICKLE_ROOM} in memory")
     except TraceError:
         raise
     except MemoryError:
         raise
     except Exception as error:
         raise TraceError(f"its pickle is damaged: {str(error)[:200]}") from None
+    return room
 
 
 class _Plain:

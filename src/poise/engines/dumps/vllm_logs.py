@@ -19,7 +19,7 @@ import numpy as np
 
 from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import joined
+from poise.engines.dumps.untrusted import listed
 from poise.errors import TraceError
 
 NUMBER = r"(\d{1,20}(?:\.\d{1,20})?)"
@@ -55,7 +55,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     notes = []
     others = [name or "an unnamed model" for _, name in values if (_, name) != (engine, model)]
     if others:
-        notes.append(f"balances of {joined(others)} were left out")
+        notes.append(f"balances of {listed(others)} were left out")
     busy = balance > 0
     if not busy.any():
         raise TraceError("all balances are 0: no token came")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.dumps.mapping import decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table
 from poise.errors import TraceError
@@ -50,8 +50,10 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         ids, notes = np.array(options.model.moe_layer_ids, np.int32), list[str]()
         map_LS = np.repeat(map_LS, len(ids), axis=0)
     else:
-        rows, ids, notes = decoder_layers(len(map_LS), options.model, "the map")
+        rows, ids, notes = decoder_layers(len(map_LS), options.model, "the map", moe_only=True)
         map_LS = map_LS[rows]
-        if options.model is None:
-            notes = ["layers are numbered among the MoE layers: --model gives decoder layers"]
-    return EngineDump("vllm", "map", slots=SlotRecord(ids, map_LS.astype(np.int32)), notes=tuple(notes))
+    guessed = options.model is None
+    if guessed:
+        notes = [BY_PLACE]
+    record = SlotRecord(ids, map_LS.astype(np.int32))
+    return EngineDump("vllm", "map", slots=record, layers_by_place=guessed, notes=tuple(notes))

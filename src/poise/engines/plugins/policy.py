@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ from numpy.typing import NDArray
 from poise.cluster import Cluster
 from poise.control.controller import aligned
 from poise.cost.step import batch_cost
-from poise.engines import sglang
-from poise.engines.slots import full_table, rows_for, trivial_row
-from poise.errors import NoResultError, OptionError, PlacementError
+from poise.engines.plugins.static_map import StaticMap
+from poise.engines.slots import full_table, trivial_row
+from poise.errors import NoResultError, OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.methods import swift_balance
@@ -75,7 +74,7 @@ class PolicySettings:
     tokens_per_step: int | None = None
     time_limit_s: float = 0.5
     horizon_steps: float = 1000.0
-    static_map: Path | None = None
+    static_map: StaticMap | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,15 +110,14 @@ class PolicySettings:
         tokens = number("POISE_TOKENS_PER_STEP", None)
         if tokens is not None and tokens != int(tokens):
             raise OptionError(f"POISE_TOKENS_PER_STEP must be a whole number, got {tokens}")
-        if static is not None:
-            _static_placement(Path(static), 1, None)  # every node needs the file at this path: better to end the start
+        spec = None if model is None else ModelSpec.parse(model)
         return cls(
             None if cluster is None else Cluster.parse(cluster),
-            None if model is None else ModelSpec.parse(model),
+            spec,
             None if tokens is None else int(tokens),
             number("POISE_TIME_LIMIT_S", DEFAULT.time_limit_s),
             number("POISE_HORIZON_STEPS", DEFAULT.horizon_steps),
-            None if static is None else Path(static),
+            None if static is None else StaticMap.read(Path(static), spec),
         )
 
     def machine(self, num_nodes: int, num_ranks: int) -> Cluster:
@@ -174,7 +172,7 @@ def rebalance(
     if num_nodes < 1 or num_ranks % num_nodes:
         num_nodes = 1
     if settings.static_map is not None:
-        return _static_rows(settings, layers, experts, num_replicas, num_ranks)
+        return settings.static_map.rows(layers, experts, num_replicas, num_ranks)
     old = usable_map(old_map_LS, layers, experts, num_replicas)
     base = np.tile(trivial_row(experts, num_replicas).astype(np.int64), (layers, 1)) if old is None else old
     busy = np.flatnonzero(load.sum(axis=1) > 0)
@@ -405,26 +403,3 @@ def _score_L(
         fetched_LED = (count > 0) & (_placement(base_LS, problem).count_LED() == 0)
         seconds += fetched_LED.sum(axis=1).max(axis=1) * model.expert_bytes / cluster.inter_bytes_per_s
     return seconds
-
-
-@lru_cache(maxsize=4)
-def _static_placement(path: Path, num_ranks: int, num_experts: int | None) -> Placement:
-    if path.suffix == ".npz":
-        return Placement.load(path)
-    return sglang.read(path, num_devices=num_ranks, num_experts=num_experts)
-
-
-def _static_rows(settings: PolicySettings, layers: int, experts: int, slots: int, ranks: int) -> NDArray[np.int64]:
-    """The static map, if it is one of these shapes."""
-    assert settings.static_map is not None
-    placement = _static_placement(settings.static_map, ranks, experts)
-    wanted = None if settings.model is None else settings.model.moe_layer_ids
-    rows, _, _ = rows_for(placement, wanted, engine="the engine")
-    have = (len(rows), placement.num_experts, placement.num_slots, placement.num_devices)
-    if have != (layers, experts, slots, ranks):
-        raise PlacementError(
-            f"{settings.static_map} has [layers, experts, slots, ranks] {have}, the engine "
-            f"{(layers, experts, slots, ranks)}",
-            hint="a .npz of 'poise plan' has the MoE layers only; the engine's redundant experts are slots - experts",
-        )
-    return np.stack([row for _, row in sorted(rows.items())]).astype(np.int64)

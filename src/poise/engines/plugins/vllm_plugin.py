@@ -42,7 +42,6 @@ def register() -> None:
     """
     if not (switched_on(os.environ) or os.environ.get("POISE_STATIC_MAP", "").strip()):
         return
-    settings = PolicySettings.from_environment(os.environ)
     try:
         policies = importlib.import_module(POLICIES).EPLB_POLICIES
         base = policies["default"]
@@ -51,11 +50,13 @@ def register() -> None:
             f"this vLLM has no policy 'default' in {POLICIES}.EPLB_POLICIES ({type(error).__name__})",
             hint=f"poise needs vLLM {SINCE} or newer; unset POISE_EPLB and POISE_STATIC_MAP to start without poise",
         ) from None
-    if not hasattr(base, "poise_settings"):
-        policies["default"] = make_policy(base, settings)
-        if settings.static_map is None:
-            warm_up()
-        LOG.info("poise plans expert placement: %s", settings)
+    if hasattr(base, "poise_settings"):
+        return
+    settings = PolicySettings.from_environment(os.environ)
+    policies["default"] = make_policy(base, settings)
+    if settings.static_map is None:
+        warm_up()
+    LOG.info("poise plans expert placement: %s", settings)
 
 
 def make_policy(base: Any, settings: PolicySettings) -> Any:
