@@ -61,6 +61,11 @@ def test_what_a_loop_overlaps_is_told_from_a_rate():
     assert found.start_s == pytest.approx(truth.start_s, abs=1e-3)
 
 
+def test_bytes_that_cost_nothing_are_as_fast_as_can_be():
+    rows = [replace(row, seconds=1e-3, alone_s=1e-3) for row in rows_of((4,), ExchangeModel(1e-3, 0, 1e9, 1e9), 0.0)]
+    assert fit_exchange(rows).model.intra_bytes_per_s > 1e12
+
+
 def test_rows_without_bytes_or_times_are_no_result():
     with pytest.raises(NoResultError, match="without counts"):
         fit_exchange([LinkRow("intra", 1e6, 0, 0, 1, 1e-3)])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.calibrate.fit import SURE, LinkRow, least_deviations
+from poise.calibrate.fit import FASTEST_BYTES_PER_S, SURE, LinkRow, least_deviations
 from poise.cost.exchange import RAMP, ExchangeModel
 from poise.errors import NoResultError
 
@@ -63,7 +63,7 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
     tried = [crowding for crowding in TRIED_BYTES if crowding <= MOST_CROWDING * most]
     best, crowding, overlap = None, 0.0, 0.0
     while True:
-        rounds = [(one, overlap) for one in tried] + [(crowding, one) for one in OVERLAP_BYTES if one <= most / 2]
+        rounds = [(one, overlap) for one in tried] + [(crowding, one) for one in OVERLAP_BYTES if one <= most / RAMP]
         found = min((_fit(c, o, bytes_CR, even, peers, seconds, weight) for c, o in rounds), key=lambda one: one.off)
         if best is not None and found.off >= best.off * (1 - 1e-9):
             break
@@ -71,7 +71,7 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
     start, peer, near, far = best.value_P
     counts_s = float(np.median([row.counts_s for row in rows]))
     rates = [1 / slope if slope > 10 * LEAST else 0.0 for slope in (near, far)]
-    rates = [rate or max(rates) for rate in rates]  # no such links: the other's
+    rates = [rate or max(rates) or FASTEST_BYTES_PER_S for rate in rates]  # no such links: the other's
     model = ExchangeModel(start, peer, rates[0], rates[1], crowding)
     return ExchangeFit(model, counts_s, best.residual_R)
 
