@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import ModelError
+from poise.jsonfile import read_json
 from poise.presets import MODELS
 
 MAX_CONFIG_BYTES = 2**22
@@ -135,22 +135,16 @@ class ModelSpec:
             return from_hf_config(dict(MODELS[spec]), name=spec)
         path = Path(spec)
         try:
-            if spec and path.is_dir():
-                path = path / "config.json"
-            elif not spec.endswith(".json"):
-                close = difflib.get_close_matches(spec, MODELS, 1)
-                hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
-                raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
-            size = path.stat().st_size
-            if size > MAX_CONFIG_BYTES:
-                raise ModelError(f"{path} has {size} bytes, at most {MAX_CONFIG_BYTES} are read")
-            data = json.loads(path.read_bytes())
-        except OSError as error:
+            folder = bool(spec) and path.is_dir()
+        except OSError as error:  # a name too long
             raise ModelError(f"cannot read {spec[:200]!r}: {error.strerror}") from None
-        except ModelError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{spec[:200]!r} is not JSON: {error}") from None
+        if folder:
+            path = path / "config.json"
+        elif not spec.endswith(".json"):
+            close = difflib.get_close_matches(spec, MODELS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
+            raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
+        data = read_json(path, MAX_CONFIG_BYTES, ModelError)
         if not isinstance(data, dict):
             raise ModelError(f"{path} is not a model config: it holds a {type(data).__name__}")
         return from_hf_config(data, name=path.parent.name or path.name)

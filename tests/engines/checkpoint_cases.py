@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from poise.engines.checkpoints.shards import BITS
+from poise.engines.shards import BITS
 from poise.planning.placement import Placement
 
 HIDDEN, EXPERTS = 3, 8

@@ -30,7 +30,8 @@ from tests.serve.models import CONFIGS, SMALL, dense, moe_layers, prompts
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from poise.engines.checkpoints import checkpoint, shards
+from poise.engines import shards
+from poise.engines.checkpoints import checkpoint
 from poise.engines.checkpoints.checkpoint import load_relabelling, relabel_checkpoint
 from poise.engines.checkpoints.permutation import keep_groups, permutation
 from poise.errors import InputError, ModelError, OptionError, PlacementError

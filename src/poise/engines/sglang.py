@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from poise.engines.slots import full_table, trivial_row
 from poise.errors import PlacementError
+from poise.jsonfile import read_json
 from poise.planning.placement import Placement, atomic
 
 KEY = "physical_to_logical_map"
@@ -73,15 +74,7 @@ def read(path: str | Path, *, num_devices: int, num_experts: int | None = None) 
         raise PlacementError(f"num_devices must lie in 1..{MAX_EXPERTS}, got {num_devices}")
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
         raise PlacementError(f"num_experts must lie in 1..{MAX_EXPERTS}, got {num_experts}")
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise PlacementError(f"{path} has {size} bytes, at most {MAX_BYTES} are read")
-        data: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise PlacementError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise PlacementError(f"{path} is not JSON: {error}") from None
+    data: Any = read_json(path, MAX_BYTES, PlacementError)
     if not isinstance(data, dict) or list(data) != [KEY]:
         has = ", ".join(map(repr, list(data)[:4])) if isinstance(data, dict) else f"a {type(data).__name__}"
         raise PlacementError(

@@ -19,7 +19,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.split import even_share
 from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.slots import trivial_row
 from poise.errors import OptionError, PlacementError, TraceError
 from poise.observe.profile import load_LE
 from poise.planning.placement import EMPTY, Placement
@@ -201,7 +203,7 @@ def _by_slots(
             f"the engine's map names expert {slots.map_LS.max()}, the placement has {placement.num_experts}"
         )
     assert placement.layer_ids_L is not None
-    count_LED = placement.count_LED()
+    share_LED, plain_ED = even_share(placement.count_LED()), _trivial_share(placement)
     findings: list[LayerFinding] = []
     measured: list[float] = []
     predicted: list[float] = []
@@ -225,8 +227,8 @@ def _by_slots(
         if count_BS is not None and load_BE is not None and len(count_BS) != len(load_BE):
             count_BS, load_BE = count_BS.sum(axis=0, keepdims=True), load_BE.sum(axis=0, keepdims=True)
         got_BD = None if count_BS is None else _by_device(count_BS, placement)
-        want_BD = None if load_BE is None else _even(load_BE, count_LED[index])
-        plain_BD = None if load_BE is None else _even(load_BE, _trivial_count(placement))
+        want_BD = None if load_BE is None else load_BE @ share_LED[index]
+        plain_BD = None if load_BE is None else load_BE @ plain_ED
         for load_BD, values in ((got_BD, measured), (want_BD, predicted), (plain_BD, trivial)):
             if load_BD is not None:
                 values.append(_balance(load_BD))
@@ -249,12 +251,12 @@ def _by_slots(
 def _by_balance(placement: Placement, dump: EngineDump, loads: _Loads, tolerance: float) -> Verification:
     assert dump.balance_B is not None and placement.layer_ids_L is not None
     place = {layer_id: index for index, layer_id in enumerate(placement.layer_ids_L.tolist())}
-    count_LED, plain_ED = placement.count_LED(), _trivial_count(placement)
+    share_LED, plain_ED = even_share(placement.count_LED()), _trivial_share(placement)
     planned_LBD, trivial_LBD = [], []
     for at, layer_id in enumerate(loads.layer_ids_L.tolist()):  # a layer that was not planned runs the trivial map
         load_BE = loads.load_BLE[:, at]
-        trivial_LBD.append(_even(load_BE, plain_ED))
-        planned_LBD.append(_even(load_BE, count_LED[place[layer_id]]) if layer_id in place else trivial_LBD[-1])
+        trivial_LBD.append(load_BE @ plain_ED)
+        planned_LBD.append(load_BE @ share_LED[place[layer_id]] if layer_id in place else trivial_LBD[-1])
     known = dict(zip(loads.layer_ids_L.tolist(), planned_LBD, strict=True))
     if not place.keys() & known.keys():
         raise TraceError(f"the traffic has layers {loads.layer_ids_L.tolist()[:6]}, none of the placement's")
@@ -304,7 +306,7 @@ def _compare(
         missing = np.bincount(plan_S[here & meant], minlength=experts)
         missing -= np.bincount(seen_S[here & (seen_S != EMPTY)], minlength=experts)
         if (missing > 0).any():
-            trivial = np.arange(len(plan_S)) % experts
+            trivial = trivial_row(experts, len(plan_S))
             return ("trivial map" if (seen_S == trivial).all() else "other map"), wrong
     return "reordered", wrong
 
@@ -329,17 +331,11 @@ def _by_device(count_BS: NDArray[np.float64], placement: Placement) -> NDArray[n
     return count_BS @ (placement.slot_device_S[:, None] == np.arange(placement.num_devices)).astype(np.float64)
 
 
-def _even(load_BE: NDArray[np.float64], count_ED: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Tokens of devices [B, D] if replicas share evenly."""
-    out: NDArray[np.float64] = load_BE @ (count_ED / count_ED.sum(axis=1, keepdims=True))
-    return out
-
-
-def _trivial_count(placement: Placement) -> NDArray[np.int32]:
-    """Slot s holds expert s mod E: what engines run without a map."""
-    out = np.zeros((placement.num_experts, placement.num_devices), np.int32)
-    np.add.at(out, (np.arange(placement.num_slots) % placement.num_experts, placement.slot_device_S), 1)
-    return out
+def _trivial_share(placement: Placement) -> NDArray[np.float64]:
+    """Of what engines run without a map: each device's share of each expert's tokens, float64 [E, D]."""
+    row = trivial_row(placement.num_experts, placement.num_slots)
+    trivial = Placement(row[None], placement.slot_device_S, placement.num_experts, placement.num_devices)
+    return even_share(trivial.count_LED()[0])
 
 
 def _balance(load_BD: NDArray[np.float64]) -> float:

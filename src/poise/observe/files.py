@@ -116,13 +116,24 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def _size(path: Path, most: int) -> int:
+def plain_size(path: Path) -> int:
+    """Bytes of a plain file.
+
+    Raises
+    ------
+    TraceError : there is none.
+    """
     try:
         size = path.stat().st_size if path.is_file() else None
     except (OSError, ValueError) as error:  # a name too long, a zero byte in it
         raise TraceError(f"cannot read {str(path)[:200]!r}: {error}") from None
     if size is None:
-        raise TraceError(f"no such file: {path}")
+        raise TraceError(f"no such file: {str(path)[:200]}")
+    return size
+
+
+def _size(path: Path, most: int) -> int:
+    size = plain_size(path)
     if size > most:
         raise TraceError(f"{path} has {size} bytes, at most {most} are read")
     return size

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling, load_relabelling, permutation
-from poise.engines.checkpoints.shards import Segment, Shard, copy_segments, read_shard
 from poise.engines.checkpoints.tensor_names import Changes, find_changes
+from poise.engines.shards import Segment, Shard, copy_segments, read_shard
 from poise.errors import ModelError, OptionError, PlacementError
+from poise.jsonfile import read_json
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
@@ -79,7 +80,7 @@ def relabel_checkpoint(
     """
     source, target = Path(source), Path(target)
     where = _check_target(source, target)
-    config = _read_json(source / "config.json", MAX_CONFIG_BYTES)
+    config = _read_object(source / "config.json", MAX_CONFIG_BYTES)
     groups = _check_model(config, placement, source)
     names, index = _shard_names(source)
     shards = [read_shard(source / name) for name in names]
@@ -138,18 +139,8 @@ def _check_target(source: Path, target: Path) -> Path:
     return there
 
 
-def _read_json(path: Path, most: int) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > most:
-            raise ModelError(f"{path} has {size} bytes, at most {most} are read")
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except ModelError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {str(error)[:200]}") from None
+def _read_object(path: Path, most: int) -> dict[str, Any]:
+    data = read_json(path, most, ModelError)
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds a {type(data).__name__}")
     return data
@@ -176,7 +167,7 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
             f"{folder} has neither {SINGLE} nor {INDEX}",
             hint="other formats are not read; transformers' save_pretrained writes this one",
         )
-    index = _read_json(folder / INDEX, MAX_INDEX_BYTES)
+    index = _read_object(folder / INDEX, MAX_INDEX_BYTES)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / INDEX} has no weight_map")

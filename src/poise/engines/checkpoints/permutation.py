@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from poise.errors import PlacementError, TraceError
+from poise.jsonfile import read_json
 from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import MAX_NAME, MAX_SIZE, Placement
 
@@ -237,15 +238,9 @@ def load_relabelling(path: str | Path) -> Relabelling:
     path = Path(path)
     try:
         path = path / RELABELLING_FILE if path.is_dir() else path
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise PlacementError(f"{path} has {path.stat().st_size} bytes, at most {MAX_FILE_BYTES} are read")
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise PlacementError(f"cannot read {path}: {error.strerror}", hint="is it a relabelled checkpoint?") from None
-    except PlacementError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise PlacementError(f"{path} is not JSON: {str(error)[:200]}") from None
+    except OSError:  # a name too long: reading it says so
+        pass
+    data = read_json(path, MAX_FILE_BYTES, PlacementError, hint="is it a relabelled checkpoint?")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
         raise PlacementError(f"{path} is not of format {FORMAT} {VERSION}")
     experts, layers, source = data.get("num_experts"), data.get("layers"), data.get("source")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.engines.checkpoints.shards import BITS, StoredTensor
+from poise.engines.shards import BITS, StoredTensor
 from poise.errors import ModelError
 
 NUMBER = r"(?:0|[1-9][0-9]{0,4})"

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from poise.engines.checkpoints.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy, json_room, parse_json, read_bytes
+from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.observe.npz import BROKEN
 
@@ -41,7 +41,7 @@ class Part:
     path, size : the file, and its bytes.
     container : what kind of file it is.
     value : torch, json, yaml: the object; json-lines: a list of objects; npy: an array; npz: names of its members;
-        safetensors: a :class:`~poise.engines.checkpoints.shards.Shard`; text: None, readers go through the lines.
+        safetensors: a :class:`~poise.engines.shards.Shard`; text: None, readers go through the lines.
     room : bytes of memory that the value takes at most, where they may be more than those of the file.
     """
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.engines.checkpoints.shards import Shard, StoredTensor
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import MAX_TABLE, by_expert, check_ids, distinct, model_layers, num_experts, rows_of
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table, whole
+from poise.engines.shards import Shard, StoredTensor
 from poise.errors import TraceError
 from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
+from poise.observe.files import plain_size
 from poise.observe.trace import MAX_EXPERTS
 
 MAX_FILE_BYTES = 8 << 30
@@ -39,12 +40,7 @@ def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
     ------
     TraceError : no such file, or it has more than ``most`` bytes.
     """
-    try:
-        size = path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError) as error:  # a name too long, a zero byte in it
-        raise TraceError(f"cannot read {str(path)[:200]!r}: {error}") from None
-    if size is None:
-        raise TraceError(f"no such file: {str(path)[:200]}")
+    size = plain_size(path)
     if size > most:
         raise TraceError(f"{size} bytes, at most {most} are read")
     return size
