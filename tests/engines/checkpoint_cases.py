@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from poise.engines.checkpoints.permutation import keep_groups
 from poise.engines.shards import BITS
 from poise.planning.placement import Placement
 
@@ -67,6 +68,13 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 def layers_of(layout: str) -> list[int]:
     return [1, 2] if layout.startswith("deepseek") else [0, 1, 2]
+
+
+def expert_placement(experts: int, devices: int, layers: list[int], groups: int, seed: int) -> Placement:
+    rng = np.random.default_rng(seed)
+    device = np.stack([rng.permutation(np.arange(experts) * devices // experts) for _ in layers])
+    placement = Placement.from_devices(device, devices, layer_ids_L=np.array(layers))
+    return keep_groups(placement, groups) if groups > 1 else placement
 
 
 def random_placement(layout: str, seed: int, devices: int = EXPERTS) -> Placement:

@@ -1,0 +1,100 @@
+"""SGLang's recorder, mode ``per_token``: records of all ranks as one trace."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
+from poise.engines.dumps.mapping import MAX_TABLE, agree, model_layers, num_experts
+from poise.engines.dumps.sglang_records import Record
+from poise.engines.dumps.sglang_requests import Group, Rows
+from poise.errors import TraceError
+
+
+def per_token(
+    records: list[Record], maps: list[NDArray[np.int64]], options: ReadOptions, notes: list[str], name: str
+) -> EngineDump:
+    """Records in order of their passes as a trace, with what slots held and computed; raises TraceError."""
+    num_layers, num_slots = maps[0].shape
+    top_k, said = _top_k(records, num_layers, num_slots, options)
+    experts, more = num_experts(options, max(int(m.max()) for m in maps), "the map", most=num_slots)
+    short, layer_L11 = [map_LS.astype(np.int16) for map_LS in maps], np.arange(num_layers)[:, None, None]
+    passes: dict[int, list[Group]] = {}
+    copies = 0
+    for r in records:
+        assert r.tokens is not None
+        if not len(r.tokens.input_T):
+            continue
+        slot_LTK = r.tokens.topk_LTK[:, :, :top_k]
+        if int(slot_LTK.max()) >= num_slots:
+            raise TraceError(f"pass {r.pass_id} names slot {slot_LTK.max()}, the map has {num_slots}")
+        expert_LTK = np.where(slot_LTK < 0, np.int16(-1), short[r.source][layer_L11, slot_LTK])
+        if ((slot_LTK >= 0) & (expert_LTK < 0)).any():
+            raise TraceError(f"pass {r.pass_id} names a slot that is empty in the map")
+        groups = passes.setdefault(r.pass_id, [])
+        if any(group.takes(r.tokens, expert_LTK, slot_LTK) for group in groups):
+            copies += 1
+        else:
+            groups.append(Group(r.rank, r.tokens, slot_LTK, expert_LTK))
+    used_L = np.zeros(num_layers, bool)
+    for groups in passes.values():
+        for group in groups:
+            used_L |= (group.expert_LTK >= 0).any(axis=(1, 2))
+    if not used_L.any():
+        raise TraceError("no token has an expert", hint="record again with traffic")
+    ids, layers = model_layers(np.flatnonzero(used_L).tolist(), options.model, "the record")
+    if copies:
+        notes.append(f"{copies} records hold the tokens of another rank and were merged with it")
+    rows = Rows()
+    for pass_id, groups in passes.items():
+        for group in groups:
+            rows.add(pass_id, group, ids)
+    trace = rows.trace(experts, np.array(ids, np.int32), name)
+    slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots),
+                       agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
+    return EngineDump("sglang", "per-token", trace=trace, slots=slots, recorded_layers=num_layers,
+                      notes=(*notes, *said, *more, *layers, *rows.notes()))  # fmt: skip
+
+
+def _top_k(records: list[Record], num_layers: int, num_slots: int, options: ReadOptions) -> tuple[int, list[str]]:
+    """Columns that are routed experts."""
+    width = 0
+    shared = np.ones(0, bool)
+    for r in records:
+        assert r.tokens is not None
+        topk = r.tokens.topk_LTK
+        if topk.shape[0] != num_layers:
+            raise TraceError(f"pass {r.pass_id} has {topk.shape[0]} layers, others {num_layers}")
+        if topk.shape[2] > len(shared):
+            shared = np.concatenate([shared, np.ones(topk.shape[2] - len(shared), bool)])
+        used = topk >= 0
+        width = max(width, int(np.flatnonzero(used.any(axis=(0, 1))).max(initial=-1)) + 1)
+        shared[: topk.shape[2]] &= ((topk >= num_slots) | ~used).all(axis=(0, 1))
+    notes = []
+    routed = width
+    while routed and shared[routed - 1]:
+        routed -= 1
+    if routed < width:
+        notes.append(f"{width - routed} columns of shared experts were cut")
+    if options.k is not None and routed > options.k:
+        notes.append(f"{routed - options.k} columns behind the top-{options.k} were cut")
+        routed = options.k
+    if options.k is not None and routed < options.k:
+        raise TraceError(f"records hold {routed} experts a token, the model routes to {options.k}")
+    if not routed:
+        raise TraceError("no token has an expert", hint="record again with traffic")
+    return routed, notes
+
+
+def _counts(passes: dict[int, list[Group]], ids: list[int], num_slots: int) -> NDArray[np.float64]:
+    """Pairs of each slot, float64 [passes, L, S]; of all passes together where the table would be too large."""
+    each = len(passes) * len(ids) * num_slots <= MAX_TABLE // 2
+    out = np.zeros((len(passes) if each else 1, len(ids) * num_slots))
+    offset_L = (np.arange(len(ids)) * num_slots)[:, None, None]
+    for index, groups in enumerate(passes.values()):
+        for group in groups:
+            slot = group.slot_LTK[ids]
+            flat = (slot + offset_L)[slot >= 0]
+            out[index if each else 0] += np.bincount(flat, minlength=out.shape[1])
+    return out.reshape(len(out), len(ids), num_slots)
