@@ -5,6 +5,7 @@
     PoiseError
     ├── InputError (also ValueError)   the caller's input is wrong; the CLI exits with 2
     │   ├── TraceError                 a routing trace or load profile
+    │   │   └── NoTrafficError         nothing wrong, and no token in it
     │   ├── ClusterError               a cluster spec, preset or YAML file
     │   ├── ModelError                 a model preset, config or module
     │   ├── PlacementError             a placement or placement file
@@ -43,6 +44,10 @@ class InputError(PoiseError, ValueError):
 
 class TraceError(InputError):
     """A routing trace or load profile is malformed."""
+
+
+class NoTrafficError(TraceError):
+    """A record of an engine that nobody used: every load is 0."""
 
 
 class ClusterError(InputError):

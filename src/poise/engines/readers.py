@@ -119,7 +119,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
             options.model.matches(num_experts=traffic.num_experts, layer_ids=traffic.layer_ids)
     except TraceError as error:
         where = parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more"
-        raise TraceError(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None
+        raise type(error)(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None
     dump = replace(dump, notes=(*notes, *dump.notes))
     if relabelling is not None and dump.layers_by_place:
         raise OptionError(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError, TraceError
+from poise.errors import NoTrafficError, OptionError, TraceError
 
 MAX_EXPERTS = 32_767
 MAX_LOAD = 1e15
@@ -240,7 +240,7 @@ class LoadProfile:
             )
         busy = load.sum(axis=(0, 2)) > 0
         if not busy.any():
-            raise TraceError("all loads are 0", hint="record again with traffic, or drop the file")
+            raise NoTrafficError("all loads are 0", hint="record again with traffic, or drop the file")
         load, ids = np.ascontiguousarray(load[:, busy]), ids[busy]
         load.flags.writeable = ids.flags.writeable = False
         object.__setattr__(self, "load_BLE", load)

@@ -18,7 +18,7 @@ from poise import api
 from poise.control.controller import steps_of
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.readers import read_dump
-from poise.errors import ModelError, OptionError, TraceError
+from poise.errors import ModelError, NoTrafficError, OptionError, TraceError
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import default_tokens_per_step, make_batch
 from poise.observe.trace import LoadProfile, RoutingTrace
@@ -30,8 +30,6 @@ FILES_A_LOOK = 16
 """Most files that one look reads: a backlog comes in parts, so that memory stays bounded."""
 LEAST_TOKENS = 64
 """Rows that a step has at least where N is not named: the first few rows of a file say little about its size."""
-IDLE = "all loads are 0"
-"""How the message about a dump of an engine without traffic ends: nothing new, and no error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,19 +231,20 @@ class DumpFolder:
         for stamp, name, path in ready:
             try:
                 arrivals.append(self._arrival(self._read(path)))
+            except NoTrafficError:  # the engine was idle: nothing new, and no error
+                pass
             except (TraceError, ModelError) as error:
                 if isinstance(error, ModelError) and not self._any:
                     raise
-                if not error.message.endswith(IDLE):
-                    failed, tries = self._failed.get(name, (stamp, 0))
-                    tries = tries + 1 if failed == stamp else 1
-                    self._failed[name] = stamp, tries
-                    if last or tries >= UNREADABLE_POLLS:
-                        self._taken[name] = stamp
-                        errors += 1
-                        said = error.message if name in error.message else f"{name}: {error.message}"
-                        problems.append(f"left out: {said}")
-                    continue
+                failed, tries = self._failed.get(name, (stamp, 0))
+                tries = tries + 1 if failed == stamp else 1
+                self._failed[name] = stamp, tries
+                if last or tries >= UNREADABLE_POLLS:
+                    self._taken[name] = stamp
+                    errors += 1
+                    said = error.message if name in error.message else f"{name}: {error.message}"
+                    problems.append(f"left out: {said}")
+                continue
             dumps += 1
             self._any = True
             self._taken[name] = stamp

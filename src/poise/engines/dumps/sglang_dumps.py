@@ -34,7 +34,7 @@ from poise.engines.dumps.parts import Part
 from poise.engines.dumps.sglang_records import Record, check_size, maps_of, record_of
 from poise.engines.dumps.sglang_tokens import per_token
 from poise.engines.dumps.untrusted import loads, table
-from poise.errors import TraceError
+from poise.errors import NoTrafficError, TraceError
 from poise.observe.trace import MAX_EXPERTS, LoadProfile
 
 
@@ -76,7 +76,7 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError("logical_count must be finite")
     busy = np.asarray(count.any(axis=(1, 2)))
     if not busy.any():
-        raise TraceError("all loads are 0", hint="record again with traffic")
+        raise NoTrafficError("all loads are 0", hint="record again with traffic")
     if not busy.all():
         notes.append(
             f"{(~busy).sum()} of {len(busy)} steps have no load and were left out: an unused part of the buffer"
