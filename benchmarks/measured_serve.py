@@ -205,10 +205,14 @@ def plan_rows(scene: Scene, fit: RoutingBatch, cluster: Cluster, model: ModelSpe
 
 @dataclass
 class Predicted:
-    """What planners see (terms of a step, added up) and marks of the run simulated rank by rank, [1, steps, L, D, 6]."""
+    """What planners see (terms of a step, added up), and the run simulated rank by rank.
+
+    ``marks`` float64 [1, steps, L, D, 6]; ``tokens`` int64 [steps, L, D], pairs that each rank computes.
+    """
 
     cost: BatchCost
     marks: np.ndarray
+    tokens: np.ndarray
 
 
 def predict(scene: Scene, row: tuple[str, str, int, str], placement: Placement, batch: RoutingBatch, cluster: Cluster,
@@ -224,7 +228,8 @@ def predict(scene: Scene, row: tuple[str, str, int, str], placement: Placement, 
     constants = ExchangeModel(**{field.name: exchange[field.name] for field in fields(ExchangeModel)})
     marks = [serve_step(layers, cluster.node_D, constants, window_s=scene.unit_s, counts_s=exchange["counts_s"])
              for layers in work[WARM_UP:]]  # fmt: skip
-    return Predicted(cost, np.stack(marks)[None])
+    tokens = np.array([[layer.tokens_D for layer in layers] for layers in work[WARM_UP:]])
+    return Predicted(cost, np.stack(marks)[None], tokens)
 
 
 def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, Any]:
@@ -264,9 +269,9 @@ def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, A
         if not done.shaped:
             raise SystemExit("the links were not shaped: nothing was measured (root, ip and tc are needed)")
     with np.load(folder / "out.npz", allow_pickle=False) as z:
-        marks, overruns = z["marks"], z["overruns"]
+        marks, tokens, overruns = z["marks"], z["tokens"], z["overruns"]
     exchange = json.loads((folder / "calibrated.json").read_text())["exchange"]
-    return {"scene": scene, "words": words, "marks": marks, "overruns": int(overruns.sum()), "stated": stated,
+    return {"scene": scene, "words": words, "marks": marks, "tokens": tokens, "overruns": int(overruns.sum()), "stated": stated,
             "cluster": cluster, "exchange": exchange,
             "predicted": [predict(scene, row, placement, batch, cluster, model, prior, exchange)
                           for row, placement in zip(scene.rows, placements, strict=True)]}  # fmt: skip
@@ -316,7 +321,7 @@ def report(found: dict[str, Any]) -> str:
         "compute tail",
         "average",
     ]
-    error_head = ["placement", "step measured", "simulated", "error", "all-to-all measured", "simulated", "error",
+    error_head = ["placement", "same tokens", "step measured", "simulated", "error", "all-to-all measured", "simulated", "error",
                   "compute (slept) measured", "simulated", "error", "weights, control measured", "simulated",
                   "worst step's error", "terms added up: step", "error"]  # fmt: skip
     rows, errors, bars = [], [], {}
@@ -336,7 +341,8 @@ def report(found: dict[str, Any]) -> str:
                        for key in ("exchange_tail", "exchange_mean", "compute_tail", "compute_mean"))])  # fmt: skip
         want = {key: value[0] for key, value in terms(found["predicted"][index].marks).items()}
         plain = planners_step(found["predicted"][index], layers, scene.unit_s).mean()
-        line: list[object] = [name]
+        same = (found["tokens"][index] == found["predicted"][index].tokens).all()
+        line: list[object] = [name, "yes" if same else "NO"]
         for key in ("step", "exchange", "compute"):
             line += [
                 f"{got[key].mean():.4f}",
@@ -348,6 +354,10 @@ def report(found: dict[str, Any]) -> str:
                  f"{plain / got['step'].mean() - 1:+.1%}"]  # fmt: skip
         errors.append(line)
         bars[name] = (got["step"].mean(), want["step"].mean())
+    other = [line[0] for line in errors if line[1] == "NO"]
+    warning = (
+        f"\n\n**Run and simulation gave ranks different tokens: {other}. Their errors say nothing.**" if other else ""
+    )
     base, stated = found["cluster"], found["stated"]
     picture = f"measured-serve-{scene.name}.svg"
     (REPORTS / picture).write_text(bar_chart(bars, ("measured", "simulated"), "seconds a step"))
@@ -364,7 +374,7 @@ def report(found: dict[str, Any]) -> str:
         f"{1e3 * base.peer_latency_s:.2f} ms a peer. Over-runs of the device clock: {found['overruns']}."
     )
     return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe simulation beside it (rank by rank, `evaluate/serve_ranks.py`), seconds a step, means over "
-            f"steps of medians over repeats; last, the step as planners see it, one term after the other:\n\n{table(error_head, errors)}\n\n"
+            f"steps of medians over repeats; last, the step as planners see it, one term after the other:\n\n{table(error_head, errors)}{warning}\n\n"
             f"![measured and simulated]({picture})\n\nTimeline of one step, measured and simulated: [{timeline}]({timeline}), "
             f"for ui.perfetto.dev.")  # fmt: skip
 

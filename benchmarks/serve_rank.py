@@ -54,6 +54,10 @@ class Routing:
         rows = np.arange(self.start[step], self.start[step + 1])
         return torch.from_numpy(rows[self.home[rows] == rank])
 
+    def pairs(self, step: int) -> int:
+        """Pairs of a token and an expert in a step, of all ranks."""
+        return int(self.start[step + 1] - self.start[step]) * self.top_k
+
 
 class Run:
     """One row of the table on this rank."""
@@ -64,7 +68,8 @@ class Run:
         self.job, self.routing, self.rank = job, routing, dist.get_rank()
         self.placement = Placement.load(row["placement"])
         self.kind = scaled_rows(job["width"], job["expert_bytes"] // 2)
-        self.clock = DeviceClock(ExpertCurve.from_csv(job["curve"]))
+        self.curve, self.tokens = ExpertCurve.from_csv(job["curve"]), []
+        self.clock = DeviceClock(self._seconds_of)
         fast = None
         if row["fast"]:
             model = ModelSpec(**{**job["model"], "moe_layer_ids": tuple(job["model"]["moe_layer_ids"])})
@@ -93,7 +98,7 @@ class Run:
         for step in range(warm_up):
             mine = self.routing.tokens(step, self.rank)
             for index, layer in enumerate(self.layers):
-                layer.prefetch()
+                layer.prefetch(self.routing.pairs(step))
                 ids, flow = self.routing.experts[mine, index], layer.flow
                 layer.devices(ids)
                 if flow.tell_X is not None:  # nothing is dispatched that would carry the counts
@@ -105,17 +110,22 @@ class Run:
     def _note(self, name: str, began: float, ended: float) -> None:
         self.spans.setdefault(name, []).append((began, ended))
 
-    def step(self, step: int, check: bool) -> np.ndarray:
-        """Marks of every layer, float64 [L, 6]."""
+    def _seconds_of(self, tokens: Any) -> float:
+        self.tokens.append(int(np.sum(tokens)))
+        return self.curve(tokens)
+
+    def step(self, step: int, check: bool) -> tuple[np.ndarray, list[int]]:
+        """Marks of every layer, float64 [L, 6], and the pairs that this rank computed in each."""
         job, routing = self.job, self.routing
         tag = routing.tokens(step, self.rank)
         x = torch.ones(len(tag), job["width"], dtype=torch.bfloat16)
         marks = np.zeros((len(self.layers), len(MARKS)))
         stay = job["traffic"] == "stay"
+        self.tokens.clear()
         dist.barrier()
         for index, layer in enumerate(self.layers):
             marks[index, 0] = time.monotonic()
-            layer.prefetch()
+            layer.prefetch(routing.pairs(step))
             if stay:
                 self._share_keys(len(tag))
             self._until(marks[index, 0] + job["window_s"])
@@ -134,7 +144,7 @@ class Run:
                 want = (scale_of(routing.experts[tag, index]) * routing.weight).sum(dim=1)
                 assert torch.allclose(y[:, 0].float(), want, rtol=0.02), (y[:5, 0], want[:5])
             x = x.new_ones(len(tag), job["width"])
-        return marks
+        return marks, self.tokens.copy()
 
     def _share_keys(self, tokens: int) -> None:
         """``stay``: new keys and values go to every rank."""
@@ -167,6 +177,7 @@ def main() -> None:
     warm_up, steps = job["warm_up"], len(routing.start) - 1 - job["warm_up"]
     layers = runs[0].placement.num_layers
     marks = np.zeros((len(runs), job["repeats"], steps, layers, len(MARKS)))
+    tokens = np.zeros(marks.shape[:4], np.int64)
     for repeat in range(job["repeats"]):
         for turn in range(len(runs)):
             which = (turn + repeat) % len(runs)
@@ -175,14 +186,15 @@ def main() -> None:
                 runs[which].step(warm_up, True)  # connections, pages, checks
                 runs[which].reset(warm_up)
             for step in range(steps):
-                marks[which, repeat, step] = runs[which].step(warm_up + step, False)
+                marks[which, repeat, step], tokens[which, repeat, step] = runs[which].step(warm_up + step, False)
         if rank == 0:
             print(f"repeat {repeat + 1}/{job['repeats']}", file=sys.stderr, flush=True)
     every: list[Any] = [None] * world
-    dist.all_gather_object(every, (marks, [run.clock.report() for run in runs]))
+    dist.all_gather_object(every, (marks, tokens, [run.clock.report() for run in runs]))
     if rank == 0:
         np.savez(sys.argv[3], marks=np.stack([one[0] for one in every], axis=4),
-                 overruns=np.array([[report["overruns"] for report in one[1]] for one in every]))  # fmt: skip
+                 tokens=np.stack([one[1] for one in every], axis=4),
+                 overruns=np.array([[report["overruns"] for report in one[2]] for one in every]))  # fmt: skip
     dist.barrier()
     sys.stderr.flush()
     os._exit(0)  # gloo's threads sometimes abort a finished process while the interpreter ends

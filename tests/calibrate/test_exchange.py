@@ -49,15 +49,14 @@ def test_exact_rows_give_the_constants_back(seed, shape):
     assert found.model.crowding_bytes == pytest.approx(truth.crowding_bytes, rel=0.3)  # the grid is that coarse
 
 
-def test_what_a_loop_overlaps_is_told_from_a_rate():
-    truth, overlap = ExchangeModel(2e-3, 1e-4, 2e7, 2e7, 1e5), 6e4
-    rows = []
-    for row in rows_of((8,), truth, 2e-3):
-        bulk = row.intra_bytes > 1e5
-        alone_s = row.alone_s - overlap / truth.intra_bytes_per_s * bulk
-        rows.append(replace(row, alone_s=alone_s, seconds=alone_s + 1e-3, low_s=alone_s + 1e-3, high_s=alone_s + 1e-3))
-    found = fit_exchange(rows).model
+@pytest.mark.parametrize("shape", [(8,), (4, 4)])
+def test_what_an_idle_port_passes_at_once_is_told_from_a_rate(shape):
+    truth = ExchangeModel(2e-3, 1e-4, 6e7, 2e7, 1e5, 1e-3, 3e-3)
+    found = fit_exchange(rows_of(shape, truth, 2e-3)).model
     assert found.intra_bytes_per_s == pytest.approx(truth.intra_bytes_per_s, rel=0.02)
+    assert found.inter_bytes_per_s == pytest.approx(truth.inter_bytes_per_s if len(shape) > 1 else 6e7, rel=0.02)
+    assert found.intra_credit_s == pytest.approx(truth.intra_credit_s, abs=5e-4)
+    assert found.inter_credit_s == pytest.approx(truth.inter_credit_s if len(shape) > 1 else 0.0, abs=5e-4)
     assert found.start_s == pytest.approx(truth.start_s, abs=1e-3)
 
 
@@ -93,6 +92,18 @@ def test_a_late_rank_delays_only_those_that_hear_from_it():
     end_D = exchange_ends(bytes_DD, np.array([0.0, 0.0, 5.0, 0.0]), node_D, model)
     assert end_D.tolist() == [2.0, 2.0, 7.0, 7.0]
     assert exchange_ends(np.diag([9.0] * 4), np.arange(4.0), node_D, model).tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_an_idle_port_passes_its_credit_at_once():
+    node_D, plain = np.zeros(3, np.int32), ExchangeModel(0.0, 0.1, 10.0, 10.0)
+    credit = replace(plain, intra_credit_s=3.0)
+    bytes_DD = np.array([[0.0, 20.0, 5.0], [60.0, 0.0, 10.0], [60.0, 10.0, 0.0]])
+    begin_D = np.array([0.0, 1.0, 2.0])
+    without, ends = (exchange_ends(bytes_DD, begin_D, node_D, model) for model in (plain, credit))
+    assert (without - ends).max() == pytest.approx(3.0)
+    # not before it is sent, nor before this rank has posted
+    ends = exchange_ends(bytes_DD, begin_D, node_D, replace(plain, intra_credit_s=1e9))
+    assert ends.tolist() == pytest.approx([2.0, 2.0, 2.2])
 
 
 def test_crowding_is_paid_where_ports_are_even():

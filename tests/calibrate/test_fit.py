@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from poise.calibrate.fit import ComputeRow, LinkRow, fit_curve, fit_links
 from poise.calibrate.patterns import balanced, bulk_patterns, peer_counts, port_bytes, ring
+from poise.calibrate.result import assemble
+from poise.cluster import Cluster
 from poise.errors import NoResultError, OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -87,6 +89,24 @@ def test_a_shared_port_is_told_from_one_a_device(seed, shared):
     got = fit_links(rows_of(rng, (4, 4), truth, shared=shared, noise=0.02), nic_shared=None)
     assert got.nic_shared == shared
     assert got.constants["inter_bytes_per_s"] == pytest.approx(1e7, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["intra", "inter"])
+def test_a_rate_that_only_start_up_tells_is_named(name):
+    truth = {"intra_bytes_per_s": 60e6, "inter_bytes_per_s": 15e6, "intra_latency_s": 5e-3, "inter_latency_s": 1e-3,
+             "peer_latency_s": 1e-4}  # fmt: skip
+    rows = rows_of(np.random.default_rng(0), (2, 2), truth)
+    assert fit_links(rows).unsure == ()
+    # balanced rows end on both ports at once; a start-up is 6 ms
+    short = [
+        row for row in rows
+        if (row.pattern != "balanced" and max(row.intra_bytes / 60e6, row.inter_bytes / 15e6) < 0.02)
+        or row.pattern in {"intra": {"inter"}, "inter": {"intra"}}[name]
+    ]  # fmt: skip
+    got = fit_links(short)
+    assert got.unsure == (f"{name}_bytes_per_s",)
+    _, notes = assemble(Cluster.uniform(2, 2), got, fit_curve(table(lambda n: 1e-3 + n, (1, 4)), parameters=1.0), None)
+    assert [note for note in notes if "is a guess" in note and note.startswith(name)]
 
 
 def test_rows_that_say_nothing_are_no_result():

@@ -102,7 +102,7 @@ def test_four_ranks_under_torchrun(tmp_path):
 @shaping
 def test_an_emulated_cluster_gives_its_rates_back(tmp_path):
     path, out, err = tmp_path / "c.yaml", io.StringIO(), io.StringIO()
-    arguments = ["--hidden", "16", "--inner", "8", "--repeats", "3", "--seconds", "12", "--json", "-o", str(path)]
+    arguments = ["--hidden", "16", "--inner", "8", "--quick", "--repeats", "3", "--json", "-o", str(path)]
     done = run(EmulatedCluster(2, 2, 60e6, 15e6), "-m", ["poise.cli", "calibrate", *arguments], timeout=120,
                out=out, err=err)  # fmt: skip
     assert done.shaped

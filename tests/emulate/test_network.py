@@ -3,12 +3,21 @@
 import os
 import shutil
 
+import pytest
+
 from poise.emulate import network
 from poise.emulate.spec import EmulatedCluster
 
 
 def lines_of(spec, namespace, tool):
     return [line for b in network.batches(spec) if (b.namespace, b.tool) == (namespace, tool) for line in b.lines]
+
+
+@pytest.mark.parametrize(("rate", "packets"), [(1e6, 1), (24e6, 1), (60e6, 3), (1e15, 65_535)])
+def test_segments_last_no_longer_than_a_turn(rate, packets):
+    spec = EmulatedCluster(2, 1, None, rate, limit_bytes_per_s=1e18)
+    lines = lines_of(spec, 0, "ip")
+    assert f"link set net0 gso_max_segs {packets} up" in lines and "link set fab0 up" in lines
 
 
 def test_every_port_is_limited_both_ways():

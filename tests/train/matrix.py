@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--pairwise", action="store_true")
     parser.add_argument("--every", type=int, default=1, help="only every n-th cell")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--mutate", default="", help="one mutation, or several separated by commas")
     parser.add_argument("--dtype", default="float64", help="float64, float32, bfloat16, or several separated by commas")
     options = parser.parse_args()
@@ -110,7 +111,7 @@ def main() -> None:
     cells = all_cells()
     if options.pairwise:
         cells = pairwise(cells)
-    cells = cells[:: options.every]
+    cells = cells[options.first :: options.every]
     if options.mutate:
         cells = [cell for cell in cells if cell[4] == "sgd"]
     rows, start = [], time.time()

@@ -1,4 +1,7 @@
-"""Sharded training equals one dense process, for every policy. A pairwise sample; ``make test-all`` runs all cells."""
+"""Sharded training equals one dense process, for every policy. ``make test-all`` runs all cells.
+
+A pairwise sample: half of it on two ranks, the other half on four, some of it on eight.
+"""
 
 import json
 
@@ -20,7 +23,8 @@ def cells(world, tmp_path, *arguments):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_policy_equals_the_dense_reference(world, tmp_path):
-    found = cells(world, tmp_path, "--every", {2: "2", 4: "1", 8: "8"}[world])
+    every, first = {2: (2, 0), 4: (2, 1), 8: (8, 0)}[world]
+    found = cells(world, tmp_path, "--every", str(every), "--first", str(first))
     assert {cell["policy"] for cell in found} == set(POLICIES) or world == 8
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
     if world == 4:

@@ -1,15 +1,10 @@
 """Constants of :class:`poise.cost.exchange.ExchangeModel` from the exchanges that a cluster's constants come from.
 
-    seconds = start + max(peer * peers, (bytes + evenness * min(crowding, bytes / 4) - overlap) / rate)
+    seconds = start + max(peer * peers, (bytes + evenness * min(crowding, bytes / 4)) / rate - credit)
 
-*Overlap*: in a loop of exchanges a rank is done when its last bytes are in its sockets, and begins the next while they
-travel. A single exchange has no such gain, so the model does not keep it; without it the fit would find ports faster
-than they are.
-
-With crowding, overlap and what decides each row given, it is linear: the two are tried on grids in turn, the deciding
-part of each row is taken from the last fit until nothing changes, and each fit has the least absolute relative
-deviations. A row weighs the more the longer it lasts (by its root): long ones tell a rate, and they are what a layer's
-time is made of.
+With crowding and what decides each row given, it is linear: crowding is tried on a grid, the deciding part of each row
+is taken from the last fit until nothing changes, and each fit has the least absolute relative deviations. A row weighs
+the more the longer it lasts (by its root): long ones tell a rate, and they are what a layer's time is made of.
 """
 
 from __future__ import annotations
@@ -26,8 +21,6 @@ from poise.errors import NoResultError
 
 TRIED_BYTES = (0.0, *np.geomspace(1e4, 1e8, 49).tolist())
 """Crowding that is tried."""
-OVERLAP_BYTES = (0.0, *np.geomspace(4e3, 1e6, 17).tolist())
-"""Overlap that is tried."""
 MOST_CROWDING = 0.5
 """Crowding is at most this part of the fullest port's bytes in the longest row: more would be no end of a ramp."""
 LEAST = 1e-16
@@ -61,35 +54,30 @@ def fit_exchange(rows: Sequence[LinkRow]) -> ExchangeFit:
     even = np.array([(row.intra_even, row.inter_even) for row in rows]).T
     bytes_CR, most = np.stack([inside, outside]), max(inside.max(), outside.max())
     tried = [crowding for crowding in TRIED_BYTES if crowding <= MOST_CROWDING * most]
-    best, crowding, overlap = None, 0.0, 0.0
-    while True:
-        rounds = [(one, overlap) for one in tried] + [(crowding, one) for one in OVERLAP_BYTES if one <= most / RAMP]
-        found = min((_fit(c, o, bytes_CR, even, peers, seconds, weight) for c, o in rounds), key=lambda one: one.off)
-        if best is not None and found.off >= best.off * (1 - 1e-9):
-            break
-        best, crowding, overlap = found, found.crowding, found.overlap
-    start, peer, near, far = best.value_P
+    # if all ports are equally full in every row, credit and crowding are one number
+    credit = bool(np.ptp(even[bytes_CR > 0]) > 0.01)
+    best = min((_fit(one, credit, bytes_CR, even, peers, seconds, weight) for one in tried), key=lambda one: one.off)
+    start, peer, near, far, near_credit, far_credit = best.value_P
     counts_s = float(np.median([row.counts_s for row in rows]))
     rates = [1 / slope if slope > 10 * LEAST else 0.0 for slope in (near, far)]
-    rates = [rate or max(rates) or FASTEST_BYTES_PER_S for rate in rates]  # no such links: the other's
-    model = ExchangeModel(start, peer, rates[0], rates[1], crowding)
+    near_rate, far_rate = (rate or max(rates) or FASTEST_BYTES_PER_S for rate in rates)  # no such links: the other's
+    model = ExchangeModel(start, peer, near_rate, far_rate, best.crowding, near_credit, far_credit)
     return ExchangeFit(model, counts_s, best.residual_R)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Fit:
-    """Weighted deviation; what was tried; start, peer, seconds a byte inside and between nodes; residuals."""
+    """Weighted deviation; crowding; start, peer, seconds a byte and credit inside and between nodes; residuals."""
 
     off: float
     crowding: float
-    overlap: float
     value_P: NDArray[np.float64]
     residual_R: NDArray[np.float64]
 
 
 def _fit(
     crowding: float,
-    overlap: float,
+    credit: bool,
     bytes_CR: NDArray[np.float64],
     even_CR: NDArray[np.float64],
     peers_R: NDArray[np.float64],
@@ -97,20 +85,21 @@ def _fit(
     weight_R: NDArray[np.float64],
 ) -> _Fit:
     """The best of a few rounds."""
-    moved_CR = np.maximum(0.0, bytes_CR + even_CR * np.minimum(crowding, bytes_CR / RAMP) - overlap)
+    moved_CR = bytes_CR + even_CR * np.minimum(crowding, bytes_CR / RAMP)
     parts_PR = np.stack([peers_R, moved_CR[0], moved_CR[1]])
     decides_R = np.where(moved_CR.sum(axis=0) < bytes_CR.max() / 100, 0, np.where(bytes_CR[1] > bytes_CR[0] / 8, 2, 1))
+    floor = np.array([0.0, 0.0, LEAST, LEAST, 0.0, 0.0])
     best = None
     for _ in range(8):
-        design = np.stack(
-            [np.ones(len(seconds_R)), *(part * (decides_R == i) for i, part in enumerate(parts_PR))], axis=1
-        )
-        value = least_deviations(design, seconds_R, weight_R, np.array([0.0, 0.0, LEAST, LEAST]))
-        shares_PR = value[1:, None] * parts_PR
+        by_PR = decides_R == np.arange(3)[:, None]
+        design = np.concatenate([np.ones((1, len(seconds_R))), parts_PR * by_PR, -1.0 * credit * by_PR[1:]]).T
+        value = np.where(design.any(axis=0), least_deviations(design, seconds_R, weight_R, floor), floor)
+        shares_PR = value[1:4, None] * parts_PR
+        shares_PR[1:] -= value[4:, None]
         residual = (value[0] + shares_PR.max(axis=0)) / seconds_R - 1
         off = float(weight_R @ np.abs(residual))
         if best is None or off < best.off:
-            best = _Fit(off, crowding, overlap, value, residual)
+            best = _Fit(off, crowding, value, residual)
         new = shares_PR.argmax(axis=0)
         if (new == decides_R).all():
             break

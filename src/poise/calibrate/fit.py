@@ -49,10 +49,10 @@ class LinkRow:
     ----------
     pattern : its name in :mod:`poise.calibrate.patterns`.
     intra_bytes, inter_bytes, node_bytes, peers : see :class:`~poise.calibrate.patterns.PortBytes`.
-    seconds : median over repeats of the slowest rank's time.
+    seconds : from when the last rank begins until the last is done; median over repeats.
     low_s, high_s : quartiles of the repeats.
     repeats, rounds : repeats, and exchanges in each (there and back counts as one).
-    alone_s : one exchange where no counts go before: combine after combine; median.
+    alone_s : the same where no counts go before; median.
     intra_even, inter_even : mean over fullest port, see :class:`~poise.calibrate.patterns.PortBytes`.
     alone_low_s, alone_high_s : quartiles of ``alone_s``.
     """
@@ -89,12 +89,23 @@ class LinkFit:
     nic_shared : one network port a node.
     residual_R : float64 [R], modelled over measured seconds of each row, less 1.
     long_R : bool [R], rows in which bytes take four times as long as the start-up, or longer.
+    by_network_R : bool [R], rows whose bytes take longest on the network.
     """
 
     constants: dict[str, float]
     nic_shared: bool
     residual_R: NDArray[np.float64]
     long_R: NDArray[np.bool_]
+    by_network_R: NDArray[np.bool_]
+
+    @property
+    def unsure(self) -> tuple[str, ...]:
+        """Rates that no row dominated by bytes tells: little but start-up stands behind them."""
+        told = {
+            "intra_bytes_per_s": self.long_R & ~self.by_network_R,
+            "inter_bytes_per_s": self.long_R & self.by_network_R,
+        }
+        return tuple(name for name, rows_R in told.items() if name in self.constants and not rows_R.any())
 
     @property
     def worst(self) -> float:
@@ -171,15 +182,15 @@ def _fit_links(rows: Sequence[LinkRow], nic_shared: bool) -> LinkFit:
         near, far = found.get("intra_bytes_per_s", 0.0) * inside, found.get("inter_bytes_per_s", 0.0) * outside
         wire = np.maximum(near, far)
         residual = (wait + wire) / seconds - 1
-        if best is None or weight @ np.abs(residual) < weight @ np.abs(best[1]):
-            best = (found, residual, wire >= LONG * wait)
         decided = crosses & (far >= near)
+        if best is None or weight @ np.abs(residual) < weight @ np.abs(best[1]):
+            best = (found, residual, wire >= LONG * wait, decided)
         if before is not None and (decided == by_network).all():
             break
         before, by_network = by_network, decided
     assert best is not None
     constants = {name: 1 / value if name.endswith("_per_s") else value for name, value in best[0].items()}
-    return LinkFit(constants, nic_shared, best[1], best[2])
+    return LinkFit(constants, nic_shared, *best[1:])
 
 
 def least_deviations(

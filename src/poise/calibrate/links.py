@@ -2,10 +2,10 @@
 
 A round is a dispatch (counts to everyone, then rows) and a combine (the same rows back), by the functions the runtime
 uses. The cost model charges one start-up to each of the two, so a row is half a round. Then come as many rounds without
-counts: what is missing in them is what counts add, their exchange and that ranks leave it one after the other. Rounds
-of one repeat follow each other without a barrier, as layers do; the slowest rank's time counts. Sizes are found first;
-then all exchanges are run in turn, again and again, so that a busy minute of the machine falls on one repeat of each
-and not on all of one.
+counts: what is missing in them is what counts add, their exchange and that ranks leave it one after the other. A pause
+stands between exchanges, as experts and attention do; an exchange lasts from when the last rank begins until the last
+is done, as in the tables. Sizes are found first; then all exchanges are run in turn, again and again, so that a busy
+minute of the machine falls on one repeat of each and not on all of one.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ ROW_BYTES = 64
 WARM_UP = 2
 """Rounds that are not counted: connections are made, windows open."""
 LEAST_REPEATS = 3
-FIND_SHARE = 0.4
-"""Part of the time in which sizes are looked for."""
 FIRST_BYTES, GROWTH = 16 * 1024, 4
 MOST_BYTES = 2**30
 MOST_ROUNDS = 32
+PAUSE_S = 0.02
+"""Experts or attention lie between two exchanges of a layer: what is still in sockets is gone, idle ports are ready."""
 LONG_START_UPS = 8.0
 """An exchange that is to tell a rate lasts at least as long as so many start-ups."""
-REPEAT_LONGS = 4.0
-"""A repeat lasts at least as long as so many of them: ranks leave the barrier before it one after the other."""
+REPEAT_LONGS = 1.5
+"""A repeat, with its pauses, lasts at least as long as so many of them."""
 LONGER = 6.0
 """Beside the size that lasts long enough, one this many times longer: it tells the rate. The shorter one is slower by
 what even exchanges lose, which does not grow with their bytes."""
+LONGEST_S = 2.0
+"""A longer exchange is not tried."""
 
 
 @dataclass(slots=True)
@@ -84,14 +86,16 @@ class Effort:
 
     Parameters
     ----------
-    seconds : for all exchanges together; at its end patterns are cut short, and at least three repeats are made.
+    seconds : for all exchanges together, about; three repeats are made at least, if as many are asked for.
     long_s : an exchange that is to tell a rate lasts at least so long; a repeat lasts some times that.
-    repeats : of each row; their median counts.
+    repeats : of each row at most; their median counts.
+    longer : also one that is some times as long.
     """
 
     seconds: float = 40.0
     long_s: float = 0.05
     repeats: int = 7
+    longer: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,15 +134,13 @@ def measure_links(ranks: Ranks, effort: Effort, *, find_nic: bool = False) -> li
     ]
     effort = replace(effort, long_s=max(effort.long_s, LONG_START_UPS * cases[-1].seconds))
     patterns = bulk_patterns(ranks.node_D, single=find_nic)
-    todo = len(patterns) + ("all" in patterns)
     for name, matrix in patterns.items():
-        cases += _grow(name, matrix, runner, effort, (begin + FIND_SHARE * effort.seconds - ranks.elapsed()) / todo)
-        todo -= 1
+        cases += _grow(name, matrix, runner, effort)
     if "all" in patterns:
         found = fit_links([case.row([case.seconds], [case.seconds]) for case in cases]).constants
         matrix = balanced(ranks.node_D, found["intra_bytes_per_s"], found["inter_bytes_per_s"])
-        cases += _grow("balanced", matrix, runner, effort, begin + FIND_SHARE * effort.seconds - ranks.elapsed())
-    sweep = sum(4 * case.rounds * case.seconds for case in cases)
+        cases += _grow("balanced", matrix, runner, effort)
+    sweep = sum(4 * case.rounds * (case.seconds + PAUSE_S) for case in cases)
     repeats = int(min(effort.repeats, max(LEAST_REPEATS, (begin + effort.seconds - ranks.elapsed()) / sweep)))
     took: list[list[tuple[float, float]]] = [[] for _ in cases]
     for _ in range(repeats):
@@ -150,21 +152,24 @@ def measure_links(ranks: Ranks, effort: Effort, *, find_nic: bool = False) -> li
     ]
 
 
-def _grow(name: str, matrix_DD: NDArray[np.float64], runner: _Runner, effort: Effort, seconds: float) -> list[_Case]:
+def _grow(name: str, matrix_DD: NDArray[np.float64], runner: _Runner, effort: Effort) -> list[_Case]:
     """One pattern, larger and larger until an exchange lasts long enough, and one beyond that."""
     cases: list[_Case] = []
-    size, stop = float(FIRST_BYTES), runner.ranks.elapsed() + seconds
-    while True:
+    size = float(FIRST_BYTES)
+    while size <= MOST_BYTES:
         cases.append(runner.case(name, matrix_DD * size, effort))
         last = cases[-1].seconds
-        long = last >= effort.long_s
-        if long and len(cases) > 1 and cases[-2].seconds >= effort.long_s:
-            return cases
-        factor = LONGER if long else min(GROWTH, max(1.5, 1.2 * effort.long_s / last))
-        size *= factor
-        ahead = 4 * last * factor * WARM_UP
-        if size > MOST_BYTES or runner.ranks.elapsed() + ahead > stop:
-            return cases
+        if last < effort.long_s:
+            size *= min(GROWTH, max(1.5, 1.2 * effort.long_s / last))
+            continue
+        size *= LONGER
+        if not effort.longer or size > MOST_BYTES or last * LONGER > LONGEST_S:
+            break
+        cases.append(runner.case(name, matrix_DD * size, effort, tries=1))
+        if cases[-1].seconds > last * LONGER / 2:
+            break
+        size *= GROWTH  # the one before was late, not long
+    return cases
 
 
 class _Runner:
@@ -176,34 +181,46 @@ class _Runner:
         self._buffer_nd = torch.zeros(0, ROW_BYTES, dtype=torch.uint8, device=ranks.device)
         self._ids_TK = torch.zeros(1, 1, dtype=torch.int64, device=ranks.device)
 
-    def case(self, name: str, bytes_DD: NDArray[np.float64], effort: Effort) -> _Case:
+    def case(self, name: str, bytes_DD: NDArray[np.float64], effort: Effort, tries: int = WARM_UP) -> _Case:
         """An exchange, warmed up, with as many rounds a repeat as make it last."""
         rows_DD = np.ceil(bytes_DD / ROW_BYTES).astype(np.int64)
         ports = port_bytes(rows_DD.astype(np.float64) * ROW_BYTES, self.ranks.node_D)
-        seconds = max(min(self.run(rows_DD, 1)[0] for _ in range(WARM_UP)), 1e-7)
-        rounds = int(min(MOST_ROUNDS, max(1, np.ceil(REPEAT_LONGS * effort.long_s / seconds / 2))))
+        seconds = max(min(self._rounds(*self._mine(rows_DD), 1, True) / 2 for _ in range(tries)), 1e-7)
+        rounds = int(min(MOST_ROUNDS, max(1, np.ceil(REPEAT_LONGS * effort.long_s / (seconds + PAUSE_S) / 2))))
         return _Case(name, rows_DD, ports, rounds, seconds)
 
     def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[float, float]:
-        """Seconds of half a round on the slowest rank, and of half a round without counts."""
+        """Seconds of half a round, and of half a round without counts."""
+        mine = self._mine(rows_DD)
+        counted_s, alone_s = (self._rounds(*mine, rounds, counted) / rounds / 2 for counted in (True, False))
+        return counted_s, alone_s
+
+    def _mine(self, rows_DD: NDArray[np.int64]) -> tuple[torch.Tensor, list[int], list[int]]:
+        """What this rank sends: rows, how many to each rank, and how many come from each."""
         sent_D, got_D = rows_DD[self._rank].tolist(), rows_DD[:, self._rank].tolist()
         if len(self._buffer_nd) < sum(sent_D):
             self._buffer_nd = torch.zeros(sum(sent_D), ROW_BYTES, dtype=torch.uint8, device=self.ranks.device)
-        x_nd = self._buffer_nd[: sum(sent_D)]
-        took = [self._rounds(x_nd, sent_D, got_D, rounds, counted) for counted in (True, False)]
-        counted_s, alone_s = self.ranks.agree(*took)
-        return counted_s / rounds / 2, alone_s / rounds / 2
+        return self._buffer_nd[: sum(sent_D)], sent_D, got_D
 
     def _rounds(self, x_nd: torch.Tensor, sent_D: list[int], got_D: list[int], rounds: int, counted: bool) -> float:
-        """Seconds of this rank from a barrier on."""
+        """Seconds of all exchanges: from when the last rank begins one until the last is done with it."""
         ranks, group = self.ranks, dist.group.WORLD
+        marks: list[float] = []
         ranks.agree(0.0)
-        start = time.perf_counter()
+        # on one machine all read one clock; elsewhere ranks leave a barrier closer together than clocks are
+        zero = 0.0 if ranks.sharing == len(ranks.node_D) else time.perf_counter()
         for _ in range(rounds):
+            marks.append(time.perf_counter() - zero)
             if counted:
                 all_counts(self._ids_TK, ranks.counts, group)
             y_nd = exchange(x_nd, sent_D, got_D, group)
             ranks.wait()
+            marks.append(time.perf_counter() - zero)
+            time.sleep(PAUSE_S)
+            marks.append(time.perf_counter() - zero)
             exchange(y_nd, got_D, sent_D, group)
             ranks.wait()
-        return time.perf_counter() - start
+            marks.append(time.perf_counter() - zero)
+            time.sleep(PAUSE_S)
+        last = ranks.agree(*marks)
+        return sum(last[1::2]) - sum(last[::2])

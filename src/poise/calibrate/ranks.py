@@ -8,6 +8,7 @@ import socket
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from poise.cluster import Cluster
 from poise.emulate.clock import ExpertCurve
 from poise.errors import CommunicationError, NoResultError, OptionError
 
-COMPUTE_SHARE = 0.4
+COMPUTE_SHARE = 0.3
 """Part of the time for the expert's curve; the rest is for links."""
 QUICK = 0.25
-"""Part of the time, and of the length of long exchanges, that a quick run takes."""
+"""Part of the time that a quick run takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Plan:
     num_experts : E, numbers that a dispatch exchanges.
     seconds : about how long, links and compute together.
     repeats : of each row.
-    quick : fewer rows, shorter exchanges, a quarter of the time.
+    quick : fewer rows, no very long exchanges, a quarter of the time.
     clock : curve of the device clock in place of arithmetic, and how much slower it runs.
     find_nic : decide between one network port a device and one a node.
     device : auto, cpu or cuda.
@@ -99,13 +100,13 @@ def _on_ranks(plan: Plan, device: torch.device, kind: Any, say: Callable[[str], 
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-        told = _gather((_node(), socket.gethostname()))
+        told = _gather((_node(), _machine()))
     except (RuntimeError, ValueError) as error:
         raise CommunicationError(f"{backend} does not start: {str(error).splitlines()[0][:300]}") from error
     node_D = np.array([node for node, _ in told], dtype=np.int32)
     if node_D[0] != 0 or np.any((np.diff(node_D) < 0) | (np.diff(node_D) > 1)):
         raise OptionError(f"ranks are not sorted by node: {node_D[:16].tolist()}", hint="start them with torchrun")
-    sharing = sum(host == told[dist.get_rank()][1] for _, host in told)
+    sharing = sum(machine == told[dist.get_rank()][1] for _, machine in told)
     say(f"{len(node_D)} ranks on {node_D[-1] + 1} nodes, {backend}")
     try:
         out = _measure(plan, Ranks(node_D, device, plan.num_experts, sharing), kind, say)
@@ -119,9 +120,8 @@ def _on_ranks(plan: Plan, device: torch.device, kind: Any, say: Callable[[str], 
 
 def _measure(plan: Plan, ranks: Ranks, kind: Any, say: Callable[[str], object]) -> Calibration | None:
     devices, total = len(ranks.node_D), plan.seconds * (QUICK if plan.quick else 1.0)
-    long_s = 0.05 * (QUICK if plan.quick else 1.0)
     alone = devices == 1
-    effort = Effort(total * (1.0 if alone else COMPUTE_SHARE), long_s, plan.repeats)
+    effort = Effort(total * (1.0 if alone else COMPUTE_SHARE), repeats=plan.repeats)
     weight_bytes = 2.0
     if plan.clock is not None:
         say("the device clock")
@@ -134,7 +134,9 @@ def _measure(plan: Plan, ranks: Ranks, kind: Any, say: Callable[[str], object]) 
     if not alone:
         say("links")
         link_rows = measure_links(
-            ranks, Effort(total * (1 - COMPUTE_SHARE), long_s, plan.repeats), find_nic=plan.find_nic
+            ranks,
+            Effort(total * (1 - COMPUTE_SHARE), repeats=plan.repeats, longer=not plan.quick),
+            find_nic=plan.find_nic,
         )
         if dist.get_rank() != 0:
             return None
@@ -184,6 +186,14 @@ def _node() -> int:
     """Node of this rank: torchrun's number, else by the ranks a node has."""
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(os.environ.get("GROUP_RANK", rank // local))
+
+
+def _machine() -> str:
+    """Names the machine this rank runs on: two may have the same host name, and one several of them."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        return socket.gethostname()
 
 
 def _device(plan: Plan) -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from poise.calibrate.exchange import fit_exchange
-from poise.calibrate.fit import ComputeRow, CurveFit, LinkFit, LinkRow
+from poise.calibrate.fit import LONG, ComputeRow, CurveFit, LinkFit, LinkRow
 from poise.cluster import Cluster
 
 
@@ -136,6 +136,11 @@ def assemble(
         for name, other in (("intra_bytes_per_s", "network"), ("inter_bytes_per_s", "node")):
             if name not in rates:
                 notes.append(f"{name} was not measured, no such links: it repeats the rate of the {other}")
+        notes += [
+            f"{name} is a guess: in no exchange it decides bytes took {LONG:g} times as long as the start-up; measure "
+            "on a machine that does nothing else"
+            for name in links.unsure
+        ]
         changed.update({name: 0.0 for name in ("intra_latency_s", "inter_latency_s", "peer_latency_s")})
         only = next(iter(rates.values()))
         changed.update(intra_bytes_per_s=only, inter_bytes_per_s=only, nic_shared=links.nic_shared)

@@ -38,7 +38,7 @@ def calibrate(
     seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 60.0,
     repeats: Annotated[int, typer.Option(help="Repeats of each row; their median counts.")] = 7,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer rows, shorter exchanges, a quarter of the time.")
+        bool, typer.Option("--quick", help="Fewer rows, no very long exchanges, a quarter of the time.")
     ] = False,
     find_nic: Annotated[
         bool, typer.Option("--find-nic", help="Decide between one network port a device and one a node.")

@@ -6,6 +6,8 @@ An exchange of x[s, d] bytes that rank s begins at released[s] ends on rank r at
 
 - A port drains in order: what is sent leaves from released[s] on; what arrives is taken sender by sender, as they
   begin. The bytes of one sender share its port evenly, so that a short message is out before a long one.
+- A port that was idle has *credit*, seconds worth of bytes that pass at once: the bucket of an emulated port is full,
+  and its last segment is on its way as soon as it may leave. (Buffers of a switch do the same.)
 - Messages to further peers are posted while the first ones travel: the two overlap.
 - *Crowding*. Where both ends of all flows are full, a port idles now and then because its partner is busy with
   somebody else, and that is not made up for: about a receive window is lost. A hot port never idles, its senders
@@ -41,6 +43,7 @@ class ExchangeModel:
     peer_s : seconds to post one peer's messages.
     intra_bytes_per_s, inter_bytes_per_s : of a device's ports.
     crowding_bytes : most that is lost where all ports are equally full.
+    intra_credit_s, inter_credit_s : what a port gains if it was idle.
 
     Raises
     ------
@@ -52,6 +55,8 @@ class ExchangeModel:
     intra_bytes_per_s: float
     inter_bytes_per_s: float
     crowding_bytes: float = 0.0
+    intra_credit_s: float = 0.0
+    inter_credit_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -94,14 +99,15 @@ def exchange_ends(
     if not all_DD.any():
         return released_D.copy()
     posts_D = ((tokens_DD > 0).sum(axis=0) + (tokens_DD > 0).sum(axis=1)) / 2
-    end_D = released_D + model.peer_s * posts_D
+    heard_D = np.where(all_DD > 0, released_D[:, None], -np.inf).max(axis=0)  # nothing arrives before it is sent
+    end_D = np.maximum(released_D + model.peer_s * posts_D, heard_D)
     near_DD = node_D[:, None] == node_D[None, :]
-    for part_DD, rate in (
-        (all_DD * near_DD, model.intra_bytes_per_s),
-        (all_DD * ~near_DD, model.inter_bytes_per_s),
+    for part_DD, rate, credit_s in (
+        (all_DD * near_DD, model.intra_bytes_per_s, model.intra_credit_s),
+        (all_DD * ~near_DD, model.inter_bytes_per_s, model.inter_credit_s),
     ):
         if part_DD.any():
-            end_D = np.maximum(end_D, _drained(part_DD, released_D, rate, model.crowding_bytes))
+            end_D = np.maximum(end_D, _drained(part_DD, released_D, rate, model.crowding_bytes) - credit_s)
     out: NDArray[np.float64] = model.start_s + end_D
     return out
 

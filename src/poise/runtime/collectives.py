@@ -87,7 +87,7 @@ def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> 
 
     gloo announces a receive to its sender over the connection that carries data the other way. In
     ``all_to_all_single`` that word may queue behind megabytes of data, and the two directions then run one after the
-    other: 0.5 to 0.67 of limited links, against 0.91 to 0.99 with all receives posted first (docs/emulation.md).
+    other: half of what limited links carry, against 0.95 to 0.99 with all receives posted first (docs/emulation.md).
     Peers are posted in the order of own XOR peer: at every turn ranks pair off, and, ranks of a node being numbered one
     after the other, those of one node begin with different ranks of another. (In the order own + 1, own + 2, ... all of
     a node are done with their neighbours at once and meet at the next node's first rank.)
