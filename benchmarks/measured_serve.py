@@ -104,7 +104,7 @@ SCENES = {
     "llama-2x4": Scene("llama-2x4", 2, 4, "home", 512, 2, 4, FULL),
     "llama-4x4": Scene("llama-4x4", 4, 4, "home", 256, 2, 4, FULL, startup_s=0.025),
     "llama-2x4-shift": Scene("llama-2x4-shift", 2, 4, "home", 512, 2, 4, SHIFT),
-    "olmoe-2x4-stay": Scene("olmoe-2x4-stay", 2, 4, "stay", 512, 3, 2, FULL[:1] + FULL[2:5], unit_s=0.06),
+    "olmoe-2x4-stay": Scene("olmoe-2x4-stay", 2, 4, "stay", 512, 3, 2, FULL[:1] + FULL[2:5], unit_s=0.24),
     "paper-1x4": Scene("paper-1x4", 1, 4, "home", 512, 4, 3, PAPER, unit_s=0.06, startup_s=0.004, in_sample=True),
     "paper-2x2": Scene("paper-2x2", 2, 2, "home", 512, 4, 3, PAPER, unit_s=0.06, startup_s=0.004, in_sample=True),
 }
