@@ -7,7 +7,7 @@ An exchange of x[s, d] bytes that rank s begins at released[s] ends on rank r at
 - A port drains in order: what is sent leaves from released[s] on; what arrives is taken sender by sender, as they
   begin. The bytes of one sender share its port evenly, so that a short message is out before a long one.
 - A port that was idle has *credit*, seconds worth of bytes that pass at once: the bucket of an emulated port is full,
-  and its last segment is on its way as soon as it may leave. (Buffers of a switch do the same.)
+  and its last segment is on its way as soon as it may leave.
 - Messages to further peers are posted while the first ones travel: the two overlap.
 - *Crowding*. Where both ends of all flows are full, a port idles now and then because its partner is busy with
   somebody else, and that is not made up for: about a receive window is lost. A hot port never idles, its senders
