@@ -90,7 +90,7 @@ def check(traffic: str, seed: int, fast: FastLoop | None, top_k: int, cluster: C
     layer = ServedLayer(0, kind(), bank, where, cluster, traffic=traffic, fast=fast)
     for step in range(4 if fast else 1):
         x, ids, router = tokens(seed * 10 + step, rank, world, top_k, 1.2)
-        layer.prefetch()
+        layer.prefetch(top_k * sum(len(tokens(seed * 10 + step, r, world, top_k, 1.2)[0]) for r in range(world)))
         wire.legs.clear()
         device = layer.devices(ids)
         layer.devices = lambda ids, device=device: device  # planned once: the counts are exchanged once

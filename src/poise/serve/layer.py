@@ -101,7 +101,7 @@ class ServedLayer:
         )
         self.split = PlannedSplit(self._fast, self.index, count_ED, flow, self._replicas)
 
-    def prefetch(self, tokens: int | None = None) -> None:
+    def prefetch(self, tokens: int) -> None:
         """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks."""
         self.split.prefetch(tokens)
 
