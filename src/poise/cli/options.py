@@ -14,10 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from poise.errors import InputError, OptionError, PoiseError
+from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = Console(stderr=True, highlight=False)
+
+TIME_LIMIT = (
+    "Seconds of search a method may take; starts of other methods, pricing, bounds and, once, compiling come on top."
+)
 
 Traces = Annotated[
     list[str],
@@ -37,10 +42,19 @@ TrafficModel = Annotated[
         "--traffic", help="home, home_device_dedup, home_node_dedup or stay. Default: home_node_dedup; loads: home."
     ),
 ]
-SplitRule = Annotated[str, typer.Option("--split", help="Token split over replicas: even or exact.")]
+SplitRule = Annotated[
+    str | None, typer.Option("--split", help="Token split over replicas: even or exact. Default: the engine's.")
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help=f"Who holds the plan: {', '.join(ENGINES)}. Engines fill every slot, and so does a plan, but with none.",
+    ),
+]
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
-TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds a method may take.")]
+TimeLimit = Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 

@@ -85,7 +85,7 @@ def make_batch(
 
     Raises
     ------
-    OptionError : a number is below 1, or the order is unknown.
+    OptionError : a number is below 1, the order is unknown, or loads without N are frequencies.
     """
     for name, value in (
         ("tokens_per_step", tokens_per_step),
@@ -168,6 +168,11 @@ def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps:
     mass = load.sum(axis=2).max(axis=1)
     keep = mass > 0
     load, mass = load[keep], mass[keep]
+    if tokens_per_step is None and float(mass.max()) <= profile.top_k * (1 + 1e-6):
+        raise OptionError(
+            f"the loads of a layer sum to {float(mass.max()):.6g}, no more than one token: frequencies, not tokens",
+            hint="say how many tokens a step has: --tokens-per-step N",
+        )
     target = float(mass.mean()) if tokens_per_step is None else float(tokens_per_step * profile.top_k)
     words = "recorded mass, each scaled to the mean" if tokens_per_step is None else f"scaled to N = {tokens_per_step}"
     assert profile.layer_ids is not None

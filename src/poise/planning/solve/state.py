@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Constants of a problem in the form compiled code reads."""
+    """Constants of a problem in the form compiled code reads. ``keep_full``: no change may leave a slot empty."""
 
     rows: Rows
     load_LBE: NDArray[np.float64]
@@ -60,6 +60,7 @@ class Data(NamedTuple):
     inter: float
     out_bytes: float
     back_bytes: float
+    keep_full: bool
 
 
 class State(NamedTuple):
@@ -104,6 +105,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         inter=cluster.inter_bytes_per_s,
         out_bytes=model.dispatch_bytes_per_token,
         back_bytes=model.combine_bytes_per_token,
+        keep_full=not problem.engine.empty_slots,
     )
 
 
