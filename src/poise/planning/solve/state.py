@@ -175,8 +175,8 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
     slots = np.minimum(problem.slots_D, experts)
     room = (problem.slots_D * layers - used.sum(axis=0))[None] if problem.pooled else slots[None] - used
     state = State(
-        hold_LED=np.full((layers, experts, devices), -1, np.int16),
-        copies_LE=np.zeros((layers, experts), np.int64),
+        hold_LED=np.where(np.sort(~held_LED, axis=2), -1, np.argsort(~held_LED, axis=2, kind="stable")).astype(np.int16),
+        copies_LE=held_LED.sum(axis=2).astype(np.int64),
         held_LED=held_LED.copy(),
         used_LD=used,
         room_GD=np.ascontiguousarray(room),
@@ -186,11 +186,6 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
         stamp_M=np.zeros(len(data.rows.weight_M), np.int64),
         work=np.zeros(2, np.int64),
     )
-    for layer in range(layers):
-        for expert in range(experts):
-            on = np.flatnonzero(held_LED[layer, expert])
-            state.hold_LED[layer, expert, : on.size] = on
-            state.copies_LE[layer, expert] = on.size
     for layer in range(layers):
         rebuild(data, state, layer)
     return state
