@@ -21,7 +21,8 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 talk = Console(stderr=True, highlight=False)
 
 TIME_LIMIT = (
-    "Seconds of search a method may take; starts of other methods, pricing, bounds and, once, compiling come on top."
+    "Seconds of search a method may take. On top come its starts from other methods, prices and bounds, a second plan "
+    "without redundant slots, in 'plan' the verdict's half of both, and once compiling."
 )
 
 Traces = Annotated[

@@ -106,7 +106,7 @@ def planned_rows(
 def fewer_slots(problem: PlacementProblem, found: Solution, time_limit_s: float, seed: int) -> Solution | None:
     """The plan of ``poise`` without redundant slots, where those make the one that was found slower."""
     fewer = without_redundant(problem) if found.method == "poise" else None
-    if fewer is None:
+    if fewer is None or solve(fewer, method="lpt").lower_bound >= (1 - FEWER) * found.objective:
         return None
     other = solve(fewer, method="poise", time_limit_s=time_limit_s, seed=seed)
     return other if other.objective < (1 - FEWER) * found.objective else None

@@ -58,9 +58,8 @@ def pack(
 ) -> NDArray[np.int32]:
     """Capacity-constrained LPT, int32 [E, D] of 0 and 1; a replica that fits nowhere is left out."""
     each = np.asarray(load_E / replicas_E, dtype=np.float64)
-    order = np.argsort(-each, kind="stable")
-    out: NDArray[np.int32] = _pack(each, np.asarray(replicas_E, dtype=np.int64), order,
-                                   np.array(slots_D, dtype=np.int64), np.asarray(speed_D, dtype=np.float64))  # fmt: skip
+    order, free = np.argsort(-each, kind="stable"), np.array(slots_D, dtype=np.int64)
+    out: NDArray[np.int32] = _pack(each, np.asarray(replicas_E, np.int64), order, free, np.asarray(speed_D, np.float64))
     return out
 
 

@@ -174,8 +174,9 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
     used = held_LED.sum(axis=1).astype(np.int64)
     slots = np.minimum(problem.slots_D, experts)
     room = (problem.slots_D * layers - used.sum(axis=0))[None] if problem.pooled else slots[None] - used
+    free = ~held_LED
     state = State(
-        hold_LED=np.where(np.sort(~held_LED, axis=2), -1, np.argsort(~held_LED, axis=2, kind="stable")).astype(np.int16),
+        hold_LED=np.where(np.sort(free, axis=2), -1, np.argsort(free, axis=2, kind="stable")).astype(np.int16),
         copies_LE=held_LED.sum(axis=2).astype(np.int64),
         held_LED=held_LED.copy(),
         used_LD=used,
