@@ -30,7 +30,7 @@ FITTED = 0.02
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Fingerprint:
     """What :func:`fingerprint` keeps. Both arrays ascend, each number once, read-only.
 

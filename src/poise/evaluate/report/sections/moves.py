@@ -40,9 +40,11 @@ def _price(view: View, moves: Moving) -> str:
         f"All of it takes the links {charts.duration(seconds)} if they do nothing else; it can run in the background "
         "while the old placement serves."
     )
+    if comparison.defaults:
+        return f"{text} Whether that is earned back is not known: {escape('; '.join(comparison.defaults))}."
     share, low, _ = comparison.gain(view.fixed.name, view.base.name)
     if share < NOT_WORTH or low <= 0:
-        return f"{text} But the gain on {escape(view.judged)} traffic is not worth it: {share:.1%} of a step."
+        return f"{text} But the gain on {escape(view.judged)} traffic is not worth it: {percent(share)} of a step."
     gain = share * float(view.replay(view.base).step_seconds_B.mean())
     text += (
         f" At {charts.duration(gain)} gained a step on {escape(view.judged)} traffic that is earned back after "
