@@ -26,7 +26,7 @@ READINGS: tuple[Reading, ...] = ("sum", "steps")
 PROOF_BITS = 16.0
 """Counts show how ranks count if it would look so by chance once in 2^16 times."""
 MAX_RANKS = 65_536
-RANK_NAME = re.compile(r"rank[-_]?(\d{1,5})(?!\d)", re.IGNORECASE)
+RANK_NAME = re.compile(r"(?<![a-z])rank[-_]?(\d{1,5})(?!\d)", re.IGNORECASE)
 ASK = "'poise convert --ranks sum' adds them up, '--ranks steps' takes them one after another"
 MISSING = "give the files of all ranks; 'poise convert --allow-missing-ranks' takes what is there for all traffic"
 
@@ -254,14 +254,15 @@ def _missing(loads_R: Sequence[NDArray[np.float64]], ranks: Sequence[set[int | N
     away = absent(groups) if all(groups) else []
     of = max(set().union(*groups), default=0) + 1
     if (used_RLE.sum(axis=0) > 1).any():
-        return told(f"{away_text(away, of)}: its tokens are counted by none", allow) if away else []
+        return told(f"{away_text(away, of)}: what its tokens chose is counted nowhere", allow) if away else []
     busy = np.asarray(used_RLE.any(axis=(0, 2)))
-    held_RL, nobody_L = used_RLE[:, busy].sum(axis=2), np.sum(~used_RLE[:, busy].any(axis=0), axis=1)
-    each = int(held_RL.max())
-    if not away and ((held_RL < each).any() or experts % each or not nobody_L.any()):
+    each, nobody = int(used_RLE.sum(axis=2).max()), int(np.sum(~used_RLE[:, busy].any(axis=0)))
+    count_LE = np.sum([load.sum(axis=0) for load in loads_R], axis=0)
+    by_chance = np.sum(count_LE == 1) ** 2 / (2 * max(1, np.sum(count_LE == 2)))  # Chao: experts too rare to be seen
+    if not away and (each * (len(ranks) + 1) > experts or nobody <= 2 * by_chance):
         return []
-    text = away_text(away, of) if away else f"{experts // each - len(ranks)} ranks of {experts // each} are missing"
-    return told(f"{text}: {nobody_L.max()} of {experts} experts of a layer are counted by none", allow)
+    text = away_text(away, of) if away else f"{len(ranks)} ranks have up to {each} experts each, others are missing"
+    return told(f"{text}: {nobody / busy.sum():.4g} of {experts} experts of a layer are counted by none", allow)
 
 
 def within(blocks: Sequence[int], width: int) -> list[int]:
@@ -290,6 +291,6 @@ def _ranks(ranks: Sequence[set[int | None]]) -> str:
 def _question(files: Sequence[Recorded], ranks: Sequence[set[int | None]]) -> str:
     of = "that name no rank" if None in set().union(*ranks) else f"of {_ranks(ranks)}"
     return (
-        f"{files[0].name} and {len(files) - 1} more files {of}: their counts may be parts of the same passes, which "
-        "add up, or of passes one after another"
+        f"{len(files)} files {of} ({files[0].name}, ...): their counts may be parts of the same passes, which add up, "
+        "or of passes one after another"
     )

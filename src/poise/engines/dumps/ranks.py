@@ -64,7 +64,7 @@ def check_ranks(
         text += "" if map_LS is None else _experts(map_LS, columns, np.asarray(used_RLS.any(axis=(0, 2))))
     else:
         away = absent(groups, expected)
-        text = f"{away_text(away, max([*there, *away]) + 1)}: its tokens are counted in no {what[:-1]}"
+        text = f"{away_text(away, max([*there, *away]) + 1)}: what its tokens chose is counted nowhere"
     lone = len(there) == 1 and found is None  # who names one rank's file means it; all may hold the same tokens
     if lone and away:
         text = f"rank {there[0]} alone was read: other ranks' tokens, where they have their own, are not in it"
@@ -111,11 +111,10 @@ def _ragged(
     before = sum(key < min(everywhere, default=0) for key in lacking)
     after = sum(key > max(everywhere, default=0) for key in lacking)
     if everywhere and before + after == len(lacking) and max(before, after) <= most:
-        return set(lacking), [f"{unit} {spans(lacking)} were not recorded by all ranks and were left out"]
+        return set(lacking), [f"{unit} that not all ranks recorded were left out: {spans(lacking)}"]
     group, found = next((g, p) for g, p in zip(groups, passes, strict=True) if len(p) < len(anywhere))
     gone = [key for key in anywhere if key not in found]
     return set(), told(
-        f"rank {min(group)} did not record {unit} {spans(gone)} of {anywhere[0]} to {anywhere[-1]}, others did: what "
-        "it counted in them is missing",
+        f"rank {min(group)} lacks {unit} {spans(gone)} of {anywhere[0]} to {anywhere[-1]}, which others recorded",
         allow,
     )
