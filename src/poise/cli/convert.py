@@ -14,6 +14,7 @@ from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
 from poise.errors import OptionError, TraceError
 from poise.modelspec import ModelSpec
+from poise.observe.ranks import READINGS
 from poise.observe.trace import LoadProfile
 from poise.planning.placement import Placement, atomic
 
@@ -38,6 +39,8 @@ def convert(
     devices: Annotated[
         int | None, typer.Option(help="Write the map of a dump as a placement on so many devices (.npz).")
     ] = None,
+    ranks: o.Ranks = None,
+    allow_missing_ranks: o.AllowMissingRanks = False,
     json: o.Json = False,
 ) -> None:
     """Turn an engine's dump into a routing trace or a load profile; the format is told from the content.
@@ -48,7 +51,10 @@ def convert(
         o.writable(output)
         spec = None if model is None else ModelSpec.parse(model)
         ran = None if placement is None else _placement(placement, ReadOptions(spec))
-        options = ReadOptions(spec, ran, num_experts, top_k, form, relabelling)
+        options = ReadOptions(
+            spec, ran, num_experts, top_k, form, relabelling, o.one_of("reading of ranks", ranks, READINGS),
+            allow_missing_ranks or devices is not None,  # the map is in the file of any rank
+        )  # fmt: skip
         dump = read_dump(dumps, options=options)
         for note in dump.notes:
             o.talk.print(note, markup=False)

@@ -57,6 +57,19 @@ TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", he
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
+Ranks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        help="What files of several ranks are, if they do not show it: sum (parts of the same passes) or steps.",
+    ),
+]
+AllowMissingRanks = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing-ranks", help="Take what is there for all traffic where a rank's records are missing."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

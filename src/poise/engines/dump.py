@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
 from poise.modelspec import ModelSpec
+from poise.observe.ranks import READINGS, Reading
 from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 
@@ -124,6 +125,9 @@ class ReadOptions:
     format : a format by its name (:data:`poise.engines.readers.FORMATS`) instead of detection.
     relabelling : ``poise-relabelling.json`` of the relabelled checkpoint that ran, or its folder: ids of the original
         model come out.
+    ranks : what loads of several files that do not show it are: ``sum``, parts of the same passes by several ranks, or
+        ``steps``, passes one after another.
+    allow_missing_ranks : whether a rank that recorded nothing is a note; else it is an error.
 
     Raises
     ------
@@ -136,6 +140,8 @@ class ReadOptions:
     top_k: int | None = None
     format: str | None = None
     relabelling: str | Path | None = None
+    ranks: Reading | None = None
+    allow_missing_ranks: bool = False
 
     def __post_init__(self) -> None:
         for name, value, most in (("num_experts", self.num_experts, MAX_EXPERTS), ("top_k", self.top_k, MAX_EXPERTS)):
@@ -144,6 +150,8 @@ class ReadOptions:
             known = None if self.model is None else getattr(self.model, name)
             if None not in (value, known) and value != known:
                 raise OptionError(f"{name} is {value}, {self.model.name} has {known}")  # type: ignore[union-attr]
+        if self.ranks not in (None, *READINGS):
+            raise OptionError(f"unknown reading of ranks {self.ranks!r}", hint=f"one of {', '.join(READINGS)}")
 
     @property
     def experts(self) -> int | None:

@@ -210,12 +210,14 @@ class LoadProfile:
     layer_ids : int32 [L].
     top_k : K if known, else 1 (a token then counts K times in load_BLE).
     name : file it came from.
+    rank : the rank that counted it, where the file says so: of several such files not each is a step.
     """
 
     load_BLE: NDArray[np.float64]
     layer_ids: NDArray[np.int32] | None = None
     top_k: int = 1
     name: str = field(default="profile")
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_BLE)
@@ -263,4 +265,4 @@ class LoadProfile:
 
     def steps(self, rows: slice) -> LoadProfile:
         """Some of the recorded steps."""
-        return LoadProfile(self.load_BLE[rows], self.layer_ids, self.top_k, self.name)
+        return replace(self, load_BLE=self.load_BLE[rows])

@@ -131,18 +131,21 @@ def by_expert(count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int) 
     return out
 
 
-def distinct(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[int]:
-    """Sources that are no copy of an earlier one in any view of them; every view lists the same sources.
+def copies(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[list[int]]:
+    """Sources by what they hold: each with those that are a copy of it in any view; every view lists the same sources.
 
     Ranks that share their tokens (tensor-parallel attention) count the same: two sources are copies if what both have
     is equal throughout and not all zero.
     """
     marks = [[{key: _mark(array) for key, array in source.items()} for source in view] for view in views]
-    kept: list[int] = []
+    groups: list[list[int]] = []
     for index in range(len(marks[0])):
-        if not any(_copy(view[index], view[other]) for other in kept for view in marks):
-            kept.append(index)
-    return kept
+        same = next((g for g in groups if any(_copy(view[index], view[g[0]]) for view in marks)), None)
+        if same is None:
+            groups.append([index])
+        else:
+            same.append(index)
+    return groups
 
 
 def agree(maps: Sequence[NDArray[Any]]) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import MAX_TABLE, agree, model_layers, num_experts
+from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record
 from poise.engines.dumps.sglang_requests import Group, Rows
 from poise.errors import TraceError
@@ -21,6 +24,7 @@ def per_token(
     experts, more = num_experts(options, max(int(m.max()) for m in maps), "the map", most=num_slots)
     short, layer_L11 = [map_LS.astype(np.int16) for map_LS in maps], np.arange(num_layers)[:, None, None]
     passes: dict[int, list[Group]] = {}
+    alike: list[set[int]] = []
     copies = 0
     for r in records:
         assert r.tokens is not None
@@ -33,14 +37,22 @@ def per_token(
         if ((slot_LTK >= 0) & (expert_LTK < 0)).any():
             raise TraceError(f"pass {r.pass_id} names a slot that is empty in the map")
         groups = passes.setdefault(r.pass_id, [])
-        if any(group.takes(r.tokens, expert_LTK, slot_LTK) for group in groups):
+        taker = next((group for group in groups if group.takes(r.tokens, expert_LTK, slot_LTK)), None)
+        if taker is not None:
             copies += 1
-        else:
-            groups.append(Group(r.rank, r.tokens, slot_LTK, expert_LTK))
+            alike.append({taker.home, r.rank})
+            continue
+        for group in groups:
+            if group.home == r.rank:
+                one_run(r.rank, r.pass_id, group.used_L(), np.asarray((expert_LTK >= 0).any(axis=(1, 2))), "pass")
+        groups.append(Group(r.rank, r.tokens, slot_LTK, expert_LTK))
+    left, missing = check_ranks(_by_rank(records, num_layers, num_slots, top_k), alike, options, map_LS=maps[-1])
+    passes = {pass_id: groups for pass_id, groups in passes.items() if pass_id not in left}
+    notes += missing
     used_L = np.zeros(num_layers, bool)
     for groups in passes.values():
         for group in groups:
-            used_L |= (group.expert_LTK >= 0).any(axis=(1, 2))
+            used_L |= group.used_L()
     if not used_L.any():
         raise TraceError("no token has an expert", hint="record again with traffic")
     ids, layers = model_layers(np.flatnonzero(used_L).tolist(), options.model, "the record")
@@ -55,6 +67,19 @@ def per_token(
                        agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
     return EngineDump("sglang", "per-token", trace=trace, slots=slots, recorded_layers=num_layers,
                       notes=(*notes, *said, *more, *layers, *rows.notes()))  # fmt: skip
+
+
+def _by_rank(records: list[Record], num_layers: int, num_slots: int, top_k: int) -> list[RankRecord]:
+    """Slots that each rank's tokens name, and its passes."""
+    used: dict[int, NDArray[np.bool_]] = {}
+    passes: dict[int, set[int]] = defaultdict(set)
+    layer_L11 = np.arange(num_layers)[:, None, None]
+    for r in records:
+        assert r.tokens is not None
+        used_LS = used.setdefault(r.rank, np.zeros((num_layers, num_slots + 1), np.bool_))
+        used_LS[layer_L11, np.minimum(r.tokens.topk_LTK[:, :, :top_k], num_slots)] = True  # -1 is the last column too
+        passes[r.rank].add(r.pass_id)
+    return [RankRecord(rank, used[rank][:, :-1], frozenset(passes[rank])) for rank in used]
 
 
 def _top_k(records: list[Record], num_layers: int, num_slots: int, options: ReadOptions) -> tuple[int, list[str]]:
