@@ -10,6 +10,7 @@ from poise.evaluate.compare import NOT_WORTH
 from poise.evaluate.moving import Moving, moving
 from poise.evaluate.report import charts
 from poise.evaluate.report.view import Columns, View
+from poise.words import percent
 
 MOST_ROWS = 8
 
