@@ -18,6 +18,8 @@ from poise.observe.trace import LoadProfile, RoutingTrace, integers
 MAX_JSON_BYTES = 512 * 2**20
 MAX_NPZ_BYTES = 8 * 2**30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
+IDLE = "identity_count"
+"""Key of the picks that compute nothing, beside the loads of a profile."""
 SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second"
 
 
@@ -63,7 +65,11 @@ def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProf
             raise TraceError(f"{head.name} and {part.name} record different layers")
     if all(isinstance(part, LoadProfile) for part in parts):
         loads = np.concatenate([part.load_BLE for part in parts])  # type: ignore[union-attr]
-        return LoadProfile(loads, head.layer_ids, head.top_k, " + ".join(part.name for part in parts))
+        idle = [part.idle_BL for part in parts]  # type: ignore[union-attr]
+        return LoadProfile(
+            loads, head.layer_ids, head.top_k, " + ".join(part.name for part in parts),
+            None if any(each is None for each in idle) else np.concatenate(idle),  # type: ignore[arg-type]
+        )  # fmt: skip
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
     if len(traces) != len(parts):
         raise TraceError("routing traces and load profiles cannot be joined", hint="give one kind")
@@ -159,10 +165,10 @@ def _read_json(path: Path) -> LoadProfile:
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     try:
-        load = np.array(data["logical_count"])
+        load, idle = (np.array(data[name]) if name in data else None for name in ("logical_count", IDLE))
     except (ValueError, TypeError, OverflowError) as error:
         raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
-    return LoadProfile(load, name=path.name)
+    return LoadProfile(load, name=path.name, idle_BL=idle)  # type: ignore[arg-type]
 
 
 def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
@@ -200,7 +206,8 @@ def _array(archive: Archive, name: str) -> NDArray[Any]:
 def _read_counts(archive: Archive, name: str) -> LoadProfile:
     """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
     ids = _array(archive, "layers") if "layers" in archive else None
-    return LoadProfile(_array(archive, "counts"), ids, name=name)
+    idle = _array(archive, IDLE) if IDLE in archive else None
+    return LoadProfile(_array(archive, "counts"), ids, name=name, idle_BL=idle)
 
 
 def _read_cross(archive: Archive, name: str) -> LoadProfile:

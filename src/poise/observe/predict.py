@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 
 
 class Predictor(Protocol):
@@ -113,11 +114,11 @@ class RequestMix:
             mine = (weight @ seen[here]).reshape(layers, experts)
             rest = (tokens * (1.0 - own)).sum() / max(1, tokens.sum())
             out[b] = mine + rest * mean[b]
-            flat = (batch.experts_TLK[rows].astype(np.int64) + offset).reshape(rows.stop - rows.start, -1)
-            who = np.broadcast_to(batch.request_T[rows, None], flat.shape)
-            np.add.at(seen, (who.ravel(), flat.ravel()), 1.0)
+            ids = batch.experts_TLK[rows]
+            flat, who = ids.astype(np.int64) + offset, np.broadcast_to(batch.request_T[rows, None, None], ids.shape)
+            np.add.at(seen, (who[ids != NO_EXPERT], flat[ids != NO_EXPERT]), 1.0)
             np.add.at(known, batch.request_T[rows], 1.0)
-        return out
+        return _scaled(_share(out), batch) if (batch.experts_TLK == NO_EXPERT).any() else out
 
 
 PREDICTORS: dict[str, Predictor] = {p.name: p for p in (SlidingMean(), Exponential(), RequestMix())}
