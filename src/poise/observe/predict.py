@@ -23,7 +23,8 @@ class Predictor(Protocol):
     name: ClassVar[str]
 
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """Predicted tokens, float64 [B, L, E], each (step, layer) summing to its number of pairs.
+        """Predicted tokens, float64 [B, L, E], each (step, layer) summing to its number of pairs; where picks may compute
+        nothing, to the number that the steps before it let expect.
 
         ``prior_LE`` [L, E] are loads known before the first step, any scale (default: all experts alike).
         """
@@ -44,8 +45,20 @@ def _prior(batch: RoutingBatch, prior_LE: NDArray[np.float64] | None) -> NDArray
 
 
 def _scaled(share_BLE: NDArray[np.float64], batch: RoutingBatch) -> NDArray[np.float64]:
-    out: NDArray[np.float64] = share_BLE * batch.load_BLE.sum(axis=2, keepdims=True)
+    out: NDArray[np.float64] = share_BLE * _pairs_BL(batch)[:, :, None]
     return out
+
+
+def _pairs_BL(batch: RoutingBatch) -> NDArray[np.float64]:
+    """Pairs of each step as they are known before its gates: where picks may compute nothing, by the steps before."""
+    pairs_BL = np.asarray(batch.load_BLE.sum(axis=2))
+    if batch.start_B is None or batch.experts_TLK is None or not (batch.experts_TLK == NO_EXPERT).any():
+        return pairs_BL
+    tokens_B = np.diff(batch.start_B).astype(np.float64)
+    before_BL = np.cumsum(pairs_BL, axis=0) - pairs_BL
+    before_B = np.cumsum(tokens_B) - tokens_B
+    each_BL = np.where(before_B[:, None] > 0, before_BL / np.maximum(before_B, 1.0)[:, None], float(batch.top_k))
+    return np.asarray(tokens_B[:, None] * each_BL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +131,7 @@ class RequestMix:
             flat, who = ids.astype(np.int64) + offset, np.broadcast_to(batch.request_T[rows, None, None], ids.shape)
             np.add.at(seen, (who[ids != NO_EXPERT], flat[ids != NO_EXPERT]), 1.0)
             np.add.at(known, batch.request_T[rows], 1.0)
-        return _scaled(_share(out), batch) if (batch.experts_TLK == NO_EXPERT).any() else out
+        return out
 
 
 PREDICTORS: dict[str, Predictor] = {p.name: p for p in (SlidingMean(), Exponential(), RequestMix())}
