@@ -116,11 +116,22 @@ def _beyond(options: ReadOptions, largest: int, is_map: bool) -> str:
 
 
 def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
-    """A dump whose traffic names E experts: picks of identity experts become -1, their loads are set apart."""
+    """A dump whose traffic names E experts: picks of identity experts become -1, their loads are set apart.
+
+    Raises
+    ------
+    TraceError : a slot holds one.
+    """
     experts, wide = options.experts or 0, (options.experts or 0) + options.zeros
     trace, profile, notes = dump.trace, dump.profile, list(dump.notes)
     if not options.zeros:
         return dump
+    slots = dump.slots
+    if slots is not None and slots.map_LS is not None and int(slots.map_LS.max(initial=0)) >= experts:
+        raise TraceError(
+            f"the map names expert {slots.map_LS.max()}, the model has {experts} and {options.zeros} identity experts",
+            hint="identity experts have no slots",
+        )
     if trace is not None and trace.num_experts == wide:
         idle = trace.experts >= experts
         notes.append(
