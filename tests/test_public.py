@@ -31,7 +31,7 @@ OPTIONS = {
               "--every", "--max-moves", "--false-alarm-rate", "--horizon", "--method", "--follow", "--interval", "--output",
               "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--sglang", "--dump-dir", "--api-key",
               "--admin-api-key", "--steps-per-dump", "--delete-dumps"},
-    "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--relabelling", "--devices", "--json"},
+    "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--zero-experts", "--relabelling", "--devices", "--json"},
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--json"},
     "diff": {"--model", "--cluster", "--staging", "--json"},
     "export": {"--to", "--output", "--model", "--num-hidden-layers", "--num-mtp-layers", "--checkpoint", "--keep-groups", "--json"},

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from poise.cli import options as o
 from poise.engines.dump import EngineDump, SlotRecord
@@ -93,13 +94,15 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
     ids = profile.layer_ids
     assert ids is not None
     if output.suffix == ".npz":
-        idle = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
+        idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
         with atomic(output) as stream:
             np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle)
         return
     if output.suffix != ".json":
         raise OptionError(f"{output} would hold a load profile", hint="name it .json or .npz")
-    tables = {"logical_count": profile.load_BLE} | ({} if profile.idle_BL is None else {IDLE: profile.idle_BL})
+    tables: dict[str, NDArray[Any]] = {"logical_count": profile.load_BLE}
+    if profile.idle_BL is not None:
+        tables[IDLE] = profile.idle_BL
     for name, table in tables.items():
         full = np.zeros((len(table), max(int(ids.max()) + 1, recorded_layers or 0), *table.shape[2:]))
         full[:, ids] = table

@@ -102,11 +102,13 @@ def bound_terms(
     work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
     compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
     tokens_BL = batch.tokens_BL()
-    busy = (tokens_BL > 0) * latency_seconds(cluster)
+    busy: NDArray[Any] = (tokens_BL > 0) * latency_seconds(cluster)
     port = _port_bound(batch, cluster, traffic, np.asarray(slots_D), max(0, spare))
     two_way = traffic != "stay" or batch.top_k > 1
     combine = busy * two_way + (0.0 if traffic == "stay" else port * model.combine_bytes_per_token)
-    kv = tokens_BL * kv_seconds_per_token(cluster, model) if traffic == "stay" else np.zeros(shape)
+    kv = np.zeros(shape)
+    if traffic == "stay":
+        kv += tokens_BL * kv_seconds_per_token(cluster, model)
     return BoundTerms(compute, busy + port * model.dispatch_bytes_per_token, combine, kv)
 
 

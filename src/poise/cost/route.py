@@ -206,7 +206,7 @@ def deal_evenly(experts_TK: NDArray[np.int64], count_ED: NDArray[Any], source: i
 def token_copies(
     device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster, traffic: Traffic
 ) -> tuple[Copies, Copies]:
-    """Copies out and back of one step and layer (B = 1) when pair (t, k) is computed on ``device_TK[t, k]``; -1: nowhere."""
+    """Copies out and back of one step and layer (B = 1); pair (t, k) runs on ``device_TK[t, k]`` or nowhere (-1)."""
     devices, node_D = cluster.num_devices, cluster.node_D.astype(np.int64)
     to_DD, node_DN = np.zeros((devices, devices)), np.zeros((devices, cluster.num_nodes))
     _count_copies(device_TK, source_T, node_D, traffic != "home", to_DD, node_DN)

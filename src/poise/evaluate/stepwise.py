@@ -146,7 +146,7 @@ class _Run:
             else:
                 pairs_DD = flow.sum(axis=1)
             self._price(view, plan, pairs_DD.astype(np.float64), source_T, device_TK)
-            if self.traffic == "stay" and device_TK is not None:
+            if self.traffic == "stay" and device_TK is not None and source_T is not None:
                 source_T = np.where(device_TK[:, 0] < 0, source_T, device_TK[:, 0])
 
     def _plan(self, view: LayerView, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:

@@ -23,8 +23,9 @@ class Predictor(Protocol):
     name: ClassVar[str]
 
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """Predicted tokens, float64 [B, L, E], each (step, layer) summing to its number of pairs; where picks may compute
-        nothing, to the number that the steps before it let expect.
+        """Predicted tokens, float64 [B, L, E], each (step, layer) summing to its number of pairs.
+
+        Where picks may compute nothing, it is the number that the steps before let expect.
 
         ``prior_LE`` [L, E] are loads known before the first step, any scale (default: all experts alike).
         """

@@ -228,11 +228,11 @@ def record(
             request.append(np.full(len(block), index))
             decode.append(np.full(len(block), is_decode))
             domain.append(np.full(len(block), names.index(prompt.domain)))
-    chosen, real = np.concatenate(experts).astype(np.int16), _num_experts(model)
+    picks_TLK, real = np.concatenate(experts), _num_experts(model)
     if _config(model, "zero_expert_num"):
-        chosen[chosen >= real] = NO_EXPERT
+        picks_TLK = np.where(picks_TLK >= real, NO_EXPERT, picks_TLK)
     return RoutingTrace(
-        chosen,
+        picks_TLK.astype(np.int16),
         real,
         request=np.concatenate(request).astype(np.int32),
         is_decode=np.concatenate(decode),

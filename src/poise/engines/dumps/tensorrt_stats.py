@@ -83,7 +83,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(
             f"{slots_known} are counted, the model has {options.experts} experts: these are slots",
             hint="give --placement, the map that the load balancer ran"
-            + f"; or --zero-experts {slots_known - widths[0]}, if so many are identity experts" * (slots_known > widths[0]),
+            + f"; or --zero-experts {slots_known - widths[0]}, if they are such" * (slots_known > widths[0]),
         )
     if map_LS is None:
         notes.append("ids are taken for experts; with a load balancer TensorRT-LLM counts slots: give --placement then")

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in layer l alters."""
+    """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in one alters."""
 
     rows: Rows
     load_LBE: NDArray[np.float64]
