@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from tests.helpers import no_experts
@@ -94,6 +94,9 @@ def seconds_by_hand(port, cluster, bytes_per_copy):
     SEEDS, st.sampled_from(TRAFFIC_MODELS), st.sampled_from([(2, 1), (3,), (1, 1, 2)]), st.integers(1, 3), st.booleans(),
     st.sampled_from([0.0, 0.4]),
 )  # fmt: skip
+@example(1, "stay", (2, 1), 1, False, 0.4)  # tokens that skip a layer
+@example(2, "stay", (1, 1, 2), 1, True, 0.4)
+@example(3, "stay", (3,), 2, False, 0.4)
 @settings(max_examples=90, deadline=None)
 def test_traffic_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, shared, idle):
     """Picks that compute nothing are not in the token's list: it is priced as if it had fewer."""
