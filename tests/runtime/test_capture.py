@@ -12,6 +12,7 @@ from poise.cli.main import app
 from poise.errors import ModelError, TraceError
 from poise.observe.files import read
 from poise.runtime.capture import Prompt, RouterCapture, find_routers, read_prompts, record
+from poise.runtime.experts import recognise
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2,
@@ -93,6 +94,11 @@ def test_heaviest_expert_comes_first():
     top = np.stack([logits.topk(2).indices.numpy() for logits in got.router_logits], axis=1)
     np.testing.assert_array_equal(capture.take(), top)
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_identity_experts_are_recorded_and_not_run():
+    with pytest.raises(ModelError, match="has 5 identity experts"):
+        recognise(build("LongcatFlash").model.layers[0].mlp.experts)
 
 
 def test_a_dense_model_is_refused():
