@@ -24,6 +24,7 @@ from poise.engines.dumps import (  # fmt: skip
     vllm_logs,
     vllm_maps,
 )
+from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.errors import OptionError, TraceError
@@ -117,7 +118,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
     if options.ranks is not None and name not in RANKS_ASKED:
         raise OptionError(f"{name} says itself which records are of one pass", hint="leave --ranks out")
     try:
-        dump = FORMATS[name].read(parts, options)
+        dump = without_zeros(FORMATS[name].read(parts, options), options)
         traffic = dump.trace if dump.trace is not None else dump.profile
         if options.model is not None and traffic is not None:
             assert traffic.layer_ids is not None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
 from poise.observe.files import join
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
 
 Order = Literal["interleaved", "file"]
 ORDERS: tuple[Order, ...] = ("interleaved", "file")
@@ -148,7 +148,8 @@ def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order
     step_T = np.repeat(np.arange(steps), size_B)
     load = np.empty((steps, layers, num))
     for layer in range(layers):
-        flat = (step_T[:, None] * num + experts[:, layer]).ravel()
+        ids = experts[:, layer]
+        flat = (step_T[:, None] * num + ids)[ids != NO_EXPERT]
         load[:, layer] = np.bincount(flat, minlength=steps * num).reshape(steps, num)
     assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
@@ -165,7 +166,8 @@ def _in_turn(request_T: NDArray[Any]) -> NDArray[np.int32]:
 
 def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None) -> RoutingBatch:
     load = profile.load_BLE[:max_steps]
-    mass = load.sum(axis=2).max(axis=1)
+    idle = 0.0 if profile.idle_BL is None else profile.idle_BL[:max_steps]
+    mass = (load.sum(axis=2) + idle).max(axis=1)
     keep = mass > 0
     load, mass = load[keep], mass[keep]
     if tokens_per_step is None and float(mass.max()) <= profile.top_k * (1 + 1e-6):

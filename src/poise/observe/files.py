@@ -19,6 +19,8 @@ from poise.observe.trace import LoadProfile, RoutingTrace, integers
 MAX_JSON_BYTES = 512 * 2**20
 MAX_NPZ_BYTES = 8 * 2**30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
+IDLE = "identity_count"
+"""Key of the picks that compute nothing, beside the loads of a profile."""
 SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second"
 
 
@@ -133,7 +135,28 @@ def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_miss
         load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE  # type: ignore[arg-type]
         files.append(Recorded(part.name, part.rank, load_BLE))
     loads, _ = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
-    return LoadProfile(loads, ids, head.top_k, " + ".join(part.name for part in profiles))
+    name = " + ".join(part.name for part in profiles)
+    return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads))
+
+
+def _idle_together(
+    profiles: Sequence[LoadProfile], ids: NDArray[Any], load_BLE: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """Picks that compute nothing, joined as the loads were: in order, added up, or those of one of several copies."""
+    if any(part.idle_BL is None for part in profiles):
+        return None
+    parts = []
+    for part in profiles:
+        parts.append(np.zeros((part.num_steps, ids.size)))
+        parts[-1][:, np.searchsorted(ids, part.layer_ids)] = part.idle_BL  # type: ignore[arg-type]
+    steps = len(load_BLE)
+    if sum(len(idle) for idle in parts) == steps:
+        return np.concatenate(parts)
+    if any(len(idle) != steps for idle in parts):
+        return None
+    summed = sum(float(part.load_BLE.sum()) for part in profiles) <= float(load_BLE.sum()) * (1 + 1e-9)
+    out: NDArray[np.float64] = np.sum(parts, axis=0) if summed else parts[0]
+    return out
 
 
 def _same_steps(traces: Sequence[RoutingTrace], ranks: Reading | None) -> bool:
@@ -211,10 +234,10 @@ def _read_json(path: Path) -> LoadProfile:
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     try:
-        load = np.array(data["logical_count"])
+        load, idle = (np.array(data[name]) if name in data else None for name in ("logical_count", IDLE))
     except (ValueError, TypeError, OverflowError) as error:
         raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
-    return LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")))
+    return LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")), idle_BL=idle)  # type: ignore[arg-type]
 
 
 def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
@@ -252,7 +275,8 @@ def _array(archive: Archive, name: str) -> NDArray[Any]:
 def _read_counts(archive: Archive, name: str) -> LoadProfile:
     """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
     ids = _array(archive, "layers") if "layers" in archive else None
-    return LoadProfile(_array(archive, "counts"), ids, name=name)
+    idle = _array(archive, IDLE) if IDLE in archive else None
+    return LoadProfile(_array(archive, "counts"), ids, name=name, idle_BL=idle)
 
 
 def _read_cross(archive: Archive, name: str) -> LoadProfile:

@@ -22,6 +22,7 @@ def per_token(
     num_layers, num_slots = maps[0].shape
     top_k, said = _top_k(records, num_layers, num_slots, options)
     experts, more = num_experts(options, max(int(m.max()) for m in maps), "the map", most=num_slots)
+    zeros = options.zeros if num_slots == experts else 0  # with redundant slots, no id is known to be one of theirs
     short, layer_L11 = [map_LS.astype(np.int16) for map_LS in maps], np.arange(num_layers)[:, None, None]
     passes: dict[int, list[Group]] = {}
     alike: list[set[int]] = []
@@ -31,11 +32,18 @@ def per_token(
         if not len(r.tokens.input_T):
             continue
         slot_LTK = r.tokens.topk_LTK[:, :, :top_k]
-        if int(slot_LTK.max()) >= num_slots:
-            raise TraceError(f"pass {r.pass_id} names slot {slot_LTK.max()}, the map has {num_slots}")
+        if int(slot_LTK.max()) >= num_slots + zeros:
+            raise TraceError(
+                f"pass {r.pass_id} names slot {slot_LTK.max()}, the map has {num_slots}" + f" and {zeros} identity "
+                "experts follow" * bool(zeros),
+                hint="if the router has identity (zero) experts, give --zero-experts, or a --model that has them",
+            )
+        zero_LTK, named_LTK = slot_LTK >= num_slots, slot_LTK  # an identity expert's id, which goes on behind E = S
+        slot_LTK = np.where(zero_LTK, np.int16(-1), slot_LTK)
         expert_LTK = np.where(slot_LTK < 0, np.int16(-1), short[r.source][layer_L11, slot_LTK])
         if ((slot_LTK >= 0) & (expert_LTK < 0)).any():
             raise TraceError(f"pass {r.pass_id} names a slot that is empty in the map")
+        expert_LTK = np.where(zero_LTK, named_LTK, expert_LTK)
         groups = passes.setdefault(r.pass_id, [])
         taker = next((group for group in groups if group.takes(r.tokens, expert_LTK, slot_LTK)), None)
         if taker is not None:
@@ -62,7 +70,7 @@ def per_token(
     for pass_id, groups in passes.items():
         for group in groups:
             rows.add(pass_id, group, ids)
-    trace = rows.trace(experts, np.array(ids, np.int32), name)
+    trace = rows.trace(experts + zeros, np.array(ids, np.int32), name)
     slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots),
                        agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
     return EngineDump("sglang", "per-token", trace=trace, slots=slots, recorded_layers=num_layers,
@@ -84,7 +92,7 @@ def _by_rank(records: list[Record], num_layers: int, num_slots: int, top_k: int)
 
 def _top_k(records: list[Record], num_layers: int, num_slots: int, options: ReadOptions) -> tuple[int, list[str]]:
     """Columns that are routed experts."""
-    width = 0
+    width, most = 0, num_slots + options.zeros
     shared = np.ones(0, bool)
     for r in records:
         assert r.tokens is not None
@@ -95,7 +103,7 @@ def _top_k(records: list[Record], num_layers: int, num_slots: int, options: Read
             shared = np.concatenate([shared, np.ones(topk.shape[2] - len(shared), bool)])
         used = topk >= 0
         width = max(width, int(np.flatnonzero(used.any(axis=(0, 1))).max(initial=-1)) + 1)
-        shared[: topk.shape[2]] &= ((topk >= num_slots) | ~used).all(axis=(0, 1))
+        shared[: topk.shape[2]] &= ((topk >= most) | ~used).all(axis=(0, 1))
     notes = []
     routed = width
     while routed and shared[routed - 1]:

@@ -85,10 +85,12 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     map_LS = None
     if given is not None and given.map_LS is not None:
         map_LS = rows_of(given, kept, slots_known or given.map_LS.shape[1], "the statistics")
-    if map_LS is None and slots_known is not None and options.experts is not None and options.experts != slots_known:
+    widths = () if options.experts is None else (options.experts, options.experts + options.zeros)
+    if map_LS is None and slots_known is not None and widths and slots_known not in widths:
         raise TraceError(
             f"{slots_known} are counted, the model has {options.experts} experts: these are slots",
-            hint="give --placement, the map that the load balancer ran",
+            hint="give --placement, the map that the load balancer ran"
+            + f"; or --zero-experts {slots_known - widths[0]}, if they are such" * (slots_known > widths[0]),
         )
     if map_LS is None:
         notes.append("ids are taken for experts; with a load balancer TensorRT-LLM counts slots: give --placement then")
@@ -105,7 +107,13 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         if map_LS is not None:
             slots = SlotRecord(np.array(kept, np.int32), None, count_BLS)
     if raw:
-        trace = _trace(raw, kept, map_LS, experts, notes, parts[0].path.parent.name)
+        if map_LS is not None and options.zeros:
+            raise TraceError(
+                f"tokens name slots, and which of them are the {options.zeros} identity experts is not known",
+                hint="leave the files with tokens out, or --zero-experts where the router has none",
+            )
+        wide = experts if options.experts is None else options.experts + options.zeros
+        trace = _trace(raw, kept, map_LS, wide, notes, parts[0].path.parent.name)
         if trace is not None and profile is not None:
             pairs, all_ = trace.num_tokens * trace.num_layers * trace.top_k, float(profile.load_BLE.sum())
             if pairs < all_:

@@ -56,8 +56,8 @@ BETTER = 1.0 - 1e-9
 def _score(data, state, layer):  # type: ignore[no-untyped-def]
     """Seconds of the layers that a change of this one can alter."""
     out = layer_seconds(data, state, layer)
-    if data.flow == STAY and data.has_tokens and layer + 1 < state.copies_LE.shape[0]:
-        out += layer_seconds(data, state, layer + 1)
+    for later in range(layer + 1, data.reach_L[layer] + 1):
+        out += layer_seconds(data, state, later)
     return out
 
 
@@ -176,20 +176,20 @@ def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
 
 
 def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
-    """Make a layer of one state equal to another's; ``stay`` sums of the next layer are computed anew."""
+    """Make a layer of one state equal to another's; ``stay`` sums of the layers it reaches are computed anew."""
     if to.room_GD.shape[0] > 1 or to.held_LED.shape[0] == 1:
         to.room_GD[layer] = other.room_GD[layer]
     else:
         to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
     for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFPBD"):
         getattr(to, name)[layer] = getattr(other, name)[layer]
-    if data.flow == STAY and data.has_tokens and layer + 1 < len(to.copies_LE):
-        rebuild(data, to, layer + 1)
+    for later in range(layer + 1, int(data.reach_L[layer]) + 1):
+        rebuild(data, to, later)
 
 
-def _snapshot(state: State, layer: int) -> tuple[NDArray[Any], ...]:
+def _snapshot(data: Data, state: State, layer: int) -> tuple[NDArray[Any], ...]:
     room = state.room_GD.copy()
-    last = min(layer + 2, len(state.copies_LE))
+    last = int(data.reach_L[layer]) + 1
     return (
         room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
         state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
@@ -327,7 +327,7 @@ def search(
     while state.work[0] < budget and time.monotonic() - began < 4 * time_limit_s and problem.num_devices > 1:
         layer = int(rng.integers(layers))
         kicks += 1
-        saved = _snapshot(state, layer)
+        saved = _snapshot(data, state, layer)
         before = float(_score(data, state, layer))
         if local_L[layer]:
             _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
