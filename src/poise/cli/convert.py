@@ -21,7 +21,8 @@ from poise.planning.placement import Placement, atomic
 def convert(
     dumps: Annotated[list[Path], typer.Argument(help="Files or folders that an engine wrote in one run.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Trace (.npz) or load profile (.json, .npz) to write.")
+        Path,
+        typer.Option("--output", "-o", help="Trace (.npz), load profile (.json, .npz) or placement (.npz) to write."),
     ],
     model: o.Model = None,
     placement: Annotated[
@@ -36,7 +37,11 @@ def convert(
         Path | None, typer.Option(help="poise-relabelling.json of the checkpoint that ran, or its folder.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(help="Write the map of a dump as a placement on so many devices (.npz).")
+        int | None,
+        typer.Option(
+            help="Write the map of a dump as a placement on so many devices (.npz); a file with a map "
+            "alone that says how many needs no number."
+        ),
     ] = None,
     json: o.Json = False,
 ) -> None:
@@ -52,9 +57,10 @@ def convert(
         dump = read_dump(dumps, options=options)
         for note in dump.notes:
             o.talk.print(note, markup=False)
-        wrote = (
-            _write_placement(dump, devices, options, output) if devices is not None else _write_traffic(dump, output)
-        )
+        if devices is not None or _is_placement(dump):
+            wrote = _write_placement(dump, devices, options, output)
+        else:
+            wrote = _write_traffic(dump, output)
         if json:
             o.print_json({"engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
                           "notes": list(dump.notes)})  # fmt: skip
@@ -99,16 +105,31 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
         stream.write(jsonlib.dumps({"logical_count": rows.tolist()}).encode())
 
 
-def _write_placement(dump: EngineDump, devices: int, options: ReadOptions, output: Path) -> str:
+def _is_placement(dump: EngineDump) -> bool:
+    """It has a map and no traffic, and says on how many devices."""
+    if dump.placement is not None:
+        return True
+    known = dump.slots is not None and dump.slots.num_devices is not None
+    return known and dump.trace is None and dump.profile is None
+
+
+def _write_placement(dump: EngineDump, devices: int | None, options: ReadOptions, output: Path) -> str:
     if dump.slots is None or dump.slots.map_LS is None:
         raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
     if not dump.slots.maps_agree:
         raise TraceError(f"{dump.engine} {dump.kind}: ranks report different maps", hint="name the file of one of them")
+    if output.suffix != ".npz":
+        raise OptionError(f"{output} would hold a placement", hint="name it .npz")
+    known = dump.slots.num_devices if dump.placement is None else dump.placement.num_devices
+    if devices is not None and known not in (None, devices):
+        raise OptionError(f"--devices is {devices}, the file is for {known}", hint="leave --devices out")
+    if dump.placement is not None:
+        dump.placement.save(output)
+        return "placement"
+    devices = known or devices or 0
     map_LS = dump.slots.map_LS
     if devices < 1 or map_LS.shape[1] % devices:
         raise OptionError(f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices")
-    if output.suffix != ".npz":
-        raise OptionError(f"{output} would hold a placement", hint="name it .npz")
     device_S = np.repeat(np.arange(devices, dtype=np.int32), map_LS.shape[1] // devices)
     experts = options.experts or int(map_LS.max()) + 1
     Placement(map_LS, device_S, experts, devices, dump.slots.layer_ids_L, method=dump.engine).save(output)

@@ -24,7 +24,8 @@ def export(
         int | None, typer.Option(help="Decoder layers of the model, dense ones included; --model knows it too.")
     ] = None,
     num_mtp_layers: Annotated[
-        int, typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm, vllm-ascend: they need a row).")
+        int,
+        typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm, vllm-ascend: they need a row)."),
     ] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
     groups: Annotated[

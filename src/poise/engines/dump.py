@@ -29,12 +29,14 @@ class SlotRecord:
     map_LS : int32 [L, S], expert in each physical slot as the engine says it runs, -1 empty; None: it does not say.
     count_BLS : float64 [B, L, S], pairs that each slot computed in each record; None: not recorded.
     maps_agree : whether all ranks and records that name a map name the same; where False, ``map_LS`` is the last one.
+    num_devices : devices that share the slots evenly, in order; None: it does not say.
     """
 
     layer_ids_L: NDArray[np.int32]
     map_LS: NDArray[np.int32] | None = None
     count_BLS: NDArray[np.float64] | None = None
     maps_agree: bool = True
+    num_devices: int | None = None
 
     def __post_init__(self) -> None:
         layers = len(self.layer_ids_L)
@@ -64,6 +66,7 @@ class EngineDump:
     recorded_layers : layers that the record has, those without load (dense ones) included; None: unknown.
     layers_by_place : the record names no layers and no model was given, so they are numbered by their place.
     notes : what a user should know: layers left out, rows dropped, what had to be assumed.
+    placement : where the file is a placement of poise.
     """
 
     engine: str
@@ -75,6 +78,7 @@ class EngineDump:
     recorded_layers: int | None = None
     layers_by_place: bool = False
     notes: tuple[str, ...] = field(default=())
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         if self.trace is None and self.profile is None and self.slots is None and self.balance_B is None:
@@ -159,6 +163,13 @@ class ReadOptions:
     def slot_map(self) -> SlotRecord | None:
         """The placement as what slots hold."""
         if isinstance(self.placement, Placement):
-            assert self.placement.layer_ids_L is not None
-            return SlotRecord(self.placement.layer_ids_L, self.placement.slot_expert_LS)
+            return slots_of(self.placement)
         return self.placement
+
+
+def slots_of(placement: Placement) -> SlotRecord:
+    """A placement as what its slots hold; its number of devices where they share the slots evenly."""
+    assert placement.layer_ids_L is not None
+    each = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    devices = placement.num_devices if (each == each[0]).all() else None
+    return SlotRecord(placement.layer_ids_L, placement.slot_expert_LS, num_devices=devices)

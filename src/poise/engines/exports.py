@@ -144,8 +144,8 @@ def _unplanned(placement: Placement, options: ExportOptions) -> int | None:
     dense = sorted(layer for layer in planned - moe if layer < own)
     if dense:
         raise PlacementError(
-            f"the placement has a row for layer {dense[0]}, a dense layer of {options.model.name}, whose MoE layers are "
-            f"{min(moe)} to {max(moe)} ({len(moe)} of them)",
+            f"the placement has a row for layer {dense[0]}, the model's MoE layers are {min(moe)} to {max(moe)} "
+            f"({len(moe)} of them)",
             hint="check --model",
         )
     return len((moe | set(range(own, own + options.num_mtp_layers))) - planned)
@@ -240,8 +240,8 @@ def _by_place(placement: Placement, options: ExportOptions) -> list[str]:
     assert placement.layer_ids_L is not None
     first, last = (int(placement.layer_ids_L[at]) for at in (0, -1))
     return [
-        f"rows are found by their place: the first, of layer {first}, runs in the engine's first MoE layer, the last, of "
-        f"layer {last}, in its MoE layer {placement.num_layers}"
+        f"rows are found by their place: the first, of layer {first}, runs in the engine's first MoE layer, the last, "
+        f"of layer {last}, in its MoE layer {placement.num_layers}"
     ]
 
 

@@ -15,6 +15,7 @@ from poise.engines.checkpoints.permutation import Relabelling, load_relabelling
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps import (  # fmt: skip
     ascend_maps,
+    orders,
     public_traces,
     routed,
     sglang_dumps,
@@ -82,6 +83,11 @@ FORMATS: dict[str, Format] = {
     "load-history": Format(_in("json", when=public_traces.is_history), public_traces.read_history),
     "step-routing": Format(_in("npz", when=lambda names: names == ["data"]), public_traces.read_step),
     "route-log": Format(_in("json-lines", when=public_traces.is_routes), public_traces.read_routes),
+    "expert-order": Format(_in("json", when=orders.is_order), orders.read_order),
+    "relabelling": Format(_in("json", when=orders.is_relabelling), orders.read_relabelling),
+    "placement": Format(
+        _in("npz", when=lambda names: isinstance(names, list) and PLACEMENT in names), orders.read_placement
+    ),
     "poise": Format(
         _in("npz", when=lambda names: isinstance(names, list) and bool({TRACE, "counts", "cross"} & set(names))), _own
     ),
@@ -202,10 +208,9 @@ def _format(part: Part, wanted: str | None) -> str:
     for name, format_ in FORMATS.items():
         if format_.holds(part):
             return name
-    hint = "docs/dumps.md lists what is read"
-    if part.container == "npz" and PLACEMENT in part.value:
-        hint = "a placement of poise: 'poise export' and 'poise verify' take it"
-    raise TraceError(f"{part.path}: no known format, it holds {_content(part)}", hint=hint)
+    raise TraceError(
+        f"{part.path}: no known format, it holds {_content(part)}", hint="docs/dumps.md lists what is read"
+    )
 
 
 def _content(part: Part) -> str:
@@ -231,4 +236,4 @@ def _original(dump: EngineDump, relabelling: Relabelling) -> EngineDump:
                 map_LS[index] = np.where(row < 0, row, rows[layer][row])
         slots = replace(slots, map_LS=map_LS)
     notes = (*dump.notes, "expert ids are those before the relabelling")
-    return replace(dump, slots=slots, notes=notes, **back)  # type: ignore[arg-type]
+    return replace(dump, slots=slots, notes=notes, placement=None, **back)  # type: ignore[arg-type]

@@ -86,7 +86,9 @@ def relabel_checkpoint(
     shards = [read_shard(source / name) for name in names]
     _check_index(shards, index, source)
     assert placement.layer_ids_L is not None
-    made = Relabelling(placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name)
+    made = Relabelling(
+        placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name, placement.num_devices
+    )
     changes = find_changes((tensor for shard in shards for tensor in shard.tensors), made.rows())
     notes = _notes(changes, placement, groups)
     total = made

@@ -29,6 +29,7 @@ from poise.engines.dumps.mapping import (
     distinct,
     model_layers,
     num_experts,
+    routed_loads,
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.sglang_records import Record, check_size, maps_of, record_of
@@ -81,6 +82,8 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         notes.append(
             f"{(~busy).sum()} of {len(busy)} steps have no load and were left out: an unused part of the buffer"
         )
+    count, said = routed_loads(count, options, "logical_count")
+    notes += said
     experts, _ = num_experts(options, count.shape[2] - 1, "logical_count")
     if experts != count.shape[2]:
         raise TraceError(f"logical_count has {count.shape[2]} experts, the model {experts}")
