@@ -10,9 +10,9 @@ import numpy as np
 import typer
 
 from poise.cli import options as o
-from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.dump import EngineDump, SlotRecord, placement_of
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError, TraceError
+from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.trace import LoadProfile
 from poise.planning.placement import Placement, atomic
@@ -114,25 +114,10 @@ def _is_placement(dump: EngineDump) -> bool:
 
 
 def _write_placement(dump: EngineDump, devices: int | None, options: ReadOptions, output: Path) -> str:
-    if dump.slots is None or dump.slots.map_LS is None:
-        raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
-    if not dump.slots.maps_agree:
-        raise TraceError(f"{dump.engine} {dump.kind}: ranks report different maps", hint="name the file of one of them")
+    made = placement_of(dump, devices, options.experts)
     if output.suffix != ".npz":
         raise OptionError(f"{output} would hold a placement", hint="name it .npz")
-    known = dump.slots.num_devices if dump.placement is None else dump.placement.num_devices
-    if devices is not None and known not in (None, devices):
-        raise OptionError(f"--devices is {devices}, the file is for {known}", hint="leave --devices out")
-    if dump.placement is not None:
-        dump.placement.save(output)
-        return "placement"
-    devices = known or devices or 0
-    map_LS = dump.slots.map_LS
-    if devices < 1 or map_LS.shape[1] % devices:
-        raise OptionError(f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices")
-    device_S = np.repeat(np.arange(devices, dtype=np.int32), map_LS.shape[1] // devices)
-    experts = options.experts or int(map_LS.max()) + 1
-    Placement(map_LS, device_S, experts, devices, dump.slots.layer_ids_L, method=dump.engine).save(output)
+    made.save(output)
     return "placement"
 
 

@@ -173,3 +173,36 @@ def slots_of(placement: Placement) -> SlotRecord:
     each = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
     devices = placement.num_devices if (each == each[0]).all() else None
     return SlotRecord(placement.layer_ids_L, placement.slot_expert_LS, num_devices=devices)
+
+
+def placement_of(dump: EngineDump, num_devices: int | None = None, num_experts: int | None = None) -> Placement:
+    """The map of a dump as a placement.
+
+    Parameters
+    ----------
+    num_devices : D that share the slots evenly, where the dump does not say.
+    num_experts : E; None: the largest id and one.
+
+    Raises
+    ------
+    TraceError : it has no map, or ranks report different ones.
+    OptionError : the number of devices is not known, is another one, or does not divide the slots.
+    PlacementError : the map is no placement: an expert has no slot.
+    """
+    if dump.slots is None or dump.slots.map_LS is None:
+        raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
+    if not dump.slots.maps_agree:
+        raise TraceError(f"{dump.engine} {dump.kind}: ranks report different maps", hint="name the file of one of them")
+    known = dump.slots.num_devices if dump.placement is None else dump.placement.num_devices
+    if num_devices is not None and known not in (None, num_devices):
+        raise OptionError(f"--devices is {num_devices}, the file is for {known}", hint="leave --devices out")
+    if dump.placement is not None:
+        return dump.placement
+    devices, map_LS = known or num_devices or 0, dump.slots.map_LS
+    if devices < 1 or map_LS.shape[1] % devices:
+        raise OptionError(
+            f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices", hint="give --devices"
+        )
+    device_S = np.repeat(np.arange(devices, dtype=np.int32), map_LS.shape[1] // devices)
+    experts = num_experts or int(map_LS.max()) + 1
+    return Placement(map_LS, device_S, experts, devices, dump.slots.layer_ids_L, method=dump.engine)

@@ -80,7 +80,9 @@ class RoutingTrace:
             twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
             if twice.any():
                 token, layer = (int(x) for x in np.argwhere(twice)[0])
-                raise TraceError(f"token {token} lists one expert twice in layer {layer}: {experts[token, layer]}")
+                ids = self.layer_ids
+                name = ids[layer] if isinstance(ids, np.ndarray) and ids.shape == (layers,) else layer
+                raise TraceError(f"token {token} lists one expert twice in layer {name}: {experts[token, layer]}")
         self._set("experts", experts)
         big = 2**31 - 1
         request = np.arange(tokens) if self.request is None else self.request

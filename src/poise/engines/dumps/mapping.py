@@ -131,6 +131,11 @@ def routed_picks(experts_TLK: NDArray[np.int16], options: ReadOptions) -> tuple[
     """
     known, top_k = options.experts, options.k
     width = experts_TLK.shape[2]
+    if known is None and width > 1 and len(experts_TLK) > 1:
+        last = experts_TLK[..., -1]
+        if (last == last[0, 0]).all() and int(experts_TLK[..., :-1].max()) < last[0, 0]:
+            return experts_TLK, [f"the last pick is expert {last[0, 0]} throughout, as of a shared expert that an "
+                                 "engine fuses: --model tells"]  # fmt: skip
     if known is None or top_k is None or not 0 < width - top_k <= MAX_SHARED:
         return experts_TLK, []
     behind = experts_TLK[..., top_k:]
