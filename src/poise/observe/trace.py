@@ -80,8 +80,8 @@ class RoutingTrace:
             twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
             if twice.any():
                 token, layer = (int(x) for x in np.argwhere(twice)[0])
-                ids = self.layer_ids
-                name = ids[layer] if isinstance(ids, np.ndarray) and ids.shape == (layers,) else layer
+                named = self.layer_ids
+                name = named[layer] if isinstance(named, np.ndarray) and named.shape == (layers,) else layer
                 raise TraceError(f"token {token} lists one expert twice in layer {name}: {experts[token, layer]}")
         self._set("experts", experts)
         big = 2**31 - 1
