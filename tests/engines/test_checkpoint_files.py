@@ -75,6 +75,7 @@ UNKNOWN = [
     # of the layer, but not of its MoE module
     change(f"{LAYER}.moe.router.expert_bias", ("F32", (EXPERTS,), bytes(4 * EXPERTS))),
     change(f"{LAYER}.moe.gate.weight", ("F32", (EXPERTS + 1, 1), bytes(4 * EXPERTS + 4))),
+    change(f"{LAYER}.moe.router.scale", ("F32", (3,), bytes(12))),
     change(f"{LAYER}.self_attn.router.weight", ("F32", (3, 1), bytes(12))),
     change(f"{LAYER}.input_layernorm.weight", ("F32", (EXPERTS,), bytes(4 * EXPERTS))),  # the model is as wide
     change(f"{LAYER}.scale_of_each", ("F32", (2, EXPERTS), bytes(8 * EXPERTS))),

@@ -100,6 +100,12 @@ def test_the_commands_lead_back_too(tmp_path):
         np.testing.assert_array_equal(back.count_LED(), STAGE.count_LED(), name)
 
 
+def only(plan, row):
+    return Placement(
+        plan.slot_expert_LS[row:], plan.slot_device_S, plan.num_experts, plan.num_devices, plan.layer_ids_L[row:]
+    )
+
+
 def test_a_relabelled_checkpoint_says_which_placement_it_holds(tmp_path):
     source = write_checkpoint(tmp_path / "model", "minimax")
     first, second = random_placement("minimax", 0, devices=4), random_placement("minimax", 1, devices=2)
@@ -109,7 +115,7 @@ def test_a_relabelled_checkpoint_says_which_placement_it_holds(tmp_path):
     np.testing.assert_array_equal(Placement.load(tmp_path / "p.npz").count_LED(), first.count_LED())
     # twice: what the second puts on a device, in the ids of the original
     relabel_checkpoint(second, tmp_path / "once", tmp_path / "twice")
-    assert run("convert", tmp_path / "twice" / file.name, "-o", tmp_path / "p.npz").exit_code == 0
+    assert run("convert", tmp_path / "twice", "-o", tmp_path / "p.npz").exit_code == 0
     got, total = Placement.load(tmp_path / "p.npz"), load_relabelling(tmp_path / "twice")
     assert got.num_devices == total.num_devices == 2
     for layer, row in enumerate(load_relabelling(tmp_path / "once").order_LE):
@@ -121,6 +127,9 @@ def test_a_relabelled_checkpoint_says_which_placement_it_holds(tmp_path):
     got = run("convert", file, "-o", tmp_path / "q.npz")
     assert got.exit_code == 2 and "--devices" in got.stderr and not (tmp_path / "q.npz").exists()
     assert run("convert", file, "--devices", 4, "-o", tmp_path / "q.npz").exit_code == 0
+    # the checkpoint itself says how many layers it has
+    made = TARGETS["checkpoint"].write(only(first, 2), tmp_path / "part", ExportOptions(checkpoint=source))
+    assert made.unplanned == 2 and not any("without --model" in note for note in made.notes)
     np.testing.assert_array_equal(Placement.load(tmp_path / "q.npz").count_LED(), first.count_LED())
 
 

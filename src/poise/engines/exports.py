@@ -77,7 +77,7 @@ class Written:
     ----------
     filled : empty slots that were filled with replicas.
     unplanned : MoE layers of the model, and layers of multi-token prediction that have a row, that nothing was planned
-        for; None: no model was named.
+        for; None: not known, as no model was named.
     command : how to start the engine with it, to be copied as it is; lines of YAML where the engine takes a file.
     notes : what to mind.
     facts : more for ``--json``.
@@ -129,9 +129,9 @@ class Target:
             )
         missing = _unplanned(placement, options)
         made = self.writer(placement, path, options)
-        if missing is None:
-            return replace(made, notes=(*made.notes, UNKNOWN_LAYERS))
-        return replace(made, unplanned=missing)
+        if missing is not None:
+            return replace(made, unplanned=missing)
+        return made if made.unplanned is not None else replace(made, notes=(*made.notes, UNKNOWN_LAYERS))
 
 
 def _unplanned(placement: Placement, options: ExportOptions) -> int | None:
@@ -289,6 +289,7 @@ def _checkpoint(placement: Placement, path: Path, options: ExportOptions) -> Wri
         raise OptionError("a relabelled checkpoint needs the one to relabel", hint="give --checkpoint FOLDER")
     made = checkpoint.relabel_checkpoint(placement, options.checkpoint, path, progress=options.progress)
     return Written(
+        unplanned=made.kept_layers,
         command=f"vllm serve {quote(str(path))} {_on_ranks(placement)}",
         notes=(
             f"or any engine that gives rank r of {placement.num_devices} the r-th block of experts",

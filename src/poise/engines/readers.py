@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.engines.checkpoints.permutation import Relabelling, load_relabelling
+from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling, load_relabelling
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps import (  # fmt: skip
     ascend_maps,
@@ -191,6 +191,8 @@ def _files(given: Path) -> list[tuple[Path, bool]]:
     try:
         if not given.is_dir():
             return [(given, True)]
+        if (given / RELABELLING_FILE).is_file():  # a relabelled checkpoint
+            return [(given / RELABELLING_FILE, True)]
         inside = [(path, False) for path in sorted(given.iterdir()) if path.is_file() and not path.name.startswith(".")]
     except (OSError, ValueError) as error:
         raise TraceError(f"cannot read {str(given)[:200]!r}: {error}") from None

@@ -50,6 +50,7 @@ class RelabelReport:
     tensors : that were renamed or whose blocks changed places, or that could have been.
     moved_experts : experts with another id, all layers together.
     notes : what a user should know.
+    kept_layers : layers with experts that are not in the placement and keep their ids.
     """
 
     files: int
@@ -57,6 +58,7 @@ class RelabelReport:
     bytes: int
     moved_experts: int
     notes: tuple[str, ...]
+    kept_layers: int = 0
 
 
 def relabel_checkpoint(
@@ -121,7 +123,8 @@ def relabel_checkpoint(
             raise
     except OSError as error:
         raise ModelError(f"cannot write {target}: {error.strerror or error}") from None
-    return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes))
+    kept = sum(order is None for order in changes.paths.values())
+    return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes), kept)
 
 
 def _check_target(source: Path, target: Path) -> Path:
