@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.engines.checkpoints.permutation import Relabelling, load_relabelling
+from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling, load_relabelling
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps import (  # fmt: skip
     ascend_maps,
+    orders,
     public_traces,
     routed,
     sglang_dumps,
@@ -86,6 +87,11 @@ FORMATS: dict[str, Format] = {
     "load-history": Format(_in("json", when=public_traces.is_history), public_traces.read_history),
     "step-routing": Format(_in("npz", when=lambda names: names == ["data"]), public_traces.read_step),
     "route-log": Format(_in("json-lines", when=public_traces.is_routes), public_traces.read_routes),
+    "expert-order": Format(_in("json", when=orders.is_order), orders.read_order),
+    "relabelling": Format(_in("json", when=orders.is_relabelling), orders.read_relabelling),
+    "placement": Format(
+        _in("npz", when=lambda names: isinstance(names, list) and PLACEMENT in names), orders.read_placement
+    ),
     "poise": Format(
         _in("npz", when=lambda names: isinstance(names, list) and bool({TRACE, "counts", "cross"} & set(names))), _own
     ),
@@ -192,6 +198,8 @@ def _files(given: Path) -> list[tuple[Path, bool]]:
     try:
         if not given.is_dir():
             return [(given, True)]
+        if (given / RELABELLING_FILE).is_file():  # a relabelled checkpoint
+            return [(given / RELABELLING_FILE, True)]
         inside = [(path, False) for path in sorted(given.iterdir()) if path.is_file() and not path.name.startswith(".")]
     except (OSError, ValueError) as error:
         raise TraceError(f"cannot read {str(given)[:200]!r}: {error}") from None
@@ -209,10 +217,9 @@ def _format(part: Part, wanted: str | None) -> str:
     for name, format_ in FORMATS.items():
         if format_.holds(part):
             return name
-    hint = "docs/dumps.md lists what is read"
-    if part.container == "npz" and PLACEMENT in part.value:
-        hint = "a placement of poise: 'poise export' and 'poise verify' take it"
-    raise TraceError(f"{part.path}: no known format, it holds {_content(part)}", hint=hint)
+    raise TraceError(
+        f"{part.path}: no known format, it holds {_content(part)}", hint="docs/dumps.md lists what is read"
+    )
 
 
 def _content(part: Part) -> str:
@@ -238,4 +245,4 @@ def _original(dump: EngineDump, relabelling: Relabelling) -> EngineDump:
                 map_LS[index] = np.where(row < 0, row, rows[layer][row])
         slots = replace(slots, map_LS=map_LS)
     notes = (*dump.notes, "expert ids are those before the relabelling")
-    return replace(dump, slots=slots, notes=notes, **back)  # type: ignore[arg-type]
+    return replace(dump, slots=slots, notes=notes, placement=None, **back)  # type: ignore[arg-type]

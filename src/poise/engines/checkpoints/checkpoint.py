@@ -50,6 +50,7 @@ class RelabelReport:
     tensors : that were renamed or whose blocks changed places, or that could have been.
     moved_experts : experts with another id, all layers together.
     notes : what a user should know.
+    kept_layers : layers with experts that are not in the placement and keep their ids.
     """
 
     files: int
@@ -57,6 +58,7 @@ class RelabelReport:
     bytes: int
     moved_experts: int
     notes: tuple[str, ...]
+    kept_layers: int = 0
 
 
 def relabel_checkpoint(
@@ -86,7 +88,9 @@ def relabel_checkpoint(
     shards = [read_shard(source / name) for name in names]
     _check_index(shards, index, source)
     assert placement.layer_ids_L is not None
-    made = Relabelling(placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name)
+    made = Relabelling(
+        placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name, placement.num_devices
+    )
     changes = find_changes((tensor for shard in shards for tensor in shard.tensors), made.rows())
     notes = _notes(changes, placement, groups)
     total = made
@@ -119,7 +123,8 @@ def relabel_checkpoint(
             raise
     except OSError as error:
         raise ModelError(f"cannot write {target}: {error.strerror or error}") from None
-    return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes))
+    kept = sum(order is None for order in changes.paths.values())
+    return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes), kept)
 
 
 def _check_target(source: Path, target: Path) -> Path:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, check_ids, decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, check_ids, decoder_layers, num_experts, routed_loads
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, loads, whole
 from poise.errors import TraceError
@@ -122,13 +122,14 @@ def read_history(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
                 )
     if not steps:
         raise TraceError("load_history is empty")
-    experts, _ = num_experts(options, steps[0].shape[1] - 1, "load_history")
-    if experts != steps[0].shape[1]:
-        raise TraceError(f"load_history has {steps[0].shape[1]} experts, the model {experts}")
+    load_BLE, said = routed_loads(np.stack(steps), options, "load_history")
+    experts, _ = num_experts(options, load_BLE.shape[2] - 1, "load_history")
+    if experts != load_BLE.shape[2]:
+        raise TraceError(f"load_history has {load_BLE.shape[2]} experts, the model {experts}")
     rows, ids, notes = decoder_layers(len(steps[0]), options.model, "load_history")
-    profile = LoadProfile(np.stack(steps)[:, rows], ids, options.k or 1, parts[0].name)
+    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
     return EngineDump("vllm", "load-history", profile=profile, recorded_layers=len(steps[0]),
-                      layers_by_place=options.model is None, notes=(*_by_place(options), *notes))  # fmt: skip
+                      layers_by_place=options.model is None, notes=(*_by_place(options), *said, *notes))  # fmt: skip
 
 
 def read_step(parts: Sequence[Part], options: ReadOptions) -> EngineDump:

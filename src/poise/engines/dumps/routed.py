@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts, routed_picks
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, integer_npy, whole
 from poise.errors import TraceError
@@ -90,7 +90,8 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     rows, ids, said = decoder_layers(shapes[0][0], options.model, "an answer")
     if options.model is None:
         rows, ids, said = _busy_layers([piece for piece, _ in pieces], engine)
-    experts_TLK = np.concatenate([piece[:, rows] for piece, _ in pieces])
+    experts_TLK, more = routed_picks(np.concatenate([piece[:, rows] for piece, _ in pieces]), options)
+    notes += more
     del pieces
     # An engine that masks identity experts leaves holes in a layer; a token that was not captured lacks whole layers.
     absent_TL = (experts_TLK < 0).all(axis=2) if options.zeros else (experts_TLK < 0).any(axis=2)

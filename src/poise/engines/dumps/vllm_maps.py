@@ -36,8 +36,13 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if len(parts) != 1:
         raise TraceError(f"{len(parts)} maps, one is read")
     value = parts[0].value
+    devices = None
     if isinstance(value, dict):
         rank_E = table(RANKS, value[RANKS], 1, high=MAX_EXPERTS)
+        held_D = np.bincount(rank_E)
+        if held_D.size and (held_D != held_D[0]).any():
+            raise TraceError(f"ranks hold {held_D.min()} to {held_D.max()} experts", hint="all hold equally many")
+        devices = len(held_D)
         map_LS = np.argsort(rank_E, kind="stable")[None]
     else:
         map_LS = np.atleast_2d(table("the map", value, 1, 2, high=MAX_EXPERTS - 1))
@@ -55,5 +60,5 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     guessed = options.model is None
     if guessed:
         notes = [BY_PLACE]
-    record = SlotRecord(ids, map_LS.astype(np.int32))
+    record = SlotRecord(ids, map_LS.astype(np.int32), num_devices=devices)
     return EngineDump("vllm", "map", slots=record, layers_by_place=guessed, notes=tuple(notes))

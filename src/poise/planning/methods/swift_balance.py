@@ -126,9 +126,10 @@ def start_table(problem: PlacementProblem) -> SlotTable:
     capacity_LD = used_LD if problem.pooled else np.broadcast_to(np.minimum(room_D, experts), used_LD.shape)
     if (used_LD > capacity_LD).any():
         layer, d = (int(x) for x in np.argwhere(used_LD > capacity_LD)[0])
+        assert placement.layer_ids_L is not None
         raise OptionError(
-            f"layer {layer}: device {d} of the current placement holds {used_LD[layer, d]} experts in "
-            f"{capacity_LD[layer, d]} slots"
+            f"layer {placement.layer_ids_L[layer]}: device {d} of the current placement holds "
+            f"{used_LD[layer, d]} experts in {capacity_LD[layer, d]} slots"
         )
     first = np.concatenate([[0], np.cumsum(theirs_D)])
     table = np.full((problem.batch.num_layers, devices, int(room_D.max())), EMPTY, np.int64)
