@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError
+from poise.files import read_bounded
 
 
 def read_json(path: Path, most: int, error: type[InputError], *, hint: str = "") -> Any:
@@ -21,16 +22,10 @@ def read_json(path: Path, most: int, error: type[InputError], *, hint: str = "")
 
     Raises
     ------
-    InputError : of the type ``error``: no such file, too large, or not JSON.
+    InputError : of the type ``error``: no such file, no regular file, too large, or not JSON.
     """
+    data = read_bounded(path, most, error, hint=hint)
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise error(f"{path} has {size} bytes, at most {most} are read")
-        return json.loads(path.read_bytes())
-    except OSError as problem:
-        raise error(f"cannot read {str(path)[:200]!r}: {problem.strerror}", hint=hint) from None
-    except error:
-        raise
+        return json.loads(data)
     except (ValueError, RecursionError) as problem:
         raise error(f"{str(path)[:200]!r} is not JSON: {str(problem)[:200]}") from None

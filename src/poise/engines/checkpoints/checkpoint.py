@@ -21,6 +21,7 @@ from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling,
 from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.engines.shards import Segment, Shard, copy_segments, read_shard
 from poise.errors import ModelError, OptionError, PlacementError
+from poise.files import read_bounded
 from poise.jsonfile import read_json
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
@@ -160,7 +161,7 @@ def _check_model(config: dict[str, Any], placement: Placement, source: Path) -> 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
     """Names of the safetensors files, and the index where there is one."""
-    if not (folder / INDEX).is_file():
+    if not os.path.lexists(folder / INDEX):
         if (folder / SINGLE).is_file():
             return [SINGLE], None
         raise ModelError(
@@ -281,7 +282,7 @@ def _copy_file(old: Path, new: Path, names_modules: bool, changes: Changes) -> N
         shutil.copyfile(old, new)
         return
     try:
-        text = old.read_bytes().decode()
+        text = read_bounded(old, MAX_CONFIG_BYTES, ModelError).decode()
     except UnicodeDecodeError:
         raise ModelError(f"{old} is not text") from None
     new.write_bytes(changes.in_text(text, str(old)).encode())

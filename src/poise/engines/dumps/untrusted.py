@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
-from poise.observe.files import plain_size
+from poise.files import read_bounded, regular_size
 from poise.observe.trace import MAX_EXPERTS
 
 MAX_FILE_BYTES = 8 << 30
@@ -34,13 +34,13 @@ NPY = re.compile(
 
 
 def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
-    """Bytes of a plain file.
+    """Bytes of a regular file.
 
     Raises
     ------
-    TraceError : no such file, or it has more than ``most`` bytes.
+    TraceError : no such file, no regular one, or it has more than ``most`` bytes.
     """
-    size = plain_size(path)
+    size = regular_size(path, TraceError)
     if size > most:
         raise TraceError(f"{size} bytes, at most {most} are read")
     return size
@@ -48,15 +48,7 @@ def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """The whole file, if it is not larger than ``most``."""
-    size = file_size(path, most)
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(size + 1)
-    except OSError as error:
-        raise TraceError(f"cannot be read: {error.strerror}") from None
-    if len(data) > size:
-        raise TraceError(f"grew beyond {size} bytes while it was read", hint="is it still being written?")
-    return data
+    return read_bounded(path, most, TraceError)
 
 
 def json_room(data: bytes) -> int:
