@@ -15,8 +15,12 @@ from poise.engines.checkpoints.permutation import Relabelling, load_relabelling
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps import (  # fmt: skip
     ascend_maps,
+    bare,
+    csv_loads,
+    eplb_stats,
     public_traces,
     routed,
+    router_lines,
     sglang_dumps,
     tensorrt_maps,
     tensorrt_stats,
@@ -64,6 +68,7 @@ def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 FORMATS: dict[str, Format] = {
     "sglang-detail": Format(_in("torch", when=sglang_dumps.is_detail), sglang_dumps.read_detail),
     "tokenspeed": Format(_in("torch", when=tokenspeed.is_load), tokenspeed.read),
+    "eplb-stats": Format(_in("torch", "json", when=eplb_stats.is_stats), eplb_stats.read),
     "sglang-stat": Format(_in("torch", "json", when=sglang_dumps.is_stat), sglang_dumps.read_stat),
     "sglang-map": Format(_in("torch", "json", when=sglang_dumps.is_map), sglang_dumps.read_map),
     "routed-experts": Format(_in("json", "json-lines", when=routed.is_routed), routed.read),
@@ -76,11 +81,17 @@ FORMATS: dict[str, Format] = {
     "tensorrt-map": Format(_in("yaml", "json", when=tensorrt_maps.is_map), tensorrt_maps.read),
     "ascend-map": Format(_in("json", when=ascend_maps.is_map), ascend_maps.read),
     "vllm-34811": Format(_in("json", when=vllm_maps.is_ranks), vllm_maps.read),
-    "vllm-49572": Format(_in("json", when=vllm_maps.is_slots), vllm_maps.read),
-    "exflow": Format(_in("npy"), public_traces.read_exflow),
+    "vllm-49572": Format(lambda part: bare.is_bare(part) and part.container != "npz", vllm_maps.read),
+    "exflow": Format(lambda part: bare.is_bare(part) and part.container != "npz", public_traces.read_exflow),
+    "load-table": Format(
+        lambda part: bare.is_bare(part) or (part.container in ("torch", "json") and bare.is_nested(part.value)),
+        bare.read_loads,
+    ),
+    "load-csv": Format(csv_loads.is_loads, csv_loads.read),
     "selection-trace": Format(_in("json", when=public_traces.is_selections), public_traces.read_selections),
     "load-history": Format(_in("json", when=public_traces.is_history), public_traces.read_history),
-    "step-routing": Format(_in("npz", when=lambda names: names == ["data"]), public_traces.read_step),
+    "step-routing": Format(lambda part: bare.is_bare(part) and part.container == "npz", public_traces.read_step),
+    "router-lines": Format(_in("json", "json-lines", when=router_lines.is_lines), router_lines.read),
     "route-log": Format(_in("json-lines", when=public_traces.is_routes), public_traces.read_routes),
     "poise": Format(
         _in("npz", when=lambda names: isinstance(names, list) and bool({TRACE, "counts", "cross"} & set(names))), _own
@@ -110,7 +121,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         options = replace(options, num_experts=relabelling.num_experts)
     if options.format is not None and options.format not in FORMATS:
         raise OptionError(f"unknown format {options.format!r}", hint=f"one of {', '.join(FORMATS)}")
-    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options.format)
+    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options)
     try:
         dump = FORMATS[name].read(parts, options)
         traffic = dump.trace if dump.trace is not None else dump.profile
@@ -146,7 +157,7 @@ def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> Sl
     return found
 
 
-def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[Part], str, list[str]]:
+def _sorted_out(paths: Sequence[str | Path], options: ReadOptions) -> tuple[list[Part], str, list[str]]:
     """Files of one format, its name, and notes about others."""
     if not paths:
         raise TraceError("no file was given")
@@ -159,9 +170,9 @@ def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[P
     for path, named in files:
         try:
             part = open_part(path)
-            name = _format(part, wanted)
+            name = _format(part, options)
         except TraceError as error:
-            if named or len(files) == 1:
+            if named or len(files) == 1 or isinstance(error, bare.AmbiguousError):
                 raise
             unknown.append(f"{path.name} ({error.message.removeprefix(str(path)).lstrip(': ')[:80]})")
             continue
@@ -193,12 +204,18 @@ def _files(given: Path) -> list[tuple[Path, bool]]:
     return inside
 
 
-def _format(part: Part, wanted: str | None) -> str:
-    """The name of a file's format, which is ``wanted`` if anything is."""
+def _format(part: Part, options: ReadOptions) -> str:
+    """The name of a file's format, which is the one that is asked for if any is."""
+    wanted = options.format
     if wanted is not None:
         if not FORMATS[wanted].holds(part):
             raise TraceError(f"{part.path}: not of format {wanted}, it holds {_content(part)}")
         return wanted
+    if bare.is_bare(part):
+        try:
+            return bare.decide(part, options)
+        except TraceError as error:
+            raise type(error)(f"{part.path}: {error.message}", hint=error.hint) from None
     for name, format_ in FORMATS.items():
         if format_.holds(part):
             return name

@@ -4,9 +4,12 @@ SGLang (``--enable-return-routed-experts``; state_capturer/routed_experts.py, ro
     ``meta_info.routed_experts``, in OpenAI answers ``sglext.routed_experts``: base64 of little-endian int32 (or
     ``routed_experts_dtype``) [prompt + completion - 1, num_hidden_layers, K]; dense layers are zeros. A prefix may be
     missing (``routed_experts_start_len``).
-vLLM (``--enable-return-routed-experts``; fused_moe/routed_experts_capturer.py)
-    ``prompt_routed_experts`` [prompt, layers, K] and ``choices[i].routed_experts`` [completion or one less, layers, K],
-    as nested lists or base64 of an ``.npy``; earlier versions give both parts in the latter. Captured before EPLB maps.
+vLLM (``--enable-return-routed-experts``; fused_moe/routed_experts_capturer.py, read in the 0.32.0 wheel)
+    ``choices[i].routed_experts``: base64 of an ``.npy``, uint8 up to 256 experts, else uint16, [prompt + completion - 1,
+    num_hidden_layers, K]: prompt and answer in one, the last token was not forwarded; dense layers are zeros. The first
+    tokens of the prompt may be missing (``routed_experts_prompt_start``). The choices of one prompt (``n``) repeat its
+    rows; several prompts of one request are choices too. Releases up to 0.2x had ``prompt_routed_experts`` [prompt, MoE
+    layers, K] beside choices of the answer's rows alone, as nested lists or ``.npy``. Captured before EPLB maps.
 
 One answer, a list of them, or one a line.
 """
@@ -63,18 +66,20 @@ def _has_routes(answer: dict[str, Any]) -> bool:
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """All answers of all files as one trace, a request each."""
     engines: set[str] = set()
-    pieces: list[tuple[NDArray[np.int16], int]] = []
-    silent = 0
+    pieces: list[tuple[NDArray[np.int16], int | None]] = []
+    silent = shared = 0
     for part in parts:
         answers = part.value if isinstance(part.value, list) else [part.value]
         for number, answer in enumerate(answers):
             if not isinstance(answer, dict) or not _has_routes(answer):
                 silent += 1
                 continue
-            for found in _answers(answer, f"{part.name}, answer {number}"):
-                experts_TLK, decoded, engine = _rows(found, options)
-                engines.add(engine)
-                pieces.append((experts_TLK, decoded))
+            found = list(_answers(answer, f"{part.name}, answer {number}"))
+            rows = [_rows(choice, options) for choice in found]
+            engines.update(engine for _, _, engine in rows)
+            own = _own_rows(answer, found, [(experts, decoded) for experts, decoded, _ in rows])
+            shared += sum(len(experts) for experts, _, _ in rows) - sum(len(experts) for experts, _ in own)
+            pieces += own
     pieces = [piece for piece in pieces if len(piece[0])]
     if not pieces:
         raise TraceError("no answer has routed experts", hint="start the engine with --enable-return-routed-experts")
@@ -85,7 +90,14 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(f"answers of [layers, experts a token] {list(shapes[0])} and {list(shapes[1])}")
     notes = [f"{silent} answers without routed experts were left out"] if silent else []
     request_T = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _ in pieces])
-    decode_T = np.concatenate([np.arange(len(piece)) >= len(piece) - decoded for piece, decoded in pieces])
+    if shared:
+        notes.append(f"choices of one prompt repeat it: {shared} of its tokens were counted once")
+    unknown = sum(decoded is None for _, decoded in pieces)
+    if unknown:
+        notes.append(f"{unknown} answers do not say how long their prompts are: all tokens are taken for prefill")
+    decode_T = np.concatenate(
+        [np.arange(len(piece)) >= len(piece) - (0 if unknown else decoded or 0) for piece, decoded in pieces]
+    )
     engine = engines.pop()
     rows, ids, said = decoder_layers(shapes[0][0], options.model, "an answer")
     if options.model is None:
@@ -156,8 +168,8 @@ def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
         yield one(prompt, held.get(KEY), held.get("routed_experts_dtype"), counts)
 
 
-def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int, str]:
-    """Experts of an answer, [rows, layers, K], how many of the last rows were decoded, and the engine."""
+def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int | None, str]:
+    """Experts of an answer, [rows, layers, K], how many of the last rows were decoded (None: unknown), and the engine."""
     try:
         routed = _decode(found.routed, found.dtype)
         prompt = _decode(found.prompt, found.dtype)
@@ -230,11 +242,65 @@ def _flat(flat: NDArray[np.int16], found: _Answer, options: ReadOptions) -> tupl
     return rows, min(decoded, len(rows))
 
 
-def _decoded(rows: int, found: _Answer) -> int:
-    """How many of vLLM's rows, prompt and answer in one, were decoded."""
+def _decoded(rows: int, found: _Answer) -> int | None:
+    """How many of vLLM's rows, prompt and answer in one, were decoded; None: the answer does not say."""
     prompt, completion = found.prompt_tokens, found.completion_tokens
-    if prompt is None or completion is None or rows in (completion, completion - 1):
+    if prompt is None or completion is None:
+        return None
+    if rows == prompt + completion:
+        return completion
+    if rows == completion and prompt > 1:  # the answer alone
         return rows
-    if rows in (prompt + completion, prompt + completion - 1):
-        return rows - prompt
+    if completion - 1 <= rows < prompt + completion:
+        return max(0, completion - 1)
     raise TraceError(f"{rows} rows for {prompt} tokens of the prompt and {completion} of the answer")
+
+
+Rows = tuple[NDArray[np.int16], int | None]
+
+
+def _own_rows(answer: dict[str, Any], found: list[_Answer], rows: list[Rows]) -> list[Rows]:
+    """Rows of each choice of an answer, without those of a prompt that an earlier choice has.
+
+    Raises
+    ------
+    TraceError : several choices, and neither token ids nor usage tell whose prompt they hold.
+    """
+    if len(found) < 2 or found[0].prompt is not None or any(decoded is not None for _, decoded in rows):
+        return rows
+    try:
+        lengths = _prompts(answer, [len(experts) for experts, _ in rows])
+    except TraceError as error:
+        raise TraceError(f"{found[0].where}: {error.message}", hint=error.hint) from None
+    out: list[Rows] = []
+    seen: set[Any] = set()
+    for (experts, _), (name, prompt) in zip(rows, lengths, strict=True):
+        out.append((experts[prompt:] if name in seen else experts, len(experts) - prompt))
+        seen.add(name)
+    return out
+
+
+def _prompts(answer: dict[str, Any], rows: list[int]) -> list[tuple[Any, int]]:
+    """Of each choice what names its prompt, and how many of its rows are the prompt's."""
+    choices = [
+        choice for choice in answer["choices"] if isinstance(choice, dict) and _has_routes({"choices": [choice]})
+    ]
+    whole_prompt = answer.get("prompt_token_ids")
+    prompts = [choice.get("prompt_token_ids", whole_prompt) for choice in choices]
+    if all(isinstance(prompt, list) for prompt in prompts):
+        if all(len(prompt) <= count + 1 for prompt, count in zip(prompts, rows, strict=True)):
+            return [(repr(prompt), min(len(prompt), count)) for prompt, count in zip(prompts, rows, strict=True)]
+        raise TraceError("choices have fewer rows than their prompts have tokens", hint="routed_experts_prompt_start 0")
+    usage = _dict(answer.get("usage"))
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    if None not in counts:
+        prompt, completion = (whole("a count of tokens", count, high=MAX_TOKENS) for count in counts)
+        total, many = sum(rows), len(rows)
+        if total == many * prompt + completion - many and min(rows) >= prompt:
+            return [("the prompt", prompt)] * many
+        if total in (completion, completion - many):  # answers alone
+            return [(index, 0) for index in range(many)]
+    raise TraceError(
+        f"{len(rows)} choices of {sum(rows)} rows: whether they share a prompt, and how long it is, is not said",
+        hint="keep usage of the answer, or ask for return_token_ids; one prompt a request",
+    )

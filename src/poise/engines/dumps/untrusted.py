@@ -27,7 +27,7 @@ MAX_CELLS = 1 << 28
 BIG = 2**31 - 1
 NPY = re.compile(
     rb"\x93NUMPY(?:\x01.(..)|[\x02\x03].(....))"
-    rb"\{'descr': '([<>|]?[iu][1248])', 'fortran_order': (True|False), "
+    rb"\{'descr': '([<>|]?(?:[iu][1248]|f[248]))', 'fortran_order': (True|False), "
     rb"'shape': \((\d{1,12}(?:, \d{1,12}){0,7}),?\), \}",
     re.DOTALL,
 )
@@ -172,15 +172,15 @@ def whole(name: str, value: Any, low: int = 0, high: int = BIG) -> int:
     return value
 
 
-def integer_npy(data: bytes) -> NDArray[Any]:
-    """An array of whole numbers in numpy's own format; a view of ``data``.
+def integer_npy(data: bytes, *, floats: bool = False) -> NDArray[Any]:
+    """An array of whole numbers (or ``floats``) in numpy's own format; a view of ``data``.
 
     Raises
     ------
     TraceError : another type of array, or another size than its header claims.
     """
     match = NPY.match(data[:4096])
-    if match is None:
+    if match is None or (b"f" in match[3] and not floats):
         raise TraceError("not a numpy array of whole numbers", hint="save plain integers with numpy.save")
     width, raw = (2, match[1]) if match[1] is not None else (4, match[2])
     start = 8 + width + int.from_bytes(raw, "little")

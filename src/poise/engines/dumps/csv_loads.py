@@ -1,0 +1,230 @@
+"""CSV of layers and experts, as people count them: a row a (layer, expert) with its tokens, or a row a choice.
+
+``layer_id,expert_id,count`` (SGLang until 0.4.6, ``expert_distribution_rank0_*.csv``; many scripts)
+    tokens of each expert; columns in any order, with ``step`` or ``rank`` too; rows of one expert are added.
+``layer,expert`` (llama.cpp's moe-trace, with a head or without)
+    a row a choice in the order of execution: the K choices of every token of a pass, layer after layer. Which rows are
+    one token's is certain only where K is known and every layer of every pass has K rows; else they are loads. (The
+    tool reads a strided tensor as if it were packed, so a pass of several tokens may name an expert twice.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import EngineDump, ReadOptions
+from poise.engines.dumps.csv_text import columns_of
+from poise.engines.dumps.mapping import MAX_TABLE, distinct, model_layers, num_experts
+from poise.engines.dumps.parts import Part
+from poise.engines.dumps.untrusted import listed
+from poise.errors import TraceError
+from poise.observe.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile, RoutingTrace
+
+ROLES = {
+    "layer": re.compile(r"(moe_?)?(layer|block)(_?(id|idx|index|num|number|no))?|l"),
+    "expert": re.compile(r"(logical_?)?experts?(_?(id|idx|index|num|number|no))?|e|eid"),
+    "count": re.compile(r"(total_?|num_?|n_?)?(counts?|tokens?|hits?|selections?|activations?)(_?count|_all_topk)?|n|loads?"
+                        r"|(expert|token|logical)_(load|counts?)|freq|frequency"),
+    "step": re.compile(r"(forward_?)?(step|pass|iter|iteration)(_?(id|idx|index))?"),
+    "rank": re.compile(r"((ep|dp|tp|global)_?)?rank(_?id)?"),
+}  # fmt: skip
+OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k|slot)(_?(id|idx|index|pos))?|phase")
+"""Columns that may stand beside a choice and change nothing about it."""
+RANK_NAME = re.compile(r"(?:^|[_.-])rank_?(\d{1,5})(?:[_.-]|$)")
+ORDER = ("layer", "expert", "count")
+MAX_ROLE = {"layer": 65_535, "expert": MAX_EXPERTS - 1, "count": MAX_LOAD, "step": 2**31 - 1, "rank": 65_535}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """Columns of one file by their roles, float64 [rows] of whole numbers (``count`` may have fractions)."""
+
+    column: dict[str, NDArray[np.float64]]
+    notes: tuple[str, ...] = ()
+
+
+def roles(head: Sequence[str]) -> dict[str, list[int]]:
+    """Places of the columns of each role that a head names."""
+    names = [re.sub(r"[\s-]+", "_", name.strip().strip("\"'").lower()) for name in head]
+    return {role: found for role, pattern in ROLES.items()
+            if (found := [at for at, name in enumerate(names) if pattern.fullmatch(name)])}  # fmt: skip
+
+
+def is_loads(part: Part) -> bool:
+    """A head that names a layer and an expert, or no head and two or three columns."""
+    if part.container != "csv":
+        return False
+    head = part.value.head
+    return part.value.columns in (2, 3) if head is None else {"layer", "expert"} <= roles(head).keys()
+
+
+def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """Loads of all files: files, ranks or steps of them; a trace where rows are certainly tokens."""
+    tables = [_table(part, options) for part in parts]
+    name = parts[0].name
+    notes = [note for table in tables for note in table.notes]
+    ids = sorted({int(i) for table in tables for i in np.unique(table.column["layer"])})
+    kept, said = model_layers(ids, options.model, name)
+    if not kept:
+        raise TraceError(f"{name} has no MoE layer of the model", hint="check --model")
+    largest = max(int(table.column["expert"].max()) for table in tables)
+    experts, more = num_experts(options, largest, name)
+    notes += [*said, *more]
+    if len(tables) == 1 and set(tables[0].column) == {"layer", "expert"}:
+        tokens = _tokens(tables[0], ids, options.k)
+        if tokens is not None:
+            rows = [ids.index(layer) for layer in kept]
+            trace = RoutingTrace(tokens[:, rows], experts, layer_ids=np.array(kept, np.int32), name=name)
+            return EngineDump(
+                "plain", "load-csv", trace=trace, notes=(*notes, "a pass of one token a time: rows are in order")
+            )
+        notes.append(f"rows are choices, read as loads: which are one token's is not certain"
+                     f"{'' if options.k else ' (--top-k may tell)'}")  # fmt: skip
+    load_BLE, added = _steps(parts, tables, kept, experts)
+    profile = LoadProfile(load_BLE, np.array(kept, np.int32), options.k or 1, name)
+    return EngineDump("plain", "load-csv", profile=profile, notes=(*notes, *added))
+
+
+def _table(part: Part, options: ReadOptions) -> _Table:
+    head, width = part.value.head, part.value.columns
+    if head is None:
+        return _headless(part, width, options)
+    at = roles(head)
+    for role, places in at.items():
+        if len(places) > 1:
+            raise TraceError(
+                f"{part.name} has {len(places)} columns of {role}: {listed(head[i] for i in places)}", hint="keep one"
+            )
+    if not {"layer", "expert"} <= at.keys():
+        raise TraceError(f"{part.name} has columns {listed(head)}, none of layers or of experts")
+    others = [name for i, name in enumerate(head) if [i] not in at.values()]
+    strange = [name for name in others if not OF_A_CHOICE.fullmatch(name.strip().lower())]
+    if strange and "count" not in at:
+        raise TraceError(
+            f"{part.name}: a row may be one choice, or column {strange[0][:40]!r} may say how many it stands for",
+            hint="call a column of tokens 'count', or leave others out",
+        )
+    places = {role: found[0] for role, found in at.items()}
+    columns = columns_of(part.name, part.value, list(places.values()))
+    notes = (f"columns {listed(others)} were not read",) if others else ()
+    return _checked(part, dict(zip(places, columns.T, strict=True)), notes)
+
+
+def _headless(part: Part, width: int, options: ReadOptions) -> _Table:
+    """Without a head: in the order layer, expert, count, if that is asked for or the numbers allow no other."""
+    if width not in (2, 3):
+        raise TraceError(f"{part.name} has {width} columns and no head", hint="name the columns layer,expert,count")
+    columns = columns_of(part.name, part.value, range(width))
+    wanted = ORDER[:width]
+    if options.format is None:
+        first, second = ("a layer and an expert", "an expert and a layer")
+        if not (_may_be(columns, (0, 1), options) and not _may_be(columns, (1, 0), options)) and not _passes(columns):
+            raise TraceError(
+                f"{part.name} has no head: its first columns may be {first}, or {second}",
+                hint="write a first line layer,expert,count, or say --format load-csv if it is in this order",
+            )
+    return _checked(part, dict(zip(wanted, columns.T, strict=True)), ("no head: columns are " + ", ".join(wanted),))
+
+
+def _may_be(columns: NDArray[np.float64], order: tuple[int, int], options: ReadOptions) -> bool:
+    """Whether these columns can be layers and experts of the model, as far as it is known."""
+    layer, expert = columns[:, order[0]], columns[:, order[1]]
+    if not (
+        (layer == np.floor(layer)).all() and (expert == np.floor(expert)).all() and min(layer.min(), expert.min()) >= 0
+    ):
+        return False
+    if layer.max() > MAX_ROLE["layer"] or expert.max() >= (options.experts or MAX_EXPERTS):
+        return False
+    return options.model is None or {int(i) for i in np.unique(layer)} <= set(options.model.moe_layer_ids)
+
+
+def _passes(columns: NDArray[np.float64]) -> bool:
+    """Whether choices go through the layers, first column, again and again, and not so in the second one."""
+    return columns.shape[1] == 2 and _cycle(columns[:, 0]) is not None and _cycle(columns[:, 1]) is None
+
+
+def _cycle(layer: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """Rows of each layer in each pass, int64 [passes, layers], of a column that runs through all layers repeatedly."""
+    starts = np.flatnonzero(np.concatenate([[True], layer[1:] != layer[:-1]]))
+    runs = layer[starts]
+    count = len(np.unique(runs))
+    if count < 2 or len(runs) < 2 * count or len(runs) % count:
+        return None
+    passes = runs.reshape(-1, count)
+    if (passes != passes[0]).any() or (np.diff(passes[0]) <= 0).any():
+        return None
+    return np.diff(np.append(starts, len(layer))).reshape(-1, count)
+
+
+def _tokens(table: _Table, ids: Sequence[int], top_k: int | None) -> NDArray[np.int64] | None:
+    """Experts [passes, L, K] where each pass is certainly one token: K rows of different experts in every layer."""
+    rows = _cycle(table.column["layer"]) if top_k is not None else None
+    if rows is None or top_k is None or (rows != top_k).any() or rows.shape[1] != len(ids):
+        return None
+    tokens = table.column["expert"].astype(np.int64).reshape(-1, len(ids), top_k)
+    ordered = np.sort(tokens, axis=2)
+    return None if (ordered[..., 1:] == ordered[..., :-1]).any() else tokens
+
+
+def _checked(part: Part, column: dict[str, NDArray[np.float64]], notes: tuple[str, ...]) -> _Table:
+    for role, values in column.items():
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > MAX_ROLE[role]:
+            raise TraceError(
+                f"{part.name}: {role} must lie in 0..{MAX_ROLE[role]:g}, got {values.min():g}..{values.max():g}"
+            )
+        if role != "count" and (values != np.floor(values)).any():
+            raise TraceError(
+                f"{part.name}: {role} must be whole numbers, got {values[values != np.floor(values)][0]:g}"
+            )
+    return _Table(column, notes)
+
+
+def _steps(
+    parts: Sequence[Part], tables: Sequence[_Table], kept: Sequence[int], experts: int
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Loads [B, L, E], and notes: ranks, by column or by name of file, share their steps; other files are steps."""
+    notes: list[str] = []
+    blocks = [_tally(table, kept, experts, notes) for table in _of_ranks(parts, tables)]
+    return np.concatenate(blocks), list(dict.fromkeys(notes))
+
+
+def _of_ranks(parts: Sequence[Part], tables: Sequence[_Table]) -> list[_Table]:
+    """The tables; those of files that are named after different ranks as one."""
+    ranks = [int(match[1]) for part in parts if (match := RANK_NAME.search(part.path.stem))]
+    same = len({frozenset(table.column) for table in tables}) == 1
+    if len(tables) < 2 or len(set(ranks)) < len(tables) or not same or "rank" in tables[0].column:
+        return list(tables)
+    column = {role: np.concatenate([table.column[role] for table in tables]) for role in tables[0].column}
+    column["rank"] = np.repeat(np.array(ranks, np.float64), [len(table.column["layer"]) for table in tables])
+    return [_Table(column)]
+
+
+def _tally(table: _Table, kept: Sequence[int], experts: int, notes: list[str]) -> NDArray[np.float64]:
+    """Tokens of each expert, [B, L, E], summed over ranks that are no copies of each other."""
+    column = table.column
+    steps = np.unique(column["step"]) if "step" in column else np.zeros(1)
+    ranks = np.unique(column["rank"]) if "rank" in column else np.zeros(1)
+    shape = (len(ranks), len(steps), len(kept), experts)
+    if len(ranks) * len(steps) * len(kept) * experts > MAX_TABLE:
+        raise TraceError(
+            f"{len(ranks)} ranks, {len(steps)} steps, {len(kept)} layers and {experts} experts are too many"
+        )
+    real = np.isin(column["layer"], kept)
+    at = np.zeros(int(real.sum()), np.int64)
+    for role, values in (("rank", ranks), ("step", steps), ("layer", np.array(kept))):
+        at = at * len(values) + (np.searchsorted(values, column[role][real]) if role in column else 0)
+    at = at * experts + column["expert"][real].astype(np.int64)
+    weights = column["count"][real] if "count" in column else None
+    load_RBLE = np.bincount(at, weights, int(np.prod(shape))).reshape(shape).astype(np.float64)
+    if len(ranks) == 1:
+        return load_RBLE[0]
+    own = distinct([{0: load} for load in load_RBLE])
+    notes.append(f"{len(own)} ranks are one workload: their tokens were added")
+    if len(own) < len(ranks):
+        notes.append(f"{len(ranks) - len(own)} ranks count the tokens of another rank and were left out")
+    return load_RBLE[own].sum(axis=0)
