@@ -6,6 +6,7 @@ a writer. So a file is opened without waiting, looked at once it is open, and ne
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -61,13 +62,13 @@ def read_bounded(path: str | Path, most: int, error: type[InputError], *, hint: 
 
 def read_at_most(stream: BinaryIO, most: int) -> bytes:
     """What is left of a stream, cut after ``most`` + 1 bytes; memory grows with what comes, not with ``most``."""
-    data = bytearray()
-    while len(data) <= most:
-        piece = stream.read(min(READ_BYTES, most + 1 - len(data)))
+    data = io.BytesIO()  # gives its bytes away without copying them
+    while data.tell() <= most:
+        piece = stream.read(min(READ_BYTES, most + 1 - data.tell()))
         if not piece:
             break
-        data += piece
-    return bytes(data)
+        data.write(piece)
+    return data.getvalue()
 
 
 def regular_size(path: str | Path, error: type[InputError], *, hint: str = "") -> int:

@@ -91,7 +91,7 @@ def relabel_checkpoint(
     changes = find_changes((tensor for shard in shards for tensor in shard.tensors), made.rows())
     notes = _notes(changes, placement, groups)
     total = made
-    if (source / RELABELLING_FILE).is_file():
+    if os.path.lexists(source / RELABELLING_FILE):
         first = load_relabelling(source / RELABELLING_FILE)
         total = made.after(first)
         notes.append(f"{source} is relabelled itself: {RELABELLING_FILE} leads back to the ids of {first.source!r}")

@@ -233,8 +233,8 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         )
     rows, ids, notes = decoder_layers(load_BLE.shape[1], options.model, parts[0].name)
     profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
-    guessed = options.model is None
-    return EngineDump("plain", "load-table", profile=profile, recorded_layers=load_BLE.shape[1], layers_by_place=guessed,
+    guessed, recorded = options.model is None, load_BLE.shape[1]
+    return EngineDump("plain", "load-table", profile=profile, recorded_layers=recorded, layers_by_place=guessed,
                       notes=(*([BY_PLACE] if guessed else []), *notes))  # fmt: skip
 
 

@@ -28,12 +28,12 @@ from poise.observe.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile, RoutingTrace
 ROLES = {
     "layer": re.compile(r"(moe_?)?(layer|block)(_?(id|idx|index|num|number|no))?|l"),
     "expert": re.compile(r"(logical_?)?experts?(_?(id|idx|index|num|number|no))?|e|eid"),
-    "count": re.compile(r"(total_?|num_?|n_?)?(counts?|tokens?|hits?|selections?|activations?)(_?count|_all_topk)?|n|loads?"
-                        r"|(expert|token|logical)_(load|counts?)|freq|frequency"),
+    "count": re.compile(r"(total_?|num_?|n_?)?(counts?|tokens?|hits?|selections?|activations?)(_?count|_all_topk)?"
+                        r"|n|loads?|(expert|token|logical)_(load|counts?)|freq|frequency"),
     "step": re.compile(r"(forward_?)?(step|pass|iter|iteration)(_?(id|idx|index))?"),
     "rank": re.compile(r"((ep|dp|tp|global)_?)?rank(_?id)?"),
 }  # fmt: skip
-OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k|slot)(_?(id|idx|index|pos))?|phase")
+OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k)(_?(id|idx|index|pos))?|phase")
 """Columns that may stand beside a choice and change nothing about it."""
 RANK_NAME = re.compile(r"(?:^|[_.-])rank_?(\d{1,5})(?:[_.-]|$)")
 ORDER = ("layer", "expert", "count")
@@ -79,7 +79,9 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         tokens = _tokens(tables[0], ids, options.k)
         if tokens is not None:
             rows = [ids.index(layer) for layer in kept]
-            trace = RoutingTrace(tokens[:, rows], experts, layer_ids=np.array(kept, np.int32), name=name)
+            trace = RoutingTrace(
+                tokens[:, rows].astype(np.int16), experts, layer_ids=np.array(kept, np.int32), name=name
+            )
             return EngineDump(
                 "plain", "load-csv", trace=trace, notes=(*notes, "a pass of one token a time: rows are in order")
             )
@@ -95,10 +97,10 @@ def _table(part: Part, options: ReadOptions) -> _Table:
     if head is None:
         return _headless(part, width, options)
     at = roles(head)
-    for role, places in at.items():
-        if len(places) > 1:
+    for role, found in at.items():
+        if len(found) > 1:
             raise TraceError(
-                f"{part.name} has {len(places)} columns of {role}: {listed(head[i] for i in places)}", hint="keep one"
+                f"{part.name} has {len(found)} columns of {role}: {listed(head[i] for i in found)}", hint="keep one"
             )
     if not {"layer", "expert"} <= at.keys():
         raise TraceError(f"{part.name} has columns {listed(head)}, none of layers or of experts")
@@ -112,40 +114,37 @@ def _table(part: Part, options: ReadOptions) -> _Table:
     places = {role: found[0] for role, found in at.items()}
     columns = columns_of(part.name, part.value, list(places.values()))
     notes = (f"columns {listed(others)} were not read",) if others else ()
-    return _checked(part, dict(zip(places, columns.T, strict=True)), notes)
+    table = _checked(part, dict(zip(places, columns.T, strict=True)), notes)
+    if "rank" in at and "count" not in at and _each_once(table):
+        raise TraceError(
+            f"{part.name} names each expert of a layer once, with a rank: where experts lie, or a choice each",
+            hint="loads have a column count; a placement is read from an engine's map",
+        )
+    return table
+
+
+def _each_once(table: _Table) -> bool:
+    pairs = table.column["layer"] * (MAX_EXPERTS + 1) + table.column["expert"]
+    return len(np.unique(pairs)) == len(pairs)
 
 
 def _headless(part: Part, width: int, options: ReadOptions) -> _Table:
-    """Without a head: in the order layer, expert, count, if that is asked for or the numbers allow no other."""
+    """Without a head: in the order layer, expert, count, if that is asked for or the rows show it."""
     if width not in (2, 3):
         raise TraceError(f"{part.name} has {width} columns and no head", hint="name the columns layer,expert,count")
     columns = columns_of(part.name, part.value, range(width))
     wanted = ORDER[:width]
-    if options.format is None:
-        first, second = ("a layer and an expert", "an expert and a layer")
-        if not (_may_be(columns, (0, 1), options) and not _may_be(columns, (1, 0), options)) and not _passes(columns):
-            raise TraceError(
-                f"{part.name} has no head: its first columns may be {first}, or {second}",
-                hint="write a first line layer,expert,count, or say --format load-csv if it is in this order",
-            )
+    if options.format is None and not (width == 2 and _passes(columns)):
+        raise TraceError(
+            f"{part.name} has no head: columns may be {', '.join(wanted)}, or expert before layer, or a device last",
+            hint=f"write {','.join(wanted)} above them, or say --format load-csv if they are in this order",
+        )
     return _checked(part, dict(zip(wanted, columns.T, strict=True)), ("no head: columns are " + ", ".join(wanted),))
-
-
-def _may_be(columns: NDArray[np.float64], order: tuple[int, int], options: ReadOptions) -> bool:
-    """Whether these columns can be layers and experts of the model, as far as it is known."""
-    layer, expert = columns[:, order[0]], columns[:, order[1]]
-    if not (
-        (layer == np.floor(layer)).all() and (expert == np.floor(expert)).all() and min(layer.min(), expert.min()) >= 0
-    ):
-        return False
-    if layer.max() > MAX_ROLE["layer"] or expert.max() >= (options.experts or MAX_EXPERTS):
-        return False
-    return options.model is None or {int(i) for i in np.unique(layer)} <= set(options.model.moe_layer_ids)
 
 
 def _passes(columns: NDArray[np.float64]) -> bool:
     """Whether choices go through the layers, first column, again and again, and not so in the second one."""
-    return columns.shape[1] == 2 and _cycle(columns[:, 0]) is not None and _cycle(columns[:, 1]) is None
+    return _cycle(columns[:, 0]) is not None and _cycle(columns[:, 1]) is None
 
 
 def _cycle(layer: NDArray[np.float64]) -> NDArray[np.int64] | None:

@@ -5,11 +5,12 @@ SGLang (``--enable-return-routed-experts``; state_capturer/routed_experts.py, ro
     ``routed_experts_dtype``) [prompt + completion - 1, num_hidden_layers, K]; dense layers are zeros. A prefix may be
     missing (``routed_experts_start_len``).
 vLLM (``--enable-return-routed-experts``; fused_moe/routed_experts_capturer.py, read in the 0.32.0 wheel)
-    ``choices[i].routed_experts``: base64 of an ``.npy``, uint8 up to 256 experts, else uint16, [prompt + completion - 1,
-    num_hidden_layers, K]: prompt and answer in one, the last token was not forwarded; dense layers are zeros. The first
-    tokens of the prompt may be missing (``routed_experts_prompt_start``). The choices of one prompt (``n``) repeat its
-    rows; several prompts of one request are choices too. Releases up to 0.2x had ``prompt_routed_experts`` [prompt, MoE
-    layers, K] beside choices of the answer's rows alone, as nested lists or ``.npy``. Captured before EPLB maps.
+    ``choices[i].routed_experts``: base64 of an ``.npy``, uint8 up to 256 experts, else uint16, of shape
+    [prompt + completion - 1, num_hidden_layers, K]: prompt and answer in one, the last token was not forwarded; dense
+    layers are zeros. The first tokens of the prompt may be missing (``routed_experts_prompt_start``). The choices of
+    one prompt (``n``) repeat its rows; several prompts of one request are choices too. Earlier releases (0.21) had
+    ``prompt_routed_experts`` [prompt, MoE layers, K] beside choices of the answer's rows alone, as nested lists or
+    ``.npy``. Captured before EPLB maps.
 
 One answer, a list of them, or one a line.
 """
@@ -75,10 +76,10 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
                 silent += 1
                 continue
             found = list(_answers(answer, f"{part.name}, answer {number}"))
-            rows = [_rows(choice, options) for choice in found]
-            engines.update(engine for _, _, engine in rows)
-            own = _own_rows(answer, found, [(experts, decoded) for experts, decoded, _ in rows])
-            shared += sum(len(experts) for experts, _, _ in rows) - sum(len(experts) for experts, _ in own)
+            held = [_rows(choice, options) for choice in found]
+            engines.update(engine for _, _, engine in held)
+            own = _own_rows(answer, found, [(experts, decoded) for experts, decoded, _ in held])
+            shared += sum(len(experts) for experts, _, _ in held) - sum(len(experts) for experts, _ in own)
             pieces += own
     pieces = [piece for piece in pieces if len(piece[0])]
     if not pieces:
@@ -169,7 +170,7 @@ def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
 
 
 def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int | None, str]:
-    """Experts of an answer, [rows, layers, K], how many of the last rows were decoded (None: unknown), and the engine."""
+    """Experts of an answer, [rows, layers, K]; how many of the last rows were decoded, None: unknown; the engine."""
     try:
         routed = _decode(found.routed, found.dtype)
         prompt = _decode(found.prompt, found.dtype)
@@ -269,28 +270,26 @@ def _own_rows(answer: dict[str, Any], found: list[_Answer], rows: list[Rows]) ->
     if len(found) < 2 or found[0].prompt is not None or any(decoded is not None for _, decoded in rows):
         return rows
     try:
-        lengths = _prompts(answer, [len(experts) for experts, _ in rows])
+        prompts = _prompts(answer, [len(experts) for experts, _ in rows])
     except TraceError as error:
         raise TraceError(f"{found[0].where}: {error.message}", hint=error.hint) from None
     out: list[Rows] = []
-    seen: set[Any] = set()
-    for (experts, _), (name, prompt) in zip(rows, lengths, strict=True):
-        out.append((experts[prompt:] if name in seen else experts, len(experts) - prompt))
+    seen: set[str] = set()
+    for (experts, _), (name, length) in zip(rows, prompts, strict=True):
+        if length is None:
+            out.append((experts, None))
+            continue
+        out.append((experts[length:] if name in seen else experts, len(experts) - length))
         seen.add(name)
     return out
 
 
-def _prompts(answer: dict[str, Any], rows: list[int]) -> list[tuple[Any, int]]:
-    """Of each choice what names its prompt, and how many of its rows are the prompt's."""
-    choices = [
-        choice for choice in answer["choices"] if isinstance(choice, dict) and _has_routes({"choices": [choice]})
-    ]
-    whole_prompt = answer.get("prompt_token_ids")
-    prompts = [choice.get("prompt_token_ids", whole_prompt) for choice in choices]
-    if all(isinstance(prompt, list) for prompt in prompts):
-        if all(len(prompt) <= count + 1 for prompt, count in zip(prompts, rows, strict=True)):
-            return [(repr(prompt), min(len(prompt), count)) for prompt, count in zip(prompts, rows, strict=True)]
-        raise TraceError("choices have fewer rows than their prompts have tokens", hint="routed_experts_prompt_start 0")
+def _prompts(answer: dict[str, Any], rows: list[int]) -> list[tuple[str, int | None]]:
+    """Of each choice what names its prompt, and how many of its rows are the prompt's; None: it is unknown."""
+    listed = [choice for choice in answer["choices"] if isinstance(choice, dict) and _has_routes({"choices": [choice]})]
+    known = [_by_ids(answer, choice, count) for choice, count in zip(listed, rows, strict=True)]
+    if all(known):
+        return [prompt for prompt in known if prompt is not None]
     usage = _dict(answer.get("usage"))
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     if None not in counts:
@@ -299,8 +298,19 @@ def _prompts(answer: dict[str, Any], rows: list[int]) -> list[tuple[Any, int]]:
         if total == many * prompt + completion - many and min(rows) >= prompt:
             return [("the prompt", prompt)] * many
         if total in (completion, completion - many):  # answers alone
-            return [(index, 0) for index in range(many)]
+            return [(str(index), 0) for index in range(many)]
+        if total == prompt + completion - many:  # a prompt each
+            return [(str(index), None) for index in range(many)]
     raise TraceError(
         f"{len(rows)} choices of {sum(rows)} rows: whether they share a prompt, and how long it is, is not said",
         hint="keep usage of the answer, or ask for return_token_ids; one prompt a request",
     )
+
+
+def _by_ids(answer: dict[str, Any], choice: dict[str, Any], rows: int) -> tuple[str, int] | None:
+    """A choice's prompt as its token ids tell it; the last token of the answer has no row."""
+    prompt, tokens = choice.get("prompt_token_ids", answer.get("prompt_token_ids")), choice.get("token_ids")
+    if not isinstance(prompt, list):
+        return None
+    length = rows - max(0, len(tokens) - 1) if isinstance(tokens, list) else len(prompt)
+    return (repr(prompt), length) if 0 <= length <= min(rows, len(prompt)) else None

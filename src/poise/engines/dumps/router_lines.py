@@ -65,14 +65,14 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     notes += [*said, *more]
     if options.k not in (None, tokens.shape[2]):
         raise TraceError(f"{tokens.shape[2]} experts a token, the model has top-{options.k}", hint="check --top-k")
-    step_T = np.concatenate(step_T)
+    when = np.concatenate(step_T).astype(np.int32)
     if _twice(tokens):
         notes.append("tokens name an expert twice, which no router chooses: read as loads of each step")
-        profile = LoadProfile(_loads(tokens, step_T, len(steps), experts), np.array(kept, np.int32), tokens.shape[2],
+        profile = LoadProfile(_loads(tokens, when, len(steps), experts), np.array(kept, np.int32), tokens.shape[2],
                               parts[0].name)  # fmt: skip
         return EngineDump("plain", "router-lines", profile=profile, notes=tuple(notes))
     trace = RoutingTrace(
-        tokens, experts, step=step_T, home=np.concatenate(home) if len(own) > 1 else None,
+        tokens, experts, step=when, home=np.concatenate(home).astype(np.int32) if len(own) > 1 else None,
         layer_ids=np.array(kept, np.int32), name=parts[0].name,
     )  # fmt: skip
     notes.append("such lines know no requests: each token is one of its own, phases are not told")
@@ -127,7 +127,7 @@ def _twice(tokens: NDArray[np.int16]) -> bool:
     return bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
-def _loads(tokens: NDArray[np.int16], step_T: NDArray[np.int64], steps: int, experts: int) -> NDArray[np.float64]:
+def _loads(tokens: NDArray[np.int16], step_T: NDArray[np.int32], steps: int, experts: int) -> NDArray[np.float64]:
     if steps * tokens.shape[1] * experts > MAX_TABLE:
         raise TraceError(f"{steps} steps of {tokens.shape[1]} layers and {experts} experts are too many")
     return np.stack([load_LE(tokens[step_T == step], experts) for step in range(steps)]).astype(np.float64)
