@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_trace import random_trace
 
 from poise.errors import InputError, TraceError
+from poise.observe import npz as npz_module
 from poise.observe.files import read, read_many
 from poise.observe.trace import LoadProfile, RoutingTrace
 
@@ -200,6 +201,24 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_members_share_one_budget(tmp_path, monkeypatch):
+    """Each may be small enough alone; members may also lie on the same packed bytes."""
+    monkeypatch.setattr(npz_module, "FREE_BYTES", 1 << 20)
+    rows = 900_000
+    arrays = {"experts": np.zeros((rows, 1), np.uint8), "num_experts": 4}
+    path = tmp_path / "t.npz"
+    np.savez_compressed(path, **arrays)
+    assert read(path).num_tokens == rows
+    np.savez_compressed(path, **arrays, is_decode=np.zeros(rows, bool))
+    with pytest.raises(TraceError, match=r"its members would grow from \d+ to 18\d{5} bytes, more than 100 times"):
+        read(path)
+    np.savez(path, **arrays, is_decode=np.zeros(rows, bool))  # as they are
+    assert read(path).num_tokens == rows
+    monkeypatch.setattr(npz_module, "MAX_UNPACKED_BYTES", rows)
+    with pytest.raises(TraceError, match="unpack to 18"):
+        read(path)
 
 
 class Trap:

@@ -39,11 +39,11 @@ MAX_TOP_K = 64
 LEAST_EXPERTS = 4
 """Of fewer experts, counts may well happen to name each once."""
 MEANINGS = {
-    "load-table": "loads [layers, experts] or [steps, layers, experts]",
-    "exflow": "expert ids [tokens, layers] or [tokens, layers, experts a token]",
-    "vllm-49572": "a map [layers, slots] of expert ids",
-    "step-routing": "expert ids [tokens, experts a token] of one layer",
-    "": "the device of each expert",
+    "load-table": {2: "loads [layers, experts]", 3: "loads [steps, layers, experts]"},
+    "exflow": {2: "expert ids [tokens, layers]", 3: "expert ids [tokens, layers, experts a token]"},
+    "vllm-49572": {2: "a map [layers, slots] of expert ids"},
+    "step-routing": {2: "expert ids [tokens, experts a token] of one layer"},
+    "": {2: "the device of each expert"},
 }
 LAYER_KEY = re.compile(r"(?:(?:model\.)?layers?[_. ]?)?(\d{1,5})")
 EXPERT_KEY = re.compile(r"(?:experts?[_. ]?)?(\d{1,5})")
@@ -94,7 +94,8 @@ def decide(part: Part, options: ReadOptions) -> str:
         )
     named = " or ".join(f"--format {name}" for name in found if name)
     raise AmbiguousError(
-        f"numbers {_shape(array)} may be {' or '.join(MEANINGS[name] for name in found)}", hint=f"say which: {named}"
+        f"numbers {_shape(array)} may be {' or '.join(MEANINGS[name][array.ndim] for name in found)}",
+        hint=f"say which: {named}",
     )
 
 
@@ -260,7 +261,7 @@ def _read_nested(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         and _is_devices(values.astype(np.int64))
     ):
         raise TraceError(
-            f"{parts[0].name} may be tokens of each expert, or {MEANINGS['']}: every layer has the numbers 0 to "
+            f"{parts[0].name} may be tokens of each expert, or {MEANINGS[''][2]}: every layer has the numbers 0 to "
             f"{values.max():g}, each as often",
             hint="if it is loads, say so: --format load-table",
         )
