@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_trace import random_trace
 
 from poise.errors import InputError, TraceError
+from poise.observe import files as files_module
 from poise.observe import npz as npz_module
 from poise.observe.files import read, read_many
 from poise.observe.trace import LoadProfile, RoutingTrace
@@ -219,6 +220,32 @@ def test_members_share_one_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(npz_module, "MAX_UNPACKED_BYTES", rows)
     with pytest.raises(TraceError, match="unpack to 18"):
         read(path)
+
+
+def test_a_long_list_of_members_is_not_read(tmp_path):
+    """zipfile makes an object of every entry before anybody can count them."""
+    entry = b"PK\x01\x02" + bytes(42)
+    path = tmp_path / "t.npz"
+    for count, end in ((300_000, b""), (300_000, b"64")):
+        listed = entry * count
+        total = len(listed).to_bytes(4, "little") if not end else b"\xff" * 4
+        head = b""
+        if end:
+            head = b"PK\x06\x06" + bytes(36) + len(listed).to_bytes(8, "little") + bytes(8)
+            head += b"PK\x06\x07" + bytes(4) + len(listed).to_bytes(8, "little") + bytes(4)
+        path.write_bytes(listed + head + b"PK\x05\x06" + bytes(8) + total + bytes(6))
+        with pytest.raises(TraceError, match=f"list of members has {len(listed)} bytes"):
+            read(path)
+
+
+def test_json_that_unfolds(tmp_path, monkeypatch):
+    """A list of nothing takes twenty times its three bytes."""
+    (tmp_path / "t.json").write_text('{"logical_count": [' + "[]," * 1000 + "[1]]}")
+    with pytest.raises(TraceError, match="not a full table"):
+        read(tmp_path / "t.json")
+    monkeypatch.setattr(files_module, "MAX_JSON_ROOM", 1 << 16)
+    with pytest.raises(TraceError, match="bytes in memory, at most 65536"):
+        read(tmp_path / "t.json")
 
 
 class Trap:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
 from poise.files import read_bounded
+from poise.jsonfile import json_room
 from poise.observe.npz import Archive, open_npz
 from poise.observe.trace import LoadProfile, RoutingTrace, integers
 
 MAX_JSON_BYTES = 512 * 2**20
+MAX_JSON_ROOM = 8 * 2**30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
 SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second"
 
@@ -128,6 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_json(path: Path) -> LoadProfile:
     text = read_bounded(path, MAX_JSON_BYTES, TraceError)
     try:
+        json_room(text, MAX_JSON_ROOM, TraceError)
         data = json.loads(text, object_pairs_hook=_unique)
     except TraceError as error:
         raise TraceError(f"{path}: {error.message}", hint=error.hint) from None

@@ -36,6 +36,9 @@ MAX_RATIO = 100
 
 READ_BYTES = 1 << 20
 MAGIC = b"\x93NUMPY"
+MAX_DIRECTORY_BYTES = 1 << 20
+END, END_64_AT, END_BYTES = b"PK\x05\x06", b"PK\x06\x07", 22
+"""How the end of a zip file begins, and the record before it in large ones."""
 BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError,
           ValueError, IndexError, KeyError, OverflowError, struct.error)  # fmt: skip
 """What zipfile raises on damaged archives, encrypted members and unknown compression."""
@@ -154,6 +157,7 @@ def open_npz(path: Path) -> Iterator[Archive]:
     with open_regular(path, TraceError) as stream:
         size = os.fstat(stream.fileno()).st_size
         try:
+            check_directory(stream, size, MAX_DIRECTORY_BYTES)
             with zipfile.ZipFile(stream) as zf:
                 yield Archive(zf, size)
         except TraceError as err:
@@ -161,8 +165,34 @@ def open_npz(path: Path) -> Iterator[Archive]:
         except BROKEN as err:
             raise TraceError(
                 f"{path} is not a readable .npz: {err}",
-                hint="it may be truncated; write it with numpy.savez_compressed",
+                hint="it may be truncated; 'poise convert' reads other formats",
             ) from err
+
+
+def check_directory(stream: BinaryIO, size: int, most: int) -> None:
+    """Refuse a zip file whose list of members takes more than ``most`` bytes: zipfile reads it whole, into objects.
+
+    Parameters
+    ----------
+    stream : the file of ``size`` bytes.
+
+    Raises
+    ------
+    TraceError : the list is longer.
+    """
+    stream.seek(max(0, size - END_BYTES - (1 << 16)))
+    tail = stream.read()
+    last = len(tail) - END_BYTES
+    at = last if tail[last:].startswith(END) and tail.endswith(b"\0\0") else tail.rfind(END)  # as zipfile looks for it
+    if at < 0 or at > last:
+        return  # no archive: zipfile says so
+    listed = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if at >= 20 and tail[at - 20 : at].startswith(END_64_AT):
+        stream.seek(int.from_bytes(tail[at - 12 : at - 4], "little"))
+        listed = max(listed if listed < 2**32 - 1 else 0, int.from_bytes(stream.read(56)[40:48], "little"))
+    stream.seek(0)
+    if listed > most:
+        raise TraceError(f"its list of members has {listed} bytes, at most {most} are read")
 
 
 def _check_budget(unpacked: int, size: int) -> None:

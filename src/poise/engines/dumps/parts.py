@@ -20,13 +20,15 @@ from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.files import open_regular, read_at_most
-from poise.observe.npz import BROKEN
+from poise.observe.npz import BROKEN, check_directory
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
 MAX_NPY_BYTES = 2 << 30
 MAX_LINES_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
+MAX_DIRECTORY_BYTES = 32 << 20
+"""A file of torch has a member a tensor."""
 MAX_CSV_ROOM = 16
 """Bytes of memory that a byte of a table may take, as numbers and while they are sorted."""
 GZIP = b"\x1f\x8b"
@@ -124,8 +126,10 @@ def _torch_files(path: Path) -> Any:
 
 def _members(path: Path) -> list[str]:
     try:
-        with open_regular(path, TraceError) as stream, zipfile.ZipFile(stream) as archive:
-            return archive.namelist()
+        with open_regular(path, TraceError) as stream:
+            check_directory(stream, file_size(path), MAX_DIRECTORY_BYTES)
+            with zipfile.ZipFile(stream) as archive:
+                return archive.namelist()
     except BROKEN as error:
         raise TraceError(f"not a readable archive: {error}", hint="it may be truncated") from None
 

@@ -12,16 +12,13 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from poise import jsonfile
 from poise.errors import TraceError
 from poise.files import read_bounded, regular_size
 from poise.observe.trace import MAX_EXPERTS
 
 MAX_FILE_BYTES = 8 << 30
 MAX_JSON_BYTES = 128 << 20
-MAX_JSON_ROOM = 2 << 30
-"""Most bytes of memory that the values of a JSON file may take."""
-JSON_ROOM = {b"[": 64, b"{": 256, b",": 40, b'"': 32, b":": 72}
-"""What each such byte may stand for in memory: a list, a dict, a number in it, half of a text, an entry of a dict."""
 MAX_CELLS = 1 << 28
 """Most numbers of one table that is spelled out in JSON."""
 BIG = 2**31 - 1
@@ -52,22 +49,8 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def json_room(data: bytes) -> int:
-    """Bytes of memory that the values in some JSON can take at most, told without parsing it.
-
-    A text with one wide character takes four bytes for each of its characters.
-
-    Raises
-    ------
-    TraceError : more than MAX_JSON_ROOM.
-    """
-    room = len(data) * (1 if data.isascii() else 4)
-    room += sum(data.count(mark) * each for mark, each in JSON_ROOM.items())
-    if room > MAX_JSON_ROOM:
-        raise TraceError(
-            f"JSON of {len(data)} bytes may take {room} bytes in memory, at most {MAX_JSON_ROOM} are given",
-            hint="split it into several files",
-        )
-    return room
+    """Bytes of memory that the values in some JSON can take at most, or TraceError (:mod:`poise.jsonfile`)."""
+    return jsonfile.json_room(data, jsonfile.MAX_ROOM, TraceError)
 
 
 def parse_json(data: bytes) -> Any:
