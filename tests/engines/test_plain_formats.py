@@ -102,6 +102,27 @@ def test_maps_and_devices_of_experts_are_neither(tmp_path):
         read_dump(save(tmp_path / "row.json", np.array([3, 9, 200])), options=ReadOptions(MODEL))
 
 
+def test_lists_under_layers(tmp_path):
+    path = tmp_path / "l.json"
+    path.write_text(
+        json.dumps({f"layer_{i}": row.tolist() for i, row in zip(dumps.MOE, counts(shape=(3, 8)), strict=True)})
+    )
+    dump = read_dump(path)
+    assert dump.profile.layer_ids.tolist() == dumps.MOE and not dump.layers_by_place
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], counts(shape=(3, 8)))
+    torch.save({2: torch.tensor([1, 7, 5]), 3: torch.tensor([1, 2, 0])}, tmp_path / "l.pt")
+    with pytest.raises(TraceError, match="tokens of each expert, or ids of experts"):
+        read_dump(tmp_path / "l.pt")
+    dump = read_dump(tmp_path / "l.pt", options=ReadOptions(format="load-table"))
+    assert dump.profile.load_BLE.tolist() == [[[1, 7, 5], [1, 2, 0]]] and dump.profile.layer_ids.tolist() == [2, 3]
+    torch.save({2: {0: 5, 3: 6}}, tmp_path / "l.pt")
+    assert read_dump(tmp_path / "l.pt").profile.load_BLE.tolist() == [[[5, 0, 0, 6]]]
+    for bad in ({"0": [1, 2], "1": [1]}, {"0": {"0": "x"}}, {"0": {"0": 1, "00": 2}}, {"0": {"0": 1}, "1": {"a": 2}}):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(TraceError):
+            read_dump(path)
+
+
 def test_one_ambiguous_file_of_a_folder_is_not_left_out(tmp_path):
     save(tmp_path / "a.npy", counts())
     save(tmp_path / "b.npy", counts(high=30))

@@ -229,6 +229,10 @@ def _content(part: Part) -> str:
     value = part.value
     if isinstance(value, dict):
         return f"{part.container} with keys {listed([str(key)[:40] for key in value]) or 'none'}"
+    if part.container == "csv":
+        return (
+            f"csv with columns {listed(value.head)}" if value.head else f"csv with {value.columns} columns and no head"
+        )
     return f"{part.container} with {listed(value)}" if part.container == "npz" else part.container
 
 

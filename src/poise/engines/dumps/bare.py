@@ -2,7 +2,8 @@
 
 A table [layers, experts] of loads, a trace [tokens, layers] of ids (ExFlow's), a map [layers, slots] of ids and a
 placement [layers, experts] of devices look alike. One of them is taken only where the numbers leave no other; else
-both are named, and ``--format`` decides. ``{layer: {expert: tokens}}`` says what its keys are, but not its values.
+both are named, and ``--format`` decides. ``{layer: {expert: tokens}}`` and ``{layer: [numbers]}`` say what their keys
+are, but not their values.
 """
 
 from __future__ import annotations
@@ -203,12 +204,17 @@ def table_of(part: Part) -> NDArray[Any]:
 
 
 def is_nested(value: Any) -> bool:
-    """``{layer: {expert: tokens}}``."""
+    """``{layer: {expert: tokens}}``, or ``{layer: [numbers]}``."""
     return (
-        isinstance(value, dict) and bool(value) and len(value) <= 65_536
-        and all(isinstance(row, dict) and row and LAYER_KEY.fullmatch(key) for key, row in value.items())
-        and all(EXPERT_KEY.fullmatch(key) for key in next(iter(value.values())))
+        isinstance(value, dict) and 0 < len(value) <= 65_536 and all(LAYER_KEY.fullmatch(str(key)) for key in value)
+        and all(_is_row(row) for row in value.values())
     )  # fmt: skip
+
+
+def _is_row(row: Any) -> bool:
+    if isinstance(row, dict):
+        return bool(row) and bool(EXPERT_KEY.fullmatch(str(next(iter(row)))))
+    return (isinstance(row, list) and _first_number(row[:1])) or (isinstance(row, np.ndarray) and row.ndim == 1)
 
 
 def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -253,30 +259,39 @@ def _read_nested(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         for at, layer in enumerate(ids):
             row = rows.get(layer, {})
             load_BLE[step, at, list(row)] = list(row.values())
-    values = load_BLE[:, load_BLE.any(axis=(0, 2))].reshape(-1, experts)
-    if (
-        options.format is None
-        and values.size
-        and (values == np.floor(values)).all()
-        and _is_devices(values.astype(np.int64))
-    ):
-        raise TraceError(
-            f"{parts[0].name} may be tokens of each expert, or {MEANINGS[''][2]}: every layer has the numbers 0 to "
-            f"{values.max():g}, each as often",
-            hint="if it is loads, say so: --format load-table",
-        )
+    if options.format is None:
+        lists = any(not isinstance(row, dict) for part in parts for row in part.value.values())
+        _refuse_ids(parts[0].name, load_BLE[:, load_BLE.any(axis=(0, 2))].reshape(-1, experts), options, lists=lists)
     profile = LoadProfile(load_BLE, np.array(ids, np.int32), options.k or 1, parts[0].name)
     return EngineDump("plain", "load-table", profile=profile, notes=(*notes, *said))
+
+
+def _refuse_ids(name: str, loads_LE: NDArray[np.float64], options: ReadOptions, *, lists: bool) -> None:
+    """Raise AmbiguousError where numbers may be no tokens: devices, or, in lists, ids of experts."""
+    if not loads_LE.size or (loads_LE != np.floor(loads_LE)).any():
+        return
+    whole_LE = loads_LE.astype(np.int64)
+    devices, ids = _is_devices(whole_LE), lists and _may_be_ids(whole_LE, options)
+    if devices or ids:
+        raise AmbiguousError(
+            f"{name} may be tokens of each expert, or {'ids of experts' if ids else MEANINGS[''][2]}: numbers from "
+            f"{whole_LE.min()} to {whole_LE.max()}",
+            hint="if they are tokens, say so: --format load-table",
+        )
 
 
 def _nested(part: Part) -> dict[int, dict[int, float]]:
     if not is_nested(part.value):
         raise TraceError(f"{part.name} is not {{layer: {{expert: tokens}}}}")
     out: dict[int, dict[int, float]] = {}
+    lengths = {len(row) for row in part.value.values() if not isinstance(row, dict)}
+    if len(lengths) > 1:
+        raise TraceError(f"{part.name} has {min(lengths)} to {max(lengths)} numbers a layer, loads have one an expert")
     for key, row in part.value.items():
         layer = _number(LAYER_KEY, key)
-        experts = {_number(EXPERT_KEY, name): _tokens(value) for name, value in row.items()}
-        if len(experts) != len(row) or layer in out:
+        named = row if isinstance(row, dict) else dict(enumerate(row.tolist() if isinstance(row, np.ndarray) else row))
+        experts = {_number(EXPERT_KEY, name): _tokens(value) for name, value in named.items()}
+        if len(experts) != len(named) or layer in out:
             raise TraceError(f"{part.name}: layer {layer} is named twice, or an expert of it")
         out[layer] = experts
     check_ids(part.name, list(out))
@@ -284,7 +299,7 @@ def _nested(part: Part) -> dict[int, dict[int, float]]:
 
 
 def _number(pattern: re.Pattern[str], key: Any) -> int:
-    match = pattern.fullmatch(key)
+    match = pattern.fullmatch(str(key))
     if match is None:
         raise TraceError(f"{str(key)[:40]!r} is no number of a layer or expert")
     return whole("a layer or expert", int(match[1]), high=65_535)
