@@ -159,7 +159,7 @@ GATE = "model.layers.0.block_sparse_moe.router.layer.weight"
     (edit_index(lambda named: named.update({GATE: "../other.safetensors"})), ModelError, "not a safetensors file of the folder"),
     (edit_index(lambda named: named.update({GATE: "/etc/passwd"})), ModelError, "not a safetensors file of the folder"),
     (edit_index(lambda named: named.update({GATE: 3})), ModelError, "not a safetensors file of the folder"),
-    (edit_index(lambda named: named.update({GATE: "none.safetensors"})), ModelError, "No such file"),
+    (edit_index(lambda named: named.update({GATE: "none.safetensors"})), ModelError, "no such file"),
     (edit_index(lambda named: named.pop(GATE)), ModelError, f"has '{GATE}' in None"),
     (edit_index(lambda named: named.update({"more": next(iter(named.values()))})), ModelError, "it lies in None"),
     (edit_index(lambda named: named.clear()), ModelError, "no weight_map"),

@@ -227,8 +227,6 @@ class Placement:
         PlacementError : the file is missing, damaged, pickled, too large, of another format, or no valid placement.
         """
         path = Path(path)
-        if not path.is_file():
-            raise PlacementError(f"no such file: {path}")
         try:
             with open_npz(path) as archive:
                 said = [name for name in (UNITS, LOADS, ABOUT) if name in archive]

@@ -21,6 +21,7 @@ from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling,
 from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.engines.shards import Segment, Shard, copy_segments, read_shard
 from poise.errors import ModelError, OptionError, PlacementError
+from poise.files import read_bounded
 from poise.jsonfile import read_json
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
@@ -94,7 +95,7 @@ def relabel_checkpoint(
     changes = find_changes((tensor for shard in shards for tensor in shard.tensors), made.rows())
     notes = _notes(changes, placement, groups)
     total = made
-    if (source / RELABELLING_FILE).is_file():
+    if os.path.lexists(source / RELABELLING_FILE):
         first = load_relabelling(source / RELABELLING_FILE)
         total = made.after(first)
         notes.append(f"{source} is relabelled itself: {RELABELLING_FILE} leads back to the ids of {first.source!r}")
@@ -165,7 +166,7 @@ def _check_model(config: dict[str, Any], placement: Placement, source: Path) -> 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
     """Names of the safetensors files, and the index where there is one."""
-    if not (folder / INDEX).is_file():
+    if not os.path.lexists(folder / INDEX):
         if (folder / SINGLE).is_file():
             return [SINGLE], None
         raise ModelError(
@@ -286,7 +287,7 @@ def _copy_file(old: Path, new: Path, names_modules: bool, changes: Changes) -> N
         shutil.copyfile(old, new)
         return
     try:
-        text = old.read_bytes().decode()
+        text = read_bounded(old, MAX_CONFIG_BYTES, ModelError).decode()
     except UnicodeDecodeError:
         raise ModelError(f"{old} is not text") from None
     new.write_bytes(changes.in_text(text, str(old)).encode())

@@ -21,6 +21,7 @@ from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import listed
 from poise.errors import TraceError
+from poise.files import open_regular
 
 NUMBER = r"(\d{1,20}(?:\.\d{1,20})?)"
 VLLM = re.compile(
@@ -66,16 +67,13 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 
 def _found(path: Path) -> Iterator[tuple[str, str, float]]:
     """(engine, model, balance) of each line that has one."""
-    try:
-        with path.open("rb") as stream:
-            for _ in range(MAX_LINES):
-                raw = stream.readline(MAX_LINE)
-                if not raw:
-                    return
-                line = raw.decode("utf-8", "replace")
-                if MARKS[0] in line and (match := VLLM.search(line)):
-                    yield "vllm", match[1].rstrip(":") if match[1] else "", float(match[4])
-                elif MARKS[1] in line and (match := SGLANG.search(line)):
-                    yield "sglang", "", float(match[1])
-    except OSError as error:
-        raise TraceError(f"{path.name} cannot be read: {error.strerror}") from None
+    with open_regular(path, TraceError) as stream:
+        for _ in range(MAX_LINES):
+            raw = stream.readline(MAX_LINE)
+            if not raw:
+                return
+            line = raw.decode("utf-8", "replace")
+            if MARKS[0] in line and (match := VLLM.search(line)):
+                yield "vllm", match[1].rstrip(":") if match[1] else "", float(match[4])
+            elif MARKS[1] in line and (match := SGLANG.search(line)):
+                yield "sglang", "", float(match[1])
