@@ -157,8 +157,8 @@ def _may_be_loads(array: NDArray[Any], options: ReadOptions) -> bool:
 
 def _may_be_ids(array: NDArray[Any], options: ReadOptions) -> bool:
     """Below E; without it, no higher than any model's, and not far more experts than there are choices."""
-    top = int(array.max())
-    return top < options.router_experts if options.router_experts else top < MAX_IDS and (top < MANY_IDS or top < 4 * array.size)
+    top, known = int(array.max()), options.router_experts
+    return top < known if known else top < MAX_IDS and (top < MANY_IDS or top < 4 * array.size)
 
 
 def _may_be_tokens(array: NDArray[Any], options: ReadOptions) -> bool:
