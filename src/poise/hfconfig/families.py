@@ -125,6 +125,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v32": _words_dense(3), "dots3_note": _words_dense(1), "glm_moe_dsa": _words_dense(3),
     "kimi_linear": _words_dense(1), "mistral_large4": _words_dense(1), "unlimited_ocr": _words_dense(1),
     "cohere2_moe": Family(words(first_dense("first_k_dense_replace", 0)), (PLAIN,)),
+    "deepseek_ocr2": _words(first_dense("first_k_dense_replace", None, "moe_layer_freq")),
     "exaone_moe": _words(flagged("is_moe_layer", first_dense("first_k_dense_replace", 1))),
     "beam": _words(first_always_dense(3)), "glm5_next": _words(first_always_dense(3)),
     "glm4_moe_lite": _words(first_always_dense(1)), "hy_v3": _words(first_always_dense(1)),
