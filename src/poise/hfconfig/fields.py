@@ -12,6 +12,11 @@ MOST = 10**7
 MOST_LAYERS = 10_000
 
 
+def damaged(message: str) -> ModelError:
+    """The error for a value of the wrong kind or length."""
+    return ModelError(message, hint="the config is damaged, or its family writes this key in another way")
+
+
 def get(config: Config, name: str) -> Any:
     """The value of a key, or None where the config or the nested table has none."""
     value: Any = config
@@ -33,7 +38,7 @@ def whole(value: Any, name: str) -> int:
     ModelError : anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
-        raise ModelError(f"{name} must be a whole number, got {str(value)[:120]!r}")
+        raise damaged(f"{name} must be a whole number, got {str(value)[:120]!r}")
     return value
 
 
@@ -62,7 +67,7 @@ def whole_list(value: Any, name: str) -> list[int]:
         parts = [part.strip() for part in value.split(",") if part.strip()]
         value = [int(part) if part.isascii() and part.isdigit() and len(part) < 8 else part for part in parts]
     if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-        raise ModelError(f"{name} must be a list of whole numbers, got {str(value)[:120]}")
+        raise damaged(f"{name} must be a list of whole numbers, got {str(value)[:120]}")
     return value
 
 
@@ -81,7 +86,7 @@ def same_everywhere(value: Any, name: str, moe: Sequence[int], layers: int) -> i
     if not isinstance(value, list):
         return whole(value, name)
     if len(value) != layers:
-        raise ModelError(f"{name} has {len(value)} entries, the model has {layers} layers")
+        raise damaged(f"{name} has {len(value)} entries, the model has {layers} layers")
     found = sorted({whole(value[layer], name) for layer in moe})
     if len(found) != 1:
         raise ModelError(f"{name} differs from layer to layer: {found[:6]}", hint="poise knows one size for all layers")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from poise.errors import ModelError
-from poise.hfconfig.fields import Config, get, number, present, whole, whole_list
+from poise.hfconfig.fields import Config, damaged, get, number, present, whole, whole_list
 
 DENSE_WORDS = frozenset({"dense", "mlp"})
 SPARSE_WORDS = frozenset({"sparse", "moe", "hash_moe"})
@@ -104,7 +104,7 @@ def words(fallback: Rule, key: str = "mlp_layer_types") -> Rule:
             return fallback.find(config, layers)
         known = DENSE_WORDS | SPARSE_WORDS
         if not isinstance(value, list) or any(word not in known for word in map(str, value)):
-            raise ModelError(f"{key} must be a list of {', '.join(sorted(known))}, got {str(value)[:120]}")
+            raise damaged(f"{key} must be a list of {', '.join(sorted(known))}, got {str(value)[:120]}")
         return [i for i, word in enumerate(_of_length(value, key, layers)) if word in SPARSE_WORDS]
 
     return Rule((key, *fallback.keys), f"`{key}`, else {fallback.says}", find)
@@ -120,7 +120,7 @@ def listed(keys: Iterable[str], fallback: Rule) -> Rule:
             return fallback.find(config, layers)
         found = [sorted(set(whole_list(get(config, name), name))) for name in names]
         if any(one != found[0] for one in found):
-            raise ModelError(f"{' and '.join(names)} name different layers")
+            raise damaged(f"{' and '.join(names)} name different layers")
         extra = number(config, "num_nextn_predict_layers", "num_mtp_layers", default=0)
         return [i for i in found[0] if not layers <= i < layers + extra]
 
@@ -160,16 +160,16 @@ def block_words(config: Config, pattern: str, lists: tuple[str, ...]) -> list[st
     letters = get(config, pattern)
     if letters is not None:
         if not isinstance(letters, str) or not set(letters) <= set(BLOCK_LETTERS):
-            raise ModelError(f"{pattern} must be made of {' '.join(BLOCK_LETTERS)}, got {str(letters)[:120]!r}")
+            raise damaged(f"{pattern} must be made of {' '.join(BLOCK_LETTERS)}, got {str(letters)[:120]!r}")
         found.append([BLOCK_LETTERS[letter] for letter in letters])
     for name in present(config, lists):
         value = get(config, name)
         if not isinstance(value, list) or any(word not in BLOCK_WORDS for word in map(str, value)):
-            raise ModelError(f"{name} must be a list of {', '.join(sorted(BLOCK_WORDS))}, got {str(value)[:120]}")
+            raise damaged(f"{name} must be a list of {', '.join(sorted(BLOCK_WORDS))}, got {str(value)[:120]}")
         found.append(value)
     moe = [[word == "moe" for word in one] for one in found]
     if any(one != moe[0] for one in moe):
-        raise ModelError(f"{', '.join(present(config, (pattern, *lists)))} describe different layers")
+        raise damaged(f"{', '.join(present(config, (pattern, *lists)))} describe different layers")
     return found[0] if found else None
 
 
@@ -180,15 +180,15 @@ def nothing(keys: tuple[str, ...] = ()) -> Rule:
 
 def _of_length(value: list[str], name: str, layers: int) -> list[str]:
     if len(value) != layers:
-        raise ModelError(f"{name} has {len(value)} entries, the model has {layers} layers")
+        raise damaged(f"{name} has {len(value)} entries, the model has {layers} layers")
     return value
 
 
 def _flags(value: list[object], name: str, layers: int) -> list[bool]:
     if any(flag not in (0, 1) for flag in value):
-        raise ModelError(f"{name} must be 0 or 1 for every layer, got {str(value)[:120]}")
+        raise damaged(f"{name} must be 0 or 1 for every layer, got {str(value)[:120]}")
     if len(value) != layers:
-        raise ModelError(f"{name} has {len(value)} entries, the model has {layers} layers")
+        raise damaged(f"{name} has {len(value)} entries, the model has {layers} layers")
     return [bool(flag) for flag in value]
 
 

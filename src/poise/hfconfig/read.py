@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from poise.errors import ModelError
 from poise.hfconfig.families import EXPERTS, FAMILIES, LATENT, OWN, REFUSED, SWITCHES, TOP_K, ZERO, Family, family_of
 from poise.hfconfig.families import PLAIN as PLAIN_WIDTH
-from poise.hfconfig.fields import MOST_LAYERS, Config, agreed, get, number, present, same_everywhere
+from poise.hfconfig.fields import MOST_LAYERS, Config, agreed, damaged, get, number, present, same_everywhere
 from poise.hfconfig.layers import PLAIN, block_words
 
 TEXT = ("text_config", "thinker_config", "llm_config", "language_config", "language_model_config")
@@ -97,7 +97,9 @@ def _laid_over(config: Config, inner: Config, nested: list[str]) -> Config:
     said = {key: value for key, value in inner.items() if value is not None}
     for key in ("quantization_config", "compression_config"):
         if outer.get(key) and said.get(key) and outer[key] != said[key]:
-            raise ModelError(f"the config and its language model have a {key} each, and they differ")
+            raise ModelError(
+                f"the config and its language model have a {key} each, and they differ", hint="remove one of the two"
+            )
     kinds = [str(part.get("model_type") or "") for part in (said, outer)]
     known = [kind for kind in kinds if family_of(kind)[1] or family_of(kind)[0] in REFUSED]
     return {**outer, **said, "model_type": (known or [kind for kind in kinds if kind] or [""])[0]}
@@ -138,7 +140,7 @@ def _count(config: Config, family: Family) -> int:
     blocks = block_words(config, keys[0], keys[1:]) if BLOCKS in keys else None  # then their number may be left out
     layers = number(config, *family.count, default=len(blocks) if blocks else None)
     if not 1 <= layers <= MOST_LAYERS:
-        raise ModelError(f"{family.count[0]} must lie in 1..{MOST_LAYERS}, got {layers}")
+        raise damaged(f"{family.count[0]} must lie in 1..{MOST_LAYERS}, got {layers}")
     return layers
 
 
