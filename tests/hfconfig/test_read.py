@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise import ModelSpec
+from poise.cost.memory import Activations
 from poise.errors import ModelError
 from poise.modelspec import from_hf_config
 from poise.presets import MODELS
@@ -63,6 +64,8 @@ def test_latent_experts_are_sent_their_own_width():
     assert spec.flops_per_token == 2 * spec.expert_parameters
     wide = from_hf_config({k: v for k, v in K3.items() if k != "routed_expert_hidden_size"}, name="k3")
     assert wide.expert_hidden_size == 0 and wide.expert_parameters == 2 * spec.expert_parameters
+    fewer = Activations().per_token(wide, 1.0) - Activations().per_token(spec, 1.0)
+    assert fewer == 92 * 16 * 2 * 2 * (7168 - 3584)
 
 
 def test_biases_are_16_bit_whatever_the_weights_are():

@@ -122,7 +122,9 @@ def listed(keys: Iterable[str], fallback: Rule) -> Rule:
         if any(one != found[0] for one in found):
             raise damaged(f"{' and '.join(names)} name different layers")
         extra = number(config, "num_nextn_predict_layers", "num_mtp_layers", default=0)
-        return [i for i in found[0] if not layers <= i < layers + extra]
+        if any(not 0 <= i < layers + extra for i in found[0]):
+            raise damaged(f"{names[0]} must name layers of 0..{layers - 1}, got {str(found[0])[:120]}")
+        return [i for i in found[0] if i < layers]
 
     return Rule((*keys, *fallback.keys), f"{' or '.join(f'`{k}`' for k in keys)}, else {fallback.says}", find)
 

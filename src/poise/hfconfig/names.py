@@ -17,10 +17,11 @@ ROOT = "model.layers"
 BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "moe", "mixer", "ffn")
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 MOST_CHARACTERS = 300
-MOST_SAMPLED = 4
-MOST_BY_REPETITIONS = {0: 300, 1: 300, 2: 300, 3: 20, 4: 4}
+MOST_SAMPLED = 2
+MOST_BY_REPETITIONS = {0: 300, 1: 300, 2: 300, 3: 10, 4: 2}
 """Patterns that are tried at most, by the number of their repetitions: those of strangers could take forever."""
-_UNSAFE = re.compile(r"\)[*+{]|\\[1-9]|[*+}][*+{]")
+_UNSAFE = re.compile(r"\)[*+{]|\\[1-9]|[*+}][*+{]|\[\[|--|&&|~~|\|\|")
+HINT = "remove quantization_config to price 16-bit weights"
 _UP_TO_LAYERS = re.compile(r"^.*?(?=\blayers\.)")
 
 
@@ -125,8 +126,8 @@ def _add(found: _Patterns, text: str, *, trusted: bool) -> None:
     most = MOST_BY_REPETITIONS.get(repetitions, 0)
     unsafe = not trusted and _UNSAFE.search(text) is not None
     if len(text) > MOST_CHARACTERS or unsafe or found.repetitions.count(repetitions) > most:
-        raise ModelError(f"a pattern of module names that poise does not try: {text[:120]!r}")
+        raise ModelError(f"a pattern of module names that poise does not try: {text[:120]!r}", hint=HINT)
     try:
         found.compiled.append(re.compile(text))
     except (re.error, RecursionError, OverflowError) as error:
-        raise ModelError(f"{text[:120]!r} is no pattern of module names: {error}") from None
+        raise ModelError(f"{text[:120]!r} is no pattern of module names: {error}", hint=HINT) from None

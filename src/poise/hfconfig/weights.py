@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from poise.errors import ModelError
-from poise.hfconfig.names import ExpertNames
+from poise.hfconfig.names import HINT, ExpertNames
 
 Quant = dict[str, Any]
 SIXTEEN_BIT = 2.0
 MXFP4 = 17 / 32
 NVFP4 = 9 / 16
-HINT = "remove quantization_config to price 16-bit weights"
 SKIPPED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "exclude", "llm_int8_skip_modules")
 EXPERT_TYPES = {
     "fp4": MXFP4, "mxfp4": MXFP4, "nvfp4": NVFP4, "fp8": 1.0, "int8": 1.0, "bf16": 2.0, "bfloat16": 2.0, "fp16": 2.0,
@@ -55,9 +54,10 @@ def weight_bytes(config: Mapping[str, Any], names: ExpertNames) -> float:
     """
     quant = config.get("quantization_config") or config.get("compression_config")
     own = quant.get("expert_dtype") if isinstance(quant, dict) else None
-    dtype = own if own is not None else config.get("expert_dtype")
+    said = own if own is not None else config.get("expert_dtype")
+    dtype = None if said is None else str(said)
     if dtype is not None and dtype not in EXPERT_TYPES:
-        raise _unknown(f"expert_dtype {str(dtype)[:60]!r}")
+        raise _unknown(f"expert_dtype {dtype[:60]!r}")
     if not quant:
         if dtype is not None and EXPERT_TYPES[dtype] != SIXTEEN_BIT:
             raise ModelError(
@@ -74,7 +74,10 @@ def weight_bytes(config: Mapping[str, Any], names: ExpertNames) -> float:
     if method == "fp8":
         return EXPERT_TYPES[dtype] if EXPERT_TYPES[dtype] != 1.0 else found
     if found == SIXTEEN_BIT:
-        raise ModelError(f"expert_dtype is {dtype!r}, and the {method} quantization_config leaves the experts out")
+        raise ModelError(
+            f"expert_dtype is {dtype!r}, and the {method} quantization_config leaves the experts out",
+            hint="remove one of the two",
+        )
     return found
 
 
@@ -102,7 +105,7 @@ def _integers(quant: Quant, names: ExpertNames) -> float:
     bits = quant.get("bits", quant.get("w_bit"))
     group = quant.get("group_size", quant.get("q_group_size"))
     kept = quant.get("zero_point", True) if "awq" in str(quant.get("quant_method")) else True  # GPTQ always stores them
-    for pattern, value in (quant.get("dynamic") or {}).items():
+    for pattern, value in _table(quant, "dynamic").items():
         text = str(pattern)
         if text.startswith("-:"):
             quant = {**quant, "ignore": [*_listed(quant, "ignore"), "re:" + text[2:]]}
@@ -114,7 +117,7 @@ def _integers(quant: Quant, names: ExpertNames) -> float:
 def _auto_round(quant: Quant, names: ExpertNames) -> float:
     if str(quant.get("data_type", "int")) != "int":
         raise _unknown(quant)
-    other = [str(name) for name in quant.get("extra_config") or {}]
+    other = [str(name) for name in _table(quant, "extra_config")]
     patterns = [name for name in other if re.search(r"[*+?^$|()\[\]]", name)]
     if names.covered(other) is not False or names.covered(patterns, regular=True) is not False:
         raise _unknown("an extra_config that names experts")
@@ -217,7 +220,7 @@ def _scheme(weights: Any, quant: Quant) -> float:
 def _quark(quant: Quant, names: ExpertNames) -> float:
     whole = quant.get("global_quant_config")
     weight = whole.get("weight") if isinstance(whole, dict) else None
-    if names.covered(quant.get("layer_quant_config") or {}) is not False:
+    if names.covered(_table(quant, "layer_quant_config")) is not False:
         raise _unknown("a layer_quant_config that names experts")
     kind = str(weight.get("dtype")) if isinstance(weight, dict) else ""
     group = weight.get("group_size") if isinstance(weight, dict) else None
@@ -274,6 +277,13 @@ def _listed(quant: Quant, key: str) -> list[str]:
     if not isinstance(value, list):
         raise _unknown({key: value})
     return [str(one) for one in value]
+
+
+def _table(quant: Quant, key: str) -> dict[str, Any]:
+    value = quant.get(key) or {}
+    if not isinstance(value, dict):
+        raise _unknown({key: value})
+    return value
 
 
 def _grouped(bits: Any, group: Any, scale: int, *, zero: bool = False) -> float:
