@@ -85,6 +85,9 @@ def _words_dense(default: int) -> Family:
 
 _STEP = ("moe_layers_enum", "moe_layer_list")
 _HUNYUAN = Family(first_dense("moe_layer_num_skipped", 0), (OWN, PLAIN), one_width=True)
+_LONGCAT = Family(
+    every(), ("expert_ffn_hidden_size", OWN), zero="zero_expert_num", count=("num_layers",)
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     # every layer; the experts' width is the plain one
@@ -119,7 +122,7 @@ FAMILIES: dict[str, Family] = {
     "afmoe": Family(first_dense("num_dense_layers", 1)),
     "lfm2_moe": Family(first_dense("num_dense_layers", 2)),
     "pangu_ultra_moe": Family(first_dense("num_dense_layers")),
-    "hunyuan": _HUNYUAN, "hunyuan_v1_moe": _HUNYUAN,
+    "hunyuan": _HUNYUAN, "hunyuan_image_3_moe": _HUNYUAN, "hunyuan_v1_moe": _HUNYUAN,
     # a list of words, or the first ones are dense
     "axk1": _words_dense(1), "axk2": _words_dense(1), "bailing_hybrid": _words_dense(2),
     "deepseek_v32": _words_dense(3), "dots3_note": _words_dense(1), "glm_moe_dsa": _words_dense(3),
@@ -142,8 +145,7 @@ FAMILIES: dict[str, Family] = {
     # names of their own
     "dbrx": Family(every(), ("ffn_config.ffn_hidden_size",), count=("n_layers", "num_hidden_layers"),
                    hidden=("d_model", "hidden_size")),
-    "longcat_flash": Family(every(), ("expert_ffn_hidden_size", OWN), zero="zero_expert_num",
-                            count=("num_layers",)),
+    "longcat_flash": _LONGCAT, "longcat_flash_ngram": _LONGCAT,
     "nemotron_h": Family(blocks("hybrid_override_pattern", ("layers_block_type", "layer_types")), matrices=2,
                          latent="moe_latent_size"),
 }  # fmt: skip

@@ -232,6 +232,7 @@ def _only(config: Config, keys: Sequence[str], own: str, name: str) -> int:
 def _check_unknown(config: Config, name: str) -> None:
     """No key of the config speaks of experts in a way that poise does not understand."""
     understood = {key for rule in PLAIN for key in rule.keys if key not in ONE_FAMILY_ONLY}
+    understood |= {DENSE_WIDTH} if present(config, WIDTHS) else set()
     understood |= {*EXPERTS, *TOP_K, *WIDTHS, *SWITCHES, "expert_dtype", "model_type"}
     odd = [key for key, value in config.items() if key not in understood and _speaks(key, value)]
     if odd:

@@ -52,7 +52,7 @@ def weight_bytes(config: Mapping[str, Any], names: ExpertNames) -> float:
     ------
     ModelError : a form that poise does not know, or experts that are quantised differently.
     """
-    quant = config.get("quantization_config") or config.get("compression_config")
+    quant = _stated(config)
     own = quant.get("expert_dtype") if isinstance(quant, dict) else None
     said = own if own is not None else config.get("expert_dtype")
     dtype = None if said is None else str(said)
@@ -79,6 +79,15 @@ def weight_bytes(config: Mapping[str, Any], names: ExpertNames) -> float:
             hint="remove one of the two",
         )
     return found
+
+
+def _stated(config: Mapping[str, Any]) -> Any:
+    """What the config says of quantization, under the names it goes by."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if config.get(key):
+            return config[key]
+    label = config.get("quantize")  # MindIE
+    return {"quant_method": "ascend", "model_quant_type": str(label).upper()} if label else None
 
 
 def sends_fp8(config: Mapping[str, Any]) -> bool:
@@ -111,7 +120,11 @@ def _integers(quant: Quant, names: ExpertNames) -> float:
             quant = {**quant, "ignore": [*_listed(quant, "ignore"), "re:" + text[2:]]}
         elif names.covered([text.removeprefix("+:")], regular=True) is not False:
             raise _unknown({pattern: value})
-    return _unless_skipped(quant, names, _grouped(bits, group, 2, zero=bool(kept)))
+    size = _unless_skipped(quant, names, _grouped(bits, group, 2, zero=bool(kept)))
+    only = quant.get("modules_in_block_to_quantize")
+    if only and names.covered(name for row in only for name in (row if isinstance(row, list) else [row])) is not True:
+        raise _unknown({"modules_in_block_to_quantize": only})
+    return size
 
 
 def _auto_round(quant: Quant, names: ExpertNames) -> float:
@@ -213,7 +226,7 @@ def _scheme(weights: Any, quant: Quant) -> float:
         return _grouped(4, group, 1)
     if kind == "float" and bits != 8:
         raise _unknown(weights)
-    scale = 1 if "mx" in str(quant.get("format", "")) or weights.get("scale_dtype") == "torch.uint8" else 2
+    scale = 1 if kind == "float" and group == 32 else 2  # MXFP8
     return _grouped(bits, group, scale, zero=kind == "int" and weights.get("symmetric") is False)
 
 
