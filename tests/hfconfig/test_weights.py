@@ -159,6 +159,10 @@ def test_files_beside_the_config(tmp_path, file, data, size):
     own = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     (tmp_path / "config.json").write_text(json.dumps({**MODEL, **own}))
     assert ModelSpec.parse(str(tmp_path)).weight_bytes == 1.0  # what the config says itself counts
+    if file == "quantize_config.json":
+        own = {"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": -1}}
+        (tmp_path / "config.json").write_text(json.dumps({**MODEL, **own}))
+        assert ModelSpec.parse(str(tmp_path)).weight_bytes == 1.0
     if file == "quant_model_description.json":
         (tmp_path / "config.json").write_text(json.dumps({**MODEL, "quantization_config": {"quant_method": "ascend"}}))
         assert ModelSpec.parse(str(tmp_path / "config.json")).weight_bytes == size
