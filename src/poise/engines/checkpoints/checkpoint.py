@@ -22,6 +22,7 @@ from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.engines.shards import Segment, Shard, copy_segments, read_shard
 from poise.errors import ModelError, OptionError, PlacementError
 from poise.files import read_bounded
+from poise.hfconfig.read import text_part
 from poise.jsonfile import read_json
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
@@ -154,11 +155,9 @@ def _read_object(path: Path, most: int) -> dict[str, Any]:
 
 def _check_model(config: dict[str, Any], placement: Placement, source: Path) -> int:
     """Routing groups that new ids must keep, 1 if none; the placement has the model's experts."""
-    inner = config.get("text_config")
-    merged = {**config, **inner} if isinstance(inner, dict) else dict(config)
-    merged.pop("text_config", None)
-    merged.pop("quantization_config", None)  # what a weight takes does not matter here
-    spec = from_hf_config(merged, name=source.name)
+    stored = ("quantization_config", "compression_config", "expert_dtype")  # what a weight takes does not matter here
+    text = {key: value for key, value in text_part(config).items() if key not in stored}
+    spec = from_hf_config(text, name=source.name)
     if spec.num_experts != placement.num_experts:
         raise PlacementError(f"the placement has {placement.num_experts} experts, {source} has {spec.num_experts}")
     return spec.num_expert_groups
