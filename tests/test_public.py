@@ -32,7 +32,7 @@ OPTIONS = {
               "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--sglang", "--dump-dir", "--api-key",
               "--admin-api-key", "--steps-per-dump", "--delete-dumps"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--relabelling", "--devices", "--json"},
-    "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--json"},
+    "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--against", "--error-rate", "--balancer-off", "--json"},
     "diff": {"--model", "--cluster", "--staging", "--json"},
     "export": {"--to", "--output", "--model", "--num-hidden-layers", "--num-mtp-layers", "--checkpoint", "--keep-groups", "--json"},
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",

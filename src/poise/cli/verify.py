@@ -82,7 +82,8 @@ def _placement(path: Path, plan: Placement) -> Placement:
 
 def _facts(found: Verification) -> dict[str, Any]:
     return {
-        "verdict": found.verdict, "live": found.live, "recorded": found.recorded, "evidence": found.evidence, "as_predicted": found.as_predicted,
+        "verdict": found.verdict, "live": found.live, "recorded": found.recorded, "evidence": found.evidence,
+        "as_predicted": found.as_predicted,
         "balance": {"measured": found.measured, "predicted": found.predicted, "without_plan": found.trivial},
         "sentence": found.sentence(), "error_rate": found.error_rate,
         "maps": [{"map": e.name, "balance": e.balance, "p_value": e.p_value, "explains": e.explains}

@@ -147,9 +147,9 @@ def explained(
 def steady(reported: Reported, traffic: Traffic, share_LED: NDArray[np.float64], *, error_rate: float) -> bool:
     """Whether passes differ from one another no more than clumped ones do under a map: noise does.
 
-    True where the passes are too few to tell, or of unknown size.
+    True where there is one pass, or passes of unknown size.
     """
-    if len(reported.most_B) < FEWEST_PARTS or (reported.pairs_B is None and traffic.passes_BLE is None):
+    if len(reported.most_B) < 2 or (reported.pairs_B is None and traffic.passes_BLE is None):
         return True
     rng = np.random.default_rng(1)
     most_P, mean_P = _figures(_drawn(reported, traffic, CLUMPED, rng), share_LED, reported)
