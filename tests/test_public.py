@@ -30,7 +30,7 @@ OPTIONS = {
     "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",
               "--every", "--max-moves", "--false-alarm-rate", "--horizon", "--method", "--follow", "--interval", "--output",
               "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--sglang", "--dump-dir", "--api-key",
-              "--admin-api-key", "--steps-per-dump", "--delete-dumps"},
+              "--admin-api-key", "--steps-per-dump", "--delete-dumps", "--restart-seconds"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--relabelling", "--devices", "--json"},
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--against", "--error-rate", "--balancer-off", "--json"},
     "diff": {"--model", "--cluster", "--staging", "--json"},
