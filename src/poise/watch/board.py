@@ -137,8 +137,9 @@ class Board:
         self._plans.append({
             "at": at, "step": event.step, "reason": decision.reason, "accepted": decision.accepted,
             "gain": decision.predicted_gain, "cost_seconds": decision.cost_seconds, "moves": moves.fetched,
-            "bytes": moves.moved_bytes, "restart": decision.restart and decision.restart.sentence(), "rounds": len(moves.rounds), "left": decision.left,
+            "bytes": moves.moved_bytes, "rounds": len(moves.rounds), "left": decision.left,
             "before": None if event.before is None else event.before.imbalance,
             "predicted": None if event.after is None else event.after.imbalance, "measured": None,
             "superseded": False, "gap": event.gap, "files": [str(path) for path in event.written],
+            "restart": decision.restart and decision.restart.sentence(),
         })  # fmt: skip

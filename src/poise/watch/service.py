@@ -263,11 +263,12 @@ class Service:
             yield Trouble(f"the engine's map was left out: {error.message}")
             return
         self._first = runs
-        known = control.running
+        changed = (runs.count_LED() != control.running.count_LED()).any()
+        newest = (runs.count_LED() == control.current.count_LED()).all()
         control.runs(runs)
-        if (runs.count_LED() == known.count_LED()).all():
+        if not changed:
             return
-        if (runs.count_LED() == control.current.count_LED()).all():
+        if newest:
             yield Told("the engine runs the newest map")
         elif control.running is control.current:
             yield Told("the engine runs another map than was decided on; the watch goes on from it", replaced=True)
