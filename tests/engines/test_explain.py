@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engines import runs
 
+from poise.engines.dump import BalanceLog
 from poise.engines.explain import measures_of
 from poise.engines.verify import verify
 from poise.errors import PlacementError
@@ -86,6 +87,21 @@ def test_the_engines_own_balancer_and_older_plans_explain_a_balance_as_well():
     assert found.verdict == "undecided" and "so would the older.npz" in found.sentence()
     with pytest.raises(PlacementError, match=r"older has 16 experts on 2 devices, the plan 16 on 4"):
         verify(world.plan, dump, against={"older": Placement(TRIVIAL, np.repeat([0, 1], 10), EXPERTS, 2)})
+
+
+def test_passes_before_the_first_rearrangement_do_not_count():
+    world = World(3, 1.4)
+    early, late = (world.ran(name, 512) for name in ("trivial", "plan"))
+    parts = [(early.log, 3), (late.log, 1)]  # most of the log is older than the map
+    log = BalanceLog(
+        *(np.concatenate([np.tile(getattr(part, name), times) for part, times in parts]) for name in ("mean_B", "most_B")),
+        np.repeat([0, 1], [3 * len(early.balance_B), len(late.balance_B)]), own_balancer=False,
+    )  # fmt: skip
+    dump = replace(late, log=log, balance_B=log.mean_B / log.most_B)
+    assert verify(world.plan, dump).verdict == "live"
+    unseen = replace(dump, log=replace(log, rearranged_B=np.zeros(len(log.mean_B), np.int64)))
+    found = verify(world.plan, unseen)
+    assert found.verdict != "live" and any("no rearrangement came" in note for note in found.notes)
 
 
 def test_a_sample_of_other_tokens_is_no_more_sure_than_it_is_large():
