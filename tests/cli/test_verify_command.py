@@ -66,10 +66,10 @@ def server(tmp_path_factory):
     share_LE = runs.popularity(rng, 4, 16, 1.2)
     trivial = np.tile(np.arange(20) % 16, (4, 1)).astype(np.int32)
     fit = runs.loads(runs.tokens(rng, share_LE, 2, 4000), 16).load_BLE[0]
-    table = rebalance_experts(fit, 20, 1, 1, 2)[0].astype(np.int32)
-    Placement(table, np.repeat([0, 1], 10), 16, 2).save(folder / "placement.npz")
+    table = rebalance_experts(fit, 20, 1, 1, 4)[0].astype(np.int32)
+    Placement(table, np.repeat(np.arange(4), 5), 16, 4).save(folder / "placement.npz")
     for name, running in (("on", table), ("off", trivial)):
-        mean, most, chosen = runs.passes(rng, share_LE, 2, rng.integers(400, 1600, 16), running, 2)
+        mean, most, chosen = runs.passes(rng, share_LE, 2, rng.integers(400, 1600, 16), running, 4)
         RoutingTrace(chosen, 16).save(folder / f"{name}.npz")
         lines = [
             f"INFO 11-25 10:00:00 [eplb_state.py:500] EPLB step: {(20 + i) % 30} for model m: avg_tokens={a:.2f}, "

@@ -18,7 +18,7 @@ from poise.planning.placement import Placement
 
 EXPERTS, DEVICES, SLOTS, LAYERS, TOP_K = 16, 4, 20, 4, 2
 TRIVIAL = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1)).astype(np.int32)
-SIZES = {8: 40, 64: 24, 512: 12, 4096: 4}
+SIZES = {8: 120, 64: 24, 512: 12, 4096: 4}
 
 
 def placement(table):
@@ -63,17 +63,36 @@ def test_what_does_not_run_is_not_called_live(seed, exponent, size, measure, kin
 def test_a_plan_that_runs_is_called_live_where_maps_differ_a_lot(size, measure):
     worlds = [World(seed, 1.4) for seed in range(5)]
     found = [verify(world.plan, world.ran("plan", size, measure)) for world in worlds]
-    assert sum(one.live is True for one in found) >= (2 if size == 8 else 4)
+    assert sum(one.live is True for one in found) >= (1 if size == 8 else 4)
     assert all(one.verdict != "not-live" for one in found)
 
 
-def test_a_plan_that_runs_is_never_said_not_to_and_small_passes_of_the_trivial_map_prove_nothing():
+def test_a_plan_that_runs_is_not_said_not_to():
     for seed in range(6):
         world = World(seed, 0.5)
         assert verify(world.plan, world.ran("plan", 64)).verdict != "not-live"
-        # the plan is less balanced than no plan: noise of small passes must not count for it
-        worse = placement(np.sort(world.tables["plan"], axis=1)[:, np.r_[0:4, 4:20]])
-        assert verify(worse, world.ran("trivial", 8)).verdict != "live"
+
+
+def test_a_plan_less_balanced_than_no_plan_is_not_proven_by_small_passes():
+    """Two ranks, passes of a few tokens, nothing rearranged: what is measured lies nearer to what the plan gives in the
+    long run than to what the trivial map gives there, and that is noise.
+    """
+    fooled = 0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        share = runs.popularity(rng, LAYERS, EXPERTS, 0.5)
+        mean, most, chosen = runs.passes(rng, share, TOP_K, [*[8] * 22, 150], TRIVIAL, 2)
+        table = np.stack([rng.permutation(row) for row in TRIVIAL])
+        plan = Placement(table, np.repeat([0, 1], SLOTS // 2), EXPERTS, 2)
+        dump = runs.vllm_dump(mean, most, RoutingTrace(chosen, EXPERTS))
+        count = np.stack([plan.count_LED(), replace(plan, slot_expert_LS=TRIVIAL).count_LED()])
+        load = runs.loads(chosen, EXPERTS).load_BLE[0]
+        long_run = np.einsum("le,pled->pld", load, count / count.sum(axis=3, keepdims=True))
+        ours, trivial = (long_run.mean(axis=2).sum(axis=1) / long_run.max(axis=2).sum(axis=1)).tolist()
+        measured = dump.balance_B[11:].mean()
+        fooled += abs(measured - ours) < abs(measured - trivial)
+        assert verify(plan, dump).verdict != "live"
+    assert fooled >= 12  # a rule of the nearer one calls these live
 
 
 def test_the_engines_own_balancer_and_older_plans_explain_a_balance_as_well():
@@ -106,13 +125,16 @@ def test_passes_before_the_first_rearrangement_do_not_count():
 
 def test_a_sample_of_other_tokens_is_no_more_sure_than_it_is_large():
     """Loads of few tokens are uneven by chance; a plan fitted to them must not gain from that."""
+    start = np.tile(np.arange(EXPERTS, dtype=np.int32), (LAYERS, 1))
     for seed in range(8):
-        world = World(seed, 0.0)
-        few = runs.tokens(world.rng, world.share, TOP_K, 60)
-        load = runs.loads(few, EXPERTS).load_BLE[0]
-        fitted = placement(rebalance_experts(load, SLOTS, 1, 1, DEVICES)[0].astype(np.int32))
-        dump = replace(world.ran("trivial", 4096), trace=RoutingTrace(few, EXPERTS))
-        assert verify(fitted, dump).verdict != "live"
+        rng = np.random.default_rng(seed)
+        share = runs.popularity(rng, LAYERS, EXPERTS, 0.0)
+        few = runs.tokens(rng, share, TOP_K, 60)
+        table = rebalance_experts(runs.loads(few, EXPERTS).load_BLE[0], EXPERTS, 1, 1, DEVICES)[0]
+        fitted = Placement(table.astype(np.int32), np.repeat(np.arange(DEVICES), EXPERTS // DEVICES), EXPERTS, DEVICES)
+        mean, most, _ = runs.passes(rng, share, TOP_K, [4096] * 4, start, DEVICES)
+        dump = runs.vllm_dump(mean, most, RoutingTrace(few, EXPERTS))
+        assert verify(fitted, dump, tolerance=0.01).verdict != "live"
 
 
 def test_what_the_mean_of_a_log_is_of():

@@ -15,9 +15,9 @@ from poise.planning.methods.eplb import rebalance_experts
 from poise.planning.placement import Placement
 
 PLAN, TRIVIAL, CONTIGUOUS, RANDOM = "plan", "trivial map", "contiguous map", "map made at random"
-OWN = "engine's own balancer"
-RANDOM_MAPS = 4
-"""Maps made at random; over many layers they are all alike."""
+OWN, STALE = "engine's own balancer", "map made for other traffic"
+RANDOM_LAYERS, FEWEST_MAPS, MOST_MAPS = 64, 2, 12
+"""Maps of a random kind are as many as it takes for so many layers: over many layers they are all alike."""
 
 
 def could_run(
@@ -49,16 +49,14 @@ def could_run(
     plan_LED = _planned(placement, layer_ids_L, trivial_LED)
     dealt_ED = deal(experts, np.bincount(placement.slot_device_S, minlength=devices), in_turn=False)
     rng = np.random.default_rng(0)
-    shuffled = tuple(
-        _shares(placement, np.stack([rng.permutation(start_S) for _ in range(layers)])) for _ in range(RANDOM_MAPS)
-    )
+    maps = range(int(np.clip(RANDOM_LAYERS // layers, FEWEST_MAPS, MOST_MAPS)))
+    shuffled = tuple(_shares(placement, np.stack([rng.permutation(start_S) for _ in range(layers)])) for _ in maps)
     out = {PLAN: (plan_LED,), TRIVIAL: (trivial_LED,), CONTIGUOUS: (np.tile(even_share(dealt_ED), (layers, 1, 1)),),
            RANDOM: shuffled}  # fmt: skip
-    if own_balancer and placement.num_slots % devices == 0:
-        table_LS = rebalance_experts(load_LE, placement.num_slots, 1, 1, devices)[0].astype(np.int32)
-        device_S = np.repeat(np.arange(devices, dtype=np.int32), placement.num_slots // devices)
-        own = Placement(table_LS, device_S, experts, devices)
-        out[OWN] = (even_share(own.count_LED()),)
+    if placement.num_slots % devices == 0:
+        out[STALE] = tuple(_balanced(placement, rng.permuted(load_LE, axis=1)) for _ in maps)
+        if own_balancer:
+            out[OWN] = (_balanced(placement, load_LE),)
     for name, other in against.items():
         if (other.num_experts, other.num_devices) != (experts, devices):
             raise PlacementError(
@@ -73,6 +71,14 @@ def could_run(
 def _shares(placement: Placement, table_LS: NDArray[np.int32]) -> NDArray[np.float64]:
     made = Placement(table_LS, placement.slot_device_S, placement.num_experts, placement.num_devices)
     return even_share(made.count_LED())
+
+
+def _balanced(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What EPLB makes of loads."""
+    devices, slots = placement.num_devices, placement.num_slots
+    table_LS = rebalance_experts(load_LE, slots, 1, 1, devices)[0].astype(np.int32)
+    device_S = np.repeat(np.arange(devices, dtype=np.int32), slots // devices)
+    return even_share(Placement(table_LS, device_S, placement.num_experts, devices).count_LED())
 
 
 def _planned(
