@@ -53,6 +53,23 @@ class SlotRecord:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BalanceLog:
+    """What a log says beside each balance, line by line.
+
+    Parameters
+    ----------
+    mean_B, most_B : float64 [B], the two numbers that the balance is the ratio of.
+    rearranged_B : int64 [B], rearrangements seen before the line; None: the log does not count steps.
+    own_balancer : the engine's own load balancer may have made maps: nothing in the log rules it out.
+    """
+
+    mean_B: NDArray[np.float64]
+    most_B: NDArray[np.float64]
+    rearranged_B: NDArray[np.int64] | None = None
+    own_balancer: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EngineDump:
     """One engine's record of its run. At least one of ``trace``, ``profile``, ``slots`` and ``balance_B`` is there.
 
@@ -64,6 +81,7 @@ class EngineDump:
     profile : loads, logical ids, MoE layers only.
     slots : what physical slots held and computed.
     balance_B : float64 [B], mean over fullest device as the engine reported it; None: it did not.
+    log : the numbers behind ``balance_B``, where a log has them.
     recorded_layers : layers that the record has, those without load (dense ones) included; None: unknown.
     layers_by_place : the record names no layers and no model was given, so they are numbered by their place.
     notes : what a user should know: layers left out, rows dropped, what had to be assumed.
@@ -76,6 +94,7 @@ class EngineDump:
     profile: LoadProfile | None = None
     slots: SlotRecord | None = None
     balance_B: NDArray[np.float64] | None = None
+    log: BalanceLog | None = None
     recorded_layers: int | None = None
     layers_by_place: bool = False
     notes: tuple[str, ...] = field(default=())
