@@ -188,6 +188,25 @@ def test_identity_experts_compute_nothing(folder, name):
         read_dump(place, options=one_short)
 
 
+def test_a_few_ids_beyond_the_experts_given_by_hand_are_taken_for_identity_experts(tmp_path):
+    """And said; not where a model, or --zero-experts 0, says that there are none, nor where they are half as many as E."""
+    rng = np.random.default_rng(1)
+    ids = [[rng.choice(12, 3, replace=False).tolist() for _ in range(2)] for _ in range(40)]
+    ids[0][0] = [0, 1, 11]
+    path = tmp_path / "answers.json"
+    path.write_text(
+        json.dumps({"choices": [{"routed_experts": ids}], "usage": {"prompt_tokens": 30, "completion_tokens": 11}})
+    )
+    dump = read_dump(path, options=ReadOptions(num_experts=8))
+    assert dump.trace.num_experts == 8 and dump.trace.num_tokens == 40
+    assert (dump.trace.experts == -1).sum() == (np.array(ids) >= 8).sum()
+    assert any("--zero-experts 4 says so" in note for note in dump.notes)
+    model = replace(MODEL, num_experts=8, num_hidden_layers=2, moe_layer_ids=(0, 1), top_k=3)
+    for options in (ReadOptions(num_experts=8, zero_experts=0), ReadOptions(model), ReadOptions(num_experts=7)):
+        with pytest.raises(TraceError, match="names expert 11, the model has"):
+            read_dump(path, options=options)
+
+
 def test_numbers_of_identity_experts_that_contradict_are_refused():
     model = replace(MODEL, num_experts=5, num_zero_experts=3)
     assert ReadOptions(model).zeros == ReadOptions(model, zero_experts=3).zeros == 3

@@ -198,6 +198,11 @@ class ReadOptions:
         return self.zero_experts or (0 if self.model is None else self.model.num_zero_experts)
 
     @property
+    def zeros_open(self) -> bool:
+        """E was given by hand and nothing was said of identity experts: a few ids from E on may be theirs."""
+        return self.model is None and self.relabelling is None and self.zero_experts is None and bool(self.num_experts)
+
+    @property
     def router_experts(self) -> int | None:
         """Experts that a router can name, identity experts included, if known."""
         return None if self.experts is None else self.experts + self.zeros

@@ -187,7 +187,7 @@ class Comparison:
         mean = {name: float(self.replays[name, part].step_seconds_B.mean()) for name in names}
         best = min(mean, key=mean.__getitem__)
         steps = len(self.bounds_B[part])
-        where = f"{part} traffic" if self.label(names[-1], part) != ON_FITTED else "the traffic it was fitted on"
+        where = self._where(names[-1], part)
         if best == base:
             return f"Not worth it: on {where} no method beats {base}."
         share, low, high = self.gain(best, base)
@@ -199,12 +199,15 @@ class Comparison:
             return f"Not worth it: {best} is best, {text}."
         return f"{best} is best: {text}."
 
+    def _where(self, name: str, part: str) -> str:
+        return f"{part} traffic" if self.label(name, part) != ON_FITTED else "the traffic it was fitted on"
+
     def _undecided(self, part: str, base: str) -> str:
         imbalance = {entry.name: self.replays[entry.name, part].imbalance for entry in self.entries}
         best = min(imbalance, key=imbalance.__getitem__)
         return (
             f"No verdict on time: {'; '.join(self.defaults)}. By tokens alone {best} is most even on "
-            f"{self.label(best, part)} traffic: max / mean over devices {imbalance[best]:.3f}, {base} "
+            f"{self._where(best, part)}: max / mean over devices {imbalance[best]:.3f}, {base} "
             f"{imbalance[base]:.3f}."
         )
 

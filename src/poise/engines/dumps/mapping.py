@@ -94,6 +94,8 @@ def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | No
     experts = largest + 1 if known is None else known
     if largest >= experts:
         experts += zeros
+    if largest >= experts and most is None and options.zeros_open and largest < experts + experts // 2:
+        return largest + 1, []  # taken for identity experts, with a note: without_zeros
     if largest >= experts:
         raise TraceError(
             f"{what} names expert {largest}, the model has {known}" + (f" and {zeros} identity experts" * bool(zeros)),
@@ -125,14 +127,22 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
     ------
     TraceError : a slot holds one.
     """
-    experts, wide = options.experts or 0, (options.experts or 0) + options.zeros
     trace, profile, notes = dump.trace, dump.profile, list(dump.notes)
-    if not options.zeros:
+    traffic = trace if trace is not None else profile
+    experts, zeros = options.experts or 0, options.zeros
+    if options.zeros_open and traffic is not None and traffic.num_experts > experts:
+        zeros = traffic.num_experts - experts
+        notes.append(
+            f"ids from {experts} on, beyond the experts given, are taken for {zeros} identity (zero) experts; "
+            f"--zero-experts {zeros} says so, --zero-experts 0 refuses them"
+        )
+    if not zeros:
         return dump
+    wide = experts + zeros
     slots = dump.slots
     if slots is not None and slots.map_LS is not None and int(slots.map_LS.max(initial=0)) >= experts:
         raise TraceError(
-            f"the map names expert {slots.map_LS.max()}, the model has {experts} and {options.zeros} identity experts",
+            f"the map names expert {slots.map_LS.max()}, the model has {experts} and {zeros} identity experts",
             hint="identity experts have no slots",
         )
     if trace is not None and trace.num_experts == wide:
