@@ -33,7 +33,7 @@ OPTIONS = {
               "--admin-api-key", "--steps-per-dump", "--delete-dumps"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--relabelling", "--devices", "--json"},
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--json"},
-    "diff": {"--model", "--cluster", "--staging", "--json"},
+    "diff": {"--model", "--cluster", "--staging", "--ranks", "--lost", "--json"},
     "export": {"--to", "--output", "--model", "--num-hidden-layers", "--num-mtp-layers", "--checkpoint", "--keep-groups", "--json"},
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},

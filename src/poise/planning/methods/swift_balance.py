@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import OptionError
+from poise.planning import elastic
 from poise.planning.methods import contiguous
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
@@ -109,27 +110,29 @@ class SlotTable:
         return out[:, :, :num_experts]
 
 
+def _fits(placement: Placement, problem: PlacementProblem) -> bool:
+    """It is for as many devices, and none holds more experts than it has slots."""
+    if placement.num_devices != problem.num_devices:
+        return False
+    return problem.pooled or bool(((placement.count_LED() > 0).sum(axis=1) <= problem.slots_D).all())
+
+
 def start_table(problem: PlacementProblem) -> SlotTable:
     """The placement in use, or the engine's start-up layout, fitted to the problem's slots.
 
-    Raises
-    ------
-    OptionError : a device of the current placement holds more experts than it has slots.
+    One that is for other devices, or has more experts on a device than there are slots, is mapped
+    (:func:`poise.planning.elastic.mapped`).
     """
     placement = problem.current
     if placement is None:
         placement = contiguous.plan(problem, time_limit_s=1.0).placement
+    elif not _fits(placement, problem):
+        placement = elastic.mapped(placement, problem)
     experts, devices = problem.batch.num_experts, problem.num_devices
     used_LD = (placement.count_LED() > 0).sum(axis=1)
     theirs_D = np.bincount(placement.slot_device_S, minlength=devices)
     room_D = theirs_D if problem.pooled else problem.slots_D
     capacity_LD = used_LD if problem.pooled else np.broadcast_to(np.minimum(room_D, experts), used_LD.shape)
-    if (used_LD > capacity_LD).any():
-        layer, d = (int(x) for x in np.argwhere(used_LD > capacity_LD)[0])
-        raise OptionError(
-            f"layer {layer}: device {d} of the current placement holds {used_LD[layer, d]} experts in "
-            f"{capacity_LD[layer, d]} slots"
-        )
     first = np.concatenate([[0], np.cumsum(theirs_D)])
     table = np.full((problem.batch.num_layers, devices, int(room_D.max())), EMPTY, np.int64)
     for layer, row in enumerate(placement.slot_expert_LS):
@@ -144,6 +147,9 @@ def start_table(problem: PlacementProblem) -> SlotTable:
             beyond = held[room:][held[room:] != EMPTY]
             table[layer, d, np.flatnonzero(table[layer, d, :room] == EMPTY)[: beyond.size]] = beyond
     notes = []
+    if problem.current is not None and problem.current is not placement:
+        have_D = np.bincount(problem.current.slot_device_S, minlength=problem.current.num_devices)
+        notes.append(f"the current placement has slots {have_D.tolist()}: {placement.method}")
     if placement.has_duplicates:
         notes.append("second copies of an expert on one device of the current placement were dropped")
     if not problem.pooled and (theirs_D != room_D).any():
