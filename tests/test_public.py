@@ -21,7 +21,7 @@ TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step"
 OPTIONS = {
     "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--json"},
     "inspect": {"--json"},
-    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--current", "--migration-steps", "--risk",
+    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--current", "--ranks", "--migration-steps", "--risk",
                       "--verdict", "--json"},
     "compare": TRAFFIC | {"--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--json"},

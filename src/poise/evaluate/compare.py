@@ -39,6 +39,7 @@ class Entry:
     seconds : planning time, or None if it came from a file.
     fast : a fast loop over the placement, or None: the engine's own split.
     prior_LE : float64 [L, E], loads a fast loop knows before the first step, or None.
+    made_for : the placement as it was given, where it is for another number of devices than the cluster has, or None.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Entry:
     seconds: float | None = None
     fast: FastLoop | None = None
     prior_LE: NDArray[np.float64] | None = None
+    made_for: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

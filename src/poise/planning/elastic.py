@@ -1,4 +1,4 @@
-"""Placements for another number of devices: which rank is which, and the placement with few fetches on the new ones.
+"""Placements for another number of devices: which rank of the old one is which of the new one.
 
 Ranks keep their numbers unless told otherwise (:class:`Ranks`). Those that stay, join and leave are devices of one
 :class:`Frame`: the old placement has no slots on those that join, the new one none on those that leave. So going from
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from poise.cluster import Cluster
 from poise.errors import OptionError
-from poise.planning.placement import MAX_NAME, Placement
-from poise.planning.problem import PlacementProblem
+from poise.planning.placement import Placement
 
 GONE = -1
 
@@ -158,91 +157,3 @@ def _renumbered(placement: Placement, number_F: NDArray[np.int64]) -> Placement:
     order = np.argsort(place_D[placement.slot_device_S], kind="stable")
     return replace(placement, slot_expert_LS=placement.slot_expert_LS[:, order], num_devices=len(number_F),
                    slot_device_S=place_D[placement.slot_device_S][order].astype(np.int32))  # fmt: skip
-
-
-def start(problem: PlacementProblem) -> Placement:
-    """The placement in use, or, where it is for other devices or slots, :func:`mapped` to the problem's.
-
-    Raises
-    ------
-    OptionError : the problem has no placement in use.
-    """
-    current = problem.current
-    if current is None:
-        raise OptionError("no placement is in use")
-    used_LD = current.count_LED().sum(axis=1)
-    if current.num_devices == problem.num_devices and (problem.pooled or (used_LD <= problem.slots_D).all()):
-        return current
-    return mapped(current, problem)
-
-
-def mapped(old: Placement, problem: PlacementProblem) -> Placement:
-    """An old placement on the problem's devices and slots, with few fetches.
-
-    Devices that stay keep what they hold. One that has too few slots gives up experts of which there are other copies,
-    then every so many in the order of load, so that the share of load it keeps is that of its slots. What nobody holds
-    then goes, heaviest first, to the device with least load / speed that has a free slot. Redundant slots that nobody
-    held stay empty.
-
-    Raises
-    ------
-    OptionError : layers or experts differ from the problem's.
-    """
-    batch, devices = problem.batch, problem.num_devices
-    if (old.num_layers, old.num_experts) != (batch.num_layers, batch.num_experts):
-        raise OptionError(
-            f"the placement has [layers, experts] {[old.num_layers, old.num_experts]}, "
-            f"the traffic {[batch.num_layers, batch.num_experts]}"
-        )
-    stay = min(old.num_devices, devices)
-    have_LED = np.zeros((old.num_layers, old.num_experts, devices), np.bool_)
-    have_LED[:, :, :stay] = old.count_LED()[:, :, :stay] > 0
-    slots_D = np.minimum(problem.slots_D, batch.num_experts)
-    count_LED = [
-        _map_layer(have, load, slots_D, problem.cluster.speed_D)
-        for have, load in zip(have_LED, batch.load_LE(), strict=True)
-    ]
-    name = f", mapped to {devices} devices"
-    return replace(
-        Placement.from_counts(np.stack(count_LED).astype(np.int32), slots_D=problem.slots_D,
-                              layer_ids_L=batch.layer_ids_L),
-        method=old.method[: MAX_NAME - len(name)] + name,
-    )  # fmt: skip
-
-
-def _map_layer(
-    have_ED: NDArray[np.bool_], load_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    keep_ED = have_ED.copy()
-    for d in np.argsort(slots_D - keep_ED.sum(axis=0), kind="stable"):
-        keep_ED[_given_up(keep_ED, load_E, int(d), int(slots_D[d])), d] = False
-    # every copy beyond an expert's first takes a slot; there must be one left for each expert that has none
-    copies_E = keep_ED.sum(axis=1)
-    beyond = int(np.maximum(copies_E - 1, 0).sum()) - int(slots_D.sum() - len(load_E))
-    for _ in range(beyond):
-        e = int(np.argmin(np.where(copies_E > 1, load_E / np.maximum(copies_E, 1), np.inf)))
-        holders = np.flatnonzero(keep_ED[e])
-        keep_ED[e, holders[np.argmax(keep_ED[:, holders].sum(axis=0))]] = False
-        copies_E[e] -= 1
-    free_D = slots_D - keep_ED.sum(axis=0)
-    load_D = (load_E / np.maximum(copies_E, 1)) @ keep_ED
-    for e in sorted(np.flatnonzero(copies_E == 0).tolist(), key=lambda e: (-load_E[e], e)):
-        fits = np.flatnonzero(free_D > 0)
-        d = fits[np.argmin((load_D[fits] + load_E[e]) / speed_D[fits])]
-        keep_ED[e, d] = True
-        free_D[d] -= 1
-        load_D[d] += load_E[e]
-    return keep_ED
-
-
-def _given_up(keep_ED: NDArray[np.bool_], load_E: NDArray[np.float64], d: int, slots: int) -> NDArray[np.int64]:
-    """Experts that a device with too few slots gives up; none of which there are other copies is kept for another."""
-    mine = np.flatnonzero(keep_ED[:, d])
-    over = mine.size - slots
-    if over <= 0:
-        return mine[:0]
-    copies = keep_ED[mine].sum(axis=1)
-    spare = mine[copies > 1][np.lexsort((load_E[mine[copies > 1]], -copies[copies > 1]))][:over]
-    alone = mine[copies == 1][np.argsort(-load_E[mine[copies == 1]], kind="stable")]
-    left = over - spare.size
-    return np.concatenate([spare, alone[((np.arange(left) + 0.5) * alone.size / max(left, 1)).astype(np.int64)]])

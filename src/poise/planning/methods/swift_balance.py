@@ -40,8 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import OptionError
-from poise.planning import elastic
-from poise.planning.methods import contiguous
+from poise.planning.methods import carry, contiguous
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -110,24 +109,17 @@ class SlotTable:
         return out[:, :, :num_experts]
 
 
-def _fits(placement: Placement, problem: PlacementProblem) -> bool:
-    """It is for as many devices, and none holds more experts than it has slots."""
-    if placement.num_devices != problem.num_devices:
-        return False
-    return problem.pooled or bool(((placement.count_LED() > 0).sum(axis=1) <= problem.slots_D).all())
-
-
 def start_table(problem: PlacementProblem) -> SlotTable:
     """The placement in use, or the engine's start-up layout, fitted to the problem's slots.
 
-    One that is for other devices, or has more experts on a device than there are slots, is mapped
-    (:func:`poise.planning.elastic.mapped`).
+    One for other devices, or with more experts on a device than there are slots, is carried over
+    (:mod:`poise.planning.methods.carry`).
     """
     placement = problem.current
     if placement is None:
         placement = contiguous.plan(problem, time_limit_s=1.0).placement
-    elif not _fits(placement, problem):
-        placement = elastic.mapped(placement, problem)
+    elif not carry.fits(placement, problem):
+        placement = carry.carried(placement, problem)
     experts, devices = problem.batch.num_experts, problem.num_devices
     used_LD = (placement.count_LED() > 0).sum(axis=1)
     theirs_D = np.bincount(placement.slot_device_S, minlength=devices)
