@@ -149,9 +149,7 @@ def verdict(
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     said = ""
     if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
-        said = (
-            f"What runs now spans {base.num_devices} ranks and the cluster has {devices}: it cannot be replayed there, "
-        )
+        said = f"What runs now spans {base.num_devices} ranks and the cluster has {devices}: it cannot be replayed, "
         said += "so contiguous stands for it. "
         base = "contiguous"
     if base == method:
@@ -250,7 +248,7 @@ def compare(
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))
         if isinstance(item, Placement):
-            entries.append(carried_entry(_free_name(item.method, entries), item, problem))
+            entries.append(_row(item.method, item, problem, entries))
         elif item in METHODS:
             try:
                 found = solve(problem, method=str(item), time_limit_s=time_limit_s, seed=seed)
@@ -264,7 +262,7 @@ def compare(
                 )
             entries.append(Entry(str(item), found.placement, pooled, found.seconds))
         elif Path(item).suffix == ".npz":
-            entries.append(carried_entry(_free_name(Path(item).stem, entries), Placement.load(item), problem))
+            entries.append(_row(Path(item).stem, Placement.load(item), problem, entries))
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
@@ -294,6 +292,11 @@ def _fast_entries(
         name = _free_name(f"{base.name} + {spec}", [*entries, *out])
         out.append(Entry(name, base.placement, fast=loop, prior_LE=fitted.load_LE()))
     return out
+
+
+def _row(name: str, placement: Placement, problem: PlacementProblem, entries: Sequence[Entry]) -> Entry:
+    entry = carried_entry(name, placement, problem)
+    return replace(entry, name=_free_name(entry.name, entries))
 
 
 def _free_name(name: str, entries: Sequence[Entry]) -> str:

@@ -148,13 +148,15 @@ def _show(old: Placement, new: Placement, facts: dict[str, Any]) -> None:
     o.out.print(table)
     others = sum(1 for row in facts["layers"] if row["arrive"]) - len(facts["most"])
     if others > 0 or changes:
-        o.out.print(f"{max(0, others)} more layers, and who fetches which expert from whom: --json")
+        more = f"{others} more layers, and " if others > 0 else ""
+        o.out.print(f"{more}who fetches which expert from whom: --json")
 
 
 def _show_ranks(ranks: dict[str, Any]) -> None:
     text = f"{ranks['before']} ranks before, {ranks['after']} after"
-    for word, which in (("join", ranks["join"]), ("are lost" if ranks["lost"] else "leave", ranks["leave"])):
-        text += f"; {numbers(which)} {word}" if which else ""
+    gone = ("is lost", "are lost") if ranks["lost"] else ("leaves", "leave")
+    for words, which in ((("joins", "join"), ranks["join"]), (gone, ranks["leave"])):
+        text += f"; {numbers(which)} {words[len(which) > 1]}" if which else ""
     o.out.print(f"{text}.")
 
 
@@ -170,7 +172,9 @@ def _show_sources(ranks: dict[str, Any]) -> None:
         o.out.print(f"No rank that stays holds {only} experts: {some}{', ...' if only > SHOWN else ''}.")
         sent, read = ranks["fetched_from_those_that_leave"], ranks["read_from_checkpoint"]
         if ranks["lost"]:
-            o.out.print(f"They must be read from the checkpoint: {read['experts']} reads{_size(read['bytes'])}.")
+            o.out.print(
+                f"They must be read from the checkpoint: {read['experts']} reads{_size(read['bytes'])}, in no time below."
+            )
         else:
             o.out.print(
                 f"They must be fetched before those ranks leave ({sent['experts']} fetches in all come from ranks that "

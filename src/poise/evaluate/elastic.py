@@ -21,7 +21,7 @@ def carried_entry(name: str, placement: Placement, problem: PlacementProblem) ->
     have, want = placement.num_devices, problem.num_devices
     if have == want:
         return Entry(name, placement)
-    return Entry(f"{name} ({have} devices) mapped to {want}", carried(placement, problem), made_for=placement)
+    return Entry(f"{name} mapped to {want}", carried(placement, problem), made_for=placement)
 
 
 def elastic_notes(entries: Sequence[Entry], model: ModelSpec | None) -> list[str]:
@@ -32,11 +32,11 @@ def elastic_notes(entries: Sequence[Entry], model: ModelSpec | None) -> list[str
         if old is None:
             continue
         have, want = old.num_devices, entry.placement.num_devices
-        moves = ", ".join(f"{other.name} {_fetches(old, other.placement, model)}" for other in entries)
+        moves = "; ".join(f"{other.name}: {_fetches(old, other.placement, model)}" for other in entries)
         out.append(
             f"{entry.name}: a placement for {have} devices cannot be replayed on {want}; the row is what it becomes "
             "with few fetches, fitted like the methods, ranks keeping their numbers. Experts to fetch on the way from "
-            f"the {have} devices to each row: {moves}"
+            f"the {have} devices to each row: {moves}."
         )
     return out
 
