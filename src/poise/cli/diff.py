@@ -173,7 +173,8 @@ def _show_sources(ranks: dict[str, Any]) -> None:
         sent, read = ranks["fetched_from_those_that_leave"], ranks["read_from_checkpoint"]
         if ranks["lost"]:
             o.out.print(
-                f"They must be read from the checkpoint: {read['experts']} reads{_size(read['bytes'])}, in no time below."
+                f"They must be read from the checkpoint: {read['experts']} reads{_size(read['bytes'])}. No time below "
+                "counts that."
             )
         else:
             o.out.print(

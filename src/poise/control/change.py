@@ -73,8 +73,8 @@ class Change:
         if self.lost or not self.frame.assumed:
             return None
         return (
-            f"the cluster of {self.ranks.num_new} devices does not say where {numbers(self.ranks.leave)} are: taken to be "
-            "on further nodes"
+            f"the cluster of {self.ranks.num_new} devices does not say where {numbers(self.ranks.leave)} are: they are "
+            "taken to be on further nodes"
         )
 
     def fetches(self) -> list[list[tuple[int, int | None, int]]]:

@@ -32,10 +32,19 @@ def starts(problem: PlacementProblem) -> list[Placement]:
     """What a search may start from: the placement in use or, where that does not fit, carried over; else nothing."""
     if problem.current is None:
         return []
-    if fits(problem.current, problem) and not problem.current.has_duplicates:
-        return [problem.current]
+    if fits(problem.current, problem):
+        return [problem.current if not problem.current.has_duplicates else _once(problem.current)]
     both = [carried(problem.current, problem, bias=bias) for bias in BIASES]
     return [both[0], *(replace(each, method=f"{each.method[: MAX_NAME - 13]}, few fetches") for each in both[1:])]
+
+
+def _once(placement: Placement) -> Placement:
+    """Without second copies of an expert on one device."""
+    slots_D = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    once = Placement.from_counts(
+        np.minimum(placement.count_LED(), 1), slots_D=slots_D, layer_ids_L=placement.layer_ids_L
+    )
+    return replace(once, method=placement.method)
 
 
 def carried(old: Placement, problem: PlacementProblem, *, bias: float = BIASES[0]) -> Placement:
