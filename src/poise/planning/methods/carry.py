@@ -2,7 +2,8 @@
 
 Per layer, LPT (:mod:`poise.planning.methods.lpt`) with a bias: replicas for the new number of slots, heaviest share
 first, each to the device with the least load / speed, where a device that does not hold the expert yet counts ``bias``
-of a device's mean load more. Devices keep their numbers; those that join hold nothing.
+of a device's mean load more; of equal loads every device's first comes first, then every second. Devices keep their
+numbers; those that join hold nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _pack(
     each_E, price = load_E / replicas_E, bias * float(load_E.sum() / speed_D.sum())
     count = np.zeros(have_ED.shape, np.int32)
     free_D, load_D, missing = slots_D.copy(), np.zeros(len(slots_D)), len(load_E)
-    for e in np.argsort(-each_E, kind="stable"):
+    turn_E = np.where(have_ED, have_ED.cumsum(axis=0), len(load_E)).min(axis=1)
+    for e in np.lexsort((turn_E, -each_E)):
         for copy in range(int(replicas_E[e])):
             able_D = (free_D > 0) & (count[e] == 0)
             if not able_D.any() or (copy > 0 and free_D.sum() <= missing):
