@@ -131,6 +131,12 @@ def test_devices_join_leave_or_are_lost(part):
         }
         assert unheld == ({tuple(row) for row in diff.leaving_O2.tolist()} if lost else set())
         assert {(m.layer, m.expert) for r in moves.rounds for m in r.moves if m.from_device < 0} == unheld
+        stays = np.arange(moves.result.num_devices) < after.num_devices
+        for state, each in zip(states, moves.rounds, strict=False):
+            for move in (m for m in each.moves if m.from_device not in (m.to_device, FROM_CHECKPOINT)):
+                last = [(node[s] != node[move.to_device], not stays[s])
+                        for s in (move.from_device, *device[state[move.layer] == move.expert].tolist())]  # fmt: skip
+                assert last[0] == min(last)
         # who leaves keeps all it holds until the last flip
         for d in range(after.num_devices, before.num_devices):
             assert all((state[:, device == d] == start[:, device == d]).all() for state in states[:-1])
@@ -147,6 +153,12 @@ def test_what_nobody_holds_is_read_before_all_else_and_counts_apart():
     moves = move_list(before, after, expert_bytes=7.0, lost=[3])
     assert {(m.layer, m.expert) for m in moves.rounds[0].moves if m.from_device == FROM_CHECKPOINT} == {(0, 3), (1, 3)}
     assert moves.moved_bytes == 7.0 * moves.fetched and moves.fetched == before.diff(after).fetched - moves.read
+    # layer 0 has four moves through the one buffer of devices 0 and 1; expert 3 of layer 1 still is first
+    device = np.repeat([0, 1, 2], 2)
+    before = Placement(np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 1, 3, EMPTY]]), device, 4, 3)
+    after = Placement(np.array([[2, 3, 0, 1], [0, 1, 2, 3]]), device[:4], 4, 2)
+    first, *others = move_list(before, after, expert_bytes=7.0, lost=[2]).rounds
+    assert (1, 3, FROM_CHECKPOINT) in {(m.layer, m.expert, m.from_device) for m in first.moves} and others
     cluster = Cluster.uniform(1, 3)
     only = MoveList((Round((Move(0, 3, 1, FROM_CHECKPOINT, 0, False),), ()),), moves.result, 7.0, 1)
     assert only.seconds(cluster) == 0.0 and (only.fetched, only.read) == (0, 1)

@@ -106,6 +106,14 @@ def test_what_is_carried_over_fits_and_fetches_no_more_than_a_plan_from_nothing(
         assert [old.diff(each).fetched for each in carry.starts(problem)] == [0]
 
 
+def test_the_bias_saves_fetches():
+    problems = [drawn(seed) for seed in range(60)]
+    total = [
+        sum(p.current.diff(carry.carried(p.current, p, bias=bias)).fetched for p in problems) for bias in (0, 0.1, 1.0)
+    ]
+    assert total[2] < total[1] < total[0]
+
+
 def test_growth_fills_the_new_ranks_and_leaves_the_old_ones_theirs():
     rng = np.random.default_rng(0)
     batch = replace(load_batch(rng, experts=16, layers=2, steps=1), load_BLE=np.ones((1, 2, 16)))

@@ -79,17 +79,16 @@ def _pack(
     replicas_E = replicate(load_E, int(slots_D.sum()) - len(load_E), len(slots_D))
     each_E, price = load_E / replicas_E, bias * float(load_E.sum() / speed_D.sum())
     count = np.zeros(have_ED.shape, np.int32)
-    free_D, load_D, missing = slots_D.copy(), np.zeros(len(slots_D)), len(load_E)
+    free_D, load_D = slots_D.copy(), np.zeros(len(slots_D))
     turn_E = np.where(have_ED, have_ED.cumsum(axis=0), len(load_E)).min(axis=1)
     for e in np.lexsort((turn_E, -each_E)):
-        for copy in range(int(replicas_E[e])):
+        for _ in range(int(replicas_E[e])):
             able_D = (free_D > 0) & (count[e] == 0)
-            if not able_D.any() or (copy > 0 and free_D.sum() <= missing):
-                break
+            if not able_D.any():
+                break  # never of a first copy: copies are as many as slots
             score_D = (load_D + each_E[e]) / speed_D + price * ~have_ED[e]
             d = np.argmin(np.where(able_D, score_D, np.inf))
             count[e, d] = 1
             free_D[d] -= 1
             load_D[d] += each_E[e]
-            missing -= copy == 0
     return count
