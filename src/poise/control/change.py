@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from poise.cluster import Cluster
 from poise.control.moves import MoveList, move_list
+from poise.errors import OptionError
 from poise.evaluate.moving import Moving, moving
 from poise.planning.elastic import Frame, Ranks
 from poise.planning.placement import Placement
@@ -44,8 +45,14 @@ class Change:
 
         Raises
         ------
-        PlacementError : the placements are of different models. OptionError : the cluster has another size.
+        PlacementError : the placements are of different models. OptionError : the cluster has another size, or ranks
+        that leave are lost and none leaves.
         """
+        if lost and not ranks.leave:
+            raise OptionError(
+                f"no rank leaves: {len(ranks.new_O)} before, {ranks.num_new} after, so none is lost",
+                hint="--ranks names those that stay, as in 0:0,1:1,3:2",
+            )
         frame = ranks.frame(cluster)
         before, after = frame.before(old), frame.after(new)
         gone = _gone(frame) if lost else []
