@@ -131,7 +131,7 @@ def test_devices_join_leave_or_are_lost(part):
         }
         assert unheld == ({tuple(row) for row in diff.leaving_O2.tolist()} if lost else set())
         assert {(m.layer, m.expert) for r in moves.rounds for m in r.moves if m.from_device < 0} == unheld
-        stays = np.arange(moves.result.num_devices) < after.num_devices
+        stays = np.bincount(after.slot_device_S, minlength=moves.result.num_devices) > 0
         for state, each in zip(states, moves.rounds, strict=False):
             for move in (m for m in each.moves if m.from_device not in (m.to_device, FROM_CHECKPOINT)):
                 last = [(node[s] != node[move.to_device], not stays[s])
