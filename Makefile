@@ -17,8 +17,9 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# the tests, and the whole parity matrix of sharded training on 2, 4 and 8 processes; writes a report
+# the tests, ten thousand random problems, and the whole parity matrix of sharded training on 2, 4 and 8 processes
 test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_rules.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity.py
 
 check: setup

@@ -47,7 +47,7 @@ def token_batch(
     for b in range(len(tokens_B)):
         for token in experts[start[b] : start[b + 1]]:
             for layer, chosen in enumerate(token):
-                for expert in chosen:
+                for expert in chosen[chosen >= 0]:
                     load[b, layer, expert] += 1
     weight = np.full(len(tokens_B), 1 / len(tokens_B)) if weight_B is None else np.asarray(weight_B, dtype=float)
     return RoutingBatch(
@@ -58,15 +58,29 @@ def token_batch(
 
 
 def tiny_batch(
-    rng, *, devices: int, experts: int = 4, layers: int = 2, top_k: int = 2, tokens: Sequence[int] = (4, 0, 3)
-) -> RoutingBatch:
-    """Random skewed tokens in steps of these sizes; home ranks recorded, from requests, or dealt in turn."""
+    rng, *, devices: int, experts: int = 4, layers: int = 2, top_k: int = 2, tokens: Sequence[int] = (4, 0, 3),
+    idle: float = 0.0,
+) -> RoutingBatch:  # fmt: skip
+    """Random skewed tokens in steps of these sizes; home ranks recorded, from requests, or dealt in turn.
+
+    Of all picks a share ``idle`` computes nothing.
+    """
     total = sum(tokens)
     score = rng.gumbel(size=(total, layers, experts)) + 2.0 * rng.random((1, layers, experts))
     ids = np.argsort(-score, axis=2)[:, :, :top_k]
+    if idle:
+        ids = no_experts(rng, ids, idle)
     homes = [{"home_T": rng.integers(devices, size=total)}, {"request_T": rng.integers(9, size=total)}, {}]
     weight = rng.random(len(tokens)) + 0.1
     return token_batch(ids, tokens, experts, weight_B=weight / weight.sum(), **homes[rng.integers(3)])
+
+
+def no_experts(rng, experts_TLK, share: float) -> np.ndarray:
+    """The picks with a share of them -1, which computes nothing; those of a token come last. The first one stays."""
+    none = rng.random(experts_TLK.shape) < share
+    none[:1, :1, :1] = False
+    order = np.argsort(none, axis=2, kind="stable")
+    return np.take_along_axis(np.where(none, -1, experts_TLK), order, axis=2)
 
 
 def load_batch(rng, *, experts: int = 4, layers: int = 2, top_k: int = 2, steps: int = 2) -> RoutingBatch:

@@ -1,6 +1,6 @@
 """poise: keep every GPU of a Mixture-of-Experts model equally busy. Plan, compare and export expert placements."""
 
-from poise.api import compare, plan
+from poise.api import VERSION, compare, plan
 from poise.cluster import Cluster
 from poise.errors import InfeasibleError, InputError, NoResultError, PoiseError
 from poise.modelspec import ModelSpec
@@ -12,7 +12,7 @@ from poise.planning.problem import PlacementProblem, Solution
 from poise.planning.solve.solve import METHODS, solve
 from poise.policies.registry import POLICIES
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "METHODS",
     "POLICIES",

@@ -13,25 +13,36 @@ from numpy.typing import NDArray
 from poise.cluster import Cluster
 from poise.cost.split import Split
 from poise.cost.traffic import Traffic
-from poise.errors import InfeasibleError, NoResultError, OptionError
+from poise.errors import NoResultError, OptionError
 from poise.evaluate.compare import IN_SAMPLE, Comparison, Entry
 from poise.evaluate.compare import compare as compare_entries
-from poise.evaluate.elastic import carried_entry, elastic_notes
-from poise.evaluate.stepwise import WARM_UP, FastLoop
+from poise.evaluate.elastic import carried_row, elastic_notes
+from poise.evaluate.rows import (
+    Traffics,
+    fast_rows,
+    fewer_slots,
+    free_name,
+    held_row,
+    planned_rows,
+    silent_defaults,
+    split_traffic,
+)
+from poise.evaluate.stepwise import WARM_UP
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import Order, make_batch
 from poise.observe.files import join, read
-from poise.observe.predict import PREDICTORS
+from poise.observe.fingerprint import NO_TRAFFIC, fingerprint
 from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.engine_rules import parse_engine
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
+from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import METHODS, solve
-from poise.policies.registry import parse_policy
 
-Traffics = RoutingTrace | LoadProfile
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
+VERSION = "0.1.0"
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
@@ -81,7 +92,8 @@ def plan(
     method: str = "poise",
     model: str | ModelSpec | None = None,
     traffic: Traffic | None = None,
-    split: Split = "even",
+    split: Split | None = None,
+    engine: str = "any",
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
     pooled: bool = False,
@@ -102,7 +114,9 @@ def plan(
     method : a key of :data:`poise.planning.solve.solve.METHODS`.
     model : preset, config.json or ModelSpec; without it a generic one, whose ratios hold but whose seconds do not.
     traffic : data flow; default ``home_node_dedup``, for loads only ``home``.
-    split : how tokens of replicas are split.
+    split : how tokens of replicas are split; default: as the engine does, else ``even``.
+    engine : what the plan must be held by (:data:`poise.planning.engine_rules.ENGINES`): by default every slot is
+        filled, as no released engine knows an empty one; ``none`` lets the method leave slots empty.
     tokens_per_step, order, seed : how the trace is batched into steps (:func:`poise.observe.batching.make_batch`).
     pooled : count slots over all layers together.
     current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
@@ -115,12 +129,24 @@ def plan(
     ------
     InputError : the input is wrong. NoResultError : the method found no placement.
     """
-    batch = make_batch(load(trace), tokens_per_step=tokens_per_step, order=order, seed=seed)
+    found = load(trace)
+    batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed)
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
+    rules = parse_engine(engine)
     slots_D = _slots(batch, machine, redundant, slots)
     running = None if current is None else _placement(current)
-    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, split, pooled, running, migration_steps, risk)
-    return solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
+    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), pooled, running,
+                               migration_steps, risk, rules)  # fmt: skip
+    solution = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
+    fewer = fewer_slots(problem, solution, time_limit_s / 2, seed)
+    details = dict(solution.details)
+    if fewer is not None:
+        many = fewer.placement.num_slots - batch.num_experts
+        details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
+    about = {"traffic": found.name, "version": VERSION, "seed": str(seed), "engine": engine, "method": method,
+             "batch": batch.order}  # fmt: skip
+    kept = NO_TRAFFIC if not METHODS[method].fitted else fingerprint(found)
+    return replace(solution, placement=replace(solution.placement, fitted=Provenance(kept, about)), details=details)
 
 
 def _placement(item: str | Path | Placement) -> Placement:
@@ -146,6 +172,8 @@ def verdict(
         return None
     if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
         return None
+    if METHODS[method].pooled and options.get("engine", "any") == "any":
+        options = {**options, "engine": "none"}
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     said = ""
     if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
@@ -165,26 +193,6 @@ def _slots(batch: RoutingBatch, machine: Cluster, redundant: int, slots: Sequenc
     return np.asarray(slots, dtype=np.int64)
 
 
-def split_traffic(
-    trace: Traffics, fit: Traffics | None, others: Mapping[str, Traffics] | None = None
-) -> tuple[Traffics, dict[str, Traffics], tuple[str, ...]]:
-    """What methods are fitted on, what they are judged on by name, and notes for the reader."""
-    judged: dict[str, Traffics] = {}
-    notes: tuple[str, ...] = ()
-    if fit is not None:
-        judged["held-out"] = trace
-    elif isinstance(trace, RoutingTrace):
-        fit, judged["held-out"] = trace.split_requests()
-        notes = ("fitted on the first half of the requests, held-out is the second half",)
-    elif trace.num_steps > 1:
-        half = (trace.num_steps + 1) // 2
-        fit, judged["held-out"] = trace.steps(slice(0, half)), trace.steps(slice(half, None))
-        notes = (f"fitted on the first {half} recorded loads, held-out are the other {trace.num_steps - half}",)
-    else:
-        fit, notes = trace, ("one recorded load: judged on what it was fitted on, which flatters every method",)
-    return fit, {**judged, **(others or {})}, notes
-
-
 def compare(
     trace: Source | Sequence[Source],
     cluster: str | Path | Cluster,
@@ -196,7 +204,8 @@ def compare(
     slots: Sequence[int] | None = None,
     model: str | ModelSpec | None = None,
     traffic: Traffic | None = None,
-    split: Split = "even",
+    split: Split | None = None,
+    engine: str = "any",
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
     time_limit_s: float = 10.0,
@@ -241,65 +250,30 @@ def compare(
     batch = batches[IN_SAMPLE]
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)
-    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, split)
+    rules = parse_engine(engine)
+    chosen = rules.choose_split(split)
+    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, chosen, engine=rules)
+    prints = {name: fingerprint(part) for name, part in parts.items()}
     entries: list[Entry] = []
-    said = list(notes)
+    said = [*notes, *([rules.caveat] if rules.caveat else [])]
     for index, item in enumerate(placements):
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))
-        if isinstance(item, Placement):
-            entries.append(_row(item.method, item, problem, entries))
+        if isinstance(item, Placement) or (item not in METHODS and Path(item).suffix == ".npz"):
+            name, file = item.method if isinstance(item, Placement) else Path(item).stem, _placement(item)
+            if file.num_devices != machine.num_devices:
+                entries.append(carried_row(name, file, problem, prints[IN_SAMPLE], entries, said))
+            else:
+                entries.append(held_row(free_name(name, entries), file, rules, slots_D, said))
         elif item in METHODS:
-            try:
-                found = solve(problem, method=str(item), time_limit_s=time_limit_s, seed=seed)
-            except (InfeasibleError, NoResultError) as error:
-                said.append(f"{item} left out: {error.message}")
-                continue
-            pooled = METHODS[str(item)].pooled
-            if pooled:
-                said.append(
-                    f"{item} counts its memory over all layers together; engines with fixed slots cannot run it"
-                )
-            entries.append(Entry(str(item), found.placement, pooled, found.seconds))
-        elif Path(item).suffix == ".npz":
-            entries.append(_row(Path(item).stem, Placement.load(item), problem, entries))
+            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], time_limit_s, seed, said)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
     said += elastic_notes(entries, sizes if model is not None else None)
-    entries += _fast_entries(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
-    return compare_entries(batches, entries, cluster=machine, model=sizes, traffic=flow, split=split, slots_D=slots_D,
-                           notes=said, warm_up=skip)  # fmt: skip
-
-
-def _fast_entries(
-    entries: Sequence[Entry], fast: Sequence[str], over: str | None, step_slots: int, predictor: str,
-    fitted: RoutingBatch, model_named: bool,
-) -> list[Entry]:  # fmt: skip
-    """A row for each step-wise policy over one of the placements."""
-    if not fast:
-        return []
-    if predictor not in PREDICTORS:
-        raise OptionError(f"unknown predictor {predictor!r}", hint=f"one of {', '.join(PREDICTORS)}")
-    names = {entry.name: entry for entry in entries}
-    if over is not None and over not in names:
-        raise OptionError(f"--fast-over names {over!r}", hint=f"one of {', '.join(names)}")
-    base = names[over] if over is not None else entries[-1]
-    out: list[Entry] = []
-    for spec in fast:
-        loop = FastLoop(parse_policy(spec, model_named=model_named), step_slots, PREDICTORS[predictor])
-        name = _free_name(f"{base.name} + {spec}", [*entries, *out])
-        out.append(Entry(name, base.placement, fast=loop, prior_LE=fitted.load_LE()))
-    return out
-
-
-def _row(name: str, placement: Placement, problem: PlacementProblem, entries: Sequence[Entry]) -> Entry:
-    entry = carried_entry(name, placement, problem)
-    return replace(entry, name=_free_name(entry.name, entries))
-
-
-def _free_name(name: str, entries: Sequence[Entry]) -> str:
-    taken = {entry.name for entry in entries} | {"bound"}
-    options: Any = (name if index == 1 else f"{name}-{index}" for index in range(1, 1000))
-    return str(next(option for option in options if option not in taken))
+    entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
+    return compare_entries(
+        batches, entries, cluster=machine, model=sizes, traffic=flow, split=chosen, slots_D=slots_D, notes=said,
+        warm_up=skip, prints=prints, defaults=silent_defaults(whole, model, tokens_per_step, batch), engine=rules,
+    )  # fmt: skip

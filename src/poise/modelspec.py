@@ -37,6 +37,7 @@ class ModelSpec:
     kv_bytes_per_token_layer : key/value cache bytes per token and layer (for ``stay`` traffic and for
         pricing redundant slots).
     num_expert_groups : routing groups that limit which experts a token may take together (DeepSeek), 1 if none do.
+    num_zero_experts : identity experts, ids from E on, which return a token as it is and compute nothing (LongCat).
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelSpec:
     combine_bytes: float = 2.0
     kv_bytes_per_token_layer: float = 0.0
     num_expert_groups: int = 1
+    num_zero_experts: int = 0
 
     def __post_init__(self) -> None:
         for attr in (
@@ -74,6 +76,8 @@ class ModelSpec:
             raise ModelError(
                 f"kv_bytes_per_token_layer must be finite and at least 0, got {self.kv_bytes_per_token_layer!r}"
             )
+        if not 0 <= self.num_zero_experts < float("inf"):
+            raise ModelError(f"num_zero_experts must be finite and at least 0, got {self.num_zero_experts!r}")
         ids = self.moe_layer_ids
         if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= self.num_hidden_layers:
             raise ModelError(f"moe_layer_ids must ascend within 0..{self.num_hidden_layers - 1}, got {ids}")

@@ -64,7 +64,10 @@ def test_compare_prints_rows_for_every_part(trace, plan_file):
     assert got.exit_code == 0, got.stderr
     data = json.loads(got.stdout)
     assert {row["name"] for row in data["rows"]} == {"contiguous", "eplb", "p", "bound"}
-    assert {row["judged_on"] for row in data["rows"]} == {"in-sample", "held-out", "other"}
+    judged = {(row["name"], row["part"]): row["judged_on"] for row in data["rows"]}
+    assert judged["eplb", "held-out"] == "held-out" and judged["p", "in-sample"] == "in-sample"
+    # p was planned on all of it, eplb on the half that "other" holds too
+    assert {judged[key] for key in (("p", "held-out"), ("p", "other"), ("eplb", "other"))} == {"fitted on this traffic"}
     for row in data["rows"]:
         assert set(row) >= ROW and set(row["step_seconds"]) == {"mean", "p50", "p99"} and 0 < row["efficiency"] <= 1
 

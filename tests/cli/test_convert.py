@@ -127,3 +127,23 @@ def test_usage(tmp_path):
     assert run("convert", place, "-o", tmp_path / "t.npz", "--format", "sglang").exit_code == 2
     assert run("convert", tmp_path / "nowhere", "-o", tmp_path / "t.npz").exit_code == 2
     assert run("convert", place, "-o", tmp_path / "no" / "t.npz").exit_code == 2
+
+
+def test_identity_experts_are_set_apart(tmp_path):
+    """Tokens and loads of 5 experts and 3 identity experts; the files say what share computes nothing."""
+    place, known = made(tmp_path, "selection_trace")
+    refused = run("convert", place, "--num-experts", 5, "-o", tmp_path / "t.npz")
+    assert refused.exit_code == 2 and "--zero-experts 3" in " ".join(refused.stderr.split())
+    got = run("convert", place, "--num-experts", 5, "--zero-experts", 3, "-o", tmp_path / "t.npz", "--json")
+    assert got.exit_code == 0 and json.loads(got.stdout)["trace"]["experts"] == 5
+    idle = float((known.experts_TLK >= 5).mean())
+    assert json.loads(run("inspect", tmp_path / "t.npz", "--json").stdout)["identity_share"] == pytest.approx(idle)
+    place, known = made(tmp_path, "load_history")
+    for name in ("p.json", "p.npz"):
+        got = run("convert", place, "--num-experts", 5, "--zero-experts", 3, "-o", tmp_path / name)
+        assert got.exit_code == 0 and "computes nothing" in got.stderr
+        profile = read(tmp_path / name)
+        np.testing.assert_array_equal(profile.load_BLE.sum(axis=(1, 2)), known.load_BLE[:, :, :5].sum(axis=(1, 2)))
+        np.testing.assert_array_equal(profile.idle_BL.sum(axis=1), known.load_BLE[:, :, 5:].sum(axis=(1, 2)))
+        share = json.loads(run("inspect", tmp_path / name, "--json").stdout)["identity_share"]
+        assert share == pytest.approx(known.load_BLE[:, :, 5:].sum() / known.load_BLE.sum())

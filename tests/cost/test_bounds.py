@@ -53,6 +53,10 @@ def price_all(batch, counts, cluster, model, traffic, split):
     for i, count in enumerate(counts):
         out[:, :, 0, i] = price([0], [count])
     pairs = list(product(range(num), repeat=2))
+    if batch.experts_TLK is not None and (batch.experts_TLK < 0).any():  # tokens may come from further back
+        for i, j in pairs:
+            out[:, :, 1, i, j] = price([0, 1], [counts[i], counts[j]])[:, :, 1]
+        return out
     # layer 0, 1, 0, 1, ...: every other one is layer 1 whose tokens come from layer 0
     cost = price([0, 1] * num**2, [counts[i] for pair in pairs for i in pair])
     out[:, :, 1] = cost[:, :, 1::2].reshape(4, batch.num_steps, num, num)
@@ -74,7 +78,8 @@ def tiny_case(seed, nodes, traffic, loads, spare, most):
     if loads:
         batch = load_batch(rng, experts=experts, top_k=top_k)
     else:
-        batch = tiny_batch(rng, devices=cluster.num_devices, experts=experts, top_k=top_k, tokens=(6, 0, 4))
+        batch = tiny_batch(rng, devices=cluster.num_devices, experts=experts, top_k=top_k, tokens=(6, 0, 4),
+                           idle=(0.0, 0.4)[seed % 2])  # fmt: skip
     return batch, cluster, tiny_model(batch), slots, counts
 
 
@@ -130,6 +135,22 @@ def test_no_plan_lies_below_the_bound_of_a_solution(seed, nodes, traffic, split,
         assert term.lower_bound <= values[fits].min() * (1 + 1e-9) + ATOL, name
     assert solution.lower_bound <= cost.sum(axis=0)[fits].min() * (1 + 1e-9)
     assert list(solution.terms) == list(TERMS)
+
+
+@given(SEEDS, NODES, st.sampled_from(SPLITS))
+@settings(max_examples=30, deadline=None)
+def test_no_plan_lies_below_a_bound_where_tokens_skip_layers(seed, nodes, split):
+    """Under ``stay``, three layers: who computes nothing in one comes to the next from further back."""
+    rng = np.random.default_rng(seed)
+    cluster = tiny_cluster(rng, nodes)
+    batch = tiny_batch(rng, devices=cluster.num_devices, layers=3, tokens=(9, 6), idle=0.5)
+    slots = random_slots(rng, 4, cluster.num_devices, int(rng.integers(3)))
+    counts, options = list(all_counts(4, slots)), {"traffic": "stay", "slots_D": slots}
+    bound = terms_of(bound_terms(batch, cluster, tiny_model(batch), **options))
+    for _ in range(40):
+        plan = np.stack([counts[rng.integers(len(counts))] for _ in range(3)])
+        cost = terms_of(batch_cost(batch, plan, cluster, tiny_model(batch), traffic="stay", split=split))
+        assert (bound <= cost * (1 + 1e-9) + ATOL).all()
 
 
 @given(SEEDS, st.integers(0, 2), st.sampled_from([2, 3]))

@@ -1,12 +1,14 @@
 """The cost model against counting token by token, and the bounds against every placement there is."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from tests.helpers import no_experts
 
 from poise.cluster import from_preset
 from poise.cost import step as step_module
@@ -14,7 +16,7 @@ from poise.cost.bound import compute_bound
 from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds
 from poise.cost.split import even_share, exact_quota
-from poise.cost.step import batch_cost
+from poise.cost.step import batch_cost, kv_seconds_per_token
 from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -28,7 +30,8 @@ from poise.planning.solve.state import STAY, TIE_BREAK, change, layer_seconds, m
 SEEDS = st.integers(0, 100_000)
 
 
-def case(seed, *, experts=4, layers=2, top_k=2, tokens=10, nodes=(2, 1), loads=False, steps=2, shared=False):
+def case(seed, *, experts=4, layers=2, top_k=2, tokens=10, nodes=(2, 1), loads=False, steps=2, shared=False,
+         idle=0.0):  # fmt: skip
     rng = np.random.default_rng(seed)
     devices = sum(nodes)
     if loads:
@@ -38,6 +41,7 @@ def case(seed, *, experts=4, layers=2, top_k=2, tokens=10, nodes=(2, 1), loads=F
         trace = zipf_trace(
             num_tokens=tokens, num_layers=layers, num_experts=experts, top_k=top_k, tokens_per_request=1, seed=seed
         )
+        trace = replace(trace, experts=no_experts(rng, trace.experts, idle)) if idle else trace
         batch = make_batch(trace, tokens_per_step=-(-tokens // steps), order="file")
     cluster = from_preset(list(nodes), "h100", speed=rng.choice([0.5, 1.0, 2.0], devices), nic_shared=shared,
                           flops_per_s=float(rng.choice([1e9, 1e15])))  # fmt: skip
@@ -87,22 +91,30 @@ def seconds_by_hand(port, cluster, bytes_per_copy):
 
 
 @given(
-    SEEDS, st.sampled_from(TRAFFIC_MODELS), st.sampled_from([(2, 1), (3,), (1, 1, 2)]), st.integers(1, 3), st.booleans()
-)
-@settings(max_examples=60, deadline=None)
-def test_traffic_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, shared):
-    rng, batch, cluster, model = case(seed, top_k=top_k, tokens=6, nodes=nodes, shared=shared)
-    count = placement_of(rng, 2, 4, cluster.num_devices)
+    SEEDS, st.sampled_from(TRAFFIC_MODELS), st.sampled_from([(2, 1), (3,), (1, 1, 2)]), st.integers(1, 3), st.booleans(),
+    st.sampled_from([0.0, 0.4]),
+)  # fmt: skip
+@example(1, "stay", (2, 1), 1, False, 0.4)  # tokens that skip a layer
+@example(2, "stay", (1, 1, 2), 1, True, 0.4)
+@example(3, "stay", (3,), 2, False, 0.4)
+@settings(max_examples=90, deadline=None)
+def test_traffic_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, shared, idle):
+    """Picks that compute nothing are not in the token's list: it is priced as if it had fewer."""
+    rng, batch, cluster, model = case(seed, top_k=top_k, tokens=6, nodes=nodes, shared=shared, idle=idle, layers=3)
+    count = placement_of(rng, 3, 4, cluster.num_devices)
     got = batch_cost(batch, count, cluster, model, traffic=traffic, split="even")
     home = batch.home_of_tokens(cluster.num_devices)
     share = even_share(count)
-    for b, layer in product(range(batch.num_steps), range(2)):
+    for b, layer in product(range(batch.num_steps), range(3)):
         out, back, crossing, crossing_node = [], [], 0.0, 0.0
         for t in range(batch.start_B[b], batch.start_B[b + 1]):
-            ids = batch.experts_TLK[t, layer]
+            ids = [e for e in batch.experts_TLK[t, layer].tolist() if e >= 0]
             sources = [(1.0, int(home[t]))]
-            if traffic == "stay" and layer:
-                before = share[layer - 1, batch.experts_TLK[t, layer - 1, 0]]
+            if not ids:
+                continue
+            heaviest = [(old, e) for old, e in enumerate(batch.experts_TLK[t, :layer, 0].tolist()) if e >= 0]
+            if traffic == "stay" and heaviest:  # it waits where it last computed
+                before = share[heaviest[-1]]
                 sources = [(before[d], d) for d in np.flatnonzero(before)]
             for (ps, source), draw in product(sources, product(*(np.flatnonzero(share[layer, e]) for e in ids))):
                 p = ps * np.prod([share[layer, e, d] for e, d in zip(ids, draw, strict=True)])
@@ -113,10 +125,13 @@ def test_traffic_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, s
                     back += [(p, int(d), [int(draw[0])]) for d in set(draw[1:])]
         dedup = traffic == "home_node_dedup"
         first = seconds_by_hand(ports_by_hand(None, cluster, dedup, out), cluster, model.dispatch_bytes_per_token)
-        assert got.dispatch_BL[b, layer] == pytest.approx(first + latency_seconds(cluster), rel=1e-9)
+        busy = any(batch.experts_TLK[t, layer, 0] >= 0 for t in range(batch.start_B[b], batch.start_B[b + 1]))
+        assert got.dispatch_BL[b, layer] == pytest.approx(first + busy * latency_seconds(cluster), rel=1e-9)
         second = seconds_by_hand(ports_by_hand(None, cluster, dedup, back if traffic == "stay" else out), cluster,
                                  model.combine_bytes_per_token)  # fmt: skip
-        second += latency_seconds(cluster) if traffic != "stay" or top_k > 1 else 0
+        second += busy * latency_seconds(cluster) if traffic != "stay" or top_k > 1 else 0
+        tokens = busy * (batch.start_B[b + 1] - batch.start_B[b]) * (traffic == "stay")
+        assert got.kv_BL[b, layer] == pytest.approx(tokens * kv_seconds_per_token(cluster, model), rel=1e-9)
         assert got.combine_BL[b, layer] == pytest.approx(second, rel=1e-9)
         assert got.cross_device_BL[b, layer] == pytest.approx(crossing)
         assert got.cross_node_BL[b, layer] == pytest.approx(crossing_node)

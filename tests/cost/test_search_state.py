@@ -31,7 +31,8 @@ def make(seed, nodes, traffic, loads, *, top_k=2, pooled=False, max_rows=10**9):
     if loads:
         batch = load_batch(rng, layers=LAYERS, top_k=top_k)
     else:
-        batch = tiny_batch(rng, devices=devices, layers=LAYERS, top_k=top_k, tokens=(9, 0, 5))
+        idle = (0.0, 0.4)[seed % 2]
+        batch = tiny_batch(rng, devices=devices, layers=LAYERS, top_k=top_k, tokens=(9, 0, 5), idle=idle)
     traffic = "home" if loads else traffic
     problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(devices, EXPERTS), traffic, pooled=pooled)
     data = make_data(problem, max_rows)

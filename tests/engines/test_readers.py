@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from tests.engines import dumps
 
 from poise.engines.checkpoints.permutation import Relabelling
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError, TraceError
+from poise.errors import ModelError, OptionError, TraceError
 from poise.modelspec import from_hf_config
 from poise.observe.profile import load_LE
-from poise.observe.trace import LoadProfile
+from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
@@ -147,6 +148,66 @@ def test_own_files_pass_through(tmp_path):
     trace.save(place / "t.npz")
     back = read_dump([place / "t.npz", place / "t.npz"]).trace
     assert back.num_tokens == 2 * trace.num_tokens and len(back.requests()) == 2 * len(trace.requests())
+
+
+ZEROS = 3
+NAMED = {"sglang_stat", "sglang_stat_json", "sglang_routed", "sglang_routed_openai", "vllm_routed", "vllm_routed_lists",
+         "tensorrt_statistics", "tensorrt_raw", "exflow", "selection_trace", "load_history", "step_routing", "route_log"}  # fmt: skip
+"""Dumps in which routers' ids appear as they are; the others speak of slots, which no identity expert has."""
+
+
+@pytest.mark.parametrize("name", [name for name in dumps.MAKERS if name not in ("vllm_log", "sglang_log")])
+def test_identity_experts_compute_nothing(folder, name):
+    """The last three of eight ids are identity experts; without the option they are not told from wrong numbers."""
+    place, known = made(folder, name, 5)
+    real = dumps.EXPERTS - ZEROS
+    few = {"num_experts": real, "num_zero_experts": ZEROS}
+    told = [ReadOptions(num_experts=real, zero_experts=ZEROS, top_k=dumps.TOP_K)]
+    told += [] if name in dumps.ONE_LAYER else [ReadOptions(replace(MODEL, **few))]
+    with pytest.raises(TraceError) as error:
+        read_dump(place, options=ReadOptions(num_experts=real, top_k=dumps.TOP_K))
+    for options in told:
+        if name not in NAMED:
+            with pytest.raises(TraceError):
+                read_dump(place, options=options)
+            continue
+        assert "--zero-experts 3" in error.value.hint
+        dump = read_dump(place, options=options)
+        assert any("compute" in note for note in dump.notes)
+        if known.experts_TLK is not None and options.model is not None:
+            want = np.where(known.experts_TLK >= real, -1, known.experts_TLK)
+            assert dump.trace.num_experts == real
+            np.testing.assert_array_equal(np.sort(dump.trace.experts, axis=2), np.sort(want, axis=2))
+        if known.load_BLE is not None and options.model is not None:
+            np.testing.assert_array_equal(dump.profile.load_BLE, known.load_BLE[:, :, :real])
+            np.testing.assert_array_equal(dump.profile.idle_BL, known.load_BLE[:, :, real:].sum(axis=2))
+    one_short = ReadOptions(num_experts=real, zero_experts=ZEROS - 1, top_k=dumps.TOP_K)
+    with pytest.raises(TraceError, match="the model" if name in NAMED else None):
+        read_dump(place, options=one_short)
+
+
+def test_numbers_of_identity_experts_that_contradict_are_refused():
+    model = replace(MODEL, num_experts=5, num_zero_experts=3)
+    assert ReadOptions(model).zeros == ReadOptions(model, zero_experts=3).zeros == 3
+    for options, says in (
+        ({"model": model, "zero_experts": 2}, "zero_experts is 2, test has 3"),
+        ({"zero_experts": 3}, "behind an unknown number"),
+        ({"num_experts": 5, "zero_experts": -1}, "got -1"),
+    ):
+        with pytest.raises(OptionError, match=says):
+            ReadOptions(**options)
+    with pytest.raises(ModelError, match="num_zero_experts"):
+        replace(model, num_zero_experts=-1)
+
+
+def test_own_files_of_all_ids_are_read_with_the_option(tmp_path):
+    """A trace that was recorded before identity experts were known of; its relabelling leaves their picks alone."""
+    ids = np.array([[[0, 6], [7, 5]], [[6, 7], [1, 4]]])
+    RoutingTrace(ids, 8).save(tmp_path / "t.npz")
+    trace = read_dump(tmp_path / "t.npz", options=ReadOptions(num_experts=5, zero_experts=3)).trace
+    assert trace.experts.tolist() == [[[0, -1], [-1, -1]], [[-1, -1], [1, 4]]]
+    order = Relabelling(np.array([0, 1]), np.array([[4, 3, 2, 1, 0]] * 2))
+    assert order.original(trace).experts.tolist() == [[[4, -1], [-1, -1]], [[-1, -1], [3, 0]]]
 
 
 def test_a_relabelled_checkpoint_gives_old_ids(folder, tmp_path):

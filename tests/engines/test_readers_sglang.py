@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,6 +203,27 @@ def test_padding_holes_and_shared_experts(tmp_path):
     topk[dumps.MOE[0], 0, 0] = dumps.SLOTS
     with pytest.raises(TraceError, match="names slot 12, the map has 12"):
         read_dump(_files(tmp_path, [[{**record, "topk_ids_of_layer": topk}]], map_LS))
+
+
+def test_identity_experts_follow_the_slots_of_a_map(tmp_path):
+    """Without redundant slots their ids go on behind the slots; counts of slots have none of them."""
+    rng = np.random.default_rng(3)
+    map_LS = np.stack([rng.permutation(6) for _ in range(dumps.LAYERS)])
+    chosen = dumps.choices(rng, 9)  # 8 ids: 6 experts and 2 identity experts
+    slots = chosen.copy()
+    for row, layer in enumerate(dumps.MOE):
+        slots[:, row] = np.append(np.argsort(map_LS[layer]), [6, 7])[chosen[:, row]]
+    record = dumps.token_record(0, 0, slots, range(9), [9], 1)
+    record["global_physical_count"] = record["global_physical_count"][:, :6]
+    paths = _files(tmp_path, [[record]], map_LS)
+    model = replace(MODEL, num_experts=6, num_zero_experts=2)
+    for options in (ReadOptions(model), ReadOptions(num_experts=6, zero_experts=2, top_k=2)):
+        dump = read_dump(paths, options=options)
+        want = np.where(chosen >= 6, -1, chosen)
+        np.testing.assert_array_equal(np.sort(dump.trace.experts, axis=2), np.sort(want, axis=2))
+        assert dump.trace.num_experts == 6 and dump.slots.count_BLS.sum() == (want >= 0).sum()
+    with pytest.raises(TraceError, match="names slot 7, the map has 6"):
+        read_dump(paths, options=ReadOptions(num_experts=6))
 
 
 def test_a_dump_without_a_map_takes_the_placement_that_ran(tmp_path):

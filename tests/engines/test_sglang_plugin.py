@@ -100,3 +100,15 @@ def test_an_sglang_without_hooks_is_named(monkeypatch):
         engine_stubs.put({"sglang": {}, "sglang.srt": {}})
         with pytest.raises(OptionError, match="hook_registry"):
             sglang_plugin.register()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loads_in_any_unit_give_one_map(dtype):
+    """Frequencies, tokens and thousands of them; many experts have equal loads."""
+    hook = sglang_plugin.around(policy.PolicySettings(time_limit_s=0.01))
+    for seed in range(6):
+        counts = torch.from_numpy(np.random.default_rng(seed).integers(0, 9, (2, LAYERS, EXPERTS)))
+        shares = counts.to(dtype) / counts.sum()
+        maps = [hook(None, given, EXPERTS + REDUNDANT, 6, 1, 1, "deepseek") for given in (shares, shares * 1000)]
+        assert all(torch.equal(a, b) and a.dtype == torch.int64 for a, b in zip(*maps, strict=True))
+        assert not torch.equal(maps[0][0], torch.arange(EXPERTS + REDUNDANT).expand(LAYERS, -1) % EXPERTS)

@@ -64,7 +64,8 @@ def test_rows_are_json_and_the_bound_is_no_slower_than_any_row():
 
 def test_the_verdict_says_not_worth_it():
     same = Placement.from_devices(np.zeros((2, 8), int) + np.arange(8) % 4, 4)
-    got = poise.compare(zipf_trace(num_tokens=400, num_layers=2, num_experts=8), "1x4", placements=[same, same])
+    trace = zipf_trace(num_tokens=400, num_layers=2, num_experts=8)
+    got = poise.compare(trace, "1x4", placements=[same, same], model=ModelSpec.generic(8, 1, trace.layer_ids))
     assert got.verdict().startswith("Not worth it")
     assert got.gain("custom-2", "custom") == (0.0, 0.0, 0.0)
 
@@ -91,3 +92,59 @@ def test_load_profiles_are_split_by_step_and_a_single_one_is_said_to_flatter():
     assert many.batches["in-sample"].num_steps == many.batches["held-out"].num_steps == 2
     one = poise.compare(poise.LoadProfile(np.ones((1, 2, 8))), "1x4", placements=["lpt"])
     assert list(one.batches) == ["in-sample"] and "flatters" in one.notes[0]
+
+
+def skewed(seed=0, layers=2, experts=8, requests=24):
+    return zipf_trace(num_tokens=24 * requests, num_layers=layers, num_experts=experts, top_k=2, exponent=1.2,
+                      tokens_per_request=24, seed=seed)  # fmt: skip
+
+
+def test_no_gain_in_time_is_claimed_for_sizes_nobody_named():
+    trace = skewed()
+    got = poise.compare(trace, "1x4", placements=["contiguous", "lpt"])
+    assert got.verdict().startswith("No verdict on time") and "--model" in got.verdict() and "%" not in got.verdict()
+    model = ModelSpec.generic(8, 2, trace.layer_ids)
+    assert not poise.compare(trace, "1x4", placements=["contiguous", "lpt"], model=model).defaults
+    loads = poise.LoadProfile(np.random.default_rng(0).integers(1, 99, (4, 2, 8)), top_k=2)
+    told = [poise.compare(loads, "1x4", placements=["contiguous", "lpt"], model=model, tokens_per_step=n).verdict()
+            for n in (None, 64)]  # fmt: skip
+    assert "--tokens-per-step" in told[0] and "%" not in told[0] and "No verdict" not in told[1]
+
+
+def test_frequencies_are_no_tokens():
+    loads = poise.LoadProfile(np.full((1, 2, 8), 1 / 8))
+    with pytest.raises(OptionError, match="no more than one token"):
+        poise.compare(loads, "1x4", placements=["lpt"])
+    poise.compare(loads, "1x4", placements=["lpt"], tokens_per_step=64)
+
+
+def labels(got, name):
+    return {row["part"]: row["judged_on"] for row in got.rows() if row["name"] == name}
+
+
+def test_what_a_plan_was_fitted_on_is_never_called_held_out(tmp_path):
+    trace, model = skewed(), ModelSpec.generic(8, 2, np.arange(2))
+    first, second = trace.split_requests()
+    for name, source in (("whole", trace), ("first", first), ("other", skewed(seed=9))):
+        poise.plan(source, "1x4", method="lpt", model=model).placement.save(tmp_path / f"{name}.npz")
+    files = [str(tmp_path / f"{name}.npz") for name in ("whole", "first", "other")]
+    got = poise.compare(second, "1x4", fit=first, placements=["contiguous", "lpt", *files], model=model)
+    assert labels(got, "whole") == {"in-sample": "in-sample", "held-out": "fitted on this traffic"}
+    for name in ("lpt", "first", "other", "contiguous"):
+        assert labels(got, name)["held-out"] == "held-out"
+    # a part of it under other request numbers, in another order, is the same traffic
+    some = second.rows(np.isin(second.request, second.requests()[::3]))
+    shuffled = poise.RoutingTrace(some.experts[::-1][::-1], 8, request=some.request + 700)
+    alone = poise.compare(shuffled, "1x4", fit=skewed(seed=3), placements=["contiguous", files[0]], model=model)
+    assert labels(alone, "whole")["held-out"] == "fitted on this traffic"
+    assert "fitted on this traffic" in alone.verdict() and "held-out" not in alone.verdict()
+    # and methods fitted on what they are judged on are no better
+    same = poise.compare(second, "1x4", fit=second, placements=["contiguous", "lpt"], model=model)
+    assert labels(same, "lpt")["held-out"] == "fitted on this traffic" and "held-out" not in same.verdict()
+
+
+def test_a_file_of_before_says_nothing_of_what_it_was_fitted_on(tmp_path):
+    Placement.from_devices(np.tile(np.arange(8) % 4, (2, 1)), 4).save(tmp_path / "old.npz")
+    got = poise.compare(skewed(), "1x4", placements=["contiguous", str(tmp_path / "old.npz")])
+    assert {row["fitted_share"] for row in got.rows() if row["name"] == "old"} == {None}
+    assert any("old" in note and "not known" in note for note in got.notes)

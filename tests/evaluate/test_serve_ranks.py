@@ -1,9 +1,12 @@
 """Serving simulated rank by rank: the split engines make, times that add up, and what the cost model says of even loads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import no_experts
 
 from poise.cluster import Cluster
 from poise.cost.exchange import ExchangeModel
@@ -19,10 +22,11 @@ from poise.planning.placement import Placement
 from poise.policies.registry import parse_policy
 
 
-def scene(seed: int, redundant: int = 4, top_k: int = 2):
-    batch = make_batch(
-        zipf_trace(num_tokens=1200, num_layers=2, num_experts=12, top_k=top_k, seed=seed), tokens_per_step=240
-    )
+def scene(seed: int, redundant: int = 4, top_k: int = 2, idle: float = 0.0):
+    trace = zipf_trace(num_tokens=1200, num_layers=2, num_experts=12, top_k=top_k, seed=seed)
+    if idle:
+        trace = replace(trace, experts=no_experts(np.random.default_rng(seed), trace.experts, idle))
+    batch = make_batch(trace, tokens_per_step=240)
     make = np.random.default_rng(seed)
     slots = np.stack(
         [np.concatenate([make.permutation(12), make.choice(12, redundant, replace=False)]) for _ in range(2)]
@@ -45,10 +49,11 @@ def test_pairs_are_dealt_over_the_slots_in_turn(tokens, top_k, source, seed):
         assert (np.abs(got - share) < count_ED[expert].clip(1)).all()
 
 
+@pytest.mark.parametrize("idle", [0.0, 0.4])
 @pytest.mark.parametrize("traffic", ["home", "home_device_dedup", "stay"])
-def test_work_is_the_cost_models_on_known_copies(traffic):
+def test_work_is_the_cost_models_on_known_copies(traffic, idle):
     """Without replicas the cost model's expectations are certain, so bytes and compute agree exactly."""
-    batch, place, cluster, model = scene(3, redundant=0)
+    batch, place, cluster, model = scene(3, redundant=0, idle=idle)
     cost = batch_cost(batch, place.count_LED(), cluster, model, traffic=traffic, split="even")
     work = served_work(batch, place, cluster, model, traffic=traffic)
     for step in range(batch.num_steps):

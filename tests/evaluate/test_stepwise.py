@@ -25,7 +25,8 @@ TOKENS = (9, 0, 7, 12, 8, 6, 10)
 def make(seed, nodes=(2, 1), experts=5, replicas=0.2, tokens=TOKENS, **options):
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng, nodes, **options)
-    batch = tiny_batch(rng, devices=cluster.num_devices, experts=experts, tokens=tokens)
+    idle = (0.0, 0.4)[seed % 2]  # picks that compute nothing
+    batch = tiny_batch(rng, devices=cluster.num_devices, experts=experts, tokens=tokens, idle=idle)
     count = random_count(rng, 2, experts, cluster.num_devices, replicas)
     return batch, Placement.from_counts(count), cluster, tiny_model(batch)
 

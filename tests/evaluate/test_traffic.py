@@ -23,7 +23,9 @@ NODES = st.sampled_from([(2, 1), (3,), (1, 1, 1), (2, 2, 3)])
 def make(seed, nodes, traffic, loads=False):
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng, nodes)
-    batch = load_batch(rng, steps=3) if loads else tiny_batch(rng, devices=cluster.num_devices, tokens=(5, 0, 4))
+    idle = (0.0, 0.4)[seed % 2]  # picks that compute nothing
+    tokens = tiny_batch(rng, devices=cluster.num_devices, tokens=(5, 0, 4), idle=idle)
+    batch = load_batch(rng, steps=3) if loads else tokens
     return cluster, batch, random_count(rng, 2, 4, cluster.num_devices), "home" if loads else traffic
 
 

@@ -265,6 +265,8 @@ def test_counts_of_a_batch():
     np.testing.assert_array_equal(got.load_BLSE.sum(axis=2), batch.load_BLE)
     home_T = batch.home_of_tokens(3)
     assert got.load_BLSE[0, 0, 1].sum() == batch.top_k * (home_T[:6] == 1).sum()
+    some = tiny_batch(rng, devices=3, experts=5, tokens=(6, 0, 9), idle=0.4)
+    np.testing.assert_array_equal(SourceLoads.of_batch(some, 3).load_BLSE.sum(axis=2), some.load_BLE)
     loads = load_batch(rng, steps=2)
     spread = SourceLoads.of_batch(loads, 3).load_BLSE
     np.testing.assert_array_equal(spread.sum(axis=2), np.rint(loads.load_BLE))

@@ -2,12 +2,14 @@
 
 import math
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trace import random_trace
+from tests.helpers import no_experts
 
 from poise.errors import TraceError
 from poise.observe.profile import (
@@ -27,9 +29,12 @@ from poise.observe.trace import RoutingTrace
 @given(seed=st.integers(0, 999), top_k=st.integers(1, 3), num_experts=st.integers(3, 9))
 def test_counts_equal_counting_by_hand(seed, top_k, num_experts):
     trace = random_trace(seed, tokens=20, num_experts=num_experts, top_k=top_k)
+    if seed % 2:  # picks that compute nothing count nowhere
+        trace = replace(trace, experts=no_experts(np.random.default_rng(seed), trace.experts, 0.4))
     shape = (trace.num_layers, num_experts, num_experts)
     load, pairs, both = np.zeros(shape[:2]), np.zeros((shape[0] - 1, *shape[1:])), np.zeros(shape)
-    for token in trace.experts.tolist():
+    for row in trace.experts.tolist():
+        token = [[e for e in chosen if e >= 0] for chosen in row]
         for layer, chosen in enumerate(token):
             for a in chosen:
                 load[layer, a] += 1
@@ -40,13 +45,15 @@ def test_counts_equal_counting_by_hand(seed, top_k, num_experts):
     assert np.array_equal(load_LE(trace.experts, num_experts), load)
     assert np.array_equal(affinity_LEE(trace.experts, num_experts), pairs)
     assert np.array_equal(coactivation_LEE(trace.experts, num_experts), both)
-    assert pairs.sum() == top_k**2 * trace.num_tokens * (shape[0] - 1)
+    assert seed % 2 or pairs.sum() == top_k**2 * trace.num_tokens * (shape[0] - 1)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), rows=st.integers(1, 70), compressed=st.booleans(), top_k=st.integers(1, 3))
 def test_streamed_statistics_equal_those_of_the_whole(tmp_path_factory, seed, rows, compressed, top_k):
     trace = random_trace(seed, top_k=top_k)
+    if seed % 2:
+        trace = replace(trace, experts=no_experts(np.random.default_rng(seed), trace.experts, 0.4))
     path = tmp_path_factory.mktemp("s") / "trace.npz"
     (np.savez_compressed if compressed else np.savez)(path, experts=trace.experts, num_experts=7)
     profile = StreamingProfile(7)

@@ -60,8 +60,9 @@ GOOD = np.array([[[0, 1]], [[2, 1]]])
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(experts=GOOD + 1), "0..2, got 1..3"),
-        (dict(experts=GOOD - 1), "-1..1"),
+        (dict(experts=GOOD + 1), "-1..2, got 1..3"),
+        (dict(experts=GOOD - 2), "-2..0"),
+        (dict(experts=GOOD * 0 - 1), "no pick of any token computes"),
         (dict(experts=GOOD.astype(float)), "float64"),
         (dict(experts=GOOD[..., [0, 0]]), "twice"),
         (dict(experts=GOOD[0, 0]), r"\(2,\)"),

@@ -1,5 +1,6 @@
 """The poise planner and the baselines: feasible on any shape, never worse than another method, optimal where small."""
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from poise.errors import NoResultError, OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.batching import make_batch
 from poise.observe.synthetic import planted_affinity, zipf_trace
+from poise.planning.engine_rules import ANY, NONE
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve import search
@@ -51,17 +53,19 @@ def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split)
             assert best.objective <= other.objective * (1 + 1e-9), name
 
 
-@given(st.integers(0, 1000), st.sampled_from(["home", "home_node_dedup", "stay"]))
-@settings(max_examples=8, deadline=None)
-def test_small_problems_are_solved_to_the_optimum(seed, traffic):
+@given(st.integers(0, 1000), st.sampled_from(["home", "home_node_dedup", "stay"]), st.sampled_from([ANY, NONE]))
+@settings(max_examples=10, deadline=None)
+def test_small_problems_are_solved_to_the_optimum(seed, traffic, engine):
+    """Under ``any`` among the placements without an empty slot, else among all."""
     trace = zipf_trace(num_tokens=40, num_layers=1, num_experts=4, top_k=2, tokens_per_request=5, seed=seed)
     batch = make_batch(trace, tokens_per_step=20)
     model = ModelSpec.generic(4, 2, batch.layer_ids_L)
-    problem = PlacementProblem(batch, Cluster.parse("2x1"), model, np.array([3, 2]), traffic)
+    problem = PlacementProblem(batch, Cluster.parse("2x1"), model, np.array([3, 2]), traffic, engine=engine)
     best = np.inf
     for held in product([(1, 0), (0, 1), (1, 1)], repeat=4):
         count = np.array(held)[None]
-        if (count.sum(axis=1) <= problem.slots_D).all():
+        used = count.sum(axis=1)
+        if (used <= problem.slots_D).all() and (engine is NONE or (used == problem.slots_D).all()):
             result = MethodResult(Placement.from_counts(count, slots_D=problem.slots_D))
             best = min(best, evaluate(problem, result, method="brute force").objective)
     got = solve(problem, method="poise", time_limit_s=1.0)
@@ -88,9 +92,9 @@ def test_the_seed_decides(monkeypatch):
     np.testing.assert_array_equal(one.slot_expert_LS, two.slot_expert_LS)
 
 
-def test_redundancy_never_hurts_in_sample():
+def test_redundancy_never_hurts_in_sample_where_slots_may_stay_empty():
     few = make_problem(5, ([4], [3, 3, 3, 3], [1, 1, 1, 1]), "home")
-    many = PlacementProblem(few.batch, few.cluster, few.model, np.full(4, 5), "home")
+    many = replace(few, slots_D=np.full(4, 5), engine=NONE)
     least = solve(few, method="poise", time_limit_s=1).objective
     assert solve(many, method="poise", time_limit_s=1).objective <= least * (1 + 1e-9)
 

@@ -12,6 +12,7 @@ from poise.cli.main import app
 from poise.errors import ModelError, TraceError
 from poise.observe.files import read
 from poise.runtime.capture import Prompt, RouterCapture, find_routers, read_prompts, record
+from poise.runtime.experts import recognise
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2,
@@ -31,6 +32,9 @@ FAMILIES = {
                    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1,
                    "topk_method": "greedy"},
+    "LongcatFlash": {"num_layers": 2, "n_routed_experts": 6, "zero_expert_num": 5, "moe_topk": 3, "expert_ffn_hidden_size": 16,
+                     "ffn_hidden_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                     "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8},
     "GptOss": {"num_hidden_layers": 2, "num_local_experts": 6, "intermediate_size": 16, "head_dim": 16},
 }  # fmt: skip
 LAYERS = {"Qwen3Moe": [0, 2], "DeepseekV3": [1, 2], "DeepseekV2": [1, 2]}
@@ -47,7 +51,7 @@ class Letters:
 
 def build(family):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL, **FAMILIES[family])
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]})
     model = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
     model.set_experts_implementation("eager")  # double precision, so that batching cannot flip a near tie
     return model
@@ -73,6 +77,9 @@ def test_recorded_routing_is_that_of_each_sequence_alone(family):
         with RouterCapture(model) as capture:
             model(input_ids=ids, use_cache=False)
         alone = capture.take()
+        if family == "LongcatFlash":
+            assert (alone >= trace.num_experts).any()
+            alone = np.where(alone >= trace.num_experts, -1, alone)  # identity experts
         np.testing.assert_array_equal(np.sort(mine, axis=2), np.sort(alone, axis=2))
 
 
@@ -87,6 +94,11 @@ def test_heaviest_expert_comes_first():
     top = np.stack([logits.topk(2).indices.numpy() for logits in got.router_logits], axis=1)
     np.testing.assert_array_equal(capture.take(), top)
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_identity_experts_are_recorded_and_not_run():
+    with pytest.raises(ModelError, match="has 5 identity experts"):
+        recognise(build("LongcatFlash").model.layers[0].mlp.experts)
 
 
 def test_a_dense_model_is_refused():

@@ -54,7 +54,7 @@ def breakeven(
         if json:
             o.print_json(result.to_json())
         else:
-            _show(result)
+            _show(result, trace is not None)
 
 
 def _numbers(what: str, text: str) -> list[int]:
@@ -64,10 +64,10 @@ def _numbers(what: str, text: str) -> list[int]:
         raise OptionError(f"{what} must be whole numbers with commas, got {text!r}") from None
 
 
-def _show(result: BreakEven) -> None:
+def _show(result: BreakEven, from_trace: bool) -> None:
     table = Table(title=f"speedup over the static placement; {result.traffic_words}", title_justify="left")
-    for head in ("tokens a step", "static us", "balance at any cost", *(f"poise, {m} slots" for m in result.slots),
-                 "efficiency"):  # fmt: skip
+    for head in ("tokens a step", f"static, us of {result.layers} MoE layers", "balance at any cost",
+                 *(f"poise, {m} slots" for m in result.slots), "efficiency"):  # fmt: skip
         table.add_column(head, justify="right")
     for row in result.rows:
         table.add_row(
@@ -75,4 +75,9 @@ def _show(result: BreakEven) -> None:
             *(f"{value:.3f}" for value in row.speedups), f"{row.efficiency:.3f}",
         )  # fmt: skip
     o.out.print(table)
+    which = "recorded" if from_trace else "sampled"
+    o.out.print(
+        f"static: modelled time of the {result.layers} {which} MoE layers of a forward pass under contiguous blocks or "
+        "--placement; the columns behind it say how many times faster; efficiency: bound / best of the row"
+    )
     o.out.print(result.verdict())

@@ -33,7 +33,8 @@ def compare(
     redundant: o.Redundant = 0,
     model: o.Model = None,
     traffic: o.TrafficModel = None,
-    split: o.SplitRule = "even",
+    split: o.SplitRule = None,
+    engine: o.EngineName = "any",
     tokens_per_step: o.TokensPerStep = None,
     order: o.StepOrder = "interleaved",
     fast: Annotated[
@@ -72,7 +73,7 @@ def compare(
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), time_limit_s=time_limit,
                 seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots, predictor=predictor,
-                steps=steps, warm_up=warm_up, progress=report,
+                steps=steps, warm_up=warm_up, engine=engine, progress=report,
             )  # fmt: skip
         show(result, html, json)
 

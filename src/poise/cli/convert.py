@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from poise.cli import options as o
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
 from poise.errors import OptionError, TraceError
 from poise.modelspec import ModelSpec
+from poise.observe.files import IDLE
+from poise.observe.ranks import READINGS
 from poise.observe.trace import LoadProfile
 from poise.planning.placement import Placement, atomic
 
@@ -32,12 +35,20 @@ def convert(
     ] = None,
     num_experts: Annotated[int | None, typer.Option(help="E, where no model is named.")] = None,
     top_k: Annotated[int | None, typer.Option(help="K, where no model is named.")] = None,
+    zero_experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Identity experts, which compute nothing: ids from E on are theirs. Where the model does not say."
+        ),
+    ] = None,
     relabelling: Annotated[
         Path | None, typer.Option(help="poise-relabelling.json of the checkpoint that ran, or its folder.")
     ] = None,
     devices: Annotated[
         int | None, typer.Option(help="Write the map of a dump as a placement on so many devices (.npz).")
     ] = None,
+    ranks: o.Ranks = None,
+    allow_missing_ranks: o.AllowMissingRanks = False,
     json: o.Json = False,
 ) -> None:
     """Turn an engine's dump into a routing trace or a load profile; the format is told from the content.
@@ -48,7 +59,11 @@ def convert(
         o.writable(output)
         spec = None if model is None else ModelSpec.parse(model)
         ran = None if placement is None else _placement(placement, ReadOptions(spec))
-        options = ReadOptions(spec, ran, num_experts, top_k, form, relabelling)
+        options = ReadOptions(
+            spec, ran, num_experts, top_k, form, relabelling, o.one_of("reading of ranks", ranks, READINGS),
+            allow_missing_ranks or devices is not None,  # the map is in the file of any rank
+            zero_experts,
+        )  # fmt: skip
         dump = read_dump(dumps, options=options)
         for note in dump.notes:
             o.talk.print(note, markup=False)
@@ -86,17 +101,22 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
     ids = profile.layer_ids
     assert ids is not None
     if output.suffix == ".npz":
+        idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
         with atomic(output) as stream:
-            np.savez_compressed(stream, counts=profile.load_BLE, layers=ids)
+            np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle)
         return
     if output.suffix != ".json":
         raise OptionError(f"{output} would hold a load profile", hint="name it .json or .npz")
-    full = np.zeros((profile.num_steps, max(int(ids.max()) + 1, recorded_layers or 0), profile.num_experts))
-    full[:, ids] = profile.load_BLE
-    count = full.astype(np.int64) if (full == np.floor(full)).all() else full
-    rows = count[0] if len(count) == 1 else count
+    tables: dict[str, NDArray[Any]] = {"logical_count": profile.load_BLE}
+    if profile.idle_BL is not None:
+        tables[IDLE] = profile.idle_BL
+    for name, table in tables.items():
+        full = np.zeros((len(table), max(int(ids.max()) + 1, recorded_layers or 0), *table.shape[2:]))
+        full[:, ids] = table
+        count = full.astype(np.int64) if (full == np.floor(full)).all() else full
+        tables[name] = count[0] if len(count) == 1 else count
     with atomic(output) as stream:
-        stream.write(jsonlib.dumps({"logical_count": rows.tolist()}).encode())
+        stream.write(jsonlib.dumps({name: table.tolist() for name, table in tables.items()}).encode())
 
 
 def _write_placement(dump: EngineDump, devices: int, options: ReadOptions, output: Path) -> str:

@@ -11,11 +11,16 @@ import typer
 from poise import api
 from poise.cli import options as o
 from poise.cli.compare import show
+from poise.modelspec import ModelSpec
 from poise.observe.trace import RoutingTrace
 
 OTHER = "python"
 """The domain that methods never see."""
 CLUSTER, REDUNDANT = "2x4:h100", 8
+MODEL = ModelSpec(
+    "experts of OLMoE-1B-7B's size", 8, tuple(range(8)), 32, 4, 2048, 1024, kv_bytes_per_token_layer=2048.0
+)
+"""The recorded model itself is too small to serve: its layers, experts and top-k, with the sizes of its big sister."""
 
 
 def demo(
@@ -40,6 +45,7 @@ def demo(
         with o.progress() as report:
             result = api.compare(
                 held_out, cluster, fit=fit, others={f"other domain ({OTHER})": trace.select(domains=[OTHER])},
-                redundant=redundant, tokens_per_step=tokens_per_step, time_limit_s=time_limit, progress=report,
+                redundant=redundant, model=MODEL, tokens_per_step=tokens_per_step, time_limit_s=time_limit,
+                progress=report,
             )  # fmt: skip
         show(result, html, json)

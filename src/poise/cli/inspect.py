@@ -10,7 +10,7 @@ from rich.table import Table
 from poise import api
 from poise.cli import options as o
 from poise.observe.profile import dead_share_L, load_LE, mutual_information, skew_L
-from poise.observe.trace import RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
 
 
 def inspect(traces: o.Traces, json: o.Json = False) -> None:
@@ -35,6 +35,9 @@ def inspect(traces: o.Traces, json: o.Json = False) -> None:
             load = found.load_BLE.sum(axis=0)
             facts |= {"recorded_loads": found.num_steps, "tokens_per_layer": float(load.sum(axis=1).max())}
             real = null = np.zeros(0)
+        idle, all_picks = _idle(found)
+        if idle:
+            facts["identity_share"] = idle / all_picks
         assert found.layer_ids is not None
         facts["per_layer"] = [
             {
@@ -50,6 +53,14 @@ def inspect(traces: o.Traces, json: o.Json = False) -> None:
             o.print_json(facts)
         else:
             _show(facts)
+
+
+def _idle(found: RoutingTrace | LoadProfile) -> tuple[float, float]:
+    """Picks that compute nothing, and all picks."""
+    if isinstance(found, RoutingTrace):
+        return float((found.experts == NO_EXPERT).sum()), float(found.experts.size)
+    idle = 0.0 if found.idle_BL is None else float(found.idle_BL.sum())
+    return idle, idle + float(found.load_BLE.sum())
 
 
 def _domains(trace: RoutingTrace) -> dict[str, int]:

@@ -14,10 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from poise.errors import InputError, OptionError, PoiseError
+from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = Console(stderr=True, highlight=False)
+
+TIME_LIMIT = (
+    "Seconds of search a method may take. On top come its starts from other methods, prices and bounds, a second plan "
+    "without redundant slots, in 'plan' the verdict's half of both, and once compiling."
+)
 
 Traces = Annotated[
     list[str],
@@ -37,11 +43,33 @@ TrafficModel = Annotated[
         "--traffic", help="home, home_device_dedup, home_node_dedup or stay. Default: home_node_dedup; loads: home."
     ),
 ]
-SplitRule = Annotated[str, typer.Option("--split", help="Token split over replicas: even or exact.")]
+SplitRule = Annotated[
+    str | None, typer.Option("--split", help="Token split over replicas: even or exact. Default: the engine's.")
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help=f"Who holds the plan: {', '.join(ENGINES)}. Engines fill every slot, and so does a plan, but with none.",
+    ),
+]
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
-TimeLimit = Annotated[float, typer.Option("--time-limit", help="Seconds a method may take.")]
+TimeLimit = Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
+Ranks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        help="What files of several ranks are, if they do not show it: sum (parts of the same passes) or steps.",
+    ),
+]
+AllowMissingRanks = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing-ranks", help="Take what is there for all traffic where a rank's records are missing."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +17,13 @@ from poise.cluster import Cluster
 from poise.cost.split import SPLITS
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.errors import OptionError
+from poise.evaluate.rows import fewer_words
 from poise.modelspec import ModelSpec
 from poise.observe.batching import ORDERS
 from poise.planning.elastic import Ranks
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
+from poise.words import percent
 
 
 def plan(
@@ -29,7 +34,8 @@ def plan(
     method: Annotated[str, typer.Option(help="poise, or a method of 'poise compare'.")] = "poise",
     model: o.Model = None,
     traffic: o.TrafficModel = None,
-    split: o.SplitRule = "even",
+    split: o.SplitRule = None,
+    engine: o.EngineName = "any",
     tokens_per_step: o.TokensPerStep = None,
     order: o.StepOrder = "interleaved",
     pooled: Annotated[bool, typer.Option("--pooled", help="Count slots over all layers together (MoETuner).")] = False,
@@ -64,16 +70,16 @@ def plan(
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), pooled=pooled,
                 current=now, migration_steps=migration_steps, risk=o.one_of("risk", risk, RISKS),
-                time_limit_s=time_limit, seed=seed, progress=report,
+                time_limit_s=time_limit, seed=seed, engine=engine, progress=report,
             )  # fmt: skip
             said = None
             if verdict and not pooled:
                 said = api.verdict(
                     list(traces), cluster, method=method, current=now, redundant=redundant, model=model,
-                    traffic=traffic, split=split, tokens_per_step=tokens_per_step, order=order,
+                    traffic=traffic, split=split, engine=engine, tokens_per_step=tokens_per_step, order=order,
                     time_limit_s=time_limit / 2, seed=seed, progress=report,
                 )  # fmt: skip
-        solution.placement.save(output)
+        _with_command(solution.placement).save(output)
         moves, devices = _moves(running, solution, model), solution.placement.num_devices
         if json:
             o.print_json({**_json(solution), "moves": moves, "verdict": said})
@@ -84,6 +90,13 @@ def plan(
                 over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
                 o.out.print(f"{over} on one half of the traffic and judged on the other. {said}")
         o.talk.print(f"wrote {output}")
+
+
+def _with_command(placement: Placement) -> Placement:
+    """The placement, its file told what made it."""
+    assert placement.fitted is not None
+    about = {**placement.fitted.about, "command": shlex.join(["poise", *sys.argv[1:]])}
+    return replace(placement, fitted=replace(placement.fitted, about=about))
 
 
 def _renumber(current: Path | None, ranks: str | None, cluster: str) -> tuple[Placement, Ranks] | None:
@@ -147,16 +160,19 @@ def _show(solution: Solution) -> None:
     for name, term in solution.terms.items():
         if term.seconds > 0:
             gap = 1 - term.lower_bound / term.seconds
-            table.add_row(name, f"{1e6 * term.seconds:.2f}", f"{1e6 * term.lower_bound:.2f}", f"{gap:.1%}")
+            table.add_row(name, f"{1e6 * term.seconds:.2f}", f"{1e6 * term.lower_bound:.2f}", percent(gap))
     table.add_row(
         "all",
         f"{1e6 * solution.objective:.2f}",
         f"{1e6 * solution.lower_bound:.2f}",
-        f"{solution.gap:.1%}",
+        percent(solution.gap),
         style="bold",
     )
     o.out.print(table)
     o.out.print(
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
     )
+    fewer = solution.details.get("fewer_redundant")
+    if fewer is not None:
+        o.out.print(fewer_words(fewer["redundant"], 1 - fewer["objective"] / solution.objective))
     o.out.print(repr(solution.placement))

@@ -15,6 +15,7 @@ from poise.engines.verify import RUNS, Verification
 from poise.engines.verify import verify as check
 from poise.errors import NoResultError
 from poise.modelspec import ModelSpec
+from poise.observe.ranks import READINGS
 from poise.planning.placement import Placement
 
 SHOWN = 12
@@ -32,6 +33,8 @@ def verify(
         bool, typer.Option("--recorded", help="The map file was written by the running engine (vllm-ascend).")
     ] = False,
     tolerance: Annotated[float, typer.Option(help="Relative; balances this near count as equal.")] = 0.05,
+    ranks: o.Ranks = None,
+    allow_missing_ranks: o.AllowMissingRanks = False,
     json: o.Json = False,
 ) -> None:
     """Say from an engine's dump whether the map is live, in which layers not, and whether balance is as predicted.
@@ -43,9 +46,12 @@ def verify(
     with o.errors():
         plan = Placement.load(placement)
         spec = None if model is None else ModelSpec.parse(model)
-        dump = read_dump(dumps, options=ReadOptions(model=spec))
+        options = ReadOptions(
+            spec, ranks=o.one_of("reading of ranks", ranks, READINGS), allow_missing_ranks=allow_missing_ranks
+        )
+        dump = read_dump(dumps, options=options if traffic is None else replace(options, ranks=None))
         if traffic is not None:
-            ran = read_dump(traffic, options=ReadOptions(model=spec))
+            ran = read_dump(traffic, options=options)
             dump = replace(dump, trace=ran.trace, profile=ran.profile, recorded_layers=ran.recorded_layers)
         found = check(plan, dump, tolerance=tolerance, recorded=True if recorded else None)
         if json:

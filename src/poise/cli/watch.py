@@ -20,7 +20,7 @@ import typer
 from poise.cli import options as o
 from poise.cluster import Cluster
 from poise.control.controller import ControlSettings, Decision, Look
-from poise.cost.split import SPLITS
+from poise.cost.split import SPLITS, Split
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.engines import sglang as sglang_file
 from poise.engines.dump import ReadOptions
@@ -56,7 +56,7 @@ def watch(
     ] = None,
     model: o.Model = None,
     traffic: o.TrafficModel = None,
-    split: o.SplitRule = "even",
+    split: o.SplitRule = None,
     tokens_per_step: o.TokensPerStep = None,
     window: Annotated[int, typer.Option(help="Steps of a window; four windows make a reference.")] = 16,
     every: Annotated[int, typer.Option(help="Steps between looks.")] = 8,
@@ -125,7 +125,7 @@ def watch(
         )  # fmt: skip
         machine = Cluster.parse(cluster)
         flow = o.one_of("traffic model", traffic, TRAFFIC_MODELS)
-        rule = o.one_of("split", split, SPLITS)
+        rule: Split = o.one_of("split", split, SPLITS) or "even"
         sizes = None if model is None else ModelSpec.parse(model)
         use = None if placement is None else _placement(placement, machine.num_devices)
         folder = dump_dir or (Path(trace) if trace is not None and Path(trace).is_dir() else None)

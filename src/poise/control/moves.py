@@ -40,6 +40,7 @@ from poise.cost.split import even_share
 from poise.cost.step import batch_cost
 from poise.errors import OptionError, PlacementError
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 
@@ -271,6 +272,7 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
         layer = max(able, key=lambda each: (able[each][0], -each))
         left, count_LED[layer] = left - able[layer][1], able[layer][2]
         stale = {layer} | ({layer - 1, layer + 1} & set(layers) if problem.traffic == "stay" else set())
+        stale = set(layers) if _skips(problem) else stale
     if before.diff(after).fetched <= max_moves:
         if _seconds(problem, want_LED, 0, len(layers)) <= _seconds(problem, count_LED, 0, len(layers)):
             return after
@@ -338,10 +340,17 @@ def _options(work: Work, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]
     return options
 
 
+def _skips(problem: PlacementProblem) -> bool:
+    """Whether tokens stay where they are over more than one layer, so that a change reaches further than the next."""
+    ids = problem.batch.experts_TLK
+    return problem.traffic == "stay" and ids is not None and bool((ids[:, :, 0] == NO_EXPERT).any())
+
+
 def _seconds(problem: PlacementProblem, count_LED: NDArray[Any], first: int, last: int) -> float:
     """Expected seconds of a step in layers first to last - 1, and in the one behind them where it depends on them."""
     batch, stay = problem.batch, problem.traffic == "stay"
     part = slice(max(0, first - 1) if stay else first, min(batch.num_layers, last + 1) if stay else last)
+    part = slice(0, batch.num_layers) if _skips(problem) else part
     experts = None if batch.experts_TLK is None else np.ascontiguousarray(batch.experts_TLK[:, part])
     some = RoutingBatch(
         batch.load_BLE[:, part], batch.weight_B, batch.top_k, batch.layer_ids_L[part], experts, batch.start_B,

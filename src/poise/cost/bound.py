@@ -14,8 +14,8 @@ Traffic of a layer
     a device or node keeps at most the s heaviest of its own flows local (s = its slots), and all of them together at
     most each expert's heaviest flow and the heaviest S - E others; the rest leaves through its ports (the fullest
     takes at least the mean), at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under
-    ``stay`` a token came from where its heaviest expert of the layer before ran: an expert shares its device with at
-    most s of those.
+    ``stay`` a token came from where its heaviest expert of the layer before ran (or of an earlier one, where it
+    computed nothing since): an expert shares its device with at most s of those.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from poise.cost.step import kv_seconds_per_token
 from poise.cost.traffic import Traffic
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,12 +101,14 @@ def bound_terms(
     shape = (batch.num_steps, batch.num_layers)
     work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
     compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
-    pairs_BL = batch.load_BLE.sum(axis=2)
-    busy = (pairs_BL > 0) * latency_seconds(cluster)
+    tokens_BL = batch.tokens_BL()
+    busy: NDArray[Any] = (tokens_BL > 0) * latency_seconds(cluster)
     port = _port_bound(batch, cluster, traffic, np.asarray(slots_D), max(0, spare))
     two_way = traffic != "stay" or batch.top_k > 1
     combine = busy * two_way + (0.0 if traffic == "stay" else port * model.combine_bytes_per_token)
-    kv = pairs_BL / batch.top_k * kv_seconds_per_token(cluster, model) if traffic == "stay" else np.zeros(shape)
+    kv = np.zeros(shape)
+    if traffic == "stay":
+        kv += tokens_BL * kv_seconds_per_token(cluster, model)
     return BoundTerms(compute, busy + port * model.dispatch_bytes_per_token, combine, kv)
 
 
@@ -127,11 +130,11 @@ def _port_bound(
     out = np.zeros((batch.num_steps, batch.num_layers))
     step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
     home_T = batch.home_of_tokens(cluster.num_devices)
+    came_from_TL = batch.came_from_TL() if traffic == "stay" else None
     for layer in range(batch.num_layers):
         experts = batch.experts_TLK[:, layer]
-        if traffic == "stay" and layer > 0:
-            came_from = batch.experts_TLK[:, layer - 1, 0]
-            out[:, layer] = _stay_bound(experts, came_from, step_T, batch, cluster, slots_D)
+        if came_from_TL is not None and layer > 0:
+            out[:, layer] = _stay_bound(experts, came_from_TL[:, layer], home_T, step_T, batch, cluster, slots_D)
         else:
             out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, traffic, slots_D, spare)
     return out
@@ -154,8 +157,8 @@ def _flows(
     source_T: NDArray[Any], experts_TK: NDArray[Any], step_T: NDArray[Any], shape: tuple[int, int, int]
 ) -> NDArray[np.float64]:
     """Pairs from each source to each expert in each step, float64 [B, sources, E]."""
-    flat = (step_T[:, None] * shape[1] + source_T[:, None]) * shape[2] + experts_TK
-    return np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
+    flat = ((step_T[:, None] * shape[1] + source_T[:, None]) * shape[2] + experts_TK)[experts_TK != NO_EXPERT]
+    return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
 
 
 def _top_sum(flow: NDArray[np.float64], count: int) -> NDArray[np.float64]:
@@ -218,25 +221,26 @@ def _home_bound(
 
 def _stay_bound(
     experts_TK: NDArray[Any],
-    came_from_T: NDArray[Any],
+    came_from_T: NDArray[np.int64],
+    home_T: NDArray[Any],
     step_T: NDArray[Any],
     batch: RoutingBatch,
     cluster: Cluster,
     slots_D: NDArray[Any],
 ) -> NDArray[np.float64]:
     """Pairs that must cross / D over the widest pair of ports: the fullest device sends at least the average."""
-    most = int(slots_D.max())
+    most, experts = int(slots_D.max()), batch.num_experts
     wire = cluster.intra_bytes_per_s + (cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
-    out = np.empty(batch.num_steps)
+    crossing_B = np.zeros(batch.num_steps)
     bounds = np.searchsorted(step_T, np.arange(batch.num_steps + 1))
     for b in range(batch.num_steps):
-        rows = slice(bounds[b], bounds[b + 1])
-        flow = _flows(
-            came_from_T[rows],
-            experts_TK[rows],
-            np.zeros(rows.stop - rows.start, np.int64),
-            (1, batch.num_experts, batch.num_experts),
-        )[0]
-        kept = min(_top_sum(flow, most).sum(), _top_sum(flow.T, most).sum())
-        out[b] = (flow.sum() - kept) / max(1, min(batch.top_k, most)) / cluster.num_devices / wire
-    return out
+        step = slice(bounds[b], bounds[b + 1])
+        origin_T, ids_TK, none_T = came_from_T[step], experts_TK[step], np.zeros(step.stop - step.start, np.int64)
+        for old in np.unique(origin_T // experts):  # -1: the tokens still at home
+            rows = origin_T // experts == old
+            at_T, sources = (home_T[step], cluster.num_devices) if old < 0 else (origin_T % experts, experts)
+            flow = _flows(at_T[rows], ids_TK[rows], none_T[rows], (1, sources, experts))[0]
+            kept = _top_sum(flow, most).sum()
+            kept = kept if old < 0 else min(kept, _top_sum(flow.T, most).sum())
+            crossing_B[b] += flow.sum() - kept
+    return np.asarray(crossing_B / max(1, min(batch.top_k, most)) / cluster.num_devices / wire)

@@ -111,17 +111,19 @@ def locality_pairs(load_SE: NDArray[np.int64], quota_ED: NDArray[np.int64], node
 
 @njit(cache=True)
 def count_sources(experts_TK, source_T, load_SE):  # type: ignore[no-untyped-def]
-    """Tokens of each expert on each source device, int64 [D, E], in place."""
+    """Tokens of each expert on each source device, int64 [D, E], in place; picks of -1 compute nothing."""
     load_SE[:] = 0
     for t in range(experts_TK.shape[0]):
         for k in range(experts_TK.shape[1]):
-            load_SE[source_T[t], experts_TK[t, k]] += 1
+            if experts_TK[t, k] >= 0:
+                load_SE[source_T[t], experts_TK[t, k]] += 1
 
 
 @njit(cache=True)
 def assign_tokens(experts_TK, source_T, row_SED, device_TK):  # type: ignore[no-untyped-def]
     """Device of each (token, expert) pair, int64 [T, K], in place: a source's tokens of an expert fill its row in
-    order, but join a device that the token goes to anyway where there is room. ``row_SED`` is used up.
+    order, but join a device that the token goes to anyway where there is room. ``row_SED`` is used up. A pick of -1 has
+    the device -1.
     """
     devices = row_SED.shape[2]
     for t in range(experts_TK.shape[0]):
@@ -129,8 +131,11 @@ def assign_tokens(experts_TK, source_T, row_SED, device_TK):  # type: ignore[no-
         for k in range(experts_TK.shape[1]):
             e = experts_TK[t, k]
             chosen = -1
+            if e < 0:
+                device_TK[t, k] = -1
+                continue
             for j in range(k):
-                if row_SED[s, e, device_TK[t, j]] > 0:
+                if device_TK[t, j] >= 0 and row_SED[s, e, device_TK[t, j]] > 0:
                     chosen = device_TK[t, j]
                     break
             if chosen < 0:
@@ -151,10 +156,13 @@ def _count_copies(device_TK, source_T, node_D, dedup, to_DD, node_DN):  # type: 
         s = source_T[t]
         for k in range(device_TK.shape[1]):
             d = device_TK[t, k]
+            if d < 0:
+                continue
             new_device, new_node = True, True
             for j in range(k):
-                new_device = new_device and device_TK[t, j] != d
-                new_node = new_node and node_D[device_TK[t, j]] != node_D[d]
+                if device_TK[t, j] >= 0:
+                    new_device = new_device and device_TK[t, j] != d
+                    new_node = new_node and node_D[device_TK[t, j]] != node_D[d]
             if new_device or not dedup:
                 to_DD[s, d] += 1.0
             if new_node:
@@ -166,7 +174,7 @@ def _count_joins(device_TK, to_DD):  # type: ignore[no-untyped-def]
     """``stay``: the results of a token's other experts join it where its heaviest one ran, once per device."""
     for t in range(device_TK.shape[0]):
         for k in range(1, device_TK.shape[1]):
-            new = True
+            new = device_TK[t, k] >= 0
             for j in range(1, k):
                 new = new and device_TK[t, j] != device_TK[t, k]
             if new:
@@ -176,26 +184,29 @@ def _count_joins(device_TK, to_DD):  # type: ignore[no-untyped-def]
 def deal_evenly(experts_TK: NDArray[np.int64], count_ED: NDArray[Any], source: int) -> NDArray[np.int64]:
     """Devices of one source's pairs, int64 [T, K], if each expert's are dealt over its slots in turn: the engines' way.
 
-    ``count_ED`` int [E, D]: slots of each expert on each device; sources begin at different slots.
+    ``count_ED`` int [E, D]: slots of each expert on each device; sources begin at different slots. A pick of -1 has the
+    device -1.
     """
     slots_E = count_ED.sum(axis=1)
     table = np.zeros((len(count_ED), int(slots_E.max())), np.int64)
     for expert, row in enumerate(count_ED):
         where = np.repeat(np.arange(len(row)), row)
         table[expert, : len(where)] = where
-    ids = experts_TK.reshape(-1)
+    real_TK = experts_TK >= 0
+    ids = experts_TK[real_TK]
     order = np.argsort(ids, kind="stable")
     count_E = np.bincount(ids, minlength=len(count_ED))
     turn = np.empty(len(ids), np.int64)
     turn[order] = np.arange(len(ids)) - (np.cumsum(count_E) - count_E)[ids[order]]
-    out: NDArray[np.int64] = table[ids, (turn + source) % slots_E[ids]]
-    return out.reshape(experts_TK.shape)
+    out = np.full(experts_TK.shape, -1, np.int64)
+    out[real_TK] = table[ids, (turn + source) % slots_E[ids]]
+    return out
 
 
 def token_copies(
     device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster, traffic: Traffic
 ) -> tuple[Copies, Copies]:
-    """Copies out and back of one step and layer (B = 1) when pair (t, k) is computed on ``device_TK[t, k]``."""
+    """Copies out and back of one step and layer (B = 1); pair (t, k) runs on ``device_TK[t, k]`` or nowhere (-1)."""
     devices, node_D = cluster.num_devices, cluster.node_D.astype(np.int64)
     to_DD, node_DN = np.zeros((devices, devices)), np.zeros((devices, cluster.num_nodes))
     _count_copies(device_TK, source_T, node_D, traffic != "home", to_DD, node_DN)

@@ -17,6 +17,7 @@ from poise.cost.traffic import Copies, Traffic, any_of, node_share, port_load, s
 from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 
 _CHUNK_ELEMENTS = 8_000_000
 """Largest [T, K, D] array held at once; steps are taken in chunks below it."""
@@ -88,17 +89,18 @@ def batch_cost(
     shape = (batch.num_steps, batch.num_layers)
     out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
     tokens_BLD = np.zeros((*shape, cluster.num_devices))
-    share_prev: NDArray[np.float64] | None = None
+    shares = TokenShares(batch, traffic)
     for layer in range(batch.num_layers):
         load_BE = batch.load_BLE[:, layer]
         share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
+        shares.enter(layer, share_BED)
         for steps in step_chunks(batch, cluster.num_devices):
             rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
             tokens = load_BE[steps][:, :, None] * share_BED[rows]
             tokens_BLD[steps, layer] = tokens.sum(axis=1)
             seconds = expert_seconds(tokens, cluster, model).sum(axis=1) / cluster.speed_D
             out["compute"][steps, layer] = seconds.max(axis=1)
-            flow = layer_flow(batch, layer, steps, share_BED, share_prev, cluster, traffic)
+            flow = layer_flow(batch, layer, steps, shares, cluster, traffic)
             out["dispatch"][steps, layer] = port_seconds(
                 port_load(flow.dispatch, cluster), model.dispatch_bytes_per_token, cluster
             )
@@ -107,9 +109,8 @@ def batch_cost(
                 port_load(back, cluster), model.combine_bytes_per_token, cluster
             )
             out["device"][steps, layer], out["node"][steps, layer] = flow.cross_device_B, flow.cross_node_B
-        share_prev = share_BED
     pairs_BL = batch.load_BLE.sum(axis=2)
-    add_constants(out, pairs_BL, batch.top_k, cluster, model, traffic)
+    add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
     return BatchCost(
         out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
     )
@@ -139,17 +140,17 @@ def kv_seconds_per_token(cluster: Cluster, model: ModelSpec) -> float:
 
 def add_constants(
     out: dict[str, NDArray[np.float64]],
-    pairs_BL: NDArray[np.float64],
+    tokens_BL: NDArray[np.float64],
     top_k: int,
     cluster: Cluster,
     model: ModelSpec,
     traffic: Traffic,
 ) -> None:
-    """Latencies and the key/value exchange: the same for every placement."""
-    busy = pairs_BL > 0
+    """Latencies and the key/value exchange of steps of ``tokens_BL`` [B, L] tokens: the same for every placement."""
+    busy = tokens_BL > 0
     out["dispatch"] += busy * latency_seconds(cluster)
     if traffic == "stay":
-        out["kv"] += pairs_BL / top_k * kv_seconds_per_token(cluster, model)
+        out["kv"] += tokens_BL * kv_seconds_per_token(cluster, model)
     if traffic != "stay" or top_k > 1:
         out["combine"] += busy * latency_seconds(cluster)
 
@@ -175,33 +176,70 @@ class LayerFlow:
     cross_node_B: NDArray[np.float64]
 
 
+class TokenShares:
+    """Which part of each expert's tokens each device computes, float64 [B or 1, E, D], of the layers a flow needs.
+
+    Layers are entered in order; under ``stay`` a layer is kept for as long as a token may still come from it, which is
+    until the next one unless tokens compute nothing there.
+    """
+
+    def __init__(self, batch: RoutingBatch, traffic: Traffic) -> None:
+        self.came_from_TL = batch.came_from_TL() if traffic == "stay" and batch.has_tokens else None
+        self._experts, self._last = batch.num_experts, np.arange(batch.num_layers)
+        self._kept: dict[int, NDArray[np.float64]] = {}
+        if self.came_from_TL is not None:
+            for layer in range(1, batch.num_layers):
+                origin_T = self.came_from_TL[:, layer]
+                self._last[np.unique(origin_T[origin_T >= 0]) // batch.num_experts] = layer
+
+    def enter(self, layer: int, share_BED: NDArray[np.float64]) -> None:
+        """Go on to a layer."""
+        self._kept = {old: kept for old, kept in self._kept.items() if self._last[old] >= layer}
+        self._kept[layer] = share_BED
+
+    def of(self, layer: int) -> NDArray[np.float64]:
+        """Shares of a layer that is kept."""
+        return self._kept[layer]
+
+    def of_tokens(self, layer: int, experts_TK: NDArray[Any], step_T: NDArray[Any]) -> NDArray[np.float64]:
+        """Share of each of a token's experts on each device, [T, K, D]; nothing of a pick that computes nothing."""
+        share_BED = self.of(layer)
+        if (experts_TK == NO_EXPERT).any():  # index -1 finds the row that is added
+            share_BED = np.concatenate([share_BED, np.zeros_like(share_BED[:, :1])], axis=1)
+        return share_BED[0][experts_TK] if share_BED.shape[0] == 1 else share_BED[step_T[:, None], experts_TK]
+
+    def sources(
+        self, layer: int, rows: slice, home_T: NDArray[Any], step_T: NDArray[Any], num_devices: int
+    ) -> NDArray[np.float64]:
+        """Where the tokens of some rows are before a layer, [T, D]; ``home_T`` and ``step_T`` are theirs alone."""
+        out: NDArray[np.float64] = np.eye(num_devices)[home_T]
+        if self.came_from_TL is None:
+            return out
+        origin_T = self.came_from_TL[rows, layer]
+        for old in np.unique(origin_T[origin_T >= 0] // self._experts).tolist():
+            here = origin_T // self._experts == old
+            expert_TK = origin_T[here, None] % self._experts
+            out[here] = self.of_tokens(old, expert_TK, step_T[here])[:, 0]
+        return out
+
+
 def layer_flow(
     batch: RoutingBatch,
     layer: int,
     steps: slice,
-    share_BED: NDArray[np.float64],
-    prev_BED: NDArray[np.float64] | None,
+    shares: TokenShares,
     cluster: Cluster,
     traffic: Traffic,
 ) -> LayerFlow:
-    """What some steps of one layer send: copies by pair of devices.
-
-    Parameters
-    ----------
-    share_BED : float64 [B or 1, E, D], part of each expert's tokens that each device computes.
-    prev_BED : the same of the layer before, under ``stay``.
-    """
+    """What some steps of one layer send: copies by pair of devices; ``shares`` have entered the layer."""
     if batch.experts_TLK is None or batch.start_B is None:
-        return _flow_of_loads(batch.load_BLE[steps, layer], share_BED, steps, cluster)
+        return _flow_of_loads(batch.load_BLE[steps, layer], shares.of(layer), steps, cluster)
     first, last = batch.start_B[steps.start], batch.start_B[steps.stop]
     num_steps = steps.stop - steps.start
     step_T = np.repeat(np.arange(num_steps), np.diff(batch.start_B[steps.start : steps.stop + 1]))
-    experts = batch.experts_TLK[first:last]
-    share_TKD = _gather(share_BED, experts[:, layer], step_T + steps.start)
-    if traffic == "stay" and prev_BED is not None:
-        source_TD = _gather(prev_BED, experts[:, layer - 1, :1], step_T + steps.start)[:, 0]
-    else:
-        source_TD = np.eye(cluster.num_devices)[batch.home_of_tokens(cluster.num_devices)[first:last]]
+    share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
+    home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
+    source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)
     pairs_TD = share_TKD.sum(axis=1)
     pairs = sum_by_source(source_TD, pairs_TD, step_T, num_steps)
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
@@ -218,13 +256,6 @@ def layer_flow(
         join = any_of(share_TKD[:, 1:]) if batch.top_k > 1 else np.zeros_like(pairs_TD)
         combine = Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps))
     return LayerFlow(Copies(copies), combine, *crossing)
-
-
-def _gather(share_BED: NDArray[np.float64], experts_TK: NDArray[Any], step_T: NDArray[Any]) -> NDArray[np.float64]:
-    """Share of each of a token's experts on each device, [T, K, D]."""
-    out: NDArray[np.float64]
-    out = share_BED[0][experts_TK] if share_BED.shape[0] == 1 else share_BED[step_T[:, None], experts_TK]
-    return out
 
 
 def _flow_of_loads(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
 from poise.modelspec import ModelSpec
+from poise.observe.ranks import READINGS, Reading
 from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
 
@@ -121,9 +122,13 @@ class ReadOptions:
     model : which decoder layers are MoE layers, E, K.
     placement : what physical slots hold, where the dump counts slots and has no map.
     num_experts, top_k : E and K, where no model is named.
+    zero_experts : identity experts, which the router names by ids from E on, where the model does not say.
     format : a format by its name (:data:`poise.engines.readers.FORMATS`) instead of detection.
     relabelling : ``poise-relabelling.json`` of the relabelled checkpoint that ran, or its folder: ids of the original
         model come out.
+    ranks : what loads of several files that do not show it are: ``sum``, parts of the same passes by several ranks, or
+        ``steps``, passes one after another.
+    allow_missing_ranks : whether a rank that recorded nothing is a note; else it is an error.
 
     Raises
     ------
@@ -136,6 +141,9 @@ class ReadOptions:
     top_k: int | None = None
     format: str | None = None
     relabelling: str | Path | None = None
+    ranks: Reading | None = None
+    allow_missing_ranks: bool = False
+    zero_experts: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, most in (("num_experts", self.num_experts, MAX_EXPERTS), ("top_k", self.top_k, MAX_EXPERTS)):
@@ -144,11 +152,27 @@ class ReadOptions:
             known = None if self.model is None else getattr(self.model, name)
             if None not in (value, known) and value != known:
                 raise OptionError(f"{name} is {value}, {self.model.name} has {known}")  # type: ignore[union-attr]
+        if self.ranks not in (None, *READINGS):
+            raise OptionError(f"unknown reading of ranks {self.ranks!r}", hint=f"one of {', '.join(READINGS)}")
+        zeros, known = self.zero_experts or 0, 0 if self.model is None else self.model.num_zero_experts
+        if not 0 <= zeros <= MAX_EXPERTS:
+            raise OptionError(f"zero_experts must lie in 0..{MAX_EXPERTS}, got {zeros}")
+        if known and self.zero_experts not in (None, known):
+            raise OptionError(f"zero_experts is {zeros}, {self.model.name} has {known}")  # type: ignore[union-attr]
+        if zeros and self.experts is None and self.relabelling is None:
+            raise OptionError(
+                f"{zeros} identity experts behind an unknown number of experts", hint="give --num-experts, or --model"
+            )
 
     @property
     def experts(self) -> int | None:
         """E if known."""
         return self.num_experts if self.model is None else self.model.num_experts
+
+    @property
+    def zeros(self) -> int:
+        """Identity experts: ids E to E + zeros - 1."""
+        return self.zero_experts or (0 if self.model is None else self.model.num_zero_experts)
 
     @property
     def k(self) -> int | None:

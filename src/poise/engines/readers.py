@@ -24,6 +24,7 @@ from poise.engines.dumps import (  # fmt: skip
     vllm_logs,
     vllm_maps,
 )
+from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.errors import OptionError, TraceError
@@ -33,6 +34,8 @@ from poise.observe.trace import LoadProfile
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 
 MAX_FILES = 20_000
+RANKS_ASKED = ("sglang-stat", "tokenspeed", "poise")
+"""Formats of which several files may be those of ranks or steps."""
 TRACE, PLACEMENT = "experts", "slot_expert"
 
 
@@ -55,7 +58,8 @@ def _in(*containers: str, when: Callable[[object], bool] = lambda value: True) -
 
 
 def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
-    found = join([read(part.path) for part in parts])
+    found = join([read(part.path) for part in parts], ranks=options.ranks,
+                 allow_missing_ranks=options.allow_missing_ranks)  # fmt: skip
     if isinstance(found, LoadProfile):
         return EngineDump("poise", "profile", profile=found)
     return EngineDump("poise", "trace", trace=found)
@@ -111,8 +115,10 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
     if options.format is not None and options.format not in FORMATS:
         raise OptionError(f"unknown format {options.format!r}", hint=f"one of {', '.join(FORMATS)}")
     parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options.format)
+    if options.ranks is not None and name not in RANKS_ASKED:
+        raise OptionError(f"{name} says itself which records are of one pass", hint="leave --ranks out")
     try:
-        dump = FORMATS[name].read(parts, options)
+        dump = without_zeros(FORMATS[name].read(parts, options), options)
         traffic = dump.trace if dump.trace is not None else dump.profile
         if options.model is not None and traffic is not None:
             assert traffic.layer_ids is not None
@@ -136,6 +142,7 @@ def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> Sl
     ------
     TraceError : no map is in it, or ranks ran different ones. Else as :func:`read_dump`.
     """
+    options = replace(options or ReadOptions(), allow_missing_ranks=True)  # the map is in the file of any rank
     found = read_dump(path, options=options).slots
     if found is None or found.map_LS is None:
         raise TraceError(

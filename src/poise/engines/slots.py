@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import PlacementError
-from poise.planning.placement import EMPTY, Placement
+from poise.planning.engine_rules import fill_table
+from poise.planning.placement import Placement
 
 
 def full_table(
@@ -37,20 +38,7 @@ def full_table(
             f"{placement.num_slots} slots on {placement.num_devices} ranks",
             hint=f"choose --redundant so that {placement.num_experts} + R is a multiple of {placement.num_devices}",
         )
-    out = placement.slot_expert_LS.copy()
-    empty = np.argwhere(out == EMPTY)
-    replicas = placement.replicas_LE()
-    per_rank = int(per_device[0])
-    for layer, slot in empty.tolist():
-        row = out[layer]
-        first = slot - slot % per_rank
-        held = np.zeros(placement.num_experts, bool)
-        here = row[first : first + per_rank]
-        held[here[here != EMPTY]] = True
-        price_E = replicas[layer] if price_LE is None else price_LE[layer]
-        expert = int(np.lexsort((replicas[layer], price_E, held))[0])
-        row[slot] = expert
-        replicas[layer, expert] += 1
+    out, empty = fill_table(placement, price_LE)
     return out, len(empty)
 
 

@@ -46,11 +46,12 @@ class BreakEvenRow:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Rows by batch size; ``slots`` are the step slots of their speedups."""
+    """Rows by batch size; ``slots`` are the step slots of their speedups, ``layers`` how many MoE layers they cover."""
 
     rows: tuple[BreakEvenRow, ...]
     slots: tuple[int, ...]
     traffic_words: str
+    layers: int
 
     @property
     def pays_from(self) -> int | None:
@@ -97,7 +98,7 @@ class BreakEven:
         return {
             "pays_from": self.pays_from, "always_pays_from": self.always_pays_from,
             "efficient_from": self.efficient_from, "slots_wanted": self.slots_wanted(), "verdict": self.verdict(),
-            "traffic": self.traffic_words,
+            "traffic": self.traffic_words, "layers": self.layers,
             "rows": [
                 {"tokens": row.tokens, "static_seconds": row.static_seconds, "always_speedup": row.always_speedup,
                  "speedup": dict(zip(map(str, self.slots), row.speedups, strict=True)), "efficiency": row.efficiency}
@@ -157,7 +158,7 @@ def breakeven(
         raise OptionError(f"batch sizes must ascend from at least 1, got {list(sizes)[:8]}")
     if not slots or min(slots) < 0:
         raise OptionError(f"step slots must be at least 0, got {list(slots)}")
-    rows, words = [], ""
+    rows, words, layers = [], "", 0
     for tokens in sizes:
         if trace is None:
             batch = drifting_batch(
@@ -165,6 +166,7 @@ def breakeven(
             )
         else:
             batch = make_batch(trace, tokens_per_step=tokens, steps=steps + WARM_UP, seed=seed)
+        layers = batch.num_layers
         words = batch.order if trace is None else f"{trace.name}: {batch.order}"
         static = placement or contiguous_blocks(batch, cluster)
         judged = batch.steps_from(WARM_UP)
@@ -182,7 +184,7 @@ def breakeven(
         found = [run(Poise(), many) for many in slots]
         best = int(np.argmin([seconds for seconds, _ in found]))
         rows.append(BreakEvenRow(tokens, base_s, base_s / always, tuple(base_s / s for s, _ in found), found[best][1]))
-    return BreakEven(tuple(rows), tuple(slots), words)
+    return BreakEven(tuple(rows), tuple(slots), words, layers)
 
 
 def contiguous_blocks(batch: RoutingBatch, cluster: Cluster) -> Placement:

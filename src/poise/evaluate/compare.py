@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,13 @@ from poise.evaluate.replay import Replay, replay
 from poise.evaluate.stepwise import WARM_UP, FastLoop, replay_steps
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.observe.fingerprint import FITTED, NO_TRAFFIC, Fingerprint
+from poise.planning.engine_rules import ANY, EngineRules
 from poise.planning.placement import Placement
+from poise.words import percent
 
 IN_SAMPLE = "in-sample"
+ON_FITTED = "fitted on this traffic"
 NOT_WORTH = 0.01
 """A gain below this share of a step is called not worth it."""
 
@@ -39,6 +43,7 @@ class Entry:
     seconds : planning time, or None if it came from a file.
     fast : a fast loop over the placement, or None: the engine's own split.
     prior_LE : float64 [L, E], loads a fast loop knows before the first step, or None.
+    fitted : fingerprint of the traffic that the placement was fitted on; None: not known.
     made_for : the placement as it was given, where it is for another number of devices than the cluster has, or None.
     """
 
@@ -48,6 +53,7 @@ class Entry:
     seconds: float | None = None
     fast: FastLoop | None = None
     prior_LE: NDArray[np.float64] | None = None
+    fitted: Fingerprint | None = None
     made_for: Placement | None = None
 
 
@@ -64,6 +70,9 @@ class Comparison:
     cluster, model, traffic, split, slots_D : what was priced, and how.
     notes : what the reader must know, one sentence each.
     warm_up : steps at the start of each part that ran but are not judged.
+    fitted_share : (entry name, part) -> share of the part's traffic that the entry was fitted on, where it is known.
+    defaults : what was not said and decides the seconds, one sentence each; with any, no gain in time is claimed.
+    engine : what every placement is held to (:mod:`poise.planning.engine_rules`).
     """
 
     entries: tuple[Entry, ...]
@@ -77,11 +86,30 @@ class Comparison:
     slots_D: NDArray[np.int64]
     notes: tuple[str, ...] = ()
     warm_up: int = 0
+    fitted_share: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    defaults: tuple[str, ...] = ()
+    engine: str = ANY.name
+
+    def label(self, name: str, part: str) -> str:
+        """What a row of a part was judged on: the part, or :data:`ON_FITTED` where its plan knew that traffic."""
+        share = self.fitted_share.get((name, part), 0.0)
+        return ON_FITTED if part != IN_SAMPLE and share >= FITTED else part
+
+    def title(self, part: str) -> str:
+        """The part's name; :data:`ON_FITTED` where every row that looks at traffic was fitted on it."""
+        known = [e.name for e in self.entries if e.fitted is not NO_TRAFFIC]
+        labels = {self.label(name, part) for name in known}
+        return ON_FITTED if labels == {ON_FITTED} else part
 
     @property
     def judged_on(self) -> str:
         """The part that the verdict is about: the first held-out one, else the in-sample one."""
         return next((part for part in self.batches if part != IN_SAMPLE), IN_SAMPLE)
+
+    @property
+    def num_layers(self) -> int:
+        """L, MoE layers of the judged traffic."""
+        return next(iter(self.batches.values())).num_layers
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an entry and part, plus the bound; JSON values."""
@@ -94,7 +122,9 @@ class Comparison:
                 out.append(
                     {
                         "name": entry.name,
-                        "judged_on": part,
+                        "judged_on": self.label(entry.name, part),
+                        "part": part,
+                        "fitted_share": self.fitted_share.get((entry.name, part)),
                         "imbalance": got.imbalance,
                         "imbalance_p99": got.imbalance_p99,
                         "cross_device_share": got.cross_device_share,
@@ -110,7 +140,9 @@ class Comparison:
             out.append(
                 {
                     "name": "bound",
-                    "judged_on": part,
+                    "judged_on": self.title(part),
+                    "part": part,
+                    "fitted_share": None,
                     "imbalance": 1.0,
                     "imbalance_p99": 1.0,
                     "cross_device_share": None,
@@ -135,21 +167,48 @@ class Comparison:
         return float(1.0 - new.mean() / old.mean()), float(low), float(high)
 
     def verdict(self) -> str:
-        """One sentence: what the best placement gains on the judged traffic, or that it is not worth it."""
+        """One sentence or two: what the best placement gains on the judged traffic, or that it is not worth it.
+
+        Placements fitted on the judged traffic come second to those that were not: what they gain there says nothing of
+        other traffic. Without a model, or with loads of no stated step, no gain in time is claimed.
+        """
         part, base = self.judged_on, self.entries[0].name
         if len(self.entries) < 2:
             return f"{base}: nothing to compare with."
-        mean = {entry.name: float(self.replays[entry.name, part].step_seconds_B.mean()) for entry in self.entries}
+        if self.defaults:
+            return self._undecided(part, base)
+        fresh = [e.name for e in self.entries if self.label(e.name, part) != ON_FITTED or e.name == base]
+        seen = [e.name for e in self.entries if e.name not in fresh]
+        said = [self._best(part, base, fresh)] if len(fresh) > 1 else []
+        if seen:
+            text = self._best(part, base, [base, *seen])
+            said.append(f"{', '.join(seen)}: {ON_FITTED}, which says nothing of other traffic. {text}")
+        return " ".join(said)
+
+    def _best(self, part: str, base: str, names: Sequence[str]) -> str:
+        mean = {name: float(self.replays[name, part].step_seconds_B.mean()) for name in names}
         best = min(mean, key=mean.__getitem__)
         steps = len(self.bounds_B[part])
+        where = f"{part} traffic" if self.label(names[-1], part) != ON_FITTED else "the traffic it was fitted on"
         if best == base:
-            return f"Not worth it: on {part} traffic no method beats {base}."
+            return f"Not worth it: on {where} no method beats {base}."
         share, low, high = self.gain(best, base)
-        text = f"{share:.1%} less modelled MoE time than {base} on {part} traffic"
-        text += f" (95 % interval over {steps} steps: {low:.1%} to {high:.1%})" if steps > 1 else " (one step)"
+        text = f"{percent(share)} less modelled MoE time than {base} on {where}"
+        text += (
+            f" (95 % interval over {steps} steps: {percent(low)} to {percent(high)})" if steps > 1 else " (one step)"
+        )
         if share < NOT_WORTH or low <= 0:
             return f"Not worth it: {best} is best, {text}."
         return f"{best} is best: {text}."
+
+    def _undecided(self, part: str, base: str) -> str:
+        imbalance = {entry.name: self.replays[entry.name, part].imbalance for entry in self.entries}
+        best = min(imbalance, key=imbalance.__getitem__)
+        return (
+            f"No verdict on time: {'; '.join(self.defaults)}. By tokens alone {best} is most even on "
+            f"{self.label(best, part)} traffic: max / mean over devices {imbalance[best]:.3f}, {base} "
+            f"{imbalance[base]:.3f}."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything that the table shows."""
@@ -164,6 +223,8 @@ class Comparison:
             "model": self.model.name,
             "traffic": self.traffic,
             "split": self.split,
+            "engine": self.engine,
+            "defaults": list(self.defaults),
             "slots": self.slots_D.tolist(),
             "notes": list(self.notes),
         }
@@ -172,20 +233,25 @@ class Comparison:
         """Print one table a part, best values bold, and the notes."""
         rows = self.rows()
         for part, batch in self.batches.items():
-            mine = [row for row in rows if row["judged_on"] == part]
+            mine = [row for row in rows if row["part"] == part]
             left_out = f", {self.warm_up} warm-up steps left out" if self.warm_up else ""
-            table = Table(title=f"{part}: {batch.order}{left_out}", title_justify="left", header_style="bold")
+            table = Table(
+                title=f"{self.title(part)}: {batch.order}{left_out}", title_justify="left", header_style="bold"
+            )
             table.add_column("placement")
             for head in ("imbalance", "p99", "off device", "off node", "step ms", "p99 ms", "efficiency", "speedup"):
                 table.add_column(head, justify="right")
             best = min(row["step_seconds"]["mean"] for row in mine[:-1])
             for row in mine:
                 style = "dim" if row["name"] == "bound" else "bold" if row["step_seconds"]["mean"] == best else None
-                table.add_row(*_cells(row), style=style)
+                table.add_row(*_cells(row, self.title(part)), style=style)
             console.print(table)
         console.print(
             f"{self.cluster!r}; model {self.model.name}; traffic {self.traffic}; split {self.split}; "
-            f"{int(self.slots_D.sum())} slots a layer. Step time is modelled: all MoE layers of one forward pass."
+            f"{int(self.slots_D.sum())} slots a layer, held as engine '{self.engine}' holds them. Imbalance is max / "
+            f"mean tokens over devices, mean and p99 over steps and layers; off device and off node are shares of "
+            f"(token, expert) pairs; step ms is modelled: all {self.num_layers} recorded MoE layers of a forward pass; "
+            "efficiency is bound / step, speedup is over the first row."
         )
         for note in self.notes:
             console.print(f"note: {note}")
@@ -197,13 +263,14 @@ def _spread(seconds_B: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(seconds_B.mean()), "p50": float(p50), "p99": float(p99)}
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], title: str) -> list[str]:
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
 
     seconds = row["step_seconds"]
     return [
-        row["name"], f"{row['imbalance']:.3f}", f"{row['imbalance_p99']:.2f}", share(row["cross_device_share"]),
+        row["name"] if row["judged_on"] == title else f"{row['name']} ({row['judged_on']})",
+        f"{row['imbalance']:.3f}", f"{row['imbalance_p99']:.2f}", share(row["cross_device_share"]),
         share(row["cross_node_share"]), f"{1e3 * seconds['mean']:.3f}", f"{1e3 * seconds['p99']:.3f}",
         f"{row['efficiency']:.3f}", f"{row['speedup']:.3f}",
     ]  # fmt: skip
@@ -220,6 +287,9 @@ def compare(
     slots_D: NDArray[np.int64],
     notes: Sequence[str] = (),
     warm_up: int | None = None,
+    prints: Mapping[str, Fingerprint] | None = None,
+    defaults: Sequence[str] = (),
+    engine: EngineRules = ANY,
 ) -> Comparison:
     """Replay every entry on every part of the traffic.
 
@@ -229,6 +299,8 @@ def compare(
     entries : at least one; names must differ.
     slots_D : int [D], the memory that the bound row is given.
     warm_up : steps that run but are not judged; default 5 where an entry has a fast loop, else none.
+    prints : part -> fingerprint of its traffic, to tell which entries were fitted on it.
+    defaults, engine : as in :class:`Comparison`; placements are taken as they are.
 
     Raises
     ------
@@ -262,6 +334,13 @@ def compare(
             )
         terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D)
         bounds[part] = terms.seconds_BL.sum(axis=1)
+    shares = {
+        (entry.name, part): share
+        for part, print_ in (prints or {}).items()
+        for entry in entries
+        if entry.fitted is not None and (share := entry.fitted.share_of(print_)) is not None
+    }
     return Comparison(
-        tuple(entries), judged, replays, bounds, cluster, model, traffic, split, slots_D, tuple(notes), skip
-    )
+        tuple(entries), judged, replays, bounds, cluster, model, traffic, split, slots_D, tuple(notes), skip, shares,
+        tuple(defaults), engine.name,
+    )  # fmt: skip

@@ -5,23 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from poise.evaluate.compare import Entry
+from poise.evaluate.rows import free_name
 from poise.modelspec import ModelSpec
+from poise.observe.fingerprint import Fingerprint
 from poise.planning.methods.carry import carried
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.planning.solve.complete import complete
 
 
-def carried_entry(name: str, placement: Placement, problem: PlacementProblem) -> Entry:
-    """A row for a placement; one for another number of devices is carried over, and its row says so.
+def carried_row(
+    name: str, old: Placement, problem: PlacementProblem, fitted: Fingerprint, entries: Sequence[Entry], said: list[str]
+) -> Entry:  # fmt: skip
+    """The row of a placement for another number of devices: carried over to the problem's, as the engine holds it.
+
+    Parameters
+    ----------
+    name : the placement's; the row's says that it is mapped.
+    fitted : fingerprint of the problem's traffic, whose loads decide where experts go.
+    entries, said : rows and notes so far; a note is added where it is not known what the placement was fitted on.
 
     Raises
     ------
-    OptionError : it is to be carried over and its layers or experts differ from the traffic's.
+    OptionError : its layers or experts differ from the traffic's.
     """
-    have, want = placement.num_devices, problem.num_devices
-    if have == want:
-        return Entry(name, placement)
-    return Entry(f"{name} mapped to {want}", carried(placement, problem), made_for=placement)
+    name = free_name(f"{name} mapped to {problem.num_devices}", entries)
+    placement = carried(old, problem)
+    if not problem.engine.empty_slots:
+        placement = complete(problem, placement)
+    if old.fitted is None:
+        said.append(f"{name} does not say what it was fitted on: whether this traffic is held out for it is not known")
+        return Entry(name, placement, made_for=old)
+    return Entry(name, placement, fitted=old.fitted.traffic.joined(fitted), made_for=old)
 
 
 def elastic_notes(entries: Sequence[Entry], model: ModelSpec | None) -> list[str]:

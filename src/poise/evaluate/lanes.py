@@ -73,13 +73,12 @@ def step_lanes(
     start = latency_seconds(cluster)
     for part in layer_traffic(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
         at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
-        pairs = float(load_BE.sum())
-        if pairs == 0:
+        if not load_BE.any():
             continue
         share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, split)
         tokens_ED = load_BE[0][:, None] * share_BED[0]
         if traffic == "stay":
-            at[:, 0] = pairs / batch.top_k * kv_seconds_per_token(cluster, model)
+            at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
         at[:, 1] = start + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster)[0]
         at[:, 2] = expert_seconds(tokens_ED, cluster, model).sum(axis=0) / cluster.speed_D
         if traffic != "stay" or batch.top_k > 1:

@@ -23,6 +23,7 @@ from poise.errors import OptionError
 from poise.evaluate.stepwise import FastLoop
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 from poise.planning.placement import Placement
 from poise.policies.loop import RECENT, LayerLoop
 
@@ -75,7 +76,7 @@ def served_work(
     count_LED = placement.count_LED()
     loops, predicted_BLE = None, None
     if loop is not None:
-        tokens = float(batch.load_BLE.sum(axis=2).max(axis=1).mean()) / batch.top_k
+        tokens = float(batch.tokens_BL().max(axis=1).mean())
         price = step_price(tokens, batch.num_experts, cluster, model, window_s=loop.window_s, control_s=loop.control_s)
         loops = [LayerLoop(loop.policy, price, held > 0, step_slots=loop.step_slots, layer=layer)
                  for layer, held in enumerate(count_LED)]  # fmt: skip
@@ -99,7 +100,7 @@ def served_work(
                     device_TK[mine] = deal_evenly(experts_TK[mine], count_LED[layer], source)
             works.append(_work(experts_TK, device_TK, source_T, cluster, model, traffic, fetches, planned))
             if traffic == "stay":
-                source_T = device_TK[:, 0].copy()
+                source_T = np.where(device_TK[:, 0] < 0, source_T, device_TK[:, 0])
         out.append(works)
     return out
 
@@ -131,7 +132,8 @@ def _work(
     out, back = token_copies(device_TK, source_T, cluster, traffic)
     back_DD = back.device_BDD[0] if traffic == "stay" else back.device_BDD[0].T
     quota_ED = np.zeros((model.num_experts, devices), np.int64)
-    np.add.at(quota_ED, (experts_TK.ravel(), device_TK.ravel()), 1)
+    real_TK = experts_TK != NO_EXPERT
+    np.add.at(quota_ED, (experts_TK[real_TK], device_TK[real_TK]), 1)
     compute_D = expert_seconds(quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
     keys_DD = np.zeros((devices, devices))
     if traffic == "stay":

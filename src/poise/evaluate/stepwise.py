@@ -76,8 +76,7 @@ def replay_steps(
     """
     count_LED = placement.count_LED()
     check_inputs(batch, count_LED, cluster, traffic)
-    pairs_B = batch.load_BLE.sum(axis=2).max(axis=1)
-    price = step_price(float(pairs_B.mean()) / batch.top_k, batch.num_experts, cluster, model,
+    price = step_price(float(batch.tokens_BL().max(axis=1).mean()), batch.num_experts, cluster, model,
                        window_s=loop.window_s, control_s=loop.control_s)  # fmt: skip
     run = _Run(batch, count_LED, loop, price, traffic)
     predicted = loop.predictor.predict_BLE(batch, prior_LE)
@@ -109,7 +108,7 @@ class _Run:
         names = ("compute", "dispatch", "combine", "kv", "device", "node", "weights", "control")
         self.out = {name: np.zeros(shape) for name in names}
         self.tokens_BLD = np.zeros((*shape, price.cluster.num_devices))
-        self.moved_BL = np.zeros(shape)
+        self.moved_BL, self.tokens_BL = np.zeros(shape), batch.tokens_BL()
         self.home_T = batch.home_of_tokens(price.cluster.num_devices) if batch.has_tokens else None
 
     @cached_property
@@ -147,8 +146,8 @@ class _Run:
             else:
                 pairs_DD = flow.sum(axis=1)
             self._price(view, plan, pairs_DD.astype(np.float64), source_T, device_TK)
-            if self.traffic == "stay" and device_TK is not None:
-                source_T = device_TK[:, 0].copy()
+            if self.traffic == "stay" and device_TK is not None and source_T is not None:
+                source_T = np.where(device_TK[:, 0] < 0, source_T, device_TK[:, 0])
 
     def _plan(self, view: LayerView, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """The layer's plan; weights and control time are booked."""
@@ -192,7 +191,7 @@ class _Run:
         self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
         self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
         once = {name: np.zeros((1, 1)) for name in ("dispatch", "combine", "kv")}
-        add_constants(once, np.array([[pairs_DD.sum()]]), self.batch.top_k, cluster, model, self.traffic)
+        add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
         for name, value in once.items():
             self.out[name][at] += value[0, 0]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from poise.cluster import Cluster
 from poise.cost.links import PortLoad, network_ports
 from poise.cost.split import Split, split_share_BED
-from poise.cost.step import check_inputs, layer_flow, step_chunks
+from poise.cost.step import TokenShares, check_inputs, layer_flow, step_chunks
 from poise.cost.traffic import Copies, Traffic, landing_DN, port_load
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -50,15 +50,14 @@ def layer_traffic(
 ) -> Iterator[LayerTraffic]:
     """Every layer of every step, or of one step; parameters and errors of :func:`poise.cost.step.batch_cost`."""
     check_inputs(batch, count_LED, cluster, traffic)
-    before_BED: NDArray[np.float64] | None = None
+    shares = TokenShares(batch, traffic)
     for layer in range(batch.num_layers):
-        share_BED = split_share_BED(batch.load_BLE[:, layer], count_LED[layer], cluster.speed_D, split)
+        shares.enter(layer, split_share_BED(batch.load_BLE[:, layer], count_LED[layer], cluster.speed_D, split))
         for steps in step_chunks(batch, cluster.num_devices) if step is None else [slice(step, step + 1)]:
-            flow = layer_flow(batch, layer, steps, share_BED, before_BED, cluster, traffic)
+            flow = layer_flow(batch, layer, steps, shares, cluster, traffic)
             out = wire_BDD(flow.dispatch, cluster)
             back = out.transpose(0, 2, 1) if flow.combine is None else wire_BDD(flow.combine, cluster)
             yield LayerTraffic(layer, steps, out * model.dispatch_bytes_per_token, back * model.combine_bytes_per_token)
-        before_BED = share_BED
 
 
 def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ class RoutingBatch:
     weight_B : float64 [B], weight of each step in an expectation, summing to 1.
     top_k : K.
     layer_ids_L : int32 [L], index of each MoE layer among the model's decoder layers.
-    experts_TLK : int16 [T, L, K] or None where only loads are known; rows sorted by step, heaviest expert first.
+    experts_TLK : int16 [T, L, K] or None where only loads are known; rows sorted by step, heaviest expert first. -1 is
+        a pick that computes nothing; those of a token come behind its others.
     start_B : int64 [B + 1]; the tokens of step b are rows start_B[b]:start_B[b + 1].
     request_T : int32 [T] or None.
     home_T : int32 [T] or None, recorded home rank.
@@ -79,6 +80,32 @@ class RoutingBatch:
     def has_tokens(self) -> bool:
         """Token-level routing is known, not only loads."""
         return self.experts_TLK is not None
+
+    def tokens_BL(self) -> NDArray[np.float64]:
+        """Tokens of each step, float64 [B, L], 0 in a layer where none of them computes; of loads, pairs / K."""
+        pairs_BL = self.load_BLE.sum(axis=2)
+        if self.start_B is None:
+            return np.asarray(pairs_BL / self.top_k)
+        return np.asarray((pairs_BL > 0) * np.diff(self.start_B)[:, None].astype(np.float64))
+
+    def came_from_TL(self) -> NDArray[np.int64]:
+        """Where ``stay`` traffic finds a token before each layer, int64 [T, L].
+
+        The flat index ``layer * E + expert`` of the heaviest expert of the last layer in which the token computed
+        anything, -1 for its home rank.
+
+        Raises
+        ------
+        TraceError : no tokens are known.
+        """
+        if self.experts_TLK is None:
+            raise TraceError("token moves need token-level routing", hint="give a routing trace, not a load profile")
+        first_TL = self.experts_TLK[:, :, 0].astype(np.int64)
+        out = np.full(first_TL.shape, -1, np.int64)
+        for layer in range(1, self.num_layers):
+            here_T = first_TL[:, layer - 1]
+            out[:, layer] = np.where(here_T < 0, out[:, layer - 1], here_T + (layer - 1) * self.num_experts)
+        return out
 
     def load_LE(self) -> NDArray[np.float64]:
         """Expected load of one step, float64 [L, E]."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
 from poise.observe.files import join
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
 
 Order = Literal["interleaved", "file"]
 ORDERS: tuple[Order, ...] = ("interleaved", "file")
@@ -85,7 +85,7 @@ def make_batch(
 
     Raises
     ------
-    OptionError : a number is below 1, or the order is unknown.
+    OptionError : a number is below 1, the order is unknown, or loads without N are frequencies.
     """
     for name, value in (
         ("tokens_per_step", tokens_per_step),
@@ -148,7 +148,8 @@ def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order
     step_T = np.repeat(np.arange(steps), size_B)
     load = np.empty((steps, layers, num))
     for layer in range(layers):
-        flat = (step_T[:, None] * num + experts[:, layer]).ravel()
+        ids = experts[:, layer]
+        flat = (step_T[:, None] * num + ids)[ids != NO_EXPERT]
         load[:, layer] = np.bincount(flat, minlength=steps * num).reshape(steps, num)
     assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
@@ -165,9 +166,15 @@ def _in_turn(request_T: NDArray[Any]) -> NDArray[np.int32]:
 
 def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None) -> RoutingBatch:
     load = profile.load_BLE[:max_steps]
-    mass = load.sum(axis=2).max(axis=1)
+    idle = 0.0 if profile.idle_BL is None else profile.idle_BL[:max_steps]
+    mass = (load.sum(axis=2) + idle).max(axis=1)
     keep = mass > 0
     load, mass = load[keep], mass[keep]
+    if tokens_per_step is None and float(mass.max()) <= profile.top_k * (1 + 1e-6):
+        raise OptionError(
+            f"the loads of a layer sum to {float(mass.max()):.6g}, no more than one token: frequencies, not tokens",
+            hint="say how many tokens a step has: --tokens-per-step N",
+        )
     target = float(mass.mean()) if tokens_per_step is None else float(tokens_per_step * profile.top_k)
     words = "recorded mass, each scaled to the mean" if tokens_per_step is None else f"scaled to N = {tokens_per_step}"
     assert profile.layer_ids is not None

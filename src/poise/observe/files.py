@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
 from poise.observe.npz import Archive, open_npz
+from poise.observe.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
 from poise.observe.trace import LoadProfile, RoutingTrace, integers
 
 MAX_JSON_BYTES = 512 * 2**20
 MAX_NPZ_BYTES = 8 * 2**30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
+IDLE = "identity_count"
+"""Key of the picks that compute nothing, beside the loads of a profile."""
 SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second"
 
 
@@ -36,21 +39,36 @@ def read(path: str | Path) -> RoutingTrace | LoadProfile:
 
 
 def read_many(paths: Sequence[str | Path]) -> RoutingTrace | LoadProfile:
-    """Several files as one: traces back to back with requests kept apart, profiles as the steps of one."""
+    """Several files as one: traces back to back with requests kept apart, profiles as the steps of one.
+
+    Profiles whose counts show that each is of one rank's experts, or that name ranks, are one workload: as
+    :func:`poise.observe.ranks.one_workload`.
+    """
     return join([read(path) for path in paths])
 
 
-def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProfile:
+def join(
+    parts: Sequence[RoutingTrace | LoadProfile], *, ranks: Reading | None = None, allow_missing_ranks: bool = False
+) -> RoutingTrace | LoadProfile:
     """What :func:`read_many` does, for objects.
+
+    Parameters
+    ----------
+    parts : of one model.
+    ranks : what files of several ranks are, where they do not show it: parts of the same steps, or steps of their own.
+    allow_missing_ranks : whether a rank that recorded nothing is no error.
 
     Raises
     ------
-    TraceError : no part, traces mixed with profiles, or layers, experts or top-k that disagree.
+    TraceError : no part, traces mixed with profiles, layers, experts or top-k that disagree, files of several ranks
+        that may be read in two ways, or a rank that is missing.
     """
     if not parts:
         raise TraceError("no trace was given")
-    if len(parts) == 1:
+    if len(parts) == 1 and (isinstance(parts[0], RoutingTrace) or parts[0].rank is None):
         return parts[0]
+    if all(isinstance(part, LoadProfile) and part.rank is not None for part in parts):
+        return _of_ranks(parts, ranks, allow_missing_ranks)  # type: ignore[arg-type]
     head = parts[0]
     for part in parts[1:]:
         for what, a, b in (
@@ -62,11 +80,11 @@ def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProf
         if not np.array_equal(head.layer_ids, part.layer_ids):  # type: ignore[arg-type]
             raise TraceError(f"{head.name} and {part.name} record different layers")
     if all(isinstance(part, LoadProfile) for part in parts):
-        loads = np.concatenate([part.load_BLE for part in parts])  # type: ignore[union-attr]
-        return LoadProfile(loads, head.layer_ids, head.top_k, " + ".join(part.name for part in parts))
+        return _of_ranks(parts, ranks, allow_missing_ranks)  # type: ignore[arg-type]
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
     if len(traces) != len(parts):
         raise TraceError("routing traces and load profiles cannot be joined", hint="give one kind")
+    together = _same_steps(traces, ranks)
     requests, steps, next_request, next_step = [], [], 0, 0
     names = tuple(dict.fromkeys(name for trace in traces for name in trace.domain_names))
     domains = []
@@ -77,7 +95,7 @@ def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProf
         next_request += ids.size
         if trace.step is not None:
             steps.append(trace.step.astype(np.int64) + next_step)
-            next_step = int(steps[-1].max()) + 1
+            next_step = 0 if together else int(steps[-1].max()) + 1
         if trace.domain is not None:
             domains.append(np.array([names.index(name) for name in trace.domain_names])[trace.domain])
 
@@ -85,7 +103,7 @@ def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProf
         values = [getattr(trace, attr) for trace in traces]
         return None if any(value is None for value in values) else np.concatenate(values)
 
-    return RoutingTrace(
+    joined = RoutingTrace(
         np.concatenate([trace.experts for trace in traces]),
         traces[0].num_experts,
         request=np.concatenate(requests),
@@ -98,6 +116,63 @@ def join(parts: Sequence[RoutingTrace | LoadProfile]) -> RoutingTrace | LoadProf
         domain_names=names if len(domains) == len(traces) else (),
         name=" + ".join(trace.name for trace in traces),
     )
+    return joined.rows(np.argsort(joined.step, kind="stable")) if together else joined  # type: ignore[arg-type]
+
+
+def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_missing: bool) -> LoadProfile:
+    """Profiles as one; where a rank's experts have no load in a layer, its row is empty."""
+    head = profiles[0]
+    ids = np.unique(np.concatenate([part.layer_ids for part in profiles if part.layer_ids is not None]))
+    files = []
+    for part in profiles:
+        if (part.num_experts, part.top_k) != (head.num_experts, head.top_k):
+            raise TraceError(
+                f"{head.name} has {head.num_experts} experts, top-{head.top_k}, {part.name} {part.num_experts}, "
+                f"top-{part.top_k}",
+                hint="join files of one model",
+            )
+        load_BLE = np.zeros((part.num_steps, ids.size, part.num_experts))
+        load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE  # type: ignore[arg-type]
+        files.append(Recorded(part.name, part.rank, load_BLE))
+    loads, _ = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
+    name = " + ".join(part.name for part in profiles)
+    return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads))
+
+
+def _idle_together(
+    profiles: Sequence[LoadProfile], ids: NDArray[Any], load_BLE: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """Picks that compute nothing, joined as the loads were: in order, added up, or those of one of several copies."""
+    if any(part.idle_BL is None for part in profiles):
+        return None
+    parts = []
+    for part in profiles:
+        parts.append(np.zeros((part.num_steps, ids.size)))
+        parts[-1][:, np.searchsorted(ids, part.layer_ids)] = part.idle_BL  # type: ignore[arg-type]
+    steps = len(load_BLE)
+    if sum(len(idle) for idle in parts) == steps:
+        return np.concatenate(parts)
+    if any(len(idle) != steps for idle in parts):
+        return None
+    summed = sum(float(part.load_BLE.sum()) for part in profiles) <= float(load_BLE.sum()) * (1 + 1e-9)
+    out: NDArray[np.float64] = np.sum(parts, axis=0) if summed else parts[0]
+    return out
+
+
+def _same_steps(traces: Sequence[RoutingTrace], ranks: Reading | None) -> bool:
+    """Whether traces hold tokens of other homes of the same steps, not steps one after another."""
+    if ranks is not None or any(trace.step is None or trace.home is None for trace in traces):
+        return ranks == "sum" and all(trace.step is not None for trace in traces)
+    homes = [set(np.unique(trace.home).tolist()) for trace in traces]  # type: ignore[arg-type]
+    steps = [np.unique(trace.step) for trace in traces]  # type: ignore[arg-type]
+    apart = len(set().union(*homes)) == sum(map(len, homes))
+    if apart and all(np.intersect1d(steps[0], other).size for other in steps[1:]):
+        raise TraceError(
+            f"{traces[0].name} has tokens of homes {spans(sorted(homes[0]))}, {traces[1].name} of homes "
+            f"{spans(sorted(homes[1]))}, in the same steps: parts of them, or steps one after another",
+            hint=ASK,
+        )
+    return False
 
 
 def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace | LoadProfile:
@@ -159,10 +234,10 @@ def _read_json(path: Path) -> LoadProfile:
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     try:
-        load = np.array(data["logical_count"])
+        load, idle = (np.array(data[name]) if name in data else None for name in ("logical_count", IDLE))
     except (ValueError, TypeError, OverflowError) as error:
         raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
-    return LoadProfile(load, name=path.name)
+    return LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")), idle_BL=idle)  # type: ignore[arg-type]
 
 
 def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
@@ -200,7 +275,8 @@ def _array(archive: Archive, name: str) -> NDArray[Any]:
 def _read_counts(archive: Archive, name: str) -> LoadProfile:
     """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
     ids = _array(archive, "layers") if "layers" in archive else None
-    return LoadProfile(_array(archive, "counts"), ids, name=name)
+    idle = _array(archive, IDLE) if IDLE in archive else None
+    return LoadProfile(_array(archive, "counts"), ids, name=name, idle_BL=idle)
 
 
 def _read_cross(archive: Archive, name: str) -> LoadProfile:

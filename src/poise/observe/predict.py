@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 
 
 class Predictor(Protocol):
@@ -23,6 +24,8 @@ class Predictor(Protocol):
 
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """Predicted tokens, float64 [B, L, E], each (step, layer) summing to its number of pairs.
+
+        Where picks may compute nothing, it is the number that the steps before let expect.
 
         ``prior_LE`` [L, E] are loads known before the first step, any scale (default: all experts alike).
         """
@@ -43,8 +46,20 @@ def _prior(batch: RoutingBatch, prior_LE: NDArray[np.float64] | None) -> NDArray
 
 
 def _scaled(share_BLE: NDArray[np.float64], batch: RoutingBatch) -> NDArray[np.float64]:
-    out: NDArray[np.float64] = share_BLE * batch.load_BLE.sum(axis=2, keepdims=True)
+    out: NDArray[np.float64] = share_BLE * _pairs_BL(batch)[:, :, None]
     return out
+
+
+def _pairs_BL(batch: RoutingBatch) -> NDArray[np.float64]:
+    """Pairs of each step as they are known before its gates: where picks may compute nothing, by the steps before."""
+    pairs_BL = np.asarray(batch.load_BLE.sum(axis=2))
+    if batch.start_B is None or batch.experts_TLK is None or not (batch.experts_TLK == NO_EXPERT).any():
+        return pairs_BL
+    tokens_B = np.diff(batch.start_B).astype(np.float64)
+    before_BL = np.cumsum(pairs_BL, axis=0) - pairs_BL
+    before_B = np.cumsum(tokens_B) - tokens_B
+    each_BL = np.where(before_B[:, None] > 0, before_BL / np.maximum(before_B, 1.0)[:, None], float(batch.top_k))
+    return np.asarray(tokens_B[:, None] * each_BL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +128,9 @@ class RequestMix:
             mine = (weight @ seen[here]).reshape(layers, experts)
             rest = (tokens * (1.0 - own)).sum() / max(1, tokens.sum())
             out[b] = mine + rest * mean[b]
-            flat = (batch.experts_TLK[rows].astype(np.int64) + offset).reshape(rows.stop - rows.start, -1)
-            who = np.broadcast_to(batch.request_T[rows, None], flat.shape)
-            np.add.at(seen, (who.ravel(), flat.ravel()), 1.0)
+            ids = batch.experts_TLK[rows]
+            flat, who = ids.astype(np.int64) + offset, np.broadcast_to(batch.request_T[rows, None, None], ids.shape)
+            np.add.at(seen, (who[ids != NO_EXPERT], flat[ids != NO_EXPERT]), 1.0)
             np.add.at(known, batch.request_T[rows], 1.0)
         return out
 

@@ -11,13 +11,27 @@ from numpy.typing import NDArray
 
 from poise.errors import TraceError
 from poise.observe.npz import open_npz
+from poise.observe.trace import NO_EXPERT
 
 
 def load_LE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
-    """Tokens of each expert, int64 [L, E] (MoETuner's P; a token counts once for each of its K experts)."""
+    """Tokens of each expert, int64 [L, E] (MoETuner's P; a token counts once for each of its K experts).
+
+    Here and below a pick of -1, which computes nothing, counts nowhere.
+    """
     layers = experts_TLK.shape[1]
     flat = experts_TLK.astype(np.int64) + np.arange(layers)[:, None] * num_experts
-    return np.bincount(flat.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)
+    flat = flat[experts_TLK != NO_EXPERT]
+    return np.bincount(flat, minlength=layers * num_experts).reshape(layers, num_experts)
+
+
+def count_pairs(
+    first_T: NDArray[np.int64], second_T: NDArray[np.int64], num_experts: int, weight_T: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """How often (or with which weight) an expert of one list meets one of the other, [E * E]; -1 meets nobody."""
+    both = (first_T != NO_EXPERT) & (second_T != NO_EXPERT)
+    weight = None if weight_T is None else weight_T[both]
+    return np.bincount(first_T[both] * num_experts + second_T[both], weight, minlength=num_experts * num_experts)
 
 
 def affinity_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
@@ -31,8 +45,7 @@ def affinity_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int6
     for layer in range(layers - 1):
         for i in range(top_k):
             for j in range(top_k):
-                pair = ids[:, layer, i] * num_experts + ids[:, layer + 1, j]
-                out[layer] += np.bincount(pair, minlength=num_experts * num_experts)
+                out[layer] += count_pairs(ids[:, layer, i], ids[:, layer + 1, j], num_experts)
     return out.reshape(-1, num_experts, num_experts)
 
 
@@ -44,8 +57,7 @@ def coactivation_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.
     for layer in range(layers):
         for i in range(top_k):
             for j in range(top_k):
-                pair = ids[:, layer, i] * num_experts + ids[:, layer, j]
-                out[layer] += np.bincount(pair, minlength=num_experts * num_experts)
+                out[layer] += count_pairs(ids[:, layer, i], ids[:, layer, j], num_experts)
     return out.reshape(layers, num_experts, num_experts)
 
 
@@ -65,21 +77,24 @@ def mutual_information(
     """Between the heaviest experts of neighbouring layers, nats, float64 [L - 1]: as recorded, and a shuffled null.
 
     The null is the mean over ``shuffles`` permutations of the tokens of the later layer: what the finite sample alone
-    gives. Loads stay as they are, so it is the right yardstick for a skewed router.
+    gives. Loads stay as they are, so it is the right yardstick for a skewed router. Of a pair of layers, tokens that
+    compute in both are counted.
     """
     rng = np.random.default_rng(seed)
     top = experts_TLK[:, :, 0].astype(np.int64)
     layers = top.shape[1]
     real, null = np.zeros(layers - 1), np.zeros(layers - 1)
     for layer in range(layers - 1):
-        real[layer] = _information(top[:, layer], top[:, layer + 1], num_experts)
+        both = (top[:, layer : layer + 2] != NO_EXPERT).all(axis=1)
+        here, there = top[both, layer], top[both, layer + 1]
+        real[layer] = _information(here, there, num_experts)
         for _ in range(shuffles):
-            null[layer] += _information(top[:, layer], rng.permutation(top[:, layer + 1]), num_experts) / shuffles
+            null[layer] += _information(here, rng.permutation(there), num_experts) / shuffles
     return real, null
 
 
 def _information(a: NDArray[np.int64], b: NDArray[np.int64], size: int) -> float:
-    joint = np.bincount(a * size + b, minlength=size * size).reshape(size, size) / a.size
+    joint = np.bincount(a * size + b, minlength=size * size).reshape(size, size) / max(1, a.size)
     outer = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     used = joint > 0
     return float((joint[used] * np.log(joint[used] / outer[used])).sum())
@@ -114,7 +129,7 @@ class StreamingProfile:
     def add(self, experts_TLK: NDArray[Any]) -> None:
         """Take in a chunk [T, L, K]."""
         low, high = (int(experts_TLK.min()), int(experts_TLK.max())) if experts_TLK.size else (0, 0)
-        if low < 0 or high >= self.num_experts:
+        if low < NO_EXPERT or high >= self.num_experts:
             raise TraceError(f"expert ids {low}..{high} in a trace of {self.num_experts} experts")
         parts = (
             load_LE(experts_TLK, self.num_experts),

@@ -14,6 +14,8 @@ from poise.errors import NoTrafficError, OptionError, TraceError
 
 MAX_EXPERTS = 32_767
 MAX_LOAD = 1e15
+NO_EXPERT = -1
+"""In place of an expert: this pick of the token computes nothing."""
 Phase = Literal["prefill", "decode"]
 
 
@@ -36,7 +38,8 @@ class RoutingTrace:
     Parameters
     ----------
     experts : int16 [T, L, K], logical expert ids, heaviest first where the recorder knew ([T, L] is read as K = 1).
-    num_experts : E.
+        -1 is a pick that computes nothing (an identity expert); those of a token are moved behind its others.
+    num_experts : E, identity experts not among them.
     request : int32 [T], request a token belongs to; rows of one request keep their order. Default: one request each.
     is_decode : bool [T], token was generated (else prefill). Default: all prefill.
     step : int32 [T] or None, forward pass of the token, if the recorder knew it.
@@ -49,7 +52,7 @@ class RoutingTrace:
 
     Raises
     ------
-    TraceError : shapes disagree, ids out of range, or a token lists one expert of a layer twice.
+    TraceError : shapes disagree, ids out of range, a token lists one expert of a layer twice, or no pick computes.
     """
 
     experts: NDArray[np.int16]
@@ -67,7 +70,7 @@ class RoutingTrace:
     def __post_init__(self) -> None:
         if not isinstance(self.num_experts, int | np.integer) or not 1 <= self.num_experts <= MAX_EXPERTS:
             raise TraceError(f"num_experts must be a whole number in 1..{MAX_EXPERTS}, got {self.num_experts}")
-        experts = integers("experts", self.experts, 0, self.num_experts - 1, np.int16)
+        experts = integers("experts", self.experts, NO_EXPERT, self.num_experts - 1, np.int16)
         if experts.ndim == 2:
             experts = experts[:, :, None]
         if experts.ndim != 3 or 0 in experts.shape:
@@ -77,11 +80,15 @@ class RoutingTrace:
             raise TraceError(f"{top_k} experts a token, the model has {self.num_experts}")
         if top_k > 1:
             ordered = np.sort(experts, axis=2)
-            twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
+            twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NO_EXPERT)).any(axis=2)
             if twice.any():
                 token, layer = (int(x) for x in np.argwhere(twice)[0])
                 raise TraceError(f"token {token} lists one expert twice in layer {layer}: {experts[token, layer]}")
-        self._set("experts", experts)
+        idle = experts == NO_EXPERT
+        if idle.all():
+            raise NoTrafficError("no pick of any token computes", hint="record again with traffic")
+        behind = np.argsort(idle, axis=2, kind="stable") if idle.any() else None
+        self._set("experts", experts if behind is None else np.take_along_axis(experts, behind, axis=2))
         big = 2**31 - 1
         request = np.arange(tokens) if self.request is None else self.request
         self._set("request", integers("request", request, -big, big, np.int32))
@@ -108,7 +115,8 @@ class RoutingTrace:
                 raise TraceError(f"weights {weights.dtype} {weights.shape} must be floats like experts {experts.shape}")
             if not np.isfinite(weights).all():
                 raise TraceError("weights must be finite")
-            self._set("weights", weights.astype(np.float32))
+            weights = weights.astype(np.float32)
+            self._set("weights", weights if behind is None else np.take_along_axis(weights, behind, axis=2))
 
     def _set(self, name: str, value: NDArray[Any]) -> None:
         value.flags.writeable = False
@@ -183,7 +191,9 @@ class RoutingTrace:
 
     def save(self, path: str | Path) -> None:
         """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles."""
-        small = np.uint8 if self.num_experts <= 256 else np.int16
+        small: Any = np.uint8 if self.num_experts <= 256 else np.int16
+        if (self.experts == NO_EXPERT).any():
+            small = np.int8 if self.num_experts <= 128 else np.int16
         arrays: dict[str, Any] = {"experts": self.experts.astype(small), "num_experts": np.int32(self.num_experts)}
         for name in ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain"):
             if getattr(self, name) is not None:
@@ -210,12 +220,17 @@ class LoadProfile:
     layer_ids : int32 [L].
     top_k : K if known, else 1 (a token then counts K times in load_BLE).
     name : file it came from.
+    rank : the rank that counted it, where the file says so: of several such files not each is a step.
+    idle_BL : float64 [B, L] or None, picks of identity experts beside those of load_BLE: they compute nothing, and
+        count only for how many tokens a step has.
     """
 
     load_BLE: NDArray[np.float64]
     layer_ids: NDArray[np.int32] | None = None
     top_k: int = 1
     name: str = field(default="profile")
+    rank: int | None = None
+    idle_BL: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_BLE)
@@ -241,6 +256,8 @@ class LoadProfile:
         busy = load.sum(axis=(0, 2)) > 0
         if not busy.any():
             raise NoTrafficError("all loads are 0", hint="record again with traffic, or drop the file")
+        if self.idle_BL is not None:
+            object.__setattr__(self, "idle_BL", _idle(self.idle_BL, load.shape[:2])[:, busy])
         load, ids = np.ascontiguousarray(load[:, busy]), ids[busy]
         load.flags.writeable = ids.flags.writeable = False
         object.__setattr__(self, "load_BLE", load)
@@ -263,4 +280,15 @@ class LoadProfile:
 
     def steps(self, rows: slice) -> LoadProfile:
         """Some of the recorded steps."""
-        return LoadProfile(self.load_BLE[rows], self.layer_ids, self.top_k, self.name)
+        idle = None if self.idle_BL is None else self.idle_BL[rows]
+        return replace(self, load_BLE=self.load_BLE[rows], idle_BL=idle)
+
+
+def _idle(value: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    idle = np.asarray(value)
+    idle = idle[None] if idle.ndim == 1 else idle
+    if idle.dtype.kind not in "iuf" or idle.shape != shape:
+        raise TraceError(f"picks that compute nothing {idle.dtype} {idle.shape} for loads of [steps, layers] {shape}")
+    if not np.isfinite(idle).all() or idle.min() < 0 or idle.max() > MAX_LOAD:
+        raise TraceError(f"picks that compute nothing must be finite and within 0..{MAX_LOAD:g}")
+    return idle.astype(np.float64)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from poise.errors import PlacementError, TraceError
 from poise.observe.npz import open_npz
+from poise.planning.provenance import ABOUT, LOADS, UNITS, Provenance
 
 EMPTY = -1
 FORMAT = 1
@@ -49,6 +50,7 @@ class Placement:
     num_devices : D (a device may have no slot).
     layer_ids_L : int32 [L], index of each MoE layer among the model's decoder layers, ascending; default 0, 1, ...
     method : who made it.
+    fitted : what it was fitted on; None: not known.
 
     Raises
     ------
@@ -62,6 +64,7 @@ class Placement:
     num_devices: int
     layer_ids_L: NDArray[np.int32] | None = None
     method: str = field(default="custom")
+    fitted: Provenance | None = None
 
     def __post_init__(self) -> None:
         slots, device = _whole("slot_expert_LS", self.slot_expert_LS), _whole("slot_device_S", self.slot_device_S)
@@ -198,11 +201,12 @@ class Placement:
     def save(self, path: str | Path) -> None:
         """Write a ``.npz`` without pickles (docs/formats.md); the file appears whole or not at all."""
         ids = np.arange(self.num_layers) if self.layer_ids_L is None else self.layer_ids_L
+        more: dict[str, Any] = {} if self.fitted is None else self.fitted.arrays()
         with atomic(Path(path)) as stream:
             np.savez_compressed(
                 stream, format=np.int32(FORMAT), slot_expert=self.slot_expert_LS, slot_device=self.slot_device_S,
                 num_experts=np.int32(self.num_experts), num_devices=np.int32(self.num_devices), layer_ids=ids,
-                method=np.array(self.method),
+                method=np.array(self.method), **more,
             )  # fmt: skip
 
     @classmethod
@@ -218,14 +222,18 @@ class Placement:
             raise PlacementError(f"no such file: {path}")
         try:
             with open_npz(path) as archive:
-                headers = [archive.header(name) for name in FIELDS]
+                said = [name for name in (UNITS, LOADS, ABOUT) if name in archive]
+                if len(said) not in (0, 3):
+                    raise PlacementError(f"{path} has {said[0]} without {UNITS}, {LOADS} and {ABOUT} together")
+                headers = [archive.header(name) for name in (*FIELDS, *said)]
                 if sum(header.nbytes for header in headers) > MAX_BYTES:
                     raise PlacementError(f"{path} unpacks to more than {MAX_BYTES} bytes")
                 arrays = {header.name: archive.read(header) for header in headers}
                 method = str(arrays["method"].reshape(-1)[0]) if arrays["method"].shape == () else ""
         except TraceError as error:
             raise PlacementError(error.message, hint=error.hint or "is it a poise placement?") from None
-        for name, array in arrays.items():
+        for name in FIELDS:
+            array = arrays[name]
             if array.dtype.kind not in ("U" if name == "method" else "iu"):
                 raise PlacementError(f"{path}: {name} must be {'text' if name == 'method' else 'whole numbers'}")
             if name in ("format", "num_experts", "num_devices", "method") and array.shape != ():
@@ -240,7 +248,9 @@ class Placement:
                 hint=f"at most {MAX_SIZE} experts, {MAX_SIZE} devices, {MAX_CELLS} of layers * experts * devices",
             )
         try:
-            return cls(arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], method)
+            fitted = Provenance.from_arrays(arrays) if said else None
+            return cls(arrays["slot_expert"], arrays["slot_device"], experts, devices, arrays["layer_ids"], method,
+                       fitted)  # fmt: skip
         except PlacementError as error:
             raise PlacementError(f"{path}: {error.message}", hint=error.hint) from None
 

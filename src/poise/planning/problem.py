@@ -15,7 +15,8 @@ Objective (seconds; DESIGN 3.1)
     dispatch, combine = latency + max over ports of bytes / bandwidth under a traffic model (poise.cost.traffic)
 Subject to
     every expert has a slot in every layer; a device holds at most slots[d] experts in every layer, or, ``pooled``,
-    at most L * slots[d] over all layers (MoETuner's memory constraint).
+    at most L * slots[d] over all layers (MoETuner's memory constraint). Engines know no empty slot: unless the rules
+    are ``none``, every slot holds an expert, and none lies twice on a device (:mod:`poise.planning.engine_rules`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from poise.cost.traffic import TRAFFIC_MODELS, Traffic
 from poise.errors import OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.planning.engine_rules import ANY, NONE, EngineRules
 from poise.planning.placement import Placement
+from poise.words import percent
 
 Risk = Literal["mean", "worst", "cvar"]
 RISKS: tuple[Risk, ...] = ("mean", "worst", "cvar")
@@ -60,10 +63,13 @@ class PlacementProblem:
     migration_steps : steps over which ``poise`` writes off the fetches from ``current``; 0: moving is free.
     risk : what ``poise`` minimises over scenarios: their ``mean``, the ``worst`` one, or ``cvar``, the mean of the
         worst quarter.
+    engine : what the engine can hold (:mod:`poise.planning.engine_rules`). No engine counts slots over all layers
+        together: a ``pooled`` problem has the rules ``none``.
 
     Raises
     ------
-    OptionError : slots do not hold the experts, or the traffic model needs tokens that the batch has not.
+    OptionError : the engine cannot have these slots, slots do not hold the experts, or the traffic model needs tokens
+        that the batch has not.
     """
 
     batch: RoutingBatch
@@ -76,6 +82,7 @@ class PlacementProblem:
     current: Placement | None = None
     migration_steps: float = 0.0
     risk: Risk = "mean"
+    engine: EngineRules = ANY
 
     def __post_init__(self) -> None:
         slots = np.array(self.slots_D, dtype=np.int64)
@@ -89,6 +96,13 @@ class PlacementProblem:
             )
         if not self.pooled and np.minimum(slots, experts).sum() < experts:
             raise OptionError(f"slots {slots.tolist()[:8]} hold fewer than {experts} different experts")
+        if self.pooled and self.engine not in (ANY, NONE):
+            raise OptionError(
+                f"slots counted over all layers together, which {self.engine.name} cannot hold", hint="--engine none"
+            )
+        if self.pooled:
+            object.__setattr__(self, "engine", NONE)
+        self.engine.check_slots(slots, experts)
         if self.traffic not in TRAFFIC_MODELS:
             raise OptionError(f"unknown traffic model {self.traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
         if self.split not in SPLITS:
@@ -214,6 +228,6 @@ class Solution:
     def __repr__(self) -> str:
         terms = ", ".join(f"{name} {1e6 * t.seconds:.1f}" for name, t in self.terms.items() if t.seconds > 0)
         return (
-            f"Solution({self.method}: {1e6 * self.objective:.1f} us a layer ({terms}), gap {self.gap:.1%}, "
+            f"Solution({self.method}: {1e6 * self.objective:.1f} us a layer ({terms}), gap {percent(self.gap)}, "
             f"imbalance {self.imbalance:.3f}, {self.seconds:.2f} s)"
         )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.errors import ModelError, TraceError
-from poise.observe.trace import RoutingTrace
+from poise.observe.trace import NO_EXPERT, RoutingTrace
 from poise.planning.problem import Progress
 
 ROUTER_NAMES = ("gate", "router")
@@ -186,7 +186,8 @@ def record(
 
     Returns
     -------
-    RoutingTrace with request, domain and phase of each token; a request's tokens are in order.
+    RoutingTrace with request, domain and phase of each token; a request's tokens are in order. Picks of identity
+    experts, which the config counts apart (LongCat-Flash), are -1.
     """
     if max_new_tokens < 0 or max_prompt_tokens < 1 or batch_size < 1 or temperature < 0:
         raise TraceError(f"cannot record {max_new_tokens} new, {max_prompt_tokens} prompt tokens, batch {batch_size}")
@@ -227,9 +228,12 @@ def record(
             request.append(np.full(len(block), index))
             decode.append(np.full(len(block), is_decode))
             domain.append(np.full(len(block), names.index(prompt.domain)))
+    picks_TLK, real = np.concatenate(experts), _num_experts(model)
+    if _config(model, "zero_expert_num"):
+        picks_TLK = np.where(picks_TLK >= real, NO_EXPERT, picks_TLK)
     return RoutingTrace(
-        np.concatenate(experts).astype(np.int16),
-        _num_experts(model),
+        picks_TLK.astype(np.int16),
+        real,
         request=np.concatenate(request).astype(np.int32),
         is_decode=np.concatenate(decode),
         layer_ids=np.array(list(capture.routers), np.int32),
@@ -245,11 +249,16 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> T
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
 
 
-def _num_experts(model: nn.Module) -> int:
+def _config(model: nn.Module, *names: str) -> int | None:
+    """The first of these numbers that the model's config has."""
     config: Any = model.config
     config = getattr(config, "text_config", None) or config
-    for name in ("n_routed_experts", "num_local_experts", "num_experts"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    raise ModelError("the model's config does not say how many experts it has")
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def _num_experts(model: nn.Module) -> int:
+    found = _config(model, "n_routed_experts", "num_local_experts", "num_experts")
+    if found is None:
+        raise ModelError("the model's config does not say how many experts it has")
+    return found

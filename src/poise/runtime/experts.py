@@ -100,6 +100,11 @@ def recognise(module: nn.Module) -> ExpertKind:
             raise ModelError(f"{name} has a weight {deeper} in a module of its own", hint="stack it: [E, ...]")
     if getattr(module, "has_post_expert_norm", False):
         raise ModelError(f"{name} normalises each expert's output, which is not supported")
+    if getattr(module, "zero_expert_num", 0):
+        raise ModelError(
+            f"{name} has {module.zero_expert_num} identity experts beside its own, which are not run",
+            hint="its traffic can be recorded and planned for",
+        )
     first = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
     plain, biased = {first, "down_proj"}, {first, "down_proj", f"{first}_bias", "down_proj_bias"}
     act = getattr(module, "act_fn", None)

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from poise.errors import PlacementError, TraceError
 from poise.jsonfile import read_json
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
 from poise.planning.placement import MAX_NAME, MAX_SIZE, Placement
 
 RELABELLING_FILE = "poise-relabelling.json"
@@ -216,7 +216,8 @@ class Relabelling:
         rows, same = self.rows(), np.arange(self.num_experts)
         old_LE = np.array([rows.get(layer, same) for layer in traffic.layer_ids.tolist()])
         if isinstance(traffic, RoutingTrace):
-            return replace(traffic, experts=old_LE[np.arange(traffic.num_layers)[:, None], traffic.experts])
+            old = old_LE[np.arange(traffic.num_layers)[:, None], traffic.experts]
+            return replace(traffic, experts=np.where(traffic.experts == NO_EXPERT, NO_EXPERT, old))
         return replace(traffic, load_BLE=np.take_along_axis(traffic.load_BLE, np.argsort(old_LE, axis=1)[None], axis=2))
 
     def to_json(self) -> str:

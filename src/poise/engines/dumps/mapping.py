@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.engines.dump import ReadOptions, SlotRecord
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.untrusted import BIG, listed
 from poise.errors import TraceError
 from poise.modelspec import ModelSpec
+from poise.observe.trace import NO_EXPERT
 
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""
@@ -79,19 +81,72 @@ def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tupl
 def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | None = None) -> tuple[int, list[str]]:
     """E as known, or one more than the largest id seen, with a note.
 
+    Where the router names identity experts as well (``options.zeros``), they are counted as long as some id is one:
+    :func:`without_zeros` takes them out of what was read. Slots (``most`` of them) never hold one.
+
     Raises
     ------
     TraceError : an id is not below E, or E exceeds ``most``.
     """
-    known = options.experts
+    known, zeros = options.experts, 0 if most is not None else options.zeros
     experts = largest + 1 if known is None else known
     if largest >= experts:
+        experts += zeros
+    if largest >= experts:
         raise TraceError(
-            f"{what} names expert {largest}, the model has {experts}", hint="check --model or --num-experts"
+            f"{what} names expert {largest}, the model has {known}" + (f" and {zeros} identity experts" * bool(zeros)),
+            hint=_beyond(options, largest, most is not None),
         )
     if most is not None and experts > most:
         raise TraceError(f"{what} has {most} slots for {experts} experts")
     return experts, [] if known is not None else [f"{experts} experts: the largest id seen is {largest}"]
+
+
+def _beyond(options: ReadOptions, largest: int, is_map: bool) -> str:
+    """What an id that is not below E may mean."""
+    if is_map:
+        return "check --model or --num-experts" + "; identity experts have no slots" * bool(options.zeros)
+    if options.zeros:
+        return "check --model, --num-experts and --zero-experts"
+    first, count = options.experts, largest + 1 - (options.experts or 0)
+    return (
+        f"check --model or --num-experts; or, if ids from {first} on are identity (zero) experts, which compute "
+        f"nothing, give --zero-experts {count} (the number that the router has)"
+    )
+
+
+def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
+    """A dump whose traffic names E experts: picks of identity experts become -1, their loads are set apart.
+
+    Raises
+    ------
+    TraceError : a slot holds one.
+    """
+    experts, wide = options.experts or 0, (options.experts or 0) + options.zeros
+    trace, profile, notes = dump.trace, dump.profile, list(dump.notes)
+    if not options.zeros:
+        return dump
+    slots = dump.slots
+    if slots is not None and slots.map_LS is not None and int(slots.map_LS.max(initial=0)) >= experts:
+        raise TraceError(
+            f"the map names expert {slots.map_LS.max()}, the model has {experts} and {options.zeros} identity experts",
+            hint="identity experts have no slots",
+        )
+    if trace is not None and trace.num_experts == wide:
+        idle = trace.experts >= experts
+        notes.append(
+            f"{idle.sum()} of {(trace.experts >= 0).sum()} picks are of identity experts (ids {experts} to "
+            f"{wide - 1}) and compute nothing"
+        )
+        trace = replace(trace, experts=np.where(idle, NO_EXPERT, trace.experts), num_experts=experts)
+    if profile is not None and profile.num_experts == wide:
+        real_BLE, idle_BL = profile.load_BLE[:, :, :experts], profile.load_BLE[:, :, experts:].sum(axis=2)
+        notes.append(
+            f"{idle_BL.sum() / profile.load_BLE.sum():.1%} of the load is of identity experts (ids {experts} to "
+            f"{wide - 1}) and computes nothing"
+        )
+        profile = replace(profile, load_BLE=real_BLE, idle_BL=idle_BL)
+    return replace(dump, trace=trace, profile=profile, notes=tuple(notes))
 
 
 def rows_of(slots: SlotRecord, layer_ids: Sequence[int], num_slots: int, what: str) -> NDArray[np.int64]:
@@ -131,18 +186,21 @@ def by_expert(count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int) 
     return out
 
 
-def distinct(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[int]:
-    """Sources that are no copy of an earlier one in any view of them; every view lists the same sources.
+def copies(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[list[int]]:
+    """Sources by what they hold: each with those that are a copy of it in any view; every view lists the same sources.
 
     Ranks that share their tokens (tensor-parallel attention) count the same: two sources are copies if what both have
     is equal throughout and not all zero.
     """
     marks = [[{key: _mark(array) for key, array in source.items()} for source in view] for view in views]
-    kept: list[int] = []
+    groups: list[list[int]] = []
     for index in range(len(marks[0])):
-        if not any(_copy(view[index], view[other]) for other in kept for view in marks):
-            kept.append(index)
-    return kept
+        same = next((g for g in groups if any(_copy(view[index], view[g[0]]) for view in marks)), None)
+        if same is None:
+            groups.append([index])
+        else:
+            same.append(index)
+    return groups
 
 
 def agree(maps: Sequence[NDArray[Any]]) -> bool:

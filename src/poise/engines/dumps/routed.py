@@ -92,7 +92,9 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         rows, ids, said = _busy_layers([piece for piece, _ in pieces], engine)
     experts_TLK = np.concatenate([piece[:, rows] for piece, _ in pieces])
     del pieces
-    keep_T = ~(experts_TLK < 0).any(axis=(1, 2))
+    # An engine that masks identity experts leaves holes in a layer; a token that was not captured lacks whole layers.
+    absent_TL = (experts_TLK < 0).all(axis=2) if options.zeros else (experts_TLK < 0).any(axis=2)
+    keep_T = ~np.asarray(absent_TL).any(axis=1)
     if shapes[0][1] > 1:
         keep_T &= (experts_TLK != experts_TLK[:, :1, :1]).any(axis=(1, 2))
     if not keep_T.any():

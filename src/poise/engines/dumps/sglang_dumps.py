@@ -1,8 +1,9 @@
 """SGLang: what its expert distribution recorder writes (read in the 0.5.23 wheel, eplb/expert_distribution.py).
 
 ``stat``, ``stat_approx``
-    rank 0: ``{rank, logical_count int [steps, L, E], average_utilization_rate_over_window}``; counts are of all ranks.
-    The buffer may be partly unused (zeros).
+    rank 0 (of each stage of a pipeline, which then hold the same): ``{rank, logical_count int [steps, L, E],
+    average_utilization_rate_over_window}``; counts are of all ranks. The buffer may be partly unused (zeros). Forks and
+    scripts save what each rank counted before the sum.
 ``per_pass``, ``per_token``
     every rank its records (:mod:`poise.engines.dumps.sglang_records`).
 
@@ -25,16 +26,18 @@ from poise.engines.dumps.mapping import (
     MAX_TABLE,
     agree,
     by_expert,
+    copies,
     decoder_layers,
-    distinct,
     model_layers,
     num_experts,
 )
 from poise.engines.dumps.parts import Part
+from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record, check_size, maps_of, record_of
 from poise.engines.dumps.sglang_tokens import per_token
 from poise.engines.dumps.untrusted import loads, table
 from poise.errors import NoTrafficError, TraceError
+from poise.observe.ranks import Recorded, named_rank, one_workload
 from poise.observe.trace import MAX_EXPERTS, LoadProfile
 
 
@@ -58,22 +61,25 @@ def is_map(value: Any) -> bool:
 
 
 def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
-    """Loads of one run; several files are its steps in order."""
-    blocks, balance, notes = [], [], []
+    """Loads of one run; files of one rank are its steps in order, those of several ranks parts of the same steps."""
+    files: list[Recorded] = []
+    balance: list[float] = []
     for part in parts:
         count = loads("logical_count", part.value["logical_count"], 2, 3)
-        blocks.append(count[None] if count.ndim == 2 else count)
-        if blocks[-1].shape[1:] != blocks[0].shape[1:]:
+        if not np.isfinite(count).all() or (count < 0).any():
+            raise TraceError(f"{part.name}: logical_count must be finite and at least 0")
+        rank = named_rank(part.path, part.value.get("rank"))
+        files.append(Recorded(part.name, rank, count[None] if count.ndim == 2 else count))
+        if files[-1].load_BLE.shape[1:] != files[0].load_BLE.shape[1:]:
             raise TraceError(
-                f"{part.name} counts [layers, experts] {list(blocks[-1].shape[1:])}, "
-                f"{parts[0].name} {list(blocks[0].shape[1:])}"
+                f"{part.name} counts [layers, experts] {list(files[-1].load_BLE.shape[1:])}, "
+                f"{parts[0].name} {list(files[0].load_BLE.shape[1:])}"
             )
         rate = part.value.get("average_utilization_rate_over_window")
-        if isinstance(rate, float | int) and math.isfinite(rate) and 0 < rate <= 1.001:  # 0 means not tracked
+        known = isinstance(rate, float | int) and math.isfinite(rate) and 0 < rate <= 1.001  # 0 means not tracked
+        if known and rank == files[0].rank:  # all ranks are told the same
             balance.append(min(1.0, float(rate)))
-    count = np.concatenate(blocks)
-    if not np.isfinite(count).all():
-        raise TraceError("logical_count must be finite")
+    count, notes = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
     busy = np.asarray(count.any(axis=(1, 2)))
     if not busy.any():
         raise NoTrafficError("all loads are 0", hint="record again with traffic")
@@ -144,6 +150,7 @@ def _per_pass(
         raise TraceError(f"{len(passes)} passes of {shape[0]} layers and {shape[1]} slots are too many")
     experts, more = num_experts(options, max(int(m.max()) for m in maps), "the map", most=shape[1])
     order = sorted(sources)
+    rank_of = {r.source: r.rank for r in records}
 
     def loads_of(source: int) -> NDArray[np.float64]:
         counts = np.stack(list(sources[source].values()))
@@ -151,17 +158,32 @@ def _per_pass(
 
     # ranks with the same tokens may have sent them to other replicas, or have lost the map of that time
     by_load = (dict(zip(sources[i], loads_of(i), strict=True)) for i in order)
-    kept = [order[i] for i in distinct(by_load, (sources[i] for i in order))]
-    if len(kept) < len(order):
+    groups = [[order[i] for i in group] for group in copies(by_load, (sources[i] for i in order))]
+    if len(groups) < len(order):
         notes.append(
-            f"{len(order) - len(kept)} of {len(order)} files count the tokens of another one and were left out"
+            f"{len(order) - len(groups)} of {len(order)} files count the tokens of another one and were left out"
         )
+    found = [
+        RankRecord(rank_of[i], np.stack(list(sources[i].values())).max(axis=0) > 0, frozenset(sources[i]))
+        for i in order
+    ]
+    left, missing = check_ranks(found, [{rank_of[i] for i in group} for group in groups], options, map_LS=maps[-1])
+    passes = [pass_id for pass_id in passes if pass_id not in left]
+    notes += missing
     at = {pass_id: index for index, pass_id in enumerate(passes)}
     count_BLS, load_BLE = np.zeros((len(passes), *shape)), np.zeros((len(passes), shape[0], experts))
-    for source in kept:
-        rows = [at[pass_id] for pass_id in sources[source]]
-        count_BLS[rows] += np.stack(list(sources[source].values()))
-        load_BLE[rows] += loads_of(source)
+    held: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    for group in groups:
+        done: set[int] = set()
+        for source in group:  # of copies the passes that those before them lack
+            new = [i for i, key in enumerate(sources[source]) if key in at and key not in done]
+            done |= sources[source].keys()
+            keys = [list(sources[source])[i] for i in new]
+            for key in keys:
+                _apart(held, rank_of[source], key, np.asarray(sources[source][key].any(axis=1)))
+            rows = [at[key] for key in keys]
+            count_BLS[rows] += np.stack(list(sources[source].values()))[new]
+            load_BLE[rows] += loads_of(source)[new]
     busy = np.flatnonzero(count_BLS.any(axis=(0, 2))).tolist()
     if not busy:
         raise TraceError("all counts are 0", hint="record again with traffic")
@@ -171,3 +193,10 @@ def _per_pass(
                        agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
     return EngineDump("sglang", "per-pass", profile=profile, slots=slots, recorded_layers=shape[0],
                       notes=(*notes, *more, *said))  # fmt: skip
+
+
+def _apart(held: dict[tuple[int, int], NDArray[np.bool_]], rank: int, pass_id: int, used_L: NDArray[np.bool_]) -> None:
+    """Note layers that a file of a rank counts in a pass; stages of a pipeline are files of other layers."""
+    before_L = held.get((rank, pass_id), np.zeros_like(used_L))
+    one_run(rank, pass_id, before_L, used_L, "pass")
+    held[rank, pass_id] = before_L | used_L

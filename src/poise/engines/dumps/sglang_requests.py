@@ -30,6 +30,10 @@ class Group:
     slot_LTK: NDArray[np.int16]
     expert_LTK: NDArray[np.int16]
 
+    def used_L(self) -> NDArray[np.bool_]:
+        """Layers in which some token has an expert, bool [L]."""
+        return np.asarray((self.expert_LTK >= 0).any(axis=(1, 2)))
+
     def takes(self, tokens: Tokens, expert_LTK: NDArray[np.int16], slot_LTK: NDArray[np.int16]) -> bool:
         """Merge another rank's record, if it is of the same tokens."""
         mine = self.tokens

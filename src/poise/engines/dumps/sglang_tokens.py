@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import MAX_TABLE, agree, model_layers, num_experts
+from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record
 from poise.engines.dumps.sglang_requests import Group, Rows
 from poise.errors import TraceError
@@ -19,28 +22,45 @@ def per_token(
     num_layers, num_slots = maps[0].shape
     top_k, said = _top_k(records, num_layers, num_slots, options)
     experts, more = num_experts(options, max(int(m.max()) for m in maps), "the map", most=num_slots)
+    zeros = options.zeros if num_slots == experts else 0  # with redundant slots, no id is known to be one of theirs
     short, layer_L11 = [map_LS.astype(np.int16) for map_LS in maps], np.arange(num_layers)[:, None, None]
     passes: dict[int, list[Group]] = {}
+    alike: list[set[int]] = []
     copies = 0
     for r in records:
         assert r.tokens is not None
         if not len(r.tokens.input_T):
             continue
         slot_LTK = r.tokens.topk_LTK[:, :, :top_k]
-        if int(slot_LTK.max()) >= num_slots:
-            raise TraceError(f"pass {r.pass_id} names slot {slot_LTK.max()}, the map has {num_slots}")
+        if int(slot_LTK.max()) >= num_slots + zeros:
+            raise TraceError(
+                f"pass {r.pass_id} names slot {slot_LTK.max()}, the map has {num_slots}" + f" and {zeros} identity "
+                "experts follow" * bool(zeros),
+                hint="if the router has identity (zero) experts, give --zero-experts, or a --model that has them",
+            )
+        zero_LTK, named_LTK = slot_LTK >= num_slots, slot_LTK  # an identity expert's id, which goes on behind E = S
+        slot_LTK = np.where(zero_LTK, np.int16(-1), slot_LTK)
         expert_LTK = np.where(slot_LTK < 0, np.int16(-1), short[r.source][layer_L11, slot_LTK])
         if ((slot_LTK >= 0) & (expert_LTK < 0)).any():
             raise TraceError(f"pass {r.pass_id} names a slot that is empty in the map")
+        expert_LTK = np.where(zero_LTK, named_LTK, expert_LTK)
         groups = passes.setdefault(r.pass_id, [])
-        if any(group.takes(r.tokens, expert_LTK, slot_LTK) for group in groups):
+        taker = next((group for group in groups if group.takes(r.tokens, expert_LTK, slot_LTK)), None)
+        if taker is not None:
             copies += 1
-        else:
-            groups.append(Group(r.rank, r.tokens, slot_LTK, expert_LTK))
+            alike.append({taker.home, r.rank})
+            continue
+        for group in groups:
+            if group.home == r.rank:
+                one_run(r.rank, r.pass_id, group.used_L(), np.asarray((expert_LTK >= 0).any(axis=(1, 2))), "pass")
+        groups.append(Group(r.rank, r.tokens, slot_LTK, expert_LTK))
+    left, missing = check_ranks(_by_rank(records, num_layers, num_slots, top_k), alike, options, map_LS=maps[-1])
+    passes = {pass_id: groups for pass_id, groups in passes.items() if pass_id not in left}
+    notes += missing
     used_L = np.zeros(num_layers, bool)
     for groups in passes.values():
         for group in groups:
-            used_L |= (group.expert_LTK >= 0).any(axis=(1, 2))
+            used_L |= group.used_L()
     if not used_L.any():
         raise TraceError("no token has an expert", hint="record again with traffic")
     ids, layers = model_layers(np.flatnonzero(used_L).tolist(), options.model, "the record")
@@ -50,16 +70,29 @@ def per_token(
     for pass_id, groups in passes.items():
         for group in groups:
             rows.add(pass_id, group, ids)
-    trace = rows.trace(experts, np.array(ids, np.int32), name)
+    trace = rows.trace(experts + zeros, np.array(ids, np.int32), name)
     slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots),
                        agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
     return EngineDump("sglang", "per-token", trace=trace, slots=slots, recorded_layers=num_layers,
                       notes=(*notes, *said, *more, *layers, *rows.notes()))  # fmt: skip
 
 
+def _by_rank(records: list[Record], num_layers: int, num_slots: int, top_k: int) -> list[RankRecord]:
+    """Slots that each rank's tokens name, and its passes."""
+    used: dict[int, NDArray[np.bool_]] = {}
+    passes: dict[int, set[int]] = defaultdict(set)
+    layer_L11 = np.arange(num_layers)[:, None, None]
+    for r in records:
+        assert r.tokens is not None
+        used_LS = used.setdefault(r.rank, np.zeros((num_layers, num_slots + 1), np.bool_))
+        used_LS[layer_L11, np.minimum(r.tokens.topk_LTK[:, :, :top_k], num_slots)] = True  # -1 is the last column too
+        passes[r.rank].add(r.pass_id)
+    return [RankRecord(rank, used[rank][:, :-1], frozenset(passes[rank])) for rank in used]
+
+
 def _top_k(records: list[Record], num_layers: int, num_slots: int, options: ReadOptions) -> tuple[int, list[str]]:
     """Columns that are routed experts."""
-    width = 0
+    width, most = 0, num_slots + options.zeros
     shared = np.ones(0, bool)
     for r in records:
         assert r.tokens is not None
@@ -70,7 +103,7 @@ def _top_k(records: list[Record], num_layers: int, num_slots: int, options: Read
             shared = np.concatenate([shared, np.ones(topk.shape[2] - len(shared), bool)])
         used = topk >= 0
         width = max(width, int(np.flatnonzero(used.any(axis=(0, 1))).max(initial=-1)) + 1)
-        shared[: topk.shape[2]] &= ((topk >= num_slots) | ~used).all(axis=(0, 1))
+        shared[: topk.shape[2]] &= ((topk >= most) | ~used).all(axis=(0, 1))
     notes = []
     routed = width
     while routed and shared[routed - 1]:

@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.dumps.mapping import MAX_TABLE, by_expert, check_ids, distinct, model_layers, num_experts, rows_of
+from poise.engines.dumps.mapping import MAX_TABLE, by_expert, check_ids, copies, model_layers, num_experts, rows_of
 from poise.engines.dumps.parts import Part
+from poise.engines.dumps.ranks import RankRecord, check_ranks
 from poise.engines.dumps.untrusted import table, whole
 from poise.engines.shards import Shard, StoredTensor
 from poise.errors import TraceError
+from poise.observe.ranks import MAX_RANKS, named_rank
 from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 
 Key = tuple[int, int]
@@ -54,6 +56,7 @@ class _Rank:
 
     name: str
     arrays: dict[Key, NDArray[Any]]
+    rank: int | None
 
 
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -67,7 +70,11 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if not counts and not raw:
         raise TraceError("meta_info.json alone holds no statistics", hint="give the folder, rank*.safetensors in it")
     slots_known = width if not counts else len(next(iter(counts[0].arrays.values())))
-    notes += _without_copies(counts, raw)
+    expected = max([0, *(1 + rank for part in parts if (rank := named_rank(part.path)) is not None)])
+    if metas and "ep_size" in metas[0]:  # forks
+        expected = max(expected, whole("ep_size of meta_info.json", metas[0]["ep_size"], 1, MAX_RANKS))
+    for ranks in (counts, raw):
+        notes += _one_run(ranks, expected, options)
     ids = sorted({layer for rank in (*counts, *raw) for _, layer in rank.arrays})
     check_ids("the statistics", ids)
     kept, said = model_layers(ids, options.model, "the statistics")
@@ -78,10 +85,12 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     map_LS = None
     if given is not None and given.map_LS is not None:
         map_LS = rows_of(given, kept, slots_known or given.map_LS.shape[1], "the statistics")
-    if map_LS is None and slots_known is not None and options.experts is not None and options.experts != slots_known:
+    widths = () if options.experts is None else (options.experts, options.experts + options.zeros)
+    if map_LS is None and slots_known is not None and widths and slots_known not in widths:
         raise TraceError(
             f"{slots_known} are counted, the model has {options.experts} experts: these are slots",
-            hint="give --placement, the map that the load balancer ran",
+            hint="give --placement, the map that the load balancer ran"
+            + f"; or --zero-experts {slots_known - widths[0]}, if they are such" * (slots_known > widths[0]),
         )
     if map_LS is None:
         notes.append("ids are taken for experts; with a load balancer TensorRT-LLM counts slots: give --placement then")
@@ -98,7 +107,13 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         if map_LS is not None:
             slots = SlotRecord(np.array(kept, np.int32), None, count_BLS)
     if raw:
-        trace = _trace(raw, kept, map_LS, experts, notes, parts[0].path.parent.name)
+        if map_LS is not None and options.zeros:
+            raise TraceError(
+                f"tokens name slots, and which of them are the {options.zeros} identity experts is not known",
+                hint="leave the files with tokens out, or --zero-experts where the router has none",
+            )
+        wide = experts if options.experts is None else options.experts + options.zeros
+        trace = _trace(raw, kept, map_LS, wide, notes, parts[0].path.parent.name)
         if trace is not None and profile is not None:
             pairs, all_ = trace.num_tokens * trace.num_layers * trace.top_k, float(profile.load_BLE.sum())
             if pairs < all_:
@@ -126,12 +141,12 @@ def _ranks(parts: Sequence[Part], width: int | None) -> tuple[list[_Rank], list[
             sizes = {len(array) for array in arrays.values()} | ({width} if width is not None else set())
             if len(sizes) > 1 or 0 in sizes:
                 raise TraceError(f"{part.name} counts {sorted(sizes)} experts")
-            counts.append(_Rank(part.name, arrays))
+            counts.append(_Rank(part.name, arrays, named_rank(part.path)))
         elif dims == {2}:
             if width is not None and width > 1 and all(array.shape == (width, width) for array in arrays.values()):
                 notes.append(f"{part.name} holds pairs of experts and was left out")
                 continue
-            raw.append(_Rank(part.name, arrays))
+            raw.append(_Rank(part.name, arrays, named_rank(part.path)))
         else:
             raise TraceError(f"{part.name} holds arrays of {sorted(dims)} dimensions")
     if len({len(next(iter(rank.arrays.values()))) for rank in counts}) > 1:
@@ -158,14 +173,50 @@ def _array(part: Part, tensor: StoredTensor) -> NDArray[Any]:
     return table(tensor.name, array, 1, high=2**40)
 
 
-def _without_copies(counts: list[_Rank], raw: list[_Rank]) -> list[str]:
-    """Drop, in place, ranks that counted the tokens of another one."""
-    left = 0
-    for ranks in (counts, raw):
-        kept = distinct(rank.arrays for rank in ranks)
-        left += len(ranks) - len(kept)
-        ranks[:] = [ranks[i] for i in kept]
-    return [f"{left} files count the tokens of another rank and were left out"] if left else []
+def _one_run(ranks: list[_Rank], expected: int, options: ReadOptions) -> list[str]:
+    """Merge, in place, ranks that counted the same tokens; raises TraceError if one is missing."""
+    groups = [[ranks[i] for i in group] for group in copies(rank.arrays for rank in ranks)] if ranks else []
+    notes = []
+    if len(groups) < len(ranks):
+        notes.append(f"{len(ranks) - len(groups)} files count the tokens of another rank and were left out")
+    known = [(rank, rank.rank) for rank in ranks if rank.rank is not None]
+    left: set[int] = set()
+    if known and len(known) == len(ranks):
+        alike = [{number for rank in group if (number := rank.rank) is not None} for group in groups]
+        records = _records(known)
+        left, missing = check_ranks(records, alike, options, expected=expected, what="experts", unit="iterations")
+        notes += missing
+    merged = []
+    for group in groups:
+        arrays = {key: array for rank in reversed(group) for key, array in rank.arrays.items() if key[0] not in left}
+        merged.append(_Rank(group[0].name, arrays, group[0].rank))
+    ranks[:] = merged
+    seen: set[tuple[int, Key]] = set()
+    for rank in ranks:
+        mine = set() if rank.rank is None else {(rank.rank, key) for key, array in rank.arrays.items() if array.any()}
+        if twice := sorted(mine & seen):
+            number, (step, layer) = twice[0]
+            raise TraceError(
+                f"two files of rank {number} hold different counts of iteration {step} in layer {layer}",
+                hint="give the files of one run",
+            )
+        seen |= mine
+    return notes
+
+
+def _records(ranks: Sequence[tuple[_Rank, int]]) -> list[RankRecord]:
+    """What each rank counted, for :func:`check_ranks`."""
+    layers = sorted({layer for rank, _ in ranks for _, layer in rank.arrays})
+    at = {layer: row for row, layer in enumerate(layers)}
+    arrays = [array for rank, _ in ranks for array in rank.arrays.values()]
+    width = max(len(a) if a.ndim == 1 else int(a.max(initial=0)) + 1 for a in arrays)
+    out = []
+    for rank, number in ranks:
+        used_LS = np.zeros((len(layers), width + 1), np.bool_)
+        for (_, layer), array in rank.arrays.items():
+            used_LS[at[layer], np.flatnonzero(array) if array.ndim == 1 else array] = True  # padding: the last column
+        out.append(RankRecord(number, used_LS[:, :-1], frozenset(step for step, _ in rank.arrays)))
+    return out
 
 
 def _table(ranks: list[_Rank], layers: list[int], notes: list[str]) -> NDArray[np.float64]:
@@ -191,7 +242,8 @@ def _trace(
     ranks: list[_Rank], layers: list[int], map_LS: NDArray[np.int64] | None, experts: int, notes: list[str], name: str
 ) -> RoutingTrace | None:
     """Tokens of the passes in which every layer kept as many."""
-    ranks = sorted(ranks, key=lambda rank: rank.name)
+    named = all(rank.rank is not None for rank in ranks)
+    ranks = sorted(ranks, key=lambda rank: (rank.rank or 0, rank.name))
     short_LS = None if map_LS is None else map_LS.astype(np.int16)
     pieces, step_T, home_T, uneven, padded = [], [], [], 0, 0
     for home, rank in enumerate(ranks):
@@ -210,7 +262,7 @@ def _trace(
             slot_TLK = slot_TLK[real_T]
             pieces.append(slot_TLK if short_LS is None else short_LS[np.arange(len(layers))[:, None], slot_TLK])
             step_T.append(np.full(len(slot_TLK), step))
-            home_T.append(np.full(len(slot_TLK), home))
+            home_T.append(np.full(len(slot_TLK), rank.rank if named else home))
     if uneven:
         notes.append(f"{uneven} passes have other tokens in one layer than in another and were left out of the tokens")
     if padded:

@@ -1,7 +1,8 @@
 """TokenSpeed: ``*.expert-load.pt`` of its EXPERT_LOAD profile, one a rank and window.
 
 ``{ep_rank, ep_size, physical_count int [L, P], logical_count int [L, E], physical_to_logical_map int [L, P]}``. A rank
-counts what its own router chose; ranks with replicated inputs count the same.
+counts what its own router chose, and the engine adds ranks up where it reads them; ranks with replicated inputs count
+the same, and one of them is all traffic.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
-from poise.engines.dumps.mapping import MAX_TABLE, agree, decoder_layers, distinct, num_experts
+from poise.engines.dumps.mapping import MAX_TABLE, agree, copies, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
+from poise.engines.dumps.ranks import RankRecord, check_ranks
 from poise.engines.dumps.untrusted import table, whole
 from poise.errors import TraceError
+from poise.observe.ranks import ASK, MAX_RANKS
 from poise.observe.trace import MAX_EXPERTS, LoadProfile
 
 
@@ -31,7 +34,14 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     ranks: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = defaultdict(list)
     maps: list[NDArray[np.int64]] = []
     notes = []
-    for part in parts:
+    nameless = sum("ep_rank" not in part.value for part in parts)
+    if nameless and len(parts) > 1 and options.ranks is None:
+        raise TraceError(
+            f"{nameless} of {len(parts)} files name no ep_rank: of several ranks, or of one, one after another?",
+            hint=ASK,
+        )
+    expected = max(whole("ep_size", part.value.get("ep_size", 1), 1, MAX_RANKS) for part in parts)
+    for index, part in enumerate(parts):
         slots, experts = (table(name, part.value[name], 2, high=2**50) for name in ("physical_count", "logical_count"))
         if not slots.size or len(slots) != len(experts):
             raise TraceError(f"{part.name} has {len(slots)} layers of slots and {len(experts)} of experts")
@@ -41,7 +51,9 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
             if found.shape != slots.shape:
                 raise TraceError(f"{part.name} has a map of {list(found.shape)} for counts of {list(slots.shape)}")
             maps.append(found)
-        ranks[whole("ep_rank", part.value.get("ep_rank", len(ranks)))].append((slots, experts))
+        ranks[whole("ep_rank", part.value.get("ep_rank", index if options.ranks == "sum" else 0))].append(
+            (slots, experts)
+        )
     first = next(iter(ranks.values()))[0]
     shapes = {(s.shape, e.shape) for found in ranks.values() for s, e in found}
     if len(shapes) > 1:
@@ -51,9 +63,19 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if not agree(maps):
         notes.append("files have different maps: slots are told by the last one")
     order = sorted(ranks)
-    kept = [order[i] for i in distinct(dict(enumerate(e for _, e in ranks[rank])) for rank in order)]
+    groups = [
+        [order[i] for i in group] for group in copies(dict(enumerate(e for _, e in ranks[rank])) for rank in order)
+    ]
+    kept = [max(group, key=lambda rank: len(ranks[rank])) for group in groups]
     if len(kept) < len(order):
         notes.append(f"{len(order) - len(kept)} ranks count the tokens of another one and were left out")
+    records = [
+        RankRecord(rank, np.asarray(sum(s for s, _ in ranks[rank])) > 0, frozenset(range(len(ranks[rank]))))
+        for rank in order
+    ]
+    _, missing = check_ranks(records, [set(group) for group in groups], options, expected=expected,
+                             map_LS=maps[-1] if maps else None, unit="windows", ragged=0)  # fmt: skip
+    notes += missing
     windows = max(len(ranks[rank]) for rank in kept)
     if windows * max(first[0].size, first[1].size) > MAX_TABLE:
         raise TraceError(f"{windows} windows of {first[0].shape} are too many")

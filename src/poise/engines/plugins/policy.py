@@ -46,6 +46,9 @@ EXPERT_TOKENS = 512.0
 LINEAR = 128.0
 """Such steps are priced by this many at a time, so that every expert is bound by arithmetic: tokens count."""
 ROUNDING = 1e-9
+GRAINS, SINGLE_GRAINS = 2.0**30, 2.0**16
+"""Loads count in such shares of their layer's (those of single precision in coarser ones), so that the same loads give
+the same map in any unit."""
 MAX_SLOTS = 65_536
 
 
@@ -146,6 +149,7 @@ def rebalance(
     old_map_LS: NDArray[Any] | None = None,
     *,
     settings: PolicySettings = DEFAULT,
+    single: bool = False,
 ) -> NDArray[np.int64]:
     """Expert of each slot, int64 [L, S]: every expert at least once; the same for the same input on any rank.
 
@@ -157,6 +161,7 @@ def rebalance(
     num_nodes, num_ranks : of the engine.
     old_map_LS : the map in use; one that is no valid map of these shapes counts as none.
     settings : :class:`PolicySettings`.
+    single : the engine counts in floating point of single precision or less.
 
     Raises
     ------
@@ -166,6 +171,7 @@ def rebalance(
     load = np.array(weight_LE, dtype=np.float64)
     if load.ndim != 2 or load.size == 0 or not (np.isfinite(load).all() and load.min() >= 0):
         raise OptionError(f"loads must be [layers, experts], finite and at least 0, got shape {load.shape}")
+    load = _in_grains(load, SINGLE_GRAINS if single else GRAINS)
     layers, experts = load.shape
     if num_ranks < 1 or num_replicas % num_ranks or not experts <= num_replicas <= MAX_SLOTS:
         raise OptionError(f"{num_replicas} slots for {experts} experts on {num_ranks} ranks: they must divide and hold")
@@ -191,6 +197,13 @@ def rebalance(
     if usable_map(out, layers, experts, num_replicas) is None:
         raise NoResultError("the planned map lacks an expert")
     return out
+
+
+def _in_grains(load_LE: NDArray[np.float64], grains: float) -> NDArray[np.float64]:
+    """Loads as whole shares of their layer's, so that rounding in the engine's units decides nothing."""
+    share_LE = load_LE / np.maximum(load_LE.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    total_L1 = share_LE.sum(axis=1, keepdims=True)
+    return np.rint(share_LE * (grains / np.where(total_L1 > 0, total_L1, 1.0)))
 
 
 def warm_up() -> None:

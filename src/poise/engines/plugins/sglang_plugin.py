@@ -60,14 +60,16 @@ def around(settings: PolicySettings) -> Callable[..., Any]:
         if not name.startswith("elasticity"):
             try:
                 groups = (num_groups or 1) if name.endswith("_hierarchical") else 1
-                loads = tokens_per_expert.long().sum(dim=0)
+                loads = tokens_per_expert.double().sum(dim=0)  # exact for counts, and may be shares far below 1
                 made = rebalance(
-                    loads.double().cpu().numpy(), num_physical_experts, groups, num_nodes,
+                    loads.cpu().numpy(), num_physical_experts, groups, num_nodes,
                     num_physical_experts // num_local_physical_experts, _map_in_use(), settings=settings,
+                    single=tokens_per_expert.is_floating_point() and tokens_per_expert.element_size() < 8,
                 )  # fmt: skip
                 slots, replicas = logical_maps(made, int(loads.shape[1]), num_physical_experts)
                 width = int(replicas.max())
-                return loads.new_tensor(made), loads.new_tensor(slots[:, :, :width]), loads.new_tensor(replicas)
+                whole = tokens_per_expert.long()
+                return whole.new_tensor(made), whole.new_tensor(slots[:, :, :width]), whole.new_tensor(replicas)
             except Exception as error:
                 warn_once(LOG, f"poise: {error}; SGLang's own algorithm answers")
         return original(

@@ -84,11 +84,12 @@ def make_policy(base: Any, settings: PolicySettings) -> Any:
         old_global_expert_indices: Any = None,
     ) -> Any:  # fmt: skip
         experts, old = int(weight.shape[-1]), None
+        single = weight.is_floating_point() and weight.element_size() < 8
         try:
             if old_global_expert_indices is not None:
                 old = old_global_expert_indices.cpu().numpy()
             made = rebalance(weight.double().cpu().numpy(), num_replicas, num_groups, num_nodes, num_ranks, old,
-                             settings=settings)  # fmt: skip
+                             settings=settings, single=single)  # fmt: skip
         except Exception as error:
             kept = usable_map(old, len(weight), experts, num_replicas) if settings.static_map is not None else None
             answer = "vLLM's own algorithm answers" if kept is None else "the map in use stays"

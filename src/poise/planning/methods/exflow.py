@@ -36,6 +36,7 @@ from scipy.optimize import linear_sum_assignment
 
 from poise.errors import NoResultError
 from poise.observe.batch import RoutingBatch
+from poise.observe.profile import count_pairs
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.milp import INF, Milp
@@ -90,8 +91,8 @@ def flow_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
     out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
     for layer in range(batch.num_layers - 1):
         for k in range(batch.top_k if flow == "all" else 1):
-            pair = ids[:, layer, 0] * experts + ids[:, layer + 1, k]
-            out[layer] += np.bincount(pair, weights=weight_T, minlength=experts**2).reshape(experts, experts)
+            pairs = count_pairs(ids[:, layer, 0], ids[:, layer + 1, k], experts, weight_T)
+            out[layer] += pairs.reshape(experts, experts)
     return out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from poise.planning.placement import Placement
@@ -31,22 +32,35 @@ def replicate(load_E: NDArray[np.float64], extra: int, most: int) -> NDArray[np.
     return replicas
 
 
+@njit(cache=True, nogil=True)
+def _pack(each_E, replicas_E, order, free_D, speed_D):  # type: ignore[no-untyped-def]
+    """Step 2; ``free_D`` int64 [D] is used up."""
+    devices = free_D.size
+    count = np.zeros((each_E.size, devices), np.int32)
+    load_D = np.zeros(devices)
+    for expert in order:
+        for _ in range(replicas_E[expert]):
+            best, least = -1, np.inf
+            for d in range(devices):
+                if free_D[d] > 0 and count[expert, d] == 0:
+                    level = (load_D[d] + each_E[expert]) / speed_D[d]
+                    if best < 0 or level < least:
+                        best, least = d, level
+            if best >= 0:
+                count[expert, best] = 1
+                free_D[best] -= 1
+                load_D[best] += each_E[expert]
+    return count
+
+
 def pack(
     load_E: NDArray[np.float64], replicas_E: NDArray[np.int64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
 ) -> NDArray[np.int32]:
     """Capacity-constrained LPT, int32 [E, D] of 0 and 1; a replica that fits nowhere is left out."""
-    each = load_E / replicas_E
-    count = np.zeros((len(load_E), len(slots_D)), np.int32)
-    free, load_D = slots_D.astype(np.int64).copy(), np.zeros(len(slots_D))
-    for expert in np.argsort(-each, kind="stable"):
-        for _ in range(int(replicas_E[expert])):
-            fits = np.flatnonzero((free > 0) & (count[expert] == 0))
-            if fits.size:
-                d = fits[np.argmin((load_D[fits] + each[expert]) / speed_D[fits])]
-                count[expert, d] = 1
-                free[d] -= 1
-                load_D[d] += each[expert]
-    return count
+    each = np.asarray(load_E / replicas_E, dtype=np.float64)
+    order, free = np.argsort(-each, kind="stable"), np.array(slots_D, dtype=np.int64)
+    out: NDArray[np.int32] = _pack(each, np.asarray(replicas_E, np.int64), order, free, np.asarray(speed_D, np.float64))
+    return out
 
 
 def pack_all(

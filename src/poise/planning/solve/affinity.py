@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.observe.trace import NO_EXPERT
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -45,14 +46,16 @@ def affinity_start(problem: PlacementProblem) -> list[Placement]:
     experts, devices = batch.num_experts, problem.num_devices
     slots = np.minimum(problem.slots_D, experts).astype(np.int64)
     load_LE = batch.load_LE()
-    ids = batch.experts_TLK.astype(np.int64)
+    ids, origin_TL = batch.experts_TLK.astype(np.int64), batch.came_from_TL()
     out = []
     for price in PRICES:
         device = np.empty((batch.num_layers, experts), np.int64)
         device[0] = pack(load_LE[0], np.ones(experts, np.int64), slots, problem.cluster.speed_D).argmax(axis=1)
         for layer in range(1, batch.num_layers):
-            came = device[layer - 1][ids[:, layer - 1, 0]]
-            flat = (ids[:, layer] * devices + came[:, None]).ravel()
+            known_T = origin_TL[:, layer] >= 0  # the others are still at home
+            came = device[:layer].ravel()[origin_TL[known_T, layer]]
+            to = ids[known_T, layer]
+            flat = (to * devices + came[:, None])[to != NO_EXPERT]
             gain = np.bincount(flat, minlength=experts * devices).reshape(experts, devices) / max(1, len(ids))
             load = load_LE[layer] / max(load_LE[layer].sum(), 1e-12)
             device[layer] = _assign(gain, load, slots, price)

@@ -23,6 +23,7 @@ from poise.cost.compute import expert_seconds
 from poise.errors import NoResultError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.observe.profile import count_pairs
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -30,7 +31,10 @@ MAX_PLACEMENTS = 6_000
 
 
 def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
-    """Expected tokens of a step from each heaviest expert to each expert of the next layer, [L - 1, E, E]."""
+    """Expected tokens of a step from each heaviest expert to each expert of the next layer, [L - 1, E, E].
+
+    A token that computes nothing in a layer is not followed over it.
+    """
     experts = batch.num_experts
     out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
     if batch.experts_TLK is None or batch.start_B is None:
@@ -38,9 +42,9 @@ def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
     weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
     ids = batch.experts_TLK.astype(np.int64)
     for layer in range(batch.num_layers - 1):
-        flat = (ids[:, layer, :1] * experts + ids[:, layer + 1]).ravel()
-        weight = np.repeat(weight_T, batch.top_k)
-        out[layer] = np.bincount(flat, weights=weight, minlength=experts**2).reshape(experts, experts)
+        came_T = np.repeat(ids[:, layer, 0], batch.top_k)
+        pairs = count_pairs(came_T, ids[:, layer + 1].ravel(), experts, np.repeat(weight_T, batch.top_k))
+        out[layer] = pairs.reshape(experts, experts)
     return out
 
 

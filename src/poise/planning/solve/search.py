@@ -5,7 +5,8 @@ Step 1  Starts: the placements of all other methods, one annealed for balance in
         home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
         the best whole one. With replicas, the best start without them goes beside it through step 2.
 Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
-        redundant replica by another expert; drop one; add one. Devices that decide a maximum come first.
+        redundant replica by another expert; where the engine may have empty slots, drop one or add one. Devices that
+        decide a maximum come first.
 Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, descent again, and back if
         that did not help, until the work budget is spent.
 Step 4  Of the result and all starts that are at least as good as every other method's placement under
@@ -34,6 +35,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.anneal import PROPOSALS, annealed
+from poise.planning.solve.complete import complete
 from poise.planning.solve.fill import filled
 from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, make_data, make_state, rebuild
 
@@ -54,8 +56,8 @@ BETTER = 1.0 - 1e-9
 def _score(data, state, layer):  # type: ignore[no-untyped-def]
     """Seconds of the layers that a change of this one can alter."""
     out = layer_seconds(data, state, layer)
-    if data.flow == STAY and data.has_tokens and layer + 1 < state.copies_LE.shape[0]:
-        out += layer_seconds(data, state, layer + 1)
+    for later in range(layer + 1, data.reach_L[layer] + 1):
+        out += layer_seconds(data, state, later)
     return out
 
 
@@ -130,8 +132,9 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
             if not state.held_LED[layer, e, a] or state.work[0] > limit:
                 break
         if state.held_LED[layer, e, a] and state.copies_LE[layer, e] > 1:
-            one_e[0], one_d[0] = e, a  # drop a replica
-            best = _try(data, state, layer, one_e, one_d, best)
+            if not data.keep_full:
+                one_e[0], one_d[0] = e, a  # drop a replica
+                best = _try(data, state, layer, one_e, one_d, best)
             for f in range(experts):  # replace it by another expert
                 if not state.held_LED[layer, e, a] or state.copies_LE[layer, e] < 2:
                     break
@@ -173,20 +176,20 @@ def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
 
 
 def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
-    """Make a layer of one state equal to another's; ``stay`` sums of the next layer are computed anew."""
+    """Make a layer of one state equal to another's; ``stay`` sums of the layers it reaches are computed anew."""
     if to.room_GD.shape[0] > 1 or to.held_LED.shape[0] == 1:
         to.room_GD[layer] = other.room_GD[layer]
     else:
         to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
     for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFPBD"):
         getattr(to, name)[layer] = getattr(other, name)[layer]
-    if data.flow == STAY and data.has_tokens and layer + 1 < len(to.copies_LE):
-        rebuild(data, to, layer + 1)
+    for later in range(layer + 1, int(data.reach_L[layer]) + 1):
+        rebuild(data, to, later)
 
 
-def _snapshot(state: State, layer: int) -> tuple[NDArray[Any], ...]:
+def _snapshot(data: Data, state: State, layer: int) -> tuple[NDArray[Any], ...]:
     room = state.room_GD.copy()
-    last = min(layer + 2, len(state.copies_LE))
+    last = int(data.reach_L[layer]) + 1
     return (
         room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
         state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
@@ -202,10 +205,22 @@ def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
     state.port_LFPBD[layer : layer + len(saved[7])] = saved[7]
 
 
-def _mean_seconds(problem: PlacementProblem, placement: Placement) -> float:
+def _seconds_L(problem: PlacementProblem, placement: Placement) -> NDArray[np.float64]:
     cost = batch_cost(problem.batch, placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
                       split=problem.split)  # fmt: skip
-    return float(problem.batch.weight_B @ cost.seconds_BL.mean(axis=1))
+    out: NDArray[np.float64] = problem.batch.weight_B @ cost.seconds_BL
+    return out
+
+
+def _best_layers(problem: PlacementProblem, options: list[Placement]) -> Placement:
+    """Each layer from the option that is fastest there under the problem's own split; layers do not depend on others.
+
+    The search itself works on the even split, so under the exact one this is where its layers meet those of rivals.
+    """
+    best_L = np.stack([_seconds_L(problem, option) for option in options]).argmin(axis=0)
+    count_LED = np.stack([options[best].count_LED()[layer] for layer, best in enumerate(best_L.tolist())])
+    return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
+                                 method="best-layers")  # fmt: skip
 
 
 def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed: int) -> list[float]:
@@ -281,11 +296,14 @@ def search(
         pool.append(annealed(problem, proposals=proposals, seed=seed))
         if problem.split == "exact" and problem.spare_slots > 0:
             pool.append(filled(problem, seed=seed))
+    is_plain = [int(start.replicas_LE().max()) == 1 for start in pool]
+    if not problem.engine.empty_slots:
+        pool = [complete(problem, start) for start in pool]
     states = [_best_start(data, problem, pool)]
     if (states[0].copies_LE > 1).any():
-        # Replicas cost weight reads, and descent seldom drops all of them: descend from none as well.
-        plain = [start for start in pool if int(start.replicas_LE().max()) == 1]
-        states.append(_best_start(data, problem, plain))
+        # Replicas cost weight reads, and descent seldom drops all of them, or, where the engine wants slots filled,
+        # replaces all: descend from none, or from those that filling adds, as well.
+        states.append(_best_start(data, problem, [start for start, plain in zip(pool, is_plain, strict=True) if plain]))
     _descend(data, states[0], 0, -1)  # compiles, so that compiling does not count as search
     began = time.monotonic()
     layers = problem.batch.num_layers
@@ -309,7 +327,7 @@ def search(
     while state.work[0] < budget and time.monotonic() - began < 4 * time_limit_s and problem.num_devices > 1:
         layer = int(rng.integers(layers))
         kicks += 1
-        saved = _snapshot(state, layer)
+        saved = _snapshot(data, state, layer)
         before = float(_score(data, state, layer))
         if local_L[layer]:
             _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
@@ -327,7 +345,9 @@ def search(
         layer_ids_L=problem.batch.layer_ids_L, method="poise",
     )  # fmt: skip
     options = [found, *pool]
-    seconds = [_mean_seconds(problem, option) + problem.migration_seconds(option) for option in options]
+    if not (problem.pooled or problem.traffic == "stay"):
+        options.append(_best_layers(problem, options))
+    seconds = [float(_seconds_L(problem, o).mean()) + problem.migration_seconds(o) for o in options]
     # at least as good as every start that others would have used; among those, the one that holds when loads shift
     limit = min(seconds[1 : 1 + len(starts)] or seconds)
     fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]
@@ -342,7 +362,7 @@ def search(
         "kicks": kicks,
         "kicks_that_helped": helped,
         "chosen": "search" if best == 0 else chosen.method,
-        "starts": {option.method: value for option, value in zip(options[1:], seconds[1:], strict=True)},
+        "starts": {o.method: value for o, value in zip(pool, seconds[1:], strict=False)},
     }
     return MethodResult(Placement(chosen.slot_expert_LS, chosen.slot_device_S, chosen.num_experts, chosen.num_devices,
                                   chosen.layer_ids_L, "poise"), details)  # fmt: skip

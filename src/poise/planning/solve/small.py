@@ -52,6 +52,8 @@ def even_optimum(
     best = pack_all(load_E, slots_D, np.ones(len(slots_D))).astype(np.int64)
     value = float((load_E[:, None] * best / best.sum(axis=1, keepdims=True)).sum(axis=0).max())
     while True:
+        if value == 0:  # nobody computes in this layer
+            return best, value
         below = value * (1 - 1e-9)
         found = next(
             (plan for copies in _replicas(load_E, slots_D, below, budget)

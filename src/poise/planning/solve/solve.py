@@ -29,17 +29,23 @@ from poise.planning.methods import (
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
 from poise.planning.solve import exact, fill, search, small, stay
+from poise.planning.solve.complete import complete
 
 RISK_ROUNDS = 3
+AFFINITY_SIZE = 4096
+"""Layers * experts * devices up to which plans for ``stay`` traffic are starts under any other too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A static method: what plans, one line on it, and whether its memory is counted over all layers together."""
+    """A static method: what plans, one line on it, whether its memory is counted over all layers together, and whether
+    it looks at traffic.
+    """
 
     plan: Callable[..., MethodResult]
     summary: str
     pooled: bool = False
+    fitted: bool = True
 
 
 def _plan_poise(
@@ -79,7 +85,8 @@ def _search_once(
 ) -> MethodResult:
     starts: list[Placement] = []
     end = time.monotonic() + 0.4 * time_limit_s
-    for name in STARTS + (STAY_STARTS if problem.traffic == "stay" else ()):
+    small = problem.batch.num_layers * problem.batch.num_experts * problem.num_devices <= AFFINITY_SIZE
+    for name in STARTS + (STAY_STARTS if problem.traffic == "stay" or small else ()):
         if METHODS[name].pooled and not problem.pooled:
             continue
         try:
@@ -94,8 +101,8 @@ def _search_once(
 
 
 METHODS: dict[str, Method] = {
-    "contiguous": Method(contiguous.plan, "blocks of experts in order: what engines do by default"),
-    "round-robin": Method(round_robin.plan, "experts dealt in turn"),
+    "contiguous": Method(contiguous.plan, "blocks of experts in order: what engines do by default", fitted=False),
+    "round-robin": Method(round_robin.plan, "experts dealt in turn", fitted=False),
     "lpt": Method(lpt.plan, "heaviest first onto the least loaded device"),
     "eplb": Method(eplb.plan, "DeepSeek EPLB, hierarchical where it divides"),
     "eplb-global": Method(eplb.plan_global, "DeepSeek EPLB, nodes ignored"),
@@ -127,7 +134,8 @@ def solve(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Solution:
-    """Plan a placement and price it.
+    """Plan a placement and price it, for all methods alike as the problem's engine will hold it: slots that a method
+    leaves empty are filled first (:mod:`poise.planning.solve.complete`).
 
     Parameters
     ----------
@@ -151,9 +159,24 @@ def solve(
         problem = replace(problem, pooled=True)
     began = time.monotonic()
     result = chosen.plan(problem, time_limit_s=time_limit_s, seed=seed, progress=progress)
-    seconds = time.monotonic() - began
     problem.check(result.placement)
+    if not problem.engine.empty_slots:
+        result = replace(result, placement=complete(problem, result.placement))
+        problem.engine.check(result.placement, problem.slots_D)
+    seconds = time.monotonic() - began
     return evaluate(problem, result, method=method, seconds=seconds)
+
+
+def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
+    """The same problem with the fewest slots that hold every expert; None where it has no more or may leave some empty.
+
+    An engine fills every slot it has, and in memory-bound decode a replica costs more than it saves: then this problem
+    has the better plan.
+    """
+    fewest = -(-problem.batch.num_experts // problem.num_devices)
+    if problem.engine.empty_slots or problem.slots_D.min() <= fewest:
+        return None
+    return replace(problem, slots_D=np.full(problem.num_devices, fewest))
 
 
 def evaluate(problem: PlacementProblem, result: MethodResult, *, method: str, seconds: float = 0.0) -> Solution:

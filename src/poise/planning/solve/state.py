@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from poise.cost.compute import roofline
 from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
+from poise.observe.trace import NO_EXPERT
 from poise.planning.problem import PlacementProblem
 
 HOME, DEVICE_DEDUP, NODE_DEDUP, STAY = range(4)
@@ -27,13 +28,17 @@ class Rows(NamedTuple):
     """Distinct token rows of all layers, back to back; equal tokens of a step are one row with a weight.
 
     Layer l owns rows ``start_L[l]:start_L[l + 1]``. ``by_expert`` lists, from ``by_expert_ptr[l, e]`` on, the rows
-    of layer l that use expert e; ``by_source`` the rows of layer l whose token came from expert e (``stay``).
+    of layer l that use expert e; ``by_source`` the rows of later layers whose token came from expert e of layer l
+    (``stay``). A row came from expert ``source_M`` of layer ``from_M``, or from device ``source_M`` where that is -1.
+    Picks that compute nothing are -1, at the end of ``experts_MK``.
     """
 
     start_L: NDArray[np.int64]
     experts_MK: NDArray[np.int16]
     step_M: NDArray[np.int32]
     source_M: NDArray[np.int32]
+    from_M: NDArray[np.int64]
+    layer_M: NDArray[np.int64]
     weight_M: NDArray[np.float64]
     by_expert: NDArray[np.int64]
     by_expert_ptr: NDArray[np.int64]
@@ -42,11 +47,14 @@ class Rows(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Constants of a problem in the form compiled code reads."""
+    """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in one alters;
+    ``keep_full``: no change may leave a slot empty.
+    """
 
     rows: Rows
     load_LBE: NDArray[np.float64]
     weight_B: NDArray[np.float64]
+    reach_L: NDArray[np.int64]
     speed_D: NDArray[np.float64]
     node_D: NDArray[np.int64]
     node_size_N: NDArray[np.int64]
@@ -60,6 +68,7 @@ class Data(NamedTuple):
     inter: float
     out_bytes: float
     back_bytes: float
+    keep_full: bool
 
 
 class State(NamedTuple):
@@ -86,11 +95,15 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         total = len(batch.experts_TLK) * batch.num_layers
         keep = max(1, min(len(steps), int(len(steps) * max_rows / max(total, 1))))
         steps = np.unique(np.linspace(0, len(steps) - 1, keep).round().astype(np.int64))
-    weight = batch.weight_B[steps]
+    weight, rows = batch.weight_B[steps], _rows(problem, steps)
+    reach_L = np.arange(batch.num_layers)
+    comes_M = rows.from_M >= 0
+    np.maximum.at(reach_L, rows.from_M[comes_M], rows.layer_M[comes_M])
     return Data(
-        rows=_rows(problem, steps),
+        rows=rows,
         load_LBE=np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2)),
         weight_B=weight / weight.sum(),
+        reach_L=reach_L,
         speed_D=np.array(cluster.speed_D),
         node_D=cluster.node_D.astype(np.int64),
         node_size_N=cluster.devices_per_node_N.astype(np.int64),
@@ -104,6 +117,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         inter=cluster.inter_bytes_per_s,
         out_bytes=model.dispatch_bytes_per_token,
         back_bytes=model.combine_bytes_per_token,
+        keep_full=not problem.engine.empty_slots,
     )
 
 
@@ -115,34 +129,42 @@ def _rows(problem: PlacementProblem, steps: NDArray[Any]) -> Rows:
         ptr = np.zeros((layers, experts + 1), np.int64)
         return Rows(
             np.zeros(layers + 1, np.int64), np.zeros((0, batch.top_k), np.int16), none.astype(np.int32),
-            none.astype(np.int32), none.astype(np.float64), none, ptr, none, ptr,
+            none.astype(np.int32), none, none, none.astype(np.float64), none, ptr, none, ptr,
         )  # fmt: skip
     step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
     kept = np.isin(step_T, steps)
     step_T, experts_TLK = np.searchsorted(steps, step_T[kept]), batch.experts_TLK[kept]
     home_T = batch.home_of_tokens(problem.num_devices)[kept]
+    stay = problem.traffic == "stay"
+    origin_TL = batch.came_from_TL()[kept] if stay else np.full((len(home_T), layers), -1, np.int64)
     parts: list[NDArray[Any]] = []
     weights: list[NDArray[np.float64]] = []
     for layer in range(layers):
-        ids = experts_TLK[:, layer].astype(np.int32)
-        stay = problem.traffic == "stay"
-        source = experts_TLK[:, layer - 1, 0] if stay and layer > 0 else home_T
+        some_T = experts_TLK[:, layer, 0] != NO_EXPERT
+        ids, origin = experts_TLK[some_T, layer].astype(np.int32), origin_TL[some_T, layer]
+        source = np.where(origin < 0, home_T[some_T], origin % experts)
         if not stay:
-            ids = np.sort(ids, axis=1)
-        key = np.column_stack([step_T, source, ids]).astype(np.int32)
+            ids = np.sort(np.where(ids == NO_EXPERT, experts, ids), axis=1)
+            ids[ids == experts] = NO_EXPERT
+        key = np.column_stack([step_T[some_T], origin // experts, source, ids]).astype(np.int32)
         unique, count = np.unique(key, axis=0, return_counts=True)
         parts.append(unique)
         weights.append(count.astype(np.float64))
     start = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
     table = np.concatenate(parts)
-    by_expert, by_expert_ptr = _index([part[:, 2:] for part in parts], start, experts)
-    sources = [part[:, 1:2] for part in parts] if problem.traffic == "stay" else [part[:0, 1:2] for part in parts]
-    by_source, by_source_ptr = _index(sources, start, max(experts, problem.num_devices))
+    layer_M, from_M = np.repeat(np.arange(layers), np.diff(start)), table[:, 1].astype(np.int64)
+    ids_MK = np.ascontiguousarray(table[:, 3:]).astype(np.int16)
+    uses_M, pick = np.nonzero(ids_MK != NO_EXPERT)
+    comes_M = np.flatnonzero(from_M >= 0)
+    by_expert, by_expert_ptr = _index(layer_M[uses_M], ids_MK[uses_M, pick], uses_M, (layers, experts))
+    by_source, by_source_ptr = _index(from_M[comes_M], table[comes_M, 2], comes_M, (layers, experts))
     return Rows(
         start,
-        np.ascontiguousarray(table[:, 2:]).astype(np.int16),
+        ids_MK,
         table[:, 0].copy(),
-        table[:, 1].copy(),
+        table[:, 2].copy(),
+        from_M,
+        layer_M.astype(np.int64),
         np.concatenate(weights),
         by_expert,
         by_expert_ptr,
@@ -152,17 +174,14 @@ def _rows(problem: PlacementProblem, steps: NDArray[Any]) -> Rows:
 
 
 def _index(
-    ids_by_layer: list[NDArray[Any]], start: NDArray[np.int64], size: int
+    layer_X: NDArray[Any], expert_X: NDArray[Any], row_X: NDArray[Any], shape: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of each (layer, id): concatenated row numbers and int64 [L, size + 1] offsets."""
-    rows, pointers, offset = [], [], 0
-    for layer, ids in enumerate(ids_by_layer):
-        flat = ids.ravel()
-        order = np.argsort(flat, kind="stable")
-        rows.append(start[layer] + order // max(1, ids.shape[1]))
-        pointers.append(offset + np.searchsorted(flat[order], np.arange(size + 1)))
-        offset += flat.size
-    return np.concatenate(rows).astype(np.int64), np.stack(pointers).astype(np.int64)
+    """Rows of each (layer, expert): row numbers and int64 [L, E + 1] offsets."""
+    layers, experts = shape
+    flat = layer_X.astype(np.int64) * experts + expert_X
+    order = np.argsort(flat, kind="stable")
+    edges = np.arange(layers)[:, None] * experts + np.arange(experts + 1)
+    return row_X[order].astype(np.int64), np.searchsorted(flat[order], edges).astype(np.int64)
 
 
 def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> State:
@@ -172,9 +191,10 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
     used = held_LED.sum(axis=1).astype(np.int64)
     slots = np.minimum(problem.slots_D, experts)
     room = (problem.slots_D * layers - used.sum(axis=0))[None] if problem.pooled else slots[None] - used
+    free = ~held_LED
     state = State(
-        hold_LED=np.full((layers, experts, devices), -1, np.int16),
-        copies_LE=np.zeros((layers, experts), np.int64),
+        hold_LED=np.where(np.sort(free, axis=2), -1, np.argsort(free, axis=2, kind="stable")).astype(np.int16),
+        copies_LE=held_LED.sum(axis=2).astype(np.int64),
         held_LED=held_LED.copy(),
         used_LD=used,
         room_GD=np.ascontiguousarray(room),
@@ -184,11 +204,6 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
         stamp_M=np.zeros(len(data.rows.weight_M), np.int64),
         work=np.zeros(2, np.int64),
     )
-    for layer in range(layers):
-        for expert in range(experts):
-            on = np.flatnonzero(held_LED[layer, expert])
-            state.hold_LED[layer, expert, : on.size] = on
-            state.copies_LE[layer, expert] = on.size
     for layer in range(layers):
         rebuild(data, state, layer)
     return state
@@ -243,11 +258,13 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
     devices = data.speed_D.size
     b, source, weight = rows.step_M[m], rows.source_M[m], sign * rows.weight_M[m]
     out = state.port_LFPBD[layer, 0]
-    came_from_expert = data.flow == STAY and layer > 0
-    sources = state.copies_LE[layer - 1, source] if came_from_expert else 1
+    old = rows.from_M[m]
+    sources = state.copies_LE[old, source] if old >= 0 else 1
     if data.flow == HOME:
         for k in range(top_k):
             e = rows.experts_MK[m, k]
+            if e < 0:
+                break
             copies = state.copies_LE[layer, e]
             for i in range(copies):
                 _book_copies(data, out, b, source, state.hold_LED[layer, e, i], weight / copies)
@@ -256,6 +273,8 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
     missed = np.ones(devices)
     for k in range(top_k):
         e = rows.experts_MK[m, k]
+        if e < 0:
+            break
         copies = state.copies_LE[layer, e]
         for i in range(copies):
             missed[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
@@ -264,7 +283,7 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
         _book_nodes(data, state, layer, m, missed, weight)
         return
     for s in range(sources):
-        origin = state.hold_LED[layer - 1, source, s] if came_from_expert else source
+        origin = state.hold_LED[old, source, s] if old >= 0 else source
         for d in range(devices):
             if missed[d] < 1.0:
                 _book_copies(data, out, b, origin, d, weight / sources * (1.0 - missed[d]))
@@ -273,6 +292,8 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
         joined = np.ones(devices)
         for k in range(1, top_k):
             e = rows.experts_MK[m, k]
+            if e < 0:
+                break
             copies = state.copies_LE[layer, e]
             for i in range(copies):
                 joined[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
@@ -296,6 +317,8 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
     share = np.zeros(nodes)
     for k in range(rows.experts_MK.shape[1]):
         e = rows.experts_MK[m, k]
+        if e < 0:
+            break
         copies = state.copies_LE[layer, e]
         share[:] = 0.0
         for i in range(copies):
@@ -404,10 +427,11 @@ def _book_rows(data, state, layer, changed, sign):  # type: ignore[no-untyped-de
             if state.stamp_M[m] != stamp:
                 state.stamp_M[m] = stamp
                 _book_row(data, state, layer, m, sign)
-    if data.flow == STAY and layer + 1 < state.copies_LE.shape[0]:
+    if data.flow == STAY:
         for e in changed:
-            for i in range(rows.by_source_ptr[layer + 1, e], rows.by_source_ptr[layer + 1, e + 1]):
-                _book_row(data, state, layer + 1, rows.by_source[i], sign)
+            for i in range(rows.by_source_ptr[layer, e], rows.by_source_ptr[layer, e + 1]):
+                m = rows.by_source[i]
+                _book_row(data, state, rows.layer_M[m], m, sign)
 
 
 @njit(cache=True, nogil=True)

@@ -7,7 +7,7 @@ What is left is a graph partition.
 Step 1  Redundant slots: the hottest experts of each layer go to every device (D - 1 slots each). One slot left over
         on a device gets the hottest expert that it does not hold.
 Step 2  Graph: nodes are the other (layer, expert) pairs; an edge weighs how many tokens go from one to the other,
-        layers in which a token used an expert of step 1 skipped.
+        layers in which a token used an expert of step 1, or none, skipped.
 Step 3  Simulated annealing over swaps of two experts of a layer: maximise the edge weight inside devices, minus a
         price on owners' loads above :data:`FILL` of the mean: the filler can lift a device, but not lower it.
 """
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from poise.errors import NoResultError
 from poise.observe.batch import RoutingBatch
+from poise.observe.trace import NO_EXPERT
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -70,8 +71,9 @@ def _graph(batch: RoutingBatch, everywhere_LE: NDArray[np.bool_]) -> tuple[NDArr
     """Step 2: offsets int64 [L * E + 1], neighbours and tokens of both directions."""
     assert batch.experts_TLK is not None
     layers, experts = everywhere_LE.shape
-    node_TL = batch.experts_TLK[:, :, 0].astype(np.int64) + np.arange(layers) * experts
-    skipped_TL = everywhere_LE.ravel()[node_TL]
+    first_TL = batch.experts_TLK[:, :, 0].astype(np.int64)
+    node_TL = first_TL + np.arange(layers) * experts
+    skipped_TL = (first_TL == NO_EXPERT) | everywhere_LE.ravel()[node_TL]
     last_T = np.full(len(node_TL), -1)
     pairs = [np.zeros((0, 2), np.int64)]
     for layer in range(layers):

@@ -18,7 +18,7 @@ def section(view: View) -> str:
         f"Model {m.name}: {m.num_experts} experts, top-{m.top_k}, hidden {m.hidden_size}, "
         f"expert {m.expert_bytes / 1e6:.2f} MB, {m.flops_per_token / 1e6:.2f} MFLOP a token.",
         f"Traffic model {comparison.traffic}; token split {comparison.split}; {int(slots.sum())} slots a layer, "
-        f"{int(slots.min())} to {int(slots.max())} a device.",
+        f"{int(slots.min())} to {int(slots.max())} a device, held as engine '{comparison.engine}' holds them.",
         "Step time is modelled, not measured: dispatch + slowest device's compute (roofline) + combine, all layers.",
         "Bound: no placement with these slots and no token split can need less on the same routing.",
     ]

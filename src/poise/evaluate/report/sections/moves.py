@@ -10,6 +10,7 @@ from poise.evaluate.compare import NOT_WORTH
 from poise.evaluate.moving import Moving, moving
 from poise.evaluate.report import charts
 from poise.evaluate.report.view import Columns, View
+from poise.words import percent
 
 MOST_ROWS = 8
 
@@ -40,9 +41,11 @@ def _price(view: View, moves: Moving) -> str:
         f"All of it takes the links {charts.duration(seconds)} if they do nothing else; it can run in the background "
         "while the old placement serves."
     )
+    if comparison.defaults:
+        return f"{text} Whether that is earned back is not known: {escape('; '.join(comparison.defaults))}."
     share, low, _ = comparison.gain(view.fixed.name, view.base.name)
     if share < NOT_WORTH or low <= 0:
-        return f"{text} But the gain on {escape(view.judged)} traffic is not worth it: {share:.1%} of a step."
+        return f"{text} But the gain on {escape(view.judged)} traffic is not worth it: {percent(share)} of a step."
     gain = share * float(view.replay(view.base).step_seconds_B.mean())
     text += (
         f" At {charts.duration(gain)} gained a step on {escape(view.judged)} traffic that is earned back after "

@@ -37,7 +37,8 @@ def _cell(row: dict[str, Any], key: str) -> tuple[str, str]:
 
 def _table(view: View, part: str) -> str:
     comparison = view.comparison
-    rows = [row for row in comparison.rows() if row["judged_on"] == part]
+    rows = [row for row in comparison.rows() if row["part"] == part]
+    title = comparison.title(part)
     best = min(row["step_seconds"]["mean"] for row in rows[:-1])
     head = '<th scope="col"><button type="button">placement</button></th>' + "".join(
         f'<th scope="col" title="{escape(title)}"><button type="button">{escape(text)}</button></th>'
@@ -49,8 +50,9 @@ def _table(view: View, part: str) -> str:
         cells = "".join(
             f'<td data-value="{value}">{text}</td>' for value, text in (_cell(row, key) for key, _, _ in COLUMNS)
         )
-        body.append(f'<tr class="{kind}"><th scope="row">{escape(row["name"])}</th>{cells}</tr>')
-    caption = f"{part}: {comparison.batches[part].order}"
+        name = row["name"] if row["judged_on"] == title else f"{row['name']} ({row['judged_on']})"
+        body.append(f'<tr class="{kind}"><th scope="row">{escape(name)}</th>{cells}</tr>')
+    caption = f"{title}: {comparison.batches[part].order}"
     note = " These methods were fitted on this traffic." if part == IN_SAMPLE else ""
     return (
         f'<div class="panel sideways"><table class="sorts"><caption>{escape(caption)}.{note}</caption>'

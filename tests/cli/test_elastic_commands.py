@@ -128,6 +128,15 @@ def test_compare_has_a_row_that_says_it_is_mapped_and_what_moves(files):
     assert {"4 mapped to 6", "4 mapped to 6-2", "lpt"} <= names
     note = next(note for note in data["notes"] if note.startswith("4 mapped to 6:"))
     assert "a placement for 4 devices cannot be replayed on 6" in note and "lpt: " in note
+    assert any("4 mapped to 6 does not say what it was fitted on" in note for note in data["notes"])
+    run("plan", files / "loads.json", "-c", "1x4", "--method", "lpt", "--no-verdict", "-o", files / "own.npz")
+    data = answer("compare", files / "loads.json", "-c", "1x6", "-p", files / "own.npz", "-p", "lpt", "--json")
+    shares = {row["judged_on"]: row["fitted_share"] for row in data["rows"] if row["name"] == "own mapped to 6"}
+    assert min(shares.values()) > 0.5 and len(shares) == 2
+    empty = answer(
+        "compare", files / "loads.json", "-c", "1x6", "-r", 2, "-p", files / "4.npz", "--engine", "none", "--json"
+    )
+    assert {row["name"] for row in empty["rows"]} == {"4 mapped to 6", "bound"}
     other = run("compare", files / "loads.json", "-c", "1x6", "-p", "nothing.npz")
     assert other.exit_code == 2
 

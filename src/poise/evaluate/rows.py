@@ -1,0 +1,149 @@
+"""The rows of a comparison: what is fitted and judged, methods planned, files as an engine holds them, fast loops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import InfeasibleError, NoResultError, OptionError
+from poise.evaluate.compare import Entry
+from poise.evaluate.stepwise import FastLoop
+from poise.modelspec import ModelSpec
+from poise.observe.batch import RoutingBatch
+from poise.observe.fingerprint import NO_TRAFFIC, Fingerprint
+from poise.observe.predict import PREDICTORS
+from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.engine_rules import EngineRules, hold
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem, Solution
+from poise.planning.solve.solve import METHODS, solve, without_redundant
+from poise.policies.registry import parse_policy
+from poise.words import percent
+
+Traffics = RoutingTrace | LoadProfile
+FEWER = 1e-3
+"""Least gain of a plan without redundant slots that is worth a word."""
+
+
+def split_traffic(
+    trace: Traffics, fit: Traffics | None, others: Mapping[str, Traffics] | None = None
+) -> tuple[Traffics, dict[str, Traffics], tuple[str, ...]]:
+    """What methods are fitted on, what they are judged on by name, and notes for the reader."""
+    judged: dict[str, Traffics] = {}
+    notes: tuple[str, ...] = ()
+    if fit is not None:
+        judged["held-out"] = trace
+    elif isinstance(trace, RoutingTrace):
+        fit, judged["held-out"] = trace.split_requests()
+        notes = ("fitted on the first half of the requests, held-out is the second half",)
+    elif trace.num_steps > 1:
+        half = (trace.num_steps + 1) // 2
+        fit, judged["held-out"] = trace.steps(slice(0, half)), trace.steps(slice(half, None))
+        notes = (f"fitted on the first {half} recorded loads, held-out are the other {trace.num_steps - half}",)
+    else:
+        fit, notes = trace, ("one recorded load: judged on what it was fitted on, which flatters every method",)
+    return fit, {**judged, **(others or {})}, notes
+
+
+def silent_defaults(
+    traffic: Traffics, model: str | ModelSpec | None, tokens_per_step: int | None, batch: RoutingBatch
+) -> tuple[str, ...]:
+    """What was not said and decides the seconds."""
+    out = []
+    if model is None:
+        out.append("no model was named (--model), so sizes are generic and seconds are not yours")
+    if isinstance(traffic, LoadProfile) and tokens_per_step is None:
+        mass = float(batch.load_BLE.sum(axis=2).max())
+        out.append(f"loads of {mass:g} tokens a layer were taken for one step: --tokens-per-step says how large one is")
+    return tuple(out)
+
+
+def held_row(
+    name: str, placement: Placement, rules: EngineRules, slots_D: NDArray[np.int64], said: list[str]
+) -> Entry:  # fmt: skip
+    """The row of a placement that was given, as the engine holds it."""
+    held, filled = hold(placement, rules)
+    if filled:
+        said.append(f"{name}: {filled} empty slots were filled as 'poise export' fills them")
+    if placement.num_slots != int(slots_D.sum()):
+        said.append(f"{name} has {placement.num_slots} slots a layer, other rows {int(slots_D.sum())}")
+    if placement.fitted is None:
+        said.append(f"{name} does not say what it was fitted on: whether this traffic is held out for it is not known")
+    return Entry(name, held, fitted=None if placement.fitted is None else placement.fitted.traffic)
+
+
+def planned_rows(
+    method: str, problem: PlacementProblem, fitted: Fingerprint, time_limit_s: float, seed: int, said: list[str]
+) -> list[Entry]:
+    """The row of a method, and one more where ``poise`` is faster without redundant slots; none where it
+    has no plan.
+    """
+    pooled = METHODS[method].pooled
+    if pooled and not problem.engine.empty_slots:
+        said.append(
+            f"{method} left out: it counts its memory over all layers together, which no engine with fixed slots can "
+            "hold; --engine none shows it"
+        )
+        return []
+    try:
+        found = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed)
+    except (InfeasibleError, NoResultError) as error:
+        said.append(f"{method} left out: {error.message}")
+        return []
+    seen = fitted if METHODS[method].fitted else NO_TRAFFIC
+    out = [Entry(method, found.placement, pooled, found.seconds, fitted=seen)]
+    fewer = fewer_slots(problem, found, time_limit_s / 2, seed)
+    if fewer is not None:
+        redundant = fewer.placement.num_slots - problem.batch.num_experts
+        said.append(fewer_words(redundant, 1 - fewer.objective / found.objective))
+        out.insert(0, Entry(f"{method}, {redundant} redundant", fewer.placement, pooled, fewer.seconds, fitted=seen))
+    return out
+
+
+def fewer_slots(problem: PlacementProblem, found: Solution, time_limit_s: float, seed: int) -> Solution | None:
+    """The plan of ``poise`` without redundant slots, where those make the one that was found slower."""
+    fewer = without_redundant(problem) if found.method == "poise" else None
+    if fewer is None or solve(fewer, method="lpt").lower_bound >= (1 - FEWER) * found.objective:
+        return None
+    other = solve(fewer, method="poise", time_limit_s=time_limit_s, seed=seed)
+    return other if other.objective < (1 - FEWER) * found.objective else None
+
+
+def fewer_words(redundant: int, saves: float) -> str:
+    """Advice where fewer redundant slots make a faster plan, by a share of the fitted step."""
+    return (
+        f"fewer redundant slots are better: with {redundant} a step takes {percent(saves)} less on the fitted traffic "
+        f"(--redundant {redundant}; SGLang: --ep-num-redundant-experts {redundant}, vLLM: num_redundant_experts "
+        f"{redundant})"
+    )
+
+
+def fast_rows(
+    entries: Sequence[Entry], fast: Sequence[str], over: str | None, step_slots: int, predictor: str,
+    fitted: RoutingBatch, model_named: bool,
+) -> list[Entry]:  # fmt: skip
+    """A row for each step-wise policy over one of the placements."""
+    if not fast:
+        return []
+    if predictor not in PREDICTORS:
+        raise OptionError(f"unknown predictor {predictor!r}", hint=f"one of {', '.join(PREDICTORS)}")
+    names = {entry.name: entry for entry in entries}
+    if over is not None and over not in names:
+        raise OptionError(f"--fast-over names {over!r}", hint=f"one of {', '.join(names)}")
+    base = names[over] if over is not None else entries[-1]
+    out: list[Entry] = []
+    for spec in fast:
+        loop = FastLoop(parse_policy(spec, model_named=model_named), step_slots, PREDICTORS[predictor])
+        name = free_name(f"{base.name} + {spec}", [*entries, *out])
+        out.append(Entry(name, base.placement, fast=loop, prior_LE=fitted.load_LE(), fitted=base.fitted))
+    return out
+
+
+def free_name(name: str, entries: Sequence[Entry]) -> str:
+    """The name, with a number behind it where a row has it already."""
+    taken = {entry.name for entry in entries} | {"bound"}
+    options: Any = (name if index == 1 else f"{name}-{index}" for index in range(1, 1000))
+    return str(next(option for option in options if option not in taken))

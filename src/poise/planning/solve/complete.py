@@ -1,0 +1,70 @@
+"""Fill the slots that a method leaves empty, knowing the traffic: what an engine without empty slots will run.
+
+Step 1  An expert that lies twice on a device keeps one slot there.
+Step 2  Every slot that is free then gets an expert that its device lacks, in two ways: *relief*, the expert with most
+        load a replica, which takes tokens off full devices, and *cheap*, the expert with least load, which draws the
+        fewest tokens and weight reads.
+Step 3  Of the two, layer by layer, the one that the independent evaluator finds faster; under ``stay``, where layers
+        depend on each other, the faster whole.
+
+A device never holds more slots than there are experts, so step 2 always finds one it lacks, up to full replication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.step import batch_cost
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
+
+
+def complete(problem: PlacementProblem, placement: Placement) -> Placement:
+    """The placement with all slots of the problem filled and no expert twice on a device; itself where it is so.
+
+    Slots are those of the problem, counted by layer; a device with more slots than experts keeps the rest empty.
+    """
+    held_LED = placement.count_LED() > 0
+    room_D = problem.layer_slots_D
+    if (held_LED.sum(axis=1) == room_D).all() and not placement.has_duplicates:
+        return placement
+    load_LE = problem.batch.load_LE()
+    ways = [_filled(held_LED, room_D, load_LE, relief) for relief in (True, False)]
+    seconds_WL = np.stack([_seconds_L(problem, way) for way in ways])
+    if problem.traffic == "stay":
+        seconds_WL = np.broadcast_to(seconds_WL.sum(axis=1, keepdims=True), seconds_WL.shape)
+    best_L = seconds_WL.argmin(axis=0)
+    chosen = np.where(best_L[:, None, None] == 0, ways[0], ways[1])
+    made = Placement.from_counts(chosen.astype(np.int32), slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L)
+    return replace(made, method=placement.method)
+
+
+def _seconds_L(problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> NDArray[np.float64]:
+    cost = batch_cost(problem.batch, held_LED.astype(np.int32), problem.cluster, problem.model,
+                      traffic=problem.traffic, split=problem.split)  # fmt: skip
+    out: NDArray[np.float64] = problem.batch.weight_B @ cost.seconds_BL
+    return out
+
+
+def _filled(
+    held_LED: NDArray[np.bool_], room_D: NDArray[np.int64], load_LE: NDArray[np.float64], relief: bool
+) -> NDArray[np.bool_]:
+    """Step 2, bool [L, E, D]: free slots of the device with least load come first."""
+    out = held_LED.copy()
+    for layer, held_ED in enumerate(out):
+        load_E = load_LE[layer]
+        copies_E = held_ED.sum(axis=1)
+        free_D = room_D - held_ED.sum(axis=0)
+        while free_D.any():
+            each_E = load_E / copies_E
+            load_D = np.where(free_D > 0, each_E @ held_ED, np.inf)
+            d = int(np.argmin(load_D))
+            gain_E = np.where(held_ED[:, d], -np.inf, each_E if relief else -each_E)
+            e = int(np.argmax(gain_E))
+            held_ED[e, d] = True
+            copies_E[e] += 1
+            free_D[d] -= 1
+    return out
