@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from poise.curve import ExpertCurve
 from poise.errors import ClusterError
+from poise.files import read_bounded
 from poise.presets import DEVICES
 
 MAX_DEVICES = 65_536
@@ -218,14 +219,9 @@ class _Loader(yaml.SafeLoader):
 def from_yaml(path: Path) -> Cluster:
     """A cluster from a YAML file; the keys are listed in docs/formats.md."""
     try:
-        size = path.stat().st_size
-        if size > MAX_YAML_BYTES:
-            raise ClusterError(f"{path} has {size} bytes, at most {MAX_YAML_BYTES} are read")
-        data = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+        data = yaml.load(read_bounded(path, MAX_YAML_BYTES, ClusterError).decode("utf-8"), Loader=_Loader)
     except ClusterError:
         raise
-    except OSError as error:
-        raise ClusterError(f"cannot read {str(path)[:200]!r}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError, *_TAG_ERRORS) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         raise ClusterError(f"{path} is not YAML: {reason[0]}") from None

@@ -7,6 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError
+from poise.files import read_bounded
+
+MAX_ROOM = 2 << 30
+"""Most bytes of memory that the values of a JSON file may take."""
+ROOM = {b"[": 64, b"{": 256, b",": 40, b'"': 32, b":": 72}
+"""What each such byte may stand for in memory: a list, a dict, a number in it, half of a text, an entry of a dict."""
+
+
+def json_room(data: bytes, most: int, error: type[InputError]) -> int:
+    """Bytes of memory that the values in some JSON can take at most, told without parsing it.
+
+    A text with one wide character takes four bytes for each of its characters.
+
+    Raises
+    ------
+    InputError : of the type ``error``: more than ``most``.
+    """
+    room = len(data) * (1 if data.isascii() else 4)
+    room += sum(data.count(mark) * each for mark, each in ROOM.items())
+    if room > most:
+        raise error(
+            f"JSON of {len(data)} bytes may take {room} bytes in memory, at most {most} are given",
+            hint="split it into several files",
+        )
+    return room
 
 
 def read_json(path: Path, most: int, error: type[InputError], *, hint: str = "") -> Any:
@@ -21,16 +46,11 @@ def read_json(path: Path, most: int, error: type[InputError], *, hint: str = "")
 
     Raises
     ------
-    InputError : of the type ``error``: no such file, too large, or not JSON.
+    InputError : of the type ``error``: no such file, no regular file, too large, or not JSON.
     """
+    data = read_bounded(path, most, error, hint=hint)
+    json_room(data, MAX_ROOM, error)
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise error(f"{path} has {size} bytes, at most {most} are read")
-        return json.loads(path.read_bytes())
-    except OSError as problem:
-        raise error(f"cannot read {str(path)[:200]!r}: {problem.strerror}", hint=hint) from None
-    except error:
-        raise
+        return json.loads(data)
     except (ValueError, RecursionError) as problem:
         raise error(f"{str(path)[:200]!r} is not JSON: {str(problem)[:200]}") from None

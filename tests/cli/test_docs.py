@@ -60,15 +60,21 @@ def answers(name):
 
 
 def log(folder):
-    """The balance that the placement gives, as vLLM logs it: mean over fullest rank, both summed over layers."""
-    plan, load = Placement.load(folder / "placement.npz"), load_LE(routing(), EXPERTS)
-    count = plan.count_LED()
-    device_LD = np.einsum("le,led->ld", load, count / count.sum(axis=2, keepdims=True))
-    balance = float(device_LD.mean(axis=1).sum() / device_LD.max(axis=1).sum())
-    (folder / "server.log").write_text(
-        f"INFO 11-25 10:00:00 [eplb_state.py:600] EPLB step: 10 for model allenai/OLMoE: avg_tokens=1000.00, "
-        f"max_tokens={round(1000 / balance)}, balancedness={balance:.4f}\n"
-    )
+    """What vLLM logs of passes of 500 tokens under the placement, after the plugin said that it is there."""
+    plan, rng = Placement.load(folder / "placement.npz"), np.random.default_rng(0)
+    lines = [
+        "INFO [vllm_plugin.py:64] poise plans expert placement: PolicySettings(static_map=StaticMap(path='placement.npz'))"
+    ]
+    for step in range(8):
+        chosen = routing()[rng.integers(0, 2000, 500)]
+        count = plan.count_LED()
+        device_LD = np.einsum("le,led->ld", load_LE(chosen, EXPERTS), count / count.sum(axis=2, keepdims=True))
+        mean, most = device_LD.mean(axis=1).sum(), np.rint(device_LD.max(axis=1).sum())
+        lines.append(
+            f"INFO 11-25 10:00:00 [eplb_state.py:600] EPLB step: {step} for model allenai/OLMoE: avg_tokens={mean:.2f}, "
+            f"max_tokens={int(most)}, balancedness={mean / most:.4f}"
+        )
+    (folder / "server.log").write_text("\n".join(lines) + "\n")
 
 
 def statistics(folder):

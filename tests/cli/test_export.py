@@ -50,7 +50,7 @@ def test_facts_and_advice(plan, config, name):
     assert got.exit_code == 0, got.output
     data = json.loads(got.stdout)
     assert (data["engine"], data["slots"], data["redundant"], data["devices"]) == (name, 12, 4, 4)
-    assert data["filled_slots"] == 0 and data["unplanned_layers"] == (0 if name == "sglang" else 1)
+    assert data["filled_slots"] == 0 and data["unplanned_layers"] == 1
     assert out.exists() and str(out) in data["command"]
     said = " ".join(got.stderr.split())
     at = got.stderr.index(f"{data['command']}\n")  # to be copied: whole lines, YAML on lines of its own

@@ -233,7 +233,7 @@ def test_a_trace_that_is_too_young_ends_as_any_other(parts, cluster, tmp_path, m
     got = run(tmp_path / "t.npz", *options(cluster))
     assert got.exit_code == 0 and "0 steps watched" in got.stderr and "error" not in got.stderr
     got = run(tmp_path / "t.npz", *options(cluster, "--once"))
-    assert got.exit_code == 2 and f"holds {N - 1} rows, less than a step of {N}" in got.stderr
+    assert got.exit_code == 2 and f"holds {N - 1} rows, less than a step of {N}" in got.stderr.replace("\n", " ")
 
 
 def test_a_file_that_stays_broken_ends_the_watch(parts, cluster, tmp_path, monkeypatch):
@@ -297,6 +297,19 @@ def test_a_folder_of_dumps_is_watched_and_maps_of_engines_are_kept(parts, cluste
     assert table == {"physical_to_logical_map": kept.slot_expert_LS.tolist()}
     again = run(tmp_path / "dumps", *words[:2], *words[4:], "-p", tmp_path / "map.json")
     assert again.exit_code == 0 and lines(again, "look")[0]["imbalance"] < lines(got, "look")[0]["imbalance"]
+    last = lines(got, "look")[-1]  # nothing was restarted: what was written is not what runs
+    assert last["imbalance_running"] == last["imbalance"] > 1.05 * last["imbalance_after_restart"]
+    assert plan["verdict"] == "for the next start" and plan["restart"]["pays"] is None
+    assert last["restart"]["restart_seconds"] is None and "give --restart-seconds" in last["restart"]["verdict"]
+    priced = run(tmp_path / "dumps", *words[:-1], *exports, "--restart-seconds", 1e9)
+    assert "in use" not in priced.stdout and ": for the next start" in priced.stdout and "moving" not in priced.stdout
+    assert "1e+09 s without serving" in priced.stdout and "not worth a restart" in priced.stdout
+    assert (
+        f"imbalance {last['imbalance_running']:.3f} running, {last['imbalance_after_restart']:.3f} after a restart"
+        in priced.stdout
+    )
+    refused = run(tmp_path / "dumps", *words, "--restart-seconds", 60)
+    assert refused.exit_code == 2 and "without --export or --sglang none is needed" in refused.stderr.replace("\n", " ")
     one = run(tmp_path / "dumps", *words, "--steps-per-dump", 3)
     assert one.exit_code == 0 and len(lines(one, "look")) == 24 // EVERY
 

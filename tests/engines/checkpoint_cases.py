@@ -62,6 +62,22 @@ LAYOUTS = {
         ("model.layers.{l}.mlp.shared_expert.up_proj.qweight", "fixed", "I32", [EXPERTS, 2]),
         ("model.layers.{l}.mlp.shared_expert_gate.weight", "fixed", "F16", [1, HIDDEN]),
     ]),
+    "ernie": ({"num_experts": EXPERTS}, [
+        ATTENTION,
+        ("model.layers.{l}.mlp.experts.{e}.up_proj.weight", "single", "BF16", [2, HIDDEN]),
+        ("model.layers.{l}.mlp.gate.weight", "rows", "F32", [HIDDEN]),
+        ("model.layers.{l}.mlp.moe_statics.e_score_correction_bias", "rows of 1", "F32", []),
+    ]),
+    "gemma4": ({"num_experts": EXPERTS}, [
+        ATTENTION,
+        ("model.layers.{l}.experts.gate_up_proj", "rows", "BF16", [4, HIDDEN]),
+        ("model.layers.{l}.experts.down_proj", "rows", "BF16", [HIDDEN, 2]),
+        ("model.layers.{l}.router.proj.weight", "rows", "BF16", [HIDDEN]),
+        ("model.layers.{l}.router.per_expert_scale", "rows", "BF16", []),
+        ("model.layers.{l}.router.scale", "fixed", "BF16", [HIDDEN]),
+        ("model.layers.{l}.mlp.up_proj.weight", "fixed", "BF16", [2, HIDDEN]),
+        ("model.layers.{l}.per_layer_input_gate.weight", "fixed", "BF16", [EXPERTS, HIDDEN]),
+    ]),
 }  # fmt: skip
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
@@ -104,9 +120,9 @@ def tensors_of(layout: str, order: dict[int, list[int]] | None = None, seed: int
         for template, kind, dtype, shape in LAYOUTS[layout][1]:
             if kind == "fixed":
                 add(template.format(l=layer), dtype, shape, [data(f"{layer}{template}", dtype, shape)])
-            elif kind == "rows":
+            elif kind.startswith("rows"):
                 parts = [data(f"{layer}{template}{old}", dtype, shape) for old in ids]
-                add(template.format(l=layer), dtype, [EXPERTS, *shape], parts)
+                add(template.format(l=layer), dtype, [*[1] * kind.endswith("1"), EXPERTS, *shape], parts)
             else:
                 for new, old in enumerate(ids):
                     add(template.format(l=layer, e=new), dtype, shape, [data(f"{layer}{template}{old}", dtype, shape)])

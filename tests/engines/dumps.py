@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -220,6 +221,82 @@ def vllm_routed_lists(folder, rng):
     return known
 
 
+def vllm_routed_choices(folder, rng):
+    """As 0.30 to 0.32 write: per choice prompt and answer in one, bytes, all decoder layers; one prompt sampled thrice."""
+    prompt, answers_ = 5, (4, 1, 3)
+    head = choices(rng, prompt)
+    tails = [choices(rng, length - 1) for length in answers_]
+    made = [{"index": i, "routed_experts": npy_base64(on_all_layers(np.concatenate([head, tail]).swapaxes(0, 1)).swapaxes(0, 1)
+             .astype(np.uint8))} for i, tail in enumerate(tails)]  # fmt: skip
+    usage = {"prompt_tokens": prompt, "completion_tokens": sum(answers_)}
+    (folder / "answer.json").write_text(json.dumps({"choices": made, "usage": usage}))
+    request = np.repeat([0, 0, 1, 2], [prompt, *map(len, tails)])
+    return Known(np.concatenate([head, *tails]), request, np.arange(len(request)) >= prompt, ids=MOE)
+
+
+def load_table(folder, rng):
+    load = rng.integers(0, 5000, (2, LAYERS, EXPERTS)) * np.isin(np.arange(LAYERS), MOE)[:, None]
+    np.save(folder / "counts.npy", load)
+    return Known(load_BLE=load[:, MOE], ids=MOE)
+
+
+def load_table_pt(folder, rng):
+    load = rng.integers(5000, 9000, (len(MOE), EXPERTS))
+    torch.save(torch.from_numpy(load), folder / "expert_load_view.pt")
+    return Known(load_BLE=load[None], ids=MOE)
+
+
+def load_nested(folder, rng):
+    """Experts without a token are not named."""
+    load = rng.integers(0, 4, (len(MOE), EXPERTS)) * 17
+    load[:, [0, -1]] = 5, 9
+    named = {str(i): {str(e): int(n) for e, n in enumerate(row) if n} for i, row in zip(MOE, load, strict=True)}
+    (folder / "counts.json.gz").write_bytes(gzip.compress(json.dumps(named).encode(), mtime=0))
+    return Known(load_BLE=load[None], ids=MOE)
+
+
+def load_csv(folder, rng):
+    load = rng.integers(1, 5000, (len(MOE), EXPERTS))
+    rows = [(e, n, i) for i, row in zip(MOE, load.tolist(), strict=True) for e, n in enumerate(row)]
+    lines = ["expert_id,count,layer_id"] + [",".join(map(str, rows[at])) for at in rng.permutation(len(rows))]
+    (folder / "counts.csv").write_text("\r\n".join(lines))
+    return Known(load_BLE=load[None], ids=MOE)
+
+
+def moe_trace(folder, rng):
+    """llama.cpp while it decodes: a row a choice, no head."""
+    chosen = choices(rng, 12)
+    rows = [f"{layer},{e}" for token in chosen for layer, ids in zip(MOE, token, strict=True) for e in ids]
+    (folder / "moe_trace.csv").write_text("\n".join(rows) + "\n")
+    return Known(chosen, ids=MOE)
+
+
+def router_lines(folder, rng):
+    """Two ranks, of which one has no token in the second step."""
+    lines, pieces = [], []
+    for step, sizes in enumerate([(3, 4), (2, 0), (1, 5)]):
+        for rank, size in enumerate(sizes):
+            chosen = choices(rng, size)
+            pieces.append(chosen)
+            lines += [{"step": step, "layer": layer, "rank": rank, "num_tokens": size, "topk": TOP_K,
+                       "indices": chosen[:, i].tolist()} for i, layer in enumerate(MOE)]  # fmt: skip
+    (folder / "routing.jsonl").write_text("".join(json.dumps(lines[at]) + "\n" for at in rng.permutation(len(lines))))
+    return Known(np.concatenate(pieces), ids=MOE)
+
+
+def eplb_stats(folder, rng):
+    map_LS = slot_map(rng, len(MOE))
+    slots = count(slots_of(rng, choices(rng, 40), map_LS), SLOTS)
+    load = np.stack([np.bincount(row, held, EXPERTS) for row, held in zip(map_LS, slots, strict=True)])
+    layers = [
+        {"layer": i, "physical_load": slots[i].tolist(), "logical_load": load[i].tolist()} for i in range(len(MOE))
+    ]
+    (folder / "stats.json").write_text(
+        json.dumps({"step": 5, "physical_to_logical_map": map_LS.tolist(), "per_layer_stats": layers})
+    )
+    return Known(load_BLE=load[None], map_LS=map_LS, ids=MOE)
+
+
 def vllm_log(folder, rng):
     balance = np.round(rng.uniform(0.3, 1, 6), 4)
     lines = ["INFO 11-25 [core.py:1] loading"]
@@ -355,7 +432,7 @@ MAKERS: dict[str, Callable[[Path, np.random.Generator], Known]] = {
         sglang_stat, sglang_stat_json, sglang_per_pass, sglang_per_token, sglang_map, sglang_map_pt, sglang_routed,
         sglang_routed_openai, vllm_routed, vllm_routed_lists, vllm_log, sglang_log, tensorrt_statistics, tensorrt_raw,
         tensorrt_map, ascend_map, vllm_49572, vllm_34811, tokenspeed, exflow, selection_trace, load_history, step_routing,
-        route_log,
+        route_log, vllm_routed_choices, load_table, load_table_pt, load_nested, load_csv, moe_trace, router_lines, eplb_stats,
     )
 }  # fmt: skip
 FORMAT = {
@@ -367,6 +444,9 @@ FORMAT = {
     "ascend_map": "ascend-map", "vllm_49572": "vllm-49572", "vllm_34811": "vllm-34811", "tokenspeed": "tokenspeed",
     "exflow": "exflow", "selection_trace": "selection-trace", "load_history": "load-history",
     "step_routing": "step-routing", "route_log": "route-log",
+    "vllm_routed_choices": "routed-experts", "load_table": "load-table", "load_table_pt": "load-table",
+    "load_nested": "load-table", "load_csv": "load-csv", "moe_trace": "load-csv", "router_lines": "router-lines",
+    "eplb_stats": "eplb-stats",
 }  # fmt: skip
 ONE_LAYER = ("step_routing", "route_log")
 """They name a layer, not a model's layers."""

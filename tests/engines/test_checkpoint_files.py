@@ -63,7 +63,8 @@ def change(name, tensor):
     return act
 
 
-MLP = "model.layers.1.mlp"
+LAYER = "model.layers.1"
+MLP = f"{LAYER}.mlp"
 UNKNOWN = [
     change(f"{MLP}.gate.tid2eid", ("I64", (5, 2), bytes(80))),
     change(f"{MLP}.tid2eid", ("F32", (5, 2), bytes(40))),
@@ -71,6 +72,14 @@ UNKNOWN = [
     change(f"{MLP}.gate.qweight", ("U8", (1, 1), bytes(1))),
     change(f"{MLP}.experts.magic", ("U8", (EXPERTS,), bytes(EXPERTS))),
     change(f"{MLP}.moe_statics.bias", ("F32", (1, EXPERTS), bytes(4 * EXPERTS))),
+    # of the layer, but not of its MoE module
+    change(f"{LAYER}.moe.router.expert_bias", ("F32", (EXPERTS,), bytes(4 * EXPERTS))),
+    change(f"{LAYER}.moe.gate.weight", ("F32", (EXPERTS + 1, 1), bytes(4 * EXPERTS + 4))),
+    change(f"{LAYER}.moe.router.scale", ("F32", (3,), bytes(12))),
+    change(f"{LAYER}.self_attn.router.weight", ("F32", (3, 1), bytes(12))),
+    change(f"{LAYER}.input_layernorm.weight", ("F32", (EXPERTS,), bytes(4 * EXPERTS))),  # the model is as wide
+    change(f"{LAYER}.scale_of_each", ("F32", (2, EXPERTS), bytes(8 * EXPERTS))),
+    change("model.expert_bias_of_all", ("F32", (3, EXPERTS), bytes(12 * EXPERTS))),
 ]
 
 
@@ -96,6 +105,43 @@ def test_what_is_not_known_is_refused(act, match, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_all_that_may_follow_is_named_and_what_cannot_is_not(tmp_path):
+    source = write_checkpoint(tmp_path / "model", "qwen2-gptq", shards=1)
+    width = ("F32", (EXPERTS,), bytes(4 * EXPERTS))
+    harmless = {
+        f"{LAYER}.self_attn.q_norm.weight": width, f"{LAYER}.linear_attn.A_log": width, f"{LAYER}.shared_mlp.bias": width,
+        f"{LAYER}.mlp.gate.global_scale": ("F32", (1,), bytes(4)), "model.norm.weight": width, "lm_head.weight": width,
+        f"{LAYER}.post_attention_layernorm.weight": ("F32", (3,), bytes(12)), "mtp.layers.1.norm.weight": width,
+    }  # fmt: skip
+    write_shard(source / "model.safetensors", {**tensors_of("qwen2-gptq"), **harmless})
+    placement = random_placement("qwen2-gptq", 0)
+    relabel_checkpoint(placement, source, tmp_path / "new")
+    got = read_checkpoint(tmp_path / "new")
+    assert {name: got[name] for name in harmless} == harmless
+    names = [f"model.layers.{layer}.moe.{what}" for layer in (0, 2) for what in ("a", "b", "c")]
+    write_shard(source / "model.safetensors", {**tensors_of("qwen2-gptq"), **dict.fromkeys(names, width)})
+    with pytest.raises(ModelError) as failure:
+        relabel_checkpoint(placement, source, tmp_path / "other")
+    assert all(repr(name) in failure.value.message for name in names[:4]) and "and 2 more" in failure.value.message
+    only_last = Placement(placement.slot_expert_LS[2:], placement.slot_device_S, EXPERTS, EXPERTS, np.array([1]))
+    relabel_checkpoint(only_last, source, tmp_path / "third")  # the layers that keep their ids do not matter
+
+
+@pytest.mark.parametrize("act, match", [
+    (change(f"{MLP}.gate.weight", ("F32", (EXPERTS + 1, 1), bytes(4 * EXPERTS + 4))), "rows of what is no routed expert"),
+    (lambda tensors: [tensors.update({name.replace(".experts.", ".units.expert_"): tensors.pop(name)})
+                      for name in list(tensors) if MLP in name], "this kind of checkpoint cannot be relabelled"),
+])  # fmt: skip
+def test_reasons_are_true(act, match, tmp_path):
+    source = write_checkpoint(tmp_path / "model", "qwen2-gptq", shards=1)
+    tensors = tensors_of("qwen2-gptq")
+    act(tensors)
+    write_shard(source / "model.safetensors", tensors)
+    with pytest.raises(ModelError) as failure:
+        relabel_checkpoint(random_placement("qwen2-gptq", 0), source, tmp_path / "new")
+    assert match in failure.value.hint and "is the placement of this model" not in failure.value.hint
+
+
 def edit_index(act):
     def edit(folder):
         path = folder / "model.safetensors.index.json"
@@ -113,7 +159,7 @@ GATE = "model.layers.0.block_sparse_moe.router.layer.weight"
     (edit_index(lambda named: named.update({GATE: "../other.safetensors"})), ModelError, "not a safetensors file of the folder"),
     (edit_index(lambda named: named.update({GATE: "/etc/passwd"})), ModelError, "not a safetensors file of the folder"),
     (edit_index(lambda named: named.update({GATE: 3})), ModelError, "not a safetensors file of the folder"),
-    (edit_index(lambda named: named.update({GATE: "none.safetensors"})), ModelError, "No such file"),
+    (edit_index(lambda named: named.update({GATE: "none.safetensors"})), ModelError, "no such file"),
     (edit_index(lambda named: named.pop(GATE)), ModelError, f"has '{GATE}' in None"),
     (edit_index(lambda named: named.update({"more": next(iter(named.values()))})), ModelError, "it lies in None"),
     (edit_index(lambda named: named.clear()), ModelError, "no weight_map"),

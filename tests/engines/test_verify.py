@@ -100,8 +100,34 @@ def test_counts_of_slots_and_experts_prove_a_map_without_one(seed):
     assert yes.live and yes.evidence == "counts" and {layer.state for layer in yes.layers} == {"counts agree"}
     no = verify(plan, dump_of(load, TRIVIAL, says_map=False))
     assert not no.live and {layer.state for layer in no.layers} == {"counts disagree"}
+    assert (yes.verdict, no.verdict) == ("live", "not-live")
     with pytest.raises(TraceError, match="proves nothing"):
         verify(plan, dump_of(load, TRIVIAL, says_map=False, says_loads=False))
+
+
+def test_counts_that_fit_another_map_too_prove_none_and_a_map_has_to_fit_its_counts():
+    plan, load = plan_of(3), np.full((2, LAYERS, EXPERTS), 12.0)
+    load[:, 1:] = loads_of(3)[:2, 1:]
+    alike = np.full((2, LAYERS, DEVICES * PER), 6.0)
+    alike[:, 1:] = counted(load, plan.slot_expert_LS)[:, 1:]
+    load[:, 0] = 6.0 * (plan.slot_expert_LS[0][:, None] == np.arange(EXPERTS)).sum(axis=0)
+    dump = EngineDump("tokenspeed", "expert-load", profile=LoadProfile(load, IDS), slots=SlotRecord(IDS, None, alike))
+    swapped = plan.slot_expert_LS.copy()  # two experts with as many slots and the same tokens change places
+    single = np.flatnonzero(np.bincount(swapped[0], minlength=EXPERTS)[swapped[0]] == 1)
+    there = single[single // PER != single[0] // PER][0]
+    swapped[0, [single[0], there]] = swapped[0, [there, single[0]]]
+    assert verify(plan, dump).verdict == "live"
+    other = replace(plan, slot_expert_LS=swapped)
+    found = verify(plan, dump, against={"older": other})
+    assert found.verdict == "undecided" and found.layers[0].state == "counts fit others"
+    assert "1 of 3 layers the counts of slots fit another map" in found.sentence()
+    with pytest.raises(TraceError, match=r"slots counted \d+ pairs, the traffic has \d+"):
+        verify(plan, replace(dump, profile=LoadProfile(2 * load, IDS)))
+    load = loads_of(4)
+    lies = dump_of(load, TRIVIAL)  # its map is said to be the plan's, its slots got what the trivial map gives them
+    lies = replace(lies, slots=replace(lies.slots, map_LS=plan.slot_expert_LS))
+    assert verify(plan, lies).verdict == "not-live"
+    assert {layer.state for layer in verify(plan, lies).layers} == {"counts disagree"}
 
 
 def test_a_balance_alone_tells_the_plan_from_the_trivial_map():
@@ -117,15 +143,16 @@ def test_a_balance_alone_tells_the_plan_from_the_trivial_map():
             "sglang", "stat", profile=profile, balance_B=np.full(4, balance), recorded_layers=LAYERS + dense
         )
 
-    on = verify(plan, reported(0.9))
+    on = verify(plan, reported(0.93), balancer_off=True)
     assert on.live and on.evidence == "balance" and on.predicted > on.trivial + 0.2
     off = verify(plan, reported(on.trivial))
-    assert off.live is False and "does not seem to run" in off.sentence() and not off.as_predicted
+    assert off.live is False and "does not run" in off.sentence() and not off.as_predicted
     # the engine counts dense layers as balanced
     assert verify(plan, reported(0.9, dense=3)).trivial == pytest.approx((on.trivial + 1) / 2)
     even = EngineDump("sglang", "stat", profile=LoadProfile(np.ones((1, LAYERS, EXPERTS)), IDS), balance_B=np.ones(1))
     flat = Placement(TRIVIAL, np.repeat(np.arange(DEVICES), PER), EXPERTS, DEVICES, IDS)
-    assert verify(flat, even).live is None
+    found = verify(flat, even)
+    assert verify(flat, replace(even, balance_B=np.array([found.predicted]))).verdict == "undecided"  # it is the trivial map
     with pytest.raises(TraceError, match="neither what slots hold"):
         verify(plan, EngineDump("sglang", "stat", profile=profile))
 
@@ -143,10 +170,11 @@ def test_vllm_logs_sums_over_layers_and_passes_before_the_map_do_not_count():
         return EngineDump("vllm", "balance-log", profile=profile, balance_B=np.array(balance))
 
     on = verify(plan, log(trivial, planned))
-    assert on.live and on.predicted == pytest.approx(planned) and on.trivial == pytest.approx(trivial)
-    assert verify(plan, log(planned, trivial)).live is False
-    many = log(*[0.5] * 8)
-    assert verify(plan, many).live is None and "single passes are less balanced" in " ".join(verify(plan, many).notes)
+    assert on.measured == pytest.approx(planned) and on.predicted == pytest.approx(planned)
+    assert on.trivial == pytest.approx(trivial)
+    assert verify(plan, log(planned, trivial)).measured == pytest.approx(trivial)
+    many = log(*[0.5] * 8)  # passes of no known size: they may be of a token each, whatever map runs
+    assert verify(plan, many).verdict == "undecided"
 
 
 def test_a_trace_with_steps_is_judged_step_by_step():
@@ -161,8 +189,14 @@ def test_a_file_says_what_should_run_and_ranks_that_differ_are_told():
     plan, load = plan_of(4), loads_of(4)
     made = EngineDump("sglang", "map", slots=SlotRecord(IDS, plan.slot_expert_LS.copy()))
     found = verify(plan, made)
-    assert found.live is None and "whether the engine runs it, it does not say" in found.sentence()
-    assert verify(plan, made, recorded=True).live
+    assert found.live is None and found.verdict == "file-matches" and {f.state for f in found.layers} == {"matches"}
+    assert (
+        "the file matches the plan in all 3 layers; whether the engine runs it, this file cannot say"
+        == found.sentence()
+    )
+    assert verify(plan, made, recorded=True).live and verify(plan, made, recorded=True).verdict == "live"
+    other = verify(plan_of(5), made)
+    assert other.live is None and other.verdict == "file-differs" and "is not what the file holds" in other.sentence()
     whole = dump_of(load, plan.slot_expert_LS)
     apart = verify(plan, replace(whole, slots=replace(whole.slots, maps_agree=False)))
     assert apart.live is False and "different maps" in apart.sentence()

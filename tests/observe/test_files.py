@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from test_trace import random_trace
 
 from poise.errors import InputError, TraceError
+from poise.observe import files as files_module
+from poise.observe import npz as npz_module
 from poise.observe.files import read, read_many
 from poise.observe.trace import LoadProfile, RoutingTrace
 
@@ -200,6 +202,50 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_members_share_one_budget(tmp_path, monkeypatch):
+    """Each may be small enough alone; members may also lie on the same packed bytes."""
+    monkeypatch.setattr(npz_module, "FREE_BYTES", 1 << 20)
+    rows = 900_000
+    arrays = {"experts": np.zeros((rows, 1), np.uint8), "num_experts": 4}
+    path = tmp_path / "t.npz"
+    np.savez_compressed(path, **arrays)
+    assert read(path).num_tokens == rows
+    np.savez_compressed(path, **arrays, is_decode=np.zeros(rows, bool))
+    with pytest.raises(TraceError, match=r"its members would grow from \d+ to 18\d{5} bytes, more than 100 times"):
+        read(path)
+    np.savez(path, **arrays, is_decode=np.zeros(rows, bool))  # as they are
+    assert read(path).num_tokens == rows
+    monkeypatch.setattr(npz_module, "MAX_UNPACKED_BYTES", rows)
+    with pytest.raises(TraceError, match="unpack to 18"):
+        read(path)
+
+
+def test_a_long_list_of_members_is_not_read(tmp_path):
+    """zipfile makes an object of every entry before anybody can count them."""
+    entry = b"PK\x01\x02" + bytes(42)
+    path = tmp_path / "t.npz"
+    for count, end in ((300_000, b""), (300_000, b"64")):
+        listed = entry * count
+        total = len(listed).to_bytes(4, "little") if not end else b"\xff" * 4
+        head = b""
+        if end:
+            head = b"PK\x06\x06" + bytes(36) + len(listed).to_bytes(8, "little") + bytes(8)
+            head += b"PK\x06\x07" + bytes(4) + len(listed).to_bytes(8, "little") + bytes(4)
+        path.write_bytes(listed + head + b"PK\x05\x06" + bytes(8) + total + bytes(6))
+        with pytest.raises(TraceError, match=f"list of members has {len(listed)} bytes"):
+            read(path)
+
+
+def test_json_that_unfolds(tmp_path, monkeypatch):
+    """A list of nothing takes twenty times its three bytes."""
+    (tmp_path / "t.json").write_text('{"logical_count": [' + "[]," * 1000 + "[1]]}")
+    with pytest.raises(TraceError, match="not a full table"):
+        read(tmp_path / "t.json")
+    monkeypatch.setattr(files_module, "MAX_JSON_ROOM", 1 << 16)
+    with pytest.raises(TraceError, match="bytes in memory, at most 65536"):
+        read(tmp_path / "t.json")
 
 
 class Trap:

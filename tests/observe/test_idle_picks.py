@@ -49,7 +49,8 @@ def test_a_profile_counts_them_for_the_size_of_a_step_alone(tmp_path):
     np.savez(tmp_path / "p.npz", counts=np.array([[12, 8]]), layers=np.array([3]), identity_count=np.array([[10]]))
     both = [read(tmp_path / name) for name in ("p.json", "p.npz")]
     assert [one.idle_BL.tolist() for one in both] == [[[10]], [[10]]]
-    assert join([both[0], both[0]]).idle_BL.tolist() == [[10], [10]] and both[0].steps(slice(0, 1)).idle_BL == [[10]]
+    later = LoadProfile(np.array([[9, 30]]), idle_BL=np.array([4]))
+    assert join([both[0], later]).idle_BL.tolist() == [[10], [4]] and both[0].steps(slice(0, 1)).idle_BL == [[10]]
     for wrong in (np.array([1, 2, 3]), np.array([-1.0]), np.array([np.nan]), np.array(["a"])):
         with pytest.raises(TraceError, match="compute nothing"):
             LoadProfile(np.ones((1, 2)), idle_BL=wrong)

@@ -102,9 +102,9 @@ def test_a_drift_behind_sglangs_recorder_is_met_and_shown(tmp_path):
         assert balance(new, count) < 0.85 * balance(old, count)
 
         def over_start():
-            """How much better the placement decided on is than what the engine was started with."""
-            value = scraped(page)
-            return value["poise_imbalance_first_placement"] / value["poise_imbalance"]
+            """How much better the placement decided on is than what the engine runs."""
+            value = imbalances(page)
+            return value["running"] / value["after_restart"]
 
         until(lambda: over_start() > 1 / 0.9, "a restart that would pay")
         get(f"{url}/replay/restart", "POST")
@@ -132,9 +132,10 @@ def test_a_drift_behind_sglangs_recorder_is_met_and_shown(tmp_path):
         assert not json.loads(get(f"{url}/replay"))["recording"]
 
 
-def scraped(page):
+def imbalances(page):
     families = text_string_to_metric_families(get(page + "metrics"))
-    return {family.name: family.samples[0].value for family in families}
+    samples = next(family for family in families if family.name == "poise_imbalance").samples
+    return {sample.labels.get("map", ""): sample.value for sample in samples}
 
 
 def check_scrape(page):

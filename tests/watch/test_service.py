@@ -139,6 +139,8 @@ def test_the_board_and_the_metrics_say_the_same(drift, dumps):
     plans, last = state["plans"], state["looks"][-1]
     taken = [plan for plan in plans if plan["accepted"]]
     assert found["poise_imbalance", ()] == last["imbalance"] and found["poise_up", ()] == 1
+    assert found["poise_imbalance", ("running",)] == found["poise_imbalance", ("after_restart",)] == last["imbalance"]
+    assert found["poise_restart_pays", ()] == found["poise_restart_gain_ratio", ()] == 0
     assert found["poise_imbalance_first_placement", ()] == last["first"]
     assert found["poise_imbalance_predicted", ()] == taken[-1]["predicted"]
     assert (
@@ -290,6 +292,63 @@ def test_the_engines_own_map_counts(dumps):
     service.source = Script(Polled((Arrival(None, narrow),)))
     events, _ = run(service)
     assert "33 slots cannot be shared evenly by 8 devices" in of(events, Trouble)[0].message
+
+
+def test_where_maps_apply_at_the_start_what_runs_and_what_would_run_are_two_numbers(dumps):
+    """A plan for the traffic is written; the engine runs its old map, then another, then the new one."""
+    rows = np.array([1, *range(1, 9)])
+    old = np.tile(np.arange(32, dtype=np.int32)[::-1], (9, 1))
+    ids = np.arange(9, dtype=np.int32)
+    source = Script(Polled((Arrival(dumps[0].steps, SlotRecord(ids, old)), *dumps[1:6])))
+    service = Service(source, Setup(CLUSTER, settings(at_start=True, restart_seconds=5.0)), measured=True)
+    board, metrics = Board({}, window=WINDOW), Metrics()
+
+    def go():
+        events, _ = run(service)
+        for event in events:
+            board.note(event)
+            metrics.note(event)
+        found = {tuple(s.labels.values()): s.value for family in text_string_to_metric_families(metrics.text().decode())
+                 for s in family.samples if s.name == "poise_imbalance"}  # fmt: skip
+        return of(events, Seen)[-1], found, [told.message for told in of(events, Told)], of(events, Planned)
+
+    seen, found, _, plans = go()
+    control = service.controller
+    assert plans[0].decision.accepted and plans[0].decision.restart.restart_seconds == 5.0
+    np.testing.assert_array_equal(control.running.slot_expert_LS, old[1:])
+    assert found[()] == found["running",] == seen.look.imbalance == pytest.approx(seen.now.imbalance)
+    assert found["after_restart",] == seen.look.restart.imbalance_after < 0.9 * found["running",]
+    state = board.state()
+    assert state["looks"][-1]["after_restart"] == found["after_restart",] and "5 s" in state["looks"][-1]["restart"]
+    measured = state["plans"][0]["measured"]
+    assert measured < 0.9 * state["plans"][0]["before"] and measured == pytest.approx(
+        state["plans"][0]["predicted"], rel=0.1
+    )
+
+    other = np.roll(old, 7, axis=1)
+    source.polls = [Polled((Arrival(dumps[6].steps, SlotRecord(ids, other)),))]
+    seen, found, told, _ = go()
+    assert (
+        told == ["the engine runs another map than before, and not the newest"] and control.running.method == "engine"
+    )
+    newest = control.current
+    source.polls = [Polled((Arrival(dumps[7].steps, SlotRecord(ids, newest.slot_expert_LS[rows - 1])),))]
+    seen, found, told, _ = go()
+    assert told == ["the engine runs the newest map"] and control.running is newest is control.current
+    assert found["running",] == found["after_restart",] == seen.look.imbalance and seen.look.restart is None
+
+
+def test_a_restart_that_is_met_brings_in_the_newest_map(dumps):
+    service = Service(
+        source := Script(Polled(tuple(dumps[:6]))), Setup(CLUSTER, settings(at_start=True), redundant=8), measured=True
+    )
+    events, _ = run(service)
+    look = of(events, Seen)[-1].look
+    assert look.restart is not None and look.imbalance > look.imbalance_after_restart and look.restart.pays is None
+    source.start = service.controller.current
+    source.polls = [Polled((dumps[6],), restarted=True)]
+    events, _ = run(service)
+    assert of(events, Seen)[-1].look.restart is None and service.controller.running is service.controller.current
 
 
 def test_what_cannot_be_written_is_tried_again(dumps, tmp_path):

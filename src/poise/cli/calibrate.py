@@ -63,7 +63,7 @@ def calibrate(
             raise OptionError(f"{output} is no cluster file", hint="planners read .yaml")
         spec = ModelSpec.parse(model) if model else None
         sizes = GENERIC if spec is None else (
-            spec.hidden_size, spec.expert_intermediate_size, spec.num_expert_matrices, spec.num_experts
+            spec.expert_width, spec.expert_intermediate_size, spec.num_expert_matrices, spec.num_experts
         )  # fmt: skip
         plan = ranks.Plan(
             hidden=hidden if hidden is not None else sizes[0], inner=inner if inner is not None else sizes[1],

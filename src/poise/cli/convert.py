@@ -11,9 +11,9 @@ import typer
 from numpy.typing import NDArray
 
 from poise.cli import options as o
-from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.dump import EngineDump, SlotRecord, placement_of
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError, TraceError
+from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.files import IDLE
 from poise.observe.ranks import READINGS
@@ -24,7 +24,8 @@ from poise.planning.placement import Placement, atomic
 def convert(
     dumps: Annotated[list[Path], typer.Argument(help="Files or folders that an engine wrote in one run.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Trace (.npz) or load profile (.json, .npz) to write.")
+        Path,
+        typer.Option("--output", "-o", help="Trace (.npz), load profile (.json, .npz) or placement (.npz) to write."),
     ],
     model: o.Model = None,
     placement: Annotated[
@@ -45,7 +46,11 @@ def convert(
         Path | None, typer.Option(help="poise-relabelling.json of the checkpoint that ran, or its folder.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(help="Write the map of a dump as a placement on so many devices (.npz).")
+        int | None,
+        typer.Option(
+            help="Write the map of a dump as a placement on so many devices (.npz); a file with a map "
+            "alone that says how many needs no number."
+        ),
     ] = None,
     ranks: o.Ranks = None,
     allow_missing_ranks: o.AllowMissingRanks = False,
@@ -67,9 +72,10 @@ def convert(
         dump = read_dump(dumps, options=options)
         for note in dump.notes:
             o.talk.print(note, markup=False)
-        wrote = (
-            _write_placement(dump, devices, options, output) if devices is not None else _write_traffic(dump, output)
-        )
+        if devices is not None or _is_placement(dump):
+            wrote = _write_placement(dump, devices, options, output)
+        else:
+            wrote = _write_traffic(dump, output)
         if json:
             o.print_json({"engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
                           "notes": list(dump.notes)})  # fmt: skip
@@ -119,19 +125,19 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
         stream.write(jsonlib.dumps({name: table.tolist() for name, table in tables.items()}).encode())
 
 
-def _write_placement(dump: EngineDump, devices: int, options: ReadOptions, output: Path) -> str:
-    if dump.slots is None or dump.slots.map_LS is None:
-        raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
-    if not dump.slots.maps_agree:
-        raise TraceError(f"{dump.engine} {dump.kind}: ranks report different maps", hint="name the file of one of them")
-    map_LS = dump.slots.map_LS
-    if devices < 1 or map_LS.shape[1] % devices:
-        raise OptionError(f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices")
+def _is_placement(dump: EngineDump) -> bool:
+    """It has a map and no traffic, and says on how many devices."""
+    if dump.placement is not None:
+        return True
+    known = dump.slots is not None and dump.slots.num_devices is not None
+    return known and dump.trace is None and dump.profile is None
+
+
+def _write_placement(dump: EngineDump, devices: int | None, options: ReadOptions, output: Path) -> str:
+    made = placement_of(dump, devices, options.experts)
     if output.suffix != ".npz":
         raise OptionError(f"{output} would hold a placement", hint="name it .npz")
-    device_S = np.repeat(np.arange(devices, dtype=np.int32), map_LS.shape[1] // devices)
-    experts = options.experts or int(map_LS.max()) + 1
-    Placement(map_LS, device_S, experts, devices, dump.slots.layer_ids_L, method=dump.engine).save(output)
+    made.save(output)
     return "placement"
 
 

@@ -24,7 +24,8 @@ def export(
         int | None, typer.Option(help="Decoder layers of the model, dense ones included; --model knows it too.")
     ] = None,
     num_mtp_layers: Annotated[
-        int, typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm: they need a row).")
+        int,
+        typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm, vllm-ascend: they need a row)."),
     ] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
     groups: Annotated[
@@ -63,7 +64,7 @@ def export(
         if made.filled:
             o.talk.print(f"{made.filled} empty slots were filled with replicas: the engine knows no empty ones")
         if made.unplanned:
-            o.talk.print(f"{made.unplanned} layers were not planned: they start as the engine would start them")
+            o.talk.print(f"{made.unplanned} layers were not planned: {target.unplanned}")
         if made.command:
             space = "\n" if "\n" in made.command else " "
             o.talk.print(f"start the engine with{space}{made.command}", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from poise.cli import options as o
+from poise.engines import sglang
 from poise.engines.readers import ReadOptions, read_dump
 from poise.engines.verify import RUNS, Verification
 from poise.engines.verify import verify as check
@@ -35,11 +36,23 @@ def verify(
     tolerance: Annotated[float, typer.Option(help="Relative; balances this near count as equal.")] = 0.05,
     ranks: o.Ranks = None,
     allow_missing_ranks: o.AllowMissingRanks = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another placement that may run instead (.npz, SGLang's .json), an older plan. Repeatable."),
+    ] = None,
+    error_rate: Annotated[
+        float,
+        typer.Option(help="Of a balance: odds of 'live' while another map runs, of 'not-live' while the plan does."),
+    ] = 0.01,
+    balancer_off: Annotated[
+        bool, typer.Option("--balancer-off", help="The engine's own load balancer made no maps: a log may not say.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Say from an engine's dump whether the map is live, in which layers not, and whether balance is as predicted.
 
-    Exit codes: 0 the plan runs, 1 it does not, or the dump does not tell, 2 bad input.
+    Exit codes: 0 the plan runs; 1 it does not, or that is undecided, or a file matches that may or may not run; 2 bad
+    input.
 
     Example: poise verify placement.npz dumps/ --json
     """
@@ -53,7 +66,10 @@ def verify(
         if traffic is not None:
             ran = read_dump(traffic, options=options)
             dump = replace(dump, trace=ran.trace, profile=ran.profile, recorded_layers=ran.recorded_layers)
-        found = check(plan, dump, tolerance=tolerance, recorded=True if recorded else None)
+        found = check(
+            plan, dump, tolerance=tolerance, recorded=True if recorded else None, error_rate=error_rate,
+            against={str(path): _placement(path, plan) for path in against or []}, balancer_off=balancer_off,
+        )  # fmt: skip
         if json:
             o.print_json(_facts(found))
         else:
@@ -64,20 +80,31 @@ def verify(
             raise NoResultError(found.sentence())
 
 
+def _placement(path: Path, plan: Placement) -> Placement:
+    if path.suffix == ".json":
+        return sglang.read(path, num_devices=plan.num_devices, num_experts=plan.num_experts)
+    return Placement.load(path)
+
+
 def _facts(found: Verification) -> dict[str, Any]:
     return {
-        "live": found.live, "recorded": found.recorded, "evidence": found.evidence, "as_predicted": found.as_predicted,
+        "verdict": found.verdict, "live": found.live, "recorded": found.recorded, "evidence": found.evidence,
+        "as_predicted": found.as_predicted,
         "balance": {"measured": found.measured, "predicted": found.predicted, "without_plan": found.trivial},
-        "verdict": found.sentence(),
+        "sentence": found.sentence(), "error_rate": found.error_rate,
+        "maps": [{"map": e.name, "balance": e.balance, "p_value": e.p_value, "explains": e.explains}
+                 for e in found.explanations],
         "layers": [{"layer": f.layer_id, "state": f.state, "wrong": f.wrong, "imbalance_measured": f.measured,
                     "imbalance_predicted": f.predicted} for f in found.layers],
     }  # fmt: skip
 
 
 def _show(found: Verification) -> None:
-    """The verdict, and the layers that are worst first."""
+    """The verdict, the maps that were tried, and the layers that are worst first."""
     if found.live:
         o.out.print(found.sentence(), markup=False)
+    if found.explanations:
+        o.out.print(_maps(found))
     rows = sorted(found.layers, key=lambda f: (f.state in RUNS, f.state == "unseen", -(f.measured or 0.0)))
     table = Table(title=f"evidence: {found.evidence}", title_justify="left")
     for head in ("layer", "map", "wrong", "imbalance measured", "predicted"):
@@ -88,3 +115,12 @@ def _show(found: Verification) -> None:
     o.out.print(table)
     if len(rows) > SHOWN:
         o.out.print(f"{len(rows) - SHOWN} more layers: --json shows all")
+
+
+def _maps(found: Verification) -> Table:
+    table = Table(title=f"what each map would give; measured: {found.measured:.3f}", title_justify="left")
+    for head in ("map", "balance", "p value", "explains it"):
+        table.add_column(head, justify="left" if head == "map" else "right")
+    for e in found.explanations:
+        table.add_row(e.name, f"{e.balance:.3f}", f"{e.p_value:.2g}", "yes" if e.explains else "no")
+    return table

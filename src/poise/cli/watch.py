@@ -20,6 +20,7 @@ import typer
 from poise.cli import options as o
 from poise.cluster import Cluster
 from poise.control.controller import ControlSettings, Decision, Look
+from poise.control.restart import Restart
 from poise.cost.split import SPLITS, Split
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.engines import sglang as sglang_file
@@ -63,6 +64,12 @@ def watch(
     max_moves: Annotated[int | None, typer.Option(help="Most experts fetched at a time. Default: no limit.")] = None,
     false_alarm_rate: Annotated[float, typer.Option(help="Odds that a look at unchanged traffic alarms.")] = 0.01,
     horizon: Annotated[float, typer.Option(help="Steps that a new placement is expected to serve.")] = 10_000,
+    restart_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds without serving that a restart costs, where only that brings a map in. Default: unknown."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="Method that plans, as in 'poise plan'.")] = "poise",
     follow: Annotated[bool, typer.Option("--follow/--once", help="Wait for more, or end at the file's end.")] = True,
     interval: Annotated[
@@ -99,7 +106,9 @@ def watch(
 ) -> None:
     """Watch traffic, and plan anew when it drifts and the gain is worth the moves.
 
-    Moves are taken to be made at once. Ends with --once at the file's end, else when interrupted.
+    Moves are taken to be made at once; with --export or --sglang a new map serves from the engine's next start on, and
+    what runs and what would run after a restart are told apart. Ends with --once at the file's end, else when
+    interrupted.
 
     Example: poise watch trace.npz --cluster 2x8:h100 --redundant 16 --model deepseek-v3 --max-moves 64 -o now.npz
 
@@ -117,11 +126,17 @@ def watch(
             raise OptionError(f"tokens_per_step must be at least 1, got {tokens_per_step}")
         if placement is not None and redundant is not None:
             raise OptionError("--redundant is for a watch without --placement: that has slots of its own")
+        if restart_seconds is not None and not export and sglang is None:
+            raise OptionError(
+                "--restart-seconds prices a restart, and without --export or --sglang none is needed",
+                hint="--export ENGINE:FILE writes the map that the engine takes when it starts",
+            )
         if METHODS[o.one_of("method", method, tuple(METHODS))].pooled:
             raise OptionError(f"{method} counts slots over all layers together; moves need them layer by layer")
         settings = ControlSettings(
             window=window, every=every, false_alarm_rate=false_alarm_rate, max_moves=max_moves, horizon_steps=horizon,
             method=method, time_limit_s=time_limit, seed=seed, background=follow,
+            at_start=bool(export) or sglang is not None, restart_seconds=restart_seconds,
         )  # fmt: skip
         machine = Cluster.parse(cluster)
         flow = o.one_of("traffic model", traffic, TRAFFIC_MODELS)
@@ -166,7 +181,7 @@ def watch(
                 stack.callback(page.close)
                 _say_listening(page.url, json)
             stack.enter_context(_terminated_like_interrupted())
-            teller = _Teller(output, json)
+            teller = _Teller(output, settings.at_start, json)
             events = stack.enter_context(closing(service.run(once=not follow, interval_s=interval, wait=time.sleep)))
             try:
                 for event in events:
@@ -215,8 +230,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
 class _Teller:
     """Prints events; a problem that stays is told once."""
 
-    def __init__(self, output: Path | None, json: bool) -> None:
-        self._output, self._json = output, json
+    def __init__(self, output: Path | None, at_start: bool, json: bool) -> None:
+        self._output, self._at_start, self._json = output, at_start, json
         self._told: tuple[str, ...] = ()
 
     def say(self, event: Event) -> None:
@@ -233,7 +248,7 @@ class _Teller:
         elif isinstance(event, Told):
             self._say_note(event)
         elif isinstance(event, Seen):
-            _say_look(event.look, self._json)
+            _say_look(event.look, self._at_start, self._json)
         else:
             _say_decision(event, self._output, self._json)
 
@@ -256,31 +271,35 @@ def _say_listening(url: str, json: bool) -> None:
     o.talk.print(f"page at {url}, metrics at {url}metrics", markup=False, soft_wrap=True)
 
 
-def _say_look(look: Look, json: bool) -> None:
+def _say_look(look: Look, at_start: bool, json: bool) -> None:
     verdict = look.verdict
     p_value, layer = (None, None) if verdict is None else (verdict.p_value, verdict.worst_layer)
     alarm = verdict is not None and verdict.drifted
     if json:
         _line({"event": "look", "step": look.step, "imbalance": look.imbalance, "p_value": p_value, "alarm": alarm,
-               "worst_layer": layer, "state": look.state})  # fmt: skip
+               "worst_layer": layer, "state": look.state, "imbalance_running": look.imbalance,
+               "imbalance_after_restart": look.imbalance_after_restart, "restart": _restart(look.restart)})  # fmt: skip
         return
     drift = "learning" if look.learning and verdict is None else "no test" if p_value is None else f"p {p_value:.4f}"
-    line = f"step {look.step:>6}  imbalance {look.imbalance:.3f}  {drift}{'  ALARM' if alarm else ''}"
+    runs = f"{look.imbalance:.3f}"
+    if at_start:
+        runs += f" running, {look.imbalance_after_restart:.3f} after a restart"
+    line = f"step {look.step:>6}  imbalance {runs}  {drift}{'  ALARM' if alarm else ''}"
     o.out.print(line, markup=False)
 
 
 def _say_decision(event: Planned, output: Path | None, json: bool) -> None:
     decision: Decision = event.decision
-    moves = decision.moves
+    moves, restart = decision.moves, decision.restart
+    verdict = "not worth it" if not decision.accepted else "moving" if restart is None else "for the next start"
     if json:
         files = [str(path) for path in event.written]
         _line({"event": "plan", "step": decision.step, "reason": decision.reason, "accepted": decision.accepted,
                "predicted_gain": decision.predicted_gain, "gain_seconds": decision.gain_seconds,
                "cost_seconds": decision.cost_seconds, "moves": moves.fetched, "bytes": moves.moved_bytes,
-               "rounds": len(moves.rounds), "left": decision.left,
+               "rounds": len(moves.rounds), "left": decision.left, "verdict": verdict, "restart": _restart(restart),
                "file": str(output) if output in event.written else None, "files": files})  # fmt: skip
         return
-    verdict = "moving" if decision.accepted else "not worth it"
     o.out.print(
         f"step {decision.step:>6}  plan ({decision.reason}): gain {decision.predicted_gain:.1%} of a step, "
         f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
@@ -288,6 +307,20 @@ def _say_decision(event: Planned, output: Path | None, json: bool) -> None:
         + (f", {decision.left} moves left" if decision.accepted and decision.left else ""),
         markup=False,
     )  # fmt: skip
+    if restart is not None:
+        o.out.print(f"{'':13}{restart.sentence()}", markup=False)
+
+
+def _restart(restart: Restart | None) -> dict[str, Any] | None:
+    """What a restart would bring; None: nothing, or maps serve at once."""
+    if restart is None:
+        return None
+    return {
+        "imbalance_running": restart.imbalance_running, "imbalance_after_restart": restart.imbalance_after,
+        "gain_seconds": restart.gain_seconds, "predicted_gain": restart.gain,
+        "restart_seconds": restart.restart_seconds,
+        "steps_to_win_back": restart.steps_to_win_back, "pays": restart.pays, "verdict": restart.sentence(),
+    }  # fmt: skip
 
 
 def _line(value: dict[str, Any]) -> None:

@@ -21,23 +21,25 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
-from poise.cluster import Cluster
+from poise.control.align import aligned
 from poise.control.drift import DriftTest, DriftVerdict, permutations_for
 from poise.control.moves import MoveList, bounded, move_list
+from poise.control.restart import Restart, imbalance_of
+from poise.control.steps import join_steps, one_step, steps_of
 from poise.cost.step import BatchCost, batch_cost
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+
+__all__ = ["ControlSettings", "Controller", "Decision", "Look", "aligned", "join_steps", "steps_of"]
 
 State = Literal["idle", "planning", "moving"]
 Reason = Literal["first", "drift", "settled", "continued"]
@@ -58,6 +60,8 @@ class ControlSettings:
     staging : staging buffers a device.
     method, time_limit_s, seed : of :func:`poise.planning.solve.solve.solve`.
     background : plan in a thread; else inside :meth:`Controller.observe`.
+    at_start : the engine takes a placement only when it starts: it goes on running what it ran when one is accepted.
+    restart_seconds : without serving, that a restart costs; None: not known.
     """
 
     window: int = 16
@@ -73,6 +77,8 @@ class ControlSettings:
     time_limit_s: float = 10.0
     seed: int = 0
     background: bool = True
+    at_start: bool = False
+    restart_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("window", "every", "reference", "looks", "max_moves", "staging"):
@@ -82,6 +88,8 @@ class ControlSettings:
         if not (0 < self.horizon_steps < float("inf") and 0 <= self.exposed_share < float("inf")):
             got = f"{self.horizon_steps} and {self.exposed_share}"
             raise OptionError(f"horizon_steps must be above 0 and exposed_share at least 0, got {got}")
+        if self.restart_seconds is not None and not 0 <= self.restart_seconds < float("inf"):
+            raise OptionError(f"restart_seconds must be at least 0, got {self.restart_seconds}")
         permutations_for(self.reference_steps, self.window, self.false_alarm_rate, self.looks)
 
     @property
@@ -103,6 +111,8 @@ class Decision:
     cost_seconds : exposed link seconds of the moves.
     moves : what to do; ``moves.result`` is the placement they lead to.
     target : the whole plan, of which ``moves`` may be a part.
+    restart : from what the engine runs to ``moves.result``, on the judged steps; None: accepted ones serve at once, or
+        this one was not accepted.
     """
 
     step: int
@@ -113,6 +123,7 @@ class Decision:
     cost_seconds: float
     moves: MoveList
     target: Placement
+    restart: Restart | None = None
 
     @property
     def left(self) -> int:
@@ -132,81 +143,21 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """What was seen after ``step`` steps: imbalance in use (max / mean tokens over the window), and the drift test."""
+    """What was seen after ``step`` steps: imbalance of what runs (max / mean tokens over the window), the drift test,
+    and what a restart would change, where another placement than the newest runs.
+    """
 
     step: int
     imbalance: float
     verdict: DriftVerdict | None
     state: State
     learning: bool
+    restart: Restart | None = None
 
-
-def steps_of(batch: RoutingBatch, rows: slice | NDArray[Any]) -> RoutingBatch:
-    """Some of a batch's steps, weighted alike."""
-    return join_steps([_one_step(batch, int(b)) for b in np.arange(batch.num_steps)[rows]])
-
-
-def _one_step(batch: RoutingBatch, b: int) -> RoutingBatch:
-    load, weight = batch.load_BLE[b : b + 1], np.ones(1)
-    if batch.start_B is None:
-        return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, order=batch.order)
-    rows = slice(int(batch.start_B[b]), int(batch.start_B[b + 1]))
-
-    def cut(array: NDArray[Any] | None) -> Any:
-        return None if array is None else array[rows]
-
-    start = np.array([0, rows.stop - rows.start])
-    return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, cut(batch.experts_TLK), start,
-                        cut(batch.request_T), cut(batch.home_T), batch.order)  # fmt: skip
-
-
-def join_steps(parts: Sequence[RoutingBatch]) -> RoutingBatch:
-    """Batches one after another as one, every step weighted alike; request numbers are taken to be common."""
-    head = parts[0]
-    for part in parts[1:]:
-        have = (part.load_BLE.shape[1:], part.top_k, part.has_tokens)
-        want = (head.load_BLE.shape[1:], head.top_k, head.has_tokens)
-        if have != want:
-            raise OptionError(f"steps with [layers, experts], top-k, tokens {have} follow steps with {want}")
-
-    def stack(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if any(value is None for value in values) else np.concatenate(values)
-
-    load = stack("load_BLE")
-    sizes = [np.diff(part.start_B) for part in parts if part.start_B is not None]
-    start = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]) if head.has_tokens else None
-    return RoutingBatch(load, np.full(len(load), 1 / len(load)), head.top_k, head.layer_ids_L, stack("experts_TLK"),
-                        start, stack("request_T"), stack("home_T"), head.order)  # fmt: skip
-
-
-def aligned(before: Placement, after: Placement, cluster: Cluster, *, whole: bool) -> Placement:
-    """``after`` with interchangeable devices renumbered so that least is fetched coming from ``before``.
-
-    Devices of one node are interchangeable where speed and slots are equal, nodes where their devices are, in order.
-    ``whole`` renumbers all layers alike, which linked layers (``stay``) need; else each layer has its own numbering.
-    """
-    slots_D = np.bincount(after.slot_device_S, minlength=after.num_devices)
-    have, want = before.count_LED() > 0, after.count_LED()
-    shared_LDD = np.einsum("lea,leb->lab", have.astype(np.float32), (want > 0).astype(np.float32))
-    kind_D = list(zip(cluster.speed_D.tolist(), slots_D.tolist(), strict=True))
-    inside = [np.flatnonzero(cluster.node_D == node) for node in range(cluster.num_nodes)]
-    for layers in [slice(None)] if whole else [slice(at, at + 1) for at in range(after.num_layers)]:
-        shared = shared_LDD[layers].sum(axis=0)
-        to_node = np.full((cluster.num_nodes,) * 2, -np.inf)
-        best: dict[tuple[int, int], NDArray[Any]] = {}
-        for a, mine in enumerate(inside):
-            for b, theirs in enumerate(inside):
-                if [kind_D[d] for d in mine] == [kind_D[d] for d in theirs]:
-                    value = shared[np.ix_(mine, theirs)].astype(np.float64)
-                    same = np.array([[kind_D[x] == kind_D[y] for y in theirs] for x in mine])
-                    _, column = linear_sum_assignment(np.where(same, -value, 1e9))
-                    best[a, b] = theirs[column]
-                    to_node[a, b] = value[np.arange(mine.size), column].sum()
-        _, node = linear_sum_assignment(np.where(np.isfinite(to_node), -to_node, 1e12))
-        source = np.concatenate([best[a, int(b)] for a, b in enumerate(node)])
-        want[layers] = want[layers][:, :, source]
-    return Placement.from_counts(want, slots_D=slots_D, layer_ids_L=after.layer_ids_L, method=after.method)
+    @property
+    def imbalance_after_restart(self) -> float:
+        """The same of the newest placement, which may be the one that runs."""
+        return self.imbalance if self.restart is None else self.restart.imbalance_after
 
 
 class Controller:
@@ -220,7 +171,8 @@ class Controller:
 
     Attributes
     ----------
-    step : steps observed. state : ``planning`` and ``moving`` while that lasts. current : the placement in use.
+    step : steps observed. state : ``planning`` and ``moving`` while that lasts. current : the placement in use; with
+    ``at_start`` the newest accepted one, which the next start of the engine takes (:attr:`running`).
     test : the drift test, None while a reference is learned. target : the plan on whose way ``current`` is, or None.
     """
 
@@ -245,6 +197,21 @@ class Controller:
         self._outcome: Decision | Exception | None = None
         self._decisions: deque[Decision] = deque()
         self._moving: Decision | None = None
+        self._running: Placement | None = None
+        self._accepted = False
+
+    @property
+    def running(self) -> Placement:
+        """What the engine runs."""
+        return self._running or self.current
+
+    def runs(self, placement: Placement) -> None:
+        """The engine says that it runs this placement. Plans go on from it, unless a newer one waits for a start."""
+        if self.settings.at_start and self._accepted:
+            same = (placement.count_LED() == self.current.count_LED()).all()
+            self._running = None if same else placement
+        else:
+            self.current, self.target = placement, None
 
     def observe(self, steps: RoutingBatch | NDArray[Any]) -> list[Look]:
         """Take in one or more steps, in order: a batch, or loads [B, L, E] or [L, E]; returns the looks that fell due.
@@ -257,7 +224,7 @@ class Controller:
         batch = self._batch(steps)
         looks = []
         for b in range(batch.num_steps):
-            one = _one_step(batch, b)
+            one = one_step(batch, b)
             self.step += 1
             self._recent.append(one)
             if self.test is None:
@@ -281,12 +248,18 @@ class Controller:
         return self._decisions.popleft() if self._decisions else None
 
     def moved(self, *, done: bool = True) -> None:
-        """The moves of the accepted decision were made and serve, or (not ``done``) were given up and undone."""
+        """The moves of the accepted decision were made and serve, or (not ``done``) were given up and undone.
+
+        With ``at_start`` they serve from the engine's next start on.
+        """
         if self._moving is None:
             raise OptionError(f"no moves are under way, the state is {self.state}")
         self.target = None
         if done:
-            self.current = self._moving.moves.result
+            before, self.current = self.running, self._moving.moves.result
+            self._accepted = True
+            if self.settings.at_start:
+                self.runs(before)
             self.target = self._moving.target if self._moving.left else None
         self._moving, self.state = None, "idle"
 
@@ -314,7 +287,8 @@ class Controller:
 
     def _look(self) -> Look:
         window = join_steps(list(self._recent))
-        cost = self._cost(window, self.current)
+        cost = self._cost(window, self.running)
+        restart = None if self._running is None else self._restart(window, cost, self.current)
         verdict = None
         if self.test is not None and self._since >= self.settings.window and self.state == "idle":
             verdict = self.test.check(window)
@@ -324,17 +298,15 @@ class Controller:
                 self._plan(window, "drift", None)
         if self.state == "idle" and self.target is not None:
             self._plan(window, "continued", self.target)
-        imbalance_BL = cost.imbalance_BL()
-        busy = imbalance_BL[np.isfinite(imbalance_BL)]
-        return Look(self.step, float(busy.mean()) if busy.size else 1.0, verdict, self.state, self.test is None)
+        return Look(self.step, imbalance_of(cost), verdict, self.state, self.test is None, restart)
 
     def _plan(self, batch: RoutingBatch, reason: Reason, target: Placement | None) -> None:
         self.state, self._planned = "planning", True
-        current, step = self.current, self.step
+        current, running, step = self.current, self.running, self.step
 
         def work() -> None:
             try:
-                self._outcome = self._decide(batch, current, target, reason, step)
+                self._outcome = self._decide(batch, current, running, target, reason, step)
             except Exception as error:
                 self._outcome = error
 
@@ -363,8 +335,9 @@ class Controller:
             self.target = None
 
     def _decide(
-        self, batch: RoutingBatch, current: Placement, target: Placement | None, reason: Reason, step: int
-    ) -> Decision:
+        self, batch: RoutingBatch, current: Placement, running: Placement, target: Placement | None, reason: Reason,
+        step: int,
+    ) -> Decision:  # fmt: skip
         """Plan, judge, and choose between the plan and its renumbered twin; touches nothing of the controller."""
         s, cluster = self.settings, self._problem.cluster
         fit, judged = batch, batch
@@ -389,7 +362,14 @@ class Controller:
             if best is None or net > best[0]:
                 best = net, Decision(step, reason, net > 0, before, after, cost, moves, plan)
         assert best is not None
-        return best[1]
+        chosen = best[1]
+        if not (chosen.accepted and s.at_start):
+            return chosen
+        return replace(chosen, restart=self._restart(judged, self._cost(judged, running), chosen.moves.result))
+
+    def _restart(self, batch: RoutingBatch, running: BatchCost, newest: Placement) -> Restart:
+        s = self.settings
+        return Restart.of(running, self._cost(batch, newest), batch, s.horizon_steps, s.restart_seconds)
 
     def _cost(self, batch: RoutingBatch, placement: Placement) -> BatchCost:
         p = self._problem

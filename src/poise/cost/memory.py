@@ -178,7 +178,7 @@ class Activations:
 
     def per_token(self, model: ModelSpec, imbalance: float) -> float:
         """Bytes a token of the rank's own batch, when its device computes ``imbalance`` times the mean."""
-        pair = 2.0 * (2.0 * model.hidden_size + 2.0 * model.expert_intermediate_size)
+        pair = 2.0 * (2.0 * model.expert_width + 2.0 * model.expert_intermediate_size)
         dense = self.per_hidden * model.hidden_size * model.num_hidden_layers
         return dense + pair * model.top_k * imbalance * model.num_moe_layers + 6.0 * self.vocabulary
 

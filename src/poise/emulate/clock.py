@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import io
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from poise.errors import OptionError
+from poise.files import read_bounded
 
+MAX_TABLE_BYTES = 16 << 20
 COLUMNS = ("tokens", "active_experts", "seconds")
 PR_SET_TIMERSLACK = 29
 
@@ -85,14 +88,12 @@ class ExpertCurve:
         OptionError : the file cannot be read, lacks a column, or holds something else than numbers.
         """
         try:
-            with Path(path).open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
-                if missing:
-                    raise OptionError(f"{path} lacks the column {missing[0]!r}", hint=f"columns {', '.join(COLUMNS)}")
-                rows = [[float(line[name]) for name in COLUMNS] for line in reader]
-        except OSError as error:
-            raise OptionError(f"cannot read {str(path)!r}: {error.strerror}") from None
+            text = read_bounded(path, MAX_TABLE_BYTES, OptionError).decode("utf-8")
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+            if missing:
+                raise OptionError(f"{path} lacks the column {missing[0]!r}", hint=f"columns {', '.join(COLUMNS)}")
+            rows = [[float(line[name]) for name in COLUMNS] for line in reader]
         except (TypeError, UnicodeDecodeError, csv.Error) as error:
             raise OptionError(f"{path} is no table of numbers: {error}") from None
         except ValueError as error:

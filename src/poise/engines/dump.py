@@ -30,12 +30,14 @@ class SlotRecord:
     map_LS : int32 [L, S], expert in each physical slot as the engine says it runs, -1 empty; None: it does not say.
     count_BLS : float64 [B, L, S], pairs that each slot computed in each record; None: not recorded.
     maps_agree : whether all ranks and records that name a map name the same; where False, ``map_LS`` is the last one.
+    num_devices : devices that share the slots evenly, in order; None: it does not say.
     """
 
     layer_ids_L: NDArray[np.int32]
     map_LS: NDArray[np.int32] | None = None
     count_BLS: NDArray[np.float64] | None = None
     maps_agree: bool = True
+    num_devices: int | None = None
 
     def __post_init__(self) -> None:
         layers = len(self.layer_ids_L)
@@ -51,6 +53,23 @@ class SlotRecord:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BalanceLog:
+    """What a log says beside each balance, line by line.
+
+    Parameters
+    ----------
+    mean_B, most_B : float64 [B], the two numbers that the balance is the ratio of.
+    rearranged_B : int64 [B], rearrangements seen before the line; None: the log does not count steps.
+    own_balancer : the engine's own load balancer may have made maps: nothing in the log rules it out.
+    """
+
+    mean_B: NDArray[np.float64]
+    most_B: NDArray[np.float64]
+    rearranged_B: NDArray[np.int64] | None = None
+    own_balancer: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EngineDump:
     """One engine's record of its run. At least one of ``trace``, ``profile``, ``slots`` and ``balance_B`` is there.
 
@@ -62,9 +81,11 @@ class EngineDump:
     profile : loads, logical ids, MoE layers only.
     slots : what physical slots held and computed.
     balance_B : float64 [B], mean over fullest device as the engine reported it; None: it did not.
+    log : the numbers behind ``balance_B``, where a log has them.
     recorded_layers : layers that the record has, those without load (dense ones) included; None: unknown.
     layers_by_place : the record names no layers and no model was given, so they are numbered by their place.
     notes : what a user should know: layers left out, rows dropped, what had to be assumed.
+    placement : where the file is a placement of poise.
     """
 
     engine: str
@@ -73,9 +94,11 @@ class EngineDump:
     profile: LoadProfile | None = None
     slots: SlotRecord | None = None
     balance_B: NDArray[np.float64] | None = None
+    log: BalanceLog | None = None
     recorded_layers: int | None = None
     layers_by_place: bool = False
     notes: tuple[str, ...] = field(default=())
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         if self.trace is None and self.profile is None and self.slots is None and self.balance_B is None:
@@ -175,6 +198,11 @@ class ReadOptions:
         return self.zero_experts or (0 if self.model is None else self.model.num_zero_experts)
 
     @property
+    def router_experts(self) -> int | None:
+        """Experts that a router can name, identity experts included, if known."""
+        return None if self.experts is None else self.experts + self.zeros
+
+    @property
     def k(self) -> int | None:
         """K if known."""
         return self.top_k if self.model is None else self.model.top_k
@@ -183,6 +211,46 @@ class ReadOptions:
     def slot_map(self) -> SlotRecord | None:
         """The placement as what slots hold."""
         if isinstance(self.placement, Placement):
-            assert self.placement.layer_ids_L is not None
-            return SlotRecord(self.placement.layer_ids_L, self.placement.slot_expert_LS)
+            return slots_of(self.placement)
         return self.placement
+
+
+def slots_of(placement: Placement) -> SlotRecord:
+    """A placement as what its slots hold; its number of devices where they share the slots evenly."""
+    assert placement.layer_ids_L is not None
+    each = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    devices = placement.num_devices if (each == each[0]).all() else None
+    return SlotRecord(placement.layer_ids_L, placement.slot_expert_LS, num_devices=devices)
+
+
+def placement_of(dump: EngineDump, num_devices: int | None = None, num_experts: int | None = None) -> Placement:
+    """The map of a dump as a placement.
+
+    Parameters
+    ----------
+    num_devices : D that share the slots evenly, where the dump does not say.
+    num_experts : E; None: the largest id and one.
+
+    Raises
+    ------
+    TraceError : it has no map, or ranks report different ones.
+    OptionError : the number of devices is not known, is another one, or does not divide the slots.
+    PlacementError : the map is no placement: an expert has no slot.
+    """
+    if dump.slots is None or dump.slots.map_LS is None:
+        raise TraceError(f"{dump.engine} {dump.kind} does not say what slots hold", hint="leave --devices out")
+    if not dump.slots.maps_agree:
+        raise TraceError(f"{dump.engine} {dump.kind}: ranks report different maps", hint="name the file of one of them")
+    known = dump.slots.num_devices if dump.placement is None else dump.placement.num_devices
+    if num_devices is not None and known not in (None, num_devices):
+        raise OptionError(f"--devices is {num_devices}, the file is for {known}", hint="leave --devices out")
+    if dump.placement is not None:
+        return dump.placement
+    devices, map_LS = known or num_devices or 0, dump.slots.map_LS
+    if devices < 1 or map_LS.shape[1] % devices:
+        raise OptionError(
+            f"{map_LS.shape[1]} slots cannot be shared evenly by {devices} devices", hint="give --devices"
+        )
+    device_S = np.repeat(np.arange(devices, dtype=np.int32), map_LS.shape[1] // devices)
+    experts = num_experts or int(map_LS.max()) + 1
+    return Placement(map_LS, device_S, experts, devices, dump.slots.layer_ids_L, method=dump.engine)

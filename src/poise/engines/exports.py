@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from poise.engines import ascend, sglang, tensorrt, vllm
 from poise.engines.checkpoints import checkpoint, megatron
-from poise.errors import OptionError
+from poise.errors import OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
 
 STATIC_ENV = "POISE_STATIC_MAP"
+MAX_MTP_LAYERS = 64
+UNKNOWN_LAYERS = "without --model it is not known whether the placement has every MoE layer"
+MTP_OWN_MAP = "the engine runs them as a model of its own, which this file does not reach"
+ONE_LIST = "the file has one list for all layers, and no rows"
+IDS_STAY = "their experts keep their ids"
+MTP_IDS = "their experts keep their ids unless the placement has these layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,10 @@ class ExportOptions:
     num_mtp_layers : layers of multi-token prediction that the engine will run.
     checkpoint : folder of the Hugging Face checkpoint to relabel.
     progress : called by long work.
+
+    Raises
+    ------
+    OptionError : num_hidden_layers is not the model's.
     """
 
     model: ModelSpec | None = None
@@ -37,6 +47,14 @@ class ExportOptions:
     num_mtp_layers: int = 0
     checkpoint: Path | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        said = self.num_hidden_layers
+        if self.model is not None and said not in (None, self.model.num_hidden_layers):
+            raise OptionError(
+                f"num_hidden_layers is {said}, {self.model.name} has {self.model.num_hidden_layers}",
+                hint="leave --num-hidden-layers out, or check --model",
+            )
 
     @property
     def decoder_layers(self) -> int | None:
@@ -58,14 +76,15 @@ class Written:
     Parameters
     ----------
     filled : empty slots that were filled with replicas.
-    unplanned : layers with a trivial row, as nothing was planned for them.
+    unplanned : MoE layers of the model, and layers of multi-token prediction that have a row, that nothing was planned
+        for; None: not known, as no model was named.
     command : how to start the engine with it, to be copied as it is; lines of YAML where the engine takes a file.
     notes : what to mind.
     facts : more for ``--json``.
     """
 
     filled: int = 0
-    unplanned: int = 0
+    unplanned: int | None = None
     command: str = ""
     notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
@@ -76,11 +95,60 @@ Writer = Callable[[Placement, Path, ExportOptions], Written]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One name of ``--to``: what it writes, in a line, by whom, and whether that is a folder."""
+    """One name of ``--to``.
+
+    Parameters
+    ----------
+    summary : what it writes, in a line.
+    writer : who writes it.
+    folder : whether that is a folder.
+    mtp : why layers of multi-token prediction have no row in it; empty: they have one each, behind the model's own.
+    unplanned : what becomes of MoE layers that nothing was planned for.
+    """
 
     summary: str
-    write: Writer
+    writer: Writer
     folder: bool = False
+    mtp: str = ""
+    unplanned: str = "they start as the engine would start them"
+
+    def write(self, placement: Placement, path: Path, options: ExportOptions) -> Written:
+        """Write the file or folder.
+
+        Raises
+        ------
+        PlacementError : the target cannot hold the placement, or the placement has a layer that is no MoE layer of the
+            model. OptionError : an option is missing, or makes no sense for the target.
+        """
+        if not 0 <= options.num_mtp_layers <= MAX_MTP_LAYERS:
+            raise OptionError(f"num_mtp_layers must lie in 0..{MAX_MTP_LAYERS}, got {options.num_mtp_layers}")
+        if options.num_mtp_layers and self.mtp:
+            raise OptionError(
+                f"{options.num_mtp_layers} layers of multi-token prediction: {self.mtp}",
+                hint="leave --num-mtp-layers out",
+            )
+        missing = _unplanned(placement, options)
+        made = self.writer(placement, path, options)
+        if missing is not None:
+            return replace(made, unplanned=missing)
+        return made if made.unplanned is not None else replace(made, notes=(*made.notes, UNKNOWN_LAYERS))
+
+
+def _unplanned(placement: Placement, options: ExportOptions) -> int | None:
+    """MoE layers without a planned row, those of multi-token prediction that run included; None without a model."""
+    if options.model is None:
+        return None
+    assert placement.layer_ids_L is not None
+    planned, own = set(placement.layer_ids_L.tolist()), options.model.num_hidden_layers
+    moe = set(options.model.moe_layer_ids)
+    dense = sorted(layer for layer in planned - moe if layer < own)
+    if dense:
+        raise PlacementError(
+            f"the placement has a row for layer {dense[0]}, the model's MoE layers are {min(moe)} to {max(moe)} "
+            f"({len(moe)} of them)",
+            hint="check --model",
+        )
+    return len((moe | set(range(own, own + options.num_mtp_layers))) - planned)
 
 
 def _redundant(placement: Placement) -> int:
@@ -137,7 +205,6 @@ def _tensorrt(placement: Placement, path: Path, options: ExportOptions) -> Writt
         notes.append("with multi-token prediction give --num-mtp-layers: those layers need a row too (#13974)")
     return Written(
         made.filled,
-        made.unplanned,
         command=f"moe_config: {{load_balancer: {json.dumps(str(path), ensure_ascii=False)}}}\n"
         f"enable_attention_dp: true\ntensor_parallel_size: {ranks}\nmoe_expert_parallel_size: {ranks}",
         notes=("these are keys of the file for 'trtllm-serve --config'", *notes),
@@ -146,20 +213,36 @@ def _tensorrt(placement: Placement, path: Path, options: ExportOptions) -> Writt
 
 
 def _ascend(placement: Placement, path: Path, options: ExportOptions) -> Written:
-    filled, unplanned = ascend.write(placement, path, layer_ids=options.moe_layers)
+    filled, _ = ascend.write(
+        placement, path, layer_ids=options.moe_layers, num_mtp_layers=options.num_mtp_layers,
+        num_hidden_layers=options.decoder_layers,
+    )  # fmt: skip
     notes = [
         _ranks_note(placement),
         "model runner v1; with dynamic_eplb the engine moves experts away from the map",
+        "with mix_placement the engine wants shared experts in the map too: leave it off",
+        *_by_place(placement, options),
     ]
-    if options.moe_layers is None:
-        notes.append("layers are found by their place in the list: the placement is taken to have every MoE layer")
+    if options.num_mtp_layers == 0:
+        notes.append("with more than one layer of multi-token prediction give --num-mtp-layers: each needs a row")
     config = {"eplb_config": {"expert_map_path": str(path)}}
     return Written(
         filled,
-        unplanned,
         command=f"{_on_ranks(placement)} --additional-config {_quoted(config)}",
         notes=tuple(notes),
     )
+
+
+def _by_place(placement: Placement, options: ExportOptions) -> list[str]:
+    """What engines that look rows up by their place make of a placement whose model is not known."""
+    if options.model is not None:
+        return []
+    assert placement.layer_ids_L is not None
+    first, last = (int(placement.layer_ids_L[at]) for at in (0, -1))
+    return [
+        f"rows are found by their place: the first, of layer {first}, runs in the engine's first MoE layer, the last, "
+        f"of layer {last}, in its MoE layer {placement.num_layers}"
+    ]
 
 
 def _instead(number: int) -> str:
@@ -178,13 +261,12 @@ def _vllm_34811(placement: Placement, path: Path, options: ExportOptions) -> Wri
 
 
 def _vllm_49572(placement: Placement, path: Path, options: ExportOptions) -> Written:
-    filled, unplanned = vllm.write_49572(placement, path, layer_ids=options.moe_layers)
+    filled, _ = vllm.write_49572(placement, path, layer_ids=options.moe_layers)
     config = {"num_redundant_experts": _redundant(placement), "initial_expert_map_path": str(path)}
     return Written(
         filled,
-        unplanned,
         command=f"{_on_ranks(placement)} --enable-eplb --eplb-config {_quoted(config)}",
-        notes=(_instead(49572), _ranks_note(placement)),
+        notes=(_instead(49572), _ranks_note(placement), *_by_place(placement, options)),
     )
 
 
@@ -207,6 +289,7 @@ def _checkpoint(placement: Placement, path: Path, options: ExportOptions) -> Wri
         raise OptionError("a relabelled checkpoint needs the one to relabel", hint="give --checkpoint FOLDER")
     made = checkpoint.relabel_checkpoint(placement, options.checkpoint, path, progress=options.progress)
     return Written(
+        unplanned=made.kept_layers,
         command=f"vllm serve {quote(str(path))} {_on_ranks(placement)}",
         notes=(
             f"or any engine that gives rank r of {placement.num_devices} the r-th block of experts",
@@ -218,13 +301,16 @@ def _checkpoint(placement: Placement, path: Path, options: ExportOptions) -> Wri
 
 
 TARGETS: dict[str, Target] = {
-    "sglang": Target("JSON for --init-expert-location", _sglang),
+    "sglang": Target("JSON for --init-expert-location", _sglang, mtp=MTP_OWN_MAP),
     "tensorrt-llm": Target("YAML for moe_config.load_balancer", _tensorrt),
     "vllm-ascend": Target("JSON for eplb_config.expert_map_path", _ascend),
-    "vllm-34811": Target("the file of vLLM's open proposal #34811; no release loads it", _vllm_34811),
-    "vllm-49572": Target("the file of vLLM's open proposal #49572; no release loads it", _vllm_49572),
-    "megatron": Target("order of experts for Megatron-LM", _order("megatron")),
-    "deepspeed": Target("order of experts for DeepSpeed-MoE", _order("deepspeed")),
-    "checkpoint": Target("relabelled Hugging Face checkpoint, for any engine", _checkpoint, folder=True),
-    "npz": Target("poise's own file again", _npz),
-}
+    "vllm-34811": Target("the file of vLLM's open proposal #34811; no release loads it", _vllm_34811, mtp=ONE_LIST,
+                         unplanned="the one list holds for them too"),
+    "vllm-49572": Target("the file of vLLM's open proposal #49572; no release loads it", _vllm_49572, mtp=MTP_OWN_MAP),
+    "megatron": Target("order of experts for Megatron-LM", _order("megatron"), mtp=MTP_IDS, unplanned=IDS_STAY),
+    "deepspeed": Target("order of experts for DeepSpeed-MoE", _order("deepspeed"), mtp=MTP_IDS, unplanned=IDS_STAY),
+    "checkpoint": Target("relabelled Hugging Face checkpoint, for any engine", _checkpoint, folder=True, mtp=MTP_IDS,
+                         unplanned=IDS_STAY),
+    "npz": Target("poise's own file again", _npz, mtp="the file has the placement's layers alone",
+                  unplanned="the file does not have them"),
+}  # fmt: skip

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.engines.checkpoints.permutation import Relabelling, load_relabelling
+from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling, load_relabelling
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps import (  # fmt: skip
     ascend_maps,
+    bare,
+    csv_loads,
+    eplb_stats,
+    orders,
     public_traces,
     routed,
+    router_lines,
     sglang_dumps,
     tensorrt_maps,
     tensorrt_stats,
@@ -34,7 +39,7 @@ from poise.observe.trace import LoadProfile
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 
 MAX_FILES = 20_000
-RANKS_ASKED = ("sglang-stat", "tokenspeed", "poise")
+RANKS_ASKED = ("sglang-stat", "tokenspeed", "load-table", "load-csv", "poise")
 """Formats of which several files may be those of ranks or steps."""
 TRACE, PLACEMENT = "experts", "slot_expert"
 
@@ -68,6 +73,7 @@ def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 FORMATS: dict[str, Format] = {
     "sglang-detail": Format(_in("torch", when=sglang_dumps.is_detail), sglang_dumps.read_detail),
     "tokenspeed": Format(_in("torch", when=tokenspeed.is_load), tokenspeed.read),
+    "eplb-stats": Format(_in("torch", "json", when=eplb_stats.is_stats), eplb_stats.read),
     "sglang-stat": Format(_in("torch", "json", when=sglang_dumps.is_stat), sglang_dumps.read_stat),
     "sglang-map": Format(_in("torch", "json", when=sglang_dumps.is_map), sglang_dumps.read_map),
     "routed-experts": Format(_in("json", "json-lines", when=routed.is_routed), routed.read),
@@ -80,12 +86,23 @@ FORMATS: dict[str, Format] = {
     "tensorrt-map": Format(_in("yaml", "json", when=tensorrt_maps.is_map), tensorrt_maps.read),
     "ascend-map": Format(_in("json", when=ascend_maps.is_map), ascend_maps.read),
     "vllm-34811": Format(_in("json", when=vllm_maps.is_ranks), vllm_maps.read),
-    "vllm-49572": Format(_in("json", when=vllm_maps.is_slots), vllm_maps.read),
-    "exflow": Format(_in("npy"), public_traces.read_exflow),
+    "vllm-49572": Format(lambda part: bare.is_bare(part) and part.container != "npz", vllm_maps.read),
+    "exflow": Format(lambda part: bare.is_bare(part) and part.container != "npz", public_traces.read_exflow),
+    "load-table": Format(
+        lambda part: bare.is_bare(part) or (part.container in ("torch", "json") and bare.is_nested(part.value)),
+        bare.read_loads,
+    ),
+    "load-csv": Format(csv_loads.is_loads, csv_loads.read),
     "selection-trace": Format(_in("json", when=public_traces.is_selections), public_traces.read_selections),
     "load-history": Format(_in("json", when=public_traces.is_history), public_traces.read_history),
-    "step-routing": Format(_in("npz", when=lambda names: names == ["data"]), public_traces.read_step),
+    "step-routing": Format(lambda part: bare.is_bare(part) and part.container == "npz", public_traces.read_step),
+    "router-lines": Format(_in("json", "json-lines", when=router_lines.is_lines), router_lines.read),
     "route-log": Format(_in("json-lines", when=public_traces.is_routes), public_traces.read_routes),
+    "expert-order": Format(_in("json", when=orders.is_order), orders.read_order),
+    "relabelling": Format(_in("json", when=orders.is_relabelling), orders.read_relabelling),
+    "placement": Format(
+        _in("npz", when=lambda names: isinstance(names, list) and PLACEMENT in names), orders.read_placement
+    ),
     "poise": Format(
         _in("npz", when=lambda names: isinstance(names, list) and bool({TRACE, "counts", "cross"} & set(names))), _own
     ),
@@ -114,7 +131,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         options = replace(options, num_experts=relabelling.num_experts)
     if options.format is not None and options.format not in FORMATS:
         raise OptionError(f"unknown format {options.format!r}", hint=f"one of {', '.join(FORMATS)}")
-    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options.format)
+    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options)
     if options.ranks is not None and name not in RANKS_ASKED:
         raise OptionError(f"{name} says itself which records are of one pass", hint="leave --ranks out")
     try:
@@ -153,7 +170,7 @@ def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> Sl
     return found
 
 
-def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[Part], str, list[str]]:
+def _sorted_out(paths: Sequence[str | Path], options: ReadOptions) -> tuple[list[Part], str, list[str]]:
     """Files of one format, its name, and notes about others."""
     if not paths:
         raise TraceError("no file was given")
@@ -166,9 +183,9 @@ def _sorted_out(paths: Sequence[str | Path], wanted: str | None) -> tuple[list[P
     for path, named in files:
         try:
             part = open_part(path)
-            name = _format(part, wanted)
+            name = _format(part, options)
         except TraceError as error:
-            if named or len(files) == 1:
+            if named or len(files) == 1 or isinstance(error, bare.AmbiguousError):
                 raise
             unknown.append(f"{path.name} ({error.message.removeprefix(str(path)).lstrip(': ')[:80]})")
             continue
@@ -192,6 +209,8 @@ def _files(given: Path) -> list[tuple[Path, bool]]:
     try:
         if not given.is_dir():
             return [(given, True)]
+        if (given / RELABELLING_FILE).is_file():  # a relabelled checkpoint
+            return [(given / RELABELLING_FILE, True)]
         inside = [(path, False) for path in sorted(given.iterdir()) if path.is_file() and not path.name.startswith(".")]
     except (OSError, ValueError) as error:
         raise TraceError(f"cannot read {str(given)[:200]!r}: {error}") from None
@@ -200,25 +219,34 @@ def _files(given: Path) -> list[tuple[Path, bool]]:
     return inside
 
 
-def _format(part: Part, wanted: str | None) -> str:
-    """The name of a file's format, which is ``wanted`` if anything is."""
+def _format(part: Part, options: ReadOptions) -> str:
+    """The name of a file's format, which is the one that is asked for if any is."""
+    wanted = options.format
     if wanted is not None:
         if not FORMATS[wanted].holds(part):
             raise TraceError(f"{part.path}: not of format {wanted}, it holds {_content(part)}")
         return wanted
+    if bare.is_bare(part):
+        try:
+            return bare.decide(part, options)
+        except TraceError as error:
+            raise type(error)(f"{part.path}: {error.message}", hint=error.hint) from None
     for name, format_ in FORMATS.items():
         if format_.holds(part):
             return name
-    hint = "docs/dumps.md lists what is read"
-    if part.container == "npz" and PLACEMENT in part.value:
-        hint = "a placement of poise: 'poise export' and 'poise verify' take it"
-    raise TraceError(f"{part.path}: no known format, it holds {_content(part)}", hint=hint)
+    raise TraceError(
+        f"{part.path}: no known format, it holds {_content(part)}", hint="docs/dumps.md lists what is read"
+    )
 
 
 def _content(part: Part) -> str:
     value = part.value
     if isinstance(value, dict):
         return f"{part.container} with keys {listed([str(key)[:40] for key in value]) or 'none'}"
+    if part.container == "csv":
+        return (
+            f"csv with columns {listed(value.head)}" if value.head else f"csv with {value.columns} columns and no head"
+        )
     return f"{part.container} with {listed(value)}" if part.container == "npz" else part.container
 
 
@@ -238,4 +266,4 @@ def _original(dump: EngineDump, relabelling: Relabelling) -> EngineDump:
                 map_LS[index] = np.where(row < 0, row, rows[layer][row])
         slots = replace(slots, map_LS=map_LS)
     notes = (*dump.notes, "expert ids are those before the relabelling")
-    return replace(dump, slots=slots, notes=notes, **back)  # type: ignore[arg-type]
+    return replace(dump, slots=slots, notes=notes, placement=None, **back)  # type: ignore[arg-type]

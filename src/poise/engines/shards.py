@@ -10,13 +10,13 @@ import errno
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from poise.errors import ModelError
+from poise.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """As the format's own library has it."""
@@ -85,21 +85,16 @@ def read_shard(path: Path) -> Shard:
     ModelError : the file cannot be read, or breaks the format: a length beyond the file or 100 MB, an unknown type,
         sizes that disagree, or tensors that overlap or leave gaps.
     """
-    try:
-        with path.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{path} is not a file")
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
-                raise ModelError(
-                    f"{path} has {status.st_size} bytes, its header would have {length} (at most {MAX_HEADER_BYTES})",
-                    hint="is it a safetensors file, and complete?",
-                )
-            header = start + stream.read(length)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    with open_regular(path, ModelError) as stream:
+        status = os.fstat(stream.fileno())
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
+            raise ModelError(
+                f"{path} has {status.st_size} bytes, its header would have {length} (at most {MAX_HEADER_BYTES})",
+                hint="is it a safetensors file, and complete?",
+            )
+        header = start + stream.read(length)
     try:
         entries = json.loads(header[8:].decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import PlacementError
+from poise.errors import OptionError, PlacementError
 from poise.planning.engine_rules import fill_table
 from poise.planning.placement import Placement
 
@@ -75,3 +75,38 @@ def rows_for(
         )
     trivial = trivial_row(placement.num_experts, placement.num_slots)
     return {layer: rows.get(layer, trivial) for layer in wanted}, filled, len(set(wanted) - set(rows))
+
+
+def rows_with_mtp(
+    placement: Placement,
+    layer_ids: tuple[int, ...] | None,
+    num_mtp_layers: int,
+    num_hidden_layers: int | None,
+    *,
+    engine: str,
+) -> tuple[dict[int, NDArray[np.int32]], int, int]:
+    """As :func:`rows_for`, with rows of layers of multi-token prediction, numbered on behind the decoder layers.
+
+    Parameters
+    ----------
+    num_mtp_layers : how many the engine runs; what the placement lacks of them gets a trivial row. It can have them
+        only where ``layer_ids`` says which layers are the model's own.
+    num_hidden_layers : decoder layers of the model; needed where there are such layers.
+
+    Raises
+    ------
+    PlacementError : as :func:`rows_for`.
+    OptionError : layers of multi-token prediction, and it is not known behind which layer.
+    """
+    if not num_mtp_layers:
+        return rows_for(placement, layer_ids, engine=engine)
+    assert placement.layer_ids_L is not None
+    planned = placement.layer_ids_L.tolist()
+    if num_hidden_layers is None or (layer_ids is None and planned[-1] >= num_hidden_layers):
+        raise OptionError(
+            f"{num_mtp_layers} MTP layers follow the decoder layers, of which {num_hidden_layers} were named and "
+            f"the placement reaches layer {planned[-1]}",
+            hint="give --num-hidden-layers or --model",
+        )
+    ahead = range(num_hidden_layers, num_hidden_layers + num_mtp_layers)
+    return rows_for(placement, (*(layer_ids or planned), *ahead), engine=engine)

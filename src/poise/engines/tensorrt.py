@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise.engines.slots import rows_for, trivial_row
-from poise.errors import OptionError
+from poise.engines.slots import rows_with_mtp
 from poise.planning.placement import Placement, atomic
-
-MAX_MTP_LAYERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +38,18 @@ def write(
     placement : as many slots on every rank.
     path : file to write.
     layer_ids : the model's MoE layers; None: those of the placement.
-    num_hidden_layers : decoder layers of the model; only MTP layers need it.
-    num_mtp_layers : layers of multi-token prediction that the engine will run.
+    num_hidden_layers, num_mtp_layers : as :func:`poise.engines.slots.rows_with_mtp`.
 
     Raises
     ------
-    PlacementError : as :func:`poise.engines.slots.rows_for`. OptionError : MTP layers without num_hidden_layers.
+    PlacementError, OptionError : as :func:`poise.engines.slots.rows_with_mtp`.
     """
-    if not 0 <= num_mtp_layers <= MAX_MTP_LAYERS:
-        raise OptionError(f"num_mtp_layers must lie in 0..{MAX_MTP_LAYERS}, got {num_mtp_layers}")
-    rows, filled, unplanned = rows_for(placement, layer_ids, engine="TensorRT-LLM")
-    if num_mtp_layers:
-        if num_hidden_layers is None or num_hidden_layers <= max(rows):
-            raise OptionError(
-                f"{num_mtp_layers} MTP layers follow the decoder layers, of which {num_hidden_layers} were named and "
-                f"the placement reaches layer {max(rows)}",
-                hint="give --num-hidden-layers or --model",
-            )
-        trivial = trivial_row(placement.num_experts, placement.num_slots)
-        rows.update({num_hidden_layers + i: trivial for i in range(num_mtp_layers)})
+    rows, filled, unplanned = rows_with_mtp(
+        placement, layer_ids, num_mtp_layers, num_hidden_layers, engine="TensorRT-LLM"
+    )
     lines = [f"num_slots: {placement.num_slots}", "initial_global_assignments:"]
     lines += [f"  {layer}: [{', '.join(map(str, row.tolist()))}]" for layer, row in sorted(rows.items())]
     lines.append("layer_updates_per_iter: 0")
     with atomic(Path(path)) as stream:
         stream.write(("\n".join(lines) + "\n").encode())
-    return TensorRTFile(len(rows), filled, unplanned + num_mtp_layers)
+    return TensorRTFile(len(rows), filled, unplanned)

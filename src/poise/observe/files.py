@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
+from poise.files import read_bounded
+from poise.jsonfile import json_room
 from poise.observe.npz import Archive, open_npz
 from poise.observe.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
 from poise.observe.trace import LoadProfile, RoutingTrace, integers
 
 MAX_JSON_BYTES = 512 * 2**20
-MAX_NPZ_BYTES = 8 * 2**30
+MAX_JSON_ROOM = 8 * 2**30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
 IDLE = "identity_count"
 """Key of the picks that compute nothing, beside the loads of a profile."""
@@ -191,29 +193,6 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def plain_size(path: Path) -> int:
-    """Bytes of a plain file.
-
-    Raises
-    ------
-    TraceError : there is none.
-    """
-    try:
-        size = path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError) as error:  # a name too long, a zero byte in it
-        raise TraceError(f"cannot read {str(path)[:200]!r}: {error}") from None
-    if size is None:
-        raise TraceError(f"no such file: {str(path)[:200]}")
-    return size
-
-
-def _size(path: Path, most: int) -> int:
-    size = plain_size(path)
-    if size > most:
-        raise TraceError(f"{path} has {size} bytes, at most {most} are read")
-    return size
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
@@ -224,12 +203,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> LoadProfile:
-    _size(path, MAX_JSON_BYTES)
+    text = read_bounded(path, MAX_JSON_BYTES, TraceError)
     try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        json_room(text, MAX_JSON_ROOM, TraceError)
+        data = json.loads(text, object_pairs_hook=_unique)
     except TraceError as error:
         raise TraceError(f"{path}: {error.message}", hint=error.hint) from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{path} is not JSON: {error}", hint="was it cut short?") from None
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
@@ -241,7 +221,6 @@ def _read_json(path: Path) -> LoadProfile:
 
 
 def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
-    _size(path, MAX_NPZ_BYTES)
     with open_npz(path) as archive:
         if "experts" not in archive and "counts" in archive:
             return _read_counts(archive, path.name)

@@ -6,6 +6,7 @@ parsed by a strict pattern, its shape is compared with the number of bytes that 
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zipfile
@@ -21,18 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
+from poise.files import open_regular
 
 MAX_MEMBERS = 256
 MAX_HEADER_BYTES = 4096
-MAX_MEMBER_BYTES = 8 << 30
+MAX_UNPACKED_BYTES = 8 << 30
+"""Most bytes of all members together."""
 MAX_DIMENSIONS = 8
 FREE_BYTES = 64 << 20
-"""Below this size a member may be compressed as much as it likes."""
-MAX_RATIO = 250
-"""Most uncompressed bytes per compressed byte of a larger member; routing ids stay below 100."""
+"""Below this size an archive may be compressed as much as it likes."""
+MAX_RATIO = 100
+"""Most unpacked bytes of all members per byte of a larger archive; routing ids stay below 50."""
 
 READ_BYTES = 1 << 20
 MAGIC = b"\x93NUMPY"
+MAX_DIRECTORY_BYTES = 1 << 20
+END, END_64_AT, END_BYTES = b"PK\x05\x06", b"PK\x06\x07", 22
+"""How the end of a zip file begins, and the record before it in large ones."""
 BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError,
           ValueError, IndexError, KeyError, OverflowError, struct.error)  # fmt: skip
 """What zipfile raises on damaged archives, encrypted members and unknown compression."""
@@ -69,14 +75,15 @@ KIND_NAMES = {"i": "integers", "u": "integers", "b": "booleans", "f": "floats", 
 
 
 class Archive:
-    """Members of one open ``.npz``."""
+    """Members of one open ``.npz`` of ``size`` bytes; zipfile gives no more of a member than it says it holds."""
 
-    def __init__(self, zf: zipfile.ZipFile) -> None:
+    def __init__(self, zf: zipfile.ZipFile, size: int) -> None:
         self._zf = zf
         self._info: dict[str, zipfile.ZipInfo] = {}
         infos = zf.infolist()
         if len(infos) > MAX_MEMBERS:
             raise TraceError(f"the archive has {len(infos)} members, at most {MAX_MEMBERS} are read")
+        _check_budget(sum(info.file_size for info in infos), size)
         for info in infos:
             name = info.filename.removesuffix(".npy")
             if name in self._info:
@@ -105,13 +112,6 @@ class Archive:
                 f"{name} claims shape {list(header.shape)} of {header.dtype}, {header.nbytes} bytes, but holds "
                 f"{info.file_size - header.offset}",
                 hint="the file is truncated or damaged",
-            )
-        if header.nbytes > MAX_MEMBER_BYTES:
-            raise TraceError(f"{name} has {header.nbytes} bytes, at most {MAX_MEMBER_BYTES} are read")
-        if header.nbytes > FREE_BYTES and header.nbytes > MAX_RATIO * info.compress_size:
-            raise TraceError(
-                f"{name} would grow from {info.compress_size} to {header.nbytes} bytes, more than {MAX_RATIO} times",
-                hint="no routing compresses so far; if it is real, store it with numpy.savez",
             )
         return header
 
@@ -147,16 +147,63 @@ class Archive:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Archive]:
-    """Open an archive; damage that zipfile finds, here or while members are read, becomes a TraceError."""
-    try:
-        with zipfile.ZipFile(path) as zf:
-            yield Archive(zf)
-    except TraceError as err:
-        raise TraceError(f"{path}: {err.message}", hint=err.hint) from err
-    except BROKEN as err:
+    """Open an archive; damage that zipfile finds, here or while members are read, becomes a TraceError.
+
+    Raises
+    ------
+    TraceError : no regular file, no archive, or its members unpack to more than MAX_UNPACKED_BYTES together, or to more
+        than MAX_RATIO times its size.
+    """
+    with open_regular(path, TraceError) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            check_directory(stream, size, MAX_DIRECTORY_BYTES)
+            with zipfile.ZipFile(stream) as zf:
+                yield Archive(zf, size)
+        except TraceError as err:
+            raise TraceError(f"{path}: {err.message}", hint=err.hint) from err
+        except BROKEN as err:
+            raise TraceError(
+                f"{path} is not a readable .npz: {err}",
+                hint="it may be truncated; 'poise convert' reads other formats",
+            ) from err
+
+
+def check_directory(stream: BinaryIO, size: int, most: int) -> None:
+    """Refuse a zip file whose list of members takes more than ``most`` bytes: zipfile reads it whole, into objects.
+
+    Parameters
+    ----------
+    stream : the file of ``size`` bytes.
+
+    Raises
+    ------
+    TraceError : the list is longer.
+    """
+    stream.seek(max(0, size - END_BYTES - (1 << 16)))
+    tail = stream.read()
+    last = len(tail) - END_BYTES
+    at = last if tail[last:].startswith(END) and tail.endswith(b"\0\0") else tail.rfind(END)  # as zipfile looks for it
+    if at < 0 or at > last:
+        return  # no archive: zipfile says so
+    listed = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if at >= 20 and tail[at - 20 : at].startswith(END_64_AT):
+        stream.seek(int.from_bytes(tail[at - 12 : at - 4], "little"))
+        listed = max(listed if listed < 2**32 - 1 else 0, int.from_bytes(stream.read(56)[40:48], "little"))
+    stream.seek(0)
+    if listed > most:
+        raise TraceError(f"its list of members has {listed} bytes, at most {most} are read")
+
+
+def _check_budget(unpacked: int, size: int) -> None:
+    """One budget for all members: many that are small alone are large together, and may share their packed bytes."""
+    if unpacked > MAX_UNPACKED_BYTES:
+        raise TraceError(f"its members unpack to {unpacked} bytes, at most {MAX_UNPACKED_BYTES} are read")
+    if unpacked > FREE_BYTES and unpacked > MAX_RATIO * size:
         raise TraceError(
-            f"{path} is not a readable .npz: {err}", hint="it may be truncated; write it with numpy.savez_compressed"
-        ) from err
+            f"its members would grow from {size} to {unpacked} bytes, more than {MAX_RATIO} times",
+            hint="no routing compresses so far; if it is real, store it with numpy.savez",
+        )
 
 
 def _read_exactly(file: BinaryIO, size: int, name: str) -> bytearray:

@@ -83,7 +83,9 @@ class RoutingTrace:
             twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NO_EXPERT)).any(axis=2)
             if twice.any():
                 token, layer = (int(x) for x in np.argwhere(twice)[0])
-                raise TraceError(f"token {token} lists one expert twice in layer {layer}: {experts[token, layer]}")
+                named = self.layer_ids
+                name = named[layer] if isinstance(named, np.ndarray) and named.shape == (layers,) else layer
+                raise TraceError(f"token {token} lists one expert twice in layer {name}: {experts[token, layer]}")
         idle = experts == NO_EXPERT
         if idle.all():
             raise NoTrafficError("no pick of any token computes", hint="record again with traffic")

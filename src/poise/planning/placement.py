@@ -38,6 +38,12 @@ def _whole(name: str, value: Any) -> NDArray[np.int32]:
     return array.astype(np.int32)
 
 
+def _layer(ids: NDArray[Any], row: int) -> str:
+    """The decoder layer of a row, for messages; the row too where it has another number."""
+    layer = int(ids[row]) if row < len(ids) else row
+    return f"layer {layer}" if layer == row else f"layer {layer} (row {row})"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
     """Experts on slots, for every MoE layer. Plain frozen data, checked once; arrays are read-only.
@@ -101,7 +107,9 @@ class Placement:
         missing = np.argwhere(self.replicas_LE() == 0)
         if missing.size:
             layer, expert = (int(x) for x in missing[0])
-            raise PlacementError(f"layer {layer}: expert {expert} has no slot ({len(missing)} such experts in all)")
+            raise PlacementError(
+                f"{_layer(ids, layer)}: expert {expert} has no slot ({len(missing)} such experts in all)"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -186,8 +194,9 @@ class Placement:
             raise PlacementError(f"slots_D has shape {slots.shape} for {num_devices} devices")
         if (used_LD > slots).any():
             layer, device = (int(x) for x in np.argwhere(used_LD > slots)[0])
+            ids = np.arange(num_layers) if layer_ids_L is None else layer_ids_L
             raise PlacementError(
-                f"layer {layer}: device {device} holds {used_LD[layer, device]} experts in {slots[device]} slots"
+                f"{_layer(ids, layer)}: device {device} holds {used_LD[layer, device]} experts in {slots[device]} slots"
             )
         start = np.concatenate([[0], np.cumsum(slots)])
         slot_expert = np.full((num_layers, int(start[-1])), EMPTY, dtype=np.int32)
@@ -218,8 +227,6 @@ class Placement:
         PlacementError : the file is missing, damaged, pickled, too large, of another format, or no valid placement.
         """
         path = Path(path)
-        if not path.is_file():
-            raise PlacementError(f"no such file: {path}")
         try:
             with open_npz(path) as archive:
                 said = [name for name in (UNITS, LOADS, ABOUT) if name in archive]

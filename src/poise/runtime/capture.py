@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.errors import ModelError, TraceError
+from poise.files import read_bounded
 from poise.observe.trace import NO_EXPERT, RoutingTrace
 from poise.planning.problem import Progress
 
@@ -140,10 +141,9 @@ def read_prompts(paths: Sequence[str | Path], *, per_domain: int | None = None) 
     """
     prompts: list[Prompt] = []
     for path in map(Path, paths):
-        if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
-            raise TraceError(f"{path} is missing or larger than {MAX_TEXT_BYTES} bytes")
+        data = read_bounded(path, MAX_TEXT_BYTES, TraceError)
         try:
-            text = path.read_text("utf-8")
+            text = data.decode("utf-8")
             if path.suffix != ".jsonl":
                 prompts.append(Prompt(text, path.stem))
                 continue

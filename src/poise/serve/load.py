@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,11 +15,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from poise.errors import ModelError, PlacementError
+from poise.files import regular_size
+from poise.jsonfile import read_json
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers
 from poise.runtime.experts import Bank, ExpertKind, recognise
 from poise.serve.model import Parts, StandIn, block_of, check_family, check_placement, take_apart
 
+MAX_INDEX_BYTES = 64 << 20
 RENAMED = (("block_sparse_moe.", "mlp."),)
 """What transformers renames when it reads a checkpoint of the known families."""
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(?:(\d+)\.)?(\w+)(?:\.weight)?")
@@ -101,7 +103,11 @@ class Checkpoint:
         index = folder / "model.safetensors.index.json"
         files = ["model.safetensors"]
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            named = read_json(index, MAX_INDEX_BYTES, ModelError)
+            weight_map = named.get("weight_map") if isinstance(named, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ModelError(f"{index} has no weight_map of names")
+            files = sorted(set(weight_map.values()))
         self._files = files
         self._open: Any = ExitStack()
         self._where: dict[str, tuple[Any, str]] = {}
@@ -110,6 +116,7 @@ class Checkpoint:
         for name in self._files:
             if Path(name).name != name:
                 raise ModelError(f"{self.folder}: the index names {name!r}, not a file of the folder")
+            regular_size(self.folder / name, ModelError)  # the library would wait for a pipe
             stored = self._open.enter_context(safe_open(self.folder / name, "pt"))
             for key in stored.keys():
                 known = key

@@ -26,10 +26,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from poise.errors import InputError, ModelError, OptionError
+from poise.files import read_bounded
 from poise.train.gradients import sharded_layers
 from poise.train.sharding import ShardedExperts
 
 LATEST = "latest"
+MAX_NAME_BYTES = 4096
 
 
 class ExpertShards(torch.Tensor):
@@ -184,7 +186,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     note = Path(folder) / LATEST
     if not note.is_file():
         return None
-    name = note.read_text("utf-8").strip()
+    name = read_bounded(note, MAX_NAME_BYTES, InputError).decode("utf-8", "replace").strip()
     place = Path(folder) / name
     if "/" in name or not place.is_dir():
         raise InputError(f"{note} names {name[:80]!r}, which is not there")

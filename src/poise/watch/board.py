@@ -94,6 +94,7 @@ class Board:
         self._count["steps"], self._state, self._learning = look.step, look.state, look.learning
         self._looks.append({
             "n": self._number, "at": at, "step": look.step, "imbalance": look.imbalance,
+            "after_restart": look.imbalance_after_restart, "restart": look.restart and look.restart.sentence(),
             "first": None if event.first is None else event.first.imbalance,
             "p_value": None if verdict is None else verdict.p_value,
             "alarm": verdict is not None and verdict.drifted,
@@ -108,7 +109,7 @@ class Board:
             }
         for plan in self._open():
             if look.step >= plan["step"] + self._window:
-                plan["measured"] = look.imbalance
+                plan["measured"] = look.imbalance_after_restart
 
     def _open(self) -> list[dict[str, Any]]:
         """Accepted plans that serve and have no window of their own yet."""
@@ -140,4 +141,5 @@ class Board:
             "before": None if event.before is None else event.before.imbalance,
             "predicted": None if event.after is None else event.after.imbalance, "measured": None,
             "superseded": False, "gap": event.gap, "files": [str(path) for path in event.written],
+            "restart": decision.restart and decision.restart.sentence(),
         })  # fmt: skip

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from poise.errors import NoResultError
 from poise.watch.service import Event, Planned, Seen, Trouble
 from poise.watch.sources import Polled
 
 try:
     import prometheus_client
+    import prometheus_client.core
 except ImportError:
     prometheus_client = None  # type: ignore[assignment]
 
@@ -38,11 +42,14 @@ class Metrics:
 
         self._up = gauge("up", "1 if the source of traffic answered at the last look")
         self._up.set(0)
-        self._imbalance = gauge("imbalance", "Max / mean tokens over devices in the window, placement in use")
+        self._running = self._after = NAN
+        registry.register(self)
         self._first = gauge(
             "imbalance_first_placement", "The same under the placement that the engine was started with"
         )
         self._predicted = gauge("imbalance_predicted", "The same as the last accepted plan predicted it")
+        self._pays = gauge("restart_pays", "1 if a restart with the newest map pays within the horizon, 0 if not")
+        self._saves = gauge("restart_gain_ratio", "Share of a step's MoE layers that a restart with it saves")
         self._layer = gauge("layer_imbalance", "Max / mean tokens over devices in the window", ("layer",))
         self._p_value = gauge("drift_p_value", "p value of the last drift test")
         self._alarm = gauge("drift_alarm", "1 if the last drift test alarmed")
@@ -59,6 +66,18 @@ class Metrics:
             self._plans.labels(accepted)
         self._step = 0
         self.content_type = prometheus_client.CONTENT_TYPE_LATEST
+
+    def collect(self) -> Iterator[Any]:
+        """The imbalance of the map that runs, under the name of old and with a label, and of the newest map."""
+        made = prometheus_client.core.GaugeMetricFamily(
+            "poise_imbalance",
+            "Max / mean tokens over devices in the window: the map that runs, or that a restart brings",
+        )
+        for labels, value in (
+            ({}, self._running), ({"map": "running"}, self._running), ({"map": "after_restart"}, self._after),
+        ):  # fmt: skip
+            made.add_sample("poise_imbalance", labels, value)
+        yield made
 
     def text(self) -> bytes:
         """What a scrape gets."""
@@ -81,7 +100,14 @@ class Metrics:
         look = event.look
         self._steps.inc(look.step - self._step)
         self._step = look.step
-        self._imbalance.set(look.imbalance)
+        self._running, self._after = look.imbalance, look.imbalance_after_restart
+        if look.restart is None:  # what runs is the newest
+            self._saves.set(0.0)
+            self._pays.set(0)
+        else:
+            self._saves.set(look.restart.gain)
+            self._pays.set(NAN if look.restart.pays is None else look.restart.pays)
+            self._seconds.labels("after_restart").set(look.restart.seconds_after)
         if look.verdict is not None:
             self._p_value.set(look.verdict.p_value)
             self._alarm.set(look.verdict.drifted)

@@ -52,14 +52,14 @@ function line(looks, key, x, y, kind) {
 function drawImbalance() {
   const svg = at("chart-imbalance"), looks = known.looks;
   if (!looks.length) return;
-  const values = looks.flatMap((look) => [look.imbalance, look.first]).filter((value) => value !== null);
+  const values = looks.flatMap((look) => [look.imbalance, look.after_restart]);
   const high = Math.max(1.05, ...values) * 1.02;
   const { x, y, top, bottom, first, parts } = axes(svg, looks, 1, high, ticks(1, high, 5).map((value) => [value, String(value)]), "steps watched");
   for (const plan of known.plans.filter((one) => one.accepted && one.step >= first)) {
     const mark = shape("line", { class: "plan-mark", x1: x(plan.step), x2: x(plan.step), y1: top, y2: bottom });
     parts.push(titled(mark, `step ${plan.step}: ${plan.reason}, predicted ${number(plan.predicted, 3)}`));
   }
-  parts.push(line(looks, "first", x, y, "line-first"), line(looks, "imbalance", x, y, "line-now"));
+  parts.push(line(looks, "after_restart", x, y, "line-first"), line(looks, "imbalance", x, y, "line-now"));
   svg.replaceChildren(...parts);
 }
 
@@ -106,7 +106,7 @@ function drawPlans() {
   const rows = [...known.plans].reverse().map((plan) => {
     const row = document.createElement("tr");
     const cells = [
-      plan.step, plan.reason, plan.accepted ? "taken" : "not worth it", percent(plan.gain), plan.moves,
+      plan.step, plan.reason, !plan.accepted ? "not worth it" : plan.restart ? "taken, for the next start" : "taken", percent(plan.gain), plan.moves,
       number(plan.bytes / 2 ** 20, 1), plan.left, number(plan.before, 3), number(plan.predicted, 3), number(plan.measured, 3),
       percent(plan.gap), plan.files.map((file) => file.split("/").pop()).join(", ") || "–",
     ];
@@ -114,6 +114,7 @@ function drawPlans() {
       const cell = document.createElement(column ? "td" : "th");
       if (!column) cell.scope = "row";
       if (column === 2 && plan.accepted) cell.className = "taken";
+      if (column === 2 && plan.restart) cell.title = plan.restart;
       if (column === cells.length - 1) {
         cell.className = "files";
         cell.title = plan.files.join(", ");
@@ -164,6 +165,9 @@ function show(state) {
   say("about", Object.values(state.about).join(" · "));
   say("imbalance", look ? number(look.imbalance, 3) : "–");
   say("imbalance-was", look && look.first !== null ? `placement at the engine's start: ${number(look.first, 3)}` : "");
+  say("after-restart", look ? number(look.after_restart, 3) : "–");
+  say("after-restart-was", look && look.restart ? look.restart.split("; ").pop() : "the newest map runs");
+  say("restart", look && look.restart ? look.restart : "");
   say("predicted", taken ? number(taken.predicted, 3) : "–");
   say("predicted-was", taken ? `measured after it: ${number(taken.measured, 3)}` : "no plan taken yet");
   say("p-value", tested ? tested.p_value.toPrecision(3) : "–");

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from poise import api
 from poise.cluster import Cluster
-from poise.control.controller import Controller, ControlSettings, Decision, Look, join_steps, steps_of
+from poise.control.controller import Controller, ControlSettings, Decision, Look
+from poise.control.steps import join_steps, steps_of
 from poise.cost.split import Split
 from poise.cost.traffic import Traffic
 from poise.engines.dump import SlotRecord
@@ -28,6 +28,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.watch.measure import Judged, bound_seconds, judge
+from poise.watch.rows import rows_of, served, unlike
 from poise.watch.sources import Arrival, Polled, Source
 
 
@@ -75,7 +76,7 @@ class Seen:
     Parameters
     ----------
     look : what the controller saw.
-    now, first : the placement in use, and the one that the engine was started with, on the window.
+    now, first : the placement that runs, and the one that the engine was started with, on the window.
     bound_seconds : what no placement can beat there.
     """
 
@@ -94,7 +95,7 @@ class Planned:
     decision : what the controller decided.
     step : steps that had been watched when it came.
     written : files that were written.
-    before, after : the placement in use and the one decided on, on the latest window.
+    before, after : the placement that runs and the one decided on, on the latest window.
     """
 
     decision: Decision
@@ -168,7 +169,8 @@ class Service:
     def run(self, *, once: bool, interval_s: float, wait: Callable[[float], None]) -> Generator[Event, None, None]:
         """Look, wait, and look again; ``once``: until there is no more at hand.
 
-        Moves are taken to be made as soon as they are decided on.
+        Moves are taken to be made as soon as they are decided on; with ``at_start`` (:class:`ControlSettings`) when the
+        engine is started anew, which the source has to tell.
 
         Raises
         ------
@@ -199,7 +201,7 @@ class Service:
                 return
             self._begin(arrival.steps, arrival.slots)
         assert self.controller is not None
-        wrong = "" if arrival.steps is None else _unlike(arrival.steps, self._problem.batch)
+        wrong = "" if arrival.steps is None else unlike(arrival.steps, self._problem.batch)
         if wrong:
             yield Trouble(wrong, bad_dump=True)
             return
@@ -261,9 +263,17 @@ class Service:
             yield Trouble(f"the engine's map was left out: {error.message}")
             return
         self._first = runs
-        if (runs.count_LED() != control.current.count_LED()).any():
-            control.current, control.target = runs, None
+        changed = (runs.count_LED() != control.running.count_LED()).any()
+        newest = (runs.count_LED() == control.current.count_LED()).all()
+        control.runs(runs)
+        if not changed:
+            return
+        if newest:
+            yield Told("the engine runs the newest map")
+        elif control.running is control.current:
             yield Told("the engine runs another map than was decided on; the watch goes on from it", replaced=True)
+        else:
+            yield Told("the engine runs another map than before, and not the newest")
 
     def _start_anew(self) -> Iterator[Event]:
         """Compare from now on with what the engine was started with this time."""
@@ -282,6 +292,8 @@ class Service:
             yield Trouble(f"the engine was started anew, start the watch anew too: {error.message}")
             return
         self._first = runs
+        if self.setup.settings.at_start:
+            self.controller.runs(runs)
         other = (runs.count_LED() != self.controller.current.count_LED()).any()
         yield Told(f"the engine was started anew{', not with the newest placement' if other else ''}")
 
@@ -290,8 +302,8 @@ class Service:
         if not self._measured:
             return Seen(look)
         window = join_steps(list(self._window))
-        now = judge(window, self.controller.current, self._problem)
-        same = self._first is self.controller.current
+        now = judge(window, self.controller.running, self._problem)
+        same = self._first is self.controller.running
         first = now if same else judge(window, self._first, self._problem)
         return Seen(look, now, first, bound_seconds(window, self._problem))
 
@@ -311,7 +323,7 @@ class Service:
             before = after = bound = None
             if self._measured:
                 window = join_steps(list(self._window))
-                before, after = (judge(window, p, self._problem) for p in (control.current, decision.moves.result))
+                before, after = (judge(window, p, self._problem) for p in (control.running, decision.moves.result))
                 bound = bound_seconds(window, self._problem)
             files: tuple[Path, ...] = ()
             failures: list[PlacementError] = []
@@ -355,58 +367,3 @@ class Service:
 def _retried(failures: Sequence[PlacementError]) -> Iterator[Trouble]:
     for error in failures:
         yield Trouble(f"{error.message}; it is tried again")
-
-
-def served(record: SlotRecord, steps: RoutingBatch, num_devices: int) -> Placement:
-    """The placement that an engine says it runs; slot s lies on device s // (S / D).
-
-    Raises
-    ------
-    OptionError : slots are not shared evenly by the devices, or a layer of the traffic is not in the record.
-    PlacementError : the map leaves out experts.
-    """
-    assert record.map_LS is not None
-    slots = record.map_LS.shape[1]
-    if slots % num_devices:
-        raise OptionError(f"{slots} slots cannot be shared evenly by {num_devices} devices")
-    row = {int(layer): at for at, layer in enumerate(record.layer_ids_L)}
-    missing = [int(layer) for layer in steps.layer_ids_L if int(layer) not in row]
-    if missing:
-        raise OptionError(f"the engine's map has no layer {missing[0]}, the traffic has it")
-    table = record.map_LS[[row[int(layer)] for layer in steps.layer_ids_L]]
-    device = np.repeat(np.arange(num_devices, dtype=np.int32), slots // num_devices)
-    return Placement(table, device, steps.num_experts, num_devices, steps.layer_ids_L, method="engine")
-
-
-def rows_of(placement: Placement, layer_ids_L: NDArray[np.int32]) -> Placement:
-    """The placement's rows of these decoder layers.
-
-    Raises
-    ------
-    OptionError : it has no row for one of them.
-    """
-    assert placement.layer_ids_L is not None
-    row = {int(layer): at for at, layer in enumerate(placement.layer_ids_L)}
-    missing = [int(layer) for layer in layer_ids_L if int(layer) not in row]
-    if missing:
-        raise OptionError(
-            f"the placement has no row for layer {missing[0]}, the traffic has {len(layer_ids_L)} layers from "
-            f"{layer_ids_L[0]} to {layer_ids_L[-1]}"
-        )
-    if len(row) == len(layer_ids_L):
-        return placement
-    return Placement(
-        placement.slot_expert_LS[[row[int(layer)] for layer in layer_ids_L]], placement.slot_device_S,
-        placement.num_experts, placement.num_devices, layer_ids_L, placement.method,
-    )  # fmt: skip
-
-
-def _unlike(steps: RoutingBatch, first: RoutingBatch) -> str:
-    """How steps differ in shape from the first ones; "" if they do not."""
-    if steps.layer_ids_L.tolist() != first.layer_ids_L.tolist():
-        return (
-            f"a dump has {steps.num_layers} layers from {steps.layer_ids_L[0]} to {steps.layer_ids_L[-1]}, "
-            f"the first had {first.num_layers} from {first.layer_ids_L[0]} to {first.layer_ids_L[-1]}"
-        )
-    have, want = ((x.num_experts, x.top_k, x.has_tokens) for x in (steps, first))
-    return "" if have == want else f"a dump has (experts, top-k, tokens) {have}, the first had {want}"

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from poise import api
-from poise.control.controller import steps_of
+from poise.control.steps import steps_of
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.readers import read_dump
 from poise.errors import ModelError, NoTrafficError, OptionError, TraceError

@@ -21,6 +21,8 @@ from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling,
 from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.engines.shards import Segment, Shard, copy_segments, read_shard
 from poise.errors import ModelError, OptionError, PlacementError
+from poise.files import read_bounded
+from poise.hfconfig.read import text_part
 from poise.jsonfile import read_json
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
@@ -50,6 +52,7 @@ class RelabelReport:
     tensors : that were renamed or whose blocks changed places, or that could have been.
     moved_experts : experts with another id, all layers together.
     notes : what a user should know.
+    kept_layers : layers with experts that are not in the placement and keep their ids.
     """
 
     files: int
@@ -57,6 +60,7 @@ class RelabelReport:
     bytes: int
     moved_experts: int
     notes: tuple[str, ...]
+    kept_layers: int = 0
 
 
 def relabel_checkpoint(
@@ -86,11 +90,13 @@ def relabel_checkpoint(
     shards = [read_shard(source / name) for name in names]
     _check_index(shards, index, source)
     assert placement.layer_ids_L is not None
-    made = Relabelling(placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name)
+    made = Relabelling(
+        placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name, placement.num_devices
+    )
     changes = find_changes((tensor for shard in shards for tensor in shard.tensors), made.rows())
     notes = _notes(changes, placement, groups)
     total = made
-    if (source / RELABELLING_FILE).is_file():
+    if os.path.lexists(source / RELABELLING_FILE):
         first = load_relabelling(source / RELABELLING_FILE)
         total = made.after(first)
         notes.append(f"{source} is relabelled itself: {RELABELLING_FILE} leads back to the ids of {first.source!r}")
@@ -119,7 +125,8 @@ def relabel_checkpoint(
             raise
     except OSError as error:
         raise ModelError(f"cannot write {target}: {error.strerror or error}") from None
-    return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes))
+    kept = sum(order is None for order in changes.paths.values())
+    return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes), kept)
 
 
 def _check_target(source: Path, target: Path) -> Path:
@@ -148,11 +155,9 @@ def _read_object(path: Path, most: int) -> dict[str, Any]:
 
 def _check_model(config: dict[str, Any], placement: Placement, source: Path) -> int:
     """Routing groups that new ids must keep, 1 if none; the placement has the model's experts."""
-    inner = config.get("text_config")
-    merged = {**config, **inner} if isinstance(inner, dict) else dict(config)
-    merged.pop("text_config", None)
-    merged.pop("quantization_config", None)  # what a weight takes does not matter here
-    spec = from_hf_config(merged, name=source.name)
+    stored = ("quantization_config", "compression_config", "expert_dtype")  # what a weight takes does not matter here
+    text = {key: value for key, value in text_part(config).items() if key not in stored}
+    spec = from_hf_config(text, name=source.name)
     if spec.num_experts != placement.num_experts:
         raise PlacementError(f"the placement has {placement.num_experts} experts, {source} has {spec.num_experts}")
     return spec.num_expert_groups
@@ -160,7 +165,7 @@ def _check_model(config: dict[str, Any], placement: Placement, source: Path) -> 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
     """Names of the safetensors files, and the index where there is one."""
-    if not (folder / INDEX).is_file():
+    if not os.path.lexists(folder / INDEX):
         if (folder / SINGLE).is_file():
             return [SINGLE], None
         raise ModelError(
@@ -281,7 +286,7 @@ def _copy_file(old: Path, new: Path, names_modules: bool, changes: Changes) -> N
         shutil.copyfile(old, new)
         return
     try:
-        text = old.read_bytes().decode()
+        text = read_bounded(old, MAX_CONFIG_BYTES, ModelError).decode()
     except UnicodeDecodeError:
         raise ModelError(f"{old} is not text") from None
     new.write_bytes(changes.in_text(text, str(old)).encode())

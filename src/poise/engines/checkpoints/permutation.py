@@ -136,15 +136,17 @@ class Relabelling:
     layer_ids_L : int32 [L], decoder layers, ascending.
     order_LE : int32 [L, E], old expert of each new id.
     source : name of the model with the old ids.
+    num_devices : D, devices of the placement: the d-th block of E/D new ids is what device d holds; None: unknown.
 
     Raises
     ------
-    PlacementError : shapes disagree, or a row is no permutation.
+    PlacementError : shapes disagree, a row is no permutation, or D does not divide E.
     """
 
     layer_ids_L: NDArray[np.int32]
     order_LE: NDArray[np.int32]
     source: str = ""
+    num_devices: int | None = None
 
     def __post_init__(self) -> None:
         ids, order = np.array(self.layer_ids_L), np.array(self.order_LE)
@@ -158,6 +160,8 @@ class Relabelling:
                 f"layer {ids[wrong[0]]}: the old ids are no permutation of 0..{order.shape[1] - 1} "
                 f"({wrong.size} such layers)"
             )
+        if self.num_devices is not None and (self.num_devices < 1 or order.shape[1] % self.num_devices):
+            raise PlacementError(f"{order.shape[1]} experts on {self.num_devices} devices are no equal blocks")
         ids, order = ids.astype(np.int32), order.astype(np.int32)
         ids.flags.writeable = order.flags.writeable = False
         object.__setattr__(self, "layer_ids_L", ids)
@@ -179,7 +183,7 @@ class Relabelling:
 
     def inverse(self) -> Relabelling:
         """What undoes it."""
-        return replace(self, order_LE=np.argsort(self.order_LE, axis=1).astype(np.int32))
+        return replace(self, order_LE=np.argsort(self.order_LE, axis=1).astype(np.int32), num_devices=None)
 
     def placement(self) -> Placement:
         """One expert a device, E devices: relabelling with it gives these very ids."""
@@ -201,7 +205,7 @@ class Relabelling:
         same, before, then = np.arange(self.num_experts), first.rows(), self.rows()
         ids = sorted({*before, *then})
         order = [before.get(layer, same)[then.get(layer, same)] for layer in ids]
-        return Relabelling(np.array(ids), np.array(order), first.source)
+        return Relabelling(np.array(ids), np.array(order), first.source, self.num_devices)
 
     def original(self, traffic: RoutingTrace | LoadProfile) -> RoutingTrace | LoadProfile:
         """Traffic of the relabelled model in the ids of its source; layers without new ids are as they were.
@@ -223,8 +227,9 @@ class Relabelling:
     def to_json(self) -> str:
         """What :func:`load_relabelling` reads."""
         layers = {str(layer): order.tolist() for layer, order in self.rows().items()}
+        devices = {} if self.num_devices is None else {"num_devices": self.num_devices}
         return json.dumps(
-            {"format": FORMAT, "version": VERSION, "source": self.source, "num_experts": self.num_experts,
+            {"format": FORMAT, "version": VERSION, "source": self.source, "num_experts": self.num_experts, **devices,
              "layers": layers}
         )  # fmt: skip
 
@@ -244,9 +249,26 @@ def load_relabelling(path: str | Path) -> Relabelling:
     data = read_json(path, MAX_FILE_BYTES, PlacementError, hint="is it a relabelled checkpoint?")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
         raise PlacementError(f"{path} is not of format {FORMAT} {VERSION}")
-    experts, layers, source = data.get("num_experts"), data.get("layers"), data.get("source")
+    return relabelling_of(data, str(path))
+
+
+def relabelling_of(data: dict[str, Any], path: str) -> Relabelling:
+    """The same of what such a file, or an order of experts, holds.
+
+    Parameters
+    ----------
+    path : where it was read, for messages.
+
+    Raises
+    ------
+    PlacementError : a part of it is missing or not what it should be.
+    """
+    experts, layers, source = data.get("num_experts"), data.get("layers"), data.get("source", "")
+    devices = data.get("num_devices")
     if not _count(experts, 1, MAX_SIZE) or not isinstance(layers, dict) or not layers or not isinstance(source, str):
         raise PlacementError(f"{path}: num_experts, layers or source is missing or not what it should be")
+    if devices is not None and not _count(devices, 1, MAX_SIZE):
+        raise PlacementError(f"{path}: num_devices is {str(devices)[:20]}")
     order: dict[int, list[int]] = {}
     for name, row in layers.items():
         if not (name.isascii() and name.isdigit() and len(name) < 6):
@@ -255,7 +277,8 @@ def load_relabelling(path: str | Path) -> Relabelling:
             raise PlacementError(f"{path}: layer {name} must list {experts} experts")
         order[int(name)] = row
     try:
-        return Relabelling(np.array(sorted(order)), np.array([order[layer] for layer in sorted(order)]), source)
+        table = np.array([order[layer] for layer in sorted(order)])
+        return Relabelling(np.array(sorted(order)), table, source, devices)
     except PlacementError as error:
         raise PlacementError(f"{path}: {error.message}") from None
 

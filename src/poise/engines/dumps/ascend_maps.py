@@ -37,13 +37,20 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     named = parts[0].value.get("moe_layer_count", len(layers))
     if named != len(layers):
         raise TraceError(f"moe_layer_count is {str(named)[:20]}, layer_list has {len(layers)}")
-    rows = {}
+    rows, devices = {}, set[int]()
     for layer in layers:
         if not isinstance(layer, dict):
             raise TraceError(f"a layer is a {type(layer).__name__}")
-        rows[whole("layer_id", layer.get("layer_id"), 0, MAX_LAYERS)] = _row(layer)
+        number = whole("layer_id", layer.get("layer_id"), 0, MAX_LAYERS)
+        try:
+            rows[number], count = _row(layer)
+        except TraceError as error:
+            raise TraceError(f"layer_id {number}: {error.message}", hint=error.hint) from None
+        devices.add(count)
     if sorted(rows) != list(range(len(layers))):
         raise TraceError(f"{len(layers)} layers, their ids are not 0 to {len(layers) - 1}")
+    if len(devices) > 1:
+        raise TraceError(f"layers have {min(devices)} to {max(devices)} devices")
     if len({len(row) for row in rows.values()}) > 1:
         raise TraceError(f"layers have {min(map(len, rows.values()))} to {max(map(len, rows.values()))} slots")
     map_LS = np.stack([rows[i] for i in range(len(layers))])
@@ -52,12 +59,12 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     guessed = options.model is None
     if guessed:
         notes = [BY_PLACE]
-    record = SlotRecord(ids, map_LS[kept].astype(np.int32))
+    record = SlotRecord(ids, map_LS[kept].astype(np.int32), num_devices=devices.pop())
     return EngineDump("vllm-ascend", "map", slots=record, layers_by_place=guessed, notes=tuple(notes))
 
 
-def _row(layer: dict[str, Any]) -> NDArray[np.int64]:
-    """Experts of all devices of a layer, [S]."""
+def _row(layer: dict[str, Any]) -> tuple[NDArray[np.int64], int]:
+    """Experts of all devices of a layer, [S], and how many devices."""
     devices = layer.get("device_list")
     if not isinstance(devices, list) or not devices or not all(isinstance(device, dict) for device in devices):
         raise TraceError("device_list must list the devices of a layer")
@@ -69,4 +76,4 @@ def _row(layer: dict[str, Any]) -> NDArray[np.int64]:
         raise TraceError(f"{len(devices)} devices, their ids are not 0 to {len(devices) - 1}")
     if len({len(row) for row in held.values()}) > 1 or not len(held[0]):
         raise TraceError("devices hold different numbers of experts, or none")
-    return np.concatenate([held[device] for device in range(len(devices))])
+    return np.concatenate([held[device] for device in range(len(devices))]), len(devices)

@@ -19,6 +19,8 @@ from poise.observe.trace import NO_EXPERT
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""
 BY_PLACE = "layers are numbered by their place in the record: --model gives decoder layers"
+MAX_SHARED = 8
+"""Most shared experts of a layer that are taken for such."""
 MAX_TABLE = 1 << 28
 """Most numbers that a table of loads may unfold to."""
 
@@ -109,9 +111,10 @@ def _beyond(options: ReadOptions, largest: int, is_map: bool) -> str:
     if options.zeros:
         return "check --model, --num-experts and --zero-experts"
     first, count = options.experts, largest + 1 - (options.experts or 0)
+    fused = "; does the engine fuse shared experts, as ids behind the routed ones? Record without"
     return (
         f"check --model or --num-experts; or, if ids from {first} on are identity (zero) experts, which compute "
-        f"nothing, give --zero-experts {count} (the number that the router has)"
+        f"nothing, give --zero-experts {count} (the number that the router has)" + fused * (count <= MAX_SHARED)
     )
 
 
@@ -149,6 +152,53 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
     return replace(dump, trace=trace, profile=profile, notes=tuple(notes))
 
 
+def routed_loads(
+    load_BLE: NDArray[np.float64], options: ReadOptions, what: str
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Loads of routed experts alone, [B, L, E], and notes.
+
+    Engines may fuse shared experts with the routed ones: ids from E on, which every token takes. Such columns are cut
+    where E is known and they do hold one pair a token (a K-th of the routed pairs); else they stay, for the reader to
+    refuse, or with a note where E is not known.
+    """
+    known, top_k = options.router_experts, options.k
+    width = load_BLE.shape[2]
+    if known is None:
+        last, rest = load_BLE[..., -1].sum(axis=0), load_BLE[..., :-1].sum(axis=(0, 2))
+        times = np.divide(rest, last, out=np.zeros_like(rest), where=last > 0)[rest > 0]
+        seen = times.size > 1 and 1 <= times[0] < width - 1 and times[0] == round(times[0])
+        if not seen or (times != times[0]).any():
+            return load_BLE, []
+        return load_BLE, [f"in every layer of {what} expert {width - 1} has 1/{times[0]:.0f} of what all others have "
+                          "together, as a shared expert that an engine fuses has: --model tells"]  # fmt: skip
+    if not 0 < width - known <= MAX_SHARED or top_k is None:
+        return load_BLE, []
+    tokens_BL1 = load_BLE[..., :known].sum(axis=2, keepdims=True) / top_k
+    if not np.allclose(load_BLE[..., known:], tokens_BL1, rtol=1e-6, atol=0):
+        return load_BLE, []
+    return load_BLE[..., :known], [f"{width - known} fused shared experts behind the {known} routed ones were left out"]
+
+
+def routed_picks(experts_TLK: NDArray[np.int16], options: ReadOptions) -> tuple[NDArray[np.int16], list[str]]:
+    """Routed picks alone, [T, L, K], and notes: columns behind the K-th that are ids from E on everywhere are cut.
+
+    Padding (-1) may stand in their place; anything else stays, for the reader to refuse.
+    """
+    known, top_k = options.router_experts, options.k
+    width = experts_TLK.shape[2]
+    if known is None and width > 1 and len(experts_TLK) > 1:
+        last = experts_TLK[..., -1]
+        if (last == last[0, 0]).all() and int(experts_TLK[..., :-1].max()) < last[0, 0]:
+            return experts_TLK, [f"the last pick is expert {last[0, 0]} throughout, as of a shared expert that an "
+                                 "engine fuses: --model tells"]  # fmt: skip
+    if known is None or top_k is None or not 0 < width - top_k <= MAX_SHARED:
+        return experts_TLK, []
+    behind = experts_TLK[..., top_k:]
+    if not ((behind >= known) | (behind < 0)).all() or int(experts_TLK[..., :top_k].max(initial=-1)) >= known:
+        return experts_TLK, []
+    return experts_TLK[..., :top_k], [f"{width - top_k} picks of fused shared experts a token were left out"]
+
+
 def rows_of(slots: SlotRecord, layer_ids: Sequence[int], num_slots: int, what: str) -> NDArray[np.int64]:
     """The map of some layers, int64 [layers, S].
 
@@ -167,8 +217,12 @@ def rows_of(slots: SlotRecord, layer_ids: Sequence[int], num_slots: int, what: s
     return slots.map_LS[[at[layer] for layer in layer_ids]].astype(np.int64)
 
 
-def by_expert(count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int) -> NDArray[np.float64]:
+def by_expert(
+    count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int, layer_ids: Sequence[int] | None = None
+) -> NDArray[np.float64]:
     """Pairs of each expert, float64 [B, L, E], from those of its slots; empty slots must have none.
+
+    ``layer_ids`` are the decoder layers of the rows, for messages; default 0, 1, ...
 
     Raises
     ------
@@ -181,7 +235,8 @@ def by_expert(count_BLS: NDArray[Any], map_LS: NDArray[np.int64], experts: int) 
     for layer, row in enumerate(map_LS):
         held = row >= 0
         if count_BLS[:, layer, ~held].any():
-            raise TraceError(f"a slot that is empty in the map has tokens in layer {layer} of it")
+            name = layer if layer_ids is None else layer_ids[layer]
+            raise TraceError(f"a slot that is empty in the map has tokens in layer {name}")
         np.add.at(out[:, layer].T, row[held], count_BLS[:, layer, held].T)
     return out
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import yaml
 
+from poise.engines.dumps.csv_text import MAX_CSV_BYTES, csv_text, sniff
 from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy, json_room, parse_json, read_bytes
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.errors import ModelError, NoResultError, TraceError
-from poise.observe.npz import BROKEN
+from poise.files import open_regular, read_at_most
+from poise.observe.npz import BROKEN, check_directory
 
-Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "yaml", "text"]
+Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
 MAX_NPY_BYTES = 2 << 30
 MAX_LINES_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
+MAX_DIRECTORY_BYTES = 32 << 20
+"""A file of torch has a member a tensor."""
+MAX_CSV_ROOM = 16
+"""Bytes of memory that a byte of a table may take, as numbers and while they are sorted."""
+GZIP = b"\x1f\x8b"
+FREE_BYTES, MAX_RATIO = 64 << 20, 100
+"""What gzip packed may always grow to, and how many times its size beyond."""
 YAML_KEYS = re.compile(rb"^(num_slots|initial_global_assignments|layer_updates_per_iter)\s*:", re.MULTILINE)
 DATED = re.compile(rb"\[\d{4}-\d\d-\d\d")
 """How a log line may begin that is no JSON list."""
@@ -41,7 +52,8 @@ class Part:
     path, size : the file, and its bytes.
     container : what kind of file it is.
     value : torch, json, yaml: the object; json-lines: a list of objects; npy: an array; npz: names of its members;
-        safetensors: a :class:`~poise.engines.shards.Shard`; text: None, readers go through the lines.
+        safetensors: a :class:`~poise.engines.shards.Shard`; csv: a :class:`~poise.engines.dumps.csv_text.CsvText`;
+        text: None, readers go through the lines.
     room : bytes of memory that the value takes at most, where they may be more than those of the file.
     """
 
@@ -73,11 +85,8 @@ def open_part(path: Path) -> Part:
 
 def _open(path: Path) -> Part:
     size = file_size(path)
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(HEAD_BYTES)
-    except OSError as error:
-        raise TraceError(f"cannot be read: {error.strerror}") from None
+    with open_regular(path, TraceError) as stream:
+        head = stream.read(HEAD_BYTES)
     if not head.strip():
         raise TraceError("the file is empty")
     if head.startswith(b"PK"):
@@ -87,16 +96,19 @@ def _open(path: Path) -> Part:
         value, room = _torch_files(path).load(path, skip=UNUSED)
         return Part(path, size, "torch", value, room)
     if head.startswith(b"\x93NUMPY"):
-        return Part(path, size, "npy", integer_npy(read_bytes(path, MAX_NPY_BYTES)))
+        return Part(path, size, "npy", integer_npy(read_bytes(path, MAX_NPY_BYTES), floats=True))
     if head[:1] == b"\x80":
         raise TraceError("a bare pickle", hint="pickles are not read; torch.save in its zip format is")
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return Part(path, size, "safetensors", _shard(path, int.from_bytes(head[:8], "little")))
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text[:1] in (b"{", b"[") and not DATED.match(text):
-        return _json(path, size)
+    if head.startswith(GZIP):
+        return _packed(path, size)
+    if _is_json(head):
+        return _json(path, size, read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES))
     if YAML_KEYS.search(head):
         return Part(path, size, "yaml", _yaml(read_bytes(path, MAX_YAML_BYTES)))
+    if b"\x00" not in head and sniff(head) is not None:
+        return Part(path, size, "csv", csv_text(head, read_bytes(path, MAX_CSV_BYTES)), room=MAX_CSV_ROOM * size)
     if b"\x00" in head:
         raise TraceError("a kind of file that is not known", hint="docs/dumps.md lists what is read")
     return Part(path, size, "text", None)
@@ -114,8 +126,10 @@ def _torch_files(path: Path) -> Any:
 
 def _members(path: Path) -> list[str]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
+        with open_regular(path, TraceError) as stream:
+            check_directory(stream, file_size(path), MAX_DIRECTORY_BYTES)
+            with zipfile.ZipFile(stream) as archive:
+                return archive.namelist()
     except BROKEN as error:
         raise TraceError(f"not a readable archive: {error}", hint="it may be truncated") from None
 
@@ -123,19 +137,53 @@ def _members(path: Path) -> list[str]:
 def _shard(path: Path, header: int) -> Shard:
     try:
         if header <= MAX_HEADER_BYTES:  # a longer one is refused unread
-            with path.open("rb") as stream:
+            with open_regular(path, TraceError) as stream:
                 stream.seek(8)
                 json_room(stream.read(header))
         return read_shard(path)
-    except OSError as error:
-        raise TraceError(f"cannot be read: {error.strerror}") from None
     except ModelError as error:
         raise TraceError(error.message, hint=error.hint) from None
 
 
-def _json(path: Path, size: int) -> Part:
+def _is_json(head: bytes) -> bool:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    return text[:1] in (b"{", b"[") and not DATED.match(text)
+
+
+def _packed(path: Path, size: int) -> Part:
+    """JSON or CSV that gzip has packed."""
+    data = inflate(read_bytes(path, MAX_LINES_BYTES))
+    if _is_json(data[:HEAD_BYTES]):
+        return _json(path, max(size, len(data)), data)
+    table = None if b"\x00" in data[:HEAD_BYTES] else csv_text(data[:HEAD_BYTES], data)
+    if table is None:
+        raise TraceError("packed by gzip, and neither JSON nor CSV", hint="unpack it first")
+    return Part(path, size, "csv", table, room=(1 + MAX_CSV_ROOM) * len(data))
+
+
+def inflate(data: bytes) -> bytes:
+    """What gzip packed, within FREE_BYTES, or MAX_RATIO times the packed bytes and MAX_LINES_BYTES.
+
+    Raises
+    ------
+    TraceError : damaged, or more; no more than the limit is unpacked.
+    """
+    most = min(MAX_LINES_BYTES, max(FREE_BYTES, MAX_RATIO * len(data)))
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+            out = read_at_most(cast(BinaryIO, stream), most)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TraceError(f"not readable as gzip packs: {str(error)[:200]}", hint="it may be truncated") from None
+    if len(out) > most:
+        raise TraceError(
+            f"{len(data)} packed bytes would grow to more than {most}", hint="if it is real, unpack it first"
+        )
+    return out
+
+
+def _json(path: Path, size: int, data: bytes) -> Part:
     """One document, or one a line."""
-    data = read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES).removeprefix(b"\xef\xbb\xbf")
+    data = data.removeprefix(b"\xef\xbb\xbf")
     room = json_room(data)
     lines = _lines(data)
     first = next(lines, b"")

@@ -27,20 +27,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, check_ids, decoder_layers, num_experts
+from poise.engines.dumps.bare import STEP_NAME, table_of
+from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, check_ids, decoder_layers, num_experts, routed_loads
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, loads, whole
 from poise.errors import TraceError
-from poise.observe.npz import open_npz
 from poise.observe.trace import LoadProfile, RoutingTrace
 
 LAYER = re.compile(r"\d{1,5}")
-STEP_NAME = re.compile(r"\d{1,9}_(\d{1,5})")
 
 
 def read_exflow(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Tokens [T, L] (or [T, L, K]) of all files."""
-    tables = [id_table(part.name, part.value, 2, 3) for part in parts]
+    tables = [id_table(part.name, table_of(part), 2, 3) for part in parts]
     shapes = sorted({t.shape[1:] for t in tables})
     if len(shapes) > 1 or 0 in shapes[0] or not sum(map(len, tables)):
         raise TraceError(f"files of [layers, ...] {[list(s) for s in shapes][:4]} with {sum(map(len, tables))} tokens")
@@ -62,7 +61,11 @@ def is_selections(value: Any) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and bool(entry) and all(LAYER.fullmatch(key) for key in entry)
+    return (
+        isinstance(entry, dict) and bool(entry) and all(LAYER.fullmatch(key) for key in entry)
+        and all(rows is None or (isinstance(rows, list) and not rows[:1] == [] and isinstance(rows[0], list))
+                for rows in entry.values())
+    )  # fmt: skip
 
 
 def read_selections(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -122,23 +125,21 @@ def read_history(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
                 )
     if not steps:
         raise TraceError("load_history is empty")
-    experts, _ = num_experts(options, steps[0].shape[1] - 1, "load_history")
-    if experts != steps[0].shape[1]:
-        raise TraceError(f"load_history has {steps[0].shape[1]} experts, the model {experts}")
+    load_BLE, said = routed_loads(np.stack(steps), options, "load_history")
+    experts, _ = num_experts(options, load_BLE.shape[2] - 1, "load_history")
+    if experts != load_BLE.shape[2]:
+        raise TraceError(f"load_history has {load_BLE.shape[2]} experts, the model {experts}")
     rows, ids, notes = decoder_layers(len(steps[0]), options.model, "load_history")
-    profile = LoadProfile(np.stack(steps)[:, rows], ids, options.k or 1, parts[0].name)
+    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
     return EngineDump("vllm", "load-history", profile=profile, recorded_layers=len(steps[0]),
-                      layers_by_place=options.model is None, notes=(*_by_place(options), *notes))  # fmt: skip
+                      layers_by_place=options.model is None, notes=(*_by_place(options), *said, *notes))  # fmt: skip
 
 
 def read_step(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """One layer's tokens; all files must be of that layer."""
     pieces, layers = [], set()
     for part in parts:
-        with open_npz(part.path) as archive:
-            header = archive.header("data")
-            header.require((None, None))
-            pieces.append(id_table("data", archive.read(header), 2))
+        pieces.append(id_table(part.name, table_of(part), 2))
         match = STEP_NAME.fullmatch(part.path.stem)
         layers.add(int(match[1]) if match else 0)
     if len(layers) > 1 or len({piece.shape[1] for piece in pieces}) > 1 or not sum(piece.size for piece in pieces):

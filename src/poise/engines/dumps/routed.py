@@ -4,9 +4,13 @@ SGLang (``--enable-return-routed-experts``; state_capturer/routed_experts.py, ro
     ``meta_info.routed_experts``, in OpenAI answers ``sglext.routed_experts``: base64 of little-endian int32 (or
     ``routed_experts_dtype``) [prompt + completion - 1, num_hidden_layers, K]; dense layers are zeros. A prefix may be
     missing (``routed_experts_start_len``).
-vLLM (``--enable-return-routed-experts``; fused_moe/routed_experts_capturer.py)
-    ``prompt_routed_experts`` [prompt, layers, K] and ``choices[i].routed_experts`` [completion or one less, layers, K],
-    as nested lists or base64 of an ``.npy``; earlier versions give both parts in the latter. Captured before EPLB maps.
+vLLM (``--enable-return-routed-experts``; fused_moe/routed_experts_capturer.py, read in the 0.32.0 wheel)
+    ``choices[i].routed_experts``: base64 of an ``.npy``, uint8 up to 256 experts, else uint16, of shape
+    [prompt + completion - 1, num_hidden_layers, K]: prompt and answer in one, the last token was not forwarded; dense
+    layers are zeros. The first tokens of the prompt may be missing (``routed_experts_prompt_start``). The choices of
+    one prompt (``n``) repeat its rows; several prompts of one request are choices too. Earlier releases (0.21) had
+    ``prompt_routed_experts`` [prompt, MoE layers, K] beside choices of the answer's rows alone, as nested lists or
+    ``.npy``. Captured before EPLB maps.
 
 One answer, a list of them, or one a line.
 """
@@ -22,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
+from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts, routed_picks
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, integer_npy, whole
 from poise.errors import TraceError
@@ -63,18 +67,20 @@ def _has_routes(answer: dict[str, Any]) -> bool:
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """All answers of all files as one trace, a request each."""
     engines: set[str] = set()
-    pieces: list[tuple[NDArray[np.int16], int]] = []
-    silent = 0
+    pieces: list[tuple[NDArray[np.int16], int | None]] = []
+    silent = shared = 0
     for part in parts:
         answers = part.value if isinstance(part.value, list) else [part.value]
         for number, answer in enumerate(answers):
             if not isinstance(answer, dict) or not _has_routes(answer):
                 silent += 1
                 continue
-            for found in _answers(answer, f"{part.name}, answer {number}"):
-                experts_TLK, decoded, engine = _rows(found, options)
-                engines.add(engine)
-                pieces.append((experts_TLK, decoded))
+            found = list(_answers(answer, f"{part.name}, answer {number}"))
+            held = [_rows(choice, options) for choice in found]
+            engines.update(engine for _, _, engine in held)
+            own = _own_rows(answer, found, [(experts, decoded) for experts, decoded, _ in held])
+            shared += sum(len(experts) for experts, _, _ in held) - sum(len(experts) for experts, _ in own)
+            pieces += own
     pieces = [piece for piece in pieces if len(piece[0])]
     if not pieces:
         raise TraceError("no answer has routed experts", hint="start the engine with --enable-return-routed-experts")
@@ -85,12 +91,20 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(f"answers of [layers, experts a token] {list(shapes[0])} and {list(shapes[1])}")
     notes = [f"{silent} answers without routed experts were left out"] if silent else []
     request_T = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _ in pieces])
-    decode_T = np.concatenate([np.arange(len(piece)) >= len(piece) - decoded for piece, decoded in pieces])
+    if shared:
+        notes.append(f"choices of one prompt repeat it: {shared} of its tokens were counted once")
+    unknown = sum(decoded is None for _, decoded in pieces)
+    if unknown:
+        notes.append(f"{unknown} answers do not say how long their prompts are: all tokens are taken for prefill")
+    decode_T = np.concatenate(
+        [np.arange(len(piece)) >= len(piece) - (0 if unknown else decoded or 0) for piece, decoded in pieces]
+    )
     engine = engines.pop()
     rows, ids, said = decoder_layers(shapes[0][0], options.model, "an answer")
     if options.model is None:
         rows, ids, said = _busy_layers([piece for piece, _ in pieces], engine)
-    experts_TLK = np.concatenate([piece[:, rows] for piece, _ in pieces])
+    experts_TLK, more = routed_picks(np.concatenate([piece[:, rows] for piece, _ in pieces]), options)
+    notes += more
     del pieces
     # An engine that masks identity experts leaves holes in a layer; a token that was not captured lacks whole layers.
     absent_TL = (experts_TLK < 0).all(axis=2) if options.zeros else (experts_TLK < 0).any(axis=2)
@@ -158,8 +172,8 @@ def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
         yield one(prompt, held.get(KEY), held.get("routed_experts_dtype"), counts)
 
 
-def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int, str]:
-    """Experts of an answer, [rows, layers, K], how many of the last rows were decoded, and the engine."""
+def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int | None, str]:
+    """Experts of an answer, [rows, layers, K]; how many of the last rows were decoded, None: unknown; the engine."""
     try:
         routed = _decode(found.routed, found.dtype)
         prompt = _decode(found.prompt, found.dtype)
@@ -232,11 +246,74 @@ def _flat(flat: NDArray[np.int16], found: _Answer, options: ReadOptions) -> tupl
     return rows, min(decoded, len(rows))
 
 
-def _decoded(rows: int, found: _Answer) -> int:
-    """How many of vLLM's rows, prompt and answer in one, were decoded."""
+def _decoded(rows: int, found: _Answer) -> int | None:
+    """How many of vLLM's rows, prompt and answer in one, were decoded; None: the answer does not say."""
     prompt, completion = found.prompt_tokens, found.completion_tokens
-    if prompt is None or completion is None or rows in (completion, completion - 1):
+    if prompt is None or completion is None:
+        return None
+    if rows == prompt + completion:
+        return completion
+    if rows == completion and prompt > 1:  # the answer alone
         return rows
-    if rows in (prompt + completion, prompt + completion - 1):
-        return rows - prompt
+    if completion - 1 <= rows < prompt + completion:
+        return max(0, completion - 1)
     raise TraceError(f"{rows} rows for {prompt} tokens of the prompt and {completion} of the answer")
+
+
+Rows = tuple[NDArray[np.int16], int | None]
+
+
+def _own_rows(answer: dict[str, Any], found: list[_Answer], rows: list[Rows]) -> list[Rows]:
+    """Rows of each choice of an answer, without those of a prompt that an earlier choice has.
+
+    Raises
+    ------
+    TraceError : several choices, and neither token ids nor usage tell whose prompt they hold.
+    """
+    if len(found) < 2 or found[0].prompt is not None or any(decoded is not None for _, decoded in rows):
+        return rows
+    try:
+        prompts = _prompts(answer, [len(experts) for experts, _ in rows])
+    except TraceError as error:
+        raise TraceError(f"{found[0].where}: {error.message}", hint=error.hint) from None
+    out: list[Rows] = []
+    seen: set[str] = set()
+    for (experts, _), (name, length) in zip(rows, prompts, strict=True):
+        if length is None:
+            out.append((experts, None))
+            continue
+        out.append((experts[length:] if name in seen else experts, len(experts) - length))
+        seen.add(name)
+    return out
+
+
+def _prompts(answer: dict[str, Any], rows: list[int]) -> list[tuple[str, int | None]]:
+    """Of each choice what names its prompt, and how many of its rows are the prompt's; None: it is unknown."""
+    listed = [choice for choice in answer["choices"] if isinstance(choice, dict) and _has_routes({"choices": [choice]})]
+    known = [_by_ids(answer, choice, count) for choice, count in zip(listed, rows, strict=True)]
+    if all(known):
+        return [prompt for prompt in known if prompt is not None]
+    usage = _dict(answer.get("usage"))
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    if None not in counts:
+        prompt, completion = (whole("a count of tokens", count, high=MAX_TOKENS) for count in counts)
+        total, many = sum(rows), len(rows)
+        if total == many * prompt + completion - many and min(rows) >= prompt:
+            return [("the prompt", prompt)] * many
+        if total in (completion, completion - many):  # answers alone
+            return [(str(index), 0) for index in range(many)]
+        if total == prompt + completion - many:  # a prompt each
+            return [(str(index), None) for index in range(many)]
+    raise TraceError(
+        f"{len(rows)} choices of {sum(rows)} rows: whether they share a prompt, and how long it is, is not said",
+        hint="keep usage of the answer, or ask for return_token_ids; one prompt a request",
+    )
+
+
+def _by_ids(answer: dict[str, Any], choice: dict[str, Any], rows: int) -> tuple[str, int] | None:
+    """A choice's prompt as its token ids tell it; the last token of the answer has no row."""
+    prompt, tokens = choice.get("prompt_token_ids", answer.get("prompt_token_ids")), choice.get("token_ids")
+    if not isinstance(prompt, list):
+        return None
+    length = rows - max(0, len(tokens) - 1) if isinstance(tokens, list) else len(prompt)
+    return (repr(prompt), length) if 0 <= length <= min(rows, len(prompt)) else None

@@ -30,6 +30,7 @@ from poise.engines.dumps.mapping import (
     decoder_layers,
     model_layers,
     num_experts,
+    routed_loads,
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
@@ -87,6 +88,8 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         notes.append(
             f"{(~busy).sum()} of {len(busy)} steps have no load and were left out: an unused part of the buffer"
         )
+    count, said = routed_loads(count, options, "logical_count")
+    notes += said
     experts, _ = num_experts(options, count.shape[2] - 1, "logical_count")
     if experts != count.shape[2]:
         raise TraceError(f"logical_count has {count.shape[2]} experts, the model {experts}")

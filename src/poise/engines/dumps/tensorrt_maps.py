@@ -34,9 +34,11 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     ids, notes = model_layers(sorted(rows), options.model, "initial_global_assignments")
     if not ids:
         raise TraceError(f"the map has layers {min(rows)} to {max(rows)}, none of the model's")
-    map_LS = table("initial_global_assignments", [rows[layer] for layer in ids], 2, high=MAX_EXPERTS - 1)
-    if map_LS.shape[1] != slots:
-        raise TraceError(f"num_slots is {slots}, a layer lists {map_LS.shape[1]}")
+    held = [table(f"initial_global_assignments, layer {layer}", rows[layer], 1, high=MAX_EXPERTS - 1) for layer in ids]
+    for layer, row in zip(ids, held, strict=True):
+        if len(row) != slots:
+            raise TraceError(f"num_slots is {slots}, layer {layer} lists {len(row)}")
+    map_LS = np.stack(held)
     num_experts(options, int(map_LS.max()), "the map", most=slots)
     record = SlotRecord(np.array(ids, np.int32), map_LS.astype(np.int32))
     return EngineDump("tensorrt-llm", "map", slots=record, notes=tuple(notes))

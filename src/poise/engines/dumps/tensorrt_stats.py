@@ -100,7 +100,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     experts, more = num_experts(options, largest, "the statistics")
     if counts:
         count_BLS = _table(counts, kept, notes)
-        load_BLE = count_BLS if map_LS is None else by_expert(count_BLS, map_LS, experts)
+        load_BLE = count_BLS if map_LS is None else by_expert(count_BLS, map_LS, experts, kept)
         if load_BLE.shape[2] != experts:
             raise TraceError(f"{load_BLE.shape[2]} experts are counted, the model has {experts}")
         profile = LoadProfile(load_BLE, np.array(kept, np.int32), top_k or 1, parts[0].path.parent.name)

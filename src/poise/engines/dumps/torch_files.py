@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from poise.engines.dumps.untrusted import file_size
 from poise.errors import TraceError
+from poise.files import open_regular
 from poise.observe.npz import BROKEN
 
 MAX_PICKLE_BYTES = 32 << 20
@@ -66,7 +67,7 @@ def load(path: Path, *, skip: frozenset[str] = frozenset()) -> tuple[Any, int]:
 def _check_archive(path: Path, size: int) -> int:
     """Bytes of memory that its objects may take."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, TraceError) as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
                 raise TraceError("members are compressed, torch.save stores them as they are", hint="save it anew")

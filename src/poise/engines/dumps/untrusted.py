@@ -12,35 +12,32 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from poise import jsonfile
 from poise.errors import TraceError
-from poise.observe.files import plain_size
+from poise.files import read_bounded, regular_size
 from poise.observe.trace import MAX_EXPERTS
 
 MAX_FILE_BYTES = 8 << 30
 MAX_JSON_BYTES = 128 << 20
-MAX_JSON_ROOM = 2 << 30
-"""Most bytes of memory that the values of a JSON file may take."""
-JSON_ROOM = {b"[": 64, b"{": 256, b",": 40, b'"': 32, b":": 72}
-"""What each such byte may stand for in memory: a list, a dict, a number in it, half of a text, an entry of a dict."""
 MAX_CELLS = 1 << 28
 """Most numbers of one table that is spelled out in JSON."""
 BIG = 2**31 - 1
 NPY = re.compile(
     rb"\x93NUMPY(?:\x01.(..)|[\x02\x03].(....))"
-    rb"\{'descr': '([<>|]?[iu][1248])', 'fortran_order': (True|False), "
+    rb"\{'descr': '([<>|]?(?:[iu][1248]|f[248]))', 'fortran_order': (True|False), "
     rb"'shape': \((\d{1,12}(?:, \d{1,12}){0,7}),?\), \}",
     re.DOTALL,
 )
 
 
 def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
-    """Bytes of a plain file.
+    """Bytes of a regular file.
 
     Raises
     ------
-    TraceError : no such file, or it has more than ``most`` bytes.
+    TraceError : no such file, no regular one, or it has more than ``most`` bytes.
     """
-    size = plain_size(path)
+    size = regular_size(path, TraceError)
     if size > most:
         raise TraceError(f"{size} bytes, at most {most} are read")
     return size
@@ -48,34 +45,12 @@ def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """The whole file, if it is not larger than ``most``."""
-    size = file_size(path, most)
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(size + 1)
-    except OSError as error:
-        raise TraceError(f"cannot be read: {error.strerror}") from None
-    if len(data) > size:
-        raise TraceError(f"grew beyond {size} bytes while it was read", hint="is it still being written?")
-    return data
+    return read_bounded(path, most, TraceError)
 
 
 def json_room(data: bytes) -> int:
-    """Bytes of memory that the values in some JSON can take at most, told without parsing it.
-
-    A text with one wide character takes four bytes for each of its characters.
-
-    Raises
-    ------
-    TraceError : more than MAX_JSON_ROOM.
-    """
-    room = len(data) * (1 if data.isascii() else 4)
-    room += sum(data.count(mark) * each for mark, each in JSON_ROOM.items())
-    if room > MAX_JSON_ROOM:
-        raise TraceError(
-            f"JSON of {len(data)} bytes may take {room} bytes in memory, at most {MAX_JSON_ROOM} are given",
-            hint="split it into several files",
-        )
-    return room
+    """Bytes of memory that the values in some JSON can take at most, or TraceError (:mod:`poise.jsonfile`)."""
+    return jsonfile.json_room(data, jsonfile.MAX_ROOM, TraceError)
 
 
 def parse_json(data: bytes) -> Any:
@@ -180,15 +155,15 @@ def whole(name: str, value: Any, low: int = 0, high: int = BIG) -> int:
     return value
 
 
-def integer_npy(data: bytes) -> NDArray[Any]:
-    """An array of whole numbers in numpy's own format; a view of ``data``.
+def integer_npy(data: bytes, *, floats: bool = False) -> NDArray[Any]:
+    """An array of whole numbers (or ``floats``) in numpy's own format; a view of ``data``.
 
     Raises
     ------
     TraceError : another type of array, or another size than its header claims.
     """
     match = NPY.match(data[:4096])
-    if match is None:
+    if match is None or (b"f" in match[3] and not floats):
         raise TraceError("not a numpy array of whole numbers", hint="save plain integers with numpy.save")
     width, raw = (2, match[1]) if match[1] is not None else (4, match[2])
     start = 8 + width + int.from_bytes(raw, "little")

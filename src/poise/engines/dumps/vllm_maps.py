@@ -1,4 +1,7 @@
-"""vLLM: reads the map files of open proposals (:mod:`poise.engines.vllm` writes them and names them)."""
+"""vLLM: reads the map files of open proposals (:mod:`poise.engines.vllm` writes them and names them).
+
+#49572 is a bare list: the expert of each slot, once for all layers, or a list a MoE layer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
+from poise.engines.dumps.bare import table_of
 from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table
@@ -15,15 +19,6 @@ from poise.errors import TraceError
 from poise.observe.trace import MAX_EXPERTS
 
 RANKS = "expert_to_ep_rank"
-
-
-def is_slots(value: Any) -> bool:
-    """#49572: expert of each slot, one list or a list a MoE layer."""
-    return isinstance(value, list) and bool(value) and (type(value[0]) is int or _is_row(value[0]))
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, list) and bool(row) and type(row[0]) is int
 
 
 def is_ranks(value: Any) -> bool:
@@ -36,15 +31,22 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if len(parts) != 1:
         raise TraceError(f"{len(parts)} maps, one is read")
     value = parts[0].value
+    devices = None
     if isinstance(value, dict):
         rank_E = table(RANKS, value[RANKS], 1, high=MAX_EXPERTS)
+        held_D = np.bincount(rank_E)
+        if held_D.size and (held_D != held_D[0]).any():
+            raise TraceError(f"ranks hold {held_D.min()} to {held_D.max()} experts", hint="all hold equally many")
+        devices = len(held_D)
         map_LS = np.argsort(rank_E, kind="stable")[None]
     else:
-        map_LS = np.atleast_2d(table("the map", value, 1, 2, high=MAX_EXPERTS - 1))
+        map_LS = table("the map", table_of(parts[0]), 1, 2, high=MAX_EXPERTS - 1)
     if not map_LS.size:
         raise TraceError("the map is empty")
+    one = isinstance(value, dict) or map_LS.ndim == 1
+    map_LS = np.atleast_2d(map_LS)
     num_experts(options, int(map_LS.max()), "the map", most=map_LS.shape[1])
-    if isinstance(value, dict) or type(value[0]) is int:
+    if one:
         if options.model is None:
             raise TraceError("one list for all layers, whose number it does not say", hint="give --model")
         ids, notes = np.array(options.model.moe_layer_ids, np.int32), list[str]()
@@ -55,5 +57,5 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     guessed = options.model is None
     if guessed:
         notes = [BY_PLACE]
-    record = SlotRecord(ids, map_LS.astype(np.int32))
+    record = SlotRecord(ids, map_LS.astype(np.int32), num_devices=devices)
     return EngineDump("vllm", "map", slots=record, layers_by_place=guessed, notes=tuple(notes))

@@ -1,0 +1,52 @@
+"""Steps of batches, cut out and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import OptionError
+from poise.observe.batch import RoutingBatch
+
+
+def steps_of(batch: RoutingBatch, rows: slice | NDArray[Any]) -> RoutingBatch:
+    """Some of a batch's steps, weighted alike."""
+    return join_steps([one_step(batch, int(b)) for b in np.arange(batch.num_steps)[rows]])
+
+
+def one_step(batch: RoutingBatch, b: int) -> RoutingBatch:
+    """One step as a batch."""
+    load, weight = batch.load_BLE[b : b + 1], np.ones(1)
+    if batch.start_B is None:
+        return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, order=batch.order)
+    rows = slice(int(batch.start_B[b]), int(batch.start_B[b + 1]))
+
+    def cut(array: NDArray[Any] | None) -> Any:
+        return None if array is None else array[rows]
+
+    start = np.array([0, rows.stop - rows.start])
+    return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, cut(batch.experts_TLK), start,
+                        cut(batch.request_T), cut(batch.home_T), batch.order)  # fmt: skip
+
+
+def join_steps(parts: Sequence[RoutingBatch]) -> RoutingBatch:
+    """Batches one after another as one, every step weighted alike; request numbers are taken to be common."""
+    head = parts[0]
+    for part in parts[1:]:
+        have = (part.load_BLE.shape[1:], part.top_k, part.has_tokens)
+        want = (head.load_BLE.shape[1:], head.top_k, head.has_tokens)
+        if have != want:
+            raise OptionError(f"steps with [layers, experts], top-k, tokens {have} follow steps with {want}")
+
+    def stack(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else np.concatenate(values)
+
+    load = stack("load_BLE")
+    sizes = [np.diff(part.start_B) for part in parts if part.start_B is not None]
+    start = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]) if head.has_tokens else None
+    return RoutingBatch(load, np.full(len(load), 1 / len(load)), head.top_k, head.layer_ids_L, stack("experts_TLK"),
+                        start, stack("request_T"), stack("home_T"), head.order)  # fmt: skip

@@ -1,0 +1,332 @@
+"""Numbers without a word about what they are: bare arrays of ``.npy``, ``.pt``, JSON and CSV.
+
+A table [layers, experts] of loads, a trace [tokens, layers] of ids (ExFlow's), a map [layers, slots] of ids and a
+placement [layers, experts] of devices look alike. One of them is taken only where the numbers leave no other; else
+both are named, and ``--format`` decides. ``{layer: {expert: tokens}}`` and ``{layer: [numbers]}`` say what their keys
+are, but not their values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.dump import EngineDump, ReadOptions
+from poise.engines.dumps.csv_text import columns_of
+from poise.engines.dumps.mapping import (
+    BY_PLACE,
+    MAX_MTP_LAYERS,
+    MAX_TABLE,
+    check_ids,
+    decoder_layers,
+    model_layers,
+    num_experts,
+)
+from poise.engines.dumps.parts import Part
+from poise.engines.dumps.untrusted import MAX_CELLS, listed, loads, whole
+from poise.errors import TraceError
+from poise.observe.npz import open_npz
+from poise.observe.ranks import Recorded, named_rank, one_workload
+from poise.observe.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile
+
+MAX_LAYERS = 2048
+"""A table of more rows is none of layers: no model comes near."""
+MAX_IDS, MANY_IDS = 4096, 1024
+"""No model has ids as high as the first; those above the second stand in tables of many choices."""
+MAX_TOP_K = 64
+LEAST_EXPERTS = 4
+"""Of fewer experts, counts may well happen to name each once."""
+MEANINGS = {
+    "load-table": {2: "loads [layers, experts]", 3: "loads [steps, layers, experts]"},
+    "exflow": {2: "expert ids [tokens, layers]", 3: "expert ids [tokens, layers, experts a token]"},
+    "vllm-49572": {2: "a map [layers, slots] of expert ids"},
+    "step-routing": {2: "expert ids [tokens, experts a token] of one layer"},
+    "": {2: "the device of each expert"},
+}
+LAYER_KEY = re.compile(r"(?:(?:model\.)?layers?[_. ]?)?(\d{1,5})")
+EXPERT_KEY = re.compile(r"(?:experts?[_. ]?)?(\d{1,5})")
+STEP_NAME = re.compile(r"\d{1,9}_(\d{1,5})")
+
+
+class AmbiguousError(TraceError):
+    """The numbers can be of several formats."""
+
+
+def is_bare(part: Part) -> bool:
+    """An array, lists of numbers, or many columns without names, and nothing else."""
+    if part.container == "npz":
+        return part.value in (["data"], ["arr_0"])
+    if part.container in ("npy", "torch") and isinstance(part.value, np.ndarray):
+        return True
+    if part.container == "csv":
+        return part.value.head is None and part.value.columns > 3
+    return part.container == "json" and _first_number(part.value)
+
+
+def _first_number(value: Any) -> bool:
+    depth = 0
+    while isinstance(value, list) and value and depth < 3:
+        value, depth = value[0], depth + 1
+    return depth > 0 and type(value) in (int, float)
+
+
+def decide(part: Part, options: ReadOptions) -> str:
+    """The name of the one format that a bare table can be of.
+
+    Raises
+    ------
+    TraceError : no format fits, or several do.
+    """
+    array = table_of(part)
+    if array.ndim == 1:
+        if part.container == "json" and _is_map(array[None], options):
+            return "vllm-49572"
+        raise TraceError(f"one row of {array.size} numbers, and no map that holds every expert", hint="docs/dumps.md")
+    found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
+    if len(found) == 1 and found[0]:
+        return found[0]
+    if not found:
+        model = "" if options.router_experts is None else f" of the model's {options.router_experts} experts"
+        raise TraceError(
+            f"numbers {_shape(array)} that are no table of loads, no ids and no map{model}",
+            hint=_other_experts(array, options) or "docs/dumps.md",
+        )
+    named = " or ".join(f"--format {name}" for name in found if name)
+    raise AmbiguousError(
+        f"numbers {_shape(array)} may be {' or '.join(MEANINGS[name][array.ndim] for name in found)}",
+        hint=f"say which: {named}",
+    )
+
+
+def _other_experts(array: NDArray[Any], options: ReadOptions) -> str:
+    """What to mend where the numbers fit another E."""
+    if options.router_experts is None or options.model is not None:
+        return "check --model, which may have identity experts beside" if options.model is not None else ""
+    free = readings(array, replace(options, num_experts=None, zero_experts=None))
+    width = array.shape[-1] if free == ["load-table"] else int(array.max(initial=0)) + 1
+    more = width - options.router_experts + options.zeros
+    return f"check --num-experts; or, with identity (zero) experts, give --zero-experts {more}" if more > 0 else ""
+
+
+def readings(array: NDArray[Any], options: ReadOptions, *, npz: bool = False, named: bool = False) -> list[str]:
+    """Names of formats that numbers [A, B] or [A, B, C] can be of; ``""``: devices of experts.
+
+    Parameters
+    ----------
+    array : the numbers.
+    options : E, K and the model, where they are known.
+    npz : an archive with this array alone, which is how one layer's ids come.
+    named : the file's name tells that layer.
+    """
+    ids = array.dtype.kind in "iu" and array.size > 0 and int(array.min()) >= 0
+    found = ["load-table"] if _may_be_loads(array, options) else []
+    if not ids:
+        return found
+    if npz:
+        step = array.ndim == 2 and _distinct(array) and _may_be_ids(array, options)
+        return (["step-routing"] if named else [*found, "step-routing"]) if step else found
+    if array.ndim == 2 and _is_map(array, options):
+        sure = int(array.max()) + 1 >= LEAST_EXPERTS and not _is_devices(array)
+        return ["vllm-49572"] if sure else [*found, "vllm-49572", *([""] if _is_devices(array) else [])]
+    if _may_be_tokens(array, options):
+        found.append("exflow")
+    if array.ndim == 2 and _is_devices(array):
+        found.append("")
+    return found
+
+
+def _layers_fit(layers: int, options: ReadOptions) -> bool:
+    if options.model is None:
+        return layers <= MAX_LAYERS
+    return any(
+        0 <= layers - n <= MAX_MTP_LAYERS for n in (options.model.num_hidden_layers, len(options.model.moe_layer_ids))
+    )
+
+
+def _may_be_loads(array: NDArray[Any], options: ReadOptions) -> bool:
+    layers, experts = array.shape[-2:]
+    if not array.size or array.min() < 0 or experts > MAX_EXPERTS:
+        return False
+    return _layers_fit(layers, options) and options.router_experts in (None, experts) and experts > 1
+
+
+def _may_be_ids(array: NDArray[Any], options: ReadOptions) -> bool:
+    """Below E; without it, no higher than any model's, and not far more experts than there are choices."""
+    top, known = int(array.max()), options.router_experts
+    return top < known if known else top < MAX_IDS and (top < MANY_IDS or top < 4 * array.size)
+
+
+def _may_be_tokens(array: NDArray[Any], options: ReadOptions) -> bool:
+    """Ids of tokens; a record may keep fewer experts a token than the model has."""
+    if array.ndim == 3 and (array.shape[2] > (options.k or MAX_TOP_K) or not _distinct(array)):
+        return False
+    return _may_be_ids(array, options) and _layers_fit(array.shape[1], options)
+
+
+def _distinct(array: NDArray[Any]) -> bool:
+    """Whether a token's experts, the last axis, are different ones, as a router chooses them."""
+    if array.shape[-1] > MAX_TOP_K:
+        return False
+    ordered = np.sort(array, axis=-1)
+    return not (ordered[..., 1:] == ordered[..., :-1]).any()
+
+
+def _is_map(array: NDArray[Any], options: ReadOptions) -> bool:
+    """Every row holds every expert."""
+    top = int(array.max()) if array.size and array.dtype.kind in "iu" else -1
+    experts = options.router_experts or top + 1
+    if not 0 < experts <= array.shape[1] or top >= experts or int(array.min()) < 0 or len(array) > MAX_LAYERS:
+        return False
+    return all(len(np.unique(row)) == experts for row in array)
+
+
+def _is_devices(array: NDArray[Any]) -> bool:
+    """Every row has the numbers of all devices, each as often: where experts of even shares lie."""
+    devices = int(array.max()) + 1
+    share, rest = divmod(array.shape[1], devices)
+    if rest or share < 2 or devices < 2 or len(array) > MAX_LAYERS:
+        return False
+    return all((np.bincount(row, minlength=devices) == share).all() for row in array.astype(np.int64))
+
+
+def _shape(array: NDArray[Any]) -> str:
+    return f"{list(array.shape)} from {array.min():g} to {array.max():g}" if array.size else f"{list(array.shape)}"
+
+
+def table_of(part: Part) -> NDArray[Any]:
+    """A file's numbers, of one to three dimensions."""
+    if part.container == "npz":
+        with open_npz(part.path) as archive:
+            header = archive.header(part.value[0])
+            header.require((None, None), (None, None, None), kinds="iuf")
+            return archive.read(header)
+    array = part.value
+    if part.container in ("csv", "json"):
+        text = part.container == "csv"
+        found = columns_of(part.name, array, range(array.columns)) if text else loads(part.name, array, 1, 2, 3)
+        whole_numbers = (found == np.floor(found)).all() if found.size else False
+        return found.astype(np.int64) if whole_numbers and np.abs(found).max() < 2**53 else found
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf" or array.ndim not in (1, 2, 3):
+        raise TraceError(f"{part.name} is no table of numbers in 1 to 3 dimensions")
+    return array
+
+
+def is_nested(value: Any) -> bool:
+    """``{layer: {expert: tokens}}``, or ``{layer: [numbers]}``."""
+    return (
+        isinstance(value, dict) and 0 < len(value) <= 65_536 and all(LAYER_KEY.fullmatch(str(key)) for key in value)
+        and all(_is_row(row) for row in value.values())
+    )  # fmt: skip
+
+
+def _is_row(row: Any) -> bool:
+    if isinstance(row, dict):
+        return bool(row) and bool(EXPERT_KEY.fullmatch(str(next(iter(row)))))
+    return (isinstance(row, list) and _first_number(row[:1])) or (isinstance(row, np.ndarray) and row.ndim == 1)
+
+
+def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """Loads of all files; layers by place where the table does not name them.
+
+    Files of several ranks are read by :func:`poise.observe.ranks.one_workload`.
+    """
+    if any(isinstance(part.value, dict) for part in parts):
+        return _read_nested(parts, options)
+    steps = []
+    for part in parts:
+        array = table_of(part)
+        if array.ndim == 1:
+            raise TraceError(f"{part.name} has one row; loads are [layers, experts] or [steps, layers, experts]")
+        steps.append(loads(part.name, array, 2, 3).reshape(-1, *array.shape[-2:]))
+        if steps[-1].shape[1:] != steps[0].shape[1:] or sum(step.size for step in steps) > MAX_TABLE:
+            raise TraceError(
+                f"{part.name} has [layers, experts] {list(steps[-1].shape[1:])}, {parts[0].name} "
+                f"{list(steps[0].shape[1:])}, at most {MAX_TABLE} numbers together"
+            )
+    files = [Recorded(part.name, named_rank(part.path), step) for part, step in zip(parts, steps, strict=True)]
+    load_BLE, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
+    width = load_BLE.shape[2]
+    if options.router_experts not in (None, width):
+        raise TraceError(
+            f"{parts[0].name} has {width} experts a layer, the model {options.router_experts}", hint="check --model"
+        )
+    rows, ids, notes = decoder_layers(load_BLE.shape[1], options.model, parts[0].name)
+    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
+    guessed, recorded = options.model is None, load_BLE.shape[1]
+    return EngineDump("plain", "load-table", profile=profile, recorded_layers=recorded, layers_by_place=guessed,
+                      notes=(*([BY_PLACE] if guessed else []), *added, *notes))  # fmt: skip
+
+
+def _read_nested(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    found = [_nested(part) for part in parts]
+    ids, notes = model_layers(sorted({layer for rows in found for layer in rows}), options.model, parts[0].name)
+    if not ids:
+        raise TraceError(f"{parts[0].name} has no MoE layer of the model", hint="check --model")
+    largest = max(max(row) for rows in found for row in rows.values())
+    experts, said = num_experts(options, largest, parts[0].name)
+    if len(found) * len(ids) * experts > MAX_CELLS:
+        raise TraceError(f"{len(found)} files of {len(ids)} layers and {experts} experts are too many")
+    load_BLE = np.zeros((len(found), len(ids), experts))
+    for step, rows in enumerate(found):
+        for at, layer in enumerate(ids):
+            row = rows.get(layer, {})
+            load_BLE[step, at, list(row)] = list(row.values())
+    if options.format is None:
+        lists = any(not isinstance(row, dict) for part in parts for row in part.value.values())
+        _refuse_ids(parts[0].name, load_BLE[:, load_BLE.any(axis=(0, 2))].reshape(-1, experts), options, lists=lists)
+    files = [Recorded(part.name, named_rank(part.path), load[None]) for part, load in zip(parts, load_BLE, strict=True)]
+    together, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
+    profile = LoadProfile(together, np.array(ids, np.int32), options.k or 1, parts[0].name)
+    return EngineDump("plain", "load-table", profile=profile, notes=(*notes, *said, *added))
+
+
+def _refuse_ids(name: str, loads_LE: NDArray[np.float64], options: ReadOptions, *, lists: bool) -> None:
+    """Raise AmbiguousError where numbers may be no tokens: devices, or, in lists, ids of experts."""
+    if not loads_LE.size or (loads_LE != np.floor(loads_LE)).any():
+        return
+    whole_LE = loads_LE.astype(np.int64)
+    devices, ids = _is_devices(whole_LE), lists and _may_be_ids(whole_LE, options)
+    if devices or ids:
+        raise AmbiguousError(
+            f"{name} may be tokens of each expert, or {'ids of experts' if ids else MEANINGS[''][2]}: numbers from "
+            f"{whole_LE.min()} to {whole_LE.max()}",
+            hint="if they are tokens, say so: --format load-table",
+        )
+
+
+def _nested(part: Part) -> dict[int, dict[int, float]]:
+    if not is_nested(part.value):
+        raise TraceError(f"{part.name} is not {{layer: {{expert: tokens}}}}")
+    out: dict[int, dict[int, float]] = {}
+    lengths = {len(row) for row in part.value.values() if not isinstance(row, dict)}
+    if len(lengths) > 1:
+        raise TraceError(f"{part.name} has {min(lengths)} to {max(lengths)} numbers a layer, loads have one an expert")
+    for key, row in part.value.items():
+        layer = _number(LAYER_KEY, key)
+        named = row if isinstance(row, dict) else dict(enumerate(row.tolist() if isinstance(row, np.ndarray) else row))
+        experts = {_number(EXPERT_KEY, name): _tokens(value) for name, value in named.items()}
+        if len(experts) != len(named) or layer in out:
+            raise TraceError(f"{part.name}: layer {layer} is named twice, or an expert of it")
+        out[layer] = experts
+    check_ids(part.name, list(out))
+    return out
+
+
+def _number(pattern: re.Pattern[str], key: Any) -> int:
+    match = pattern.fullmatch(str(key))
+    if match is None:
+        raise TraceError(f"{str(key)[:40]!r} is no number of a layer or expert")
+    return whole("a layer or expert", int(match[1]), high=65_535)
+
+
+def _tokens(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TraceError(f"tokens must be numbers, got {listed([str(value)[:40]])}")
+    if not 0 <= value <= MAX_LOAD:
+        raise TraceError(f"tokens must lie in 0..{MAX_LOAD:g}, got {str(value)[:40]}")
+    return float(value)

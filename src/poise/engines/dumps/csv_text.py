@@ -1,0 +1,100 @@
+"""Text that is a table: rows of numbers between commas, semicolons or tabs, with a line of names above or without."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.errors import TraceError
+
+MAX_CSV_BYTES = 256 << 20
+MARKS = (",", "\t", ";")
+NUMBER = re.compile(r"[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?")
+NAME = re.compile(r"[A-Za-z_][\w .()/%-]{0,60}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CsvText:
+    """A table, not yet read.
+
+    Parameters
+    ----------
+    head : names of the columns; None: there is no such line.
+    columns : how many there are.
+    mark : what stands between them.
+    body : the rows.
+    """
+
+    head: tuple[str, ...] | None
+    columns: int
+    mark: str
+    body: bytes
+
+
+def sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str] | None:
+    """Head, number of columns and mark of a table, told from how it starts; None: it is none."""
+    lines = [line.strip() for line in start.decode("utf-8", "replace").lstrip("\ufeff").splitlines() if line.strip()][
+        :2
+    ]
+    if not lines:
+        return None
+    for mark in MARKS:
+        fields = _fields(lines[0].lstrip("# "), mark)
+        if len(fields) < 2:
+            continue
+        if all(NUMBER.fullmatch(field) for field in fields):
+            return None, len(fields), mark
+        below = _fields(lines[1], mark) if len(lines) > 1 else []
+        if (all(NAME.fullmatch(field) for field in fields) and len(below) == len(fields)
+                and any(NUMBER.fullmatch(field) for field in below)):  # fmt: skip
+            return tuple(fields), len(fields), mark
+    return None
+
+
+def csv_text(start: bytes, data: bytes) -> CsvText | None:
+    """The table in ``data``, of which ``start`` are the first bytes; None: it is none.
+
+    Raises
+    ------
+    TraceError : it is larger than is read.
+    """
+    found = sniff(start)
+    if found is None:
+        return None
+    if len(data) > MAX_CSV_BYTES:
+        raise TraceError(f"a table of {len(data)} bytes, at most {MAX_CSV_BYTES} are read", hint="split it")
+    body = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if found[0] is not None:
+        body = body.partition(b"\n")[2]
+    return CsvText(*found, body)
+
+
+def columns_of(name: str, text: CsvText, places: Sequence[int]) -> NDArray[np.float64]:
+    """Some columns, float64 [rows, columns].
+
+    Raises
+    ------
+    TraceError : something in them is no number, or rows differ in length.
+    """
+    try:
+        found = np.loadtxt(
+            io.TextIOWrapper(io.BytesIO(text.body), "utf-8"), delimiter=text.mark, usecols=list(places), ndmin=2,
+            quotechar='"',
+        )  # fmt: skip
+    except (ValueError, IndexError, OverflowError) as error:
+        raise TraceError(f"{name} is no table of numbers: {str(error)[:200]}") from None
+    if not len(found):
+        raise TraceError(f"{name} has no rows")
+    plain = b'"' not in text.body and b"#" not in text.body
+    if plain and text.body.count(text.mark.encode()) != len(found) * (text.columns - 1):
+        raise TraceError(f"{name} has rows of more than {text.columns} columns")
+    return found
+
+
+def _fields(line: str, mark: str) -> list[str]:
+    return [field.strip().strip("\"'").strip() for field in line.split(mark)]

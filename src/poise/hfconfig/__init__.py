@@ -1,0 +1,1 @@
+"""Hugging Face configurations: what each family's keys mean (families, layers), and what a weight takes (weights)."""

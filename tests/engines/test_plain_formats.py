@@ -1,0 +1,338 @@
+"""Tables that say nothing about themselves, CSV, and lines of tracers: decided where only one reading is possible."""
+
+import gzip
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.engines import dumps
+
+from poise.engines.dumps import parts
+from poise.engines.readers import ReadOptions, read_dump
+from poise.errors import TraceError
+from poise.modelspec import from_hf_config
+from poise.observe.profile import load_LE
+
+MODEL = from_hf_config(dumps.CONFIG, name="test")
+
+
+def counts(seed=6, high=5000, shape=(6, 32)):
+    return np.random.default_rng(seed).integers(0, high, shape)
+
+
+def save(path, array):
+    """An array as .npy, .pt, .json or .csv holds it."""
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix == ".pt":
+        torch.save(torch.from_numpy(array), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(array.tolist()))
+    else:
+        np.savetxt(path, array, fmt="%d" if array.dtype.kind == "i" else "%.17g", delimiter=",")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", ".csv"])
+def test_a_table_of_counts_is_no_trace(tmp_path, suffix):
+    path = save(tmp_path / f"c{suffix}", counts())
+    dump = read_dump(path)
+    assert dump.trace is None and dump.layers_by_place and dump.profile.layer_ids.tolist() == list(range(6))
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], counts())
+    small = save(tmp_path / f"s{suffix}", counts(high=30))  # may be ids as well
+    with pytest.raises(
+        TraceError, match=r"loads \[layers, experts\].*ids \[tokens.*\nhint: .*load-table or --format exflow"
+    ):
+        read_dump(small)
+    np.testing.assert_array_equal(
+        read_dump(small, options=ReadOptions(format="load-table")).profile.load_BLE[0], counts(high=30)
+    )
+    trace = read_dump(small, options=ReadOptions(format="exflow")).trace
+    assert trace.num_layers == 32 and trace.num_tokens == 6
+    if suffix != ".csv":
+        steps = save(tmp_path / f"t{suffix}", counts(high=30, shape=(3, 6, 32)))  # no token has an expert twice
+        assert read_dump(steps).profile.num_steps == 3
+    np.testing.assert_array_equal(
+        read_dump(save(tmp_path / f"f{suffix}", counts() / 7)).profile.load_BLE[0], counts() / 7
+    )
+
+
+def test_what_is_known_of_the_model_decides(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 8, (30, 3))
+    path = save(tmp_path / "t.npy", ids)
+    with pytest.raises(TraceError, match="may be loads"):
+        read_dump(path)
+    assert read_dump(path, options=ReadOptions(MODEL)).trace.num_tokens == 30  # 30 layers are not the model's
+    assert read_dump(path, options=ReadOptions(num_experts=8)).trace.num_tokens == 30  # nor has it 3 experts
+    table = save(tmp_path / "l.npy", 4 * ids[:8].T)  # no ids of its 8 experts
+    assert read_dump(table, options=ReadOptions(MODEL)).profile.layer_ids.tolist() == dumps.MOE
+    long = save(tmp_path / "long.npy", np.random.default_rng(0).integers(0, 8, (3000, 3)))
+    assert read_dump(long).trace.num_tokens == 3000  # no model has as many layers
+    with pytest.raises(TraceError, match="no table of loads, no ids and no map of the model's 8 experts"):
+        read_dump(save(tmp_path / "n.npy", counts(shape=(7, 31))), options=ReadOptions(MODEL))
+
+
+def test_maps_and_devices_of_experts_are_neither(tmp_path):
+    rows = np.stack([np.random.default_rng(i).permutation(np.r_[:8, :2]) for i in range(3)])
+    for suffix in (".json", ".npy", ".pt"):
+        path = save(tmp_path / f"m{suffix}", rows)
+        np.testing.assert_array_equal(read_dump(path).slots.map_LS, rows)
+    where = save(
+        tmp_path / "p.pt",
+        np.stack([np.random.default_rng(i).permutation(np.repeat(np.arange(4), 4)) for i in range(3)]),
+    )
+    with pytest.raises(TraceError, match="the device of each expert"):
+        read_dump(where)
+    with pytest.raises(TraceError, match=r"may be loads.* or a map"):
+        read_dump(save(tmp_path / "two.json", np.array([[0, 1], [1, 0]])))
+    hole = save(tmp_path / "hole.json", np.r_[[[0, 1, 2, 3, 4, 4]], [[0, 1, 2, 3, 4, 5]]])
+    with pytest.raises(TraceError, match="may be loads"):  # a map would lack expert 5 of the first layer
+        read_dump(hole)
+    (tmp_path / "d.json").write_text(json.dumps({str(i): {str(e): e % 4 for e in range(8)} for i in range(3)}))
+    with pytest.raises(TraceError, match="tokens of each expert, or the device"):
+        read_dump(tmp_path / "d.json")
+    assert read_dump(tmp_path / "d.json", options=ReadOptions(format="load-table")).profile.num_experts == 8
+    assert read_dump(save(tmp_path / "one.json", np.arange(8)), options=ReadOptions(MODEL)).slots.map_LS.shape == (3, 8)
+    with pytest.raises(TraceError, match="no map that holds every expert"):
+        read_dump(save(tmp_path / "row.json", np.array([3, 9, 200])), options=ReadOptions(MODEL))
+
+
+def test_lists_under_layers(tmp_path):
+    path = tmp_path / "l.json"
+    path.write_text(
+        json.dumps({f"layer_{i}": row.tolist() for i, row in zip(dumps.MOE, counts(shape=(3, 8)), strict=True)})
+    )
+    dump = read_dump(path)
+    assert dump.profile.layer_ids.tolist() == dumps.MOE and not dump.layers_by_place
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], counts(shape=(3, 8)))
+    torch.save({2: torch.tensor([1, 7, 5]), 3: torch.tensor([1, 2, 0])}, tmp_path / "l.pt")
+    with pytest.raises(TraceError, match="tokens of each expert, or ids of experts"):
+        read_dump(tmp_path / "l.pt")
+    dump = read_dump(tmp_path / "l.pt", options=ReadOptions(format="load-table"))
+    assert dump.profile.load_BLE.tolist() == [[[1, 7, 5], [1, 2, 0]]] and dump.profile.layer_ids.tolist() == [2, 3]
+    torch.save({2: {0: 5, 3: 6}}, tmp_path / "l.pt")
+    assert read_dump(tmp_path / "l.pt").profile.load_BLE.tolist() == [[[5, 0, 0, 6]]]
+    for bad in ({"0": [1, 2], "1": [1]}, {"0": {"0": "x"}}, {"0": {"0": 1, "00": 2}}, {"0": {"0": 1}, "1": {"a": 2}}):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(TraceError):
+            read_dump(path)
+
+
+def test_one_ambiguous_file_of_a_folder_is_not_left_out(tmp_path):
+    save(tmp_path / "a.npy", counts())
+    save(tmp_path / "b.npy", counts(high=30))
+    with pytest.raises(TraceError, match=r"b\.npy.*may be"):
+        read_dump(tmp_path)
+
+
+def test_an_archive_with_one_array_says_as_little(tmp_path):
+    ids = dumps.choices(np.random.default_rng(1), 30, layers=1)[:, 0]
+    np.savez(tmp_path / "008_002.npz", data=ids)  # the name tells the layer
+    np.savez(tmp_path / "x.npz", data=ids)
+    np.savez(tmp_path / "c.npz", counts())
+    assert read_dump(tmp_path / "008_002.npz").trace.layer_ids.tolist() == [2]
+    with pytest.raises(TraceError, match=r"load-table or --format step-routing"):
+        read_dump(tmp_path / "x.npz")
+    np.testing.assert_array_equal(read_dump(tmp_path / "c.npz").profile.load_BLE[0], counts())
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    head=st.permutations(["layer", "expert", "count"]),
+    gz=st.booleans(),
+    mark=st.sampled_from(",;\t"),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_columns_come_in_any_order(tmp_path, seed, head, gz, mark):
+    load = counts(seed, shape=(3, 5))
+    load[:, 0] = load[:, 4] = 1
+    rows = [{"layer": i, "expert": e, "count": load[i, e]} for i in range(3) for e in range(5) if load[i, e]]
+    names = {"layer": "Layer Idx", "expert": '"expert_id"', "count": "num_tokens"}
+    text = "\n".join([mark.join(names[c] for c in head), *(mark.join(str(row[c]) for c in head) for row in rows)])
+    path = tmp_path / "c.csv"
+    path.write_bytes(gzip.compress(text.encode()) if gz else text.encode())
+    np.testing.assert_array_equal(read_dump(path).profile.load_BLE[0], load)
+
+
+def csv(tmp_path, text, name="c.csv", **options):
+    (tmp_path / name).write_text(text)
+    return read_dump(tmp_path / name, options=ReadOptions(**options))
+
+
+def test_steps_ranks_and_other_columns(tmp_path):
+    dump = csv(tmp_path, "step,layer,expert,count\n4,1,0,5\n9,1,1,6\n4,1,1,1\n")
+    assert dump.profile.load_BLE.tolist() == [[[5, 1]], [[0, 6]]]
+    dump = csv(tmp_path, "rank,layer,expert,count\n0,1,0,5\n1,1,1,6\n0,1,1,1\n")
+    assert dump.profile.load_BLE.tolist() == [[[5, 7]]] and "ranks 0, 1 were added up" in dump.notes[-1]
+    dump = csv(tmp_path, "phase,layer_id,expert_id,selection_count\nprefill,0,0,3\ndecode,0,0,2\ndecode,0,1,4\n")
+    assert dump.profile.load_BLE.tolist() == [[[5, 4]]] and "columns phase were not read" in dump.notes
+    for rank, (a, b) in enumerate([(5, 1), (0, 6)]):
+        csv(tmp_path, f"layer_id,expert_id,count\n3,0,{a}\n3,1,{b}\n", f"expert_distribution_rank{rank}_timestamp1.csv")
+    files = sorted(tmp_path.glob("expert_distribution*"))
+    assert read_dump(files).profile.load_BLE.tolist() == [[[5, 7]]]
+    files[1].write_bytes(files[0].read_bytes())  # ranks that share their tokens
+    assert read_dump(files).profile.load_BLE.tolist() == [[[5, 1]]]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("0,0,45\n0,1,17\n1,0,10\n1,1,4\n", r"columns may be layer, expert, count, or expert before layer"),
+        ("0,3\n1,2\n", "columns may be layer, expert, or"),
+        ("layer,expert,prob\n0,0,0.5\n0,1,0.5\n", "column 'prob' may say how many"),
+        ("layer,expert,rank\n0,0,0\n0,1,1\n", "where experts lie"),
+        ("layer,expert,count,hits\n0,0,1,2\n", "2 columns of count"),
+        ("layer,expert,count\n0,0.5,1\n", "expert must be whole numbers"),
+        ("layer,expert,count\n0,0,nan\n", "count must lie in"),
+        ("layer,expert,count\n0,-1,4\n", "expert must lie in"),
+        ("layer,expert,count\n0,1,4\n0,1,4,5\n", "more than 3 columns"),
+        ("layer,expert,count\n0,1,4\n0,x,4\n", "no table of numbers"),
+        ("expert,node\n0,1\n1,1\n", "no known format"),
+    ],
+)
+def test_csv_that_is_not_certain_is_refused(tmp_path, text, said):
+    with pytest.raises(TraceError, match=said):
+        csv(tmp_path, text)
+
+
+def test_csv_without_a_head_in_the_order_that_is_asked_for(tmp_path):
+    dump = csv(tmp_path, "0,0,45\n0,1,17\n1,0,10\n1,1,4\n", format="load-csv")
+    assert dump.profile.load_BLE.tolist() == [[[45, 17], [10, 4]]]
+
+
+def test_choices_are_tokens_only_where_that_is_certain(tmp_path):
+    rng = np.random.default_rng(2)
+    tokens = dumps.choices(rng, 6)
+
+    def text(chosen):
+        return "layer,expert\n" + "".join(f"{i},{e}\n" for t in chosen for i, ids in enumerate(t) for e in ids)
+
+    np.testing.assert_array_equal(csv(tmp_path, text(tokens), top_k=2).trace.experts, tokens)
+    for chosen, options in (
+        (tokens, {}),
+        (tokens, {"top_k": 1}),
+        (np.concatenate([tokens[:3], tokens[3:]], axis=2), {"top_k": 2}),
+    ):
+        dump = csv(tmp_path, text(chosen), num_experts=8, **options)  # K unknown, another, two tokens a pass
+        assert dump.trace is None and "not certain" in "".join(dump.notes)
+        np.testing.assert_array_equal(dump.profile.load_BLE[0], load_LE(tokens, 8))
+    twice = tokens.copy()
+    twice[4, 1] = 3
+    assert csv(tmp_path, text(twice), top_k=2).trace is None
+    dump = csv(tmp_path, text(tokens).partition("\n")[2], num_experts=8)  # no head, as the tool writes it
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], load_LE(tokens, 8))
+
+
+def lines(tmp_path, rows):
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path / "r.jsonl"
+
+
+def test_ranks_of_a_step_are_one_pass(tmp_path):
+    rng = np.random.default_rng(3)
+    place = tmp_path / "r"
+    place.mkdir()
+    known = dumps.router_lines(place, rng)
+    trace = read_dump(place, options=ReadOptions(num_experts=8)).trace
+    np.testing.assert_array_equal(trace.experts, known.experts_TLK)
+    assert trace.step.tolist() == [0] * 7 + [1] * 2 + [2] * 6
+    assert trace.home.tolist() == [0] * 3 + [1] * 4 + [0] * 2 + [0] + [1] * 5
+    row = {"step": 0, "layer": 0, "rank": 0, "indices": [[0, 1], [2, 3]]}
+    dump = read_dump(lines(tmp_path, [row, {**row, "rank": 1}]))
+    assert dump.trace.num_tokens == 2 and "1 ranks hold the tokens of another" in dump.notes[0]
+    dump = read_dump(lines(tmp_path, [row, {**row, "rank": 1, "indices": [[1, 1]]}]))
+    assert dump.trace is None and dump.profile.load_BLE.tolist() == [[[1, 3, 1, 1]]] and dump.profile.top_k == 2
+    for bad, said in (
+        ([row, {**row, "rank": 2, "indices": [[0, 2]]}], "rank 1 has none"),
+        ([row, row], "there twice"),
+        ([row, {**row, "layer": 1, "indices": [[0, 1]]}], "depending on the layer"),
+        ([{**row, "num_tokens": 3}], "num_tokens is 3, indices have 2"),
+        ([{**row, "topk": 4}], "topk is 4, indices have 2"),
+    ):
+        with pytest.raises(TraceError, match=said):
+            read_dump(lines(tmp_path, bad))
+
+
+def test_a_map_and_its_loads_have_to_agree(tmp_path):
+    dumps.eplb_stats(tmp_path, np.random.default_rng(0))
+    path = tmp_path / "stats.json"
+    data = json.loads(path.read_text())
+    dump = read_dump(path)
+    assert dump.slots.count_BLS.sum() == dump.profile.load_BLE.sum()
+    data["per_layer_stats"][1]["logical_load"][2] += 1
+    path.write_text(json.dumps(data))
+    with pytest.raises(TraceError, match=r"slots of expert 2 have .* in layer 1, logical_load says"):
+        read_dump(path)
+
+
+def answer(sizes, prompt, rng, **more):
+    """vLLM's answer with a choice of each size, and its rows."""
+    head, tails = dumps.choices(rng, prompt), [dumps.choices(rng, size - 1) for size in sizes]
+    made = [{"index": i, "routed_experts": dumps.npy_base64(np.concatenate([head, tail]).astype(np.uint8))}
+            for i, tail in enumerate(tails)]  # fmt: skip
+    usage = {"prompt_tokens": prompt, "completion_tokens": sum(sizes)}
+    return {"choices": made, "usage": usage, **more}, head, tails
+
+
+def put(tmp_path, value):
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    return tmp_path / "a.json"
+
+
+def test_choices_of_one_prompt_count_it_once(tmp_path):
+    made, head, tails = answer((4, 2), 5, np.random.default_rng(0))
+
+    def check(value):
+        trace = read_dump(put(tmp_path, value)).trace
+        np.testing.assert_array_equal(trace.experts, np.concatenate([head, *tails]))
+        assert trace.is_decode.tolist() == [False] * 5 + [True] * 4
+
+    check(made)
+    ids = {**made, "usage": None, "prompt_token_ids": [1, 2, 3, 4, 5]}
+    check(ids)
+    two = {**made, "choices": [{**c, "prompt_token_ids": [i] * 5} for i, c in enumerate(made["choices"])]}
+    assert read_dump(put(tmp_path, two)).trace.num_tokens == 5 + 5 + 4  # two prompts in one request
+    each = {**made, "usage": {"prompt_tokens": 10, "completion_tokens": 6}}
+    dump = read_dump(put(tmp_path, each))
+    assert (
+        dump.trace.num_tokens == 14 and not dump.trace.is_decode.any() and "how long their prompts are" in dump.notes[0]
+    )
+    for value in ({**made, "usage": None}, {**made, "usage": {"prompt_tokens": 7, "completion_tokens": 6}}):
+        with pytest.raises(TraceError, match="2 choices of 14 rows: whether they share a prompt"):
+            read_dump(put(tmp_path, value))
+
+
+def test_prompts_that_start_late(tmp_path):
+    made, head, tails = answer((4,), 5, np.random.default_rng(1))
+    rows = np.concatenate([head[3:], *tails])
+    made["choices"][0]["routed_experts"] = dumps.npy_base64(rows.astype(np.uint8))
+    trace = read_dump(put(tmp_path, made)).trace
+    np.testing.assert_array_equal(trace.experts, rows)
+    assert trace.is_decode.tolist() == [False] * 2 + [True] * 3
+    made["choices"][0]["routed_experts"] = dumps.npy_base64(
+        dumps.choices(np.random.default_rng(0), 10).astype(np.uint8)
+    )
+    with pytest.raises(TraceError, match="10 rows for 5 tokens"):
+        read_dump(put(tmp_path, made))
+
+
+def test_gzip_does_not_grow_without_end(tmp_path, monkeypatch):
+    for content, said in ((b"[" + b"0," * (200 << 20), "would grow to more than"), (b"x" * 99, "neither JSON nor CSV")):
+        out = io.BytesIO()
+        with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as stream:
+            stream.write(content)
+        (tmp_path / "b.json.gz").write_bytes(out.getvalue())
+        with pytest.raises(TraceError, match=said):
+            read_dump(tmp_path / "b.json.gz")
+    monkeypatch.setattr(parts, "FREE_BYTES", 100)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'{"logical_count": [[' + b"1," * 5000 + b"1]]}"))
+    with pytest.raises(TraceError, match="packed bytes would grow to more than"):
+        read_dump(tmp_path / "b.json.gz")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(os.urandom(200))[:-9])
+    with pytest.raises(TraceError, match="not readable as gzip packs"):
+        read_dump(tmp_path / "b.json.gz")
