@@ -16,6 +16,7 @@ from poise.cost.traffic import Traffic
 from poise.errors import NoResultError, OptionError
 from poise.evaluate.compare import IN_SAMPLE, Comparison, Entry
 from poise.evaluate.compare import compare as compare_entries
+from poise.evaluate.elastic import carried_row, elastic_notes
 from poise.evaluate.rows import (
     Traffics,
     fast_rows,
@@ -69,10 +70,14 @@ def deal_slots(num_experts: int, redundant: int, num_devices: int) -> NDArray[np
     return slots
 
 
+def _machine(cluster: str | Path | Cluster) -> Cluster:
+    return cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster)
+
+
 def _settings(
     batch: RoutingBatch, cluster: str | Path | Cluster, model: str | ModelSpec | None, traffic: Traffic | None
 ) -> tuple[Cluster, ModelSpec, Traffic]:
-    machine = cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster)
+    machine = _machine(cluster)
     sizes = ModelSpec.parse(model) if isinstance(model, str) else model
     sizes = sizes or ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L)
     return machine, sizes, traffic or ("home_node_dedup" if batch.has_tokens else "home")
@@ -114,7 +119,9 @@ def plan(
         filled, as no released engine knows an empty one; ``none`` lets the method leave slots empty.
     tokens_per_step, order, seed : how the trace is batched into steps (:func:`poise.observe.batching.make_batch`).
     pooled : count slots over all layers together.
-    current, migration_steps : the placement that runs now; fetches from it are written off over so many steps.
+    current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
+        be for another number of devices: device d of it is device d of the cluster (else
+        :meth:`poise.planning.elastic.Ranks.number` first).
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
     time_limit_s : for methods that can use it.
 
@@ -156,20 +163,28 @@ def verdict(
 ) -> str | None:
     """What planning by ``method`` gains over what runs now (default: contiguous), fitted on one half of the traffic and
     judged on the other; None where the traffic cannot be halved. ``options`` as in :func:`compare`.
+
+    A current placement for another number of devices cannot be replayed on the cluster: contiguous stands for it, and
+    the sentence says so.
     """
     whole = load(trace)
     if isinstance(whole, LoadProfile) and whole.num_steps < 2:
         return None
     if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
         return None
-    if current is None and method == "contiguous":
-        return None
     if METHODS[method].pooled and options.get("engine", "any") == "any":
         options = {**options, "engine": "none"}
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
+    said = ""
+    if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
+        said = f"What runs now spans {base.num_devices} ranks and the cluster has {devices}: it cannot be replayed, "
+        said += "so contiguous stands for it. "
+        base = "contiguous"
+    if base == method:
+        return said.strip() or None
     if isinstance(whole, RoutingTrace) and options.get("order", "interleaved") == "interleaved":
         options = {"steps": VERDICT_STEPS, **options}
-    return compare(whole, cluster, placements=(base, method), **options).verdict()
+    return said + compare(whole, cluster, placements=(base, method), **options).verdict()
 
 
 def _slots(batch: RoutingBatch, machine: Cluster, redundant: int, slots: Sequence[int] | None) -> NDArray[np.int64]:
@@ -210,7 +225,8 @@ def compare(
     trace : the traffic to judge on (and, without ``fit``, its first half of requests to fit on).
     fit : traffic that named methods are fitted on.
     others : more traffic to judge on, by name, e.g. another domain.
-    placements : method names, placement files or Placements. The first row is the baseline.
+    placements : method names, placement files or Placements. The first row is the baseline. One for another number of
+        devices is carried over (:mod:`poise.planning.methods.carry`): its row and a note say so.
     fast : step-wise policies (:data:`poise.policies.registry.POLICIES`), ``"name"`` or ``"name:key=value"``; each runs
         over the placement named ``fast_over`` (default: the last of ``placements``).
     step_slots : M, slots a device that policies have beyond the placement's.
@@ -244,14 +260,18 @@ def compare(
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))
         if isinstance(item, Placement) or (item not in METHODS and Path(item).suffix == ".npz"):
-            name = item.method if isinstance(item, Placement) else Path(item).stem
-            entries.append(held_row(free_name(name, entries), _placement(item), rules, slots_D, said))
+            name, file = item.method if isinstance(item, Placement) else Path(item).stem, _placement(item)
+            if file.num_devices != machine.num_devices:
+                entries.append(carried_row(name, file, problem, prints[IN_SAMPLE], entries, said))
+            else:
+                entries.append(held_row(free_name(name, entries), file, rules, slots_D, said))
         elif item in METHODS:
             entries += planned_rows(str(item), problem, prints[IN_SAMPLE], time_limit_s, seed, said)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
+    said += elastic_notes(entries, sizes if model is not None else None)
     entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
     return compare_entries(
         batches, entries, cluster=machine, model=sizes, traffic=flow, split=chosen, slots_D=slots_D, notes=said,

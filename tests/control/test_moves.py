@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cluster import Cluster
-from poise.control.moves import Move, MoveList, Round, bounded, move_list
+from poise.control.moves import FROM_CHECKPOINT, Move, MoveList, Round, bounded, move_list, same_slots
 from poise.cost.step import batch_cost
 from poise.errors import OptionError, PlacementError
 from poise.planning.placement import EMPTY, Placement
@@ -42,19 +42,22 @@ def random_pair(seed):
 
 def simulate(before: Placement, moves: MoveList, staging: int) -> list[np.ndarray]:
     """Slots [L, S] after every round, with every invariant asserted on the way."""
-    slots = before.slot_expert_LS.copy()
-    device = before.slot_device_S
+    return simulate_slots(before.slot_expert_LS.copy(), before.slot_device_S, moves, staging)
+
+
+def simulate_slots(slots, device, moves: MoveList, staging: int) -> list[np.ndarray]:
     states = []
     for each in moves.rounds:
         assert each.moves or each.drops
-        buffers = np.zeros(before.num_devices, int)
+        buffers = np.zeros(moves.result.num_devices, int)
         touched = set()
         after = slots.copy()
         for move in each.moves:
             assert device[move.slot] == move.to_device and (move.layer, move.slot) not in touched
             touched.add((move.layer, move.slot))
             # The sender holds the expert for as long as the round lasts: old slots serve until the flip.
-            assert (slots[move.layer][device == move.from_device] == move.expert).any()
+            holders = np.unique(device[slots[move.layer] == move.expert]).tolist()
+            assert move.from_device in (holders or [FROM_CHECKPOINT])
             assert move.staged == (slots[move.layer, move.slot] != EMPTY)
             buffers[move.to_device] += move.staged
             after[move.layer, move.slot] = move.expert
@@ -63,8 +66,8 @@ def simulate(before: Placement, moves: MoveList, staging: int) -> list[np.ndarra
             touched.add((layer, slot))
             after[layer, slot] = EMPTY
         assert buffers.max() <= staging
-        for row in after:
-            assert set(range(before.num_experts)) <= set(row.tolist())
+        for old, new in zip(slots, after, strict=True):
+            assert set(old.tolist()) - {EMPTY} <= set(new.tolist())
         slots = after
         states.append(slots.copy())
     return states
@@ -85,6 +88,80 @@ def test_every_state_on_the_way_serves_and_nothing_is_fetched_twice(part):
         assert moves.fetched == before.diff(after).fetched and moves.moved_bytes == 7.0 * moves.fetched
         if (before.count_LED() == after.count_LED()).all():
             assert not moves.rounds
+
+
+def random_change(seed):
+    """Placements of other devices and slots; which devices are lost; slots before, on the devices and slots of both."""
+    rng = np.random.default_rng(seed)
+    experts, layers = int(rng.integers(2, 10)), int(rng.integers(1, 4))
+    pair = []
+    for devices in rng.integers(1, 7, 2).tolist():
+        slots = random_slots(rng, experts, devices, int(rng.integers(0, min(8, experts * (devices - 1)) + 1)))
+        pair.append(random_placement(rng, layers, experts, slots, fill=rng.choice([0.0, 0.5, 1.0])))
+    before, after = pair
+    lost = list(range(after.num_devices, before.num_devices)) if rng.random() < 0.5 else []
+    devices = max(before.num_devices, after.num_devices)
+    rooms = [[int((p.slot_device_S == d).sum()) for p in pair] for d in range(devices)]
+    start = [[] for _ in range(layers)]
+    for d, room in enumerate(rooms):
+        for layer, row in enumerate(start):
+            held = before.slot_expert_LS[layer, before.slot_device_S == d].tolist() if d not in lost else []
+            row += held + [EMPTY] * (max(room) - len(held))
+    return rng, before, after, lost, np.array(start), np.repeat(np.arange(devices), [max(room) for room in rooms])
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_devices_join_leave_or_are_lost(part):
+    kinds = set()
+    for seed in range(part * 200, part * 200 + 200):
+        rng, before, after, lost, start, device = random_change(seed)
+        staging, node = int(rng.integers(1, 4)), np.sort(rng.integers(0, 3, max(before.num_devices, after.num_devices)))
+        moves = move_list(before, after, expert_bytes=7.0, staging=staging, node_D=node, lost=lost)
+        np.testing.assert_array_equal(moves.result.slot_device_S, device)
+        states = [start, *simulate_slots(start.copy(), device, moves, staging)]
+        np.testing.assert_array_equal(states[-1], moves.result.slot_expert_LS)
+        for layer in range(before.num_layers):
+            for d in range(moves.result.num_devices):
+                held = sorted(set(states[-1][layer, device == d].tolist()) - {EMPTY})
+                assert held == (sorted(after.experts_of(layer, d)) if d < after.num_devices else [])
+        diff = before.diff(after)
+        assert moves.fetched + moves.read == diff.fetched
+        unheld = {
+            (x, int(e)) for x, row in enumerate(start) for e in set(range(before.num_experts)) - set(row.tolist())
+        }
+        assert unheld == ({tuple(row) for row in diff.leaving_O2.tolist()} if lost else set())
+        assert {(m.layer, m.expert) for r in moves.rounds for m in r.moves if m.from_device < 0} == unheld
+        stays = np.bincount(after.slot_device_S, minlength=moves.result.num_devices) > 0
+        for state, each in zip(states, moves.rounds, strict=False):
+            for move in (m for m in each.moves if m.from_device not in (m.to_device, FROM_CHECKPOINT)):
+                last = [(node[s] != node[move.to_device], not stays[s])
+                        for s in (move.from_device, *device[state[move.layer] == move.expert].tolist())]  # fmt: skip
+                assert last[0] == min(last)
+        # who leaves keeps all it holds until the last flip
+        for d in range(after.num_devices, before.num_devices):
+            assert all((state[:, device == d] == start[:, device == d]).all() for state in states[:-1])
+        kinds.add((np.sign(after.num_devices - before.num_devices), bool(moves.read), bool(lost)))
+    assert len(kinds) >= 5
+
+
+def test_what_nobody_holds_is_read_before_all_else_and_counts_apart():
+    slots, device = np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), np.array([0, 1, 2, 3])
+    before, after = (
+        Placement(slots, device, 4, 4),
+        Placement(np.array([[1, 3, 0, 2, 3, EMPTY]] * 2), np.repeat([0, 1, 2], 2), 4, 3),
+    )
+    moves = move_list(before, after, expert_bytes=7.0, lost=[3])
+    assert {(m.layer, m.expert) for m in moves.rounds[0].moves if m.from_device == FROM_CHECKPOINT} == {(0, 3), (1, 3)}
+    assert moves.moved_bytes == 7.0 * moves.fetched and moves.fetched == before.diff(after).fetched - moves.read
+    # layer 0 has four moves through the one buffer of devices 0 and 1; expert 3 of layer 1 still is first
+    device = np.repeat([0, 1, 2], 2)
+    before = Placement(np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 1, 3, EMPTY]]), device, 4, 3)
+    after = Placement(np.array([[2, 3, 0, 1], [0, 1, 2, 3]]), device[:4], 4, 2)
+    first, *others = move_list(before, after, expert_bytes=7.0, lost=[2]).rounds
+    assert (1, 3, FROM_CHECKPOINT) in {(m.layer, m.expert, m.from_device) for m in first.moves} and others
+    cluster = Cluster.uniform(1, 3)
+    only = MoveList((Round((Move(0, 3, 1, FROM_CHECKPOINT, 0, False),), ()),), moves.result, 7.0, 1)
+    assert only.seconds(cluster) == 0.0 and (only.fetched, only.read) == (0, 1)
 
 
 def fewest_rounds(before, after, staging):
@@ -170,7 +247,9 @@ def test_seconds_are_those_of_the_fullest_port():
 def test_what_does_not_fit_is_refused():
     a = Placement(np.array([[0, 1, 2, EMPTY]]), np.array([0, 0, 1, 1]), 3, 2)
     with pytest.raises(PlacementError, match="2 slots before and 1 after"):
-        move_list(a, Placement(np.array([[0, 1, 2, EMPTY]]), np.array([0, 1, 1, 1]), 3, 2), expert_bytes=1.0)
+        same_slots(a, Placement(np.array([[0, 1, 2, EMPTY]]), np.array([0, 1, 1, 1]), 3, 2))
+    with pytest.raises(PlacementError, match="2 devices before and 3 after"):
+        same_slots(a, a.on_devices(3))
     with pytest.raises(PlacementError, match="cannot be compared"):
         move_list(a, Placement(np.array([[0, 1, 1, EMPTY]]), np.array([0, 0, 1, 1]), 2, 2), expert_bytes=1.0)
     for wrong in ({"staging": 0}, {"expert_bytes": 0.0}, {"expert_bytes": np.nan}, {"node_D": np.zeros(3, int)}):

@@ -47,6 +47,27 @@ def test_diff_counts_what_must_be_fetched(a, b):
     assert a.diff(a).fetched == a.diff(a).dropped == 0
 
 
+@given(placements(devices=2), placements(devices=4), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_diff_of_more_and_of_fewer_devices(a, b, shrink):
+    old, new = (b, a) if shrink else (a, b)
+    diff, layers, experts = old.diff(new), range(2), range(5)
+    have = {(x, e, d) for x in layers for d in range(old.num_devices) for e in old.experts_of(x, d)}
+    want = {(x, e, d) for x in layers for d in range(new.num_devices) for e in new.experts_of(x, d)}
+    assert {tuple(row) for row in diff.fetches_F3.tolist()} == want - have
+    assert diff.fetched == len(want - have) == diff.fetched_L.sum() and diff.dropped == len(have - want)
+    assert diff.fetched_D.tolist() == [sum(d == at for _, _, d in want - have) for at in range(new.num_devices)]
+    stays = {(x, e) for x, e, d in have if d < new.num_devices}
+    assert {tuple(row) for row in diff.leaving_O2.tolist()} == {(x, e) for x in layers for e in experts} - stays
+
+
+def test_other_layers_or_experts_have_no_diff():
+    a = Placement.from_devices([[0, 1], [1, 0]], 2)
+    for other in ([[0, 1]], [[0, 1, 1], [1, 0, 0]]):
+        with pytest.raises(PlacementError, match="cannot be compared"):
+            a.diff(Placement.from_devices(other, 3))
+
+
 def test_slots_of_a_device_may_be_renumbered_for_nothing():
     device = np.array([0, 0, 1, 1])
     a = Placement(np.array([[0, 1, 2, 3]]), device, 4, 2)

@@ -6,17 +6,21 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cluster import Cluster
 from poise.cost.split import SPLITS
 from poise.cost.traffic import TRAFFIC_MODELS
+from poise.errors import OptionError
 from poise.evaluate.rows import fewer_words
+from poise.modelspec import ModelSpec
 from poise.observe.batching import ORDERS
+from poise.planning.elastic import Ranks
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
 from poise.words import percent
@@ -36,7 +40,12 @@ def plan(
     order: o.StepOrder = "interleaved",
     pooled: Annotated[bool, typer.Option("--pooled", help="Count slots over all layers together (MoETuner).")] = False,
     current: Annotated[
-        Path | None, typer.Option("--current", help="The placement that runs now; moves from it are priced.")
+        Path | None,
+        typer.Option("--current", help="The placement that runs now, on as many devices or not; moves are priced."),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="OLD:NEW of ranks of --current that stay, as in 0:0,1:1,3:2. Default: same numbers."),
     ] = None,
     migration_steps: Annotated[float, typer.Option(help="Steps over which those moves are written off.")] = 1000.0,
     risk: Annotated[str, typer.Option(help="mean, worst or cvar over steps or recorded workloads.")] = "mean",
@@ -53,28 +62,33 @@ def plan(
     """
     with o.errors():
         o.writable(output)
+        running = _renumber(current, ranks, cluster)
+        now = None if running is None else running[0]
         with o.progress() as report:
             solution = api.plan(
                 list(traces), cluster, redundant=redundant, method=method, model=model,
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), pooled=pooled,
-                current=current, migration_steps=migration_steps, risk=o.one_of("risk", risk, RISKS),
+                current=now, migration_steps=migration_steps, risk=o.one_of("risk", risk, RISKS),
                 time_limit_s=time_limit, seed=seed, engine=engine, progress=report,
             )  # fmt: skip
             said = None
             if verdict and not pooled:
                 said = api.verdict(
-                    list(traces), cluster, method=method, current=current, redundant=redundant, model=model,
+                    list(traces), cluster, method=method, current=now, redundant=redundant, model=model,
                     traffic=traffic, split=split, engine=engine, tokens_per_step=tokens_per_step, order=order,
                     time_limit_s=time_limit / 2, seed=seed, progress=report,
                 )  # fmt: skip
         _with_command(solution.placement).save(output)
+        moves, devices = _moves(running, solution, model), solution.placement.num_devices
         if json:
-            o.print_json({**_json(solution), "verdict": said})
+            o.print_json({**_json(solution), "moves": moves, "verdict": said})
         else:
             _show(solution)
+            _show_moves(moves)
             if said:
-                o.out.print(f"Over what runs now, fitted on one half of the traffic and judged on the other. {said}")
+                over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
+                o.out.print(f"{over} on one half of the traffic and judged on the other. {said}")
         o.talk.print(f"wrote {output}")
 
 
@@ -83,6 +97,46 @@ def _with_command(placement: Placement) -> Placement:
     assert placement.fitted is not None
     about = {**placement.fitted.about, "command": shlex.join(["poise", *sys.argv[1:]])}
     return replace(placement, fitted=replace(placement.fitted, about=about))
+
+
+def _renumber(current: Path | None, ranks: str | None, cluster: str) -> tuple[Placement, Ranks] | None:
+    """The placement in use, in the numbers of the cluster's ranks, and which rank of it is which."""
+    if current is None:
+        if ranks is not None:
+            raise OptionError("--ranks says which rank of --current is which", hint="give --current")
+        return None
+    placement = Placement.load(current)
+    change = Ranks.parse(ranks, placement.num_devices, Cluster.parse(cluster).num_devices)
+    return placement if ranks is None else change.number(placement), change
+
+
+def _moves(running: tuple[Placement, Ranks] | None, solution: Solution, model: str | None) -> dict[str, Any] | None:
+    """What going from the placement in use to the new one fetches; bytes only where the model is named."""
+    if running is None:
+        return None
+    placement, ranks = running
+    diff = placement.diff(solution.placement)
+    each = None if model is None else ModelSpec.parse(model).expert_bytes
+    return {
+        "ranks_before": len(ranks.new_O), "ranks_after": ranks.num_new, "join": ranks.join, "leave": ranks.leave,
+        "fetched": diff.fetched, "moved_bytes": None if each is None else diff.moved_bytes(each),
+        "dropped": diff.dropped, "fetched_by": diff.fetched_D.tolist(),
+        "held_by_none_that_stays": len(diff.leaving_O2),
+    }  # fmt: skip
+
+
+def _show_moves(moves: dict[str, Any] | None) -> None:
+    if moves is None:
+        return
+    size, only = moves["moved_bytes"], moves["held_by_none_that_stays"]
+    text = f"From what runs now {moves['fetched']} experts to fetch"
+    text += f"{'' if size is None else f', {size / 2**30:.2f} GiB'}; {moves['dropped']} copies go"
+    if moves["join"] or moves["leave"]:
+        join = sum(moves["fetched_by"][rank] for rank in moves["join"])
+        text = f"{moves['ranks_before']} ranks before, {moves['ranks_after']} after. {text}"
+        text += f". Onto ranks that stay {moves['fetched'] - join}, onto ranks that join {join}"
+        text += f"; {only} experts lie on no rank that stays" if only else ""
+    o.out.print(f"{text}. Who fetches what from whom: poise diff.")
 
 
 def _json(solution: Solution) -> dict[str, object]:

@@ -15,13 +15,16 @@ Step 2  A round takes chains, devices with most to come first, until no staging 
         and a cycle is a chain of its own arrivals. Hence it ends, and nothing is fetched twice.
 Step 3  Senders: holders at the start of the round; the receiver's own node first, then the one that has sent least.
 
+Devices may join and leave, and have other slots after than before (:mod:`poise.control.common`): one that leaves keeps
+what it holds to the last round, so it can send throughout, after others equally near. Devices that are lost cannot:
+what only they held is read from the checkpoint, before all else.
+
 Rounds are few, not proven fewest. An expert twice on a device is copied there without a fetch.
 :func:`bounded` takes the chains, one by one, that lower the modelled seconds most per fetched expert.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cluster import Cluster
+from poise.control.chains import Link, Work
+from poise.control.common import CHECKPOINT, STAYS, common
 from poise.cost.links import PortLoad, latency_seconds, port_seconds
 from poise.cost.split import even_share
 from poise.cost.step import batch_cost
@@ -45,6 +50,10 @@ MOST_LEAVERS = 4
 """Leavers of a full device that are tried for each arrival."""
 
 
+FROM_CHECKPOINT = -1
+"""Sender of an expert that no device holds any more."""
+
+
 class Move(NamedTuple):
     """One expert of one layer to one slot; ``staged``: by way of a staging buffer, since the slot is in use."""
 
@@ -56,14 +65,6 @@ class Move(NamedTuple):
     staged: bool
 
 
-class Link(NamedTuple):
-    """One part of a chain: an expert arrives at a device, another one (or EMPTY: none) leaves it."""
-
-    expert: int
-    device: int
-    leaver: int
-
-
 class Round(NamedTuple):
     """Moves that run and take effect together, and the slots (layer, slot) that are empty from then on."""
 
@@ -73,7 +74,10 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoveList:
-    """Rounds in order, and the placement they lead to: ``after``, slots renumbered inside devices."""
+    """Rounds in order, and the placement they lead to: ``after``, slots renumbered inside devices.
+
+    Where devices or slots change, ``result`` has all devices and slots of before and after, those that go empty.
+    """
 
     rounds: tuple[Round, ...]
     result: Placement
@@ -83,7 +87,12 @@ class MoveList:
     @property
     def fetched(self) -> int:
         """Experts that go from a device to another."""
-        return sum(move.from_device != move.to_device for each in self.rounds for move in each.moves)
+        return sum(move.from_device != move.to_device for each in self.rounds for move in each.moves) - self.read
+
+    @property
+    def read(self) -> int:
+        """Experts that are read from the checkpoint."""
+        return sum(move.from_device == FROM_CHECKPOINT for each in self.rounds for move in each.moves)
 
     @property
     def moved_bytes(self) -> float:
@@ -91,11 +100,11 @@ class MoveList:
         return self.fetched * self.expert_bytes
 
     def seconds(self, cluster: Cluster) -> float:
-        """Link seconds of all rounds, one after the other: latency and the fullest port of each."""
+        """Link seconds of all rounds, one after the other: latency and the fullest port of each; reading costs none."""
         port = np.zeros((4, len(self.rounds), cluster.num_devices))
         for at, each in enumerate(self.rounds):
             for _, _, _, source, target, _ in each.moves:
-                if source != target:
+                if source not in (target, FROM_CHECKPOINT):
                     kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
                     port[[kind, kind + 1], at, [source, target]] += 1
         busy = port.any(axis=(0, 2))
@@ -107,82 +116,11 @@ class MoveList:
         return f"MoveList({len(self.rounds)} rounds, {size}, at most {self.staging} staged a device and round)"
 
 
-class Work:
-    """One layer: where experts are (``have_ED``) and shall be (``want_ED``), who comes and leaves on each device."""
-
-    def __init__(self, have_ED: NDArray[Any], want_ED: NDArray[Any]) -> None:
-        self.have_ED, self.want_ED = have_ED.astype(np.int64), want_ED.astype(np.int64)
-        self.copies_E: list[int] = have_ED.sum(axis=1).tolist()
-        self.comers_D = [set(np.flatnonzero(column).tolist()) for column in (want_ED > have_ED).T]
-        self.leavers_D = [set(np.flatnonzero(column).tolist()) for column in (want_ED < have_ED).T]
-
-    def change(self, expert: int, device: int, by: int) -> None:
-        """One slot more of an expert that comes (1), or less of one that leaves (-1)."""
-        self.have_ED[expert, device] += by
-        self.copies_E[expert] += by
-        if self.have_ED[expert, device] == self.want_ED[expert, device]:
-            (self.comers_D if by > 0 else self.leavers_D)[device].discard(expert)
-
-    def apply(self, chain: Sequence[Link]) -> None:
-        """Arrivals, then leavers."""
-        for link in chain:
-            self.change(link.expert, link.device, 1)
-        for link in chain:
-            if link.leaver != EMPTY:
-                self.change(link.leaver, link.device, -1)
-
-    def chain(
-        self, expert: int, device: int, room_D: Sequence[int], budget_D: Sequence[int], *, leaver: int | None = None
-    ) -> list[Link]:
-        """Shortest chain that lets an expert arrive at a device (step 1); empty if there is none.
-
-        ``room_D``, ``budget_D``: empty slots, staging buffers left; ``leaver``: what must leave the first device.
-        """
-        came: dict[int, tuple[int, int]] = {device: (expert, -1)}
-        queue = deque([device])
-        while queue:
-            d = queue.popleft()
-            forced = leaver if d == device else None
-            if room_D[d] > 0 and forced is None:
-                return _unroll(came, d, EMPTY)
-            if budget_D[d] < 1:
-                continue
-            leavers = sorted(self.leavers_D[d]) if forced is None else [forced]
-            for x in leavers:
-                if self.copies_E[x] > 1 or x == expert:
-                    return _unroll(came, d, x)
-            for x in leavers:
-                for target in [other for other, comers in enumerate(self.comers_D) if x in comers]:
-                    if target not in came:
-                        came[target] = (x, d)
-                        queue.append(target)
-        return []
-
-    def surplus(self) -> list[tuple[int, int]]:
-        """Let leavers go that nothing will replace and that have another copy; (expert, device) of each."""
-        gone = []
-        for d, leavers in enumerate(self.leavers_D):
-            spare = int(self.have_ED[:, d].sum() - self.want_ED[:, d].sum())
-            for x in sorted(leavers):
-                while spare > 0 and self.copies_E[x] > 1 and self.have_ED[x, d] > self.want_ED[x, d]:
-                    self.change(x, d, -1)
-                    gone.append((x, d))
-                    spare -= 1
-        return gone
-
-
-def _unroll(came: dict[int, tuple[int, int]], device: int, leaver: int) -> list[Link]:
-    links = []
-    while device >= 0:
-        expert, before = came[device]
-        links.append(Link(expert, device, leaver))
-        leaver, device = expert, before
-    return links[::-1]
-
-
 def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
     """Slots of each device, int [D]; PlacementError if the placements differ in shape or in the slots of a device."""
     before.diff(after)
+    if before.num_devices != after.num_devices:
+        raise PlacementError(f"{before.num_devices} devices before and {after.num_devices} after")
     mine = np.bincount(before.slot_device_S, minlength=before.num_devices)
     theirs = np.bincount(after.slot_device_S, minlength=after.num_devices)
     if (mine != theirs).any():
@@ -192,36 +130,43 @@ def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
 
 
 def move_list(
-    before: Placement, after: Placement, *, expert_bytes: float, staging: int = 1, node_D: NDArray[Any] | None = None
-) -> MoveList:
+    before: Placement, after: Placement, *, expert_bytes: float, staging: int = 1, node_D: NDArray[Any] | None = None,
+    lost: Sequence[int] = (),
+) -> MoveList:  # fmt: skip
     """Rounds of moves that turn one placement into the other; what holds throughout: module docstring.
 
     Parameters
     ----------
-    before, after : placements with the same slots on every device.
+    before, after : placements of one model; device d of one is device d of the other.
     expert_bytes : bytes of one expert.
     staging : buffers a device, each of one expert, shared by all layers.
-    node_D : int [D], node of each device; senders of the same node are preferred.
+    node_D : int [D], node of each device of the larger placement; senders of the same node are preferred.
+    lost : devices that are gone with what they held.
 
     Raises
     ------
-    PlacementError : the placements differ in shape or in the slots of a device.
+    PlacementError : the placements differ in layers or experts.
     OptionError : no staging buffer, or expert bytes that are not above 0.
     """
     if staging < 1 or not (np.isfinite(expert_bytes) and expert_bytes > 0):
         raise OptionError(f"staging must be at least 1 and expert_bytes above 0, got {staging}, {expert_bytes}")
-    slots_D, devices = same_slots(before, after), before.num_devices
-    node = np.zeros(devices, np.int64) if node_D is None else np.asarray(node_D)
-    if node.shape != (devices,):
-        raise OptionError(f"node_D names {node.size} devices, the placements have {devices}")
-    works = [Work(*pair) for pair in zip(before.count_LED(), after.count_LED(), strict=True)]
+    both = common(before, after, lost)
+    before, devices, real = both.before, len(both.kind_D), both.real
+    node = np.zeros(real, np.int64) if node_D is None else np.asarray(node_D)
+    if node.shape != (real,):
+        raise OptionError(f"node_D names {node.size} devices, the placements have {real}")
+    node = np.append(node, [-1] * (devices - real))
+    works = [Work(*pair) for pair in zip(before.count_LED(), both.after.count_LED(), strict=True)]
     slots_of_D = [np.flatnonzero(before.slot_device_S == d).tolist() for d in range(devices)]
+    slots_D = np.array([len(slots) for slots in slots_of_D])
     slot_expert = before.slot_expert_LS.tolist()
+    staying = np.flatnonzero(both.kind_D == STAYS).tolist()
     sent_D = np.zeros(devices, np.int64)
     rounds = []
     while any(any(work.comers_D) or any(work.leavers_D) for work in works):
         held = [work.have_ED.copy() for work in works]
-        links = _fill_round(works, held, slots_D, staging)
+        links = _fill_round(works, held, slots_D, staging, real)
+        done = not any(any(work.comers_D) for work in works)
         arrivals, drops = [], []
         for layer, row in enumerate(slot_expert):
             old = list(row)
@@ -229,46 +174,52 @@ def move_list(
                 slot = next(s for s in slots_of_D[link.device] if old[s] == link.leaver and row[s] == link.leaver)
                 row[slot] = link.expert
                 arrivals.append((layer, link.expert, slot, link.device, link.leaver != EMPTY))
-            for expert, d in works[layer].surplus():
+            for expert, d in works[layer].surplus(range(devices) if done else staying):
                 slot = next(s for s in slots_of_D[d] if row[s] == expert and old[s] == expert)
                 row[slot] = EMPTY
-                drops.append((layer, slot))
-        rounds.append(Round(_senders(arrivals, held, node, sent_D), tuple(drops)))
-    result = replace(before, slot_expert_LS=np.array(slot_expert, np.int32), method=after.method)
+                drops += [(layer, slot)] * (d < real)
+        rounds.append(Round(_senders(arrivals, held, node, both.kind_D, sent_D), tuple(drops)))
+    last = int(slots_D[:real].sum())
+    result = replace(after, slot_expert_LS=np.array(slot_expert, np.int32)[:, :last], num_devices=real,
+                     slot_device_S=before.slot_device_S[:last])  # fmt: skip
     return MoveList(tuple(rounds), result, expert_bytes, staging)
 
 
 def _fill_round(
-    works: list[Work], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int
+    works: list[Work], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int, real: int
 ) -> list[list[Link]]:
-    """Step 2: the links of each layer in this round; ``works`` are as after it."""
+    """Step 2: the links of each layer in this round; ``works`` are as after it. Experts without a device come first."""
     budget = [staging] * len(slots_D)
     rooms = [(slots_D - have.sum(axis=0)).tolist() for have in held]
     links: list[list[Link]] = [[] for _ in works]
-    again = True
-    while again:
-        again = False
-        to_come = np.array([[len(comers) for comers in work.comers_D] for work in works]).sum(axis=0)
-        for d in np.argsort(-to_come, kind="stable").tolist():
-            for layer, work in enumerate(works):
-                for expert in sorted(work.comers_D[d]):
-                    if budget[d] < 1 and rooms[layer][d] < 1:
-                        break
-                    # A second copy on a device is made from the first, which must have been there.
-                    if expert not in work.comers_D[d] or (work.have_ED[expert, d] > 0 and held[layer][expert, d] == 0):
-                        continue
-                    chain = work.chain(expert, d, rooms[layer], budget)
-                    for link in chain:
-                        (rooms[layer] if link.leaver == EMPTY else budget)[link.device] -= 1
-                    work.apply(chain)
-                    links[layer] += chain
-                    again = again or bool(chain)
+    dead = [set(np.flatnonzero(~have[:, :real].any(axis=1)).tolist()) for have in held]
+    every = [set(range(len(have))) for have in held]
+    for some in filter(any, (dead, every)):
+        again = True
+        while again:
+            again = False
+            to_come = np.array([[len(comers) for comers in work.comers_D] for work in works]).sum(axis=0)
+            for d in np.argsort(-to_come, kind="stable").tolist():
+                for layer, work in enumerate(works):
+                    for expert in sorted(work.comers_D[d] & some[layer]):
+                        if budget[d] < 1 and rooms[layer][d] < 1:
+                            break
+                        # A second copy on a device is made from the first, which must have been there.
+                        twice = work.have_ED[expert, d] > 0 and held[layer][expert, d] == 0
+                        if expert not in work.comers_D[d] or twice:
+                            continue
+                        chain = work.chain(expert, d, rooms[layer], budget)
+                        for link in chain:
+                            (rooms[layer] if link.leaver == EMPTY else budget)[link.device] -= 1
+                        work.apply(chain)
+                        links[layer] += chain
+                        again = again or bool(chain)
     return links
 
 
 def _senders(
     arrivals: list[tuple[int, int, int, int, bool]], held: list[NDArray[np.int64]], node_D: NDArray[Any],
-    sent_D: NDArray[np.int64],
+    kind_D: NDArray[np.int64], sent_D: NDArray[np.int64],
 ) -> tuple[Move, ...]:  # fmt: skip
     """Step 3, those with the fewest holders first; ``sent_D`` counts over all rounds and breaks ties."""
     holders = [np.flatnonzero(held[layer][expert]) for layer, expert, *_ in arrivals]
@@ -278,9 +229,13 @@ def _senders(
         layer, expert, slot, device, staged = arrivals[at]
         source = device
         if device not in holders[at]:
-            source = min(holders[at].tolist(), key=lambda s: (node_D[s] != node_D[device], now_D[s], sent_D[s], s))
+            source = min(
+                holders[at].tolist(),
+                key=lambda s: (node_D[s] != node_D[device], kind_D[s], now_D[s], sent_D[s], s),
+            )
             now_D[source] += 1
             sent_D[source] += 1
+            source = FROM_CHECKPOINT if kind_D[source] == CHECKPOINT else source
         moves.append(Move(layer, expert, slot, source, device, staged))
     return tuple(moves)
 

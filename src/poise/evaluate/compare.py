@@ -44,6 +44,7 @@ class Entry:
     fast : a fast loop over the placement, or None: the engine's own split.
     prior_LE : float64 [L, E], loads a fast loop knows before the first step, or None.
     fitted : fingerprint of the traffic that the placement was fitted on; None: not known.
+    made_for : the placement as it was given, where it is for another number of devices than the cluster has, or None.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Entry:
     fast: FastLoop | None = None
     prior_LE: NDArray[np.float64] | None = None
     fitted: Fingerprint | None = None
+    made_for: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ keep serving correct with few buffers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +25,28 @@ class Moving:
 
     Parameters
     ----------
-    arrive_LD, leave_LD : int64 [L, D], experts that each device must fetch, and those it gives up.
+    arrive_LD, leave_LD : int64 [L, D], experts that each device must fetch, and those it gives up; D devices in all,
+        those that join or leave included.
     transfers : of each layer, who sends what to whom.
     layer_ids_L : int32 [L], decoder layers.
+    reads_LED : bool [L, E, D], arrivals that nobody can send: they are read from the checkpoint.
     """
 
     arrive_LD: NDArray[np.int64]
     leave_LD: NDArray[np.int64]
     transfers: tuple[tuple[Transfer, ...], ...]
     layer_ids_L: NDArray[np.int32]
+    reads_LED: NDArray[np.bool_]
 
     @property
     def fetched(self) -> int:
-        """Experts to fetch in all."""
+        """Experts to fetch in all, those that are read included."""
         return int(self.arrive_LD.sum())
+
+    @property
+    def read(self) -> int:
+        """Experts to read from the checkpoint."""
+        return int(self.reads_LED.sum())
 
     @property
     def dropped(self) -> int:
@@ -58,7 +67,7 @@ class Moving:
         """Experts that move inside their node, and over the network."""
         links_DD = self.links_DD()
         near = int(links_DD[cluster.node_D[:, None] == cluster.node_D[None, :]].sum())
-        return near, self.fetched - near
+        return near, self.fetched - self.read - near
 
     def seconds(self, cluster: Cluster, expert_bytes: float) -> float:
         """Seconds of the fullest port if links do nothing else, with one start-up; 0 if nothing moves."""
@@ -70,21 +79,27 @@ class Moving:
         return [int(layer) for layer in np.argsort(-arrive_L, kind="stable")[:count] if arrive_L[layer] > 0]
 
 
-def moving(before: Placement, after: Placement, node_D: NDArray[Any] | None = None) -> Moving:
+def moving(
+    before: Placement, after: Placement, node_D: NDArray[Any] | None = None, *, lost: Sequence[int] = ()
+) -> Moving:  # fmt: skip
     """Fetches from one placement to another, a sender for each.
 
-    A sender holds the expert before. One of the receiver's own node is preferred, then the one that has sent least;
-    experts with the fewest holders choose first.
+    A sender holds the expert before. One of the receiver's own node is preferred, then one that stays, then the one
+    that has sent least; experts with the fewest holders choose first. Devices keep their numbers. One with slots before
+    and none after leaves: until then it can send.
 
     Parameters
     ----------
-    node_D : int [D], node of each device; None: all are alike.
+    node_D : int [D], node of each of the devices of the larger placement; None: all are alike.
+    lost : devices that are gone with what they held; what nobody else holds is read from the checkpoint.
 
     Raises
     ------
-    PlacementError : the placements are not of one model and cluster size: layers, experts or devices differ.
+    PlacementError : the placements are not of one model: layers or experts differ.
     """
     before.diff(after)
+    devices = max(before.num_devices, after.num_devices)
+    before, after = before.on_devices(devices), after.on_devices(devices)
     ids, others = before.layer_ids_L, after.layer_ids_L
     assert ids is not None and others is not None  # set by the constructor
     if (ids != others).any():
@@ -94,21 +109,25 @@ def moving(before: Placement, after: Placement, node_D: NDArray[Any] | None = No
             f"in one and {others[at]} in the other",
             hint="are both of one model?",
         )
-    node = np.zeros(before.num_devices, np.int64) if node_D is None else np.asarray(node_D)
-    if node.shape != (before.num_devices,):
-        raise PlacementError(f"the cluster has {node.size} devices, the placements have {before.num_devices}")
+    node = np.zeros(devices, np.int64) if node_D is None else np.asarray(node_D)
+    if node.shape != (devices,):
+        raise PlacementError(f"the cluster has {node.size} devices, the placements have {devices}")
     have_LED, want_LED = before.count_LED() > 0, after.count_LED() > 0
-    arrive_LED = want_LED & ~have_LED
-    sent_D = np.zeros(before.num_devices, np.int64)
+    sends_LED = have_LED.copy()
+    sends_LED[:, :, list(lost)] = False
+    arrive_LED, leaves_D = want_LED & ~sends_LED, before.leaving_D(after)
+    reads_LED = arrive_LED & ~sends_LED.any(axis=2, keepdims=True)
+    sent_D = np.zeros(devices, np.int64)
     transfers = []
-    for have_ED, arrive_ED in zip(have_LED, arrive_LED, strict=True):
+    for have_ED, arrive_ED in zip(sends_LED, arrive_LED & ~reads_LED, strict=True):
         todo = [(int(e), int(d)) for e, d in np.argwhere(arrive_ED)]
         copies_E = have_ED.sum(axis=1)
         chosen = []
         for e, d in sorted(todo, key=lambda pair: copies_E[pair[0]]):
             holders = np.flatnonzero(have_ED[e]).tolist()
-            source = min(holders, key=lambda s: (node[s] != node[d], sent_D[s], s))
+            source = min(holders, key=lambda s: (node[s] != node[d], leaves_D[s], sent_D[s], s))
             sent_D[source] += 1
             chosen.append(Transfer(e, source, d))
         transfers.append(tuple(chosen))
-    return Moving(arrive_LED.sum(axis=1), (have_LED & ~want_LED).sum(axis=1), tuple(transfers), ids)
+    return Moving(arrive_LED.sum(axis=1), (have_LED & ~want_LED).sum(axis=1), tuple(transfers), ids,
+                  reads_LED)  # fmt: skip

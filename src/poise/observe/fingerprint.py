@@ -62,6 +62,11 @@ class Fingerprint:
             return 1.0 if known.any() else None
         return float(known.mean())
 
+    def joined(self, other: Fingerprint) -> Fingerprint:
+        """Of both traffics together."""
+        units = np.union1d(self.units, other.units)[:SKETCH]  # the least of both are the least of all
+        return Fingerprint(units, np.union1d(self.loads, other.loads))
+
 
 NO_TRAFFIC = Fingerprint(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 """Of plans that look at no traffic: none is fitted on."""

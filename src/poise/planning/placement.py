@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -261,15 +261,44 @@ class Placement:
         except PlacementError as error:
             raise PlacementError(f"{path}: {error.message}", hint=error.hint) from None
 
+    def on_devices(self, num_devices: int) -> Placement:
+        """The same slots on a cluster of so many devices; those that join have no slot.
+
+        Raises
+        ------
+        PlacementError : a device beyond them has slots.
+        """
+        return replace(self, num_devices=num_devices)
+
+    def leaving_D(self, other: Placement) -> NDArray[np.bool_]:
+        """Devices with slots here and none in ``other``, bool [D]; both are on D devices."""
+        mine, theirs = (np.bincount(each.slot_device_S, minlength=self.num_devices) for each in (self, other))
+        return (mine > 0) & (theirs == 0)
+
     def diff(self, other: Placement) -> PlacementDiff:
-        """What it takes to go from this placement to ``other``; slots may be renumbered inside a device for nothing."""
-        mine = (self.num_layers, self.num_experts, self.num_devices)
-        if mine != (other.num_layers, other.num_experts, other.num_devices):
-            theirs = (other.num_layers, other.num_experts, other.num_devices)
-            raise PlacementError(f"placements of [layers, experts, devices] {mine} and {theirs} cannot be compared")
-        before, after = self.count_LED() > 0, other.count_LED() > 0
-        fetched = after & ~before
-        return PlacementDiff(fetched.sum(axis=(1, 2)), fetched.sum(axis=(0, 1)), int((before & ~after).sum()))
+        """What it takes to go from this placement to ``other``; slots may be renumbered inside a device for nothing.
+
+        Device d here is device d there. Where ``other`` has more devices, those beyond join and hold nothing yet; where
+        it has fewer, those beyond leave. Other numberings: :class:`poise.planning.elastic.Ranks`.
+
+        Raises
+        ------
+        PlacementError : the placements have different numbers of layers or experts.
+        """
+        mine, theirs = (self.num_layers, self.num_experts), (other.num_layers, other.num_experts)
+        if mine != theirs:
+            raise PlacementError(
+                f"placements of [layers, experts] {list(mine)} and {list(theirs)} cannot be compared",
+                hint="are both of one model?",
+            )
+        before, want_LED = self.count_LED() > 0, other.count_LED() > 0
+        have_LED = np.zeros_like(want_LED)
+        stay = min(self.num_devices, other.num_devices)
+        have_LED[:, :, :stay] = before[:, :, :stay]
+        fetched = want_LED & ~have_LED
+        dropped = int(before.sum() - (have_LED & want_LED).sum())
+        return PlacementDiff(fetched.sum(axis=(1, 2)), fetched.sum(axis=(0, 1)), dropped, np.argwhere(fetched),
+                             np.argwhere(~have_LED.any(axis=2)))  # fmt: skip
 
     def __repr__(self) -> str:
         empty = int((self.slot_expert_LS == EMPTY).sum())
@@ -286,13 +315,18 @@ class PlacementDiff:
     Parameters
     ----------
     fetched_L : int [L], experts that some device must fetch, per layer.
-    fetched_D : int [D], experts that each device must fetch, all layers together.
-    dropped : (layer, expert, device) triples that go.
+    fetched_D : int [D], experts that each device of the new placement must fetch, all layers together.
+    dropped : (layer, expert, device) triples that go, those of devices that leave included.
+    fetches_F3 : int64 [F, 3], layer, expert and device of every fetch.
+    leaving_O2 : int64 [O, 2], layer and expert of all that no device holds that stays: they must be fetched before the
+        others leave, or read from the checkpoint.
     """
 
     fetched_L: NDArray[np.int64]
     fetched_D: NDArray[np.int64]
     dropped: int
+    fetches_F3: NDArray[np.int64]
+    leaving_O2: NDArray[np.int64]
 
     @property
     def fetched(self) -> int:

@@ -58,7 +58,8 @@ class PlacementProblem:
     traffic : traffic model (load-only batches know only ``home``).
     split : how tokens of a replicated expert are split.
     pooled : slots are counted over all layers together instead of layer by layer.
-    current : the placement in use, which methods with bounded moves start from, and moves are priced against.
+    current : the placement in use, which methods with bounded moves start from, and moves are priced against. For more
+        or fewer devices too: device d of it is device d here (:mod:`poise.planning.elastic`).
     migration_steps : steps over which ``poise`` writes off the fetches from ``current``; 0: moving is free.
     risk : what ``poise`` minimises over scenarios: their ``mean``, the ``worst`` one, or ``cvar``, the mean of the
         worst quarter.
@@ -116,10 +117,9 @@ class PlacementProblem:
             raise OptionError(f"migration steps must be at least 0, got {self.migration_steps}")
         self.model.matches(num_experts=experts, layer_ids=self.batch.layer_ids_L)
         if self.current is not None:
-            have = (self.current.num_layers, self.current.num_experts, self.current.num_devices)
-            want = (self.batch.num_layers, experts, devices)
+            have, want = (self.current.num_layers, self.current.num_experts), (self.batch.num_layers, experts)
             if have != want:
-                raise OptionError(f"the current placement has [layers, experts, devices] {have}, the problem {want}")
+                raise OptionError(f"the current placement has [layers, experts] {have}, the problem {want}")
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)
 

@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import OptionError
-from poise.planning.methods import contiguous
+from poise.planning.methods import carry, contiguous
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -112,25 +112,19 @@ class SlotTable:
 def start_table(problem: PlacementProblem) -> SlotTable:
     """The placement in use, or the engine's start-up layout, fitted to the problem's slots.
 
-    Raises
-    ------
-    OptionError : a device of the current placement holds more experts than it has slots.
+    One for other devices, or with more experts on a device than there are slots, is carried over
+    (:mod:`poise.planning.methods.carry`).
     """
     placement = problem.current
     if placement is None:
         placement = contiguous.plan(problem, time_limit_s=1.0).placement
+    elif not carry.fits(placement, problem):
+        placement = carry.carried(placement, problem)
     experts, devices = problem.batch.num_experts, problem.num_devices
     used_LD = (placement.count_LED() > 0).sum(axis=1)
     theirs_D = np.bincount(placement.slot_device_S, minlength=devices)
     room_D = theirs_D if problem.pooled else problem.slots_D
     capacity_LD = used_LD if problem.pooled else np.broadcast_to(np.minimum(room_D, experts), used_LD.shape)
-    if (used_LD > capacity_LD).any():
-        layer, d = (int(x) for x in np.argwhere(used_LD > capacity_LD)[0])
-        assert placement.layer_ids_L is not None
-        raise OptionError(
-            f"layer {placement.layer_ids_L[layer]}: device {d} of the current placement holds "
-            f"{used_LD[layer, d]} experts in {capacity_LD[layer, d]} slots"
-        )
     first = np.concatenate([[0], np.cumsum(theirs_D)])
     table = np.full((problem.batch.num_layers, devices, int(room_D.max())), EMPTY, np.int64)
     for layer, row in enumerate(placement.slot_expert_LS):
@@ -145,6 +139,9 @@ def start_table(problem: PlacementProblem) -> SlotTable:
             beyond = held[room:][held[room:] != EMPTY]
             table[layer, d, np.flatnonzero(table[layer, d, :room] == EMPTY)[: beyond.size]] = beyond
     notes = []
+    if problem.current is not None and problem.current is not placement:
+        have_D = np.bincount(problem.current.slot_device_S, minlength=problem.current.num_devices)
+        notes.append(f"the current placement has slots {have_D.tolist()}: {placement.method}")
     if placement.has_duplicates:
         notes.append("second copies of an expert on one device of the current placement were dropped")
     if not problem.pooled and (theirs_D != room_D).any():

@@ -14,6 +14,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.step import batch_cost
 from poise.errors import NoResultError, OptionError
 from poise.planning.methods import (
+    carry,
     coactivation,
     contiguous,
     eplb,
@@ -95,8 +96,7 @@ def _search_once(
         except NoResultError:
             continue
         starts.append(result.placement)
-    if problem.current is not None:
-        starts.append(problem.current)
+    starts += carry.starts(problem)
     return search.search(problem, starts, time_limit_s=0.6 * time_limit_s, seed=seed, progress=progress)
 
 
