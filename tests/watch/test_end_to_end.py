@@ -53,8 +53,9 @@ class Watch:
         self.reader.start()
 
     def _read(self):
-        for line in self.process.stdout:
-            self.lines.append(json.loads(line))
+        with self.process.stdout as stream:
+            for line in stream:
+                self.lines.append(json.loads(line))
 
     def of(self, event):
         assert self.process.poll() is None, self.errors.read_text()
