@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tests.cli.test_cli import run
+from tests.engines.checkpoint_cases import write_checkpoint
 
 import poise
+from poise.engines.dump import placement_of
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.engines.readers import ReadOptions, read_dump
 from poise.errors import PlacementError
@@ -24,15 +26,19 @@ ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner-equ
 ENGINE_OF = {"vllm-34811": "checkpoint", "vllm-49572": "vllm", "npz": "any"}
 
 
-def traffic(seed=0):
+def traffic(seed=0, layers=LAYERS):
     trace = zipf_trace(
         num_tokens=480, num_layers=3, num_experts=8, top_k=2, exponent=1.1, tokens_per_request=24, seed=seed
     )
-    return replace(trace, layer_ids=np.array(LAYERS))
+    return replace(trace, layer_ids=np.array(layers))
 
 
 def back(placement, target, folder):
     """What an engine's file holds, as poise reads it again."""
+    if target == "checkpoint":
+        made = folder / placement.method.replace(" ", "-")
+        TARGETS[target].write(placement, made, ExportOptions(checkpoint=folder / "checkpoint"))
+        return placement_of(read_dump(made), None, 8)
     path = folder / f"map{'.npz' if target == 'npz' else '.yaml' if 'tensorrt' in target else '.json'}"
     TARGETS[target].write(placement, path, ExportOptions(MODEL))
     if target == "npz":
@@ -41,12 +47,16 @@ def back(placement, target, folder):
     return Placement(slots.map_LS, np.repeat(np.arange(4), slots.map_LS.shape[1] // 4), 8, 4, slots.layer_ids_L)
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "checkpoint"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_what_was_exported_costs_what_was_priced(target, tmp_path):
     engine = ENGINE_OF.get(target, target)
     redundant = 4 if ENGINES[engine].replicas else 0
-    options = {"model": MODEL, "redundant": redundant, "engine": engine, "tokens_per_step": 96, "time_limit_s": 0.2}
-    first, second = traffic().split_requests()
+    model = MODEL
+    if target == "checkpoint":  # of three layers, all of them MoE layers
+        model = replace(MODEL, num_hidden_layers=3, moe_layer_ids=(0, 1, 2))
+        write_checkpoint(tmp_path / "checkpoint", "minimax")
+    options = {"model": model, "redundant": redundant, "engine": engine, "tokens_per_step": 96, "time_limit_s": 0.2}
+    first, second = traffic(layers=model.moe_layer_ids).split_requests()
     table = poise.compare(second, "2x2:h100", fit=first, placements=ROWS, **options)
     assert len(table.entries) >= len(ROWS) - 1
     held = []
