@@ -152,7 +152,8 @@ def test_a_balance_alone_tells_the_plan_from_the_trivial_map():
     even = EngineDump("sglang", "stat", profile=LoadProfile(np.ones((1, LAYERS, EXPERTS)), IDS), balance_B=np.ones(1))
     flat = Placement(TRIVIAL, np.repeat(np.arange(DEVICES), PER), EXPERTS, DEVICES, IDS)
     found = verify(flat, even)
-    assert verify(flat, replace(even, balance_B=np.array([found.predicted]))).verdict == "undecided"  # it is the trivial map
+    as_predicted = replace(even, balance_B=np.array([found.predicted]))
+    assert verify(flat, as_predicted).verdict == "undecided"  # it is the trivial map
     with pytest.raises(TraceError, match="neither what slots hold"):
         verify(plan, EngineDump("sglang", "stat", profile=profile))
 

@@ -48,8 +48,6 @@ SHORTLIST = 8
 """Chains of a layer that are priced in full at a time; the rest are behind them by their effect on device loads."""
 MOST_LEAVERS = 4
 """Leavers of a full device that are tried for each arrival."""
-
-
 FROM_CHECKPOINT = -1
 """Sender of an expert that no device holds any more."""
 
