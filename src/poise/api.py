@@ -34,7 +34,7 @@ from poise.observe.batching import Order, make_batch
 from poise.observe.files import join, read
 from poise.observe.fingerprint import NO_TRAFFIC, fingerprint
 from poise.observe.trace import LoadProfile, RoutingTrace
-from poise.planning.engine_rules import parse_engine
+from poise.planning.engine_rules import NONE, parse_engine
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.provenance import Provenance
@@ -143,7 +143,8 @@ def plan(
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
-    about = {"traffic": found.name, "version": VERSION, "seed": str(seed), "engine": engine, "method": method,
+    held = NONE.name if pooled or METHODS[method].pooled else engine  # no engine counts slots over all layers
+    about = {"traffic": found.name, "version": VERSION, "seed": str(seed), "engine": held, "method": method,
              "batch": batch.order}  # fmt: skip
     kept = NO_TRAFFIC if not METHODS[method].fitted else fingerprint(found)
     return replace(solution, placement=replace(solution.placement, fitted=Provenance(kept, about)), details=details)
@@ -172,7 +173,7 @@ def verdict(
         return None
     if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
         return None
-    if METHODS[method].pooled and options.get("engine", "any") == "any":
+    if method in METHODS and METHODS[method].pooled and options.get("engine", "any") == "any":
         options = {**options, "engine": "none"}
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     said = ""

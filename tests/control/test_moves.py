@@ -12,6 +12,7 @@ from poise.cluster import Cluster
 from poise.control.moves import FROM_CHECKPOINT, Move, MoveList, Round, bounded, move_list, same_slots
 from poise.cost.step import batch_cost
 from poise.errors import OptionError, PlacementError
+from poise.planning.engine_rules import ANY, NONE, hold
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 
@@ -257,14 +258,14 @@ def test_what_does_not_fit_is_refused():
             move_list(a, a, **{"expert_bytes": 1.0, **wrong})
 
 
-def drawn_problem(seed, traffic):
+def drawn_problem(seed, traffic, engine):
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng)
     batch = load_batch(rng) if traffic == "home" and seed % 2 else tiny_batch(rng, devices=3)
     slots = random_slots(rng, 4, 3, int(rng.integers(0, 3)))
-    problem = PlacementProblem(batch, cluster, tiny_model(batch), slots, traffic, "even")
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), slots, traffic, "even", engine=engine)
     before, after = (random_placement(rng, 2, 4, slots, fill=f) for f in rng.choice([0.0, 0.7, 1.0], 2))
-    return problem, before, after
+    return problem, hold(before, engine)[0], hold(after, engine)[0]
 
 
 def step_seconds(problem, count_LED):
@@ -272,7 +273,7 @@ def step_seconds(problem, count_LED):
     return float(problem.batch.weight_B @ cost.seconds_BL.sum(axis=1))
 
 
-def between(before, after, slots, most):
+def between(before, after, slots, most, full):
     """Every valid placement that takes each (layer, expert, device) from one or the other, with its fetches."""
     a, b = before.count_LED() > 0, after.count_LED() > 0
     cells = np.argwhere(a != b)
@@ -280,35 +281,40 @@ def between(before, after, slots, most):
         count = a.copy()
         count[tuple(cells[list(choice)].T)] ^= True
         fetched = int((count & ~a).sum())
-        if fetched <= most and count.any(axis=2).all() and (count.sum(axis=1) <= slots).all():
+        used = count.sum(axis=1)
+        if fetched <= most and count.any(axis=2).all() and (used == slots if full else used <= slots).all():
             yield count.astype(np.int32), fetched
 
 
+@pytest.mark.parametrize("engine", [NONE, ANY], ids=lambda rules: rules.name)
 @pytest.mark.parametrize("traffic", ["home", "home_node_dedup", "stay"])
-def test_bounded_against_every_plan_between(traffic):
-    shares = []
+def test_bounded_against_every_plan_between(traffic, engine):
+    """An engine that knows no empty slot gets none on the way either."""
+    shares, full = [], engine is ANY
     for seed in range(40):
-        problem, before, after = drawn_problem(seed, traffic)
+        problem, before, after = drawn_problem(seed, traffic, engine)
         if not 0 < int((before.count_LED() != after.count_LED()).sum()) <= 9:
             continue
         for most in (0, 1, 2, 4):
             got = bounded(before, after, problem, most)
             problem.check(got)
             assert before.diff(got).fetched <= most
+            assert not full or (got.slot_expert_LS != EMPTY).all()
             a, b, c = (p.count_LED() for p in (before, after, got))
             assert ((c == a) | (c == b)).all()
             now, then = step_seconds(problem, a), step_seconds(problem, c)
-            best = min(step_seconds(problem, count) for count, _ in between(before, after, problem.slots_D, most))
+            every = between(before, after, problem.slots_D, most, full)
+            best = min(step_seconds(problem, count) for count, _ in every)
             assert best - 1e-9 <= then <= now + 1e-9
             if best < now * (1 - 1e-6):
                 shares.append((now - then) / (now - best))
     assert len(shares) > 20 and np.mean(shares) > 0.8
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["home", "stay"]), st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
-def test_bounded_again_and_again_arrives_or_stays_better(seed, traffic, most):
-    problem, before, after = drawn_problem(seed, traffic)
+@given(st.integers(0, 10_000), st.sampled_from(["home", "stay"]), st.integers(1, 3), st.sampled_from([NONE, ANY]))
+@settings(max_examples=40, deadline=None)
+def test_bounded_again_and_again_arrives_or_stays_better(seed, traffic, most, engine):
+    problem, before, after = drawn_problem(seed, traffic, engine)
     here, seconds, fetched = before, step_seconds(problem, before.count_LED()), 0
     for _ in range(30):
         there = bounded(here, after, problem, most)

@@ -51,8 +51,9 @@ class World:
     st.integers(0, 2**20), st.floats(0.0, 1.6), st.sampled_from(sorted(SIZES)), st.sampled_from(["ranks", "layers"]),
     st.sampled_from(["trace", "loads"]), st.sampled_from(["trivial", "another", "noise"]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_what_does_not_run_is_not_called_live(seed, exponent, size, measure, kind, running):
+    """The examples are always the same: of some hundred worlds another map gives the plan's balance by chance in one."""
     size = min(size, 512) if running == "noise" else size  # two values may be near the plan's by chance, six not
     world = World(seed, exponent)
     assert verify(world.plan, world.ran(running, size, measure, kind), error_rate=0.001).verdict != "live"

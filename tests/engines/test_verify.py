@@ -11,6 +11,7 @@ from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.verify import verify
 from poise.errors import OptionError, PlacementError, TraceError
 from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import Placement
 
 EXPERTS, DEVICES, PER, LAYERS = 8, 4, 3, 3
@@ -152,9 +153,23 @@ def test_a_balance_alone_tells_the_plan_from_the_trivial_map():
     even = EngineDump("sglang", "stat", profile=LoadProfile(np.ones((1, LAYERS, EXPERTS)), IDS), balance_B=np.ones(1))
     flat = Placement(TRIVIAL, np.repeat(np.arange(DEVICES), PER), EXPERTS, DEVICES, IDS)
     found = verify(flat, even)
-    assert verify(flat, replace(even, balance_B=np.array([found.predicted]))).verdict == "undecided"  # it is the trivial map
+    as_predicted = replace(even, balance_B=np.array([found.predicted]))
+    assert verify(flat, as_predicted).verdict == "undecided"  # it is the trivial map
     with pytest.raises(TraceError, match="neither what slots hold"):
         verify(plan, EngineDump("sglang", "stat", profile=profile))
+
+
+def test_slots_that_a_plan_leaves_empty_are_predicted_as_the_export_fills_them():
+    plan = plan_of(3, empty=True)
+    held, filled = hold(plan, ANY)
+    load = loads_of(3)
+    given = EngineDump("sglang", "stat", profile=LoadProfile(load, IDS), balance_B=np.full(3, 0.9))
+    counts = SlotRecord(IDS, held.slot_expert_LS, counted(load, held.slot_expert_LS))
+    recorded = EngineDump("sglang", "per-pass", profile=LoadProfile(load, IDS), slots=counts)
+    assert filled == LAYERS
+    assert verify(plan, given).predicted == verify(held, given).predicted
+    assert verify(held, given, against={"plan": plan}).explanations == verify(held, given).explanations
+    assert verify(plan, recorded).live and verify(plan, recorded).predicted == verify(held, recorded).predicted
 
 
 def test_vllm_logs_sums_over_layers_and_passes_before_the_map_do_not_count():

@@ -36,6 +36,7 @@ from poise.watch.page import Page, answers, listen_address
 from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Told, Trouble
 from poise.watch.sglang_recorder import SGLangRecorder
 from poise.watch.sources import DumpFolder, Polled, Source, Tail
+from poise.words import percent
 
 FILE_INTERVAL_S, ENGINE_INTERVAL_S = 1.0, 10.0
 STALE_S = 120.0
@@ -301,7 +302,7 @@ def _say_decision(event: Planned, output: Path | None, json: bool) -> None:
                "file": str(output) if output in event.written else None, "files": files})  # fmt: skip
         return
     o.out.print(
-        f"step {decision.step:>6}  plan ({decision.reason}): gain {decision.predicted_gain:.1%} of a step, "
+        f"step {decision.step:>6}  plan ({decision.reason}): gain {percent(decision.predicted_gain)} of a step, "
         f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
         f"{1e3 * decision.cost_seconds:.2f} ms of links: {verdict}"
         + (f", {decision.left} moves left" if decision.accepted and decision.left else ""),

@@ -48,8 +48,6 @@ SHORTLIST = 8
 """Chains of a layer that are priced in full at a time; the rest are behind them by their effect on device loads."""
 MOST_LEAVERS = 4
 """Leavers of a full device that are tried for each arrival."""
-
-
 FROM_CHECKPOINT = -1
 """Sender of an expert that no device holds any more."""
 
@@ -247,7 +245,8 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
     (:func:`poise.cost.step.batch_cost`) most per fetched expert, until none lowers it or fits. Layers are independent
     but for ``stay``, where a change counts in the next layer too. Called again from its result it goes on; ``after``
     itself is returned where it fits and is as good. Without free slots experts change places in circles: a budget
-    below the shortest circle leads nowhere, one that holds a layer's moves always to where no layer gains.
+    below the shortest circle leads nowhere, one that holds a layer's moves always to where no layer gains. Steps that
+    empty a slot are taken only where the problem's engine may have empty slots.
 
     Raises
     ------
@@ -292,6 +291,8 @@ def _best_step(
 
     rough = roughness(have)
     steps = _options(Work(have, want_LED[layer]), slots_D, load_E)
+    if not problem.engine.empty_slots:  # the engine would fill what a step leaves empty
+        steps = [each for each in steps if (each.sum(axis=0) >= have.sum(axis=0)).all()]
     every = [(int(((each > 0) & (have == 0)).sum()), each) for each in steps]
     options = [each for each in every if each[0] <= left]
     whole = [each for each in options[:1] if each[1] is steps[0]]  # if it fits, it is priced whatever its rank

@@ -7,8 +7,9 @@ Engines take a map and drop it in silence (docs/engines.md names cases). Evidenc
     balance  only a balance was reported: the plan explains it, and no other map that could have run does (explain.py)
 
 A map in a file that an engine is given (and not one that it wrote) says what should run: never that it does. Measured
-balance is compared with the even split of the same loads over the plan's replicas. An engine that sends each source to
-its nearest replica is off that by its choice of replicas, not by the map.
+balance is compared with the even split of the same loads over the plan's replicas, slots that it leaves empty filled as
+``poise export`` fills them. An engine that sends each source to its nearest replica is off that by its choice of
+replicas, not by the map.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from poise.engines.measured import Loads, balance, by_balance, imbalance
 from poise.engines.slots import trivial_row
 from poise.engines.verdict import RUNS, UNKNOWN, LayerFinding, State, Verification
 from poise.errors import OptionError, PlacementError, TraceError
+from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import EMPTY, Placement
 
 __all__ = ["RUNS", "LayerFinding", "Verification", "verify"]
@@ -74,7 +76,8 @@ def verify(
             hint="record what names slots (SGLang: per_pass), or give the traffic to a reported balance",
         )
     own = not balancer_off and (dump.log is None or dump.log.own_balancer)
-    return by_balance(placement, dump, loads, tolerance, error_rate, against or {}, own)
+    others = {name: hold(other, ANY)[0] for name, other in (against or {}).items()}
+    return by_balance(hold(placement, ANY)[0], dump, loads, tolerance, error_rate, others, own)
 
 
 def _by_slots(
@@ -92,7 +95,7 @@ def _by_slots(
             f"the engine's map names expert {slots.map_LS.max()}, the placement has {placement.num_experts}"
         )
     assert placement.layer_ids_L is not None
-    share_LED, plain_ED = even_share(placement.count_LED()), _trivial_share(placement)
+    share_LED, plain_ED = even_share(hold(placement, ANY)[0].count_LED()), _trivial_share(placement)
     findings: list[LayerFinding] = []
     measured: list[float] = []
     predicted: list[float] = []

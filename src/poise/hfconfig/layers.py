@@ -95,8 +95,9 @@ def span(start: str, end: str, interval: str) -> Rule:
     return Rule((start, end, interval), f"`{start}` to `{end}`, every `{interval}`-th", find)
 
 
-def words(fallback: Rule, key: str = "mlp_layer_types") -> Rule:
+def words(fallback: Rule) -> Rule:
     """A list with one word a layer, dense or sparse; another rule where the config has none."""
+    key = "mlp_layer_types"
 
     def find(config: Config, layers: int) -> list[int] | None:
         value = get(config, key)
@@ -175,9 +176,9 @@ def block_words(config: Config, pattern: str, lists: tuple[str, ...]) -> list[st
     return found[0] if found else None
 
 
-def nothing(keys: tuple[str, ...] = ()) -> Rule:
+def nothing() -> Rule:
     """The config says nothing: the end of a chain of fallbacks."""
-    return Rule(keys, "nothing", lambda config, layers: None)
+    return Rule((), "nothing", lambda config, layers: None)
 
 
 def _of_length(value: list[str], name: str, layers: int) -> list[str]:

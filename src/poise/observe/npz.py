@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
-from poise.files import open_regular
+from poise.files import READ_BYTES, open_regular
 
 MAX_MEMBERS = 256
 MAX_HEADER_BYTES = 4096
@@ -34,7 +34,6 @@ FREE_BYTES = 64 << 20
 MAX_RATIO = 100
 """Most unpacked bytes of all members per byte of a larger archive; routing ids stay below 50."""
 
-READ_BYTES = 1 << 20
 MAGIC = b"\x93NUMPY"
 MAX_DIRECTORY_BYTES = 1 << 20
 END, END_64_AT, END_BYTES = b"PK\x05\x06", b"PK\x06\x07", 22

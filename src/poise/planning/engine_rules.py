@@ -153,7 +153,9 @@ def hold(placement: Placement, rules: EngineRules) -> tuple[Placement, int]:
     Without traffic: what ``poise export`` does to a file, and so what ``poise compare`` prices of one. An expert that
     a file has twice on a device stays so, as the engine runs it so.
     """
+    if rules.empty_slots:
+        return placement, 0
     table, empty = fill_table(placement)
-    if rules.empty_slots or not len(empty):
+    if not len(empty):
         return placement, 0
     return replace(placement, slot_expert_LS=table), len(empty)

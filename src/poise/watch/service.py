@@ -24,6 +24,7 @@ from poise.engines.exports import TARGETS, ExportOptions
 from poise.errors import NoResultError, OptionError, PlacementError, TraceError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
@@ -238,7 +239,7 @@ class Service:
             placement = solve(problem, method="contiguous").placement
         if placement.num_devices != devices:
             raise OptionError(f"the placement is for {placement.num_devices} devices, the cluster has {devices}")
-        placement = rows_of(placement, steps.layer_ids_L)
+        placement = hold(rows_of(placement, steps.layer_ids_L), ANY)[0]  # as the engine that serves it holds it
         slots_D = np.bincount(placement.slot_device_S, minlength=devices)
         self._problem = PlacementProblem(steps, s.cluster, sizes, slots_D, flow, s.split, current=placement)
         self._first = placement

@@ -25,6 +25,7 @@ from poise.engines.dumps.mapping import (
     check_ids,
     decoder_layers,
     model_layers,
+    names_twice,
     num_experts,
 )
 from poise.engines.dumps.parts import Part
@@ -170,10 +171,7 @@ def _may_be_tokens(array: NDArray[Any], options: ReadOptions) -> bool:
 
 def _distinct(array: NDArray[Any]) -> bool:
     """Whether a token's experts, the last axis, are different ones, as a router chooses them."""
-    if array.shape[-1] > MAX_TOP_K:
-        return False
-    ordered = np.sort(array, axis=-1)
-    return not (ordered[..., 1:] == ordered[..., :-1]).any()
+    return array.shape[-1] <= MAX_TOP_K and not names_twice(array)
 
 
 def _is_map(array: NDArray[Any], options: ReadOptions) -> bool:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.csv_text import columns_of
-from poise.engines.dumps.mapping import MAX_TABLE, model_layers, num_experts
+from poise.engines.dumps.mapping import MAX_TABLE, model_layers, names_twice, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import listed
 from poise.errors import TraceError
@@ -168,8 +168,7 @@ def _tokens(table: _Table, ids: Sequence[int], top_k: int | None) -> NDArray[np.
     if rows is None or top_k is None or (rows != top_k).any() or rows.shape[1] != len(ids):
         return None
     tokens = table.column["expert"].astype(np.int64).reshape(-1, len(ids), top_k)
-    ordered = np.sort(tokens, axis=2)
-    return None if (ordered[..., 1:] == ordered[..., :-1]).any() else tokens
+    return None if names_twice(tokens) else tokens
 
 
 def _checked(part: Part, column: dict[str, NDArray[np.float64]], notes: tuple[str, ...]) -> _Table:

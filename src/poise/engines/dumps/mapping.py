@@ -83,8 +83,9 @@ def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tupl
 def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | None = None) -> tuple[int, list[str]]:
     """E as known, or one more than the largest id seen, with a note.
 
-    Where the router names identity experts as well (``options.zeros``), they are counted as long as some id is one:
-    :func:`without_zeros` takes them out of what was read. Slots (``most`` of them) never hold one.
+    Where the router names identity experts as well (``options.zeros``, or a few ids beyond an E given by hand:
+    ``options.zeros_open``), they are counted as long as some id is one: :func:`without_zeros` takes them out of what
+    was read. Slots (``most`` of them) never hold one.
 
     Raises
     ------
@@ -266,6 +267,12 @@ def copies(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[list[int]]:
         else:
             same.append(index)
     return groups
+
+
+def names_twice(experts: NDArray[Any]) -> bool:
+    """Whether some token, along the last axis, names an expert (or -1) twice, which no router chooses."""
+    ordered = np.sort(experts, axis=-1)
+    return bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
 def agree(maps: Sequence[NDArray[Any]]) -> bool:

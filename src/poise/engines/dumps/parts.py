@@ -20,7 +20,7 @@ from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.files import open_regular, read_at_most
-from poise.observe.npz import BROKEN, check_directory
+from poise.observe.npz import BROKEN, FREE_BYTES, MAX_RATIO, check_directory
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
@@ -32,8 +32,6 @@ MAX_DIRECTORY_BYTES = 32 << 20
 MAX_CSV_ROOM = 16
 """Bytes of memory that a byte of a table may take, as numbers and while they are sorted."""
 GZIP = b"\x1f\x8b"
-FREE_BYTES, MAX_RATIO = 64 << 20, 100
-"""What gzip packed may always grow to, and how many times its size beyond."""
 YAML_KEYS = re.compile(rb"^(num_slots|initial_global_assignments|layer_updates_per_iter)\s*:", re.MULTILINE)
 DATED = re.compile(rb"\[\d{4}-\d\d-\d\d")
 """How a log line may begin that is no JSON list."""
@@ -162,7 +160,7 @@ def _packed(path: Path, size: int) -> Part:
 
 
 def inflate(data: bytes) -> bytes:
-    """What gzip packed, within FREE_BYTES, or MAX_RATIO times the packed bytes and MAX_LINES_BYTES.
+    """What gzip packed, within FREE_BYTES, or MAX_RATIO times the packed bytes and MAX_LINES_BYTES: as of an ``.npz``.
 
     Raises
     ------

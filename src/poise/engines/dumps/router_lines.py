@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.mapping import MAX_TABLE, copies, model_layers, num_experts
+from poise.engines.dumps.mapping import MAX_TABLE, copies, model_layers, names_twice, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, whole
 from poise.errors import TraceError
@@ -66,7 +66,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if options.k not in (None, tokens.shape[2]):
         raise TraceError(f"{tokens.shape[2]} experts a token, the model has top-{options.k}", hint="check --top-k")
     when = np.concatenate(step_T).astype(np.int32)
-    if _twice(tokens):
+    if names_twice(tokens):
         notes.append("tokens name an expert twice, which no router chooses: read as loads of each step")
         profile = LoadProfile(_loads(tokens, when, len(steps), experts), np.array(kept, np.int32), tokens.shape[2],
                               parts[0].name)  # fmt: skip
@@ -120,11 +120,6 @@ def _pass(held: dict[Key, NDArray[np.int16]], step: int, rank: int, layers: Sequ
             hint="is a line missing?",
         )
     return np.stack(found, axis=1)
-
-
-def _twice(tokens: NDArray[np.int16]) -> bool:
-    ordered = np.sort(tokens, axis=2)
-    return bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
 def _loads(tokens: NDArray[np.int16], step_T: NDArray[np.int32], steps: int, experts: int) -> NDArray[np.float64]:

@@ -30,16 +30,16 @@ NPY = re.compile(
 )
 
 
-def file_size(path: Path, most: int = MAX_FILE_BYTES) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a regular file.
 
     Raises
     ------
-    TraceError : no such file, no regular one, or it has more than ``most`` bytes.
+    TraceError : no such file, no regular one, or it has more than MAX_FILE_BYTES.
     """
     size = regular_size(path, TraceError)
-    if size > most:
-        raise TraceError(f"{size} bytes, at most {most} are read")
+    if size > MAX_FILE_BYTES:
+        raise TraceError(f"{size} bytes, at most {MAX_FILE_BYTES} are read")
     return size
 
 

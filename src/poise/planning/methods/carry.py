@@ -42,10 +42,10 @@ def starts(problem: PlacementProblem) -> list[Placement]:
 def _once(placement: Placement) -> Placement:
     """Without second copies of an expert on one device."""
     slots_D = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
-    once = Placement.from_counts(
-        np.minimum(placement.count_LED(), 1), slots_D=slots_D, layer_ids_L=placement.layer_ids_L
-    )
-    return replace(once, method=placement.method)
+    return Placement.from_counts(
+        np.minimum(placement.count_LED(), 1), slots_D=slots_D, layer_ids_L=placement.layer_ids_L,
+        method=placement.method,
+    )  # fmt: skip
 
 
 def carried(old: Placement, problem: PlacementProblem, *, bias: float = BIASES[0]) -> Placement:
@@ -67,8 +67,8 @@ def carried(old: Placement, problem: PlacementProblem, *, bias: float = BIASES[0
     slots_D, speed_D = np.minimum(problem.slots_D, batch.num_experts), problem.cluster.speed_D
     counts = [_pack(have, load, slots_D, speed_D, bias) for have, load in zip(have_LED, batch.load_LE(), strict=True)]
     name = f", mapped to {devices} devices"
-    found = Placement.from_counts(np.stack(counts), slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L)
-    return replace(found, method=old.method[: MAX_NAME - len(name)] + name)
+    return Placement.from_counts(np.stack(counts), slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L,
+                                 method=old.method[: MAX_NAME - len(name)] + name)  # fmt: skip
 
 
 def _pack(

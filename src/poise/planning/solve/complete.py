@@ -12,8 +12,6 @@ A device never holds more slots than there are experts, so step 2 always finds o
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,8 +36,8 @@ def complete(problem: PlacementProblem, placement: Placement) -> Placement:
         seconds_WL = np.broadcast_to(seconds_WL.sum(axis=1, keepdims=True), seconds_WL.shape)
     best_L = seconds_WL.argmin(axis=0)
     chosen = np.where(best_L[:, None, None] == 0, ways[0], ways[1])
-    made = Placement.from_counts(chosen.astype(np.int32), slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L)
-    return replace(made, method=placement.method)
+    return Placement.from_counts(chosen.astype(np.int32), slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L,
+                                 method=placement.method)  # fmt: skip
 
 
 def _seconds_L(problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> NDArray[np.float64]:
