@@ -21,7 +21,7 @@ TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step"
 OPTIONS = {
     "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--json"},
     "inspect": {"--json"},
-    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--current", "--ranks", "--migration-steps", "--risk",
+    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
                       "--verdict", "--engine", "--json"},
     "compare": TRAFFIC | {"--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--json"},
@@ -35,7 +35,7 @@ OPTIONS = {
                 "--devices", "--ranks", "--allow-missing-ranks", "--json"},
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--against", "--error-rate", "--balancer-off", "--ranks",
                "--allow-missing-ranks", "--json"},
-    "diff": {"--model", "--cluster", "--staging", "--ranks", "--lost", "--json"},
+    "diff": {"--model", "--cluster", "--staging", "--rank-map", "--lost", "--json"},
     "export": {"--to", "--output", "--model", "--num-hidden-layers", "--num-mtp-layers", "--checkpoint", "--keep-groups", "--json"},
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},

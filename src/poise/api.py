@@ -34,7 +34,7 @@ from poise.observe.batching import Order, make_batch
 from poise.observe.files import join, read
 from poise.observe.fingerprint import NO_TRAFFIC, fingerprint
 from poise.observe.trace import LoadProfile, RoutingTrace
-from poise.planning.engine_rules import NONE, parse_engine
+from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.provenance import Provenance
@@ -42,7 +42,7 @@ from poise.planning.solve.solve import METHODS, solve
 
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
@@ -121,7 +121,7 @@ def plan(
     pooled : count slots over all layers together.
     current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
         be for another number of devices: device d of it is device d of the cluster (else
-        :meth:`poise.planning.elastic.Ranks.number` first).
+        :meth:`poise.planning.elastic.RankMap.number` first).
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
     time_limit_s : for methods that can use it.
 
@@ -134,12 +134,14 @@ def plan(
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     rules = parse_engine(engine)
     slots_D = _slots(batch, machine, redundant, slots)
-    running = None if current is None else _placement(current)
+    running = None if current is None else hold(_placement(current), rules)[0]
     problem = PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), pooled, running,
                                migration_steps, risk, rules)  # fmt: skip
     solution = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
     fewer = fewer_slots(problem, solution, time_limit_s / 2, seed)
     details = dict(solution.details)
+    if isinstance(found, LoadProfile) and found.notes:
+        details["notes"] = list(found.notes)
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}

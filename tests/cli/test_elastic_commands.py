@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from poise.cli.main import app
 from poise.modelspec import ModelSpec
-from poise.planning.elastic import Ranks
+from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 
 LAYERS, EXPERTS, MODEL = 3, 16, "gpt-oss-20b"
@@ -45,9 +45,9 @@ def test_diff_says_who_fetches_what_from_whom(files, before, after, ranks, lost)
         refused = run("diff", files / f"{before}.npz", files / f"{after}.npz", "--lost")
         assert refused.exit_code == 2 and "no rank leaves: 4 before, 6 after" in " ".join(refused.stderr.split())
         return
-    words = [*(["--ranks", ranks] if ranks else []), *(["--lost"] if lost else []), "--json"]
+    words = [*(["--rank-map", ranks] if ranks else []), *(["--lost"] if lost else []), "--json"]
     data = answer("diff", files / f"{before}.npz", files / f"{after}.npz", "-c", f"2x{after // 2}:h100", *words)
-    new_O = Ranks.parse(ranks, before, after).new_O.tolist()
+    new_O = RankMap.parse(ranks, before, after).new_O.tolist()
     was = {b: a for a, b in enumerate(new_O) if b >= 0}
     gone = [a for a, b in enumerate(new_O) if b < 0]
     fetches = {
@@ -101,10 +101,10 @@ def test_rounds_and_bytes_on_old_and_new_clusters(files, tmp_path):
 
 def test_plan_prices_moves_from_other_devices_and_says_so(files):
     plan = ("plan", files / "loads.json", "--method", "swift-balance", "-o", files / "out.npz")
-    for current, cluster, words in (("4", "1x6", ()), ("6", "1x4", ()), ("6", "1x4", ("--ranks", "0-1:0-1,3:2,5:3"))):
+    for current, cluster, words in (("4", "1x6", ()), ("6", "1x4", ()), ("6", "1x4", ("--rank-map", "0-1:0-1,3:2,5:3"))):
         data = answer(*plan, "-c", cluster, "-r", 2, "--current", files / f"{current}.npz", *words, "--json")
         old, new = Placement.load(files / f"{current}.npz"), Placement.load(files / "out.npz")
-        ranks = Ranks.parse(words[1] if words else None, old.num_devices, new.num_devices)
+        ranks = RankMap.parse(words[1] if words else None, old.num_devices, new.num_devices)
         diff = ranks.number(old).diff(new)
         moves = data["moves"]
         assert (moves["fetched"], moves["dropped"]) == (diff.fetched, diff.dropped) and diff.fetched > 0
@@ -117,7 +117,7 @@ def test_plan_prices_moves_from_other_devices_and_says_so(files):
     assert "4 ranks before, 6 after" in text and "onto ranks that join" in text
     same = answer(*plan, "-c", "1x6", "-r", 2, "--current", files / "out.npz", "--json")
     assert "current" in same["verdict"] and same["moves"]["join"] == []
-    wrong = run(*plan, "-c", "1x6", "--ranks", "0:0")
+    wrong = run(*plan, "-c", "1x6", "--rank-map", "0:0")
     assert wrong.exit_code == 2 and "--current" in wrong.stderr
 
 

@@ -10,7 +10,7 @@ from tests.helpers import load_batch, random_count, random_slots, tiny_batch, ti
 
 from poise.cluster import Cluster
 from poise.errors import OptionError
-from poise.planning.elastic import Ranks
+from poise.planning.elastic import RankMap
 from poise.planning.methods import carry, lpt
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -22,11 +22,11 @@ def lists(ranks):
 
 
 def test_ranks_keep_their_numbers_unless_told():
-    assert lists(Ranks.parse(None, 2, 4)) == ([0, 1], [0, 1], [2, 3], [])
-    assert lists(Ranks.parse(None, 4, 2)) == ([0, 1, -1, -1], [0, 1], [], [2, 3])
+    assert lists(RankMap.parse(None, 2, 4)) == ([0, 1], [0, 1], [2, 3], [])
+    assert lists(RankMap.parse(None, 4, 2)) == ([0, 1, -1, -1], [0, 1], [], [2, 3])
     lost = ([0, 1, -1, 2], [0, 1, 2], [], [2])
-    assert lists(Ranks.parse("0:0,1:1,3:2", 4, 3)) == lists(Ranks.parse("0-1:0-1, 3:2", 4, 3)) == lost
-    assert lists(Ranks.parse("1:0", 2, 2)) == ([-1, 0], [0], [1], [0])
+    assert lists(RankMap.parse("0:0,1:1,3:2", 4, 3)) == lists(RankMap.parse("0-1:0-1, 3:2", 4, 3)) == lost
+    assert lists(RankMap.parse("1:0", 2, 2)) == ([-1, 0], [0], [1], [0])
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_ranks_keep_their_numbers_unless_told():
 )  # fmt: skip
 def test_wrong_ranks_are_named(text, said):
     with pytest.raises(OptionError, match=said):
-        Ranks.parse(text, 3, 2)
+        RankMap.parse(text, 3, 2)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -50,7 +50,7 @@ def test_every_frame_gives_the_same_change(seed):
     pairs = list(zip(rng.permutation(old_n)[:staying].tolist(), rng.permutation(new_n)[:staying].tolist(), strict=True))
     if not pairs:
         return
-    ranks = Ranks.parse(",".join(f"{a}:{b}" for a, b in pairs), int(old_n), int(new_n))
+    ranks = RankMap.parse(",".join(f"{a}:{b}" for a, b in pairs), int(old_n), int(new_n))
     was = {b: a for a, b in pairs}
     want = {
         (x, e, d) for x in range(2) for d in range(new_n) for e in new.experts_of(x, d)
@@ -69,7 +69,7 @@ def test_every_frame_gives_the_same_change(seed):
 
 
 def test_ranks_that_leave_are_where_the_cluster_says_or_on_further_nodes():
-    ranks = Ranks.parse("0:0,2:1", 4, 2)
+    ranks = RankMap.parse("0:0,2:1", 4, 2)
     old = ranks.frame(Cluster.parse("2x2"))
     assert old.new_F.tolist() == [0, -1, 1, -1] and not old.assumed
     new = ranks.frame(Cluster.parse("1x2"))
@@ -77,7 +77,7 @@ def test_ranks_that_leave_are_where_the_cluster_says_or_on_further_nodes():
     with pytest.raises(OptionError, match="3 devices, the placements need 2 or, with those that leave, 4"):
         ranks.frame(Cluster.parse("1x3"))
     with pytest.raises(OptionError, match="2 devices, the placements need 4"):
-        Ranks.keep(2, 4).frame(Cluster.parse("1x2"))
+        RankMap.keep(2, 4).frame(Cluster.parse("1x2"))
 
 
 def drawn(seed):

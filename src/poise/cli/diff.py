@@ -13,7 +13,7 @@ from poise.cluster import Cluster
 from poise.control.change import Change, numbers
 from poise.errors import OptionError
 from poise.modelspec import ModelSpec
-from poise.planning.elastic import Ranks
+from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 
 SHOWN = 8
@@ -36,7 +36,10 @@ def diff(
     ] = None,
     ranks: Annotated[
         str | None,
-        typer.Option(help="OLD:NEW of all ranks that stay, as in 0:0,1:1,3:2 or 0-1:0-1,3:2. Default: same numbers."),
+        typer.Option(
+            "--rank-map",
+            help="OLD:NEW of all ranks that stay, as in 0:0,1:1,3:2 or 0-1:0-1,3:2. Default: same numbers.",
+        ),
     ] = None,
     lost: Annotated[
         bool, typer.Option("--lost", help="Ranks that leave are gone: what only they held is read from the checkpoint.")
@@ -46,7 +49,7 @@ def diff(
     """Say what moves between two placements: experts, bytes, links, seconds, and the layers in which most does.
 
     Bytes need --model, links --cluster, seconds both. The placements may be for different numbers of ranks: those
-    beyond the old ones join, those beyond the new ones leave (--ranks, if others do).
+    beyond the old ones join, those beyond the new ones leave (--rank-map, if others do).
 
     Example: poise diff now.npz next.npz --model deepseek-v3 --cluster 8x8:h100
     """
@@ -56,7 +59,7 @@ def diff(
         machine = None if cluster is None else Cluster.parse(cluster)
         if staging is not None and (spec is None or machine is None):
             raise OptionError("rounds need expert sizes and links", hint="give --model and --cluster")
-        change = Change.of(old, new, Ranks.parse(ranks, old.num_devices, new.num_devices), machine, lost=lost)
+        change = Change.of(old, new, RankMap.parse(ranks, old.num_devices, new.num_devices), machine, lost=lost)
         if spec is not None:
             spec.matches(num_experts=old.num_experts, layer_ids=change.moves.layer_ids_L)
         facts = _facts(change, spec, staging)

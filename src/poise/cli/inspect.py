@@ -34,6 +34,8 @@ def inspect(traces: o.Traces, json: o.Json = False) -> None:
         else:
             load = found.load_BLE.sum(axis=0)
             facts |= {"recorded_loads": found.num_steps, "tokens_per_layer": float(load.sum(axis=1).max())}
+            if found.notes:
+                facts["notes"] = list(found.notes)
             real = null = np.zeros(0)
         idle, all_picks = _idle(found)
         if idle:

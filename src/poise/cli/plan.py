@@ -20,7 +20,7 @@ from poise.errors import OptionError
 from poise.evaluate.rows import fewer_words
 from poise.modelspec import ModelSpec
 from poise.observe.batching import ORDERS
-from poise.planning.elastic import Ranks
+from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
 from poise.words import percent
@@ -45,7 +45,9 @@ def plan(
     ] = None,
     ranks: Annotated[
         str | None,
-        typer.Option(help="OLD:NEW of ranks of --current that stay, as in 0:0,1:1,3:2. Default: same numbers."),
+        typer.Option(
+            "--rank-map", help="OLD:NEW of ranks of --current that stay, as in 0:0,1:1,3:2. Default: same numbers."
+        ),
     ] = None,
     migration_steps: Annotated[float, typer.Option(help="Steps over which those moves are written off.")] = 1000.0,
     risk: Annotated[str, typer.Option(help="mean, worst or cvar over steps or recorded workloads.")] = "mean",
@@ -99,18 +101,18 @@ def _with_command(placement: Placement) -> Placement:
     return replace(placement, fitted=replace(placement.fitted, about=about))
 
 
-def _renumber(current: Path | None, ranks: str | None, cluster: str) -> tuple[Placement, Ranks] | None:
+def _renumber(current: Path | None, ranks: str | None, cluster: str) -> tuple[Placement, RankMap] | None:
     """The placement in use, in the numbers of the cluster's ranks, and which rank of it is which."""
     if current is None:
         if ranks is not None:
-            raise OptionError("--ranks says which rank of --current is which", hint="give --current")
+            raise OptionError("--rank-map says which rank of --current is which", hint="give --current")
         return None
     placement = Placement.load(current)
-    change = Ranks.parse(ranks, placement.num_devices, Cluster.parse(cluster).num_devices)
+    change = RankMap.parse(ranks, placement.num_devices, Cluster.parse(cluster).num_devices)
     return placement if ranks is None else change.number(placement), change
 
 
-def _moves(running: tuple[Placement, Ranks] | None, solution: Solution, model: str | None) -> dict[str, Any] | None:
+def _moves(running: tuple[Placement, RankMap] | None, solution: Solution, model: str | None) -> dict[str, Any] | None:
     """What going from the placement in use to the new one fetches; bytes only where the model is named."""
     if running is None:
         return None
@@ -172,6 +174,8 @@ def _show(solution: Solution) -> None:
     o.out.print(
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
     )
+    for note in solution.details.get("notes", ()):
+        o.out.print(f"note: {note}", markup=False)
     fewer = solution.details.get("fewer_redundant")
     if fewer is not None:
         o.out.print(fewer_words(fewer["redundant"], 1 - fewer["objective"] / solution.objective))

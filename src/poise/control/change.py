@@ -12,7 +12,7 @@ from poise.cluster import Cluster
 from poise.control.moves import MoveList, move_list
 from poise.errors import OptionError
 from poise.evaluate.moving import Moving, moving
-from poise.planning.elastic import Frame, Ranks
+from poise.planning.elastic import Frame, RankMap
 from poise.planning.placement import Placement
 
 
@@ -31,7 +31,7 @@ class Change:
 
     before: Placement
     after: Placement
-    ranks: Ranks
+    ranks: RankMap
     frame: Frame
     lost: bool
     moves: Moving
@@ -39,9 +39,9 @@ class Change:
 
     @classmethod
     def of(
-        cls, old: Placement, new: Placement, ranks: Ranks, cluster: Cluster | None = None, *, lost: bool = False
+        cls, old: Placement, new: Placement, ranks: RankMap, cluster: Cluster | None = None, *, lost: bool = False
     ) -> Change:  # fmt: skip
-        """The change from ``old`` to ``new``; ``cluster`` as in :meth:`poise.planning.elastic.Ranks.frame`.
+        """The change from ``old`` to ``new``; ``cluster`` as in :meth:`poise.planning.elastic.RankMap.frame`.
 
         Raises
         ------
@@ -51,7 +51,7 @@ class Change:
         if lost and not ranks.leave:
             raise OptionError(
                 f"no rank leaves: {len(ranks.new_O)} before, {ranks.num_new} after, so none is lost",
-                hint="--ranks names those that stay, as in 0:0,1:1,3:2",
+                hint="--rank-map names those that stay, as in 0:0,1:1,3:2",
             )
         frame = ranks.frame(cluster)
         before, after = frame.before(old), frame.after(new)

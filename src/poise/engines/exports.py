@@ -11,13 +11,13 @@ from typing import Any
 
 from poise.engines import ascend, sglang, tensorrt, vllm
 from poise.engines.checkpoints import checkpoint, megatron
+from poise.engines.dumps.mapping import MAX_MTP_LAYERS
 from poise.errors import OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
 
 STATIC_ENV = "POISE_STATIC_MAP"
-MAX_MTP_LAYERS = 64
 UNKNOWN_LAYERS = "without --model it is not known whether the placement has every MoE layer"
 MTP_OWN_MAP = "the engine runs them as a model of its own, which this file does not reach"
 ONE_LIST = "the file has one list for all layers, and no rows"

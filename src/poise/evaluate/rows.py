@@ -45,7 +45,8 @@ def split_traffic(
         notes = (f"fitted on the first {half} recorded loads, held-out are the other {trace.num_steps - half}",)
     else:
         fit, notes = trace, ("one recorded load: judged on what it was fitted on, which flatters every method",)
-    return fit, {**judged, **(others or {})}, notes
+    told = trace.notes if isinstance(trace, LoadProfile) else ()
+    return fit, {**judged, **(others or {})}, (*told, *notes)
 
 
 def silent_defaults(

@@ -136,9 +136,9 @@ def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_miss
         load_BLE = np.zeros((part.num_steps, ids.size, part.num_experts))
         load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE  # type: ignore[arg-type]
         files.append(Recorded(part.name, part.rank, load_BLE))
-    loads, _ = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
+    loads, notes = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
     name = " + ".join(part.name for part in profiles)
-    return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads))
+    return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads), notes=tuple(notes))
 
 
 def _idle_together(

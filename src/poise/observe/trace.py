@@ -225,6 +225,7 @@ class LoadProfile:
     rank : the rank that counted it, where the file says so: of several such files not each is a step.
     idle_BL : float64 [B, L] or None, picks of identity experts beside those of load_BLE: they compute nothing, and
         count only for how many tokens a step has.
+    notes : what a reader should know of how several files became one.
     """
 
     load_BLE: NDArray[np.float64]
@@ -233,6 +234,7 @@ class LoadProfile:
     name: str = field(default="profile")
     rank: int | None = None
     idle_BL: NDArray[np.float64] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_BLE)

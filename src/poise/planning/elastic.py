@@ -1,6 +1,6 @@
 """Placements for another number of devices: which rank of the old one is which of the new one.
 
-Ranks keep their numbers unless told otherwise (:class:`Ranks`). Those that stay, join and leave are devices of one
+Ranks keep their numbers unless told otherwise (:class:`RankMap`). Those that stay, join and leave are devices of one
 :class:`Frame`: the old placement has no slots on those that join, the new one none on those that leave. So going from
 one to the other is a change of placement like any other.
 """
@@ -21,7 +21,7 @@ GONE = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ranks:
+class RankMap:
     """Which rank of an old placement is which one of a new placement.
 
     Parameters
@@ -34,12 +34,12 @@ class Ranks:
     num_new: int
 
     @classmethod
-    def keep(cls, num_old: int, num_new: int) -> Ranks:
+    def keep(cls, num_old: int, num_new: int) -> RankMap:
         """Every rank keeps its number: growth adds ranks at the end, shrinking drops the last ones."""
         return cls(np.where(np.arange(num_old) < num_new, np.arange(num_old), GONE), num_new)
 
     @classmethod
-    def parse(cls, text: str | None, num_old: int, num_new: int) -> Ranks:
+    def parse(cls, text: str | None, num_old: int, num_new: int) -> RankMap:
         """``OLD:NEW`` of all ranks that stay, ``"0:0,1:1,3:2"``, or ranges, ``"0-1:0-1,3:2"``; None: :meth:`keep`.
 
         Raises

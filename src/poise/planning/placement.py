@@ -279,7 +279,7 @@ class Placement:
         """What it takes to go from this placement to ``other``; slots may be renumbered inside a device for nothing.
 
         Device d here is device d there. Where ``other`` has more devices, those beyond join and hold nothing yet; where
-        it has fewer, those beyond leave. Other numberings: :class:`poise.planning.elastic.Ranks`.
+        it has fewer, those beyond leave. Other numberings: :class:`poise.planning.elastic.RankMap`.
 
         Raises
         ------

@@ -109,8 +109,10 @@ def _other_experts(array: NDArray[Any], options: ReadOptions) -> str:
     if options.router_experts is None or options.model is not None:
         return "check --model, which may have identity experts beside" if options.model is not None else ""
     free = readings(array, replace(options, num_experts=None, zero_experts=None))
-    width = array.shape[-1] if free == ["load-table"] else int(array.max(initial=0)) + 1
-    more = width - options.router_experts + options.zeros
+    more = int(array.max(initial=0)) + 1 - options.router_experts
+    if free == ["load-table"] or more > options.router_experts:  # a table of counts, not of ids
+        more = array.shape[-1] - options.router_experts
+    more += options.zeros
     return f"check --num-experts; or, with identity (zero) experts, give --zero-experts {more}" if more > 0 else ""
 
 

@@ -80,12 +80,14 @@ def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tupl
     return kept, notes
 
 
-def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | None = None) -> tuple[int, list[str]]:
+def num_experts(
+    options: ReadOptions, largest: int, what: str, *, most: int | None = None, routers: bool = False
+) -> tuple[int, list[str]]:
     """E as known, or one more than the largest id seen, with a note.
 
-    Where the router names identity experts as well (``options.zeros``, or a few ids beyond an E given by hand:
-    ``options.zeros_open``), they are counted as long as some id is one: :func:`without_zeros` takes them out of what
-    was read. Slots (``most`` of them) never hold one.
+    Where the router names identity experts as well (``options.zeros``, or, in answers of requests, ``routers``, a few
+    ids beyond an E given by hand: ``options.zeros_open``), they are counted as long as some id is one:
+    :func:`without_zeros` takes them out of what was read. Slots (``most`` of them) never hold one.
 
     Raises
     ------
@@ -95,7 +97,7 @@ def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | No
     experts = largest + 1 if known is None else known
     if largest >= experts:
         experts += zeros
-    if largest >= experts and most is None and options.zeros_open and largest < experts + experts // 2:
+    if routers and options.zeros_open and experts <= largest < experts + experts // 2:
         return largest + 1, []  # taken for identity experts, with a note: without_zeros
     if largest >= experts:
         raise TraceError(
@@ -129,10 +131,9 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
     TraceError : a slot holds one.
     """
     trace, profile, notes = dump.trace, dump.profile, list(dump.notes)
-    traffic = trace if trace is not None else profile
     experts, zeros = options.experts or 0, options.zeros
-    if options.zeros_open and traffic is not None and traffic.num_experts > experts:
-        zeros = traffic.num_experts - experts
+    if options.zeros_open and trace is not None and trace.num_experts > experts:
+        zeros = trace.num_experts - experts
         notes.append(
             f"ids from {experts} on, beyond the experts given, are taken for {zeros} identity (zero) experts; "
             f"--zero-experts {zeros} says so, --zero-experts 0 refuses them"

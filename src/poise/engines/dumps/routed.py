@@ -115,7 +115,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError("no token has experts in every layer", hint="check --model")
     if not keep_T.all():
         notes.append(f"{(~keep_T).sum()} tokens without captured experts were left out")
-    experts, more = num_experts(options, int(experts_TLK[keep_T].max()), "an answer")
+    experts, more = num_experts(options, int(experts_TLK[keep_T].max()), "an answer", routers=True)
     trace = RoutingTrace(
         experts_TLK[keep_T], experts, request=request_T[keep_T].astype(np.int32),
         is_decode=decode_T[keep_T], layer_ids=ids, name=parts[0].name,
