@@ -209,6 +209,8 @@ def _kv_bytes(config: dict[str, Any], hidden: int) -> float:
     )  # fmt: skip
     if config.get("kv_lora_rank"):
         return 2.0 * (number(config, "kv_lora_rank") + number(config, "qk_rope_head_dim", default=64))
+    if config.get("attention_kv_lora_dim"):  # Pangu Ultra
+        return 2.0 * (number(config, "attention_kv_lora_dim") + number(config, "attention_qk_rope_dim", default=64))
     return 2.0 * 2 * kv_heads * number(config, "head_dim", default=hidden // heads)
 
 

@@ -15,7 +15,7 @@ from tests.engines import dumps
 from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
 from poise.errors import TraceError
-from poise.modelspec import from_hf_config
+from poise.modelspec import ModelSpec, from_hf_config
 from poise.observe.profile import load_LE
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
@@ -60,6 +60,49 @@ def test_a_table_of_counts_is_no_trace(tmp_path, suffix):
     np.testing.assert_array_equal(
         read_dump(save(tmp_path / f"f{suffix}", counts() / 7)).profile.load_BLE[0], counts() / 7
     )
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", ".csv"])
+def test_numbers_of_layers_and_experts_are_no_loads(tmp_path, suffix):
+    """A table with its index, or its head, among the numbers; and one that lists experts first."""
+    rng = np.random.default_rng(0)
+    table = np.stack([rng.multinomial(40_000, rng.dirichlet(np.ones(32))) for _ in range(6)])
+    assert read_dump(save(tmp_path / f"c{suffix}", table)).profile.load_BLE.sum() == 240_000
+    for wrong, said in (
+        (np.c_[np.arange(6), table], "the first column counts"), (np.c_[1:7, table], "from 1 to 6 the first column"),
+        (np.r_[[np.arange(32)], table], "the first row counts"), (table.T.copy(), "rows are experts"),
+        (table.T / 40_000, "rows are experts"),
+    ):  # fmt: skip
+        path = save(tmp_path / f"w{suffix}", wrong)
+        with pytest.raises(TraceError, match=rf"{said}.*\nhint: .*--format load-table"):
+            read_dump(path)
+        assert read_dump(path, options=ReadOptions(format="load-table")).profile.num_layers == len(wrong)
+    if suffix != ".csv":
+        steps = np.stack([table, 2 * table, 3 * table])
+        assert read_dump(save(tmp_path / f"s{suffix}", steps)).profile.num_steps == 3
+        with pytest.raises(TraceError, match="layers come first, then steps"):
+            read_dump(save(tmp_path / f"s{suffix}", np.swapaxes(steps, 0, 1).copy()))
+
+
+def test_ids_counted_from_1_are_refused(tmp_path):
+    path = tmp_path / "n.json"
+
+    def written(layer, expert, experts=8, layers=16):
+        rows = {str(i + layer): {str(e + expert): 10 + e + i for e in range(experts)} for i in range(layers)}
+        path.write_text(json.dumps(rows))
+        return path
+
+    assert read_dump(written(0, 0)).profile.num_experts == 8
+    with pytest.raises(TraceError, match=r"expert 0 never.*\nhint: .*--num-experts 9"):
+        read_dump(written(0, 1))
+    assert read_dump(path, options=ReadOptions(num_experts=9)).profile.num_experts == 9
+    with pytest.raises(TraceError, match=r"expert 0 never.*\nhint: .*--zero-experts 1"):  # no identity expert of 8
+        read_dump(path, options=ReadOptions(num_experts=8))
+    assert read_dump(path, options=ReadOptions(num_experts=8, zero_experts=1)).profile.num_experts == 8
+    olmoe = ModelSpec.parse("olmoe-1b-7b")
+    assert read_dump(written(0, 0, 64), options=ReadOptions(olmoe)).profile.num_layers == 16
+    with pytest.raises(TraceError, match="layers 1 to 16, olmoe-1b-7b has MoE layers 0 to 15"):  # 16: no prediction
+        read_dump(written(1, 0, 64), options=ReadOptions(olmoe))
 
 
 def test_what_is_known_of_the_model_decides(tmp_path):

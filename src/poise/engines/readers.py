@@ -41,6 +41,8 @@ __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 MAX_FILES = 20_000
 RANKS_ASKED = ("sglang-stat", "tokenspeed", "load-table", "load-csv", "poise")
 """Formats of which several files may be those of ranks or steps."""
+SOME_PICKS = ("exflow", "poise")
+"""Formats that may keep fewer picks a token than the router makes."""
 TRACE, PLACEMENT = "experts", "slot_expert"
 
 
@@ -140,6 +142,10 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         if options.model is not None and traffic is not None:
             assert traffic.layer_ids is not None
             options.model.matches(num_experts=traffic.num_experts, layer_ids=traffic.layer_ids)
+        if traffic is not None and name not in SOME_PICKS and options.k not in (None, traffic.top_k):
+            raise TraceError(
+                f"{traffic.top_k} experts a token, the model has top-{options.k}", hint="check --model or --top-k"
+            )
     except TraceError as error:
         where = parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more"
         raise type(error)(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None

@@ -39,6 +39,8 @@ MAX_LAYERS = 2048
 MAX_IDS, MANY_IDS = 4096, 1024
 """No model has ids as high as the first; those above the second stand in tables of many choices."""
 MAX_TOP_K = 64
+MANY = 3
+"""Layers, or experts, of which it is no chance that their first loads count up, or that all have as many tokens."""
 LEAST_EXPERTS = 4
 """Of fewer experts, counts may well happen to name each once."""
 MEANINGS = {
@@ -88,6 +90,12 @@ def decide(part: Part, options: ReadOptions) -> str:
             return "vllm-49572"
         raise TraceError(f"one row of {array.size} numbers, and no map that holds every expert", hint="docs/dumps.md")
     found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
+    odd = _not_loads(array) if found in ([], ["load-table"]) else ""
+    if odd:
+        raise AmbiguousError(
+            f"numbers {_shape(array)}: {odd}",
+            hint="give loads [layers, experts] alone; or say that these are such: --format load-table",
+        )
     if len(found) == 1 and found[0]:
         return found[0]
     if not found:
@@ -101,6 +109,29 @@ def decide(part: Part, options: ReadOptions) -> str:
         f"numbers {_shape(array)} may be {' or '.join(MEANINGS[name][array.ndim] for name in found)}",
         hint=f"say which: {named}",
     )
+
+
+def _not_loads(array: NDArray[Any]) -> str:
+    """Why numbers that could be a table of loads by shape and range are probably none, or ``""``."""
+    if array.ndim == 2:
+        for line, what in (
+            (array[:, 0], "column counts, as numbers of layers do"),
+            (array[0], "row counts, as a head does"),
+        ):
+            if len(line) >= MANY and line[0] in (0, 1) and (np.diff(line) == 1).all():
+                return f"from {line[0]:g} to {line[-1]:g} the first {what}"
+    sums = array.sum(axis=-1, dtype=np.float64)
+    exchanged = False
+    if array.ndim == 2 and array.shape[1] >= MANY:
+        exchanged = _alike(array.sum(axis=0, dtype=np.float64)) and not _alike(sums)
+    elif array.ndim == 3 and min(sums.shape) > 1 and len(sums) >= MANY:
+        exchanged = all(map(_alike, sums.T)) and not all(map(_alike, sums))
+    axes = "rows are experts, and columns layers" if array.ndim == 2 else "layers come first, then steps"
+    return f"it seems that {axes}: every layer of a step has as many tokens" if exchanged else ""
+
+
+def _alike(sums: NDArray[np.float64]) -> bool:
+    return bool(sums[0] > 0 and np.allclose(sums, sums[0], rtol=1e-9, atol=0))
 
 
 def _other_experts(array: NDArray[Any], options: ReadOptions) -> str:
