@@ -134,8 +134,11 @@ class ModelSpec:
     def matches(self, *, num_experts: int, layer_ids: NDArray[Any]) -> None:
         """Raise ModelError unless traffic with these experts and decoder layers can come from this model."""
         if num_experts != self.num_experts:
+            both = self.num_zero_experts and num_experts == self.num_experts + self.num_zero_experts
             raise ModelError(
-                f"the traffic has {num_experts} experts, {self.name} has {self.num_experts}", hint="check --model"
+                f"the traffic has {num_experts} experts, {self.name} has {self.num_experts}"
+                + f" and {self.num_zero_experts} identity experts" * bool(both),
+                hint="'poise convert --model' takes identity experts out" if both else "check --model",
             )
         if int(np.max(layer_ids)) >= self.num_hidden_layers:
             raise ModelError(f"the traffic reaches layer {np.max(layer_ids)}, {self.name} has {self.num_hidden_layers}")

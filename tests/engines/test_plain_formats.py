@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,33 @@ def test_what_is_known_of_the_model_decides(tmp_path):
     assert read_dump(long).trace.num_tokens == 3000  # no model has as many layers
     with pytest.raises(TraceError, match="no table of loads, no ids and no map of the model's 8 experts"):
         read_dump(save(tmp_path / "n.npy", counts(shape=(7, 31))), options=ReadOptions(MODEL))
+
+
+def test_tables_with_and_without_identity_experts(tmp_path):
+    """A model that has some is recorded either way; what is said of a width that fits nothing can be followed."""
+    model = replace(ModelSpec.parse("olmoe-1b-7b"), num_zero_experts=4)
+    full = counts(shape=(16, 68))
+    for suffix in (".npy", ".pt", ".json", ".csv"):
+        for width in (64, 68):
+            dump = read_dump(save(tmp_path / f"z{suffix}", full[:, :width].copy()), options=ReadOptions(model))
+            np.testing.assert_array_equal(dump.profile.load_BLE[0], full[:, :64])
+        for low in (0, 700):  # values that could be ids as well, and such that could not
+            table = save(tmp_path / f"h{suffix}", counts(high=900, shape=(16, 12)) + low)
+            with pytest.raises(TraceError, match=r"give --zero-experts 4$"):
+                read_dump(table, options=ReadOptions(num_experts=8))
+        with pytest.raises(TraceError, match=r"experts and 16 layers\nhint: check --model$"):
+            read_dump(save(tmp_path / f"s{suffix}", full[:15]), options=ReadOptions(model))
+
+
+def test_layers_that_nothing_was_recorded_of_are_named(tmp_path):
+    table = counts(shape=(16, 64))
+    table[9] = 0
+    for suffix in (".npy", ".pt", ".json", ".csv"):
+        dump = read_dump(save(tmp_path / f"l{suffix}", table), options=ReadOptions(ModelSpec.parse("olmoe-1b-7b")))
+        assert "nothing was recorded of MoE layers 9" in dump.notes
+    torch.save({"logical_count": torch.from_numpy(table)}, tmp_path / "l.pt")
+    dump = read_dump(tmp_path / "l.pt", options=ReadOptions(ModelSpec.parse("olmoe-1b-7b")))
+    assert dump.profile.num_layers == 15 and "nothing was recorded of MoE layers 9" in dump.notes
 
 
 def test_maps_and_devices_of_experts_are_neither(tmp_path):

@@ -214,7 +214,14 @@ def test_tokens_of_another_top_k_are_not_the_models(tmp_path):
     for options in (ReadOptions(ModelSpec.parse("olmoe-1b-7b")), ReadOptions(top_k=8)):
         with pytest.raises(TraceError, match="7 experts a token, the model has top-8"):
             read_dump(tmp_path / "a.json", options=options)
-    assert read_dump(tmp_path / "a.json", options=ReadOptions(top_k=7)).trace.top_k == 7
+    dump = read_dump(tmp_path / "a.json", options=ReadOptions(top_k=7))
+    assert dump.trace.top_k == 7 and not any("were recorded" in note for note in dump.notes)
+    dump.trace.save(tmp_path / "t.npz")  # may keep a part of the picks, but not more than there are
+    assert "7 of the 8 experts that a token has were recorded" in read_dump(
+        tmp_path / "t.npz", options=ReadOptions(top_k=8)
+    ).notes  # fmt: skip
+    with pytest.raises(TraceError, match="7 experts a token, the model has top-6"):
+        read_dump(tmp_path / "t.npz", options=ReadOptions(top_k=6))
 
 
 def test_answers_without_a_token_and_tensors_of_other_kinds_say_what_they_are(tmp_path):

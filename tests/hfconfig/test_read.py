@@ -1,5 +1,6 @@
 """What published configurations mean, and which are refused: families that transformers lacks, unknown ones, contradictions."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,6 +193,14 @@ def test_configs_under_other_names():
     pangu = {**PLAIN, "model_type": "pangu_ultra_moe", "num_dense_layers": 3, "attention_kv_lora_dim": 512,
              "attention_qk_rope_dim": 64, "num_attention_heads": 4}  # fmt: skip
     assert from_hf_config(pangu, name="x").kv_bytes_per_token_layer == 2 * (512 + 64)
+
+
+def test_loads_of_identity_experts_name_the_command_that_takes_them_out():
+    spec = from_hf_config({**PLAIN, "model_type": "longcat_flash", "zero_expert_num": 4, "num_layers": 6}, name="x")
+    with pytest.raises(ModelError, match=r"20 experts, x has 16 and 4 identity experts\nhint: 'poise convert --model'"):
+        spec.matches(num_experts=20, layer_ids=np.arange(6))
+    with pytest.raises(ModelError, match=r"19 experts, x has 16\nhint: check --model"):
+        spec.matches(num_experts=19, layer_ids=np.arange(6))
 
 
 def test_presets_keep_their_sizes():

@@ -100,6 +100,7 @@ def decide(part: Part, options: ReadOptions) -> str:
         return found[0]
     if not found:
         model = "" if options.router_experts is None else f" of the model's {options.router_experts} experts"
+        model += "" if options.model is None else f" and {options.model.num_hidden_layers} layers"
         raise TraceError(
             f"numbers {_shape(array)} that are no table of loads, no ids and no map{model}",
             hint=_other_experts(array, options) or "docs/dumps.md",
@@ -137,11 +138,13 @@ def _alike(sums: NDArray[np.float64]) -> bool:
 def _other_experts(array: NDArray[Any], options: ReadOptions) -> str:
     """What to mend where the numbers fit another E."""
     if options.router_experts is None or options.model is not None:
-        return "check --model, which may have identity experts beside" if options.model is not None else ""
+        return "check --model" if options.model is not None else ""
     free = readings(array, replace(options, num_experts=None, zero_experts=None))
-    width = array.shape[-1] if free == ["load-table"] else int(array.max(initial=0)) + 1
-    more = width - options.router_experts + options.zeros
-    return f"check --num-experts; or, with identity (zero) experts, give --zero-experts {more}" if more > 0 else ""
+    widths = [array.shape[-1]] if "load-table" in free else []
+    widths += [int(array.max(initial=0)) + 1] if "exflow" in free else []
+    known = options.router_experts - options.zeros
+    more = next((width - known for width in widths if known < width <= 2 * known), 0)
+    return f"check --num-experts; or, with identity (zero) experts, give --zero-experts {more}" if more else ""
 
 
 def readings(array: NDArray[Any], options: ReadOptions, *, npz: bool = False, named: bool = False) -> list[str]:
@@ -183,7 +186,8 @@ def _may_be_loads(array: NDArray[Any], options: ReadOptions) -> bool:
     layers, experts = array.shape[-2:]
     if not array.size or array.min() < 0 or experts > MAX_EXPERTS:
         return False
-    return _layers_fit(layers, options) and options.router_experts in (None, experts) and experts > 1
+    known = (None, experts) if options.experts is None else (options.experts, options.router_experts)
+    return _layers_fit(layers, options) and experts in known and experts > 1
 
 
 def _may_be_ids(array: NDArray[Any], options: ReadOptions) -> bool:
@@ -282,7 +286,7 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     files = [Recorded(part.name, named_rank(part.path), step) for part, step in zip(parts, steps, strict=True)]
     load_BLE, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
     width = load_BLE.shape[2]
-    if options.router_experts not in (None, width):
+    if options.experts is not None and width not in (options.experts, options.router_experts):
         raise TraceError(
             f"{parts[0].name} has {width} experts a layer, the model {options.router_experts}", hint="check --model"
         )

@@ -83,9 +83,6 @@ def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tupl
         )
     if ahead:
         notes.append(f"layers {listed(map(str, ahead))} were left out: multi-token prediction")
-    missing = sorted(moe - set(kept))
-    if missing:
-        notes.append(f"nothing was recorded of MoE layers {listed(map(str, missing))}")
     return kept, notes
 
 
@@ -111,7 +108,7 @@ def num_experts(options: ReadOptions, largest: int, what: str, *, most: int | No
             hint=_beyond(options, largest, most is not None),
         )
     if most is not None and experts > most:
-        raise TraceError(f"{what} has {most} slots for {experts} experts")
+        raise TraceError(f"{what} has {most} slots for {experts} experts", hint="check --model or --num-experts")
     return experts, [] if known is not None else [f"{experts} experts: {GUESSED} {largest}"]
 
 
