@@ -134,8 +134,11 @@ class ModelSpec:
     def matches(self, *, num_experts: int, layer_ids: NDArray[Any]) -> None:
         """Raise ModelError unless traffic with these experts and decoder layers can come from this model."""
         if num_experts != self.num_experts:
+            both = self.num_zero_experts and num_experts == self.num_experts + self.num_zero_experts
             raise ModelError(
-                f"the traffic has {num_experts} experts, {self.name} has {self.num_experts}", hint="check --model"
+                f"the traffic has {num_experts} experts, {self.name} has {self.num_experts}"
+                + f" and {self.num_zero_experts} identity experts" * bool(both),
+                hint="'poise convert --model' takes identity experts out" if both else "check --model",
             )
         if int(np.max(layer_ids)) >= self.num_hidden_layers:
             raise ModelError(f"the traffic reaches layer {np.max(layer_ids)}, {self.name} has {self.num_hidden_layers}")
@@ -209,6 +212,8 @@ def _kv_bytes(config: dict[str, Any], hidden: int) -> float:
     )  # fmt: skip
     if config.get("kv_lora_rank"):
         return 2.0 * (number(config, "kv_lora_rank") + number(config, "qk_rope_head_dim", default=64))
+    if config.get("attention_kv_lora_dim"):  # Pangu Ultra
+        return 2.0 * (number(config, "attention_kv_lora_dim") + number(config, "attention_qk_rope_dim", default=64))
     return 2.0 * 2 * kv_heads * number(config, "head_dim", default=hidden // heads)
 
 

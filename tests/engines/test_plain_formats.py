@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.engines import dumps
 from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
 from poise.errors import TraceError
-from poise.modelspec import from_hf_config
+from poise.modelspec import ModelSpec, from_hf_config
 from poise.observe.profile import load_LE
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
@@ -62,6 +63,49 @@ def test_a_table_of_counts_is_no_trace(tmp_path, suffix):
     )
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", ".csv"])
+def test_numbers_of_layers_and_experts_are_no_loads(tmp_path, suffix):
+    """A table with its index, or its head, among the numbers; and one that lists experts first."""
+    rng = np.random.default_rng(0)
+    table = np.stack([rng.multinomial(40_000, rng.dirichlet(np.ones(32))) for _ in range(6)])
+    assert read_dump(save(tmp_path / f"c{suffix}", table)).profile.load_BLE.sum() == 240_000
+    for wrong, said in (
+        (np.c_[np.arange(6), table], "the first column counts"), (np.c_[1:7, table], "from 1 to 6 the first column"),
+        (np.r_[[np.arange(32)], table], "the first row counts"), (table.T.copy(), "rows are experts"),
+        (table.T / 40_000, "rows are experts"),
+    ):  # fmt: skip
+        path = save(tmp_path / f"w{suffix}", wrong)
+        with pytest.raises(TraceError, match=rf"{said}.*\nhint: .*--format load-table"):
+            read_dump(path)
+        assert read_dump(path, options=ReadOptions(format="load-table")).profile.num_layers == len(wrong)
+    if suffix != ".csv":
+        steps = np.stack([table, 2 * table, 3 * table])
+        assert read_dump(save(tmp_path / f"s{suffix}", steps)).profile.num_steps == 3
+        with pytest.raises(TraceError, match="layers come first, then steps"):
+            read_dump(save(tmp_path / f"s{suffix}", np.swapaxes(steps, 0, 1).copy()))
+
+
+def test_ids_counted_from_1_are_refused(tmp_path):
+    path = tmp_path / "n.json"
+
+    def written(layer, expert, experts=8, layers=16):
+        rows = {str(i + layer): {str(e + expert): 10 + e + i for e in range(experts)} for i in range(layers)}
+        path.write_text(json.dumps(rows))
+        return path
+
+    assert read_dump(written(0, 0)).profile.num_experts == 8
+    with pytest.raises(TraceError, match=r"expert 0 never.*\nhint: .*--num-experts 9"):
+        read_dump(written(0, 1))
+    assert read_dump(path, options=ReadOptions(num_experts=9)).profile.num_experts == 9
+    with pytest.raises(TraceError, match=r"expert 0 never.*\nhint: .*--zero-experts 1"):  # no identity expert of 8
+        read_dump(path, options=ReadOptions(num_experts=8))
+    assert read_dump(path, options=ReadOptions(num_experts=8, zero_experts=1)).profile.num_experts == 8
+    olmoe = ModelSpec.parse("olmoe-1b-7b")
+    assert read_dump(written(0, 0, 64), options=ReadOptions(olmoe)).profile.num_layers == 16
+    with pytest.raises(TraceError, match="layers 1 to 16, olmoe-1b-7b has MoE layers 0 to 15"):  # 16: no prediction
+        read_dump(written(1, 0, 64), options=ReadOptions(olmoe))
+
+
 def test_what_is_known_of_the_model_decides(tmp_path):
     ids = np.random.default_rng(0).integers(0, 8, (30, 3))
     path = save(tmp_path / "t.npy", ids)
@@ -75,6 +119,33 @@ def test_what_is_known_of_the_model_decides(tmp_path):
     assert read_dump(long).trace.num_tokens == 3000  # no model has as many layers
     with pytest.raises(TraceError, match="no table of loads, no ids and no map of the model's 8 experts"):
         read_dump(save(tmp_path / "n.npy", counts(shape=(7, 31))), options=ReadOptions(MODEL))
+
+
+def test_tables_with_and_without_identity_experts(tmp_path):
+    """A model that has some is recorded either way; what is said of a width that fits nothing can be followed."""
+    model = replace(ModelSpec.parse("olmoe-1b-7b"), num_zero_experts=4)
+    full = counts(shape=(16, 68))
+    for suffix in (".npy", ".pt", ".json", ".csv"):
+        for width in (64, 68):
+            dump = read_dump(save(tmp_path / f"z{suffix}", full[:, :width].copy()), options=ReadOptions(model))
+            np.testing.assert_array_equal(dump.profile.load_BLE[0], full[:, :64])
+        for low in (0, 700):  # values that could be ids as well, and such that could not
+            table = save(tmp_path / f"h{suffix}", counts(high=900, shape=(16, 12)) + low)
+            with pytest.raises(TraceError, match=r"give --zero-experts 4$"):
+                read_dump(table, options=ReadOptions(num_experts=8))
+        with pytest.raises(TraceError, match=r"experts and 16 layers\nhint: check --model$"):
+            read_dump(save(tmp_path / f"s{suffix}", full[:15]), options=ReadOptions(model))
+
+
+def test_layers_that_nothing_was_recorded_of_are_named(tmp_path):
+    table = counts(shape=(16, 64))
+    table[9] = 0
+    for suffix in (".npy", ".pt", ".json", ".csv"):
+        dump = read_dump(save(tmp_path / f"l{suffix}", table), options=ReadOptions(ModelSpec.parse("olmoe-1b-7b")))
+        assert "nothing was recorded of MoE layers 9" in dump.notes
+    torch.save({"logical_count": torch.from_numpy(table)}, tmp_path / "l.pt")
+    dump = read_dump(tmp_path / "l.pt", options=ReadOptions(ModelSpec.parse("olmoe-1b-7b")))
+    assert dump.profile.num_layers == 15 and "nothing was recorded of MoE layers 9" in dump.notes
 
 
 def test_maps_and_devices_of_experts_are_neither(tmp_path):

@@ -15,7 +15,7 @@ from tests.engines import dumps
 from poise.engines.checkpoints.permutation import Relabelling
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
 from poise.errors import ModelError, OptionError, TraceError
-from poise.modelspec import from_hf_config
+from poise.modelspec import ModelSpec, from_hf_config
 from poise.observe.profile import load_LE
 from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
@@ -205,6 +205,34 @@ def test_a_few_ids_beyond_the_experts_given_by_hand_are_taken_for_identity_exper
     for options in (ReadOptions(num_experts=8, zero_experts=0), ReadOptions(model), ReadOptions(num_experts=7)):
         with pytest.raises(TraceError, match="names expert 11, the model has"):
             read_dump(path, options=options)
+
+
+def test_tokens_of_another_top_k_are_not_the_models(tmp_path):
+    rng = np.random.default_rng(1)
+    ids = [[rng.choice(64, 7, replace=False).tolist() for _ in range(16)] for _ in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps({"choices": [{"routed_experts": ids}]}))
+    for options in (ReadOptions(ModelSpec.parse("olmoe-1b-7b")), ReadOptions(top_k=8)):
+        with pytest.raises(TraceError, match="7 experts a token, the model has top-8"):
+            read_dump(tmp_path / "a.json", options=options)
+    dump = read_dump(tmp_path / "a.json", options=ReadOptions(top_k=7))
+    assert dump.trace.top_k == 7 and not any("were recorded" in note for note in dump.notes)
+    dump.trace.save(tmp_path / "t.npz")  # may keep a part of the picks, but not more than there are
+    assert "7 of the 8 experts that a token has were recorded" in read_dump(
+        tmp_path / "t.npz", options=ReadOptions(top_k=8)
+    ).notes  # fmt: skip
+    with pytest.raises(TraceError, match="7 experts a token, the model has top-6"):
+        read_dump(tmp_path / "t.npz", options=ReadOptions(top_k=6))
+
+
+def test_answers_without_a_token_and_tensors_of_other_kinds_say_what_they_are(tmp_path):
+    usage = {"prompt_tokens": 3, "completion_tokens": 1}
+    (tmp_path / "a.json").write_text(json.dumps({"choices": [{"routed_experts": ""}], "usage": usage}))
+    with pytest.raises(TraceError, match="no answer has routed experts"):
+        read_dump(tmp_path / "a.json")
+    torch.save({"logical_count": torch.ones(2, 4).to_sparse()}, tmp_path / "s.pt")
+    with pytest.raises(TraceError, match=r"only tensors, numbers and text are read\n.*nothing of it was run") as error:
+        read_dump(tmp_path / "s.pt")
+    assert "truncated" not in str(error.value)
 
 
 def test_numbers_of_identity_experts_that_contradict_are_refused():

@@ -1,5 +1,6 @@
 """What published configurations mean, and which are refused: families that transformers lacks, unknown ones, contradictions."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,7 +144,7 @@ def test_unknown_families_are_read_by_plain_keys(kind, change, layers):
         {"num_local_experts": 8}, {"n_routed_experts": 4}, {"moe_topk": 2}, {"num_experts_per_tok": [4, 4, 4, 4, 4, 2]},
         {"num_experts_per_tok": [4, 4]}, {"num_experts": [16, 16]}, {"hidden_act": "relu2"},
         {"first_k_dense_replace": 1, "mlp_only_layers": [3]}, {"mlp_layer_types": ["dense"]}, {"mlp_layer_types": ["odd"] * 6},
-        {"is_moe_layer": [2] * 6}, {"moe_layers": [9]}, {"use_moe": False}, {"poise_matrices": True},
+        {"block_configs": [{"num_experts": 8}]}, {"num_experts": 1}, {"num_experts": 0}, {"is_moe_layer": [2] * 6}, {"moe_layers": [9]}, {"use_moe": False}, {"poise_matrices": True},
         {"moe_intermediate_size": None, "first_k_dense_replace": 1, "intermediate_size": 96}, {"moe_layers_enum": "1,x"},
     ],
 )  # fmt: skip
@@ -171,7 +172,8 @@ def test_the_way_out_of_an_activation_that_may_have_no_gate():
         ("mixtral", {"moe_latent_size": 16, "intermediate_size": 8}, "moe_latent_size"),
         ("hunyuan", {"intermediate_size": 99}, "intermediate_size"), ("kimi_k2", {}, "first_k_dense_replace"),
         ("gemma4", {}, "enable_moe_block"), ("deepseek_v3", {"moe_intermediate_size": None, "intermediate_size": 9}, "moe_int"),
-        ("jetmoe", {}, "attention"), ("ernie4_5_moe_vl", {}, "images"), ("switch_transformers", {}, "decoder"),
+        ("gpt_oss", {"block_configs": [{}]}, "block_configs"), ("jamba", {"num_experts": 1}, "num_experts is 1"),
+        ("granitemoehybrid", {"num_experts": 0}, "num_experts is 0"), ("jetmoe", {}, "attention"), ("ernie4_5_moe_vl", {}, "images"), ("switch_transformers", {}, "decoder"),
         ("nemotron_h", {"hybrid_override_pattern": "ME|EME"}, "hybrid_override_pattern"), ("nemotron_h", {}, "hybrid_override"),
         ("nemotron_h", {"hybrid_override_pattern": "ME*EME*"}, "7 entries"), ("deepseek_v3", {"first_k_dense_replace": 9}, "no layer"),
         ("nemotron_h", {"hybrid_override_pattern": "ME*EME", "layers_block_type": ["moe"] * 6}, "different layers"),
@@ -180,6 +182,25 @@ def test_the_way_out_of_an_activation_that_may_have_no_gate():
 def test_known_families_may_not_contradict_themselves(kind, change, named):
     with pytest.raises(ModelError, match=named):
         from_hf_config({**PLAIN, "model_type": kind, **change}, name="x")
+
+
+def test_configs_under_other_names():
+    """Grok-2's ``model_type``, mixers of Granite's layers, and the compressed cache of Pangu Ultra."""
+    grok = {**PLAIN, "model_type": "git", "residual_moe": True, "intermediate_size": 99}
+    assert from_hf_config(grok, name="x").expert_parameters == 3 * 64 * 32
+    mixers = {**PLAIN, "model_type": "granitemoehybrid", "intermediate_size": 32, "layers_block_type": ["mamba"] * 6}
+    assert from_hf_config(mixers, name="x").num_moe_layers == 6
+    pangu = {**PLAIN, "model_type": "pangu_ultra_moe", "num_dense_layers": 3, "attention_kv_lora_dim": 512,
+             "attention_qk_rope_dim": 64, "num_attention_heads": 4}  # fmt: skip
+    assert from_hf_config(pangu, name="x").kv_bytes_per_token_layer == 2 * (512 + 64)
+
+
+def test_loads_of_identity_experts_name_the_command_that_takes_them_out():
+    spec = from_hf_config({**PLAIN, "model_type": "longcat_flash", "zero_expert_num": 4, "num_layers": 6}, name="x")
+    with pytest.raises(ModelError, match=r"20 experts, x has 16 and 4 identity experts\nhint: 'poise convert --model'"):
+        spec.matches(num_experts=20, layer_ids=np.arange(6))
+    with pytest.raises(ModelError, match=r"19 experts, x has 16\nhint: check --model"):
+        spec.matches(num_experts=19, layer_ids=np.arange(6))
 
 
 def test_presets_keep_their_sizes():

@@ -86,6 +86,19 @@ def test_profiles_weigh_the_same():
     assert make_batch(LoadProfile(np.array([[1.0, 3]]))).load_BLE.sum() == 4
 
 
+@pytest.mark.parametrize("sum_", [1, 8, 100])
+def test_shares_of_tokens_are_no_tokens(sum_):
+    """Also rounded as tables print them; counts that happen to add up so, and means that do not, are tokens."""
+    load = np.random.default_rng(0).gamma(1, 1, (2, 3, 16))
+    load *= sum_ / load.sum(axis=2, keepdims=True)
+    for shares in (load, load.round(4)):
+        with pytest.raises(OptionError, match=r"tokens\nhint: .*--tokens-per-step"):
+            make_batch(LoadProfile(shares))
+        assert make_batch(LoadProfile(shares), tokens_per_step=512).load_BLE[0, 0].sum() == pytest.approx(512, rel=1e-3)
+    make_batch(LoadProfile(np.eye(4)[:, None] * 100))
+    make_batch(LoadProfile(load * 8.37))
+
+
 def test_options_are_checked():
     trace = numbered(2, 2, 2)
     with pytest.raises(OptionError, match="at least 1, got 0"):

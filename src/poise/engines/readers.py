@@ -34,13 +34,15 @@ from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.errors import OptionError, TraceError
 from poise.observe.files import join, read
-from poise.observe.trace import LoadProfile
+from poise.observe.trace import LoadProfile, RoutingTrace
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 
 MAX_FILES = 20_000
 RANKS_ASKED = ("sglang-stat", "tokenspeed", "load-table", "load-csv", "poise")
 """Formats of which several files may be those of ranks or steps."""
+SOME_PICKS = ("exflow", "poise")
+"""Formats that may keep fewer picks a token than the router makes."""
 TRACE, PLACEMENT = "experts", "slot_expert"
 
 
@@ -140,16 +142,31 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         if options.model is not None and traffic is not None:
             assert traffic.layer_ids is not None
             options.model.matches(num_experts=traffic.num_experts, layer_ids=traffic.layer_ids)
+        top_k = options.k if traffic is None else traffic.top_k
+        if None not in (options.k, top_k) and (top_k > options.k if name in SOME_PICKS else top_k != options.k):  # type: ignore[operator]
+            raise TraceError(f"{top_k} experts a token, the model has top-{options.k}", hint="check --model or --top-k")
     except TraceError as error:
         where = parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more"
         raise type(error)(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None
-    dump = replace(dump, notes=(*notes, *dump.notes))
+    dump = replace(dump, notes=(*notes, *dump.notes, *_unrecorded(traffic, options)))
     if relabelling is not None and dump.layers_by_place:
         raise OptionError(
             f"{dump.engine} {dump.kind}: layer numbers are not known, ids cannot be those before the relabelling",
             hint="give --model",
         )
     return dump if relabelling is None else _original(dump, relabelling)
+
+
+def _unrecorded(traffic: RoutingTrace | LoadProfile | None, options: ReadOptions) -> list[str]:
+    """Notes on picks of a token and MoE layers of the model that the traffic lacks."""
+    notes = []
+    if isinstance(traffic, RoutingTrace) and traffic.top_k < (options.k or 0):
+        notes.append(f"{traffic.top_k} of the {options.k} experts that a token has were recorded")
+    if traffic is None or options.model is None:
+        return notes
+    assert traffic.layer_ids is not None
+    missing = sorted(set(options.model.moe_layer_ids) - set(traffic.layer_ids.tolist()))
+    return notes + ([f"nothing was recorded of MoE layers {listed(map(str, missing))}"] if missing else [])
 
 
 def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> SlotRecord:

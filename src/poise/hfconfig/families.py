@@ -98,6 +98,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(every(), (PLAIN,), biases=True),
     "openai_privacy_filter": Family(every(), (PLAIN,), biases=True),
     "grok-1": Family(every(), (OWN, PLAIN)), "grok": Family(every(), (OWN, PLAIN)),
+    "git": Family(every(), (OWN, PLAIN)),  # what Grok-2's config calls itself
     # every layer; a width of their own
     "diffusion_gemma": _EVERY, "kolibri1": _EVERY, "qwen3_5_moe": _EVERY, "qwen4_exp": _EVERY, "solar_open": _EVERY,
     "inkling2": Family(every(), (OWN, PLAIN)),

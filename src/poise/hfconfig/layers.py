@@ -152,6 +152,16 @@ def blocks(pattern: str, lists: tuple[str, ...]) -> Rule:
     return Rule((pattern, *lists), f"E of `{pattern}`, or moe of `{lists[0]}`", find)
 
 
+def ffn_named(rule: Rule) -> Rule:
+    """The same rule of blocks; nothing where none is an MLP or has experts: they name the mixers of layers alone."""
+
+    def find(config: Config, layers: int) -> list[int] | None:
+        found = block_words(config, rule.keys[0], rule.keys[1:])
+        return rule.find(config, layers) if found and {"moe", "mlp"} & set(found) else None
+
+    return Rule(rule.keys, rule.says, find)
+
+
 def block_words(config: Config, pattern: str, lists: tuple[str, ...]) -> list[str] | None:
     """The kind of every block, or None.
 
@@ -236,6 +246,6 @@ PLAIN: tuple[Rule, ...] = (
     flagged("is_moe_layer", nothing()),
     only_if_said(periodic("expert_layer_period", "expert_layer_offset", (1, 0)), (1, 0)),
     only_if_said(span("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), ()),
-    blocks("hybrid_override_pattern", ("layers_block_type",)),
+    ffn_named(blocks("hybrid_override_pattern", ("layers_block_type",))),
 )
 """What each key says in whatever family: they may not contradict a family's own rule, nor each other."""

@@ -123,9 +123,15 @@ def read_sizes(config: Config) -> Sizes:
     else:
         known = True
     _check_switch(config, family)
+    _check_alike(config)
     layers = _count(config, family)
     moe = _moe_layers(config, family, name, layers) if known else _plain_layers(config, name, layers)
     experts, top_k = agreed(config, EXPERTS, moe, layers), agreed(config, TOP_K, moe, layers)
+    if experts < 2:
+        raise ModelError(
+            f"{', '.join(present(config, EXPERTS))} is {experts}: no token has a choice, the model is dense",
+            hint="is it a Mixture-of-Experts model?",
+        )
     hidden = number(config, *family.hidden)
     matrices = number(config, "poise_matrices", default=0) or (family.matrices if known else _matrices(config, name))
     inner = family.inner or (_width(config, family, moe, layers) if known else _plain_width(config, name, moe, layers))
@@ -150,6 +156,13 @@ def _check_switch(config: Config, family: Family) -> None:
         value = config.get(key, False if key == family.switch else None)
         if value is not None and not value:
             raise ModelError(f"{key} is {value!r}: the model has no experts", hint="is it a Mixture-of-Experts model?")
+
+
+def _check_alike(config: Config) -> None:
+    """No list of layers that each have sizes of their own (pruned models)."""
+    for key in ("block_configs", "layer_configs"):
+        if get(config, key):
+            raise ModelError(f"{key} gives every layer sizes of its own", hint="poise knows one size for all layers")
 
 
 def _moe_layers(config: Config, family: Family, name: str, layers: int) -> tuple[int, ...]:

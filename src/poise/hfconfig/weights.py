@@ -24,7 +24,7 @@ EXPERT_TYPES = {
 }  # fmt: skip
 SIMPLE = {
     "fbgemm_fp8": 1.0, "mxfp4": MXFP4, "mxfp8": 33 / 32, "ptpc_fp8": 1.0, "w8a8_fp8": 1.0, "w8a8_int8": 1.0,
-    "experts_int8": 1.0, "w4afp8": 0.5 + 2 / 128,
+    "experts_int8": 1.0, "blockwise_int8": 1.0, "w4afp8": 0.5 + 2 / 128,
 }  # fmt: skip
 """One byte and its like; MXFP has one 8-bit scale for 32 weights, NVFP4 one for 16."""
 MODELOPT = {

@@ -16,6 +16,8 @@ from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
 
 Order = Literal["interleaved", "file"]
 ORDERS: tuple[Order, ...] = ("interleaved", "file")
+MOST_PICKS = 64
+"""Experts that a token has at most."""
 
 
 @njit(cache=True)
@@ -164,15 +166,29 @@ def _in_turn(request_T: NDArray[Any]) -> NDArray[np.int32]:
     return np.argsort(np.argsort(first)).astype(np.int32)[number]
 
 
+def _shares(load: NDArray[np.float64], mass: NDArray[np.float64]) -> bool:
+    """Whether fractions add up to 100, or to as many as a token may have experts, in every layer: its sums ``mass``."""
+    whole, sum_ = (load == np.floor(load)).all(), float(mass.mean())
+    if whole or not np.allclose(mass, sum_, rtol=0.01):
+        return False
+    return abs(sum_ - 100) <= 1 or (sum_ <= MOST_PICKS and abs(sum_ - round(sum_)) <= 0.01)
+
+
 def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None) -> RoutingBatch:
     load = profile.load_BLE[:max_steps]
     idle = 0.0 if profile.idle_BL is None else profile.idle_BL[:max_steps]
-    mass = (load.sum(axis=2) + idle).max(axis=1)
+    mass_BL = load.sum(axis=2) + idle
+    mass = mass_BL.max(axis=1)
     keep = mass > 0
     load, mass = load[keep], mass[keep]
     if tokens_per_step is None and float(mass.max()) <= profile.top_k * (1 + 1e-6):
         raise OptionError(
             f"the loads of a layer sum to {float(mass.max()):.6g}, no more than one token: frequencies, not tokens",
+            hint="say how many tokens a step has: --tokens-per-step N",
+        )
+    if tokens_per_step is None and _shares(load, mass_BL[mass_BL > 0]):
+        raise OptionError(
+            f"the loads of every layer sum to {float(mass.max()):.6g}, in fractions: shares of tokens, not tokens",
             hint="say how many tokens a step has: --tokens-per-step N",
         )
     target = float(mass.mean()) if tokens_per_step is None else float(tokens_per_step * profile.top_k)

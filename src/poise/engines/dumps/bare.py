@@ -40,6 +40,8 @@ MAX_LAYERS = 2048
 MAX_IDS, MANY_IDS = 4096, 1024
 """No model has ids as high as the first; those above the second stand in tables of many choices."""
 MAX_TOP_K = 64
+MANY = 3
+"""Layers, or experts, of which it is no chance that their first loads count up, or that all have as many tokens."""
 LEAST_EXPERTS = 4
 """Of fewer experts, counts may well happen to name each once."""
 MEANINGS = {
@@ -89,10 +91,17 @@ def decide(part: Part, options: ReadOptions) -> str:
             return "vllm-49572"
         raise TraceError(f"one row of {array.size} numbers, and no map that holds every expert", hint="docs/dumps.md")
     found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
+    odd = _not_loads(array) if found in ([], ["load-table"]) else ""
+    if odd:
+        raise AmbiguousError(
+            f"numbers {_shape(array)}: {odd}",
+            hint="give loads [layers, experts] alone; or say that these are such: --format load-table",
+        )
     if len(found) == 1 and found[0]:
         return found[0]
     if not found:
         model = "" if options.router_experts is None else f" of the model's {options.router_experts} experts"
+        model += "" if options.model is None else f" and {options.model.num_hidden_layers} layers"
         raise TraceError(
             f"numbers {_shape(array)} that are no table of loads, no ids and no map{model}",
             hint=_other_experts(array, options) or "docs/dumps.md",
@@ -104,16 +113,39 @@ def decide(part: Part, options: ReadOptions) -> str:
     )
 
 
+def _not_loads(array: NDArray[Any]) -> str:
+    """Why numbers that could be a table of loads by shape and range are probably none, or ``""``."""
+    if array.ndim == 2:
+        for line, what in (
+            (array[:, 0], "column counts, as numbers of layers do"),
+            (array[0], "row counts, as a head does"),
+        ):
+            if len(line) >= MANY and line[0] in (0, 1) and (np.diff(line) == 1).all():
+                return f"from {line[0]:g} to {line[-1]:g} the first {what}"
+    sums = array.sum(axis=-1, dtype=np.float64)
+    exchanged = False
+    if array.ndim == 2 and array.shape[1] >= MANY:
+        exchanged = _alike(array.sum(axis=0, dtype=np.float64)) and not _alike(sums)
+    elif array.ndim == 3 and min(sums.shape) > 1 and len(sums) >= MANY:
+        exchanged = all(map(_alike, sums.T)) and not all(map(_alike, sums))
+    axes = "rows are experts, and columns layers" if array.ndim == 2 else "layers come first, then steps"
+    return f"it seems that {axes}: every layer of a step has as many tokens" if exchanged else ""
+
+
+def _alike(sums: NDArray[np.float64]) -> bool:
+    return bool(sums[0] > 0 and np.allclose(sums, sums[0], rtol=1e-9, atol=0))
+
+
 def _other_experts(array: NDArray[Any], options: ReadOptions) -> str:
     """What to mend where the numbers fit another E."""
     if options.router_experts is None or options.model is not None:
-        return "check --model, which may have identity experts beside" if options.model is not None else ""
+        return "check --model" if options.model is not None else ""
     free = readings(array, replace(options, num_experts=None, zero_experts=None))
-    more = int(array.max(initial=0)) + 1 - options.router_experts
-    if free == ["load-table"] or more > options.router_experts:  # a table of counts, not of ids
-        more = array.shape[-1] - options.router_experts
-    more += options.zeros
-    return f"check --num-experts; or, with identity (zero) experts, give --zero-experts {more}" if more > 0 else ""
+    widths = [array.shape[-1]] if "load-table" in free else []
+    widths += [int(array.max(initial=0)) + 1] if "exflow" in free else []
+    known = options.router_experts - options.zeros
+    more = next((width - known for width in widths if known < width <= 2 * known), 0)
+    return f"check --num-experts; or, with identity (zero) experts, give --zero-experts {more}" if more else ""
 
 
 def readings(array: NDArray[Any], options: ReadOptions, *, npz: bool = False, named: bool = False) -> list[str]:
@@ -155,7 +187,8 @@ def _may_be_loads(array: NDArray[Any], options: ReadOptions) -> bool:
     layers, experts = array.shape[-2:]
     if not array.size or array.min() < 0 or experts > MAX_EXPERTS:
         return False
-    return _layers_fit(layers, options) and options.router_experts in (None, experts) and experts > 1
+    known = (None, experts) if options.experts is None else (options.experts, options.router_experts)
+    return _layers_fit(layers, options) and experts in known and experts > 1
 
 
 def _may_be_ids(array: NDArray[Any], options: ReadOptions) -> bool:
@@ -251,7 +284,7 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     files = [Recorded(part.name, named_rank(part.path), step) for part, step in zip(parts, steps, strict=True)]
     load_BLE, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
     width = load_BLE.shape[2]
-    if options.router_experts not in (None, width):
+    if options.experts is not None and width not in (options.experts, options.router_experts):
         raise TraceError(
             f"{parts[0].name} has {width} experts a layer, the model {options.router_experts}", hint="check --model"
         )

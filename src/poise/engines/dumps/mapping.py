@@ -14,11 +14,14 @@ from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.untrusted import BIG, listed
 from poise.errors import TraceError
 from poise.modelspec import ModelSpec
-from poise.observe.trace import NO_EXPERT
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
 
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""
 BY_PLACE = "layers are numbered by their place in the record: --model gives decoder layers"
+GUESSED = "the largest id seen is"
+FEW = 8
+"""Times that an expert is chosen which may have been missed by chance."""
 MAX_SHARED = 8
 """Most shared experts of a layer that are taken for such."""
 MAX_TABLE = 1 << 28
@@ -72,11 +75,14 @@ def model_layers(ids: Sequence[int], model: ModelSpec | None, what: str) -> tupl
     dense = [i for i in kept if i not in moe]
     if dense:
         raise TraceError(f"{what} has traffic in layer {dense[0]}, a dense layer of {model.name}", hint="check --model")
+    if sorted(ids) == [i + 1 for i in model.moe_layer_ids]:
+        raise TraceError(
+            f"{what} names layers {min(ids)} to {max(ids)}, {model.name} has MoE layers {min(moe)} to {max(moe)}: it "
+            "seems to number layers from 1",
+            hint="number them from 0",
+        )
     if ahead:
         notes.append(f"layers {listed(map(str, ahead))} were left out: multi-token prediction")
-    missing = sorted(moe - set(kept))
-    if missing:
-        notes.append(f"nothing was recorded of MoE layers {listed(map(str, missing))}")
     return kept, notes
 
 
@@ -105,8 +111,8 @@ def num_experts(
             hint=_beyond(options, largest, most is not None),
         )
     if most is not None and experts > most:
-        raise TraceError(f"{what} has {most} slots for {experts} experts")
-    return experts, [] if known is not None else [f"{experts} experts: the largest id seen is {largest}"]
+        raise TraceError(f"{what} has {most} slots for {experts} experts", hint="check --model or --num-experts")
+    return experts, [] if known is not None else [f"{experts} experts: {GUESSED} {largest}"]
 
 
 def _beyond(options: ReadOptions, largest: int, is_map: bool) -> str:
@@ -138,6 +144,16 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
             f"ids from {experts} on, beyond the experts given, are taken for {zeros} identity (zero) experts; "
             f"--zero-experts {zeros} says so, --zero-experts 0 refuses them"
         )
+    by_hand = options.zeros_open and zeros == 1
+    if traffic is not None and (by_hand or any(GUESSED in note for note in notes)) and _from_one(traffic):
+        last = traffic.num_experts - 1
+        way = (
+            "--zero-experts 1, if the last id is an identity (zero) expert" if by_hand else f"--num-experts {last + 1}"
+        )
+        raise TraceError(
+            f"experts 1 to {last} are all named and expert 0 never: ids seem to be counted from 1",
+            hint=f"count them from 0; or, if expert 0 is never chosen, give {way}",
+        )
     if not zeros:
         return dump
     wide = experts + zeros
@@ -162,6 +178,15 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
         )
         profile = replace(profile, load_BLE=real_BLE, idle_BL=idle_BL)
     return replace(dump, trace=trace, profile=profile, notes=tuple(notes))
+
+
+def _from_one(traffic: RoutingTrace | LoadProfile) -> bool:
+    """Whether all experts were chosen more than a few times, and the first one never."""
+    if isinstance(traffic, RoutingTrace):
+        load_E = np.bincount(traffic.experts[traffic.experts >= 0].ravel(), minlength=traffic.num_experts)
+    else:
+        load_E = traffic.load_BLE.sum(axis=(0, 1))
+    return len(load_E) > 2 and load_E[0] == 0 and bool((load_E[1:] >= FEW).all())
 
 
 def routed_loads(

@@ -195,7 +195,7 @@ def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int 
 
 def _decode(value: Any, dtype: Any) -> NDArray[np.int16] | None:
     """Three-dimensional, or one-dimensional where the text has no shape."""
-    if value is None or value == []:
+    if value is None or value in ([], ""):
         return None
     if isinstance(value, list):
         array = id_table(KEY, value, 3, low=-1, high=MAX_EXPERTS)

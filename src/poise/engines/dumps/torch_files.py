@@ -80,6 +80,8 @@ def _check_archive(path: Path, size: int) -> int:
             if damaged is not None:
                 raise TraceError(f"{damaged!r:.80} is damaged: its checksum is another")
             return _check_pickle(archive.read(pickles[0]))
+    except TraceError:
+        raise
     except BROKEN as error:
         raise TraceError(f"not readable as torch.save writes: {str(error)[:200]}", hint="it may be truncated") from None
 
@@ -92,7 +94,7 @@ def _check_pickle(data: bytes) -> int:
             if opcode.name in REFUSED or (opcode.name == "GLOBAL" and argument not in GLOBALS):
                 raise TraceError(
                     f"holds {str(argument or opcode.name)[:80]!r}, where only tensors, numbers and text are read",
-                    hint="nothing of it was run",
+                    hint="nothing of it was run; save plain dense tensors: tensor.detach().to_dense()",
                 )
             room += ROOM.get(opcode.name, OTHER_ROOM)
             if room > MAX_PICKLE_ROOM:
