@@ -12,6 +12,7 @@ import poise
 from poise.api import deal_slots
 from poise.cluster import Cluster
 from poise.errors import NoResultError, OptionError, PlacementError
+from poise.evaluate.rows import fewer_words
 from poise.modelspec import ModelSpec
 from poise.observe.synthetic import zipf_trace
 from poise.planning.engine_rules import ANY, ENGINES, NONE, fill_table, hold
@@ -135,7 +136,9 @@ def test_fewer_redundant_slots_are_named_where_they_are_better():
     assert solution.details["fewer_redundant"]["objective"] < solution.objective
     got = poise.compare(loads, cluster, redundant=16, model=model, placements=["contiguous", "poise"], time_limit_s=0.3)
     assert "poise, 0 redundant" in {e.name for e in got.entries} and got.entries[-1].name == "poise"
-    assert any("--ep-num-redundant-experts 0" in note for note in got.notes)
+    said = [note for note in got.notes if "--ep-num-redundant-experts 0" in note]
+    assert said and "%" not in said[0] and "may be better" in said[0]  # nobody said how large a step is
+    assert "%" in fewer_words(0, 0.05) and solution.details["defaults"]
     heavy = poise.LoadProfile(np.array([[[4000, *[100] * 7]] * 2]))
     assert "fewer_redundant" not in poise.plan(heavy, "1x4", redundant=8, time_limit_s=0.3).details
 
