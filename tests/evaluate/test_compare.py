@@ -151,6 +151,12 @@ def test_a_file_of_before_says_nothing_of_what_it_was_fitted_on(tmp_path):
     got = poise.compare(skewed(), "1x4", placements=["contiguous", str(tmp_path / "old.npz")])
     assert {row["fitted_share"] for row in got.rows() if row["name"] == "old"} == {None}
     assert any("old" in note and "not known" in note for note in got.notes)
+    model = ModelSpec.generic(8, 2, np.arange(2))
+    rows = ["round-robin", str(tmp_path / "old.npz")]
+    assert (
+        "held-out traffic (as far as is known)"
+        in poise.compare(skewed(), "1x4", placements=rows, model=model).verdict()
+    )
 
 
 def test_nothing_is_called_held_out_where_all_that_looks_at_traffic_was_fitted_on_it(tmp_path):

@@ -194,7 +194,7 @@ class Comparison:
         mean = {name: float(self.replays[name, part].step_seconds_B.mean()) for name in names}
         best = min(mean, key=mean.__getitem__)
         steps = len(self.bounds_B[part])
-        where = self.where(names[-1], part)
+        where = self.where(names[-1] if best == base else best, part)
         if best == base:
             return f"Not worth it: on {where} no method beats {base}."
         share, low, high = self.gain(best, base)
@@ -210,7 +210,11 @@ class Comparison:
         """What a row of a part was judged on, in a sentence about it."""
         if self.label(name, part) == ON_FITTED:
             return "the traffic it was fitted on"
-        return "this traffic" if self.title(part) == ON_FITTED else f"{part} traffic"
+        if self.title(part) == ON_FITTED:
+            return "this traffic"
+        entry = next(entry for entry in self.entries if entry.name == name)
+        told = entry.looks_at_nothing or part == IN_SAMPLE or (name, part) in self.fitted_share
+        return f"{part} traffic" if told else f"{part} traffic (as far as is known)"
 
     def _undecided(self, part: str, base: str) -> str:
         imbalance = {entry.name: self.replays[entry.name, part].imbalance for entry in self.entries}
