@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poise
+from poise.api import verdict
 from poise.cluster import Cluster
 from poise.errors import OptionError
 from poise.evaluate.compare import Entry, compare
@@ -187,3 +188,13 @@ def test_without_a_model_the_even_baseline_is_no_winner_over_itself():
         "nothing is more even than contiguous"
         in poise.compare(loads, "1x4", placements=["contiguous", "lpt"]).verdict()
     )
+
+
+def test_a_baseline_that_was_fitted_on_what_is_judged_is_said_to_be():
+    trace, model = skewed(), ModelSpec.generic(8, 2, np.arange(2))
+    now = poise.plan(trace, "1x4", method="lpt", model=model).placement
+    said = verdict(trace, "1x4", method="round-robin", current=now, model=model)
+    assert "current was fitted on this traffic, which flatters it" in said
+    first, _ = trace.split_requests()
+    before = poise.plan(first, "1x4", method="lpt", model=model).placement
+    assert "flatters" not in verdict(trace, "1x4", method="round-robin", current=before, model=model)

@@ -185,6 +185,8 @@ class Comparison:
         fresh = [e.name for e in self.entries if self.label(e.name, part) != ON_FITTED or e.name == base]
         seen = [e.name for e in self.entries if e.name not in fresh]
         said = [self._best(part, base, fresh)] if len(fresh) > 1 else []
+        if said and self.label(base, part) == ON_FITTED:
+            said.append(f"{base} was {ON_FITTED}, which flatters it.")
         if seen:
             text = self._best(part, base, [base, *seen])
             said.append(f"{', '.join(seen)}: {ON_FITTED}, which says nothing of other traffic. {text}")
