@@ -45,7 +45,8 @@ DISGUISES = {
     "steps from the middle": lambda t: by_step(t).rows(np.arange(400, 1000)),
     "in order of steps": by_step,
     "twice": lambda t: join([t, t]),
-    "with other traffic": lambda t: join([served(7), t, t]),
+    "twice, no phases": lambda t: join([bare(t, request=t.request)] * 2),
+    "twice, no phases, with other traffic": lambda t: join([served(7), *[bare(t, request=t.request)] * 2]),
     "other numbers, picks turned": lambda t: RoutingTrace(t.experts[:, :, ::-1], 8, request=700 - t.request),
 }
 
