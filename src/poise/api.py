@@ -142,6 +142,8 @@ def plan(
     details = dict(solution.details)
     if isinstance(found, LoadProfile) and found.notes:
         details["notes"] = list(found.notes)
+    if defaults := silent_defaults(found, model, tokens_per_step, batch):
+        details["defaults"] = defaults
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
@@ -259,6 +261,7 @@ def compare(
     prints = {name: fingerprint(part) for name, part in parts.items()}
     entries: list[Entry] = []
     said = [*notes, *([rules.caveat] if rules.caveat else [])]
+    defaults = silent_defaults(whole, model, tokens_per_step, batch)
     for index, item in enumerate(placements):
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))
@@ -269,7 +272,7 @@ def compare(
             else:
                 entries.append(held_row(free_name(name, entries), file, rules, slots_D, said))
         elif item in METHODS:
-            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], time_limit_s, seed, said)
+            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], time_limit_s, seed, said, defaults)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
@@ -278,5 +281,5 @@ def compare(
     entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
     return compare_entries(
         batches, entries, cluster=machine, model=sizes, traffic=flow, split=chosen, slots_D=slots_D, notes=said,
-        warm_up=skip, prints=prints, defaults=silent_defaults(whole, model, tokens_per_step, batch), engine=rules,
+        warm_up=skip, prints=prints, defaults=defaults, engine=rules,
     )  # fmt: skip

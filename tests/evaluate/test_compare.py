@@ -8,13 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poise
+from poise.api import verdict
 from poise.cluster import Cluster
 from poise.errors import OptionError
 from poise.evaluate.compare import Entry, compare
 from poise.evaluate.replay import replay
+from poise.evaluate.report.page import render
+from poise.evaluate.report.view import Made
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import make_batch
+from poise.observe.profile import load_LE
 from poise.observe.synthetic import zipf_trace
 from poise.planning.placement import Placement
 
@@ -148,3 +152,49 @@ def test_a_file_of_before_says_nothing_of_what_it_was_fitted_on(tmp_path):
     got = poise.compare(skewed(), "1x4", placements=["contiguous", str(tmp_path / "old.npz")])
     assert {row["fitted_share"] for row in got.rows() if row["name"] == "old"} == {None}
     assert any("old" in note and "not known" in note for note in got.notes)
+    model = ModelSpec.generic(8, 2, np.arange(2))
+    rows = ["round-robin", str(tmp_path / "old.npz")]
+    assert (
+        "held-out traffic (as far as is known)"
+        in poise.compare(skewed(), "1x4", placements=rows, model=model).verdict()
+    )
+
+
+def test_nothing_is_called_held_out_where_all_that_looks_at_traffic_was_fitted_on_it(tmp_path):
+    trace, model = skewed(), ModelSpec.generic(8, 2, np.arange(2))
+    for method in ("lpt", "round-robin"):
+        poise.plan(trace, "1x4", method=method, model=model).placement.save(tmp_path / f"{method}.npz")
+    rows = ["contiguous", str(tmp_path / "round-robin.npz"), str(tmp_path / "lpt.npz")]
+    for options in ({"model": model}, {}):
+        got = poise.compare(trace, "1x4", placements=rows, **options)
+        assert {row["judged_on"] for row in got.rows()} == {"in-sample", "fitted on this traffic"}
+        html = render(got, Made("", ""))
+        page = html[: html.index("<script")] if "<script" in html else html
+        assert "held-out traffic" not in page + got.verdict() and "held-out" not in " ".join(got.notes)
+
+
+def test_what_cannot_be_told_is_said():
+    trace = skewed()
+    first, second = (load_LE(part.experts, 8)[None] for part in trace.split_requests())
+    plan = poise.plan(trace, "1x4", method="lpt", traffic="home").placement
+    judged = poise.LoadProfile(np.concatenate([first, second]))
+    got = poise.compare(judged, "1x4", placements=["contiguous", plan])
+    assert any("lpt" in note and "cannot be told" in note for note in got.notes)
+
+
+def test_without_a_model_the_even_baseline_is_no_winner_over_itself():
+    loads = poise.LoadProfile(np.full((2, 2, 8), 50.0), top_k=2)
+    assert (
+        "nothing is more even than contiguous"
+        in poise.compare(loads, "1x4", placements=["contiguous", "lpt"]).verdict()
+    )
+
+
+def test_a_baseline_that_was_fitted_on_what_is_judged_is_said_to_be():
+    trace, model = skewed(), ModelSpec.generic(8, 2, np.arange(2))
+    now = poise.plan(trace, "1x4", method="lpt", model=model).placement
+    said = verdict(trace, "1x4", method="round-robin", current=now, model=model)
+    assert "current was fitted on this traffic, which flatters it" in said
+    first, _ = trace.split_requests()
+    before = poise.plan(first, "1x4", method="lpt", model=model).placement
+    assert "flatters" not in verdict(trace, "1x4", method="round-robin", current=before, model=model)

@@ -149,6 +149,7 @@ def _show(old: Placement, new: Placement, facts: dict[str, Any]) -> None:
         table.add_row(str(layer), str(row["arrive"]), str(row["leave"]), _size(row["bytes"]).strip(", "),
                       f"{row['most_on_device']} (device {row['device']})")  # fmt: skip
     o.out.print(table)
+    o.out.print("arrive, leave: copies of experts, of one layer on all devices; size: of those that arrive (--model)")
     others = sum(1 for row in facts["layers"] if row["arrive"]) - len(facts["most"])
     if others > 0 or changes:
         more = f"{others} more layers, and " if others > 0 else ""

@@ -87,3 +87,7 @@ def _show(facts: dict[str, Any]) -> None:
             *("" if value is None else f"{value:.3f}" for value in nats),
         )  # fmt: skip
     o.out.print(table)
+    o.out.print(
+        "load: tokens of an expert; information: between a token's heaviest experts of this layer and "
+        "of the next, and what is left of it when tokens are shuffled"
+    )

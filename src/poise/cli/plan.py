@@ -87,6 +87,9 @@ def plan(
             o.print_json({**_json(solution), "moves": moves, "verdict": said})
         else:
             _show(solution)
+            if not said:
+                for text in solution.details.get("defaults", ()):
+                    o.out.print(f"note: {text}")
             _show_moves(moves)
             if said:
                 over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
@@ -178,5 +181,6 @@ def _show(solution: Solution) -> None:
         o.out.print(f"note: {note}", markup=False)
     fewer = solution.details.get("fewer_redundant")
     if fewer is not None:
-        o.out.print(fewer_words(fewer["redundant"], 1 - fewer["objective"] / solution.objective))
+        saves, defaults = 1 - fewer["objective"] / solution.objective, solution.details.get("defaults", ())
+        o.out.print(fewer_words(fewer["redundant"], saves, defaults))
     o.out.print(repr(solution.placement))

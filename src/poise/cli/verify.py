@@ -113,13 +113,14 @@ def _show(found: Verification) -> None:
         table.add_row(str(f.layer_id), f.state, str(f.wrong),
                       *("" if value is None else f"{value:.3f}" for value in (f.measured, f.predicted)))  # fmt: skip
     o.out.print(table)
+    o.out.print("wrong: slots, or experts whose slots do not add up; imbalance: max / mean tokens over devices")
     if len(rows) > SHOWN:
         o.out.print(f"{len(rows) - SHOWN} more layers: --json shows all")
 
 
 def _maps(found: Verification) -> Table:
     table = Table(title=f"what each map would give; measured: {found.measured:.3f}", title_justify="left")
-    for head in ("map", "balance", "p value", "explains it"):
+    for head in ("map", "balance, mean / max", "p value", "explains it"):
         table.add_column(head, justify="left" if head == "map" else "right")
     for e in found.explanations:
         table.add_row(e.name, f"{e.balance:.3f}", f"{e.p_value:.2g}", "yes" if e.explains else "no")

@@ -39,6 +39,7 @@ from poise.watch.sources import DumpFolder, Polled, Source, Tail
 from poise.words import percent
 
 FILE_INTERVAL_S, ENGINE_INTERVAL_S = 1.0, 10.0
+GENERIC = "no model was named (--model), so sizes are generic: gains, and what is worth it, are not yours"
 STALE_S = 120.0
 """Seconds without a look, beside ten intervals, after which the watch calls itself ill."""
 
@@ -182,7 +183,9 @@ def watch(
                 stack.callback(page.close)
                 _say_listening(page.url, json)
             stack.enter_context(_terminated_like_interrupted())
-            teller = _Teller(output, settings.at_start, json)
+            if sizes is None:
+                o.talk.print(GENERIC)
+            teller = _Teller(output, settings.at_start, json, generic=sizes is None)
             events = stack.enter_context(closing(service.run(once=not follow, interval_s=interval, wait=time.sleep)))
             try:
                 for event in events:
@@ -231,9 +234,10 @@ def _terminated_like_interrupted() -> Iterator[None]:
 class _Teller:
     """Prints events; a problem that stays is told once."""
 
-    def __init__(self, output: Path | None, at_start: bool, json: bool) -> None:
+    def __init__(self, output: Path | None, at_start: bool, json: bool, *, generic: bool = False) -> None:
         self._output, self._at_start, self._json = output, at_start, json
         self._told: tuple[str, ...] = ()
+        self._generic = generic
 
     def say(self, event: Event) -> None:
         """Print an event."""
@@ -251,7 +255,7 @@ class _Teller:
         elif isinstance(event, Seen):
             _say_look(event.look, self._at_start, self._json)
         else:
-            _say_decision(event, self._output, self._json)
+            _say_decision(event, self._output, self._json, " of generic sizes" if self._generic else "")
 
     def _say_problem(self, message: str) -> None:
         if self._json:
@@ -289,7 +293,7 @@ def _say_look(look: Look, at_start: bool, json: bool) -> None:
     o.out.print(line, markup=False)
 
 
-def _say_decision(event: Planned, output: Path | None, json: bool) -> None:
+def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -> None:
     decision: Decision = event.decision
     moves, restart = decision.moves, decision.restart
     verdict = "not worth it" if not decision.accepted else "moving" if restart is None else "for the next start"
@@ -302,7 +306,7 @@ def _say_decision(event: Planned, output: Path | None, json: bool) -> None:
                "file": str(output) if output in event.written else None, "files": files})  # fmt: skip
         return
     o.out.print(
-        f"step {decision.step:>6}  plan ({decision.reason}): gain {percent(decision.predicted_gain)} of a step, "
+        f"step {decision.step:>6}  plan ({decision.reason}): gain {percent(decision.predicted_gain)} of a step{sizes}, "
         f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
         f"{1e3 * decision.cost_seconds:.2f} ms of links: {verdict}"
         + (f", {decision.left} moves left" if decision.accepted and decision.left else ""),

@@ -12,6 +12,7 @@ import numpy as np
 
 from poise.cost.step import BatchCost
 from poise.observe.batch import RoutingBatch
+from poise.words import percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Restart:
         head = f"imbalance {self.imbalance_running:.3f} running, {self.imbalance_after:.3f} after a restart"
         if self.gain_seconds <= 0:
             return f"{head}, which saves nothing of a step: not worth a restart"
-        head += f", which saves {self.gain:.1%} of a step's MoE layers, {1e3 * self.gain_seconds:,.2f} ms"
+        head += f", which saves {percent(self.gain)} of a step's MoE layers, {1e3 * self.gain_seconds:,.2f} ms"
         steps = self.steps_to_win_back
         if steps is None:
             return f"{head}; price of a restart not known: give --restart-seconds"

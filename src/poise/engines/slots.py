@@ -36,7 +36,9 @@ def full_table(
         raise PlacementError(
             f"{engine} needs as many slots on every rank, got {per_device.min()} to {per_device.max()}: "
             f"{placement.num_slots} slots on {placement.num_devices} ranks",
-            hint=f"choose --redundant so that {placement.num_experts} + R is a multiple of {placement.num_devices}",
+            hint=f"choose --redundant so that {placement.num_experts} + R is a multiple of {placement.num_devices}"
+            if placement.num_slots % placement.num_devices
+            else f"plan with {placement.num_slots // placement.num_devices} slots on every rank",
         )
     out, empty = fill_table(placement, price_LE)
     return out, len(empty)

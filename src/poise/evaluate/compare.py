@@ -20,7 +20,7 @@ from poise.evaluate.replay import Replay, replay
 from poise.evaluate.stepwise import WARM_UP, FastLoop, replay_steps
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
-from poise.observe.fingerprint import FITTED, NO_TRAFFIC, Fingerprint
+from poise.observe.fingerprint import FITTED, Fingerprint
 from poise.planning.engine_rules import ANY, EngineRules
 from poise.planning.placement import Placement
 from poise.words import percent
@@ -55,6 +55,11 @@ class Entry:
     prior_LE: NDArray[np.float64] | None = None
     fitted: Fingerprint | None = None
     made_for: Placement | None = None
+
+    @property
+    def looks_at_nothing(self) -> bool:
+        """No traffic was looked at for it, so all is alike to it."""
+        return self.fitted is not None and self.fitted.is_empty
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +102,7 @@ class Comparison:
 
     def title(self, part: str) -> str:
         """The part's name; :data:`ON_FITTED` where every row that looks at traffic was fitted on it."""
-        known = [e.name for e in self.entries if e.fitted is not NO_TRAFFIC]
+        known = [e.name for e in self.entries if not e.looks_at_nothing]
         labels = {self.label(name, part) for name in known}
         return ON_FITTED if labels == {ON_FITTED} else part
 
@@ -122,7 +127,7 @@ class Comparison:
                 out.append(
                     {
                         "name": entry.name,
-                        "judged_on": self.label(entry.name, part),
+                        "judged_on": self.title(part) if entry.looks_at_nothing else self.label(entry.name, part),
                         "part": part,
                         "fitted_share": self.fitted_share.get((entry.name, part)),
                         "imbalance": got.imbalance,
@@ -180,6 +185,8 @@ class Comparison:
         fresh = [e.name for e in self.entries if self.label(e.name, part) != ON_FITTED or e.name == base]
         seen = [e.name for e in self.entries if e.name not in fresh]
         said = [self._best(part, base, fresh)] if len(fresh) > 1 else []
+        if said and self.label(base, part) == ON_FITTED:
+            said.append(f"{base} was {ON_FITTED}, which flatters it.")
         if seen:
             text = self._best(part, base, [base, *seen])
             said.append(f"{', '.join(seen)}: {ON_FITTED}, which says nothing of other traffic. {text}")
@@ -189,7 +196,7 @@ class Comparison:
         mean = {name: float(self.replays[name, part].step_seconds_B.mean()) for name in names}
         best = min(mean, key=mean.__getitem__)
         steps = len(self.bounds_B[part])
-        where = self._where(names[-1], part)
+        where = self.where(names[-1] if best == base else best, part)
         if best == base:
             return f"Not worth it: on {where} no method beats {base}."
         share, low, high = self.gain(best, base)
@@ -201,16 +208,28 @@ class Comparison:
             return f"Not worth it: {best} is best, {text}."
         return f"{best} is best: {text}."
 
-    def _where(self, name: str, part: str) -> str:
-        return f"{part} traffic" if self.label(name, part) != ON_FITTED else "the traffic it was fitted on"
+    def where(self, name: str, part: str) -> str:
+        """What a row of a part was judged on, in a sentence about it."""
+        if self.label(name, part) == ON_FITTED:
+            return "the traffic it was fitted on"
+        if self.title(part) == ON_FITTED:
+            return "this traffic"
+        entry = next(entry for entry in self.entries if entry.name == name)
+        told = entry.looks_at_nothing or part == IN_SAMPLE or (name, part) in self.fitted_share
+        return f"{part} traffic" if told else f"{part} traffic (as far as is known)"
 
     def _undecided(self, part: str, base: str) -> str:
         imbalance = {entry.name: self.replays[entry.name, part].imbalance for entry in self.entries}
         best = min(imbalance, key=imbalance.__getitem__)
+        head = f"No verdict on time: {'; '.join(self.defaults)}. By tokens alone"
+        if best == base:
+            return (
+                f"{head} nothing is more even than {base} on {self.where(base, part)}: max / mean over devices "
+                f"{imbalance[base]:.3f}."
+            )
         return (
-            f"No verdict on time: {'; '.join(self.defaults)}. By tokens alone {best} is most even on "
-            f"{self._where(best, part)}: max / mean over devices {imbalance[best]:.3f}, {base} "
-            f"{imbalance[base]:.3f}."
+            f"{head} {best} is most even on {self.where(best, part)}: max / mean over devices {imbalance[best]:.3f}, "
+            f"{base} {imbalance[base]:.3f}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -343,7 +362,13 @@ def compare(
         for entry in entries
         if entry.fitted is not None and (share := entry.fitted.share_of(print_)) is not None
     }
+    said = [
+        f"{entry.name}: whether {part} traffic is held out for it cannot be told"
+        for part in (prints or {})
+        for entry in entries
+        if part != IN_SAMPLE and entry.fitted is not None and (entry.name, part) not in shares
+    ]
     return Comparison(
-        tuple(entries), judged, replays, bounds, cluster, model, traffic, split, slots_D, tuple(notes), skip, shares,
+        tuple(entries), judged, replays, bounds, cluster, model, traffic, split, slots_D, (*notes, *said), skip, shares,
         tuple(defaults), engine.name,
     )  # fmt: skip

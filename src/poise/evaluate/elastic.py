@@ -35,8 +35,8 @@ def carried_row(
         placement = complete(problem, placement)
     if old.fitted is None:
         said.append(f"{name} does not say what it was fitted on: whether this traffic is held out for it is not known")
-        return Entry(name, placement, made_for=old)
-    return Entry(name, placement, fitted=old.fitted.traffic.joined(fitted), made_for=old)
+    before = fitted if old.fitted is None else old.fitted.traffic.joined(fitted)
+    return Entry(name, placement, fitted=before, made_for=old)
 
 
 def elastic_notes(entries: Sequence[Entry], model: ModelSpec | None) -> list[str]:

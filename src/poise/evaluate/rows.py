@@ -38,11 +38,13 @@ def split_traffic(
         judged["held-out"] = trace
     elif isinstance(trace, RoutingTrace):
         fit, judged["held-out"] = trace.split_requests()
-        notes = ("fitted on the first half of the requests, held-out is the second half",)
+        notes = ("methods are fitted on the first half of the requests and judged on the second",)
     elif trace.num_steps > 1:
         half = (trace.num_steps + 1) // 2
         fit, judged["held-out"] = trace.steps(slice(0, half)), trace.steps(slice(half, None))
-        notes = (f"fitted on the first {half} recorded loads, held-out are the other {trace.num_steps - half}",)
+        notes = (
+            f"methods are fitted on the first {half} recorded loads and judged on the other {trace.num_steps - half}",
+        )
     else:
         fit, notes = trace, ("one recorded load: judged on what it was fitted on, which flatters every method",)
     told = trace.notes if isinstance(trace, LoadProfile) else ()
@@ -77,8 +79,9 @@ def held_row(
 
 
 def planned_rows(
-    method: str, problem: PlacementProblem, fitted: Fingerprint, time_limit_s: float, seed: int, said: list[str]
-) -> list[Entry]:
+    method: str, problem: PlacementProblem, fitted: Fingerprint, time_limit_s: float, seed: int, said: list[str],
+    defaults: Sequence[str] = (),
+) -> list[Entry]:  # fmt: skip
     """The row of a method, and one more where ``poise`` is faster without redundant slots; none where it
     has no plan.
     """
@@ -99,7 +102,7 @@ def planned_rows(
     fewer = fewer_slots(problem, found, time_limit_s / 2, seed)
     if fewer is not None:
         redundant = fewer.placement.num_slots - problem.batch.num_experts
-        said.append(fewer_words(redundant, 1 - fewer.objective / found.objective))
+        said.append(fewer_words(redundant, 1 - fewer.objective / found.objective, defaults))
         out.insert(0, Entry(f"{method}, {redundant} redundant", fewer.placement, pooled, fewer.seconds, fitted=seen))
     return out
 
@@ -113,12 +116,16 @@ def fewer_slots(problem: PlacementProblem, found: Solution, time_limit_s: float,
     return other if other.objective < (1 - FEWER) * found.objective else None
 
 
-def fewer_words(redundant: int, saves: float) -> str:
-    """Advice where fewer redundant slots make a faster plan, by a share of the fitted step."""
+def fewer_words(redundant: int, saves: float, defaults: Sequence[str] = ()) -> str:
+    """Advice where fewer redundant slots make a faster plan, by a share of the fitted step; with ``defaults``
+    (:func:`silent_defaults`) by no share.
+    """
+    better = f"are better: with {redundant} a step takes {percent(saves)} less on the fitted traffic"
+    if defaults:
+        better = f"may be better, {redundant} for instance, but {'; '.join(defaults)}"
     return (
-        f"fewer redundant slots are better: with {redundant} a step takes {percent(saves)} less on the fitted traffic "
-        f"(--redundant {redundant}; SGLang: --ep-num-redundant-experts {redundant}, vLLM: num_redundant_experts "
-        f"{redundant})"
+        f"fewer redundant slots {better} (--redundant {redundant}; SGLang: "
+        f"--ep-num-redundant-experts {redundant}, vLLM: num_redundant_experts {redundant})"
     )
 
 

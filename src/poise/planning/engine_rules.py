@@ -44,8 +44,11 @@ class EngineRules:
         total, devices = int(slots_D.sum()), len(slots_D)
         if self.equal_slots and (slots_D != slots_D[0]).any():
             raise OptionError(
-                f"{self.name} needs as many slots on every rank: {total} slots do not spread over {devices} ranks",
-                hint=f"choose --redundant so that {num_experts} + R is a multiple of {devices}",
+                f"{self.name} needs as many slots on every rank: {total} slots on {devices} ranks were given as "
+                f"{slots_D.min()} to {slots_D.max()}",
+                hint=f"choose --redundant so that {num_experts} + R is a multiple of {devices}"
+                if total % devices
+                else f"{total // devices} a rank",
             )
         if self.equal_slots and slots_D[0] > num_experts:
             raise OptionError(f"{slots_D[0]} slots a rank for {num_experts} experts: some would lie there twice")

@@ -137,6 +137,7 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
     TraceError : a slot holds one.
     """
     trace, profile, notes = dump.trace, dump.profile, list(dump.notes)
+    traffic = trace if trace is not None else profile
     experts, zeros = options.experts or 0, options.zeros
     if options.zeros_open and trace is not None and trace.num_experts > experts:
         zeros = trace.num_experts - experts

@@ -50,7 +50,7 @@ def render(comparison: Comparison, made: Made) -> str:
         "STYLE": (folder / "page.css").read_text("utf-8"),
         "SCRIPT": (folder / "page.js").read_text("utf-8"),
         "VERDICT": escape(comparison.verdict()),
-        "JUDGED": escape(comparison.label(view.best.name, view.judged)),
+        "JUDGED": escape(view.where(view.best)),
         "CARDS": _cards(view),
         "NAVIGATION": _navigation(sections),
         "SECTIONS": sections,

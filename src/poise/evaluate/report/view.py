@@ -52,6 +52,10 @@ class View:
         """The part of the traffic that is shown."""
         return self.comparison.judged_on
 
+    def where(self, entry: Entry) -> str:
+        """What an entry is shown on, in a sentence."""
+        return self.comparison.where(entry.name, self.judged)
+
     @property
     def batch(self) -> RoutingBatch:
         """Its steps."""

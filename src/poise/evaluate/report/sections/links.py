@@ -48,7 +48,7 @@ def section(view: View) -> str:
 def _lead(view: View, columns: Columns) -> str:
     traffic, cluster = view.comparison.traffic, view.comparison.cluster
     words = [
-        f"Bytes that a step of {escape(view.judged)} traffic sends from each device (down) to each device (across), "
+        f"Bytes that a step of {escape(view.where(view.fixed))} sends from each device (down) to each device (across), "
         "dispatch and combine of all layers.",
         charts.legend((("near", "inside a node"), ("far", "network"))),
     ]

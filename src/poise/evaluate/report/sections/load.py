@@ -21,7 +21,7 @@ def section(view: View) -> str:
         _map(entry.name, table, columns, view.layer_names, top) for entry, table in zip(entries, tables, strict=True)
     )
     lead = (
-        f"Tokens relative to the layer's mean on {escape(view.judged)} traffic, all steps together; layers down, "
+        f"Tokens relative to the layer's mean on {escape(view.where(view.best))}, all steps together; layers down, "
         "devices across. "
         + ("A column shows its fullest device. " if columns.many else "")
         + charts.legend((("cold", "idle"), ("even", "even"), ("hot", "overloaded")))

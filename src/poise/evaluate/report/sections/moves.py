@@ -45,10 +45,10 @@ def _price(view: View, moves: Moving) -> str:
         return f"{text} Whether that is earned back is not known: {escape('; '.join(comparison.defaults))}."
     share, low, _ = comparison.gain(view.fixed.name, view.base.name)
     if share < NOT_WORTH or low <= 0:
-        return f"{text} But the gain on {escape(view.judged)} traffic is not worth it: {percent(share)} of a step."
+        return f"{text} But the gain on {escape(view.where(view.fixed))} is not worth it: {percent(share)} of a step."
     gain = share * float(view.replay(view.base).step_seconds_B.mean())
     text += (
-        f" At {charts.duration(gain)} gained a step on {escape(view.judged)} traffic that is earned back after "
+        f" At {charts.duration(gain)} gained a step on {escape(view.where(view.fixed))} that is earned back after "
         f"{max(1, round(seconds / gain)):,} steps."
     )
     return text

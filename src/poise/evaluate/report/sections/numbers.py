@@ -53,7 +53,7 @@ def _table(view: View, part: str) -> str:
         name = row["name"] if row["judged_on"] == title else f"{row['name']} ({row['judged_on']})"
         body.append(f'<tr class="{kind}"><th scope="row">{escape(name)}</th>{cells}</tr>')
     caption = f"{title}: {comparison.batches[part].order}"
-    note = " These methods were fitted on this traffic." if part == IN_SAMPLE else ""
+    note = " Methods were fitted on this traffic." if part == IN_SAMPLE else ""
     return (
         f'<div class="panel sideways"><table class="sorts"><caption>{escape(caption)}.{note}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"

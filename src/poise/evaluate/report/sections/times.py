@@ -24,7 +24,7 @@ def section(view: View) -> str:
     colours = charts.legend([(f"part{order % 4} dot", part) for order, part in enumerate(parts)])
     steps = charts.section(
         "time", "Time of every step",
-        f"Each dot is a step of {escape(view.judged)} traffic, the bar the mean. Left is faster; nothing can be "
+        f"Each dot is a step of {escape(view.where(view.best))}, the bar the mean. Left is faster; nothing can be "
         "left of the bound.",
         charts.panel("", steps_chart(samples)),
     )  # fmt: skip
@@ -85,4 +85,4 @@ def shift_chart(parts: Sequence[str], entries: Sequence[tuple[str, Sequence[floa
             title = f"<title>{escape(name)}, {escape(part)}: {value:.3f}</title>"
             body.append(f'<circle class="part{order % 4}" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>')
     body.append(charts.text(charts.FULL - 14, bottom + 32, "imbalance, max / mean tokens (1 is even)", "small", "end"))
-    return charts.svg(charts.FULL, bottom + 38, "Imbalance in-sample and on traffic that was held out", "".join(body))
+    return charts.svg(charts.FULL, bottom + 38, "Imbalance on each part of the traffic", "".join(body))
