@@ -142,7 +142,7 @@ def plan(
     details = dict(solution.details)
     if isinstance(found, LoadProfile) and found.notes:
         details["notes"] = list(found.notes)
-    if defaults := silent_defaults(found, model, tokens_per_step, batch):
+    if defaults := silent_defaults(found, None if model is None else sizes, tokens_per_step, batch):
         details["defaults"] = defaults
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
@@ -261,7 +261,7 @@ def compare(
     prints = {name: fingerprint(part) for name, part in parts.items()}
     entries: list[Entry] = []
     said = [*notes, *([rules.caveat] if rules.caveat else [])]
-    defaults = silent_defaults(whole, model, tokens_per_step, batch)
+    defaults = silent_defaults(whole, None if model is None else sizes, tokens_per_step, batch)
     for index, item in enumerate(placements):
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))

@@ -198,3 +198,9 @@ def test_a_baseline_that_was_fitted_on_what_is_judged_is_said_to_be():
     first, _ = trace.split_requests()
     before = poise.plan(first, "1x4", method="lpt", model=model).placement
     assert "flatters" not in verdict(trace, "1x4", method="round-robin", current=before, model=model)
+
+
+def test_a_trace_of_fewer_picks_than_the_models_is_no_ground_for_a_verdict_on_time():
+    trace = skewed()
+    got = poise.compare(trace, "1x4", placements=["contiguous", "lpt"], model=ModelSpec.generic(8, 4, trace.layer_ids))
+    assert "the trace has 2 experts a token, generic 4" in got.verdict() and "No verdict on time" in got.verdict()

@@ -52,10 +52,14 @@ def split_traffic(
 
 
 def silent_defaults(
-    traffic: Traffics, model: str | ModelSpec | None, tokens_per_step: int | None, batch: RoutingBatch
+    traffic: Traffics, model: ModelSpec | None, tokens_per_step: int | None, batch: RoutingBatch
 ) -> tuple[str, ...]:
-    """What was not said and decides the seconds."""
+    """What was not said, or not recorded, and decides the seconds; ``model``: None if none was named."""
     out = []
+    if model is not None and batch.has_tokens and batch.top_k < model.top_k:
+        out.append(
+            f"the trace has {batch.top_k} experts a token, {model.name} {model.top_k}: the others' traffic is missing"
+        )
     if model is None:
         out.append("no model was named (--model), so sizes are generic and seconds are not yours")
     if isinstance(traffic, LoadProfile) and tokens_per_step is None:
