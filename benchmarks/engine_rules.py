@@ -39,7 +39,9 @@ def main() -> None:
             check(problem, found.placement)
             assert found.lower_bound <= found.objective * (1 + 1e-9), (seed, method)
             planned[method] += 1
-    print(f"{problems} problems, {full} of them fully replicated, in {time.monotonic() - began:.0f} s: every slot filled,")
+    print(
+        f"{problems} problems, {full} of them fully replicated, in {time.monotonic() - began:.0f} s: every slot filled,"
+    )
     print("no expert twice on a device, every expert somewhere, no plan below its bound.")
     print(", ".join(f"{name} {count}" for name, count in planned.items()))
 

@@ -101,7 +101,11 @@ def test_rounds_and_bytes_on_old_and_new_clusters(files, tmp_path):
 
 def test_plan_prices_moves_from_other_devices_and_says_so(files):
     plan = ("plan", files / "loads.json", "--method", "swift-balance", "-o", files / "out.npz")
-    for current, cluster, words in (("4", "1x6", ()), ("6", "1x4", ()), ("6", "1x4", ("--rank-map", "0-1:0-1,3:2,5:3"))):
+    for current, cluster, words in (
+        ("4", "1x6", ()),
+        ("6", "1x4", ()),
+        ("6", "1x4", ("--rank-map", "0-1:0-1,3:2,5:3")),
+    ):
         data = answer(*plan, "-c", cluster, "-r", 2, "--current", files / f"{current}.npz", *words, "--json")
         old, new = Placement.load(files / f"{current}.npz"), Placement.load(files / "out.npz")
         ranks = RankMap.parse(words[1] if words else None, old.num_devices, new.num_devices)
