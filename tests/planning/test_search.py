@@ -36,7 +36,7 @@ def make_problem(seed, shape, traffic, split="even", tokens=96, top_k=2):
 
 @given(st.integers(0, 1000), SHAPES, st.sampled_from(["home", "home_device_dedup", "home_node_dedup", "stay"]),
        st.sampled_from(["even", "exact"]))  # fmt: skip
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split):
     problem = make_problem(seed, shape, traffic, split)
     best = solve(problem, method="poise", time_limit_s=0.3, seed=1)
@@ -55,7 +55,7 @@ def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split)
 
 
 @given(st.integers(0, 1000), st.sampled_from(["home", "home_node_dedup", "stay"]), st.sampled_from([ANY, NONE]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_small_problems_are_solved_to_the_optimum(seed, traffic, engine):
     """Under ``any`` among the placements without an empty slot, else among all."""
     trace = zipf_trace(num_tokens=40, num_layers=1, num_experts=4, top_k=2, tokens_per_request=5, seed=seed)
