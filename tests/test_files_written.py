@@ -616,7 +616,7 @@ WRITES = {
     "demo": ["--html"], "plan": ["--output"], "compare": ["--html"], "convert": ["--output"], "export": ["--output"],
     "record": ["--output"], "calibrate": ["--output"], "watch": ["--output", "--export"],
 }  # fmt: skip
-READS = {"--current", "--placement", "--relabelling", "--checkpoint", "--curve", "--dump-dir"}
+READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--curve", "--dump-dir"}
 NEEDS = {
     "plan": ["missing.npz", "-c", "1x4"], "compare": ["missing.npz", "-c", "1x4"], "convert": ["missing"], "demo": [],
     "export": ["missing.npz", "--to", "sglang"], "record": ["missing", "missing.txt"], "calibrate": [],
