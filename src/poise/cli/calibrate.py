@@ -14,6 +14,7 @@ from poise.cli import options as o
 from poise.cluster import Cluster
 from poise.emulate.clock import ExpertCurve
 from poise.errors import NoResultError, OptionError
+from poise.files import replacing
 from poise.modelspec import ModelSpec
 
 try:
@@ -75,7 +76,8 @@ def calibrate(
         result = ranks.calibrate(plan, say=lambda text: o.talk.print(text, markup=False) if main else None)
         if result is None:
             return
-        output.write_text(result.to_yaml(), "utf-8")
+        with replacing(output, OptionError) as stream:
+            stream.write(result.to_yaml().encode())
         if json:
             o.print_json(result.to_json())
         else:

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from poise.cli import options as o
 from poise.engines.dump import EngineDump, SlotRecord, placement_of
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError
+from poise.errors import OptionError, TraceError
+from poise.files import replacing
 from poise.modelspec import ModelSpec
 from poise.observe.files import IDLE
 from poise.observe.ranks import READINGS
 from poise.observe.trace import LoadProfile
-from poise.planning.placement import Placement, atomic
+from poise.planning.placement import Placement
 
 
 def convert(
@@ -108,7 +109,7 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
     assert ids is not None
     if output.suffix == ".npz":
         idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
-        with atomic(output) as stream:
+        with replacing(output, TraceError) as stream:
             np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle)
         return
     if output.suffix != ".json":
@@ -121,7 +122,7 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
         full[:, ids] = table
         count = full.astype(np.int64) if (full == np.floor(full)).all() else full
         tables[name] = count[0] if len(count) == 1 else count
-    with atomic(output) as stream:
+    with replacing(output, TraceError) as stream:
         stream.write(jsonlib.dumps({name: table.tolist() for name, table in tables.items()}).encode())
 
 

@@ -11,6 +11,7 @@ from poise.cli import options as o
 from poise.engines.checkpoints.permutation import keep_groups
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.errors import OptionError
+from poise.files import check_new_folder
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 
@@ -39,7 +40,9 @@ def export(
     """
     with o.errors():
         target = TARGETS[o.one_of("target", to, tuple(TARGETS))]
-        if not target.folder:
+        if target.folder:
+            check_new_folder(output, OptionError)
+        else:
             o.writable(output)
         plan = Placement.load(placement)
         sizes = None if model is None else ModelSpec.parse(model)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from poise.cli.ending import Ended
 from poise.errors import InputError, OptionError, PoiseError
+from poise.files import check_output
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
 
@@ -75,7 +78,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn poise's errors into a message on stderr and exit code 2 (input) or 1 (no result)."""
+    """Turn poise's errors into a message on stderr and exit code 2 (input) or 1 (no result), signals into 128 + N."""
     try:
         yield
     except PoiseError as error:
@@ -83,6 +86,10 @@ def errors() -> Iterator[None]:
         if error.hint:
             talk.print(f"hint: {_plain(error.hint)}")
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except Ended as end:
+        with suppress(OSError):  # the terminal may be what went away
+            talk.print(f"ended by {signal.Signals(end.number).name}")
+        raise typer.Exit(end.status) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
 
@@ -113,7 +120,6 @@ def one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> Any:
 
 
 def writable(path: Path) -> Path:
-    """The path, if its folder exists; checked before long work."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise OptionError(f"cannot write {path}", hint="name a file in a folder that exists")
+    """The path, if a file can be written there; checked before long work."""
+    check_output(path, OptionError)
     return path

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import NoTrafficError, OptionError, TraceError
+from poise.files import replacing
 
 MAX_EXPERTS = 32_767
 MAX_LOAD = 1e15
@@ -192,7 +193,12 @@ class RoutingTrace:
         return self.rows(mask), self.rows(~mask)
 
     def save(self, path: str | Path) -> None:
-        """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles."""
+        """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles; it appears whole or not at all.
+
+        Raises
+        ------
+        TraceError : as :func:`poise.files.replacing`.
+        """
         small: Any = np.uint8 if self.num_experts <= 256 else np.int16
         if (self.experts == NO_EXPERT).any():
             small = np.int8 if self.num_experts <= 128 else np.int16
@@ -202,7 +208,7 @@ class RoutingTrace:
                 arrays[name] = getattr(self, name)
         if self.domain_names:
             arrays["domain_names"] = np.array(self.domain_names)
-        with Path(path).open("wb") as stream:
+        with replacing(path, TraceError) as stream:
             np.savez_compressed(stream, **arrays)
 
     def __repr__(self) -> str:
