@@ -7,8 +7,8 @@ import pytest
 
 from poise.cluster import Cluster
 from poise.cost.step import batch_cost
-from poise.engines.plugins import policy
-from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, switched_on, usable_map
+from poise.engines.plugins import planner, switch
+from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, usable_map
 from poise.errors import InputError, OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -140,14 +140,14 @@ def test_a_named_model_and_step_price_memory_too():
 
 def test_no_candidate_beats_what_is_taken_under_the_model(monkeypatch):
     seen = []
-    real = policy._candidates
-    monkeypatch.setattr(policy, "_candidates", lambda *args: seen.extend(real(*args)) or seen)
+    real = planner._candidates
+    monkeypatch.setattr(planner, "_candidates", lambda *args: seen.extend(real(*args)) or seen)
     load = loads_of(2, 32, seed=5)
     table = rebalance(load, 40, 1, 1, 8, settings=QUICK)
     assert len(seen) == 1
     model, scaled = (
         ModelSpec.generic(32, 1, np.arange(2)),
-        load * (policy.EXPERT_TOKENS * policy.LINEAR * 32 / load.sum(axis=1))[:, None],
+        load * (planner.EXPERT_TOKENS * planner.LINEAR * 32 / load.sum(axis=1))[:, None],
     )
     batch = RoutingBatch(scaled[None], np.ones(1), 1, np.arange(2, dtype=np.int32))
 
@@ -254,7 +254,7 @@ def test_settings_from_the_environment(tmp_path):
     )  # fmt: skip
     assert got.cluster is not None and got.cluster.num_nodes == 2 and got.model is not None
     assert (got.tokens_per_step, got.time_limit_s, got.horizon_steps) == (256, 0.5, 1e4)
-    assert [switched_on({"POISE_EPLB": value}) for value in ("1", "on", "0", "", "false")] == [
+    assert [switch.planning({"POISE_EPLB": value}) for value in ("1", "on", "0", "", "false")] == [
         True,
         True,
         False,
