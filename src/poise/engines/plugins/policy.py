@@ -33,8 +33,6 @@ GRAINS, SINGLE_GRAINS = 2.0**30, 2.0**16
 """Loads count in such shares of their layer's (those of single precision in coarser ones), so that the same loads give
 the same map in any unit."""
 MAX_SLOTS = 65_536
-PLANNER = "poise.engines.plugins.planner"
-"""Imported when the first map is planned: it compiles, and numba disturbs vLLM while that starts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +73,8 @@ class Asked:
         busy = np.flatnonzero(self.load_LE.sum(axis=1) > 0)
         if self.cluster is not None and self.ranks > 1 and busy.size:
             shape = (self.groups, self.nodes, self.ranks) if self.nodes > 1 else (1, 1, self.ranks)
-            out[busy] = import_module(PLANNER).plan(
+            planner = import_module("poise.engines.plugins.planner")  # numba: a static map needs none
+            out[busy] = planner.plan(
                 self.load_LE[busy], out[busy], self.old_LS is not None, shape, self.cluster, self.settings
             )
         if usable_map(out, layers, experts, self.slots) is None:
