@@ -211,11 +211,11 @@ def content(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array, dtype=np.float64).tobytes()).hexdigest()[:12]
 
 
-def warn_once(log: logging.Logger, text: str) -> None:
-    """A warning, once a process for the same text."""
+def say_once(log: logging.Logger, text: str, *, level: int = logging.WARNING) -> None:
+    """A line of the log, once a process for the same text."""
     if text not in _said:
         _said.add(text)
-        log.warning(text)
+        log.log(level, text)
 
 
 _said: set[str] = set()

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from poise.engines.plugins.policy import asked, content, logical_maps, warm_up, warn_once
+from poise.engines.plugins.policy import asked, content, logical_maps, say_once, warm_up
 from poise.engines.plugins.settings import PolicySettings
 from poise.errors import InputError, OptionError
 
@@ -65,7 +65,7 @@ def around(settings: PolicySettings) -> Callable[..., Any]:
                     single=tokens_per_expert.is_floating_point() and tokens_per_expert.element_size() < 8,
                 )  # fmt: skip
             except InputError as error:
-                warn_once(LOG, f"poise: {error}; SGLang's own algorithm answers")
+                say_once(LOG, f"poise: {error}; SGLang's own algorithm answers")
             else:
                 return _three_maps(tokens_per_expert, made.answer(), loads)
         return original(

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from poise.engines.plugins.policy import asked, content, logical_maps, usable_map, warm_up, warn_once
+from poise.engines.plugins.policy import asked, content, logical_maps, say_once, usable_map, warm_up
 from poise.engines.plugins.settings import PolicySettings
 from poise.errors import InputError, OptionError
 
@@ -48,8 +48,6 @@ def install(environ: Mapping[str, str]) -> None:
     settings = PolicySettings.from_environment(environ)
     policies["default"] = make_policy(base, settings)
     LOG.info("poise plans expert placement: %s", settings)
-    if settings.static_map is not None:
-        LOG.info("poise: static map %s; all ranks must say the same", content(settings.static_map.table_LS))
 
 
 def make_policy(base: Any, settings: PolicySettings) -> Any:
@@ -79,6 +77,8 @@ def make_policy(base: Any, settings: PolicySettings) -> Any:
         loads, old = weight.double().cpu().numpy(), None
         if old_global_expert_indices is not None:
             old = old_global_expert_indices.cpu().numpy()
+        # 0.32 shows no line of a plugin's start: it sets up its log later
+        say_once(LOG, f"poise plans expert placement: {settings}", level=logging.INFO)
         if settings.static_map is None:
             warm_up()
         try:
@@ -91,7 +91,7 @@ def make_policy(base: Any, settings: PolicySettings) -> Any:
                 usable_map(old, len(loads), loads.shape[1], num_replicas) if settings.static_map is not None else None
             )
             answer = "vLLM's own algorithm answers" if kept is None else "the map in use stays"
-            warn_once(LOG, f"poise: {error}; {answer}")
+            say_once(LOG, f"poise: {error}; {answer}")
             if kept is None:
                 more = (old_global_expert_indices,) if takes_old else ()
                 return base.rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, *more)
