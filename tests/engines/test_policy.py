@@ -1,6 +1,10 @@
 """The core behind the plugins: valid maps, never worse than the map in use or the engine's, few moves, alike on all ranks."""
 
+import ast
+import importlib
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,7 +178,9 @@ def test_a_map_in_use_that_is_none_counts_as_none(old):
     "case",
     [
         dict(weight_LE=np.ones(4)), dict(weight_LE=np.full((1, 4), np.nan)), dict(weight_LE=-np.ones((1, 4))),
-        dict(num_replicas=6), dict(num_replicas=0), dict(num_ranks=0), dict(num_replicas=2),
+        dict(num_replicas=6), dict(num_replicas=0), dict(num_ranks=0), dict(num_replicas=2), dict(num_replicas=8.0),
+        dict(weight_LE=np.array([[1, 2, np.inf, 4]])), dict(weight_LE=np.zeros((0, 4))), dict(weight_LE=np.zeros((2, 0))),
+        dict(num_nodes=0), dict(num_nodes=None), dict(num_nodes=-1), dict(num_groups=-1), dict(num_groups="two"),
         dict(settings=PolicySettings(cluster=Cluster.parse("1x3"))),
     ],
 )  # fmt: skip
@@ -182,6 +188,54 @@ def test_numbers_that_do_not_fit(case):
     given = dict(weight_LE=np.arange(4.0)[None], num_replicas=8, num_groups=1, num_nodes=1, num_ranks=4) | case
     with pytest.raises(OptionError):
         rebalance(**given)
+
+
+def test_numbers_that_disagree_are_both_named():
+    for case, said in (
+        (dict(num_replicas=6), "6 slots .* 4 ranks"), (dict(num_replicas=4, num_ranks=3), "4 slots .* 3 ranks"),
+        (dict(num_replicas=2, num_ranks=2), "2 slots for 4 experts"), (dict(num_nodes=0), "nodes .* 1, got 0"),
+        (dict(weight_LE=np.array([[1, 1, 1, 1], [1, 1, 1, np.nan]])), "got nan for expert 3 of layer 1"),
+    ):  # fmt: skip
+        given = dict(weight_LE=np.arange(4.0)[None], num_replicas=8, num_groups=1, num_nodes=1, num_ranks=4) | case
+        with pytest.raises(OptionError, match=said):
+            rebalance(**given)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8, 16])
+def test_groups_and_nodes_that_do_not_divide(nodes):
+    """No groups (None, 0) are one; groups that do not divide are ignored; nodes that do not, are one."""
+    load = loads_of(2, 16)
+    plain = rebalance(load, 24, 1, 1, 8, settings=QUICK)
+    for groups in (None, 0, 1, 3, 5, 32):
+        table = rebalance(load, 24, groups, nodes, 8, settings=QUICK)
+        assert usable_map(table, 2, 16, 24) is not None
+        if nodes in (1, 3, 16):
+            np.testing.assert_array_equal(table, plain)
+        if not groups:
+            np.testing.assert_array_equal(table, rebalance(load, 24, 1, nodes, 8, settings=QUICK))
+
+
+def test_no_clock_and_no_threads_decide(monkeypatch):
+    """A rank may be slow, or have fewer threads: its map must be that of the others."""
+    load = loads_of(1, 256, seed=1)
+    first = rebalance(load[:, ::-1], 320, 1, 1, 64, settings=QUICK)
+    want = rebalance(load, 320, 1, 1, 64, first, settings=QUICK)
+
+    def clock(*_):
+        raise AssertionError("a clock was looked at")
+
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
+        monkeypatch.setattr(time, name, clock)
+    np.testing.assert_array_equal(rebalance(load, 320, 1, 1, 64, first, settings=QUICK), want)
+    for module in (
+        "planning.methods.swift_balance",
+        "planning.solve.anneal",
+        "engines.plugins.planner",
+        "planning.methods.eplb",
+    ):
+        tree = ast.parse(Path(importlib.import_module(f"poise.{module}").__file__).read_text())
+        products = [ast.unparse(node) for node in ast.walk(tree) if isinstance(getattr(node, "op", None), ast.MatMult)]
+        assert products in ([], ["weight_B @ load[:, :-1] ** 2"]), module  # one step: nothing is added up
 
 
 def test_logical_maps():
@@ -268,5 +322,8 @@ def test_settings_from_the_environment(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(InputError):
             PolicySettings.from_environment({name: value})
+    for tokens in ("inf", "nan", "1.5"):
+        with pytest.raises(OptionError, match="whole number"):
+            PolicySettings.from_environment({"POISE_MODEL": "qwen3-30b-a3b", "POISE_TOKENS_PER_STEP": tokens})
     with pytest.raises(PlacementError, match="no such file"):
         PolicySettings.from_environment({"POISE_STATIC_MAP": str(tmp_path / "none.npz")})

@@ -10,7 +10,8 @@ import torch
 from tests.engines import engine_stubs
 from tests.engines.test_policy import loads_of, tokens, twice
 
-from poise.engines.plugins import policy, sglang_hook, sglang_plugin
+from poise.engines.plugins import planner, policy, sglang_hook, sglang_plugin
+from poise.errors import NoResultError, OptionError
 
 LAYERS, EXPERTS, RANKS, REDUNDANT = 4, 16, 4, 8
 
@@ -91,6 +92,32 @@ def test_failures_and_dead_ranks_are_left_to_sglang(engine, monkeypatch, caplog)
     assert caplog.text.count("3 devices, the engine 4 ranks") == 1
     answers = hook(lambda **arguments: arguments["algorithm"], **given, algorithm=kinds.elasticity_aware)
     assert answers is kinds.elasticity_aware
+
+
+@pytest.mark.parametrize("error", [MemoryError, OSError, NoResultError, OptionError])
+def test_an_error_that_other_ranks_may_not_have_raises(engine, monkeypatch, error):
+    def fail(*_):
+        raise error("on one rank")
+
+    monkeypatch.setattr(planner, "plan", fail)
+    hook = sglang_hook.around(policy.PolicySettings(time_limit_s=0.01))
+    with pytest.raises(error, match="on one rank"):
+        hook(engine.algorithms.rebalance_experts, loads(), EXPERTS + REDUNDANT, 6, None, 2, "deepseek_hierarchical")
+
+
+@pytest.mark.parametrize("groups", [None, 0])
+def test_a_model_without_groups_on_two_nodes(groups):
+    hook = sglang_hook.around(policy.PolicySettings(time_limit_s=0.01))
+    made = [hook(None, loads(), EXPERTS + REDUNDANT, 6, g, 2, "deepseek_hierarchical") for g in (groups, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def test_what_is_wrong_at_the_start_ends_the_start(engine, monkeypatch):
+    """SGLang logs exceptions of plugins and starts: this rank without poise, others maybe with it."""
+    monkeypatch.setenv("POISE_EPLB", "1")
+    monkeypatch.setenv("POISE_TIME_LIMIT_S", "soon")
+    with pytest.raises(SystemExit, match="POISE_TIME_LIMIT_S"):
+        sglang_plugin.register()
 
 
 def test_an_sglang_without_hooks_is_named(monkeypatch):
