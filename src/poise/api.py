@@ -39,10 +39,10 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import METHODS, solve
+from poise.version import VERSION
 
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
-VERSION = "0.2.0"
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
