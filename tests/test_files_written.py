@@ -26,6 +26,8 @@ import typer
 from tests.engines.checkpoint_cases import EXPERTS, expert_placement, layers_of, write_checkpoint
 from typer.testing import CliRunner
 
+from poise import api
+from poise.cli import calibrate
 from poise.cli import main as cli
 from poise.cli.ending import signals_end
 from poise.emulate import __main__ as emulate
@@ -200,8 +202,6 @@ def _calibrate(path):
 
         def to_json(self):
             return {}
-
-    from poise.cli import calibrate
 
     with pytest.MonkeyPatch.context() as patch, _ending_in(path, ".yaml") as named:
         patch.setattr(calibrate.ranks, "calibrate", lambda plan, say: Result())
@@ -642,7 +642,13 @@ def test_every_option_that_names_a_file_is_known_here():
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, options in WRITES.items() for option in options])
 def test_commands_refuse_what_cannot_be_written_before_any_work(tmp_path, monkeypatch, name, option):
-    """What they read is not there: had they looked at it first, they would say so."""
+    """What they read is not there: had they looked at it first, they would say so. Some read nothing and work at once."""
+
+    def too_early(*args, **more):
+        raise AssertionError("work before the refusal")
+
+    monkeypatch.setattr(api, "compare", too_early)
+    monkeypatch.setattr(calibrate.ranks, "calibrate", too_early)
     monkeypatch.chdir(tmp_path)
     for path, kind in special(tmp_path):
         for more in ([], ["--to", "checkpoint", "--checkpoint", "missing"]) if name == "export" else ([],):
@@ -656,7 +662,8 @@ def test_commands_refuse_what_cannot_be_written_before_any_work(tmp_path, monkey
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
 
 
-def test_the_emulator_refuses_before_any_work(tmp_path, capsys):
+def test_the_emulator_refuses_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(emulate, "selftest", None)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
         assert emulate.main(["--cluster", "1x2", "--selftest", "--output", str(path)]) == 2
