@@ -10,7 +10,15 @@ TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.emulate.probe", "
          "poise.calibrate.ranks", "poise.engines.dumps.torch_files")  # fmt: skip
 LAYERS = [
     {"poise.errors", "poise.files", "poise.words"}
-    | {"poise.jsonfile", "poise.presets", "poise.curve", "poise.cluster", "poise.modelspec", "poise.hfconfig"},
+    | {
+        "poise.jsonfile",
+        "poise.yamlfile",
+        "poise.presets",
+        "poise.curve",
+        "poise.cluster",
+        "poise.modelspec",
+        "poise.hfconfig",
+    },
     {"poise.observe"},
     {"poise.cost"},
     {"poise.planning.placement", "poise.planning.problem", "poise.planning"},

@@ -41,8 +41,6 @@ from poise.planning.solve.solve import solve
 
 __all__ = ["ControlSettings", "Controller", "Decision", "Look", "aligned", "join_steps", "steps_of"]
 
-PLANNER = "poise-planner"
-"""Name of the thread that plans."""
 MOST_REFERENCES = 16
 """Most references that pass between a plan that failed and the next try."""
 State = Literal["idle", "planning", "moving"]
@@ -318,7 +316,7 @@ class Controller:
                 self._outcome = error
 
         # always in a thread: who waits for it can be ended by a signal, which compiled code would hold up
-        self._thread = threading.Thread(target=work, name=PLANNER, daemon=True)
+        self._thread = threading.Thread(target=work, name="poise-planner", daemon=True)
         self._thread.start()
         if not self.settings.background:
             self._reap(wait=True)
