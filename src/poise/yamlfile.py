@@ -1,7 +1,7 @@
 """YAML files of others, read as YAML 1.2 and JSON have it: a number is what is written, or it is no number.
 
-YAML 1.1, which PyYAML reads, makes 750 of ``12:30``, 15 of ``017``, True of ``on``, a text of ``1e9``, and lets the last of
-two equal keys win. So only PyYAML's events are used here; what they stand for is decided in this file.
+YAML 1.1, which PyYAML reads, makes 750 of ``12:30``, 15 of ``017``, True of ``on``, a text of ``1e9``, and lets the
+last of two equal keys win. So only PyYAML's events are used here; what they stand for is decided in this file.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def parse_yaml(data: bytes, error: type[InputError]) -> Any:
     Raises
     ------
     InputError : of the type ``error``: it is not YAML, has an alias, a tag, a key twice or one that is a list or
-        mapping, an integer with a leading zero, a number beyond a float, more than MAX_VALUES values or lists and mappings
-        deeper than MAX_DEPTH.
+        mapping, an integer with a leading zero, a number beyond a float, more than MAX_VALUES values, or lists and
+        mappings deeper than MAX_DEPTH.
     """
     try:
         return _Reader(yaml.parse(data.decode("utf-8-sig"), Loader=_LOADER), error).document()
