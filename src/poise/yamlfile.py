@@ -69,7 +69,7 @@ def parse_yaml(data: bytes, error: type[InputError]) -> Any:
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """Keys and values as :func:`parse_yaml` reads them back, in their order."""
+    """Keys and values as :func:`parse_yaml` reads them back, in their order; of a byte that is no UTF-8 the escape."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -163,6 +163,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    value = value.encode("utf-8", "backslashreplace").decode("utf-8")
     try:
         plain = isinstance(scalar(value), str)
     except ValueError:

@@ -37,7 +37,7 @@ from poise.watch.page import Page, answers, listen_address
 from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Told, Trouble
 from poise.watch.sglang_recorder import SGLangRecorder
 from poise.watch.sources import DumpFolder, Polled, Source, Tail
-from poise.words import percent, printable
+from poise.words import percent
 
 FILE_INTERVAL_S, ENGINE_INTERVAL_S = 1.0, 10.0
 GENERIC = "no model was named (--model), so sizes are generic: gains, and what is worth it, are not yours"
@@ -324,19 +324,19 @@ class _Teller:
         if self._json:
             _line({"event": "problem", "message": message})
         else:
-            o.talk.print(printable(message), markup=False, soft_wrap=True)
+            o.talk.print(message, soft_wrap=True)
 
     def _say_note(self, told: Told) -> None:
         if self._json:
             _line({"event": "note", "message": told.message, "files": [str(path) for path in told.written]})
         else:
-            o.talk.print(printable(told.message), markup=False, soft_wrap=True)
+            o.talk.print(told.message, soft_wrap=True)
 
 
 def _say_listening(url: str, json: bool) -> None:
     if json:
         _line({"event": "listening", "url": url})
-    o.talk.print(f"page at {url}, metrics at {url}metrics", markup=False, soft_wrap=True)
+    o.talk.print(f"page at {url}, metrics at {url}metrics", soft_wrap=True)
 
 
 def _say_look(look: Look, at_start: bool, json: bool) -> None:
@@ -353,7 +353,7 @@ def _say_look(look: Look, at_start: bool, json: bool) -> None:
     if at_start:
         runs += f" running, {look.imbalance_after_restart:.3f} after a restart"
     line = f"step {look.step:>6}  imbalance {runs}  {drift}{'  ALARM' if alarm else ''}"
-    o.out.print(line, markup=False)
+    o.out.print(line)
 
 
 def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -> None:
@@ -373,10 +373,9 @@ def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -
         f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
         f"{1e3 * decision.cost_seconds:.2f} ms of links: {verdict}"
         + (f", {decision.left} moves left" if decision.accepted and decision.left else ""),
-        markup=False,
     )  # fmt: skip
     if restart is not None:
-        o.out.print(f"{'':13}{restart.sentence()}", markup=False)
+        o.out.print(f"{'':13}{restart.sentence()}")
 
 
 def _restart(restart: Restart | None) -> dict[str, Any] | None:
