@@ -102,6 +102,7 @@ class _Exchange(threading.Thread):
         super().__init__(name="poise-ask", daemon=True)
         self._connection, self._request, self._most = connection, (method, path, headers), most
         self._lock, self._cut = threading.Lock(), False
+        self._socket: socket.socket | None = None  # the connection forgets it while its answer is still read
         self.received = 0
         self.outcome: Answer | BaseException | None = None
 
@@ -110,6 +111,7 @@ class _Exchange(threading.Thread):
         try:
             self._connection.connect()
             with self._lock:
+                self._socket = self._connection.sock
                 if self._cut:
                     return
             body = None if method == "GET" else b""
@@ -134,9 +136,8 @@ class _Exchange(threading.Thread):
         """End it now: who reads or writes the socket is woken."""
         with self._lock:
             self._cut = True
-            opened = self._connection.sock
-            if opened is not None:
+            if self._socket is not None:
                 try:
-                    opened.shutdown(socket.SHUT_RDWR)
-                except OSError:  # closed, or never connected
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                except OSError:  # closed already
                     return
