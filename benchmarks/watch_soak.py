@@ -232,6 +232,10 @@ def soak(minutes: float, seed: int) -> tuple[str, list[str]]:
             at[what] = now + every[what]
             if what == "sample":
                 samples.append((now, *memory(child.pid)))
+                if len(samples) % 12 == 1:
+                    rss, threads, opened = samples[-1][1:]
+                    line = f"{now / 60:5.1f} min {rss:6.1f} MiB {threads} threads {opened} files {engine.did['dumps']} dumps"
+                    print(line, file=sys.stderr, flush=True)
             elif what == "drift":
                 with engine.lock:
                     engine.domain = next(names)
