@@ -17,10 +17,12 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# the tests, ten thousand random problems, and the whole parity matrix of sharded training on 2, 4 and 8 processes
+# the tests, ten thousand random problems, the whole parity matrix of sharded training on 2, 4 and 8 processes, and a
+# minute of the watch beside an engine that misbehaves
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_rules.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/watch_soak.py --minutes 1 --no-report
 
 check: setup
 	$(BIN)/ruff check .

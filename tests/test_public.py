@@ -35,7 +35,7 @@ OPTIONS = {
                   "--window-us", "--control-us", "--seed", "--json"},
     "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",
               "--every", "--max-moves", "--false-alarm-rate", "--horizon", "--method", "--follow", "--interval", "--output",
-              "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--sglang", "--dump-dir", "--api-key",
+              "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--allow-host", "--sglang", "--dump-dir", "--api-key",
               "--admin-api-key", "--steps-per-dump", "--delete-dumps", "--restart-seconds"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--zero-experts", "--relabelling",
                 "--devices", "--ranks", "--allow-missing-ranks", "--json"},

@@ -73,7 +73,7 @@ def calibrate(
             find_nic=find_nic, device=device, base=Cluster.parse(cluster) if cluster else None,
         )  # fmt: skip
         o.talk.quiet = False
-        result = ranks.calibrate(plan, say=lambda text: o.talk.print(text, markup=False) if main else None)
+        result = ranks.calibrate(plan, say=lambda text: o.talk.print(text) if main else None)
         if result is None:
             return
         with replacing(output, OptionError) as stream:
@@ -83,8 +83,8 @@ def calibrate(
         else:
             _show(result)
         for note in result.notes:
-            o.talk.print(f"note: {note}", markup=False)
-        o.talk.print(f"wrote {output}", markup=False)
+            o.talk.print(f"note: {note}")
+        o.talk.print(f"wrote {output}")
 
 
 def _show(result: Calibration) -> None:

@@ -72,7 +72,7 @@ def convert(
         )  # fmt: skip
         dump = read_dump(dumps, options=options)
         for note in dump.notes:
-            o.talk.print(note, markup=False)
+            o.talk.print(note)
         if devices is not None or _is_placement(dump):
             wrote = _write_placement(dump, devices, options, output)
         else:
@@ -81,8 +81,8 @@ def convert(
             o.print_json({"engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
                           "notes": list(dump.notes)})  # fmt: skip
         else:
-            o.out.print(repr(dump), markup=False)
-        o.talk.print(f"wrote {output}", markup=False)
+            o.out.print(repr(dump))
+        o.talk.print(f"wrote {output}")
 
 
 def _placement(path: Path, options: ReadOptions) -> Placement | SlotRecord:

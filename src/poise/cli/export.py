@@ -63,17 +63,18 @@ def export(
                           "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
                           **made.facts})  # fmt: skip
         else:
-            o.out.print(repr(plan), markup=False)
+            o.out.print(repr(plan))
         if made.filled:
             o.talk.print(f"{made.filled} empty slots were filled with replicas: the engine knows no empty ones")
         if made.unplanned:
             o.talk.print(f"{made.unplanned} layers were not planned: {target.unplanned}")
         if made.command:
-            space = "\n" if "\n" in made.command else " "
-            o.talk.print(f"start the engine with{space}{made.command}", markup=False, soft_wrap=True)
+            first, *more = made.command.split("\n")
+            for line in ("start the engine with", first, *more) if more else (f"start the engine with {first}",):
+                o.talk.print(line, soft_wrap=True)
         for note in made.notes:
-            o.talk.print(note, markup=False)
-        o.talk.print(f"wrote {output}", markup=False)
+            o.talk.print(note)
+        o.talk.print(f"wrote {output}")
 
 
 def _grouped(plan: Placement, sizes: ModelSpec | None) -> Placement:

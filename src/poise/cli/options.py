@@ -13,15 +13,32 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from poise.cli.ending import Ended
 from poise.errors import InputError, OptionError, PoiseError
 from poise.files import check_output
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
+from poise.words import printable
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
-talk = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """Texts are texts, in lines as in cells: no markup, no emoji names, and nothing that a terminal acts on.
+
+    A line feed in a text is none of ours: it is in a name, and shown as an escape.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich makes it, of the text as it can be printed."""
+        return super().render_str(printable(text), **options)
+
+
+out = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+talk = _Console(stderr=True)
 
 TIME_LIMIT = (
     "Seconds of search a method may take. On top come its starts from other methods, prices and bounds, a second plan "
@@ -82,9 +99,9 @@ def errors() -> Iterator[None]:
     try:
         yield
     except PoiseError as error:
-        talk.print(f"[bold red]error:[/] {_plain(error.message)}")
+        talk.print(Text("error:", "bold red"), error.message)
         if error.hint:
-            talk.print(f"hint: {_plain(error.hint)}")
+            talk.print(f"hint: {error.hint}")
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
     except Ended as end:
         with suppress(OSError):  # the terminal may be what went away
@@ -94,14 +111,10 @@ def errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
 @contextmanager
 def progress() -> Iterator[Report]:
     """A progress bar on stderr, gone when done; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda stage, share: bar.update(task, description=stage, completed=share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
 from poise.files import read_bounded
-from poise.jsonfile import json_room
+from poise.jsonfile import parse_json
 from poise.observe.npz import Archive, open_npz
 from poise.observe.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
 from poise.observe.trace import LoadProfile, RoutingTrace, integers
@@ -193,24 +192,12 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise TraceError(f"key {twice[:80]!r} appears twice in a JSON object", hint="keep one of them")
-    return out
-
-
 def _read_json(path: Path) -> LoadProfile:
     text = read_bounded(path, MAX_JSON_BYTES, TraceError)
     try:
-        json_room(text, MAX_JSON_ROOM, TraceError)
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = parse_json(text, TraceError, room=MAX_JSON_ROOM)
     except TraceError as error:
         raise TraceError(f"{path}: {error.message}", hint=error.hint) from None
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"{path} is not JSON: {error}", hint="was it cut short?") from None
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     try:

@@ -133,7 +133,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _read_object(path: Path, most: int) -> dict[str, Any]:
-    data = read_json(path, most, ModelError)
+    data = read_json(path, most, ModelError, infinite=True)
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds a {type(data).__name__}")
     return data

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,24 +61,7 @@ def parse_json(data: bytes) -> Any:
     """
     if len(data) > MAX_JSON_BYTES:
         raise TraceError(f"a value of {len(data)} bytes in JSON, at most {MAX_JSON_BYTES} are read")
-    json_room(data)
-    try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"not JSON: {str(error)[:200]}", hint="was it cut short?") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:80]!r} appears twice in an object")
-    return out
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    return jsonfile.parse_json(data, TraceError)
 
 
 def table(name: str, value: Any, *ndims: int, low: int = 0, high: int = BIG) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from poise.evaluate.compare import Comparison
 from poise.evaluate.report.sections import facts, flow, links, load, moves, numbers, timeline, times
 from poise.evaluate.report.view import Made, View
 from poise.files import replacing
+from poise.words import harmless
 
 SECTIONS = (
     load.section,
@@ -58,7 +59,7 @@ def render(comparison: Comparison, made: Made) -> str:
         "FOOTER": _footer(made),
     }
     page = (folder / "page.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
+    return harmless(re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page))
 
 
 def _cards(view: View) -> str:
