@@ -238,9 +238,14 @@ class Comparison:
             "rows": self.rows(),
             "verdict": self.verdict(),
             "judged": {
-                part: {"order": batch.order, "steps": batch.num_steps, "warmup_steps_left_out": self.warm_up}
+                part: {
+                    "order": batch.order,
+                    "steps": batch.num_steps,
+                    "warmup_steps_left_out": self.warm_up,
+                    "drawn_from_steps": batch.drawn_from,
+                }
                 for part, batch in self.batches.items()
-            },
+            },  # fmt: skip
             "cluster": repr(self.cluster),
             "model": self.model.name,
             "traffic": self.traffic,
