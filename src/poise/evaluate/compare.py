@@ -245,7 +245,7 @@ class Comparison:
                     "drawn_from_steps": batch.drawn_from,
                 }
                 for part, batch in self.batches.items()
-            },  # fmt: skip
+            },
             "cluster": repr(self.cluster),
             "model": self.model.name,
             "traffic": self.traffic,

@@ -176,12 +176,10 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
             real[rows] = np.where(trace.experts[rows] >= experts, NO_EXPERT, trace.experts[rows])
         trace = replace(trace, experts=sealed(real), num_experts=experts)
     if profile is not None and profile.num_experts == wide:
-        real_BLE, idle_BL = (
-            profile.load_BLE[:, :, :experts],
-            profile.load_BLE[:, :, experts:].sum(axis=2, dtype=np.float64),
-        )
+        real_BLE, idle_BLE = profile.load_BLE[:, :, :experts], profile.load_BLE[:, :, experts:]
+        idle_BL, all_ = idle_BLE.sum(axis=2, dtype=np.float64), profile.load_BLE.sum(dtype=np.float64)
         notes.append(
-            f"{idle_BL.sum() / profile.load_BLE.sum(dtype=np.float64):.1%} of the load is of identity experts (ids {experts} to "
+            f"{idle_BL.sum() / all_:.1%} of the load is of identity experts (ids {experts} to "
             f"{wide - 1}) and computes nothing"
         )
         profile = replace(profile, load_BLE=real_BLE, idle_BL=idle_BL)
