@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,7 +185,7 @@ def npy_file(path: Path, most: int = MAX_FILE_BYTES) -> NDArray[Any]:
         require(size, f"an array {list(shape)} of {dtype}", TraceError)
         out = np.empty(prod(shape), dtype)
         stream.seek(start)
-        view, at = memoryview(out).cast("B"), 0
+        view, at = memoryview(cast(Any, out)).cast("B"), 0
         while at < len(view):
             read = stream.readinto(view[at : at + READ_BYTES])  # type: ignore[attr-defined]
             if not read:
