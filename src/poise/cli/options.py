@@ -83,6 +83,10 @@ def errors() -> Iterator[None]:
         if error.hint:
             talk.print(f"hint: {_plain(error.hint)}")
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except MemoryError as error:  # numpy's says how much it wanted
+        talk.print(f"[bold red]error:[/] out of memory: {_plain(str(error) or 'no more is given')}")
+        talk.print("hint: give a part of the traffic, or a machine with more memory")
+        raise typer.Exit(1) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
 

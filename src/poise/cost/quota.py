@@ -20,8 +20,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from poise.compiled import compiled
 
 
 class Holders(NamedTuple):
@@ -53,7 +54,7 @@ class Scratch(NamedTuple):
     order_E: NDArray[np.int64]
 
 
-@njit(cache=True)
+@compiled
 def compile_holders(holds_ED, room):  # type: ignore[no-untyped-def]
     """:class:`Holders` of a bool [E, D] placement, as views into ``room`` (of :func:`holders_room`)."""
     experts, devices = holds_ED.shape
@@ -107,7 +108,7 @@ def make_scratch(num_experts: int, num_devices: int) -> Scratch:
     return Scratch(*devices, *experts)
 
 
-@njit(cache=True)
+@compiled
 def near_start(load_SE, holders, node_D, local_H):  # type: ignore[no-untyped-def]
     """Fill ``local_H`` (int64 [H]) with tokens that need not leave their device or, failing that, their node.
 
@@ -133,7 +134,7 @@ def near_start(load_SE, holders, node_D, local_H):  # type: ignore[no-untyped-de
             start = end
 
 
-@njit(cache=True)
+@compiled
 def _fill(first, last, amount, quota_H, holders, load_D, speed_D, order):  # type: ignore[no-untyped-def]
     """Add ``amount`` tokens to entries first..last so that the fullest of their devices stays as low as it can."""
     count = last - first
@@ -188,7 +189,7 @@ def _fill(first, last, amount, quota_H, holders, load_D, speed_D, order):  # typ
         i += 1
 
 
-@njit(cache=True)
+@compiled
 def _levels(quota_H, holders, cap_D, scratch):  # type: ignore[no-untyped-def]
     """Breadth first from all devices above their cap over shared experts; True if one below its cap is reached."""
     load_D, level_D, level_E, queue = scratch.load_D, scratch.level_D, scratch.level_E, scratch.queue_D
@@ -223,7 +224,7 @@ def _levels(quota_H, holders, cap_D, scratch):  # type: ignore[no-untyped-def]
     return found < 1 << 60
 
 
-@njit(cache=True)
+@compiled
 def _block(quota_H, holders, cap_D, scratch):  # type: ignore[no-untyped-def]
     """Depth first along the levels until no device above its cap has a path left (Dinic's blocking flow)."""
     load_D, level_D, level_E = scratch.load_D, scratch.level_D, scratch.level_E
@@ -274,13 +275,13 @@ def _block(quota_H, holders, cap_D, scratch):  # type: ignore[no-untyped-def]
             load_D[d] += amount
 
 
-@njit(cache=True)
+@compiled
 def _caps(bound, speed_D, cap_D):  # type: ignore[no-untyped-def]
     for d in range(cap_D.size):
         cap_D[d] = np.int64(np.floor(bound * speed_D[d] * (1.0 + 1e-12) + 1e-9))
 
 
-@njit(cache=True)
+@compiled
 def _raise_bound(speed_D, bound, scratch):  # type: ignore[no-untyped-def]
     """The least bound under which the devices reached by :func:`_levels` can hold what they hold now."""
     load_D, level_D, cap_D = scratch.load_D, scratch.level_D, scratch.cap_D
@@ -302,7 +303,7 @@ def _raise_bound(speed_D, bound, scratch):  # type: ignore[no-untyped-def]
         bound = after
 
 
-@njit(cache=True)
+@compiled
 def _fullest(load_D, speed_D):  # type: ignore[no-untyped-def]
     most = 0.0
     for d in range(speed_D.size):
@@ -310,7 +311,7 @@ def _fullest(load_D, speed_D):  # type: ignore[no-untyped-def]
     return most
 
 
-@njit(cache=True)
+@compiled
 def balance(load_E, local_H, base_D, holders, speed_D, slack, quota_H, scratch):  # type: ignore[no-untyped-def]
     """Fill ``quota_H`` (int64 [H]); returns the largest tokens / speed.
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from poise.cluster import Cluster
+from poise.compiled import compiled
 from poise.cost.traffic import Copies, Traffic
 
 
-@njit(cache=True)
+@compiled
 def _stage(have_S, free_D, first, last, source, e, row_SED, all_rows):  # type: ignore[no-untyped-def]
     """Match what sources first..last have with free places among them, in order; booked at ``e`` of ``row_SED``."""
     s, d = first, first
@@ -35,7 +35,7 @@ def _stage(have_S, free_D, first, last, source, e, row_SED, all_rows):  # type: 
                 row_SED[0, e, d] += give
 
 
-@njit(cache=True)
+@compiled
 def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # type: ignore[no-untyped-def]
     """Tokens from each source to each (expert, device): own device first, then own node, then anywhere.
 
@@ -109,7 +109,7 @@ def locality_pairs(load_SE: NDArray[np.int64], quota_ED: NDArray[np.int64], node
     return pairs[:, 0]
 
 
-@njit(cache=True)
+@compiled
 def count_sources(experts_TK, source_T, load_SE):  # type: ignore[no-untyped-def]
     """Tokens of each expert on each source device, int64 [D, E], in place; picks of -1 compute nothing."""
     load_SE[:] = 0
@@ -119,7 +119,7 @@ def count_sources(experts_TK, source_T, load_SE):  # type: ignore[no-untyped-def
                 load_SE[source_T[t], experts_TK[t, k]] += 1
 
 
-@njit(cache=True)
+@compiled
 def assign_tokens(experts_TK, source_T, row_SED, device_TK):  # type: ignore[no-untyped-def]
     """Device of each (token, expert) pair, int64 [T, K], in place: a source's tokens of an expert fill its row in
     order, but join a device that the token goes to anyway where there is room. ``row_SED`` is used up. A pick of -1 has
@@ -150,7 +150,7 @@ def assign_tokens(experts_TK, source_T, row_SED, device_TK):  # type: ignore[no-
             device_TK[t, k] = chosen
 
 
-@njit(cache=True)
+@compiled
 def _count_copies(device_TK, source_T, node_D, dedup, to_DD, node_DN):  # type: ignore[no-untyped-def]
     for t in range(device_TK.shape[0]):
         s = source_T[t]
@@ -169,7 +169,7 @@ def _count_copies(device_TK, source_T, node_D, dedup, to_DD, node_DN):  # type: 
                 node_DN[s, node_D[d]] += 1.0
 
 
-@njit(cache=True)
+@compiled
 def _count_joins(device_TK, to_DD):  # type: ignore[no-untyped-def]
     """``stay``: the results of a token's other experts join it where its heaviest one ran, once per device."""
     for t in range(device_TK.shape[0]):

@@ -17,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from poise.cluster import Cluster
+from poise.compiled import compiled
 from poise.cost.links import latency_seconds
 from poise.modelspec import ModelSpec
 
@@ -167,7 +167,7 @@ def attention_seconds(
     return window_seconds(tokens, cluster, model) + per_token * tokens / cluster.num_devices / cluster.flops_per_s
 
 
-@njit(cache=True)
+@compiled
 def _fetch_ports(held_ED, fetched_ED, node_D, fan_out):  # type: ignore[no-untyped-def]
     """Experts through every port, float64 [4, D] (out and in inside a node, out and in between nodes)."""
     experts, devices = held_ED.shape

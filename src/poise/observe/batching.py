@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
 from poise.observe.files import join
@@ -23,7 +23,7 @@ MOST_PICKS = 64
 """Experts that a token has at most."""
 
 
-@njit(cache=True)
+@compiled
 def _interleave(start_R, draws, first_at, is_decode, live, per_step, steps):  # type: ignore[no-untyped-def]
     """Token of each place, int64 [steps, per_step], -1 = empty; requests come in the order of ``draws``."""
     out = np.full((steps, per_step), -1, np.int64)

@@ -223,6 +223,11 @@ class RoutingTrace:
 
     def split_requests(self, share: float = 0.5) -> tuple[RoutingTrace, RoutingTrace]:
         """The first ``share`` of the requests of every domain (in order of appearance), and the rest."""
+        mask = self.first_requests(share)
+        return self.rows(mask), self.rows(~mask)
+
+    def first_requests(self, share: float = 0.5) -> NDArray[np.bool_]:
+        """Which tokens are of the first part of :meth:`split_requests`, bool [T]."""
         assert self.request is not None
         first: list[NDArray[np.int32]] = []
         domain = np.zeros(self.num_tokens, np.int16) if self.domain is None else self.domain
@@ -235,8 +240,7 @@ class RoutingTrace:
                 )
             ids = ids[np.argsort(at)]
             first.append(ids[: min(ids.size - 1, max(1, round(share * ids.size)))])
-        mask = np.isin(self.request, np.concatenate(first))
-        return self.rows(mask), self.rows(~mask)
+        return np.isin(self.request, np.concatenate(first))
 
     def save(self, path: str | Path) -> None:
         """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles."""

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.cost.compute import expert_seconds
 from poise.cost.links import port_seconds
 from poise.cost.traffic import Copies, port_load
@@ -35,7 +35,7 @@ from poise.cost.weights import StepPrice, fetch_seconds
 from poise.policies.plan import MAX_ROWS, Fetch, LayerView, StepPlan
 
 
-@njit(cache=True)
+@compiled
 def _nearest(load_SE, holders_ED, node_D, rows_SED, quota_ED):  # type: ignore[no-untyped-def]
     """Rows, or, where they have no room (size 0), quotas alone."""
     devices, experts = load_SE.shape

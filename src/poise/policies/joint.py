@@ -13,8 +13,8 @@ of known sources are split in two levels:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from poise.compiled import compiled
 from poise.cost.links import latency_seconds
 from poise.cost.quota import Holders, Scratch, balance, compile_holders
 from poise.cost.weights import StepPrice, _fetch_ports
@@ -28,7 +28,7 @@ NEAR_SLACK = 0.05
 """The same inside a node, at most."""
 
 
-@njit(cache=True)
+@compiled
 def _room(experts, devices):  # type: ignore[no-untyped-def]
     entries = experts * devices
     holders = Holders(
@@ -39,7 +39,7 @@ def _room(experts, devices):  # type: ignore[no-untyped-def]
     return holders, Scratch(d[0], d[1], d[2], d[3], d[4], d[5], e[0], e[1], e[2])
 
 
-@njit(cache=True)
+@compiled
 def split_tokens(load_E, local_EX, holds_EX, speed_X, slack, quota_EX):  # type: ignore[no-untyped-def]
     """Exact split of whole tokens over holders from a local start, int64 [E, X]; returns the largest load / speed."""
     experts, parts = holds_EX.shape
@@ -59,7 +59,7 @@ def split_tokens(load_E, local_EX, holds_EX, speed_X, slack, quota_EX):  # type:
     return most
 
 
-@njit(cache=True)
+@compiled
 def node_needs(load_SE, node_D, nodes):  # type: ignore[no-untyped-def]
     """Tokens that the sources of each node send to each expert, int64 [E, N]."""
     out = np.zeros((load_SE.shape[1], nodes), np.int64)
@@ -69,7 +69,7 @@ def node_needs(load_SE, node_D, nodes):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True)
+@compiled
 def split_nodes(need_EN, holds_ED, rates, slack, quota_EN):  # type: ignore[no-untyped-def]
     """Level 1: tokens of each expert on each node, int64 [E, N]."""
     experts, devices = holds_ED.shape
@@ -85,7 +85,7 @@ def split_nodes(need_EN, holds_ED, rates, slack, quota_EN):  # type: ignore[no-u
     split_tokens(need_EN.sum(axis=1), need_EN, holds_EN, speed_N, slack, quota_EN)
 
 
-@njit(cache=True)
+@compiled
 def split_devices(load_SE, quota_EN, holds_ED, rates, slack, quota_ED):  # type: ignore[no-untyped-def]
     """Level 2: each node's tokens over its devices, int64 [E, D]."""
     first = 0
@@ -99,7 +99,7 @@ def split_devices(load_SE, quota_EN, holds_ED, rates, slack, quota_ED):  # type:
         first = last
 
 
-@njit(cache=True)
+@compiled
 def quota_seconds(quota_ED, load_SE, need_EN, rates):  # type: ignore[no-untyped-def]
     """Modelled compute and all-to-alls of quotas, without latencies: :func:`poise.policies.kernels.layer_seconds`."""
     experts, devices = quota_ED.shape
@@ -140,7 +140,7 @@ def quota_seconds(quota_ED, load_SE, need_EN, rates):  # type: ignore[no-untyped
     return worst + max(intra * rates.intra_copy, net * rates.inter_copy)
 
 
-@njit(cache=True)
+@compiled
 def best_quotas(load_SE, holds_ED, rates, slacks, best_ED):  # type: ignore[no-untyped-def]
     """The fastest two-level split for these sources, int64 [E, D] in ``best_ED``; its seconds.
 
@@ -176,7 +176,7 @@ def best_quotas(load_SE, holds_ED, rates, slacks, best_ED):  # type: ignore[no-u
     return least
 
 
-@njit(cache=True)
+@compiled
 def gather_seconds(held_ED, fetched_ED, rates, expert_bytes, intra_rate, inter_rate, latency, fan_out):  # type: ignore[no-untyped-def]
     """:func:`poise.cost.weights.fetch_seconds`, compiled."""
     port = _fetch_ports(held_ED, fetched_ED, rates.node_D, fan_out)
@@ -196,7 +196,7 @@ def gather_seconds(held_ED, fetched_ED, rates, expert_bytes, intra_rate, inter_r
     return max(most / intra_rate, net / inter_rate) * expert_bytes + latency if some else 0.0
 
 
-@njit(cache=True)
+@compiled
 def exposed(gather_s, window_s, back_passes):  # type: ignore[no-untyped-def]
     """:meth:`poise.cost.weights.StepPrice.exposed_seconds` in training, for what is fetched before the gate."""
     return max(0.0, gather_s - window_s) + max(0.0, gather_s * back_passes - 2.0 * window_s)

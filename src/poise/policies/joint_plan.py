@@ -19,9 +19,9 @@ After the gate (:func:`calibrate`), exact loads of every source
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.policies.joint import (
     SLACKS,
     best_quotas,
@@ -43,7 +43,7 @@ SPARE_SHARE = 0.1
 """A spare slot gets an expert whose tokens on each holder of the node are at least this share of a device's mean."""
 
 
-@njit(cache=True)
+@compiled
 def give_to_nodes(need_EN, holds_ED, count, free_D, rates, out_ED):  # type: ignore[no-untyped-def]
     """The ``count`` pairs (expert, node) with most tokens from the node's sources get a replica there; pairs given.
 
@@ -85,7 +85,7 @@ def give_to_nodes(need_EN, holds_ED, count, free_D, rates, out_ED):  # type: ign
     return given
 
 
-@njit(cache=True)
+@compiled
 def fill_node(load_E, own_EX, holds_EX, free_X, speed_X, tolerance, quota_EX):  # type: ignore[no-untyped-def]
     """Surplus fill inside one node, in place; leaves the exact split in ``quota_EX``."""
     experts, devices = holds_EX.shape
@@ -121,7 +121,7 @@ def fill_node(load_E, own_EX, holds_EX, free_X, speed_X, tolerance, quota_EX):  
             return
 
 
-@njit(cache=True)
+@compiled
 def fill_nodes(load_SE, quota_EN, holds_ED, free_D, rates, tolerance, quota_ED):  # type: ignore[no-untyped-def]
     """:func:`fill_node` in every node, in place."""
     first = 0
@@ -139,7 +139,7 @@ def fill_nodes(load_SE, quota_EN, holds_ED, free_D, rates, tolerance, quota_ED):
         first = last
 
 
-@njit(cache=True)
+@compiled
 def _try(load_SE, need_EN, wide_ED, room_D, owned_ED, rates, wire, window_s, back_passes, slack, tolerance, least, best_ED, best_quota):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Step 2 for one slack and tolerance: the modelled seconds; what beats ``least`` goes to ``best``."""
     quota_EN, quota_ED = need_EN.copy(), np.zeros(wide_ED.shape, np.int64)
@@ -158,7 +158,7 @@ def _try(load_SE, need_EN, wide_ED, room_D, owned_ED, rates, wire, window_s, bac
     return seconds
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def plan_layer(load_SE, owned_ED, free_D, rates, wire, window_s, back_passes, counts, best_ED):  # type: ignore[no-untyped-def]
     """Holders with the least modelled time, bool [E, D] in ``best_ED``; (its seconds, seconds of no replicas).
 
@@ -200,7 +200,7 @@ def plan_layer(load_SE, owned_ED, free_D, rates, wire, window_s, back_passes, co
     return least, alone
 
 
-@njit(cache=True)
+@compiled
 def _spare(owned_ED, best_ED, quota_ED, free_D, rates, wire, window_s, back_passes):  # type: ignore[no-untyped-def]
     """Step 4: slots still free get what their node computes most of, where that hides."""
     experts, devices = best_ED.shape
@@ -239,7 +239,7 @@ def _spare(owned_ED, best_ED, quota_ED, free_D, rates, wire, window_s, back_pass
             many_EN[expert, n] += 1.0
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def calibrate(load_SE, owned_ED, held_ED, free_D, rates, wire, window_s, back_passes, extra, quota_ED):  # type: ignore[no-untyped-def]
     """Quotas from exact loads; up to ``extra`` replicas more in ``held_ED`` while each pays for its late gather."""
     experts, devices = held_ED.shape
@@ -283,7 +283,7 @@ def calibrate(load_SE, owned_ED, held_ED, free_D, rates, wire, window_s, back_pa
     return least
 
 
-@njit(cache=True)
+@compiled
 def _relief(quota_ED, held_ED, free_D, rates):  # type: ignore[no-untyped-def]
     """The fullest device's largest share, to the idlest device with a free slot, of its node if one lies below mean."""
     experts, devices = quota_ED.shape
@@ -309,7 +309,7 @@ def _relief(quota_ED, held_ED, free_D, rates):  # type: ignore[no-untyped-def]
     return expert, to
 
 
-@njit(cache=True)
+@compiled
 def _errand(quota_ED, need_EN, held_ED, free_D, rates):  # type: ignore[no-untyped-def]
     """The expert that a node sends most tokens away for, to the node's idlest device with a free slot."""
     experts, devices = quota_ED.shape

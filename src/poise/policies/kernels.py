@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.cost.compute import roofline
 from poise.cost.quota import Holders, Scratch, balance, compile_holders, holders_room, make_scratch, near_start
 from poise.cost.weights import StepPrice
@@ -71,13 +71,13 @@ def make_desk(num_experts: int, num_devices: int, num_entries: int) -> Desk:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@compiled
 def _work(tokens, rates):  # type: ignore[no-untyped-def]
     """Seconds of one expert's tokens at speed 1: :func:`poise.cost.compute.expert_seconds`."""
     return max(tokens * rates.per_token, min(tokens, 1.0) * rates.per_expert)
 
 
-@njit(cache=True)
+@compiled
 def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-untyped-def]
     """Modelled compute, dispatch and combine of a split (float64 [H] tokens), without latencies.
 
@@ -149,7 +149,7 @@ def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-u
     return worst + max(intra * rates.intra_copy, net * rates.inter_copy)
 
 
-@njit(cache=True)
+@compiled
 def even_tokens(load_E, holders, tokens_H):  # type: ignore[no-untyped-def]
     """The same share to every holder, float64 [H]."""
     for e in range(load_E.size):
@@ -158,7 +158,7 @@ def even_tokens(load_E, holders, tokens_H):  # type: ignore[no-untyped-def]
             tokens_H[h] = load_E[e] / (last - first)
 
 
-@njit(cache=True)
+@compiled
 def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk):  # type: ignore[no-untyped-def]
     """Split by seconds, float64 [H] tokens: experts bound by reading their weights stay whole.
 
@@ -218,7 +218,7 @@ def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk)
                 tokens_H[h] = desk.quota_H[h] / scale
 
 
-@njit(cache=True)
+@compiled
 def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped-def]
     """The fastest of three splits for these sources, float64 [H] whole tokens in ``desk.best_H``; its seconds.
 
@@ -248,7 +248,7 @@ def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped
     return least
 
 
-@njit(cache=True)
+@compiled
 def plan_seconds(load_E, holders, rates, control_s, desk):  # type: ignore[no-untyped-def]
     """Modelled seconds of the split by work on loads known in expectation, control included."""
     total = 0.0
@@ -259,14 +259,14 @@ def plan_seconds(load_E, holders, rates, control_s, desk):  # type: ignore[no-un
     return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), rates, desk) + control_s
 
 
-@njit(cache=True)
+@compiled
 def passive_seconds(load_E, holders, rates, desk):  # type: ignore[no-untyped-def]
     """Modelled seconds of the engine's even split."""
     even_tokens(load_E, holders, desk.tokens_H)
     return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), rates, desk)
 
 
-@njit(cache=True)
+@compiled
 def next_replica(work_E, held_ED, static_ED, slots_D, holders, rates, desk, drop):  # type: ignore[no-untyped-def]
     """The replica that takes most from a fullest device, (expert, device, expert to drop or -1); expert -1: none.
 

@@ -27,15 +27,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota
 
 
-@njit(cache=True)
+@compiled
 def _least(load_D, allowed_D, room_D, least_tokens, remaining):  # type: ignore[no-untyped-def]
     """The least loaded allowed device whose chunk is large enough, or -1."""
     best = -1
@@ -49,7 +49,7 @@ def _least(load_D, allowed_D, room_D, least_tokens, remaining):  # type: ignore[
     return best
 
 
-@njit(cache=True)
+@compiled
 def spill(load_E, native_ED, pending_ED, free_D, limit, min_tokens):  # type: ignore[no-untyped-def]
     """Steps 2 to 5: quotas int64 [E, D]. ``pending_ED`` tokens of each expert on its natives while it is to come."""
     experts, devices = native_ED.shape

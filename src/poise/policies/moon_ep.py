@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota
 
 
-@njit(cache=True)
+@compiled
 def choose_receivers(tokens_D, capacity_D):  # type: ignore[no-untyped-def]
     """Steps 1 and 2: tokens from home group to receiver, int64 [D, D], and each group's last turn to give (0: none)."""
     devices = tokens_D.size
@@ -53,7 +53,7 @@ def choose_receivers(tokens_D, capacity_D):  # type: ignore[no-untyped-def]
     return give_DD, last_D
 
 
-@njit(cache=True)
+@compiled
 def hand_experts(load_E, home_E, capacity_D, give_DD, last_D, static_ED, slots):  # type: ignore[no-untyped-def]
     """Step 3: quotas, int64 [E, D]. At most ``slots`` experts that a receiver does not hold already."""
     experts, devices = static_ED.shape

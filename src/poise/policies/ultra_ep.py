@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.policies.plan import Fetch, LayerView, StepPlan
 from poise.policies.split import even_quota, exact_split
@@ -40,7 +40,7 @@ PROBES = 4
 """Thresholds that are tried a round in step 4."""
 
 
-@njit(cache=True)
+@compiled
 def _best_target(held_E, room_D, slots_D, first, last, want, floor):  # type: ignore[no-untyped-def]
     """The roomiest rank that can take at least ``floor`` of ``want`` tokens, or -1."""
     best = -1
@@ -52,7 +52,7 @@ def _best_target(held_E, room_D, slots_D, first, last, want, floor):  # type: ig
     return best
 
 
-@njit(cache=True)
+@compiled
 def export(start, held_ED, slots, first, last, threshold, floor, keep, plan_X):  # type: ignore[no-untyped-def]
     """Step 2 for devices first..last: the number of exports in ``plan_X`` (expert, from, to, tokens), or -1.
 
@@ -99,7 +99,7 @@ def export(start, held_ED, slots, first, last, threshold, floor, keep, plan_X): 
     return count
 
 
-@njit(cache=True)
+@compiled
 def solve_domain(quota_ED, load_D, order_DX, held_ED, slots, first, last, target, eps, min_tokens, probe, keep, plan_X):  # type: ignore[no-untyped-def]
     """Steps 1, 3 and 4: (threshold, exports in ``plan_X``, whether the fast probe found it)."""
     start = quota_ED, load_D, order_DX, first + np.argsort(-load_D[first:last], kind="mergesort")

@@ -15,16 +15,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
 
-@njit(cache=True)
+@compiled
 def _fill_packs(weight, order, packs):  # type: ignore[no-untyped-def]
     """Each item, in the given order, to the lightest pack that is not full; returns pack and rank in it, [X, n]."""
     rows, items = weight.shape
@@ -55,7 +55,7 @@ def balanced_packing(weight: NDArray[Any], num_packs: int) -> tuple[NDArray[np.i
     return _fill_packs(weight, np.argsort(-weight, axis=1, kind="stable"), num_packs)
 
 
-@njit(cache=True)
+@compiled
 def _replicate(weight, num_physical):  # type: ignore[no-untyped-def]
     rows, experts = weight.shape
     phy2log = np.zeros((rows, num_physical), np.int64)

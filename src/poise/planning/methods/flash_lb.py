@@ -40,10 +40,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
 from poise.planning.methods.swift_balance import keep_slots, start_table, to_placement, uneven
@@ -141,7 +141,7 @@ def allot(value_E: NDArray[np.float64], extra: int, most: int, how: str) -> NDAr
     return out
 
 
-@njit(cache=True)
+@compiled
 def _place(mean, cov, replicas, slots, speed, z):  # type: ignore[no-untyped-def]
     """Step 5: experts of each device [D, K], and how many [D]."""
     devices = len(slots)
@@ -173,7 +173,7 @@ def _place(mean, cov, replicas, slots, speed, z):  # type: ignore[no-untyped-def
     return held, used
 
 
-@njit(cache=True)
+@compiled
 def _score(load, weight, held, used, speed):  # type: ignore[no-untyped-def]
     """Step 4: weighted mean over samples [T] of max/mean of load / speed over devices; 1 for an empty sample."""
     steps, experts = load.shape

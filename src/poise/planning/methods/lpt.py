@@ -10,9 +10,9 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -32,7 +32,7 @@ def replicate(load_E: NDArray[np.float64], extra: int, most: int) -> NDArray[np.
     return replicas
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _pack(each_E, replicas_E, order, free_D, speed_D):  # type: ignore[no-untyped-def]
     """Step 2; ``free_D`` int64 [D] is used up."""
     devices = free_D.size

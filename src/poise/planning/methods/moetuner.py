@@ -24,11 +24,11 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from poise.cluster import Cluster
+from poise.compiled import compiled
 from poise.errors import InfeasibleError, NoResultError
 from poise.observe.profile import affinity_LEE
 from poise.planning.placement import Placement
@@ -70,7 +70,7 @@ def deviation_bound(load_E: NDArray[np.float64], num_clusters: int, sizes: NDArr
     return float(best)
 
 
-@njit(cache=True)
+@compiled
 def _descend(load, cluster, num_clusters, fixed_sizes, power):  # type: ignore[no-untyped-def]
     """Swaps (and moves, if sizes are free) that lower sum |T - mean| ** power, in place."""
     experts = load.size

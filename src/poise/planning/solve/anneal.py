@@ -18,9 +18,9 @@ from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.cost.compute import expert_seconds
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
@@ -34,7 +34,7 @@ REPLICA_SHARE = 0.02
 """Share of proposals that change replicas."""
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _power(x, high):  # type: ignore[no-untyped-def]
     """x^8, or x^32."""
     x *= x
@@ -46,7 +46,7 @@ def _power(x, high):  # type: ignore[no-untyped-def]
     return x
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _anneal(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draws_seed):  # type: ignore[no-untyped-def]
     """Improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
 

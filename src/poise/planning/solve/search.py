@@ -25,9 +25,9 @@ import time
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.cost.step import batch_cost
 from poise.observe.batch import RoutingBatch
 from poise.planning.methods.lpt import pack
@@ -52,7 +52,7 @@ MAX_ROWS = 3_000_000
 BETTER = 1.0 - 1e-9
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _score(data, state, layer):  # type: ignore[no-untyped-def]
     """Seconds of the layers that a change of this one can alter."""
     out = layer_seconds(data, state, layer)
@@ -61,7 +61,7 @@ def _score(data, state, layer):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped-def]
     """Make a change if it lowers ``best``; returns the score after it."""
     if not change(data, state, layer, experts, devices, best):
@@ -73,7 +73,7 @@ def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
     """Devices by how often they decide a maximum, the most deciding first."""
     steps, devices = data.weight_B.size, data.speed_D.size
@@ -92,13 +92,13 @@ def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
     return np.argsort(-power)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _room(state, layer, d):  # type: ignore[no-untyped-def]
     group = layer if state.room_GD.shape[0] > 1 or state.held_LED.shape[0] == 1 else 0
     return state.room_GD[group, d] > 0 and state.used_LD[layer, d] < state.held_LED.shape[1]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untyped-def]
     """All changes that involve device a; returns the score."""
     experts, devices = state.held_LED.shape[1], data.speed_D.size
@@ -145,7 +145,7 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
     """Descent in one layer to a local optimum or until the work counter reaches ``limit``; returns the score."""
     best = _score(data, state, layer)
@@ -157,7 +157,7 @@ def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
             return best
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
     """Swaps in one layer chosen by uniform ``draws`` [swaps, tries, 4]; the first possible try of each is made."""
     experts = state.held_LED.shape[1]

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.cost.compute import roofline
 from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
 from poise.observe.trace import NO_EXPERT
@@ -209,7 +209,7 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
     return state
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
     """Compute all sums of a layer anew."""
     state.compute_LBD[layer] = 0.0
@@ -221,7 +221,7 @@ def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
         _book_row(data, state, layer, m, 1.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
     """Add or take away an expert's compute seconds and tokens."""
     copies = state.copies_LE[layer, e]
@@ -237,7 +237,7 @@ def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
     state.work[0] += steps * copies
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _book_copies(data, port, b, source, d, copies):  # type: ignore[no-untyped-def]
     """Book copies from a device to a device on the ports they pass."""
     if d == source:
@@ -250,7 +250,7 @@ def _book_copies(data, port, b, source, d, copies):  # type: ignore[no-untyped-d
         port[3, b, d] += copies
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
     """Add or take away the copies of one token row (:mod:`poise.cost.traffic`)."""
     rows = data.rows
@@ -306,7 +306,7 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
                     _book_copies(data, back, b, d, to, weight * (1.0 - joined[d]) / copies)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyped-def]
     """Copies of one row under ``home_node_dedup``: once per node over the network, fanned out inside."""
     rows = data.rows
@@ -337,7 +337,7 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
             _book_copies(data, port, b, origin, d, weight * (1.0 - missed[d]))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _port_seconds(data, port, b):  # type: ignore[no-untyped-def]
     """Fullest port of one step, seconds per byte of a copy."""
     devices = data.speed_D.size
@@ -355,7 +355,7 @@ def _port_seconds(data, port, b):  # type: ignore[no-untyped-def]
     return max(intra / data.intra, net / data.inter)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _port_seconds_of_loads(data, tokens_BD, b):  # type: ignore[no-untyped-def]
     """The same where only loads are known: homes are spread evenly over the devices."""
     devices = data.speed_D.size
@@ -382,7 +382,7 @@ def _port_seconds_of_loads(data, tokens_BD, b):  # type: ignore[no-untyped-def]
     return max(intra / data.intra, net / data.inter)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
     """Expected compute seconds of a layer, with the tie break."""
     devices = data.speed_D.size
@@ -396,7 +396,7 @@ def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
     """Expected seconds of a layer that depend on the placement, with the tie break."""
     out = layer_compute(data, state, layer)
@@ -413,7 +413,7 @@ def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _book_rows(data, state, layer, changed, sign):  # type: ignore[no-untyped-def]
     """Add or take away all rows that a change of the experts ``changed`` [n] of a layer touches, each once."""
     rows = data.rows
@@ -434,7 +434,7 @@ def _book_rows(data, state, layer, changed, sign):  # type: ignore[no-untyped-de
                 _book_row(data, state, rows.layer_M[m], m, sign)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
     """Put expert e on device d, or take it away."""
     group = layer if state.room_GD.shape[0] > 1 else 0
@@ -457,7 +457,7 @@ def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
         state.room_GD[group, d] -= 1
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def change(data, state, layer, experts, devices, limit):  # type: ignore[no-untyped-def]
     """Toggle (expert, device) pairs of a layer; undone, with False, if its compute alone comes out above ``limit``.
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from poise.compiled import compiled
 from poise.errors import NoResultError
 from poise.observe.batch import RoutingBatch
 from poise.observe.trace import NO_EXPERT
@@ -33,7 +33,7 @@ HOT, COLD = 2e-3, 1e-5
 FILL, PRICE = 0.6, 0.3
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _anneal(owner, ptr, neighbour, weight, load, fixed, shape, proposals, seed):  # type: ignore[no-untyped-def]
     """Swap owners (int64 [L * E], in place); ``load`` float64 [L * E] is relative to a device's mean."""
     np.random.seed(seed)

@@ -1,0 +1,118 @@
+"""The one decorator of compiled functions: numba's, with a cache on disk where there can be one.
+
+numba's own ``cache=True`` fails where no folder can be written, dies of a damaged cache file, and runs old machine code
+where only a function that is called, or a constant of another module, has changed. Here each of these compiles anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+from numba.core.dispatcher import Dispatcher
+
+CONSTANTS = (bool, int, float, str, tuple)
+
+
+class Compilation:
+    """What this process has compiled, and who wants to know of it.
+
+    Attributes
+    ----------
+    count : functions compiled, not loaded from a cache.
+    seconds : wall time that took; a function compiled while another is counts once.
+    on_first : called once, before the first function is compiled.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        self.on_first: Callable[[], None] | None = None
+        self._open: list[tuple[Any, float]] = []
+
+    def start(self, who: Any) -> None:
+        """A function is about to be compiled."""
+        if self.on_first is not None and not self.count:
+            self.on_first()
+        self.count += 1
+        self._open.append((who, time.perf_counter()))
+
+    def end(self, who: Any) -> None:
+        """It is compiled; what began inside it and failed ends too."""
+        while self._open:
+            opened, since = self._open.pop()
+            if opened is who:
+                self.seconds += 0.0 if self._open else time.perf_counter() - since
+                return
+
+
+COMPILATION = Compilation()
+
+
+def compiled(function: Callable[..., Any] | None = None, *, nogil: bool = False) -> Any:
+    """Compile a function with numba (nopython mode) when it is first called.
+
+    Parameters
+    ----------
+    function : a function of numbers and arrays; left out where the decorator has arguments.
+    nogil : other threads run meanwhile.
+    """
+    if function is None:
+        return lambda plain: compiled(plain, nogil=nogil)
+    try:
+        dispatcher = njit(cache=True, nogil=nogil)(function)
+    except RuntimeError:  # numba: no folder for a cache can be written
+        dispatcher = njit(nogil=nogil)(function)
+    dispatcher._cache = _Cache(dispatcher._cache, function)
+    return dispatcher
+
+
+class _Cache:
+    """numba's cache of one function, made to give up rather than fail."""
+
+    def __init__(self, cache: Any, function: Callable[..., Any]) -> None:
+        self._cache = cache
+        file = getattr(cache, "_cache_file", None)
+        self.stamp = _stamp(function, getattr(file, "_source_stamp", None))
+        if file is not None:
+            file._source_stamp = self.stamp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        try:
+            found = self._cache.load_overload(signature, target)
+        except Exception:  # what a damaged file raises when it is unpickled can be anything
+            found = None
+            self._empty()
+        if found is None:
+            COMPILATION.start(self)
+        return found
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        COMPILATION.end(self)
+        try:
+            self._cache.save_overload(signature, result)
+        except Exception:  # a full disk, or an index that another process damaged
+            self._empty()
+
+    def _empty(self) -> None:
+        try:
+            self._cache.flush()
+        except OSError:
+            pass
+
+
+def _stamp(function: Callable[..., Any], source: Any) -> str:
+    """Of the function's file, and of the compiled functions and the constants of other modules that it names."""
+    parts = [repr(source)]
+    for name in sorted(set(function.__code__.co_names)):
+        value = function.__globals__.get(name)
+        if isinstance(value, Dispatcher):
+            parts.append(f"{name}={getattr(getattr(value, '_cache', None), 'stamp', None)}")
+        elif isinstance(value, CONSTANTS):
+            parts.append(f"{name}={value!r}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""Compiled functions: the cache on disk is a help, never a reason to fail or to run old code."""
+
+import importlib.util
+import os
+import sys
+
+import numba
+import pytest
+
+from poise.compiled import COMPILATION
+
+INNER = "from poise.compiled import compiled\nFACTOR = {factor}\n@compiled\ndef inner(x):\n    return x + {add}\n"
+OUTER = (
+    "from poise.compiled import compiled\nfrom inner_of_cache_test import FACTOR, inner\n"
+    "@compiled(nogil=True)\ndef outer(x):\n    return FACTOR * inner(x)\n"
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Value of outer(10) in modules read afresh, and how many functions were compiled for it."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+
+    def load(name, text):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    def once(factor=3, add=1):
+        before = COMPILATION.count
+        load("inner_of_cache_test", INNER.format(factor=factor, add=add))
+        return load("outer_of_cache_test", OUTER).outer(10), COMPILATION.count - before
+
+    return once
+
+
+def files(tmp_path, suffix):
+    found = list((tmp_path / "cache").rglob(f"*{suffix}"))
+    assert found
+    return found
+
+
+def test_compiled_once(run):
+    assert run() == (33, 2)
+    assert run() == (33, 0)
+
+
+def test_a_changed_callee_or_constant_is_seen(run):
+    run()
+    assert run(add=2) == (36, 2)
+    assert run(factor=5, add=2)[0] == 60
+    assert run(factor=5, add=2) == (60, 0)
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", [b"", b"\x80garbage", b"\x00" * 4096, b"cos\nno_such_name\n."])
+def test_a_damaged_cache_is_rebuilt(run, tmp_path, suffix, damage):
+    run()
+    for path in files(tmp_path, suffix):
+        path.write_bytes(damage)
+    assert run() == (33, 2)
+    assert run() == (33, 0)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_cache_cut_short_is_rebuilt(run, tmp_path, keep):
+    run()
+    for path in [*files(tmp_path, ".nbi"), *files(tmp_path, ".nbc")]:
+        os.truncate(path, int(path.stat().st_size * keep))
+    assert run() == (33, 2)
+    assert run() == (33, 0)
+
+
+def test_no_folder_for_a_cache(run, tmp_path, monkeypatch):
+    for name in ("UserProvidedCacheLocator", "InTreeCacheLocator", "UserWideCacheLocator"):
+        monkeypatch.setattr(getattr(numba.core.caching, name), "from_function", lambda *_: None)
+    assert run() == (33, 2)
+    assert run() == (33, 2)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "_open_for_write", full)
+    assert run() == (33, 2)
+    assert run() == (33, 2)
