@@ -37,40 +37,49 @@ POISE = [sys.executable, "-m", "poise.cli"]
 CLUSTER = ["--cluster", "8x8:h100"]
 
 
+def steps_of(scale: float) -> int:
+    return max(2, round(STEPS * scale))
+
+
+def tokens_of(scale: float) -> int:
+    return max(2 * PASS, round(TOKENS * scale))
+
+
 def loads(scale: float) -> Iterator[np.ndarray]:
-    """Steps of skewed loads that drift, uint16 [some, L, E]."""
+    """Steps of skewed loads that vary, uint16 [some, L, E]."""
     rng = np.random.default_rng(0)
     mean_LE = 128.0 * rng.dirichlet(np.full(EXPERTS, 0.8), LAYERS) * EXPERTS
-    left = max(2, round(STEPS * scale))
-    while left:
-        some = min(left, 200)
-        yield np.minimum(
-            rng.poisson(mean_LE * rng.gamma(20, 0.05, mean_LE.shape), (some, *mean_LE.shape)), 65_535
-        ).astype(np.uint16)
-        left -= some
+    drawn = (
+        rng.poisson(mean_LE * rng.gamma(20, 0.05, mean_LE.shape), (100, *mean_LE.shape))
+        .clip(0, 60_000)
+        .astype(np.uint16)
+    )
+    for first in range(0, steps_of(scale), len(drawn)):
+        some = min(len(drawn), steps_of(scale) - first)
+        yield drawn[rng.permutation(len(drawn))[:some]] + rng.integers(8, size=(some, *mean_LE.shape), dtype=np.uint16)
 
 
 def experts(scale: float) -> Iterator[np.ndarray]:
     """Experts of passes of tokens, distinct ones of each, uint8 [some, L, K]."""
     rng = np.random.default_rng(1)
-    first_LP = np.stack([rng.permutation(EXPERTS)[(256 * rng.random(4096) ** 2).astype(int)] for _ in range(LAYERS)])
-    left = max(2 * PASS, round(TOKENS * scale))
-    while left:
-        some = min(left, PASS)
+    first_LP = np.stack(
+        [rng.permutation(EXPERTS)[(256 * rng.random(4096) ** 2).astype(int)] for _ in range(LAYERS)]
+    ).astype(np.uint8)
+    for at in range(0, tokens_of(scale), PASS):
+        some = min(PASS, tokens_of(scale) - at)
         first = first_LP[np.arange(LAYERS), rng.integers(4096, size=(some, LAYERS))]
-        stride = 2 * rng.integers(EXPERTS // 2, size=(some, LAYERS)) + 1
-        yield ((first[..., None] + stride[..., None] * np.arange(TOP_K)) % EXPERTS).astype(np.uint8)
-        left -= some
+        stride = 2 * rng.integers(EXPERTS // 2, size=(some, LAYERS), dtype=np.uint8) + 1
+        yield first[..., None] + stride[..., None] * np.arange(TOP_K, dtype=np.uint8)  # modulo 256
 
 
 def npy(path: Path, parts: Callable[[float], Iterator[np.ndarray]], scale: float) -> None:
-    count, first = sum(len(part) for part in parts(scale)), next(parts(scale))
+    count, first = (steps_of if parts is loads else tokens_of)(scale), next(parts(scale))
     with path.open("wb") as stream:
         _member(stream, parts(scale), count, first)
 
 
 def npz(path: Path, name: str, parts: Callable[[float], Iterator[np.ndarray]], scale: float, packed: bool) -> None:
-    count, first = sum(len(part) for part in parts(scale)), next(parts(scale))
+    count, first = (steps_of if parts is loads else tokens_of)(scale), next(parts(scale))
     kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
     with zipfile.ZipFile(path, "w", kind, compresslevel=1) as archive:
         with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
@@ -106,7 +115,7 @@ def stat_pt(path: Path, scale: float) -> None:
     """What SGLang's recorder saves in mode ``stat``."""
     import torch
 
-    count = torch.empty((max(2, round(STEPS * scale)), LAYERS, EXPERTS), dtype=torch.int32)
+    count = torch.empty((steps_of(scale), LAYERS, EXPERTS), dtype=torch.int32)
     at = 0
     for part in loads(scale):
         count[at : at + len(part)] = torch.from_numpy(part.astype(np.int32))
@@ -262,8 +271,8 @@ def main() -> None:
         "steps",
     ]
     text = (
-        f"{max(2, round(STEPS * given.scale)):,} steps of {LAYERS} layers and {EXPERTS} experts (uint16; `.pt` int32), and "
-        f"{max(2 * PASS, round(TOKENS * given.scale)):,} tokens of as many layers, top-{TOP_K} (uint8; `.pt` int32). MB = 10^6 bytes. "
+        f"{steps_of(given.scale):,} steps of {LAYERS} layers and {EXPERTS} experts (uint16; `.pt` int32), and "
+        f"{tokens_of(given.scale):,} tokens of as many layers, top-{TOP_K} (uint8; `.pt` int32). MB = 10^6 bytes. "
         f"The rule: peak resident memory below 3 times the unpacked file and 1 GB. A command that does nothing has "
         f"{base / 1e6:.0f} MB. `plan` and `compare`: {' '.join(CLUSTER)}, 32 redundant slots, -n 4096, --time-limit 5 (of a search; not of the "
         "command, which reads, starts methods, prices and, in `plan`, does half of it again for the verdict)."

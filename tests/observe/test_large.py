@@ -306,9 +306,9 @@ def _within(files, monkeypatch, name, work):
 @pytest.mark.parametrize("name", ["trace.npz", "packed.npz", "loads.npz", "loads.json", "loads.npy"])
 def test_what_does_not_fit_is_refused_with_both_numbers(files, monkeypatch, name):
     monkeypatch.setattr(room, "FREE_BYTES", 1 << 20)
-    monkeypatch.setattr(room, "available_bytes", lambda: 2_000_000)
-    monkeypatch.setattr("poise.engines.dumps.parts.LONG_JSON", 1 << 20)
-    with pytest.raises(TraceError, match=r"takes \d{7,} bytes of memory, 2000000 are available"):
+    monkeypatch.setattr(room, "available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(json_tables, "BLOCK_NUMBERS", 1 << 16)
+    with pytest.raises(TraceError, match=r"takes \d{7,} bytes of memory, 1000000 are available"):
         (converted if name == "loads.npy" else read)(files[0] / name)
 
 

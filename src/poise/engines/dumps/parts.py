@@ -43,7 +43,7 @@ GZIP = b"\x1f\x8b"
 LONG_JSON = 16 << 20
 """From so many bytes on a table in JSON is read piece by piece."""
 TABLES = ("logical_count",)
-TABLE = re.compile(rb'\s*(?:\{\s*"(?:%s)"\s*:\s*)?\[\s*(?:\[\s*)*[-\d]' % "|".join(TABLES).encode())
+TABLE = re.compile(rb'\s*(?:\{.*"(?:%s)"\s*:\s*)?\[\s*(?:\[\s*)+[-\d]' % "|".join(TABLES).encode(), re.DOTALL)
 YAML_KEYS = re.compile(rb"^(num_slots|initial_global_assignments|layer_updates_per_iter)\s*:", re.MULTILINE)
 DATED = re.compile(rb"\[\d{4}-\d\d-\d\d")
 """How a log line may begin that is no JSON list."""
@@ -209,7 +209,7 @@ def _json(path: Path, size: int, data: bytes) -> Part:
 
 
 def _table(path: Path) -> Any:
-    """A long table, or an object with one as its first value, read piece by piece."""
+    """A long table, or an object with one among its first values, read piece by piece."""
     try:
         with open_regular(path, TraceError) as stream:
             return read_tables(stream, TABLES, strict_decoder())
