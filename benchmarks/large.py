@@ -1,11 +1,11 @@
 """Time and memory of the commands on inputs a hundred times larger than the tests': 20,000 recorded steps of 61 layers
 and 256 experts, and two million tokens of as many layers, top-8.
 
-    python benchmarks/large.py [--scale 0.1] [--only WORD] [--folder FOLDER]
+    python benchmarks/large.py [--scale 0.1] [--only WORD ...] [--methods contiguous,eplb] [--folder FOLDER]
 
 Makes the files (synthetic; in a temporary folder, about 11 GB at full scale, each removed once it was read), runs each
 command in a process of its own, and writes reports/DATE-large.md. ``--scale`` takes so much of both, ``--only`` the rows
-with this word in them.
+with one of these words in them, ``--methods`` what is compared, of which the last one plans.
 
 The rule: resident memory stays below 3 times the file and 1 GB. Of compressed files the arrays count as they unpack, in
 their own types. A process that wants far more address space than that is refused it, so the machine survives.
@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ STEPS, TOKENS, PASS = 20_000, 2_000_000, 4096
 FREE = 10**9
 SLACK = 8 << 30
 """Address space beyond the rule: libraries reserve what they never touch."""
+PATIENCE_S = 3600
+"""A command that takes longer is ended, and said to have failed."""
 POISE = [sys.executable, "-m", "poise.cli"]
 CLUSTER = ["--cluster", "8x8:h100"]
 
@@ -160,7 +163,7 @@ ROWS = [(verb, name) for name, verbs in WITH.items() for verb in verbs]
 ROWS.insert(ROWS.index(("convert", "loads.npy")) + 1, ("convert to JSON", "loads.npy"))
 
 
-def command(verb: str, path: Path, out: Path) -> list[str]:
+def command(verb: str, path: Path, out: Path, methods: list[str]) -> list[str]:
     ids = ["--num-experts", str(EXPERTS)]
     if verb == "convert":
         form = ["--format", "exflow"] if path.name == "tokens.npy" else []
@@ -169,14 +172,9 @@ def command(verb: str, path: Path, out: Path) -> list[str]:
         return ["convert", str(path), *ids, "--json", "-o", str(out / "converted.json")]
     cluster = [*CLUSTER, "--redundant", "32", "-n", "4096", "--time-limit", "5", "--json"]
     if verb == "plan":
-        return ["plan", str(path), *cluster, "-o", str(out / "plan.npz")]
+        return ["plan", str(path), *cluster, "--method", methods[-1], "-o", str(out / "plan.npz")]
     if verb == "compare":
-        return [
-            "compare",
-            str(path),
-            *cluster,
-            *(w for name in ("contiguous", "lpt", "eplb", "poise") for w in ("-p", name)),
-        ]
+        return ["compare", str(path), *cluster, *(word for name in methods for word in ("-p", name))]
     return [verb, str(path), "--json"]
 
 
@@ -197,7 +195,10 @@ def metered(words: list[str], most: int, out: Path) -> tuple[int, float, float, 
     began = time.monotonic()
     with (out / "out").open("wb") as stdout, (out / "err").open("wb") as stderr:
         child = subprocess.Popen([*POISE, *words], stdout=stdout, stderr=stderr, preexec_fn=protect)
+        late = threading.Timer(PATIENCE_S, child.kill)
+        late.start()
         _, status, used = os.wait4(child.pid, 0)
+        late.cancel()
         child.returncode = os.waitstatus_to_exitcode(status)
     said = (out / "err").read_text("utf-8", "replace").strip()
     return (
@@ -229,7 +230,8 @@ def told(verb: str, text: str) -> str:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--scale", type=float, default=1.0)
-    words.add_argument("--only", default="")
+    words.add_argument("--only", nargs="+", default=[""])
+    words.add_argument("--methods", default="contiguous,lpt,eplb,poise")
     words.add_argument("--folder", type=Path)
     words.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     given = words.parse_args()
@@ -241,7 +243,9 @@ def main() -> None:
         here = Path(folder)
         code, seconds, cpu, base, _, _ = metered(["--version"], SLACK, here)
         for name in FILES:
-            mine = [verb for verb, file in ROWS if file == name and given.only in f"{verb} {file}"]
+            mine = [
+                verb for verb, file in ROWS if file == name and any(word in f"{verb} {file}" for word in given.only)
+            ]
             path = here / name
             if mine:
                 # In a process of its own: what this one has resident would count for its children.
@@ -249,7 +253,9 @@ def main() -> None:
             for verb in mine:
                 size = counted(path)
                 most = 3 * size + FREE
-                code, seconds, cpu, peak, out, said = metered(command(verb, path, here), most + SLACK, here)
+                code, seconds, cpu, peak, out, said = metered(
+                    command(verb, path, here, given.methods.split(",")), most + SLACK, here
+                )
                 kept = "kept" if code == 0 and peak < most else "BROKEN"
                 rows.append([verb, name, f"{path.stat().st_size / 1e6:.0f}", f"{size / 1e6:.0f}", f"{seconds:.0f}", f"{cpu:.0f}",
                              f"{peak / 1e6:.0f}", f"{most / 1e6:.0f}", f"{peak / most:.2f}", kept,
@@ -274,7 +280,7 @@ def main() -> None:
         f"{steps_of(given.scale):,} steps of {LAYERS} layers and {EXPERTS} experts (uint16; `.pt` int32), and "
         f"{tokens_of(given.scale):,} tokens of as many layers, top-{TOP_K} (uint8; `.pt` int32). MB = 10^6 bytes. "
         f"The rule: peak resident memory below 3 times the unpacked file and 1 GB. A command that does nothing has "
-        f"{base / 1e6:.0f} MB. `plan` and `compare`: {' '.join(CLUSTER)}, 32 redundant slots, -n 4096, --time-limit 5 (of a search; not of the "
+        f"{base / 1e6:.0f} MB. `plan` ({given.methods.split(',')[-1]}) and `compare` ({given.methods}): {' '.join(CLUSTER)}, 32 redundant slots, -n 4096, --time-limit 5 (of a search; not of the "
         "command, which reads, starts methods, prices and, in `plan`, does half of it again for the verdict)."
     )
     write("Large inputs", [text, table(head, rows)])
