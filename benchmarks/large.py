@@ -270,6 +270,7 @@ def main() -> None:
         "MB on disk",
         "MB unpacked",
         "seconds",
+        "CPU s",
         "peak MB",
         "rule MB",
         "peak / rule",
@@ -279,8 +280,9 @@ def main() -> None:
     text = (
         f"{steps_of(given.scale):,} steps of {LAYERS} layers and {EXPERTS} experts (uint16; `.pt` int32), and "
         f"{tokens_of(given.scale):,} tokens of as many layers, top-{TOP_K} (uint8; `.pt` int32). MB = 10^6 bytes. "
-        f"The rule: peak resident memory below 3 times the unpacked file and 1 GB. A command that does nothing has "
-        f"{base / 1e6:.0f} MB. `plan` ({given.methods.split(',')[-1]}) and `compare` ({given.methods}): {' '.join(CLUSTER)}, 32 redundant slots, -n 4096, --time-limit 5 (of a search; not of the "
+        f"The rule: peak resident memory below 3 times the unpacked file and 1 GB; `poise --version` alone has "
+        f"{base / 1e6:.0f} MB. Load average {' '.join(f'{x:.0f}' for x in os.getloadavg())} on {os.cpu_count()} cores: seconds are of the clock, CPU s "
+        f"of the processor. `plan` ({given.methods.split(',')[-1]}) and `compare` ({given.methods}): {' '.join(CLUSTER)}, 32 redundant slots, -n 4096, --time-limit 5 (of a search; not of the "
         "command, which reads, starts methods, prices and, in `plan`, does half of it again for the verdict)."
     )
     write("Large inputs", [text, table(head, rows)])
