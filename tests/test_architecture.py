@@ -10,8 +10,9 @@ TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.emulate.probe", "
          "poise.calibrate.ranks", "poise.engines.dumps.torch_files")  # fmt: skip
 PLUGINS = {f"poise.engines.plugins.{name}" for name in ("vllm_plugin", "sglang_plugin", "policy")}
 LAYERS = [
-    {"poise.compiled", "poise.errors", "poise.files", "poise.words", "poise.version", "poise.jsonfile", "poise.yamlfile"}
-    | {"poise.presets", "poise.curve", "poise.cluster", "poise.modelspec", "poise.hfconfig"},
+    {"poise.compiled", "poise.errors", "poise.files", "poise.room", "poise.words", "poise.version"}
+    | {"poise.jsonfile", "poise.yamlfile", "poise.presets", "poise.curve", "poise.cluster", "poise.modelspec"}
+    | {"poise.hfconfig"},
     {"poise.observe"},
     {"poise.cost"},
     {"poise.planning.placement", "poise.planning.problem", "poise.planning"},

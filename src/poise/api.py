@@ -140,8 +140,10 @@ def plan(
     solution = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
     fewer = fewer_slots(problem, solution, time_limit_s / 2, seed)
     details = dict(solution.details)
-    if isinstance(found, LoadProfile) and found.notes:
-        details["notes"] = list(found.notes)
+    notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
+             *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
+    if notes:
+        details["notes"] = notes
     if defaults := silent_defaults(found, None if model is None else sizes, tokens_per_step, batch):
         details["defaults"] = defaults
     if fewer is not None:
@@ -247,18 +249,21 @@ def compare(
     fitted, judged, notes = split_traffic(whole, given, {name: load(source) for name, source in (others or {}).items()})
     parts = {IN_SAMPLE: fitted, **judged}
     skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
-    batches = {
-        name: make_batch(part, tokens_per_step=tokens_per_step, order=order, seed=seed,
-                         steps=None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip)
-        for name, part in parts.items()
-    }  # fmt: skip
+    batches, prints = {}, {}
+    for name, part in parts.items():
+        found = part()
+        many = None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip
+        batches[name] = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, steps=many,
+                                   sample=not fast)  # fmt: skip
+        prints[name] = fingerprint(found)
+        del found  # one part at a time
+    notes += tuple(f"{name}: {batch.sampled} are priced" for name, batch in batches.items() if batch.sampled)
     batch = batches[IN_SAMPLE]
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)
     rules = parse_engine(engine)
     chosen = rules.choose_split(split)
     problem = PlacementProblem(batch, machine, sizes, slots_D, flow, chosen, engine=rules)
-    prints = {name: fingerprint(part) for name, part in parts.items()}
     entries: list[Entry] = []
     said = [*notes, *([rules.caveat] if rules.caveat else [])]
     defaults = silent_defaults(whole, None if model is None else sizes, tokens_per_step, batch)

@@ -50,11 +50,20 @@ def parse_json(data: bytes | str, error: type[InputError], *, infinite: bool = F
     InputError : of the type ``error``: it is not, is nested too deeply, or its values may take more than ``room``.
     """
     json_room(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data, room, error)
-    numbers: dict[str, Any] = {} if infinite else {"parse_constant": _no_number, "parse_float": _finite}
     try:
-        return json.loads(data, object_pairs_hook=unique, **numbers)
+        return json.loads(data, **_settings(infinite))
     except (ValueError, RecursionError) as problem:
         raise error(f"not JSON: {str(problem)[:200]}", hint="was it cut short?") from None
+
+
+def strict_decoder() -> json.JSONDecoder:
+    """What :func:`parse_json` parses by, for who reads piece by piece."""
+    return json.JSONDecoder(**_settings(infinite=False))
+
+
+def _settings(infinite: bool) -> dict[str, Any]:
+    numbers: dict[str, Any] = {} if infinite else {"parse_constant": _no_number, "parse_float": _finite}
+    return {"object_pairs_hook": unique, **numbers}
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

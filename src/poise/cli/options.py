@@ -107,6 +107,10 @@ def errors() -> Iterator[None]:
         with suppress(OSError):  # the terminal may be what went away
             talk.print(f"ended by {signal.Signals(end.number).name}")
         raise typer.Exit(end.status) from None
+    except MemoryError as error:  # numpy's says how much it wanted
+        talk.print(Text("error:", "bold red"), f"out of memory: {error or 'no more is given'}")
+        talk.print("hint: give a part of the traffic, or a machine with more memory")
+        raise typer.Exit(1) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
 
