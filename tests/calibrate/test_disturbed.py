@@ -23,8 +23,8 @@ FIXED_S, TOKEN_S, DILATION = 2e-6, 1e-7, 1000.0
 class World:
     """A clock that only sleeping moves, with wake-ups that are late, and the cores' work of others."""
 
-    def __init__(self, monkeypatch, late=itertools.repeat(0.0), others=0.0, told=True):
-        self.now, self.waited, self.late, self.others = clock.time.monotonic(), 0.0, late, others
+    def __init__(self, monkeypatch, late=(), others=0.0, told=True):
+        self.now, self.waited, self.late, self.others = clock.time.monotonic(), 0.0, iter(late), others
         self.began, self.told = self.now, told
         fake = types.SimpleNamespace(monotonic=self.clock, perf_counter=self.clock, sleep=self.sleep)
         for module in (clock, compute, links, quiet):
@@ -39,14 +39,28 @@ class World:
         return self.now
 
     def sleep(self, seconds):
-        late = next(self.late) * seconds
+        late = next(self.late, 0.0) * seconds
         self.now, self.waited = self.now + seconds + late, self.waited + late
 
 
 def calibrate(tmp_path, seconds="30"):
     path, csv = tmp_path / "c.yaml", tmp_path / "curve.csv"
-    csv.write_text("tokens,active_experts,seconds\n" + "".join(f"{t},1,{FIXED_S + TOKEN_S * t}\n" for t in (8, 32, 128)))
-    arguments = ["calibrate", "--hidden", "16", "--inner", "8", "--quick", "--repeats", "3", "--seconds", seconds, "--json"]
+    csv.write_text(
+        "tokens,active_experts,seconds\n" + "".join(f"{t},1,{FIXED_S + TOKEN_S * t}\n" for t in (8, 32, 128))
+    )
+    arguments = [
+        "calibrate",
+        "--hidden",
+        "16",
+        "--inner",
+        "8",
+        "--quick",
+        "--repeats",
+        "3",
+        "--seconds",
+        seconds,
+        "--json",
+    ]
     done = CliRunner().invoke(
         app, [*arguments, "--curve", str(csv), "--dilation", str(DILATION), "-o", str(path)],
         env={"RANK": None, "WORLD_SIZE": None},
@@ -162,6 +176,9 @@ def test_links_that_waited_all_the_time_are_inconclusive_if_others_were_there(mo
     with pytest.raises(NoResultError, match=r"inconclusive, intra_bytes_per_s: \d of \d rows .* 90% of the cores"):
         ranks._judge_links(found, rows, 0.9)
     assert ranks._judge_links(found, rows, 0.05) == []
-    short = [links.replace(row, steady=not row.steady if long else False) for row, long in zip(rows, found.long_R, strict=True)]
+    short = [
+        links.replace(row, steady=not row.steady if long else False)
+        for row, long in zip(rows, found.long_R, strict=True)
+    ]
     [note] = ranks._judge_links(found, short, 0.9)
     assert note.startswith("start-up times are those of a busy machine")

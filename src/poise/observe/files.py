@@ -196,8 +196,8 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise TraceError(f"key {twice[:80]!r} appears twice in a JSON object", hint="keep one of them")
     return out
 
