@@ -18,11 +18,11 @@ from poise.observe.synthetic import zipf_trace
 from poise.planning.placement import Placement
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
-LAYERS, EXPERTS, TOP_K, DEVICES = 48, 128, 8, 8
+LAYERS, EXPERTS, TOP_K, DEVICES, TOKENS = 48, 128, 8, 8, 800
 
 
 def routing():
-    trace = zipf_trace(num_tokens=2000, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=0.8)
+    trace = zipf_trace(num_tokens=TOKENS, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=0.8)
     return trace.experts.astype(np.int32)
 
 
@@ -66,7 +66,7 @@ def log(folder):
         "INFO [vllm_plugin.py:64] poise plans expert placement: PolicySettings(static_map=StaticMap(path='placement.npz'))"
     ]
     for step in range(8):
-        chosen = routing()[rng.integers(0, 2000, 500)]
+        chosen = routing()[rng.integers(0, TOKENS, 500)]
         count = plan.count_LED()
         device_LD = np.einsum("le,led->ld", load_LE(chosen, EXPERTS), count / count.sum(axis=2, keepdims=True))
         mean, most = device_LD.mean(axis=1).sum(), np.rint(device_LD.max(axis=1).sum())
@@ -122,6 +122,8 @@ def test_every_command_of_the_page_runs_as_written(tmp_path, monkeypatch):
             for command in text.replace("\\\n", " ").splitlines():
                 words = shlex.split(command, comments=True)
                 assert words[0] == "poise", command
+                if "--time-limit" in words:  # as written but for how long is searched
+                    words[words.index("--time-limit") + 1] = "0.2"
                 done = CliRunner().invoke(app, words[1:])
                 assert done.exit_code == 0, (command, done.output)
                 ran.append(words[1])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_trace import random_trace
+from tests.helpers import few_or
 
 from poise.errors import InputError, TraceError
 from poise.observe import json_tables
@@ -18,7 +19,7 @@ from poise.observe import npz as npz_module
 from poise.observe.files import read, read_many
 from poise.observe.trace import LoadProfile, RoutingTrace
 
-FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=few_or(1000, 200), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def npz(**arrays) -> bytes:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, unhurried
 
 import poise
 from poise.api import deal_slots
@@ -126,6 +126,7 @@ def test_pooled_rows_are_left_out_of_tables_of_engines():
     assert [e.name for e in free.entries] == ["contiguous", "moetuner"]
 
 
+@unhurried()
 def test_fewer_redundant_slots_are_named_where_they_are_better():
     """Decode: one token an expert, so that a replica costs a read of weights and saves nothing."""
     cluster, rng = Cluster.parse("1x4:h100"), np.random.default_rng(0)

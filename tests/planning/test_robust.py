@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import all_counts, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import all_counts, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model, unhurried
 
 from poise.cluster import Cluster
 from poise.cost.split import exact_quota
@@ -41,11 +41,12 @@ def fullest(count_ED, load_E):
     return float((load_E[:, None] * count_ED / count_ED.sum(axis=1, keepdims=True)).sum(axis=0).max())
 
 
+@unhurried()
 def test_the_published_counterexample_is_solved_and_proven():
     plan, value = even_optimum(PUBLISHED, np.full(8, 2))
     assert value == pytest.approx(590 / 3) and fullest(plan, PUBLISHED) == pytest.approx(590 / 3)
     assert plan.sum(axis=0).max() <= 2 and plan.max() == 1
-    solution = solve(of_loads(PUBLISHED[None, None] * 1000, np.full(8, 2)), time_limit_s=1)
+    solution = solve(of_loads(PUBLISHED[None, None] * 1000, np.full(8, 2)), time_limit_s=0.3)
     assert solution.imbalance == pytest.approx(590 / 3 / 181.25)
 
 
@@ -119,6 +120,7 @@ def test_many_steps_become_few_scenarios_of_the_same_mass():
     assert work.shape[0] == 8 and weight.sum() == pytest.approx(1.0)
 
 
+@unhurried()
 def test_risk_trades_the_mean_for_the_worst_workload():
     """Two workloads with opposite hot experts, one of them rare."""
     load = np.full((2, 1, 8), 1e5)
@@ -129,7 +131,7 @@ def test_risk_trades_the_mean_for_the_worst_workload():
     assert base.risk_seconds(seconds) == pytest.approx(1.1)
     assert replace(base, risk="worst").risk_seconds(seconds) == 3.0
     assert replace(base, risk="cvar").risk_seconds(seconds) == pytest.approx((0.05 * 3 + 0.2 * 1) / 0.25)
-    found = solve(replace(base, risk="worst"), time_limit_s=1.5)
+    found = solve(replace(base, risk="worst"), time_limit_s=0.5)
     assert found.details["risk"] == "worst"
     for step in range(2):
         assert fullest(found.placement.count_LED()[0], load[step, 0]) <= 1e6 + 1
@@ -137,13 +139,14 @@ def test_risk_trades_the_mean_for_the_worst_workload():
         replace(base, risk="hope")
 
 
+@unhurried()
 def test_a_move_that_costs_more_than_it_saves_is_not_made():
     rng = np.random.default_rng(2)
     load = rng.lognormal(sigma=0.5, size=(1, 2, 16)) * 1e4
     problem = of_loads(load, np.full(4, 4))
     current = solve(problem, method="round-robin").placement
-    stuck = solve(replace(problem, current=current, migration_steps=1e-3), time_limit_s=1).placement
-    free = solve(replace(problem, current=current, migration_steps=1e9), time_limit_s=1).placement
+    stuck = solve(replace(problem, current=current, migration_steps=1e-3), time_limit_s=0.2).placement
+    free = solve(replace(problem, current=current, migration_steps=1e9), time_limit_s=0.2).placement
     assert current.diff(stuck).fetched == 0 and current.diff(free).fetched > 0
     assert problem.migration_seconds(free) == 0
     with pytest.raises(OptionError, match="current placement"):
@@ -161,7 +164,7 @@ def test_stay_placements_find_planted_groups():
 
 
 @given(SEEDS, st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=few_or(60, 10), deadline=None)
 def test_stay_placements_use_their_slots(seed, spare):
     rng = np.random.default_rng(seed)
     batch = tiny_batch(rng, devices=3, experts=6, layers=3)

@@ -33,7 +33,7 @@ def served():
 
 def get(url, method="GET"):
     try:
-        with urlopen(Request(url, method=method), timeout=10) as answer:
+        with urlopen(Request(url, method=method), timeout=120) as answer:
             return answer.status, answer.headers, answer.read()
     except HTTPError as error:
         with error:

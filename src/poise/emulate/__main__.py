@@ -15,7 +15,10 @@ from poise.files import check_output, replacing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a script or the self-test; 0 if all is well, 1 if a rank failed or time ran out, 2 for wrong input."""
+    """Run a script or the self-test.
+
+    0 if all is well, 1 if a rank failed, time ran out or others kept the machine too busy to tell, 2 for wrong input.
+    """
     options = parser().parse_args(argv)
     try:
         spec = spec_of(options)
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with replacing(options.output, OptionError) as stream:
                     stream.write(f"{result.to_json()}\n".encode())
             print(result.to_json() if options.json else result)
-            return 0
+            return 1 if result.inconclusive else 0
         if not options.command:
             raise OptionError("no script to run", hint="-- script.py args, or --selftest")
         run(spec, options.command[0], options.command[1:], timeout=options.timeout)
