@@ -53,7 +53,7 @@ def test_a_single_process_measures_compute_only_and_says_so(tmp_path):
     done = alone(*SMALL, "--seconds", "2", "-o", path, "--cluster", "2x4:a100", "--json")
     if inconclusive(done.stderr, path):
         assert done.exit_code == 1 and not done.stdout
-        return
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.exit_code == 0, done.output
     got = json.loads(done.stdout)
     assert got["links"] is None and any("links were not measured" in note for note in got["notes"])
@@ -69,7 +69,7 @@ def test_the_device_clock_is_measured_in_place_of_arithmetic(tmp_path):
     done = alone(*SMALL, "--seconds", "10", "--curve", csv, "--dilation", "1000", "-o", path)
     if inconclusive(done.stderr, path):
         assert done.exit_code == 1
-        return
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.exit_code == 0, done.output
     curve = checked(path, (1,)).expert_curve
     assert "device clock, dilation 1000" in path.read_text()
@@ -108,7 +108,7 @@ def test_three_ranks_under_torchrun(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if inconclusive(done.stderr, path):
         assert done.returncode == 1 and not done.stdout
-        return
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.returncode == 0, done.stderr[-3000:]
     got = json.loads(done.stdout)
     cluster = checked(path, (3,))
@@ -128,7 +128,7 @@ def test_an_emulated_cluster_gives_its_rates_back(tmp_path):
                    out=out, err=err)  # fmt: skip
     except RankError as error:
         assert inconclusive(str(error), path) and not out.getvalue(), error
-        return
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.shaped
     cluster = checked(path, (2, 2))
     # on a machine that also runs other tests ports idle now and then; without limits they are 100 times as fast
