@@ -13,7 +13,6 @@ from poise.errors import TraceError
 from poise.observe.npz import open_npz
 from poise.observe.trace import NO_EXPERT, row_blocks
 
-
 CACHED = 1 << 17
 """Counters up to which small blocks, which stay in the cache, are counted faster than large ones."""
 
