@@ -17,9 +17,10 @@ from tests.engines import dumps
 from tests.helpers import few_or
 
 from poise.engines import readers
-from poise.engines.dumps import parts, untrusted
+from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
 from poise.errors import InputError, NoResultError, TraceError
+from poise.jsonfile import unique
 from poise.modelspec import from_hf_config
 from poise.observe import files
 
@@ -387,8 +388,7 @@ class Key(str):
         return str.__eq__(self, other)
 
 
-@pytest.mark.parametrize("unique", [untrusted._unique, files._unique])
-def test_many_keys_with_one_twice_are_told_at_once(tmp_path, unique, monkeypatch):
+def test_many_keys_with_one_twice_are_told_at_once(tmp_path, monkeypatch):
     """Looking for the one that is there twice took the square of their number."""
     monkeypatch.setattr(Key, "compared", 0)
     with pytest.raises((TraceError, ValueError), match="key '1999' appears twice"):
