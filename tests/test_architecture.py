@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "src"
 TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.emulate.probe", "poise.calibrate.compute", "poise.calibrate.links",
          "poise.calibrate.ranks", "poise.engines.dumps.torch_files")  # fmt: skip
 LAYERS = [
-    {"poise.compiled", "poise.errors", "poise.files", "poise.words"}
+    {"poise.compiled", "poise.errors", "poise.files", "poise.room", "poise.words"}
     | {"poise.jsonfile", "poise.presets", "poise.curve", "poise.cluster", "poise.modelspec", "poise.hfconfig"},
     {"poise.observe"},
     {"poise.cost"},

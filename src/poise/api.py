@@ -140,8 +140,10 @@ def plan(
     solution = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
     fewer = fewer_slots(problem, solution, time_limit_s / 2, seed)
     details = dict(solution.details)
-    if isinstance(found, LoadProfile) and found.notes:
-        details["notes"] = list(found.notes)
+    notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
+             *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
+    if notes:
+        details["notes"] = notes
     if defaults := silent_defaults(found, None if model is None else sizes, tokens_per_step, batch):
         details["defaults"] = defaults
     if fewer is not None:
@@ -249,9 +251,11 @@ def compare(
     skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
     batches = {
         name: make_batch(part, tokens_per_step=tokens_per_step, order=order, seed=seed,
-                         steps=None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip)
+                         steps=None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip,
+                         sample=not fast)
         for name, part in parts.items()
     }  # fmt: skip
+    notes += tuple(f"{name}: {batch.sampled} are priced" for name, batch in batches.items() if batch.sampled)
     batch = batches[IN_SAMPLE]
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)

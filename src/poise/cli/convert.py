@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.observe.files import IDLE
 from poise.observe.ranks import READINGS
-from poise.observe.trace import LoadProfile
+from poise.observe.trace import LoadProfile, row_blocks
 from poise.planning.placement import Placement, atomic
 
 
@@ -113,16 +114,26 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
         return
     if output.suffix != ".json":
         raise OptionError(f"{output} would hold a load profile", hint="name it .json or .npz")
+    layers = max(int(ids.max()) + 1, recorded_layers or 0)
     tables: dict[str, NDArray[Any]] = {"logical_count": profile.load_BLE}
     if profile.idle_BL is not None:
         tables[IDLE] = profile.idle_BL
-    for name, table in tables.items():
-        full = np.zeros((len(table), max(int(ids.max()) + 1, recorded_layers or 0), *table.shape[2:]))
-        full[:, ids] = table
-        count = full.astype(np.int64) if (full == np.floor(full)).all() else full
-        tables[name] = count[0] if len(count) == 1 else count
     with atomic(output) as stream:
-        stream.write(jsonlib.dumps({name: table.tolist() for name, table in tables.items()}).encode())
+        for index, (name, table) in enumerate(tables.items()):
+            stream.write((", " if index else "{").encode() + jsonlib.dumps(name).encode() + b": ")
+            stream.writelines(_rows(table, ids, layers))
+        stream.write(b"}")
+
+
+def _rows(table: NDArray[Any], ids: NDArray[np.int32], layers: int) -> Iterator[bytes]:
+    """A table [B, L, ...] as JSON, one step after another, with a row for each of ``layers`` decoder layers."""
+    whole = all((table[rows] == np.floor(table[rows])).all() for rows in row_blocks(table, 8))
+    for step, row in enumerate(table):
+        full = np.zeros((layers, *row.shape[1:]), np.int64 if whole else np.float64)
+        full[ids] = row
+        before = "" if len(table) == 1 else ", " if step else "["
+        yield (before + jsonlib.dumps(full.tolist())).encode()
+    yield b"]" if len(table) > 1 else b""
 
 
 def _is_placement(dump: EngineDump) -> bool:
@@ -152,7 +163,7 @@ def _facts(dump: EngineDump) -> dict[str, Any]:
         p = dump.profile
         assert p.layer_ids is not None
         out["profile"] = {"steps": p.num_steps, "layers": p.layer_ids.tolist(), "experts": p.num_experts,
-                          "pairs": float(p.load_BLE.sum())}  # fmt: skip
+                          "pairs": float(p.load_BLE.sum(dtype=np.float64))}  # fmt: skip
     if dump.slots is not None:
         s = dump.slots
         width = (s.map_LS if s.map_LS is not None else s.count_BLS).shape[-1]  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from rich.table import Table
 from poise import api
 from poise.cli import options as o
 from poise.observe.profile import dead_share_L, load_LE, mutual_information, skew_L
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 
 
 def inspect(traces: o.Traces, json: o.Json = False) -> None:
@@ -32,7 +32,7 @@ def inspect(traces: o.Traces, json: o.Json = False) -> None:
             }
             real, null = mutual_information(found.experts, found.num_experts)
         else:
-            load = found.load_BLE.sum(axis=0)
+            load = found.load_BLE.sum(axis=0, dtype=np.float64)
             facts |= {"recorded_loads": found.num_steps, "tokens_per_layer": float(load.sum(axis=1).max())}
             if found.notes:
                 facts["notes"] = list(found.notes)
@@ -60,9 +60,10 @@ def inspect(traces: o.Traces, json: o.Json = False) -> None:
 def _idle(found: RoutingTrace | LoadProfile) -> tuple[float, float]:
     """Picks that compute nothing, and all picks."""
     if isinstance(found, RoutingTrace):
-        return float((found.experts == NO_EXPERT).sum()), float(found.experts.size)
+        none = sum(int((found.experts[rows] == NO_EXPERT).sum()) for rows in row_blocks(found.experts))
+        return float(none), float(found.experts.size)
     idle = 0.0 if found.idle_BL is None else float(found.idle_BL.sum())
-    return idle, idle + float(found.load_BLE.sum())
+    return idle, idle + float(found.load_BLE.sum(dtype=np.float64))
 
 
 def _domains(trace: RoutingTrace) -> dict[str, int]:

@@ -20,7 +20,7 @@ Traffic of a layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from poise.cluster import Cluster
 from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds
-from poise.cost.step import kv_seconds_per_token
+from poise.cost.step import kv_seconds_per_token, step_parts
 from poise.cost.traffic import Traffic
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -98,6 +98,15 @@ def bound_terms(
     steps bounds every static plan too.
     """
     spare = int(np.minimum(slots_D, batch.num_experts).sum()) - batch.num_experts if spare is None else spare
+    parts = [
+        _terms(part, cluster, model, traffic, slots_D, spare) for _, part in step_parts(batch, cluster.num_devices)
+    ]
+    return BoundTerms(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(BoundTerms)))
+
+
+def _terms(
+    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, traffic: Traffic, slots_D: NDArray[Any], spare: int
+) -> BoundTerms:
     shape = (batch.num_steps, batch.num_layers)
     work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
     compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,8 @@ from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.trace import NO_EXPERT
 
-_CHUNK_ELEMENTS = 8_000_000
-"""Largest [T, K, D] array held at once; steps are taken in chunks below it."""
+_CHUNK_ELEMENTS = 4_000_000
+"""Largest [T, K, D], [B, E, D] or [B, L, E] array made at once; steps are taken in chunks below it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,18 +90,17 @@ def batch_cost(
     shape = (batch.num_steps, batch.num_layers)
     out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
     tokens_BLD = np.zeros((*shape, cluster.num_devices))
-    shares = TokenShares(batch, traffic)
-    for layer in range(batch.num_layers):
-        load_BE = batch.load_BLE[:, layer]
-        share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
-        shares.enter(layer, share_BED)
-        for steps in step_chunks(batch, cluster.num_devices):
-            rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
-            tokens = load_BE[steps][:, :, None] * share_BED[rows]
+    for steps, part in step_parts(batch, cluster.num_devices):
+        shares, every = TokenShares(part, traffic), slice(0, part.num_steps)
+        for layer in range(batch.num_layers):
+            load_BE = part.load_BLE[:, layer]
+            share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
+            shares.enter(layer, share_BED)
+            tokens = load_BE[:, :, None] * share_BED
             tokens_BLD[steps, layer] = tokens.sum(axis=1)
             seconds = expert_seconds(tokens, cluster, model).sum(axis=1) / cluster.speed_D
             out["compute"][steps, layer] = seconds.max(axis=1)
-            flow = layer_flow(batch, layer, steps, shares, cluster, traffic)
+            flow = layer_flow(part, layer, every, shares, cluster, traffic)
             out["dispatch"][steps, layer] = port_seconds(
                 port_load(flow.dispatch, cluster), model.dispatch_bytes_per_token, cluster
             )
@@ -156,14 +156,22 @@ def add_constants(
 
 
 def step_chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
-    """Consecutive steps whose [T, K, D] and [B, E, D] arrays stay small."""
-    if batch.start_B is None:
-        size = np.full(batch.num_steps, batch.num_experts * num_devices)
-    else:
-        size = np.maximum(np.diff(batch.start_B) * batch.top_k, batch.num_experts) * num_devices
+    """Consecutive steps whose [T, K, D], [B, E, D] and [B, L, E] arrays stay small."""
+    least = batch.num_experts * max(num_devices, batch.num_layers)
+    size = np.full(batch.num_steps, least)
+    if batch.start_B is not None:
+        size = np.maximum(np.diff(batch.start_B) * batch.top_k * num_devices, least)
     group = np.cumsum(size) // _CHUNK_ELEMENTS
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), batch.num_steps]
     return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def step_parts(batch: RoutingBatch, num_devices: int) -> Iterator[tuple[slice, RoutingBatch]]:
+    """The batch in the parts of :func:`step_chunks`, with the homes that its tokens have in the whole."""
+    if batch.has_tokens:
+        batch = replace(batch, home_T=batch.home_of_tokens(num_devices))
+    for steps in step_chunks(batch, num_devices):
+        yield steps, batch.part(steps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

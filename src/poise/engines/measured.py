@@ -33,7 +33,7 @@ class Loads:
         """The dump's; None: it has none."""
         if dump.profile is not None:
             assert dump.profile.layer_ids is not None
-            load_BLE, top_k = dump.profile.load_BLE, dump.profile.top_k
+            load_BLE, top_k = dump.profile.load_BLE.astype(np.float64), dump.profile.top_k
             parts = np.array_split(np.arange(len(load_BLE)), min(PARTS, len(load_BLE)))
             part_GLE = np.stack([load_BLE[part].sum(axis=0) for part in parts])
             return cls(load_BLE, dump.profile.layer_ids, None if top_k == 1 else top_k, part_GLE)

@@ -136,8 +136,11 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
     parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options)
     if options.ranks is not None and name not in RANKS_ASKED:
         raise OptionError(f"{name} says itself which records are of one pass", hint="leave --ranks out")
+    where = str(parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more")
     try:
-        dump = without_zeros(FORMATS[name].read(parts, options), options)
+        dump = FORMATS[name].read(parts, options)
+        parts.clear()  # what the files hold is let go
+        dump = without_zeros(dump, options)
         traffic = dump.trace if dump.trace is not None else dump.profile
         if options.model is not None and traffic is not None:
             assert traffic.layer_ids is not None
@@ -146,8 +149,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         if None not in (options.k, top_k) and (top_k > options.k if name in SOME_PICKS else top_k != options.k):  # type: ignore[operator]
             raise TraceError(f"{top_k} experts a token, the model has top-{options.k}", hint="check --model or --top-k")
     except TraceError as error:
-        where = parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more"
-        raise type(error)(f"{str(where)[:200]}: {error.message}", hint=error.hint) from None
+        raise type(error)(f"{where[:200]}: {error.message}", hint=error.hint) from None
     dump = replace(dump, notes=(*notes, *dump.notes, *_unrecorded(traffic, options)))
     if relabelling is not None and dump.layers_by_place:
         raise OptionError(

@@ -165,7 +165,7 @@ def breakeven(
                 tokens, steps + WARM_UP, LAYERS, model.num_experts, model.top_k, skew=skew, seed=seed
             )
         else:
-            batch = make_batch(trace, tokens_per_step=tokens, steps=steps + WARM_UP, seed=seed)
+            batch = make_batch(trace, tokens_per_step=tokens, steps=steps + WARM_UP, seed=seed, sample=False)
         layers = batch.num_layers
         words = batch.order if trace is None else f"{trace.name}: {batch.order}"
         static = placement or contiguous_blocks(batch, cluster)

@@ -238,7 +238,12 @@ class Comparison:
             "rows": self.rows(),
             "verdict": self.verdict(),
             "judged": {
-                part: {"order": batch.order, "steps": batch.num_steps, "warmup_steps_left_out": self.warm_up}
+                part: {
+                    "order": batch.order,
+                    "steps": batch.num_steps,
+                    "warmup_steps_left_out": self.warm_up,
+                    "drawn_from_steps": batch.drawn_from,
+                }
                 for part, batch in self.batches.items()
             },
             "cluster": repr(self.cluster),

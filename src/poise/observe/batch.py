@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
+from poise.observe.trace import finite
 
 UNKNOWN_HOME = -1
 
@@ -29,6 +30,7 @@ class RoutingBatch:
     request_T : int32 [T] or None.
     home_T : int32 [T] or None, recorded home rank.
     order : how the steps were made, in words (printed under every table).
+    drawn_from : so many steps there are, of which these are a sample; None: these are all.
     """
 
     load_BLE: NDArray[np.float64]
@@ -40,12 +42,13 @@ class RoutingBatch:
     request_T: NDArray[np.int32] | None = None
     home_T: NDArray[np.int32] | None = None
     order: str = ""
+    drawn_from: int | None = None
 
     def __post_init__(self) -> None:
         load = self.load_BLE
         if load.ndim != 3 or 0 in load.shape:
             raise TraceError(f"loads must be [B, L, E] and not empty, got shape {load.shape}")
-        if not np.isfinite(load).all() or load.min() < 0:
+        if not finite(load) or load.min() < 0:
             raise TraceError("loads must be finite and at least 0")
         if self.weight_B.shape != load.shape[:1] or self.layer_ids_L.shape != load.shape[1:2]:
             raise TraceError(
@@ -124,16 +127,26 @@ class RoutingBatch:
             raise TraceError(
                 f"{first} steps cannot be left out of {self.num_steps}", hint="use more tokens or shorter steps"
             )
-        row = 0 if self.start_B is None else int(self.start_B[first])
-        weight = self.weight_B[first:]
+        return self.part(slice(first, self.num_steps))
 
-        def rest(array: NDArray[Any] | None) -> Any:
-            return None if array is None else array[row:].copy()
+    @property
+    def sampled(self) -> str:
+        """That only a part of the steps is here, in words; ``""`` where all are."""
+        return "" if self.drawn_from is None else f"{self.num_steps:,} of {self.drawn_from:,} steps"
+
+    def part(self, steps: slice) -> RoutingBatch:
+        """Some consecutive steps, not copied; weights sum to 1 again."""
+        weight = self.weight_B[steps]
+        weight = weight / weight.sum() if weight.any() else np.full(len(weight), 1.0 / len(weight))
+        first, last = (0, 0) if self.start_B is None else self.start_B[[steps.start, steps.stop]].tolist()
+
+        def rows(array: NDArray[Any] | None) -> Any:
+            return None if array is None else array[first:last]
 
         return RoutingBatch(
-            self.load_BLE[first:].copy(), weight / weight.sum(), self.top_k, self.layer_ids_L.copy(),
-            rest(self.experts_TLK), None if self.start_B is None else self.start_B[first:] - row,
-            rest(self.request_T), rest(self.home_T), self.order,
+            self.load_BLE[steps], weight, self.top_k, self.layer_ids_L, rows(self.experts_TLK),
+            None if self.start_B is None else self.start_B[steps.start : steps.stop + 1] - first,
+            rows(self.request_T), rows(self.home_T), self.order, self.drawn_from,
         )  # fmt: skip
 
     def home_of_tokens(self, num_devices: int) -> NDArray[np.int32]:

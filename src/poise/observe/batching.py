@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +13,12 @@ from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
 from poise.observe.files import join
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 
 Order = Literal["interleaved", "file"]
 ORDERS: tuple[Order, ...] = ("interleaved", "file")
+MOST_LOADS, MOST_HELD = 1 << 25, 1 << 26
+"""Most loads [B, L, E] and picks [T, L, K] of a batch, 256 and 128 MiB: of more steps some are drawn."""
 MOST_PICKS = 64
 """Experts that a token has at most."""
 
@@ -71,8 +74,13 @@ def make_batch(
     seed: int = 0,
     max_steps: int | None = None,
     steps: int | None = None,
+    sample: bool = True,
 ) -> RoutingBatch:
     """Batch traffic into steps.
+
+    Of traffic so large that its steps would hold more than :data:`MOST_LOADS` loads or :data:`MOST_HELD` picks, a part
+    of the steps is taken, as many as that allows: the batch's ``drawn_from`` and its words say so. What all steps have
+    together, as their mean size, is of all.
 
     Parameters
     ----------
@@ -84,6 +92,8 @@ def make_batch(
     live_requests : C, default N.
     max_steps : most steps. Default: as many as use about every token once.
     steps : so many steps, requests drawn again as often as it takes (interleaved order only).
+    sample : the part that is taken of large traffic: one of each so many steps, drawn with the seed; else the first
+        steps, one after another, as a fast loop needs them.
 
     Raises
     ------
@@ -101,12 +111,13 @@ def make_batch(
         raise OptionError(f"unknown order {order!r}", hint=f"one of {', '.join(ORDERS)}")
     trace = traces if isinstance(traces, RoutingTrace | LoadProfile) else join(list(traces))
     if isinstance(trace, LoadProfile):
-        return _profile_batch(trace, tokens_per_step, max_steps)
+        return _profile_batch(trace, tokens_per_step, max_steps, _Sample(seed, sample))
     if tokens_per_step is None and trace.step is not None:
         ids, step_T = np.unique(trace.step, return_inverse=True)
         token = np.argsort(step_T, kind="stable")
         size = np.bincount(step_T)[:max_steps]
-        return _batch(trace, token[: size.sum()], size, f"recorded steps, {min(ids.size, size.size)} steps")
+        words = f"recorded steps, {min(ids.size, size.size)} steps"
+        return _batch(trace, token[: size.sum()], size, words, _Sample(seed, sample))
     per_step = tokens_per_step or default_tokens_per_step(trace.num_tokens)
     many = steps
     steps = max(1, trace.num_tokens // per_step)
@@ -115,13 +126,35 @@ def make_batch(
         steps = min(steps, max_steps or steps)
         token = np.arange(min(trace.num_tokens, steps * per_step))
         size = np.bincount(token // per_step)
-        return _batch(trace, token, size, f"file order, N = {per_step}, {steps} steps")
+        return _batch(trace, token, size, f"file order, N = {per_step}, {steps} steps", _Sample(seed, sample))
     steps = many or min(steps, max_steps or steps)
     live = min(live_requests or per_step, per_step * max(1, steps))
     places = _places(trace, per_step, live, steps, seed)
     size = (places >= 0).sum(axis=1)
     words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}"
-    return _batch(trace, places[places >= 0], size, words)
+    return _batch(trace, places[places >= 0], size, words, _Sample(seed, sample))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Which of many steps are taken."""
+
+    seed: int
+    apart: bool
+
+    def of(self, steps: int, most: int) -> NDArray[np.int64] | None:
+        """Numbers of at most ``most`` of ``steps`` steps, ascending; None: all."""
+        most = max(1, most)
+        if steps <= most:
+            return None
+        if not self.apart:
+            return np.arange(most)
+        bounds = np.arange(most + 1) * steps // most
+        return np.random.default_rng(self.seed).integers(bounds[:-1], bounds[1:])
+
+    def words(self, taken: int) -> str:
+        """What is said of it."""
+        return f", of which {taken} {'are drawn, spread evenly' if self.apart else 'are taken, the first'}"
 
 
 def _places(trace: RoutingTrace, per_step: int, live: int, steps: int, seed: int) -> NDArray[np.int64]:
@@ -143,7 +176,14 @@ def _places(trace: RoutingTrace, per_step: int, live: int, steps: int, seed: int
     return np.where(got >= 0, by_request[got], -1)
 
 
-def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order: str) -> RoutingBatch:
+def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order: str, sample: _Sample) -> RoutingBatch:
+    total, each = size_B.size, trace.num_layers * trace.top_k
+    most = min(MOST_LOADS // (trace.num_layers * trace.num_experts), MOST_HELD * total // (token.size * each))
+    taken = sample.of(total, most)
+    if taken is not None:
+        order += sample.words(taken.size)
+        token = token[np.isin(np.repeat(np.arange(total), size_B), taken)]
+        size_B = size_B[taken]
     start = np.concatenate([[0], np.cumsum(size_B)]).astype(np.int64)
     experts = np.ascontiguousarray(trace.experts[token])
     steps, (layers, num) = size_B.size, (trace.num_layers, trace.num_experts)
@@ -156,7 +196,7 @@ def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order
     assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
         load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),
-        None if trace.home is None else trace.home[token].copy(), order,
+        None if trace.home is None else trace.home[token].copy(), order, None if taken is None else total,
     )  # fmt: skip
 
 
@@ -166,21 +206,25 @@ def _in_turn(request_T: NDArray[Any]) -> NDArray[np.int32]:
     return np.argsort(np.argsort(first)).astype(np.int32)[number]
 
 
-def _shares(load: NDArray[np.float64], mass: NDArray[np.float64]) -> bool:
+def _shares(load: NDArray[Any], mass: NDArray[np.float64]) -> bool:
     """Whether fractions add up to 100, or to as many as a token may have experts, in every layer: its sums ``mass``."""
-    whole, sum_ = (load == np.floor(load)).all(), float(mass.mean())
-    if whole or not np.allclose(mass, sum_, rtol=0.01):
+    sum_ = float(mass.mean())
+    if load.dtype.kind != "f" or all((load[rows] == np.floor(load[rows])).all() for rows in row_blocks(load)):
+        return False
+    if not np.allclose(mass, sum_, rtol=0.01):
         return False
     return abs(sum_ - 100) <= 1 or (sum_ <= MOST_PICKS and abs(sum_ - round(sum_)) <= 0.01)
 
 
-def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None) -> RoutingBatch:
+def _profile_batch(
+    profile: LoadProfile, tokens_per_step: int | None, max_steps: int | None, sample: _Sample
+) -> RoutingBatch:
     load = profile.load_BLE[:max_steps]
     idle = 0.0 if profile.idle_BL is None else profile.idle_BL[:max_steps]
-    mass_BL = load.sum(axis=2) + idle
+    mass_BL = load.sum(axis=2, dtype=np.float64) + idle
     mass = mass_BL.max(axis=1)
-    keep = mass > 0
-    load, mass = load[keep], mass[keep]
+    kept = np.flatnonzero(mass > 0)
+    mass = mass[kept]
     if tokens_per_step is None and float(mass.max()) <= profile.top_k * (1 + 1e-6):
         raise OptionError(
             f"the loads of a layer sum to {float(mass.max()):.6g}, no more than one token: frequencies, not tokens",
@@ -193,8 +237,13 @@ def _profile_batch(profile: LoadProfile, tokens_per_step: int | None, max_steps:
         )
     target = float(mass.mean()) if tokens_per_step is None else float(tokens_per_step * profile.top_k)
     words = "recorded mass, each scaled to the mean" if tokens_per_step is None else f"scaled to N = {tokens_per_step}"
+    total, taken = kept.size, sample.of(kept.size, MOST_LOADS // (profile.num_layers * profile.num_experts))
+    if taken is not None:
+        kept, mass, words = kept[taken], mass[taken], words + sample.words(taken.size)
+    scaled = load[kept].astype(np.float64)
+    scaled *= (target / mass)[:, None, None]
     assert profile.layer_ids is not None
     return RoutingBatch(
-        load * (target / mass)[:, None, None], np.full(len(load), 1.0 / len(load)), profile.top_k, profile.layer_ids,
-        order=f"{len(load)} recorded loads as steps, {words}",
+        scaled, np.full(len(scaled), 1.0 / len(scaled)), profile.top_k, profile.layer_ids,
+        order=f"{total} recorded loads as steps, {words}", drawn_from=None if taken is None else total,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
-from poise.files import read_bounded
-from poise.jsonfile import json_room
+from poise.files import open_regular
+from poise.observe.json_tables import Ragged, read_tables
 from poise.observe.npz import Archive, open_npz
 from poise.observe.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
-from poise.observe.trace import LoadProfile, RoutingTrace, integers
+from poise.observe.trace import MAX_EXPERTS, NO_EXPERT, LoadProfile, RoutingTrace, integers, sealed
 
-MAX_JSON_BYTES = 512 * 2**20
-MAX_JSON_ROOM = 8 * 2**30
+MAX_JSON_BYTES = 8 << 30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
 IDLE = "identity_count"
 """Key of the picks that compute nothing, beside the loads of a profile."""
@@ -106,7 +106,7 @@ def join(
         return None if any(value is None for value in values) else np.concatenate(values)
 
     joined = RoutingTrace(
-        np.concatenate([trace.experts for trace in traces]),
+        sealed(np.concatenate([trace.experts for trace in traces])),
         traces[0].num_experts,
         request=np.concatenate(requests),
         is_decode=stack("is_decode"),
@@ -133,8 +133,10 @@ def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_miss
                 f"top-{part.top_k}",
                 hint="join files of one model",
             )
-        load_BLE = np.zeros((part.num_steps, ids.size, part.num_experts))
-        load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE  # type: ignore[arg-type]
+        load_BLE = part.load_BLE
+        if not np.array_equal(ids, part.layer_ids):  # type: ignore[arg-type]
+            load_BLE = np.zeros((part.num_steps, ids.size, part.num_experts), load_BLE.dtype)
+            load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE  # type: ignore[arg-type]
         files.append(Recorded(part.name, part.rank, load_BLE))
     loads, notes = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
     name = " + ".join(part.name for part in profiles)
@@ -156,7 +158,9 @@ def _idle_together(
         return np.concatenate(parts)
     if any(len(idle) != steps for idle in parts):
         return None
-    summed = sum(float(part.load_BLE.sum()) for part in profiles) <= float(load_BLE.sum()) * (1 + 1e-9)
+    each, total = (sum(float(x.sum(dtype=np.float64)) for x in found) for found in (
+        (part.load_BLE for part in profiles), (load_BLE,)))  # fmt: skip
+    summed = each <= total * (1 + 1e-9)
     out: NDArray[np.float64] = np.sum(parts, axis=0) if summed else parts[0]
     return out
 
@@ -203,20 +207,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> LoadProfile:
-    text = read_bounded(path, MAX_JSON_BYTES, TraceError)
     try:
-        json_room(text, MAX_JSON_ROOM, TraceError)
-        data = json.loads(text, object_pairs_hook=_unique)
+        with open_regular(path, TraceError) as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
+                raise TraceError(f"{size} bytes, at most {MAX_JSON_BYTES} are read")
+            data = read_tables(stream, ("logical_count", IDLE), json.JSONDecoder(object_pairs_hook=_unique))
     except TraceError as error:
-        raise TraceError(f"{path}: {error.message}", hint=error.hint) from None
+        where = "" if str(path)[:200] in error.message else f"{path}: "
+        raise TraceError(f"{where}{error.message}", hint=error.hint) from None
+    except Ragged as error:
+        raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{path} is not JSON: {error}", hint="was it cut short?") from None
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
-    try:
-        load, idle = (np.array(data[name]) if name in data else None for name in ("logical_count", IDLE))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
+    load, idle = (np.asarray(data[name]) if name in data else None for name in ("logical_count", IDLE))
     return LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")), idle_BL=idle)  # type: ignore[arg-type]
 
 
@@ -226,17 +231,18 @@ def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
             return _read_counts(archive, path.name)
         if "experts" not in archive and "cross" in archive:
             return _read_cross(archive, path.name)
-        experts = _array(archive, "experts")
+        header = archive.header("experts")
+        experts = archive.read_integers(header, NO_EXPERT, MAX_EXPERTS - 1, np.int16)
         optional = {name: _array(archive, name) for name in OPTIONAL if name in archive}
         if "num_experts" in archive:
             number = _array(archive, "num_experts")
             if number.size != 1 or number.dtype.kind not in "iu":
                 raise TraceError(f"num_experts must be one whole number, got {number.dtype} {number.shape}")
             num_experts = int(number.reshape(-1)[0])
-        elif experts.size and experts.dtype.kind in "iu":
+        elif experts.size and header.dtype.kind in "iu":
             num_experts = int(experts.max()) + 1
         else:
-            raise TraceError(f"experts must be whole numbers and not empty, got {experts.dtype} {experts.shape}")
+            raise TraceError(f"experts must be whole numbers and not empty, got {header.dtype} {header.shape}")
         names = optional.pop("domain_names", np.array([], dtype="U1"))
         if names.ndim != 1 or names.dtype.kind != "U" or names.size > 10_000:
             raise TraceError(f"domain_names must be at most 10000 strings, got {names.dtype} {names.shape}")

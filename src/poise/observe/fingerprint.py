@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.observe.profile import load_LE
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.observe.trace import LoadProfile, RoutingTrace, row_blocks
 
 SKETCH = 8192
 CHOICES = 32
@@ -84,7 +84,8 @@ def fingerprint(traffic: RoutingTrace | LoadProfile) -> Fingerprint:
     """The fingerprint of a trace or of recorded loads."""
     if isinstance(traffic, LoadProfile):
         steps = [_of_load(load) for load in traffic.load_BLE]
-        return Fingerprint(np.zeros(0, np.uint64), _unique([*steps, _of_load(traffic.load_BLE.sum(axis=0))]))
+        total_LE = traffic.load_BLE.sum(axis=0, dtype=np.float64)
+        return Fingerprint(np.zeros(0, np.uint64), _unique([*steps, _of_load(total_LE)]))
     total = load_LE(traffic.experts, traffic.num_experts)
     return Fingerprint(_least(_units(traffic)), _unique([_of_load(total)]))
 
@@ -113,6 +114,7 @@ def _unique(values: list[int]) -> NDArray[np.uint64]:
 
 def _of_load(load_LE: NDArray[Any]) -> int:
     """One number of loads [L, E] that does not depend on their scale."""
+    load_LE = load_LE.astype(np.float64)
     share = load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300)
     data = np.round(share, 9).astype("<f8").tobytes() + str(load_LE.shape).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -155,8 +157,10 @@ def _of_tokens(trace: RoutingTrace) -> NDArray[np.uint64]:
     layers, experts = trace.num_layers, trace.num_experts
     salt_LE = _mixed(np.arange(1, layers * (experts + 1) + 1, dtype=np.uint64) * _STEP).reshape(layers, experts + 1)
     token_T = np.zeros(trace.num_tokens, np.uint64)
-    for layer in range(layers):
-        token_T += salt_LE[layer, trace.experts[:, layer]].sum(axis=1, dtype=np.uint64)
+    for rows in row_blocks(trace.experts, 16):
+        here_T, experts_TLK = token_T[rows], trace.experts[rows]
+        for layer in range(layers):
+            here_T += salt_LE[layer, experts_TLK[:, layer]].sum(axis=1, dtype=np.uint64)
     return _mixed(token_T)
 
 

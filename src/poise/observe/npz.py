@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from poise.errors import TraceError
 from poise.files import READ_BYTES, open_regular
+from poise.room import require
 
 MAX_MEMBERS = 256
 MAX_HEADER_BYTES = 4096
@@ -115,13 +116,37 @@ class Archive:
         return header
 
     def read(self, header: Header) -> NDArray[Any]:
-        """The whole array."""
-        out = np.empty(prod(header.shape), dtype=header.dtype)
+        """The whole array, read-only."""
+        return self._filled(header, header.dtype)
+
+    def read_integers(self, header: Header, low: int, high: int, dtype: Any) -> NDArray[Any]:
+        """The whole array of whole numbers within ``low..high``, read-only and as ``dtype``, in no other's memory.
+
+        Raises
+        ------
+        TraceError : no whole numbers, or one is out of range.
+        """
+        if header.dtype.kind not in "iub":
+            raise TraceError(
+                f"{header.name} must be whole numbers, got {header.dtype}",
+                hint=f"store {header.name} as an integer array",
+            )
+        return self._filled(header, np.dtype(dtype), (low, high))
+
+    def _filled(self, header: Header, dtype: np.dtype[Any], within: tuple[int, int] | None = None) -> NDArray[Any]:
+        require(prod(header.shape) * dtype.itemsize, f"{header.name} {list(header.shape)} of {dtype}", TraceError)
+        out = np.empty(prod(header.shape), dtype=dtype)
         at = 0
         for block in self._blocks(header, max(1, READ_BYTES // max(1, header.dtype.itemsize))):
+            if within is not None and (int(block.min()) < within[0] or int(block.max()) > within[1]):
+                raise TraceError(
+                    f"{header.name} must lie in {within[0]}..{within[1]}, got {block.min()}..{block.max()}"
+                )
             out[at : at + block.size] = block
             at += block.size
-        return out.reshape(header.shape, order="F" if header.fortran else "C")
+        out = out.reshape(header.shape, order="F" if header.fortran else "C")
+        out.flags.writeable = False
+        return out
 
     def iter_rows(self, header: Header, rows: int) -> Iterator[NDArray[Any]]:
         """The array in blocks of at most ``rows`` rows; memory for one block."""

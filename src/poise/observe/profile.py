@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from poise.errors import TraceError
 from poise.observe.npz import open_npz
-from poise.observe.trace import NO_EXPERT
+from poise.observe.trace import NO_EXPERT, row_blocks
 
 
 def load_LE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
@@ -20,9 +20,12 @@ def load_LE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
     Here and below a pick of -1, which computes nothing, counts nowhere.
     """
     layers = experts_TLK.shape[1]
-    flat = experts_TLK.astype(np.int64) + np.arange(layers)[:, None] * num_experts
-    flat = flat[experts_TLK != NO_EXPERT]
-    return np.bincount(flat, minlength=layers * num_experts).reshape(layers, num_experts)
+    out = np.zeros((layers, num_experts), np.int64)
+    for rows in row_blocks(experts_TLK, 8):
+        ids = experts_TLK[rows].astype(np.int64)
+        ids = np.where(ids == NO_EXPERT, layers * num_experts, ids + np.arange(layers)[:, None] * num_experts)
+        out += np.bincount(ids.ravel(), minlength=out.size + 1)[:-1].reshape(out.shape)
+    return out
 
 
 def count_pairs(
@@ -41,11 +44,11 @@ def affinity_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.int6
     """
     layers, top_k = experts_TLK.shape[1:]
     out = np.zeros((max(0, layers - 1), num_experts * num_experts), np.int64)
-    ids = experts_TLK.astype(np.int64)
     for layer in range(layers - 1):
+        here, there = experts_TLK[:, layer].astype(np.int64), experts_TLK[:, layer + 1].astype(np.int64)
         for i in range(top_k):
             for j in range(top_k):
-                out[layer] += count_pairs(ids[:, layer, i], ids[:, layer + 1, j], num_experts)
+                out[layer] += count_pairs(here[:, i], there[:, j], num_experts)
     return out.reshape(-1, num_experts, num_experts)
 
 
@@ -53,11 +56,11 @@ def coactivation_LEE(experts_TLK: NDArray[Any], num_experts: int) -> NDArray[np.
     """Tokens that choose both e1 and e2 of a layer, int64 [L, E, E]; the diagonal is the load."""
     layers, top_k = experts_TLK.shape[1:]
     out = np.zeros((layers, num_experts * num_experts), np.int64)
-    ids = experts_TLK.astype(np.int64)
     for layer in range(layers):
+        ids = experts_TLK[:, layer].astype(np.int64)
         for i in range(top_k):
             for j in range(top_k):
-                out[layer] += count_pairs(ids[:, layer, i], ids[:, layer, j], num_experts)
+                out[layer] += count_pairs(ids[:, i], ids[:, j], num_experts)
     return out.reshape(layers, num_experts, num_experts)
 
 
@@ -81,19 +84,20 @@ def mutual_information(
     compute in both are counted.
     """
     rng = np.random.default_rng(seed)
-    top = experts_TLK[:, :, 0].astype(np.int64)
-    layers = top.shape[1]
+    layers = experts_TLK.shape[1]
     real, null = np.zeros(layers - 1), np.zeros(layers - 1)
+    there_T = experts_TLK[:, 0, 0].astype(np.int32)
     for layer in range(layers - 1):
-        both = (top[:, layer : layer + 2] != NO_EXPERT).all(axis=1)
-        here, there = top[both, layer], top[both, layer + 1]
+        here_T, there_T = there_T, experts_TLK[:, layer + 1, 0].astype(np.int32)
+        both = (here_T != NO_EXPERT) & (there_T != NO_EXPERT)
+        here, there = here_T[both], there_T[both]
         real[layer] = _information(here, there, num_experts)
         for _ in range(shuffles):
             null[layer] += _information(here, rng.permutation(there), num_experts) / shuffles
     return real, null
 
 
-def _information(a: NDArray[np.int64], b: NDArray[np.int64], size: int) -> float:
+def _information(a: NDArray[np.int32], b: NDArray[np.int32], size: int) -> float:
     joint = np.bincount(a * size + b, minlength=size * size).reshape(size, size) / max(1, a.size)
     outer = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     used = joint > 0

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import TraceError
+from poise.observe.trace import sealed
 
 Reading = Literal["sum", "steps"]
 READINGS: tuple[Reading, ...] = ("sum", "steps")
@@ -39,12 +40,12 @@ class Recorded:
     ----------
     name : of the file, for messages.
     rank : the rank that wrote it; None: it does not say.
-    load_BLE : float64 [B, L, E], finite.
+    load_BLE : [B, L, E], finite, in the type of the record.
     """
 
     name: str
     rank: int | None
-    load_BLE: NDArray[np.float64]
+    load_BLE: NDArray[Any]
 
 
 def one_workload(
@@ -86,7 +87,9 @@ def one_workload(
         raise TraceError(_question(files, who), hint=ASK)
     loads_R, more = _aligned(loads_R, [mine[0] for mine, _ in kept], allow_missing)
     notes.append(f"{len(files)} files of {_ranks(who)} were added up: each counts a part of the same passes")
-    return np.sum(loads_R, axis=0), notes + more + _missing(loads_R, who, allow_missing)
+    return sealed(np.asarray(np.sum(loads_R, axis=0, dtype=np.float64))), notes + more + _missing(
+        loads_R, who, allow_missing
+    )
 
 
 def named_rank(path: Path, value: Any = None) -> int | None:
@@ -226,7 +229,7 @@ def _aligned(
 
 def _own_experts(loads_R: Sequence[NDArray[np.float64]], ranks: Sequence[set[int | None]]) -> bool:
     """Whether counts show that each rank counts experts which no other one counts."""
-    total_RLE = np.stack([load.sum(axis=0) for load in loads_R])
+    total_RLE = np.stack([load.sum(axis=0, dtype=np.float64) for load in loads_R])
     used_RLE = total_RLE > 0
     if (used_RLE.sum(axis=0) > 1).any() or any((load != np.floor(load)).any() for load in loads_R):
         return False  # shares of a rank's own tokens cannot be added, so they are no proof
@@ -257,7 +260,7 @@ def _missing(loads_R: Sequence[NDArray[np.float64]], ranks: Sequence[set[int | N
         return told(f"{away_text(away, of)}: what its tokens chose is counted nowhere", allow) if away else []
     busy = np.asarray(used_RLE.any(axis=(0, 2)))
     each, nobody = int(used_RLE.sum(axis=2).max()), int(np.sum(~used_RLE[:, busy].any(axis=0)))
-    count_LE = np.sum([load.sum(axis=0) for load in loads_R], axis=0)
+    count_LE = np.sum([load.sum(axis=0, dtype=np.float64) for load in loads_R], axis=0)
     by_chance = np.sum(count_LE == 1) ** 2 / (2 * max(1, np.sum(count_LE == 2)))  # Chao: experts too rare to be seen
     if not away and (each * (len(ranks) + 1) > experts or nobody <= 2 * by_chance):
         return []
@@ -275,7 +278,7 @@ def _firsts(ranks: Sequence[set[int | None]]) -> list[int | None]:
 
 
 def _in_order(files: Sequence[Recorded]) -> NDArray[np.float64]:
-    return np.concatenate([file.load_BLE for file in files])
+    return files[0].load_BLE if len(files) == 1 else sealed(np.concatenate([file.load_BLE for file in files]))
 
 
 def away_text(ranks: Sequence[int], of: int) -> str:

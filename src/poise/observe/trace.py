@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,24 +11,70 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import NoTrafficError, OptionError, TraceError
+from poise.room import blocks
 
 MAX_EXPERTS = 32_767
 MAX_LOAD = 1e15
+FEW_PICKS = 16
+"""Up to so many picks a token, comparing each with each is faster than sorting them."""
 NO_EXPERT = -1
 """In place of an expert: this pick of the token computes nothing."""
 Phase = Literal["prefill", "decode"]
 
 
 def integers(name: str, value: Any, low: int, high: int, dtype: Any) -> NDArray[Any]:
-    """A read-only copy of an integer array with all entries in ``low..high``, or TraceError."""
+    """A read-only integer array with all entries in ``low..high``, or TraceError: a copy where ``value`` may be written
+    to or is of another type.
+    """
     arr = np.asarray(value)
     if arr.dtype.kind not in "iub":
         raise TraceError(f"{name} must be whole numbers, got {arr.dtype}", hint=f"store {name} as an integer array")
     if arr.size and (int(arr.min()) < low or int(arr.max()) > high):
         raise TraceError(f"{name} must lie in {low}..{high}, got {arr.min()}..{arr.max()}")
-    out = arr.astype(dtype)
-    out.flags.writeable = False
-    return out
+    return kept(arr, dtype)
+
+
+def kept(array: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
+    """The array as ``dtype`` (default: its own), read-only: itself if nobody can write to it, else a copy."""
+    dtype = np.dtype(dtype or array.dtype).newbyteorder("=")
+    return sealed(array if array.dtype == dtype and not array.flags.writeable else array.astype(dtype))
+
+
+def sealed(array: NDArray[Any]) -> NDArray[Any]:
+    """An array that nobody else has, read-only: nothing copies it again."""
+    array.flags.writeable = False
+    return array
+
+
+def row_blocks(array: NDArray[Any], bytes_each: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of a large array, for temporaries of ``bytes_each`` (default: its own) bytes a number."""
+    return blocks(len(array), array[:1].size * (bytes_each or array.itemsize))
+
+
+def twice(experts_TLK: NDArray[Any], free: int | None = NO_EXPERT) -> tuple[int, int] | None:
+    """The first token and layer of which an expert, ``free`` apart, is listed twice; None: no such."""
+    top_k = experts_TLK.shape[2]
+    for rows in row_blocks(experts_TLK, 64):  # blocks that stay in the cache
+        if top_k <= FEW_PICKS:
+            ids_KTL = np.ascontiguousarray(experts_TLK[rows].transpose(2, 0, 1))
+            found = np.zeros(ids_KTL.shape[1:], bool)
+            for i in range(1, top_k):
+                same = ids_KTL[:i] == ids_KTL[i]
+                if same.any():
+                    found |= same.any(axis=0) & (free is None or ids_KTL[i] != free)
+        else:
+            ordered = np.sort(experts_TLK[rows], axis=2)
+            same = ordered[..., 1:] == ordered[..., :-1]
+            found = (same & (free is None or ordered[..., 1:] != free)).any(axis=2)
+        if found.any():
+            token, layer = (int(x) for x in np.argwhere(found)[0])
+            return rows.start + token, layer
+    return None
+
+
+def finite(array: NDArray[Any]) -> bool:
+    """Whether all numbers are finite."""
+    return array.dtype.kind != "f" or all(bool(np.isfinite(array[rows]).all()) for rows in row_blocks(array, 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,19 +124,15 @@ class RoutingTrace:
         tokens, layers, top_k = experts.shape
         if top_k > self.num_experts:
             raise TraceError(f"{top_k} experts a token, the model has {self.num_experts}")
-        if top_k > 1:
-            ordered = np.sort(experts, axis=2)
-            twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NO_EXPERT)).any(axis=2)
-            if twice.any():
-                token, layer = (int(x) for x in np.argwhere(twice)[0])
-                named = self.layer_ids
-                name = named[layer] if isinstance(named, np.ndarray) and named.shape == (layers,) else layer
-                raise TraceError(f"token {token} lists one expert twice in layer {name}: {experts[token, layer]}")
-        idle = experts == NO_EXPERT
-        if idle.all():
+        if (at := twice(experts)) is not None:
+            token, layer = at
+            named = self.layer_ids
+            name = named[layer] if isinstance(named, np.ndarray) and named.shape == (layers,) else layer
+            raise TraceError(f"token {token} lists one expert twice in layer {name}: {experts[token, layer]}")
+        if int(experts.max()) == NO_EXPERT:
             raise NoTrafficError("no pick of any token computes", hint="record again with traffic")
-        behind = np.argsort(idle, axis=2, kind="stable") if idle.any() else None
-        self._set("experts", experts if behind is None else np.take_along_axis(experts, behind, axis=2))
+        given, idle = experts, top_k > 1 and int(experts.min()) == NO_EXPERT
+        self._set("experts", _idle_last(given, given) if idle else given)
         big = 2**31 - 1
         request = np.arange(tokens) if self.request is None else self.request
         self._set("request", integers("request", request, -big, big, np.int32))
@@ -115,10 +157,10 @@ class RoutingTrace:
             weights = np.asarray(self.weights)
             if weights.shape != experts.shape or weights.dtype.kind != "f":
                 raise TraceError(f"weights {weights.dtype} {weights.shape} must be floats like experts {experts.shape}")
-            if not np.isfinite(weights).all():
+            if not finite(weights):
                 raise TraceError("weights must be finite")
-            weights = weights.astype(np.float32)
-            self._set("weights", weights if behind is None else np.take_along_axis(weights, behind, axis=2))
+            weights = kept(weights, np.float32)
+            self._set("weights", _idle_last(given, weights) if idle else weights)
 
     def _set(self, name: str, value: NDArray[Any]) -> None:
         value.flags.writeable = False
@@ -145,14 +187,19 @@ class RoutingTrace:
         ids, first = np.unique(self.request, return_index=True)
         return ids[np.argsort(first)]
 
-    def rows(self, mask_T: NDArray[np.bool_]) -> RoutingTrace:
-        """The tokens of a bool mask [T], in order."""
-        if not mask_T.any():
+    def rows(self, mask_T: NDArray[np.bool_] | NDArray[np.int64]) -> RoutingTrace:
+        """The tokens of a bool mask [T], in order, or of numbers of rows; those that lie together are not copied."""
+        at = np.flatnonzero(mask_T) if mask_T.dtype == bool else mask_T
+        if not at.size:
             raise TraceError(f"the selection leaves 0 of {self.num_tokens} tokens of {self.name}")
-        parts: dict[str, Any] = {
-            name: None if getattr(self, name) is None else getattr(self, name)[mask_T]
-            for name in ("experts", "request", "is_decode", "step", "home", "weights", "domain")
-        }
+        together = mask_T.dtype == bool and int(at[-1]) - int(at[0]) + 1 == at.size
+        rows = slice(int(at[0]), int(at[-1]) + 1) if together else at
+        parts: dict[str, Any] = {}
+        for name in ("experts", "request", "is_decode", "step", "home", "weights", "domain"):
+            value = getattr(self, name)
+            parts[name] = None if value is None else value[rows]
+            if value is not None:
+                parts[name].flags.writeable = False
         return replace(self, **parts)
 
     def select(self, *, domains: Sequence[str] | None = None, phase: Phase | None = None) -> RoutingTrace:
@@ -194,7 +241,7 @@ class RoutingTrace:
     def save(self, path: str | Path) -> None:
         """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles."""
         small: Any = np.uint8 if self.num_experts <= 256 else np.int16
-        if (self.experts == NO_EXPERT).any():
+        if int(self.experts.min()) == NO_EXPERT:
             small = np.int8 if self.num_experts <= 128 else np.int16
         arrays: dict[str, Any] = {"experts": self.experts.astype(small), "num_experts": np.int32(self.num_experts)}
         for name in ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain"):
@@ -218,7 +265,8 @@ class LoadProfile:
 
     Parameters
     ----------
-    load_BLE : float64 [B, L, E], tokens of each expert in each of B recorded steps (or whole workloads).
+    load_BLE : [B, L, E], tokens of each expert in each of B recorded steps (or whole workloads), in the type of the
+        record: whole numbers or floats. Sums of it want ``dtype=float``.
     layer_ids : int32 [L].
     top_k : K if known, else 1 (a token then counts K times in load_BLE).
     name : file it came from.
@@ -228,7 +276,7 @@ class LoadProfile:
     notes : what a reader should know of how several files became one.
     """
 
-    load_BLE: NDArray[np.float64]
+    load_BLE: NDArray[Any]
     layer_ids: NDArray[np.int32] | None = None
     top_k: int = 1
     name: str = field(default="profile")
@@ -242,14 +290,14 @@ class LoadProfile:
             raise TraceError(f"loads must be numbers, got {load.dtype}")
         if not isinstance(self.top_k, int | np.integer) or self.top_k < 1:
             raise TraceError(f"top_k must be a whole number of at least 1, got {self.top_k}")
-        load = load.astype(np.float64)
+        load = kept(load, {2: np.float32, 16: np.float64}.get(load.itemsize) if load.dtype.kind == "f" else None)
         if load.ndim == 2:
             load = load[None]
         if load.ndim != 3 or 0 in load.shape:
             raise TraceError(f"loads must be [L, E] or [steps, L, E] and not empty, got shape {load.shape}")
         if load.shape[2] > MAX_EXPERTS:
             raise TraceError(f"{load.shape[2]} experts, at most {MAX_EXPERTS} are supported")
-        if not np.isfinite(load).all() or load.min() < 0 or load.max() > MAX_LOAD:
+        if not finite(load) or load.min() < 0 or load.max() > MAX_LOAD:
             raise TraceError(f"loads must be finite and within 0..{MAX_LOAD:g}")
         ids = np.arange(load.shape[1]) if self.layer_ids is None else self.layer_ids
         ids = integers("layer_ids", ids, 0, 65_535, np.int32)
@@ -257,13 +305,14 @@ class LoadProfile:
             raise TraceError(
                 f"layer_ids must be {load.shape[1]} ascending numbers, got {np.atleast_1d(ids).tolist()[:8]}"
             )
-        busy = load.sum(axis=(0, 2)) > 0
+        busy = np.asarray(load.any(axis=(0, 2)))
         if not busy.any():
             raise NoTrafficError("all loads are 0", hint="record again with traffic, or drop the file")
         if self.idle_BL is not None:
             object.__setattr__(self, "idle_BL", _idle(self.idle_BL, load.shape[:2])[:, busy])
-        load, ids = np.ascontiguousarray(load[:, busy]), ids[busy]
-        load.flags.writeable = ids.flags.writeable = False
+        if not busy.all():
+            load, ids = np.ascontiguousarray(load[:, busy]), ids[busy]
+            load.flags.writeable = ids.flags.writeable = False
         object.__setattr__(self, "load_BLE", load)
         object.__setattr__(self, "layer_ids", ids)
 
@@ -284,8 +333,17 @@ class LoadProfile:
 
     def steps(self, rows: slice) -> LoadProfile:
         """Some of the recorded steps."""
-        idle = None if self.idle_BL is None else self.idle_BL[rows]
+        idle = None if self.idle_BL is None else self.idle_BL[rows]  # the loads are a view
         return replace(self, load_BLE=self.load_BLE[rows], idle_BL=idle)
+
+
+def _idle_last(experts_TLK: NDArray[np.int16], of_TLK: NDArray[Any]) -> NDArray[Any]:
+    """``of_TLK`` with what belongs to picks of -1 moved behind the rest of its token's, in a new array."""
+    out = np.empty_like(of_TLK)
+    for rows in row_blocks(experts_TLK, 8):
+        behind = np.argsort(experts_TLK[rows] == NO_EXPERT, axis=2, kind="stable")
+        out[rows] = np.take_along_axis(of_TLK[rows], behind, axis=2)
+    return out
 
 
 def _idle(value: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:

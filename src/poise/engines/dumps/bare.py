@@ -21,15 +21,15 @@ from poise.engines.dumps.csv_text import columns_of
 from poise.engines.dumps.mapping import (
     BY_PLACE,
     MAX_MTP_LAYERS,
-    MAX_TABLE,
     check_ids,
     decoder_layers,
     model_layers,
     names_twice,
     num_experts,
+    rows_alone,
 )
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import MAX_CELLS, listed, loads, whole
+from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, whole
 from poise.errors import TraceError
 from poise.observe.npz import open_npz
 from poise.observe.ranks import Recorded, named_rank, one_workload
@@ -64,7 +64,7 @@ def is_bare(part: Part) -> bool:
     """An array, lists of numbers, or many columns without names, and nothing else."""
     if part.container == "npz":
         return part.value in (["data"], ["arr_0"])
-    if part.container in ("npy", "torch") and isinstance(part.value, np.ndarray):
+    if part.container in ("npy", "torch", "json") and isinstance(part.value, np.ndarray):
         return True
     if part.container == "csv":
         return part.value.head is None and part.value.columns > 3
@@ -241,7 +241,9 @@ def table_of(part: Part) -> NDArray[Any]:
     array = part.value
     if part.container in ("csv", "json"):
         text = part.container == "csv"
-        found = columns_of(part.name, array, range(array.columns)) if text else loads(part.name, array, 1, 2, 3)
+        found = columns_of(part.name, array, range(array.columns)) if text else counts(part.name, array, 1, 2, 3)
+        if found.dtype.kind in "iu":
+            return found
         whole_numbers = (found == np.floor(found)).all() if found.size else False
         return found.astype(np.int64) if whole_numbers and np.abs(found).max() < 2**53 else found
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf" or array.ndim not in (1, 2, 3):
@@ -275,11 +277,11 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         array = table_of(part)
         if array.ndim == 1:
             raise TraceError(f"{part.name} has one row; loads are [layers, experts] or [steps, layers, experts]")
-        steps.append(loads(part.name, array, 2, 3).reshape(-1, *array.shape[-2:]))
-        if steps[-1].shape[1:] != steps[0].shape[1:] or sum(step.size for step in steps) > MAX_TABLE:
+        steps.append(counts(part.name, array, 2, 3).reshape(-1, *array.shape[-2:]))
+        if steps[-1].shape[1:] != steps[0].shape[1:]:
             raise TraceError(
                 f"{part.name} has [layers, experts] {list(steps[-1].shape[1:])}, {parts[0].name} "
-                f"{list(steps[0].shape[1:])}, at most {MAX_TABLE} numbers together"
+                f"{list(steps[0].shape[1:])}"
             )
     files = [Recorded(part.name, named_rank(part.path), step) for part, step in zip(parts, steps, strict=True)]
     load_BLE, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
@@ -289,7 +291,7 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
             f"{parts[0].name} has {width} experts a layer, the model {options.router_experts}", hint="check --model"
         )
     rows, ids, notes = decoder_layers(load_BLE.shape[1], options.model, parts[0].name)
-    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
+    profile = LoadProfile(rows_alone(load_BLE, rows, 1), ids, options.k or 1, parts[0].name)
     guessed, recorded = options.model is None, load_BLE.shape[1]
     return EngineDump("plain", "load-table", profile=profile, recorded_layers=recorded, layers_by_place=guessed,
                       notes=(*([BY_PLACE] if guessed else []), *added, *notes))  # fmt: skip

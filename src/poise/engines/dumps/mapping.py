@@ -14,7 +14,8 @@ from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.untrusted import BIG, listed
 from poise.errors import TraceError
 from poise.modelspec import ModelSpec
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
+from poise.observe.profile import load_LE
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed, twice
 
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""
@@ -165,16 +166,20 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
             hint="identity experts have no slots",
         )
     if trace is not None and trace.num_experts == wide:
-        idle = trace.experts >= experts
+        load_E = load_LE(trace.experts, wide).sum(axis=0)
         notes.append(
-            f"{idle.sum()} of {(trace.experts >= 0).sum()} picks are of identity experts (ids {experts} to "
+            f"{load_E[experts:].sum()} of {load_E.sum()} picks are of identity experts (ids {experts} to "
             f"{wide - 1}) and compute nothing"
         )
-        trace = replace(trace, experts=np.where(idle, NO_EXPERT, trace.experts), num_experts=experts)
+        real = np.empty_like(trace.experts)
+        for rows in row_blocks(real):
+            real[rows] = np.where(trace.experts[rows] >= experts, NO_EXPERT, trace.experts[rows])
+        trace = replace(trace, experts=sealed(real), num_experts=experts)
     if profile is not None and profile.num_experts == wide:
-        real_BLE, idle_BL = profile.load_BLE[:, :, :experts], profile.load_BLE[:, :, experts:].sum(axis=2)
+        real_BLE, idle_BLE = profile.load_BLE[:, :, :experts], profile.load_BLE[:, :, experts:]
+        idle_BL, all_ = idle_BLE.sum(axis=2, dtype=np.float64), profile.load_BLE.sum(dtype=np.float64)
         notes.append(
-            f"{idle_BL.sum() / profile.load_BLE.sum():.1%} of the load is of identity experts (ids {experts} to "
+            f"{idle_BL.sum() / all_:.1%} of the load is of identity experts (ids {experts} to "
             f"{wide - 1}) and computes nothing"
         )
         profile = replace(profile, load_BLE=real_BLE, idle_BL=idle_BL)
@@ -184,15 +189,18 @@ def without_zeros(dump: EngineDump, options: ReadOptions) -> EngineDump:
 def _from_one(traffic: RoutingTrace | LoadProfile) -> bool:
     """Whether all experts were chosen more than a few times, and the first one never."""
     if isinstance(traffic, RoutingTrace):
-        load_E = np.bincount(traffic.experts[traffic.experts >= 0].ravel(), minlength=traffic.num_experts)
+        load_E = load_LE(traffic.experts, traffic.num_experts).sum(axis=0)
     else:
-        load_E = traffic.load_BLE.sum(axis=(0, 1))
+        load_E = traffic.load_BLE.sum(axis=(0, 1), dtype=np.float64)
     return len(load_E) > 2 and load_E[0] == 0 and bool((load_E[1:] >= FEW).all())
 
 
-def routed_loads(
-    load_BLE: NDArray[np.float64], options: ReadOptions, what: str
-) -> tuple[NDArray[np.float64], list[str]]:
+def rows_alone(array: NDArray[Any], rows: NDArray[np.int64], axis: int) -> NDArray[Any]:
+    """Some rows along an axis: a copy, unless they are all in order."""
+    return array if np.array_equal(rows, np.arange(array.shape[axis])) else sealed(array.take(rows, axis=axis))
+
+
+def routed_loads(load_BLE: NDArray[Any], options: ReadOptions, what: str) -> tuple[NDArray[Any], list[str]]:
     """Loads of routed experts alone, [B, L, E], and notes.
 
     Engines may fuse shared experts with the routed ones: ids from E on, which every token takes. Such columns are cut
@@ -202,7 +210,8 @@ def routed_loads(
     known, top_k = options.router_experts, options.k
     width = load_BLE.shape[2]
     if known is None:
-        last, rest = load_BLE[..., -1].sum(axis=0), load_BLE[..., :-1].sum(axis=(0, 2))
+        last = load_BLE[..., -1].sum(axis=0, dtype=np.float64)
+        rest = load_BLE[..., :-1].sum(axis=(0, 2), dtype=np.float64)
         times = np.divide(rest, last, out=np.zeros_like(rest), where=last > 0)[rest > 0]
         seen = times.size > 1 and 1 <= times[0] < width - 1 and times[0] == round(times[0])
         if not seen or (times != times[0]).any():
@@ -211,7 +220,7 @@ def routed_loads(
                           "together, as a shared expert that an engine fuses has: --model tells"]  # fmt: skip
     if not 0 < width - known <= MAX_SHARED or top_k is None:
         return load_BLE, []
-    tokens_BL1 = load_BLE[..., :known].sum(axis=2, keepdims=True) / top_k
+    tokens_BL1 = load_BLE[..., :known].sum(axis=2, keepdims=True, dtype=np.float64) / top_k
     if not np.allclose(load_BLE[..., known:], tokens_BL1, rtol=1e-6, atol=0):
         return load_BLE, []
     return load_BLE[..., :known], [f"{width - known} fused shared experts behind the {known} routed ones were left out"]
@@ -298,8 +307,7 @@ def copies(*views: Iterable[Mapping[Any, NDArray[Any]]]) -> list[list[int]]:
 
 def names_twice(experts: NDArray[Any]) -> bool:
     """Whether some token, along the last axis, names an expert (or -1) twice, which no router chooses."""
-    ordered = np.sort(experts, axis=-1)
-    return bool((ordered[..., 1:] == ordered[..., :-1]).any())
+    return twice(experts.reshape(len(experts), -1, experts.shape[-1]), free=None) is not None
 
 
 def agree(maps: Sequence[NDArray[Any]]) -> bool:

@@ -16,15 +16,23 @@ from typing import Any, BinaryIO, Literal, cast
 import yaml
 
 from poise.engines.dumps.csv_text import MAX_CSV_BYTES, csv_text, sniff
-from poise.engines.dumps.untrusted import MAX_JSON_BYTES, file_size, integer_npy, json_room, parse_json, read_bytes
+from poise.engines.dumps.untrusted import (
+    MAX_JSON_BYTES,
+    file_size,
+    json_room,
+    npy_file,
+    parse_json,
+    read_bytes,
+    strict_decoder,
+)
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.files import open_regular, read_at_most
+from poise.observe.json_tables import Ragged, read_tables
 from poise.observe.npz import BROKEN, FREE_BYTES, MAX_RATIO, check_directory
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
-MAX_NPY_BYTES = 2 << 30
 MAX_LINES_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
 MAX_DIRECTORY_BYTES = 32 << 20
@@ -32,6 +40,10 @@ MAX_DIRECTORY_BYTES = 32 << 20
 MAX_CSV_ROOM = 16
 """Bytes of memory that a byte of a table may take, as numbers and while they are sorted."""
 GZIP = b"\x1f\x8b"
+LONG_JSON = 16 << 20
+"""From so many bytes on a table in JSON is read piece by piece."""
+TABLES = ("logical_count",)
+TABLE = re.compile(rb'\s*(?:\{\s*"(?:%s)"\s*:\s*)?\[\s*(?:\[\s*)*[-\d]' % "|".join(TABLES).encode())
 YAML_KEYS = re.compile(rb"^(num_slots|initial_global_assignments|layer_updates_per_iter)\s*:", re.MULTILINE)
 DATED = re.compile(rb"\[\d{4}-\d\d-\d\d")
 """How a log line may begin that is no JSON list."""
@@ -94,7 +106,7 @@ def _open(path: Path) -> Part:
         value, room = _torch_files(path).load(path, skip=UNUSED)
         return Part(path, size, "torch", value, room)
     if head.startswith(b"\x93NUMPY"):
-        return Part(path, size, "npy", integer_npy(read_bytes(path, MAX_NPY_BYTES), floats=True))
+        return Part(path, size, "npy", npy_file(path))
     if head[:1] == b"\x80":
         raise TraceError("a bare pickle", hint="pickles are not read; torch.save in its zip format is")
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
@@ -102,6 +114,8 @@ def _open(path: Path) -> Part:
     if head.startswith(GZIP):
         return _packed(path, size)
     if _is_json(head):
+        if size > LONG_JSON and TABLE.match(head):
+            return Part(path, size, "json", _table(path))
         return _json(path, size, read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES))
     if YAML_KEYS.search(head):
         return Part(path, size, "yaml", _yaml(read_bytes(path, MAX_YAML_BYTES)))
@@ -192,6 +206,19 @@ def _json(path: Path, size: int, data: bytes) -> Part:
             return Part(path, size, "json", parse_json(data), room)
         return Part(path, size, "json-lines", [_line(line) for line in _lines(data)], room)
     return Part(path, size, "json", parse_json(data), room)
+
+
+def _table(path: Path) -> Any:
+    """A long table, or an object with one as its first value, read piece by piece."""
+    try:
+        with open_regular(path, TraceError) as stream:
+            return read_tables(stream, TABLES, strict_decoder())
+    except Ragged as error:
+        raise TraceError(f"is no full table: {error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, TraceError):
+            raise
+        raise TraceError(f"not JSON: {str(error)[:200]}", hint="was it cut short?") from None
 
 
 def _lines(data: bytes) -> Iterator[bytes]:

@@ -28,11 +28,19 @@ from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.bare import STEP_NAME, table_of
-from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, check_ids, decoder_layers, num_experts, routed_loads
+from poise.engines.dumps.mapping import (
+    BY_PLACE,
+    MAX_TABLE,
+    check_ids,
+    decoder_layers,
+    num_experts,
+    routed_loads,
+    rows_alone,
+)
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, loads, whole
 from poise.errors import TraceError
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.observe.trace import LoadProfile, RoutingTrace, sealed
 
 LAYER = re.compile(r"\d{1,5}")
 
@@ -43,11 +51,13 @@ def read_exflow(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     shapes = sorted({t.shape[1:] for t in tables})
     if len(shapes) > 1 or 0 in shapes[0] or not sum(map(len, tables)):
         raise TraceError(f"files of [layers, ...] {[list(s) for s in shapes][:4]} with {sum(map(len, tables))} tokens")
-    tokens = np.concatenate(tables)
-    rows, ids, notes = decoder_layers(tokens.shape[1], options.model, parts[0].name)
-    experts, more = num_experts(options, int(tokens[:, rows].max()), parts[0].name)
-    trace = RoutingTrace(tokens[:, rows], experts, layer_ids=ids, name=parts[0].name)
-    return EngineDump("exflow", "top-1", trace=trace, recorded_layers=tokens.shape[1],
+    tokens = sealed(np.concatenate(tables)) if len(tables) > 1 else tables[0]
+    recorded = tokens.shape[1]
+    rows, ids, notes = decoder_layers(recorded, options.model, parts[0].name)
+    tokens = rows_alone(tokens, rows, 1)
+    experts, more = num_experts(options, int(tokens.max()), parts[0].name)
+    trace = RoutingTrace(tokens, experts, layer_ids=ids, name=parts[0].name)
+    return EngineDump("exflow", "top-1", trace=trace, recorded_layers=recorded,
                       layers_by_place=options.model is None, notes=(*_by_place(options), *notes, *more))  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,16 @@ from poise.engines.dumps.mapping import (
     model_layers,
     num_experts,
     routed_loads,
+    rows_alone,
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record, check_size, maps_of, record_of
 from poise.engines.dumps.sglang_tokens import per_token
-from poise.engines.dumps.untrusted import loads, table
+from poise.engines.dumps.untrusted import counts, table
 from poise.errors import NoTrafficError, TraceError
 from poise.observe.ranks import Recorded, named_rank, one_workload
-from poise.observe.trace import MAX_EXPERTS, LoadProfile
+from poise.observe.trace import MAX_EXPERTS, LoadProfile, finite
 
 
 def is_stat(value: Any) -> bool:
@@ -66,8 +67,8 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     files: list[Recorded] = []
     balance: list[float] = []
     for part in parts:
-        count = loads("logical_count", part.value["logical_count"], 2, 3)
-        if not np.isfinite(count).all() or (count < 0).any():
+        count = counts("logical_count", part.value["logical_count"], 2, 3)
+        if not finite(count) or (count.size and count.min() < 0):
             raise TraceError(f"{part.name}: logical_count must be finite and at least 0")
         rank = named_rank(part.path, part.value.get("rank"))
         files.append(Recorded(part.name, rank, count[None] if count.ndim == 2 else count))
@@ -100,9 +101,10 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(
             f"logical_count has load in layer {dense[0]}, a dense layer of the model", hint="check --model"
         )
-    profile = LoadProfile(count[busy][:, rows], ids, options.k or 1, parts[0].name)
+    recorded, count = count.shape[1], rows_alone(rows_alone(count, np.flatnonzero(busy), 0), rows, 1)
+    profile = LoadProfile(count, ids, options.k or 1, parts[0].name)
     return EngineDump("sglang", "stat", profile=profile, balance_B=np.array(balance) if balance else None,
-                      recorded_layers=count.shape[1], notes=(*notes, *more))  # fmt: skip
+                      recorded_layers=recorded, notes=(*notes, *more))  # fmt: skip
 
 
 def read_map(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -122,7 +124,7 @@ def read_detail(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Records of all ranks, one file a rank, as a trace (per token) or loads (per pass)."""
     for part in parts:
         check_size(part)
-    records = [record_of(raw, index, part) for index, part in enumerate(parts) for raw in part.value["records"]]
+    records = [record_of(raw, index, part) for index, part in enumerate(parts) for raw in _taken(part.value["records"])]
     if not records:
         raise TraceError("nothing was recorded", hint="start the recorder, send requests, then dump")
     shapes = {r.count_LS.shape for r in records if r.count_LS is not None}
@@ -136,6 +138,13 @@ def read_detail(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     records.sort(key=lambda r: (r.pass_id, r.rank, r.source))
     read = per_token if tokens else _per_pass
     return read(records, maps, options, notes, parts[0].name)
+
+
+def _taken(items: list[Any]) -> Iterator[Any]:
+    """The items, let go one after another."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _per_pass(

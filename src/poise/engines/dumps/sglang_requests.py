@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from poise.engines.dumps.sglang_records import Tokens
 from poise.errors import TraceError
-from poise.observe.trace import RoutingTrace
+from poise.observe.trace import RoutingTrace, sealed
 
 DECODE, MIXED, VERIFY = 2, 3, 5
 """``ForwardMode``: 1 extends sequences, 2 decodes one token of each, 3 does both, 5 verifies drafted tokens."""
@@ -83,8 +83,13 @@ class Rows:
         if not self.experts:
             raise TraceError(f"none of {self.partial} tokens has experts in every layer that was recorded")
         columns = {key: np.concatenate(value) for key, value in self.columns.items()}
-        chosen = np.concatenate(self.experts)
-        return RoutingTrace(chosen, experts, layer_ids=layer_ids, name=name, **columns)  # type: ignore[arg-type]
+        chosen = np.empty((sum(map(len, self.experts)), *self.experts[0].shape[1:]), np.int16)
+        at = len(chosen)
+        while self.experts:  # each is let go once it is copied
+            piece = self.experts.pop()
+            at -= len(piece)
+            chosen[at : at + len(piece)] = piece
+        return RoutingTrace(sealed(chosen), experts, layer_ids=layer_ids, name=name, **columns)  # type: ignore[arg-type]
 
     def notes(self) -> list[str]:
         """What was left out or assumed."""

@@ -39,11 +39,13 @@ def per_token(
                 hint="if the router has identity (zero) experts, give --zero-experts, or a --model that has them",
             )
         zero_LTK, named_LTK = slot_LTK >= num_slots, slot_LTK  # an identity expert's id, which goes on behind E = S
-        slot_LTK = np.where(zero_LTK, np.int16(-1), slot_LTK)
+        if zero_LTK.any():
+            slot_LTK = np.where(zero_LTK, np.int16(-1), slot_LTK)
         expert_LTK = np.where(slot_LTK < 0, np.int16(-1), short[r.source][layer_L11, slot_LTK])
         if ((slot_LTK >= 0) & (expert_LTK < 0)).any():
             raise TraceError(f"pass {r.pass_id} names a slot that is empty in the map")
-        expert_LTK = np.where(zero_LTK, named_LTK, expert_LTK)
+        if zero_LTK.any():
+            expert_LTK = np.where(zero_LTK, named_LTK, expert_LTK)
         groups = passes.setdefault(r.pass_id, [])
         taker = next((group for group in groups if group.takes(r.tokens, expert_LTK, slot_LTK)), None)
         if taker is not None:
@@ -66,13 +68,14 @@ def per_token(
     ids, layers = model_layers(np.flatnonzero(used_L).tolist(), options.model, "the record")
     if copies:
         notes.append(f"{copies} records hold the tokens of another rank and were merged with it")
-    rows = Rows()
-    for pass_id, groups in passes.items():
-        for group in groups:
-            rows.add(pass_id, group, ids)
-    trace = rows.trace(experts + zeros, np.array(ids, np.int32), name)
     slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots),
                        agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
+    rows = Rows()
+    records.clear()
+    for pass_id in list(passes):
+        for group in passes.pop(pass_id):  # let go: its experts go on in the rows
+            rows.add(pass_id, group, ids)
+    trace = rows.trace(experts + zeros, np.array(ids, np.int32), name)
     return EngineDump("sglang", "per-token", trace=trace, slots=slots, recorded_layers=num_layers,
                       notes=(*notes, *said, *more, *layers, *rows.notes()))  # fmt: skip
 

@@ -21,6 +21,7 @@ from poise.engines.dumps.untrusted import file_size
 from poise.errors import TraceError
 from poise.files import open_regular
 from poise.observe.npz import BROKEN
+from poise.room import require
 
 MAX_PICKLE_BYTES = 32 << 20
 MAX_PICKLE_ROOM = 512 << 20
@@ -157,4 +158,7 @@ class _Plain:
         if self.budget < 0:
             raise TraceError(f"a tensor of shape {list(tensor.shape)[:8]} takes {bytes_} bytes, more than the file has")
         tensor = tensor.detach()
-        return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        require(bytes_, f"a tensor of shape {list(tensor.shape)[:8]}", TraceError)
+        out = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        out.flags.writeable = False
+        return out

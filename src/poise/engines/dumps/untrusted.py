@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from math import prod
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from poise import jsonfile
 from poise.errors import TraceError
-from poise.files import read_bounded, regular_size
-from poise.observe.trace import MAX_EXPERTS
+from poise.files import READ_BYTES, open_regular, read_bounded, regular_size
+from poise.observe.trace import MAX_EXPERTS, kept
+from poise.room import require
 
 MAX_FILE_BYTES = 8 << 30
 MAX_JSON_BYTES = 128 << 20
@@ -64,9 +66,14 @@ def parse_json(data: bytes) -> Any:
         raise TraceError(f"a value of {len(data)} bytes in JSON, at most {MAX_JSON_BYTES} are read")
     json_room(data)
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
+        return json.loads(data, **STRICT)
     except (ValueError, RecursionError) as error:
         raise TraceError(f"not JSON: {str(error)[:200]}", hint="was it cut short?") from None
+
+
+def strict_decoder() -> json.JSONDecoder:
+    """What :func:`parse_json` parses by."""
+    return json.JSONDecoder(**STRICT)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,6 +87,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
+
+
+STRICT: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_number}
 
 
 def table(name: str, value: Any, *ndims: int, low: int = 0, high: int = BIG) -> NDArray[np.int64]:
@@ -96,7 +106,7 @@ def table(name: str, value: Any, *ndims: int, low: int = 0, high: int = BIG) -> 
 
 def id_table(name: str, value: Any, *ndims: int, low: int = 0, high: int = MAX_EXPERTS - 1) -> NDArray[np.int16]:
     """Experts or slots as int16, up to MAX_EXPERTS at most; else as :func:`table`, in a quarter of its memory."""
-    return _whole_numbers(name, value, ndims, low, high).astype(np.int16)
+    return kept(_whole_numbers(name, value, ndims, low, high), np.int16)
 
 
 def _whole_numbers(name: str, value: Any, ndims: tuple[int, ...], low: int, high: int) -> NDArray[Any]:
@@ -112,12 +122,17 @@ def _whole_numbers(name: str, value: Any, ndims: tuple[int, ...], low: int, high
 
 def loads(name: str, value: Any, *ndims: int) -> NDArray[np.float64]:
     """Numbers as float64, of one of the dimensions ``ndims``, range unchecked. Raises as :func:`table`."""
+    return counts(name, value, *ndims).astype(np.float64)
+
+
+def counts(name: str, value: Any, *ndims: int) -> NDArray[Any]:
+    """As :func:`loads`, in the type that they have, read-only."""
     array = _array(name, value, max(ndims), {int, float})
     if array.dtype.kind not in "iuf" or array.ndim not in ndims:
         raise TraceError(
             f"{name} must be numbers in {' or '.join(map(str, ndims))} dimensions, got {array.dtype} {array.shape}"
         )
-    return array.astype(np.float64)
+    return kept(array)
 
 
 def _array(name: str, value: Any, depth: int, kinds: set[type]) -> NDArray[Any]:
@@ -155,6 +170,32 @@ def whole(name: str, value: Any, low: int = 0, high: int = BIG) -> int:
     return value
 
 
+def npy_file(path: Path, most: int = MAX_FILE_BYTES) -> NDArray[Any]:
+    """The array of a ``.npy`` file of whole numbers or floats, read-only.
+
+    Raises
+    ------
+    TraceError : as :func:`integer_npy`, a file of more than ``most`` bytes, or one that does not fit into memory.
+    """
+    with open_regular(path, TraceError) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise TraceError(f"{size} bytes, at most {most} are read")
+        start, dtype, shape, fortran = _npy_header(stream.read(4096), size, floats=True)
+        require(size, f"an array {list(shape)} of {dtype}", TraceError)
+        out = np.empty(prod(shape), dtype)
+        stream.seek(start)
+        view, at = memoryview(out).cast("B"), 0
+        while at < len(view):
+            read = stream.readinto(view[at : at + READ_BYTES])  # type: ignore[attr-defined]
+            if not read:
+                raise TraceError(f"ends after {at} of {len(view)} bytes", hint="the file is truncated")
+            at += read
+    out = out.reshape(shape, order="F" if fortran else "C")
+    out.flags.writeable = False
+    return out
+
+
 def integer_npy(data: bytes, *, floats: bool = False) -> NDArray[Any]:
     """An array of whole numbers (or ``floats``) in numpy's own format; a view of ``data``.
 
@@ -162,19 +203,25 @@ def integer_npy(data: bytes, *, floats: bool = False) -> NDArray[Any]:
     ------
     TraceError : another type of array, or another size than its header claims.
     """
-    match = NPY.match(data[:4096])
+    start, dtype, shape, fortran = _npy_header(data[:4096], len(data), floats=floats)
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+
+
+def _npy_header(head: bytes, held: int, *, floats: bool) -> tuple[int, np.dtype[Any], tuple[int, ...], bool]:
+    """Where the numbers of ``held`` bytes begin, their type and shape, and whether they are stored by columns."""
+    match = NPY.match(head)
     if match is None or (b"f" in match[3] and not floats):
         raise TraceError("not a numpy array of whole numbers", hint="save plain integers with numpy.save")
     width, raw = (2, match[1]) if match[1] is not None else (4, match[2])
     start = 8 + width + int.from_bytes(raw, "little")
     dtype, shape = np.dtype(match[3].decode()), tuple(int(n) for n in match[5].split(b","))
-    size, held = prod(shape) * dtype.itemsize, len(data) - start
-    if held != size:
+    size = prod(shape) * dtype.itemsize
+    if held - start != size:
         raise TraceError(
-            f"claims shape {list(shape)} of {dtype}, {size} bytes, but holds {held}",
+            f"claims shape {list(shape)} of {dtype}, {size} bytes, but holds {held - start}",
             hint="the file is truncated or damaged",
         )
-    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if match[4] == b"True" else "C")
+    return start, dtype, shape, match[4] == b"True"
 
 
 def listed(values: Iterable[str], most: int = 6) -> str:
