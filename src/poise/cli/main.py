@@ -8,6 +8,7 @@ import typer
 
 from poise import __version__
 from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
+from poise.cli.options import compiling
 
 app = typer.Typer(
     name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -52,4 +53,5 @@ for verb in (
 
 def main() -> None:
     """Entry point."""
-    app()
+    with compiling():
+        app()

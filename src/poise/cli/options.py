@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from poise.compiled import COMPILATION
 from poise.errors import InputError, OptionError, PoiseError
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
@@ -21,8 +22,8 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 talk = Console(stderr=True, highlight=False)
 
 TIME_LIMIT = (
-    "Seconds of search a method may take. On top come its starts from other methods, prices and bounds, a second plan "
-    "without redundant slots, in 'plan' the verdict's half of both, and once compiling."
+    "Seconds a method may take for its plan and the price of it. On top come half as many for a second plan without "
+    "redundant slots, judging, and once compiling."
 )
 
 Traces = Annotated[
@@ -56,6 +57,14 @@ EngineName = Annotated[
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)]
+Work = Annotated[
+    float | None,
+    typer.Option(
+        "--work",
+        help="Search for so many million elementary updates, about 1/30 s each, instead of --time-limit: no clock, and the "
+        "same plan on every machine for a seed.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
 Ranks = Annotated[
     str | None,
@@ -89,6 +98,17 @@ def errors() -> Iterator[None]:
 
 def _plain(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Say on stderr that functions are compiled, and at the end how many and in what time."""
+    COMPILATION.on_first = lambda: talk.print("compiling, which is done once ...")
+    try:
+        yield
+    finally:
+        if COMPILATION.count:
+            talk.print(f"compiled {COMPILATION.count} functions in {COMPILATION.seconds:.0f} s, once")
 
 
 @contextmanager

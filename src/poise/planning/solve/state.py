@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 class Data(NamedTuple):
     """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in one alters;
-    ``keep_full``: no change may leave a slot empty.
+    ``keep_full``: no change may leave a slot empty; ``stop`` [1]: not 0 once the clock has run out.
     """
 
     rows: Rows
@@ -69,6 +69,7 @@ class Data(NamedTuple):
     out_bytes: float
     back_bytes: float
     keep_full: bool
+    stop: NDArray[np.int64]
 
 
 class State(NamedTuple):
@@ -118,6 +119,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         out_bytes=model.dispatch_bytes_per_token,
         back_bytes=model.combine_bytes_per_token,
         keep_full=not problem.engine.empty_slots,
+        stop=np.zeros(1, np.int64),
     )
 
 
