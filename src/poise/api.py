@@ -130,8 +130,8 @@ def plan(
         be for another number of devices: device d of it is device d of the cluster (else
         :meth:`poise.planning.elastic.RankMap.number` first).
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
-    time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and a second plan
-        without redundant slots (:func:`poise.planning.solve.solve.solve`).
+    time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and a second
+        plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
 
     Raises
     ------
@@ -186,8 +186,8 @@ def verdict(
     **options: Any,
 ) -> str | None:
     """What planning by ``method`` gains over what runs now (default: contiguous), fitted on one half of the traffic and
-    judged on the other; None where the traffic cannot be halved, or the clock of a budget has run out. ``options`` as in
-    :func:`compare`.
+    judged on the other; None where the traffic cannot be halved, or the clock of a budget has run out. ``options`` as
+    in :func:`compare`.
 
     A current placement for another number of devices cannot be replayed on the cluster: contiguous stands for it, and
     the sentence says so.

@@ -45,7 +45,7 @@ def test_the_published_counterexample_is_solved_and_proven():
     plan, value = even_optimum(PUBLISHED, np.full(8, 2))
     assert value == pytest.approx(590 / 3) and fullest(plan, PUBLISHED) == pytest.approx(590 / 3)
     assert plan.sum(axis=0).max() <= 2 and plan.max() == 1
-    solution = solve(of_loads(PUBLISHED[None, None] * 1000, np.full(8, 2)), time_limit_s=1)
+    solution = solve(of_loads(PUBLISHED[None, None] * 1000, np.full(8, 2)), work=30)
     assert solution.imbalance == pytest.approx(590 / 3 / 181.25)
 
 
@@ -129,7 +129,7 @@ def test_risk_trades_the_mean_for_the_worst_workload():
     assert base.risk_seconds(seconds) == pytest.approx(1.1)
     assert replace(base, risk="worst").risk_seconds(seconds) == 3.0
     assert replace(base, risk="cvar").risk_seconds(seconds) == pytest.approx((0.05 * 3 + 0.2 * 1) / 0.25)
-    found = solve(replace(base, risk="worst"), time_limit_s=1.5)
+    found = solve(replace(base, risk="worst"), work=45)
     assert found.details["risk"] == "worst"
     for step in range(2):
         assert fullest(found.placement.count_LED()[0], load[step, 0]) <= 1e6 + 1
@@ -142,8 +142,8 @@ def test_a_move_that_costs_more_than_it_saves_is_not_made():
     load = rng.lognormal(sigma=0.5, size=(1, 2, 16)) * 1e4
     problem = of_loads(load, np.full(4, 4))
     current = solve(problem, method="round-robin").placement
-    stuck = solve(replace(problem, current=current, migration_steps=1e-3), time_limit_s=1).placement
-    free = solve(replace(problem, current=current, migration_steps=1e9), time_limit_s=1).placement
+    stuck = solve(replace(problem, current=current, migration_steps=1e-3), work=30).placement
+    free = solve(replace(problem, current=current, migration_steps=1e9), work=30).placement
     assert current.diff(stuck).fetched == 0 and current.diff(free).fetched > 0
     assert problem.migration_seconds(free) == 0
     with pytest.raises(OptionError, match="current placement"):

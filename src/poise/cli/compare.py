@@ -73,8 +73,8 @@ def compare(
                 placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, model=model,
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), time_limit_s=time_limit,
-                work=work, seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots, predictor=predictor,
-                steps=steps, warm_up=warm_up, engine=engine, progress=report,
+                work=work, seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots,
+                predictor=predictor, steps=steps, warm_up=warm_up, engine=engine, progress=report,
             )  # fmt: skip
         show(result, html, json)
 

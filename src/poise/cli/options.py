@@ -61,8 +61,8 @@ Work = Annotated[
     float | None,
     typer.Option(
         "--work",
-        help="Search for so many million elementary updates, about 1/30 s each, instead of --time-limit: no clock, and the "
-        "same plan on every machine for a seed.",
+        help="Million elementary updates of search, about 1/30 s each, instead of --time-limit: no clock, and with a "
+        "seed the same plan on every machine.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]

@@ -27,8 +27,8 @@ from poise.planning.problem import RISKS, Solution
 from poise.words import percent
 
 TIME_LIMIT = (
-    "Seconds for all after reading: search, prices and bound, a second plan without redundant slots, verdict. Compiling, "
-    "once, is not counted."
+    "Seconds for all after reading: search, prices and bound, a second plan without redundant slots, verdict. "
+    "Compiling is not counted."
 )
 VERDICT_SHARE = 0.25
 

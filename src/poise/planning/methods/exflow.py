@@ -217,7 +217,7 @@ def descend(
     rng = np.random.default_rng(seed)
     blocks = np.repeat(np.arange(len(sizes_P)), sizes_P)
     best = np.tile(blocks, (layers, 1))
-    left = max(1, int(budget.seconds / (2 * layers * ASSIGNMENT_SECONDS * len(blocks) ** 2)))
+    left = max(1, int(budget.seconds / (2 * layers * ASSIGNMENT_SECONDS * max(1, len(blocks)) ** 2)))
     value, done = _sweep(flow, best, sizes_P, min(setting.sweeps, left), budget)
     left -= done
     for start in range(1, setting.starts):

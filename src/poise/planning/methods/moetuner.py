@@ -273,7 +273,7 @@ def _ilp2_path(
         )
         milp.row(want, np.stack(picks), held, want)
     try:
-        got = milp.solve(budget=budget, stage="moetuner", rel_gap=ILP2_GAP)
+        got = milp.solve(budget=budget, stage="moetuner", rel_gap=ILP2_GAP, needed=True)
     except InfeasibleError:
         raise _no_equal_memory(size_LC) from None
     path = [int(got.values[pick].argmax()) for pick in picks]
@@ -302,7 +302,7 @@ def _equal_memory(size_LC: NDArray[np.int64], budget: Budget) -> NDArray[np.int6
     for gpu in range(num):
         milp.row(want, y[:, :, gpu], size_LC, want)
     try:
-        got = milp.solve(budget=budget, stage="moetuner")
+        got = milp.solve(budget=budget, stage="moetuner", needed=True)
     except InfeasibleError:
         raise _no_equal_memory(size_LC) from None
     return got.values[y].argmax(axis=2)

@@ -49,7 +49,7 @@ def price_seconds(problem: PlacementProblem) -> float:
     """One :func:`poise.cost.step.batch_cost`."""
     n = Sizes.of(problem)
     steps = n.layers * n.steps * (2.4e-8 * (n.slots + 4 * n.devices) + 1e-4 * (problem.split == "exact"))
-    each = 1.7e-8 * n.devices if problem.traffic == "stay" else 7e-8
+    each = 1.7e-8 * n.devices if problem.traffic == "stay" else 5e-8
     return steps + n.layers * n.tokens * n.top_k * each
 
 
@@ -66,9 +66,11 @@ def state_seconds(problem: PlacementProblem) -> float:
     return loads + n.layers * n.tokens * (ROW + 2 * ROW_STATE * (n.top_k + n.devices))
 
 
-def start_seconds(problem: PlacementProblem, name: str) -> float:
-    """A method as a start of ``poise``; what a method does within its own budget is not counted."""
+def start_seconds(problem: PlacementProblem, name: str, seconds: float) -> float:
+    """A method as a start of ``poise``, with a budget of some seconds of its own."""
     n = Sizes.of(problem)
+    if name in ("poise-stay", "exflow"):
+        return 1e-5 * n.layers * n.tokens**0.5 + 0.6 * min(seconds, 0.5 * n.layers)
     by_layer = {
         "flash-lb": 6e-5 * n.slots,
         "swift-balance": 2e-5 * n.slots,
@@ -84,7 +86,7 @@ def start_seconds(problem: PlacementProblem, name: str) -> float:
 def some_steps(problem: PlacementProblem, seconds: float, needed: float) -> PlacementProblem:
     """The problem on as many of its steps, spread evenly, as make what needs ``needed`` seconds take ``seconds``."""
     steps = problem.batch.num_steps
-    kept = max(1, min(steps, ceil(steps * seconds / max(needed, 1e-300))))
+    kept = steps if needed <= seconds else max(1, ceil(steps * seconds / needed))
     return problem if kept == steps else replace(problem, batch=_thinned(problem, kept))
 
 

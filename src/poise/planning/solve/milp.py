@@ -17,8 +17,8 @@ from poise.errors import InfeasibleError, NoResultError
 from poise.planning.budget import Budget
 
 INF = highspy.kHighsInf
-NODE_COLUMNS_PER_SECOND = 500_000
-"""Nodes of the branch and bound times columns in a nominal second."""
+ROOT_COLUMN, NODE_COLUMN, LEAST_NODES = 2.5e-3, 3e-5, 100
+"""Nominal seconds a column takes at the root and at each further node; nodes of a programme that nothing replaces."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,17 +79,18 @@ class Milp:
 
     def solve(
         self, *, budget: Budget, stage: str, abs_gap: float = 1e-6, rel_gap: float = 0.0,
-        most_nodes: int | None = None, start: NDArray[Any] | None = None,
+        most_nodes: int | None = None, needed: bool = False, start: NDArray[Any] | None = None,
     ) -> MilpResult:  # fmt: skip
-        """Run to a gap, to as many nodes as the budget has seconds for, or until its clock cuts ``stage``.
+        """Run to a gap, to as many nodes as the budget has seconds for, or until its clock cuts ``stage``. One that is
+        ``needed`` runs at least some nodes and a moment.
 
         Raises
         ------
         InfeasibleError : HiGHS proved that nothing meets the constraints.
         NoResultError : the budget is too small for so many columns, or was used up before any solution was found.
         """
-        nodes = int(budget.seconds * NODE_COLUMNS_PER_SECOND / self.size)
-        if not nodes or budget.over(stage):
+        nodes = max(int((budget.seconds / self.size - ROOT_COLUMN) / NODE_COLUMN), LEAST_NODES if needed else 0)
+        if not nodes or (budget.over(stage) and not needed):
             raise NoResultError(f"{self.size} columns are too many for {budget.seconds:.1f} s of HiGHS",
                                 hint="raise --time-limit")  # fmt: skip
         self.model.setOptionValue("time_limit", min(max(0.05, budget.left()), highspy.kHighsInf))

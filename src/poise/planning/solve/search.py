@@ -62,9 +62,9 @@ SHIFT, SHIFTS = 0.15, 8
 WORTH = 0.03
 """Share of the shifted cost for which step 4 gives up some of the fitted one."""
 MAX_ROWS = 3_000_000
-OVERHEAD, LEAST_SEARCH, UNTIL = 0.4, 0.2, 0.85
-"""Shares of the seconds: most for prices and data, where there are steps to leave out; least for steps 2 and 3; when the
-clock ends those.
+OVERHEAD, LEAST_SEARCH, UNTIL = 0.5, 0.2, 0.95
+"""Shares of the seconds: most for prices and data, where there are steps to leave out; least for steps 2 and 3; when
+the clock ends those.
 """
 OPTIONS = 6
 """Placements that are priced beside the starts."""
@@ -377,7 +377,7 @@ def search(
     budget, whole = Budget.of(time_limit_s), problem
     each = price_seconds(problem) * (1 + (problem.split != "even"))
     overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
-    problem = some_steps(problem, OVERHEAD * budget.seconds, overhead)
+    problem = some_steps(problem, OVERHEAD * budget.seconds + max(0.0, -behind_s), overhead)
     proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
     data = make_data(problem, MAX_ROWS)
     pool: list[Placement] = []

@@ -34,8 +34,8 @@ from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
 
 RISK_ROUNDS = 3
-STARTS_SHARE, SEARCH_SHARE, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.9, 0.1
-"""Shares of a budget: starts, the search from them and when the clock ends it, the price of the result."""
+STARTS_SHARE, SEARCH_SHARE, SLACK, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.32, 0.95, 0.1
+"""Shares of a budget: at most for starts; search; what may be used before it is shortened; its end; the last price."""
 AFFINITY_SIZE = 4096
 """Layers * experts * devices up to which plans for ``stay`` traffic are starts under any other too."""
 
@@ -89,7 +89,7 @@ def _step_seconds(problem: PlacementProblem, placement: Placement) -> NDArray[np
 
 
 def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progress: Progress | None) -> MethodResult:
-    starts: list[Placement] = []
+    starts = carry.starts(problem)
     left_out: list[str] = []
     early = budget.part(STARTS_SHARE)
     small = problem.batch.num_layers * problem.batch.num_experts * problem.num_devices <= AFFINITY_SIZE
@@ -97,20 +97,20 @@ def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progre
     for name in STARTS + (STAY_STARTS if problem.traffic == "stay" or small else ()):
         if METHODS[name].pooled and not problem.pooled:
             continue
-        needs = start_seconds(problem, name)
+        own = early.part(0.5, until=1.0)
+        needs = start_seconds(problem, name, own.seconds)
         if starts and (taken + needs > early.seconds or early.over("starts")):
             left_out.append(name)
             continue
         try:
-            result = METHODS[name].plan(problem, time_limit_s=early.part(0.5, until=1.0), seed=seed)
+            result = METHODS[name].plan(problem, time_limit_s=own, seed=seed)
             problem.check(result.placement)
         except NoResultError:
             continue
         taken += needs
         starts.append(result.placement)
-    starts += carry.starts(problem)
     found = search.search(problem, starts, time_limit_s=budget.part(SEARCH_SHARE, until=SEARCH_UNTIL), seed=seed,
-                          progress=progress, behind_s=taken - (1 - SEARCH_SHARE - 0.1) * budget.seconds)  # fmt: skip
+                          progress=progress, behind_s=taken - SLACK * budget.seconds)  # fmt: skip
     return replace(found, details={**found.details, "starts_left_out": left_out}) if left_out else found
 
 
