@@ -1,50 +1,19 @@
 """Small random machines, traffic and placements that brute force can go through."""
 
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from itertools import product
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 
 from poise.cluster import Cluster
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
-from poise.planning.solve import milp
-
-NODES = 300
-"""Branch-and-bound nodes of an integer programme that no clock cuts short."""
 
 
 def few_or(many: int, few: int) -> int:
     """How many random examples: ``few`` in ``make test``, ``many`` in ``make test-all``, which sets POISE_MANY=1."""
     return many if os.environ.get("POISE_MANY") else few
-
-
-@contextmanager
-def unhurried() -> Iterator[None]:
-    """Work cuts planning short, the clock never does: what is found depends neither on the machine nor on its load.
-
-    Searches have a budget of updates beside their time limit, and integer programmes get one of nodes.
-    """
-    still = SimpleNamespace(monotonic=lambda: 0.0, perf_counter=lambda: 0.0)
-    modules = [m for name, m in list(sys.modules.items()) if name.startswith("poise.planning")]
-    solve = milp.Milp.solve
-
-    def by_nodes(self, *, time_limit_s, **options):
-        self.model.setOptionValue("mip_max_nodes", NODES)
-        return solve(self, time_limit_s=3600.0, **options)
-
-    with ExitStack() as stack:
-        for module in modules:
-            if getattr(module, "time", None) is time:
-                stack.enter_context(patch.object(module, "time", still))
-        stack.enter_context(patch.object(milp.Milp, "solve", by_nodes))
-        yield
 
 
 def tiny_cluster(rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False) -> Cluster:

@@ -60,7 +60,7 @@ def rest() -> None:
         problem = PlacementProblem(batch, cluster, model, np.full(4, 3), traffic)
         for method in METHODS:
             try:
-                solution = solve(problem, method=method, time_limit_s=0.05)
+                solution = solve(problem, method=method, work=1.5)
             except NoResultError:
                 continue
     for policy in POLICIES.values():

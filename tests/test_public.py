@@ -27,9 +27,9 @@ TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step"
 OPTIONS = {
     "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--json"},
     "inspect": {"--json"},
-    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
+    "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
                       "--verdict", "--engine", "--json"},
-    "compare": TRAFFIC | {"--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
+    "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--json"},
     "breakeven": {"--cluster", "--model", "--placement", "--sizes", "--step-slots", "--skew", "--steps", "--traffic",
                   "--window-us", "--control-us", "--seed", "--json"},

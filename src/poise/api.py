@@ -23,6 +23,7 @@ from poise.evaluate.rows import (
     fewer_slots,
     free_name,
     held_row,
+    judged_steps,
     planned_rows,
     silent_defaults,
     split_traffic,
@@ -34,15 +35,20 @@ from poise.observe.batching import Order, make_batch
 from poise.observe.files import join, read
 from poise.observe.fingerprint import NO_TRAFFIC, fingerprint
 from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.provenance import Provenance
-from poise.planning.solve.solve import METHODS, solve
+from poise.planning.solve.solve import METHODS, solve, without_redundant
 from poise.version import VERSION
 
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
+SECOND_PLAN = 0.2
+"""Share of a budget for a plan without redundant slots."""
+JUDGE = 0.3
+"""Share of a budget for judging, where it is for more than planning."""
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
@@ -100,7 +106,8 @@ def plan(
     current: str | Path | Placement | None = None,
     migration_steps: float = 1000.0,
     risk: Risk = "mean",
-    time_limit_s: float = 20.0,
+    time_limit_s: Limit = 20.0,
+    work: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Solution:
@@ -123,7 +130,8 @@ def plan(
         be for another number of devices: device d of it is device d of the cluster (else
         :meth:`poise.planning.elastic.RankMap.number` first).
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
-    time_limit_s : for methods that can use it.
+    time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and a second
+        plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
 
     Raises
     ------
@@ -137,8 +145,11 @@ def plan(
     running = None if current is None else hold(_placement(current), rules)[0]
     problem = PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), pooled, running,
                                migration_steps, risk, rules)  # fmt: skip
-    solution = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed, progress=progress)
-    fewer = fewer_slots(problem, solution, time_limit_s / 2, seed)
+    budget = Budget.of(time_limit_s, work)
+    second = SECOND_PLAN if method == "poise" and without_redundant(problem) is not None else 0.0
+    first = budget.part(1 - second)
+    solution = solve(problem, method=method, time_limit_s=first, seed=seed, progress=progress)
+    fewer = fewer_slots(problem, solution, budget.part(second, until=1.0), seed) if second else None
     details = dict(solution.details)
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
@@ -146,12 +157,18 @@ def plan(
         details["notes"] = notes
     if defaults := silent_defaults(found, None if model is None else sizes, tokens_per_step, batch):
         details["defaults"] = defaults
+    if budget.cuts:
+        details["cut_by_clock"] = sorted(budget.cuts)
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
     held = NONE.name if pooled or METHODS[method].pooled else engine  # no engine counts slots over all layers
     about = {"traffic": found.name, "version": VERSION, "seed": str(seed), "engine": held, "method": method,
              "batch": batch.order}  # fmt: skip
+    if "cut_by_clock" in solution.details:
+        about["cut_by_clock"] = ", ".join(solution.details["cut_by_clock"])
+    if budget.work is not None:
+        about["work"] = f"{budget.work:g}"
     kept = NO_TRAFFIC if not METHODS[method].fitted else fingerprint(found)
     return replace(solution, placement=replace(solution.placement, fitted=Provenance(kept, about)), details=details)
 
@@ -169,7 +186,8 @@ def verdict(
     **options: Any,
 ) -> str | None:
     """What planning by ``method`` gains over what runs now (default: contiguous), fitted on one half of the traffic and
-    judged on the other; None where the traffic cannot be halved. ``options`` as in :func:`compare`.
+    judged on the other; None where the traffic cannot be halved, or the clock of a budget has run out. ``options`` as
+    in :func:`compare`.
 
     A current placement for another number of devices cannot be replayed on the cluster: contiguous stands for it, and
     the sentence says so.
@@ -181,6 +199,9 @@ def verdict(
         return None
     if method in METHODS and METHODS[method].pooled and options.get("engine", "any") == "any":
         options = {**options, "engine": "none"}
+    limit = options.get("time_limit_s")
+    if isinstance(limit, Budget) and limit.over("verdict"):
+        return None
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     said = ""
     if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
@@ -215,7 +236,8 @@ def compare(
     engine: str = "any",
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
-    time_limit_s: float = 10.0,
+    time_limit_s: Limit = 10.0,
+    work: float | None = None,
     seed: int = 0,
     fast: Sequence[str] = (),
     fast_over: str | None = None,
@@ -242,6 +264,9 @@ def compare(
         every token once.
     warm_up : steps before those that run but are not judged; default 5 with ``fast``, else none.
 
+    time_limit_s, work : seconds or units of work for each method; its second plan takes half as many on top. A budget
+        that was begun is for all together, judging included.
+
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
     """
     whole = load(trace)
@@ -257,7 +282,6 @@ def compare(
                                    sample=not fast)  # fmt: skip
         prints[name] = fingerprint(found)
         del found  # one part at a time
-    notes += tuple(f"{name}: {batch.sampled} are priced" for name, batch in batches.items() if batch.sampled)
     batch = batches[IN_SAMPLE]
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)
@@ -277,13 +301,21 @@ def compare(
             else:
                 entries.append(held_row(free_name(name, entries), file, rules, slots_D, said))
         elif item in METHODS:
-            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], time_limit_s, seed, said, defaults)
+            if isinstance(time_limit_s, Budget):
+                own = time_limit_s.part(1 - JUDGE)
+            else:
+                own = Budget(1.5 * time_limit_s, work=None if work is None else 1.5 * work)
+            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
     said += elastic_notes(entries, sizes if model is not None else None)
     entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
+    if isinstance(time_limit_s, Budget) and not fast:
+        share = JUDGE * time_limit_s.seconds / len(batches)
+        batches = {name: judged_steps(problem, part, len(entries), share) for name, part in batches.items()}
+    said += [f"{name}: {part.sampled} are priced" for name, part in batches.items() if part.sampled]
     return compare_entries(
         batches, entries, cluster=machine, model=sizes, traffic=flow, split=chosen, slots_D=slots_D, notes=said,
         warm_up=skip, prints=prints, defaults=defaults, engine=rules,

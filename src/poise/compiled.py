@@ -37,6 +37,11 @@ class Compilation:
         self.on_first: Callable[[], None] | None = None
         self._open: list[tuple[Any, float]] = []
 
+    def spent(self) -> float:
+        """Seconds so far, of a function that is being compiled too."""
+        opened = self._open[:1]
+        return self.seconds + (time.perf_counter() - opened[0][1] if opened else 0.0)
+
     def start(self, who: Any) -> None:
         """A function is about to be compiled."""
         if self.on_first is not None and not self.count:

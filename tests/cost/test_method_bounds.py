@@ -48,7 +48,7 @@ NOT_FOR_ALL = {
 def test_no_method_plans_below_its_bound(name, seed, traffic, split, loads, nodes, experts, spare, pooled):
     problem = random_problem(seed, traffic, split, loads, nodes, experts, spare, pooled)
     try:
-        solution = solve(problem, method=name, time_limit_s=0.1, seed=seed)
+        solution = solve(problem, method=name, work=3, seed=seed)
     except NoResultError:
         assert name in NOT_FOR_ALL
         return

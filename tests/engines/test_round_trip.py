@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tests.cli.test_cli import run
 from tests.engines.checkpoint_cases import write_checkpoint
-from tests.helpers import unhurried
 
 import poise
 from poise.engines.dump import placement_of
@@ -49,7 +48,6 @@ def back(placement, target, folder):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@unhurried()
 def test_what_was_exported_costs_what_was_priced(target, tmp_path):
     engine = ENGINE_OF.get(target, target)
     redundant = 4 if ENGINES[engine].replicas else 0
@@ -57,7 +55,7 @@ def test_what_was_exported_costs_what_was_priced(target, tmp_path):
     if target == "checkpoint":  # of three layers, all of them MoE layers
         model = replace(MODEL, num_hidden_layers=3, moe_layer_ids=(0, 1, 2))
         write_checkpoint(tmp_path / "checkpoint", "minimax")
-    options = {"model": model, "redundant": redundant, "engine": engine, "tokens_per_step": 96, "time_limit_s": 0.1}
+    options = {"model": model, "redundant": redundant, "engine": engine, "tokens_per_step": 96, "work": 3}
     first, second = traffic(layers=model.moe_layer_ids).split_requests()
     table = poise.compare(second, "2x2:h100", fit=first, placements=ROWS, **options)
     assert len(table.entries) >= len(ROWS) - 1
@@ -76,10 +74,9 @@ def test_what_was_exported_costs_what_was_priced(target, tmp_path):
             np.testing.assert_allclose(theirs, mine, rtol=1e-9)
 
 
-@unhurried()
 def test_plan_gives_the_placement_of_its_row():
     first, second = traffic(3).split_requests()
-    options = {"model": MODEL, "redundant": 4, "tokens_per_step": 96, "time_limit_s": 0.2}
+    options = {"model": MODEL, "redundant": 4, "tokens_per_step": 96, "work": 6}
     table = poise.compare(second, "2x2:h100", fit=first, placements=("contiguous", "lpt", "eplb", "poise"), **options)
     for entry in table.entries:
         if entry.name in METHODS:
@@ -88,7 +85,6 @@ def test_plan_gives_the_placement_of_its_row():
             assert made.fitted is not None and made.fitted.about["engine"] == "any"
 
 
-@unhurried()
 def test_the_verdict_of_plan_is_that_of_its_file_once_exported(tmp_path):
     """On the command line, from end to end."""
     first, second = traffic(5).split_requests()

@@ -135,7 +135,7 @@ def test_every_method_plans_from_a_placement_for_other_devices(before, after, tr
     problem = PlacementProblem(batch, Cluster.uniform(1, after), tiny_model(batch), slots, traffic, current=current,
                                migration_steps=10.0)  # fmt: skip
     for method in ("swift-balance", "flash-lb", "poise"):
-        got = solve(problem, method=method, time_limit_s=0.2)
+        got = solve(problem, method=method, work=6)
         wire = problem.cluster.intra_bytes_per_s
         assert problem.migration_seconds(got.placement) == pytest.approx(
             current.diff(got.placement).fetched_D.max() * problem.model.expert_bytes / wire / 10 / 2
@@ -151,7 +151,7 @@ def test_a_plan_from_fewer_slots_than_are_held_is_no_error():
     batch = load_batch(rng, experts=6)
     current = Placement.from_counts(np.ones((2, 6, 2), int))
     problem = PlacementProblem(batch, Cluster.uniform(1, 2), tiny_model(batch), np.array([3, 3]), current=current)
-    got = solve(problem, time_limit_s=0.2)
+    got = solve(problem, work=6)
     assert current.diff(got.placement).fetched == 0
 
 

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model, unhurried
+from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cluster import Cluster, from_preset
 from poise.errors import NoResultError
 from poise.modelspec import ModelSpec
 from poise.observe.batching import make_batch
 from poise.observe.synthetic import planted_affinity, zipf_trace
+from poise.planning.budget import Budget
 from poise.planning.methods import exflow
 from poise.planning.methods.exflow import GRID, PUBLISHED, ExFlowSetting
 from poise.planning.problem import PlacementProblem
 
-FAR = float("inf")
+FAR = Budget(1e9)
 
 
 def layouts(sizes):
@@ -61,7 +62,7 @@ def test_the_integer_programme_equals_brute_force(seed, shape):
     assert [np.bincount(row, minlength=len(sizes)).tolist() for row in part] == [sizes.tolist()] * layers
     assert exflow.crossings(flow, part) == pytest.approx(best, abs=1e-6)
     assert bound == pytest.approx(best, abs=1e-4)
-    descended = exflow.descend(flow, sizes, layers, PUBLISHED, seed=seed, end=FAR)
+    descended = exflow.descend(flow, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
     assert exflow.crossings(flow, descended) >= best - 1e-9
 
 
@@ -91,7 +92,7 @@ def test_descent_keeps_sizes_and_is_never_worse_than_contiguous(seed, parts, lay
     sizes = rng.integers(1, per_part + 1, parts)
     members = int(sizes.sum())
     flow = rng.random((layers - 1, members, members)) ** 4
-    part = exflow.descend(flow, sizes, layers, PUBLISHED, seed=seed, end=FAR)
+    part = exflow.descend(flow, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
     assert part.shape == (layers, members)
     assert all((np.bincount(row, minlength=parts) == sizes).all() for row in part)
     contiguous = np.tile(np.repeat(np.arange(parts), sizes), (layers, 1))
@@ -173,7 +174,6 @@ def test_one_layer_and_one_device_leave_nothing_to_cut():
     assert alone.details["hop_cost"] == 0 and alone.details["stages"] == []
 
 
-@unhurried()
 def test_the_seed_decides():
     problem = problem_of(zipf_trace(num_tokens=600, num_layers=4, num_experts=16, stickiness=0.5), "2x4", [2] * 8)
     few = ExFlowSetting(starts=2)

@@ -7,6 +7,7 @@ SOLVES, THREADS = 50, 3
 CODE = f"""
 import ctypes, os, sys, threading
 import numpy as np
+from poise.planning.budget import Budget
 from poise.planning.solve.milp import Milp
 
 sys.setswitchinterval(1e-5)
@@ -25,7 +26,7 @@ for seed in range({SOLVES}):
     columns = milp.columns(cost)
     milp.row(1, columns, 1.0, 3)
     want = min(np.cumsum(np.sort(cost))[:3])
-    assert abs(milp.solve(time_limit_s=5).objective - want) < 1e-9
+    assert abs(milp.solve(budget=Budget(5.0), stage="test").objective - want) < 1e-9
 solved.set()
 [thread.join() for thread in threads]
 ctypes.CDLL(None).fflush(None)  # what C code has printed

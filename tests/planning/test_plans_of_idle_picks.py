@@ -33,7 +33,7 @@ def scene(traffic, seed=0):
 def test_every_method_places_the_real_experts(name, traffic):
     _, problem = scene(traffic)
     try:
-        got = solve(problem, method=name, time_limit_s=0.05)
+        got = solve(problem, method=name, work=1.5)
     except NoResultError:
         pytest.skip("the method does not take this problem")
     assert got.placement.num_experts == EXPERTS
@@ -59,7 +59,7 @@ def test_a_token_that_skips_a_layer_draws_its_next_expert_to_where_it_waits():
     batch = token_batch(ids, [20, 20], 4, home_T=turn)
     problem = PlacementProblem(batch, tiny_cluster(np.random.default_rng(0), (4,), equal=True), tiny_model(batch),
                                np.ones(4, int), "stay")  # fmt: skip
-    plan = solve(problem, method="poise", time_limit_s=0.1).placement
+    plan = solve(problem, method="poise", work=3).placement
     device_LE = plan.count_LED().argmax(axis=2)
     assert (device_LE[2, (np.arange(4) + 2) % 4] == device_LE[0]).all()
     assert any((d[2, (np.arange(4) + 2) % 4] == d[0]).all()
@@ -68,7 +68,7 @@ def test_a_token_that_skips_a_layer_draws_its_next_expert_to_where_it_waits():
 
 def test_moves_count_in_layers_that_tokens_reach_over_others():
     batch, problem = scene("stay", 2)
-    before, after = plain_start(problem), solve(problem, method="exflow", time_limit_s=0.05).placement
+    before, after = plain_start(problem), solve(problem, method="exflow", work=1.5).placement
     whole = _seconds(problem, before.count_LED(), 0, LAYERS)
     cost = batch_cost(batch, before.count_LED(), problem.cluster, problem.model, traffic="stay", split="even")
     assert whole == pytest.approx(float(batch.weight_B @ cost.seconds_BL.sum(axis=1)))

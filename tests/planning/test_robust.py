@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import all_counts, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model, unhurried
+from tests.helpers import all_counts, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cluster import Cluster
 from poise.cost.split import exact_quota
@@ -41,12 +41,11 @@ def fullest(count_ED, load_E):
     return float((load_E[:, None] * count_ED / count_ED.sum(axis=1, keepdims=True)).sum(axis=0).max())
 
 
-@unhurried()
 def test_the_published_counterexample_is_solved_and_proven():
     plan, value = even_optimum(PUBLISHED, np.full(8, 2))
     assert value == pytest.approx(590 / 3) and fullest(plan, PUBLISHED) == pytest.approx(590 / 3)
     assert plan.sum(axis=0).max() <= 2 and plan.max() == 1
-    solution = solve(of_loads(PUBLISHED[None, None] * 1000, np.full(8, 2)), time_limit_s=0.3)
+    solution = solve(of_loads(PUBLISHED[None, None] * 1000, np.full(8, 2)), work=30)
     assert solution.imbalance == pytest.approx(590 / 3 / 181.25)
 
 
@@ -120,7 +119,6 @@ def test_many_steps_become_few_scenarios_of_the_same_mass():
     assert work.shape[0] == 8 and weight.sum() == pytest.approx(1.0)
 
 
-@unhurried()
 def test_risk_trades_the_mean_for_the_worst_workload():
     """Two workloads with opposite hot experts, one of them rare."""
     load = np.full((2, 1, 8), 1e5)
@@ -131,7 +129,7 @@ def test_risk_trades_the_mean_for_the_worst_workload():
     assert base.risk_seconds(seconds) == pytest.approx(1.1)
     assert replace(base, risk="worst").risk_seconds(seconds) == 3.0
     assert replace(base, risk="cvar").risk_seconds(seconds) == pytest.approx((0.05 * 3 + 0.2 * 1) / 0.25)
-    found = solve(replace(base, risk="worst"), time_limit_s=0.5)
+    found = solve(replace(base, risk="worst"), work=45)
     assert found.details["risk"] == "worst"
     for step in range(2):
         assert fullest(found.placement.count_LED()[0], load[step, 0]) <= 1e6 + 1
@@ -139,14 +137,13 @@ def test_risk_trades_the_mean_for_the_worst_workload():
         replace(base, risk="hope")
 
 
-@unhurried()
 def test_a_move_that_costs_more_than_it_saves_is_not_made():
     rng = np.random.default_rng(2)
     load = rng.lognormal(sigma=0.5, size=(1, 2, 16)) * 1e4
     problem = of_loads(load, np.full(4, 4))
     current = solve(problem, method="round-robin").placement
-    stuck = solve(replace(problem, current=current, migration_steps=1e-3), time_limit_s=0.2).placement
-    free = solve(replace(problem, current=current, migration_steps=1e9), time_limit_s=0.2).placement
+    stuck = solve(replace(problem, current=current, migration_steps=1e-3), work=30).placement
+    free = solve(replace(problem, current=current, migration_steps=1e9), work=30).placement
     assert current.diff(stuck).fetched == 0 and current.diff(free).fetched > 0
     assert problem.migration_seconds(free) == 0
     with pytest.raises(OptionError, match="current placement"):

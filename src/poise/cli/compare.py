@@ -47,6 +47,7 @@ def compare(
     steps: Annotated[int | None, typer.Option(help="Steps to judge, requests drawn again if need be.")] = None,
     warm_up: Annotated[int | None, typer.Option(help="Steps before those, not judged. Default: 5 with --fast.")] = None,
     time_limit: o.TimeLimit = 10.0,
+    work: o.Work = None,
     seed: o.Seed = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write the report with pictures to this file.")] = None,
     json: o.Json = False,
@@ -72,8 +73,8 @@ def compare(
                 placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, model=model,
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), time_limit_s=time_limit,
-                seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots, predictor=predictor,
-                steps=steps, warm_up=warm_up, engine=engine, progress=report,
+                work=work, seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots,
+                predictor=predictor, steps=steps, warm_up=warm_up, engine=engine, progress=report,
             )  # fmt: skip
         show(result, html, json)
 

@@ -9,6 +9,7 @@ import typer
 from poise import __version__
 from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
 from poise.cli.ending import signals_end
+from poise.cli.options import compiling
 
 app = typer.Typer(
     name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -53,5 +54,5 @@ for verb in (
 
 def main() -> None:
     """Entry point."""
-    with signals_end():
+    with signals_end(), compiling():
         app()

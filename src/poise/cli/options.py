@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from poise.cli.ending import Ended
+from poise.compiled import COMPILATION
 from poise.errors import InputError, OptionError, PoiseError
 from poise.files import check_output
 from poise.planning.engine_rules import ENGINES
@@ -41,8 +42,8 @@ out = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = _Console(stderr=True)
 
 TIME_LIMIT = (
-    "Seconds of search a method may take. On top come its starts from other methods, prices and bounds, a second plan "
-    "without redundant slots, in 'plan' the verdict's half of both, and once compiling."
+    "Seconds a method may take for its plan and the price of it. On top come half as many for a second plan without "
+    "redundant slots, judging, and once compiling."
 )
 
 Traces = Annotated[
@@ -76,6 +77,14 @@ EngineName = Annotated[
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)]
+Work = Annotated[
+    float | None,
+    typer.Option(
+        "--work",
+        help="Million elementary updates of search, about 1/30 s each, instead of --time-limit: no clock, and with a "
+        "seed the same plan on every machine.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
 Ranks = Annotated[
     str | None,
@@ -113,6 +122,17 @@ def errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Say on stderr that functions are compiled, and at the end how many and in what time."""
+    COMPILATION.on_first = lambda: talk.print("compiling, which is done once ...")
+    try:
+        yield
+    finally:
+        if COMPILATION.count:
+            talk.print(f"compiled {COMPILATION.count} functions in {COMPILATION.seconds:.0f} s, once")
 
 
 @contextmanager

@@ -17,13 +17,20 @@ from poise.cluster import Cluster
 from poise.cost.split import SPLITS
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.errors import OptionError
-from poise.evaluate.rows import fewer_words
+from poise.evaluate.rows import fewer_words, shortened
 from poise.modelspec import ModelSpec
 from poise.observe.batching import ORDERS
+from poise.planning.budget import Budget
 from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
 from poise.words import percent
+
+TIME_LIMIT = (
+    "Seconds for all after reading: search, prices and bound, a second plan without redundant slots, verdict. "
+    "Compiling is not counted."
+)
+VERDICT_SHARE = 0.25
 
 
 def plan(
@@ -54,7 +61,8 @@ def plan(
     verdict: Annotated[
         bool, typer.Option(help="Say what is gained over what runs now, on traffic left out of a second fit.")
     ] = True,
-    time_limit: o.TimeLimit = 20.0,
+    time_limit: Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)] = 20.0,
+    work: o.Work = None,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
@@ -67,19 +75,21 @@ def plan(
         running = _renumber(current, ranks, cluster)
         now = None if running is None else running[0]
         with o.progress() as report:
+            found = api.load(list(traces))
+            whole, share = Budget(time_limit, work=work), VERDICT_SHARE if verdict and not pooled else 0.0
             solution = api.plan(
-                list(traces), cluster, redundant=redundant, method=method, model=model,
+                found, cluster, redundant=redundant, method=method, model=model,
                 traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
                 tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), pooled=pooled,
                 current=now, migration_steps=migration_steps, risk=o.one_of("risk", risk, RISKS),
-                time_limit_s=time_limit, seed=seed, engine=engine, progress=report,
+                time_limit_s=whole.part(1 - share), seed=seed, engine=engine, progress=report,
             )  # fmt: skip
             said = None
-            if verdict and not pooled:
+            if share:
                 said = api.verdict(
-                    list(traces), cluster, method=method, current=now, redundant=redundant, model=model,
+                    found, cluster, method=method, current=now, redundant=redundant, model=model,
                     traffic=traffic, split=split, engine=engine, tokens_per_step=tokens_per_step, order=order,
-                    time_limit_s=time_limit / 2, seed=seed, progress=report,
+                    time_limit_s=whole.part(share, until=1.0), seed=seed, progress=report,
                 )  # fmt: skip
         _with_command(solution.placement).save(output)
         moves, devices = _moves(running, solution, model), solution.placement.num_devices
@@ -152,6 +162,7 @@ def _json(solution: Solution) -> dict[str, object]:
         "gap": solution.gap,
         "seconds": solution.seconds,
         "imbalance": solution.imbalance,
+        "cut_by_clock": "cut_by_clock" in solution.details,
         "terms": {name: {"seconds": t.seconds, "lower_bound": t.lower_bound} for name, t in solution.terms.items()},
         "details": solution.details,
     }
@@ -177,7 +188,7 @@ def _show(solution: Solution) -> None:
     o.out.print(
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
     )
-    for note in solution.details.get("notes", ()):
+    for note in (*solution.details.get("notes", ()), *shortened(solution)):
         o.out.print(f"note: {note}")
     fewer = solution.details.get("fewer_redundant")
     if fewer is not None:

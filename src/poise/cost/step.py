@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cluster import Cluster
+from poise.compiled import compiled
 from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds, port_seconds
+from poise.cost.links import PortLoad, latency_seconds, port_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.traffic import Copies, Traffic, any_of, node_share, port_load, sum_by_source
 from poise.errors import OptionError
@@ -96,24 +97,52 @@ def batch_cost(
             load_BE = part.load_BLE[:, layer]
             share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
             shares.enter(layer, share_BED)
-            tokens = load_BE[:, :, None] * share_BED
-            tokens_BLD[steps, layer] = tokens.sum(axis=1)
-            seconds = expert_seconds(tokens, cluster, model).sum(axis=1) / cluster.speed_D
-            out["compute"][steps, layer] = seconds.max(axis=1)
-            flow = layer_flow(part, layer, every, shares, cluster, traffic)
-            out["dispatch"][steps, layer] = port_seconds(
-                port_load(flow.dispatch, cluster), model.dispatch_bytes_per_token, cluster
-            )
-            back = flow.dispatch if flow.combine is None else flow.combine
-            out["combine"][steps, layer] = port_seconds(
-                port_load(back, cluster), model.combine_bytes_per_token, cluster
-            )
-            out["device"][steps, layer], out["node"][steps, layer] = flow.cross_device_B, flow.cross_node_B
+            device_H, expert_H = np.nonzero(count_LED[layer].T)
+            tokens_BH = load_BE[:, expert_H] * share_BED[:, expert_H, device_H]
+            tokens_BD = _by_device(tokens_BH, device_H, cluster.num_devices)
+            tokens_BLD[steps, layer] = tokens_BD
+            seconds_BH = expert_seconds(tokens_BH, cluster, model)
+            seconds_BD = _by_device(seconds_BH, device_H, cluster.num_devices) / cluster.speed_D
+            out["compute"][steps, layer] = seconds_BD.max(axis=1)
+            if not part.has_tokens:
+                there = back = _ports_of_loads(tokens_BD, cluster)
+                leave_B, cross_B = _leaving(tokens_BD, cluster)
+            else:
+                flow = layer_flow(part, layer, every, shares, cluster, traffic)
+                leave_B, cross_B = flow.cross_device_B, flow.cross_node_B
+                there = port_load(flow.dispatch, cluster)
+                back = there if flow.combine is None else port_load(flow.combine, cluster)
+            out["dispatch"][steps, layer] = port_seconds(there, model.dispatch_bytes_per_token, cluster)
+            out["combine"][steps, layer] = port_seconds(back, model.combine_bytes_per_token, cluster)
+            out["device"][steps, layer], out["node"][steps, layer] = leave_B, cross_B
     pairs_BL = batch.load_BLE.sum(axis=2)
     add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
     return BatchCost(
         out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
     )
+
+
+def _by_device(value_BH: NDArray[np.float64], device_H: NDArray[Any], num_devices: int) -> NDArray[np.float64]:
+    """Sum over the holders of each device, float64 [B, D]; ``device_H`` ascends."""
+    out = np.zeros((len(value_BH), num_devices))
+    first = np.flatnonzero(np.diff(device_H, prepend=-1))
+    out[:, device_H[first]] = np.add.reduceat(value_BH, first, axis=1)
+    return out
+
+
+def _ports_of_loads(tokens_BD: NDArray[np.float64], cluster: Cluster) -> PortLoad:
+    """Copies through the ports when only loads are known: every device is the home of 1 / D of all tokens."""
+    share_BD, size_D = tokens_BD / cluster.num_devices, cluster.devices_per_node_N[cluster.node_D]
+    inside_BD = node_share(share_BD, cluster)[:, cluster.node_D]
+    total_B1 = share_BD.sum(axis=1, keepdims=True)
+    return PortLoad(inside_BD - share_BD, share_BD * (size_D - 1), total_B1 - inside_BD,
+                    share_BD * (cluster.num_devices - size_D))  # fmt: skip
+
+
+def _leaving(tokens_BD: NDArray[np.float64], cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pairs computed on another device and on another node than their home, float64 [B] each, likewise."""
+    total_B, size_D = tokens_BD.sum(axis=1), cluster.devices_per_node_N[cluster.node_D]
+    return total_B * (1 - 1 / cluster.num_devices), total_B - tokens_BD @ (size_D / cluster.num_devices)
 
 
 def check_inputs(batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, traffic: Traffic) -> None:
@@ -245,6 +274,10 @@ def layer_flow(
     first, last = batch.start_B[steps.start], batch.start_B[steps.stop]
     num_steps = steps.stop - steps.start
     step_T = np.repeat(np.arange(num_steps), np.diff(batch.start_B[steps.start : steps.stop + 1]))
+    if traffic != "stay":
+        share_BED = shares.of(layer)
+        share_BED = share_BED if len(share_BED) == 1 else share_BED[steps]
+        return _flow_from_home(batch, layer, slice(first, last), num_steps, step_T, share_BED, cluster, traffic)
     share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
     home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
     source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)
@@ -253,17 +286,63 @@ def layer_flow(
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
     total = pairs.sum(axis=(1, 2))
     crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
+    copies = pairs if batch.top_k == 1 else sum_by_source(source_TD, any_of(share_TKD), step_T, num_steps)
+    join = any_of(share_TKD[:, 1:]) if batch.top_k > 1 else np.zeros_like(pairs_TD)
+    return LayerFlow(Copies(copies), Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps)), *crossing)
+
+
+def _flow_from_home(
+    batch: RoutingBatch, layer: int, rows: slice, num_steps: int, step_T: NDArray[Any],
+    share_BED: NDArray[np.float64], cluster: Cluster, traffic: Traffic,
+) -> LayerFlow:  # fmt: skip
+    """The data flows from and to the home rank; ``step_T`` and ``share_BED`` are of the rows' steps alone."""
+    assert batch.experts_TLK is not None
+    devices, nodes = cluster.num_devices, cluster.num_nodes
+    expert_H, device_H = np.nonzero(share_BED.any(axis=0))
+    pairs = np.zeros((num_steps, devices, devices))
+    copies_BDD, copies_BDN = np.zeros_like(pairs), np.zeros((num_steps, devices, nodes))
+    _send_from_home(
+        np.ascontiguousarray(batch.experts_TLK[rows, layer]), step_T, batch.home_of_tokens(devices)[rows],
+        np.searchsorted(expert_H, np.arange(batch.num_experts + 1)), device_H,
+        np.ascontiguousarray(share_BED[:, expert_H, device_H]), cluster.node_D.astype(np.int64), pairs, copies_BDD,
+        copies_BDN,
+    )  # fmt: skip
+    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
+    total = pairs.sum(axis=(1, 2))
+    crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
     if traffic == "home":
         return LayerFlow(Copies(pairs), None, *crossing)
-    copies = pairs if batch.top_k == 1 else sum_by_source(source_TD, any_of(share_TKD), step_T, num_steps)
-    if traffic == "home_node_dedup" and cluster.num_nodes > 1:
-        nodes = sum_by_source(source_TD, any_of(node_share(share_TKD, cluster)), step_T, num_steps)
-        return LayerFlow(Copies(copies, nodes), None, *crossing)
-    combine = None
-    if traffic == "stay":
-        join = any_of(share_TKD[:, 1:]) if batch.top_k > 1 else np.zeros_like(pairs_TD)
-        combine = Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps))
-    return LayerFlow(Copies(copies), combine, *crossing)
+    once_a_node = traffic == "home_node_dedup" and nodes > 1
+    return LayerFlow(Copies(copies_BDD, copies_BDN if once_a_node else None), None, *crossing)
+
+
+@compiled(nogil=True)
+def _send_from_home(experts_TK, step_T, home_T, ptr_E, device_H, share_BH, node_D, pairs, copies, nodes):  # type: ignore[no-untyped-def]
+    """Add up, from each home, pairs and copies [B, D, D] to devices and copies [B, D, N] to nodes."""
+    missed_D, missed_N, share_N = np.ones(node_D.size), np.ones(nodes.shape[2]), np.zeros(nodes.shape[2])
+    for t in range(len(experts_TK)):
+        b, home = step_T[t], home_T[t]
+        row = b if len(share_BH) > 1 else 0
+        for expert in experts_TK[t]:
+            if expert < 0:
+                break
+            for h in range(ptr_E[expert], ptr_E[expert + 1]):
+                d, share = device_H[h], share_BH[row, h]
+                pairs[b, home, d] += share
+                missed_D[d] *= 1.0 - share
+                share_N[node_D[d]] += share
+            for h in range(ptr_E[expert], ptr_E[expert + 1]):
+                n = node_D[device_H[h]]
+                missed_N[n] *= 1.0 - share_N[n]
+                share_N[n] = 0.0
+        for expert in experts_TK[t]:
+            if expert < 0:
+                break
+            for h in range(ptr_E[expert], ptr_E[expert + 1]):
+                d = device_H[h]
+                copies[b, home, d] += 1.0 - missed_D[d]
+                nodes[b, home, node_D[d]] += 1.0 - missed_N[node_D[d]]
+                missed_D[d], missed_N[node_D[d]] = 1.0, 1.0
 
 
 def _flow_of_loads(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from poise.observe.batch import RoutingBatch
 from poise.observe.fingerprint import NO_TRAFFIC, Fingerprint
 from poise.observe.predict import PREDICTORS
 from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.planning.budget import Budget
 from poise.planning.engine_rules import EngineRules, hold
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Solution
-from poise.planning.solve.solve import METHODS, solve, without_redundant
+from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
+from poise.planning.solve.solve import METHODS, lower_bound, solve, without_redundant
 from poise.policies.registry import parse_policy
 from poise.words import percent
 
@@ -91,11 +94,11 @@ def held_row(
 
 
 def planned_rows(
-    method: str, problem: PlacementProblem, fitted: Fingerprint, time_limit_s: float, seed: int, said: list[str],
+    method: str, problem: PlacementProblem, fitted: Fingerprint, budget: Budget, seed: int, said: list[str],
     defaults: Sequence[str] = (),
 ) -> list[Entry]:  # fmt: skip
-    """The row of a method, and one more where ``poise`` is faster without redundant slots; none where it
-    has no plan.
+    """The row of a method, and one more where ``poise`` is faster without redundant slots, which takes a third of the
+    budget; none where it has no plan.
     """
     pooled = METHODS[method].pooled
     if pooled and not problem.engine.empty_slots:
@@ -105,28 +108,55 @@ def planned_rows(
         )
         return []
     try:
-        found = solve(problem, method=method, time_limit_s=time_limit_s, seed=seed)
+        found = solve(problem, method=method, time_limit_s=budget.part(2 / 3), seed=seed)
     except (InfeasibleError, NoResultError) as error:
         said.append(f"{method} left out: {error.message}")
         return []
     seen = fitted if METHODS[method].fitted else NO_TRAFFIC
     out = [Entry(method, found.placement, pooled, found.seconds, fitted=seen)]
-    fewer = fewer_slots(problem, found, time_limit_s / 2, seed)
+    fewer = fewer_slots(problem, found, budget.part(1 / 3, until=1.0), seed)
     if fewer is not None:
         redundant = fewer.placement.num_slots - problem.batch.num_experts
         said.append(fewer_words(redundant, 1 - fewer.objective / found.objective, defaults))
         out.insert(0, Entry(f"{method}, {redundant} redundant", fewer.placement, pooled, fewer.seconds, fitted=seen))
+        said += [f"{out[0].name}: {text}" for text in shortened(fewer)]
+    said += [f"{method}: {text}" for text in shortened(found)]
     return out
 
 
-def fewer_slots(problem: PlacementProblem, found: Solution, time_limit_s: float, seed: int) -> Solution | None:
+def fewer_slots(problem: PlacementProblem, found: Solution, budget: Budget, seed: int) -> Solution | None:
     """The plan of ``poise`` without redundant slots, where those make the one that was found slower."""
     # The bound holds for fewer slots, too: a plan that is near it leaves nothing to gain.
     fewer = without_redundant(problem) if found.method == "poise" and found.gap > FEWER else None
-    if fewer is None or solve(fewer, method="lpt").lower_bound >= (1 - FEWER) * found.objective:
+    if fewer is None or lower_bound(fewer, budget) >= (1 - FEWER) * found.objective or budget.over("second plan"):
         return None
-    other = solve(fewer, method="poise", time_limit_s=time_limit_s, seed=seed)
+    other = solve(fewer, method="poise", time_limit_s=budget, seed=seed)
     return other if other.objective < (1 - FEWER) * found.objective else None
+
+
+def judged_steps(problem: PlacementProblem, batch: RoutingBatch, rows: int, seconds: float) -> RoutingBatch:
+    """As many steps of some traffic, spread evenly, as the rows of a comparison can be judged on in nominal seconds."""
+    here = replace(problem, batch=batch)
+    return some_steps(here, seconds, rows * price_seconds(here) + bound_seconds(here)).batch
+
+
+def shortened(plan: Solution) -> list[str]:
+    """What was left out of a plan for want of time, one sentence each."""
+    details, out = plan.details, []
+    if "priced_on" in details:
+        out.append(
+            f"searched on {details.get('searched_on', 'all steps')}, its price is that of {details['priced_on']}"
+        )
+    elif "searched_on" in details:
+        out.append(f"searched on {details['searched_on']}, its price is that of all")
+    if "starts_left_out" in details:
+        out.append(f"starts left out as the limit is short for them: {', '.join(details['starts_left_out'])}")
+    if "cut_by_clock" in details:
+        out.append(
+            f"the clock cut the search ({', '.join(details['cut_by_clock'])}): another run may end elsewhere; --work "
+            "gives the same plan each time"
+        )
+    return out
 
 
 def fewer_words(redundant: int, saves: float, defaults: Sequence[str] = ()) -> str:

@@ -24,7 +24,6 @@ are kept. Top-1 models have no co-activation: EPLB's placement is returned, and 
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 
 from poise.errors import NoResultError
 from poise.observe.profile import coactivation_LEE
+from poise.planning.budget import Budget, Limit
 from poise.planning.methods import eplb
 from poise.planning.methods.lpt import replicate
 from poise.planning.placement import Placement
@@ -263,7 +263,7 @@ def exchange_experts(
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None,
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None,
     setting: CoactivationSetting = PUBLISHED,
 ) -> MethodResult:  # fmt: skip
     """EPLB, then swaps by co-activation; layers the time limit cuts off stay as they were. The seed plays no part.
@@ -277,14 +277,14 @@ def plan(
         raise NoResultError(
             "co-activation needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
         )
-    end = time.monotonic() + time_limit_s
+    budget = Budget.of(time_limit_s)
     load_LE = batch.load_LE()
     pairs_LEE = coactivation_LEE(batch.experts_TLK, batch.num_experts)
     pairs_LEE[:, np.arange(batch.num_experts), np.arange(batch.num_experts)] = 0
     slots = np.minimum(problem.slots_D, batch.num_experts)
     details: dict[str, Any] = {"setting": asdict(setting)}
     if setting.start == "eplb":
-        first = eplb.plan(problem, time_limit_s=time_limit_s, seed=seed)
+        first = eplb.plan(problem, time_limit_s=budget, seed=seed)
         count_LED = np.array(first.placement.count_LED())
         details["eplb"] = first.details
     else:
@@ -309,7 +309,7 @@ def plan(
         details["note"] = "one node: no devices to exchange between nodes"
     exchanges = left_out = 0
     for layer, (count, load, pairs) in enumerate(zip(count_LED, load_LE, pairs_LEE, strict=True)):
-        if time.monotonic() > end:
+        if budget.over("coactivation"):
             left_out += 1
         elif setting.unit == "device":
             exchanges += exchange_devices(count, load, pairs, problem, setting)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.planning.budget import Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -54,7 +55,7 @@ def place_alike(problem: PlacementProblem, count_ED: NDArray[np.int32], name: st
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """Contiguous blocks of experts, the same in every layer; load, time limit and seed play no part."""
     return place_alike(problem, deal(problem.batch.num_experts, problem.slots_D, in_turn=False), "contiguous")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from poise.compiled import compiled
 from poise.errors import OptionError
+from poise.planning.budget import Limit
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
@@ -177,7 +178,7 @@ def _plan(problem: PlacementProblem, groups: int, nodes: int, name: str) -> Meth
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """Hierarchical where groups and nodes divide (groups of the model, else one group a node), else global.
 
@@ -192,7 +193,7 @@ def plan(
 
 
 def plan_global(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """The global policy: nodes and groups ignored."""
     return _plan(problem, 1, 1, "eplb-global")

@@ -15,7 +15,7 @@ What the source leaves open, and what stands in for Gurobi:
 - E may not divide by D, and slots may differ: each expert goes to a device with fewest and a free slot.
 - The code gives Gurobi 60 s a stage and 5,000 more tokens at a time, each run started from the last. Here HiGHS gets
   all tokens and a start from the descent below, in programmes of at most :data:`MAX_ROWS` cost rows; it stops after
-  :data:`MAX_NODES` nodes, the time limit being only a guard, so that a seed decides the result.
+  :data:`MAX_NODES` nodes, the clock being only a guard, so that a seed decides the result.
 - Larger programmes: the same objective by block-coordinate descent. With its neighbours fixed the best parts of a
   whole layer are an assignment problem, solved exactly, in sweeps forward and backward until nothing improves, from
   the contiguous layout and from seeded ones: a random layer grown outwards, then the best with some layers drawn anew.
@@ -25,7 +25,6 @@ What the source leaves open, and what stands in for Gurobi:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from scipy.optimize import linear_sum_assignment
 from poise.errors import NoResultError
 from poise.observe.batch import RoutingBatch
 from poise.observe.profile import count_pairs
+from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.milp import INF, Milp
@@ -44,6 +44,8 @@ from poise.planning.solve.milp import INF, Milp
 MAX_ROWS = 800
 """Cost rows (transitions * parts * 2) up to which the integer programme goes to HiGHS."""
 MAX_NODES = 200
+ASSIGNMENT_SECONDS = 1e-7
+"""Nominal seconds of the best parts of one layer, by the square of its experts."""
 INTER_HOP = 2.0
 """Cost of a hop between nodes in the published code; inside a node it is 1."""
 
@@ -120,7 +122,7 @@ def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def integer_programme(
-    flow: NDArray[np.float64], sizes_P: NDArray[np.int64], start_LM: NDArray[Any], *, time_limit_s: float
+    flow: NDArray[np.float64], sizes_P: NDArray[np.int64], start_LM: NDArray[Any], *, time_limit_s: Limit
 ) -> tuple[NDArray[np.int64], float]:
     """Step 2: part of each expert int [L, M], and a bound on :func:`crossings`.
 
@@ -156,8 +158,7 @@ def integer_programme(
     named = first[start_LM]
     begin[np.take_along_axis(x, named[:, :, None], axis=2)] = 1.0
     begin[cost] = [named[layer, a] != named[layer + 1, b] for layer, a, b in pairs]
-    milp.model.setOptionValue("mip_max_nodes", MAX_NODES)
-    got = milp.solve(time_limit_s=time_limit_s, start=begin)
+    got = milp.solve(budget=Budget.of(time_limit_s), stage="exflow", most_nodes=MAX_NODES, start=begin)
     return got.values[x].argmax(axis=2), max(0.0, got.bound) * scale
 
 
@@ -177,18 +178,19 @@ def best_layer(
 
 
 def _sweep(
-    flow: NDArray[np.float64], part_LM: NDArray[np.int64], sizes_P: NDArray[np.int64], sweeps: int, end: float
-) -> float:
-    """Sweeps forward and backward, in place, until nothing improves; returns the crossings."""
+    flow: NDArray[np.float64], part_LM: NDArray[np.int64], sizes_P: NDArray[np.int64], sweeps: int, budget: Budget
+) -> tuple[float, int]:
+    """Sweeps forward and backward, in place, until nothing improves; returns the crossings and how many it took."""
     known = np.ones(len(part_LM), bool)
-    value = crossings(flow, part_LM)
-    for _ in range(sweeps):
+    value, done = crossings(flow, part_LM), 0
+    while done < sweeps:
+        done += 1
         for layer in [*range(len(part_LM)), *range(len(part_LM) - 2, -1, -1)]:
             part_LM[layer] = best_layer(flow, part_LM, layer, sizes_P, known=known)
         before, value = value, crossings(flow, part_LM)
-        if value >= before * (1 - 1e-9) or time.monotonic() > end:
+        if value >= before * (1 - 1e-9) or budget.over("exflow"):
             break
-    return value
+    return value, done
 
 
 def _grow(
@@ -203,15 +205,23 @@ def _grow(
 
 
 def descend(
-    flow: NDArray[np.float64], sizes_P: NDArray[np.int64], layers: int, setting: ExFlowSetting, *, seed: int, end: float
+    flow: NDArray[np.float64],
+    sizes_P: NDArray[np.int64],
+    layers: int,
+    setting: ExFlowSetting,
+    *,
+    seed: int,
+    budget: Budget,
 ) -> NDArray[np.int64]:
     """Block-coordinate descent on :func:`crossings`, int [L, M]; never worse than contiguous blocks."""
     rng = np.random.default_rng(seed)
     blocks = np.repeat(np.arange(len(sizes_P)), sizes_P)
     best = np.tile(blocks, (layers, 1))
-    value = _sweep(flow, best, sizes_P, setting.sweeps, end)
+    left = max(1, int(budget.seconds / (2 * layers * ASSIGNMENT_SECONDS * max(1, len(blocks)) ** 2)))
+    value, done = _sweep(flow, best, sizes_P, min(setting.sweeps, left), budget)
+    left -= done
     for start in range(1, setting.starts):
-        if time.monotonic() > end or value <= 0:
+        if value <= 0 or left <= 0 or budget.over("exflow"):
             break
         trial = best.copy()
         if start <= setting.starts // 2:
@@ -222,7 +232,8 @@ def descend(
             known = rng.random(layers) < 0.5
             known[rng.integers(layers)] = True
         _grow(flow, trial, known, sizes_P)
-        found = _sweep(flow, trial, sizes_P, setting.sweeps, end)
+        found, done = _sweep(flow, trial, sizes_P, min(setting.sweeps, left), budget)
+        left -= done + 1
         if found < value * (1 - 1e-12):
             best, value = trial, found
     return best
@@ -251,7 +262,7 @@ def _stages(node_D: NDArray[Any], stages: str) -> Iterator[list[NDArray[np.int64
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None,
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None,
     setting: ExFlowSetting = PUBLISHED,
 ) -> MethodResult:  # fmt: skip
     """ExFlow in two stages (or by halves); see the module.
@@ -266,7 +277,7 @@ def plan(
     layers = batch.num_layers
     # Experts with the same first device are not told apart yet.
     device_LE = np.zeros((layers, batch.num_experts), np.int64)
-    end = time.monotonic() + time_limit_s
+    budget = Budget.of(time_limit_s)
     todo = list(_stages(node_D, setting.stages))
     notes: list[dict[str, Any]] = []
     for number, parts in enumerate(todo):
@@ -277,13 +288,16 @@ def plan(
         inner = np.zeros((len(flow), member_LM.shape[1], member_LM.shape[1]))
         for layer, step in enumerate(flow):
             inner[layer] = step[np.ix_(member_LM[layer], member_LM[layer + 1])]
-        left = max(0.05, (end - time.monotonic()) / (len(todo) - number))
-        part_LM = descend(inner, sizes_P, layers, setting, seed=seed + number, end=time.monotonic() + left / 2)
+        share, done = 0.5 / len(todo), number / len(todo)
+        part_LM = descend(inner, sizes_P, layers, setting, seed=seed + number,
+                          budget=budget.part(share, until=done + share))  # fmt: skip
         value, bound = crossings(inner, part_LM), 0.0
         note: dict[str, Any] = {"parts": len(parts), "by": "descent"}
         if 0 < np.count_nonzero(inner) * 2 * len(parts) <= MAX_ROWS and value > 0:
             try:
-                found, bound = integer_programme(inner, sizes_P, part_LM, time_limit_s=left / 2)
+                found, bound = integer_programme(
+                    inner, sizes_P, part_LM, time_limit_s=budget.part(share, until=done + 2 * share)
+                )
                 note["by"] = "integer programme"
                 if crossings(inner, found) < value:
                     part_LM, value = found, crossings(inner, found)

@@ -46,6 +46,7 @@ from scipy.optimize import linear_sum_assignment
 from poise.compiled import compiled
 from poise.errors import OptionError
 from poise.observe.batch import RoutingBatch
+from poise.planning.budget import Budget, Limit
 from poise.planning.methods.swift_balance import keep_slots, start_table, to_placement, uneven
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -269,16 +270,17 @@ def renumber(
 def plan(
     problem: PlacementProblem,
     *,
-    time_limit_s: float,
+    time_limit_s: Limit,
     seed: int = 0,
     progress: Progress | None = None,
     setting: FlashLBSetting = PUBLISHED,
 ) -> MethodResult:
-    """FlashLB on the batch's steps; time limit and seed play no part.
+    """FlashLB on the batch's steps; layers that the clock cuts off stay as they are. The seed plays no part.
 
     ``details``: layers changed, samples used, slots left empty, mean score over layers before and after, and
     ``adapted`` where slots, speeds or the current placement are not what the code knows.
     """
+    budget = Budget.of(time_limit_s)
     batch, speed_D = problem.batch, np.ascontiguousarray(problem.cluster.speed_D, dtype=np.float64)
     table = start_table(problem)
     holds_LDE = table.holds_LDE(batch.num_experts)
@@ -288,7 +290,7 @@ def plan(
     for index in range(batch.num_layers):
         slots_D = np.ascontiguousarray(table.capacity_LD[index])
         some_T = (load_TLE[:, index].sum(axis=1) > 0) & (weight_T > 0)
-        if some_T.any():
+        if some_T.any() and not budget.over("flash-lb"):
             load_TE = np.ascontiguousarray(load_TLE[some_T, index])
             weight = weight_T[some_T] / weight_T[some_T].sum()
             layer = Layer(load_TE, weight, *statistics(load_TE, weight), slots_D, speed_D)

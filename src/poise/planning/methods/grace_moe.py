@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from poise.errors import NoResultError
 from poise.observe.profile import coactivation_LEE
+from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
@@ -236,16 +237,16 @@ def replicate_hot(count_ED: NDArray[np.int32], load_E: NDArray[np.float64], slot
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None,
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None,
     setting: GraceSetting = PUBLISHED,
 ) -> MethodResult:  # fmt: skip
-    """Grouping and replication of GRACE-MoE; the time limit plays no part (the work is bounded).
+    """Grouping and replication of GRACE-MoE; layers that the clock cuts off go by load alone.
 
     Raises
     ------
     NoResultError : the batch has loads only.
     """
-    batch, node_D = problem.batch, problem.cluster.node_D
+    batch, node_D, budget = problem.batch, problem.cluster.node_D, Budget.of(time_limit_s)
     experts, devices = batch.num_experts, problem.num_devices
     if batch.experts_TLK is None:
         raise NoResultError(
@@ -261,7 +262,8 @@ def plan(
     rng = np.random.default_rng(seed)
     clusters: list[_Clusters | None] = []
     for layer, affinity in enumerate(affinity_LEE):
-        clusters.append(_cluster(affinity, node_D, room, rng) if affinity.any() else None)
+        useful = affinity.any() and not budget.over("grace-moe")
+        clusters.append(_cluster(affinity, node_D, room, rng) if useful else None)
         if progress:
             progress("spectral clustering", (layer + 1) / batch.num_layers)
     grouped = [c for c in clusters if c is not None]

@@ -19,7 +19,6 @@ Neither programme uses redundant slots (they stay empty) nor device speeds: the 
 
 from __future__ import annotations
 
-import time
 from itertools import permutations
 from typing import Any
 
@@ -31,6 +30,7 @@ from poise.cluster import Cluster
 from poise.compiled import compiled
 from poise.errors import InfeasibleError, NoResultError
 from poise.observe.profile import affinity_LEE
+from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.milp import INF, Milp
@@ -126,7 +126,7 @@ def _greedy(load_E: NDArray[np.float64], num_clusters: int, sizes: NDArray[np.in
 
 
 def ilp1(
-    load_E: NDArray[np.float64], num_clusters: int, sizes: NDArray[np.int64] | None, *, time_limit_s: float
+    load_E: NDArray[np.float64], num_clusters: int, sizes: NDArray[np.int64] | None, *, time_limit_s: Limit
 ) -> tuple[NDArray[np.int64], float, float, str]:
     """Step 2 for one layer.
 
@@ -167,7 +167,7 @@ def ilp1(
     start[x[best, np.arange(len(load_E))]] = 1.0
     start[above] = np.abs(np.bincount(best, weights=load_E, minlength=num_clusters) - mean)
     try:
-        got = milp.solve(time_limit_s=time_limit_s, abs_gap=tolerance, start=start)
+        got = milp.solve(budget=Budget.of(time_limit_s), stage="moetuner", abs_gap=tolerance, start=start)
     except NoResultError:
         return best, value, bound, "highs"
     found = got.values[x].argmax(axis=0)
@@ -208,7 +208,7 @@ def ilp2(
     size_LC: NDArray[np.int64],
     bandwidth_GG: NDArray[np.float64],
     *,
-    time_limit_s: float,
+    time_limit_s: Limit,
     seed: int = 0,
 ) -> tuple[NDArray[np.int64], float, float]:
     """Step 4: the GPU of each cluster int [L, G], the objective and a lower bound.
@@ -225,12 +225,12 @@ def ilp2(
         raise InfeasibleError(
             f"{total} experts over all layers cannot be shared equally by {num} GPUs", hint="use method moetuner-equal"
         )
-    equal = bool((size_LC == size_LC[:, :1]).all())
+    equal, budget = bool((size_LC == size_LC[:, :1]).all()), Budget.of(time_limit_s)
     if num <= MAX_PATH_GPUS and flow_LCC.any():
-        return _ilp2_path(flow_LCC, size_LC, bandwidth_GG, equal, time_limit_s)
-    gpu_LC = np.tile(np.arange(num), (layers, 1)) if equal else _equal_memory(size_LC, time_limit_s / 2)
+        return _ilp2_path(flow_LCC, size_LC, bandwidth_GG, equal, budget)
+    gpu_LC = np.tile(np.arange(num), (layers, 1)) if equal else _equal_memory(size_LC, budget.part(1.0, until=0.5))
     if flow_LCC.any():
-        _descend_gpus(flow_LCC, size_LC, bandwidth_GG, gpu_LC, time_limit_s / 2, seed)
+        _descend_gpus(flow_LCC, size_LC, bandwidth_GG, gpu_LC, budget.part(0.5, until=1.0), seed)
     return gpu_LC, ilp2_objective(flow_LCC, gpu_LC, bandwidth_GG), _ilp2_bound(flow_LCC, bandwidth_GG)
 
 
@@ -239,7 +239,7 @@ def _ilp2_path(
     size_LC: NDArray[np.int64],
     bandwidth: NDArray[np.float64],
     equal: bool,
-    limit_s: float,
+    budget: Budget,
 ) -> tuple[NDArray[np.int64], float, float]:
     layers, num = size_LC.shape
     perms = np.array(list(permutations(range(num))))
@@ -273,7 +273,7 @@ def _ilp2_path(
         )
         milp.row(want, np.stack(picks), held, want)
     try:
-        got = milp.solve(time_limit_s=limit_s, rel_gap=ILP2_GAP)
+        got = milp.solve(budget=budget, stage="moetuner", rel_gap=ILP2_GAP, needed=True)
     except InfeasibleError:
         raise _no_equal_memory(size_LC) from None
     path = [int(got.values[pick].argmax()) for pick in picks]
@@ -289,7 +289,7 @@ def _no_equal_memory(size_LC: NDArray[np.int64]) -> InfeasibleError:
     )
 
 
-def _equal_memory(size_LC: NDArray[np.int64], time_limit_s: float) -> NDArray[np.int64]:
+def _equal_memory(size_LC: NDArray[np.int64], budget: Budget) -> NDArray[np.int64]:
     """Any assignment [L, G] that meets the memory equalities."""
     layers, num = size_LC.shape
     milp = Milp()
@@ -302,7 +302,7 @@ def _equal_memory(size_LC: NDArray[np.int64], time_limit_s: float) -> NDArray[np
     for gpu in range(num):
         milp.row(want, y[:, :, gpu], size_LC, want)
     try:
-        got = milp.solve(time_limit_s=time_limit_s)
+        got = milp.solve(budget=budget, stage="moetuner", needed=True)
     except InfeasibleError:
         raise _no_equal_memory(size_LC) from None
     return got.values[y].argmax(axis=2)
@@ -313,12 +313,11 @@ def _descend_gpus(
     size_LC: NDArray[np.int64],
     bandwidth: NDArray[np.float64],
     gpu_LC: NDArray[np.int64],
-    time_limit_s: float,
+    budget: Budget,
     seed: int,
 ) -> None:
     """Exchange the GPUs of two clusters of one size in a layer while that helps, in place."""
     layers, num = size_LC.shape
-    end = time.monotonic() + time_limit_s
 
     def near(layer: int) -> float:
         cost = 0.0
@@ -328,9 +327,11 @@ def _descend_gpus(
         return cost
 
     better = True
-    while better and time.monotonic() < end:
+    while better and not budget.over("moetuner"):
         better = False
         for layer in np.random.default_rng(seed).permutation(layers):
+            if budget.over("moetuner"):
+                break
             cost = near(layer)
             for a in range(num):
                 for b in range(a + 1, num):
@@ -359,11 +360,10 @@ def _ilp2_bound(flow_LCC: NDArray[np.float64], bandwidth: NDArray[np.float64]) -
 
 
 def _solve(
-    problem: PlacementProblem, name: str, equal: bool, time_limit_s: float, seed: int, progress: Progress | None
+    problem: PlacementProblem, name: str, equal: bool, budget: Budget, seed: int, progress: Progress | None
 ) -> MethodResult:
     batch, num = problem.batch, problem.num_devices
     load_LE = batch.load_LE()
-    end = time.monotonic() + time_limit_s
     sizes = None
     if equal:
         sizes = np.zeros(num, np.int64)
@@ -373,8 +373,8 @@ def _solve(
     clusters: list[NDArray[np.int64]] = []
     notes: list[dict[str, Any]] = []
     for layer, load in enumerate(load_LE):
-        left = max(0.2, (end - time.monotonic()) * 0.8 / (len(load_LE) - layer))
-        cluster, value, bound, by = ilp1(load, num, sizes, time_limit_s=left)
+        share = budget.part(0.8 / len(load_LE), until=0.8 * (layer + 1) / len(load_LE))
+        cluster, value, bound, by = ilp1(load, num, sizes, time_limit_s=share)
         clusters.append(cluster)
         tokens = max(float(load.sum()), 1e-300)
         notes.append({"layer": int(batch.layer_ids_L[layer]), "objective": value, "bound": bound,
@@ -388,7 +388,7 @@ def _solve(
         affinity = affinity_LEE(batch.experts_TLK, batch.num_experts).astype(np.float64)
         flow = np.einsum("lec,lef,lfd->lcd", x[:-1], affinity, x[1:], optimize=True)
     size_LC = x.sum(axis=1).astype(np.int64)
-    left = max(1.0, end - time.monotonic())
+    left = budget.part(0.8, until=1.0)
     uneven = equal and not bool((size_LC == size_LC[:, :1]).all())
     if uneven:  # sizes follow the devices' slots: cluster c belongs to a device with as many
         gpu_LC, value, bound = np.tile(np.arange(num), (batch.num_layers, 1)), 0.0, 0.0
@@ -421,7 +421,7 @@ def _solve(
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """As published: cluster sizes are free in a layer, equal over all layers together. Needs ``problem.pooled``.
 
@@ -429,11 +429,11 @@ def plan(
     ------
     InfeasibleError : the memory equalities of ILP 2 cannot be met for ILP 1's sizes, or by a device's slots.
     """
-    return _solve(problem, "moetuner", False, time_limit_s, seed, progress)
+    return _solve(problem, "moetuner", False, Budget.of(time_limit_s), seed, progress)
 
 
 def plan_equal(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """The variant that fixed-slot engines need: the same number of experts on every device in every layer."""
-    return _solve(problem, "moetuner-equal", True, time_limit_s, seed, progress)
+    return _solve(problem, "moetuner-equal", True, Budget.of(time_limit_s), seed, progress)

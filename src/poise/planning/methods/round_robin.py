@@ -6,12 +6,13 @@ Step 2  (our extension: the engine has none here) redundant slots are filled by 
 
 from __future__ import annotations
 
+from poise.planning.budget import Limit
 from poise.planning.methods.contiguous import deal, place_alike
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """Experts dealt to devices in turn, the same in every layer; load, time limit and seed play no part."""
     return place_alike(problem, deal(problem.batch.num_experts, problem.slots_D, in_turn=True), "round-robin")

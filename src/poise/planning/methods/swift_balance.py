@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import OptionError
+from poise.planning.budget import Budget, Limit
 from poise.planning.methods import carry, contiguous
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
@@ -285,17 +286,17 @@ def _swap(
 def plan(
     problem: PlacementProblem,
     *,
-    time_limit_s: float,
+    time_limit_s: Limit,
     seed: int = 0,
     progress: Progress | None = None,
     setting: SwiftBalanceSetting = PUBLISHED,
 ) -> MethodResult:
-    """SwiftBalance on the expected load; time limit and seed play no part.
+    """SwiftBalance on the expected load; layers that the clock cuts off stay as they are. The seed plays no part.
 
     ``details``: swaps and changed layers in all, ``change`` (module docstring), the setting's
     share, and ``adapted`` where slots, speeds or the current placement are not what the code knows.
     """
-    load_LE, speed_D = problem.batch.load_LE(), problem.cluster.speed_D
+    load_LE, speed_D, budget = problem.batch.load_LE(), problem.cluster.speed_D, Budget.of(time_limit_s)
     table = start_table(problem)
     holds_LDE = table.holds_LDE(problem.batch.num_experts)
     out = table.expert_LDK.copy()
@@ -305,7 +306,7 @@ def plan(
         was = peak(load_E, holds_LDE[layer], speed_D)
         mean = float(load_E.sum() / speed_D.sum())
         now = was
-        if mean > 0 and was / mean >= setting.imbalance_threshold:
+        if mean > 0 and was / mean >= setting.imbalance_threshold and not budget.over("swift-balance"):
             holds, weight, sent, received = _redeploy(load_E, table, layer, speed_D, setting)
             done, now = _swap(holds, weight, sent, received, speed_D, setting)
             if now < was:

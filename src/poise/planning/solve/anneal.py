@@ -17,11 +17,14 @@ Step 3  In the last quarter the state with the least weighted mean of maxima is 
 from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
+from contextlib import nullcontext
+
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.compiled import compiled
 from poise.cost.compute import expert_seconds
+from poise.planning.budget import Budget
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
@@ -47,11 +50,11 @@ def _power(x, high):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def _anneal(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draws_seed):  # type: ignore[no-untyped-def]
+def _anneal(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draws_seed, stop):  # type: ignore[no-untyped-def]
     """Improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
 
     ``load_BE`` float64 [B, E + 1]: the last column is the empty slot's zero load; ``rate_D`` float64 [D] turns load
-    into relative load of a device.
+    into relative load of a device. ``stop`` int64 [1]: not 0 once the clock has run out.
     """
     np.random.seed(draws_seed)
     steps, experts = load_BE.shape[0], load_BE.shape[1] - 1
@@ -77,6 +80,8 @@ def _anneal(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draw
     best = np.inf
     kept = slot_expert.copy()
     for turn in range(proposals):
+        if turn % 1024 == 0 and stop[0]:
+            break
         done = turn / proposals
         heat = HOT * (COLD / HOT) ** done
         high = done >= 0.5
@@ -183,8 +188,21 @@ def scenarios(problem: PlacementProblem) -> tuple[NDArray[np.float64], NDArray[n
     return mean / np.maximum(weight, 1e-300)[:, None, None], weight
 
 
-def annealed(problem: PlacementProblem, *, proposals: int = PROPOSALS, seed: int = 0) -> Placement:
-    """A placement balanced for every scenario alike; slots are counted by layer."""
+def annealed(
+    problem: PlacementProblem, *, proposals: int = PROPOSALS, seed: int = 0, budget: Budget | None = None
+) -> Placement:
+    """A placement balanced for every scenario alike; slots are counted by layer. Layers that the clock of a budget cuts
+    stay as step 1 has them.
+    """
+    stop = np.zeros(1, np.int64)
+    with nullcontext() if budget is None else budget.stops(stop):
+        found = _annealed(problem, proposals, seed, stop)
+    if stop[0] and budget is not None:
+        budget.over("annealing")
+    return found
+
+
+def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArray[np.int64]) -> Placement:
     batch, devices = problem.batch, problem.num_devices
     work_BLE, weight_B = scenarios(problem)
     slots_D = problem.layer_slots_D
@@ -196,7 +214,9 @@ def annealed(problem: PlacementProblem, *, proposals: int = PROPOSALS, seed: int
         load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
         load /= np.maximum(load.sum(axis=1, keepdims=True), 1e-300)
         slot_expert = _start(np.sqrt(weight_B @ load[:, :-1] ** 2), slots_D, speed_D)
-        _anneal(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer)
+        first = slot_expert.copy()
+        _anneal(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer, stop)
+        slot_expert = first if stop[0] else slot_expert
         used = slot_expert >= 0
         out[layer, slot_expert[used], slot_device[used]] = 1
     return Placement.from_counts(out, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")

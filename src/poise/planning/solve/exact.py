@@ -24,10 +24,13 @@ from poise.errors import NoResultError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.profile import count_pairs
+from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
 MAX_PLACEMENTS = 6_000
+PAIRS_PER_SECOND = 1e8
+"""Pairs of placements of two layers that are tried in a nominal second."""
 
 
 def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
@@ -89,7 +92,7 @@ def all_placements(sizes_D: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """The proven optimum of the linear objective; ``details["linear_stay_objective"]`` is its value.
 
@@ -97,7 +100,7 @@ def plan(
 
     Raises
     ------
-    NoResultError : a layer has more than 6,000 placements.
+    NoResultError : a layer has more than 6,000 placements, or the budget does not reach.
     """
     batch, devices = problem.batch, problem.num_devices
     sizes = np.zeros(devices, np.int64)
@@ -110,6 +113,10 @@ def plan(
             f"a layer of {batch.num_experts} experts on {devices} devices has 10^{len(str(number)) - 1} placements, "
             f"exact takes {MAX_PLACEMENTS}", hint="use method poise",
         )  # fmt: skip
+    budget, seconds = Budget.of(time_limit_s), number**2 * batch.num_layers / PAIRS_PER_SECOND
+    if seconds > 2 * budget.seconds:
+        raise NoResultError(f"exact takes about {seconds:.1f} s here, the limit is {budget.seconds:.1f} s",
+                            hint="raise --time-limit")  # fmt: skip
     options = all_placements(sizes)
     one_hot = np.eye(devices)[options]
     work = expert_seconds(batch.load_LE(), problem.cluster, problem.model)
@@ -120,6 +127,9 @@ def plan(
     cost = compute[0]
     came = np.zeros((batch.num_layers, len(options)), np.int64)
     for layer in range(1, batch.num_layers):
+        if budget.over("exact"):
+            raise NoResultError(f"the clock ended exact in layer {layer} of {batch.num_layers}",
+                                hint="raise --time-limit")  # fmt: skip
         sent = np.einsum("ef,ned,dc->nfc", flow[layer - 1], one_hot, move, optimize=True).reshape(len(options), -1)
         total = sent @ flat.T + cost[:, None]
         came[layer] = total.argmin(axis=0)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from poise.cost.compute import expert_seconds
 from poise.cost.split import exact_quota
 from poise.errors import NoResultError
+from poise.planning.budget import Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
@@ -124,7 +125,7 @@ def filled(problem: PlacementProblem, *, seed: int = 0) -> Placement:
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """See the module docstring.
 

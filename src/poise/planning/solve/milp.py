@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import InfeasibleError, NoResultError
+from poise.planning.budget import Budget
 
 INF = highspy.kHighsInf
+ROOT_COLUMN, NODE_COLUMN, LEAST_NODES = 2.5e-3, 3e-5, 100
+"""Nominal seconds a column takes at the root and at each further node; nodes of a programme that nothing replaces."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,20 +66,24 @@ class Milp:
         self.model.addRow(low, high, index.size, index, value)
 
     def solve(
-        self, *, time_limit_s: float, abs_gap: float = 1e-6, rel_gap: float = 0.0, start: NDArray[Any] | None = None
-    ) -> MilpResult:
-        """Run to a gap or the time limit.
+        self, *, budget: Budget, stage: str, abs_gap: float = 1e-6, rel_gap: float = 0.0,
+        most_nodes: int | None = None, needed: bool = False, start: NDArray[Any] | None = None,
+    ) -> MilpResult:  # fmt: skip
+        """Run to a gap, to as many nodes as the budget has seconds for, or until its clock cuts ``stage``. One that is
+        ``needed`` runs at least some nodes and a moment.
 
         Raises
         ------
         InfeasibleError : HiGHS proved that nothing meets the constraints.
-        NoResultError : time ran out before any solution was found.
+        NoResultError : the budget is too small for so many columns, or was used up before any solution was found.
         """
-        for name, value in (
-            ("time_limit", max(0.05, time_limit_s)),
-            ("mip_abs_gap", abs_gap),
-            ("mip_rel_gap", rel_gap),
-        ):
+        nodes = max(int((budget.seconds / self.size - ROOT_COLUMN) / NODE_COLUMN), LEAST_NODES if needed else 0)
+        if not nodes or (budget.over(stage) and not needed):
+            raise NoResultError(f"{self.size} columns are too many for {budget.seconds:.1f} s of HiGHS",
+                                hint="raise --time-limit")  # fmt: skip
+        self.model.setOptionValue("time_limit", min(max(0.05, budget.left()), highspy.kHighsInf))
+        self.model.setOptionValue("mip_max_nodes", nodes if most_nodes is None else min(nodes, most_nodes))
+        for name, value in (("mip_abs_gap", abs_gap), ("mip_rel_gap", rel_gap)):
             self.model.setOptionValue(name, float(value))
         if start is not None:
             hint = highspy.HighsSolution()
@@ -84,6 +91,8 @@ class Milp:
             self.model.setSolution(hint)
         self.model.run()
         status, info = self.model.getModelStatus(), self.model.getInfo()
+        if status == highspy.HighsModelStatus.kTimeLimit:
+            budget.cuts.add(stage)
         if status == highspy.HighsModelStatus.kInfeasible:
             raise InfeasibleError(f"HiGHS proved that no solution meets the {self.model.getNumRow()} constraints")
         values = np.array(self.model.getSolution().col_value)
@@ -92,5 +101,5 @@ class Milp:
             or not np.isfinite(info.objective_function_value)
             or info.primal_solution_status == 0
         ):
-            raise NoResultError(f"HiGHS found no solution in {time_limit_s:.1f} s", hint="raise --time-limit")
+            raise NoResultError(f"HiGHS found no solution in {budget.seconds:.1f} s", hint="raise --time-limit")
         return MilpResult(values, float(info.objective_function_value), float(info.mip_dual_bound))

@@ -14,33 +14,46 @@ Step 4  Of the result and all starts that are at least as good as every other me
         that costs least when the expected loads shift at random. The plan is never worse than a rival's on the fitted
         traffic.
 
-The budget is counted in elementary updates, not seconds, so the result depends on the seed alone; the wall clock only
-stops a run that would take four times its limit. Under the exact split the search works on the even one, and step 4
-chooses by the exact one.
+The budget is counted in elementary updates, and traffic that would take too much of it is searched on evenly spaced
+steps (:mod:`poise.planning.solve.effort`), so the result depends on limit and seed alone, unless the clock cuts it.
+Under the exact split the search works on the even one, and step 4 chooses by the exact one.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.compiled import compiled
+from poise.cost.compute import roofline
 from poise.cost.step import batch_cost
 from poise.observe.batch import RoutingBatch
+from poise.planning.budget import UPDATES_PER_SECOND, Budget, Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.complete import complete
+from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
-from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, make_data, make_state, rebuild
+from poise.planning.solve.state import (
+    STAY,
+    TIE_BREAK,
+    Data,
+    State,
+    change,
+    layer_seconds,
+    make_data,
+    make_state,
+    rebuild,
+)
 
-UPDATES_PER_SECOND = 30e6
-"""Elementary updates a second on one core: turns a time limit into a work budget."""
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""
 PROPOSALS_PER_SECOND = 8e6
@@ -49,6 +62,12 @@ SHIFT, SHIFTS = 0.15, 8
 WORTH = 0.03
 """Share of the shifted cost for which step 4 gives up some of the fitted one."""
 MAX_ROWS = 3_000_000
+OVERHEAD, LEAST_SEARCH, UNTIL = 0.5, 0.2, 0.95
+"""Shares of the seconds: most for prices and data, where there are steps to leave out; least for steps 2 and 3; when
+the clock ends those.
+"""
+OPTIONS = 6
+"""Placements that are priced beside the starts."""
 BETTER = 1.0 - 1e-9
 
 
@@ -106,7 +125,7 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
     two_e, two_d = np.empty(2, np.int64), np.empty(2, np.int64)
     four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
     for e in range(experts):
-        if state.work[0] > limit:
+        if state.work[0] > limit or data.stop[0]:
             return best
         if not state.held_LED[layer, e, a]:
             if _room(state, layer, a):  # add a replica
@@ -129,7 +148,7 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
                     best = _try(data, state, layer, four_e, four_d, best)
                     if not state.held_LED[layer, e, a]:
                         break
-            if not state.held_LED[layer, e, a] or state.work[0] > limit:
+            if not state.held_LED[layer, e, a] or state.work[0] > limit or data.stop[0]:
                 break
         if state.held_LED[layer, e, a] and state.copies_LE[layer, e] > 1:
             if not data.keep_full:
@@ -153,7 +172,7 @@ def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
         before = best
         for a in _device_order(data, state, layer):
             best = _descend_from(data, state, layer, a, best, limit)
-        if best >= before * (1.0 - 1e-7) or state.work[0] > limit:
+        if best >= before * (1.0 - 1e-7) or state.work[0] > limit or data.stop[0]:
             return best
 
 
@@ -205,19 +224,12 @@ def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
     state.port_LFPBD[layer : layer + len(saved[7])] = saved[7]
 
 
-def _seconds_L(problem: PlacementProblem, placement: Placement) -> NDArray[np.float64]:
-    cost = batch_cost(problem.batch, placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
-                      split=problem.split)  # fmt: skip
-    out: NDArray[np.float64] = problem.batch.weight_B @ cost.seconds_BL
-    return out
-
-
-def _best_layers(problem: PlacementProblem, options: list[Placement]) -> Placement:
+def _best_layers(problem: PlacementProblem, options: list[Placement], seconds_OL: NDArray[np.float64]) -> Placement:
     """Each layer from the option that is fastest there under the problem's own split; layers do not depend on others.
 
     The search itself works on the even split, so under the exact one this is where its layers meet those of rivals.
     """
-    best_L = np.stack([_seconds_L(problem, option) for option in options]).argmin(axis=0)
+    best_L = seconds_OL.argmin(axis=0)
     count_LED = np.stack([options[best].count_LED()[layer] for layer, best in enumerate(best_L.tolist())])
     return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
                                  method="best-layers")  # fmt: skip
@@ -267,71 +279,77 @@ def plain_start(problem: PlacementProblem) -> Placement:
     )
 
 
-def _best_start(data: Data, problem: PlacementProblem, starts: list[Placement]) -> State:
-    """Step 1."""
-    states = [make_state(data, problem, np.asarray(start.count_LED() > 0)) for start in starts]
-    layers = problem.batch.num_layers
-    score = np.array([[layer_seconds(data, state, layer) for layer in range(layers)] for state in states])
-    best = states[int(np.argmin(score.sum(axis=1)))]
-    if problem.pooled or (data.flow == STAY and data.has_tokens):
-        return best
-    for layer in range(layers):
-        _copy_layer(data, best, states[int(np.argmin(score[:, layer]))], layer)
-    return best
+def _best_start(
+    data: Data, problem: PlacementProblem, starts: list[Placement], scores_SL: NDArray[np.float64]
+) -> State:
+    """Step 1: the state of the best start, or of the best of each layer, by their ``scores_SL`` [starts, L]."""
+    best = starts[int(np.argmin(scores_SL.sum(axis=1)))].count_LED() > 0
+    if not (problem.pooled or (data.flow == STAY and data.has_tokens)):
+        picks = scores_SL.argmin(axis=0).tolist()
+        best = np.stack([starts[pick].count_LED()[layer] > 0 for layer, pick in enumerate(picks)])
+    return make_state(data, problem, best)
 
 
-def search(
-    problem: PlacementProblem,
-    starts: list[Placement],
-    *,
-    time_limit_s: float,
-    seed: int,
-    progress: Progress | None = None,
-) -> MethodResult:
-    """Improve the best of ``starts`` (feasible placements, at least one) for about ``time_limit_s`` seconds."""
-    data = make_data(problem, MAX_ROWS)
-    pool = [*starts, plain_start(problem), *affinity_start(problem)]
+@dataclass(frozen=True, slots=True)
+class _Price:
+    """A placement under the independent evaluator, float64 [L] each: seconds, and what the search counts of them."""
+
+    seconds_L: NDArray[np.float64]
+    score_L: NDArray[np.float64]
+
+
+def _price(problem: PlacementProblem, placement: Placement) -> _Price:
+    batch, cluster, count_LED = problem.batch, problem.cluster, placement.count_LED()
+    cost = batch_cost(batch, count_LED, cluster, problem.model, traffic=problem.traffic, split=problem.split)
+    seconds_L: NDArray[np.float64] = batch.weight_B @ cost.seconds_BL
+    if problem.split != "even":  # the search works on the even split
+        cost = batch_cost(batch, count_LED, cluster, problem.model, traffic=problem.traffic, split="even")
+    most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
+    per_token, _ = roofline(cluster, problem.model)
+    return _Price(seconds_L, batch.weight_B @ (cost.seconds_BL + TIE_BREAK * per_token * most_BL))
+
+
+def _own_starts(
+    whole: PlacementProblem, problem: PlacementProblem, proposals: int, budget: Budget, seed: int
+) -> Iterator[Placement]:
+    """Step 1: starts beside those of other methods; ``problem`` has some of the steps of the ``whole``."""
+    yield plain_start(whole)
+    yield from affinity_start(problem)
     if problem.num_devices > 1 and not problem.pooled:
-        proposals = min(PROPOSALS, int(0.3 * time_limit_s * PROPOSALS_PER_SECOND / problem.batch.num_layers))
-        pool.append(annealed(problem, proposals=proposals, seed=seed))
+        yield annealed(whole, proposals=proposals, seed=seed, budget=budget)
         if problem.split == "exact" and problem.spare_slots > 0:
-            pool.append(filled(problem, seed=seed))
-    is_plain = [int(start.replicas_LE().max()) == 1 for start in pool]
-    if not problem.engine.empty_slots:
-        pool = [complete(problem, start) for start in pool]
-    states = [_best_start(data, problem, pool)]
-    if (states[0].copies_LE > 1).any():
-        # Replicas cost weight reads, and descent seldom drops all of them, or, where the engine wants slots filled,
-        # replaces all: descend from none, or from those that filling adds, as well.
-        states.append(_best_start(data, problem, [start for start, plain in zip(pool, is_plain, strict=True) if plain]))
-    _descend(data, states[0], 0, -1)  # compiles, so that compiling does not count as search
-    began = time.monotonic()
+            yield filled(whole, seed=seed)
+
+
+def _descents(
+    data: Data, problem: PlacementProblem, states: list[State], updates: float, seed: int, progress: Progress | None
+) -> tuple[State, int, int]:
+    """Steps 2 and 3, until ``updates`` are made or ``data.stop`` is set: state, kicks, and how many of them helped."""
     layers = problem.batch.num_layers
-    budget = time_limit_s * UPDATES_PER_SECOND
     local = np.zeros((len(states), layers), dtype=bool)
     for turn, state in enumerate(states):
         state.work[0] = 0
         for layer in range(layers):
-            limit = budget * 0.7 / len(states) * (layer + 1) / layers
+            limit = updates * 0.7 / len(states) * (layer + 1) / layers
             rebuild(data, state, layer)
             _descend(data, state, layer, limit)
             local[turn, layer] = state.work[0] <= limit
             if progress:
                 progress("descent", (turn * layers + layer + 1) / layers / len(states))
-            if time.monotonic() - began > 4 * time_limit_s:
+            if data.stop[0]:
                 break
     state, local_L = _merge(data, problem, states, local)
     state.work[0] = sum(int(each.work[0]) for each in states)
     rng = np.random.default_rng(seed)
     kicks, helped = 0, 0
-    while state.work[0] < budget and time.monotonic() - began < 4 * time_limit_s and problem.num_devices > 1:
+    while state.work[0] < updates and not data.stop[0] and problem.num_devices > 1:
         layer = int(rng.integers(layers))
         kicks += 1
         saved = _snapshot(data, state, layer)
         before = float(_score(data, state, layer))
         if local_L[layer]:
             _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
-        after = float(_descend(data, state, layer, budget))
+        after = float(_descend(data, state, layer, updates))
         local_L[layer] = True
         if after < before * BETTER:
             helped += 1
@@ -339,17 +357,63 @@ def search(
             _restore(state, layer, saved)
         state.work[0] += KICK_UPDATES
         if progress and kicks % 16 == 0:
-            progress("perturbation", min(1.0, float(state.work[0]) / budget))
+            progress("perturbation", min(1.0, float(state.work[0]) / updates))
+    return state, kicks, helped
+
+
+def search(
+    problem: PlacementProblem,
+    starts: list[Placement],
+    *,
+    time_limit_s: Limit,
+    seed: int,
+    progress: Progress | None = None,
+    behind_s: float = 0.0,
+) -> MethodResult:
+    """Improve the best of ``starts`` (feasible placements, at least one) within a budget.
+
+    ``behind_s`` are nominal seconds that the starts took more than theirs, negative where they left some.
+    """
+    budget, whole = Budget.of(time_limit_s), problem
+    each = price_seconds(problem) * (1 + (problem.split != "even"))
+    overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
+    problem = some_steps(problem, OVERHEAD * budget.seconds + max(0.0, -behind_s), overhead)
+    proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
+    data = make_data(problem, MAX_ROWS)
+    pool: list[Placement] = []
+    prices: list[_Price] = []
+    plain: list[bool] = []
+    for start in chain(starts, _own_starts(whole, problem, proposals, budget.part(0.3, until=0.5), seed)):
+        if pool and budget.over("starts"):
+            break
+        plain.append(int(start.replicas_LE().max()) == 1)
+        pool.append(start if problem.engine.empty_slots else complete(problem, start))
+        prices.append(_price(problem, pool[-1]))
+    score_OL = np.stack([price.score_L for price in prices])
+    states = [_best_start(data, problem, pool, score_OL)]
+    if (states[0].copies_LE > 1).any() and any(plain):
+        # Replicas cost weight reads, and descent seldom drops all of them, or, where the engine wants slots filled,
+        # replaces all: descend from none, or from those that filling adds, as well.
+        bare = np.flatnonzero(plain)
+        states.append(_best_start(data, problem, [pool[i] for i in bare], score_OL[bare]))
+    overhead *= problem.batch.num_steps / whole.batch.num_steps
+    late = behind_s + overhead + proposals * problem.batch.num_layers / PROPOSALS_PER_SECOND
+    updates = UPDATES_PER_SECOND * max(LEAST_SEARCH * budget.seconds, budget.seconds - max(0.0, late))
+    with budget.part(1.0, until=UNTIL).stops(data.stop):
+        state, kicks, helped = _descents(data, problem, states, updates, seed, progress)
+    if data.stop[0] and state.work[0] < updates:
+        budget.cuts.add("search")
     found = Placement.from_counts(
         state.held_LED.astype(np.int32), slots_D=None if problem.pooled else problem.slots_D,
         layer_ids_L=problem.batch.layer_ids_L, method="poise",
     )  # fmt: skip
-    options = [found, *pool]
+    options, prices = [found, *pool], [_price(problem, found), *prices]
     if not (problem.pooled or problem.traffic == "stay"):
-        options.append(_best_layers(problem, options))
-    seconds = [float(_seconds_L(problem, o).mean()) + problem.migration_seconds(o) for o in options]
+        options.append(_best_layers(problem, options, np.stack([price.seconds_L for price in prices])))
+        prices.append(_price(problem, options[-1]))
+    seconds = [float(p.seconds_L.mean()) + problem.migration_seconds(o) for o, p in zip(options, prices, strict=True)]
     # at least as good as every start that others would have used; among those, the one that holds when loads shift
-    limit = min(seconds[1 : 1 + len(starts)] or seconds)
+    limit = min(seconds[1 : 1 + len(starts)])
     fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]
     shifted = _shift_seconds(problem, [options[i] for i in fit], seed)
     total = {i: seconds[i] + more for i, more in zip(fit, shifted, strict=True)}
@@ -364,5 +428,7 @@ def search(
         "chosen": "search" if best == 0 else chosen.method,
         "starts": {o.method: value for o, value in zip(pool, seconds[1:], strict=False)},
     }
+    if problem is not whole:
+        details["searched_on"] = problem.batch.sampled
     return MethodResult(Placement(chosen.slot_expert_LS, chosen.slot_device_S, chosen.num_experts, chosen.num_devices,
                                   chosen.layer_ids_L, "poise"), details)  # fmt: skip

@@ -17,28 +17,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import NoResultError
+from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
-MAX_NODES = 400_000
+MAX_NODES, NODES_PER_SECOND = 400_000, 200_000
 MAX_SLOTS = 24
 
 
-class _Budget:
+class _Nodes:
     """Nodes left."""
 
-    def __init__(self, nodes: int) -> None:
-        self.left = nodes
+    def __init__(self, most: int, budget: Budget | None = None) -> None:
+        self.most = self.left = most
+        self.budget = budget
 
     def spend(self) -> None:
         self.left -= 1
-        if self.left < 0:
-            raise NoResultError(f"exact-balance gave up after {MAX_NODES} nodes", hint="use method poise")
+        late = self.left % 256 == 0 and self.budget is not None and self.budget.over("exact-balance")
+        if self.left < 0 or late:
+            raise NoResultError(
+                f"exact-balance gave up after {self.most - self.left} nodes", hint="use method poise, or more time"
+            )
 
 
 def even_optimum(
-    load_E: NDArray[np.float64], slots_D: NDArray[np.int64], budget: _Budget | None = None
+    load_E: NDArray[np.float64], slots_D: NDArray[np.int64], nodes: _Nodes | None = None
 ) -> tuple[NDArray[np.int64], float]:
     """Least maximum of ``sum_e load / replicas`` over devices of equal speed, and a plan, int64 [E, D], that has it.
 
@@ -48,7 +53,7 @@ def even_optimum(
     """
     if int(slots_D.sum()) > MAX_SLOTS:
         raise NoResultError(f"exact-balance takes {MAX_SLOTS} slots, got {slots_D.sum()}", hint="use method poise")
-    budget = budget or _Budget(MAX_NODES)
+    nodes = nodes or _Nodes(MAX_NODES)
     best = pack_all(load_E, slots_D, np.ones(len(slots_D))).astype(np.int64)
     value = float((load_E[:, None] * best / best.sum(axis=1, keepdims=True)).sum(axis=0).max())
     while True:
@@ -56,8 +61,8 @@ def even_optimum(
             return best, value
         below = value * (1 - 1e-9)
         found = next(
-            (plan for copies in _replicas(load_E, slots_D, below, budget)
-             if (plan := _pack(load_E, copies, slots_D, below, budget)) is not None), None,
+            (plan for copies in _replicas(load_E, slots_D, below, nodes)
+             if (plan := _pack(load_E, copies, slots_D, below, nodes)) is not None), None,
         )  # fmt: skip
         if found is None:
             return best, value
@@ -66,7 +71,7 @@ def even_optimum(
 
 
 def _replicas(
-    load_E: NDArray[np.float64], slots_D: NDArray[np.int64], below: float, budget: _Budget
+    load_E: NDArray[np.float64], slots_D: NDArray[np.int64], below: float, nodes: _Nodes
 ) -> Iterator[list[int]]:
     """Step 2."""
     devices = int((slots_D > 0).sum())
@@ -77,7 +82,7 @@ def _replicas(
     order = np.argsort(-load_E)
 
     def more(at: int, left: int, copies: list[int]) -> Iterator[list[int]]:
-        budget.spend()
+        nodes.spend()
         if at == len(order):
             yield copies
             return
@@ -89,7 +94,7 @@ def _replicas(
 
 
 def _pack(
-    load_E: NDArray[np.float64], copies: list[int], slots_D: NDArray[np.int64], below: float, budget: _Budget
+    load_E: NDArray[np.float64], copies: list[int], slots_D: NDArray[np.int64], below: float, nodes: _Nodes
 ) -> NDArray[np.int64] | None:
     """Step 3."""
     pieces = sorted(((load / n, e) for e, (load, n) in enumerate(zip(load_E, copies, strict=True)) for _ in range(n)),
@@ -99,7 +104,7 @@ def _pack(
     total, room = [0.0] * devices, slots_D.tolist()
 
     def place(at: int) -> bool:
-        budget.spend()
+        nodes.spend()
         if at == len(pieces):
             return True
         size, e = pieces[at]
@@ -129,7 +134,7 @@ def _pack(
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """Proven balance of the expected loads; ``details["proven_maximum"]`` lists the tokens of each layer.
 
@@ -139,8 +144,9 @@ def plan(
     """
     if problem.pooled or (problem.cluster.speed_D != problem.cluster.speed_D[0]).any():
         raise NoResultError("exact-balance needs devices of equal speed and slots counted by layer")
-    budget = _Budget(MAX_NODES)
-    found = [even_optimum(load, problem.layer_slots_D, budget) for load in problem.batch.load_LE()]
+    budget = Budget.of(time_limit_s)
+    nodes = _Nodes(int(min(MAX_NODES, budget.seconds * NODES_PER_SECOND)), budget)
+    found = [even_optimum(load, problem.layer_slots_D, nodes) for load in problem.batch.load_LE()]
     placement = Placement.from_counts(np.stack([plan for plan, _ in found]), slots_D=problem.slots_D,
                                       layer_ids_L=problem.batch.layer_ids_L, method="exact-balance")  # fmt: skip
     return MethodResult(placement, {"proven_maximum": [value for _, value in found]})

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.bound import bound_terms, compute_bound
+from poise.cost.bound import BoundTerms, bound_terms, compute_bound
 from poise.cost.compute import expert_seconds
 from poise.cost.step import batch_cost
 from poise.errors import NoResultError, OptionError
+from poise.planning.budget import Budget, Limit
 from poise.planning.methods import (
     carry,
     coactivation,
@@ -30,8 +31,11 @@ from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
 from poise.planning.solve import exact, fill, search, small, stay
 from poise.planning.solve.complete import complete
+from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
 
 RISK_ROUNDS = 3
+STARTS_SHARE, SEARCH_SHARE, SLACK, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.32, 0.95, 0.1
+"""Shares of a budget: at most for starts; search; what may be used before it is shortened; its end; the last price."""
 AFFINITY_SIZE = 4096
 """Layers * experts * devices up to which plans for ``stay`` traffic are starts under any other too."""
 
@@ -49,19 +53,23 @@ class Method:
 
 
 def _plan_poise(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """Search from the placements of all other methods; see :mod:`poise.planning.solve.search`.
 
     Under a risk other than the mean, scenarios are weighed anew between rounds, those that do worst more: the dual of
     the risk's envelope. The best plan of all rounds under :meth:`PlacementProblem.risk_seconds` counts.
     """
+    budget = Budget.of(time_limit_s)
     if problem.risk == "mean":
-        return _search_once(problem, time_limit_s=time_limit_s, seed=seed, progress=progress)
+        return _search_once(problem, budget=budget, seed=seed, progress=progress)
     best: tuple[float, MethodResult] | None = None
     weighed = problem
-    for _ in range(RISK_ROUNDS):
-        found = _search_once(weighed, time_limit_s=time_limit_s / RISK_ROUNDS, seed=seed, progress=progress)
+    for turn in range(RISK_ROUNDS):
+        if best is not None and budget.over("risk rounds"):
+            break
+        part = budget.part(1 / RISK_ROUNDS, until=(turn + 1) / RISK_ROUNDS)
+        found = _search_once(weighed, budget=part, seed=seed, progress=progress)
         seconds_B = _step_seconds(problem, found.placement)
         value = problem.risk_seconds(seconds_B)
         if best is None or value < best[0]:
@@ -80,24 +88,30 @@ def _step_seconds(problem: PlacementProblem, placement: Placement) -> NDArray[np
     return out
 
 
-def _search_once(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int, progress: Progress | None
-) -> MethodResult:
-    starts: list[Placement] = []
-    end = time.monotonic() + 0.4 * time_limit_s
+def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progress: Progress | None) -> MethodResult:
+    starts = carry.starts(problem)
+    left_out: list[str] = []
+    early = budget.part(STARTS_SHARE)
     small = problem.batch.num_layers * problem.batch.num_experts * problem.num_devices <= AFFINITY_SIZE
+    taken = 0.0
     for name in STARTS + (STAY_STARTS if problem.traffic == "stay" or small else ()):
         if METHODS[name].pooled and not problem.pooled:
             continue
+        own = early.part(0.5, until=1.0)
+        needs = start_seconds(problem, name, own.seconds)
+        if starts and (taken + needs > early.seconds or early.over("starts")):
+            left_out.append(name)
+            continue
         try:
-            left = max(0.2, end - time.monotonic())
-            result = METHODS[name].plan(problem, time_limit_s=left, seed=seed)
+            result = METHODS[name].plan(problem, time_limit_s=own, seed=seed)
             problem.check(result.placement)
         except NoResultError:
             continue
+        taken += needs
         starts.append(result.placement)
-    starts += carry.starts(problem)
-    return search.search(problem, starts, time_limit_s=0.6 * time_limit_s, seed=seed, progress=progress)
+    found = search.search(problem, starts, time_limit_s=budget.part(SEARCH_SHARE, until=SEARCH_UNTIL), seed=seed,
+                          progress=progress, behind_s=taken - SLACK * budget.seconds)  # fmt: skip
+    return replace(found, details={**found.details, "starts_left_out": left_out}) if left_out else found
 
 
 METHODS: dict[str, Method] = {
@@ -130,7 +144,8 @@ def solve(
     problem: PlacementProblem,
     *,
     method: str = "poise",
-    time_limit_s: float = 20.0,
+    time_limit_s: Limit = 20.0,
+    work: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Solution:
@@ -141,30 +156,33 @@ def solve(
     ----------
     problem : traffic, machine, model and memory.
     method : a key of :data:`METHODS`. ``moetuner`` is solved with ``pooled`` slots, as it was published.
-    time_limit_s : for methods that can use it.
+    time_limit_s : seconds for the plan and its price, or a part of a :class:`poise.planning.budget.Budget`. Compiling
+        is not counted. Stages that the clock cuts are in ``details["cut_by_clock"]``: another run may end elsewhere.
+    work : units of work instead (:mod:`poise.planning.budget`): no clock, the same plan on every machine.
     seed : the same seed gives the same placement.
     progress : called with a stage and the share of it done.
 
     Raises
     ------
-    OptionError : unknown method, or a time limit that is not above 0.
+    OptionError : unknown method, or a time limit or work that is not above 0.
     InfeasibleError, NoResultError : the method proved that there is no placement, or found none.
     """
     if method not in METHODS:
         raise OptionError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
-    if not (np.isfinite(time_limit_s) and time_limit_s > 0):
-        raise OptionError(f"the time limit must be above 0 s, got {time_limit_s}")
+    budget = Budget.of(time_limit_s, work)
     chosen = METHODS[method]
     if chosen.pooled and not problem.pooled:
         problem = replace(problem, pooled=True)
-    began = time.monotonic()
-    result = chosen.plan(problem, time_limit_s=time_limit_s, seed=seed, progress=progress)
+    began, before = time.monotonic(), set(budget.cuts)
+    result = chosen.plan(problem, time_limit_s=budget, seed=seed, progress=progress)
     problem.check(result.placement)
     if not problem.engine.empty_slots:
         result = replace(result, placement=complete(problem, result.placement))
         problem.engine.check(result.placement, problem.slots_D)
     seconds = time.monotonic() - began
-    return evaluate(problem, result, method=method, seconds=seconds)
+    found = evaluate(problem, result, method=method, seconds=seconds, most_seconds=PRICE_SHARE * budget.seconds)
+    cut = sorted(budget.cuts - before)
+    return replace(found, details={**found.details, "cut_by_clock": cut}) if cut else found
 
 
 def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
@@ -179,23 +197,48 @@ def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
     return replace(problem, slots_D=np.full(problem.num_devices, fewest))
 
 
-def evaluate(problem: PlacementProblem, result: MethodResult, *, method: str, seconds: float = 0.0) -> Solution:
-    """Price a placement on the problem's own traffic with :func:`poise.cost.step.batch_cost`, and bound each term."""
+def evaluate(
+    problem: PlacementProblem, result: MethodResult, *, method: str, seconds: float = 0.0,
+    most_seconds: float = np.inf,
+) -> Solution:  # fmt: skip
+    """Price a placement on the problem's own traffic with :func:`poise.cost.step.batch_cost`, and bound each term.
+
+    Where that would take more than ``most_seconds`` nominal seconds, both are of evenly spaced steps alone, and
+    ``details["priced_on"]`` says so.
+    """
+    whole, details = problem, result.details
+    problem = some_steps(problem, most_seconds, price_seconds(problem) + bound_seconds(problem))
+    if problem is not whole:
+        details = {**details, "priced_on": problem.batch.sampled}
     batch = problem.batch
     cost = batch_cost(batch, result.placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
                       split=problem.split)  # fmt: skip
-    bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.layer_slots_D,
-                        spare=problem.spare_slots)  # fmt: skip
-    # One static plan serves all scenarios, so the mean work of an expert bounds it too.
-    work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
-    static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)
+    bound, compute_L = _bounds(problem)
     weight = batch.weight_B
     terms = {
-        "compute": Term(float(weight @ cost.compute_BL.mean(axis=1)),
-                        float(np.maximum(weight @ bound.compute_BL, static_L).mean())),
+        "compute": Term(float(weight @ cost.compute_BL.mean(axis=1)), float(compute_L.mean())),
         "dispatch": Term(float(weight @ cost.dispatch_BL.mean(axis=1)), float(weight @ bound.dispatch_BL.mean(axis=1))),
         "combine": Term(float(weight @ cost.combine_BL.mean(axis=1)), float(weight @ bound.combine_BL.mean(axis=1))),
         "kv": Term(float(weight @ cost.kv_BL.mean(axis=1)), float(weight @ bound.kv_BL.mean(axis=1))),
     }  # fmt: skip
     imbalance = cost.imbalance_BL()
-    return Solution(result.placement, method, terms, float(np.nanmean(imbalance)), seconds, result.details)
+    return Solution(result.placement, method, terms, float(np.nanmean(imbalance)), seconds, details)
+
+
+def lower_bound(problem: PlacementProblem, budget: Budget) -> float:
+    """Seconds a layer and step that no placement can beat, of as many steps as a tenth of the budget allows."""
+    problem = some_steps(problem, PRICE_SHARE * budget.seconds, bound_seconds(problem))
+    bound, compute_L = _bounds(problem)
+    rest_BL = bound.dispatch_BL + bound.combine_BL + bound.kv_BL
+    return float(compute_L.mean() + (problem.batch.weight_B @ rest_BL).mean())
+
+
+def _bounds(problem: PlacementProblem) -> tuple[BoundTerms, NDArray[np.float64]]:
+    """Bounds per term, and of compute for one static plan, float64 [L]."""
+    batch = problem.batch
+    bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.layer_slots_D,
+                        spare=problem.spare_slots)  # fmt: skip
+    # One static plan serves all scenarios, so the mean work of an expert bounds it too.
+    work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
+    static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)
+    return bound, np.maximum(batch.weight_B @ bound.compute_BL, static_L)

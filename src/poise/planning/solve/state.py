@@ -20,6 +20,8 @@ from poise.observe.trace import NO_EXPERT
 from poise.planning.problem import PlacementProblem
 
 HOME, DEVICE_DEDUP, NODE_DEDUP, STAY = range(4)
+CHANGE_UPDATES = 8
+"""What a change costs beside its updates."""
 TIE_BREAK = 1e-3
 """Weight of the largest device's tokens: it orders plans that the roofline prices alike (memory-bound decode)."""
 
@@ -48,7 +50,7 @@ class Rows(NamedTuple):
 
 class Data(NamedTuple):
     """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in one alters;
-    ``keep_full``: no change may leave a slot empty.
+    ``keep_full``: no change may leave a slot empty; ``stop`` [1]: not 0 once the clock has run out.
     """
 
     rows: Rows
@@ -69,6 +71,7 @@ class Data(NamedTuple):
     out_bytes: float
     back_bytes: float
     keep_full: bool
+    stop: NDArray[np.int64]
 
 
 class State(NamedTuple):
@@ -118,6 +121,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         out_bytes=model.dispatch_bytes_per_token,
         back_bytes=model.combine_bytes_per_token,
         keep_full=not problem.engine.empty_slots,
+        stop=np.zeros(1, np.int64),
     )
 
 
@@ -458,12 +462,29 @@ def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
+def _distinct(experts):  # type: ignore[no-untyped-def]
+    """Experts without repetition, ascending; a few at most."""
+    out, count = np.empty(experts.size, np.int64), 0
+    for e in experts:
+        at = count
+        while at > 0 and out[at - 1] > e:
+            at -= 1
+        if at == 0 or out[at - 1] != e:
+            for i in range(count, at, -1):
+                out[i] = out[i - 1]
+            out[at] = e
+            count += 1
+    return out[:count]
+
+
+@compiled(nogil=True)
 def change(data, state, layer, experts, devices, limit):  # type: ignore[no-untyped-def]
     """Toggle (expert, device) pairs of a layer; undone, with False, if its compute alone comes out above ``limit``.
 
     ``experts`` and ``devices`` are int64 [n]; an expert may appear more than once.
     """
-    changed = np.unique(experts)
+    changed = _distinct(experts)
+    state.work[0] += CHANGE_UPDATES
     for e in changed:
         _book_expert(data, state, layer, e, -1.0)
     for i in range(experts.size):

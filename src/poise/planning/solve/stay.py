@@ -22,6 +22,7 @@ from poise.compiled import compiled
 from poise.errors import NoResultError
 from poise.observe.batch import RoutingBatch
 from poise.observe.trace import NO_EXPERT
+from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -34,8 +35,8 @@ FILL, PRICE = 0.6, 0.3
 
 
 @compiled(nogil=True)
-def _anneal(owner, ptr, neighbour, weight, load, fixed, shape, proposals, seed):  # type: ignore[no-untyped-def]
-    """Swap owners (int64 [L * E], in place); ``load`` float64 [L * E] is relative to a device's mean."""
+def _anneal(owner, ptr, neighbour, weight, load, fixed, shape, proposals, seed, stop):  # type: ignore[no-untyped-def]
+    """Swap owners (int64 [L * E], in place); ``load`` float64 [L * E] is relative to a device's mean; ``stop`` [1]."""
     np.random.seed(seed)
     layers, experts, devices = shape
     x = np.zeros((layers, devices))
@@ -43,6 +44,8 @@ def _anneal(owner, ptr, neighbour, weight, load, fixed, shape, proposals, seed):
         if not fixed[n]:
             x[n // experts, owner[n]] += load[n]
     for turn in range(proposals):
+        if turn % 1024 == 0 and stop[0]:
+            break
         heat = HOT * (COLD / HOT) ** (turn / proposals)
         layer = np.random.randint(layers)
         e, f = layer * experts + np.random.randint(experts), layer * experts + np.random.randint(experts)
@@ -91,7 +94,7 @@ def _graph(batch: RoutingBatch, everywhere_LE: NDArray[np.bool_]) -> tuple[NDArr
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, progress: Progress | None = None
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """See the module docstring; ``details["stay_weight"]`` is the share of moves inside devices that step 3 counts.
 
@@ -99,7 +102,7 @@ def plan(
     ------
     NoResultError : loads without tokens, or devices with unequal slots.
     """
-    batch, devices = problem.batch, problem.num_devices
+    batch, devices, budget = problem.batch, problem.num_devices, Budget.of(time_limit_s)
     if batch.experts_TLK is None:
         raise NoResultError("poise-stay needs token-level routing, got loads only")
     slots_D = problem.slots_D
@@ -120,9 +123,13 @@ def plan(
     ptr, neighbour, tokens = _graph(batch, everywhere)
     total = max(1, len(batch.experts_TLK))
     relative = (load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300) * devices).ravel()
-    proposals = int(min(PROPOSALS * layers, max(1.0, time_limit_s) * PROPOSALS_PER_SECOND))
-    _anneal(owner, ptr, neighbour, tokens / total, relative, everywhere.ravel(), (layers, experts, devices), proposals,
-            seed)  # fmt: skip
+    proposals = int(min(PROPOSALS * layers, max(1.0, budget.seconds) * PROPOSALS_PER_SECOND))
+    stop = np.zeros(1, np.int64)
+    with budget.stops(stop):
+        _anneal(owner, ptr, neighbour, tokens / total, relative, everywhere.ravel(), (layers, experts, devices),
+                proposals, seed, stop)  # fmt: skip
+    if stop[0]:
+        budget.over("poise-stay")
     held = np.zeros((layers, experts, devices), dtype=bool)
     for layer in range(layers):
         held[layer, np.arange(experts), owner[layer * experts : (layer + 1) * experts]] = True

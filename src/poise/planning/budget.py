@@ -1,0 +1,115 @@
+"""Budget: what a search may spend, shared out from the whole to its stages.
+
+A budget has *nominal* seconds. Each stage turns its own into what it counts (updates, proposals, nodes, steps) by fixed
+rates, so that what it does depends on the problem, the limit and the seed alone. A clock, if there is one, ends a stage
+that takes longer; then another run may end elsewhere, and :attr:`Budget.cuts` says which stage was cut.
+
+``work`` units instead of seconds leave the clock out: one unit is a million elementary updates of the search, 1/30 of a
+nominal second.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numpy.typing import NDArray
+
+from poise.compiled import COMPILATION
+from poise.errors import OptionError
+
+UPDATES_PER_SECOND = 30e6
+"""Elementary updates in a nominal second."""
+UNIT = 1e6
+"""Elementary updates in a unit of work."""
+TICK_S = 0.01
+"""How often the clock is looked at while compiled code runs."""
+
+
+def _now() -> float:
+    """Seconds of a clock that stands still while functions are compiled."""
+    return time.monotonic() - COMPILATION.spent()
+
+
+class Budget:
+    """Nominal seconds, and a clock that ends them or none.
+
+    Parameters
+    ----------
+    seconds : nominal seconds; they begin now.
+    work : units of work instead; no clock ends anything then.
+    now : seconds of a clock, for tests.
+
+    Attributes
+    ----------
+    work : as given, of the whole.
+    cuts : stages that the clock cut short, shared with all parts.
+
+    Raises
+    ------
+    OptionError : seconds or work are not above 0.
+    """
+
+    def __init__(self, seconds: float, *, work: float | None = None, now: Callable[[], float] = _now) -> None:
+        for what, value in (("the time limit", seconds), ("work", work)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise OptionError(f"{what} must be above 0, got {value}")
+        self.seconds = seconds if work is None else work * UNIT / UPDATES_PER_SECOND
+        self.work, self.cuts = work, set[str]()
+        self._now = None if work is not None else now
+        self._began = self._now() if self._now else 0.0
+        self._ends = self._began + self.seconds if self._now else math.inf
+
+    @classmethod
+    def of(cls, limit: float | Budget, work: float | None = None) -> Budget:
+        """A budget that was given, or one for a limit in seconds that begins now."""
+        return limit if isinstance(limit, Budget) else cls(limit, work=work)
+
+    def part(self, share: float, *, until: float | None = None) -> Budget:
+        """``share`` of the nominal seconds; the clock ends it where ``until`` of the whole is over (default: share)."""
+        out = object.__new__(Budget)
+        out.seconds, out.work, out.cuts, out._now = share * self.seconds, self.work, self.cuts, self._now
+        out._began = self._now() if self._now else 0.0
+        out._ends = self._began + (share if until is None else until) * (self._ends - self._began)
+        return out
+
+    def left(self) -> float:
+        """Seconds until the clock ends it, at least 0; infinite without a clock."""
+        return max(0.0, self._ends - self._now()) if self._now else math.inf
+
+    def over(self, stage: str) -> bool:
+        """Whether the clock has run out, asked by a stage that would go on: it is cut then."""
+        if self.left() > 0:
+            return False
+        self.cuts.add(stage)
+        return True
+
+    @contextmanager
+    def stops(self, flag: NDArray[Any]) -> Iterator[None]:
+        """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it."""
+        if self._now is None:
+            yield
+            return
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(TICK_S):
+                if self.left() <= 0:
+                    flag[0] = 1
+                    return
+
+        watcher = threading.Thread(target=look, name="poise-clock", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
+Limit = float | Budget
+"""Seconds that begin now, or what is left of a budget."""

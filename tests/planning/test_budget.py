@@ -1,0 +1,268 @@
+"""One budget for all of a plan: every stage ends with its clock, work units need none, and what was cut is said."""
+
+import json
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.helpers import load_batch, tiny_batch, tiny_cluster, tiny_model
+from typer.testing import CliRunner
+
+import poise
+from poise.cli import options
+from poise.cli.main import app
+from poise.cluster import from_preset
+from poise.compiled import Compilation
+from poise.errors import NoResultError, OptionError
+from poise.modelspec import ModelSpec
+from poise.observe.batching import make_batch
+from poise.observe.synthetic import zipf_trace
+from poise.planning import budget as module
+from poise.planning.budget import Budget
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
+from poise.planning.solve.anneal import annealed
+from poise.planning.solve.effort import some_steps
+from poise.planning.solve.milp import Milp
+from poise.planning.solve.search import search
+from poise.planning.solve.solve import METHODS, solve
+
+TRACE = zipf_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2, tokens_per_request=8, stickiness=0.3, seed=1)
+
+
+class Clock:
+    """Goes on by a step whenever it is read."""
+
+    def __init__(self, step: float, jumps_at: int | None = None) -> None:
+        self.step, self.jumps_at, self.reads, self.time = step, jumps_at, 0, 0.0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        self.time += 1e9 if self.reads == self.jumps_at else self.step
+        return self.time
+
+
+def make_problem(traffic="home_node_dedup", slots=(3, 3, 3, 3), trace=TRACE, **more):
+    batch = make_batch(trace, tokens_per_step=64)
+    model = ModelSpec.generic(8, 2, batch.layer_ids_L)
+    return PlacementProblem(batch, from_preset([2, 2], "h100"), model, np.array(slots), traffic, **more)
+
+
+def test_parts_share_the_seconds_and_end_in_turn():
+    now = [0.0]
+    whole = Budget(10.0, now=lambda: now[0])
+    now[0] = 1.0
+    first = whole.part(0.4)
+    assert first.seconds == 4.0 and first.left() == pytest.approx(3.0) and not first.over("first")
+    now[0] = 6.0
+    second = whole.part(0.3, until=0.7)  # the first took two seconds of its clock, not of its share
+    inner = second.part(0.5)
+    assert (second.seconds, inner.seconds) == (3.0, 1.5)
+    assert second.left() == pytest.approx(1.0) and inner.left() == pytest.approx(0.5)
+    assert first.over("first") and first.left() == 0.0 and not whole.over("whole")
+    assert whole.cuts == second.cuts == inner.cuts == {"first"}
+
+
+def test_work_has_no_clock():
+    clock = Clock(1e12)
+    spent = Budget(1.0, work=60, now=clock)
+    assert spent.seconds == pytest.approx(2.0) and spent.part(0.5).seconds == pytest.approx(1.0)
+    flag = np.zeros(1, np.int64)
+    with spent.part(0.1).stops(flag):
+        assert threading.active_count() == threading.active_count()
+    assert spent.part(1e-9).left() == np.inf and not spent.over("anything")
+    assert not spent.cuts and not flag[0] and clock.reads == 0
+    assert Budget.of(spent) is spent and spent.part(0.5).work == 60
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_budget_is_above_zero(bad):
+    with pytest.raises(OptionError, match="time limit must be above 0"):
+        Budget(bad)
+    with pytest.raises(OptionError, match="work must be above 0"):
+        Budget(1.0, work=bad)
+
+
+def test_the_flag_is_set_while_others_work():
+    flag, seen = np.zeros(1, np.int64), threading.Event()
+    with Budget(5.0, now=Clock(1.0)).stops(flag):
+        for _ in range(2000):
+            if flag[0] or seen.wait(0.01):
+                break
+    assert flag[0] == 1
+
+
+LOOPS = {
+    "exact-balance": "exact-balance", "flash-lb": "flash-lb", "swift-balance": "swift-balance",
+    "grace-moe": "grace-moe", "coactivation": "coactivation", "exact": "exact", "moetuner-equal": "moetuner",
+    "exflow": "exflow", "poise": "starts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("reads", [2, 4, 9])
+def test_every_stage_that_would_go_on_asks_the_clock_and_stops(name, reads):
+    """The clock jumps to the end when it is read for the second, fourth or ninth time."""
+    problem, clock = make_problem(), Clock(1e-3, jumps_at=reads)
+    if name == "moetuner-equal":  # on few devices its second programme is a path: nothing to cut
+        problem = replace(problem, cluster=from_preset([3, 3], "h100"), slots_D=np.full(6, 2))
+    budget = Budget(10.0, now=clock)
+    try:
+        problem.check(METHODS[name].plan(problem, time_limit_s=budget).placement)
+    except NoResultError as error:
+        assert name in ("exact", "exact-balance"), error  # half a proof is none
+    assert clock.reads < reads or budget.cuts
+    if reads == 2:
+        assert LOOPS[name] in budget.cuts
+        assert clock.reads <= reads + 50  # a layer or a start asks once more
+
+
+@given(st.integers(3, 400), st.integers(0, 99))
+@settings(max_examples=6, deadline=None)
+def test_wherever_the_clock_ends_it_there_is_a_plan(reads, seed):
+    problem = make_problem()
+    clock = Clock(1e-4, jumps_at=reads)
+    got = solve(problem, time_limit_s=Budget(0.5, now=clock), seed=seed)
+    problem.check(got.placement)
+    problem.engine.check(got.placement, problem.slots_D)
+    assert 0 <= got.gap < 1
+    assert clock.reads < reads or got.details["cut_by_clock"]
+
+
+def test_the_search_stops_between_two_changes():
+    """A clock that has run out leaves the starts: a descent would take millions of updates."""
+    problem = make_problem()
+    starts = [METHODS["lpt"].plan(problem, time_limit_s=1.0).placement]
+    whole = search(problem, starts, time_limit_s=Budget(0.4, work=12.0), seed=0)
+    cut = search(problem, starts, time_limit_s=Budget(1e3, now=Clock(1e3)), seed=0)
+    assert whole.details["updates"] > 1e6
+    assert cut.details["kicks"] == 0 and cut.details["updates"] < 0.1 * whole.details["updates"]
+    problem.check(cut.placement)
+
+
+def test_annealing_that_is_cut_leaves_its_start():
+    """Half-way an annealed layer is hot: worse than where it began."""
+    problem = make_problem()
+    budget = Budget(1.0, now=Clock(10.0))
+    flags = SimpleNamespace(
+        cut=annealed(problem, proposals=2_000_000, budget=budget), none=annealed(problem, proposals=0)
+    )
+    assert (flags.cut.slot_expert_LS == flags.none.slot_expert_LS).all() or budget.cuts == set()
+    assert not Budget(1.0, work=1.0).cuts
+
+
+def bytes_of(tmp_path, name, **options):
+    got = poise.plan(TRACE, "2x2:h100", redundant=4, tokens_per_step=64, seed=7, **options)
+    got.placement.save(tmp_path / name)
+    return got, (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["poise", "moetuner-equal", "exflow", "poise-stay"])
+def test_work_gives_the_same_bytes_however_fast_the_clock(tmp_path, monkeypatch, method):
+    one, first = bytes_of(tmp_path, "one.npz", work=4.0, method=method)
+    limits = []
+    solve_milp = Milp.solve
+
+    def spy(self, **options):
+        got = solve_milp(self, **options)
+        limits.append(self.model.getOptionValue("time_limit")[1])
+        return got
+
+    monkeypatch.setattr(Milp, "solve", spy)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=Clock(1e9)))
+    two, second = bytes_of(tmp_path, "two.npz", work=4.0, method=method)
+    assert first == second and one.objective == two.objective
+    assert all(limit == np.inf for limit in limits)
+    for plan in (one, two):
+        assert "cut_by_clock" not in plan.details and "cut_by_clock" not in plan.placement.fitted.about
+        assert plan.placement.fitted.about["work"] == "4"
+    assert len(bytes_of(tmp_path, "three.npz", work=0.01, method=method)[1]) > 0
+
+
+def test_a_cut_is_said_in_the_table_the_json_and_the_file(tmp_path):
+    trace = tmp_path / "trace.npz"
+    TRACE.save(trace)
+    command = [
+        "plan",
+        str(trace),
+        "--cluster",
+        "2x2:h100",
+        "--redundant",
+        "4",
+        "--no-verdict",
+        "--tokens-per-step",
+        "64",
+    ]
+    for limit, cut in ((["--time-limit", "1e-6"], True), (["--work", "2"], False)):
+        file = tmp_path / f"{cut}.npz"
+        shown = CliRunner().invoke(app, [*command, *limit, "-o", str(file)])
+        assert shown.exit_code == 0, shown.output
+        assert ("the clock cut the search" in shown.stdout) == cut and ("--work" in shown.stdout) == cut
+        about = Placement.load(file).fitted.about
+        assert ("cut_by_clock" in about) == cut and ("work" in about) != cut
+        told = json.loads(CliRunner().invoke(app, [*command, *limit, "--json", "-o", str(file)]).stdout)
+        assert told["cut_by_clock"] is cut and ("cut_by_clock" in told["details"]) == cut
+    bad = CliRunner().invoke(app, [*command, "--work", "0", "-o", str(tmp_path / "none.npz")])
+    assert bad.exit_code == 2 and "work must be above 0" in bad.stderr
+
+
+def test_large_traffic_is_searched_and_priced_on_some_steps_and_says_so():
+    rng = np.random.default_rng(0)
+    batch = load_batch(rng, experts=8, layers=2, steps=4000)
+    cluster = tiny_cluster(rng, (2, 2), equal=True)
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(4, 3))
+    got = solve(problem, work=0.4)
+    assert got.details["searched_on"].endswith(" of 4,000 steps") and got.details["priced_on"].endswith(
+        " of 4,000 steps"
+    )
+    more = solve(problem, work=40.0)
+    assert "priced_on" not in more.details
+    assert more.objective == pytest.approx(solve(problem, method="lpt", work=40.0).objective, rel=0.2)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_some_steps_are_steps_of_the_whole(seed, kept, tokens):
+    rng = np.random.default_rng(seed)
+    cluster = tiny_cluster(rng, (2, 1))
+    batch = tiny_batch(rng, devices=3, tokens=(4, 3, 5, 2, 6)) if tokens else load_batch(rng, steps=5)
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(3, 4))
+    part = some_steps(problem, float(kept), 5.0).batch
+    if kept >= 5:
+        assert part is batch
+        return
+    assert part.num_steps == kept and part.drawn_from == 5 and part.weight_B.sum() == pytest.approx(1.0)
+    taken = [next(b for b in range(5) if (batch.load_BLE[b] == load).all()) for load in part.load_BLE]
+    if tokens:
+        assert taken == sorted(taken)
+        home_T = batch.home_of_tokens(3)
+        rows = np.concatenate([np.arange(*batch.start_B[b : b + 2]) for b in taken])
+        assert (part.experts_TLK == batch.experts_TLK[rows]).all() and (part.home_of_tokens(3) == home_T[rows]).all()
+        assert (np.diff(part.start_B) == np.diff(batch.start_B)[taken]).all()
+
+
+def test_none_of_equal_weight_is_lost_where_weights_are_zero():
+    rng = np.random.default_rng(0)
+    batch = load_batch(rng, steps=4)
+    batch = replace(batch, weight_B=np.array([1.0, 0.0, 0.0, 0.0]))
+    problem = PlacementProblem(batch, tiny_cluster(rng), tiny_model(batch), np.full(3, 4))
+    assert some_steps(problem, 1.0, 4.0).batch.weight_B.tolist() == [1.0]
+
+
+def test_compiling_is_said_and_not_charged(monkeypatch, capsys):
+    mine = Compilation()
+    monkeypatch.setattr(options, "COMPILATION", mine)
+    monkeypatch.setattr(module, "COMPILATION", mine)
+    with options.compiling():
+        before = module._now()
+        mine.start("who")
+        mine._open[0] = ("who", mine._open[0][1] - 50.0)  # it began 50 s ago
+        assert module._now() < before - 49.0
+        mine.end("who")
+        assert module._now() < before - 49.0
+    said = capsys.readouterr().err
+    assert "compiling" in said and "compiled 1 functions in 50 s" in said
