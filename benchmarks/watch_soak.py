@@ -286,7 +286,8 @@ def soak(minutes: float, seed: int) -> tuple[str, list[str]]:
     parts = [
         f"Verdict: resident memory is **{verdict}**.",
         "\n".join(f"- {reason}" for reason in reasons),
-        f"{lasted / 60:.1f} minutes, {engine.did['dumps']} looks that dumped, {looks:.1f} a second. "
+        f"{lasted / 60:.1f} minutes, {engine.did['dumps']} looks that dumped, {looks:.1f} a second of the ten that the "
+        "engine allows (fewer where the machine is busy). "
         f"SIGTERM: status {status} after {left_s:.1f} s; temporary folders left: {remains or 'none'}.",
         table(["from minute", "least MiB", "median MiB", "most MiB", "threads", "open files"], rows),
         "What was told: " + ", ".join(f"{name} {count}" for name, count in sorted(events.items())) + ".",
@@ -313,7 +314,7 @@ def main() -> None:
     if words.no_report:
         print("\n\n".join(parts))
     else:
-        write("watch_soak", ["# `poise watch` for an hour beside an engine that misbehaves", *parts, f"Rule: {rule}"])
+        write("watch_soak", [*parts, f"Rule: {rule}"])
     sys.exit(0 if verdict == "flat" or verdict.startswith("inconclusive") else 1)
 
 

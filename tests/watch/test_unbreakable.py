@@ -220,7 +220,7 @@ def test_one_deadline_holds_over_all_that_drips(tmp_path, where):
     source = SGLangRecorder(engine.url, DumpFolder(tmp_path), num_devices=4, timeout_s=0.3)
     for _ in range(2):
         got = source.poll()
-        assert not got.up and "no answer from" in got.problems[0] and "0.3 s" in got.problems[0]
+        assert not got.up and got.problems[0].startswith(("no answer from", "no time left"))
     engine.socket.close()
     until(lambda: not [t for t in threading.enumerate() if t.name == "poise-ask"], "the threads to end")
 
