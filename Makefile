@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: setup demo test slice test-all check bench clean
 
 setup: $(STAMP)
 
@@ -17,10 +17,14 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# the tests, ten thousand random problems, and the whole parity matrix of sharded training on 2, 4 and 8 processes
+# today's piece of what test-all has beside the tests; another day's: benchmarks/slices.py --list, --date, --piece
+slice: setup
+	$(BIN)/python benchmarks/slices.py
+
+# the tests, ten thousand random problems, the whole parity matrix of sharded training on 2, 4 and 8 processes, more
+# random examples of slow properties, older engines, and a minute of the watch beside an engine that misbehaves
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_rules.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/slices.py --all
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Random problems with S from E to E on every device: no expert twice on a device, no slot empty, every invariant.
 
-Usage: python benchmarks/engine_rules.py [problems, default 10000]
+Usage: python benchmarks/engine_rules.py [problems, default 10000] [number of the first, default 0]
 
 Each problem is planned by one quick method in turn, every fiftieth also by ``poise``; exits with 1 if any invariant
 fails. Problems come from tests/planning/test_engine_rules.py.
@@ -25,9 +25,10 @@ EVERY, LIMIT_S = 50, 0.05
 
 def main() -> None:
     problems = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     planned: Counter[str] = Counter()
     began, full = time.monotonic(), 0
-    for seed in range(problems):
+    for seed in range(first, first + problems):
         problem = random_problem(seed)
         full += int(problem.slots_D.sum()) == problem.batch.num_experts * problem.num_devices
         for method in (QUICK[seed % len(QUICK)], *(("poise",) if seed % EVERY == 0 else ())):

@@ -1,6 +1,7 @@
 """The whole parity matrix of sharded training: policy x re-materialisation x K x W0-W7 x optimizer, and many steps.
 
-Usage: python benchmarks/parity.py [2 4 8 4:float32 4:bfloat16 steady | 8/4 ...]    (8/4: on 8 ranks every fourth cell)
+Usage: python benchmarks/parity.py [2 4 8 4:float32 4:bfloat16 steady | 8/4+1 ...]    (8/4+1: on 8 ranks every fourth
+cell, from number 1 on)
 
 One launch per part. ``steady``: 1,000 steps on 4 ranks with a new plan in each and new owners every 100.
 """
@@ -23,6 +24,7 @@ from benchmarks.common import table, write
 ROOT = Path(__file__).parents[1]
 LIMIT, TIMES = 1e-11, 4.0
 STEPS = 1000
+WHOLE = ("2", "4", "8", "4:float32", "4:bfloat16", "steady")
 
 
 def launch(world: int, script: str, *arguments: str) -> str:
@@ -31,14 +33,21 @@ def launch(world: int, script: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
 
 
+def part(word: str) -> tuple[int, int, int, str]:
+    """Ranks, every how many-th cell, the first of them, and the type of numbers."""
+    place, _, dtype = word.partition(":")
+    world, _, cells = place.partition("/")
+    every, _, first = cells.partition("+")
+    return int(world), int(every or 1), int(first or 0), dtype or "float64"
+
+
 def matrix(word: str) -> tuple[str, int]:
     """One part of the report, and the cells that failed."""
-    place, _, dtype = word.partition(":")
-    world, _, every = place.partition("/")
-    dtype = dtype or "float64"
+    world, every, first, dtype = part(word)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "cells.json"
-        launch(int(world), "tests/train/matrix.py", "--out", str(out), "--every", every or "1", "--dtype", dtype)
+        launch(world, "tests/train/matrix.py", "--out", str(out), "--every", str(every), "--first", str(first), "--dtype",
+               dtype)  # fmt: skip
         found = json.loads(out.read_text())
     exact = dtype == "float64"
     cells = [{**cell, "value": cell["error"] if exact else cell["error"] / cell["dense"]} for cell in found["cells"]]
@@ -83,7 +92,7 @@ INTRODUCTION = (
 
 def main() -> None:
     parts, failed = [INTRODUCTION], 0
-    for word in sys.argv[1:] or ["2", "4", "8", "4:float32", "4:bfloat16", "steady"]:
+    for word in sys.argv[1:] or WHOLE:
         text, more = steady() if word == "steady" else matrix(word)
         parts.append(text)
         failed += more

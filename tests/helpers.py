@@ -1,5 +1,6 @@
 """Small random machines, traffic and placements that brute force can go through."""
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -8,6 +9,11 @@ import numpy as np
 from poise.cluster import Cluster
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+
+
+def few_or(many: int, few: int) -> int:
+    """How many random examples: ``few`` in ``make test``, ``many`` in ``make test-all``, which sets POISE_MANY=1."""
+    return many if os.environ.get("POISE_MANY") else few
 
 
 def tiny_cluster(rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False) -> Cluster:

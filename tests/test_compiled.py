@@ -5,6 +5,7 @@ import os
 import sys
 
 import numba
+import numpy as np
 import pytest
 
 from poise.compiled import COMPILATION
@@ -73,6 +74,41 @@ def test_a_cache_cut_short_is_rebuilt(run, tmp_path, keep):
         os.truncate(path, int(path.stat().st_size * keep))
     assert run() == (33, 2)
     assert run() == (33, 0)
+
+
+def test_a_flipped_bit_is_noticed(run, tmp_path):
+    """In machine code it would be run; in an index it may name another file."""
+    want = run()
+    size = {path: path.stat().st_size for path in [*files(tmp_path, ".nbi"), *files(tmp_path, ".nbc")]}
+    for path in size:
+        for at in np.linspace(0, size[path] - 1, 9).astype(int):
+            data = bytearray(path.read_bytes())
+            data[at % len(data)] ^= 4
+            path.write_bytes(data)
+            assert run()[0] == want[0]
+            assert run() == (want[0], 0)
+
+
+def test_a_file_under_another_name_is_noticed(run, tmp_path):
+    """As where two versions of a module write the files of one another."""
+    run()
+    inner, outer = sorted(files(tmp_path, ".nbc"))
+    outer.write_bytes(inner.read_bytes())
+    assert run() == (33, 1)
+    assert run() == (33, 0)
+
+
+def test_a_changed_table_is_seen(run, monkeypatch):
+    monkeypatch.setitem(
+        globals(),
+        "INNER",
+        INNER.replace("FACTOR = {factor}", "FACTOR = {factor}\nimport numpy as np\nTABLE = np.array([{add}])").replace(
+            "+ {add}", "+ TABLE[0]"
+        ),
+    )
+    assert run(add=1)[0] == 33
+    assert run(add=2) == (36, 2)
+    assert run(add=2) == (36, 0)
 
 
 def test_no_folder_for_a_cache(run, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_every_reader_refuses_what_is_no_file(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "model", "granite")
     done = subprocess.run(
         [sys.executable, "-c", READERS, str(tmp_path), str(checkpoint), *kinds],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-300:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]

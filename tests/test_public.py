@@ -1,5 +1,11 @@
 """Names and options that others script against: a change here is a breaking change."""
 
+import ast
+import pickle
+import tomllib
+from pathlib import Path
+
+import pytest
 import typer
 
 import poise
@@ -29,7 +35,7 @@ OPTIONS = {
                   "--window-us", "--control-us", "--seed", "--json"},
     "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",
               "--every", "--max-moves", "--false-alarm-rate", "--horizon", "--method", "--follow", "--interval", "--output",
-              "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--sglang", "--dump-dir", "--api-key",
+              "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--allow-host", "--sglang", "--dump-dir", "--api-key",
               "--admin-api-key", "--steps-per-dump", "--delete-dumps", "--restart-seconds"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--zero-experts", "--relabelling",
                 "--devices", "--ranks", "--allow-missing-ranks", "--json"},
@@ -47,6 +53,25 @@ OPTIONS = {
 def test_public_names():
     assert set(poise.__all__) == NAMES and len(NAMES) <= 20
     assert all(hasattr(poise, name) for name in NAMES)
+
+
+def test_names_are_imported_when_asked_for():
+    """As if they were imported: for dir, from-star, pickle, type checkers, and for what is not there."""
+    assert set(dir(poise)) >= NAMES | {"__version__"}
+    got = {}
+    exec("from poise import *", got)
+    assert {name: got[name] for name in NAMES} == {name: getattr(poise, name) for name in NAMES}
+    cluster = poise.Cluster.parse("1x2")
+    assert type(pickle.loads(pickle.dumps(cluster))) is poise.Cluster
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = poise.no_such_name
+    checked = next(node for node in ast.walk(ast.parse(Path(poise.__file__).read_text())) if isinstance(node, ast.If))
+    assert {a.name: node.module for node in checked.body for a in node.names} == poise._MODULE_OF
+
+
+def test_one_version():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert poise.__version__ == project["version"]
 
 
 def test_methods():

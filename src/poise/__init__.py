@@ -1,16 +1,26 @@
-"""poise: keep every GPU of a Mixture-of-Experts model equally busy. Plan, compare and export expert placements."""
+"""poise: keep every GPU of a Mixture-of-Experts model equally busy. Plan, compare and export expert placements.
 
-from poise.api import VERSION, compare, plan
-from poise.cluster import Cluster
-from poise.errors import InfeasibleError, InputError, NoResultError, PoiseError
-from poise.modelspec import ModelSpec
-from poise.observe.batching import make_batch
-from poise.observe.files import read
-from poise.observe.trace import LoadProfile, RoutingTrace
-from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem, Solution
-from poise.planning.solve.solve import METHODS, solve
-from poise.policies.registry import POLICIES
+Names are imported when they are first asked for: engines import this package in every process of theirs, to find a
+plugin that mostly is not wanted.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from poise.version import VERSION
+
+if TYPE_CHECKING:
+    from poise.api import compare, plan
+    from poise.cluster import Cluster
+    from poise.errors import InfeasibleError, InputError, NoResultError, PoiseError
+    from poise.modelspec import ModelSpec
+    from poise.observe.batching import make_batch
+    from poise.observe.files import read
+    from poise.observe.trace import LoadProfile, RoutingTrace
+    from poise.planning.placement import Placement
+    from poise.planning.problem import PlacementProblem, Solution
+    from poise.planning.solve.solve import METHODS, solve
+    from poise.policies.registry import POLICIES
 
 __version__ = VERSION
 __all__ = [
@@ -33,3 +43,28 @@ __all__ = [
     "read",
     "solve",
 ]
+
+if not TYPE_CHECKING:  # to type checkers a __getattr__ would be every name
+    _MODULE = {
+        "poise.api": ("compare", "plan"),
+        "poise.cluster": ("Cluster",),
+        "poise.errors": ("InfeasibleError", "InputError", "NoResultError", "PoiseError"),
+        "poise.modelspec": ("ModelSpec",),
+        "poise.observe.batching": ("make_batch",),
+        "poise.observe.files": ("read",),
+        "poise.observe.trace": ("LoadProfile", "RoutingTrace"),
+        "poise.planning.placement": ("Placement",),
+        "poise.planning.problem": ("PlacementProblem", "Solution"),
+        "poise.planning.solve.solve": ("METHODS", "solve"),
+        "poise.policies.registry": ("POLICIES",),
+    }
+    _MODULE_OF = {name: module for module, names in _MODULE.items() for name in names}
+
+    def __getattr__(name):
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -41,6 +41,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import METHODS, solve, without_redundant
+from poise.version import VERSION
 
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
@@ -48,7 +49,6 @@ SECOND_PLAN = 0.2
 """Share of a budget for a plan without redundant slots."""
 JUDGE = 0.3
 """Share of a budget for judging, where it is for more than planning."""
-VERSION = "0.2.0"
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
@@ -274,19 +274,20 @@ def compare(
     fitted, judged, notes = split_traffic(whole, given, {name: load(source) for name, source in (others or {}).items()})
     parts = {IN_SAMPLE: fitted, **judged}
     skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
-    batches = {
-        name: make_batch(part, tokens_per_step=tokens_per_step, order=order, seed=seed,
-                         steps=None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip,
-                         sample=not fast)
-        for name, part in parts.items()
-    }  # fmt: skip
+    batches, prints = {}, {}
+    for name, part in parts.items():
+        found = part()
+        many = None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip
+        batches[name] = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, steps=many,
+                                   sample=not fast)  # fmt: skip
+        prints[name] = fingerprint(found)
+        del found  # one part at a time
     batch = batches[IN_SAMPLE]
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     slots_D = _slots(batch, machine, redundant, slots)
     rules = parse_engine(engine)
     chosen = rules.choose_split(split)
     problem = PlacementProblem(batch, machine, sizes, slots_D, flow, chosen, engine=rules)
-    prints = {name: fingerprint(part) for name, part in parts.items()}
     entries: list[Entry] = []
     said = [*notes, *([rules.caveat] if rules.caveat else [])]
     defaults = silent_defaults(whole, None if model is None else sizes, tokens_per_step, batch)

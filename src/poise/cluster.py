@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from poise.curve import ExpertCurve
 from poise.errors import ClusterError
-from poise.files import read_bounded
 from poise.presets import DEVICES
+from poise.yamlfile import dump_yaml, read_yaml
 
 MAX_DEVICES = 65_536
 
@@ -142,7 +141,7 @@ class Cluster:
         data.update({name: float(getattr(self, name)) for name in (*RATES, *LATENCIES)}, nic_shared=self.nic_shared)
         if self.expert_curve is not None:
             data["expert_curve"] = self.expert_curve.to_dict()
-        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+        return dump_yaml(data)
 
     def __repr__(self) -> str:
         per_node = self.devices_per_node_N
@@ -197,34 +196,9 @@ def from_preset(
     return Cluster(node, np.ones(node.size) if speed is None else np.asarray(speed, dtype=np.float64), **constants)
 
 
-# what PyYAML's own readers of `!!bool x`, `!!int ''`, `!!timestamp x`, `!!set [1]` raise instead of a YAMLError
-_TAG_ERRORS = (KeyError, IndexError, AttributeError, TypeError, OverflowError)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without anchors (no cycles, no expansion bombs) and without repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise ClusterError("aliases are not read in a cluster file", hint="write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        if len(keys) != len({str(key) for key in keys}):
-            raise ClusterError(f"a key appears twice among {keys[:12]}")
-        return super().construct_mapping(node, deep=deep)
-
-
 def from_yaml(path: Path) -> Cluster:
     """A cluster from a YAML file; the keys are listed in docs/formats.md."""
-    try:
-        data = yaml.load(read_bounded(path, MAX_YAML_BYTES, ClusterError).decode("utf-8"), Loader=_Loader)
-    except ClusterError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError, *_TAG_ERRORS) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ClusterError(f"{path} is not YAML: {reason[0]}") from None
+    data = read_yaml(path, MAX_YAML_BYTES, ClusterError)
     if not isinstance(data, dict):
         raise ClusterError(f"{path} must hold keys and values, got {type(data).__name__}")
     for key in data:
@@ -284,13 +258,13 @@ def _curve(path: Path, value: Any) -> ExpertCurve:
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    """A finite float; YAML reads 1e9 as a string, so numerals in strings count."""
+    """A finite float; a text is none, whatever Python would make of it."""
     try:
-        out = float(value) if not isinstance(value, bool) else np.nan
-    except (TypeError, ValueError, OverflowError):
+        out = float(value) if type(value) in (int, float) else np.nan
+    except OverflowError:
         out = np.nan
     if not np.isfinite(out):
-        raise ClusterError(f"{path}: {key} must be a finite number, got {value!r}")
+        raise ClusterError(f"{path}: {key} must be a finite number, got {str(value)[:80]!r}")
     return out
 
 

@@ -1,20 +1,25 @@
 """The one decorator of compiled functions: numba's, with a cache on disk where there can be one.
 
-numba's own ``cache=True`` fails where no folder can be written, dies of a damaged cache file, and runs old machine code
-where only a function that is called, or a constant of another module, has changed. Here each of these compiles anew.
+numba's own ``cache=True`` fails where no folder can be written, dies of a damaged cache file or runs what it holds, and
+runs old machine code where only a function that is called, or a constant of another module, has changed. Here each of
+these compiles anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import njit
+from numba.core.caching import IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
+from numba.core.serialize import dumps
 
-CONSTANTS = (bool, int, float, str, tuple)
+CONSTANTS = (bool, int, float, str, tuple, np.generic)
 
 
 class Compilation:
@@ -82,6 +87,7 @@ class _Cache:
         file = getattr(cache, "_cache_file", None)
         self.stamp = _stamp(function, getattr(file, "_source_stamp", None))
         if file is not None:
+            file.__class__ = _File
             file._source_stamp = self.stamp
 
     def __getattr__(self, name: str) -> Any:
@@ -111,6 +117,26 @@ class _Cache:
             pass
 
 
+class _File(IndexDataCacheFile):  # type: ignore[misc]
+    """numba's files of one function; what they hold under a key is proven to be what was saved under it."""
+
+    def save(self, key: Any, data: Any) -> None:
+        payload = dumps(data)
+        super().save(key, (self._digest(key, payload), payload))
+
+    def load(self, key: Any) -> Any:
+        found = super().load(key)
+        if found is None:
+            return None
+        digest, payload = found
+        if digest != self._digest(key, payload):
+            raise ValueError("a damaged cache file")
+        return pickle.loads(payload)
+
+    def _digest(self, key: Any, payload: bytes) -> bytes:
+        return hashlib.sha256(f"{self._source_stamp}{key}".encode() + payload).digest()
+
+
 def _stamp(function: Callable[..., Any], source: Any) -> str:
     """Of the function's file, and of the compiled functions and the constants of other modules that it names."""
     parts = [repr(source)]
@@ -118,6 +144,8 @@ def _stamp(function: Callable[..., Any], source: Any) -> str:
         value = function.__globals__.get(name)
         if isinstance(value, Dispatcher):
             parts.append(f"{name}={getattr(getattr(value, '_cache', None), 'stamp', None)}")
+        elif isinstance(value, np.ndarray):
+            parts.append(f"{name}={value.dtype}{value.shape}{value.tobytes()!r}")
         elif isinstance(value, CONSTANTS):
             parts.append(f"{name}={value!r}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -76,3 +76,14 @@ class NoResultError(PoiseError):
 
 class InfeasibleError(NoResultError):
     """Proven: no placement meets the constraints."""
+
+
+def told(error: BaseException) -> str:
+    """An error that is not poise's in one line: its type, and the beginning of what it says."""
+    if isinstance(error, PoiseError):
+        return error.message
+    try:
+        said = " ".join(str(error).split())
+    except Exception:  # whose own text fails
+        said = ""
+    return type(error).__name__ + (f": {said[:300]}" if said else "")

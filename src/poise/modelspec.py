@@ -172,7 +172,7 @@ class ModelSpec:
             close = difflib.get_close_matches(spec, MODELS, 1)
             hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
             raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
-        data = read_json(path, MAX_CONFIG_BYTES, ModelError)
+        data = read_json(path, MAX_CONFIG_BYTES, ModelError, infinite=True)
         if not isinstance(data, dict):
             raise ModelError(f"{path} is not a model config: it holds a {type(data).__name__}")
         if path.name == "config.json":

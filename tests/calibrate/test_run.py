@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from poise.cli.main import app
 from poise.cluster import Cluster
 from poise.cost.compute import expert_seconds
-from poise.emulate.launch import run
+from poise.emulate.launch import RankError, run
 from poise.emulate.spec import EmulatedCluster
 from poise.modelspec import ModelSpec
 
@@ -24,6 +24,16 @@ SMALL = ["--hidden", "16", "--inner", "8", "--quick", "--repeats", "3"]
 
 def alone(*arguments):
     return RUNNER.invoke(app, ["calibrate", *map(str, arguments)], env={"RANK": None, "WORLD_SIZE": None})
+
+
+INCONCLUSIVE = "inconclusive, "
+"""What is said where other work keeps the cores busy: then nothing is written (test_disturbed.py: when it is said)."""
+
+
+def inconclusive(said, path):
+    if INCONCLUSIVE in said:
+        assert "others took" in said and not path.exists()
+    return INCONCLUSIVE in said
 
 
 def checked(path, shape):
@@ -41,6 +51,9 @@ def checked(path, shape):
 def test_a_single_process_measures_compute_only_and_says_so(tmp_path):
     path = tmp_path / "c.yaml"
     done = alone(*SMALL, "--seconds", "2", "-o", path, "--cluster", "2x4:a100", "--json")
+    if inconclusive(done.stderr, path):
+        assert done.exit_code == 1 and not done.stdout
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.exit_code == 0, done.output
     got = json.loads(done.stdout)
     assert got["links"] is None and any("links were not measured" in note for note in got["notes"])
@@ -54,11 +67,15 @@ def test_the_device_clock_is_measured_in_place_of_arithmetic(tmp_path):
     csv, path = tmp_path / "curve.csv", tmp_path / "c.yaml"
     csv.write_text("tokens,active_experts,seconds\n" + "".join(f"{t},1,{2e-6 + 1e-7 * t}\n" for t in (8, 32, 128)))
     done = alone(*SMALL, "--seconds", "10", "--curve", csv, "--dilation", "1000", "-o", path)
+    if inconclusive(done.stderr, path):
+        assert done.exit_code == 1
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.exit_code == 0, done.output
     curve = checked(path, (1,)).expert_curve
     assert "device clock, dilation 1000" in path.read_text()
-    assert curve.per_expert == pytest.approx(2.1e-3, rel=0.15)  # seconds of this machine
-    assert curve.seconds_X[-1] == pytest.approx(27.6e-3, rel=0.15) and curve.tokens_X[-1] == 256
+    assert (curve.tokens_X[-1] == 256) != ("time was up at" in path.read_text())
+    for tokens, seconds in zip(curve.tokens_X, curve.seconds_X, strict=True):  # seconds of this machine
+        assert seconds == pytest.approx(2e-3 + 1e-4 * tokens, rel=0.15), tokens
 
 
 @pytest.mark.parametrize(
@@ -84,18 +101,21 @@ def test_wrong_input_is_exit_code_2(arguments, says, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_four_ranks_under_torchrun(tmp_path):
+def test_three_ranks_under_torchrun(tmp_path):
     path = tmp_path / "c.yaml"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "poise.cli",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "poise.cli",
                "calibrate", *SMALL, "--seconds", "8", "--json", "-o", str(path)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if inconclusive(done.stderr, path):
+        assert done.returncode == 1 and not done.stdout
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.returncode == 0, done.stderr[-3000:]
     got = json.loads(done.stdout)
-    cluster = checked(path, (4,))
+    cluster = checked(path, (3,))
     patterns = {row["pattern"] for row in got["links"]["rows"]}
-    assert patterns == {"1 peers", "2 peers", "3 peers", "intra", "hot"}
+    assert patterns == {"1 peers", "2 peers", "intra", "hot"}
     assert all(row["low_s"] <= row["seconds"] <= row["high_s"] for row in got["links"]["rows"])
-    assert cluster.intra_bytes_per_s > 1e6 and cluster.intra_latency_s + 3 * cluster.peer_latency_s > 0
+    assert cluster.intra_bytes_per_s > 1e6 and cluster.intra_latency_s + 2 * cluster.peer_latency_s > 0
     assert any("inter_bytes_per_s was not measured" in note for note in got["notes"])
 
 
@@ -103,8 +123,12 @@ def test_four_ranks_under_torchrun(tmp_path):
 def test_an_emulated_cluster_gives_its_rates_back(tmp_path):
     path, out, err = tmp_path / "c.yaml", io.StringIO(), io.StringIO()
     arguments = ["--hidden", "16", "--inner", "8", "--quick", "--repeats", "3", "--json", "-o", str(path)]
-    done = run(EmulatedCluster(2, 2, 60e6, 15e6), "-m", ["poise.cli", "calibrate", *arguments], timeout=120,
-               out=out, err=err)  # fmt: skip
+    try:
+        done = run(EmulatedCluster(2, 2, 60e6, 15e6), "-m", ["poise.cli", "calibrate", *arguments], timeout=600,
+                   out=out, err=err)  # fmt: skip
+    except RankError as error:
+        assert inconclusive(str(error), path) and not out.getvalue(), error
+        pytest.skip("inconclusive: other work keeps the cores busy")
     assert done.shaped
     cluster = checked(path, (2, 2))
     # on a machine that also runs other tests ports idle now and then; without limits they are 100 times as fast

@@ -14,6 +14,7 @@ from poise.evaluate.breakeven import breakeven, drifting_batch
 from poise.modelspec import ModelSpec
 
 DEMO = str(files("poise") / "data" / "demo_trace.npz")
+SMALL = f"{DEMO}#domain=python"
 
 
 def run(*args):
@@ -64,10 +65,10 @@ def test_compare_with_a_fast_loop():
 
 
 def test_plan_says_what_it_gains(tmp_path):
-    got = run("plan", DEMO, "-c", "1x4:h100", "-n", "2048", "--method", "lpt", "--time-limit", "1", "-o",
+    got = run("plan", SMALL, "-c", "1x4:h100", "-n", "2048", "--method", "lpt", "--time-limit", "0.2", "-o",
               str(tmp_path / "p.npz"), "--json")  # fmt: skip
     assert got.exit_code == 0, got.output
     assert "held-out" in json.loads(got.stdout)["verdict"] or "beats" in json.loads(got.stdout)["verdict"]
-    again = run("plan", DEMO, "-c", "1x4:h100", "-n", "2048", "--time-limit", "1", "-o", str(tmp_path / "q.npz"),
+    again = run("plan", SMALL, "-c", "1x4:h100", "-n", "2048", "--time-limit", "0.2", "-o", str(tmp_path / "q.npz"),
                 "--current", str(tmp_path / "p.npz"), "--migration-steps", "0.001", "--no-verdict", "--json")  # fmt: skip
     assert again.exit_code == 0 and json.loads(again.stdout)["verdict"] is None

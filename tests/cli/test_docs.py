@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tests.engines.dumps import npy_base64
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 from poise.cli.main import app
@@ -18,11 +18,11 @@ from poise.observe.synthetic import zipf_trace
 from poise.planning.placement import Placement
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
-LAYERS, EXPERTS, TOP_K, DEVICES = 16, 64, 8, 8
+LAYERS, EXPERTS, TOP_K, DEVICES, TOKENS = 48, 128, 8, 8, 800
 
 
 def routing():
-    trace = zipf_trace(num_tokens=2000, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=0.8)
+    trace = zipf_trace(num_tokens=TOKENS, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=0.8)
     return trace.experts.astype(np.int32)
 
 
@@ -66,12 +66,12 @@ def log(folder):
         "INFO [vllm_plugin.py:64] poise plans expert placement: PolicySettings(static_map=StaticMap(path='placement.npz'))"
     ]
     for step in range(8):
-        chosen = routing()[rng.integers(0, 2000, 500)]
+        chosen = routing()[rng.integers(0, TOKENS, 500)]
         count = plan.count_LED()
         device_LD = np.einsum("le,led->ld", load_LE(chosen, EXPERTS), count / count.sum(axis=2, keepdims=True))
         mean, most = device_LD.mean(axis=1).sum(), np.rint(device_LD.max(axis=1).sum())
         lines.append(
-            f"INFO 11-25 10:00:00 [eplb_state.py:600] EPLB step: {step} for model allenai/OLMoE: avg_tokens={mean:.2f}, "
+            f"INFO 11-25 10:00:00 [eplb_state.py:600] EPLB step: {step} for model Qwen/Qwen3-30B-A3B: avg_tokens={mean:.2f}, "
             f"max_tokens={int(most)}, balancedness={mean / most:.4f}"
         )
     (folder / "server.log").write_text("\n".join(lines) + "\n")
@@ -92,9 +92,9 @@ def statistics(folder):
 
 
 def checkpoint(folder):
-    config = OlmoeConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
-                         num_experts=EXPERTS, num_experts_per_tok=TOP_K, vocab_size=32)  # fmt: skip
-    OlmoeForCausalLM(config).save_pretrained(folder / "OLMoE-1B-7B-0924")
+    config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=2, head_dim=8,
+                            num_key_value_heads=2, num_experts=EXPERTS, num_experts_per_tok=TOP_K, vocab_size=32)  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "Qwen3-30B-A3B")
 
 
 STAND_INS = {  # a line of the page that starts an engine -> what would be there afterwards
@@ -104,7 +104,7 @@ STAND_INS = {  # a line of the page that starts an engine -> what would be there
     "POISE_STATIC_MAP=": log,
     "EXPERT_STATISTIC_PATH=": statistics,
     "DYNAMIC_EPLB=true": lambda folder: shutil.copy(folder / "map.json", folder / "recorded.json"),
-    "vllm serve OLMoE-1B-7B-placed": answers("answers_placed.jsonl"),
+    "vllm serve Qwen3-30B-A3B-placed": answers("answers_placed.jsonl"),
 }
 
 
@@ -122,6 +122,8 @@ def test_every_command_of_the_page_runs_as_written(tmp_path, monkeypatch):
             for command in text.replace("\\\n", " ").splitlines():
                 words = shlex.split(command, comments=True)
                 assert words[0] == "poise", command
+                if "--time-limit" in words:  # as written but for how long is searched
+                    words[words.index("--time-limit") + 1] = "0.2"
                 done = CliRunner().invoke(app, words[1:])
                 assert done.exit_code == 0, (command, done.output)
                 ran.append(words[1])

@@ -151,12 +151,12 @@ def test_following_plans_in_the_background(parts, cluster, tmp_path, monkeypatch
     def sleep(seconds):
         waits.append(seconds)
         nap(0.05)
-        if (tmp_path / "p.npz").exists() or len(waits) > 300:
+        if (tmp_path / "p.npz").exists() or len(waits) > 6000:  # five minutes
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module.time, "sleep", sleep)
     got = run(tmp_path / "t.npz", *options(cluster, "--json", "-o", tmp_path / "p.npz"))
-    assert got.exit_code == 0 and lines(got, "plan")[0]["accepted"] and len(waits) < 300
+    assert got.exit_code == 0 and lines(got, "plan")[0]["accepted"] and len(waits) < 6000
     assert Placement.load(tmp_path / "p.npz").num_slots == 40
 
 

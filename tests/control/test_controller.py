@@ -143,7 +143,7 @@ def test_planning_in_the_background(monkeypatch):
     go = threading.Event()
 
     def slow(*args, **options):
-        assert go.wait(20)
+        assert go.wait(300)
         return solve(*args, **options)
 
     monkeypatch.setattr(module, "solve", slow)

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
-from tests.helpers import all_counts, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model, token_batch
+from tests.helpers import (
+    all_counts,
+    few_or,
+    load_batch,
+    random_slots,
+    tiny_batch,
+    tiny_cluster,
+    tiny_model,
+    token_batch,
+)
 
 from poise.cost.bound import bound_terms, compute_bound, step_bound_BL
 from poise.cost.split import SPLITS
@@ -84,7 +93,7 @@ def tiny_case(seed, nodes, traffic, loads, spare, most):
 
 
 @given(SEEDS, NODES, st.sampled_from(TRAFFIC_MODELS), st.sampled_from(SPLITS), st.booleans(), st.integers(0, 2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=few_or(300, 40), deadline=None)
 def test_no_placement_lies_below_a_bound(seed, nodes, traffic, split, loads, spare):
     traffic = "home" if loads else traffic
     batch, cluster, model, slots, counts = tiny_case(
@@ -111,7 +120,7 @@ def test_no_placement_lies_below_a_bound(seed, nodes, traffic, split, loads, spa
     st.integers(0, 2),
     st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=few_or(300, 30), deadline=None)
 def test_no_plan_lies_below_the_bound_of_a_solution(seed, nodes, traffic, split, loads, spare, pooled):
     """The same for a static plan of two layers and its expectation over steps; with ``pooled`` slots too."""
     traffic = "home" if loads else traffic
@@ -138,7 +147,7 @@ def test_no_plan_lies_below_the_bound_of_a_solution(seed, nodes, traffic, split,
 
 
 @given(SEEDS, NODES, st.sampled_from(SPLITS))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=few_or(100, 15), deadline=None)
 def test_no_plan_lies_below_a_bound_where_tokens_skip_layers(seed, nodes, split):
     """Under ``stay``, three layers: who computes nothing in one comes to the next from further back."""
     rng = np.random.default_rng(seed)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.bound import step_bound_BL
 from poise.cost.split import SPLITS
@@ -44,7 +44,7 @@ NOT_FOR_ALL = {
     st.sampled_from([(1, 1, 1), (2, 1, 2), (3,), (1,), (2, 2, 2), (2, 2)]), st.integers(4, 7), st.integers(0, 4),
     st.booleans(),
 )  # fmt: skip
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=few_or(60, 8), deadline=None)
 def test_no_method_plans_below_its_bound(name, seed, traffic, split, loads, nodes, experts, spare, pooled):
     problem = random_problem(seed, traffic, split, loads, nodes, experts, spare, pooled)
     try:

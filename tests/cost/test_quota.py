@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
+from tests.helpers import few_or
 
 from poise.cost.quota import balance, make_holders, make_scratch
 
@@ -42,9 +43,9 @@ def feasible(load, holds, cap):
     return maximum_flow(csr_matrix(graph), 0, size - 1).flow_value == load.sum()
 
 
-def test_ten_thousand_cases_against_a_max_flow_solver():
+def test_many_cases_against_a_max_flow_solver():
     rng = np.random.default_rng(0)
-    for _ in range(10_000):
+    for _ in range(few_or(10_000, 2_000)):
         load, holds = case(rng)
         quota, most = run(load, holds)
         assert (quota.sum(axis=1) == load).all() and (quota[~holds] == 0).all() and quota.min() >= 0

@@ -1,9 +1,8 @@
 """The device clock and its curves."""
 
-import time
-
 import pytest
 
+from poise.emulate import clock as module
 from poise.emulate.clock import DeviceClock, ExpertCurve
 from poise.errors import OptionError
 
@@ -72,21 +71,37 @@ def test_computing_takes_as_long_as_the_curve_says_times_the_dilation():
     assert report["count"] == 10 and report["overruns"] == 0  # how late it is, the self-test measures
 
 
-def test_real_arithmetic_counts_against_the_deadline_and_overruns_are_told():
+class Still:
+    """A clock that only sleeping moves; wake-ups are late."""
+
+    def __init__(self, late=0.0):
+        self.now, self.late = 100.0, late
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds + self.late
+
+
+def test_real_arithmetic_counts_against_the_deadline_and_overruns_are_told(monkeypatch):
+    still = Still(late=0.001)
+    monkeypatch.setattr(module, "time", still)
     clock = DeviceClock(lambda tokens: 0.5)
     start = clock.now()
-    time.sleep(0.05)
+    still.now += 0.05
     done = clock.compute([1], since=start)
-    assert 0.05 <= done.worked_s and not done.overran
-    assert time.monotonic() - start >= 0.5 - 1e-3
+    assert done.worked_s == pytest.approx(0.05) and not done.overran and done.late_s == pytest.approx(0.001)
+    assert still.now - start == pytest.approx(0.501)
+    assert clock.report()["late_p99_s"] == pytest.approx(0.001)
 
     clock = DeviceClock(lambda tokens: 0.03)
     start = clock.now()
-    time.sleep(0.05)
+    still.now += 0.05
     done = clock.compute([1], since=start)
-    assert done.overran and done.late_s >= 0.02
+    assert done.overran and done.late_s == pytest.approx(0.02)
     report = clock.report()
-    assert report["overruns"] == 1 and report["worst_overrun_s"] >= 0.02
+    assert report["overruns"] == 1 and report["worst_overrun_s"] == pytest.approx(0.02)
 
 
 def test_a_curve_that_gives_no_time_is_refused():

@@ -46,7 +46,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
            "warm_up": 0, "prior": prior.tolist(), "rows": rows}  # fmt: skip
     paths[0].write_text(json.dumps(job))
     np.savez(paths[1], experts=batch.experts_TLK, home=home_T, start=batch.start_B)
-    run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths[:3]], timeout=120)
+    run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths[:3]], timeout=600)
 
     with np.load(paths[2], allow_pickle=False) as z:
         marks, tokens = z["marks"], z["tokens"]

@@ -49,7 +49,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
     job, paths = job_of(tmp_path), [tmp_path / name for name in ("job.json", "counts.npz", "out.npz")]
     paths[0].write_text(json.dumps(job))
     np.savez(paths[1], load=load, forced=loads.force_balanced().load_BLSE)
-    run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths], timeout=120)
+    run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths], timeout=600)
     with np.load(paths[2], allow_pickle=False) as z:
         out = {name: z[name] for name in z.files}
     rows = len(job["table"])

@@ -21,7 +21,7 @@ from tests.engines import engine_stubs
 
 from poise.cli.main import app
 from poise.engines.plugins.policy import PolicySettings
-from poise.engines.plugins.sglang_plugin import around
+from poise.engines.plugins.sglang_hook import around
 from poise.engines.plugins.vllm_plugin import register
 from poise.planning.placement import Placement
 

@@ -198,7 +198,7 @@ def test_targets_and_placements_that_do_not_fit(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "file").touch()
-    for target, match in [(source, "lies in"), (source / "in", "lies in"), (tmp_path / "full", "not empty"), (tmp_path / "file", "not empty"),
+    for target, match in [(source, "lies in"), (source / "in", "lies in"), (tmp_path / "full", "not empty"), (tmp_path / "file", "not a folder"),
                           (tmp_path / "no" / "where", "there is no folder")]:  # fmt: skip
         with pytest.raises(OptionError, match=match):
             relabel_checkpoint(placement, source, target)

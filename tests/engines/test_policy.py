@@ -1,14 +1,18 @@
 """The core behind the plugins: valid maps, never worse than the map in use or the engine's, few moves, alike on all ranks."""
 
+import ast
+import importlib
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from poise.cluster import Cluster
 from poise.cost.step import batch_cost
-from poise.engines.plugins import policy
-from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, switched_on, usable_map
+from poise.engines.plugins import planner, switch
+from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, usable_map
 from poise.errors import InputError, OptionError, PlacementError
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
@@ -140,14 +144,14 @@ def test_a_named_model_and_step_price_memory_too():
 
 def test_no_candidate_beats_what_is_taken_under_the_model(monkeypatch):
     seen = []
-    real = policy._candidates
-    monkeypatch.setattr(policy, "_candidates", lambda *args: seen.extend(real(*args)) or seen)
+    real = planner._candidates
+    monkeypatch.setattr(planner, "_candidates", lambda *args: seen.extend(real(*args)) or seen)
     load = loads_of(2, 32, seed=5)
     table = rebalance(load, 40, 1, 1, 8, settings=QUICK)
     assert len(seen) == 1
     model, scaled = (
         ModelSpec.generic(32, 1, np.arange(2)),
-        load * (policy.EXPERT_TOKENS * policy.LINEAR * 32 / load.sum(axis=1))[:, None],
+        load * (planner.EXPERT_TOKENS * planner.LINEAR * 32 / load.sum(axis=1))[:, None],
     )
     batch = RoutingBatch(scaled[None], np.ones(1), 1, np.arange(2, dtype=np.int32))
 
@@ -174,7 +178,9 @@ def test_a_map_in_use_that_is_none_counts_as_none(old):
     "case",
     [
         dict(weight_LE=np.ones(4)), dict(weight_LE=np.full((1, 4), np.nan)), dict(weight_LE=-np.ones((1, 4))),
-        dict(num_replicas=6), dict(num_replicas=0), dict(num_ranks=0), dict(num_replicas=2),
+        dict(num_replicas=6), dict(num_replicas=0), dict(num_ranks=0), dict(num_replicas=2), dict(num_replicas=8.0),
+        dict(weight_LE=np.array([[1, 2, np.inf, 4]])), dict(weight_LE=np.zeros((0, 4))), dict(weight_LE=np.zeros((2, 0))),
+        dict(num_nodes=0), dict(num_nodes=None), dict(num_nodes=-1), dict(num_groups=-1), dict(num_groups="two"),
         dict(settings=PolicySettings(cluster=Cluster.parse("1x3"))),
     ],
 )  # fmt: skip
@@ -182,6 +188,54 @@ def test_numbers_that_do_not_fit(case):
     given = dict(weight_LE=np.arange(4.0)[None], num_replicas=8, num_groups=1, num_nodes=1, num_ranks=4) | case
     with pytest.raises(OptionError):
         rebalance(**given)
+
+
+def test_numbers_that_disagree_are_both_named():
+    for case, said in (
+        (dict(num_replicas=6), "6 slots .* 4 ranks"), (dict(num_replicas=4, num_ranks=3), "4 slots .* 3 ranks"),
+        (dict(num_replicas=2, num_ranks=2), "2 slots for 4 experts"), (dict(num_nodes=0), "nodes .* 1, got 0"),
+        (dict(weight_LE=np.array([[1, 1, 1, 1], [1, 1, 1, np.nan]])), "got nan for expert 3 of layer 1"),
+    ):  # fmt: skip
+        given = dict(weight_LE=np.arange(4.0)[None], num_replicas=8, num_groups=1, num_nodes=1, num_ranks=4) | case
+        with pytest.raises(OptionError, match=said):
+            rebalance(**given)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8, 16])
+def test_groups_and_nodes_that_do_not_divide(nodes):
+    """No groups (None, 0) are one; groups that do not divide are ignored; nodes that do not, are one."""
+    load = loads_of(2, 16)
+    plain = rebalance(load, 24, 1, 1, 8, settings=QUICK)
+    for groups in (None, 0, 1, 3, 5, 32):
+        table = rebalance(load, 24, groups, nodes, 8, settings=QUICK)
+        assert usable_map(table, 2, 16, 24) is not None
+        if nodes in (1, 3, 16):
+            np.testing.assert_array_equal(table, plain)
+        if not groups:
+            np.testing.assert_array_equal(table, rebalance(load, 24, 1, nodes, 8, settings=QUICK))
+
+
+def test_no_clock_and_no_threads_decide(monkeypatch):
+    """A rank may be slow, or have fewer threads: its map must be that of the others."""
+    load = loads_of(1, 256, seed=1)
+    first = rebalance(load[:, ::-1], 320, 1, 1, 64, settings=QUICK)
+    want = rebalance(load, 320, 1, 1, 64, first, settings=QUICK)
+
+    def clock(*_):
+        raise AssertionError("a clock was looked at")
+
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
+        monkeypatch.setattr(time, name, clock)
+    np.testing.assert_array_equal(rebalance(load, 320, 1, 1, 64, first, settings=QUICK), want)
+    for module in (
+        "planning.methods.swift_balance",
+        "planning.solve.anneal",
+        "engines.plugins.planner",
+        "planning.methods.eplb",
+    ):
+        tree = ast.parse(Path(importlib.import_module(f"poise.{module}").__file__).read_text())
+        products = [ast.unparse(node) for node in ast.walk(tree) if isinstance(getattr(node, "op", None), ast.MatMult)]
+        assert products in ([], ["weight_B @ load[:, :-1] ** 2"]), module  # one step: nothing is added up
 
 
 def test_logical_maps():
@@ -254,7 +308,7 @@ def test_settings_from_the_environment(tmp_path):
     )  # fmt: skip
     assert got.cluster is not None and got.cluster.num_nodes == 2 and got.model is not None
     assert (got.tokens_per_step, got.time_limit_s, got.horizon_steps) == (256, 0.5, 1e4)
-    assert [switched_on({"POISE_EPLB": value}) for value in ("1", "on", "0", "", "false")] == [
+    assert [switch.planning({"POISE_EPLB": value}) for value in ("1", "on", "0", "", "false")] == [
         True,
         True,
         False,
@@ -268,5 +322,8 @@ def test_settings_from_the_environment(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(InputError):
             PolicySettings.from_environment({name: value})
+    for tokens in ("inf", "nan", "1.5"):
+        with pytest.raises(OptionError, match="whole number"):
+            PolicySettings.from_environment({"POISE_MODEL": "qwen3-30b-a3b", "POISE_TOKENS_PER_STEP": tokens})
     with pytest.raises(PlacementError, match="no such file"):
         PolicySettings.from_environment({"POISE_STATIC_MAP": str(tmp_path / "none.npz")})

@@ -10,8 +10,8 @@ import torch
 from tests.engines import engine_stubs
 from tests.engines.test_policy import loads_of, tokens, twice
 
-from poise.engines.plugins import policy, sglang_plugin
-from poise.errors import OptionError
+from poise.engines.plugins import planner, policy, sglang_hook, sglang_plugin
+from poise.errors import NoResultError, OptionError
 
 LAYERS, EXPERTS, RANKS, REDUNDANT = 4, 16, 4, 8
 
@@ -80,7 +80,7 @@ def test_the_registry_puts_our_maps_behind_every_algorithm(engine, monkeypatch):
 
 def test_failures_and_dead_ranks_are_left_to_sglang(engine, monkeypatch, caplog):
     settings = policy.PolicySettings.from_environment({"POISE_CLUSTER": "1x3"})
-    hook = sglang_plugin.around(settings)
+    hook = sglang_hook.around(settings)
     given = dict(tokens_per_expert=loads(), num_physical_experts=EXPERTS + REDUNDANT,
                  num_local_physical_experts=(EXPERTS + REDUNDANT) // RANKS, num_groups=None, num_nodes=1)  # fmt: skip
     kinds = engine.algorithms.EplbAlgorithm
@@ -94,18 +94,44 @@ def test_failures_and_dead_ranks_are_left_to_sglang(engine, monkeypatch, caplog)
     assert answers is kinds.elasticity_aware
 
 
+@pytest.mark.parametrize("error", [MemoryError, OSError, NoResultError, OptionError])
+def test_an_error_that_other_ranks_may_not_have_raises(engine, monkeypatch, error):
+    def fail(*_):
+        raise error("on one rank")
+
+    monkeypatch.setattr(planner, "plan", fail)
+    hook = sglang_hook.around(policy.PolicySettings(time_limit_s=0.01))
+    with pytest.raises(error, match="on one rank"):
+        hook(engine.algorithms.rebalance_experts, loads(), EXPERTS + REDUNDANT, 6, None, 2, "deepseek_hierarchical")
+
+
+@pytest.mark.parametrize("groups", [None, 0])
+def test_a_model_without_groups_on_two_nodes(groups):
+    hook = sglang_hook.around(policy.PolicySettings(time_limit_s=0.01))
+    made = [hook(None, loads(), EXPERTS + REDUNDANT, 6, g, 2, "deepseek_hierarchical") for g in (groups, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def test_what_is_wrong_at_the_start_ends_the_start(engine, monkeypatch):
+    """SGLang logs exceptions of plugins and starts: this rank without poise, others maybe with it."""
+    monkeypatch.setenv("POISE_EPLB", "1")
+    monkeypatch.setenv("POISE_TIME_LIMIT_S", "soon")
+    with pytest.raises(SystemExit, match="POISE_TIME_LIMIT_S"):
+        sglang_plugin.register()
+
+
 def test_an_sglang_without_hooks_is_named(monkeypatch):
     monkeypatch.setenv("POISE_EPLB", "1")
     with engine_stubs.borrowed("sglang"):
         engine_stubs.put({"sglang": {}, "sglang.srt": {}})
-        with pytest.raises(OptionError, match="hook_registry"):
+        with pytest.raises(SystemExit, match="hook_registry"):
             sglang_plugin.register()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_loads_in_any_unit_give_one_map(dtype):
     """Frequencies, tokens and thousands of them; many experts have equal loads."""
-    hook = sglang_plugin.around(policy.PolicySettings(time_limit_s=0.01))
+    hook = sglang_hook.around(policy.PolicySettings(time_limit_s=0.01))
     for seed in range(6):
         counts = torch.from_numpy(np.random.default_rng(seed).integers(0, 9, (2, LAYERS, EXPERTS)))
         shares = counts.to(dtype) / counts.sum()

@@ -12,9 +12,9 @@ import torch
 from tests.engines import engine_stubs
 from tests.engines.test_policy import fetched, loads_of, tokens, twice
 
-from poise.engines.plugins import policy, vllm_plugin
+from poise.engines.plugins import planner, policy, vllm_plugin
 from poise.engines.plugins.policy import PolicySettings
-from poise.errors import InputError, OptionError, PlacementError
+from poise.errors import InputError, NoResultError, OptionError, PlacementError
 from poise.planning.methods import eplb
 from poise.planning.placement import Placement
 
@@ -134,6 +134,37 @@ def test_what_fails_is_said_once_and_the_engine_answers(engine, monkeypatch, cap
     assert torch.equal(made, OneMap.rebalance_experts(load, 20, 1, 1, 4))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1 and "8 devices, the engine 4 ranks" in said[0] and "own algorithm" in said[0]
+
+
+ONE_RANK = (MemoryError, OSError, RuntimeError, NoResultError, OptionError, KeyError, TimeoutError)
+
+
+@pytest.mark.parametrize("error, where", [*((one, "plan") for one in ONE_RANK), (MemoryError, "_in_grains")])
+def test_an_error_that_other_ranks_may_not_have_raises(engine, monkeypatch, error, where):
+    """A fallback here alone would send experts to where others do not wait for them."""
+    policies = engine(OneMap)
+    switch_on(monkeypatch)
+    vllm_plugin.register()
+    old, load = torch.arange(20).remainder(16).repeat(2, 1), torch.from_numpy(loads_of(2, 16))
+    policies["default"].rebalance_experts(load, 20, 1, 1, 4, old)
+
+    def fail(*_):
+        raise error("on one rank")
+
+    monkeypatch.setattr(planner if where == "plan" else policy, where, fail)
+    with pytest.raises(error, match="on one rank"):
+        policies["default"].rebalance_experts(load, 20, 1, 1, 4, old)
+
+
+@pytest.mark.parametrize("groups", [None, 0])
+def test_a_model_without_groups_on_two_nodes(engine, monkeypatch, groups):
+    """vLLM's own algorithm divides by them."""
+    policies = engine(OneMap)
+    switch_on(monkeypatch)
+    vllm_plugin.register()
+    load = torch.from_numpy(loads_of(2, 16))
+    made = [policies["default"].rebalance_experts(load, 20, g, 2, 4, None) for g in (groups, 1)]
+    assert torch.equal(*made)
 
 
 def test_a_static_map(engine, monkeypatch, tmp_path, caplog):

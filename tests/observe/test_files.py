@@ -11,14 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_trace import random_trace
+from tests.helpers import few_or
 
 from poise.errors import InputError, TraceError
-from poise.observe import files as files_module
+from poise.observe import json_tables
 from poise.observe import npz as npz_module
 from poise.observe.files import read, read_many
 from poise.observe.trace import LoadProfile, RoutingTrace
 
-FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=few_or(1000, 200), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def npz(**arrays) -> bytes:
@@ -243,9 +244,14 @@ def test_json_that_unfolds(tmp_path, monkeypatch):
     (tmp_path / "t.json").write_text('{"logical_count": [' + "[]," * 1000 + "[1]]}")
     with pytest.raises(TraceError, match="not a full table"):
         read(tmp_path / "t.json")
-    monkeypatch.setattr(files_module, "MAX_JSON_ROOM", 1 << 16)
-    with pytest.raises(TraceError, match="bytes in memory, at most 65536"):
-        read(tmp_path / "t.json")
+    monkeypatch.setattr(json_tables, "MAX_ROOM", 1 << 16)
+    monkeypatch.setattr(json_tables, "LONG", 1 << 10)
+    for size, count in ((1 << 20, 2000), (1 << 10, 2000), (64, 20)):  # long values, as they come, and many
+        monkeypatch.setattr(json_tables, "READ_BYTES", size)
+        rest = ", ".join(f'"{key}": [{"[]," * count}[1]]' for key in range(2000 // count * 5))
+        (tmp_path / "t.json").write_text(f'{{"logical_count": [[1]], {rest}}}')
+        with pytest.raises(TraceError, match=r"bytes in memory, at most 65536|more than 65536 bytes in memory"):
+            read(tmp_path / "t.json")
 
 
 class Trap:

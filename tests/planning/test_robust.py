@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import all_counts, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import all_counts, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cluster import Cluster
 from poise.cost.split import exact_quota
@@ -161,7 +161,7 @@ def test_stay_placements_find_planted_groups():
 
 
 @given(SEEDS, st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=few_or(60, 10), deadline=None)
 def test_stay_placements_use_their_slots(seed, spare):
     rng = np.random.default_rng(seed)
     batch = tiny_batch(rng, devices=3, experts=6, layers=3)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import few_or
 
 from poise.cluster import Cluster, from_preset
 from poise.errors import NoResultError, OptionError
@@ -34,7 +35,7 @@ def make_problem(seed, shape, traffic, split="even", tokens=96, top_k=2):
 
 @given(st.integers(0, 1000), SHAPES, st.sampled_from(["home", "home_device_dedup", "home_node_dedup", "stay"]),
        st.sampled_from(["even", "exact"]))  # fmt: skip
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=few_or(12, 4), deadline=None)
 def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split):
     problem = make_problem(seed, shape, traffic, split)
     best = solve(problem, method="poise", work=9, seed=1)
@@ -48,12 +49,11 @@ def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split)
         for term in other.terms.values():
             assert term.lower_bound <= term.seconds * (1 + 1e-9) + 1e-15
         if name != "poise" and not METHODS[name].pooled:
-            slack = 0.02 if name == "exflow" else 1e-9  # the clock cuts its programme short, here and as a start
-            assert best.objective <= other.objective * (1 + slack), name
+            assert best.objective <= other.objective * (1 + 1e-9), name
 
 
 @given(st.integers(0, 1000), st.sampled_from(["home", "home_node_dedup", "stay"]), st.sampled_from([ANY, NONE]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=few_or(30, 8), deadline=None)
 def test_small_problems_are_solved_to_the_optimum(seed, traffic, engine):
     """Under ``any`` among the placements without an empty slot, else among all."""
     trace = zipf_trace(num_tokens=40, num_layers=1, num_experts=4, top_k=2, tokens_per_request=5, seed=seed)
@@ -84,7 +84,6 @@ def test_planted_affinity_is_found():
 
 
 def test_the_seed_decides():
-    """On any machine: units of work have no clock."""
     problem = make_problem(3, ([2, 2], [3, 3, 3, 3], [1, 1, 1, 1]), "home_node_dedup")
     one, two = (solve(problem, method="poise", work=15, seed=7).placement for _ in range(2))
     np.testing.assert_array_equal(one.slot_expert_LS, two.slot_expert_LS)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.calibrate.fit import ComputeRow
-from poise.calibrate.links import LEAST_REPEATS, WARM_UP, Effort, Ranks
+from poise.calibrate.links import WARM_UP, Effort, Ranks
 from poise.emulate.clock import DeviceClock, ExpertCurve
+from poise.emulate.quiet import LEAST_REPEATS, held_s, left_alone, settle, waits_s
 from poise.errors import OptionError
 from poise.runtime.experts import Bank, ExpertKind, recognise
 
@@ -27,6 +28,8 @@ ACTIVE = (1, 2, 4, 8)
 QUICK_TOKENS, QUICK_ACTIVE = (1, 8, 64, 512, 4096), (1, 4)
 NO_CACHE_BYTES = {"cuda": 512 * 2**20, "cpu": 256 * 2**20}
 """A bank of this size or more: weights are read from memory each time."""
+MOST_TRIES = 4
+"""So many times the repeats are made where others are in the way."""
 MOST_MEMORY = 0.25
 """Part of the device's memory that the bank may take."""
 
@@ -64,8 +67,8 @@ def expert_kind(hidden: int, inner: int, matrices: int) -> ExpertKind:
 
 def arithmetic_rows(
     kind: ExpertKind, ranks: Ranks, effort: Effort, *, quick: bool = False
-) -> tuple[list[ComputeRow], float]:
-    """Rows of this rank's arithmetic, all ranks at once, and the bytes of a weight it was done with.
+) -> tuple[list[ComputeRow], str, float]:
+    """Rows of this rank's arithmetic, all ranks at once; what was left out; and the bytes of a weight it was done with.
 
     Raises
     ------
@@ -101,14 +104,15 @@ def arithmetic_rows(
         return once
 
     with torch.inference_mode():
-        rows = _grid(run, QUICK_TOKENS if quick else TOKENS, active, ranks, effort, _cuda_timer if on_gpu else _timer)
-    return rows, float(dtype.itemsize)
+        tokens = QUICK_TOKENS if quick else TOKENS
+        rows, note = _grid(run, tokens, active, ranks, effort, _cuda_timer if on_gpu else _timer)
+    return rows, note, float(dtype.itemsize)
 
 
 def clock_rows(
     curve: ExpertCurve, dilation: float, ranks: Ranks, effort: Effort, *, quick: bool = False
-) -> list[ComputeRow]:
-    """Rows of this rank's device clock: seconds of this machine that computing takes in an emulated run."""
+) -> tuple[list[ComputeRow], str]:
+    """Rows of this rank's device clock, in seconds of this machine, as in an emulated run; and what was left out."""
     clock = DeviceClock(curve, dilation)
     tokens = {1, *(round(knot) for knot in curve.tokens_X if knot >= 1), int(2 * curve.tokens_X[-1])}
 
@@ -125,8 +129,8 @@ def _grid(
     ranks: Ranks,
     effort: Effort,
     timer: Callable[[Callable[[], object], Ranks], float],
-) -> list[ComputeRow]:
-    """Rows from few tokens to many, until the time is used up; two numbers of tokens at least."""
+) -> tuple[list[ComputeRow], str]:
+    """Rows from few tokens to many until the time is used up, two numbers of tokens at least; a remark if it was."""
     rows: list[ComputeRow] = []
     stop = ranks.elapsed() + effort.seconds
     share = effort.seconds / (2 * len(tokens) * len(active))  # the other half is for rows that are longer than that
@@ -136,12 +140,31 @@ def _grid(
             first = min(timer(once, ranks) for _ in range(WARM_UP))
             slowest = max(ranks.agree(first)[0], 1e-7)
             repeats = int(min(10 * effort.repeats, max(LEAST_REPEATS, share / slowest)))
-            took = [timer(once, ranks) for _ in range(repeats)]
-            rows.append(ComputeRow(each * number, number, statistics.median(took)))
-        growth = tokens[index + 1] / each if index + 1 < len(tokens) else 1.0
-        if index and ranks.elapsed() + 5 * slowest * growth * len(active) > stop:
-            break
-    return rows
+            took, steady = _repeat(once, ranks, timer, repeats)
+            rows.append(ComputeRow(each * number, number, took, steady=steady))
+        if index in (0, len(tokens) - 1):
+            continue
+        if ranks.elapsed() + 5 * slowest * tokens[index + 1] / each * len(active) > stop:
+            last = f"{each} of {tokens[-1]} tokens an expert"
+            return rows, f"time was up at {last}: the curve beyond is a guess; give more --seconds"
+    return rows, ""
+
+
+def _repeat(
+    once: Callable[[], object], ranks: Ranks, timer: Callable[[Callable[[], object], Ranks], float], repeats: int
+) -> tuple[float, bool]:
+    """Median of the repeats that were left alone, and whether it can be trusted; more of them where others disturb."""
+    took: list[float] = []
+    held: list[float] = []
+    lacking = repeats
+    while lacking and len(took) < MOST_TRIES * repeats:
+        for _ in range(lacking):
+            waited = waits_s()
+            took.append(timer(once, ranks))
+            held.append(held_s(waited))
+        lacking = int(ranks.agree(repeats - len(left_alone(took, held)))[0])
+    counted, steady = settle(took, held)
+    return statistics.median(counted), steady
 
 
 def _timer(once: Callable[[], object], ranks: Ranks) -> float:

@@ -55,6 +55,7 @@ class LinkRow:
     alone_s : the same where no counts go before; median.
     intra_even, inter_even : mean over fullest port, see :class:`~poise.calibrate.patterns.PortBytes`.
     alone_low_s, alone_high_s : quartiles of ``alone_s``.
+    steady : enough repeats were left alone by others, and they agree (:mod:`poise.emulate.quiet`).
     """
 
     pattern: str
@@ -72,6 +73,7 @@ class LinkRow:
     inter_even: float = 1.0
     alone_low_s: float = 0.0
     alone_high_s: float = 0.0
+    steady: bool = True
 
     @property
     def counts_s(self) -> float:
@@ -101,11 +103,16 @@ class LinkFit:
     @property
     def unsure(self) -> tuple[str, ...]:
         """Rates that no row dominated by bytes tells: little but start-up stands behind them."""
-        told = {
+        return tuple(name for name, rows_R in self.told.items() if not rows_R.any())
+
+    @property
+    def told(self) -> dict[str, NDArray[np.bool_]]:
+        """Rows that tell a rate, bool [R] by the rate's name: bytes dominate them, and this class of links decides."""
+        rows = {
             "intra_bytes_per_s": self.long_R & ~self.by_network_R,
             "inter_bytes_per_s": self.long_R & self.by_network_R,
         }
-        return tuple(name for name, rows_R in told.items() if name in self.constants and not rows_R.any())
+        return {name: rows_R for name, rows_R in rows.items() if name in self.constants}
 
     @property
     def worst(self) -> float:
@@ -229,6 +236,7 @@ class ComputeRow:
     """Experts, measured: ``tokens`` in all, evenly on ``active`` experts of one device.
 
     ``seconds`` is the median over repeats, then over ranks; ``low_s`` and ``high_s`` are the fastest and slowest rank.
+    ``steady``: on every rank enough repeats were left alone by others, and they agree.
     """
 
     tokens: int
@@ -236,6 +244,7 @@ class ComputeRow:
     seconds: float
     low_s: float = 0.0
     high_s: float = 0.0
+    steady: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

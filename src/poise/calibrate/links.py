@@ -10,6 +10,7 @@ minute of the machine falls on one repeat of each and not on all of one.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field, replace
 
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 
 from poise.calibrate.fit import LinkRow, fit_links
 from poise.calibrate.patterns import PortBytes, balanced, bulk_patterns, peer_counts, port_bytes, ring
+from poise.emulate.quiet import LEAST_REPEATS, held_s, settle, waits_s
 from poise.runtime.collectives import exchange
 from poise.runtime.dispatch import all_counts
 
 ROW_BYTES = 64
 WARM_UP = 2
 """Rounds that are not counted: connections are made, windows open."""
-LEAST_REPEATS = 3
 FIRST_BYTES, GROWTH = 16 * 1024, 4
 MOST_BYTES = 2**30
 MOST_ROUNDS = 32
@@ -98,6 +99,10 @@ class Effort:
     longer: bool = True
 
 
+Took = tuple[float, float]
+"""Seconds of an exchange, and how many of them the rank that waited longest for a core waited."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Case:
     """One exchange: its sizes in rows int64 [D, D], how many rounds make a repeat, and seconds as first seen."""
@@ -108,13 +113,14 @@ class _Case:
     rounds: int
     seconds: float
 
-    def row(self, took: list[float], alone: list[float]) -> LinkRow:
-        low, middle, high = (float(value) for value in np.quantile(took, [0.25, 0.5, 0.75]))
-        alone_low, alone_s, alone_high = (float(value) for value in np.quantile(alone, [0.25, 0.5, 0.75]))
+    def row(self, took: list[Took], alone: list[Took]) -> LinkRow:
+        (all_s, steady), (all_alone_s, alone_steady) = (settle(*zip(*one, strict=True)) for one in (took, alone))
+        low, middle, high = (float(value) for value in np.quantile(all_s, [0.25, 0.5, 0.75]))
+        alone_low, alone_s, alone_high = (float(value) for value in np.quantile(all_alone_s, [0.25, 0.5, 0.75]))
         ports = self.ports
         return LinkRow(
-            self.name, ports.intra, ports.inter, ports.node, ports.peers, middle, low, high, len(took), self.rounds,
-            alone_s, ports.intra_even, ports.inter_even, alone_low, alone_high,
+            self.name, ports.intra, ports.inter, ports.node, ports.peers, middle, low, high, len(all_s), self.rounds,
+            alone_s, ports.intra_even, ports.inter_even, alone_low, alone_high, steady and alone_steady,
         )  # fmt: skip
 
 
@@ -137,19 +143,24 @@ def measure_links(ranks: Ranks, effort: Effort, *, find_nic: bool = False) -> li
     for name, matrix in patterns.items():
         cases += _grow(name, matrix, runner, effort)
     if "all" in patterns:
-        found = fit_links([case.row([case.seconds], [case.seconds]) for case in cases]).constants
+        once = [[(case.seconds, 0.0)] for case in cases]
+        found = fit_links([case.row(one, one) for case, one in zip(cases, once, strict=True)]).constants
         matrix = balanced(ranks.node_D, found["intra_bytes_per_s"], found["inter_bytes_per_s"])
         cases += _grow("balanced", matrix, runner, effort)
     sweep = sum(4 * case.rounds * (case.seconds + PAUSE_S) for case in cases)
     repeats = int(min(effort.repeats, max(LEAST_REPEATS, (begin + effort.seconds - ranks.elapsed()) / sweep)))
-    took: list[list[tuple[float, float]]] = [[] for _ in cases]
-    for _ in range(repeats):
-        for case, seen in zip(cases, took, strict=True):
-            seen.append(runner.run(case.rows_DD, case.rounds))
-    return [
-        case.row([seconds for seconds, _ in seen], [alone for _, alone in seen])
-        for case, seen in zip(cases, took, strict=True)
-    ]
+    took: list[list[tuple[Took, Took]]] = [[] for _ in cases]
+    todo = list(range(len(cases)))
+    for turn in itertools.count(1):
+        for index in todo:
+            took[index].append(runner.run(cases[index].rows_DD, cases[index].rounds))
+        if turn < repeats:
+            continue
+        rows = [case.row(*map(list, zip(*seen, strict=True))) for case, seen in zip(cases, took, strict=True)]
+        todo = [index for index, row in enumerate(rows) if not row.steady]
+        if not todo or ranks.elapsed() > begin + effort.seconds:
+            return rows
+    raise AssertionError("unreachable")
 
 
 def _grow(name: str, matrix_DD: NDArray[np.float64], runner: _Runner, effort: Effort) -> list[_Case]:
@@ -185,15 +196,14 @@ class _Runner:
         """An exchange, warmed up, with as many rounds a repeat as make it last."""
         rows_DD = np.ceil(bytes_DD / ROW_BYTES).astype(np.int64)
         ports = port_bytes(rows_DD.astype(np.float64) * ROW_BYTES, self.ranks.node_D)
-        seconds = max(min(self._rounds(*self._mine(rows_DD), 1, True) / 2 for _ in range(tries)), 1e-7)
+        seconds = max(min(self._rounds(*self._mine(rows_DD), 1, True)[0] for _ in range(tries)), 1e-7)
         rounds = int(min(MOST_ROUNDS, max(1, np.ceil(REPEAT_LONGS * effort.long_s / (seconds + PAUSE_S) / 2))))
         return _Case(name, rows_DD, ports, rounds, seconds)
 
-    def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[float, float]:
-        """Seconds of half a round, and of half a round without counts."""
+    def run(self, rows_DD: NDArray[np.int64], rounds: int) -> tuple[Took, Took]:
+        """Half a round, and half a round without counts."""
         mine = self._mine(rows_DD)
-        counted_s, alone_s = (self._rounds(*mine, rounds, counted) / rounds / 2 for counted in (True, False))
-        return counted_s, alone_s
+        return self._rounds(*mine, rounds, True), self._rounds(*mine, rounds, False)
 
     def _mine(self, rows_DD: NDArray[np.int64]) -> tuple[torch.Tensor, list[int], list[int]]:
         """What this rank sends: rows, how many to each rank, and how many come from each."""
@@ -202,25 +212,30 @@ class _Runner:
             self._buffer_nd = torch.zeros(sum(sent_D), ROW_BYTES, dtype=torch.uint8, device=self.ranks.device)
         return self._buffer_nd[: sum(sent_D)], sent_D, got_D
 
-    def _rounds(self, x_nd: torch.Tensor, sent_D: list[int], got_D: list[int], rounds: int, counted: bool) -> float:
-        """Seconds of all exchanges: from when the last rank begins one until the last is done with it."""
+    def _rounds(self, x_nd: torch.Tensor, sent_D: list[int], got_D: list[int], rounds: int, counted: bool) -> Took:
+        """Half a round, on average: from when the last rank begins an exchange until the last is done with it."""
         ranks, group = self.ranks, dist.group.WORLD
         marks: list[float] = []
+        held = 0.0
         ranks.agree(0.0)
         # on one machine all read one clock; elsewhere ranks leave a barrier closer together than clocks are
         zero = 0.0 if ranks.sharing == len(ranks.node_D) else time.perf_counter()
         for _ in range(rounds):
+            waited = waits_s()
             marks.append(time.perf_counter() - zero)
             if counted:
                 all_counts(self._ids_TK, ranks.counts, group)
             y_nd = exchange(x_nd, sent_D, got_D, group)
             ranks.wait()
             marks.append(time.perf_counter() - zero)
+            held += held_s(waited)
             time.sleep(PAUSE_S)
+            waited = waits_s()
             marks.append(time.perf_counter() - zero)
             exchange(y_nd, got_D, sent_D, group)
             ranks.wait()
             marks.append(time.perf_counter() - zero)
+            held += held_s(waited)
             time.sleep(PAUSE_S)
-        last = ranks.agree(*marks)
-        return sum(last[1::2]) - sum(last[::2])
+        *last, held = ranks.agree(*marks, held)
+        return (sum(last[1::2]) - sum(last[::2])) / rounds / 2, held / rounds / 2

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from poise.calibrate.compute import arithmetic_rows, clock_rows, device_memory, expert_kind
-from poise.calibrate.fit import ComputeRow, LinkRow, fit_curve, fit_links
+from poise.calibrate.fit import ComputeRow, LinkFit, LinkRow, fit_curve, fit_links
 from poise.calibrate.links import Effort, Ranks, measure_links
 from poise.calibrate.result import Calibration, Machine, assemble
 from poise.cluster import Cluster
 from poise.emulate.clock import ExpertCurve
+from poise.emulate.quiet import Meter, why_not
 from poise.errors import CommunicationError, NoResultError, OptionError
 
 COMPUTE_SHARE = 0.3
@@ -84,7 +85,7 @@ def calibrate(plan: Plan, say: Callable[[str], object] = lambda text: None) -> C
     ------
     OptionError : ranks are not sorted by node, there is no such device, or the expert does not fit.
     CommunicationError : a rank was lost.
-    NoResultError : nothing can be fitted.
+    NoResultError : nothing can be fitted, or others kept the machine too busy to tell.
     """
     kind = expert_kind(plan.hidden, plan.inner, plan.matrices)
     device = _device(plan)
@@ -122,13 +123,13 @@ def _measure(plan: Plan, ranks: Ranks, kind: Any, say: Callable[[str], object]) 
     devices, total = len(ranks.node_D), plan.seconds * (QUICK if plan.quick else 1.0)
     alone = devices == 1
     effort = Effort(total * (1.0 if alone else COMPUTE_SHARE), repeats=plan.repeats)
-    weight_bytes = 2.0
+    weight_bytes, meter = 2.0, Meter()
     if plan.clock is not None:
         say("the device clock")
-        mine = clock_rows(plan.clock, plan.dilation, ranks, effort, quick=plan.quick)
+        mine, cut = clock_rows(plan.clock, plan.dilation, ranks, effort, quick=plan.quick)
     else:
         say(f"experts on {_name(ranks.device)}")
-        mine, weight_bytes = arithmetic_rows(kind, ranks, effort, quick=plan.quick)
+        mine, cut, weight_bytes = arithmetic_rows(kind, ranks, effort, quick=plan.quick)
     compute_rows = _over_ranks([mine] if alone else _gather(mine))
     link_rows: list[LinkRow] = []
     if not alone:
@@ -138,13 +139,17 @@ def _measure(plan: Plan, ranks: Ranks, kind: Any, say: Callable[[str], object]) 
             Effort(total * (1 - COMPUTE_SHARE), repeats=plan.repeats, longer=not plan.quick),
             find_nic=plan.find_nic,
         )
-        if dist.get_rank() != 0:
-            return None
+    others = _others(meter, alone)
+    if not alone and dist.get_rank() != 0:
+        return None
+    _judge("experts", why_not([row.steady for row in compute_rows], others))
     compute = fit_curve(compute_rows, parameters=float(kind.numel), weight_bytes=weight_bytes)
     links = None if alone else fit_links(link_rows, nic_shared=None if plan.find_nic else False)
+    disturbed = [] if links is None else _judge_links(links, link_rows, others)
     base = plan.base or _shape(ranks)
     memory = None if plan.clock is not None else device_memory(ranks)
     cluster, notes = assemble(base, links, compute, memory)
+    notes += [*([cut] if cut else []), *disturbed]
     machine = Machine(
         backend="none" if alone else dist.get_backend(),
         device=_name(ranks.device),
@@ -153,6 +158,7 @@ def _measure(plan: Plan, ranks: Ranks, kind: Any, say: Callable[[str], object]) 
         if plan.clock is not None
         else "arithmetic, all ranks at once",
         expert=f"hidden {plan.hidden}, inner {plan.inner}, {plan.matrices} matrices of {weight_bytes:g}-byte weights",
+        others=others,
     )
     return Calibration(cluster, machine, tuple(link_rows), links, tuple(compute_rows), compute, tuple(notes))
 
@@ -162,8 +168,36 @@ def _over_ranks(rows_DR: list[list[ComputeRow]]) -> list[ComputeRow]:
     out = []
     for same in zip(*rows_DR, strict=True):
         took = [row.seconds for row in same]
-        out.append(ComputeRow(same[0].tokens, same[0].active, statistics.median(took), min(took), max(took)))
+        steady = all(row.steady for row in same)
+        out.append(ComputeRow(same[0].tokens, same[0].active, statistics.median(took), min(took), max(took), steady))
     return out
+
+
+def _others(meter: Meter, alone: bool) -> float | None:
+    """Part of the cores that others took on the machine where they took most; None if no machine tells."""
+    if alone:
+        return meter.others()
+    told = _gather((_machine(), meter.used_s()))
+    here = _machine()
+    found = [one for one in _gather(meter.others(sum(used for name, used in told if name == here))) if one is not None]
+    return max(found, default=None)
+
+
+def _judge(what: str, why: str) -> None:
+    if why:
+        raise NoResultError(
+            f"inconclusive, {what}: {why}",
+            hint="measure on a machine that does nothing else; --seconds and --repeats wait for quieter moments",
+        )
+
+
+def _judge_links(links: LinkFit, rows: list[LinkRow], others: float | None) -> list[str]:
+    """Rates that others may have made are no result; start-up times that they may have made get a remark."""
+    steady_R = np.array([row.steady for row in rows])
+    for name, rows_R in links.told.items():  # least deviations follow the larger half
+        _judge(name, why_not(steady_R[rows_R], others, spared=0.5))
+    why = why_not(steady_R[~links.long_R], others, spared=0.5)
+    return [f"start-up times are those of a busy machine: {why}"] if why else []
 
 
 def _shape(ranks: Ranks) -> Cluster:

@@ -25,6 +25,7 @@ class Machine:
     torch : version of PyTorch.
     compute : ``arithmetic`` or ``device clock``.
     expert : sizes of the expert that was measured.
+    others : part of the cores that others took meanwhile; None if the system does not tell.
     date : UTC.
     """
 
@@ -33,6 +34,7 @@ class Machine:
     torch: str
     compute: str
     expert: str
+    others: float | None = None
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
 
@@ -56,6 +58,8 @@ class Calibration:
             f"device: {m.device}",
             f"expert: {m.expert}, {m.compute}, worst residual {self.compute.worst:.1%}",
         ]
+        if m.others is not None:
+            lines.append(f"others took {m.others:.0%} of the cores meanwhile")
         if self.links is not None:
             lines.append(
                 f"links: worst residual {self.links.worst:.1%} (of long exchanges {self.links.worst_long:.1%}), "

@@ -14,6 +14,7 @@ from poise.cli import options as o
 from poise.cluster import Cluster
 from poise.emulate.clock import ExpertCurve
 from poise.errors import NoResultError, OptionError
+from poise.files import replacing
 from poise.modelspec import ModelSpec
 
 try:
@@ -72,17 +73,18 @@ def calibrate(
             find_nic=find_nic, device=device, base=Cluster.parse(cluster) if cluster else None,
         )  # fmt: skip
         o.talk.quiet = False
-        result = ranks.calibrate(plan, say=lambda text: o.talk.print(text, markup=False) if main else None)
+        result = ranks.calibrate(plan, say=lambda text: o.talk.print(text) if main else None)
         if result is None:
             return
-        output.write_text(result.to_yaml(), "utf-8")
+        with replacing(output, OptionError) as stream:
+            stream.write(result.to_yaml().encode())
         if json:
             o.print_json(result.to_json())
         else:
             _show(result)
         for note in result.notes:
-            o.talk.print(f"note: {note}", markup=False)
-        o.talk.print(f"wrote {output}", markup=False)
+            o.talk.print(f"note: {note}")
+        o.talk.print(f"wrote {output}")
 
 
 def _show(result: Calibration) -> None:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from poise.cli import options as o
 from poise.engines.dump import EngineDump, SlotRecord, placement_of
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError
+from poise.errors import OptionError, TraceError
+from poise.files import replacing
 from poise.modelspec import ModelSpec
 from poise.observe.files import IDLE
 from poise.observe.ranks import READINGS
 from poise.observe.trace import LoadProfile, row_blocks
-from poise.planning.placement import Placement, atomic
+from poise.planning.placement import Placement
 
 
 def convert(
@@ -72,7 +73,7 @@ def convert(
         )  # fmt: skip
         dump = read_dump(dumps, options=options)
         for note in dump.notes:
-            o.talk.print(note, markup=False)
+            o.talk.print(note)
         if devices is not None or _is_placement(dump):
             wrote = _write_placement(dump, devices, options, output)
         else:
@@ -81,8 +82,8 @@ def convert(
             o.print_json({"engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
                           "notes": list(dump.notes)})  # fmt: skip
         else:
-            o.out.print(repr(dump), markup=False)
-        o.talk.print(f"wrote {output}", markup=False)
+            o.out.print(repr(dump))
+        o.talk.print(f"wrote {output}")
 
 
 def _placement(path: Path, options: ReadOptions) -> Placement | SlotRecord:
@@ -109,7 +110,7 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
     assert ids is not None
     if output.suffix == ".npz":
         idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
-        with atomic(output) as stream:
+        with replacing(output, TraceError) as stream:
             np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle)
         return
     if output.suffix != ".json":
@@ -118,7 +119,7 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
     tables: dict[str, NDArray[Any]] = {"logical_count": profile.load_BLE}
     if profile.idle_BL is not None:
         tables[IDLE] = profile.idle_BL
-    with atomic(output) as stream:
+    with replacing(output, TraceError) as stream:
         for index, (name, table) in enumerate(tables.items()):
             stream.write((", " if index else "{").encode() + jsonlib.dumps(name).encode() + b": ")
             stream.writelines(_rows(table, ids, layers))

@@ -117,7 +117,7 @@ def _facts(change: Change, spec: ModelSpec | None, staging: int | None) -> dict[
 
 def _show(old: Placement, new: Placement, facts: dict[str, Any]) -> None:
     for word, placement in (("from", old), ("to  ", new)):
-        o.out.print(f"{word} {placement!r}", markup=False)
+        o.out.print(f"{word} {placement!r}")
     changes = facts["ranks"]["join"] or facts["ranks"]["leave"]
     if changes:
         _show_ranks(facts["ranks"])

@@ -11,6 +11,7 @@ from poise.cli import options as o
 from poise.engines.checkpoints.permutation import keep_groups
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.errors import OptionError
+from poise.files import check_new_folder
 from poise.modelspec import ModelSpec
 from poise.planning.placement import Placement
 
@@ -39,7 +40,9 @@ def export(
     """
     with o.errors():
         target = TARGETS[o.one_of("target", to, tuple(TARGETS))]
-        if not target.folder:
+        if target.folder:
+            check_new_folder(output, OptionError)
+        else:
             o.writable(output)
         plan = Placement.load(placement)
         sizes = None if model is None else ModelSpec.parse(model)
@@ -60,17 +63,18 @@ def export(
                           "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
                           **made.facts})  # fmt: skip
         else:
-            o.out.print(repr(plan), markup=False)
+            o.out.print(repr(plan))
         if made.filled:
             o.talk.print(f"{made.filled} empty slots were filled with replicas: the engine knows no empty ones")
         if made.unplanned:
             o.talk.print(f"{made.unplanned} layers were not planned: {target.unplanned}")
         if made.command:
-            space = "\n" if "\n" in made.command else " "
-            o.talk.print(f"start the engine with{space}{made.command}", markup=False, soft_wrap=True)
+            first, *more = made.command.split("\n")
+            for line in ("start the engine with", first, *more) if more else (f"start the engine with {first}",):
+                o.talk.print(line, soft_wrap=True)
         for note in made.notes:
-            o.talk.print(note, markup=False)
-        o.talk.print(f"wrote {output}", markup=False)
+            o.talk.print(note)
+        o.talk.print(f"wrote {output}")
 
 
 def _grouped(plan: Placement, sizes: ModelSpec | None) -> Placement:

@@ -8,6 +8,7 @@ import typer
 
 from poise import __version__
 from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
+from poise.cli.ending import signals_end
 from poise.cli.options import compiling
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ def root(
     """Keep every GPU of a Mixture-of-Experts model equally busy.
 
     Start with 'poise demo'. Then, with your own files: inspect TRACE, compare TRACE --cluster 2x8, plan, export.
-    Exit codes: 0 fine, 1 no result, 2 usage or bad input.
+    Exit codes: 0 fine, 1 no result, 2 usage or bad input, 128 + N ended by signal N.
     """
 
 
@@ -53,5 +54,5 @@ for verb in (
 
 def main() -> None:
     """Entry point."""
-    with compiling():
+    with signals_end(), compiling():
         app()

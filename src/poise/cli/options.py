@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from poise.cli.ending import Ended
 from poise.compiled import COMPILATION
 from poise.errors import InputError, OptionError, PoiseError
+from poise.files import check_output
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
+from poise.words import printable
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
-talk = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """Texts are texts, in lines as in cells: no markup, no emoji names, and nothing that a terminal acts on.
+
+    A line feed in a text is none of ours: it is in a name, and shown as an escape.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich makes it, of the text as it can be printed."""
+        return super().render_str(printable(text), **options)
+
+
+out = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+talk = _Console(stderr=True)
 
 TIME_LIMIT = (
     "Seconds a method may take for its plan and the price of it. On top come half as many for a second plan without "
@@ -84,20 +104,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn poise's errors into a message on stderr and exit code 2 (input) or 1 (no result)."""
+    """Turn poise's errors into a message on stderr and exit code 2 (input) or 1 (no result), signals into 128 + N."""
     try:
         yield
     except PoiseError as error:
-        talk.print(f"[bold red]error:[/] {_plain(error.message)}")
+        talk.print(Text("error:", "bold red"), error.message)
         if error.hint:
-            talk.print(f"hint: {_plain(error.hint)}")
+            talk.print(f"hint: {error.hint}")
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except Ended as end:
+        with suppress(OSError):  # the terminal may be what went away
+            talk.print(f"ended by {signal.Signals(end.number).name}")
+        raise typer.Exit(end.status) from None
+    except MemoryError as error:  # numpy's says how much it wanted
+        talk.print(Text("error:", "bold red"), f"out of memory: {error or 'no more is given'}")
+        talk.print("hint: give a part of the traffic, or a machine with more memory")
+        raise typer.Exit(1) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 @contextmanager
@@ -114,7 +138,7 @@ def compiling() -> Iterator[None]:
 @contextmanager
 def progress() -> Iterator[Report]:
     """A progress bar on stderr, gone when done; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda stage, share: bar.update(task, description=stage, completed=share)
@@ -133,7 +157,6 @@ def one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> Any:
 
 
 def writable(path: Path) -> Path:
-    """The path, if its folder exists; checked before long work."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise OptionError(f"cannot write {path}", hint="name a file in a folder that exists")
+    """The path, if a file can be written there; checked before long work."""
+    check_output(path, OptionError)
     return path

@@ -189,7 +189,7 @@ def _show(solution: Solution) -> None:
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
     )
     for note in (*solution.details.get("notes", ()), *shortened(solution)):
-        o.out.print(f"note: {note}", markup=False)
+        o.out.print(f"note: {note}")
     fewer = solution.details.get("fewer_redundant")
     if fewer is not None:
         saves, defaults = 1 - fewer["objective"] / solution.objective, solution.details.get("defaults", ())

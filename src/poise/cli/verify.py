@@ -75,7 +75,7 @@ def verify(
         else:
             _show(found)
         for note in (*dump.notes, *found.notes):
-            o.talk.print(note, markup=False)
+            o.talk.print(note)
         if not found.live:
             raise NoResultError(found.sentence())
 
@@ -102,7 +102,7 @@ def _facts(found: Verification) -> dict[str, Any]:
 def _show(found: Verification) -> None:
     """The verdict, the maps that were tried, and the layers that are worst first."""
     if found.live:
-        o.out.print(found.sentence(), markup=False)
+        o.out.print(found.sentence())
     if found.explanations:
         o.out.print(_maps(found))
     rows = sorted(found.layers, key=lambda f: (f.state in RUNS, f.state == "unseen", -(f.measured or 0.0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import signal
 import sys
 import threading
@@ -40,6 +41,8 @@ from poise.words import percent
 
 FILE_INTERVAL_S, ENGINE_INTERVAL_S = 1.0, 10.0
 GENERIC = "no model was named (--model), so sizes are generic: gains, and what is worth it, are not yours"
+LEAVE_S = 4.5
+"""Seconds after a signal at which the watch is gone, whatever holds it."""
 STALE_S = 120.0
 """Seconds without a look, beside ten intervals, after which the watch calls itself ill."""
 
@@ -88,6 +91,10 @@ def watch(
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT (or PORT, this machine only) for the page and /metrics.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="With --listen: a name under which it is asked, beside localhost and addresses. Repeatable."),
+    ] = None,
     sglang: Annotated[
         str | None, typer.Option(help="Address of an SGLang engine to record, in place of TRACE.")
     ] = None,
@@ -133,6 +140,8 @@ def watch(
                 "--restart-seconds prices a restart, and without --export or --sglang none is needed",
                 hint="--export ENGINE:FILE writes the map that the engine takes when it starts",
             )
+        if allow_host and listen is None:
+            raise OptionError("--allow-host is of the page, and without --listen there is none")
         if METHODS[o.one_of("method", method, tuple(METHODS))].pooled:
             raise OptionError(f"{method} counts slots over all layers together; moves need them layer by layer")
         settings = ControlSettings(
@@ -169,8 +178,9 @@ def watch(
         else:
             raise TraceError(f"no such file: {trace.partition('#')[0]}")
         setup = Setup(machine, settings, sizes, flow, rule, use, redundant or 0, num_hidden_layers)
-        service = Service(source, setup, outputs, measured=listen is not None)
-        with ExitStack() as stack:
+        ending = _Ending()
+        service = Service(source, setup, outputs, measured=listen is not None, whole=ending.later)
+        with ending, ExitStack() as stack:
             listeners: list[Board | Metrics] = []
             if listen is not None:
                 written = ", ".join(str(one.path) for one in outputs)
@@ -178,27 +188,25 @@ def watch(
                          "method": method, "outputs": written or "writes nothing"}  # fmt: skip
                 board, metrics = Board(about, window=window), Metrics()
                 listeners = [board, metrics]
-                page = Page(listen_address(listen), answers(board, metrics, stale_s=10 * interval + STALE_S))
+                answer = answers(board, metrics, stale_s=10 * interval + STALE_S)
+                page = Page(listen_address(listen), answer, hosts=allow_host or ())
                 page.start()
                 stack.callback(page.close)
                 _say_listening(page.url, json)
-            stack.enter_context(_terminated_like_interrupted())
             if sizes is None:
                 o.talk.print(GENERIC)
             teller = _Teller(output, settings.at_start, json, generic=sizes is None)
-            events = stack.enter_context(closing(service.run(once=not follow, interval_s=interval, wait=time.sleep)))
-            try:
-                for event in events:
-                    for listener in listeners:
-                        listener.note(event)
-                    teller.say(event)
-            except KeyboardInterrupt:
-                pass
+            events = stack.enter_context(closing(service.run(once=not follow, interval_s=interval, wait=ending.wait)))
+            for event in events:
+                for listener in listeners:
+                    listener.note(event)
+                teller.say(event)
         if service.controller is None and not follow and isinstance(source, Tail):
             raise TraceError(f"{trace} holds {source.tokens} rows, less than a step of {source.tokens_per_step}")
         if service.controller is None and not follow:
             raise TraceError(f"{trace} holds no dump with traffic")
         o.talk.print(f"{0 if service.controller is None else service.controller.step} steps watched")
+        ending.leave()
 
 
 def _output(spec: str) -> Output:
@@ -214,21 +222,66 @@ def _placement(path: Path, num_devices: int) -> Placement:
     return Placement.load(path)
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Supervisors end a sidecar with SIGTERM: it leaves as with control-C."""
+class _Ending:
+    """Supervisors end a sidecar with SIGTERM, a terminal that goes with SIGHUP: it leaves as with control-C, at once.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    The signal interrupts what is done at the moment, but a file that is being written; a second one changes nothing.
+    What has not ended after LEAVE_S (a disk that hangs) is ended by the system, with SIGALRM.
+    """
 
-    if threading.current_thread() is not threading.main_thread():  # only there signals can be taken
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came = False
+        self._held = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # only there signals can be taken
+            for number in self.SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                    self._before[number] = signal.signal(number, self._take)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """Take signals as before; an interrupt is the end of a watch, and no error."""
+        if self.came:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        return kind is KeyboardInterrupt
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            return
+        self.came = True
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, LEAVE_S)
+        if not self._held:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """What is done here is done to its end; the signal counts then."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if self.came and not self._held:
+                raise KeyboardInterrupt
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; not at all after a signal that was lost (Python drops what is raised inside a destructor)."""
+        if self.came:
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    def leave(self) -> None:
+        """After a signal: neither wait for a plan that is being made nor unload libraries, which takes seconds."""
+        if self.came:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(0)
 
 
 class _Teller:
@@ -237,6 +290,8 @@ class _Teller:
     def __init__(self, output: Path | None, at_start: bool, json: bool, *, generic: bool = False) -> None:
         self._output, self._at_start, self._json = output, at_start, json
         self._told: tuple[str, ...] = ()
+        self._troubles: tuple[list[str], list[str]] = [], []  # of the look before and of this one
+        self._no_plan = ""
         self._generic = generic
 
     def say(self, event: Event) -> None:
@@ -246,34 +301,42 @@ class _Teller:
                 if message not in self._told:
                     self._say_problem(message)
             self._told = event.problems
+            self._troubles = self._troubles[1], []
             for message in event.notes:
                 self._say_note(Told(message))
         elif isinstance(event, Trouble):
-            self._say_problem(event.message)
+            known = (self._no_plan,) if event.failed_plan else (*self._troubles[0], *self._troubles[1])
+            if event.message not in known:
+                self._say_problem(event.message)
+            if event.failed_plan:
+                self._no_plan = event.message
+            else:
+                self._troubles[1].append(event.message)
         elif isinstance(event, Told):
             self._say_note(event)
         elif isinstance(event, Seen):
             _say_look(event.look, self._at_start, self._json)
         else:
+            self._no_plan = ""
             _say_decision(event, self._output, self._json, " of generic sizes" if self._generic else "")
 
     def _say_problem(self, message: str) -> None:
         if self._json:
             _line({"event": "problem", "message": message})
         else:
-            o.talk.print(message, markup=False, soft_wrap=True)
+            o.talk.print(message, soft_wrap=True)
 
     def _say_note(self, told: Told) -> None:
         if self._json:
             _line({"event": "note", "message": told.message, "files": [str(path) for path in told.written]})
         else:
-            o.talk.print(told.message, markup=False, soft_wrap=True)
+            o.talk.print(told.message, soft_wrap=True)
 
 
 def _say_listening(url: str, json: bool) -> None:
     if json:
         _line({"event": "listening", "url": url})
-    o.talk.print(f"page at {url}, metrics at {url}metrics", markup=False, soft_wrap=True)
+    o.talk.print(f"page at {url}, metrics at {url}metrics", soft_wrap=True)
 
 
 def _say_look(look: Look, at_start: bool, json: bool) -> None:
@@ -290,7 +353,7 @@ def _say_look(look: Look, at_start: bool, json: bool) -> None:
     if at_start:
         runs += f" running, {look.imbalance_after_restart:.3f} after a restart"
     line = f"step {look.step:>6}  imbalance {runs}  {drift}{'  ALARM' if alarm else ''}"
-    o.out.print(line, markup=False)
+    o.out.print(line)
 
 
 def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -> None:
@@ -310,10 +373,9 @@ def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -
         f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
         f"{1e3 * decision.cost_seconds:.2f} ms of links: {verdict}"
         + (f", {decision.left} moves left" if decision.accepted and decision.left else ""),
-        markup=False,
     )  # fmt: skip
     if restart is not None:
-        o.out.print(f"{'':13}{restart.sentence()}", markup=False)
+        o.out.print(f"{'':13}{restart.sentence()}")
 
 
 def _restart(restart: Restart | None) -> dict[str, Any] | None:

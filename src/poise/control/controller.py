@@ -33,7 +33,7 @@ from poise.control.moves import MoveList, bounded, move_list
 from poise.control.restart import Restart, imbalance_of
 from poise.control.steps import join_steps, one_step, steps_of
 from poise.cost.step import BatchCost, batch_cost
-from poise.errors import OptionError
+from poise.errors import NoResultError, OptionError, PoiseError, told
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -41,6 +41,8 @@ from poise.planning.solve.solve import solve
 
 __all__ = ["ControlSettings", "Controller", "Decision", "Look", "aligned", "join_steps", "steps_of"]
 
+MOST_REFERENCES = 16
+"""Most references that pass between a plan that failed and the next try."""
 State = Literal["idle", "planning", "moving"]
 Reason = Literal["first", "drift", "settled", "continued"]
 
@@ -59,7 +61,7 @@ class ControlSettings:
     exposed_share : share of the link seconds of a migration that serving feels.
     staging : staging buffers a device.
     method, time_limit_s, seed : of :func:`poise.planning.solve.solve.solve`.
-    background : plan in a thread; else inside :meth:`Controller.observe`.
+    background : plan beside :meth:`Controller.observe`; else that waits for the plan.
     at_start : the engine takes a placement only when it starts: it goes on running what it ran when one is accepted.
     restart_seconds : without serving, that a restart costs; None: not known.
     """
@@ -194,7 +196,8 @@ class Controller:
         self._recent: deque[RoutingBatch] = deque(maxlen=self.settings.window)
         self._learned: deque[RoutingBatch] = deque(maxlen=self.settings.reference_steps)
         self._thread: threading.Thread | None = None
-        self._outcome: Decision | Exception | None = None
+        self._outcome: Decision | BaseException | None = None
+        self._failures, self._rest_until = 0, 0
         self._decisions: deque[Decision] = deque()
         self._moving: Decision | None = None
         self._running: Placement | None = None
@@ -219,7 +222,8 @@ class Controller:
         Raises
         ------
         OptionError : the steps are not of the problem's shape.
-        PoiseError : what planning raised; the controller is idle again and learns anew.
+        PoiseError : what planning raised (:exc:`poise.errors.NoResultError` where that was no error of poise's); the
+            controller is idle again and learns anew, for one reference, then for 2, 4, ... 16 as long as plans fail.
         """
         batch = self._batch(steps)
         looks = []
@@ -233,7 +237,8 @@ class Controller:
                 self._since += 1
             self._reap(wait=False)
             if self.test is None and len(self._learned) == self.settings.reference_steps and self.state == "idle":
-                self._learn()
+                if self.step >= self._rest_until:
+                    self._learn()
             if self.step % self.settings.every == 0:
                 looks.append(self._look())
         return looks
@@ -307,14 +312,13 @@ class Controller:
         def work() -> None:
             try:
                 self._outcome = self._decide(batch, current, running, target, reason, step)
-            except Exception as error:
+            except BaseException as error:  # a thread must not end without saying how; raised where it is waited for
                 self._outcome = error
 
-        if self.settings.background:
-            self._thread = threading.Thread(target=work, name="poise-planner", daemon=True)
-            self._thread.start()
-        else:
-            work()
+        # always in a thread: who waits for it can be ended by a signal, which compiled code would hold up
+        self._thread = threading.Thread(target=work, name="poise-planner", daemon=True)
+        self._thread.start()
+        if not self.settings.background:
             self._reap(wait=True)
 
     def _reap(self, *, wait: bool) -> None:
@@ -324,11 +328,16 @@ class Controller:
             self._thread.join()
             self._thread = None
         outcome, self._outcome = self._outcome, None
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             self.state, self.test, self.target = "idle", None, None
             self._learned.clear()
-            raise outcome
+            rest = self.settings.reference_steps * min(MOST_REFERENCES, 2**self._failures)
+            self._failures, self._rest_until = min(self._failures + 1, 30), self.step + rest
+            if isinstance(outcome, PoiseError) or not isinstance(outcome, Exception):
+                raise outcome
+            raise NoResultError(f"planning failed: {told(outcome)}") from outcome
         if outcome is not None:
+            self._failures = 0
             self._decisions.append(outcome)
             self.state = "moving" if outcome.accepted else "idle"
             self._moving = outcome if outcome.accepted else None

@@ -5,28 +5,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from poise.cluster import Cluster
 from poise.emulate.launch import run
 from poise.emulate.selftest import SIZES, selftest
 from poise.emulate.spec import EmulatedCluster, parse_shape
 from poise.errors import InputError, OptionError, PoiseError
+from poise.files import check_output, replacing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a script or the self-test; 0 if all is well, 1 if a rank failed or time ran out, 2 for wrong input."""
+    """Run a script or the self-test.
+
+    0 if all is well, 1 if a rank failed, time ran out or others kept the machine too busy to tell, 2 for wrong input.
+    """
     options = parser().parse_args(argv)
     try:
         spec = spec_of(options)
         if options.selftest:
+            if options.output:
+                check_output(options.output, OptionError)
             result = selftest(
                 spec, sizes=[int(size * 2**20) for size in options.sizes], find_limit=not options.no_limit
             )
             if options.output:
-                Path(options.output).write_text(result.to_json() + "\n", "utf-8")
+                with replacing(options.output, OptionError) as stream:
+                    stream.write(f"{result.to_json()}\n".encode())
             print(result.to_json() if options.json else result)
-            return 0
+            return 1 if result.inconclusive else 0
         if not options.command:
             raise OptionError("no script to run", hint="-- script.py args, or --selftest")
         run(spec, options.command[0], options.command[1:], timeout=options.timeout)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from poise.emulate.launch import EmulatedRun, run
+from poise.emulate.quiet import OTHERS, Meter
 from poise.emulate.spec import MIN_BYTES_PER_S, EmulatedCluster
 from poise.errors import NoResultError
 
@@ -67,10 +68,19 @@ class SelfTest:
     limit_is_bound: bool
     """False: a larger total failed. True: the search stopped before one did."""
     machine: dict[str, Any]
+    others: float | None = None
+    """Part of the cores that others took meanwhile; None if the system does not tell."""
+
+    @property
+    def inconclusive(self) -> str:
+        """Why this may be what others left of the machine, and not what it holds; empty if it was left alone."""
+        if self.others is None or self.others <= OTHERS:
+            return ""
+        return f"others took {self.others:.0%} of the cores meanwhile"
 
     def to_json(self) -> str:
         """All of it."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps({**dataclasses.asdict(self), "inconclusive": self.inconclusive}, indent=1)
 
     def __str__(self) -> str:
         spec = self.spec
@@ -92,6 +102,8 @@ class SelfTest:
         if self.limit_bytes_per_s is not None:
             least = "at least " if self.limit_is_bound else ""
             lines.append(f"limit (>= {HOLDS:.0%} achieved): {least}{_mb(self.limit_bytes_per_s)}")
+        if self.inconclusive:
+            lines.append(f"INCONCLUSIVE: {self.inconclusive}; measure on a machine that does nothing else")
         return "\n".join(lines)
 
 
@@ -114,7 +126,7 @@ def selftest(
     """
     if spec.num_devices < 2:
         raise NoResultError("one device has no links to test", hint="--cluster 2x2")
-    single = (sizes[-2:-1] or sizes)[0]
+    single, meter = (sizes[-2:-1] or sizes)[0], Meter()
     done, found = _probe(spec, sizes, timeout=timeout, extra=["--single", str(single), "--latency", "--sleep"])
     ports = [_port(spec, row) for row in found["bandwidth"]]
     tried: list[dict[str, float]] = []
@@ -138,6 +150,7 @@ def selftest(
             "load": os.getloadavg()[0],
             "python": platform.python_version(),
         },
+        others=meter.others(),
     )
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from poise.engines.slots import rows_with_mtp
 from poise.errors import PlacementError
-from poise.planning.placement import Placement, atomic
+from poise.files import replacing
+from poise.planning.placement import Placement
 
 
 def write(
@@ -53,6 +54,6 @@ def write(
                 )
         devices = [{"device_id": d, "device_expert": held.tolist()} for d, held in enumerate(table_DK)]
         layers.append({"layer_id": index, "device_count": len(devices), "device_list": devices})
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}).encode())
     return filled, unplanned

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from poise.engines.slots import full_table, trivial_row
 from poise.errors import PlacementError
+from poise.files import replacing
 from poise.jsonfile import read_json
-from poise.planning.placement import Placement, atomic
+from poise.planning.placement import Placement
 
 KEY = "physical_to_logical_map"
 MAX_BYTES = 64 * 2**20
@@ -51,7 +52,7 @@ def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[N
 def write(placement: Placement, path: str | Path, *, num_hidden_layers: int) -> int:
     """Write the JSON file; returns how many empty slots were filled. Raises as :func:`physical_to_logical`."""
     table, filled = physical_to_logical(placement, num_hidden_layers)
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(json.dumps({KEY: table.tolist()}).encode())
     return filled
 

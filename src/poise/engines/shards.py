@@ -17,6 +17,7 @@ from typing import Any
 
 from poise.errors import ModelError
 from poise.files import open_regular
+from poise.jsonfile import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """As the format's own library has it."""
@@ -96,9 +97,11 @@ def read_shard(path: Path) -> Shard:
             )
         header = start + stream.read(length)
     try:
-        entries = json.loads(header[8:].decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(header[8:].decode(), ModelError)
+    except UnicodeDecodeError as error:
         raise ModelError(f"{path}: the header is not JSON: {str(error)[:200]}") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: the header is {error.message}", hint=error.hint) from None
     if not isinstance(entries, dict):
         raise ModelError(f"{path}: the header holds a {type(entries).__name__}")
     said = entries.get("__metadata__", {})
@@ -117,13 +120,6 @@ def read_shard(path: Path) -> Shard:
         )
     stored = min(status.st_size, getattr(status, "st_blocks", 2**62) * 512)
     return Shard(path, header, entries, tuple(tensors), status.st_size, stored)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        raise ValueError("a name is there twice")
-    return out
 
 
 def _whole(value: Any) -> bool:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.engines.slots import rows_with_mtp
-from poise.planning.placement import Placement, atomic
+from poise.errors import PlacementError
+from poise.files import replacing
+from poise.planning.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,6 @@ def write(
     lines = [f"num_slots: {placement.num_slots}", "initial_global_assignments:"]
     lines += [f"  {layer}: [{', '.join(map(str, row.tolist()))}]" for layer, row in sorted(rows.items())]
     lines.append("layer_updates_per_iter: 0")
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(("\n".join(lines) + "\n").encode())
     return TensorRTFile(len(rows), filled, unplanned)

@@ -14,7 +14,8 @@ import numpy as np
 
 from poise.engines.slots import full_table, rows_for
 from poise.errors import PlacementError
-from poise.planning.placement import Placement, atomic
+from poise.files import replacing
+from poise.planning.placement import Placement
 
 
 def write_34811(placement: Placement, path: str | Path) -> None:
@@ -41,7 +42,7 @@ def write_34811(placement: Placement, path: str | Path) -> None:
             f"{rank_LE[layer, expert]} in layer {placement.layer_ids_L[layer]}: #34811 has one list for all layers",
             hint="export to checkpoint (a permutation a layer) or vllm-49572",
         )
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(json.dumps({"expert_to_ep_rank": rank_LE[0].tolist()}).encode())
 
 
@@ -53,6 +54,6 @@ def write_49572(placement: Placement, path: str | Path, *, layer_ids: tuple[int,
     PlacementError : as :func:`poise.engines.slots.rows_for`.
     """
     rows, filled, unplanned = rows_for(placement, layer_ids, engine="vLLM (#49572)")
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(json.dumps([row.tolist() for _, row in sorted(rows.items())]).encode())
     return filled, unplanned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,31 +27,39 @@ from poise.policies.registry import parse_policy
 from poise.words import percent
 
 Traffics = RoutingTrace | LoadProfile
+Part = Callable[[], Traffics]
+"""Traffic that is made when it is asked for: a half of a large trace takes memory that the other one needs."""
 FEWER = 5e-3
 """Least gain of a plan without redundant slots that is worth a word."""
 
 
 def split_traffic(
     trace: Traffics, fit: Traffics | None, others: Mapping[str, Traffics] | None = None
-) -> tuple[Traffics, dict[str, Traffics], tuple[str, ...]]:
+) -> tuple[Part, dict[str, Part], tuple[str, ...]]:
     """What methods are fitted on, what they are judged on by name, and notes for the reader."""
-    judged: dict[str, Traffics] = {}
+    judged: dict[str, Part] = {}
     notes: tuple[str, ...] = ()
     if fit is not None:
-        judged["held-out"] = trace
+        fitted, judged["held-out"] = _given(fit), _given(trace)
     elif isinstance(trace, RoutingTrace):
-        fit, judged["held-out"] = trace.split_requests()
+        first_T = trace.first_requests()
+        fitted, judged["held-out"] = lambda: trace.rows(first_T), lambda: trace.rows(~first_T)
         notes = ("methods are fitted on the first half of the requests and judged on the second",)
     elif trace.num_steps > 1:
         half = (trace.num_steps + 1) // 2
-        fit, judged["held-out"] = trace.steps(slice(0, half)), trace.steps(slice(half, None))
+        fitted, judged["held-out"] = lambda: trace.steps(slice(0, half)), lambda: trace.steps(slice(half, None))
         notes = (
             f"methods are fitted on the first {half} recorded loads and judged on the other {trace.num_steps - half}",
         )
     else:
-        fit, notes = trace, ("one recorded load: judged on what it was fitted on, which flatters every method",)
+        fitted = _given(trace)
+        notes = ("one recorded load: judged on what it was fitted on, which flatters every method",)
     told = trace.notes if isinstance(trace, LoadProfile) else ()
-    return fit, {**judged, **(others or {})}, (*told, *notes)
+    return fitted, judged | {name: _given(other) for name, other in (others or {}).items()}, (*told, *notes)
+
+
+def _given(traffic: Traffics) -> Part:
+    return lambda: traffic
 
 
 def silent_defaults(

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.errors import OptionError
+from poise.files import replacing
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -26,7 +29,12 @@ class Event:
 
 
 def write_perfetto(path: str | Path, groups: Mapping[str, Sequence[Event]]) -> None:
-    """Write groups of events, each a process with a thread a device, every group from its own first event on."""
+    """Write groups of events, each a process with a thread a device, every group from its own first event on.
+
+    Raises
+    ------
+    OptionError : as :func:`poise.files.replacing`.
+    """
     out: list[dict[str, object]] = []
     for number, (group, events) in enumerate(groups.items(), 1):
         out.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": group}})
@@ -45,4 +53,5 @@ def write_perfetto(path: str | Path, groups: Mapping[str, Sequence[Event]]) -> N
             }
             for event in events
         ]
-    Path(path).write_text(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}), encoding="utf-8")
+    with replacing(path, OptionError) as stream:
+        stream.write(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}).encode())

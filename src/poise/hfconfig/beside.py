@@ -34,7 +34,7 @@ def with_quantization(config: Config, folder: Path) -> Config:
     for name, method in FILES.items():
         path = folder / name
         if path.is_file() and (not own or own["quant_method"] == method):
-            data = read_json(path, MOST_BYTES, ModelError)
+            data = read_json(path, MOST_BYTES, ModelError, infinite=True)
             if not isinstance(data, dict):
                 raise ModelError(f"{path} holds a {type(data).__name__}, not how weights are quantised")
             part = {key: value for key, value in config.items() if key != "quantization_config"}

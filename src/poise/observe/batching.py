@@ -17,8 +17,8 @@ from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 
 Order = Literal["interleaved", "file"]
 ORDERS: tuple[Order, ...] = ("interleaved", "file")
-MOST_LOADS, MOST_HELD = 1 << 25, 1 << 26
-"""Most loads [B, L, E] and picks [T, L, K] of a batch, 256 and 128 MiB: of more steps some are drawn."""
+MOST_LOADS, MOST_HELD = 1 << 24, 1 << 26
+"""Most loads [B, L, E] and picks [T, L, K] of a batch, 128 MiB each: of more steps some are drawn."""
 MOST_PICKS = 64
 """Experts that a token has at most."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from poise.errors import OptionError, TraceError
 from poise.files import open_regular
+from poise.jsonfile import strict_decoder
 from poise.observe.json_tables import Ragged, read_tables
 from poise.observe.npz import Archive, open_npz
 from poise.observe.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
@@ -197,21 +197,12 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise TraceError(f"key {twice[:80]!r} appears twice in a JSON object", hint="keep one of them")
-    return out
-
-
 def _read_json(path: Path) -> LoadProfile:
     try:
         with open_regular(path, TraceError) as stream:
             if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
                 raise TraceError(f"{size} bytes, at most {MAX_JSON_BYTES} are read")
-            data = read_tables(stream, ("logical_count", IDLE), json.JSONDecoder(object_pairs_hook=_unique))
+            data = read_tables(stream, ("logical_count", IDLE), strict_decoder())
     except TraceError as error:
         where = "" if str(path)[:200] in error.message else f"{path}: "
         raise TraceError(f"{where}{error.message}", hint=error.hint) from None

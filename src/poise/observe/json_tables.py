@@ -10,18 +10,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from poise import room
 from poise.errors import TraceError
 from poise.files import READ_BYTES
-from poise.jsonfile import json_room
+from poise.jsonfile import MAX_ROOM, json_room
 from poise.observe.trace import kept
-from poise.room import require
 
-MAX_VALUE_BYTES = 512 << 20
+MAX_VALUE_BYTES = 128 << 20
 """Most characters of one value, apart from tables; of a table of one of its entries."""
-MAX_VALUE_ROOM = 8 << 30
 LONG, AHEAD = 1 << 20, 64
 """Text that is looked through before it is parsed; text behind an error, or a number, with which it is final."""
 BLOCK_NUMBERS = 1 << 20
+PAIR_ROOM = 256
+"""Bytes of memory that an entry of an object takes, beside its value."""
 CUT = ("Unterminated string", "Invalid \\")
 """Errors that may be of a text that goes on, wherever they are."""
 
@@ -60,6 +61,7 @@ def read_tables(stream: BinaryIO, names: Collection[str], decoder: json.JSONDeco
 def _object(text: _Text, names: Collection[str], decoder: json.JSONDecoder) -> Any:
     pairs: list[tuple[str, Any]] = []
     text.take("{")
+    left = MAX_ROOM
     while text.peek() != "}":
         if pairs:
             text.take(",")
@@ -67,7 +69,11 @@ def _object(text: _Text, names: Collection[str], decoder: json.JSONDecoder) -> A
         if not isinstance(key, str):
             raise ValueError(f"a key of an object is no text before {text.said()}")
         text.take(":")
-        pairs.append((key, _table(text) if key in names and text.peek() == "[" else text.value()))
+        is_table = key in names and text.peek() == "["
+        pairs.append((key, _table(text) if is_table else text.value()))
+        left -= PAIR_ROOM + len(key) + (0 if is_table else text.room())
+        if left < 0:
+            raise TraceError(f"values of an object in JSON may take more than {MAX_ROOM} bytes in memory")
     text.take("}")
     hook: Callable[[list[tuple[str, Any]]], Any] | None = decoder.object_pairs_hook
     return dict(pairs) if hook is None else hook(pairs)
@@ -93,7 +99,8 @@ def _table(text: _Text) -> NDArray[Any]:
         held += rows[-1].size + 1
         if held > BLOCK_NUMBERS:
             many += _close(rows, blocks)
-            require(many, "a table in JSON", TraceError, hint="give its counts as an array (.npz)")
+            more = max(room.FREE_BYTES + 1, blocks[-1].nbytes)  # how many are to come is not known
+            room.require(more, f"a table in JSON goes on after {many} bytes and", TraceError, hint="give it as .npz")
             held = 0
     text.take("]")
     _close(rows, blocks)
@@ -128,7 +135,7 @@ class _Text:
         self._stream, self._parse = stream, decoder.raw_decode
         head = stream.read(max(4, READ_BYTES))
         self._decode = codecs.getincrementaldecoder(json.detect_encoding(head[:4]))("surrogatepass").decode
-        self._text, self._at, self._before, self._ended = "", 0, 0, not head
+        self._text, self._at, self._before, self._last, self._ended = "", 0, 0, 0, not head
         self._text = self._decode(head, self._ended)
 
     def peek(self) -> str:
@@ -160,8 +167,12 @@ class _Text:
                 raise ValueError(f"{error.msg} at character {self._before + error.pos}") from None
             if isinstance(value, int | float) and len(self._text) - end < AHEAD and self._more():
                 continue
-            self._at = end
+            self._last, self._at = self._at, end
             return value
+
+    def room(self) -> int:
+        """Bytes of memory that the last value may take."""
+        return json_room(self._text[self._last : self._at].encode("utf-8", "surrogatepass"), MAX_ROOM, TraceError)
 
     def said(self) -> str:
         """Where it is."""
@@ -175,7 +186,7 @@ class _Text:
         if left > MAX_VALUE_BYTES:
             raise TraceError(f"a value in JSON of more than {MAX_VALUE_BYTES} characters")
         if left > LONG:
-            json_room(self._text[self._at :].encode("utf-8", "surrogatepass"), MAX_VALUE_ROOM, TraceError)
+            json_room(self._text[self._at :].encode("utf-8", "surrogatepass"), MAX_ROOM, TraceError)
         data = self._stream.read(max(READ_BYTES, left))
         self._ended = not data
         self._text, self._before = self._text[self._at :] + self._decode(data, self._ended), self._before + self._at

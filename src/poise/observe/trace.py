@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import NoTrafficError, OptionError, TraceError
+from poise.files import replacing
 from poise.room import blocks
 
 MAX_EXPERTS = 32_767
@@ -223,6 +224,11 @@ class RoutingTrace:
 
     def split_requests(self, share: float = 0.5) -> tuple[RoutingTrace, RoutingTrace]:
         """The first ``share`` of the requests of every domain (in order of appearance), and the rest."""
+        mask = self.first_requests(share)
+        return self.rows(mask), self.rows(~mask)
+
+    def first_requests(self, share: float = 0.5) -> NDArray[np.bool_]:
+        """Which tokens are of the first part of :meth:`split_requests`, bool [T]."""
         assert self.request is not None
         first: list[NDArray[np.int32]] = []
         domain = np.zeros(self.num_tokens, np.int16) if self.domain is None else self.domain
@@ -235,11 +241,15 @@ class RoutingTrace:
                 )
             ids = ids[np.argsort(at)]
             first.append(ids[: min(ids.size - 1, max(1, round(share * ids.size)))])
-        mask = np.isin(self.request, np.concatenate(first))
-        return self.rows(mask), self.rows(~mask)
+        return np.isin(self.request, np.concatenate(first))
 
     def save(self, path: str | Path) -> None:
-        """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles."""
+        """Write the promised ``.npz`` (docs/formats.md), compressed, without pickles; it appears whole or not at all.
+
+        Raises
+        ------
+        TraceError : as :func:`poise.files.replacing`.
+        """
         small: Any = np.uint8 if self.num_experts <= 256 else np.int16
         if int(self.experts.min()) == NO_EXPERT:
             small = np.int8 if self.num_experts <= 128 else np.int16
@@ -249,7 +259,7 @@ class RoutingTrace:
                 arrays[name] = getattr(self, name)
         if self.domain_names:
             arrays["domain_names"] = np.array(self.domain_names)
-        with Path(path).open("wb") as stream:
+        with replacing(path, TraceError) as stream:
             np.savez_compressed(stream, **arrays)
 
     def __repr__(self) -> str:

@@ -9,13 +9,16 @@ many slots on every rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.split import Split
 from poise.errors import OptionError, PlacementError
 from poise.planning.placement import EMPTY, Placement
+
+if TYPE_CHECKING:  # it compiles, and a plugin with a static map does not
+    from poise.cost.split import Split
 
 
 @dataclass(frozen=True, slots=True)

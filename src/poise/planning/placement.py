@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import PlacementError, TraceError
+from poise.files import replacing
 from poise.observe.npz import open_npz
 from poise.planning.provenance import ABOUT, LOADS, UNITS, Provenance
 
@@ -208,10 +207,15 @@ class Placement:
         return cls(slot_expert, slot_device, num_experts, num_devices, layer_ids_L=layer_ids_L, method=method)
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.npz`` without pickles (docs/formats.md); the file appears whole or not at all."""
+        """Write a ``.npz`` without pickles (docs/formats.md); the file appears whole or not at all.
+
+        Raises
+        ------
+        PlacementError : as :func:`poise.files.replacing`.
+        """
         ids = np.arange(self.num_layers) if self.layer_ids_L is None else self.layer_ids_L
         more: dict[str, Any] = {} if self.fitted is None else self.fitted.arrays()
-        with atomic(Path(path)) as stream:
+        with replacing(path, PlacementError) as stream:
             np.savez_compressed(
                 stream, format=np.int32(FORMAT), slot_expert=self.slot_expert_LS, slot_device=self.slot_device_S,
                 num_experts=np.int32(self.num_experts), num_devices=np.int32(self.num_devices), layer_ids=ids,
@@ -341,36 +345,3 @@ class PlacementDiff:
         return (
             f"PlacementDiff(fetch {self.fetched}, most on one device {int(self.fetched_D.max())}, drop {self.dropped})"
         )
-
-
-class atomic:
-    """Write a file so that it appears whole or not at all: ``with atomic(path) as stream``.
-
-    Raises
-    ------
-    PlacementError : the system refuses to write; the old file, if there was one, is as it was.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self.stream = tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".poise-", delete=False)
-        except OSError as error:
-            raise PlacementError(f"cannot write {self.path}: {error.strerror}") from None
-        return self.stream
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        failure = value if isinstance(value, OSError) else None
-        try:
-            self.stream.close()
-            if kind is None:
-                os.chmod(self.stream.name, 0o644)
-                os.replace(self.stream.name, self.path)
-                return
-        except OSError as error:
-            failure = error
-        Path(self.stream.name).unlink(missing_ok=True)
-        if failure is not None:
-            raise PlacementError(f"cannot write {self.path}: {failure.strerror or failure}") from None

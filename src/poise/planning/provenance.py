@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.errors import PlacementError
+from poise.jsonfile import parse_json
 from poise.observe.fingerprint import SKETCH, Fingerprint
 
 UNITS, LOADS, ABOUT = "fitted_units", "fitted_loads", "fitted_about"
@@ -52,8 +53,8 @@ class Provenance:
             if array.dtype != np.uint64 or array.ndim != 1 or array.size > most:
                 raise PlacementError(f"{name} must be uint64 [at most {most}], got {array.dtype} {array.shape}")
         try:
-            about = json.loads(str(arrays[ABOUT].reshape(-1)[0]) if arrays[ABOUT].shape == () else "")
-        except (ValueError, RecursionError):
+            about = parse_json(str(arrays[ABOUT].reshape(-1)[0]) if arrays[ABOUT].shape == () else "", PlacementError)
+        except PlacementError:
             about = None
         if not isinstance(about, dict) or not all(isinstance(x, str) for x in (*about, *about.values())):
             raise PlacementError(f"{ABOUT} is no JSON object of texts")

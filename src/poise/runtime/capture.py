@@ -6,7 +6,6 @@ Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V2/V3, gpt-oss, Granite-MoE: in transforme
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from poise.errors import ModelError, TraceError
 from poise.files import read_bounded
+from poise.jsonfile import parse_json
 from poise.observe.trace import NO_EXPERT, RoutingTrace
 from poise.planning.problem import Progress
 
@@ -148,11 +148,11 @@ def read_prompts(paths: Sequence[str | Path], *, per_domain: int | None = None) 
                 prompts.append(Prompt(text, path.stem))
                 continue
             for number, line in enumerate(text.splitlines(), 1):
-                item = json.loads(line)
+                item = parse_json(line, TraceError, infinite=True)
                 if not isinstance(item, dict) or not isinstance(item.get("text"), str) or not item["text"].strip():
                     raise TraceError(f"{path}, line {number}: no text", hint='a line is {"text": ..., "domain": ...}')
                 prompts.append(Prompt(item["text"], str(item.get("domain", path.stem))))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise TraceError(f"{path} cannot be read: {error}") from None
     if not prompts:
         raise TraceError(f"no prompts in {len(paths)} files")

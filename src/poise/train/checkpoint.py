@@ -7,8 +7,8 @@ when complete: an interrupted write leaves the one before as it was.
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from poise.errors import InputError, ModelError, OptionError
-from poise.files import read_bounded
+from poise.files import check_new_folder, new_folder, read_bounded, replacing
 from poise.train.gradients import sharded_layers
 from poise.train.sharding import ShardedExperts
 
@@ -162,23 +162,34 @@ def save_checkpoint(
     root = Path(folder)
     place, partial = root / f"step-{step}", root / f".step-{step}.partial"
     weights, states = _shown(model, () if optimizer is None else optimizer)
+    aside = _aside(place)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         root.mkdir(parents=True, exist_ok=True)
+        if aside.is_dir() and not place.is_dir():  # a write of this step was ended between its two renames
+            aside.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
     dcp.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir():
+            place.rename(aside)
         partial.rename(place)
-        note = root / f".{LATEST}.new"
-        note.write_text(place.name, "utf-8")
-        os.replace(note, root / LATEST)
+        shutil.rmtree(aside, ignore_errors=True)
+        with replacing(root / LATEST, OptionError) as note:
+            note.write(place.name.encode())
         numbered = sorted((int(p.name[5:]), p) for p in root.glob("step-*") if p.name[5:].isdigit())
         for _, old in numbered[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != place:  # which is not the highest number after a return to an earlier step
+                shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return place
+
+
+def _aside(place: Path) -> Path:
+    """Where a complete checkpoint waits while another of the same step takes its place."""
+    return place.with_name(f".{place.name}.old")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -188,6 +199,8 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         return None
     name = read_bounded(note, MAX_NAME_BYTES, InputError).decode("utf-8", "replace").strip()
     place = Path(folder) / name
+    if "/" not in name and not place.is_dir() and _aside(place).is_dir():  # ended while the step was written anew
+        return _aside(place)
     if "/" in name or not place.is_dir():
         raise InputError(f"{note} names {name[:80]!r}, which is not there")
     return place
@@ -256,17 +269,44 @@ def _collect(value: ExpertShards, module: ShardedExperts, group: Any) -> Tensor 
 def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
     """The unsharded model as safetensors, by rank 0: as Hugging Face names it where the model can save itself.
 
-    Collective. A model with ``save_pretrained`` is written with its config; any other as ``model.safetensors``.
-    """
-    state = full_state_dict(model)
-    place = Path(folder)
-    if state is not None:
-        place.mkdir(parents=True, exist_ok=True)
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(place, state_dict=state)
-        else:
-            from safetensors.torch import save_file
+    Collective. A model with ``save_pretrained`` is written with its config; any other as ``model.safetensors``. The
+    folder appears whole or not at all.
 
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(place / "model.safetensors"))
-    dist.barrier()
+    Raises
+    ------
+    OptionError : on all ranks: the folder exists and is not empty, or cannot be written.
+    """
+    place = Path(folder)
+
+    def check() -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        check_new_folder(place, OptionError)
+
+    def write() -> None:
+        assert state is not None
+        with new_folder(place, OptionError) as scratch:
+            if hasattr(model, "save_pretrained"):
+                model.save_pretrained(scratch, state_dict=state)
+            else:
+                from safetensors.torch import save_file
+
+                whole = {name: tensor.contiguous() for name, tensor in state.items()}
+                save_file(whole, str(scratch / "model.safetensors"))
+
+    _on_first(check)
+    state = full_state_dict(model)
+    _on_first(write)
     return place
+
+
+def _on_first(do: Callable[[], None]) -> None:
+    """Have rank 0 do something with files; what it cannot is an error on all ranks, which else would wait for it."""
+    said: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            do()
+        except (OSError, OptionError) as error:
+            said = [str(error)]
+    dist.broadcast_object_list(said, src=0)
+    if said[0] is not None:
+        raise OptionError(said[0])

@@ -83,11 +83,11 @@ class Board:
             return self._ticks() - self._noted_at
 
     def _note_problem(self, at: float, message: str) -> None:
-        """One line for a problem that stays, with when it was last met."""
-        if self._problems and self._problems[-1]["message"] == message:
-            self._problems[-1] = {**self._problems[-1], "at": at, "times": self._problems[-1]["times"] + 1}
-        else:
-            self._problems.append({"at": at, "message": message, "times": 1})
+        """One line for a problem that stays or comes again, with when it was last met."""
+        same = next((line for line in self._problems if line["message"] == message), None)
+        if same is not None:
+            self._problems.remove(same)
+        self._problems.append({"at": at, "message": message, "times": 1 if same is None else same["times"] + 1})
 
     def _note_look(self, at: float, event: Seen) -> None:
         look, verdict = event.look, event.look.verdict

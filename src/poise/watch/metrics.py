@@ -62,6 +62,7 @@ class Metrics:
         self._bytes = counter("moved_bytes", "Bytes of their weights")
         self._dumps = counter("dumps", "Files of traffic read")
         self._errors = counter("dump_errors", "Files of traffic that could not be used")
+        self._failed = counter("plan_failures", "Plans that were begun and that nothing came of")
         for accepted in ("true", "false"):
             self._plans.labels(accepted)
         self._step = 0
@@ -91,6 +92,7 @@ class Metrics:
             self._errors.inc(event.errors)
         elif isinstance(event, Trouble):
             self._errors.inc(event.bad_dump)
+            self._failed.inc(event.failed_plan)
         elif isinstance(event, Seen):
             self._note_look(event)
         elif isinstance(event, Planned):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +24,8 @@ from poise.watch.metrics import Metrics
 POLICY = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
 IDLE_S = 20.0
 """Seconds after which a connection without a request is closed."""
+MOST_CLIENTS = 64
+"""Connections that are answered at a time; one more closes the oldest, so that none can be kept from being answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +84,46 @@ def listen_address(spec: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def is_host(header: str, names: Collection[str]) -> bool:
+    """Whether a Host header names this server: an IP address, this machine, or one of ``names``.
+
+    A page of another site can make its own name point here (DNS rebinding) and would then read what is served; its
+    browser still sends that name. An address is nobody's name.
+    """
+    host = header.strip().lower()
+    if not host.startswith("["):
+        host = host.partition(":")[0].rstrip(".")
+    elif "]" in host:
+        host = host[1 : host.index("]")]
+    if host == "localhost" or host.endswith(".localhost") or host in names:
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class Page:
     """A server in threads of its own: :meth:`start`, :attr:`url`, :meth:`close`.
+
+    Parameters
+    ----------
+    address : host and port to listen on.
+    answer : what a path answers.
+    hosts : names under which it is asked, beside addresses, ``localhost``, the host listened on and this machine's.
 
     Raises
     ------
     OptionError : the address cannot be listened on.
     """
 
-    def __init__(self, address: tuple[str, int], answer: Callable[[str], Answer]) -> None:
+    def __init__(
+        self, address: tuple[str, int], answer: Callable[[str], Answer], *, hosts: Collection[str] = ()
+    ) -> None:
         host, port = address
         try:
-            self._server = _Server(host, port, answer)
+            self._server = _Server(host, port, answer, hosts)
         except OSError as error:
             raise OptionError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
         shown = f"[{host}]" if ":" in host else host
@@ -112,10 +144,14 @@ class Page:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False
+    request_queue_size = 256
 
-    def __init__(self, host: str, port: int, answer: Callable[[str], Answer]) -> None:
+    def __init__(self, host: str, port: int, answer: Callable[[str], Answer], hosts: Collection[str]) -> None:
         self.address_family = AF_INET6 if ":" in host else AF_INET
         self.answer = answer
+        self.hosts = frozenset(name.lower().rstrip(".") for name in (*hosts, host, socket.gethostname()))
+        self._open: dict[Any, None] = {}  # in the order in which they came
+        self._lock = threading.Lock()
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
@@ -123,15 +159,49 @@ class _Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread; where there are too many, the oldest connection has to go."""
+        with self._lock:
+            self._open[request] = None
+            oldest = next(iter(self._open)) if len(self._open) > MOST_CLIENTS else None
+            if oldest is not None:
+                del self._open[oldest]
+                _shut(oldest)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had: this one goes without an answer, the next may not
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close it."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Listen no more, and let go of who still holds a connection."""
+        super().server_close()
+        with self._lock:
+            for request in self._open:
+                _shut(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A reader that goes away is no error."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+        """A reader that goes away is no error; what else fails is that reader's answer alone."""
+        if not isinstance(sys.exception(), OSError | MemoryError):
             super().handle_error(request, client_address)
+
+
+def _shut(request: socket.socket) -> None:
+    try:
+        request.shutdown(socket.SHUT_RDWR)
+    except OSError:  # gone already
+        return
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "poise", ""
+    error_content_type, error_message_format = "text/plain; charset=utf-8", "%(message)s\n"
     timeout = IDLE_S
     server: _Server
 
@@ -147,9 +217,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: stderr is for the watch."""
 
     def _answer(self, *, body: bool) -> None:
-        answer = self.server.answer(self.path)
+        answer = self._wrong() or self.server.answer(self.path)
         kind = answer.kind if "charset" in answer.kind else f"{answer.kind}; charset=utf-8"
         self.send_response(answer.status)
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.send_header("Connection", "close")  # what was sent along is not read, nor taken for the next request
         for name, value in (
             ("Content-Type", kind), ("Content-Length", str(len(answer.body))), ("Cache-Control", "no-store"),
             ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"),
@@ -158,3 +230,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(answer.body)
+
+    def _wrong(self) -> Answer | None:
+        """The answer to who asks under a name that is not this server's; None: the name is right.
+
+        HTTP/1.0 knows no Host header, and no browser speaks it.
+        """
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
+            return Answer(HTTPStatus.BAD_REQUEST, "text/plain", b"one Host header, please\n")
+        if hosts and not is_host(hosts[0], self.server.hosts):
+            said = b"this name is not known here: poise watch --allow-host NAME\n"
+            return Answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", said)
+        return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from poise.cost.split import Split
 from poise.cost.traffic import Traffic
 from poise.engines.dump import SlotRecord
 from poise.engines.exports import TARGETS, ExportOptions
-from poise.errors import NoResultError, OptionError, PlacementError, TraceError
+from poise.errors import OptionError, PlacementError, PoiseError, TraceError, told
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.planning.engine_rules import ANY, hold
@@ -116,10 +117,18 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Something that did not work and does not end the watch; ``bad_dump``: a dump could not be used."""
+    """Something that did not work and does not end the watch.
+
+    Parameters
+    ----------
+    message : for people.
+    bad_dump : a dump could not be used.
+    failed_plan : no plan came of it; the next try comes later.
+    """
 
     message: str
     bad_dump: bool = False
+    failed_plan: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +159,18 @@ class Service:
     setup : what is known before it comes.
     outputs : files to write whenever a plan is accepted.
     measured : judge placements on the window at every look and plan, for metrics and the page.
+    whole : held while files are written: who ends the watch from outside waits for its end.
 
     Attributes
     ----------
     controller : None before the first traffic.
     """
 
-    def __init__(self, source: Source, setup: Setup, outputs: Sequence[Output] = (), *, measured: bool = False) -> None:
+    def __init__(
+        self, source: Source, setup: Setup, outputs: Sequence[Output] = (), *, measured: bool = False,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self._whole = whole
         self.source, self.setup, self.outputs = source, setup, tuple(outputs)
         self.controller: Controller | None = None
         self._measured = measured
@@ -170,6 +184,9 @@ class Service:
     def run(self, *, once: bool, interval_s: float, wait: Callable[[float], None]) -> Generator[Event, None, None]:
         """Look, wait, and look again; ``once``: until there is no more at hand.
 
+        Without ``once`` nothing that planning, judging, reading or writing raises ends it (memory that runs out among
+        it): it is told as :class:`Trouble`, and tried again.
+
         Moves are taken to be made as soon as they are decided on; with ``at_start`` (:class:`ControlSettings`) when the
         engine is started anew, which the source has to tell.
 
@@ -180,12 +197,22 @@ class Service:
         try:
             while True:
                 yield from self._write_again()
-                got = self.source.poll(last=once)
+                try:
+                    got = self.source.poll(last=once)
+                except Exception as error:
+                    if once or isinstance(error, PoiseError):
+                        raise
+                    got = Polled(up=False, problems=(f"the source could not be looked at: {told(error)}",))
                 yield got
                 if got.restarted:
                     yield from self._start_anew()
                 for arrival in got.arrivals:
-                    yield from self._take(arrival, once)
+                    try:
+                        yield from self._take(arrival, once)
+                    except Exception as error:
+                        if once or isinstance(error, PoiseError):
+                            raise
+                        yield Trouble(f"a dump was left out: {told(error)}", bad_dump=True)
                 yield from self._carry_out(once)
                 if got.more:
                     continue
@@ -214,13 +241,13 @@ class Service:
             self._window.append(one)
             try:
                 looks = self.controller.observe(one)
-            except NoResultError as error:
+            except Exception as error:
                 if once:
                     raise
-                yield Trouble(f"no plan: {error.message}")
+                yield Trouble(f"no plan: {told(error)}", failed_plan=True)
                 continue
             for look in looks:
-                yield self._seen(look)
+                yield from self._seen(look, once)
             yield from self._carry_out(once)
 
     def _begin(self, steps: RoutingBatch, slots: SlotRecord | None) -> None:
@@ -246,7 +273,7 @@ class Service:
         self.controller = Controller(self._problem, s.settings)
         for output in self.outputs:  # what cannot be written at all is said before anything is planned
             try:
-                with tempfile.TemporaryDirectory(prefix=".poise-", dir=output.path.parent) as folder:
+                with self._whole(), tempfile.TemporaryDirectory(prefix=".poise-", dir=output.path.parent) as folder:
                     TARGETS[output.target].write(placement, Path(folder) / output.path.name, self._options())
             except OSError as error:
                 raise PlacementError(f"cannot write {output.path}: {error.strerror}") from None
@@ -298,15 +325,27 @@ class Service:
         other = (runs.count_LED() != self.controller.current.count_LED()).any()
         yield Told(f"the engine was started anew{', not with the newest placement' if other else ''}")
 
-    def _seen(self, look: Look) -> Seen:
+    def _seen(self, look: Look, once: bool) -> Iterator[Event]:
         assert self.controller is not None
-        if not self._measured:
-            return Seen(look)
-        window = join_steps(list(self._window))
-        now = judge(window, self.controller.running, self._problem)
-        same = self._first is self.controller.running
-        first = now if same else judge(window, self._first, self._problem)
-        return Seen(look, now, first, bound_seconds(window, self._problem))
+        runs = self.controller.running
+        judged, bound, trouble = self._judge(once, runs, self._first) if self._measured else (None, None, None)
+        now, first = judged or (None, None)
+        yield Seen(look, now, first, bound)
+        if trouble is not None:
+            yield trouble
+
+    def _judge(self, once: bool, *placements: Placement) -> tuple[list[Judged] | None, float | None, Trouble | None]:
+        """How placements do on the window, and the bound there."""
+        try:
+            window = join_steps(list(self._window))
+            judged: dict[int, Judged] = {}
+            for p in placements:
+                judged[id(p)] = judged.get(id(p)) or judge(window, p, self._problem)
+            return [judged[id(p)] for p in placements], bound_seconds(window, self._problem), None
+        except Exception as error:
+            if once:
+                raise
+            return None, None, Trouble(f"the window was not measured: {told(error)}")
 
     def _carry_out(self, once: bool) -> Iterator[Event]:
         """Tell what was decided, and let accepted placements serve."""
@@ -314,18 +353,17 @@ class Service:
         while control is not None:
             try:
                 decision = control.collect()
-            except NoResultError as error:
+            except Exception as error:
                 if once:
                     raise
-                yield Trouble(f"no plan: {error.message}")
+                yield Trouble(f"no plan: {told(error)}", failed_plan=True)
                 continue
             if decision is None:
                 return
-            before = after = bound = None
+            before = after = bound = trouble = None
             if self._measured:
-                window = join_steps(list(self._window))
-                before, after = (judge(window, p, self._problem) for p in (control.running, decision.moves.result))
-                bound = bound_seconds(window, self._problem)
+                judged, bound, trouble = self._judge(once, control.running, decision.moves.result)
+                before, after = judged or (None, None)
             files: tuple[Path, ...] = ()
             failures: list[PlacementError] = []
             if decision.accepted:
@@ -333,6 +371,8 @@ class Service:
                 self._decided = control.current
                 files, failures = self._write(self.outputs)
             yield Planned(decision, control.step, files, before, after, bound)
+            if trouble is not None:
+                yield trouble
             if failures and once:
                 raise failures[0]
             yield from _retried(failures)
@@ -342,9 +382,12 @@ class Service:
         written, failures, unwritten = [], [], []
         for output in outputs:
             try:
-                TARGETS[output.target].write(self._decided, output.path, self._options())
+                with self._whole():
+                    TARGETS[output.target].write(self._decided, output.path, self._options())
                 written.append(output.path)
-            except PlacementError as error:
+            except Exception as error:
+                if not isinstance(error, PlacementError):
+                    error = PlacementError(f"cannot write {output.path}: {told(error)}")
                 failures.append(error)
                 unwritten.append(output)
         self._unwritten = tuple(unwritten)

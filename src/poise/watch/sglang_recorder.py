@@ -14,41 +14,35 @@ Read in SGLang's ``http_server.py`` and ``eplb/expert_distribution.py`` (0.5.x; 
 
 from __future__ import annotations
 
-import json
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 import numpy as np
 
 from poise.engines import sglang
 from poise.engines.slots import trivial_row
-from poise.errors import CommunicationError, OptionError, PlacementError
+from poise.errors import CommunicationError, InputError, OptionError, PlacementError
+from poise.jsonfile import parse_json
 from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
+from poise.watch.asking import Asker, RefusedError
 from poise.watch.sources import DumpFolder, Polled
 
 TIMEOUT_S = 60.0
-"""Seconds that an answer may take: a dump is written before it is answered."""
-LEAVE_S = 5.0
+"""Seconds that the answers to one look may take, all together: a dump is written before it is answered."""
+LEAVE_S = 2.0
 """The same when leaving."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 SETTINGS = ("/server_info", "/get_server_info")
 START, STOP, DUMP = (f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump"))
 MODES = ("stat", "stat_approx")
 """Recorder modes that count all ranks' tokens step by step in one file."""
-MAX_ANSWER = 16 * 2**20
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """A key must not follow a redirect to another machine."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
+KEY = re.compile(r"[ -~]*")
+"""What a header can carry, and engines compare with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +110,7 @@ class SGLangRecorder:
 
     Raises
     ------
-    OptionError : the address is none.
+    OptionError : the address is none, or a key is one that no header can carry.
     """
 
     def __init__(
@@ -125,9 +119,9 @@ class SGLangRecorder:
     ) -> None:  # fmt: skip
         self.url = _address(url)
         self._folder, self._devices = folder, num_devices
-        self._key, self._admin_key = api_key, admin_api_key or api_key
-        self._timeout_s = timeout_s
-        self._open = build_opener(ProxyHandler({}), _NoRedirect()).open
+        self._key, self._admin_key = _key("API key", api_key), _key("admin API key", admin_api_key) or api_key
+        self._timeout_s, self._until = timeout_s, 0.0
+        self._asker = Asker(self.url)
         self._recording = self._refused = self._restarted = False
         self._without_file = 0
         self._retry_s = FIRST_RETRY_S
@@ -142,6 +136,7 @@ class SGLangRecorder:
         OptionError : the engine's settings do not allow it; no retry would mend that.
         """
         dumped, problem = False, ""
+        self._until = time.monotonic() + self._timeout_s
         try:
             self._meet()
             if self._recording:
@@ -189,7 +184,7 @@ class SGLangRecorder:
     def close(self) -> None:
         """Stop recording, if the engine still answers and its settings still allow it."""
         if self._recording:
-            self._recording, self._timeout_s = False, min(LEAVE_S, self._timeout_s)
+            self._recording, self._until = False, time.monotonic() + min(LEAVE_S, self._timeout_s)
             try:
                 self._meet()
                 self._ask(STOP)
@@ -231,9 +226,10 @@ class SGLangRecorder:
         else:
             raise CommunicationError(f"{self.url} has neither {' nor '.join(SETTINGS)}: is it SGLang?")
         try:
-            answer = json.loads(text)
-        except (ValueError, RecursionError):
-            raise CommunicationError(f"{self.url}{path} does not answer with JSON: is it SGLang?") from None
+            answer = parse_json(text, InputError)
+        except InputError as error:
+            said = f"{self.url}{path} does not answer with JSON: is it SGLang? ({error.message})"
+            raise CommunicationError(said) from None
         if not isinstance(answer, dict):
             raise CommunicationError(f"{self.url}{path} answers with {type(answer).__name__}, not with settings")
         settings = EngineSettings.parse(answer)
@@ -245,31 +241,37 @@ class SGLangRecorder:
         self.settings, self._refused = settings, False
 
     def _ask(self, path: str, *, get: bool = False) -> bytes:
-        headers = {"Accept": "*/*", "User-Agent": "poise"}
+        headers = {"Accept": "*/*", "User-Agent": "poise", "Connection": "close"}
         key = self._key if get else self._admin_key
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
-        request = Request(self.url + path, headers=headers, method="GET" if get else "POST", data=None if get else b"")
         try:
-            with self._open(request, timeout=self._timeout_s) as answer:
-                return bytes(answer.read(MAX_ANSWER))
-        except HTTPError as error:
-            with error:
-                text = error.read(200).decode("utf-8", "replace").strip()
-            if error.code in (401, 403):
-                raise OptionError(
-                    f"{self.url}{path} refuses with {error.code}", hint="give --api-key, --admin-api-key or both"
-                ) from None
-            said = f"{self.url}{path} answers {error.code}" + (f": {text}" if text else "")
-            raise (_NotFound if error.code == 404 else CommunicationError)(said) from None
-        except (URLError, OSError, HTTPException) as error:
-            why = error.reason if isinstance(error, URLError) else error
-            self._refused |= isinstance(why, ConnectionRefusedError)
-            raise CommunicationError(f"no answer from {self.url}{path}: {why or type(error).__name__}") from None
+            answer = self._asker.ask("GET" if get else "POST", path, headers, until=self._until)
+        except RefusedError:
+            self._refused = True
+            raise
+        if answer.status in (401, 403):
+            raise OptionError(
+                f"{self.url}{path} refuses with {answer.status}", hint="give --api-key, --admin-api-key or both"
+            )
+        if not 200 <= answer.status < 300:
+            text = answer.body[:200].decode("utf-8", "replace").strip()
+            said = f"{self.url}{path} answers {answer.status}" + (f": {text}" if text else "")
+            raise (_NotFound if answer.status == 404 else CommunicationError)(said)
+        return answer.body
 
 
 class _NotFound(CommunicationError):
     """The engine has no such endpoint."""
+
+
+def _key(name: str, key: str | None) -> str | None:
+    """The key; what a header cannot carry is refused without showing it."""
+    if key is not None and not KEY.fullmatch(key):
+        raise OptionError(
+            f"the {name} has a character that no HTTP header can carry", hint="does it end with a line break?"
+        )
+    return key
 
 
 def _address(url: str) -> str:

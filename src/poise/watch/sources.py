@@ -18,7 +18,7 @@ from poise import api
 from poise.control.steps import steps_of
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.readers import read_dump
-from poise.errors import ModelError, NoTrafficError, OptionError, TraceError
+from poise.errors import ModelError, NoTrafficError, OptionError, PoiseError, TraceError, told
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import default_tokens_per_step, make_batch
 from poise.observe.trace import LoadProfile, RoutingTrace
@@ -233,8 +233,9 @@ class DumpFolder:
                 arrivals.append(self._arrival(self._read(path)))
             except NoTrafficError:  # the engine was idle: nothing new, and no error
                 pass
-            except (TraceError, ModelError) as error:
-                if isinstance(error, ModelError) and not self._any:
+            except Exception as error:  # also no room for it, or a reader that fails on what nobody foresaw
+                foreign = isinstance(error, ModelError) and not self._any
+                if foreign or (isinstance(error, PoiseError) and not isinstance(error, TraceError | ModelError)):
                     raise
                 failed, tries = self._failed.get(name, (stamp, 0))
                 tries = tries + 1 if failed == stamp else 1
@@ -242,8 +243,8 @@ class DumpFolder:
                 if last or tries >= UNREADABLE_POLLS:
                     self._taken[name] = stamp
                     errors += 1
-                    said = error.message if name in error.message else f"{name}: {error.message}"
-                    problems.append(f"left out: {said}")
+                    said = told(error)
+                    problems.append(f"left out: {said if name in said else f'{name}: {said}'}")
                 continue
             dumps += 1
             self._any = True

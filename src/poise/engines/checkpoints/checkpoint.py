@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling,
 from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.engines.shards import Segment, Shard, copy_segments, read_shard
 from poise.errors import ModelError, OptionError, PlacementError
-from poise.files import read_bounded
+from poise.files import check_new_folder, new_folder, read_bounded
 from poise.hfconfig.read import text_part
 from poise.jsonfile import read_json
 from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
@@ -80,10 +79,10 @@ def relabel_checkpoint(
     ------
     PlacementError : as :func:`poise.engines.checkpoints.permutation.permutation`, or the placement is of another model.
     ModelError : the checkpoint is damaged, or is of a kind of which it is not known what follows expert ids.
-    OptionError : the target is not empty, lies within the source, or the disk is too small.
+    OptionError : as :func:`poise.files.check_new_folder`; the target lies within the source, or the disk is too small.
     """
     source, target = Path(source), Path(target)
-    where = _check_target(source, target)
+    _check_target(source, target)
     config = _read_object(source / "config.json", MAX_CONFIG_BYTES)
     groups = _check_model(config, placement, source)
     names, index = _shard_names(source)
@@ -104,50 +103,37 @@ def relabel_checkpoint(
     if left_out:
         more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
         notes.append(f"weights with the old ids were left out: {', '.join(left_out[:MAX_NAMED])}{more}")
-    _check_space(where.parent, shards, [source / name for name in others])
+    _check_space(target.resolve().parent, shards, [source / name for name in others])
 
-    scratch = where.parent / f".{where.name[:80]}-{secrets.token_hex(4)}"
-    try:
-        scratch.mkdir()
-        try:
-            _write_shards(shards, changes, scratch, progress)
-            if index is not None:
-                _write_index(source / INDEX, index, changes, scratch / INDEX)
-            for name in others:
-                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-                _copy_file(source / name, scratch / name, name in map(Path, NAMES_MODULES), changes)
-            (scratch / RELABELLING_FILE).write_text(total.to_json(), "utf-8")
-            files = [path for path in scratch.rglob("*") if path.is_file()]
-            size = sum(path.stat().st_size for path in files)
-            scratch.replace(where)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise ModelError(f"cannot write {target}: {error.strerror or error}") from None
+    with new_folder(target, ModelError) as scratch:
+        _write_shards(shards, changes, scratch, progress)
+        if index is not None:
+            _write_index(source / INDEX, index, changes, scratch / INDEX)
+        for name in others:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(source / name, scratch / name, name in map(Path, NAMES_MODULES), changes)
+        (scratch / RELABELLING_FILE).write_text(total.to_json(), "utf-8")
+        files = [path for path in scratch.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
     kept = sum(order is None for order in changes.paths.values())
     return RelabelReport(len(files), len(changes.names) + len(changes.rows), size, made.moved, tuple(notes), kept)
 
 
-def _check_target(source: Path, target: Path) -> Path:
-    """The real path of the target, which does not exist or is empty."""
+def _check_target(source: Path, target: Path) -> None:
+    """The target does not exist or is empty, and does not lie in the source."""
     try:
         if not source.is_dir():
             raise ModelError(f"{source} is no folder", hint="give the folder of a Hugging Face checkpoint")
         here, there = source.resolve(), target.resolve()
         if there == here or here in there.parents:
             raise OptionError(f"{target} lies in {source}", hint="name a new folder beside it")
-        if not there.parent.is_dir():
-            raise OptionError(f"cannot write {target}: there is no folder {there.parent}")
-        if there.exists() and not (there.is_dir() and not any(there.iterdir())):
-            raise OptionError(f"{target} exists and is not empty", hint="name a new folder")
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
         raise OptionError(f"cannot write {target}: {error}") from None
-    return there
+    check_new_folder(target, OptionError)
 
 
 def _read_object(path: Path, most: int) -> dict[str, Any]:
-    data = read_json(path, most, ModelError)
+    data = read_json(path, most, ModelError, infinite=True)
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds a {type(data).__name__}")
     return data

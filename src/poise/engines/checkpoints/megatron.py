@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from poise.engines.checkpoints.permutation import permutation
 from poise.errors import ModelError, OptionError, PlacementError
-from poise.planning.placement import Placement, atomic
+from poise.files import replacing
+from poise.planning.placement import Placement
 
 Framework = Literal["megatron", "deepspeed"]
 FRAMEWORKS: tuple[Framework, ...] = ("megatron", "deepspeed")
@@ -76,7 +77,7 @@ def write_order(
         "ep_size": placement.num_devices, "experts_per_rank": placement.num_experts // placement.num_devices,
         "layers": layers,
     }  # fmt: skip
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(json.dumps(data).encode())
 
 

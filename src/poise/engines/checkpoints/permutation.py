@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from poise.errors import PlacementError, TraceError
 from poise.jsonfile import read_json
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace
+from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed
 from poise.planning.placement import MAX_NAME, MAX_SIZE, Placement
 
 RELABELLING_FILE = "poise-relabelling.json"
@@ -220,9 +220,14 @@ class Relabelling:
         rows, same = self.rows(), np.arange(self.num_experts)
         old_LE = np.array([rows.get(layer, same) for layer in traffic.layer_ids.tolist()])
         if isinstance(traffic, RoutingTrace):
-            old = old_LE[np.arange(traffic.num_layers)[:, None], traffic.experts]
-            return replace(traffic, experts=np.where(traffic.experts == NO_EXPERT, NO_EXPERT, old))
-        return replace(traffic, load_BLE=np.take_along_axis(traffic.load_BLE, np.argsort(old_LE, axis=1)[None], axis=2))
+            experts = np.empty_like(traffic.experts)
+            for part in row_blocks(experts, 8):
+                ids = traffic.experts[part]
+                old = old_LE[np.arange(traffic.num_layers)[:, None], ids]
+                experts[part] = np.where(ids == NO_EXPERT, NO_EXPERT, old)
+            return replace(traffic, experts=sealed(experts))
+        load_BLE = np.take_along_axis(traffic.load_BLE, np.argsort(old_LE, axis=1)[None], axis=2)
+        return replace(traffic, load_BLE=sealed(load_BLE))
 
     def to_json(self) -> str:
         """What :func:`load_relabelling` reads."""

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-import yaml
-
 from poise.engines.dumps.csv_text import MAX_CSV_BYTES, csv_text, sniff
 from poise.engines.dumps.untrusted import (
     MAX_JSON_BYTES,
@@ -23,13 +21,14 @@ from poise.engines.dumps.untrusted import (
     npy_file,
     parse_json,
     read_bytes,
-    strict_decoder,
 )
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.errors import ModelError, NoResultError, TraceError
 from poise.files import open_regular, read_at_most
+from poise.jsonfile import strict_decoder
 from poise.observe.json_tables import Ragged, read_tables
 from poise.observe.npz import BROKEN, FREE_BYTES, MAX_RATIO, check_directory
+from poise.yamlfile import parse_yaml
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
@@ -43,14 +42,12 @@ GZIP = b"\x1f\x8b"
 LONG_JSON = 16 << 20
 """From so many bytes on a table in JSON is read piece by piece."""
 TABLES = ("logical_count",)
-TABLE = re.compile(rb'\s*(?:\{\s*"(?:%s)"\s*:\s*)?\[\s*(?:\[\s*)*[-\d]' % "|".join(TABLES).encode())
+TABLE = re.compile(rb'\s*(?:\{.*"(?:%s)"\s*:\s*)?\[\s*(?:\[\s*)+[-\d]' % "|".join(TABLES).encode(), re.DOTALL)
 YAML_KEYS = re.compile(rb"^(num_slots|initial_global_assignments|layer_updates_per_iter)\s*:", re.MULTILINE)
 DATED = re.compile(rb"\[\d{4}-\d\d-\d\d")
 """How a log line may begin that is no JSON list."""
 UNUSED = frozenset({"misc_objects"})
 """Keys of a torch file that no reader uses; SGLang's is one list in every record."""
-TAG_ERRORS = (KeyError, IndexError, AttributeError, TypeError, OverflowError)
-"""What PyYAML raises on tags such as ``!!int ''`` instead of a YAMLError."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +115,7 @@ def _open(path: Path) -> Part:
             return Part(path, size, "json", _table(path))
         return _json(path, size, read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES))
     if YAML_KEYS.search(head):
-        return Part(path, size, "yaml", _yaml(read_bytes(path, MAX_YAML_BYTES)))
+        return Part(path, size, "yaml", parse_yaml(read_bytes(path, MAX_YAML_BYTES), TraceError))
     if b"\x00" not in head and sniff(head) is not None:
         return Part(path, size, "csv", csv_text(head, read_bytes(path, MAX_CSV_BYTES)), room=MAX_CSV_ROOM * size)
     if b"\x00" in head:
@@ -209,7 +206,7 @@ def _json(path: Path, size: int, data: bytes) -> Part:
 
 
 def _table(path: Path) -> Any:
-    """A long table, or an object with one as its first value, read piece by piece."""
+    """A long table, or an object with one among its first values, read piece by piece."""
     try:
         with open_regular(path, TraceError) as stream:
             return read_tables(stream, TABLES, strict_decoder())
@@ -231,22 +228,3 @@ def _line(line: bytes) -> Any:
     if line[:1] not in (b"{", b"["):
         raise TraceError(f"a line is {line[:40]!r}, not an object or a list")
     return parse_json(line)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise TraceError("aliases are not read", hint="write the value out")
-        return super().compose_node(parent, index)
-
-
-def _yaml(data: bytes) -> Any:
-    try:
-        return yaml.load(data.decode("utf-8"), Loader=_Loader)
-    except TraceError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError, *TAG_ERRORS) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise TraceError(f"not YAML: {reason[0][:200]}") from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,32 +63,7 @@ def parse_json(data: bytes) -> Any:
     """
     if len(data) > MAX_JSON_BYTES:
         raise TraceError(f"a value of {len(data)} bytes in JSON, at most {MAX_JSON_BYTES} are read")
-    json_room(data)
-    try:
-        return json.loads(data, **STRICT)
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"not JSON: {str(error)[:200]}", hint="was it cut short?") from None
-
-
-def strict_decoder() -> json.JSONDecoder:
-    """What :func:`parse_json` parses by."""
-    return json.JSONDecoder(**STRICT)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:80]!r} appears twice in an object")
-    return out
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-STRICT: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_number}
+    return jsonfile.parse_json(data, TraceError)
 
 
 def table(name: str, value: Any, *ndims: int, low: int = 0, high: int = BIG) -> NDArray[np.int64]:
@@ -185,7 +159,7 @@ def npy_file(path: Path, most: int = MAX_FILE_BYTES) -> NDArray[Any]:
         require(size, f"an array {list(shape)} of {dtype}", TraceError)
         out = np.empty(prod(shape), dtype)
         stream.seek(start)
-        view, at = memoryview(out).cast("B"), 0
+        view, at = memoryview(cast(Any, out)).cast("B"), 0
         while at < len(view):
             read = stream.readinto(view[at : at + READ_BYTES])  # type: ignore[attr-defined]
             if not read:

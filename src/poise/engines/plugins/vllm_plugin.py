@@ -1,36 +1,14 @@
 """vLLM plugin (entry point ``vllm.general_plugins``): poise's planner, or a static map, behind vLLM's load balancer.
 
-vLLM's table of policies has one name, ``default``, and no way to add to it, so :func:`register` puts a subclass of the
-engine's default policy in its place, in every process that vLLM starts. It does so only if ``POISE_EPLB`` or
-``POISE_STATIC_MAP`` is set: installing poise changes nothing. What goes wrong at the start (a file that is not there,
-an interface that is not known) ends the start; what goes wrong later is said once, and the engine's own algorithm
-answers, or, with a static map, the map in use stays.
+Only if ``POISE_EPLB`` or ``POISE_STATIC_MAP`` is set: installing poise changes nothing, and imports nothing else.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import logging
 import os
-from typing import Any
+from importlib import import_module
 
-from poise.engines.plugins.policy import (
-    PolicySettings,
-    logical_maps,
-    rebalance,
-    switched_on,
-    usable_map,
-    warm_up,
-    warn_once,
-)
-from poise.errors import OptionError
-
-LOG = logging.getLogger("vllm.poise")
-POLICIES = "vllm.distributed.eplb.policy"
-PARAMETERS = ("weight", "num_replicas", "num_groups", "num_nodes")
-SINCE = "0.13"
-"""First release with a table of policies (before it: one function)."""
+from poise.engines.plugins import switch
 
 
 def register() -> None:
@@ -40,69 +18,5 @@ def register() -> None:
     ------
     InputError : a ``POISE_*`` variable is wrong, or this vLLM's load balancer has another interface.
     """
-    if not (switched_on(os.environ) or os.environ.get("POISE_STATIC_MAP", "").strip()):
-        return
-    try:
-        policies = importlib.import_module(POLICIES).EPLB_POLICIES
-        base = policies["default"]
-    except (ImportError, AttributeError, KeyError) as error:
-        raise OptionError(
-            f"this vLLM has no policy 'default' in {POLICIES}.EPLB_POLICIES ({type(error).__name__})",
-            hint=f"poise needs vLLM {SINCE} or newer; unset POISE_EPLB and POISE_STATIC_MAP to start without poise",
-        ) from None
-    if hasattr(base, "poise_settings"):
-        return
-    settings = PolicySettings.from_environment(os.environ)
-    policies["default"] = make_policy(base, settings)
-    if settings.static_map is None:
-        warm_up()
-    LOG.info("poise plans expert placement: %s", settings)
-
-
-def make_policy(base: Any, settings: PolicySettings) -> Any:
-    """A subclass of an engine's policy class that asks poise.
-
-    Releases differ in what a policy is given and gives: up to 0.13 no map in use; until #36267 three maps (slot ->
-    expert, expert -> slots, replicas) instead of one.
-
-    Raises
-    ------
-    OptionError : the class's ``rebalance_experts`` takes other arguments than any release that is known.
-    """
-    names = tuple(inspect.signature(base.rebalance_experts).parameters)
-    if names[:4] != PARAMETERS or len(names) not in (5, 6):
-        raise OptionError(
-            f"this vLLM's policy takes ({', '.join(names)}), poise knows ({', '.join(PARAMETERS)}, num_ranks) with or "
-            "without the map in use"
-        )
-    takes_old = len(names) == 6
-    torch = importlib.import_module("torch")
-    three_maps = isinstance(base.rebalance_experts(torch.ones((1, 2)), 2, 1, 1, 1), tuple)
-
-    def rebalance_experts(
-        cls: Any, weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int,
-        old_global_expert_indices: Any = None,
-    ) -> Any:  # fmt: skip
-        experts, old = int(weight.shape[-1]), None
-        single = weight.is_floating_point() and weight.element_size() < 8
-        try:
-            if old_global_expert_indices is not None:
-                old = old_global_expert_indices.cpu().numpy()
-            made = rebalance(weight.double().cpu().numpy(), num_replicas, num_groups, num_nodes, num_ranks, old,
-                             settings=settings, single=single)  # fmt: skip
-        except Exception as error:
-            kept = usable_map(old, len(weight), experts, num_replicas) if settings.static_map is not None else None
-            answer = "vLLM's own algorithm answers" if kept is None else "the map in use stays"
-            warn_once(LOG, f"poise: {error}; {answer}")
-            if kept is None:
-                more = (old_global_expert_indices,) if takes_old else ()
-                return base.rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, *more)
-            made = kept
-        whole = weight.long()
-        if not three_maps:
-            return whole.new_tensor(made)
-        slots, replicas = logical_maps(made, experts, num_replicas - experts + 1)
-        return whole.new_tensor(made), whole.new_tensor(slots), whole.new_tensor(replicas)
-
-    body = {"rebalance_experts": classmethod(rebalance_experts), "poise_settings": settings, "__doc__": __doc__}
-    return type("PoiseEplbPolicy", (base,), body)
+    if switch.planning(os.environ) or switch.static_map(os.environ):
+        import_module("poise.engines.plugins.vllm_policy").install(os.environ)

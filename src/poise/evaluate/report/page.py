@@ -7,10 +7,12 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from poise.errors import PlacementError
 from poise.evaluate.compare import Comparison
 from poise.evaluate.report.sections import facts, flow, links, load, moves, numbers, timeline, times
 from poise.evaluate.report.view import Made, View
-from poise.planning.placement import atomic
+from poise.files import replacing
+from poise.words import harmless
 
 SECTIONS = (
     load.section,
@@ -36,7 +38,7 @@ def write_report(comparison: Comparison, path: str | Path, *, command: str | Non
     PlacementError : the file cannot be written.
     """
     page = render(comparison, Made.now(command)).encode()
-    with atomic(Path(path)) as stream:
+    with replacing(path, PlacementError) as stream:
         stream.write(page)
 
 
@@ -57,7 +59,7 @@ def render(comparison: Comparison, made: Made) -> str:
         "FOOTER": _footer(made),
     }
     page = (folder / "page.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
+    return harmless(re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page))
 
 
 def _cards(view: View) -> str:

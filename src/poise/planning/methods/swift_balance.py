@@ -172,9 +172,14 @@ def to_placement(
     )  # fmt: skip
 
 
+def carried(holds_DE: NDArray[np.bool_], weight_E: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Load of each device, float64 [D]: added up in one order, where ``@`` takes one by processor and threads."""
+    return np.where(holds_DE, weight_E, 0.0).sum(axis=1)
+
+
 def peak(load_E: NDArray[np.float64], holds_DE: NDArray[np.bool_], speed_D: NDArray[np.float64]) -> float:
     """Largest load / speed over devices under even split."""
-    return float((holds_DE @ (load_E / holds_DE.sum(axis=0)) / speed_D).max())
+    return float((carried(holds_DE, load_E / holds_DE.sum(axis=0)) / speed_D).max())
 
 
 def _redundancy(
@@ -206,7 +211,7 @@ def _redeploy(
             holds[d, expert] = True
     free_D = table.capacity_LD[layer] - holds.sum(axis=1)
     extra, weight = _redundancy(load_E, int(free_D.sum()), devices, s.share)
-    load_D = holds @ weight
+    load_D = carried(holds, weight)
     sent, received = np.zeros((devices, devices), np.int64), np.zeros_like(holds)
     order = np.argsort(-weight, kind="stable")
     for expert in np.repeat(order, extra[order]).tolist():
@@ -251,7 +256,7 @@ def _swap(
     speed_D: NDArray[np.float64], s: SwiftBalanceSetting,
 ) -> tuple[int, float]:  # fmt: skip
     """Step 6, in place: number of swaps, largest load / speed after them."""
-    load_D = holds @ weight
+    load_D = carried(holds, weight)
     least = s.min_gain * float(load_D.sum() / speed_D.sum())
     swaps = 0
     while swaps < s.max_swaps:
@@ -275,7 +280,7 @@ def _swap(
             break
         else:
             break
-    return swaps, float((holds @ weight / speed_D).max())
+    return swaps, float((carried(holds, weight) / speed_D).max())
 
 
 def plan(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,28 +27,19 @@ class MilpResult:
     bound: float
 
 
-@contextmanager
-def _no_banner() -> Iterator[None]:
-    """Keep HiGHS's banner, which C code prints before any option can silence it, off a stdout that may be JSON."""
-    c_library = ctypes.CDLL(None)
-    c_library.fflush(None)
-    keep, void = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(void, 1)
-        yield
-        c_library.fflush(None)
-    finally:
-        os.dup2(keep, 1)
-        os.close(keep)
-        os.close(void)
+class _Silent(highspy.Highs):
+    """Silent before the constructor's first call that prints (1.16: HiGHS's banner, on a stdout that may be JSON)."""
+
+    def enableCallbacks(self) -> None:
+        self.silent()
+        super().enableCallbacks()
 
 
 class Milp:
     """A minimisation problem under construction."""
 
     def __init__(self) -> None:
-        with _no_banner():
-            self.model = highspy.Highs()
+        self.model = _Silent()
         self.model.silent()
         self.model.setOptionValue("threads", 1)
         self.size = 0
