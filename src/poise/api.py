@@ -20,10 +20,10 @@ from poise.evaluate.elastic import carried_row, elastic_notes
 from poise.evaluate.rows import (
     Traffics,
     fast_rows,
-    fewer_slots,
     free_name,
     held_row,
     judged_steps,
+    plan_and_fewer,
     planned_rows,
     silent_defaults,
     split_traffic,
@@ -40,13 +40,11 @@ from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.provenance import Provenance
-from poise.planning.solve.solve import METHODS, solve, without_redundant
+from poise.planning.solve.solve import METHODS
 from poise.version import VERSION
 
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
-SECOND_PLAN = 0.2
-"""Share of a budget for a plan without redundant slots."""
 JUDGE = 0.3
 """Share of a budget for judging, where it is for more than planning."""
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
@@ -146,10 +144,7 @@ def plan(
     problem = PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), pooled, running,
                                migration_steps, risk, rules)  # fmt: skip
     budget = Budget.of(time_limit_s, work)
-    second = SECOND_PLAN if method == "poise" and without_redundant(problem) is not None else 0.0
-    first = budget.part(1 - second)
-    solution = solve(problem, method=method, time_limit_s=first, seed=seed, progress=progress)
-    fewer = fewer_slots(problem, solution, budget.part(second, until=1.0), seed) if second else None
+    solution, fewer = plan_and_fewer(problem, method, budget, seed, progress)
     details = dict(solution.details)
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
@@ -264,8 +259,8 @@ def compare(
         every token once.
     warm_up : steps before those that run but are not judged; default 5 with ``fast``, else none.
 
-    time_limit_s, work : seconds or units of work for each method; its second plan takes half as many on top. A budget
-        that was begun is for all together, judging included.
+    time_limit_s, work : seconds or units of work for each method, as for :func:`plan`. A budget that was begun is for
+        all together, judging included.
 
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
     """
@@ -304,7 +299,7 @@ def compare(
             if isinstance(time_limit_s, Budget):
                 own = time_limit_s.part(1 - JUDGE)
             else:
-                own = Budget(1.5 * time_limit_s, work=None if work is None else 1.5 * work)
+                own = Budget(time_limit_s, work=work)
             entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")

@@ -42,8 +42,8 @@ out = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = _Console(stderr=True)
 
 TIME_LIMIT = (
-    "Seconds a method may take for its plan and the price of it. On top come half as many for a second plan without "
-    "redundant slots, judging, and once compiling."
+    "Seconds a method may take for its plan, the price of it, and a second plan without redundant slots. On top come "
+    "judging, and once compiling."
 )
 
 Traces = Annotated[

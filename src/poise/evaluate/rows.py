@@ -20,7 +20,7 @@ from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.budget import Budget
 from poise.planning.engine_rules import EngineRules, hold
 from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem, Solution
+from poise.planning.problem import PlacementProblem, Progress, Solution
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
 from poise.planning.solve.solve import METHODS, lower_bound, solve, without_redundant
 from poise.policies.registry import parse_policy
@@ -29,6 +29,8 @@ from poise.words import percent
 Traffics = RoutingTrace | LoadProfile
 Part = Callable[[], Traffics]
 """Traffic that is made when it is asked for: a half of a large trace takes memory that the other one needs."""
+SECOND_PLAN = 0.2
+"""Share of a budget for a plan without redundant slots."""
 FEWER = 5e-3
 """Least gain of a plan without redundant slots that is worth a word."""
 
@@ -97,8 +99,8 @@ def planned_rows(
     method: str, problem: PlacementProblem, fitted: Fingerprint, budget: Budget, seed: int, said: list[str],
     defaults: Sequence[str] = (),
 ) -> list[Entry]:  # fmt: skip
-    """The row of a method, and one more where ``poise`` is faster without redundant slots, which takes a third of the
-    budget; none where it has no plan.
+    """The row of a method, and one more where ``poise`` is faster without redundant slots, none where it has
+    no plan.
     """
     pooled = METHODS[method].pooled
     if pooled and not problem.engine.empty_slots:
@@ -108,13 +110,12 @@ def planned_rows(
         )
         return []
     try:
-        found = solve(problem, method=method, time_limit_s=budget.part(2 / 3), seed=seed)
+        found, fewer = plan_and_fewer(problem, method, budget, seed)
     except (InfeasibleError, NoResultError) as error:
         said.append(f"{method} left out: {error.message}")
         return []
     seen = fitted if METHODS[method].fitted else NO_TRAFFIC
     out = [Entry(method, found.placement, pooled, found.seconds, fitted=seen)]
-    fewer = fewer_slots(problem, found, budget.part(1 / 3, until=1.0), seed)
     if fewer is not None:
         redundant = fewer.placement.num_slots - problem.batch.num_experts
         said.append(fewer_words(redundant, 1 - fewer.objective / found.objective, defaults))
@@ -124,7 +125,21 @@ def planned_rows(
     return out
 
 
-def fewer_slots(problem: PlacementProblem, found: Solution, budget: Budget, seed: int) -> Solution | None:
+def plan_and_fewer(
+    problem: PlacementProblem, method: str, budget: Budget, seed: int, progress: Progress | None = None
+) -> tuple[Solution, Solution | None]:
+    """The plan of a method, and that of ``poise`` without redundant slots, where those make the first one slower.
+
+    Raises
+    ------
+    InfeasibleError, NoResultError : as :func:`poise.planning.solve.solve.solve`.
+    """
+    second = SECOND_PLAN if method == "poise" and without_redundant(problem) is not None else 0.0
+    found = solve(problem, method=method, time_limit_s=budget.part(1 - second), seed=seed, progress=progress)
+    return found, _fewer_slots(problem, found, budget.part(second, until=1.0), seed) if second else None
+
+
+def _fewer_slots(problem: PlacementProblem, found: Solution, budget: Budget, seed: int) -> Solution | None:
     """The plan of ``poise`` without redundant slots, where those make the one that was found slower."""
     # The bound holds for fewer slots, too: a plan that is near it leaves nothing to gain.
     fewer = without_redundant(problem) if found.method == "poise" and found.gap > FEWER else None
