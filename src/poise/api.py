@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ from poise.version import VERSION
 
 Source = str | Path | Traffics
 VERDICT_STEPS = 20
-JUDGE = 0.3
-"""Share of a budget for judging, where it is for more than planning."""
+LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
+"""Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
+READ, JUDGE = 0.3, 0.3
+"""Shares of a verdict's budget: for its traffic, and of any budget that is for more than planning for judging."""
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
@@ -136,14 +139,16 @@ def plan(
     InputError : the input is wrong. NoResultError : the method found no placement.
     """
     found = load(trace)
-    batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed)
+    budget = Budget.of(time_limit_s, work)
+    with budget.held():
+        batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed)
+        seen = fingerprint(found)
     machine, sizes, flow = _settings(batch, cluster, model, traffic)
     rules = parse_engine(engine)
     slots_D = _slots(batch, machine, redundant, slots)
     running = None if current is None else hold(_placement(current), rules)[0]
     problem = PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), pooled, running,
                                migration_steps, risk, rules)  # fmt: skip
-    budget = Budget.of(time_limit_s, work)
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress)
     details = dict(solution.details)
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
@@ -164,8 +169,8 @@ def plan(
         about["cut_by_clock"] = ", ".join(solution.details["cut_by_clock"])
     if budget.work is not None:
         about["work"] = f"{budget.work:g}"
-    kept = NO_TRAFFIC if not METHODS[method].fitted else fingerprint(found)
-    return replace(solution, placement=replace(solution.placement, fitted=Provenance(kept, about)), details=details)
+    kept = Provenance(seen if METHODS[method].fitted else NO_TRAFFIC, about)
+    return replace(solution, placement=replace(solution.placement, fitted=kept), details=details)
 
 
 def _placement(item: str | Path | Placement) -> Placement:
@@ -194,13 +199,16 @@ def verdict(
         return None
     if method in METHODS and METHODS[method].pooled and options.get("engine", "any") == "any":
         options = {**options, "engine": "none"}
-    limit = options.get("time_limit_s")
-    if isinstance(limit, Budget) and limit.over("verdict"):
-        return None
+    limit, said = options.get("time_limit_s"), ""
+    if isinstance(limit, Budget):
+        if limit.over("verdict"):
+            return None
+        some = _some_of(whole, READ * limit.seconds)
+        said = "" if some is whole else f"This is of a part of the traffic, {_much(some)} of {_much(whole)}. "
+        whole = some
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
-    said = ""
     if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
-        said = f"What runs now spans {base.num_devices} ranks and the cluster has {devices}: it cannot be replayed, "
+        said += f"What runs now spans {base.num_devices} ranks and the cluster has {devices}: it cannot be replayed, "
         said += "so contiguous stands for it. "
         base = "contiguous"
     if base == method:
@@ -208,6 +216,23 @@ def verdict(
     if isinstance(whole, RoutingTrace) and options.get("order", "interleaved") == "interleaved":
         options = {"steps": VERDICT_STEPS, **options}
     return said + compare(whole, cluster, placements=(base, method), **options).verdict()
+
+
+def _much(traffic: Traffics) -> str:
+    many, what = (traffic.num_tokens, "tokens") if isinstance(traffic, RoutingTrace) else (traffic.num_steps, "steps")
+    return f"{many:,} {what}"
+
+
+def _some_of(traffic: Traffics, seconds: float) -> Traffics:
+    """As much of the traffic, spread evenly, as takes nominal ``seconds`` to be halved, batched and fingerprinted."""
+    if isinstance(traffic, LoadProfile):
+        every = ceil(traffic.load_BLE.size * LOAD_SECONDS / seconds)
+        return traffic if every < 2 else traffic.steps(slice(0, None, min(every, traffic.num_steps // 2)))
+    every, requests = ceil(traffic.experts.size * PICK_SECONDS / seconds), traffic.requests()
+    assert traffic.request is not None
+    if every < 2 or len(requests) < 4 or len(traffic.domain_names) > 1:  # a domain needs two requests to be halved
+        return traffic
+    return traffic.rows(np.isin(traffic.request, requests[:: min(every, len(requests) // 2)]))
 
 
 def _slots(batch: RoutingBatch, machine: Cluster, redundant: int, slots: Sequence[int] | None) -> NDArray[np.int64]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,18 +30,30 @@ class Compilation:
     ----------
     count : functions compiled, not loaded from a cache.
     seconds : wall time that took; a function compiled while another is counts once.
+    loading : wall time that others took to load.
     on_first : called once, before the first function is compiled.
     """
 
     def __init__(self) -> None:
-        self.count, self.seconds = 0, 0.0
+        self.count, self.seconds, self.loading = 0, 0.0, 0.0
         self.on_first: Callable[[], None] | None = None
         self._open: list[tuple[Any, float]] = []
 
     def spent(self) -> float:
-        """Seconds so far, of a function that is being compiled too."""
+        """Seconds of compiling and loading so far, of a function that is at it too."""
         opened = self._open[:1]
-        return self.seconds + (time.perf_counter() - opened[0][1] if opened else 0.0)
+        return self.seconds + self.loading + (time.perf_counter() - opened[0][1] if opened else 0.0)
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Meanwhile a function is loaded from the cache."""
+        since = time.perf_counter()
+        self._open.append((None, since))
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self.loading += 0.0 if self._open else time.perf_counter() - since
 
     def start(self, who: Any) -> None:
         """A function is about to be compiled."""
@@ -95,7 +108,8 @@ class _Cache:
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         try:
-            found = self._cache.load_overload(signature, target)
+            with COMPILATION.load():
+                found = self._cache.load_overload(signature, target)
         except Exception:  # what a damaged file raises when it is unpickled can be anything
             found = None
             self._empty()

@@ -93,7 +93,7 @@ def test_the_verdict_of_plan_is_that_of_its_file_once_exported(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "qwen3_moe", "num_hidden_layers": 5, "mlp_only_layers": [0, 3], "num_experts": 8, '
                       '"num_experts_per_tok": 2, "hidden_size": 2048, "moe_intermediate_size": 1024}')  # fmt: skip
-    common = ["-c", "2x2:h100", "-r", 4, "-m", config, "-n", 96, "--engine", "sglang", "--time-limit", 0.2]
+    common = ["-c", "2x2:h100", "-r", 4, "-m", config, "-n", 96, "--engine", "sglang", "--work", 6]
     plan, exported, again = tmp_path / "p.npz", tmp_path / "map.json", tmp_path / "again.npz"
     assert run("plan", tmp_path / "first.npz", *common, "-o", plan, "--no-verdict").exit_code == 0
     assert run("export", plan, "--to", "sglang", "-m", config, "-o", exported).exit_code == 0

@@ -31,7 +31,7 @@ TICK_S = 0.01
 
 
 def _now() -> float:
-    """Seconds of a clock that stands still while functions are compiled."""
+    """Seconds of a clock that stands still while functions are compiled or loaded."""
     return time.monotonic() - COMPILATION.spent()
 
 
@@ -60,9 +60,10 @@ class Budget:
                 raise OptionError(f"{what} must be above 0, got {value}")
         self.seconds = seconds if work is None else work * UNIT / UPDATES_PER_SECOND
         self.work, self.cuts = work, set[str]()
-        self._now = None if work is not None else now
-        self._began = self._now() if self._now else 0.0
-        self._ends = self._began + self.seconds if self._now else math.inf
+        self._clock = None if work is not None else now
+        self._held = [0.0]
+        self._began = self._now()
+        self._ends = self._began + self.seconds if self._clock else math.inf
 
     @classmethod
     def of(cls, limit: float | Budget, work: float | None = None) -> Budget:
@@ -72,14 +73,26 @@ class Budget:
     def part(self, share: float, *, until: float | None = None) -> Budget:
         """``share`` of the nominal seconds; the clock ends it where ``until`` of the whole is over (default: share)."""
         out = object.__new__(Budget)
-        out.seconds, out.work, out.cuts, out._now = share * self.seconds, self.work, self.cuts, self._now
-        out._began = self._now() if self._now else 0.0
+        out.seconds, out.work, out.cuts = share * self.seconds, self.work, self.cuts
+        out._clock, out._held, out._began = self._clock, self._held, self._now()
         out._ends = self._began + (share if until is None else until) * (self._ends - self._began)
         return out
 
     def left(self) -> float:
         """Seconds until the clock ends it, at least 0; infinite without a clock."""
-        return max(0.0, self._ends - self._now()) if self._now else math.inf
+        return max(0.0, self._ends - self._now()) if self._clock else math.inf
+
+    def _now(self) -> float:
+        return self._clock() - self._held[0] if self._clock else 0.0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile the clock of the whole stands still: traffic is read."""
+        since = self._now()
+        try:
+            yield
+        finally:
+            self._held[0] += self._now() - since
 
     def over(self, stage: str) -> bool:
         """Whether the clock has run out, asked by a stage that would go on: it is cut then."""
@@ -91,7 +104,7 @@ class Budget:
     @contextmanager
     def stops(self, flag: NDArray[Any]) -> Iterator[None]:
         """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it."""
-        if self._now is None:
+        if self._clock is None:
             yield
             return
         done = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,17 @@ class Placement:
 
     def count_LED(self) -> NDArray[np.int32]:
         """Slots of expert e on device d, int32 [L, E, D]."""
-        out = np.zeros((self.num_layers, self.num_experts, self.num_devices), dtype=np.int32)
+        shape = (self.num_layers, self.num_experts, self.num_devices)
         layer, slot = np.nonzero(self.slot_expert_LS != EMPTY)
-        np.add.at(out, (layer, self.slot_expert_LS[layer, slot], self.slot_device_S[slot]), 1)
-        return out
+        flat = np.ravel_multi_index((layer, self.slot_expert_LS[layer, slot], self.slot_device_S[slot]), shape)
+        return np.bincount(flat, minlength=prod(shape)).astype(np.int32).reshape(shape)
 
     def replicas_LE(self) -> NDArray[np.int32]:
         """Slots of each expert, int32 [L, E]."""
-        out = np.zeros((self.num_layers, self.num_experts), dtype=np.int32)
+        shape = (self.num_layers, self.num_experts)
         layer, slot = np.nonzero(self.slot_expert_LS != EMPTY)
-        np.add.at(out, (layer, self.slot_expert_LS[layer, slot]), 1)
-        return out
+        flat = np.ravel_multi_index((layer, self.slot_expert_LS[layer, slot]), shape)
+        return np.bincount(flat, minlength=prod(shape)).astype(np.int32).reshape(shape)
 
     @property
     def has_duplicates(self) -> bool:

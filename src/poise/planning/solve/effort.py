@@ -78,7 +78,9 @@ def start_seconds(problem: PlacementProblem, name: str, seconds: float) -> float
         "coactivation": 4e-7 * n.experts**2,
         "moetuner-equal": 8e-7 * n.experts**2,
         "moetuner": 8e-7 * n.experts**2,
-    }.get(name, 1e-7 * n.slots * n.devices)
+        "contiguous": 0.0,
+        "round-robin": 0.0,
+    }.get(name, 3e-8 * n.slots * n.devices)
     pairs = n.pairs if n.tokens and name in ("grace-moe", "coactivation", "moetuner-equal", "moetuner") else 0.0
     return n.layers * by_layer + pairs
 

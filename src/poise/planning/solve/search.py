@@ -230,7 +230,8 @@ def _best_layers(problem: PlacementProblem, options: list[Placement], seconds_OL
     The search itself works on the even split, so under the exact one this is where its layers meet those of rivals.
     """
     best_L = seconds_OL.argmin(axis=0)
-    count_LED = np.stack([options[best].count_LED()[layer] for layer, best in enumerate(best_L.tolist())])
+    counts = {best: options[best].count_LED() for best in set(best_L.tolist())}
+    count_LED = np.stack([counts[best][layer] for layer, best in enumerate(best_L.tolist())])
     return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
                                  method="best-layers")  # fmt: skip
 
@@ -286,7 +287,8 @@ def _best_start(
     best = starts[int(np.argmin(scores_SL.sum(axis=1)))].count_LED() > 0
     if not (problem.pooled or (data.flow == STAY and data.has_tokens)):
         picks = scores_SL.argmin(axis=0).tolist()
-        best = np.stack([starts[pick].count_LED()[layer] > 0 for layer, pick in enumerate(picks)])
+        counts = {pick: starts[pick].count_LED() for pick in set(picks)}
+        best = np.stack([counts[pick][layer] > 0 for layer, pick in enumerate(picks)])
     return make_state(data, problem, best)
 
 
@@ -383,7 +385,7 @@ def search(
     pool: list[Placement] = []
     prices: list[_Price] = []
     plain: list[bool] = []
-    for start in chain(starts, _own_starts(whole, problem, proposals, budget.part(0.3, until=0.5), seed)):
+    for start in chain(starts, _own_starts(whole, problem, proposals, budget.part(0.3, until=0.8), seed)):
         if pool and budget.over("starts"):
             break
         plain.append(int(start.replicas_LE().max()) == 1)
