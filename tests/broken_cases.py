@@ -54,10 +54,8 @@ def is_killed() -> None:
     time.sleep(0.1)
 
 
-CASES = {
-    "first": fine, "fails_alike": fails_alike, "second": fine, "fails_on_one": fails_on_one, "third": fine,
-    "hangs_in_c": hangs_in_c, "goes_away": goes_away, "is_killed": is_killed, "last": fine,
-}  # fmt: skip
+CASES = {case.__name__: case for case in (fine, fails_alike, fails_on_one, hangs_in_c, goes_away, is_killed)}
+CASES["fine_too"] = fine
 
 if __name__ == "__main__":
     run_cases(CASES, read_options())

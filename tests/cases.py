@@ -79,7 +79,7 @@ def verdicts(
     ----------
     script : calls :func:`run_cases`.
     limit_s : of a case: longer than operations of its groups wait.
-    grace_s : the others may go on so long when a rank has failed or ended: they may be about to say the same.
+    grace_s : the others may wait so long when a rank has failed or ended: they may be about to say the same.
     timeout : seconds for all launches; cases that were not begun by then have not passed.
     """
     todo, found, until = list(cases), dict.fromkeys(cases, "did not run"), time.monotonic() + timeout
@@ -112,9 +112,9 @@ def _launch(
             alone = any(code is not None for code in ranks.codes()) or (
                 ended < len(cases) and any(line["case"] == cases[ended] for line in lines)
             )
-            trouble = (trouble or now) if alone else 0.0
+            trouble = (trouble or now) if alone and ranks.waiting() else 0.0
             if now - since > limit_s or now > until or (trouble and now - trouble > grace_s):
-                ranks.stacks()
+                ranks.stacks([out.with_suffix(f".stacks-{rank}") for rank in range(world)])
                 break
         codes = ranks.codes()
     lines = _lines(out)

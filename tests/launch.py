@@ -69,12 +69,29 @@ class Ranks:
         """Exit code of each, None while it runs."""
         return [process.poll() for process in self.running]
 
-    def stacks(self) -> None:
-        """Ask those that run for the stacks of all their threads (:func:`tests.journal.keep`)."""
+    def waiting(self) -> bool:
+        """Whether no thread of those that run has anything to do: on a busy machine a rank may be slow, and not wait."""
+        states = []
+        for process in self.running:
+            for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+                try:
+                    states.append(stat.read_text().rpartition(") ")[2][0])
+                except OSError:  # it has just ended
+                    states.append("R")
+        return not {"R", "D"} & set(states)
+
+    def stacks(self, files: list[Path], wait_s: float = 15.0) -> None:
+        """Ask those that run for the stacks of all their threads (:func:`tests.journal.keep`), and wait for them."""
         for process in self.running:
             if process.poll() is None:
                 process.send_signal(signal.SIGUSR1)
-        time.sleep(1.0)
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until and any(
+            process.poll() is None and not (file.exists() and file.stat().st_size)
+            for process, file in zip(self.running, files, strict=True)
+        ):
+            time.sleep(0.1)
+        time.sleep(0.2)  # the rest of what was begun
 
     def said(self, rank: int) -> str:
         """What a rank has printed."""
