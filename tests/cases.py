@@ -54,7 +54,7 @@ def run_cases(cases: Mapping[str, Callable[[], Any]], given: argparse.Namespace,
             file.write(json.dumps(line) + "\n")
 
     for name in given.cases or cases:
-        book.case, start, failed, result = name, time.time(), "", None
+        book.case, start, spent, failed, result = name, time.time(), time.process_time(), "", None
         try:
             result = cases[name]()
         except Exception:
@@ -63,7 +63,8 @@ def run_cases(cases: Mapping[str, Callable[[], Any]], given: argparse.Namespace,
         told: list[bool] = [False] * world
         dist.all_gather_object(told, bool(failed))
         if rank == 0:
-            write(case=name, ended=True, seconds=round(time.time() - start, 2), result=result)
+            seconds = {"seconds": round(time.time() - start, 2), "cpu": round(time.process_time() - spent, 2)}
+            write(case=name, ended=True, **seconds, result=result)
         if any(told):  # what it has left undone is not for the next case to find out
             break
     leave()
