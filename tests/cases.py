@@ -71,8 +71,8 @@ def run_cases(cases: Mapping[str, Callable[[], Any]], given: argparse.Namespace,
 
 
 def verdicts(
-    script: str, cases: Collection[str], folder: Path, *, world: int = 4, limit_s: float = 150.0,
-    grace_s: float = 10.0, timeout: float = 540.0, env: Mapping[str, str] | None = None,
+    script: str, cases: Collection[str], folder: Path, *, world: int = 4, limit_s: float = 180.0,
+    grace_s: float = 5.0, timeout: float = 1500.0, env: Mapping[str, str] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """What is wrong with every case, "" where nothing is; as many launches as it takes.
 

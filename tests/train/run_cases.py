@@ -28,7 +28,7 @@ from tests.cases import read_options, run_cases
 from tests.train import harness as h
 from tests.train.matrix import machine
 
-from poise.cost.transfers import plan_transfers
+from poise.cost.transfers import Transfer, TransferPlan, plan_transfers
 from poise.errors import ModelError, OptionError
 from poise.policies.sharding import Heterogeneous, check_sharding
 from poise.runtime import collectives as wires
@@ -265,6 +265,27 @@ def wire(options) -> dict:
     return {"bytes": run.schedule.moved_bytes}
 
 
+def gathers(group: Any) -> Any:
+    """Starts a gather of two rounds, told by a number: every rank sends an expert to the next one, then another."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    owner_E = np.arange(2 * world) % world
+    rounds = [[Transfer(turn * world + d, d, (d + 1) % world) for d in range(world)] for turn in range(2)]
+    plan = TransferPlan(tuple(map(tuple, rounds)), "direct")
+
+    def start(number: int) -> tuple[Any, dict[int, list[torch.Tensor]]]:
+        rows = {e: [torch.full((9,), 100.0 * number + e if owner == rank else -1.0)] for e, owner in enumerate(owner_E)}
+        return sparse_all_gather(plan, group, rows.__getitem__, CPU), rows
+
+    return start
+
+
+def arrived(number: int, begun: tuple[Any, dict[int, list[torch.Tensor]]]) -> None:
+    pending, rows = begun
+    pending.wait()
+    held = [e for e in rows if (dist.get_rank() - e) % dist.get_world_size() < 2]
+    assert len(held) == 4 and all((rows[e][0] == 100 * number + e).all() for e in held), rows
+
+
 @case
 def given_up_gathers(options) -> dict:
     """What was posted and forgotten neither blocks a connection nor is taken for what comes later.
@@ -272,29 +293,32 @@ def given_up_gathers(options) -> dict:
     gloo stops to read from a connection when a message comes for a receive that was collected: here the victim's are,
     before the others have posted their sends; and its sends, before the others have posted their receives.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    group = dist.new_group(timeout=timedelta(seconds=20))
-    owner_E = np.arange(2 * world) % world
-    plan = plan_transfers(owner_E, np.ones((2 * world, world), bool), machine(world), form="tree")
-
-    def start(turn: int) -> tuple[Any, dict[int, list[torch.Tensor]]]:
-        rows = {e: [torch.full((9,), 100.0 * turn + e if owner == rank else -1.0)] for e, owner in enumerate(owner_E)}
-        return sparse_all_gather(plan, group, rows.__getitem__, CPU), rows
-
-    for victim in range(world):
-        for turn in range(2):
-            if rank == victim:
-                start(turn)
+    start = gathers(dist.new_group(timeout=timedelta(seconds=20)))
+    for victim in range(dist.get_world_size()):
+        for number in range(2):
+            if dist.get_rank() == victim:
+                start(number)
                 gc.collect()
             dist.barrier()
-            if rank != victim:
-                start(turn)
+            if dist.get_rank() != victim:
+                start(number)
                 gc.collect()
-        pending, rows = start(2)
-        pending.wait()
-        assert all((rows[e][0] == 200 + e).all() for e in rows), rows
-    assert len(plan.rounds) > 1
-    return {"rounds": len(plan.rounds)}
+        arrived(2, start(2))
+    return {}
+
+
+@case
+def gathers_posted_in_another_order(options) -> dict:
+    """Later rounds are posted when somebody waits: on half the ranks before another gather begins, on half after."""
+    start = gathers(dist.new_group(timeout=timedelta(seconds=20)))
+    if dist.get_rank() % 2:
+        first, second = start(1), start(2)
+        arrived(1, first)
+    else:
+        arrived(1, start(1))
+        second = start(2)
+    arrived(2, second)
+    return {}
 
 
 @case
