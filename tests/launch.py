@@ -3,48 +3,107 @@
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-EXIT_CRASH = "terminate called without an active exception"
-"""What a gloo process with a second group sometimes says when it ends, without poise as well: 3 of 30 launches."""
 
 
 def torchrun(world: int, script: str, *arguments: str, timeout: float = 300.0, check: bool = True) -> str:
     """Output of ``torchrun --nproc-per-node world script``; the tail of it if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                str(ROOT / script), *arguments]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                              capture_output=True, timeout=timeout)  # fmt: skip
-        if not done.returncode or EXIT_CRASH not in done.stderr:
-            break
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=timeout)  # fmt: skip
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
 
-def processes(world: int, script: str, *arguments: str, timeout: float = 120.0) -> list[tuple[int, str]]:
-    """Exit code and output of every rank, started without an agent that would end the others when one dies."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    running = []
-    for rank in range(world):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        running.append(subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=ROOT, env=env, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
-    try:
-        return [(process.wait(), out) for process in running for out in (process.communicate(timeout=timeout)[0],)]
-    finally:
-        for process in running:
+class Ranks:
+    """Ranks of one launch, started without an agent that would end the others when one dies; ended at the latest here.
+
+    Parameters
+    ----------
+    world, script, arguments : as for torchrun.
+    folder : what each says goes to ``rank-N.out`` there.
+    env : beside this process's.
+    """
+
+    def __init__(
+        self, world: int, script: str, *arguments: str, folder: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        # the store lives here, as with torchrun: no port that another could take meanwhile, and no rank that must be first
+        self.store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+        self.outputs = [folder / f"rank-{rank}.out" for rank in range(world)]
+        self.running: list[subprocess.Popen[bytes]] = []
+        for rank, output in enumerate(self.outputs):
+            own = {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world,
+                   "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port,
+                   "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
+            with output.open("wb") as said:
+                self.running.append(
+                    subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=said, stderr=said,
+                                     env={**os.environ, **(env or {}), **{k: str(v) for k, v in own.items()}})
+                )  # fmt: skip
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self.running:
             process.kill()
+        for process in self.running:
+            process.wait()
+
+    def codes(self) -> list[int | None]:
+        """Exit code of each, None while it runs."""
+        return [process.poll() for process in self.running]
+
+    def waiting(self) -> bool:
+        """Whether no thread of those that run has anything to do: on a busy machine a rank may be slow, and not wait."""
+        states = []
+        for process in self.running:
+            for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+                try:
+                    states.append(stat.read_text().rpartition(") ")[2][0])
+                except OSError:  # it has just ended
+                    states.append("R")
+        return not {"R", "D"} & set(states)
+
+    def stacks(self, files: list[Path], wait_s: float = 15.0) -> None:
+        """Ask those that run for the stacks of all their threads (:func:`tests.journal.keep`), and wait for them."""
+        for process in self.running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR1)
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until and any(
+            process.poll() is None and not (file.exists() and file.stat().st_size)
+            for process, file in zip(self.running, files, strict=True)
+        ):
+            time.sleep(0.1)
+        time.sleep(0.2)  # the rest of what was begun
+
+    def said(self, rank: int) -> str:
+        """What a rank has printed."""
+        return self.outputs[rank].read_text(errors="replace")
+
+
+def processes(world: int, script: str, *arguments: str, folder: Path, timeout: float = 120.0) -> list[tuple[int, str]]:
+    """Exit code and output of every rank."""
+    with Ranks(world, script, *arguments, folder=folder) as ranks:
+        for process in ranks.running:
+            process.wait(timeout)
+        return [(process.returncode, ranks.said(rank)) for rank, process in enumerate(ranks.running)]
 
 
 def leave() -> None:

@@ -6,4 +6,4 @@ from tests.runtime.flow_cases import CASES
 
 def test_flows(tmp_path, subtests):
     assert len(CASES) >= 30
-    judge("tests/runtime/flow_cases.py", CASES, tmp_path / "results.jsonl", subtests)
+    judge("tests/runtime/flow_cases.py", CASES, tmp_path, subtests)

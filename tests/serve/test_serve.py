@@ -6,4 +6,4 @@ from tests.serve.run_cases import CASES
 
 def test_all_cases(tmp_path, subtests):
     assert len(CASES) > 20
-    judge("tests/serve/run_cases.py", CASES, tmp_path / "results.jsonl", subtests)
+    judge("tests/serve/run_cases.py", CASES, tmp_path, subtests)

@@ -7,4 +7,4 @@ from tests.train.citizen_models import MINE
 
 def test_all_cases(tmp_path, subtests):
     assert len(MINE) > 80
-    judge("tests/train/citizen_cases.py", MINE, tmp_path / "results.jsonl", subtests, timeout=600)
+    judge("tests/train/citizen_cases.py", MINE, tmp_path, subtests)

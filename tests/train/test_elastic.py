@@ -23,7 +23,7 @@ def error_of(folder, reference):
 
 
 def test_a_killed_rank_is_an_error_everywhere_and_training_goes_on_with_fewer(tmp_path, reference):
-    ended = processes(4, WORKER, str(tmp_path), "--steps", str(STEPS), "--die", "4")
+    ended = processes(4, WORKER, str(tmp_path), "--steps", str(STEPS), "--die", "4", folder=tmp_path)
     assert [code for code, _ in ended] == [3, 3, 3, -9], ended
     for rank in range(3):
         seconds, message = (tmp_path / f"rank-{rank}.error").read_text().split("\n", 1)
@@ -45,16 +45,16 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
 
 
 def test_a_stalled_rank_runs_into_the_time_out(tmp_path):
-    ended = processes(2, WORKER, str(tmp_path), "--steps", "3", "--stall", "1")
+    ended = processes(2, WORKER, str(tmp_path), "--steps", "3", "--stall", "1", folder=tmp_path)
     assert ended[0][0] == 3, ended
     assert 5 < float((tmp_path / "rank-0.error").read_text().split("\n", 1)[0]) < 30
 
 
 def test_a_torn_checkpoint_leaves_the_one_before(tmp_path, reference):
-    ended = processes(2, WORKER, str(tmp_path), "--steps", str(STEPS), "--tear", "5")
+    ended = processes(2, WORKER, str(tmp_path), "--steps", str(STEPS), "--tear", "5", folder=tmp_path)
     assert [code for code, _ in ended] == [9, 9], ended
     assert (tmp_path / ".step-6.partial").is_dir() and not (tmp_path / "step-6").exists()
-    ended = processes(3, WORKER, str(tmp_path), "--steps", str(STEPS))
+    ended = processes(3, WORKER, str(tmp_path), "--steps", str(STEPS), folder=tmp_path)
     assert [code for code, _ in ended] == [0, 0, 0], ended
     assert f"goes on at step {SAVE_EVERY}" in ended[0][1] and (tmp_path / "latest").read_text() == "step-6"
     assert not (tmp_path / ".step-6.partial").exists()

@@ -5,4 +5,4 @@ from tests.train.run_cases import MINE
 
 
 def test_all_cases(tmp_path, subtests):
-    judge("tests/train/run_cases.py", MINE, tmp_path / "results.jsonl", subtests)
+    judge("tests/train/run_cases.py", MINE, tmp_path, subtests, limit_s=210.0)

@@ -1,13 +1,17 @@
 """SparseAllGather and SparseReduceScatter over one communicator, without copies: rows go straight from where they lie.
 
-A batch of point-to-point operations a round. Every rank posts the operations of one round in the same order, so that
-two ranks match them without tags. On a CPU, rounds after the first are posted in :meth:`Pending.wait`; on CUDA all are
-queued at once on a stream of their own.
+A batch of point-to-point operations a round. Every exchange has a tag of its own (:func:`next_tag`), so that what one
+left behind is never taken for another's. On a CPU, rounds after the first are posted in :meth:`Pending.wait`; on CUDA
+all are queued at once on a stream of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,20 +24,72 @@ from poise.errors import CommunicationError
 Rows = Callable[[int], Sequence[Tensor]]
 """An expert's tensors on this rank, each contiguous: what is sent, or filled, or added to."""
 Count = Callable[[int], None]
+TAGS = 2**20
+"""Tags are used again after so many; gloo's own collectives have theirs above 2**24, and plain sends 0."""
 
 
-def post(operations: list[dist.P2POp]) -> list[Any]:
-    """Start a batch; its works."""
-    if not operations:
-        return []
-    try:
-        return list(dist.batch_isend_irecv(operations))
-    except RuntimeError as error:
-        raise CommunicationError(*lost(error)) from error
+@dataclass(slots=True)
+class _Line:
+    """What one process group has on its way.
+
+    Parameters
+    ----------
+    tags : drawn by exchanges in their order, the same on all ranks.
+    held : works, and the tensors that they read and fill, of every batch that nobody has waited for.
+    forgotten : batches among these that nobody can wait for any more.
+    """
+
+    tags: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, TAGS)))
+    held: dict[int, tuple[list[Any], list[Tensor]]] = field(default_factory=dict)
+    forgotten: list[int] = field(default_factory=list)
 
 
-def finish(works: Sequence[Any]) -> None:
-    """Wait for works; a lost rank becomes a typed error."""
+_lines: weakref.WeakKeyDictionary[Any, _Line] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+def next_tag(group: Any) -> int:
+    """The tag of a new exchange: every rank of the group calls it for each, also where it sends nothing itself."""
+    return next(_lines.setdefault(group, _Line()).tags)
+
+
+class Batch:
+    """Operations of one group on their way, until they are waited for.
+
+    When a message comes for a work that nobody holds any more, gloo stops to read its connection: for good, and without
+    an error. So works stay here until they are done, also when the pass that posted them was given up and collected;
+    before the next operations of the group are posted, such are waited for: every rank has posted its part of them.
+    """
+
+    def __init__(self, operations: list[dist.P2POp], group: Any) -> None:
+        self._line = line = _lines.setdefault(group, _Line())
+        while line.forgotten:
+            _wait(line.held.pop(line.forgotten.pop(0), ([], []))[0])
+        self._number = next(_numbers)
+        try:
+            works = list(dist.batch_isend_irecv(operations)) if operations else []
+        except RuntimeError as error:
+            raise CommunicationError(*lost(error)) from error
+        if works:
+            line.held[self._number] = works, [one.tensor for one in operations]
+        # called amid garbage collection, on any thread: no more than a note
+        self._forget = weakref.finalize(self, line.forgotten.append, self._number)
+        self._forget.atexit = False
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self._number not in self._line.held
+
+    def wait(self) -> None:
+        """Until all are done; may be called again. A lost rank becomes a typed error."""
+        if not self.done:
+            self._forget.detach()  # after an error all stay held: nothing on this group is right any more
+            _wait(self._line.held[self._number][0])
+            del self._line.held[self._number]
+
+
+def _wait(works: Sequence[Any]) -> None:
     try:
         for work in works:
             work.wait()
@@ -43,8 +99,6 @@ def finish(works: Sequence[Any]) -> None:
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Its name since PyTorch 2.13, and before."""
-EXCHANGE_TAG = 1
-"""Sparse collectives on their way in the same group use tag 0."""
 
 
 def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
@@ -59,7 +113,7 @@ def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: A
             work = dist.all_to_all_single(out, x_nd, list(got_D), list(sent_D), group=group, async_op=True)
         except RuntimeError as error:
             raise CommunicationError(*lost(error)) from error
-        finish([work])
+        _wait([work])
         return out
     point_to_point(out.split(list(got_D)), x_nd.split(list(sent_D)), group)
     return out
@@ -96,11 +150,12 @@ def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> 
     into[own].copy_(of[own])
     peers = sorted(set(range(world)) - {own}, key=lambda peer: own ^ peer)
     name = {peer: dist.get_global_rank(group, peer) for peer in peers}
-    works = post(
-        [dist.P2POp(dist.irecv, into[p], name[p], group, EXCHANGE_TAG) for p in peers if len(into[p])]
-        + [dist.P2POp(dist.isend, of[p], name[p], group, EXCHANGE_TAG) for p in peers if len(of[p])]
-    )
-    finish(works)
+    tag = next_tag(group)
+    Batch(
+        [dist.P2POp(dist.irecv, into[p], name[p], group, tag) for p in peers if len(into[p])]
+        + [dist.P2POp(dist.isend, of[p], name[p], group, tag) for p in peers if len(of[p])],
+        group,
+    ).wait()
 
 
 def twin(group: Any) -> Any:
@@ -108,7 +163,8 @@ def twin(group: Any) -> Any:
 
     For weights that travel while steps go on: on one connection tokens wait behind them (measured with gloo: a barrier
     waited 0.3 s for an expert), on one NCCL communicator what runs is ordered. Of a part of the ranks: all of them must
-    be members of equally many groups, by which PyTorch names the new one.
+    be members of equally many groups, by which PyTorch names the new one. It waits no longer for a lost rank than the
+    group does: new groups have half an hour.
 
     Raises
     ------
@@ -118,9 +174,17 @@ def twin(group: Any) -> Any:
     if ranks != sorted(ranks):
         raise CommunicationError(f"the process group has its ranks in the order {ranks[:8]}, not ascending")
     part = len(ranks) < dist.get_world_size()
-    own = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=part)
+    own = dist.new_group(
+        ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=part
+    )
     dist.barrier(group=own)  # the first operation on a communicator must be everyone's
     return own
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long operations of a group wait; None where its backend does not say."""
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def lost(error: RuntimeError) -> tuple[str]:
@@ -155,7 +219,8 @@ class Pending:
         self.reduce = wire is not None
         self.rank = dist.get_rank(group)
         self.rounds = list(plan.backwards() if self.reduce else plan.rounds)
-        self.works: list[Any] = []
+        self.tag = next_tag(group)
+        self.batch: Batch | None = None
         self.arrived: list[tuple[Transfer, list[Tensor]]] = []
         self._buffer_bytes = 0
         self._done = not self.rounds
@@ -182,11 +247,12 @@ class Pending:
                     self.arrived.append((move, rows))
                     self._counted(sum(row.nbytes for row in rows))
                 operations += [self._op(dist.irecv, row, move.source) for row in rows]
-        self.works += post(operations)
+        self.batch = Batch(operations, self.group)
 
     def _land(self) -> None:
-        finish(self.works)
-        self.works = []
+        if self.batch is not None:
+            self.batch.wait()
+        self.batch = None
         for move, rows in sorted(self.arrived, key=lambda item: (item[0].expert, item[0].source)):
             for into, row in zip(self.rows(move.expert), rows, strict=True):
                 into.add_(row.to(into.device))
@@ -200,7 +266,7 @@ class Pending:
             self.count(nbytes)
 
     def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group)
+        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group, self.tag)
 
     def wait(self) -> None:
         """Until everything this rank sends and receives is done; may be called again."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from poise.errors import OptionError
 from poise.planning.placement import EMPTY, Placement
-from poise.runtime.collectives import finish, post
+from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind
 
 
@@ -155,22 +155,24 @@ class Swap:
         self.arrived: dict[tuple[int, int], Bank] = {}
         self.bytes_moved = 0
         self.wait_s, self.apply_s, self.worst_s, self.steps, self.sent = 0.0, 0.0, 0.0, 0, 0
-        self._works: list[Any] = []
+        self._tag = next_tag(group)
+        self._batch: Batch | None = None
         self._posted = 0
         self._stack_bytes = 0
 
     @property
     def complete(self) -> bool:
         """Whether this rank has all that it needs and nobody waits for it any more."""
-        return self._posted == len(self.rounds) and not self._works
+        return self._posted == len(self.rounds) and (self._batch is None or self._batch.done)
 
     def advance(self) -> float:
         """Between two steps: wait for the round before, post the next; seconds this took (step 2)."""
         start = time.perf_counter()
-        finish(self._works)
-        self._works = []
+        if self._batch is not None:
+            self._batch.wait()
+        self._batch = None
         if self._posted < len(self.rounds):
-            self._works = post(self._operations(self.rounds[self._posted]))
+            self._batch = Batch(self._operations(self.rounds[self._posted]), self.group)
             self._posted += 1
         seconds = time.perf_counter() - start
         self.wait_s += seconds
@@ -194,7 +196,7 @@ class Swap:
         return receives + sends
 
     def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group)
+        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group, self._tag)
 
     def apply(self) -> list[Bank]:
         """Put what came in place (step 4); the banks of the new placement, those that fit in the same memory."""

@@ -30,6 +30,7 @@ from poise.modelspec import ModelSpec
 from poise.policies.plan import StepPolicy
 from poise.policies.registry import parse_policy
 from poise.policies.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
+from poise.runtime.collectives import twin
 from poise.runtime.experts import ExpertKind, recognise
 from poise.train.checkpoint import speak_of_experts
 from poise.train.gradients import clip_grad_norm_
@@ -393,11 +394,7 @@ def _second_group(mesh: DeviceMesh, first: Any) -> Any:
     """A communicator of the mesh's ranks for weights, one a mesh: every group costs threads or device memory."""
     group = getattr(mesh, "_poise_weights_group", None)
     if group is None:
-        ranks = dist.get_process_group_ranks(first)
-        # by the members alone: the other parts of a larger mesh make groups of their own
-        group = dist.new_group(ranks, backend=dist.get_backend(first), use_local_synchronization=True)
-        dist.barrier(group=group)  # the first operation on a communicator must be everyone's
-        mesh._poise_weights_group = group
+        mesh._poise_weights_group = group = twin(first)
     return group
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.errors import ModelError, OptionError
-from poise.runtime.collectives import finish, post
+from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind
 
 
@@ -154,7 +154,7 @@ def move_owners(
         moving = np.flatnonzero(experts.owner_E != owner_E)
         old, new = experts.mine, np.flatnonzero(owner_E == rank).tolist()
         tables = [one for weight in experts.owned().values() for one in _tables(weight, len(old), optimizers)]
-        operations, after, landing = [], [], []
+        operations, after, landing, tag = [], [], [], next_tag(group)
         for tensor, put in tables:
             into = tensor.new_empty((len(new), *tensor.shape[1:]))
             for e in set(new) & set(old):
@@ -162,16 +162,16 @@ def move_owners(
             for e in moving.tolist():
                 if experts.owner_E[e] == rank:
                     peer = dist.get_global_rank(group, int(owner_E[e]))
-                    operations.append(dist.P2POp(dist.isend, tensor[old.index(e)].to(device), peer, group))
+                    operations.append(dist.P2POp(dist.isend, tensor[old.index(e)].to(device), peer, group, tag))
                 elif owner_E[e] == rank:
                     peer = dist.get_global_rank(group, int(experts.owner_E[e]))
                     row = into[new.index(e)]
                     here = row if row.device == device else row.to(device)  # offloaded rows travel by the device
                     landing.append((row, here))
-                    operations.append(dist.P2POp(dist.irecv, here, peer, group))
+                    operations.append(dist.P2POp(dist.irecv, here, peer, group, tag))
                     received += row.nbytes
             after.append((put, into))
-        finish(post(operations))
+        Batch(operations, group).wait()
         for row, here in landing:
             if here is not row:
                 row.copy_(here)
