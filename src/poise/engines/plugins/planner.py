@@ -28,6 +28,7 @@ from poise.engines.plugins.settings import PolicySettings
 from poise.engines.slots import full_table, trivial_row
 from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
+from poise.planning.budget import UNIT, UPDATES_PER_SECOND, Budget
 from poise.planning.methods import swift_balance
 from poise.planning.methods.eplb import balanced_packing, rebalance_experts
 from poise.planning.placement import Placement
@@ -138,7 +139,10 @@ def _by_node(
             base = np.tile(trivial_row(each, slots).astype(np.int64), (layers, 1))
             base[whole_L] = np.take_along_axis(local_LE, base_LS[:, here], axis=1)[whole_L]
             part = replace(part, current=_placement(base, part))
-            made = swift_balance.plan(part, time_limit_s=settings.time_limit_s, setting=setting).placement
+            work = settings.time_limit_s * UPDATES_PER_SECOND / UNIT  # a clock would end elsewhere on another rank
+            made = swift_balance.plan(
+                part, time_limit_s=Budget(settings.time_limit_s, work=work), setting=setting
+            ).placement
         else:
             made = annealed(part, proposals=each_layer, seed=settings.seed)
         full, _ = full_table(made, engine="the engine", price_LE=part.batch.load_LE())
