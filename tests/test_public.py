@@ -25,7 +25,7 @@ POLICIES = {
 }  # fmt: skip
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {
-    "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--json"},
+    "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
     "inspect": {"--json"},
     "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
                       "--verdict", "--engine", "--json"},
