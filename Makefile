@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/python benchmarks/planners.py $(DATA)
 	$(BIN)/python benchmarks/moetuner.py $(DATA)
 	$(BIN)/python benchmarks/fast_loop.py
+	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/held_out.py $(DATA)
 	$(BIN)/python benchmarks/scale.py $(DATA)
 	$(BIN)/python benchmarks/engine_policy.py $(DATA)
