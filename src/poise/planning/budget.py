@@ -26,6 +26,7 @@ UPDATES_PER_SECOND = 30e6
 """Elementary updates in a nominal second."""
 UNIT = 1e6
 """Elementary updates in a unit of work."""
+LEAST_PACE = 0.05
 TICK_S = 0.01
 """How often the clock is looked at while compiled code runs."""
 
@@ -63,6 +64,7 @@ class Budget:
         self._clock = None if work is not None else now
         self._held = [0.0]
         self._began = self._now()
+        self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + self.seconds if self._clock else math.inf
 
     @classmethod
@@ -74,13 +76,29 @@ class Budget:
         """``share`` of the nominal seconds; the clock ends it where ``until`` of the whole is over (default: share)."""
         out = object.__new__(Budget)
         out.seconds, out.work, out.cuts = share * self.seconds, self.work, self.cuts
-        out._clock, out._held, out._began = self._clock, self._held, self._now()
+        out._clock, out._held, out._start, out._began = self._clock, self._held, self._start, self._now()
         out._ends = self._began + (share if until is None else until) * (self._ends - self._began)
         return out
 
     def left(self) -> float:
         """Seconds until the clock ends it, at least 0; infinite without a clock."""
         return max(0.0, self._ends - self._now()) if self._clock else math.inf
+
+    def afford(self, seconds: float, stage: str) -> float:
+        """Nominal seconds that a stage which cannot be stopped may take: as given, unless the clock leaves too little.
+
+        The share of a core that this process has had so far is what it is thought to get. A stage that gets less is
+        cut.
+        """
+        if self._clock is None:
+            return seconds
+        passed, worked = self._now() - self._start[0], time.process_time() - self._start[1]
+        pace = min(1.0, max(LEAST_PACE, worked / passed)) if self._clock is _now and passed > TICK_S else 1.0
+        most = pace * self.left()
+        if most >= seconds:
+            return seconds
+        self.cuts.add(stage)
+        return most
 
     def _now(self) -> float:
         return self._clock() - self._held[0] if self._clock else 0.0

@@ -183,8 +183,8 @@ def scenarios(problem: PlacementProblem) -> tuple[NDArray[np.float64], NDArray[n
     groups = min(batch.num_steps, MAX_SCENARIOS)
     group_B = np.arange(batch.num_steps) * groups // batch.num_steps
     weight = np.bincount(group_B, weights=batch.weight_B, minlength=groups).astype(np.float64)
-    mean = np.zeros((groups, *work.shape[1:]))
-    np.add.at(mean, group_B, work * batch.weight_B[:, None, None])
+    work *= batch.weight_B[:, None, None]
+    mean = np.add.reduceat(work, np.searchsorted(group_B, np.arange(groups)), axis=0)
     return mean / np.maximum(weight, 1e-300)[:, None, None], weight
 
 

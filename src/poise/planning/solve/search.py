@@ -379,7 +379,8 @@ def search(
     budget, whole = Budget.of(time_limit_s), problem
     each = price_seconds(problem) * (1 + (problem.split != "even"))
     overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
-    problem = some_steps(problem, OVERHEAD * budget.seconds + max(0.0, -behind_s), overhead)
+    most = min(overhead, OVERHEAD * budget.seconds + max(0.0, -behind_s))
+    problem = some_steps(problem, budget.afford(most, "steps"), overhead)
     proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
     data = make_data(problem, MAX_ROWS)
     pool: list[Placement] = []

@@ -177,10 +177,13 @@ def solve(
     result = chosen.plan(problem, time_limit_s=budget, seed=seed, progress=progress)
     problem.check(result.placement)
     if not problem.engine.empty_slots:
-        result = replace(result, placement=complete(problem, result.placement))
+        some = some_steps(problem, PRICE_SHARE * budget.seconds, 2 * price_seconds(problem))
+        result = replace(result, placement=complete(some, result.placement))
         problem.engine.check(result.placement, problem.slots_D)
     seconds = time.monotonic() - began
-    found = evaluate(problem, result, method=method, seconds=seconds, most_seconds=PRICE_SHARE * budget.seconds)
+    needed = price_seconds(problem) + bound_seconds(problem)
+    most = budget.afford(min(needed, PRICE_SHARE * budget.seconds), "price")
+    found = evaluate(problem, result, method=method, seconds=seconds, most_seconds=most)
     cut = sorted(budget.cuts - before)
     return replace(found, details={**found.details, "cut_by_clock": cut}) if cut else found
 
