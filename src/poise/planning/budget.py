@@ -26,7 +26,7 @@ UPDATES_PER_SECOND = 30e6
 """Elementary updates in a nominal second."""
 UNIT = 1e6
 """Elementary updates in a unit of work."""
-LEAST_PACE = 0.05
+LEAST_PACE, GRACE = 0.05, 0.1
 TICK_S = 0.01
 """How often the clock is looked at while compiled code runs."""
 
@@ -87,14 +87,14 @@ class Budget:
     def afford(self, seconds: float, stage: str) -> float:
         """Nominal seconds that a stage which cannot be stopped may take: as given, unless the clock leaves too little.
 
-        The share of a core that this process has had so far is what it is thought to get. A stage that gets less is
-        cut.
+        The share of a core that this process has had so far is what it is thought to get, and a tenth of its seconds
+        it may take beyond its end. A stage that gets less is cut.
         """
         if self._clock is None:
             return seconds
         passed, worked = self._now() - self._start[0], time.process_time() - self._start[1]
         pace = min(1.0, max(LEAST_PACE, worked / passed)) if self._clock is _now and passed > TICK_S else 1.0
-        most = pace * self.left()
+        most = pace * max(self.left(), GRACE * self.seconds)
         if most >= seconds:
             return seconds
         self.cuts.add(stage)

@@ -200,10 +200,10 @@ class Placement:
             )
         start = np.concatenate([[0], np.cumsum(slots)])
         slot_expert = np.full((num_layers, int(start[-1])), EMPTY, dtype=np.int32)
-        for layer in range(num_layers):
-            for device in range(num_devices):
-                held = np.repeat(np.arange(num_experts), count[layer, :, device])
-                slot_expert[layer, start[device] : start[device] + held.size] = held
+        held_LDE = count.transpose(0, 2, 1)
+        layer_X, device_X, expert_X = (np.repeat(i, held_LDE[held_LDE > 0]) for i in np.nonzero(held_LDE))
+        before_X = np.concatenate([[0], np.cumsum(used_LD)])[layer_X * num_devices + device_X]
+        slot_expert[layer_X, start[device_X] + np.arange(len(expert_X)) - before_X] = expert_X
         slot_device = np.repeat(np.arange(num_devices, dtype=np.int32), slots)
         return cls(slot_expert, slot_device, num_experts, num_devices, layer_ids_L=layer_ids_L, method=method)
 
