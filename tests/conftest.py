@@ -1,6 +1,7 @@
 """Fixtures that several test packages share."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,10 @@ from tests.kernels import compile_all
 
 SGLANG = "sglang==0.5.23"
 VLLM = "0.33.0"
+
+for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # under nohup, or in the background of a script; tests send them
+        signal.signal(_number, _handler)
 
 
 LONGEST = tuple(

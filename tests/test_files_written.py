@@ -210,6 +210,8 @@ def _calibrate(path):
 
 def _emulate(path):
     class Result:
+        inconclusive = ""
+
         def to_json(self):
             return "{}" * 100
 

@@ -74,7 +74,7 @@ def test_help_a_plan_and_what_cannot_be_written(run):
     assert said == [
         "exit code 0",
         "exit code 0",
-        "error: cannot write /tmp/p.npz: Read-only file system",
+        "error: cannot write '/tmp/p.npz': Read-only file system",
         "exit code 2",
     ]
     assert Placement.load(run.out / "p.npz").num_devices == 4
