@@ -19,6 +19,7 @@ from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 from poise.observe.batching import make_batch
 from poise.observe.trace import RoutingTrace
+from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
@@ -89,7 +90,7 @@ def test_a_change_of_traffic_is_met_with_a_plan_that_helps(method):
 
 
 def test_the_same_steps_give_the_same_decisions():
-    one, two = (controller(method="poise") for _ in range(2))
+    one, two = (controller(method="poise", time_limit_s=Budget(1.0, work=9.0)) for _ in range(2))
     got = [feed(c, stream(40, 1)) for c in (one, two)]
     assert [d.seconds_after for d in got[0][1]] == [d.seconds_after for d in got[1][1]] and got[0][1]
     assert [look.verdict for look in got[0][0]] == [look.verdict for look in got[1][0]]
