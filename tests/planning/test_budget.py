@@ -64,8 +64,10 @@ def test_parts_share_the_seconds_and_end_in_turn():
     inner = second.part(0.5)
     assert (second.seconds, inner.seconds) == (3.0, 1.5)
     assert second.left() == pytest.approx(1.0) and inner.left() == pytest.approx(0.5)
-    assert first.over("first") and first.left() == 0.0 and not whole.over("whole")
+    assert first.over("first") and first.left() == 0.0 and not whole.over("whole") and not whole.beyond()
     assert whole.cuts == second.cuts == inner.cuts == {"first"}
+    now[0] = 12.5
+    assert whole.beyond().startswith("took 12.5 s, the limit was 10 s")
 
 
 def test_what_cannot_be_stopped_is_made_to_fit():

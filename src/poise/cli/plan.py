@@ -91,6 +91,8 @@ def plan(
                     traffic=traffic, split=split, engine=engine, tokens_per_step=tokens_per_step, order=order,
                     time_limit_s=whole.part(share, until=1.0), seed=seed, progress=report,
                 )  # fmt: skip
+        if late := whole.beyond():
+            o.talk.print(late)
         _with_command(solution.placement).save(output)
         moves, devices = _moves(running, solution, model), solution.placement.num_devices
         if json:

@@ -112,6 +112,15 @@ class Budget:
         finally:
             self._held[0] += self._now() - since
 
+    def beyond(self) -> str:
+        """In words, that the clock has gone a fifth beyond the end: a plan of this size needs as much; else ``""``."""
+        passed = self._now() - self._began if self._clock else 0.0
+        if passed <= 1.2 * self.seconds:
+            return ""
+        return (
+            f"took {passed:.1f} s, the limit was {self.seconds:g} s: traffic of this size needs as much on this machine"
+        )
+
     def over(self, stage: str) -> bool:
         """Whether the clock has run out, asked by a stage that would go on: it is cut then."""
         if self.left() > 0:
