@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
-
-ROOT = Path(__file__).parents[1]
+from tests.forked import ROOT, Forked
 
 
 def torchrun(world: int, script: str, *arguments: str, timeout: float = 300.0, check: bool = True) -> str:
@@ -43,16 +42,14 @@ class Ranks:
         # the store lives here, as with torchrun: no port that another could take meanwhile, and no rank that must be first
         self.store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
         self.outputs = [folder / f"rank-{rank}.out" for rank in range(world)]
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.running: list[Forked] = []
         for rank, output in enumerate(self.outputs):
             own = {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world,
                    "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port,
                    "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
             with output.open("wb") as said:
-                self.running.append(
-                    subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=said, stderr=said,
-                                     env={**os.environ, **(env or {}), **{k: str(v) for k, v in own.items()}})
-                )  # fmt: skip
+                whole = {**os.environ, **(env or {}), **{k: str(v) for k, v in own.items()}}
+                self.running.append(Forked(ROOT / script, arguments, whole, said, rank))
 
     def __enter__(self) -> Ranks:
         return self
