@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import random
@@ -21,8 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 JOB_BYTES = 1 << 20
+LOADED = ("tests.serve.models", "tests.train.harness")
+"""With PyTorch, transformers and its models, and poise."""
 _servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 
 
@@ -37,7 +42,9 @@ class Forked:
     number : of the rank; even and odd ones come from different interpreters.
     """
 
-    def __init__(self, script: Path, arguments: Sequence[str], env: Mapping[str, str], said: BinaryIO, number: int) -> None:
+    def __init__(
+        self, script: Path, arguments: Sequence[str], env: Mapping[str, str], said: BinaryIO, number: int
+    ) -> None:
         self.args, self.returncode = [str(script), *arguments], None
         self._told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -101,7 +108,8 @@ def _close() -> None:
 def main() -> None:
     """Import, then fork until nobody is left who asks."""
     asked = socket.socket(fileno=int(sys.argv[1]))
-    _load()
+    for name in LOADED:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what all have is nothing that a rank's collections must go through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -115,12 +123,6 @@ def main() -> None:
             return
         for file in files:
             os.close(file)
-
-
-def _load() -> None:
-    """What ranks import, and the kernels that plan for them."""
-    import tests.serve.models
-    import tests.train.harness
 
 
 def _watch(job: dict[str, Any], told: int, said: int) -> None:
@@ -144,7 +146,7 @@ def _watch(job: dict[str, Any], told: int, said: int) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     random.seed()
-    sys.modules["numpy"].random.seed()
+    np.random.seed()  # noqa: NPY002
     sys.argv = job["words"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -95,6 +95,13 @@ class Ranks:
         return self.outputs[rank].read_text(errors="replace")
 
 
+def ranks(world: int, script: str, *arguments: str, folder: Path, timeout: float = 300.0) -> list[str]:
+    """What every rank has printed, all of which must end well; the tail of it if one fails."""
+    ended = processes(world, script, *arguments, folder=folder, timeout=timeout)
+    assert not any(code for code, _ in ended), "\n".join(f"exit code {code}: {said[-3000:]}" for code, said in ended)
+    return [said for _, said in ended]
+
+
 def processes(world: int, script: str, *arguments: str, folder: Path, timeout: float = 120.0) -> list[tuple[int, str]]:
     """Exit code and output of every rank."""
     with Ranks(world, script, *arguments, folder=folder) as ranks:

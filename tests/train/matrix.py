@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--mutate NAMES] [--dtype TYPES]
 
-Each cell trains 5 steps sharded and compares losses, all gradients, the gradient norm and the weights with one dense
+Each cell trains 3 steps (5 with POISE_MANY=1) sharded and compares losses, all gradients, the gradient norm and the weights with one dense
 process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
 owners and the form of the sparse collectives changes, so that these are covered too. In float32 and bfloat16 ``dense`` is
 the most by which dense runs differ that add up in four other orders.
