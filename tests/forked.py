@@ -18,16 +18,20 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from tests import kernels
 
 ROOT = Path(__file__).parents[1]
 JOB_BYTES = 1 << 20
-LOADED = ("tests.serve.models", "tests.train.harness")
-"""With PyTorch, transformers and its models, and poise."""
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+LOADED = (
+    "tests.serve.models", "tests.train.harness", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES)
+)  # fmt: skip
 _servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 
 
@@ -110,6 +114,9 @@ def main() -> None:
     asked = socket.socket(fileno=int(sys.argv[1]))
     for name in LOADED:
         importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kernels.training()
     gc.collect()
     gc.freeze()  # what all have is nothing that a rank's collections must go through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
