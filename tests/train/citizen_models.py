@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ def hf_config(family: str) -> Any:
 
 
 def hf_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return copy.deepcopy(_hf_model(family)).to(dtype).train()
+
+
+@cache
+def _hf_model(family: str) -> nn.Module:
     import transformers
 
     config = hf_config(family)
@@ -61,7 +68,7 @@ def hf_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
         for name, weight in model.named_parameters():
             if "experts" in name:
                 nn.init.normal_(weight, std=0.3)
-    return model.to(dtype).train()
+    return model
 
 
 def hf_tokens(step: int, rank: int | None, world: int) -> Tensor:
@@ -77,11 +84,12 @@ def hf_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
 
 
+@cache
 def hf_dense(family: str, steps: int = 3, dtype: torch.dtype = torch.float64,
              after: Callable[[nn.Module, int], None] | None = None) -> h.Trail:  # fmt: skip
     """The dense run on all ranks' tokens."""
-    world, model = dist.get_world_size(), hf_model(family, dtype)
-    return dense_trail(model, lambda m, step: hf_loss(m, hf_tokens(step, None, world)), steps, after)
+    world = dist.get_world_size()
+    return dense_trail(hf_model(family, dtype), lambda m, step: hf_loss(m, hf_tokens(step, None, world)), steps, after)
 
 
 def dense_trail(model: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], steps: int,

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -146,6 +147,7 @@ class Trail:
     weights: dict[str, Tensor]
 
 
+@cache
 def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "gated", dtype: torch.dtype = torch.float64,
           steps: int = STEPS, order: int = 0) -> Trail:  # fmt: skip
     """The reference: all tokens at once. bfloat16: weights are float32, computed with in bfloat16.
