@@ -86,7 +86,7 @@ class Forked:
 
 
 def _server(number: int) -> socket.socket:
-    """Where to ask one of the two for a process; both are started when one is asked for first."""
+    """Where to ask one of the two for a process; both are started, and waited for, when one is asked for first."""
     if not _servers:
         for _ in range(2):
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -96,6 +96,8 @@ def _server(number: int) -> socket.socket:
                 process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()])
             _servers.append((process, mine))
         atexit.register(_close)
+        for _, asked in _servers:  # a rank that began long before another would wait too long for it
+            assert asked.recv(64), "what ranks are forked from cannot be imported"
     return _servers[number][1]
 
 
@@ -120,6 +122,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what all have is nothing that a rank's collections must go through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    asked.send(b"ready")
     while True:
         job, files, _, _ = socket.recv_fds(asked, JOB_BYTES, 2)
         if not job:

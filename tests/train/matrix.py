@@ -78,8 +78,15 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype) -> list[dict]
         if key not in references:
             references[key] = h.dense(workload, top_k, optimizer, world, dtype=dtype)
             if dtype != torch.float64:
-                others = [h.dense(workload, top_k, optimizer, world, dtype=dtype, order=order) for order in ORDERS]
-                bounds[key] = max(h.apart(other, references[key]) for other in others)
+                others = [
+                    h.dense(workload, top_k, optimizer, world, dtype=dtype, order=order)
+                    for order in ORDERS[rank::world]
+                ]
+                apart = torch.tensor(
+                    [max((h.apart(other, references[key]) for other in others), default=0.0)], dtype=torch.float64
+                )
+                dist.all_reduce(apart, op=dist.ReduceOp.MAX)
+                bounds[key] = apart.item()
         owners = None
         if number % 2:
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
