@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from functools import cache
@@ -54,11 +53,6 @@ def hf_config(family: str) -> Any:
 
 
 def hf_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    return copy.deepcopy(_hf_model(family)).to(dtype).train()
-
-
-@cache
-def _hf_model(family: str) -> nn.Module:
     import transformers
 
     config = hf_config(family)
@@ -68,7 +62,7 @@ def _hf_model(family: str) -> nn.Module:
         for name, weight in model.named_parameters():
             if "experts" in name:
                 nn.init.normal_(weight, std=0.3)
-    return model
+    return model.to(dtype).train()
 
 
 def hf_tokens(step: int, rank: int | None, world: int) -> Tensor:
