@@ -9,6 +9,7 @@ One launch per part. ``steady``: 1,000 steps on 4 ranks with a new plan in each 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,8 @@ WHOLE = ("2", "4", "8", "4:float32", "4:bfloat16", "steady")
 def launch(world: int, script: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                str(ROOT / script), *arguments]  # fmt: skip
-    return subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    env = {**os.environ, "POISE_MANY": "1"}  # five steps, not the tests' three
+    return subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
 
 
 def part(word: str) -> tuple[int, int, int, str]:

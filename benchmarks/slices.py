@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 3600.0
 PROBLEMS = 10_000
 MANY = (
-    "tests/cost/test_bounds.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py",
+    "tests/control/test_moves.py", "tests/cost/test_bounds.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py",
     "tests/engines/test_readers_hostile.py", "tests/observe/test_files.py", "tests/planning/test_robust.py",
     "tests/planning/test_search.py",
 )  # fmt: skip
@@ -53,6 +53,8 @@ def pieces() -> list[Piece]:
         # a third of a gigabyte each: not fetched is a skip, which the summary shows
         Piece("older-engines", ("-m", "pytest", "-q", "tests/engines/test_vllm_plugin.py"), {"POISE_WHEELS": "1", "CI": ""}),
         Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
+        # training with the parity matrix's five steps, serving by every data flow with every placement
+        Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_citizens.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
     ]  # fmt: skip
 
 

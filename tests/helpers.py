@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from poise.modelspec import ModelSpec
 from poise.observe.batch import RoutingBatch
 
 
-def few_or(many: int, few: int) -> int:
-    """How many random examples: ``few`` in ``make test``, ``many`` in ``make test-all``, which sets POISE_MANY=1."""
+def few_or(many: Any, few: Any) -> Any:
+    """How many random examples, or which: ``few`` in ``make test``, ``many`` in ``make test-all``, which sets POISE_MANY=1."""
     return many if os.environ.get("POISE_MANY") else few
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
-
-ROOT = Path(__file__).parents[1]
+from tests.forked import ROOT, Forked
 
 
 def torchrun(world: int, script: str, *arguments: str, timeout: float = 300.0, check: bool = True) -> str:
@@ -43,16 +42,14 @@ class Ranks:
         # the store lives here, as with torchrun: no port that another could take meanwhile, and no rank that must be first
         self.store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
         self.outputs = [folder / f"rank-{rank}.out" for rank in range(world)]
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.running: list[Forked] = []
         for rank, output in enumerate(self.outputs):
             own = {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world,
                    "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port,
                    "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
             with output.open("wb") as said:
-                self.running.append(
-                    subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=said, stderr=said,
-                                     env={**os.environ, **(env or {}), **{k: str(v) for k, v in own.items()}})
-                )  # fmt: skip
+                whole = {**os.environ, **(env or {}), **{k: str(v) for k, v in own.items()}}
+                self.running.append(Forked(ROOT / script, arguments, whole, said, rank))
 
     def __enter__(self) -> Ranks:
         return self
@@ -96,6 +93,13 @@ class Ranks:
     def said(self, rank: int) -> str:
         """What a rank has printed."""
         return self.outputs[rank].read_text(errors="replace")
+
+
+def ranks(world: int, script: str, *arguments: str, folder: Path, timeout: float = 300.0) -> list[str]:
+    """What every rank has printed, all of which must end well; the tail of it if one fails."""
+    ended = processes(world, script, *arguments, folder=folder, timeout=timeout)
+    assert not any(code for code, _ in ended), "\n".join(f"exit code {code}: {said[-3000:]}" for code, said in ended)
+    return [said for _, said in ended]
 
 
 def processes(world: int, script: str, *arguments: str, folder: Path, timeout: float = 120.0) -> list[tuple[int, str]]:

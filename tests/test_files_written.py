@@ -27,7 +27,7 @@ from tests.engines.checkpoint_cases import EXPERTS, expert_placement, layers_of,
 from typer.testing import CliRunner
 
 from poise import api
-from poise.cli import calibrate
+from poise.calibrate import ranks
 from poise.cli import main as cli
 from poise.cli.ending import signals_end
 from poise.emulate import __main__ as emulate
@@ -44,7 +44,7 @@ NOBODY, OTHERS = 65534, 1235
 as_root = pytest.mark.skipif(not ROOT, reason="only root may do this")
 FORK = multiprocessing.get_context("fork")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["poise.cli.main", "poise.runtime.capture"])
+SERVER.set_forkserver_preload(["poise.cli.main", "poise.calibrate.ranks", "poise.runtime.capture"])
 WAIT_S = 120
 
 
@@ -204,7 +204,7 @@ def _calibrate(path):
             return {}
 
     with pytest.MonkeyPatch.context() as patch, _ending_in(path, ".yaml") as named:
-        patch.setattr(calibrate.ranks, "calibrate", lambda plan, say: Result())
+        patch.setattr(ranks, "calibrate", lambda plan, say: Result())
         _cli("calibrate", "--json", "-o")(named)
 
 
@@ -650,7 +650,7 @@ def test_commands_refuse_what_cannot_be_written_before_any_work(tmp_path, monkey
         raise AssertionError("work before the refusal")
 
     monkeypatch.setattr(api, "compare", too_early)
-    monkeypatch.setattr(calibrate.ranks, "calibrate", too_early)
+    monkeypatch.setattr(ranks, "calibrate", too_early)
     monkeypatch.chdir(tmp_path)
     for path, kind in special(tmp_path):
         for more in ([], ["--to", "checkpoint", "--checkpoint", "missing"]) if name == "export" else ([],):

@@ -115,7 +115,7 @@ def family_of(process, enough=bool, seconds=PATIENCE_S):
     """What the launcher has started, once that is enough."""
     deadline = time.monotonic() + seconds
     while not enough(found := descendants(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.002)
+        time.sleep(0.02)
     return found
 
 

@@ -35,7 +35,7 @@ def make_problem(seed, shape, traffic, split="even", tokens=96, top_k=2):
 
 @given(st.integers(0, 1000), SHAPES, st.sampled_from(["home", "home_device_dedup", "home_node_dedup", "stay"]),
        st.sampled_from(["even", "exact"]))  # fmt: skip
-@settings(max_examples=few_or(12, 4), deadline=None)
+@settings(max_examples=few_or(12, 3), deadline=None)
 def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split):
     problem = make_problem(seed, shape, traffic, split)
     best = solve(problem, method="poise", work=9, seed=1)
@@ -54,7 +54,7 @@ def test_poise_is_never_worse_and_every_bound_holds(seed, shape, traffic, split)
 
 
 @given(st.integers(0, 1000), st.sampled_from(["home", "home_node_dedup", "stay"]), st.sampled_from([ANY, NONE]))
-@settings(max_examples=few_or(30, 8), deadline=None)
+@settings(max_examples=few_or(30, 5), deadline=None)
 def test_small_problems_are_solved_to_the_optimum(seed, traffic, engine):
     """Under ``any`` among the placements without an empty slot, else among all."""
     trace = zipf_trace(num_tokens=40, num_layers=1, num_experts=4, top_k=2, tokens_per_request=5, seed=seed)
@@ -93,8 +93,8 @@ def test_the_seed_decides():
 def test_redundancy_never_hurts_in_sample_where_slots_may_stay_empty():
     few = make_problem(5, ([4], [3, 3, 3, 3], [1, 1, 1, 1]), "home")
     many = replace(few, slots_D=np.full(4, 5), engine=NONE)
-    least = solve(few, method="poise", work=30).objective
-    assert solve(many, method="poise", work=30).objective <= least * (1 + 1e-9)
+    least = solve(few, method="poise", work=12).objective
+    assert solve(many, method="poise", work=12).objective <= least * (1 + 1e-9)
 
 
 def test_options_are_checked():

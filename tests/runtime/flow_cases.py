@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ EXPERTS, WIDTH, INNER = 12, 8, 6
 POLICIES = ("split", "hecate", "hecate-calibrated", "llep", "ultra-ep", "moon-ep", "poise", "poise:objective=tokens")
 
 
+@cache
 def kind() -> ExpertKind:
     def one(bank, x):
         return torch.tanh(x @ bank["up"].T) @ bank["down"].T
@@ -37,6 +38,7 @@ def kind() -> ExpertKind:
     return ExpertKind("plain", {"up": (INNER, WIDTH), "down": (WIDTH, INNER)}, one, None, 2, INNER, WIDTH)
 
 
+@cache
 def weights() -> dict[str, torch.Tensor]:
     make = torch.Generator().manual_seed(7)
     return {name: torch.randn(EXPERTS, *shape, generator=make, dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,11 +78,12 @@ def hf_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
 
 
+@cache
 def hf_dense(family: str, steps: int = 3, dtype: torch.dtype = torch.float64,
              after: Callable[[nn.Module, int], None] | None = None) -> h.Trail:  # fmt: skip
     """The dense run on all ranks' tokens."""
-    world, model = dist.get_world_size(), hf_model(family, dtype)
-    return dense_trail(model, lambda m, step: hf_loss(m, hf_tokens(step, None, world)), steps, after)
+    world = dist.get_world_size()
+    return dense_trail(hf_model(family, dtype), lambda m, step: hf_loss(m, hf_tokens(step, None, world)), steps, after)
 
 
 def dense_trail(model: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], steps: int,

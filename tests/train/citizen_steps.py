@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from tests.helpers import few_or
 from tests.train import citizen_models as c
 from tests.train import harness as h
 from tests.train.citizen_cases import EXACT, fsdp, shard, trails
@@ -341,7 +342,7 @@ def gradcheck() -> dict:
     All ranks check at once, each its own tokens, equally many: so all make the same number of forward and backward
     passes, and each pass is one collective step. A token's output depends on that token alone, so that what the other
     ranks perturb at the same time does not enter a rank's Jacobian. gradcheck goes backward many times through one
-    graph, with ``retain_graph``.
+    graph, with ``retain_graph``. One policy gets every column of the Jacobian, the others random combinations of them.
     """
     world, rank, done = dist.get_world_size(), dist.get_rank(), 0
     for policy, again in (("hecate", False), ("poise", True), ("full-replication", True)):
@@ -351,9 +352,8 @@ def gradcheck() -> dict:
         x = torch.randn(3, h.WIDTH, dtype=torch.float64, generator=rng, requires_grad=True)
         weights = torch.rand(3, 2, dtype=torch.float64, generator=rng).requires_grad_()
         ids = torch.tensor([[0, 2], [2, 5], [2, 9]])
-        assert torch.autograd.gradcheck(
-            lambda x, w, m=model, i=ids: m.blocks[0].experts(x, i, w), (x, weights), atol=1e-7
-        )
+        assert torch.autograd.gradcheck(lambda x, w, m=model, i=ids: m.blocks[0].experts(x, i, w), (x, weights),
+                                        atol=1e-7, fast_mode=few_or(False, policy != "poise"))  # fmt: skip
         done += run.schedule.moved_bytes["gather"] > 0
     assert done >= 2, "replicas took part too seldom"
     return {"with replicas": done, "world": world}

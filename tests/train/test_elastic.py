@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tests.launch import processes, torchrun
+from tests.launch import processes, ranks, torchrun
 from tests.train import harness as h
 from tests.train.elastic_worker import SAVE_EVERY, TOP_K, WORLD_OF_DATA
 
@@ -29,8 +29,8 @@ def test_a_killed_rank_is_an_error_everywhere_and_training_goes_on_with_fewer(tm
         seconds, message = (tmp_path / f"rank-{rank}.error").read_text().split("\n", 1)
         assert float(seconds) < 20 and f"failed on rank {rank}" in message
     assert (tmp_path / "latest").read_text() == f"step-{SAVE_EVERY}"
-    said = torchrun(3, WORKER, str(tmp_path), "--steps", str(STEPS), "--policy", "moon-ep")
-    assert f"rank 0 of 3 goes on at step {SAVE_EVERY}" in said
+    said = ranks(3, WORKER, str(tmp_path), "--steps", str(STEPS), "--policy", "moon-ep", folder=tmp_path)
+    assert f"rank 0 of 3 goes on at step {SAVE_EVERY}" in said[0]
     assert error_of(tmp_path, reference) < 1e-10
     # without poise: torch's own loader, into the unsharded model
     plain = h.build().state_dict()

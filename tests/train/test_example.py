@@ -3,31 +3,30 @@
 import json
 
 import pytest
-from tests.launch import torchrun
+from tests.launch import ranks
 
 SMALL = ("--layers", "2", "--hidden", "32", "--experts", "6", "--batch", "6", "--json")
 
 
-def run(world, *arguments):
-    out = torchrun(world, "examples/train_moe.py", *SMALL, *arguments)
+def run(world, folder, *arguments):
+    out, *_ = ranks(world, "examples/train_moe.py", *SMALL, *arguments, folder=folder)
     return json.loads(next(line for line in out.splitlines() if line.startswith('{"ranks"')))["rows"]
 
 
 def test_the_example_trains_and_resumes(tmp_path):
-    whole = run(1, "--steps", "10")[0]
+    whole = run(1, tmp_path, "--steps", "10")[0]
     assert whole["losses"][-1] < whole["losses"][0] - 0.3
-    first = run(3, "--steps", "6", "--save-every", "6", "--checkpoint", str(tmp_path), "--policy", "hecate:overlap=2")[
-        0
-    ]
+    first = run(3, tmp_path, "--steps", "6", "--save-every", "6", "--checkpoint", str(tmp_path / "run"), "--policy",
+                "hecate:overlap=2")[0]  # fmt: skip
     assert first["losses"] == pytest.approx(whole["losses"][:6], rel=1e-3)
-    rest = run(2, "--steps", "10", "--checkpoint", str(tmp_path), "--rematerialise")[0]
+    rest = run(2, tmp_path, "--steps", "10", "--checkpoint", str(tmp_path / "run"), "--rematerialise")[0]
     assert rest["steps"] == 4
     assert rest["losses"] == pytest.approx(whole["losses"][6:], rel=2e-3)
     assert rest["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=2e-3)
 
 
-def test_the_example_compares_policies():
-    rows = run(2, "--steps", "4", "--compare", "expert-parallelism,full-replication", "--sharding", "even")
+def test_the_example_compares_policies(tmp_path):
+    rows = run(2, tmp_path, "--steps", "4", "--compare", "expert-parallelism,full-replication", "--sharding", "even")
     parallel, full = rows
     assert full["losses"] == pytest.approx(parallel["losses"], rel=1e-3)
     assert parallel["imbalance"] == parallel["owner_imbalance"] and full["imbalance"] == pytest.approx(1.0, abs=0.01)

@@ -6,7 +6,7 @@ A pairwise sample: half of it on two ranks, the other half on four, some of it o
 import json
 
 import pytest
-from tests.launch import torchrun
+from tests.launch import ranks
 
 from poise.policies.registry import POLICIES
 
@@ -17,7 +17,7 @@ MUTATIONS, LOW = ("divisor", "replica", "token"), ("float32", "bfloat16")
 
 def cells(world, tmp_path, *arguments):
     out = tmp_path / "cells.json"
-    torchrun(world, "tests/train/matrix.py", "--out", str(out), "--pairwise", *arguments)
+    ranks(world, "tests/train/matrix.py", "--out", str(out), "--pairwise", *arguments, folder=tmp_path)
     return json.loads(out.read_text())["cells"]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,11 +17,6 @@ from poise.emulate.clock import ExpertCurve
 from poise.errors import NoResultError, OptionError
 from poise.files import replacing
 from poise.modelspec import ModelSpec
-
-try:
-    from poise.calibrate import ranks
-except ImportError:
-    ranks = None  # type: ignore[assignment]
 
 GENERIC = (2048, 1024, 3, 64)
 """Hidden, inner, matrices, experts when no model is named."""
@@ -57,8 +53,7 @@ def calibrate(
     main = os.environ.get("RANK", "0") == "0"
     with o.errors():
         o.talk.quiet = not main  # every rank gets the same options: one complaint is enough
-        if ranks is None:
-            raise NoResultError("measuring needs PyTorch", hint="pip install 'poise-moe[torch]'")
+        ranks = _measuring()
         o.writable(output)
         if output.suffix not in (".yaml", ".yml"):
             raise OptionError(f"{output} is no cluster file", hint="planners read .yaml")
@@ -85,6 +80,16 @@ def calibrate(
         for note in result.notes:
             o.talk.print(f"note: {note}")
         o.talk.print(f"wrote {output}")
+
+
+def _measuring() -> Any:
+    """The module that measures; only here is PyTorch loaded, which takes seconds and may be missing or broken."""
+    try:
+        return importlib.import_module("poise.calibrate.ranks")
+    except (ImportError, OSError) as error:
+        raise NoResultError(
+            f"measuring needs PyTorch: {str(error)[:200]}", hint="pip install 'poise-moe[torch]'"
+        ) from None
 
 
 def _show(result: Calibration) -> None:

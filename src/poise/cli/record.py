@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from poise.cli import options as o
 from poise.errors import NoResultError
-
-try:
-    from poise.runtime import capture
-except ImportError:
-    capture = None  # type: ignore[assignment]
 
 
 def record(
@@ -33,8 +29,7 @@ def record(
     Example: poise record ./model prompts.jsonl --max-new-tokens 64 -o trace.npz
     """
     with o.errors():
-        if capture is None:
-            raise NoResultError("recording needs PyTorch and transformers", hint="pip install 'poise-moe[torch]'")
+        capture = _recorder()
         o.writable(output)
         prompts = capture.read_prompts(texts, per_domain=requests_per_domain)
         net, tokenizer = capture.load_model(model)
@@ -50,3 +45,13 @@ def record(
         else:
             o.out.print(repr(trace))
         o.talk.print(f"wrote {output}")
+
+
+def _recorder() -> Any:
+    """The module that records; only here is PyTorch loaded, which takes seconds and may be missing or broken."""
+    try:
+        return importlib.import_module("poise.runtime.capture")
+    except (ImportError, OSError) as error:
+        raise NoResultError(
+            f"recording needs PyTorch and transformers: {str(error)[:200]}", hint="pip install 'poise-moe[torch]'"
+        ) from None
