@@ -49,7 +49,7 @@ def test_the_newest_are_those_written_last(tmp_path, alone):
     assert names(root) == ["latest", "step-30", "step-5"]
 
 
-def test_what_latest_names_stays(root, alone):
+def test_what_latest_names_stays(tmp_path, alone):
     """By hand it was set back to a checkpoint that is not the newest."""
     root = tmp_path / "run"
     for step in (10, 20, 30):
@@ -136,7 +136,7 @@ def test_none_is_no_error_and_none_whole_is_one(tmp_path, alone):
         latest_checkpoint(tmp_path / "latest")
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(root, alone):
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, alone):
     """The kernel refuses to write more than some bytes to a file."""
     root = tmp_path / "run"
     save_checkpoint(root, alone, step=1)
