@@ -521,7 +521,7 @@ def metrics() -> dict:
                 tokens = np.array(everywhere(mine)).T
                 lines = [
                     (one.layer, one.tokens_D.tolist(), one.owner_tokens_D.tolist(), one.replicas, one.gathered_bytes,
-                     one.overload, one.owner_overload)
+                     one.overload, one.owner_overload, one.why)
                     for one in run.metrics
                 ]  # fmt: skip
                 assert all(other == lines for other in everywhere(lines)), "ranks disagree"
