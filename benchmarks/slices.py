@@ -53,6 +53,7 @@ def pieces() -> list[Piece]:
         # a third of a gigabyte each: not fetched is a skip, which the summary shows
         Piece("older-engines", ("-m", "pytest", "-q", "tests/engines/test_vllm_plugin.py"), {"POISE_WHEELS": "1", "CI": ""}),
         Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
+        Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
     ]  # fmt: skip
 
 
