@@ -44,9 +44,13 @@ def test_the_newest_are_those_written_last(tmp_path, alone):
     assert names(root) == ["latest", "step-1", "step-20"]
     save_checkpoint(root, alone, step=30, keep=2)
     assert names(root) == ["latest", "step-1", "step-30"]
+    for step in (25, 7):
+        save_checkpoint(root, alone, step=step, keep=4)
     (root / "step-1" / "scores.json").write_text("{}")  # which does not make it newer
-    save_checkpoint(root, alone, step=5, keep=2)
-    assert names(root) == ["latest", "step-30", "step-5"]
+    save_checkpoint(root, alone, step=5, keep=4)
+    assert names(root) == ["latest", "step-25", "step-30", "step-5", "step-7"]
+    save_checkpoint(root, alone, step=2, keep=3)
+    assert names(root) == ["latest", "step-2", "step-5", "step-7"]  # by number it were 30 or 25
 
 
 def test_what_latest_names_stays(tmp_path, alone):
