@@ -10,8 +10,8 @@ import transformers
 from tests.hfconfig import families, table
 
 ROOT = Path(__file__).parents[2]
-FEW = ("qwen3_moe", "jetmoe")
-"""One that all is done with, and one that is refused: in ``make test``; all of them with POISE_FAMILIES=1."""
+FEW = ("cohere2_moe", "dbrx")
+"""One that much is done with, and one that is refused: in ``make test``; all of them with POISE_FAMILIES=1."""
 
 
 def test_what_is_done_with_each_family_is_what_the_docs_say(subtests):
@@ -26,7 +26,7 @@ def test_what_is_done_with_each_family_is_what_the_docs_say(subtests):
         print(family, *row.values(), sep=" | ")
         with subtests.test(family):
             assert not any(said.startswith("WRONG") for said in row.values()), row
-            assert row == kept[family]
+            assert row == kept.get(family, "not in outcomes.json: python -m tests.hfconfig.sweep --write --missing")
 
 
 def test_the_table_of_what_is_done_is_in_the_docs():
@@ -34,4 +34,4 @@ def test_the_table_of_what_is_done_is_in_the_docs():
     assert table.done() == text.split(table.DONE_START + "\n")[1].split(table.DONE_END)[0]
     assert not any("WRONG" in said for row in kept.values() for said in row.values())
     if f"transformers {transformers.__version__}:" in text:
-        assert set(kept) == set(families.names())
+        assert set(kept) <= set(families.names())
