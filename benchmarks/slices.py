@@ -55,6 +55,7 @@ def pieces() -> list[Piece]:
         Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
         # training with the parity matrix's five steps, serving by every data flow with every placement
         Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_citizens.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
+        Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
     ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The tables of docs/models.md: ``python -m tests.hfconfig.table`` writes them anew."""
 
+import json
 from pathlib import Path
 
 import transformers
@@ -7,9 +8,13 @@ from tests.hfconfig import families
 
 from poise.hfconfig.families import FAMILIES, REFUSED, Family
 
+OUTCOMES = Path(__file__).parent / "outcomes.json"
+STAGES = ("record", "train", "relabel", "serve")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 START, END = "<!-- families: start -->", "<!-- families: end -->"
 HEAD = "| `model_type` | poise | MoE layers | inner width of an expert | else |\n|---|---|---|---|---|\n"
+DONE_START, DONE_END = "<!-- swept: start -->", "<!-- swept: end -->"
+DONE_HEAD = f"| family | {' | '.join(STAGES)} |\n|---{'|---' * len(STAGES)}|\n"
 
 
 def beside(family: Family) -> str:
@@ -59,11 +64,21 @@ def tables() -> str:
     )
 
 
+def done() -> str:
+    """What is done with every family, as :mod:`tests.hfconfig.sweep` has found it."""
+    kept = json.loads(OUTCOMES.read_text("utf-8"))
+    counts = ", ".join(f"{stage} {sum(row[stage] == 'yes' for row in kept.values())}" for stage in STAGES)
+    rows = "".join(f"| {family} | {' | '.join(kept[family][stage] for stage in STAGES)} |\n" for family in sorted(kept))
+    return f"Of {len(kept)} families: {counts}.\n\n{DONE_HEAD}{rows}"
+
+
 def main() -> None:
     """Write them into the page."""
     text = PAGE.read_text("utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{tables()}{END}{after}", "utf-8")
+    for start, end, table in (START, END, tables()), (DONE_START, DONE_END, done()):
+        before, after = text.split(start)[0], text.split(end)[1]
+        text = f"{before}{start}\n{table}{end}{after}"
+    PAGE.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from poise.errors import OptionError
+from poise.errors import OptionError, PoiseError
 from poise.policies.sharding import Heterogeneous
 from poise.runtime.experts import ExpertKind
 from poise.train import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint
@@ -268,6 +268,67 @@ def checkpoint_other_policy() -> dict:
 
 
 @case
+def checkpoint_troubles() -> dict:
+    """What one rank cannot write or read is a typed error on all; the checkpoint before stays, and nothing is left."""
+    rank, said = dist.get_rank(), {}
+    model, other = h.build(), h.build(layers=h.LAYERS + 1)
+    run, _ = shard(model), shard(other)
+    optimizer = h.make_optimizer("adamw", model)
+    h.loss_of(model, h.batch("W1", 0, dist.get_world_size(), 2, rank, torch.float64)).backward()
+    h.reduce_dense(model, run)
+    optimizer.step()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    def on(victim: int, place: Any, name: str) -> Any:
+        return mock.patch.object(place, name, full) if rank == victim else nullcontext()
+
+    with folder() as parent:
+        place = parent / "run"
+
+        def refused(do: Callable[[], Any], *words: str) -> None:
+            try:
+                do()
+            except PoiseError as error:
+                mine = str(error)
+            else:
+                mine = "nothing"
+            told = everywhere(mine)
+            assert all(word in one for word in words for one in told), (words, told)
+            dist.barrier()
+            left = sorted(path.name for path in place.iterdir()) if place.exists() else []
+            assert left == (["latest", "step-1"] if "step-1" in left else []), left
+            said[words[0]] = told[0]
+
+        def save(step: int = 2, keep: int = 2) -> Callable[[], Any]:
+            return lambda: save_checkpoint(place, model, optimizer, step=step, keep=keep)
+
+        refused(lambda: load_checkpoint(place, model, optimizer), "no complete checkpoint")
+        save(1)()
+        kept = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        writer = dcp.FileSystemWriter
+        for step in (2, 1):  # a new one, and one that is there
+            with on(2, writer, "write_data"):
+                refused(save(step), f"cannot write {place}/step-{step}: rank 2", "No space left")
+            with on(3, writer, "prepare_local_plan"):
+                refused(save(step), "rank 3", "No space left")
+            with on(0, Path, "rename"):
+                refused(save(step), "No space left on device")
+        refused(save(2 + rank // 3), "ranks write step and keep (2, 2) or (3, 2)")
+        refused(save(2, keep=rank), "keep must be at least 1")
+        refused(lambda: save_checkpoint(parent / str(rank), model, optimizer), "is not whole")
+        with on(1, dcp.FileSystemReader, "read_data"):
+            refused(lambda: load_checkpoint(place, model, optimizer), f"cannot load {place}/step-1: rank 1")
+        refused(lambda: load_checkpoint(place, other), "the checkpoint lacks", f"blocks.{h.LAYERS}.")
+        for weight in model.parameters():
+            weight.detach().fill_(float("nan"))
+        assert load_checkpoint(place, model, optimizer) == 1
+    assert c.agreed(float(any(not torch.equal(w, kept[name]) for name, w in model.named_parameters()))) == 0.0
+    return said
+
+
+@case
 def checkpoint_without_poise() -> dict:
     """torch's own loader puts it, states and all, into the unsharded model, which goes on; so does the full state."""
     world, done = dist.get_world_size(), 2
@@ -460,7 +521,7 @@ def metrics() -> dict:
                 tokens = np.array(everywhere(mine)).T
                 lines = [
                     (one.layer, one.tokens_D.tolist(), one.owner_tokens_D.tolist(), one.replicas, one.gathered_bytes,
-                     one.overload, one.owner_overload)
+                     one.overload, one.owner_overload, one.why)
                     for one in run.metrics
                 ]  # fmt: skip
                 assert all(other == lines for other in everywhere(lines)), "ranks disagree"

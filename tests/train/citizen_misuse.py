@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.train import citizen_models as c
 from tests.train import harness as h
 from tests.train.citizen_cases import EXACT, shard
 from tests.train.citizen_models import case
+from tests.train.matrix import machine
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +27,8 @@ from poise.policies.hecate import Hecate
 from poise.policies.plan import LayerView
 from poise.policies.sharding import Heterogeneous
 from poise.runtime.moe import ExpertList, GatedExperts, MoE
+from poise.train import fully_shard_experts
+from poise.train.sharding import ShardedExperts
 
 
 def mine(step: int = 0, workload: str = "W3", layers: int = h.LAYERS, dtype: torch.dtype = torch.float64) -> h.Batch:
@@ -450,3 +455,44 @@ def runs_that_end_while_optimizers_step() -> dict:
         handle.remove()
     assert not gone and run.schedule.steps == 4
     return {"steps": run.schedule.steps}
+
+
+@case
+def rates_of_another_machine() -> dict:
+    """Without ``cluster=`` on a CPU: said on every rank before anything is changed, and the metrics say what came of it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+
+    def warned(do: Callable[[], Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            do()
+        return [str(one.message) for one in seen if one.category is UserWarning]
+
+    model, mesh = h.build(), h.MESH(world)
+    try:
+        fully_shard_experts(model, mesh=mesh)  # a warning is an error in these cases
+    except UserWarning as warning:
+        assert "poise reckons with the rates of an A100, and this runs on cpu" in str(warning)
+    else:
+        raise AssertionError("nothing is said")
+    assert not any(isinstance(module, ShardedExperts) for module in model.modules())
+    run = fully_shard_experts(model, mesh=mesh, policy="expert-parallelism")  # asks no rates
+    assert len(warned(lambda: run.set_policy("poise"))) == 1 and not warned(lambda: run.set_policy("llep"))
+    words: dict[str, list[str]] = {}
+    for name in ("a100", "a slow machine"):
+        model = h.build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if name == "a100" else "error")
+            run = fully_shard_experts(model, mesh=mesh, cluster=None if name == "a100" else machine(world))
+        words[name] = []
+        run.schedule.measured_window_s = 1e-9  # as for a gather that nothing hides
+        for step in range(3):
+            h.loss_of(model, h.batch("W3", step, world, 2, rank, torch.float64)).backward()
+            words[name] += [f"{one.replicas > 0} {one.why}" for one in run.metrics]
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, words)
+    assert all(one == words for one in told), told
+    assert words["a100"][0] == words["a slow machine"][0] == "False first step: no loads known"
+    assert all(one.startswith("False") and "by the rates of a100" in one for one in words["a100"][-h.LAYERS :]), words
+    assert words["a slow machine"][-h.LAYERS :] == ["True "] * h.LAYERS, words
+    return words

@@ -170,6 +170,11 @@ class Poise:
 
     def _materialise(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 6."""
+        out, costs_s, saves_s = self.weighed(view)
+        return out if costs_s < saves_s else view.before_ED
+
+    def weighed(self, view: LayerView) -> tuple[NDArray[np.bool_], float, float]:
+        """Step 6: the best replicas in training, seconds that they and their split add, and seconds that they save."""
         price, cluster = view.price, view.price.cluster
         out = view.before_ED.copy()
         free_D = view.slots_D - view.before_ED.sum(axis=0)
@@ -179,17 +184,17 @@ class Poise:
             joint.back_passes(price), counts, out,
         )  # fmt: skip
         if (out == view.before_ED).all():
-            return view.before_ED
-        near_s, exact_s = self._dispatch_seconds(view, out)
-        return out if least - exact_s + min(near_s, exact_s + self._control(view)) < alone else view.before_ED
+            return view.before_ED, 0.0, 0.0
+        near_s, exact_s = self.dispatch_seconds(view, out)
+        return out, least - exact_s + min(near_s, exact_s + self.control_seconds(view)) - exact_s, alone - exact_s
 
     def _calibrated(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 7."""
         price = view.price
         if (holders_ED == view.static_ED).all():
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
-        near_s, exact_s = self._dispatch_seconds(view, holders_ED)
-        if near_s * (1.0 + self.margin) < exact_s + self._control(view):
+        near_s, exact_s = self.dispatch_seconds(view, holders_ED)
+        if near_s * (1.0 + self.margin) < exact_s + self.control_seconds(view):
             rows = nearest_rows(load_SE, holders_ED, price.cluster.node_D)
             return StepPlan(holders_ED, rows.sum(axis=0), rows, passive=True)
         quota, held = np.zeros(holders_ED.shape, np.int64), holders_ED.copy()
@@ -204,10 +209,11 @@ class Poise:
         """Predicted tokens of each source, evenly spread, int64 [D, E]."""
         return spread_evenly(np.rint(view.predicted_E).astype(np.int64), view.price.cluster.num_devices)
 
-    def _control(self, view: LayerView) -> float:
+    def control_seconds(self, view: LayerView) -> float:
+        """Training: of the exact split, planning included."""
         return view.price.control_s + self.training_plan_seconds(*view.static_ED.shape)
 
-    def _dispatch_seconds(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> tuple[float, float]:
+    def dispatch_seconds(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> tuple[float, float]:
         """Predicted seconds of a layer if tokens go to the nearest holders, and if they are split exactly."""
         load_SE, rates = self._expected(view), k.make_rates(view.price)
         quota = np.zeros(holders_ED.shape, np.int64)

@@ -97,6 +97,11 @@ class Engine:
         eos: int | None = None,
         clock: Clock | None = None,
     ) -> None:
+        if not dist.is_initialized():
+            raise OptionError(
+                f"the cluster has {cluster.num_devices} devices, and there is no process group",
+                hint="torchrun starts the ranks, torch.distributed.init_process_group joins them",
+            )
         self.group = group if group is not None else dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         if traffic not in TRAFFIC_MODELS:

@@ -9,7 +9,6 @@ In the manner of PyTorch's ``fully_shard``, which takes the dense rest::
 
 from __future__ import annotations
 
-import os
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from poise.cluster import Cluster, from_preset
+from poise.cluster import Cluster
 from poise.cost.memory import TrainingBytes, slots_that_fit
 from poise.cost.transfers import Form
 from poise.errors import ModelError, OptionError
@@ -34,6 +33,7 @@ from poise.runtime.collectives import twin
 from poise.runtime.experts import ExpertKind, recognise
 from poise.train.checkpoint import speak_of_experts
 from poise.train.gradients import clip_grad_norm_
+from poise.train.machine import device_name, presumed, unknown, warn_of_rates
 from poise.train.metrics import LayerMetrics
 from poise.train.schedule import Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
@@ -50,10 +50,11 @@ class FssdpExperts:
     ----------
     model : it.
     schedule : the run that its layers share.
+    guessed : the devices, where policies reckon with another machine's rates (:func:`poise.train.machine.unknown`).
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
-        self.model, self.schedule = model, schedule
+    def __init__(self, model: nn.Module, schedule: Schedule, guessed: str = "") -> None:
+        self.model, self.schedule, self.guessed = model, schedule, guessed
 
     @property
     def metrics(self) -> list[LayerMetrics]:
@@ -114,6 +115,7 @@ class FssdpExperts:
         slots = old.step_slots if step_slots is None else step_slots
         if slots < 0:
             raise OptionError(f"step_slots must be at least 0, got {slots}")
+        warn_of_rates(self.guessed, new)
         self.schedule.settings = replace(old, policy=new, step_slots=slots)
         self.schedule.forget_held()
 
@@ -184,7 +186,8 @@ def fully_shard_experts(
     prefetch : layers ahead whose replicas are gathered; 0 gathers in sight.
     window : steps whose mean load is the prediction.
     cluster : the machine that policies reckon with; without it, nodes from the mesh or ``LOCAL_WORLD_SIZE`` and the
-        rates of an A100.
+        datasheet rates of the GPUs, or, with a warning where a policy asks for them, those of an A100
+        (:mod:`poise.train.machine`).
     window_s : seconds of attention that a gather can hide behind; without it, modelled first and measured on the run.
     form : how sparse collectives travel (:mod:`poise.cost.transfers`).
     mp_policy : FSDP2's ``MixedPrecisionPolicy``: ``param_dtype`` of materialised weights, ``reduce_dtype`` on the wire.
@@ -214,9 +217,8 @@ def fully_shard_experts(
     tokens_group = flat.get_group()
     weights_group = _second_group(flat, tokens_group)
     rank, size = dist.get_rank(tokens_group), dist.get_world_size(tokens_group)
-    machine = cluster or _machine(mesh, dist.get_process_group_ranks(tokens_group))
-    if machine.num_devices != size:
-        raise OptionError(f"the cluster has {machine.num_devices} devices, the mesh {size} ranks")
+    if cluster is not None and cluster.num_devices != size:
+        raise OptionError(f"the cluster has {cluster.num_devices} devices, the mesh {size} ranks")
     if isinstance(sharding, str) and sharding not in SHARDINGS:
         raise OptionError(f"unknown sharding {sharding!r}", hint=f"one of {', '.join(SHARDINGS)}")
     plan = SHARDINGS[sharding] if isinstance(sharding, str) else sharding
@@ -224,6 +226,11 @@ def fully_shard_experts(
     owner_LE = even_sharding(len(found), experts, size) if owners is None else np.asarray(owners, np.int64)
     if owner_LE.shape != (len(found), experts) or owner_LE.min() < 0 or owner_LE.max() >= size:
         raise OptionError(f"owners have shape {owner_LE.shape}, not {(len(found), experts)}, or name no rank of {size}")
+    devices = [""] * size
+    dist.all_gather_object(devices, device_name(mesh), group=tokens_group)
+    ranks = dist.get_process_group_ranks(tokens_group)
+    machine, guessed = (presumed(mesh, ranks, devices), unknown(devices)) if cluster is None else (cluster, "")
+    warn_of_rates(guessed, planner, plan)
     layers: list[ShardedExperts] = []
     replaced: list[weakref.ref[nn.Parameter]] = []
     for number, (name, module) in enumerate(found.items()):
@@ -264,7 +271,7 @@ def fully_shard_experts(
         ),
         machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
     )  # fmt: skip
-    handle = FssdpExperts(model, schedule)
+    handle = FssdpExperts(model, schedule, guessed)
     model.register_forward_pre_hook(lambda *_: schedule.begin())
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
@@ -396,16 +403,6 @@ def _second_group(mesh: DeviceMesh, first: Any) -> Any:
     if group is None:
         mesh._poise_weights_group = group = twin(first)
     return group
-
-
-def _machine(mesh: DeviceMesh, ranks: list[int]) -> Cluster:
-    """Nodes from a 2-D mesh, or from the ranks' numbers; the rates of an A100."""
-    size = len(ranks)
-    local = mesh.shape[1] if mesh.ndim == 2 else int(os.environ.get("LOCAL_WORLD_SIZE", max(ranks) + 1))
-    nodes = np.arange(size) // local if mesh.ndim == 2 else np.array(ranks) // local
-    if (np.diff(nodes) < 0).any():
-        nodes = np.zeros(size, int)
-    return from_preset([int(count) for count in np.unique(nodes, return_counts=True)[1]], "a100")
 
 
 def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> ModelSpec:

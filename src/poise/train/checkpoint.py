@@ -1,16 +1,16 @@
 """Checkpoints keyed by logical expert: saved at one world size and sharding, loaded at any other, or without poise.
 
 In ``torch.distributed.checkpoint`` an expert weight is one tensor [E, ...] under the name it has in the unsharded
-model, in chunks of one expert; so are its optimizer states. A checkpoint is written beside its place and moved there
-when complete: an interrupted write leaves the one before as it was.
+model, in chunks of one expert; so are its optimizer states. Where checkpoints lie, and that one is whole whatever
+ends a write: :mod:`poise.train.folders`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,14 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from poise.errors import InputError, ModelError, OptionError
-from poise.files import check_new_folder, new_folder, read_bounded, replacing
+from poise.errors import InputError, ModelError, OptionError, PoiseError, told
+from poise.files import check_new_folder, new_folder
+from poise.train.folders import clear, commit, newest, partial_of
 from poise.train.gradients import sharded_layers
 from poise.train.sharding import ShardedExperts
+from poise.train.stored import Planner, Reader, fault
 
-LATEST = "latest"
-MAX_NAME_BYTES = 4096
+T = TypeVar("T")
 
 
 class ExpertShards(torch.Tensor):
@@ -150,75 +151,80 @@ def save_checkpoint(
     step: int = 0,
     keep: int = 2,
 ) -> Path:
-    """Write ``folder/step-N`` and name it in ``folder/latest``; older ones beyond ``keep`` are removed. Collective.
+    """Write ``folder/step-N`` and name it in ``folder/latest``; all but the ``keep`` newest are removed. Collective.
+
+    What was there stays until the new one is whole; the newest are those written last, whatever their numbers.
 
     Raises
     ------
-    OptionError : ``keep`` below 1.
+    OptionError : on all ranks: ``keep`` below 1, ``step`` below 0 or not the same on all ranks; or a rank cannot write
+        its part. What was there is there, and nothing is left of what was not.
     """
-    if keep < 1:
-        raise OptionError(f"keep must be at least 1, got {keep}")
-    sharded_layers(model)
     root = Path(folder)
-    place, partial = root / f"step-{step}", root / f".step-{step}.partial"
+
+    def check() -> tuple[int, int]:
+        if keep < 1 or step < 0:
+            raise OptionError(f"keep must be at least 1 and step at least 0, got {keep} and {step}")
+        sharded_layers(model)
+        return step, keep
+
+    said = _everywhere(check)
+    if len(set(said)) > 1:
+        raise OptionError(f"ranks write step and keep {' or '.join(map(str, sorted(set(said))))}")
     weights, states = _shown(model, () if optimizer is None else optimizer)
-    aside = _aside(place)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        root.mkdir(parents=True, exist_ok=True)
-        if aside.is_dir() and not place.is_dir():  # a write of this step was ended between its two renames
-            aside.rename(place)
-        shutil.rmtree(aside, ignore_errors=True)
-    dist.barrier()
-    dcp.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if place.is_dir():
-            place.rename(aside)
-        partial.rename(place)
-        shutil.rmtree(aside, ignore_errors=True)
-        with replacing(root / LATEST, OptionError) as note:
-            note.write(place.name.encode())
-        numbered = sorted((int(p.name[5:]), p) for p in root.glob("step-*") if p.name[5:].isdigit())
-        for _, old in numbered[:-keep]:
-            if old != place:  # which is not the highest number after a return to an earlier step
-                shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return place
+    _on_first(lambda: clear(root, fault))
+    try:
+        dcp.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=str(partial_of(root, step)))
+        _on_first(lambda: commit(root, step, keep, fault))
+    except (dcp.CheckpointException, PoiseError) as error:
+        with suppress(PoiseError):
+            _on_first(lambda: clear(root, fault))
+        raise _typed(error, f"cannot write {root / f'step-{step}'}", OptionError) from None
+    return root / f"step-{step}"
 
 
-def _aside(place: Path) -> Path:
-    """Where a complete checkpoint waits while another of the same step takes its place."""
-    return place.with_name(f".{place.name}.old")
+def _typed(error: BaseException, what: str, kind: type[InputError]) -> BaseException:
+    """What torch raises on all ranks when one of them fails, as an error of poise; an interrupt stays what it is."""
+    if not isinstance(error, dcp.CheckpointException):
+        return error
+    rank, (cause, _) = min(error.failures.items())
+    if not isinstance(cause, Exception):
+        return error
+    if isinstance(cause, PoiseError):
+        return type(cause)(f"{what}: {cause.message}", hint=cause.hint)
+    return kind(f"{what}: rank {rank}: {told(cause)}")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    note = Path(folder) / LATEST
-    if not note.is_file():
-        return None
-    name = read_bounded(note, MAX_NAME_BYTES, InputError).decode("utf-8", "replace").strip()
-    place = Path(folder) / name
-    if "/" not in name and not place.is_dir() and _aside(place).is_dir():  # ended while the step was written anew
-        return _aside(place)
-    if "/" in name or not place.is_dir():
-        raise InputError(f"{note} names {name[:80]!r}, which is not there")
-    return place
+    """The checkpoint that ``latest`` names, or, with a warning, the newest whole one if that is not whole; or None.
+
+    Raises
+    ------
+    InputError : there are some, and none is whole.
+    """
+    return newest(Path(folder), fault)
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Load the newest checkpoint of a folder, whatever world size and sharding wrote it; its step. Collective.
 
+    Its files are read as data: what they hold beside tensors, numbers and words is refused.
+
     Raises
     ------
-    InputError : there is none.
+    InputError : on all ranks: there is none, or it cannot be read. ModelError : it is of another model or optimizer.
+        Weights may have been overwritten then.
     """
-    place = latest_checkpoint(folder)
+    place = _on_first(lambda: latest_checkpoint(folder))
     if place is None:
         raise InputError(f"{folder} holds no complete checkpoint")
     weights, states = _shown(model, () if optimizer is None else optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
-    dcp.load(state, checkpoint_id=str(place))
+    place = Path(folder) / place.name
+    try:
+        dcp.load(state, storage_reader=Reader(place), planner=Planner())
+    except dcp.CheckpointException as error:
+        raise _typed(error, f"cannot load {place}", InputError) from None
     set_state_dict(model, () if optimizer is None else optimizer, model_state_dict=state["model"],
                    optim_state_dict=_local(state["optimizer"]))  # fmt: skip
     return int(state["step"])
@@ -299,14 +305,24 @@ def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
     return place
 
 
-def _on_first(do: Callable[[], None]) -> None:
-    """Have rank 0 do something with files; what it cannot is an error on all ranks, which else would wait for it."""
-    said: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            do()
-        except (OSError, OptionError) as error:
-            said = [str(error)]
-    dist.broadcast_object_list(said, src=0)
-    if said[0] is not None:
-        raise OptionError(said[0])
+def _everywhere(do: Callable[[], T]) -> list[T]:
+    """What every rank's call gives; what one of them cannot is an error on all, which else would wait for it."""
+    said: list[Any] = [None] * dist.get_world_size()
+    try:
+        mine: Any = do()
+    except PoiseError as error:
+        mine = error
+    except Exception as error:
+        mine = OptionError(told(error))
+    dist.all_gather_object(said, mine)
+    for rank, one in enumerate(said):
+        if isinstance(one, PoiseError):
+            raise mine if isinstance(mine, PoiseError) else type(one)(f"rank {rank}: {one.message}", hint=one.hint)
+    return said
+
+
+def _on_first(do: Callable[[], T]) -> T:
+    """What rank 0's call gives, on all ranks."""
+    first = dist.get_rank() == 0
+    found: list[T] = _everywhere(lambda: do() if first else cast(T, None))
+    return found[0]

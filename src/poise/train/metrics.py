@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from poise.policies.plan import LayerView, StepPolicy
+from poise.policies.why_none import why_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class LayerMetrics:
     owner_tokens_D : pairs each rank would have computed without replicas (plain expert parallelism on these owners).
     replicas : experts gathered, over all ranks.
     gathered_bytes : they in bytes; re-gathering for the backward costs the same again.
+    policy, view : who planned, and what it saw before the gate.
     """
 
     layer: int
@@ -26,6 +30,13 @@ class LayerMetrics:
     owner_tokens_D: NDArray[np.int64]
     replicas: int
     gathered_bytes: int
+    policy: StepPolicy = field(repr=False)
+    view: LayerView = field(repr=False)
+
+    @property
+    def why(self) -> str:
+        """Why there are no replicas (:mod:`poise.policies.why_none`), "" where there are; found when asked."""
+        return "" if self.replicas else why_none(self.policy, self.view)
 
     @property
     def overload(self) -> float:

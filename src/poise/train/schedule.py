@@ -226,19 +226,26 @@ class Schedule:
             self._held[layer] = plan.holders_ED
         way = make_exchange(ids_TK, rows, self.rank, weights.slots)
         one = Pass(layer, given_TK, way, weights, [weakref.ref(frame) for frame in region.frames])
-        self._note(experts, load_SE, plan, weights)
+        self._note(experts, load_SE, plan, weights, view)
         if torch.is_grad_enabled():
             self.passes.add(one)
         return one
 
-    def _note(self, experts: ShardedExperts, load_SE: NDArray[np.int64], plan: StepPlan, weights: Materialised) -> None:
+    def _note(
+        self,
+        experts: ShardedExperts,
+        load_SE: NDArray[np.int64],
+        plan: StepPlan,
+        weights: Materialised,
+        view: LayerView,
+    ) -> None:  # fmt: skip
         load_E = load_SE.sum(axis=0)
         gathered = int(weights.gathered_count * self.expert_bytes)
         self.moved_bytes["gather"] += gathered
         owner_tokens = np.bincount(experts.owner_E, weights=load_E, minlength=self.cluster.num_devices)
         self.metrics.append(
             LayerMetrics(experts.number, plan.quota_ED.sum(axis=0), owner_tokens.astype(np.int64),
-                         weights.gathered_count, gathered)
+                         weights.gathered_count, gathered, self.settings.policy, view)
         )  # fmt: skip
         if not torch.is_grad_enabled():
             return
