@@ -71,6 +71,17 @@ class ShardedExperts(nn.Module):
             self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
         self.schedule: Run | None = None
         self.number = -1
+        self._fixed: frozenset[str] = frozenset()
+
+    def stands_for(self, experts: nn.Module) -> None:
+        """Refuse from now on to be given what ``experts`` had: its code runs with the constants of before."""
+        had = {key for key in (*vars(experts), *experts._modules) if not key.startswith("_") and key != "training"}
+        self._fixed = frozenset(had - set(vars(self)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            raise ModelError(f"{name} of sharded experts cannot be changed", hint="set it before fully_shard_experts")
+        super().__setattr__(name, value)
 
     def own(self, owner_E: NDArray[np.int64]) -> None:
         """Take note of new owners; the parameters are the caller's task."""
@@ -121,6 +132,12 @@ class ShardedExperts(nn.Module):
         """Tokens [T, d] (or [..., d]), expert ids and weights [T, K]; the weighted sum of the experts, [T, d]."""
         if self.schedule is None:
             raise ModelError("these experts belong to no run", hint="fully_shard_experts sets them up")
+        if self.training and self.kind.random:
+            raise ModelError(
+                "these experts draw random numbers in training (dropout, noise): they may be evaluated only",
+                hint="model.eval(), or set their probability to 0 before fully_shard_experts",
+            )
+        self.kind.follow(self.training)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = top_k_index.reshape(-1, top_k_index.shape[-1])
         weights = top_k_weights.reshape(-1, top_k_index.shape[-1])
