@@ -170,7 +170,7 @@ def _check_plain(module: nn.Module, name: str) -> None:
             raise ModelError(f"{name}.{key} has a gradient hook, which would be left behind",
                              hint="register it on the weights that are there after sharding")  # fmt: skip
     takes = type(module).forward
-    inputs = [key for key in inspect.signature(takes).parameters if key != "self"]
+    inputs = list(inspect.signature(takes).parameters)[1:]
     if takes is not nn.Module.forward and len(inputs) != 3:
         raise ModelError(
             f"{name} takes {len(inputs)} inputs ({', '.join(inputs)}), experts 3",

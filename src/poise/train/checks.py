@@ -91,7 +91,8 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
         trained = {name: _trained(name, module, kinds[name]) for name, module in found.items()}
         top_k = _top_k(model, next(iter(found)))
         out = Ready(found, again, kinds, trained, policy, sharding, machine, owner_LE, top_k)
-        return out, {**given, **_traits(out)}
+        traits = _traits(out)
+        return out, traits | {key: value for key, value in given.items() if key not in traits}
 
     return agree(check, group)
 
@@ -105,7 +106,7 @@ def _traits(one: Ready) -> dict[str, Any]:
         "sharding": one.sharding, "owners": one.owner_LE, "top_k": one.top_k, "cluster": "",
         "type of weights": next(one.found[first].parameters()).dtype,
         **{f"{field.name} of the cluster": getattr(one.machine, field.name) for field in fields(one.machine)},
-        **{f"what {name} computes": one.kinds[name].mark for name in one.found},
+        **{f"what {name} makes of the same tokens": one.kinds[name].mark for name in one.found},
     }  # fmt: skip
 
 
