@@ -5,21 +5,19 @@ A *bank* is a dict of stacked weights, name -> [n, ...]: the experts a rank owns
 
 from __future__ import annotations
 
-import copy
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.errors import ModelError, told
+from poise.errors import ModelError
 from poise.runtime.alike import HOOKS, compare
 from poise.runtime.probe import Subject, Weights, prove
+from poise.runtime.shells import filled, follow, shell
 
 Bank = dict[str, Tensor]
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "total_experts")
@@ -99,13 +97,14 @@ def recognise_all(modules: Mapping[str, nn.Module]) -> dict[str, ExpertKind]:
     ModelError : see :func:`recognise`.
     """
     kinds: dict[str, ExpertKind] = {}
+    probed: list[str] = []
     for name, module in modules.items():
-        first = next(iter(kinds), "")
+        like = next((kinds[other] for other in probed if compare(modules[other], module).equal), None)
         try:
-            like = kinds[first] if kinds and compare(modules[first], module).equal else None
             kinds[name] = recognise(module, like=like)
         except ModelError as error:
             raise ModelError(f"{name}: {error.message}", hint=error.hint) from error
+        probed += [] if like else [name]
     return kinds
 
 
@@ -134,7 +133,7 @@ def recognise(module: nn.Module, *, like: ExpertKind | None = None, probe: bool 
     for kind, subject, doubtful in read(module, name):
         if not probe:
             return kind
-        if like is not None and not doubtful:
+        if like is not None and not doubtful and like.shapes == kind.shapes:
             return replace(kind, random=like.random, hidden=like.hidden, mark=like.mark)
         try:
             found = prove(subject, doubtful)
@@ -195,8 +194,8 @@ def _stacked(module: nn.Module, name: str) -> list[Candidate]:
         )
     first = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
     plain, biased = {first, "down_proj"}, {first, "down_proj", f"{first}_bias", "down_proj_bias"}
-    shell = _shell(module)
-    act, gate = getattr(shell, "act_fn", None), getattr(shell, "_apply_gate", None)
+    code = shell(module, {})
+    act, gate = getattr(code, "act_fn", None), getattr(code, "_apply_gate", None)
     out: list[Candidate] = []
     if set(shapes) in (plain, biased) and (act is not None or gate is not None):
         experts = _rows(module, name, weights)
@@ -213,10 +212,10 @@ def _stacked(module: nn.Module, name: str) -> list[Candidate]:
                 continue
             kind = ExpertKind(
                 "gated" if gated else "plain", shapes, _one(first, transposed, middle),
-                _grouped(first, transposed, middle), 2 + gated, inner, hidden, _follow(shell),
+                _grouped(first, transposed, middle), 2 + gated, inner, hidden, follow(code),
             )  # fmt: skip
             device = weights[first].device
-            out.append((kind, Subject(name, _own(shell), kind.one, shapes, experts, [hidden], [shell], device), []))
+            out.append((kind, Subject(name, _own(code), kind.one, shapes, experts, [hidden], [code], device), []))
     if not out:
         raise ModelError(
             f"experts of {name} have weights {shapes or 'none of their own'}: no known shape",
@@ -239,67 +238,8 @@ def _rows(module: nn.Module, name: str, weights: Mapping[str, Tensor]) -> int:
     return experts
 
 
-def _shell(module: nn.Module) -> Any:
-    """The same module without its weights and hooks, for the code and settings it carries.
-
-    Of Hugging Face's implementations of one code the plain one is taken; one that was registered by the user stays.
-    """
-    shell = object.__new__(type(module))
-    for key, value in vars(module).items():
-        vars(shell)[key] = copy.copy(value) if type(value) in (dict, list, set) or key in HOOKS else value
-    _bind(shell, module)
-    try:
-        vars(shell)["_modules"] = copy.deepcopy(module._modules, {id(module): shell})
-    except Exception:  # a part that cannot be copied is shared with the module, and follows its mode
-        vars(shell)["_modules"] = dict(module._modules)
-    vars(shell)["_parameters"] = {key: None for key, weight in module._parameters.items() if weight is None}
-    for hooks in HOOKS:
-        vars(shell)[hooks].clear()
-    config = vars(module).get("config")
-    known = getattr(sys.modules.get("transformers.integrations.moe"), "ALL_EXPERTS_FUNCTIONS", {})
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen is not None and getattr(known.get(chosen), "__module__", "transformers.").startswith("transformers."):
-        vars(shell)["config"] = _Eager(config)
-    return shell
-
-
-def _bind(shell: Any, module: Any) -> None:
-    """Methods that were put on a module belong to its copy."""
-    for key, value in vars(shell).items():
-        if isinstance(value, MethodType) and value.__self__ is module:
-            vars(shell)[key] = MethodType(value.__func__, shell)
-
-
-class _Eager:
-    """A config that asks for the plain implementation of experts; to set it there would set it for the model."""
-
-    _experts_implementation = "eager"
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
-def _own(shell: Any) -> Callable[[Weights, Tensor, Tensor, Tensor], Any]:
-    def own(weights: Weights, x: Tensor, ids: Tensor, w: Tensor) -> Any:
-        filled = object.__new__(type(shell))
-        vars(filled).update(vars(shell))
-        _bind(filled, shell)
-        vars(filled)["_parameters"] = {**shell._parameters, **weights}
-        return filled.forward(x, ids, w)
-
-    return own
-
-
-def _follow(module: nn.Module) -> Callable[[bool], None]:
-    def follow(training: bool) -> None:
-        if module.training != training:
-            for part in module.modules():
-                part.training = training
-
-    return follow
+def _own(code: Any) -> Callable[[Weights, Tensor, Tensor, Tensor], Any]:
+    return lambda weights, x, ids, w: filled(code, weights).forward(x, ids, w)
 
 
 def _middle(act: Any, gated: bool) -> Any:
@@ -348,10 +288,7 @@ def _module_list(experts: nn.ModuleList, name: str) -> list[Candidate]:
         raise ModelError(f"{name} has {odd[0]} beside its experts", hint="a list holds its experts and nothing else")
     weights = {key: nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
                for key, weight in experts[0].named_parameters()}  # fmt: skip
-    try:
-        template = copy.deepcopy(experts[0], {id(w): weights[key] for key, w in experts[0].named_parameters()})
-    except Exception as error:
-        raise ModelError(f"expert 0 of {name} cannot be copied: {told(error)}") from error
+    template = shell(experts[0], {id(weight): weights[key] for key, weight in experts[0].named_parameters()})
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     doubtful = []
     for number, expert in enumerate(experts):
@@ -376,7 +313,7 @@ def _module_list(experts: nn.ModuleList, name: str) -> list[Candidate]:
     width = min(min(shape) for shape in matrices)
     hidden = list(dict.fromkeys(side for shape in matrices for side in shape[::-1]))
     kind = ExpertKind("modules", shapes, one, None, len(matrices), max(1, total // (len(matrices) * width)), width,
-                      _follow(template))  # fmt: skip
+                      follow(template))  # fmt: skip
     device = next(experts.parameters()).device
     subject = Subject(name, _own_list(experts), one, shapes, len(experts), hidden, [experts, template], device)
     return [(kind, subject, doubtful)]
@@ -384,15 +321,14 @@ def _module_list(experts: nn.ModuleList, name: str) -> list[Candidate]:
 
 def _own_list(experts: nn.ModuleList) -> Callable[[Weights, Tensor, Tensor, Tensor], Any]:
     """The list's forward, or, of a list that has none, each expert's."""
-    shell = object.__new__(type(experts))
-    vars(shell).update(vars(experts))
+    code = filled(experts, {})
     for hooks in HOOKS:
-        vars(shell)[hooks] = type(vars(shell)[hooks])()
+        vars(code)[hooks] = type(vars(code)[hooks])()
 
     def own(weights: Weights, x: Tensor, ids: Tensor, w: Tensor) -> Any:
         rows = {f"{e}.{key}": weight[e] for key, weight in weights.items() for e in range(len(experts))}
-        if type(shell).forward is not nn.Module.forward:
-            return torch.func.functional_call(shell, rows, (x, ids, w))
+        if type(code).forward is not nn.Module.forward:
+            return torch.func.functional_call(code, rows, (x, ids, w))
         out = torch.zeros_like(x)
         for e in ids.unique().tolist():
             token, k = torch.where(ids == e)
