@@ -1,6 +1,8 @@
 """Experts run by their own code: what would compute something else is refused when its kind is asked for."""
 
+import gc
 import random
+import weakref
 from functools import partial
 from types import MethodType
 
@@ -131,6 +133,13 @@ def long_way(e):
 def counted(self, x):
     self.calls = getattr(self, "calls", 0) + 1
     return Expert.forward(self, x) * self.calls
+
+
+class Held(Expert):
+    """Multiplies by what stands in a place that all experts share."""
+
+    def forward(self, x):
+        return super().forward(x) * self.place["factor"]
 
 
 class Slotted:
@@ -288,6 +297,16 @@ def weight_normed(e):
     return nn.Sequential(parametrizations.weight_norm(nn.Linear(D, H)), nn.Tanh(), nn.Linear(H, D))
 
 
+def compiled(module):
+    module.compile(backend="eager")
+    return module
+
+
+def tied_inside(module):
+    module[2] = module[0]
+    return module
+
+
 class Masked(Loop):
     """Knows ids that name no expert, and computes in float32."""
 
@@ -325,6 +344,8 @@ RIGHT = {
     "one expert": lambda: listed(lambda e: Expert(), 1),
     "equal lambdas": lambda: listed(lambda e: Expert(act=lambda x: torch.tanh(x) * 2)),
     "what cannot be compared, equal": lambda: listed(lambda e: Expert(act=Slotted(2.0))),
+    "compiled": lambda: listed(lambda e: compiled(Expert())),
+    "shared part": lambda: listed(lambda e: tied_inside(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)))),
     "weight norm": lambda: listed(weight_normed),
     "dropout that drops nothing": lambda: listed(lambda e: nn.Sequential(Expert(), nn.Dropout(0.0))),
     "loop": Loop,
@@ -442,6 +463,26 @@ def test_surroundings_take_no_part():
     finally:
         torch.set_default_dtype(torch.float32)
     assert recognise(_with(GatedExperts(E, D, H), act_fn=F.gelu)).mark != mark
+
+
+def test_what_is_shared_stays_so():
+    """A place that experts read when they run, such as a temperature that a schedule sets."""
+    place = {"factor": 1.0}
+    experts = listed(lambda e: Held(place=place))
+    kind, weights, x = recognise(experts), dict(experts[0].named_parameters()), torch.ones(1, D)
+    before = kind.one(weights, x)
+    place["factor"] = 3.0
+    assert torch.allclose(kind.one(weights, x), 3 * before)
+
+
+@pytest.mark.parametrize("make", [lambda: GatedExperts(E, D, H), lambda: listed(lambda e: Expert())])
+def test_no_weight_is_kept(make):
+    module = make()
+    weights = [weakref.ref(weight) for weight in module.parameters()]
+    kind = recognise(module)
+    del module
+    gc.collect()
+    assert kind and not any(ref() is not None for ref in weights)
 
 
 def test_hooks_of_the_module_do_not_run():

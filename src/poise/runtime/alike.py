@@ -14,10 +14,11 @@ from torch.nn.utils import parametrize
 
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
-STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook", *HOOKS,
-         "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-         "_load_state_dict_post_hooks"}  # fmt: skip
-"""What a module keeps beside its attributes; hooks of its state take no part in what it computes."""
+STATE = {"_compiled_call_impl", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+         "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+         "_load_state_dict_post_hooks", *HOOKS}  # fmt: skip
+"""What a module keeps beside its attributes; hooks of its state, or that it is compiled, take no part
+in what it computes."""
 
 
 class Difference(NamedTuple):

@@ -47,6 +47,7 @@ def _copy(module: nn.Module, weights: Mapping[int, nn.Parameter], known: dict[in
     }
     for hooks in HOOKS:
         vars(out)[hooks] = type(vars(module)[hooks])()
+    vars(out).pop("_compiled_call_impl", None)  # it calls the module it was made of
     return out
 
 
