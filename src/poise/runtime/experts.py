@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from poise.errors import ModelError
 from poise.runtime.alike import HOOKS, compare
-from poise.runtime.probe import Subject, Weights, prove
+from poise.runtime.probe import Found, Subject, Weights, prove
 from poise.runtime.shells import filled, follow, shell
 
 Bank = dict[str, Tensor]
@@ -44,6 +44,7 @@ class ExpertKind:
     hidden : width of its tokens, d.
     follow : puts the code that ``one`` runs into training (True) or evaluation, as ``train`` does to a module.
     random : it draws random numbers in training: what it drops there would depend on who computes it.
+    leaves_out : it is known that the module takes id E for no expert.
     mark : a number that differs for other code or constants.
     """
 
@@ -56,6 +57,7 @@ class ExpertKind:
     hidden: int
     follow: Callable[[bool], None] = _no_mode
     random: bool = False
+    leaves_out: bool = False
     mark: float = 0.0
 
     @property
@@ -134,15 +136,19 @@ def recognise(module: nn.Module, *, like: ExpertKind | None = None, probe: bool 
         if not probe:
             return kind
         if like is not None and not doubtful and like.shapes == kind.shapes:
-            return replace(kind, random=like.random, hidden=like.hidden, mark=like.mark)
+            return _known(kind, like)
         try:
             found = prove(subject, doubtful)
         except ModelError as error:
             wrong = wrong or error
             continue
-        return replace(kind, random=found.random, hidden=found.hidden, mark=found.mark)
+        return _known(kind, found)
     assert wrong is not None
     raise wrong
+
+
+def _known(kind: ExpertKind, by: Found | ExpertKind) -> ExpertKind:
+    return replace(kind, hidden=by.hidden, random=by.random, leaves_out=by.leaves_out, mark=by.mark)
 
 
 Candidate = tuple[ExpertKind, Subject, list[int]]
@@ -168,13 +174,24 @@ def _check_plain(module: nn.Module, name: str) -> None:
         if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
             raise ModelError(f"{name}.{key} has a gradient hook, which would be left behind",
                              hint="register it on the weights that are there after sharding")  # fmt: skip
-    takes = type(module).forward
-    inputs = list(inspect.signature(takes).parameters)[1:]
-    if takes is not nn.Module.forward and len(inputs) != 3:
+    if type(module).__call__ is not nn.Module.__call__:
+        raise ModelError(f"{name} has a __call__ of its own, which would not run", hint="override forward")
+    inputs = inputs_of(module)
+    if len(inputs) != 3:
         raise ModelError(
             f"{name} takes {len(inputs)} inputs ({', '.join(inputs)}), experts 3",
             hint="experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])",
         )
+
+
+def inputs_of(module: nn.Module) -> list[str]:
+    """Names of what an experts module is called with; of a bare list, which is not, the usual ones."""
+    takes = type(module).forward if type(module).forward is not nn.Module.forward else _called
+    return list(inspect.signature(takes).parameters)[1:]
+
+
+def _called(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    pass
 
 
 def _stacked(module: nn.Module, name: str) -> list[Candidate]:
@@ -284,6 +301,9 @@ def _module_list(experts: nn.ModuleList, name: str) -> list[Candidate]:
     """Equal modules, each of one input: the first one's code with each one's weights."""
     if not len(experts):
         raise ModelError("the list of experts is empty")
+    held = [id(weight) for expert in experts for weight in expert.parameters()]
+    if len(set(held)) < len(held):
+        raise ModelError(f"experts of {name} have weights in common", hint="experts cannot share weights")
     if odd := [key for key in (*experts._parameters, *experts._modules) if not key.isdigit()]:
         raise ModelError(f"{name} has {odd[0]} beside its experts", hint="a list holds its experts and nothing else")
     weights = {key: nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)

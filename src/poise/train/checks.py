@@ -129,7 +129,8 @@ def _alike(model: nn.Module, found: dict[str, nn.Module]) -> tuple[dict[str, Exp
         parent = name.rpartition(".")[0]
         for key in ("gate", "router"):
             outputs = _outputs(getattr(model.get_submodule(parent), key, None))
-            if outputs is not None and not outputs & {counts[name], counts[name] + 1}:  # one more: no expert
+            allowed = {counts[name]} | ({counts[name] + 1} if other.leaves_out else set())  # one more: no expert
+            if outputs is not None and not outputs & allowed:
                 raise ModelError(f"{parent}.{key} has {max(outputs)} outputs, {name} {counts[name]} experts")
     return kinds, counts[first]
 
@@ -183,9 +184,14 @@ def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]
         raise ModelError(f"{nested[0]} lies in other experts", hint="experts of experts are not supported")
     uses: dict[int, str] = {}
     inside = {place for module in found.values() for weight in module.parameters() for place in _places(weight)}
-    for owner_name, owner in model.named_modules():
-        for key, weight in owner.named_parameters(recurse=False):
+    others = tuple(f"{name}." for names in again.values() for name in names)
+    for owner_name, owner in model.named_modules(remove_duplicate=False):
+        if f"{owner_name}.".startswith(others):
+            continue  # the same experts by another name
+        for key, weight in owner._parameters.items():
             name = f"{owner_name}.{key}"
+            if weight is None:
+                continue
             for place in inside & _places(weight):
                 if uses.setdefault(place, name) != name:
                     raise ModelError(f"{name} and {uses[place]} are one parameter", hint="experts cannot share weights")
@@ -194,7 +200,8 @@ def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]
 
 def _places(weight: Tensor) -> set[int]:
     """What tells a parameter from others: itself, and where it begins in memory."""
-    return {id(weight), -weight.data_ptr()} - {0} if weight.numel() and not weight.is_meta else {id(weight)}
+    plain = type(weight) is nn.Parameter and weight.numel() and not weight.is_meta
+    return {id(weight), -weight.data_ptr()} - {0} if plain else {id(weight)}
 
 
 def _trained(name: str, module: nn.Module, kind: ExpertKind) -> list[str]:
