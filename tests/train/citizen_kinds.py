@@ -197,7 +197,50 @@ def experts_that_compute_something_else() -> dict:
     shared.blocks[1].experts.down_proj = nn.Parameter(shared.blocks[0].experts.down_proj.data)
     fourth = untouched(shared, lambda: shard(shared))
     assert "are one parameter" in fourth, fourth
-    return {"said": [one.splitlines()[0] for one in (first, second, third, fourth)]}
+    alias = h.build("list")
+    alias.blocks[0].first = alias.blocks[0].experts[0][0]  # the same module by another name
+    fifth = untouched(alias, lambda: shard(alias))
+    assert "are one parameter" in fifth, fifth
+    return {"said": [one.splitlines()[0] for one in (first, second, third, fourth, fifth)]}
+
+
+class ByName(h.Block):
+    """Calls its experts by the names that their forward gives, with a router of one output more: no expert."""
+
+    def __init__(self) -> None:
+        super().__init__("gated")
+        self.gate = nn.Linear(h.WIDTH, h.EXPERTS + 1, bias=False)
+        kind = type("Named", (GatedExperts,), {"forward": lambda s, x, chosen, shares: GatedExperts.forward(
+            s, x, chosen, shares)})  # fmt: skip
+        self.experts = kind(h.EXPERTS, h.WIDTH, h.INNER)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = x + torch.tanh(self.mix(x))
+        shares = self.gate(x).softmax(-1).gather(1, ids)
+        return x + self.experts(x, shares=shares, chosen=ids)
+
+
+@case
+def experts_called_by_name() -> dict:
+    """As before sharding; with other names, or too few inputs: a typed error."""
+    models = []
+    for _ in range(2):
+        models.append(h.build())
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            models[-1].blocks = nn.ModuleList(ByName().double() for _ in range(h.LAYERS))
+    dense, model = models
+    run = shard(model)
+    run.set_gradient_divide_factor(1.0)
+    h.loss_of(dense, everyone()).backward()
+    h.loss_of(model, mine()).backward()
+    error = apart(model, run, dense)
+    assert error <= EXACT, error
+    x, ids = mine().x, mine().ids[0]
+    said = [c.raised(ModelError, lambda: model.blocks[0].experts(x, ids=ids, shares=None)),
+            c.raised(ModelError, lambda: model.blocks[0].experts(x, ids))]  # fmt: skip
+    assert "x, chosen, shares" in said[0] and "2 inputs" in said[1], said
+    return {"error": error, "said": said}
 
 
 @case

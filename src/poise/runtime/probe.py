@@ -147,7 +147,7 @@ class _Trial:
     def _mark(self, y: Tensor) -> float:
         """Of positive numbers, so that it is as exact as they are."""
         size = self.x.norm(dim=1, keepdim=True)
-        return float((y.nan_to_num().to(self.x.dtype) * self.pull / size).abs().clamp(max=9).sum())
+        return float((y.nan_to_num().to(self.x.dtype) * self.pull / size).abs().asinh().sum())
 
     def _try_other_ids(self) -> bool:
         """All tokens to the same experts, of which none may be left out; and whether id E means no expert."""
