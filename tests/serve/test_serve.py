@@ -1,9 +1,25 @@
 """Serving on four processes equals the plain transformers model (run_cases.py)."""
 
+import pytest
 from tests.cases import judge
+from tests.serve.models import dense, moe_layers, placement
 from tests.serve.run_cases import CASES
+
+from poise.errors import ModelError
+from poise.serve.model import block_of, take_apart
 
 
 def test_all_cases(tmp_path, subtests):
     assert len(CASES) > 20
     judge("tests/serve/run_cases.py", CASES, tmp_path, subtests)
+
+
+def test_experts_of_another_code_are_refused():
+    model = dense("mixtral")
+    plain = type(block_of(model, 0).experts)
+    for layer in moe_layers(model):
+        block_of(model, layer).experts.__class__ = type(
+            "Doubled", (plain,), {"forward": lambda s, x, ids, w: 2 * plain.forward(s, x, ids, w)}
+        )
+    with pytest.raises(ModelError, match="the experts of layer 0: Doubled computes something else"):
+        take_apart(model, placement("contiguous", moe_layers(model), 4), 0)
