@@ -224,7 +224,7 @@ REFUSED = {
     "squared weights": (lambda: loop(weigh=lambda s, e, x, w: s.single(e, x) * w * w), "apart"),
     "normalised weights": (lambda: loop(forward=normalised), "apart"),
     "residual": (lambda: loop(forward=lambda s, x, ids, w: x + Loop.forward(s, x, ids, w)), "apart"),
-    "tiny offset": (lambda: loop(weigh=lambda s, e, x, w: s.single(e, x) * w + 1e-10), "apart"),
+    "tiny offset": (lambda: loop(weigh=lambda s, e, x, w: s.single(e, x) * w + 1e-13), "apart"),
     "small weights left out": (lambda: loop(weigh=lambda s, e, x, w: s.single(e, x) * w * (w > 0.05)), "apart"),
     "large weights cut": (lambda: loop(weigh=lambda s, e, x, w: s.single(e, x) * w.clamp(max=1)), "apart"),
     "capacity of a quarter": (lambda: loop(forward=capacity), "apart"),
