@@ -2,12 +2,14 @@
 
 import pytest
 from tests.cases import judge
+from tests.serve.models import dense, moe_layers, placement
 from tests.serve.run_cases import CASES
 from torch import nn
 
 from poise.cluster import Cluster
-from poise.errors import OptionError
+from poise.errors import ModelError, OptionError
 from poise.serve import Engine
+from poise.serve.model import block_of, take_apart
 
 
 def test_all_cases(tmp_path, subtests):
@@ -18,3 +20,14 @@ def test_all_cases(tmp_path, subtests):
 def test_without_a_process_group_it_is_refused():
     with pytest.raises(OptionError, match="2 devices, and there is no process group"):
         Engine(nn.Module(), None, Cluster.parse("1x2"))
+
+
+def test_experts_of_another_code_are_refused():
+    model = dense("mixtral")
+    plain = type(block_of(model, 0).experts)
+    for layer in moe_layers(model):
+        block_of(model, layer).experts.__class__ = type(
+            "Doubled", (plain,), {"forward": lambda s, x, ids, w: 2 * plain.forward(s, x, ids, w)}
+        )
+    with pytest.raises(ModelError, match="the experts of layer 0: Doubled computes something else"):
+        take_apart(model, placement("contiguous", moe_layers(model), 4), 0)

@@ -62,7 +62,7 @@ def expert_kind(hidden: int, inner: int, matrices: int) -> ExpertKind:
             f"an expert of hidden {hidden}, inner {inner}, {matrices} matrices",
             hint="sizes of 1 or more; 2 matrices, or 3 for a gated expert",
         )
-    return recognise(_Experts(hidden, inner, matrices))
+    return recognise(_Experts(hidden, inner, matrices), probe=False)
 
 
 def arithmetic_rows(

@@ -12,29 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.errors import ModelError
-from poise.runtime.experts import ExpertKind, recognise
 
 
 class DenseExperts(nn.Module):
-    """All experts on one device, one after the other: the reference."""
+    """All experts on one device, one after the other: the reference. Each computes with its own code."""
 
-    def _kind(self) -> ExpertKind:
-        kind = self.__dict__.get("_known")
-        if kind is None:
-            kind = self.__dict__["_known"] = recognise(self)
-        return kind
+    def expert(self, e: int, x_nd: Tensor) -> Tensor:
+        """What expert ``e`` makes of its tokens, [n, d]."""
+        raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, [T, d]."""
-        kind = self._kind()
-        listed = isinstance(self, nn.ModuleList)
-        weights = {} if listed else {name: weight.unbind(0) for name, weight in self.named_parameters(recurse=False)}
         out = torch.zeros_like(hidden_states)
-        for e in range(len(self) if listed else next(iter(self.parameters())).shape[0]):
+        for e in range(len(self) if isinstance(self, nn.ModuleList) else len(next(iter(self.parameters())))):
             token, k = torch.where(top_k_index == e)
             if len(token):
-                mine = dict(self[e].named_parameters()) if listed else {n: rows[e] for n, rows in weights.items()}
-                y = kind.one(mine, hidden_states[token])
+                y = self.expert(e, hidden_states[token])
                 out = out.index_add(0, token, (y * top_k_weights[token, k, None]).to(out.dtype))
         return out
 
@@ -51,6 +44,9 @@ class PlainExperts(DenseExperts):
             if not weight.is_meta:
                 nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
+    def expert(self, e: int, x_nd: Tensor) -> Tensor:  # noqa: D102
+        return F.linear(self.act_fn(F.linear(x_nd, self.up_proj[e])), self.down_proj[e])
+
 
 class GatedExperts(DenseExperts):
     """Experts of three matrices, gate and up in one: ``down(silu(gate(x)) * up(x))``."""
@@ -64,12 +60,20 @@ class GatedExperts(DenseExperts):
             if not weight.is_meta:
                 nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
+    def expert(self, e: int, x_nd: Tensor) -> Tensor:  # noqa: D102
+        gate, up = F.linear(x_nd, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[e])
+
 
 class ExpertList(DenseExperts, nn.ModuleList):
     """Experts as equal modules of one input each; a raw ``ModuleList`` has no call to stand in for."""
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         nn.ModuleList.__init__(self, experts)
+
+    def expert(self, e: int, x_nd: Tensor) -> Tensor:  # noqa: D102
+        out: Tensor = self[e](x_nd)
+        return out
 
 
 class MoE(nn.Module):

@@ -19,8 +19,8 @@ from poise.files import regular_size
 from poise.jsonfile import read_json
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers
-from poise.runtime.experts import Bank, ExpertKind, recognise
-from poise.serve.model import Parts, StandIn, block_of, check_family, check_placement, take_apart
+from poise.runtime.experts import Bank, ExpertKind
+from poise.serve.model import Parts, StandIn, block_of, check_family, check_placement, kinds_of, take_apart
 
 MAX_INDEX_BYTES = 64 << 20
 RENAMED = (("block_sparse_moe.", "mlp."),)
@@ -78,7 +78,7 @@ def from_folder(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
         check_family(model)
-        kinds = {layer: recognise(block_of(model, layer).experts) for layer in find_routers(model)}
+        kinds = kinds_of({layer: block_of(model, layer) for layer in find_routers(model)})
         first = block_of(model, next(iter(kinds))).experts
         check_placement(placement, list(kinds), len(next(first.parameters())), placement.num_devices)
         if (folder / "model.safetensors.index.json").is_file() or (folder / "model.safetensors").is_file():

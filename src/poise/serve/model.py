@@ -22,7 +22,7 @@ from poise.errors import ModelError, PlacementError
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers, routed
 from poise.runtime.collectives import gather
-from poise.runtime.experts import Bank, ExpertKind, recognise
+from poise.runtime.experts import Bank, ExpertKind, recognise_all
 from poise.serve.attention import NAME, STEP, AttentionStep, StepSlot
 from poise.serve.batch import KeyValueCache, StepBatch, as_ids
 from poise.serve.layer import ServedLayer
@@ -98,7 +98,7 @@ def take_apart(model: nn.Module, placement: Placement, rank: int) -> Parts:
     routers = find_routers(model)
     check_family(model)
     blocks = {layer: block_of(model, layer) for layer in routers}
-    kinds = {layer: recognise(block.experts) for layer, block in blocks.items()}
+    kinds = kinds_of(blocks)
     first: Any = next(iter(blocks.values())).experts
     check_placement(placement, list(blocks), len(next(iter(first.parameters()))), placement.num_devices)
     banks: dict[int, Bank] = {}
@@ -109,6 +109,20 @@ def take_apart(model: nn.Module, placement: Placement, rank: int) -> Parts:
             banks[layer] = {name: getattr(weights, name).detach()[rows].clone() for name in kinds[layer].shapes}
         block.experts = StandIn()
     return Parts(model.eval(), kinds, banks, placement)
+
+
+def kinds_of(blocks: Mapping[int, Any]) -> dict[int, ExpertKind]:
+    """What experts of each block compute when they are evaluated.
+
+    Raises
+    ------
+    ModelError : experts of no known shape, or whose own code computes something else.
+    """
+    names = {layer: f"the experts of layer {layer}" for layer in blocks}
+    kinds = recognise_all({names[layer]: block.experts for layer, block in blocks.items()})
+    for kind in kinds.values():
+        kind.follow(False)
+    return {layer: kinds[name] for layer, name in names.items()}
 
 
 def block_of(model: nn.Module, layer: int) -> Any:

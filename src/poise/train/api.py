@@ -24,23 +24,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from poise.cluster import Cluster
 from poise.cost.memory import TrainingBytes, slots_that_fit
 from poise.cost.transfers import Form
-from poise.errors import ModelError, OptionError
+from poise.errors import OptionError
 from poise.modelspec import ModelSpec
 from poise.policies.plan import StepPolicy
 from poise.policies.registry import parse_policy
-from poise.policies.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
+from poise.policies.sharding import ShardingPolicy
+from poise.runtime.alike import HOOKS
 from poise.runtime.collectives import twin
-from poise.runtime.experts import ExpertKind, recognise
 from poise.train.checkpoint import speak_of_experts
+from poise.train.checks import flattened, ready
 from poise.train.gradients import clip_grad_norm_
-from poise.train.machine import device_name, presumed, unknown, warn_of_rates
+from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
 from poise.train.schedule import Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
-
-HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-         "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
-SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous(), "balanced": Balanced()}
 
 
 class FssdpExperts:
@@ -197,55 +194,41 @@ def fully_shard_experts(
 
     Raises
     ------
-    ModelError : no MoE layer of a known shape, or layers that differ. OptionError : an option out of range, or a mesh
-        that does not hold this rank.
+    ModelError : no MoE layer of a known shape, layers that differ, experts whose own code computes something else, or
+        another model or other options on another rank. OptionError : an option out of range, or a mesh that does not
+        hold this rank. All but the last on every rank of the mesh, and the model is as it was.
     """
-    _check(step_slots, replica_bytes, prefetch, window, rematerialise, mesh)
-    planner = parse_policy(policy) if isinstance(policy, str) else policy
-    found, again = _find(model)
-    kinds = {name: recognise(module) for name, module in found.items()}
-    first_name, kind = next(iter(kinds.items()))
-    counts = {name: _count(module) for name, module in found.items()}
-    for name, other in kinds.items():
-        if other.shapes != kind.shapes or counts[name] != counts[first_name]:
-            raise ModelError(
-                f"{name} has {counts[name]} experts of {other.shapes}, "
-                f"{first_name} {counts[first_name]} of {kind.shapes}",
-                hint="layers of one run must be equal; shard them by separate calls",
-            )
-    flat = mesh if mesh.ndim == 1 else mesh._flatten()
+    given = {
+        "policy": policy, "step_slots": step_slots, "replica_bytes": replica_bytes, "sharding": sharding,
+        "rematerialise": rematerialise, "prefetch": prefetch, "window": window, "cluster": cluster,
+        "window_s": window_s, "form": form, "mp_policy": mp_policy, "offload": offload,
+        "force_balance": force_balance, "owners": owners,
+    }  # fmt: skip
+    flat = flattened(mesh)
     tokens_group = flat.get_group()
+    checked = ready(model, mesh, tokens_group, given)
     weights_group = _second_group(flat, tokens_group)
-    rank, size = dist.get_rank(tokens_group), dist.get_world_size(tokens_group)
-    if cluster is not None and cluster.num_devices != size:
-        raise OptionError(f"the cluster has {cluster.num_devices} devices, the mesh {size} ranks")
-    if isinstance(sharding, str) and sharding not in SHARDINGS:
-        raise OptionError(f"unknown sharding {sharding!r}", hint=f"one of {', '.join(SHARDINGS)}")
-    plan = SHARDINGS[sharding] if isinstance(sharding, str) else sharding
-    experts = counts[first_name]
-    owner_LE = even_sharding(len(found), experts, size) if owners is None else np.asarray(owners, np.int64)
-    if owner_LE.shape != (len(found), experts) or owner_LE.min() < 0 or owner_LE.max() >= size:
-        raise OptionError(f"owners have shape {owner_LE.shape}, not {(len(found), experts)}, or name no rank of {size}")
-    devices = [""] * size
-    dist.all_gather_object(devices, device_name(mesh), group=tokens_group)
-    ranks = dist.get_process_group_ranks(tokens_group)
-    machine, guessed = (presumed(mesh, ranks, devices), unknown(devices)) if cluster is None else (cluster, "")
-    warn_of_rates(guessed, planner, plan)
+    rank, (_, experts) = dist.get_rank(tokens_group), checked.owner_LE.shape
+    found, kinds, owner_LE = checked.found, checked.kinds, checked.owner_LE
+    warn_of_rates(checked.guessed, checked.policy, checked.sharding)
     layers: list[ShardedExperts] = []
     replaced: list[weakref.ref[nn.Parameter]] = []
     for number, (name, module) in enumerate(found.items()):
         weights = stacked(module, kinds[name])
-        new = ShardedExperts(kinds[name], weights, _trained(name, module, kinds[name]), owner_LE[number], rank)
+        new = ShardedExperts(kinds[name], weights, checked.trained[name], owner_LE[number], rank)
         speak_of_experts(new)
         new.listed = isinstance(module, nn.ModuleList)
         if offload and not any(weight.is_meta for weight in weights.values()):
             new.to("cpu")
         replaced += [weakref.ref(weight) for weight in module.parameters()]
-        for place in (name, *again[name]):
+        for place in (name, *checked.again[name]):
             parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
         for kind_of_hook in HOOKS:
             getattr(new, kind_of_hook).update(getattr(module, kind_of_hook))
+        new._is_full_backward_hook = module._is_full_backward_hook
+        new.train(module.training)
+        new.stands_for(module)
         _hide(new)
         layers.append(new)
     stored = next(iter(layers[0].owned().values()))
@@ -255,7 +238,7 @@ def fully_shard_experts(
         else (torch.device(mesh.device_type))
     )
     compute = getattr(mp_policy, "param_dtype", None) or stored.dtype
-    top_k = _top_k(model, next(iter(found)))
+    kind, top_k = next(iter(kinds.values())), checked.top_k
     reduced = getattr(mp_policy, "reduce_dtype", None) or compute
     sizes = _model(kind, experts, top_k, len(layers), compute)
     slots = 2 if step_slots is None else step_slots
@@ -267,82 +250,16 @@ def fully_shard_experts(
     schedule = Schedule(
         layers,
         Settings(
-            planner, slots, window, prefetch, rematerialise, plan, form, window_s, force_balance,
+            checked.policy, slots, window, prefetch, rematerialise, checked.sharding, form, window_s, force_balance,
         ),
-        machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
+        checked.machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
     )  # fmt: skip
-    handle = FssdpExperts(model, schedule, guessed)
+    handle = FssdpExperts(model, schedule, checked.guessed)
     model.register_forward_pre_hook(lambda *_: schedule.begin())
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
     _watch_optimizers(schedule, replaced)
     return handle
-
-
-def _check(
-    step_slots: int | None,
-    replica_bytes: float | None,
-    prefetch: int,
-    window: int,
-    rematerialise: bool | float,
-    mesh: DeviceMesh,
-) -> None:
-    if step_slots is not None and replica_bytes is not None:
-        raise OptionError(f"step_slots {step_slots} and replica_bytes {replica_bytes:g} say the same", hint="give one")
-    budget = 0.0 if isinstance(rematerialise, bool) else rematerialise
-    if (step_slots or 0) < 0 or prefetch < 0 or window < 1 or budget < 0:
-        raise OptionError(
-            f"step_slots {step_slots}, prefetch {prefetch} and rematerialise {rematerialise} must be at least 0, "
-            f"window {window} at least 1"
-        )
-    if mesh.ndim > 2:
-        raise OptionError(f"the mesh has {mesh.ndim} dimensions", hint="1, or 2: node and device in the node")
-    if mesh.get_coordinate() is None:
-        raise OptionError("this rank is not in the mesh")
-
-
-def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """Experts by the name under which they come first, and the other names of each (layers that share experts)."""
-    found: dict[str, nn.Module] = {}
-    again: dict[str, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ShardedExperts):
-            raise ModelError(f"{name} is sharded already")
-        if name.rpartition(".")[2] == "experts" and next(module.parameters(), None) is not None:
-            if type(module) is nn.ModuleList:
-                raise ModelError(
-                    f"{name} is a bare ModuleList, which cannot be called",
-                    hint="use poise.runtime.moe.ExpertList and call it as experts(tokens, ids, weights)",
-                )
-            first = next((known for known, other in found.items() if other is module), None)
-            if first is None:
-                found[name], again[name] = module, []
-            else:
-                again[first].append(name)
-    if not found:
-        raise ModelError(f"{type(model).__name__} has no child named experts", hint="is it a Mixture-of-Experts model?")
-    uses: dict[int, str] = {}
-    inside = {id(weight) for module in found.values() for weight in module.parameters()}
-    for owner_name, owner in model.named_modules():
-        for key, weight in owner.named_parameters(recurse=False):
-            if id(weight) in inside and uses.setdefault(id(weight), f"{owner_name}.{key}") != f"{owner_name}.{key}":
-                raise ModelError(
-                    f"{owner_name}.{key} and {uses[id(weight)]} are one parameter", hint="experts cannot share weights"
-                )
-    return found, again
-
-
-def _trained(name: str, module: nn.Module, kind: ExpertKind) -> list[str]:
-    """Names of the weights that are trained; those of a list must agree, and all must have one type."""
-    lists = list(module) if isinstance(module, nn.ModuleList) else [module]
-    flags = [tuple(dict(one.named_parameters())[key].requires_grad for key in kind.shapes) for one in lists]
-    if len(set(flags)) > 1:
-        odd = next(number for number, flag in enumerate(flags) if flag != flags[0])
-        raise ModelError(f"expert {odd} of {name} is trained otherwise than expert 0", hint="set requires_grad for all")
-    types = {weight.dtype for weight in module.parameters()}
-    if len(types) > 1:
-        raise ModelError(f"weights of {name} have types {', '.join(sorted(map(str, types)))}", hint="use one type")
-    return [key for key, flag in zip(kind.shapes, flags[0], strict=True) if flag]
 
 
 def _check_kind(optimizer: torch.optim.Optimizer) -> None:
@@ -381,20 +298,6 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
                 hint="build the optimizer after fully_shard_experts",
             )
-
-
-def _count(module: nn.Module) -> int:
-    return len(module) if isinstance(module, nn.ModuleList) else int(next(module.parameters(recurse=False)).shape[0])
-
-
-def _top_k(model: nn.Module, experts: str) -> int:
-    parent = model.get_submodule(experts.rpartition(".")[0])
-    for owner in (parent, getattr(parent, "gate", None), getattr(parent, "router", None)):
-        for name in ("top_k", "num_experts_per_tok"):
-            value = getattr(owner, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    return 1
 
 
 def _second_group(mesh: DeviceMesh, first: Any) -> Any:

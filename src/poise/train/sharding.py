@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from poise.errors import ModelError, OptionError
 from poise.runtime.collectives import Batch, next_tag
-from poise.runtime.experts import Bank, ExpertKind
+from poise.runtime.experts import Bank, ExpertKind, inputs_of
 
 
 class Run(Protocol):
@@ -71,6 +71,19 @@ class ShardedExperts(nn.Module):
             self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
         self.schedule: Run | None = None
         self.number = -1
+        self._fixed: frozenset[str] = frozenset()
+        self._inputs = ["hidden_states", "top_k_index", "top_k_weights"]
+
+    def stands_for(self, experts: nn.Module) -> None:
+        """Be called as ``experts``, and refuse to be given what it had: its code runs with the constants of before."""
+        self._inputs = inputs_of(experts)
+        had = {key for key in (*vars(experts), *experts._modules) if not key.startswith("_") and key != "training"}
+        self._fixed = frozenset(had - set(vars(self)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            raise ModelError(f"{name} of sharded experts cannot be changed", hint="set it before fully_shard_experts")
+        super().__setattr__(name, value)
 
     def own(self, owner_E: NDArray[np.int64]) -> None:
         """Take note of new owners; the parameters are the caller's task."""
@@ -117,10 +130,24 @@ class ShardedExperts(nn.Module):
         return any(weight.dtype != run.compute_dtype or weight.device != run.device for weight in self.owned().values())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Tokens [T, d] (or [..., d]), expert ids and weights [T, K]; the weighted sum of the experts, [T, d]."""
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """Tokens [T, d] (or [..., d]), expert ids and weights [T, K]; the weighted sum of the experts, [T, d].
+
+        By name they are called as in the module before sharding.
+        """
+        if len(given) + len(named) != 3 or set(named) != set(self._inputs[len(given) :]):
+            raise ModelError(
+                f"experts called with {len(given)} inputs and {sorted(named)}, not with {', '.join(self._inputs)}"
+            )
+        hidden_states, top_k_index, top_k_weights = *given, *(named[name] for name in self._inputs[len(given) :])
         if self.schedule is None:
             raise ModelError("these experts belong to no run", hint="fully_shard_experts sets them up")
+        if self.training and self.kind.random:
+            raise ModelError(
+                "these experts draw random numbers in training (dropout, noise): they may be evaluated only",
+                hint="model.eval(), or set their probability to 0 before fully_shard_experts",
+            )
+        self.kind.follow(self.training)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = top_k_index.reshape(-1, top_k_index.shape[-1])
         weights = top_k_weights.reshape(-1, top_k_index.shape[-1])
