@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -34,12 +34,12 @@ class _Line:
 
     Parameters
     ----------
-    tags : drawn by exchanges in their order, the same on all ranks.
+    drawn : tags drawn by exchanges in their order, the same on all ranks.
     held : works, and the tensors that they read and fill, of every batch that nobody has waited for.
     forgotten : batches among these that nobody can wait for any more.
     """
 
-    tags: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, TAGS)))
+    drawn: int = 0
     held: dict[int, tuple[list[Any], list[Tensor]]] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
 
@@ -50,7 +50,15 @@ _numbers = itertools.count()
 
 def next_tag(group: Any) -> int:
     """The tag of a new exchange: every rank of the group calls it for each, also where it sends nothing itself."""
-    return next(_lines.setdefault(group, _Line()).tags)
+    line = _lines.setdefault(group, _Line())
+    line.drawn += 1
+    return (line.drawn - 1) % (TAGS - 1) + 1
+
+
+def exchanges(group: Any) -> int:
+    """How many exchanges of a group have begun: the same on all ranks, or one has left out what others did."""
+    line = _lines.get(group)
+    return 0 if line is None else line.drawn
 
 
 class Batch:

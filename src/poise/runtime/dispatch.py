@@ -14,7 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from poise.errors import ModelError
 from poise.runtime.collectives import exchange, gather
+
+NO_EXPERT = -1
+"""An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +46,47 @@ def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64
     return gather(mine, group).cpu().numpy()
 
 
+def routed(x: Tensor, ids: Tensor, weights: Tensor, width: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model gives its experts, as tokens [T, d], ids int64 [T, K] and router weights [T, K].
+
+    Raises
+    ------
+    ModelError : shapes that do not fit together, tokens of another width, or ids that are no whole numbers.
+    """
+    hint = "experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])"
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ModelError(f"expert ids are of type {ids.dtype}, not whole numbers", hint=hint)
+    if not ids.dim() or not ids.shape[-1]:
+        raise ModelError(f"expert ids have shape {tuple(ids.shape)}, not [T, K]", hint=hint)
+    if weights.shape[-1:] != ids.shape[-1:] or weights.numel() != ids.numel():
+        raise ModelError(f"router weights have shape {tuple(weights.shape)}, ids {tuple(ids.shape)}", hint=hint)
+    if not x.dim() or (width is not None and x.shape[-1] != width):
+        raise ModelError(f"tokens have shape {tuple(x.shape)}, experts a width of {width}", hint=hint)
+    if x.shape[:-1].numel() != ids.shape[:-1].numel():
+        raise ModelError(f"tokens have shape {tuple(x.shape)}, expert ids {tuple(ids.shape)}", hint=hint)
+    shape = (ids.shape[:-1].numel(), ids.shape[-1])
+    return x.reshape(shape[0], x.shape[-1]), ids.reshape(shape).to(torch.int64), weights.reshape(shape)
+
+
+def numbered(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Ids with one number, E, for no expert, and one, E + 1, for what is out of range."""
+    ids_TK = torch.where(ids_TK == NO_EXPERT, num_experts, ids_TK)
+    return torch.where((ids_TK < 0) | (ids_TK > num_experts), num_experts + 1, ids_TK)
+
+
+def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError:
+    """What to say of ids that name neither an expert nor none."""
+    wrong = ids_TK[(ids_TK < NO_EXPERT) | (ids_TK > num_experts)]
+    return ModelError(
+        f"{len(wrong)} expert ids lie outside 0..{num_experts - 1}, as {wrong.flatten()[0].item()} does",
+        hint=f"-1 and {num_experts} mean no expert",
+    )
+
+
 def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
     """From this rank's expert ids int64 [T, K] and everyone's pairs by source, expert and device int64 [D, E, D].
 
+    Ids of E, no expert, stay behind: they are sorted last.
     ``slots`` are the experts held here in the order they are computed; without it, by number.
     """
     device = ids_TK.device
