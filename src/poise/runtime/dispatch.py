@@ -68,17 +68,23 @@ def routed(x: Tensor, ids: Tensor, weights: Tensor, width: int | None) -> tuple[
     return x.reshape(shape[0], x.shape[-1]), ids.reshape(shape).to(torch.int64), weights.reshape(shape)
 
 
-def numbered(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Ids with one number, E, for no expert, and one, E + 1, for what is out of range."""
-    ids_TK = torch.where(ids_TK == NO_EXPERT, num_experts, ids_TK)
-    return torch.where((ids_TK < 0) | (ids_TK > num_experts), num_experts + 1, ids_TK)
+def counted(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Pairs by id, int64 [E + 4]: below -1, -1, the experts, E, above E."""
+    return torch.bincount((ids_TK.reshape(-1) + 2).clamp_(0, num_experts + 3), minlength=num_experts + 4)
 
 
-def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError:
-    """What to say of ids that name neither an expert nor none."""
+def named(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Which ids name an expert, bool [T, K]."""
+    return (ids_TK >= 0) & (ids_TK < num_experts)
+
+
+def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
+    """What to say of ids that name neither an expert nor none; None if all do."""
     wrong = ids_TK[(ids_TK < NO_EXPERT) | (ids_TK > num_experts)]
+    if not len(wrong):
+        return None
     return ModelError(
-        f"{len(wrong)} expert ids lie outside 0..{num_experts - 1}, as {wrong.flatten()[0].item()} does",
+        f"{len(wrong)} expert ids lie outside 0..{num_experts - 1}, as {wrong[0].item()} does",
         hint=f"-1 and {num_experts} mean no expert",
     )
 
@@ -86,12 +92,15 @@ def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError:
 def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
     """From this rank's expert ids int64 [T, K] and everyone's pairs by source, expert and device int64 [D, E, D].
 
-    Ids of E, no expert, stay behind: they are sorted last.
+    Pairs without an expert stay behind.
     ``slots`` are the experts held here in the order they are computed; without it, by number.
     """
     device = ids_TK.device
     mine_ED, here_SE = rows_SED[rank], rows_SED[:, :, rank]
-    by_expert = torch.argsort(ids_TK.reshape(-1), stable=True)
+    ids = ids_TK.reshape(-1)
+    if mine_ED.sum() < len(ids):
+        ids = torch.where(named(ids, len(mine_ED)), ids, len(mine_ED))  # last, where nothing is sent from
+    by_expert = torch.argsort(ids, stable=True)
     to = np.repeat(np.tile(np.arange(mine_ED.shape[1]), mine_ED.shape[0]), mine_ED.reshape(-1))
     by_rank = torch.from_numpy(np.argsort(to, kind="stable")).to(device)
     expert = np.repeat(np.tile(np.arange(here_SE.shape[1]), here_SE.shape[0]), here_SE.reshape(-1))

@@ -135,7 +135,8 @@ class LayerStep:
         way, leaves, inner = self.way, self.weights.leaves() if accumulate else [], self.inner
         self.weights.before_backward()
         dy_in = there(dy_Nd.index_select(0, way.send_N), way, self.group)
-        dx_in, grads = dy_in.new_zeros(dy_in.shape), [None] * len(leaves)
+        dx_in = dy_in.new_zeros(dy_in.shape)
+        grads: list[Tensor | None] = [None] * len(leaves)
         failed: Exception | None = None
         if inner.y_edge is not None and inner.x_edge is not None:
             try:
@@ -145,6 +146,7 @@ class LayerStep:
                 dx_in, grads = got[0], list(got[1:])
             except Exception as error:  # as forward
                 failed, dx_in = error, torch.full_like(dy_in, torch.nan)
+                grads = [torch.full_like(leaf, torch.nan) for leaf in leaves]
             if not keep:
                 inner.x_edge = inner.y_edge = None
         self.weights.after_backward(grads if accumulate else None)

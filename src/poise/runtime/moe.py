@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.errors import ModelError
+from poise.runtime.dispatch import out_of_range
 from poise.runtime.experts import ExpertKind, recognise
 
 
@@ -25,12 +26,20 @@ class DenseExperts(nn.Module):
         return kind
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts, [T, d]."""
+        """Weighted sum of the chosen experts, [T, d]; ids of -1 and E mean none.
+
+        Raises
+        ------
+        ModelError : ids beyond these.
+        """
         kind = self._kind()
         listed = isinstance(self, nn.ModuleList)
         weights = {} if listed else {name: weight.unbind(0) for name, weight in self.named_parameters(recurse=False)}
         out = torch.zeros_like(hidden_states)
-        for e in range(len(self) if listed else next(iter(self.parameters())).shape[0]):
+        count = len(self) if listed else next(iter(self.parameters())).shape[0]
+        if (wrong := out_of_range(top_k_index, count)) is not None:
+            raise wrong
+        for e in range(count):
             token, k = torch.where(top_k_index == e)
             if len(token):
                 mine = dict(self[e].named_parameters()) if listed else {n: rows[e] for n, rows in weights.items()}

@@ -44,6 +44,10 @@ class Place:
     number: int
     more: tuple[tuple[str, Any], ...] = ()
 
+    def sum(self) -> int:
+        """Differs where places do."""
+        return zlib.crc32(repr((self.doing, self.run, self.layer, self.number, *self.more)).encode())
+
     def __str__(self) -> str:
         model = f" of model {self.run}" if self.run else ""
         return (f"{self.doing}" if self.layer < 0 else f"layer {self.layer}, {self.doing}, pass {self.number}") + model
@@ -58,15 +62,19 @@ class Meeting:
     """
 
     def __init__(self, group: Any) -> None:
-        self.group, self.width, self.runs = twin(group), 0, 0
+        self.group, self.runs = twin(group), 0
+        self._zeros = torch.zeros(0, dtype=torch.int64)
 
-    def join(self, width: int) -> int:
+    def join(self, width: int, device: torch.device) -> int:
         """One more run meets here, with at most ``width`` numbers at a time; its number."""
         # one width for all runs: ranks that are in different ones must be able to find it out
-        self.width, self.runs = max(self.width, width), self.runs + 1
+        self._zeros = torch.zeros(max(len(self._zeros), width), dtype=torch.int64, device=device)
+        self.runs += 1
         return self.runs - 1
 
-    def meet(self, place: Place, numbers_X: Tensor, problem: PoiseError | None = None) -> NDArray[np.int64]:
+    def meet(
+        self, place: Place, numbers_X: Tensor | None = None, problem: PoiseError | None = None
+    ) -> NDArray[np.int64]:
         """Numbers of every rank, int64 [D, X], once all are at the same place and none has a problem.
 
         Raises
@@ -74,13 +82,14 @@ class Meeting:
         CommunicationError : on every rank, if one is elsewhere; names it and where it is.
         PoiseError : on every rank, the problem of one.
         """
-        mine = numbers_X.new_zeros(2 + self.width)
-        mine[0], mine[1] = zlib.crc32(repr(place).encode()), int(problem is not None)
-        mine[2 : 2 + len(numbers_X)] = numbers_X
-        told = gather(mine, self.group).cpu().numpy()
+        parts = [self._zeros.new_tensor([place.sum(), problem is not None]), self._zeros]
+        count = 0 if numbers_X is None else len(numbers_X)
+        if numbers_X is not None:
+            parts[1:] = [numbers_X, self._zeros[count:]]
+        told = gather(torch.cat(parts), self.group).cpu().numpy()
         if told[:, 1].any() or (told[:, 0] != told[0, 0]).any():
             self.settle(place, problem)
-        return np.asarray(told[:, 2 : 2 + len(numbers_X)])
+        return np.asarray(told[:, 2 : 2 + count])
 
     def settle(self, place: Place, problem: PoiseError | None) -> NoReturn:
         """Every rank knows that something is wrong; now all learn what, and raise."""
@@ -110,11 +119,6 @@ def meeting_of(group: Any) -> Meeting:
     if group not in _meetings:
         _meetings[group] = Meeting(group)
     return _meetings[group]
-
-
-def no_numbers(device: torch.device) -> Tensor:
-    """To meet without numbers."""
-    return torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _difference(places: Sequence[Place]) -> str:

@@ -40,10 +40,10 @@ from poise.policies.plan import LayerView, StepPlan, StepPolicy
 from poise.policies.rematerialise import layers_to_keep
 from poise.policies.sharding import ShardingPolicy
 from poise.runtime.collectives import exchanges
-from poise.runtime.dispatch import make_exchange, numbered, out_of_range, routed
+from poise.runtime.dispatch import counted, make_exchange, named, out_of_range, routed
 from poise.runtime.layer import LayerStep, RunExperts
 from poise.runtime.recompute import Region, checkpoint_region, in_backward, places
-from poise.runtime.together import Place, meeting_of, no_numbers
+from poise.runtime.together import Place, meeting_of
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.history import LoadHistory
 from poise.train.materialize import Ledger, Materialised
@@ -67,6 +67,16 @@ class Settings:
     form: Form
     window_s: float | None
     force_balance: bool
+
+
+class Options(str):
+    """What a run was told, in words that are as long as they must; for short, their sum."""
+
+    def __repr__(self) -> str:
+        return self.short
+
+    def __init__(self, text: str) -> None:
+        self.short = str(zlib.crc32(text.encode()))
 
 
 class Schedule:
@@ -116,9 +126,8 @@ class Schedule:
         self._held: list[NDArray[np.bool_] | None] = [None] * len(layers)
         self.passes, self._pass = Passes(), 0
         self.meeting = meeting_of(tokens_group)
-        self.run_number = self.meeting.join(layers[0].num_experts + 2)
-        self._no_numbers = no_numbers(device)
-        self._said: tuple[Any, str] = (None, "")
+        self.run_number = self.meeting.join(layers[0].num_experts + 4, device)
+        self._said: tuple[Any, Options] = (None, Options(""))
         self._callback, self._accumulated, self._wrapped_well = False, False, False
         self._hooks: list[tuple[Any, Any]] = []
         self._last: int | None = None
@@ -186,13 +195,13 @@ class Schedule:
             *more, ("optimizer steps", self.steps), ("exchanges of tokens", exchanges(self.tokens_group)),
             ("transfers of weights", exchanges(self.weights_group)),
         ))  # fmt: skip
-        return self.meeting.meet(place, self._no_numbers if numbers_X is None else numbers_X, problem)
+        return self.meeting.meet(place, numbers_X, problem)
 
-    def _options(self) -> str:
+    def _options(self) -> Options:
         """What all ranks must have been told alike."""
         if self._said[0] is not self.settings:
             text = f"{self.settings!r}, {self.cluster!r}, {self.compute_dtype}, {self.reduce_dtype}"
-            self._said = self.settings, re.sub(r" at 0x[0-9a-f]+", "", text)
+            self._said = self.settings, Options(re.sub(r" at 0x[0-9a-f]+", "", text))
         return self._said[1]
 
     def run(self, experts: ShardedExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -211,7 +220,7 @@ class Schedule:
             problem, x_Td, weights_TK = error, x.new_zeros(0, 1), weights.new_zeros(0, 1)
             ids_TK = torch.zeros((0, 1), dtype=torch.int64, device=ids.device)
         if in_backward():
-            one = self._again(experts, numbered(ids_TK, experts.num_experts), region, problem)
+            one = self._again(experts, ids_TK, region, problem)
         else:
             if self._last is None or experts.number <= self._last:
                 self.begin()
@@ -236,9 +245,9 @@ class Schedule:
         self._clock.leave(y_Nd)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
         if region.frames:  # recorded now, so that the recomputation can put swapped experts back
-            weights_TK = weights_TK.gather(1, places(one.ids_TK, numbered(ids_TK, experts.num_experts)))
+            weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
         if len(one.way.send_N) < one.ids_TK.numel():  # whatever stands where no expert was named counts for nothing
-            weights_TK = weights_TK.masked_fill(one.ids_TK == experts.num_experts, 0)
+            weights_TK = weights_TK.masked_fill(~named(one.ids_TK, experts.num_experts), 0)
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
 
     def _forced(self, ids_TK: Tensor) -> Tensor:
@@ -247,7 +256,7 @@ class Schedule:
             return ids_TK
         experts = self.layers[0].num_experts
         turn = torch.arange(ids_TK.numel(), device=ids_TK.device) + self.rank * ids_TK.numel()
-        return torch.where(ids_TK < experts, (turn % experts).view(ids_TK.shape), ids_TK)
+        return torch.where(named(ids_TK, experts), (turn % experts).view(ids_TK.shape), ids_TK)
 
     def _again(self, experts: ShardedExperts, ids_TK: Tensor, region: Region, problem: PoiseError | None) -> Pass:
         """The pass that is computed again, the same on all ranks."""
@@ -262,9 +271,8 @@ class Schedule:
         return one
 
     def _loads(
-        self, experts: ShardedExperts, x_Td: Tensor, given_TK: Tensor, ids_TK: Tensor, region: Region,
-        problem: PoiseError | None,
-    ) -> NDArray[np.int64]:  # fmt: skip
+        self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, region: Region, problem: PoiseError | None
+    ) -> NDArray[np.int64]:
         """Pairs of every rank and expert, int64 [D, E], once all ranks are in this layer of this pass."""
         count, early = experts.num_experts, self._early.get(experts.number)
         known = b"" if early is None else early.early_ED.tobytes()
@@ -275,19 +283,19 @@ class Schedule:
             ("iterations", self.history.seen(experts.number)),
             ("sum over owners and replicas", zlib.crc32(known, zlib.crc32(experts.owner_E.tobytes()))),
         )  # fmt: skip
-        bins = torch.bincount(ids_TK.reshape(-1), minlength=count + 2)
-        told = self._meet("forward", experts.number, self._pass, numbers_X=bins, problem=problem, more=more)
-        if told[:, -1].any():
-            mine = out_of_range(given_TK, count) if told[self.rank, -1] else None
-            self.meeting.settle(Place("forward", self.run_number, experts.number, self._pass), mine)
-        return told[:, :count]
+        told = self._meet("forward", experts.number, self._pass, numbers_X=counted(ids_TK, count), problem=problem,
+                          more=more)  # fmt: skip
+        if told[:, 0].any() or told[:, -1].any():
+            self.meeting.settle(
+                Place("forward", self.run_number, experts.number, self._pass), out_of_range(ids_TK, count)
+            )
+        return np.ascontiguousarray(told[:, 2 : count + 2])  # as compiled functions take it
 
     def _plan(
         self, experts: ShardedExperts, x_Td: Tensor, given_TK: Tensor, region: Region, problem: PoiseError | None
     ) -> Pass:
-        layer, named_TK = experts.number, numbered(given_TK, experts.num_experts)
-        ids_TK = self._forced(named_TK)
-        load_SE = self._loads(experts, x_Td, given_TK, ids_TK, region, problem)
+        layer, ids_TK = experts.number, self._forced(given_TK)
+        load_SE = self._loads(experts, x_Td, ids_TK, region, problem)
         self._last, self.top_k = layer, ids_TK.shape[1]
         weights = self._early.pop(layer, None) or self._materialise(layer)
         view = self.view(layer, load_SE.sum())
@@ -301,7 +309,7 @@ class Schedule:
         if torch.is_grad_enabled() and getattr(policy, "keeps_in_training", policy.keeps):
             self._held[layer] = plan.holders_ED
         way = make_exchange(ids_TK, rows, self.rank, weights.slots)
-        one = Pass(layer, named_TK, way, weights, self._pass, [weakref.ref(frame) for frame in region.frames])
+        one = Pass(layer, given_TK, way, weights, self._pass, [weakref.ref(frame) for frame in region.frames])
         self._note(experts, load_SE, plan, weights)
         if torch.is_grad_enabled():
             self.passes.add(one)
