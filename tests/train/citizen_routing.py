@@ -297,6 +297,8 @@ def pairs_without_an_expert() -> dict:
                 whole.x.requires_grad_(), part.x.requires_grad_()
                 dropping_loss(dense, whole, False).backward()
                 dropping_loss(model, part, again).backward()
+                finite = all(grad.isfinite().all() for grad in (part.x.grad, *c.of_all(model).values()))
+                assert c.agreed(float(not finite)) == 0, (policy, how)  # the largest of a number and NaN is the number
                 rows = slice(rank * h.TOKENS, (rank + 1) * h.TOKENS)
                 of_tokens = c.agreed((part.x.grad - whole.x.grad[rows]).abs().max().item())
                 key = f"{policy}, {how}"
