@@ -29,7 +29,7 @@ from benchmarks.common import table, write
 from tests.cases import DELAYS, verdicts
 from tests.runtime import flow_cases
 from tests.serve import run_cases as serve_cases
-from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_steps, run_cases  # noqa: F401
+from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_routing, citizen_steps, run_cases  # noqa: F401
 from tests.train.citizen_models import MINE as CITIZENS
 
 EACH = 8

@@ -176,7 +176,7 @@ def record_parts() -> None:
 
         setattr(owner, name, run)
 
-    after(poise.train.schedule, "all_counts", 2, None)
+    after(Schedule, "_loads", 2, None)
     after(Schedule, "_plan", 3, None)
     after(poise.runtime.layer, "there", 6, 4)
     after(Materialised, "banks", 7, None)

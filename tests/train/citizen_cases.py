@@ -341,7 +341,14 @@ def autocast() -> dict:
 
 def main() -> None:
     sys.modules.setdefault("tests.train.citizen_cases", sys.modules["__main__"])
-    from tests.train import citizen_compose, citizen_kinds, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add their cases)
+    from tests.train import (  # noqa: F401  (they add their cases)
+        citizen_compose,
+        citizen_kinds,
+        citizen_memory,
+        citizen_misuse,
+        citizen_routing,
+        citizen_steps,
+    )
 
     run_cases(MINE, read_options())
 

@@ -267,6 +267,7 @@ def loads_of_iterations() -> dict:
     model = h.build()
     run = shard(model)
     h.loss_of(model, mine(0, "W1")).backward()
+    model.zero_grad()
     before = run.schedule.view(0)
     with torch.no_grad():
         for step in range(3):

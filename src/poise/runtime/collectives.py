@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -34,12 +34,12 @@ class _Line:
 
     Parameters
     ----------
-    tags : drawn by exchanges in their order, the same on all ranks.
+    drawn : tags drawn by exchanges in their order, the same on all ranks.
     held : works, and the tensors that they read and fill, of every batch that nobody has waited for.
     forgotten : batches among these that nobody can wait for any more.
     """
 
-    tags: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, TAGS)))
+    drawn: int = 0
     held: dict[int, tuple[list[Any], list[Tensor]]] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
 
@@ -50,7 +50,15 @@ _numbers = itertools.count()
 
 def next_tag(group: Any) -> int:
     """The tag of a new exchange: every rank of the group calls it for each, also where it sends nothing itself."""
-    return next(_lines.setdefault(group, _Line()).tags)
+    line = _lines.setdefault(group, _Line())
+    line.drawn += 1
+    return (line.drawn - 1) % (TAGS - 1) + 1
+
+
+def exchanges(group: Any) -> int:
+    """How many exchanges of a group have begun: the same on all ranks, or one has left out what others did."""
+    line = _lines.get(group)
+    return 0 if line is None else line.drawn
 
 
 class Batch:
@@ -97,10 +105,6 @@ def _wait(works: Sequence[Any]) -> None:
         raise CommunicationError(*lost(error)) from error
 
 
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Its name since PyTorch 2.13, and before."""
-
-
 def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
     """All-to-all of rows: the first ``sent_D[0]`` go to rank 0 and so on; what came, by rank.
 
@@ -127,10 +131,13 @@ def gather_rows(mine_nd: Tensor, count_D: Sequence[int], group: Any) -> Tensor:
 
 
 def gather(mine_X: Tensor, group: Any) -> Tensor:
-    """The same few numbers of every rank, [D, X]."""
+    """The same few numbers of every rank, [D, X].
+
+    By the group itself: the function around it takes half as long again, and every layer waits for it.
+    """
     out = mine_X.new_empty(dist.get_world_size(group) * len(mine_X))
     try:
-        _all_gather(out, mine_X, group=group)
+        group._allgather_base(out, mine_X).wait()
     except RuntimeError as error:
         raise CommunicationError(*lost(error)) from error
     return out.view(-1, len(mine_X))

@@ -14,7 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from poise.errors import ModelError
 from poise.runtime.collectives import exchange, gather
+
+NO_EXPERT = -1
+"""An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,14 +46,61 @@ def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64
     return gather(mine, group).cpu().numpy()
 
 
+def routed(x: Tensor, ids: Tensor, weights: Tensor, width: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model gives its experts, as tokens [T, d], ids int64 [T, K] and router weights [T, K].
+
+    Raises
+    ------
+    ModelError : shapes that do not fit together, tokens of another width, or ids that are no whole numbers.
+    """
+    hint = "experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])"
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ModelError(f"expert ids are of type {ids.dtype}, not whole numbers", hint=hint)
+    if not ids.dim() or not ids.shape[-1]:
+        raise ModelError(f"expert ids have shape {tuple(ids.shape)}, not [T, K]", hint=hint)
+    if weights.shape[-1:] != ids.shape[-1:] or weights.numel() != ids.numel():
+        raise ModelError(f"router weights have shape {tuple(weights.shape)}, ids {tuple(ids.shape)}", hint=hint)
+    if not x.dim() or (width is not None and x.shape[-1] != width):
+        raise ModelError(f"tokens have shape {tuple(x.shape)}, experts a width of {width}", hint=hint)
+    if x.shape[:-1].numel() != ids.shape[:-1].numel():
+        raise ModelError(f"tokens have shape {tuple(x.shape)}, expert ids {tuple(ids.shape)}", hint=hint)
+    shape = (ids.shape[:-1].numel(), ids.shape[-1])
+    return x.reshape(shape[0], x.shape[-1]), ids.reshape(shape).to(torch.int64), weights.reshape(shape)
+
+
+def counted(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Pairs by id, int64 [E + 4]: below -1, -1, the experts, E, above E."""
+    return torch.bincount((ids_TK.reshape(-1) + 2).clamp_(0, num_experts + 3), minlength=num_experts + 4)
+
+
+def named(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Which ids name an expert, bool [T, K]."""
+    return (ids_TK >= 0) & (ids_TK < num_experts)
+
+
+def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
+    """What to say of ids that name neither an expert nor none; None if all do."""
+    wrong = ids_TK[(ids_TK < NO_EXPERT) | (ids_TK > num_experts)]
+    if not len(wrong):
+        return None
+    return ModelError(
+        f"{len(wrong)} expert ids lie outside 0..{num_experts - 1}, as {wrong[0].item()} does",
+        hint=f"-1 and {num_experts} mean no expert",
+    )
+
+
 def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
     """From this rank's expert ids int64 [T, K] and everyone's pairs by source, expert and device int64 [D, E, D].
 
+    Pairs without an expert stay behind.
     ``slots`` are the experts held here in the order they are computed; without it, by number.
     """
     device = ids_TK.device
     mine_ED, here_SE = rows_SED[rank], rows_SED[:, :, rank]
-    by_expert = torch.argsort(ids_TK.reshape(-1), stable=True)
+    ids = ids_TK.reshape(-1)
+    if mine_ED.sum() < len(ids):
+        ids = torch.where(named(ids, len(mine_ED)), ids, len(mine_ED))  # last, where nothing is sent from
+    by_expert = torch.argsort(ids, stable=True)
     to = np.repeat(np.tile(np.arange(mine_ED.shape[1]), mine_ED.shape[0]), mine_ED.reshape(-1))
     by_rank = torch.from_numpy(np.argsort(to, kind="stable")).to(device)
     expert = np.repeat(np.tile(np.arange(here_SE.shape[1]), here_SE.shape[0]), here_SE.reshape(-1))

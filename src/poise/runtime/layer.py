@@ -9,9 +9,10 @@ they would be computed a second time, and only on ranks that have tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,10 @@ class Weights(Protocol):
 
     def after_forward(self) -> None:
         """The experts have run."""
+        ...
+
+    def together(self, accumulates: Callable[[], bool]) -> bool:
+        """All ranks go backward through this layer, or none; whether gradients of the weights are asked for."""
         ...
 
     def before_backward(self) -> None:
@@ -97,39 +102,59 @@ class LayerStep:
         way, inner = self.way, self.inner
         x_in = there(x_Td.index_select(0, way.send_N // self.top_k), way, self.group)
         banks = list(zip(self.weights.banks(), self.counts, strict=True))
-        if graph and len(x_in):
-            as_is = saved_tensors_hooks(_same, _same) if recomputed else nullcontext()
-            with torch.enable_grad(), as_is:
-                x_work = _Entry.apply(x_in.new_zeros((), requires_grad=True), x_in)
-                y_in = self.kind.run(banks, x_work)
-                inner.x_edge, inner.y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
-        else:
-            y_in = self.kind.run(banks, x_in)
-        y_in = y_in.detach()
-        out = y_in.new_empty((len(way.send_N), y_in.shape[1]))
-        out[way.send_N] = back(y_in, way, self.group)
+        failed: Exception | None = None
+        try:
+            if graph and len(x_in):
+                as_is = saved_tensors_hooks(_same, _same) if recomputed else nullcontext()
+                with torch.enable_grad(), as_is:
+                    x_work = _Entry.apply(x_in.new_zeros((), requires_grad=True), x_in)
+                    y_in = self.kind.run(banks, x_work)
+                    inner.x_edge, inner.y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
+            else:
+                y_in = self.kind.run(banks, x_in)
+        except Exception as error:  # others wait for these tokens: they get them, and learn of it when all meet again
+            failed, y_in = error, torch.full_like(x_in, torch.nan)
+        out = self._of_pairs(back(y_in.detach(), way, self.group), len(x_Td))
+        if failed is not None:
+            raise failed
         self.weights.after_forward()  # plans and fetches for later layers: once the combine is on its way
         return out
 
-    def backward(self, dy_Nd: Tensor, accumulate: bool) -> Tensor:
+    def _of_pairs(self, sent_Nd: Tensor, tokens: int) -> Tensor:
+        """Rows in sending order as rows of all pairs, [T * K, d]; zeros where no expert was named."""
+        pairs = tokens * self.top_k
+        out = sent_Nd.new_empty if pairs == len(sent_Nd) else sent_Nd.new_zeros
+        all_Nd = out((pairs, sent_Nd.shape[1]))
+        all_Nd[self.way.send_N] = sent_Nd
+        return all_Nd
+
+    def backward(self, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
         """Gradient of the tokens, [T, d]; those of the weights, if they are to be, go to ``weights``."""
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        accumulate = self.weights.together(accumulates)
         way, leaves, inner = self.way, self.weights.leaves() if accumulate else [], self.inner
         self.weights.before_backward()
         dy_in = there(dy_Nd.index_select(0, way.send_N), way, self.group)
-        dx_in, grads = dy_in.new_zeros(dy_in.shape), [None] * len(leaves)
+        dx_in = dy_in.new_zeros(dy_in.shape)
+        grads: list[Tensor | None] = [None] * len(leaves)
+        failed: Exception | None = None
         if inner.y_edge is not None and inner.x_edge is not None:
-            got = torch.autograd.grad(
-                [inner.y_edge], [inner.x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
-            )
-            dx_in, grads = got[0], list(got[1:])
+            try:
+                got = torch.autograd.grad(
+                    [inner.y_edge], [inner.x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
+                )
+                dx_in, grads = got[0], list(got[1:])
+            except Exception as error:  # as forward
+                failed, dx_in = error, torch.full_like(dy_in, torch.nan)
+                grads = [torch.full_like(leaf, torch.nan) for leaf in leaves]
             if not keep:
                 inner.x_edge = inner.y_edge = None
         self.weights.after_backward(grads if accumulate else None)
-        dx_N = back(dx_in, way, self.group)
-        out = torch.empty_like(dx_N)
-        out[way.send_N] = dx_N
-        return out.view(len(out) // self.top_k, self.top_k, out.shape[1]).sum(dim=1)
+        tokens = len(dy_Nd) // self.top_k
+        out = self._of_pairs(back(dx_in, way, self.group), tokens)
+        if failed is not None:
+            raise failed
+        return out.view(tokens, self.top_k, out.shape[1]).sum(dim=1)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -155,7 +180,7 @@ class RunExperts(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
         ctx.saved_tensors  # noqa: B018
-        return (None, None, None, ctx.step.backward(grads[0], _accumulates(ctx)), *[None] * ctx.given)
+        return (None, None, None, ctx.step.backward(grads[0], partial(_accumulates, ctx)), *[None] * ctx.given)
 
 
 def _accumulates(ctx: Any) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.errors import ModelError
+from poise.runtime.dispatch import out_of_range
 
 
 class DenseExperts(nn.Module):
@@ -22,9 +23,17 @@ class DenseExperts(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts, [T, d]."""
+        """Weighted sum of the chosen experts, [T, d]; ids of -1 and E mean none.
+
+        Raises
+        ------
+        ModelError : ids beyond these.
+        """
+        count = len(self) if isinstance(self, nn.ModuleList) else len(next(iter(self.parameters())))
+        if (wrong := out_of_range(top_k_index, count)) is not None:
+            raise wrong
         out = torch.zeros_like(hidden_states)
-        for e in range(len(self) if isinstance(self, nn.ModuleList) else len(next(iter(self.parameters())))):
+        for e in range(count):
             token, k = torch.where(top_k_index == e)
             if len(token):
                 y = self.expert(e, hidden_states[token])

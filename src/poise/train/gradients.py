@@ -112,7 +112,8 @@ def update_correction_bias(model: nn.Module, rate: float) -> int:
 
     Raises
     ------
-    OptionError : ``rate`` below 0, or no backward pass was made yet. ModelError : no router has such a bias.
+    OptionError : ``rate`` below 0, no backward pass was made yet, or a bias of less than float32's precision, in which
+        small steps are rounded away. ModelError : no router has such a bias.
     """
     if not rate >= 0:
         raise OptionError(f"the rate must be at least 0, got {rate}")
@@ -128,6 +129,12 @@ def update_correction_bias(model: nn.Module, rate: float) -> int:
         recent = schedule.history.of(module.number)
         if not len(recent):
             raise OptionError(f"no loads are known of {name}", hint="call it after a backward pass")
+        if bias.element_size() < 4:  # torch.finfo(bias.dtype).eps is what a step is rounded to, near 1
+            raise OptionError(
+                f"e_score_correction_bias beside {name} is {bias.dtype}, whose numbers near 1 are"
+                f" {torch.finfo(bias.dtype).eps:g} apart: more than steps of {rate:g} can bear",
+                hint="keep the buffer in float32",
+            )
         load_E = torch.from_numpy(recent[-1])
         bias.add_(torch.sign(load_E.mean() - load_E).to(bias), alpha=rate)
         changed += 1

@@ -215,13 +215,21 @@ class Materialised:
         """See :class:`poise.runtime.layer.Weights`."""
         self.schedule.forward_done(self)
 
-    def before_backward(self) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
+    def check_owners(self) -> None:
+        """They may have moved since the forward pass.
+
+        Raises
+        ------
+        ModelError : they have.
+        """
         if self.experts.owner_E is not self.owner_E:
             raise ModelError(
                 f"owners of layer {self.experts.number} moved after the forward pass whose backward comes now",
                 hint="go backward before the next optimizer step",
             )
+
+    def before_backward(self) -> None:
+        """See :class:`poise.runtime.layer.Weights`."""
         self.used_in_backward = True
         self.schedule.backward_starts(self)
         self.ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,20 +24,30 @@ class Pass:
     Parameters
     ----------
     layer, ids_TK, way, weights : number, the router's choice, who sends what, and the experts that are held.
+    number : of the forward pass.
     frames : the checkpoints around it.
     before : the layer before it in the same forward pass, whose backward comes next; the same on all ranks.
     inner : the experts' graph.
     done : its backward is over.
+    node : its place in the graph.
     """
 
     layer: int
     ids_TK: Tensor
     way: Exchange
     weights: Materialised
+    number: int
     frames: list[weakref.ref[Any]]
     before: Pass | None = None
     inner: Inner = field(default_factory=Inner)
     done: bool = False
+    node: Callable[[], Any] = lambda: None
+
+    @property
+    def comes(self) -> bool:
+        """Whether the backward pass that runs will reach it, and has not."""
+        node = self.node()
+        return not self.done and node is not None and torch._C._will_engine_execute_node(node)
 
 
 class Passes:

@@ -13,7 +13,9 @@ Hecate (arXiv 2502.02581) section 3.2. No policy here: holders and splits come f
 
 from __future__ import annotations
 
+import re
 import weakref
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,14 +34,16 @@ from poise.cluster import Cluster
 from poise.cost.route import locality_rows
 from poise.cost.transfers import Form, plan_transfers
 from poise.cost.weights import StepPrice, training_price
-from poise.errors import ModelError, OptionError
+from poise.errors import ModelError, OptionError, PoiseError
 from poise.modelspec import ModelSpec
 from poise.policies.plan import LayerView, StepPlan, StepPolicy
 from poise.policies.rematerialise import layers_to_keep
 from poise.policies.sharding import ShardingPolicy
-from poise.runtime.dispatch import all_counts, make_exchange
+from poise.runtime.collectives import exchanges
+from poise.runtime.dispatch import counted, make_exchange, named, out_of_range, routed
 from poise.runtime.layer import LayerStep, RunExperts
 from poise.runtime.recompute import Region, checkpoint_region, in_backward, places
+from poise.runtime.together import Place, meeting_of
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.history import LoadHistory
 from poise.train.materialize import Ledger, Materialised
@@ -63,6 +67,16 @@ class Settings:
     form: Form
     window_s: float | None
     force_balance: bool
+
+
+class Options(str):
+    """What a run was told, in words that are as long as they must; for short, their sum."""
+
+    def __repr__(self) -> str:
+        return self.short
+
+    def __init__(self, text: str) -> None:
+        self.short = str(zlib.crc32(text.encode()))
 
 
 class Schedule:
@@ -110,7 +124,10 @@ class Schedule:
         self._ahead, self._version = PlanAhead(), 0
         self._early: dict[int, Materialised] = {}
         self._held: list[NDArray[np.bool_] | None] = [None] * len(layers)
-        self.passes = Passes()
+        self.passes, self._pass = Passes(), 0
+        self.meeting = meeting_of(tokens_group)
+        self.run_number = self.meeting.join(layers[0].num_experts + 4, device)
+        self._said: tuple[Any, Options] = (None, Options(""))
         self._callback, self._accumulated, self._wrapped_well = False, False, False
         self._hooks: list[tuple[Any, Any]] = []
         self._last: int | None = None
@@ -147,9 +164,10 @@ class Schedule:
         self.metrics, self._last = [], -1
         self._clock.forget()
         self.passes.begin()
-        if self._unstepped and not self.optimizers:  # nothing else tells that an iteration is over
+        if self._unstepped and self._gradients_dropped():
             self._close_iteration()
         if self._due is not None:
+            self._meet("moving owners", more=(("owners", zlib.crc32(self._due.tobytes())),))
             self._move(self._due)
         self._choose_kept()
         for layer in range(min(self.settings.prefetch, len(self.layers))):
@@ -168,22 +186,48 @@ class Schedule:
             )
         self._wrapped_well = True
 
-    def run(self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """One layer, forward."""
+    def _meet(
+        self, doing: str, layer: int = -1, number: int = -1, *, numbers_X: Tensor | None = None,
+        problem: PoiseError | None = None, more: tuple[tuple[str, Any], ...] = (),
+    ) -> NDArray[np.int64]:  # fmt: skip
+        """All ranks are about to do the same, or all raise; numbers of every rank."""
+        place = Place(doing, self.run_number, layer, number, (
+            *more, ("optimizer steps", self.steps), ("exchanges of tokens", exchanges(self.tokens_group)),
+            ("transfers of weights", exchanges(self.weights_group)),
+        ))  # fmt: skip
+        return self.meeting.meet(place, numbers_X, problem)
+
+    def _options(self) -> Options:
+        """What all ranks must have been told alike."""
+        if self._said[0] is not self.settings:
+            text = f"{self.settings!r}, {self.cluster!r}, {self.compute_dtype}, {self.reduce_dtype}"
+            self._said = self.settings, Options(re.sub(r" at 0x[0-9a-f]+", "", text))
+        return self._said[1]
+
+    def run(self, experts: ShardedExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """One layer, forward, of whatever leading shapes; [T, d]."""
         region = checkpoint_region()
         # selective checkpointing looks at every operation and expects the same ones when it computes again
         with _disable_current_modes() if region.frames else nullcontext():
-            return self._run(experts, x_Td, ids_TK, weights_TK, region)
+            return self._run(experts, x, ids, weights, region)
 
-    def _run(self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor, region: Region) -> Tensor:
+    def _run(self, experts: ShardedExperts, x: Tensor, ids: Tensor, weights: Tensor, region: Region) -> Tensor:
+        problem: ModelError | None = None
+        try:
+            width = experts.kind.hidden if experts.kind.name != "modules" else None
+            x_Td, ids_TK, weights_TK = routed(x, ids, weights, width)
+        except ModelError as error:  # all ranks learn of it where they meet
+            problem, x_Td, weights_TK = error, x.new_zeros(0, 1), weights.new_zeros(0, 1)
+            ids_TK = torch.zeros((0, 1), dtype=torch.int64, device=ids.device)
         if in_backward():
-            one = self.passes.again(experts.number, ids_TK, region)
+            one = self._again(experts, ids_TK, region, problem)
         else:
             if self._last is None or experts.number <= self._last:
                 self.begin()
-            self._last, self.top_k = experts.number, ids_TK.shape[1]
+            if self._last == -1:
+                self._pass += 1
             self._clock.enter(x_Td)
-            one = self._plan(experts, ids_TK, region)
+            one = self._plan(experts, x_Td, ids_TK, region, problem)
         trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
@@ -191,15 +235,19 @@ class Schedule:
             one.weights.counts(one.way.count_E), one.inner,
         )  # fmt: skip
         recomputed = in_backward()
-        x = x_Td.to(self.compute_dtype) if x_Td.dtype != self.compute_dtype else x_Td
-        y_Nd = RunExperts.apply(step, graph and not region.later, recomputed, x, *trainable)
+        tokens = x_Td.to(self.compute_dtype) if x_Td.dtype != self.compute_dtype else x_Td
+        y_Nd = RunExperts.apply(step, graph and not region.later, recomputed, tokens, *trainable)
         if not graph:
             one.weights.free()
             one.done = True
+        elif not recomputed:
+            one.node = weakref.ref(y_Nd.grad_fn)
         self._clock.leave(y_Nd)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
         if region.frames:  # recorded now, so that the recomputation can put swapped experts back
             weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
+        if len(one.way.send_N) < one.ids_TK.numel():  # whatever stands where no expert was named counts for nothing
+            weights_TK = weights_TK.masked_fill(~named(one.ids_TK, experts.num_experts), 0)
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
 
     def _forced(self, ids_TK: Tensor) -> Tensor:
@@ -208,11 +256,47 @@ class Schedule:
             return ids_TK
         experts = self.layers[0].num_experts
         turn = torch.arange(ids_TK.numel(), device=ids_TK.device) + self.rank * ids_TK.numel()
-        return (turn % experts).view(ids_TK.shape)
+        return torch.where(named(ids_TK, experts), (turn % experts).view(ids_TK.shape), ids_TK)
 
-    def _plan(self, experts: ShardedExperts, given_TK: Tensor, region: Region) -> Pass:
+    def _again(self, experts: ShardedExperts, ids_TK: Tensor, region: Region, problem: PoiseError | None) -> Pass:
+        """The pass that is computed again, the same on all ranks."""
+        one: Pass | None = None
+        try:
+            one = self.passes.again(experts.number, ids_TK, region)
+        except ModelError as error:
+            problem = problem or error
+        number = -1 if one is None else one.number
+        self._meet("recomputation", experts.number, number, problem=problem)
+        assert one is not None
+        return one
+
+    def _loads(
+        self, experts: ShardedExperts, x_Td: Tensor, ids_TK: Tensor, region: Region, problem: PoiseError | None
+    ) -> NDArray[np.int64]:
+        """Pairs of every rank and expert, int64 [D, E], once all ranks are in this layer of this pass."""
+        count, early = experts.num_experts, self._early.get(experts.number)
+        known = b"" if early is None else early.early_ED.tobytes()
+        more = (
+            ("whether gradients are recorded", torch.is_grad_enabled()), ("training", experts.training),
+            ("activation checkpointing", bool(region.frames)), ("experts a token", ids_TK.shape[1]),
+            ("width of tokens", x_Td.shape[1]), ("trained weights", experts.trainable), ("options", self._options()),
+            ("iterations", self.history.seen(experts.number)),
+            ("sum over owners and replicas", zlib.crc32(known, zlib.crc32(experts.owner_E.tobytes()))),
+        )  # fmt: skip
+        told = self._meet("forward", experts.number, self._pass, numbers_X=counted(ids_TK, count), problem=problem,
+                          more=more)  # fmt: skip
+        if told[:, 0].any() or told[:, -1].any():
+            self.meeting.settle(
+                Place("forward", self.run_number, experts.number, self._pass), out_of_range(ids_TK, count)
+            )
+        return np.ascontiguousarray(told[:, 2 : count + 2])  # as compiled functions take it
+
+    def _plan(
+        self, experts: ShardedExperts, x_Td: Tensor, given_TK: Tensor, region: Region, problem: PoiseError | None
+    ) -> Pass:
         layer, ids_TK = experts.number, self._forced(given_TK)
-        load_SE = all_counts(ids_TK, experts.num_experts, self.tokens_group)
+        load_SE = self._loads(experts, x_Td, ids_TK, region, problem)
+        self._last, self.top_k = layer, ids_TK.shape[1]
         weights = self._early.pop(layer, None) or self._materialise(layer)
         view = self.view(layer, load_SE.sum())
         policy = self.settings.policy
@@ -225,7 +309,7 @@ class Schedule:
         if torch.is_grad_enabled() and getattr(policy, "keeps_in_training", policy.keeps):
             self._held[layer] = plan.holders_ED
         way = make_exchange(ids_TK, rows, self.rank, weights.slots)
-        one = Pass(layer, given_TK, way, weights, [weakref.ref(frame) for frame in region.frames])
+        one = Pass(layer, given_TK, way, weights, self._pass, [weakref.ref(frame) for frame in region.frames])
         self._note(experts, load_SE, plan, weights, view)
         if torch.is_grad_enabled():
             self.passes.add(one)
@@ -338,6 +422,21 @@ class Schedule:
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
+    def together(self, one: Pass, accumulates: Callable[[], bool]) -> bool:
+        """All ranks go backward through this layer of this pass, and through as many after it, or all raise."""
+        problem, accumulate = None, False
+        try:
+            one.weights.check_owners()
+            accumulate = accumulates()
+        except ModelError as error:
+            problem = error
+        coming = sum(other.comes for other in self.passes.open() if other is not one)
+        self._meet("backward", one.layer, one.number, problem=problem, more=(
+            ("layers still to come", coming), ("whether weights get gradients", accumulate),
+            ("whether gradients are synchronised", self.sync), ("divide factor", self.divide_factor),
+        ))  # fmt: skip
+        return accumulate
+
     def backward_starts(self, weights: Materialised) -> None:
         """A layer's backward begins: earlier reductions end first, so that one layer's gradients live at once."""
         if not self._callback:
@@ -440,9 +539,10 @@ class Schedule:
         self.steps += 1
         sharding = self.settings.sharding
         if self.settings.window_s is None and self.steps in (3, 10):
-            measured = self._clock.least_median(self.tokens_group, self.device)
-            if measured is not None:
-                self.measured_window_s = measured
+            mine = torch.tensor([round(1e9 * (self._clock.median() or 0.0))], device=self.device)
+            least = self._meet("optimizer step", numbers_X=mine).min()
+            if least > 0:
+                self.measured_window_s = float(least) / 1e9
                 self._version += 1
         if sharding is None or not sharding.interval or self.steps % sharding.interval:
             return
@@ -454,6 +554,13 @@ class Schedule:
         if (planned != current).any():
             self._due = planned
 
+    def _gradients_dropped(self) -> bool:
+        """Whether gradients were set to None since the last backward pass: without a step, that ends an iteration too.
+
+        The first step of an optimizer comes after the first iteration's last pass: before it, nothing else tells.
+        """
+        return all(weight.grad is None for experts in self.layers for weight in experts.owned().values())
+
     def _close_iteration(self) -> None:
         self._unstepped, self._kept_bytes = False, 0.0
         for layer in self.history.close():
@@ -462,8 +569,8 @@ class Schedule:
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Give experts new owners, optimizer states with them; bytes this rank received. Between steps only."""
         flag = torch.tensor([int(bool(self.passes.open()))], device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.tokens_group)
-        if flag.item():
+        owners = (("owners", zlib.crc32(owner_LE.tobytes())),)
+        if self._meet("moving owners", numbers_X=flag, more=owners).any():
             raise OptionError("owners cannot move while a backward pass is to come")
         return self._move(owner_LE)
 
@@ -497,6 +604,7 @@ class _Link:
 
     def __init__(self, schedule: Schedule, one: Pass) -> None:
         self.schedule, self.one = schedule, one
+        self.together = partial(schedule.together, one)
         self.banks, self.leaves = one.weights.banks, one.weights.leaves
         self.after_forward, self.before_backward = one.weights.after_forward, one.weights.before_backward
 

@@ -28,8 +28,8 @@ class Run(Protocol):
     tokens_group: Any
     weights_group: Any
 
-    def run(self, experts: Any, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """One layer, forward."""
+    def run(self, experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """One layer, forward, of whatever leading shapes; [T, d]."""
         ...
 
     def weights_changed(self) -> None:
@@ -148,10 +148,7 @@ class ShardedExperts(nn.Module):
                 hint="model.eval(), or set their probability to 0 before fully_shard_experts",
             )
         self.kind.follow(self.training)
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        ids = top_k_index.reshape(-1, top_k_index.shape[-1])
-        weights = top_k_weights.reshape(-1, top_k_index.shape[-1])
-        return self.schedule.run(self, x, ids, weights).view(hidden_states.shape)
+        return self.schedule.run(self, hidden_states, top_k_index, top_k_weights).view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         """Which experts lie here."""
