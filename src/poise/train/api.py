@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from poise.cluster import Cluster, from_preset
 from poise.cost.memory import TrainingBytes, slots_that_fit
@@ -35,8 +35,11 @@ from poise.runtime.experts import ExpertKind, recognise
 from poise.train.checkpoint import speak_of_experts
 from poise.train.gradients import clip_grad_norm_
 from poise.train.metrics import LayerMetrics
-from poise.train.schedule import Schedule, Settings
+from poise.train.rows import ExpertRows, Ownership
+from poise.train.schedule import Begin, Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
+from poise.train.states import speak_of_experts as states_of_experts
+from poise.train.states import watch_optimizers
 
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -77,14 +80,45 @@ class FssdpExperts:
         OptionError : it holds no sharded expert (it was built before they were sharded, or of another model), or it
             takes all parameters as one vector.
         """
-        _check_kind(optimizer)
         owned = {id(weight) for weight in self.parameters()}
         if not any(id(weight) in owned for group in optimizer.param_groups for weight in group["params"]):
             raise OptionError(
                 f"{type(optimizer).__name__} holds none of the {len(owned)} sharded weights",
                 hint="build the optimizer after fully_shard_experts",
             )
+        states_of_experts(optimizer)
         self.schedule.know(optimizer)
+
+    def follow(self, tensors: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        """Name tensors that move with owners as optimizer states do: averages (EMA, SWA, Polyak), snapshots.
+
+        Parameters
+        ----------
+        tensors : made of owned weights or their states by elementwise operations (``weight.detach().clone()``), in a
+            mapping or list that is looked through at every move; or a copy of the model (``copy.deepcopy``,
+            ``torch.optim.swa_utils.AveragedModel``), whose owners then move as the model's. The same on all ranks.
+
+        Raises
+        ------
+        OptionError : nothing in it belongs to these experts.
+        """
+        if isinstance(tensors, nn.Module):
+            found: list[Any] = [m.schedule for m in tensors.modules() if isinstance(m, ShardedExperts)]
+            if not found or len(found[0].layers) != len(self.schedule.layers):
+                raise OptionError(
+                    f"{type(tensors).__name__} has {len(found)} sharded layers, the model {len(self.schedule.layers)}"
+                )
+            self.schedule.follow(found[0])
+            return
+        held = tensors if isinstance(tensors, (Mapping, list)) else list(tensors)
+        origins = {id(experts.ownership.origin) for experts in self.schedule.layers}
+        values = held.values() if isinstance(held, Mapping) else held
+        if not any(isinstance(one, ExpertRows) and id(one.ownership.origin) in origins for one in values):
+            raise OptionError(
+                f"none of {len(held)} tensors is made of this model's sharded weights",
+                hint="{name: weight.detach().clone() for name, weight in model.named_parameters()}",
+            )
+        self.schedule.follow(held)
 
     def weights_changed(self) -> None:
         """Tell, on every rank, that owned weights were changed by hand, as by an average of weights that is swapped in.
@@ -212,8 +246,8 @@ def fully_shard_experts(
             )
     flat = mesh if mesh.ndim == 1 else mesh._flatten()
     tokens_group = flat.get_group()
-    weights_group = _second_group(flat, tokens_group)
-    rank, size = dist.get_rank(tokens_group), dist.get_world_size(tokens_group)
+    weights_group = _second_group(tokens_group)
+    size = dist.get_world_size(tokens_group)
     machine = cluster or _machine(mesh, dist.get_process_group_ranks(tokens_group))
     if machine.num_devices != size:
         raise OptionError(f"the cluster has {machine.num_devices} devices, the mesh {size} ranks")
@@ -228,9 +262,9 @@ def fully_shard_experts(
     replaced: list[weakref.ref[nn.Parameter]] = []
     for number, (name, module) in enumerate(found.items()):
         weights = stacked(module, kinds[name])
-        new = ShardedExperts(kinds[name], weights, _trained(name, module, kinds[name]), owner_LE[number], rank)
+        ownership = Ownership(flat, owner_LE[number], listed=isinstance(module, nn.ModuleList))
+        new = ShardedExperts(kinds[name], weights, _trained(name, module, kinds[name]), ownership)
         speak_of_experts(new)
-        new.listed = isinstance(module, nn.ModuleList)
         if offload and not any(weight.is_meta for weight in weights.values()):
             new.to("cpu")
         replaced += [weakref.ref(weight) for weight in module.parameters()]
@@ -265,10 +299,10 @@ def fully_shard_experts(
         machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
     )  # fmt: skip
     handle = FssdpExperts(model, schedule)
-    model.register_forward_pre_hook(lambda *_: schedule.begin())
+    model.register_forward_pre_hook(Begin(schedule))
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
-    _watch_optimizers(schedule, replaced)
+    watch_optimizers(schedule, replaced)
     return handle
 
 
@@ -338,44 +372,6 @@ def _trained(name: str, module: nn.Module, kind: ExpertKind) -> list[str]:
     return [key for key, flag in zip(kind.shapes, flags[0], strict=True) if flag]
 
 
-def _check_kind(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise OptionError(
-            "LBFGS takes all parameters of a process as one vector, and ranks have different ones",
-            hint="use an optimizer that treats parameters one by one",
-        )
-
-
-_RUNS: weakref.WeakKeyDictionary[Schedule, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
-"""Every run, and the parameters that its experts have replaced."""
-_WATCHED: list[Any] = []
-
-
-def _watch_optimizers(schedule: Schedule, replaced: list[weakref.ref[nn.Parameter]]) -> None:
-    """Let the run know of every step of an optimizer that holds its experts.
-
-    One hook for all runs, for good: to take it off while PyTorch goes through its hooks is an error.
-    """
-    _RUNS[schedule] = replaced
-    if not _WATCHED:
-        _WATCHED.append(register_optimizer_step_post_hook(_stepped))
-
-
-def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    for run, replaced in list(_RUNS.items()):
-        owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
-        old = {id(weight) for ref in replaced if (weight := ref()) is not None}
-        if owned & held:
-            _check_kind(optimizer)
-            run.stepped(optimizer)
-        elif old & held:
-            raise OptionError(
-                f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
-                hint="build the optimizer after fully_shard_experts",
-            )
-
-
 def _count(module: nn.Module) -> int:
     return len(module) if isinstance(module, nn.ModuleList) else int(next(module.parameters(recurse=False)).shape[0])
 
@@ -390,11 +386,14 @@ def _top_k(model: nn.Module, experts: str) -> int:
     return 1
 
 
-def _second_group(mesh: DeviceMesh, first: Any) -> Any:
-    """A communicator of the mesh's ranks for weights, one a mesh: every group costs threads or device memory."""
-    group = getattr(mesh, "_poise_weights_group", None)
+_WEIGHTS_GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _second_group(first: Any) -> Any:
+    """A communicator of the same ranks for weights, one a process group: each costs threads or device memory."""
+    group = _WEIGHTS_GROUPS.get(first)
     if group is None:
-        mesh._poise_weights_group = group = twin(first)
+        group = _WEIGHTS_GROUPS[first] = twin(first)
     return group
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from poise.errors import ModelError, OptionError
+from poise.train.rows import plain
 from poise.train.sharding import ShardedExperts
 
 
@@ -59,7 +60,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     schedule = sharded_layers(model)[0].schedule
     assert schedule is not None
     device, infinite = schedule.device, norm_type == float("inf")
-    mine = [weight.grad for weight in experts if weight.grad is not None and weight.grad.numel()]
+    mine = [rows for weight in experts if weight.grad is not None and len(rows := plain(weight.grad))]
     part = _norm(mine, norm_type, device)
     part = part if infinite else part**norm_type
     dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=schedule.tokens_group)

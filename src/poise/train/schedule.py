@@ -13,9 +13,10 @@ Hecate (arXiv 2502.02581) section 3.2. No policy here: holders and splits come f
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -46,7 +47,9 @@ from poise.train.materialize import Ledger, Materialised
 from poise.train.metrics import LayerMetrics
 from poise.train.passes import Pass, Passes
 from poise.train.reduce import ReplicaGradients
+from poise.train.rows import ExpertRows
 from poise.train.sharding import ShardedExperts, move_owners
+from poise.train.states import watch_optimizers
 from poise.train.window import WindowClock
 
 
@@ -115,6 +118,7 @@ class Schedule:
         self._hooks: list[tuple[Any, Any]] = []
         self._last: int | None = None
         self._unstepped = False
+        self._followers: list[Any] = []
         self._started: list[Materialised] = []
         self._due: NDArray[np.int64] | None = None
         self._keep_L, self._kept_bytes = np.zeros(len(layers), bool), 0.0
@@ -122,6 +126,20 @@ class Schedule:
         self._clock = WindowClock()
         for number, experts in enumerate(layers):
             experts.schedule, experts.number = self, number
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
+        """A run of its own for a copy of the model, over the same groups: an average that is evaluated or trained."""
+        if self.passes.open():
+            raise ModelError("a model cannot be copied between its forward and its backward pass")
+        out = memo[id(self)] = object.__new__(Schedule)
+        layers = [copy.deepcopy(experts, memo) for experts in self.layers]
+        out.__init__(  # type: ignore[misc]
+            layers, self.settings, self.cluster, self.model, self.tokens_group, self.weights_group,
+            self.compute_dtype, self.reduce_dtype, self.device, self.top_k,
+        )  # fmt: skip
+        out.divide_factor, out.measured_window_s = self.divide_factor, self.measured_window_s
+        watch_optimizers(out, [])
+        return out
 
     @property
     def expert_bytes(self) -> float:
@@ -184,7 +202,7 @@ class Schedule:
             self._last, self.top_k = experts.number, ids_TK.shape[1]
             self._clock.enter(x_Td)
             one = self._plan(experts, ids_TK, region)
-        trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
+        trainable = [weight for weight in experts.parameters() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
             experts.kind, one.way, ids_TK.shape[1], self.tokens_group, _Link(self, one),
@@ -467,10 +485,21 @@ class Schedule:
         self._due = None
         self._drop_early()
         optimizers = [optimizer for ref in self.optimizers if (optimizer := ref()) is not None]
-        received = move_owners(self.layers, owner_LE, optimizers, self.weights_group, self.device)
+        held = [one for one in self._followers if not isinstance(one, Schedule)]
+        rows = [one for each in held for one in (each.values() if isinstance(each, Mapping) else each)]
+        rows = list({id(one): one for one in rows if isinstance(one, ExpertRows)}.values())
+        received = move_owners(self.layers, owner_LE, optimizers, rows, self.weights_group, self.device)
+        for one in self._followers:
+            if isinstance(one, Schedule):
+                received += one._move(owner_LE)
         self.moved_bytes["reshard"] += received
         self.forget_held()
         return received
+
+    def follow(self, what: Any) -> None:
+        """A mapping or list of rows, or the run of a copy: it moves when owners do."""
+        if not any(one is what for one in self._followers):
+            self._followers.append(what)
 
     def forget_held(self) -> None:
         """Replicas that a policy keeps from step to step, and plans made ahead, start anew."""
@@ -483,6 +512,17 @@ class Schedule:
         for weights in self._early.values():
             weights.free()
         self._early.clear()
+
+
+class Begin:
+    """The model's forward hook; a copy of the model has one of its own run."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __call__(self, *_: Any) -> None:
+        """A forward pass starts."""
+        self.schedule.begin()
 
 
 class _Link:
