@@ -36,7 +36,7 @@ from poise.train.checkpoint import speak_of_experts
 from poise.train.gradients import clip_grad_norm_
 from poise.train.metrics import LayerMetrics
 from poise.train.rows import ExpertRows, Ownership
-from poise.train.schedule import Begin, Schedule, Settings
+from poise.train.schedule import GRADIENT_HOOKS, Begin, Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
 from poise.train.states import speak_of_experts as states_of_experts
 from poise.train.states import watch_optimizers
@@ -235,6 +235,8 @@ def fully_shard_experts(
     planner = parse_policy(policy) if isinstance(policy, str) else policy
     found, again = _find(model)
     kinds = {name: recognise(module) for name, module in found.items()}
+    for name, module in found.items():
+        _check_gradient_hooks(name, module)
     first_name, kind = next(iter(kinds.items()))
     counts = {name: _count(module) for name, module in found.items()}
     for name, other in kinds.items():
@@ -267,6 +269,7 @@ def fully_shard_experts(
         speak_of_experts(new)
         if offload and not any(weight.is_meta for weight in weights.values()):
             new.to("cpu")
+        _take_gradient_hooks(new, module)
         replaced += [weakref.ref(weight) for weight in module.parameters()]
         for place in (name, *again[name]):
             parent, _, leaf = place.rpartition(".")
@@ -370,6 +373,23 @@ def _trained(name: str, module: nn.Module, kind: ExpertKind) -> list[str]:
     if len(types) > 1:
         raise ModelError(f"weights of {name} have types {', '.join(sorted(map(str, types)))}", hint="use one type")
     return [key for key, flag in zip(kind.shapes, flags[0], strict=True) if flag]
+
+
+def _take_gradient_hooks(new: ShardedExperts, module: nn.Module) -> None:
+    for name, weight in module.named_parameters(recurse=False):
+        for kind in GRADIENT_HOOKS:
+            if getattr(weight, kind, None):
+                setattr(new.owned()[name], kind, getattr(weight, kind))
+
+
+def _check_gradient_hooks(name: str, module: nn.Module) -> None:
+    """Hooks go along with stacked weights; weights of a list become one."""
+    for weight_name, weight in module.named_parameters():
+        if "." in weight_name and any(getattr(weight, kind, None) for kind in GRADIENT_HOOKS):
+            raise ModelError(
+                f"{name}.{weight_name} has a gradient hook, and experts of a list become one tensor",
+                hint="register hooks after fully_shard_experts",
+            )
 
 
 def _count(module: nn.Module) -> int:

@@ -102,6 +102,7 @@ class ExpertRows(torch.Tensor):
         if name.startswith(("_foreach_", "_fused_", "_amp_foreach_")):
             return _foreach(func, name, args, kwargs)
         like = _first(args, kwargs)
+        args = [_own_part(value, like) for value in args]
         if any(isinstance(value, DTensor) and not value.dim() for value in args):  # a norm of FSDP2's gradients
             args = [value.full_tensor() if isinstance(value, DTensor) else value for value in args]
         with plainly():
@@ -154,6 +155,16 @@ def _tagged(out: Any, like: ExpertRows) -> Any:
     if isinstance(out, (tuple, list)) and not isinstance(out, torch.Size):
         return type(out)(_tagged(one, like) for one in out) if type(out) in (tuple, list) else out
     return out
+
+
+def _own_part(value: Any, like: ExpertRows) -> Any:
+    """A tensor of all experts beside rows: of it as well, those of this rank; a mask by expert, for one."""
+    if type(value) is not Tensor or not value.dim():
+        return value
+    here, experts = _size(like), len(like.ownership.owner_E)
+    if value.dim() == len(here) and value.shape[0] == experts != here[0]:
+        return value[like.ownership.index(value.device)]
+    return value
 
 
 def _size(rows: Tensor) -> torch.Size:
@@ -341,11 +352,10 @@ def _grad(func: Any, rows: ExpertRows, *_: Any) -> Any:
 
 def _copy(func: Any, into: Tensor, source: Tensor, *args: Any, **kwargs: Any) -> Any:
     """From rows of the same experts, or from the tensor of all experts."""
-    if isinstance(into, ExpertRows) and not isinstance(source, ExpertRows):
-        here, given = _size(into), source.size()
-        if given != here and given == (len(into.ownership.owner_E), *here[1:]):
-            source = source[into.ownership.index(source.device)]
+    source = getattr(source, "rows", source)  # of a state dict
     like = _first((into, source), {})
+    if into is like:
+        source = _own_part(source, like)
     with plainly():
         return _tagged(func(into, source, *args, **kwargs), like)
 

@@ -52,6 +52,9 @@ from poise.train.sharding import ShardedExperts, move_owners
 from poise.train.states import watch_optimizers
 from poise.train.window import WindowClock
 
+GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Of a weight, by ``register_hook`` and ``register_post_accumulate_grad_hook``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -115,7 +118,7 @@ class Schedule:
         self._held: list[NDArray[np.bool_] | None] = [None] * len(layers)
         self.passes = Passes()
         self._callback, self._accumulated, self._wrapped_well = False, False, False
-        self._hooks: list[tuple[Any, Any]] = []
+        self._hooks: list[tuple[Any, str, Any]] = []
         self._last: int | None = None
         self._unstepped = False
         self._followers: list[Any] = []
@@ -355,10 +358,16 @@ class Schedule:
             self._callback = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         for weight in weights.experts.parameters():  # autograd would call them before the gradient is complete
-            hooks = getattr(weight, "_post_accumulate_grad_hooks", None)
-            if hooks:
-                self._hooks.append((weight, hooks))
-                weight._post_accumulate_grad_hooks = OrderedDict()
+            for name in GRADIENT_HOOKS:
+                hooks = getattr(weight, name, None)
+                if hooks:
+                    self._hooks.append((weight, name, hooks))
+                    setattr(weight, name, OrderedDict())
+                    if name == "_backward_hooks" and (weight.grad is not None or not self.sync):
+                        raise ModelError(
+                            "a hook on the gradient of sharded experts would see more than one backward pass",
+                            hint="set gradients to None before each, or change them by hand before the optimizer step",
+                        )
         self.replica_gradients.wait()
 
     def backward_done(
@@ -419,13 +428,17 @@ class Schedule:
             return
         self._unstepped = True
         for experts in self.layers:
-            for weight in experts.owned().values():
+            for weight in experts.parameters():
+                for hook in (getattr(weight, "_backward_hooks", None) or {}).values():
+                    changed = hook(weight.grad) if weight.grad is not None else None
+                    if changed is not None:
+                        weight.grad = changed
                 for hook in (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values():
                     hook(weight)
 
     def _give_hooks_back(self) -> None:
-        for weight, hooks in self._hooks:
-            weight._post_accumulate_grad_hooks = hooks
+        for weight, name, hooks in self._hooks:
+            setattr(weight, name, hooks)
         self._hooks.clear()
 
     # ---- between steps -------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ class ExpertShards(DTensor):
 
 
 READ = {"size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous",
-        "is_floating_point", "is_complex", "storage_offset", "get_device", "has_names", "is_inference", "__hash__", "__len__"}  # fmt: skip
+        "is_floating_point", "is_complex",
+        "storage_offset", "get_device", "has_names", "is_inference", "__hash__", "__len__"}  # fmt: skip
 """What tells about the tensor of all experts without its numbers."""
 ALIKE = {"detach", "clone", "to", "cpu", "cuda", "contiguous", "pin_memory", "float", "double", "half", "bfloat16",
          "requires_grad_"}  # fmt: skip
