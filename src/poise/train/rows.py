@@ -106,7 +106,14 @@ class ExpertRows(torch.Tensor):
         if any(isinstance(value, DTensor) and not value.dim() for value in args):  # a norm of FSDP2's gradients
             args = [value.full_tensor() if isinstance(value, DTensor) else value for value in args]
         with plainly():
-            return _tagged(func(*args, **kwargs), like)
+            out = func(*args, **kwargs)
+            if name == "to" and out.is_meta and not like.is_meta:
+                raise OptionError(
+                    f"weights of {len(like.ownership.mine)} sharded experts would be lost on the meta device",
+                    hint="leave out cpu_ram_efficient_loading: every rank loads the model, then fully_shard_experts; "
+                    "or shard it on the meta device and load a state dict into it",
+                )
+            return _tagged(out, like)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertRows:
         if id(self) in memo:
@@ -130,8 +137,8 @@ def refused(what: str) -> OptionError:
     """What is said where a file or another process would get one rank's experts."""
     return OptionError(
         f"rows of sharded experts cannot be {what}: this rank owns a part of the experts",
-        hint="poise.train.save_checkpoint, full_state_dict or export_safetensors; or torch.distributed.checkpoint "
-        "with get_model_state_dict and get_optimizer_state_dict",
+        hint="poise.train.save_checkpoint, full_state_dict or full_optimizer_state_dict; torch.distributed.checkpoint "
+        "with get_state_dict; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
     )
 
 

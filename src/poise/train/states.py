@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from poise.errors import OptionError
@@ -137,3 +139,23 @@ def _taken(weight: ExpertRows, states: dict[str, Any]) -> dict[str, Any]:
             made_here = type(value) is Tensor and value.shape[0] == weight.shape[0]
             out[key] = value if made_here else own_rows(value, weight.ownership, f"optimizer state {key!r}")
     return out
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def full_optimizer_state_dict(optimizer: Any) -> dict[str, Any] | None:
+    """The state dict of the unsharded optimizer on the CPU of rank 0 (None elsewhere), one state at a time. Collective.
+
+    ``optimizer.load_state_dict`` takes it on every rank, at any number of ranks. Wrappers of an optimizer are fine.
+    """
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: whole(one) for key, one in value.items()}
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        return value.detach().cpu().clone() if first and isinstance(value, Tensor) else value
+
+    first = dist.get_rank() == 0
+    shown = optimizer.state_dict()
+    out = {**shown, "state": whole(shown["state"])}
+    return out if first else None
