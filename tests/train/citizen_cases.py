@@ -341,7 +341,7 @@ def autocast() -> dict:
 
 def main() -> None:
     sys.modules.setdefault("tests.train.citizen_cases", sys.modules["__main__"])
-    from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add their cases)
+    from tests.train import citizen_compose, citizen_doors, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add their cases)
 
     run_cases(MINE, read_options())
 

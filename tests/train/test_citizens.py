@@ -1,7 +1,7 @@
 """Cases on four processes beside the rest of PyTorch and Hugging Face (citizen_cases.py)."""
 
 from tests.cases import judge
-from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add cases)
+from tests.train import citizen_compose, citizen_doors, citizen_memory, citizen_misuse, citizen_steps  # noqa: F401  (they add cases)
 from tests.train.citizen_models import MINE
 
 

@@ -72,8 +72,8 @@ class ExpertShards(DTensor):
             return 0
         raise OptionError(
             f"{name} is not defined for a state dict's tensor of experts that lie on several ranks",
-            hint="on all ranks, poise.train.full_state_dict or get_model_state_dict(full_state_dict=True) gives all of them; "
-            "Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
+            hint="poise.train.full_state_dict or get_model_state_dict(full_state_dict=True), on all ranks, gives all "
+            "of them; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
         )
 
     def __deepcopy__(self, memo: Any) -> ExpertShards:
