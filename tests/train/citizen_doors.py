@@ -276,7 +276,7 @@ def moments_error(model: nn.Module, optimizer: Any, whole: nn.Module, whole_opti
 @case
 def whole_states_by_stock_getters() -> dict:
     """``full_state_dict=True`` of weights and optimizer: rank 0 gets what the dense run has, and every rank takes it."""
-    model, run, optimizer, whole, whole_optimizer = trained()
+    model, _run, optimizer, whole, whole_optimizer = trained()
     weights, states = (
         get_model_state_dict(model, options=WHOLE),
         get_optimizer_state_dict(model, optimizer, options=WHOLE),
@@ -312,7 +312,7 @@ def whole_states_by_stock_getters() -> dict:
 @case
 def chunks_by_stock_getters() -> dict:
     """``dcp.save`` and ``async_save`` of what the getters give, without poise's own functions, into other owners."""
-    model, run, optimizer, whole, whole_optimizer = trained()
+    model, _run, optimizer, whole, whole_optimizer = trained()
     errors = {}
     with folder() as place:
         for how in ("save", "async_save"):
@@ -337,7 +337,7 @@ def chunks_by_stock_getters() -> dict:
 @case
 def an_optimizer_s_own_state_dict() -> dict:
     """``full_optimizer_state_dict``, ``load_state_dict`` before the first step, and what cannot be pickled."""
-    model, run, optimizer, whole, whole_optimizer = trained(wrap=False)
+    model, run, optimizer, whole, _whole_optimizer = trained(wrap=False)
     boxes = [full_optimizer_state_dict(optimizer)]
     dist.broadcast_object_list(boxes, 0)
     fresh = h.build()
