@@ -298,16 +298,20 @@ def _norms_of_rows(rows: list[ExpertRows], ord: float, ownership: Ownership) -> 
     return total ** (1.0 / ord) if powered else total
 
 
-def _norm(func: Any, rows: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """``torch.linalg.vector_norm``, ``torch.norm`` and ``Tensor.norm``."""
-    ord = 2 if ord in (None, "fro") else ord
-    if dim is None and not keepdim and not isinstance(ord, str):
-        return _norms([rows], ord, kwargs.get("dtype"))[0]
-    return _by_axis(func, rows, dim, lambda: func(rows, ord, dim, keepdim, **kwargs))
+def _norm(
+    func: Any, rows: Any, p: Any = None, dim: Any = None, keepdim: bool = False, *, ord: Any = None, dtype: Any = None
+) -> Any:
+    """``torch.linalg.vector_norm``, ``torch.norm`` and ``Tensor.norm``, which name the order ``ord`` or ``p``."""
+    order = p if p is not None else ord
+    order = 2 if order in (None, "fro") else order
+    if dim is None and not keepdim and not isinstance(order, str):
+        return _norms([rows], order, dtype)[0]
+    return _by_axis(func, rows, dim, lambda: func(rows, order, dim, keepdim, dtype=dtype))
 
 
 def _reduction(op: Any, empty: float) -> Callable[..., Any]:
-    def reduce(func: Any, rows: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def reduce(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, **kwargs: Any) -> Any:
+        dim = axis if dim is None else dim
         if isinstance(dim, Tensor):  # torch.max(a, b)
             with plainly():
                 return _tagged(func(rows, dim, *args, **kwargs), _first((rows, dim), {}))
@@ -320,7 +324,8 @@ def _reduction(op: Any, empty: float) -> Callable[..., Any]:
     return reduce
 
 
-def _mean(func: Any, rows: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _mean(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, **kwargs: Any) -> Any:
+    dim = axis if dim is None else dim
     if dim is None and not kwargs.get("keepdim"):
         return torch.sum(rows, **kwargs) / rows.numel()
     return _by_axis(func, rows, dim, lambda: func(rows, dim, *args, **kwargs))
