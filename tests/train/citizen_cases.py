@@ -170,7 +170,7 @@ def fsdp2_passes_over_experts() -> dict:
     fsdp(model, mesh)
     owned = run.parameters()
     kinds = {name: type(weight).__name__ for name, weight in model.named_parameters()}
-    assert all((kind == "Parameter") == (".experts." in name) for name, kind in kinds.items()), kinds
+    assert all((kind == "ExpertRows") == (".experts." in name) for name, kind in kinds.items()), kinds
     assert sum(".experts." in name for name in kinds) == len(owned)
     error = c.follow(model, run, trails(), c.plain_loss("W3"))
     assert error <= EXACT, error
@@ -343,6 +343,7 @@ def main() -> None:
     sys.modules.setdefault("tests.train.citizen_cases", sys.modules["__main__"])
     from tests.train import (  # noqa: F401  (they add their cases)
         citizen_compose,
+        citizen_doors,
         citizen_kinds,
         citizen_memory,
         citizen_misuse,

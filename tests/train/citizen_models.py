@@ -117,8 +117,9 @@ def agreed(value: float) -> float:
 
 
 def whole(tensor: Any) -> Tensor:
+    """All of a DTensor, the rows here of experts: as a tensor whose norm is its own."""
     out = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return out.detach()
+    return out.detach().as_subclass(Tensor)
 
 
 def of_all(model: nn.Module, what: str = "grad") -> dict[str, Tensor]:

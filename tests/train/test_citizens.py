@@ -1,7 +1,15 @@
 """Cases on four processes beside the rest of PyTorch and Hugging Face (citizen_cases.py)."""
 
 from tests.cases import judge
-from tests.train import citizen_compose, citizen_kinds, citizen_memory, citizen_misuse, citizen_routing, citizen_steps  # noqa: F401  (they add cases)
+from tests.train import (  # noqa: F401  (they add cases)
+    citizen_compose,
+    citizen_doors,
+    citizen_kinds,
+    citizen_memory,
+    citizen_misuse,
+    citizen_routing,
+    citizen_steps,
+)
 from tests.train.citizen_models import MINE
 
 

@@ -171,9 +171,12 @@ def _check_plain(module: nn.Module, name: str) -> None:
                 f"{name}.{key} is a {type(weight).__name__} of {weight.dtype}",
                 hint="experts must be plain parameters, not quantised and not sharded yet",
             )
-        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
-            raise ModelError(f"{name}.{key} has a gradient hook, which would be left behind",
-                             hint="register it on the weights that are there after sharding")  # fmt: skip
+        # those of stacked weights go along with them
+        if "." in key and (weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)):
+            raise ModelError(
+                f"{name}.{key} has a gradient hook, and the experts of a list become one tensor",
+                hint="register it on the weights that are there after fully_shard_experts",
+            )
     if type(module).__call__ is not nn.Module.__call__:
         raise ModelError(f"{name} has a __call__ of its own, which would not run", hint="override forward")
     inputs = inputs_of(module)

@@ -4,12 +4,14 @@ from poise.train.api import FssdpExperts, fully_shard_experts
 from poise.train.checkpoint import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint
 from poise.train.gradients import clip_grad_norm_, parameter_groups, update_correction_bias
 from poise.train.metrics import LayerMetrics
+from poise.train.states import full_optimizer_state_dict
 
 __all__ = [
     "FssdpExperts",
     "LayerMetrics",
     "clip_grad_norm_",
     "export_safetensors",
+    "full_optimizer_state_dict",
     "full_state_dict",
     "fully_shard_experts",
     "load_checkpoint",

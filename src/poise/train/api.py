@@ -10,16 +10,15 @@ In the manner of PyTorch's ``fully_shard``, which takes the dense rest::
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from poise.cluster import Cluster
 from poise.cost.memory import TrainingBytes, slots_that_fit
@@ -36,8 +35,11 @@ from poise.train.checks import flattened, ready
 from poise.train.gradients import clip_grad_norm_
 from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
-from poise.train.schedule import Schedule, Settings
+from poise.train.rows import ExpertRows, Ownership
+from poise.train.schedule import GRADIENT_HOOKS, Begin, Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
+from poise.train.states import speak_of_experts as states_of_experts
+from poise.train.states import watch_optimizers
 
 
 class FssdpExperts:
@@ -75,14 +77,45 @@ class FssdpExperts:
         OptionError : it holds no sharded expert (it was built before they were sharded, or of another model), or it
             takes all parameters as one vector.
         """
-        _check_kind(optimizer)
         owned = {id(weight) for weight in self.parameters()}
         if not any(id(weight) in owned for group in optimizer.param_groups for weight in group["params"]):
             raise OptionError(
                 f"{type(optimizer).__name__} holds none of the {len(owned)} sharded weights",
                 hint="build the optimizer after fully_shard_experts",
             )
+        states_of_experts(optimizer)
         self.schedule.know(optimizer)
+
+    def follow(self, tensors: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        """Name tensors that move with owners as optimizer states do: averages (EMA, SWA, Polyak), snapshots.
+
+        Parameters
+        ----------
+        tensors : made of owned weights or their states by elementwise operations (``weight.detach().clone()``), in a
+            mapping or list that is looked through at every move; or a copy of the model (``copy.deepcopy``,
+            ``torch.optim.swa_utils.AveragedModel``), whose owners then move as the model's. The same on all ranks.
+
+        Raises
+        ------
+        OptionError : nothing in it belongs to these experts.
+        """
+        if isinstance(tensors, nn.Module):
+            found: list[Any] = [m.schedule for m in tensors.modules() if isinstance(m, ShardedExperts)]
+            if not found or len(found[0].layers) != len(self.schedule.layers):
+                raise OptionError(
+                    f"{type(tensors).__name__} has {len(found)} sharded layers, the model {len(self.schedule.layers)}"
+                )
+            self.schedule.follow(found[0])
+            return
+        held = tensors if isinstance(tensors, (Mapping, list)) else list(tensors)
+        origins = {id(experts.ownership.origin) for experts in self.schedule.layers}
+        values = held.values() if isinstance(held, Mapping) else held
+        if not any(isinstance(one, ExpertRows) and id(one.ownership.origin) in origins for one in values):
+            raise OptionError(
+                f"none of {len(held)} tensors is made of this model's sharded weights",
+                hint="{name: weight.detach().clone() for name, weight in model.named_parameters()}",
+            )
+        self.schedule.follow(held)
 
     def weights_changed(self) -> None:
         """Tell, on every rank, that owned weights were changed by hand, as by an average of weights that is swapped in.
@@ -207,19 +240,20 @@ def fully_shard_experts(
     flat = flattened(mesh)
     tokens_group = flat.get_group()
     checked = ready(model, mesh, tokens_group, given)
-    weights_group = _second_group(flat, tokens_group)
-    rank, (_, experts) = dist.get_rank(tokens_group), checked.owner_LE.shape
+    weights_group = _second_group(tokens_group)
+    experts = checked.owner_LE.shape[1]
     found, kinds, owner_LE = checked.found, checked.kinds, checked.owner_LE
     warn_of_rates(checked.guessed, checked.policy, checked.sharding)
     layers: list[ShardedExperts] = []
     replaced: list[weakref.ref[nn.Parameter]] = []
     for number, (name, module) in enumerate(found.items()):
         weights = stacked(module, kinds[name])
-        new = ShardedExperts(kinds[name], weights, checked.trained[name], owner_LE[number], rank)
+        ownership = Ownership(flat, owner_LE[number], listed=isinstance(module, nn.ModuleList))
+        new = ShardedExperts(kinds[name], weights, checked.trained[name], ownership)
         speak_of_experts(new)
-        new.listed = isinstance(module, nn.ModuleList)
         if offload and not any(weight.is_meta for weight in weights.values()):
             new.to("cpu")
+        _take_gradient_hooks(new, module)
         replaced += [weakref.ref(weight) for weight in module.parameters()]
         for place in (name, *checked.again[name]):
             parent, _, leaf = place.rpartition(".")
@@ -255,56 +289,29 @@ def fully_shard_experts(
         checked.machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
     )  # fmt: skip
     handle = FssdpExperts(model, schedule, checked.guessed)
-    model.register_forward_pre_hook(lambda *_: schedule.begin())
+    model.register_forward_pre_hook(Begin(schedule))
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
-    _watch_optimizers(schedule, replaced)
+    watch_optimizers(schedule, replaced)
     return handle
 
 
-def _check_kind(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise OptionError(
-            "LBFGS takes all parameters of a process as one vector, and ranks have different ones",
-            hint="use an optimizer that treats parameters one by one",
-        )
+def _take_gradient_hooks(new: ShardedExperts, module: nn.Module) -> None:
+    """Those of stacked weights; a list of experts with some is refused."""
+    for name, weight in module.named_parameters(recurse=False):
+        for kind in GRADIENT_HOOKS:
+            if getattr(weight, kind, None):
+                setattr(new.owned()[name], kind, getattr(weight, kind))
 
 
-_RUNS: weakref.WeakKeyDictionary[Schedule, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
-"""Every run, and the parameters that its experts have replaced."""
-_WATCHED: list[Any] = []
+_WEIGHTS_GROUPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _watch_optimizers(schedule: Schedule, replaced: list[weakref.ref[nn.Parameter]]) -> None:
-    """Let the run know of every step of an optimizer that holds its experts.
-
-    One hook for all runs, for good: to take it off while PyTorch goes through its hooks is an error.
-    """
-    _RUNS[schedule] = replaced
-    if not _WATCHED:
-        _WATCHED.append(register_optimizer_step_post_hook(_stepped))
-
-
-def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    for run, replaced in list(_RUNS.items()):
-        owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
-        old = {id(weight) for ref in replaced if (weight := ref()) is not None}
-        if owned & held:
-            _check_kind(optimizer)
-            run.stepped(optimizer)
-        elif old & held:
-            raise OptionError(
-                f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
-                hint="build the optimizer after fully_shard_experts",
-            )
-
-
-def _second_group(mesh: DeviceMesh, first: Any) -> Any:
-    """A communicator of the mesh's ranks for weights, one a mesh: every group costs threads or device memory."""
-    group = getattr(mesh, "_poise_weights_group", None)
+def _second_group(first: Any) -> Any:
+    """A communicator of the same ranks for weights, one a process group: each costs threads or device memory."""
+    group = _WEIGHTS_GROUPS.get(first)
     if group is None:
-        mesh._poise_weights_group = group = twin(first)
+        group = _WEIGHTS_GROUPS[first] = twin(first)
     return group
 
 

@@ -7,8 +7,8 @@ ends a write: :mod:`poise.train.folders`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,12 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -29,60 +23,12 @@ from poise.errors import InputError, ModelError, OptionError, PoiseError, told
 from poise.files import check_new_folder, new_folder
 from poise.train.folders import clear, commit, newest, partial_of
 from poise.train.gradients import sharded_layers
+from poise.train.rows import plain, plainly, rows_of
 from poise.train.sharding import ShardedExperts
+from poise.train.shards import ExpertShards, own_rows, shards_of
 from poise.train.stored import Planner, Reader, fault
 
 T = TypeVar("T")
-
-
-class ExpertShards(torch.Tensor):
-    """The experts that one rank owns, shown to ``torch.distributed.checkpoint`` as part of a tensor [E, ...]."""
-
-    local: Tensor
-    mine: list[int]
-
-    @staticmethod
-    def __new__(cls, local: Tensor, mine: list[int], num_experts: int) -> ExpertShards:  # noqa: D102
-        shape = (num_experts, *local.shape[1:])
-        out: ExpertShards = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        out.local, out.mine = local, list(mine)
-        return out
-
-    def __init__(self, local: Tensor, mine: list[int], num_experts: int) -> None:
-        pass
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].local, args[0].mine, args[0].shape[0])
-        raise OptionError(f"{func} is not defined for experts that lie on several ranks", hint="use .local")
-
-    def __repr__(self, **_: Any) -> str:
-        return f"ExpertShards({tuple(self.shape)}, {self.dtype}, here={self.mine})"
-
-    def _chunk(self, expert: int) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([expert, *[0] * (self.dim() - 1)]), torch.Size([1, *self.shape[1:]]))
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        """One chunk an expert owned here."""
-        properties = TensorProperties.create_from_tensor(self.local)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, self._chunk(expert).offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(self._chunk(expert), properties, self.size()),
-            )
-            for expert in self.mine
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """One chunk an expert owned here."""
-        return [self._chunk(expert) for expert in self.mine]
-
-    def __get_tensor_shard__(self, index: Any) -> Tensor:
-        """The expert at an offset."""
-        row = self.mine.index(int(index.offset[0]))
-        return self.local[row : row + 1]
 
 
 def speak_of_experts(experts: ShardedExperts) -> None:
@@ -92,55 +38,61 @@ def speak_of_experts(experts: ShardedExperts) -> None:
         for attribute in module._attribute.values():
             key = prefix + attribute
             if key in state:
-                state[key] = ExpertShards(state[key], module.mine, module.num_experts)
+                state[key] = shards_of(state[key], module.ownership)
 
-    def take(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def take(
+        module: Any, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *_: Any
+    ) -> None:
         if module.schedule is not None:
             module.schedule.weights_changed()
         for name, attribute in module._attribute.items():
             key = prefix + attribute
-            value = state.get(key)
             if module.listed:  # before what is there under the stacked name: torch's loader puts local weights there
-                rows = [state.pop(f"{prefix}{e}.{name}", None) for e in range(module.num_experts)]
-                if all(row is not None for row in rows):
-                    value = torch.stack([row for row in rows if row is not None])
-            if isinstance(value, ExpertShards):
-                if value.mine != module.mine:
-                    raise ModelError(f"{key} holds experts {value.mine}, this rank owns {module.mine}")
-                state[key] = value.local
-            elif isinstance(value, Tensor):
-                if value.shape[0] != module.num_experts:
-                    raise ModelError(f"{key} has {value.shape[0]} experts, the model {module.num_experts}")
-                state[key] = value[torch.as_tensor(module.mine, dtype=torch.int64, device=value.device)]
+                rows = {e: state.pop(f"{prefix}{e}.{name}", None) for e in range(module.num_experts)}
+                if any(row is not None for row in rows.values()):
+                    missing += [f"{prefix}{e}.{name}" for e, row in rows.items() if row is None]
+                    state[key] = _some_rows(module, name, rows, key)
+                    continue
+            if isinstance(state.get(key), Tensor):
+                state[key] = own_rows(state[key], module.ownership, key)
 
     experts.register_state_dict_post_hook(show)
     experts.register_load_state_dict_pre_hook(take)
 
 
-def _shown(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State of model and optimizer in which expert tensors are :class:`ExpertShards`."""
-    weights, states = get_state_dict(model, optimizer)
-    owners = {
-        f"{prefix}.{attribute}": module
-        for prefix, module in model.named_modules() if isinstance(module, ShardedExperts)
-        for attribute in module._attribute.values()
-    }  # fmt: skip
-
-    def shown(name: str, value: Any) -> Any:
-        module = owners.get(name)
-        if module is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] != len(module.mine):
-            return value
-        return ExpertShards(value, module.mine, module.num_experts)
-
-    inner: Any = states.get("state", {})  # the optimizer's own dicts: they are not to be changed
-    seen = {name: {key: shown(name, value) for key, value in values.items()} for name, values in inner.items()}
-    return weights, {**states, "state": seen}
+def _some_rows(module: ShardedExperts, name: str, rows: dict[int, Tensor | None], key: str) -> Tensor:
+    """Weights of single experts in place of those that are here; experts that are not given stay."""
+    shape = module.kind.shapes[name]
+    for e, row in rows.items():
+        if row is not None and row.shape != shape:
+            raise ModelError(f"expert {e} of {key} has shape {tuple(row.shape)}, the model {shape}")
+    here = module.rows()[name]
+    out = [here[at] if (row := rows[e]) is None else row.detach().to(here) for at, e in enumerate(module.mine)]
+    if here.is_meta:
+        out = [row for e in module.mine if (row := rows[e]) is not None]
+        if len(out) < len(module.mine):
+            raise ModelError(f"{key} is on the meta device and {len(module.mine) - len(out)} experts are not given")
+    return rows_of(torch.stack(out) if out else here, module.ownership)
 
 
-def _local(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _local(value) for key, value in tree.items()}
-    return tree.local if isinstance(tree, ExpertShards) else tree
+@contextmanager
+def _all_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """PyTorch looks for states of weights that are trained and, in a new optimizer, have no gradient yet: so it is."""
+    weights = [] if optimizer is None else [weight for group in optimizer.param_groups for weight in group["params"]]
+    with plainly():
+        frozen = [weight for weight in weights if not weight.requires_grad]
+        grads = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        for weight, _ in grads:
+            weight.grad = None
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+        for weight, grad in grads:
+            weight.grad = grad
 
 
 def save_checkpoint(
@@ -171,7 +123,7 @@ def save_checkpoint(
     said = _everywhere(check)
     if len(set(said)) > 1:
         raise OptionError(f"ranks write step and keep {' or '.join(map(str, sorted(set(said))))}")
-    weights, states = _shown(model, () if optimizer is None else optimizer)
+    weights, states = get_state_dict(model, () if optimizer is None else optimizer)
     _on_first(lambda: clear(root, fault))
     try:
         dcp.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=str(partial_of(root, step)))
@@ -218,15 +170,16 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     place = _on_first(lambda: latest_checkpoint(folder))
     if place is None:
         raise InputError(f"{folder} holds no complete checkpoint")
-    weights, states = _shown(model, () if optimizer is None else optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
+    optimizers = () if optimizer is None else optimizer
     place = Path(folder) / place.name
-    try:
-        dcp.load(state, storage_reader=Reader(place), planner=Planner())
-    except dcp.CheckpointException as error:
-        raise _typed(error, f"cannot load {place}", InputError) from None
-    set_state_dict(model, () if optimizer is None else optimizer, model_state_dict=state["model"],
-                   optim_state_dict=_local(state["optimizer"]))  # fmt: skip
+    with _all_trained(model, optimizer):
+        weights, states = get_state_dict(model, optimizers)
+        state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
+        try:
+            dcp.load(state, storage_reader=Reader(place), planner=Planner())
+        except dcp.CheckpointException as error:
+            raise _typed(error, f"cannot load {place}", InputError) from None
+        set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(state["step"])
 
 
@@ -243,7 +196,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
         if isinstance(value, ExpertShards):
             prefix, _, attribute = key.rpartition(".")
             module = layers[prefix]
-            full = _collect(value, module, schedule.weights_group)
+            full = _collect(value.rows, module, schedule.weights_group)
             name = next(n for n, a in module._attribute.items() if a == attribute)
             if full is not None and module.listed:
                 out.update({f"{prefix}.{e}.{name}": full[e].clone() for e in range(len(full))})
@@ -256,14 +209,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     return out if first else None
 
 
-def _collect(value: ExpertShards, module: ShardedExperts, group: Any) -> Tensor | None:
-    """All experts on rank 0."""
-    rank = dist.get_rank(group)
-    full = torch.empty(value.shape, dtype=value.dtype) if rank == 0 else None
+def _collect(rows: Tensor, module: ShardedExperts, group: Any) -> Tensor | None:
+    """All experts on rank 0, one after the other."""
+    rank, local = dist.get_rank(group), plain(rows)
+    full = torch.empty((module.num_experts, *local.shape[1:]), dtype=local.dtype) if rank == 0 else None
     for e, owner in enumerate(module.owner_E.tolist()):
-        row = value.local[module.mine.index(e)].contiguous() if owner == rank else None
+        row = local[module.mine.index(e)].contiguous() if owner == rank else None
         if owner and rank == 0:
-            row = torch.empty(value.shape[1:], dtype=value.dtype, device=value.device)
+            row = torch.empty(local.shape[1:], dtype=local.dtype, device=local.device)
             dist.recv(row, dist.get_global_rank(group, owner), group)
         elif owner and row is not None:
             dist.send(row, dist.get_global_rank(group, 0), group)

@@ -4,6 +4,7 @@ the routers' correction bias, moved by global loads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,10 +60,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     schedule = sharded_layers(model)[0].schedule
     assert schedule is not None
     device, infinite = schedule.device, norm_type == float("inf")
-    mine = [weight.grad for weight in experts if weight.grad is not None and weight.grad.numel()]
-    part = _norm(mine, norm_type, device)
+    mine = [weight.grad for weight in experts if weight.grad is not None]
+    part = _total(torch._foreach_norm(mine, norm_type) if mine else (), norm_type, device)  # of all experts
     part = part if infinite else part**norm_type
-    dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=schedule.tokens_group)
     plain = [w.grad for w in dense if w.grad is not None and not isinstance(w.grad, DTensor)]
     shards = [w.grad for w in dense if isinstance(w.grad, DTensor)]
     rest = [_norm(plain, norm_type, device), *_norms_of_shards(shards, norm_type, device)]
@@ -152,7 +152,9 @@ def _correction_bias(parent: nn.Module) -> Tensor | None:
 
 
 def _norm(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    if not grads:
-        return torch.zeros((), device=device, dtype=torch.float64)
-    each = [torch.linalg.vector_norm(grad, norm_type).to(device, torch.float64) for grad in grads]
+    return _total([torch.linalg.vector_norm(grad, norm_type) for grad in grads], norm_type, device)
+
+
+def _total(norms: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    each = [norm.to(device, torch.float64) for norm in norms] or [torch.zeros((), device=device, dtype=torch.float64)]
     return torch.linalg.vector_norm(torch.stack(each), norm_type)

@@ -128,14 +128,12 @@ class Materialised:
         self.parts: list[_Replicas] = []
         self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
         # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
-        self._own: Bank = {
-            name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in experts.owned().items()
-        }
+        self._own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
         self.copies: Storage | None = None
         if experts.needs_copies:
             like: dict[str, Any] = {"device": schedule.device, "dtype": schedule.compute_dtype}
-            bank = {name: torch.empty(weight.shape, **like).requires_grad_(weight.requires_grad)
-                    for name, weight in experts.owned().items()}  # fmt: skip
+            bank = {name: torch.empty(rows.shape, **like).requires_grad_(name in self.trainable)
+                    for name, rows in self._own.items()}  # fmt: skip
             self.copies = Storage(bank, schedule.ledger, "copies of owned experts")
         self.gathered_count = 0
         self.kept_bytes, self.used_in_backward = 0.0, False
@@ -145,8 +143,8 @@ class Materialised:
     def _fill_copies(self) -> None:
         if self.copies is not None and not self.copies.here:
             self.copies.allocate()
-            for name, weight in self.experts.owned().items():
-                self.copies.bank[name].data.copy_(weight.detach())
+            for name, rows in self.experts.rows().items():
+                self.copies.bank[name].data.copy_(rows)
 
     def _add(self, plan: TransferPlan, holders_ED: NDArray[np.bool_]) -> None:
         if not plan.count:

@@ -121,7 +121,7 @@ class Reduction:
     def discard(self) -> None:
         """End it, adding nothing: the backward pass that it belongs to failed."""
         shapes = [self.experts.kind.shapes[name] for name in self.kept.names]
-        device = next(iter(self.experts.owned().values())).device
+        device = next(iter(self.experts.rows().values())).device
         self.pending.rows = lambda e: self.kept.rows.get(e) or [torch.zeros(shape, device=device) for shape in shapes]
         self.wait()
 

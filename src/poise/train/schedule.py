@@ -13,11 +13,12 @@ Hecate (arXiv 2502.02581) section 3.2. No policy here: holders and splits come f
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -50,8 +51,13 @@ from poise.train.materialize import Ledger, Materialised
 from poise.train.metrics import LayerMetrics
 from poise.train.passes import Pass, Passes
 from poise.train.reduce import ReplicaGradients
+from poise.train.rows import ExpertRows
 from poise.train.sharding import ShardedExperts, move_owners
+from poise.train.states import watch_optimizers
 from poise.train.window import WindowClock
+
+GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Of a weight, by ``register_hook`` and ``register_post_accumulate_grad_hook``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,10 @@ class Schedule:
         self.run_number = self.meeting.join(layers[0].num_experts + 4, device)
         self._said: tuple[Any, Options] = (None, Options(""))
         self._callback, self._accumulated, self._wrapped_well = False, False, False
-        self._hooks: list[tuple[Any, Any]] = []
+        self._hooks: list[tuple[Any, str, Any]] = []
         self._last: int | None = None
         self._unstepped = False
+        self._followers: list[Any] = []
         self._started: list[Materialised] = []
         self._due: NDArray[np.int64] | None = None
         self._keep_L, self._kept_bytes = np.zeros(len(layers), bool), 0.0
@@ -139,6 +146,20 @@ class Schedule:
         self._clock = WindowClock()
         for number, experts in enumerate(layers):
             experts.schedule, experts.number = self, number
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
+        """A run of its own for a copy of the model, over the same groups: an average that is evaluated or trained."""
+        if self.passes.open():
+            raise ModelError("a model cannot be copied between its forward and its backward pass")
+        out = memo[id(self)] = object.__new__(Schedule)
+        layers = [copy.deepcopy(experts, memo) for experts in self.layers]
+        out.__init__(  # type: ignore[misc]
+            layers, self.settings, self.cluster, self.model, self.tokens_group, self.weights_group,
+            self.compute_dtype, self.reduce_dtype, self.device, self.top_k,
+        )  # fmt: skip
+        out.divide_factor, out.measured_window_s = self.divide_factor, self.measured_window_s
+        watch_optimizers(out, [])
+        return out
 
     @property
     def expert_bytes(self) -> float:
@@ -228,7 +249,7 @@ class Schedule:
                 self._pass += 1
             self._clock.enter(x_Td)
             one = self._plan(experts, x_Td, ids_TK, region, problem)
-        trainable = [weight for weight in experts.owned().values() if weight.requires_grad]
+        trainable = [weight for weight in experts.parameters() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
         step = LayerStep(
             experts.kind, one.way, ids_TK.shape[1], self.tokens_group, _Link(self, one),
@@ -443,10 +464,16 @@ class Schedule:
             self._callback = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         for weight in weights.experts.parameters():  # autograd would call them before the gradient is complete
-            hooks = getattr(weight, "_post_accumulate_grad_hooks", None)
-            if hooks:
-                self._hooks.append((weight, hooks))
-                weight._post_accumulate_grad_hooks = OrderedDict()
+            for name in GRADIENT_HOOKS:
+                hooks = getattr(weight, name, None)
+                if hooks:
+                    self._hooks.append((weight, name, hooks))
+                    setattr(weight, name, OrderedDict())
+                    if name == "_backward_hooks" and (weight.grad is not None or not self.sync):
+                        raise ModelError(
+                            "a hook on the gradient of sharded experts would see more than one backward pass",
+                            hint="set gradients to None before each, or change them by hand before the optimizer step",
+                        )
         self.replica_gradients.wait()
 
     def backward_done(
@@ -507,13 +534,17 @@ class Schedule:
             return
         self._unstepped = True
         for experts in self.layers:
-            for weight in experts.owned().values():
+            for weight in experts.parameters():
+                for hook in (getattr(weight, "_backward_hooks", None) or {}).values():
+                    changed = hook(weight.grad) if weight.grad is not None else None
+                    if changed is not None:
+                        weight.grad = changed
                 for hook in (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values():
                     hook(weight)
 
     def _give_hooks_back(self) -> None:
-        for weight, hooks in self._hooks:
-            weight._post_accumulate_grad_hooks = hooks
+        for weight, name, hooks in self._hooks:
+            setattr(weight, name, hooks)
         self._hooks.clear()
 
     # ---- between steps -------------------------------------------------------------------------------------------
@@ -581,10 +612,21 @@ class Schedule:
         self._due = None
         self._drop_early()
         optimizers = [optimizer for ref in self.optimizers if (optimizer := ref()) is not None]
-        received = move_owners(self.layers, owner_LE, optimizers, self.weights_group, self.device)
+        held = [one for one in self._followers if not isinstance(one, Schedule)]
+        rows = [one for each in held for one in (each.values() if isinstance(each, Mapping) else each)]
+        rows = list({id(one): one for one in rows if isinstance(one, ExpertRows)}.values())
+        received = move_owners(self.layers, owner_LE, optimizers, rows, self.weights_group, self.device)
+        for one in self._followers:
+            if isinstance(one, Schedule):
+                received += one._move(owner_LE)
         self.moved_bytes["reshard"] += received
         self.forget_held()
         return received
+
+    def follow(self, what: Any) -> None:
+        """A mapping or list of rows, or the run of a copy: it moves when owners do."""
+        if not any(one is what for one in self._followers):
+            self._followers.append(what)
 
     def forget_held(self) -> None:
         """Replicas that a policy keeps from step to step, and plans made ahead, start anew."""
@@ -597,6 +639,17 @@ class Schedule:
         for weights in self._early.values():
             weights.free()
         self._early.clear()
+
+
+class Begin:
+    """The model's forward hook; a copy of the model has one of its own run."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __call__(self, *_: Any) -> None:
+        """A forward pass starts."""
+        self.schedule.begin()
 
 
 class _Link:

@@ -1,12 +1,15 @@
 """Experts of one layer, owned whole by ranks: the module that stands in for ``experts``, and moving owners.
 
 Ownership is at expert granularity and any plan over all layers is allowed (:mod:`poise.policies.sharding`). A rank's
-experts are stacked in plain parameters [n, ...], by expert number: ragged ownership is never shown as a ``Shard(0)``
-DTensor, whose offsets would be wrong. ``state_dict`` speaks of logical experts (:mod:`poise.train.checkpoint`).
+experts are stacked in parameters [n, ...], by expert number, that know which experts they are
+(:mod:`poise.train.rows`): ragged ownership is never shown as a ``Shard(0)`` DTensor, whose offsets would be wrong.
+``state_dict`` speaks of all experts (:mod:`poise.train.shards`).
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from poise.errors import ModelError, OptionError
 from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind, inputs_of
+from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
 
 
 class Run(Protocol):
@@ -53,21 +57,18 @@ class ShardedExperts(nn.Module):
     kind : how an expert computes.
     weights : all experts' weights, name -> [E, ...] (or on the meta device); this rank keeps its rows.
     trainable : names of the weights that are trained.
-    owner_E : int64 [E], rank of each expert.
-    rank : this one.
+    ownership : the owner of every expert.
     """
 
     def __init__(
-        self, kind: ExpertKind, weights: dict[str, Tensor], trainable: list[str], owner_E: NDArray[np.int64], rank: int
+        self, kind: ExpertKind, weights: dict[str, Tensor], trainable: list[str], ownership: Ownership
     ) -> None:
         super().__init__()
-        self.kind, self.rank = kind, rank
-        self.num_experts = len(owner_E)
-        self.listed = False
-        self.own(owner_E)
+        self.kind, self.ownership = kind, ownership
+        self.num_experts = len(ownership.owner_E)
         self._attribute = {name: name.replace(".", "__") for name in kind.shapes}
         for name in kind.shapes:
-            row = weights[name][torch.as_tensor(self.mine, dtype=torch.int64, device=weights[name].device)].clone()
+            row = rows_of(weights[name][ownership.index(weights[name].device)].clone(), ownership)
             self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
         self.schedule: Run | None = None
         self.number = -1
@@ -85,15 +86,38 @@ class ShardedExperts(nn.Module):
             raise ModelError(f"{name} of sharded experts cannot be changed", hint="set it before fully_shard_experts")
         super().__setattr__(name, value)
 
-    def own(self, owner_E: NDArray[np.int64]) -> None:
-        """Take note of new owners; the parameters are the caller's task."""
-        self.owner_E = np.array(owner_E, np.int64)
-        self.owner_E.flags.writeable = False
-        self.mine: list[int] = np.flatnonzero(self.owner_E == self.rank).tolist()
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExperts:
+        """Of a run of its own (:meth:`poise.train.schedule.Schedule.__deepcopy__`), with all of its layers."""
+        if id(self) not in memo:
+            out = memo[id(self)] = object.__new__(ShardedExperts)
+            rest = {key: value for key, value in self.__dict__.items() if key != "schedule"}
+            out.__dict__.update(copy.deepcopy(rest, memo), schedule=None)
+            out.schedule = copy.deepcopy(self.schedule, memo)
+        copied: ShardedExperts = memo[id(self)]
+        return copied
+
+    @property
+    def owner_E(self) -> NDArray[np.int64]:
+        """Rank of each expert, int64 [E]."""
+        return self.ownership.owner_E
+
+    @property
+    def mine(self) -> list[int]:
+        """The experts that this rank owns."""
+        return self.ownership.mine
+
+    @property
+    def listed(self) -> bool:
+        """Whether the unsharded experts are a list of modules."""
+        return self.ownership.listed
 
     def owned(self) -> Bank:
         """Parameters of this rank, name -> [n, ...]."""
         return {name: self._parameters[attribute] for name, attribute in self._attribute.items()}
+
+    def rows(self) -> Bank:
+        """The same as ordinary tensors outside of any graph, to compute with."""
+        return {name: plain(weight) for name, weight in self.owned().items()}
 
     @property
     def trainable(self) -> list[str]:
@@ -103,20 +127,24 @@ class ShardedExperts(nn.Module):
     def gradient(self, name: str) -> Tensor:
         """Gradient of an owned weight, zeros until something is added: every expert gets one in every step."""
         weight: Any = self._parameters[self._attribute[name]]
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return weight.grad
+        with plainly():
+            if weight.grad is None:
+                weight.grad = rows_of(torch.zeros_like(weight), self.ownership)
+            grad: Tensor = weight.grad.detach()
+        return grad
 
     def takes(self, name: str, grad: Tensor) -> bool:
         """Whether a new gradient can become the weight's own without a copy: the first of a step, of the same type."""
         weight: Any = self._parameters[self._attribute[name]]
-        return weight.grad is None and grad.dtype == weight.dtype and grad.device == weight.device
+        with plainly():
+            return weight.grad is None and grad.dtype == weight.dtype and grad.device == weight.device
 
     def add_gradient(self, name: str, grad: Tensor | None, scale: float) -> None:
         """Add ``scale * grad``."""
         weight: Any = self._parameters[self._attribute[name]]
         if grad is not None and self.takes(name, grad):
-            weight.grad = grad.contiguous().mul_(scale)
+            with plainly():
+                weight.grad = rows_of(grad.contiguous().mul_(scale), self.ownership)
             return
         into = self.gradient(name)
         if grad is not None:
@@ -159,25 +187,34 @@ def move_owners(
     layers: list[ShardedExperts],
     owner_LE: NDArray[np.int64],
     optimizers: list[torch.optim.Optimizer],
+    followers: Sequence[ExpertRows],
     group: Any,
     device: torch.device,
 ) -> int:
-    """Give every expert its new owner, optimizer states and gradients with it; bytes this rank received.
+    """Give every expert its new owner, optimizer states, gradients and what follows with it; bytes this rank received.
 
     Optimizer states that have one row an expert owned here go along; others (a step count) stay.
 
     Raises
     ------
     OptionError : on every rank, if on any a state has neither one row an expert nor a single value; nothing moves then.
+    ModelError : on every rank: a follower's rows are from before an earlier move.
     """
     rank, received = dist.get_rank(group), 0
     _check_states(layers, optimizers, group, device)
+    for experts in layers:
+        for one in followers:
+            experts.ownership.check(one.ownership)
     for experts, owner_E in zip(layers, owner_LE, strict=True):
         if (experts.owner_E == owner_E).all():
             continue
         moving = np.flatnonzero(experts.owner_E != owner_E)
-        old, new = experts.mine, np.flatnonzero(owner_E == rank).tolist()
-        tables = [one for weight in experts.owned().values() for one in _tables(weight, len(old), optimizers)]
+        ownership = experts.ownership.moved(owner_E)
+        old, new = experts.mine, ownership.mine
+        tables = [
+            one for weight in experts.owned().values() for one in _tables(weight, ownership, len(old), optimizers)
+        ]
+        tables += [_in_place(one, ownership) for one in followers if one.ownership.origin is ownership.origin]
         operations, after, landing, tag = [], [], [], next_tag(group)
         for tensor, put in tables:
             into = tensor.new_empty((len(new), *tensor.shape[1:]))
@@ -201,7 +238,7 @@ def move_owners(
                 row.copy_(here)
         for put, into in after:
             put(into)
-        experts.own(owner_E)
+        experts.ownership = ownership
     return received
 
 
@@ -226,24 +263,37 @@ def _check_states(
         )
 
 
-def _tables(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> list[tuple[Tensor, Any]]:
+def _tables(
+    weight: Any, ownership: Ownership, rows: int, optimizers: list[torch.optim.Optimizer]
+) -> list[tuple[Tensor, Any]]:
     """What has one row an expert: the weight, its gradient, its optimizer states; and how to put it back."""
 
-    def put_weight(into: Tensor) -> None:
-        weight.data = into
-
     def put_grad(into: Tensor) -> None:
-        weight.grad = into
+        with plainly():
+            weight.grad = rows_of(into, ownership)
 
-    gradient = weight.grad
-    if gradient is not None:
+    with plainly():
+        gradient = weight.grad
         weight.grad = None  # a gradient must have its weight's shape at all times
-    out: list[tuple[Tensor, Any]] = [(weight.data, put_weight)]
+    out = [_in_place(weight, ownership)]
     for state, key in _states(weight, rows, optimizers):
-        out.append((state[key], lambda into, state=state, key=key: state.__setitem__(key, into)))
+        out.append(
+            (plain(state[key]), lambda into, state=state, key=key: state.__setitem__(key, rows_of(into, ownership)))
+        )
     if gradient is not None:
-        out.append((gradient, put_grad))
+        out.append((plain(gradient), put_grad))
     return out
+
+
+def _in_place(rows: ExpertRows, ownership: Ownership) -> tuple[Tensor, Any]:
+    """Rows that stay the same object, whoever holds it."""
+
+    def put(into: Tensor) -> None:
+        with plainly():
+            rows.data = into
+        rows.ownership = ownership
+
+    return plain(rows), put
 
 
 def _states(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> list[tuple[dict[str, Any], str]]:
@@ -252,9 +302,9 @@ def _states(weight: Any, rows: int, optimizers: list[torch.optim.Optimizer]) -> 
     for optimizer in optimizers:
         state = optimizer.state.get(weight, {})
         for key in sorted(state):
-            value = state[key]
-            if isinstance(value, Tensor) and value.dim() > 0:
-                if value.dim() != weight.dim() or value.shape[0] != rows:
+            value = plain(state[key]) if isinstance(state[key], Tensor) else None
+            if value is not None and value.dim() > 0:
+                if value.dim() != len(weight.shape) or value.shape[0] != rows:
                     raise OptionError(
                         f"optimizer state {key!r} of shape {tuple(value.shape)} does not belong to {rows} experts",
                         hint="use an optimizer whose states have the shape of the parameter",

@@ -1,0 +1,171 @@
+"""What state dicts show in place of a rank's rows: one tensor [E, ...], of which this rank has a part.
+
+To PyTorch it is a DTensor, so that its own tools do with it what they do with FSDP2's: gather it whole, write and read
+it in chunks, stage it. It claims to be replicated, which is what it is to those who ask for it: a true placement would
+have to say which rows lie where, and PyTorch knows only even blocks in order. ``torch.distributed.checkpoint`` sees one
+chunk an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from poise.errors import ModelError, OptionError
+from poise.runtime.collectives import gather_rows
+from poise.train.rows import ExpertRows, Ownership, plain, plainly, refused, rows_of
+
+
+class ExpertShards(DTensor):
+    """All experts' tensor [E, ...], of which ``rows`` [n, ...] lie here; made by :func:`shards_of`."""
+
+    ownership: Ownership
+
+    @property
+    def rows(self) -> ExpertRows:
+        """Those of this rank, not a copy."""
+        return rows_of(self._local_tensor, self.ownership)
+
+    def full_tensor(self, **_: Any) -> Tensor:
+        """All experts, on every rank. Collective."""
+        return all_rows(self._local_tensor, self.ownership)
+
+    def redistribute(self, *_: Any, **__: Any) -> DTensor:
+        """All experts, as a replicated DTensor. Collective."""
+        mesh = self.ownership.mesh
+        return DTensor.from_local(self.full_tensor(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+    def to_local(self, **_: Any) -> Tensor:
+        """Rows of this rank."""
+        return self.rows
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", str(func))
+        one = next(value for value in args if isinstance(value, cls))
+        if name in ("__get__", "__set__") or name in READ:
+            with plainly():
+                return func(*args, **kwargs)
+        if name == "copy_" and one is args[0]:
+            source = args[1]
+            one.rows.copy_(source.rows if isinstance(source, cls) else source)
+            return one
+        if name in ALIKE and one is args[0]:
+            with plainly():
+                local = getattr(one._local_tensor, name)(*args[1:], **kwargs)
+            return shards_of(local, one.ownership)
+        if name in LIKE and one is args[0]:
+            with plainly():
+                return shards_of(func(one._local_tensor, *args[1:], **kwargs), one.ownership)
+        if name == "new_empty":  # a tensor whose storage the caller sets
+            with plainly():
+                return shards_of(
+                    one._local_tensor.new_empty((0, *one._local_tensor.shape[1:]), **kwargs), one.ownership
+                )
+        if name == "data_ptr":
+            return 0
+        raise OptionError(
+            f"{name} is not defined for a state dict's tensor of experts that lie on several ranks",
+            hint="poise.train.full_state_dict or get_model_state_dict(full_state_dict=True), on all ranks, gives all "
+            "of them; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
+        )
+
+    def __deepcopy__(self, memo: Any) -> ExpertShards:
+        if id(self) not in memo:
+            memo[id(self)] = shards_of(plain(self._local_tensor).clone(), self.ownership)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refused("pickled")
+
+    def __repr__(self, **_: Any) -> str:
+        shape = (len(self.ownership.owner_E), *self._local_tensor.shape[1:])
+        return f"ExpertShards({shape}, {self._local_tensor.dtype}, here={self.ownership.mine})"
+
+    # ---- the protocol of torch.distributed.checkpoint -------------------------------------------------------------
+
+    def _chunk(self, expert: int) -> ChunkStorageMetadata:
+        rest = self._local_tensor.shape[1:]
+        return ChunkStorageMetadata(torch.Size([expert, *[0] * len(rest)]), torch.Size([1, *rest]))
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        """One chunk an expert owned here."""
+        properties = TensorProperties.create_from_tensor(plain(self._local_tensor))
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, self._chunk(expert).offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(self._chunk(expert), properties, self.size()),
+            )
+            for expert in self.ownership.mine
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """One chunk an expert owned here."""
+        return [self._chunk(expert) for expert in self.ownership.mine]
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        """The expert at an offset."""
+        row = self.ownership.mine.index(int(index.offset[0]))
+        return plain(self._local_tensor)[row : row + 1]
+
+
+READ = {"size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous",
+        "is_floating_point", "is_complex",
+        "storage_offset", "get_device", "has_names", "is_inference", "__hash__", "__len__"}  # fmt: skip
+"""What tells about the tensor of all experts without its numbers."""
+ALIKE = {"detach", "clone", "to", "cpu", "cuda", "contiguous", "pin_memory", "float", "double", "half", "bfloat16",
+         "requires_grad_"}  # fmt: skip
+"""What makes the same tensor elsewhere or of another type."""
+LIKE = {"empty_like", "zeros_like", "clone"}
+
+
+def shards_of(rows: Tensor, ownership: Ownership) -> ExpertShards:
+    """Rows [n, ...] of a ownership as the tensor [E, ...] of all experts; not a copy."""
+    local = plain(rows)
+    shape = torch.Size([len(ownership.owner_E), *local.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    spec = DTensorSpec(ownership.mesh, (Replicate(),), tensor_meta=TensorMeta(shape, stride, local.dtype))
+    out: ExpertShards = DTensor.__new__(ExpertShards, local, spec, requires_grad=False)
+    out.ownership = ownership
+    return out
+
+
+def all_rows(rows: Tensor, ownership: Ownership) -> Tensor:
+    """The tensor [E, ...] of all experts on every rank, from each rank's rows. Collective."""
+    local = plain(rows)
+    device = torch.device(ownership.mesh.device_type)
+    counts = [int((ownership.owner_E == rank).sum()) for rank in range(ownership.mesh.size())]
+    came = gather_rows(local.to(device).contiguous(), counts, ownership.group)
+    order = torch.as_tensor(ownership.owner_E.argsort(kind="stable"), device=device)
+    out = torch.empty_like(came)
+    out[order] = came
+    return out.to(local.device)
+
+
+def own_rows(value: Tensor, ownership: Ownership, name: str) -> ExpertRows:
+    """Rows of this rank from a tensor of all experts, however it is given; of other owners, by way of all ranks.
+
+    Raises
+    ------
+    ModelError : it has another number of experts, or is a DTensor that is split otherwise.
+    """
+    if isinstance(value, (ExpertShards, ExpertRows)):
+        rows = value.rows if isinstance(value, ExpertShards) else value
+        if (value.ownership.owner_E == ownership.owner_E).all():
+            return rows_of(plain(rows), ownership)
+        value = all_rows(rows, value.ownership)
+    elif isinstance(value, DTensor):
+        value = value.full_tensor()
+    if not value.dim() or value.shape[0] != len(ownership.owner_E):
+        raise ModelError(
+            f"{name} has shape {tuple(value.shape)}, the model {len(ownership.owner_E)} experts",
+            hint="give the tensor of all experts, [E, ...]",
+        )
+    return rows_of(plain(value)[ownership.index(value.device)], ownership)
