@@ -99,6 +99,11 @@ class ExpertRows(torch.Tensor):
         if special is not None:
             return special(func, *args, **kwargs)
         name = getattr(func, "__name__", "")
+        if getattr(func, "__module__", "") == dist.all_reduce.__module__:
+            raise OptionError(
+                f"{name} over rows of sharded experts, which are of other experts on every rank",
+                hint="leave out run.parameters(): their gradients are summed over the ranks already",
+            )
         if name.startswith(("_foreach_", "_fused_", "_amp_foreach_")):
             return _foreach(func, name, args, kwargs)
         like = _first(args, kwargs)
@@ -300,7 +305,15 @@ def _norms_of_rows(rows: list[ExpertRows], ord: float, ownership: Ownership) -> 
 
 
 def _norm(
-    func: Any, rows: Any, p: Any = None, dim: Any = None, keepdim: bool = False, *, ord: Any = None, dtype: Any = None
+    func: Any,
+    rows: Any,
+    p: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    ord: Any = None,
+    dtype: Any = None,
+    **_: Any,
 ) -> Any:
     """``torch.linalg.vector_norm``, ``torch.norm`` and ``Tensor.norm``, which name the order ``ord`` or ``p``."""
     order = p if p is not None else ord
