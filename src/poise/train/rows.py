@@ -164,7 +164,10 @@ def plain(tensor: Tensor) -> Tensor:
 def _tagged(out: Any, like: ExpertRows) -> Any:
     if type(out) is Tensor:
         here, size = _size(like), out.size()
-        return rows_of(out, like.ownership) if len(size) == len(here) and size[0] == here[0] else out
+        if len(size) == len(here) and size[0] == here[0]:
+            out.__class__ = ExpertRows  # as_subclass would put a node of its own into the graph
+            out.ownership = like.ownership
+        return out
     if isinstance(out, (tuple, list)) and not isinstance(out, torch.Size):
         return type(out)(_tagged(one, like) for one in out) if type(out) in (tuple, list) else out
     return out
