@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -494,7 +495,10 @@ def groups_by_dimensions() -> dict:
 
     expected, _ = dense("list", groups)
     model = h.build("list")
-    run = shard(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = shard(model)
+    assert [str(one.message).partition(":")[0] for one in said] == ["experts of a list"]
     train(model, run, groups(model.parameters()), range(STEPS))
     found = [full_state_dict(model)]
     dist.broadcast_object_list(found, 0)

@@ -31,3 +31,13 @@ def test_the_example_compares_policies(tmp_path):
     assert full["losses"] == pytest.approx(parallel["losses"], rel=1e-3)
     assert parallel["imbalance"] == parallel["owner_imbalance"] and full["imbalance"] == pytest.approx(1.0, abs=0.01)
     assert parallel["moved_bytes"]["gather"] == 0 < full["moved_bytes"]["gather"]
+
+
+def test_the_trainer_s_example_resumes_on_another_number_of_ranks(tmp_path):
+    pytest.importorskip("accelerate")
+    out = str(tmp_path / "run")
+    first, *_ = ranks(2, "examples/train_hf.py", "--output", out, "--steps", "10", folder=tmp_path)
+    assert "step 10, loss" in first
+    (tmp_path / "more").mkdir()
+    more, *_ = ranks(3, "examples/train_hf.py", "--output", out, "--steps", "12", "--resume", folder=tmp_path / "more")
+    assert "step 12, loss" in more

@@ -9,6 +9,7 @@ In the manner of PyTorch's ``fully_shard``, which takes the dense rest::
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -40,6 +41,12 @@ from poise.train.schedule import GRADIENT_HOOKS, Begin, Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
 from poise.train.states import speak_of_experts as states_of_experts
 from poise.train.states import watch_optimizers
+
+
+IDLE = (
+    "experts of a list: one that gets no token has a gradient of zeros here and none in the unsharded model, so weight "
+    "decay and momentum move it"
+)
 
 
 class FssdpExperts:
@@ -244,6 +251,8 @@ def fully_shard_experts(
     experts = checked.owner_LE.shape[1]
     found, kinds, owner_LE = checked.found, checked.kinds, checked.owner_LE
     warn_of_rates(checked.guessed, checked.policy, checked.sharding)
+    if any(isinstance(module, nn.ModuleList) and checked.trained[name] for name, module in found.items()):
+        warnings.warn(IDLE, stacklevel=2)
     layers: list[ShardedExperts] = []
     replaced: list[weakref.ref[nn.Parameter]] = []
     for number, (name, module) in enumerate(found.items()):
