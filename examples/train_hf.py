@@ -59,10 +59,19 @@ def main() -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=64, num_experts=16, num_experts_per_tok=4,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH, pad_token_id=0, eos_token_id=0,
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=LENGTH,
+        pad_token_id=0,
+        eos_token_id=0,
         use_cache=False,
-    )  # fmt: skip
+    )
     model = OlmoeForCausalLM(config)
     if cuda:
         model.cuda()

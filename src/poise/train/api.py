@@ -42,7 +42,6 @@ from poise.train.sharding import ShardedExperts, stacked
 from poise.train.states import speak_of_experts as states_of_experts
 from poise.train.states import watch_optimizers
 
-
 IDLE = (
     "experts of a list: one that gets no token has a gradient of zeros here and none in the unsharded model, so weight "
     "decay and momentum move it"
