@@ -148,7 +148,7 @@ def refused(what: str) -> OptionError:
 
 
 def rows_of(tensor: Tensor, ownership: Ownership) -> ExpertRows:
-    """The tensor [n, ...], as rows of the experts that a ownership gives to this rank."""
+    """The tensor [n, ...], as rows of the experts that an ownership gives to this rank."""
     with plainly():
         out: ExpertRows = tensor.as_subclass(ExpertRows)
     out.ownership = ownership
