@@ -42,6 +42,8 @@ def dense(kind: str = "gated", make: Any = None, before_step: Any = None, after:
     for step in range(steps):
         optimizer.zero_grad()
         h.loss_of(model, h.batch("W3", step, world, 2, None, torch.float64)).backward()
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if before_step is not None:
             before_step(model, step)
         optimizer.step()

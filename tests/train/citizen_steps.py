@@ -372,7 +372,8 @@ def directional_derivative_of_expert_weights() -> dict:
         owned = sorted(run.parameters(), key=lambda weight: tuple(weight.shape))
         rng = torch.Generator().manual_seed(10 + rank)
         along = [torch.randn(weight.shape, dtype=torch.float64, generator=rng) for weight in owned]
-        slope = torch.stack([(weight.grad * v).sum() for weight, v in zip(owned, along, strict=True)]).sum()
+        grads = [c.whole(weight.grad) for weight in owned]
+        slope = torch.stack([(grad * v).sum() for grad, v in zip(grads, along, strict=True)]).sum()
         dist.all_reduce(slope)
         ends = []
         for shift in (1e-5, -2e-5):

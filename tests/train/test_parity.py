@@ -6,6 +6,7 @@ A pairwise sample: half of it on two ranks, the other half on four, some of it o
 import json
 
 import pytest
+from tests.helpers import few_or
 from tests.launch import ranks
 
 from poise.policies.registry import POLICIES
@@ -28,7 +29,8 @@ def test_every_policy_equals_the_dense_reference(world, tmp_path):
     assert {cell["policy"] for cell in found} == set(POLICIES) or world == 8
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
     if world == 4:
-        assert {cell["policy"] for cell in found if cell["gathered"]} == set(POLICIES) - STILL
+        moved = set(POLICIES) - STILL - few_or(set(), {"lplb"})  # which sees no need of it in three steps
+        assert {cell["policy"] for cell in found if cell["gathered"]} == moved
 
 
 def test_a_mutation_fails_every_cell_it_touches(tmp_path, subtests):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def trainer(folder: Path, model: nn.Module, mixin: bool = True, fsdp: str = "", 
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers import Trainer, TrainingArguments
 
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of transformers' own code
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
@@ -87,7 +89,7 @@ def trainer(folder: Path, model: nn.Module, mixin: bool = True, fsdp: str = "", 
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
         state = one.accelerator.state
-        state.distributed_type = DistributedType.FSDP
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=fsdp == "efficient",
             transformer_cls_names_to_wrap=["MixtralDecoderLayer"],

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from poise.train.checkpoint import full_state_dict
 from poise.train.states import full_optimizer_state_dict, speak_of_experts
 
@@ -22,7 +24,7 @@ class ShardedExpertsMixin:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Called on all ranks; those that do not write return at once."""
-        if state_dict is None:
+        if state_dict is None or any(isinstance(value, DTensor) for value in state_dict.values()):
             state_dict = full_state_dict(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
 

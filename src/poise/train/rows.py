@@ -322,6 +322,12 @@ def _norm(
     order = p if p is not None else ord
     order = 2 if order in (None, "fro") else order
     if dim is None and not keepdim and not isinstance(order, str):
+        if stepping and rows.ownership.listed:
+            raise OptionError(
+                f"{stepping[0]} scales by the norm of a weight, and the {len(rows.ownership.owner_E)} experts of a list "
+                "are one weight here",
+                hint="take an optimizer that works element by element, or stack the experts of the model: [E, ...]",
+            )
         return _norms([rows], order, dtype)[0]
     return _by_axis(func, rows, dim, lambda: func(rows, order, dim, keepdim, dtype=dtype))
 
@@ -389,6 +395,8 @@ def _copy(func: Any, into: Tensor, source: Tensor, *args: Any, **kwargs: Any) ->
         return _tagged(func(into, source, *args, **kwargs), like)
 
 
+stepping: list[str] = []
+"""The optimizer that makes a step now (:mod:`poise.train.states`)."""
 _T = torch.Tensor
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     _T.grad.__get__: _grad, _T.copy_: _copy, _T.numel: _numel, _T.nelement: _numel, torch.numel: _numel,

@@ -51,7 +51,7 @@ from poise.train.materialize import Ledger, Materialised
 from poise.train.metrics import LayerMetrics
 from poise.train.passes import Pass, Passes
 from poise.train.reduce import ReplicaGradients
-from poise.train.rows import ExpertRows
+from poise.train.rows import ExpertRows, stepping
 from poise.train.sharding import ShardedExperts, move_owners
 from poise.train.states import watch_optimizers
 from poise.train.window import WindowClock
@@ -179,6 +179,7 @@ class Schedule:
         if in_backward():
             return
         self._drop_early()
+        stepping.clear()  # of a step that failed
         if self._callback:
             self._forget_backward()
         self._check_wrappers()

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from poise.errors import OptionError
-from poise.train.rows import ExpertRows, plain
+from poise.train.rows import ExpertRows, plain, stepping
 from poise.train.sharding import ShardedExperts
 from poise.train.shards import own_rows, shards_of
 
@@ -73,8 +73,10 @@ def _weights(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepping[:] = []
     if any(isinstance(weight, ExpertRows) for weight in _weights(optimizer)):
         speak_of_experts(optimizer)
+        stepping[:] = [type(optimizer).__name__]
     held = {id(weight) for weight in _weights(optimizer)}
     for run, replaced in list(_RUNS.items()):
         owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
@@ -87,6 +89,7 @@ def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepping[:] = []
     held = {id(weight) for weight in _weights(optimizer)}
     for run in list(_RUNS):
         if any(id(weight) in held for experts in run.layers for weight in experts.parameters()):
