@@ -324,8 +324,8 @@ def _norm(
     if dim is None and not keepdim and not isinstance(order, str):
         if stepping and rows.ownership.listed:
             raise OptionError(
-                f"{stepping[0]} scales by the norm of a weight, and {len(rows.ownership.owner_E)} experts of a list are "
-                "one weight here",
+                f"{stepping[0]} scales by the norm of a weight, and {len(rows.ownership.owner_E)} experts of a list "
+                "are one weight here",
                 hint="take an optimizer that works element by element, or stack the experts of the model: [E, ...]",
             )
         return _norms([rows], order, dtype)[0]
