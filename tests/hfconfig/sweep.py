@@ -286,7 +286,7 @@ def serve(family: str, folder: Path, rank: int) -> None:
 
 def words_of(error: PoiseError) -> str:
     """A refusal in few words."""
-    said = " ".join(error.message.split())
+    said = re.sub(r"^rank \d+: ", "", " ".join(error.message.split()))  # whose error it is that all ranks raise
     return next((words for pattern, words in SHORT if re.search(pattern, said)), said[:70])
 
 
@@ -336,7 +336,6 @@ def outcome(family: str, stage: str) -> str:
         all_said = [file.read_text() if file.exists() else "WRONG: it hangs, or died" for file in files]
         if os.environ.get("POISE_SWEEP_LOG"):
             print((folder / "log0").read_text(), file=sys.stderr)
-    all_said = [re.sub(r"rank \d+: ", "", said) for said in all_said]  # whose error it is that all ranks raise
     wrong = [said for said in all_said if said.startswith("WRONG")]
     return wrong[0] if wrong else all_said[0] if len(set(all_said)) == 1 else f"WRONG: ranks say {all_said}"
 

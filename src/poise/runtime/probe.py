@@ -8,6 +8,7 @@ begins at another place of it. The module, its weights and everyone's random num
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ class _Trial:
             if self.x.is_cuda:  # a module that does not know it would end the process
                 return False
             try:
-                own = self._checked(self.subject.own(self.weights, self.x.clone(), none, self.w), self.x)
+                with _empty_is_nan():
+                    own = self._checked(self.subject.own(self.weights, self.x.clone(), none, self.w), self.x)
             except Exception:
                 return False
             ours = self._ours(self.x, self.w, self.weights, none)
@@ -343,3 +345,19 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _empty_is_nan() -> Iterator[None]:
+    """What a kernel leaves unwritten shows: memory that is used again may hold the tokens, as an identity would."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+            torch.use_deterministic_algorithms(was, warn_only=warned)
