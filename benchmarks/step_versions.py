@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "small, hecate, re-materialised": dict(d=64, h=128, layers=4, tokens=64, policy="hecate", again=True),
     "larger, expert-parallelism": dict(d=256, h=512, layers=4, tokens=512, policy="expert-parallelism"),
     "larger, poise": dict(d=256, h=512, layers=4, tokens=512, policy="poise"),
+    "large, poise": dict(d=768, h=1536, layers=4, tokens=512, policy="poise"),
     "larger, poise, checkpointed": dict(d=256, h=512, layers=4, tokens=512, policy="poise", checkpoint=True),
 }
 
