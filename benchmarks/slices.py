@@ -42,7 +42,7 @@ def pieces() -> list[Piece]:
     """All of them; new ones at the end."""
     half = PROBLEMS // 2
     parity = ["2", "4/2+0", "4/2+1", *(f"8/4+{first}" for first in range(4)), "steady"]
-    parity += [f"4/2+{first}:{dtype}" for dtype in ("float32", "bfloat16") for first in range(2)]
+    parity += [f"4/2+{first}:float32" for first in range(2)]
     return [
         *(
             Piece(f"engine-rules-{first}", ("benchmarks/engine_rules.py", str(half), str(first)))
@@ -50,12 +50,14 @@ def pieces() -> list[Piece]:
         ),
         *(Piece(f"parity-{word}", ("benchmarks/parity.py", word)) for word in parity),
         Piece("many-examples", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *MANY), {"POISE_MANY": "1"}),
+        Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
         # a third of a gigabyte each: not fetched is a skip, which the summary shows
         Piece("older-engines", ("-m", "pytest", "-q", "tests/engines/test_vllm_plugin.py"), {"POISE_WHEELS": "1", "CI": ""}),
-        Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
         # training with the parity matrix's five steps, serving by every data flow with every placement
         Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_citizens.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
+        # on 2026-11-29 28 of 624 cells of the second were up to 5.6 times what dense runs differ, the limit being 4: open
+        *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
     ]  # fmt: skip
 
 
