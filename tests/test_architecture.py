@@ -10,7 +10,7 @@ TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.emulate.probe", "
          "poise.calibrate.ranks", "poise.engines.dumps.torch_files")  # fmt: skip
 PLUGINS = {f"poise.engines.plugins.{name}" for name in ("vllm_plugin", "sglang_plugin", "policy")}
 LAYERS = [
-    {"poise.compiled", "poise.errors", "poise.files", "poise.room", "poise.words", "poise.version"}
+    {"poise.compiled", "poise.errors", "poise.extras", "poise.files", "poise.room", "poise.words", "poise.version"}
     | {"poise.jsonfile", "poise.yamlfile", "poise.presets", "poise.curve", "poise.cluster", "poise.modelspec"}
     | {"poise.hfconfig"},
     {"poise.observe"},

@@ -16,6 +16,7 @@ import torch
 from tests.engines import dumps
 from tests.helpers import few_or
 
+from poise import extras
 from poise.engines import readers
 from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
@@ -269,7 +270,7 @@ def test_torch_files_where_torch_is_missing_or_broken(tmp_path, monkeypatch, err
         assert name == "poise.engines.dumps.torch_files"
         raise error
 
-    monkeypatch.setattr(parts.importlib, "import_module", import_module)
+    monkeypatch.setattr(extras.importlib, "import_module", import_module)
     with pytest.raises(NoResultError, match=r"needs PyTorch: (No module|libcudart).*\nhint: pip install"):
         read_dump(tmp_path / "d.pt")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -14,7 +13,8 @@ from poise.calibrate.result import Calibration
 from poise.cli import options as o
 from poise.cluster import Cluster
 from poise.emulate.clock import ExpertCurve
-from poise.errors import NoResultError, OptionError
+from poise.errors import OptionError
+from poise.extras import with_torch
 from poise.files import replacing
 from poise.modelspec import ModelSpec
 
@@ -53,7 +53,7 @@ def calibrate(
     main = os.environ.get("RANK", "0") == "0"
     with o.errors():
         o.talk.quiet = not main  # every rank gets the same options: one complaint is enough
-        ranks = _measuring()
+        ranks = with_torch("poise.calibrate.ranks", "measuring")
         o.writable(output)
         if output.suffix not in (".yaml", ".yml"):
             raise OptionError(f"{output} is no cluster file", hint="planners read .yaml")
@@ -80,16 +80,6 @@ def calibrate(
         for note in result.notes:
             o.talk.print(f"note: {note}")
         o.talk.print(f"wrote {output}")
-
-
-def _measuring() -> Any:
-    """The module that measures; only here is PyTorch loaded, which takes seconds and may be missing or broken."""
-    try:
-        return importlib.import_module("poise.calibrate.ranks")
-    except (ImportError, OSError) as error:
-        raise NoResultError(
-            f"measuring needs PyTorch: {str(error)[:200]}", hint="pip install 'poise-moe[torch]'"
-        ) from None
 
 
 def _show(result: Calibration) -> None:

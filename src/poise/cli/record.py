@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from poise.cli import options as o
-from poise.errors import NoResultError
+from poise.extras import with_torch
 
 
 def record(
@@ -29,7 +28,7 @@ def record(
     Example: poise record ./model prompts.jsonl --max-new-tokens 64 -o trace.npz
     """
     with o.errors():
-        capture = _recorder()
+        capture = with_torch("poise.runtime.capture", "recording", "PyTorch and transformers")
         o.writable(output)
         prompts = capture.read_prompts(texts, per_domain=requests_per_domain)
         net, tokenizer = capture.load_model(model)
@@ -45,13 +44,3 @@ def record(
         else:
             o.out.print(repr(trace))
         o.talk.print(f"wrote {output}")
-
-
-def _recorder() -> Any:
-    """The module that records; only here is PyTorch loaded, which takes seconds and may be missing or broken."""
-    try:
-        return importlib.import_module("poise.runtime.capture")
-    except (ImportError, OSError) as error:
-        raise NoResultError(
-            f"recording needs PyTorch and transformers: {str(error)[:200]}", hint="pip install 'poise-moe[torch]'"
-        ) from None

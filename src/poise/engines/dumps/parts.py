@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import re
 import zipfile
@@ -23,7 +22,8 @@ from poise.engines.dumps.untrusted import (
     read_bytes,
 )
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
-from poise.errors import ModelError, NoResultError, TraceError
+from poise.errors import ModelError, TraceError
+from poise.extras import with_torch
 from poise.files import open_regular, read_at_most
 from poise.jsonfile import strict_decoder
 from poise.observe.json_tables import Ragged, read_tables
@@ -100,7 +100,7 @@ def _open(path: Path) -> Part:
         names = _members(path)
         if not any(name.endswith("/data.pkl") for name in names):
             return Part(path, size, "npz", [name.removesuffix(".npy") for name in names])
-        value, room = _torch_files(path).load(path, skip=UNUSED)
+        value, room = with_torch("poise.engines.dumps.torch_files", f"reading {path}").load(path, skip=UNUSED)
         return Part(path, size, "torch", value, room)
     if head.startswith(b"\x93NUMPY"):
         return Part(path, size, "npy", npy_file(path))
@@ -121,16 +121,6 @@ def _open(path: Path) -> Part:
     if b"\x00" in head:
         raise TraceError("a kind of file that is not known", hint="docs/dumps.md lists what is read")
     return Part(path, size, "text", None)
-
-
-def _torch_files(path: Path) -> Any:
-    """The module that reads them; only here is PyTorch loaded, which takes seconds and may be missing or broken."""
-    try:
-        return importlib.import_module("poise.engines.dumps.torch_files")
-    except (ImportError, OSError) as error:
-        raise NoResultError(
-            f"reading {path} needs PyTorch: {str(error)[:200]}", hint="pip install 'poise-moe[torch]'"
-        ) from None
 
 
 def _members(path: Path) -> list[str]:
