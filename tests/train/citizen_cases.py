@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.cases import read_options, run_cases
 from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_models import MINE, case
+from tests.train.citizen_models import case
 from tests.train.matrix import machine
 
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
@@ -341,17 +341,9 @@ def autocast() -> dict:
 
 def main() -> None:
     sys.modules.setdefault("tests.train.citizen_cases", sys.modules["__main__"])
-    from tests.train import (  # noqa: F401  (they add their cases)
-        citizen_compose,
-        citizen_doors,
-        citizen_kinds,
-        citizen_memory,
-        citizen_misuse,
-        citizen_routing,
-        citizen_steps,
-    )
+    from tests.train.citizens import MINE as every
 
-    run_cases(MINE, read_options())
+    run_cases(every, read_options())
 
 
 if __name__ == "__main__":

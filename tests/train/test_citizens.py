@@ -1,16 +1,7 @@
 """Cases on four processes beside the rest of PyTorch and Hugging Face (citizen_cases.py)."""
 
 from tests.cases import judge
-from tests.train import (  # noqa: F401  (they add cases)
-    citizen_compose,
-    citizen_doors,
-    citizen_kinds,
-    citizen_memory,
-    citizen_misuse,
-    citizen_routing,
-    citizen_steps,
-)
-from tests.train.citizen_models import MINE
+from tests.train.citizens import MINE
 
 
 def test_all_cases(tmp_path, subtests):
