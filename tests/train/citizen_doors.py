@@ -227,6 +227,9 @@ def averages_move_with_owners() -> dict:
         if not follows:
             said = c.raised(ModelError, lambda: average(mine)(model, 0))  # noqa: B023
             assert "run.follow" in said
+            first, second = (f"blocks.{number}.experts.down_proj" for number in (0, 1))
+            new, old, other = model.get_parameter(second).detach(), mine[second], model.get_parameter(first).detach()
+            c.raised(ModelError, lambda: torch.cat([other, old, new]))  # noqa: B023
             continue
         train(model, run, optimizer, range(STEPS, 2 * STEPS), after=average(mine))
         with torch.no_grad():

@@ -76,7 +76,7 @@ def _some_rows(module: ShardedExperts, name: str, rows: dict[int, Tensor | None]
 
 
 @contextmanager
-def _all_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+def _all_trained(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """PyTorch looks for states of weights that are trained and, in a new optimizer, have no gradient yet: so it is."""
     weights = [] if optimizer is None else [weight for group in optimizer.param_groups for weight in group["params"]]
     with plainly():
@@ -172,7 +172,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         raise InputError(f"{folder} holds no complete checkpoint")
     optimizers = () if optimizer is None else optimizer
     place = Path(folder) / place.name
-    with _all_trained(model, optimizer):
+    with _all_trained(optimizer):
         weights, states = get_state_dict(model, optimizers)
         state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
         try:

@@ -39,7 +39,7 @@ class Ownership:
     mesh : 1-D, of the ranks that share the layer.
     owner_E : int64 [E], rank of each expert.
     listed : in the unsharded model each expert has tensors of its own, so that ``dim()`` counts one axis less.
-    origin : the layer; of all its layouts.
+    origin : the layer, the same after a move.
     """
 
     def __init__(
@@ -55,18 +55,14 @@ class Ownership:
         """The same layer under other owners."""
         return Ownership(self.mesh, owner_E, self.listed, self.origin)
 
-    def agrees(self, other: Ownership) -> bool:
-        """Whether rows of both may meet: of other layers, or of the same experts; the same on all ranks."""
-        return self is other or self.origin is not other.origin or bool((self.owner_E == other.owner_E).all())
-
     def check(self, other: Ownership) -> None:
         """Rows of both are about to meet.
 
         Raises
         ------
-        ModelError : they are of the same layer, and of other experts.
+        ModelError : they are of the same layer, and of other experts; on all ranks.
         """
-        if not self.agrees(other):
+        if self is not other and self.origin is other.origin and (self.owner_E != other.owner_E).any():
             expert = int(np.flatnonzero(self.owner_E != other.owner_E)[0])
             raise ModelError(
                 f"rows from before and after a move of owners meet: expert {expert} is rank "
@@ -190,16 +186,14 @@ def _size(rows: Tensor) -> torch.Size:
 
 def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> ExpertRows:
     """The first rows among the arguments; all of one layer must be of the same experts."""
-    found: ExpertRows | None = None
+    found: list[ExpertRows] = []
     for value in (*args, *kwargs.values()):
         for one in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(one, ExpertRows):
-                if found is None:
-                    found = one
-                else:
-                    found.ownership.check(one.ownership)
-    assert found is not None
-    return found
+                for before in found:
+                    before.ownership.check(one.ownership)
+                found.append(one)
+    return found[0]
 
 
 # ---- lists of tensors ---------------------------------------------------------------------------------------------

@@ -123,11 +123,11 @@ READ = {"size", "stride", "dim", "ndimension", "numel", "nelement", "element_siz
 ALIKE = {"detach", "clone", "to", "cpu", "cuda", "contiguous", "pin_memory", "float", "double", "half", "bfloat16",
          "requires_grad_"}  # fmt: skip
 """What makes the same tensor elsewhere or of another type."""
-LIKE = {"empty_like", "zeros_like", "clone"}
+LIKE = {"empty_like", "zeros_like"}
 
 
 def shards_of(rows: Tensor, ownership: Ownership) -> ExpertShards:
-    """Rows [n, ...] of a ownership as the tensor [E, ...] of all experts; not a copy."""
+    """Rows [n, ...] of an ownership as the tensor [E, ...] of all experts; not a copy."""
     local = plain(rows)
     shape = torch.Size([len(ownership.owner_E), *local.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
