@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from numba.core.errors import TypingError
@@ -249,7 +250,8 @@ PLANNING = """
 import sys, time
 from poise.control import controller
 def solve(*words, **options):
-    print('{"event": "planning"}', flush=True)
+    sys.stdout.write('{"event": "planning"}\\n')  # one write: the watch prints from another thread
+    sys.stdout.flush()
     time.sleep(1000)
 controller.solve = solve
 from poise.cli.main import main
@@ -257,14 +259,21 @@ main()
 """
 
 
-def start(folder, words, code=None):
+@contextmanager
+def watching(folder, words, code=None):
     command = [sys.executable, "-m", "poise.cli"] if code is None else [sys.executable, "-c", code]
     environ = {**os.environ, "TMPDIR": str(folder / "tmp")}
     (folder / "tmp").mkdir(exist_ok=True)
-    with (folder / "err").open("wb") as stream:
-        return subprocess.Popen(
+    with (
+        (folder / "err").open("wb") as stream,
+        subprocess.Popen(
             [*command, "watch", *map(str, words)], stdout=subprocess.PIPE, stderr=stream, env=environ, text=True
-        )
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def line_of(process, event):
@@ -277,11 +286,8 @@ def line_of(process, event):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_ends_it_while_an_engine_drips_and_a_client_holds_on(tmp_path, number):
     engine = Dripping(HEADS["body"])
-    process = start(
-        tmp_path,
-        ["--sglang", engine.url, "--dump-dir", tmp_path / "d", "-c", "1x4", "--listen", "127.0.0.1:0", "--json"],
-    )
-    try:
+    words = ["--sglang", engine.url, "--dump-dir", tmp_path / "d", "-c", "1x4", "--listen", "127.0.0.1:0", "--json"]
+    with watching(tmp_path, words) as process:
         url = line_of(process, "listening")["url"]
         host, port = url.removeprefix("http://").rstrip("/").split(":")
         with socket.create_connection((host, int(port))) as held:
@@ -289,10 +295,7 @@ def test_a_signal_ends_it_while_an_engine_drips_and_a_client_holds_on(tmp_path, 
             assert engine.came.wait(60)
             process.send_signal(number)
             ended(process, tmp_path)
-    finally:
-        process.kill()
-        process.stdout.close()
-        engine.socket.close()
+    engine.socket.close()
 
 
 @pytest.mark.parametrize("more", [[], ["--once"]])
@@ -313,14 +316,10 @@ def test_a_signal_ends_it_while_a_plan_is_made(tmp_path, more):
         tmp_path / "p.npz",
         *more,
     ]
-    process = start(tmp_path, words, PLANNING)
-    try:
+    with watching(tmp_path, words, PLANNING) as process:
         line_of(process, "planning")
         process.send_signal(signal.SIGTERM)
         ended(process, tmp_path)
-    finally:
-        process.kill()
-        process.stdout.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "err", "l.json", "tmp"]
 
 
