@@ -45,8 +45,9 @@ SMALL = {
 }  # fmt: skip
 MLA = {"num_key_value_heads": 4}
 PARTICULAR = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note", "glm4_moe_lite",
-                     "glm_moe_dsa"), MLA),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), MLA),
+    "dots3_note": {**MLA, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+                   "swa_kv_lora_rank": 12, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     "mistral4": {**MLA, "head_dim": 16},
     "bailing_hybrid": {**MLA, "layer_types": ATTENTION},
     "kimi_linear": {**MLA, "layer_types": ATTENTION, "linear_head_dim": 8, "linear_num_heads": 2},
@@ -58,6 +59,7 @@ PARTICULAR = {
     "gemma4": {"enable_moe_block": True, "top_k_experts": 3, "vocab_size_per_layer_input": 61, "global_head_dim": 8,
                "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention"] * 6 + ["full_attention"]},
     "doge": {"is_moe": True, "num_experts": 16},
+    "phimoe": {"num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "qwen4_exp": {"layer_types": ATTENTION, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
                   "indexer_budget": 64, "indexer_compress_ratio": 4},

@@ -117,6 +117,18 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / (b.double().abs().max() + 1e-30))
 
 
+def shaken(family: str) -> float:
+    """By how much logits differ where experts' weights differ by far less than float32 tells apart: in a family that
+    computes in it here and there, a sum in another order does as much."""
+    model, other = model_of(family), model_of(family)
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "expert" in name:
+                weight.mul_(1 + 1e-9 * torch.randn(weight.shape, generator=random, dtype=weight.dtype))
+        return apart(logits(other, tokens(0)), logits(model, tokens(0)))
+
+
 def check(good: bool, what: str) -> None:
     if not good:
         raise Wrong(what)
@@ -207,7 +219,7 @@ def train(family: str, folder: Path, rank: int) -> None:
     wanted, mine = (torch.optim.SGD(of, lr=1e-2, momentum=0.9) for of in (dense.parameters(), parameter_groups(model)))
     halves = model_of(family).train()  # dense, too, in two halves: what rounding alone makes of it
     rounded = torch.optim.SGD(halves.parameters(), lr=1e-2, momentum=0.9)
-    error, noise, replicas = 0.0, 0.0, 0
+    error, noise, replicas = 0.0, shaken(family) / 10, 0
     for step, policy in enumerate(("poise", "hecate:overlap=4", "full-replication")):
         run.set_policy(policy, step_slots=2 if step == 0 else 8)
         wanted.zero_grad()
@@ -272,7 +284,8 @@ def relabel(family: str, folder: Path, rank: int) -> None:
              if "expert" in name and not torch.equal(one, after.get_parameter(name))]  # fmt: skip
     check(bool(moved), "nothing moved")
     error = apart(logits(after, tokens(0)), logits(before, tokens(0)))
-    check(error <= max(near(family), 1e-5), f"logits {error:.1e} off")
+    noise = shaken(family)
+    check(error <= max(near(family), 10 * noise), f"logits {error:.1e} off, by rounding {noise:.1e}")
 
 
 def serve(family: str, folder: Path, rank: int) -> None:
@@ -293,6 +306,7 @@ def serve(family: str, folder: Path, rank: int) -> None:
 def words_of(error: PoiseError) -> str:
     """A refusal in few words."""
     said = re.sub(r"^rank \d+: ", "", " ".join(error.message.split()))  # whose error it is that all ranks raise
+    said = re.sub(r"/\S+/model\b", "it", said)  # the folder of this run
     return next((words for pattern, words in SHORT if re.search(pattern, said)), said[:70])
 
 

@@ -26,6 +26,7 @@ def beside(family: Family) -> str:
     said += [f"experts work in `{family.latent}`"] if family.latent else []
     said += [f"`{family.zero}` identity experts"] if family.zero else []
     said += [f"{family.zeros} identity expert"] if family.zeros else []
+    said += [f"K is {family.chosen}"] if family.chosen else []
     said += [f"only with `{family.switch}`"] if family.switch else []
     return ", ".join(said)
 

@@ -174,6 +174,7 @@ def test_the_way_out_of_an_activation_that_may_have_no_gate():
         ("gemma4", {}, "enable_moe_block"), ("deepseek_v3", {"moe_intermediate_size": None, "intermediate_size": 9}, "moe_int"),
         ("gpt_oss", {"block_configs": [{}]}, "block_configs"), ("jamba", {"num_experts": 1}, "num_experts is 1"),
         ("granitemoehybrid", {"num_experts": 0}, "num_experts is 0"), ("jetmoe", {}, "attention"), ("ernie4_5_moe_vl", {}, "images"), ("switch_transformers", {}, "decoder"),
+        ("phimoe", {"intermediate_size": 8}, "num_experts_per_tok is 4, routers of phimoe choose 2"),
         ("nemotron_h", {"hybrid_override_pattern": "ME|EME"}, "hybrid_override_pattern"), ("nemotron_h", {}, "hybrid_override"),
         ("nemotron_h", {"hybrid_override_pattern": "ME*EME*"}, "7 entries"), ("deepseek_v3", {"first_k_dense_replace": 9}, "no layer"),
         ("nemotron_h", {"hybrid_override_pattern": "ME*EME", "layers_block_type": ["moe"] * 6}, "different layers"),

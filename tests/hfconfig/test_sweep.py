@@ -13,13 +13,10 @@ ROOT = Path(__file__).parents[2]
 FEW = ("cohere2_moe", "dbrx")
 """One that much is done with, and one that is refused: in ``make test``; all of them with POISE_FAMILIES=1."""
 
-OPEN = {"dots3_note": "train", "minimax": "relabel", "nemotron_h": "train", "phimoe": "record"}
-"""What is not right and not understood yet; docs/models.md shows it as it is."""
-
 
 def wrong(kept: dict[str, dict[str, str]]) -> list[str]:
     return [f"{family}: {stage}: {said}" for family, row in kept.items() for stage, said in row.items()
-            if said.startswith("WRONG") and OPEN.get(family) != stage]  # fmt: skip
+            if said.startswith("WRONG")]  # fmt: skip
 
 
 def test_what_is_done_with_each_family_is_what_the_docs_say(subtests):
@@ -34,8 +31,6 @@ def test_what_is_done_with_each_family_is_what_the_docs_say(subtests):
         print(family, *row.values(), sep=" | ")
         with subtests.test(family):
             assert not wrong({family: row})
-            if family in OPEN:
-                continue
             assert row == kept.get(family, "not in outcomes.json: python -m tests.hfconfig.sweep --write --missing")
 
 

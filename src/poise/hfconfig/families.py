@@ -48,6 +48,7 @@ class Family:
     latent : key of the width that experts work in, where it is not the hidden size.
     zero : key of the number of identity experts.
     zeros : that number where no key states it.
+    chosen : K, where the router's code has it, whatever the config says; 0: the config says.
     count, hidden : keys of the number of layers and of the hidden size.
     switch : key that must be true, or the model is dense.
     """
@@ -61,6 +62,7 @@ class Family:
     latent: str = ""
     zero: str = ""
     zeros: int = 0
+    chosen: int = 0
     count: tuple[str, ...] = ("num_hidden_layers",)
     hidden: tuple[str, ...] = ("hidden_size",)
     switch: str = ""
@@ -94,7 +96,8 @@ FAMILIES: dict[str, Family] = {
     "aria": _EVERY_PLAIN, "flex_olmo": _EVERY_PLAIN, "granitemoe": _EVERY_PLAIN, "granitemoe_swa": _EVERY_PLAIN,
     "granitemoehybrid": _EVERY_PLAIN, "granitemoeshared": _EVERY_PLAIN, "minicpm": _EVERY_PLAIN,
     "minimax": _EVERY_PLAIN, "minimax_m1": _EVERY_PLAIN, "minimax_m2": _EVERY_PLAIN, "minimax_text_01": _EVERY_PLAIN,
-    "mixtral": _EVERY_PLAIN, "olmoe": _EVERY_PLAIN, "phimoe": _EVERY_PLAIN,
+    "mixtral": _EVERY_PLAIN, "olmoe": _EVERY_PLAIN,
+    "phimoe": Family(every(), (PLAIN,), chosen=2),  # its sparse mixer takes the best, and the best of the rest
     "gpt_oss": Family(every(), (PLAIN,), biases=True),
     "openai_privacy_filter": Family(every(), (PLAIN,), biases=True),
     "grok-1": Family(every(), (OWN, PLAIN)), "grok": Family(every(), (OWN, PLAIN)),

@@ -127,6 +127,11 @@ def read_sizes(config: Config) -> Sizes:
     layers = _count(config, family)
     moe = _moe_layers(config, family, name, layers) if known else _plain_layers(config, name, layers)
     experts, top_k = agreed(config, EXPERTS, moe, layers), agreed(config, TOP_K, moe, layers)
+    if family.chosen not in (0, top_k):
+        raise ModelError(
+            f"{', '.join(present(config, TOP_K))} is {top_k}, routers of {name} choose {family.chosen} experts",
+            hint=f"set it to {family.chosen}, or remove model_type if the code is another",
+        )
     if experts < 2:
         raise ModelError(
             f"{', '.join(present(config, EXPERTS))} is {experts}: no token has a choice, the model is dense",
