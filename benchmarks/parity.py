@@ -87,7 +87,7 @@ def steady() -> tuple[str, int]:
 INTRODUCTION = (
     f"float64: largest ||a - b|| / ||b|| of every loss, gradient, gradient norm and weight over 5 steps against one dense "
     f"process on all tokens, limit {LIMIT:g}. float32, bfloat16 (mixed precision, float32 weights): that error over the most by "
-    f"which dense runs differ that add up in four other orders, limit {TIMES:g} times. Every other cell starts on random owners; the form "
+    f"which dense runs differ that add up in 16 other orders, limit {TIMES:g} times. Every other cell starts on random owners; the form "
     "of the sparse collectives changes from cell to cell."
 )
 

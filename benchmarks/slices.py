@@ -56,7 +56,6 @@ def pieces() -> list[Piece]:
         # training with the parity matrix's five steps, serving by every data flow with every placement
         Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_citizens.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
-        # on 2026-11-29 28 of 624 cells of the second were up to 5.6 times what dense runs differ, the limit being 4: open
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
     ]  # fmt: skip
 
