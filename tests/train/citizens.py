@@ -4,6 +4,7 @@ from tests.train import (  # noqa: F401
     citizen_compose,
     citizen_doors,
     citizen_kinds,
+    citizen_loops,
     citizen_memory,
     citizen_misuse,
     citizen_routing,

@@ -49,6 +49,14 @@ def stacked(experts: nn.Module, kind: ExpertKind) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in experts.named_parameters(recurse=False)}
 
 
+def _taken(name: str) -> ModelError:
+    return ModelError(
+        f"{name} of sharded experts is not what they were sharded with: replaced, taken away, or computed from others "
+        "(parametrisation, pruning, an adapter)",
+        hint="adapt other modules; experts' weights change in place, or before fully_shard_experts",
+    )
+
+
 class ShardedExperts(nn.Module):
     """The experts that one rank owns, called as Hugging Face calls ``experts``.
 
@@ -86,6 +94,17 @@ class ShardedExperts(nn.Module):
             raise ModelError(f"{name} of sharded experts cannot be changed", hint="set it before fully_shard_experts")
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get("_attribute", {}).values():
+            raise _taken(name)
+        super().__delattr__(name)
+
+    def _weight(self, name: str) -> Any:
+        weight = self._parameters.get(self._attribute[name])
+        if not isinstance(weight, ExpertRows):
+            raise _taken(name)
+        return weight
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExperts:
         """Of a run of its own (:meth:`poise.train.schedule.Schedule.__deepcopy__`), with all of its layers."""
         if id(self) not in memo:
@@ -113,7 +132,7 @@ class ShardedExperts(nn.Module):
 
     def owned(self) -> Bank:
         """Parameters of this rank, name -> [n, ...]."""
-        return {name: self._parameters[attribute] for name, attribute in self._attribute.items()}
+        return {name: self._weight(name) for name in self._attribute}
 
     def rows(self) -> Bank:
         """The same as ordinary tensors outside of any graph, to compute with."""
@@ -126,7 +145,7 @@ class ShardedExperts(nn.Module):
 
     def gradient(self, name: str) -> Tensor:
         """Gradient of an owned weight, zeros until something is added: every expert gets one in every step."""
-        weight: Any = self._parameters[self._attribute[name]]
+        weight = self._weight(name)
         with plainly():
             if weight.grad is None:
                 weight.grad = rows_of(torch.zeros_like(weight), self.ownership)
@@ -135,13 +154,13 @@ class ShardedExperts(nn.Module):
 
     def takes(self, name: str, grad: Tensor) -> bool:
         """Whether a new gradient can become the weight's own without a copy: the first of a step, of the same type."""
-        weight: Any = self._parameters[self._attribute[name]]
+        weight = self._weight(name)
         with plainly():
             return weight.grad is None and grad.dtype == weight.dtype and grad.device == weight.device
 
     def add_gradient(self, name: str, grad: Tensor | None, scale: float) -> None:
         """Add ``scale * grad``."""
-        weight: Any = self._parameters[self._attribute[name]]
+        weight = self._weight(name)
         if grad is not None and self.takes(name, grad):
             with plainly():
                 weight.grad = rows_of(grad.contiguous().mul_(scale), self.ownership)
