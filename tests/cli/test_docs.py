@@ -133,3 +133,19 @@ def test_every_command_of_the_page_runs_as_written(tmp_path, monkeypatch):
                 assert done.exit_code == 0 or undecided, (command, done.output)
                 ran.append(words[1])
     assert stood_in == set(STAND_INS) and {"convert", "compare", "plan", "export", "verify"} <= set(ran)
+
+
+def test_tests_that_pages_name_are_there():
+    root = PAGE.parents[1]
+    named = {
+        match
+        for page in root.glob("docs/*.md")
+        for match in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 50
+    gone = [
+        f"{file}::{name}"
+        for file, name in named
+        if not re.search(rf"^def {name}\(", (root / file).read_text("utf-8"), re.M)
+    ]
+    assert not gone
