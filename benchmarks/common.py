@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from poise.api import deal_slots
-from poise.cluster import Cluster
 from poise.cost.traffic import Traffic
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.problem import PlacementProblem
+from poise.routing.batch import RoutingBatch
 
 REPORTS = Path(__file__).parent / "reports"
 

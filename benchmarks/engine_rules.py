@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.planning.test_engine_rules import QUICK, check, random_problem
 
-from poise.errors import NoResultError
 from poise.planning.solve.solve import solve
+from poise.util.errors import NoResultError
 
 EVERY, LIMIT_S = 50, 0.05
 

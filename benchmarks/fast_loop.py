@@ -12,15 +12,15 @@ import time
 import numpy as np
 from common import table, write
 
-from poise.cluster import Cluster
 from poise.cost.quota import balance, make_holders, make_scratch
 from poise.cost.route import rows_into
 from poise.cost.weights import control_seconds, step_price
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
-from poise.policies import kernels as k
-from poise.policies.plan import LayerView
-from poise.policies.poise_policy import Poise
+from poise.stepwise.poise import kernels as k
+from poise.stepwise.poise.policy import Poise
+from poise.stepwise.protocol import LayerView
 
 EXPERTS, DRAWS = 256, 300
 

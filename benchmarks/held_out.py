@@ -17,24 +17,24 @@ import numpy as np
 from common import problem, table, write
 
 from poise.api import deal_slots
-from poise.cluster import Cluster
 from poise.cost.split import exact_quota
-from poise.errors import PoiseError
-from poise.evaluate.breakeven import breakeven
-from poise.evaluate.replay import Replay, replay
-from poise.evaluate.stepwise import FastLoop, replay_steps
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import make_batch
-from poise.observe.files import read
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.fill import filled
 from poise.planning.solve.solve import solve
-from poise.policies.poise_policy import Poise
-from poise.policies.registry import POLICIES
-from poise.policies.split import Split
+from poise.replay.breakeven import breakeven
+from poise.replay.serving import FastLoop, replay_steps
+from poise.replay.static import Replay, replay
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import make_batch
+from poise.routing.files import read
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.stepwise.methods.split import Split
+from poise.stepwise.poise.policy import Poise
+from poise.stepwise.registry import POLICIES
+from poise.util.errors import PoiseError
 
 STEPS, WARM_UP, SLOTS = 30, 5, 2
 GOALS = {(512, 8): 1.05, (512, 16): 1.10, (512, 32): 1.20, (4096, 8): 1.01, (4096, 16): 1.03, (4096, 32): 1.04}

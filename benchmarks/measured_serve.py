@@ -22,26 +22,26 @@ import numpy as np
 from common import REPORTS, bar_chart, table, write
 
 from poise.api import deal_slots
-from poise.cluster import Cluster
 from poise.cost.exchange import ExchangeModel
 from poise.cost.step import BatchCost, batch_cost
 from poise.cost.traffic import Traffic
-from poise.curve import ExpertCurve
-from poise.emulate import EmulatedCluster, run
-from poise.evaluate.replay import replay
-from poise.evaluate.serve_ranks import serve_step, served_work
-from poise.evaluate.stepwise import WARM_UP, FastLoop, replay_steps
-from poise.evaluate.timeline import Event, write_perfetto
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import make_batch
-from poise.observe.files import join, read
-from poise.observe.synthetic import zipf_trace
-from poise.observe.trace import RoutingTrace
+from poise.lab.emulate import EmulatedCluster, run
+from poise.machine.cluster import Cluster
+from poise.machine.curve import ExpertCurve
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
-from poise.policies.registry import parse_policy
+from poise.replay.serving import WARM_UP, FastLoop, replay_steps
+from poise.replay.static import replay
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import make_batch
+from poise.routing.files import join, read
+from poise.routing.synthetic import zipf_trace
+from poise.routing.trace import RoutingTrace
+from poise.simulate.perfetto import Event, write_perfetto
+from poise.simulate.serving import serve_step, served_work
+from poise.stepwise.registry import parse_policy
 
 HERE = Path(__file__).parent
 STEP_SLOTS = 2
@@ -373,7 +373,7 @@ def report(found: dict[str, Any]) -> str:
         + f" MB/s, start-up {1e3 * (base.intra_latency_s + (base.inter_latency_s if scene.nodes > 1 else 0)):.1f} ms + "
         f"{1e3 * base.peer_latency_s:.2f} ms a peer. Over-runs of the device clock: {found['overruns']}."
     )
-    return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe simulation beside it (rank by rank, `evaluate/serve_ranks.py`), seconds a step, means over "
+    return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe simulation beside it (rank by rank, `simulate/serving.py`), seconds a step, means over "
             f"steps of medians over repeats; last, the step as planners see it, one term after the other:\n\n{table(error_head, errors)}{warning}\n\n"
             f"![measured and simulated]({picture})\n\nTimeline of one step, measured and simulated: [{timeline}]({timeline}), "
             f"for ui.perfetto.dev.")  # fmt: skip

@@ -23,19 +23,19 @@ import numpy as np
 from common import REPORTS, table, write
 from train_cases import of_domains
 
-from poise.cluster import Cluster
 from poise.cost.exchange import ExchangeModel
 from poise.cost.weights import StepPrice, training_price
-from poise.emulate import EmulatedCluster, run
-from poise.emulate.spec import parse_shape
-from poise.evaluate.ranks import BACKWARD, FORWARD, RankStep, rank_step
-from poise.evaluate.stepwise import FastLoop
-from poise.evaluate.timeline import Event, write_perfetto
-from poise.evaluate.training import SourceLoads, TrainingReplay, replay_training
-from poise.modelspec import ModelSpec
-from poise.observe.predict import SlidingMean
-from poise.policies.registry import parse_policy
-from poise.policies.sharding import Balanced, Heterogeneous, even_sharding
+from poise.lab.emulate import EmulatedCluster, run
+from poise.lab.emulate.spec import parse_shape
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.replay.serving import FastLoop
+from poise.replay.training import SourceLoads, TrainingReplay, replay_training
+from poise.routing.predict import SlidingMean
+from poise.simulate.perfetto import Event, write_perfetto
+from poise.simulate.training import BACKWARD, FORWARD, RankStep, rank_step
+from poise.stepwise.registry import parse_policy
+from poise.stepwise.sharding import Balanced, Heterogeneous, even_sharding
 
 INTRA, INTER, DILATION = 100e6, 20e6, 100.0
 """Bytes a second of a device's ports in the emulation; seconds are this many times longer than the real machine's."""

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from common import REPORTS, line_chart, problem, table, write
 
-from poise.evaluate.replay import replay
-from poise.observe.batching import make_batch
-from poise.observe.files import read
-from poise.observe.synthetic import mixtral_like
-from poise.observe.trace import RoutingTrace
 from poise.planning.methods import moetuner
 from poise.planning.solve.exact import linear_stay_objective
 from poise.planning.solve.solve import solve
+from poise.replay.static import replay
+from poise.routing.batching import make_batch
+from poise.routing.files import read
+from poise.routing.synthetic import mixtral_like
+from poise.routing.trace import RoutingTrace
 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from common import problem, table, write
 
-from poise.errors import NoResultError
-from poise.observe.batching import make_batch
-from poise.observe.files import read, read_many
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import METHODS, solve
+from poise.routing.batching import make_batch
+from poise.routing.files import read, read_many
+from poise.util.errors import NoResultError
 
 ROWS = [name for name in METHODS if not METHODS[name].pooled and name != "poise"]
 LIMIT_S = 4.0

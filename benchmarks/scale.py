@@ -19,12 +19,12 @@ from scale_report import CURVE_DEVICES, CURVE_TOKENS, Found, Series, draw, text
 from scale_rows import MODELS, TUNED, best_static, fast_rows, over_eplb, static_rows
 
 from poise.cost.traffic import Traffic
-from poise.evaluate.replay import replay
-from poise.evaluate.stepwise import FastLoop, replay_steps
-from poise.observe.batch import RoutingBatch
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
-from poise.policies.registry import POLICIES
+from poise.replay.serving import FastLoop, replay_steps
+from poise.replay.static import replay
+from poise.routing.batch import RoutingBatch
+from poise.stepwise.registry import POLICIES
 
 
 def main_table(data: Path) -> Found:

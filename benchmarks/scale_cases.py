@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.cluster import Cluster
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.routing.batch import RoutingBatch
 
 TOP_K, DENSE, DRIFT, KEPT, WARM_UP, SEED = 8, 3, 0.3, 0.97, 12, 7
 GROUPS, TOP_GROUPS = 8, 4

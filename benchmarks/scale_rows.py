@@ -12,23 +12,23 @@ from typing import Any, Literal
 import numpy as np
 from scale_cases import PREFILL, WARM_UP, Case
 
-from poise.cluster import Cluster
 from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds, network_ports
 from poise.cost.route import locality_pairs
 from poise.cost.split import split_share_BED
 from poise.cost.traffic import Copies, port_load
 from poise.cost.weights import PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR
-from poise.errors import PoiseError
-from poise.evaluate.replay import Replay, replay
-from poise.evaluate.stepwise import FastLoop, replay_steps
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
-from poise.policies.plan import LayerView, StepPlan, StepPolicy
-from poise.policies.registry import POLICIES
+from poise.replay.serving import FastLoop, replay_steps
+from poise.replay.static import Replay, replay
+from poise.routing.batch import RoutingBatch
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
+from poise.stepwise.registry import POLICIES
+from poise.util.errors import PoiseError
 
 MODELS = ("deepseek-v3", "kimi-k2")
 STATIC = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner-equal", "poise")

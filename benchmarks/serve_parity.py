@@ -30,8 +30,8 @@ from benchmarks.common import table, write
 from tests.launch import leave
 from transformers import AutoModelForCausalLM, DeepseekV3Config, OlmoeConfig
 
-from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS
+from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.serve import Engine, from_config, from_folder
 from poise.serve.requests import pick

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from poise.cluster import Cluster
 from poise.cost.weights import step_price
-from poise.emulate import DeviceClock, ExpertCurve
-from poise.evaluate.serve_ranks import MARKS
-from poise.modelspec import ModelSpec
+from poise.lab.emulate import DeviceClock, ExpertCurve
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
-from poise.policies.registry import parse_policy
 from poise.runtime.collectives import exchange, twin
 from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
 from poise.serve.split import FastLoop
+from poise.simulate.serving import MARKS
+from poise.stepwise.registry import parse_policy
 
 
 def scaled_rows(width: int, numel: int) -> ExpertKind:

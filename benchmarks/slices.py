@@ -23,7 +23,7 @@ LIMIT_S = 3600.0
 PROBLEMS = 10_000
 MANY = (
     "tests/control/test_moves.py", "tests/cost/test_bounds.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py",
-    "tests/engines/test_readers_hostile.py", "tests/observe/test_files.py", "tests/planning/test_robust.py",
+    "tests/engines/test_readers_hostile.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
     "tests/planning/test_search.py", "tests/train/test_parity.py",
 )  # fmt: skip
 """Files whose random examples are few in ``make test`` (tests/helpers.few_or)."""

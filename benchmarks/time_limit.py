@@ -33,8 +33,8 @@ RUN = """
 import inspect, json, sys, time
 import numpy as np
 from poise import api
-from poise.observe.synthetic import zipf_trace
-from poise.observe.trace import LoadProfile
+from poise.routing.synthetic import zipf_trace
+from poise.routing.trace import LoadProfile
 
 case, limit, out = json.loads(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 layers, experts, many = case["shape"]
@@ -55,7 +55,7 @@ else:
     traffic = LoadProfile(load, top_k=8)
 options = {"redundant": case["redundant"], "seed": 0}
 try:
-    from poise.compiled import COMPILATION
+    from poise.util.compiled import COMPILATION
     spent = COMPILATION.spent
 except (ImportError, AttributeError):
     spent = lambda: 0.0
@@ -75,7 +75,7 @@ reading = whole._held[0] if whole else 0.0
 plan.placement.save(out)
 if not case.get("against"):
     from poise.cost.step import batch_cost
-    from poise.observe.batching import make_batch
+    from poise.routing.batching import make_batch
     from poise.planning.placement import Placement
     batch = make_batch(traffic)
     machine, sizes, flow = api._settings(batch, case["cluster"], None, None)

@@ -33,15 +33,15 @@ from train_cases import (
 )
 
 from poise.cost.memory import Activations, RankMemory, largest_batch, training_memory
-from poise.evaluate.stepwise import FastLoop
-from poise.evaluate.training import SourceLoads, TrainingReplay, replay_training
-from poise.modelspec import ModelSpec
-from poise.observe.predict import SlidingMean
-from poise.policies.plan import LayerView, StepPolicy
-from poise.policies.poise_policy import Poise
-from poise.policies.registry import POLICIES
-from poise.policies.rematerialise import layers_to_keep
-from poise.policies.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding, owned_ED
+from poise.machine.model import ModelSpec
+from poise.replay.serving import FastLoop
+from poise.replay.training import SourceLoads, TrainingReplay, replay_training
+from poise.routing.predict import SlidingMean
+from poise.stepwise.poise.policy import Poise
+from poise.stepwise.protocol import LayerView, StepPolicy
+from poise.stepwise.registry import POLICIES
+from poise.stepwise.rematerialise import layers_to_keep
+from poise.stepwise.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding, owned_ED
 
 OVERLAPS = (0, 4, 8, 16)
 FLEX = ({"trigger": 1.05, "horizon": 100.0, "most": 32},)

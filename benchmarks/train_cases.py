@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.cluster import Cluster, from_preset
 from poise.cost.weights import StepPrice, training_price
-from poise.evaluate.training import SourceLoads
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster, from_preset
+from poise.machine.model import ModelSpec
+from poise.replay.training import SourceLoads
 
 MODELS = {"gpt-moe-s": (2048, True, 50_257), "gpt-moe-l": (2048, True, 50_257),
           "bert-moe": (512, False, 30_522), "bert-moe-deep": (512, False, 30_522)}  # fmt: skip

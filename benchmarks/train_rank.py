@@ -30,12 +30,12 @@ from torch.distributed.device_mesh import init_device_mesh
 import poise.runtime.dispatch
 import poise.runtime.layer
 import poise.train.schedule
-from poise.cluster import Cluster
-from poise.emulate import DeviceClock, ExpertCurve
-from poise.policies.registry import parse_policy
+from poise.lab.emulate import DeviceClock, ExpertCurve
+from poise.machine.cluster import Cluster
 from poise.runtime.collectives import Pending
 from poise.runtime.experts import ExpertKind
 from poise.runtime.moe import ExpertList
+from poise.stepwise.registry import parse_policy
 from poise.train import fully_shard_experts
 from poise.train.history import LoadHistory
 from poise.train.materialize import Materialised
@@ -58,7 +58,7 @@ class Clock:
 
 
 class Marks:
-    """Moments of the step that runs, float64 [L, 2, 11] (:mod:`poise.evaluate.ranks` names them), and spans of weights."""
+    """Moments of the step that runs, float64 [L, 2, 11] (:mod:`poise.simulate.training` names them), and spans of weights."""
 
     at_LXM = np.zeros((0, 2, 11))
     layer, way = 0, 0

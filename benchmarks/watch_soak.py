@@ -146,7 +146,7 @@ def planner_that_fails() -> None:
 
     from poise.cli.main import main
     from poise.control import controller
-    from poise.errors import InfeasibleError
+    from poise.util.errors import InfeasibleError
 
     def deep(level: int) -> int:
         return deep(level + 1) + 1

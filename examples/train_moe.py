@@ -28,7 +28,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from poise.errors import PoiseError
 from poise.train import (
     FssdpExperts,
     clip_grad_norm_,
@@ -37,6 +36,7 @@ from poise.train import (
     parameter_groups,
     save_checkpoint,
 )
+from poise.util.errors import PoiseError
 
 SEQUENCE = 128
 

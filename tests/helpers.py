@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from poise.cluster import Cluster
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.routing.batch import RoutingBatch
 
 
 def few_or(many: Any, few: Any) -> Any:

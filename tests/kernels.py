@@ -26,12 +26,12 @@ def training() -> None:
     """What ``poise`` plans sharded training with."""
     import numpy as np
 
-    from poise.cluster import Cluster
     from poise.cost.weights import training_price
-    from poise.evaluate.stepwise import FastLoop
-    from poise.evaluate.training import SourceLoads, replay_training
-    from poise.modelspec import ModelSpec
-    from poise.policies.registry import POLICIES
+    from poise.machine.cluster import Cluster
+    from poise.machine.model import ModelSpec
+    from poise.replay.serving import FastLoop
+    from poise.replay.training import SourceLoads, replay_training
+    from poise.stepwise.registry import POLICIES
 
     price = training_price(4096, 8, Cluster.uniform(2, 2), ModelSpec.generic(8, 2, np.arange(2)))
     weight = np.random.default_rng(0).dirichlet(np.full(8, 0.4), size=(2, 4))
@@ -43,15 +43,15 @@ def rest() -> None:
     """Planning methods, and policies that serve."""
     import numpy as np
 
-    from poise.cluster import Cluster
-    from poise.errors import NoResultError
-    from poise.evaluate.stepwise import FastLoop, replay_steps
-    from poise.modelspec import ModelSpec
-    from poise.observe.batching import make_batch
-    from poise.observe.synthetic import zipf_trace
+    from poise.machine.cluster import Cluster
+    from poise.machine.model import ModelSpec
     from poise.planning.problem import PlacementProblem
     from poise.planning.solve.solve import METHODS, solve
-    from poise.policies.registry import POLICIES
+    from poise.replay.serving import FastLoop, replay_steps
+    from poise.routing.batching import make_batch
+    from poise.routing.synthetic import zipf_trace
+    from poise.stepwise.registry import POLICIES
+    from poise.util.errors import NoResultError
 
     trace = zipf_trace(num_tokens=96, num_layers=2, num_experts=8, top_k=2, tokens_per_request=8, seed=0)
     batch = make_batch(trace, tokens_per_step=24)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import transformers
 
-from poise.cluster import Cluster
-from poise.errors import ClusterError, InputError, ModelError
-from poise.modelspec import ModelSpec, from_hf_config
-from poise.presets import DEVICES, MODELS
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec, from_hf_config
+from poise.machine.presets import DEVICES, MODELS
+from poise.util.errors import ClusterError, InputError, ModelError
 
 
 def test_specs():

@@ -8,11 +8,11 @@ import numba
 import numpy as np
 import pytest
 
-from poise.compiled import COMPILATION
+from poise.util.compiled import COMPILATION
 
-INNER = "from poise.compiled import compiled\nFACTOR = {factor}\n@compiled\ndef inner(x):\n    return x + {add}\n"
+INNER = "from poise.util.compiled import compiled\nFACTOR = {factor}\n@compiled\ndef inner(x):\n    return x + {add}\n"
 OUTER = (
-    "from poise.compiled import compiled\nfrom inner_of_cache_test import FACTOR, inner\n"
+    "from poise.util.compiled import compiled\nfrom inner_of_cache_test import FACTOR, inner\n"
     "@compiled(nogil=True)\ndef outer(x):\n    return FACTOR * inner(x)\n"
 )
 

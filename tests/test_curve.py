@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.cluster import Cluster, from_preset
 from poise.cost.compute import expert_seconds, roofline
 from poise.cost.links import latency_seconds
-from poise.curve import ExpertCurve
-from poise.errors import ClusterError
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster, from_preset
+from poise.machine.curve import ExpertCurve
+from poise.machine.model import ModelSpec
+from poise.util.errors import ClusterError
 
 MODEL = ModelSpec("tiny", 1, (0,), 4, 2, 8, 4)
 FLAT_THEN_STEEP = ExpertCurve([4, 16, 64, 256], [8.0, 8.0, 24.0, 88.0], parameters=96, weight_bytes=2)

@@ -11,26 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engines.checkpoint_cases import write_checkpoint
 
-from poise.errors import ClusterError, InputError, ModelError, OptionError
-from poise.files import open_regular, read_bounded, regular_size
-from poise.jsonfile import read_json
+from poise.util.errors import ClusterError, InputError, ModelError, OptionError
+from poise.util.files import open_regular, read_bounded, regular_size
+from poise.util.jsonfile import read_json
 
 READERS = """
 import json, resource, shutil, signal, sys
 from pathlib import Path
 import numpy as np
 from poise import Cluster, Placement
-from poise.emulate.clock import ExpertCurve
+from poise.lab.emulate.clock import ExpertCurve
 from poise.engines import sglang
 from poise.engines.checkpoints.checkpoint import relabel_checkpoint
 from poise.engines.checkpoints.permutation import load_relabelling
 from poise.engines.plugins.static_map import StaticMap
 from poise.engines.readers import ReadOptions, read_dump
 from poise.engines.shards import read_shard
-from poise.errors import InputError
-from poise.modelspec import ModelSpec
-from poise.observe.files import read
-from poise.observe.profile import iter_experts
+from poise.util.errors import InputError
+from poise.machine.model import ModelSpec
+from poise.routing.files import read
+from poise.routing.profile import iter_experts
 from poise.runtime.capture import read_prompts
 from poise.serve.load import Checkpoint
 

@@ -27,24 +27,24 @@ from tests.engines.checkpoint_cases import EXPERTS, expert_placement, layers_of,
 from typer.testing import CliRunner
 
 from poise import api
-from poise.calibrate import ranks
 from poise.cli import main as cli
 from poise.cli.ending import signals_end
-from poise.emulate import __main__ as emulate
 from poise.engines.checkpoints import checkpoint
 from poise.engines.exports import TARGETS, ExportOptions
-from poise.errors import InputError, OptionError, TraceError
-from poise.evaluate.report import page
-from poise.evaluate.timeline import Event, write_perfetto
-from poise.files import check_new_folder, check_output, new_folder, replacing
-from poise.observe.trace import RoutingTrace
+from poise.lab.calibrate import ranks
+from poise.lab.emulate import __main__ as emulate
+from poise.report import page
+from poise.routing.trace import RoutingTrace
+from poise.simulate.perfetto import Event, write_perfetto
+from poise.util.errors import InputError, OptionError, TraceError
+from poise.util.files import check_new_folder, check_output, new_folder, replacing
 
 ROOT = os.geteuid() == 0
 NOBODY, OTHERS = 65534, 1235
 as_root = pytest.mark.skipif(not ROOT, reason="only root may do this")
 FORK = multiprocessing.get_context("fork")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["poise.cli.main", "poise.calibrate.ranks", "poise.runtime.capture"])
+SERVER.set_forkserver_preload(["poise.cli.main", "poise.lab.calibrate.ranks", "poise.runtime.capture"])
 WAIT_S = 120
 
 
@@ -534,7 +534,7 @@ def test_open_files_of_a_process_are_refused(tmp_path):
         ):
             with pytest.raises(OptionError, match="open file of a process"):
                 check_output(name, OptionError)
-        code = "from poise.errors import OptionError; from poise.files import check_output; check_output('/dev/stdout', OptionError)"
+        code = "from poise.util.errors import OptionError; from poise.util.files import check_output; check_output('/dev/stdout', OptionError)"
         got = subprocess.run([sys.executable, "-c", code], stdout=stream, stderr=subprocess.PIPE, text=True)
         assert got.returncode == 1 and "OptionError: cannot write '/dev/stdout'" in got.stderr
         folder = os.open(tmp_path, os.O_RDONLY)

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from poise.cluster import Cluster
 from poise.engines.readers import read_dump
-from poise.errors import ClusterError, TraceError
-from poise.jsonfile import parse_json, read_json
-from poise.yamlfile import dump_yaml, parse_yaml, read_yaml
+from poise.machine.cluster import Cluster
+from poise.util.errors import ClusterError, TraceError
+from poise.util.jsonfile import parse_json, read_json
+from poise.util.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 AS_WRITTEN = {
     "12:30:00": "12:30:00", "1:30": "1:30", "1_000": "1_000", "0b11": "0b11", "yes": "yes", "no": "no", "on": "on",

@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from poise.observe.files import read
-from poise.observe.profile import dead_share_L, load_LE, mutual_information, skew_L
-from poise.observe.trace import RoutingTrace
+from poise.routing.files import read
+from poise.routing.profile import dead_share_L, load_LE, mutual_information, skew_L
+from poise.routing.trace import RoutingTrace
 
 COMMANDS = """python examples/demo_trace/corpus.py
 python examples/demo_trace/train.py --minutes {minutes:.0f} --threads {threads}

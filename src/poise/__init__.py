@@ -7,21 +7,23 @@ plugin that mostly is not wanted.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from poise import moved
 from poise.version import VERSION
 
 if TYPE_CHECKING:
     from poise.api import compare, plan
-    from poise.cluster import Cluster
-    from poise.errors import InfeasibleError, InputError, NoResultError, PoiseError
-    from poise.modelspec import ModelSpec
-    from poise.observe.batching import make_batch
-    from poise.observe.files import read
-    from poise.observe.trace import LoadProfile, RoutingTrace
+    from poise.machine.cluster import Cluster
+    from poise.machine.model import ModelSpec
     from poise.planning.placement import Placement
     from poise.planning.problem import PlacementProblem, Solution
     from poise.planning.solve.solve import METHODS, solve
-    from poise.policies.registry import POLICIES
+    from poise.routing.batching import make_batch
+    from poise.routing.files import read
+    from poise.routing.trace import LoadProfile, RoutingTrace
+    from poise.stepwise.registry import POLICIES
+    from poise.util.errors import InfeasibleError, InputError, NoResultError, PoiseError
 
+moved.install()
 __version__ = VERSION
 __all__ = [
     "METHODS",
@@ -47,16 +49,16 @@ __all__ = [
 if not TYPE_CHECKING:  # to type checkers a __getattr__ would be every name
     _MODULE = {
         "poise.api": ("compare", "plan"),
-        "poise.cluster": ("Cluster",),
-        "poise.errors": ("InfeasibleError", "InputError", "NoResultError", "PoiseError"),
-        "poise.modelspec": ("ModelSpec",),
-        "poise.observe.batching": ("make_batch",),
-        "poise.observe.files": ("read",),
-        "poise.observe.trace": ("LoadProfile", "RoutingTrace"),
+        "poise.machine.cluster": ("Cluster",),
+        "poise.util.errors": ("InfeasibleError", "InputError", "NoResultError", "PoiseError"),
+        "poise.machine.model": ("ModelSpec",),
+        "poise.routing.batching": ("make_batch",),
+        "poise.routing.files": ("read",),
+        "poise.routing.trace": ("LoadProfile", "RoutingTrace"),
         "poise.planning.placement": ("Placement",),
         "poise.planning.problem": ("PlacementProblem", "Solution"),
         "poise.planning.solve.solve": ("METHODS", "solve"),
-        "poise.policies.registry": ("POLICIES",),
+        "poise.stepwise.registry": ("POLICIES",),
     }
     _MODULE_OF = {name: module for module, names in _MODULE.items() for name in names}
 

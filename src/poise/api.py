@@ -11,14 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.cost.split import Split
 from poise.cost.traffic import Traffic
-from poise.errors import NoResultError, OptionError
-from poise.evaluate.compare import IN_SAMPLE, Comparison, Entry
-from poise.evaluate.compare import compare as compare_entries
-from poise.evaluate.elastic import carried_row, elastic_notes
-from poise.evaluate.rows import (
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.planning.budget import Budget, Limit
+from poise.planning.engine_rules import NONE, hold, parse_engine
+from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
+from poise.planning.provenance import Provenance
+from poise.planning.solve.solve import METHODS
+from poise.replay.compare import IN_SAMPLE, Comparison, Entry
+from poise.replay.compare import compare as compare_entries
+from poise.replay.elastic import carried_row, elastic_notes
+from poise.replay.rows import (
     Traffics,
     fast_rows,
     free_name,
@@ -29,19 +35,13 @@ from poise.evaluate.rows import (
     silent_defaults,
     split_traffic,
 )
-from poise.evaluate.stepwise import WARM_UP
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import Order, make_batch
-from poise.observe.files import join, read
-from poise.observe.fingerprint import NO_TRAFFIC, fingerprint
-from poise.observe.trace import LoadProfile, RoutingTrace
-from poise.planning.budget import Budget, Limit
-from poise.planning.engine_rules import NONE, hold, parse_engine
-from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
-from poise.planning.provenance import Provenance
-from poise.planning.solve.solve import METHODS
+from poise.replay.serving import WARM_UP
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import Order, make_batch
+from poise.routing.files import join, read
+from poise.routing.fingerprint import NO_TRAFFIC, fingerprint
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import NoResultError, OptionError
 from poise.version import VERSION
 
 Source = str | Path | Traffics
@@ -125,7 +125,7 @@ def plan(
     split : how tokens of replicas are split; default: as the engine does, else ``even``.
     engine : what the plan must be held by (:data:`poise.planning.engine_rules.ENGINES`): by default every slot is
         filled, as no released engine knows an empty one; ``none`` lets the method leave slots empty.
-    tokens_per_step, order, seed : how the trace is batched into steps (:func:`poise.observe.batching.make_batch`).
+    tokens_per_step, order, seed : how the trace is batched into steps (:func:`poise.routing.batching.make_batch`).
     pooled : count slots over all layers together.
     current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
         be for another number of devices: device d of it is device d of the cluster (else
@@ -276,10 +276,10 @@ def compare(
     others : more traffic to judge on, by name, e.g. another domain.
     placements : method names, placement files or Placements. The first row is the baseline. One for another number of
         devices is carried over (:mod:`poise.planning.methods.carry`): its row and a note say so.
-    fast : step-wise policies (:data:`poise.policies.registry.POLICIES`), ``"name"`` or ``"name:key=value"``; each runs
+    fast : step-wise policies (:data:`poise.stepwise.registry.POLICIES`), ``"name"`` or ``"name:key=value"``; each runs
         over the placement named ``fast_over`` (default: the last of ``placements``).
     step_slots : M, slots a device that policies have beyond the placement's.
-    predictor : what policies know before the gate (:data:`poise.observe.predict.PREDICTORS`).
+    predictor : what policies know before the gate (:data:`poise.routing.predict.PREDICTORS`).
     steps : steps to judge in each part, drawn again from its requests if need be; default: as many as use about
         every token once.
     warm_up : steps before those that run but are not judged; default 5 with ``fast``, else none.

@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.cluster import Cluster
-from poise.errors import OptionError
-from poise.evaluate.breakeven import breakeven, drifting_batch
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.replay.breakeven import breakeven, drifting_batch
+from poise.util.errors import OptionError
 
 DEMO = str(files("poise") / "data" / "demo_trace.npz")
 SMALL = f"{DEMO}#domain=python"

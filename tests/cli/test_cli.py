@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from poise.cli.main import app
 from poise.engines import sglang
-from poise.observe.files import read
-from poise.observe.synthetic import zipf_trace
-from poise.observe.trace import RoutingTrace
 from poise.planning.placement import Placement
+from poise.routing.files import read
+from poise.routing.synthetic import zipf_trace
+from poise.routing.trace import RoutingTrace
 
 ROW = {"name", "imbalance", "imbalance_p99", "cross_device_share", "cross_node_share", "step_seconds", "efficiency",
        "moved_bytes_per_step"}  # fmt: skip

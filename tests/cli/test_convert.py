@@ -9,9 +9,9 @@ from tests.engines import dumps
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.observe.files import read
-from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
+from poise.routing.files import read
+from poise.routing.trace import LoadProfile, RoutingTrace
 
 
 def run(*words):

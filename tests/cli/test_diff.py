@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.cluster import Cluster
 from poise.control.moves import move_list
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 
 LAYERS, EXPERTS, DEVICES = 24, 32, 8

@@ -13,9 +13,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.observe.profile import load_LE
-from poise.observe.synthetic import zipf_trace
 from poise.planning.placement import Placement
+from poise.routing.profile import load_LE
+from poise.routing.synthetic import zipf_trace
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 LAYERS, EXPERTS, TOP_K, DEVICES, TOKENS = 48, 128, 8, 8, 2000

@@ -8,7 +8,7 @@ from tests.helpers import random_count
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 

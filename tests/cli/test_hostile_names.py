@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from poise import api
 from poise.cli.main import app
-from poise.observe.synthetic import zipf_trace
-from poise.words import harmless, printable
+from poise.routing.synthetic import zipf_trace
+from poise.util.words import harmless, printable
 
 EVIL = os.fsdecode(b"[red]a[/][/]\\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\xff\xc2\x9b\xe2\x80\xae")
 SHOWN = r"[red]a[/][/]\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\udcff\x9b\u202e"

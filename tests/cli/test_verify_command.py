@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from poise.cli.main import app
 from poise.engines import sglang
-from poise.observe.trace import RoutingTrace
 from poise.planning.methods.eplb import rebalance_experts
 from poise.planning.placement import Placement
+from poise.routing.trace import RoutingTrace
 
 LAYERS, MOE, EXPERTS, DEVICES = 6, np.array([1, 2, 4]), 8, 4
 

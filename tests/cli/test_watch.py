@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from poise import api
 from poise.cli.watch import watch
-from poise.errors import TraceError
-from poise.observe.batching import make_batch
-from poise.observe.files import join
-from poise.observe.trace import RoutingTrace
 from poise.planning.placement import Placement
+from poise.routing.batching import make_batch
+from poise.routing.files import join
+from poise.routing.trace import RoutingTrace
+from poise.util.errors import TraceError
 from poise.watch.sources import LEAST_TOKENS, UNREADABLE_POLLS, Tail
 
 module = sys.modules["poise.cli.watch"]

@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.control.test_moves import random_placement, simulate
 
-from poise.cluster import Cluster, from_preset
 from poise.control import controller as module
 from poise.control.controller import Controller, ControlSettings, aligned, join_steps, steps_of
 from poise.cost.step import batch_cost
-from poise.errors import InfeasibleError, OptionError, PlacementError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import make_batch
-from poise.observe.trace import RoutingTrace
+from poise.machine.cluster import Cluster, from_preset
+from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import make_batch
+from poise.routing.trace import RoutingTrace
+from poise.util.errors import InfeasibleError, OptionError, PlacementError
 
 LAYERS, EXPERTS, DEVICES, TOKENS = 2, 12, 4, 64
 # Slow enough that computing decides, not latency.

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, chi2_contingency
 
 from poise.control.drift import DriftTest, correlated_lags, gram_LNN
-from poise.errors import OptionError, TraceError
-from poise.observe.batch import RoutingBatch
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError, TraceError
 
 EXPERTS, LAYERS = 8, 3
 

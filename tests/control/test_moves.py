@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
-from poise.cluster import Cluster
 from poise.control.moves import FROM_CHECKPOINT, Move, MoveList, Round, bounded, move_list, same_slots
 from poise.cost.step import batch_cost
-from poise.errors import OptionError, PlacementError
+from poise.machine.cluster import Cluster
 from poise.planning.engine_rules import ANY, NONE, hold
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
+from poise.util.errors import OptionError, PlacementError
 
 
 def random_placement(rng, layers, experts, slots_D, *, fill=1.0, twice=False) -> Placement:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from poise.cluster import from_preset
 from poise.control.controller import Controller, ControlSettings
 from poise.control.restart import Restart
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import from_preset
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError
 
 CLUSTER = from_preset([4], "h100", flops_per_s=1e9, intra_latency_s=0.0)
 IDS = np.arange(2, dtype=np.int32)

@@ -22,10 +22,10 @@ from poise.cost.bound import bound_terms, compute_bound, step_bound_BL
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import evaluate
+from poise.routing.batch import RoutingBatch
 
 SEEDS = st.integers(0, 2**32 - 1)
 NODES = st.sampled_from([(1, 1), (2,), (2, 1), (3,), (1, 1, 1)])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from tests.helpers import no_experts
 
-from poise.cluster import from_preset
 from poise.cost import step as step_module
 from poise.cost.bound import compute_bound
 from poise.cost.compute import expert_seconds
@@ -18,14 +17,15 @@ from poise.cost.links import latency_seconds
 from poise.cost.split import even_share, exact_quota
 from poise.cost.step import batch_cost, kv_seconds_per_token
 from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import make_batch
-from poise.observe.synthetic import zipf_trace
+from poise.machine.cluster import from_preset
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import evaluate
 from poise.planning.solve.state import STAY, TIE_BREAK, change, layer_seconds, make_data, make_state, rebuild
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import make_batch
+from poise.routing.synthetic import zipf_trace
 
 SEEDS = st.integers(0, 100_000)
 

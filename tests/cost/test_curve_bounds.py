@@ -67,7 +67,7 @@ def test_no_placement_lies_below_the_terms(seed, split):
 
 
 def test_a_curve_that_per_token_rises_would_break_the_bound():
-    """Why :mod:`poise.curve` refuses it: half the tokens twice is faster than all at once."""
+    """Why :mod:`poise.machine.curve` refuses it: half the tokens twice is faster than all at once."""
     convex = np.interp([10.0, 5.0], [0, 5, 10], [0, 1, 10])
     bound = compute_bound(np.array([[convex[0]]]), np.array([1, 1]), np.ones(2), spare=1)[0]
     assert bound > convex[1] and bound == pytest.approx(5)

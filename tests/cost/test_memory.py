@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poise.cost.memory import Activations, TrainingBytes, largest_batch, slots_that_fit, training_memory
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
+from poise.util.errors import OptionError
 
 S, DEEP = ModelSpec.parse("gpt-moe-s"), ModelSpec.parse("bert-moe-deep")
 

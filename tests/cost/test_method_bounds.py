@@ -10,9 +10,9 @@ from poise.cost.bound import step_bound_BL
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.errors import NoResultError
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import METHODS, solve
+from poise.util.errors import NoResultError
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -7,7 +7,7 @@ from tests.helpers import tiny_cluster
 
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.weights import StepPrice, fetch_seconds, step_price, window_seconds
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -14,7 +14,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.split import SPLITS, exact_quota
 from poise.cost.step import batch_cost
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.observe.batch import RoutingBatch
+from poise.routing.batch import RoutingBatch
 
 SEEDS = st.integers(0, 2**32 - 1)
 FIELDS = (

@@ -11,7 +11,7 @@ from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, ti
 from poise.cost.split import split_share_BED
 from poise.cost.step import batch_cost
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.errors import OptionError
+from poise.util.errors import OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)
 NODES = st.sampled_from([(2, 1), (3,), (1, 2, 1), (1,), (2, 2)])

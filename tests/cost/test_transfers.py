@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.cluster import Cluster
 from poise.cost.transfers import plan_transfers
-from poise.errors import OptionError, PlacementError
+from poise.machine.cluster import Cluster
+from poise.util.errors import OptionError, PlacementError
 
 FORMS = ("direct", "node", "tree", "auto")
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from poise.engines.dump import BalanceLog, EngineDump
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.routing.trace import LoadProfile, RoutingTrace
 
 
 def popularity(rng, layers, experts, exponent):

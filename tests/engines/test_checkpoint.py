@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from poise.engines.checkpoints.checkpoint import load_relabelling, relabel_checkpoint
 from poise.engines.checkpoints.permutation import permutation
-from poise.errors import ModelError, PlacementError
 from poise.planning.placement import Placement
+from poise.util.errors import ModelError, PlacementError
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 GROUPED = DeepseekV3Config(

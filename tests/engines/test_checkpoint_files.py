@@ -26,8 +26,8 @@ from poise.engines import shards
 from poise.engines.checkpoints import checkpoint
 from poise.engines.checkpoints.checkpoint import relabel_checkpoint
 from poise.engines.checkpoints.permutation import permutation
-from poise.errors import InputError, ModelError, OptionError, PlacementError
 from poise.planning.placement import Placement
+from poise.util.errors import InputError, ModelError, OptionError, PlacementError
 
 
 @pytest.mark.parametrize("failure", [errno.EXDEV, errno.ENOSYS, None, "short"])

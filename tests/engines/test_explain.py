@@ -11,10 +11,10 @@ from tests.engines import runs
 from poise.engines.dump import BalanceLog
 from poise.engines.explain import measures_of
 from poise.engines.verify import verify
-from poise.errors import PlacementError
-from poise.observe.trace import RoutingTrace
 from poise.planning.methods.eplb import rebalance_experts
 from poise.planning.placement import Placement
+from poise.routing.trace import RoutingTrace
+from poise.util.errors import PlacementError
 
 EXPERTS, DEVICES, SLOTS, LAYERS, TOP_K = 16, 4, 20, 4, 2
 TRIVIAL = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1)).astype(np.int32)

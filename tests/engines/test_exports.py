@@ -17,9 +17,9 @@ from poise.engines import ascend, sglang, tensorrt, vllm
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.engines.readers import read_slot_map
 from poise.engines.slots import full_table, rows_for
-from poise.errors import OptionError, PlacementError
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.util.errors import OptionError, PlacementError
 
 # 2 ranks of 3 slots, 4 experts, MoE layers 1 and 3 of 4; the second layer has an empty slot on rank 0.
 SMALL = Placement(

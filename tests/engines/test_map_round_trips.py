@@ -16,9 +16,9 @@ from poise.engines.checkpoints.checkpoint import load_relabelling, relabel_check
 from poise.engines.dump import placement_of
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.engines.readers import ReadOptions, read_dump
-from poise.errors import InputError, OptionError, PlacementError, TraceError
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.util.errors import InputError, OptionError, PlacementError, TraceError
 
 FILES = tuple(name for name, target in TARGETS.items() if not target.folder)
 ONCE = ("vllm-34811", "megatron", "deepspeed")  # they hold no replicas

@@ -10,8 +10,8 @@ import torch
 
 from poise.engines.checkpoints.megatron import apply_order_to_state, rename_deepspeed_files, write_order
 from poise.engines.checkpoints.permutation import permutation
-from poise.errors import ModelError, OptionError, PlacementError
 from poise.planning.placement import Placement
+from poise.util.errors import ModelError, OptionError, PlacementError
 
 EXPERTS, DEVICES, HIDDEN, INNER, TOP_K = 8, 4, 6, 5, 3
 NAMES = {  # framework -> first and second weight of expert N, router weight, its bias

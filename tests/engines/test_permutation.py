@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from poise.engines.checkpoints.permutation import Relabelling, keep_groups, load_relabelling, permutation
-from poise.errors import PlacementError, TraceError
-from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import PlacementError, TraceError
 
 
 def random_placement(rng, layers: int, experts: int, devices: int) -> Placement:

@@ -15,9 +15,9 @@ from tests.engines import dumps
 
 from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
-from poise.errors import TraceError
-from poise.modelspec import ModelSpec, from_hf_config
-from poise.observe.profile import load_LE
+from poise.machine.model import ModelSpec, from_hf_config
+from poise.routing.profile import load_LE
+from poise.util.errors import TraceError
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from poise.cluster import Cluster
 from poise.cost.step import batch_cost
 from poise.engines.plugins import planner, switch
 from poise.engines.plugins.policy import PolicySettings, logical_maps, rebalance, usable_map
-from poise.errors import InputError, OptionError, PlacementError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.methods import eplb
 from poise.planning.placement import Placement
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import InputError, OptionError, PlacementError
 
 QUICK = PolicySettings(time_limit_s=0.02)
 SHAPES = {  # layers, experts, slots, groups, nodes, ranks

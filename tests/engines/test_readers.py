@@ -14,11 +14,11 @@ from tests.engines import dumps
 
 from poise.engines.checkpoints.permutation import Relabelling
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import ModelError, OptionError, TraceError
-from poise.modelspec import ModelSpec, from_hf_config
-from poise.observe.profile import load_LE
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.machine.model import ModelSpec, from_hf_config
 from poise.planning.placement import Placement
+from poise.routing.profile import load_LE
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import ModelError, OptionError, TraceError
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
 GOLDENS = Path(__file__).parent.parent / "goldens" / "dumps"

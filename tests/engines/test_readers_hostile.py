@@ -16,14 +16,14 @@ import torch
 from tests.engines import dumps
 from tests.helpers import few_or
 
-from poise import extras
 from poise.engines import readers
 from poise.engines.dumps import parts
 from poise.engines.readers import ReadOptions, read_dump
-from poise.errors import InputError, NoResultError, TraceError
-from poise.jsonfile import unique
-from poise.modelspec import from_hf_config
-from poise.observe import files
+from poise.machine.model import from_hf_config
+from poise.routing import files
+from poise.util import extras
+from poise.util.errors import InputError, NoResultError, TraceError
+from poise.util.jsonfile import unique
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
 MUTANTS = few_or(10_000, 2_000)

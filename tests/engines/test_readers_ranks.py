@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from poise.cli.main import app
 from poise.engines.readers import ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError, TraceError
-from poise.observe.files import read_many
-from poise.observe.ranks import absent, spans
-from poise.observe.trace import RoutingTrace
+from poise.routing.files import read_many
+from poise.routing.ranks import absent, spans
+from poise.routing.trace import RoutingTrace
+from poise.util.errors import OptionError, TraceError
 
 PASSES, LAYERS, EXPERTS, RANKS = 3, 4, 32, 4
 FULL = np.random.default_rng(0).poisson(np.random.default_rng(1).gamma(0.5, 40, (1, LAYERS, EXPERTS)),

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.engines import dumps, engine_stubs
 
 from poise.engines.readers import ReadOptions, read_dump, read_slot_map
-from poise.errors import TraceError
-from poise.modelspec import from_hf_config
+from poise.machine.model import from_hf_config
 from poise.planning.placement import Placement
+from poise.util.errors import TraceError
 
 MODEL = from_hf_config(dumps.CONFIG, name="test")
 

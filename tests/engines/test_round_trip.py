@@ -12,12 +12,12 @@ import poise
 from poise.engines.dump import placement_of
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.engines.readers import ReadOptions, read_dump
-from poise.errors import PlacementError
-from poise.modelspec import ModelSpec
-from poise.observe.synthetic import zipf_trace
+from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ENGINES
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.solve.solve import METHODS
+from poise.routing.synthetic import zipf_trace
+from poise.util.errors import PlacementError
 
 LAYERS = (1, 2, 4)
 MODEL = ModelSpec("small", 5, LAYERS, 8, 2, 2048, 1024)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from poise.engines import sglang
-from poise.errors import PlacementError
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
 
 LAYERS, EXPERTS, DEVICES = 6, 8, 4
 

@@ -11,7 +11,7 @@ from tests.engines import engine_stubs
 from tests.engines.test_policy import loads_of, tokens, twice
 
 from poise.engines.plugins import planner, policy, sglang_hook, sglang_plugin
-from poise.errors import NoResultError, OptionError
+from poise.util.errors import NoResultError, OptionError
 
 LAYERS, EXPERTS, RANKS, REDUNDANT = 4, 16, 4, 8
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.verify import verify
-from poise.errors import OptionError, PlacementError, TraceError
-from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import Placement
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import OptionError, PlacementError, TraceError
 
 EXPERTS, DEVICES, PER, LAYERS = 8, 4, 3, 3
 IDS = np.array([1, 2, 5], np.int32)

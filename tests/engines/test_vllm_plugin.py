@@ -14,9 +14,9 @@ from tests.engines.test_policy import fetched, loads_of, tokens, twice
 
 from poise.engines.plugins import planner, policy, vllm_plugin
 from poise.engines.plugins.policy import PolicySettings
-from poise.errors import InputError, NoResultError, OptionError, PlacementError
 from poise.planning.methods import eplb
 from poise.planning.placement import Placement
+from poise.util.errors import InputError, NoResultError, OptionError, PlacementError
 
 QUICK = {"POISE_EPLB": "1", "POISE_TIME_LIMIT_S": "0.02"}
 

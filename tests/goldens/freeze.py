@@ -16,20 +16,20 @@ import numpy as np
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.cluster import Cluster
 from poise.cost.exchange import ExchangeModel
 from poise.cost.weights import training_price
-from poise.evaluate.ranks import rank_step
-from poise.evaluate.serve_ranks import serve_step, served_work
-from poise.evaluate.stepwise import FastLoop
-from poise.evaluate.training import SourceLoads, replay_training
-from poise.modelspec import ModelSpec
-from poise.observe.batching import make_batch
-from poise.observe.predict import SlidingMean
-from poise.observe.synthetic import zipf_trace
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
-from poise.policies.registry import POLICIES, parse_policy
-from poise.policies.sharding import Heterogeneous
+from poise.replay.serving import FastLoop
+from poise.replay.training import SourceLoads, replay_training
+from poise.routing.batching import make_batch
+from poise.routing.predict import SlidingMean
+from poise.routing.synthetic import zipf_trace
+from poise.simulate.serving import serve_step, served_work
+from poise.simulate.training import rank_step
+from poise.stepwise.registry import POLICIES, parse_policy
+from poise.stepwise.sharding import Heterogeneous
 
 FOLDER = Path(__file__).parent / "answers"
 CLOCKS = {"seconds", "planning_seconds"}

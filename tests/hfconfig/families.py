@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from poise.errors import ModelError
-from poise.modelspec import from_hf_config
+from poise.machine.model import from_hf_config
+from poise.util.errors import ModelError
 
 EXPERTS = re.compile(r"^class \w*(Experts|TopKRouter|TopkRouter|SparseMoe|MoeBlock|MoE)\w*\(|self\.experts\b", re.M)
 TEXT_MODELS = {

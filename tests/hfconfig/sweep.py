@@ -39,12 +39,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.cluster import Cluster
-from poise.errors import PoiseError
+from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.runtime.capture import RouterCapture
 from poise.serve import Engine
 from poise.train import export_safetensors, full_state_dict, fully_shard_experts, parameter_groups
+from poise.util.errors import PoiseError
 
 LIMIT_S = 600.0
 """A stage that takes longer hangs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 from tests.hfconfig import families
 
-from poise.hfconfig.families import FAMILIES, REFUSED, Family
+from poise.machine.hfconfig.families import FAMILIES, REFUSED, Family
 
 OUTCOMES = Path(__file__).parent / "outcomes.json"
 STAGES = ("record", "train", "relabel", "serve")

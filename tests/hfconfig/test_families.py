@@ -4,7 +4,7 @@ import pytest
 import transformers
 from tests.hfconfig import families, table
 
-from poise.hfconfig.families import FAMILIES, REFUSED
+from poise.machine.hfconfig.families import FAMILIES, REFUSED
 
 
 @pytest.mark.parametrize("family", [*families.names(), *families.TEXT_MODELS])

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from poise import ModelSpec
 from poise.cost.memory import Activations
-from poise.errors import ModelError
-from poise.modelspec import from_hf_config
-from poise.presets import MODELS
+from poise.machine.model import from_hf_config
+from poise.machine.presets import MODELS
+from poise.util.errors import ModelError
 
 PLAIN = {
     "num_hidden_layers": 6,

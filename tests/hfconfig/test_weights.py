@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise import ModelSpec
-from poise.errors import ModelError
-from poise.hfconfig.names import ExpertNames
-from poise.modelspec import from_hf_config
+from poise.machine.hfconfig.names import ExpertNames
+from poise.machine.model import from_hf_config
+from poise.util.errors import ModelError
 
 MODEL = {"model_type": "deepseek_v3", "num_hidden_layers": 5, "n_routed_experts": 12, "num_experts_per_tok": 2,
          "hidden_size": 64, "moe_intermediate_size": 32, "first_k_dense_replace": 2}  # fmt: skip

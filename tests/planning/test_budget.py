@@ -15,12 +15,8 @@ from typer.testing import CliRunner
 import poise
 from poise.cli import options
 from poise.cli.main import app
-from poise.cluster import from_preset
-from poise.compiled import Compilation
-from poise.errors import NoResultError, OptionError
-from poise.modelspec import ModelSpec
-from poise.observe.batching import make_batch
-from poise.observe.synthetic import zipf_trace
+from poise.machine.cluster import from_preset
+from poise.machine.model import ModelSpec
 from poise.planning import budget as module
 from poise.planning.budget import Budget
 from poise.planning.methods import exflow
@@ -31,6 +27,10 @@ from poise.planning.solve.effort import some_steps
 from poise.planning.solve.milp import Milp
 from poise.planning.solve.search import search
 from poise.planning.solve.solve import METHODS, solve
+from poise.routing.batching import make_batch
+from poise.routing.synthetic import zipf_trace
+from poise.util.compiled import Compilation
+from poise.util.errors import NoResultError, OptionError
 
 TRACE = zipf_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2, tokens_per_request=8, stickiness=0.3, seed=1)
 

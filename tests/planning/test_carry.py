@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, random_slots, tiny_batch, tiny_model
 
-from poise.cluster import Cluster
-from poise.errors import OptionError
+from poise.machine.cluster import Cluster
 from poise.planning.elastic import RankMap
 from poise.planning.methods import carry, lpt
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+from poise.util.errors import OptionError
 
 
 def lists(ranks):

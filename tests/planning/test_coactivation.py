@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, random_slots, tiny_batch, tiny_cluster, tiny_model, token_batch
 
-from poise.cluster import Cluster
-from poise.errors import NoResultError
+from poise.machine.cluster import Cluster
 from poise.planning.methods import coactivation, eplb
 from poise.planning.methods.coactivation import GRID, PUBLISHED, CoactivationSetting
 from poise.planning.problem import PlacementProblem
+from poise.util.errors import NoResultError
 
 EXPERTS = CoactivationSetting(unit="expert", affinity="all", hot=0, rounds=1)
 

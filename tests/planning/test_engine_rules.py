@@ -10,16 +10,16 @@ from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, ti
 
 import poise
 from poise.api import deal_slots
-from poise.cluster import Cluster
-from poise.errors import NoResultError, OptionError, PlacementError
-from poise.evaluate.rows import fewer_words
-from poise.modelspec import ModelSpec
-from poise.observe.synthetic import zipf_trace
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ANY, ENGINES, NONE, fill_table, hold
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.complete import complete
 from poise.planning.solve.solve import METHODS, solve, without_redundant
+from poise.replay.rows import fewer_words
+from poise.routing.synthetic import zipf_trace
+from poise.util.errors import NoResultError, OptionError, PlacementError
 
 QUICK = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "surplus-fill", "flash-lb", "coactivation", "grace-moe",
          "swift-balance")  # fmt: skip

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from poise.errors import OptionError
 from poise.planning.methods.eplb import balanced_packing, rebalance_experts
+from poise.util.errors import OptionError
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
-from poise.cluster import Cluster, from_preset
-from poise.errors import NoResultError
-from poise.modelspec import ModelSpec
-from poise.observe.batching import make_batch
-from poise.observe.synthetic import planted_affinity, zipf_trace
+from poise.machine.cluster import Cluster, from_preset
+from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.methods import exflow
 from poise.planning.methods.exflow import GRID, PUBLISHED, ExFlowSetting
 from poise.planning.problem import PlacementProblem
+from poise.routing.batching import make_batch
+from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.util.errors import NoResultError
 
 FAR = Budget(1e9)
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model, token_batch
 
-from poise.cluster import Cluster
-from poise.errors import NoResultError
+from poise.machine.cluster import Cluster
 from poise.planning.methods import grace_moe
 from poise.planning.methods.grace_moe import GRID, PUBLISHED, GraceSetting
 from poise.planning.problem import PlacementProblem
+from poise.util.errors import NoResultError
 
 
 def random_affinity(rng, experts):

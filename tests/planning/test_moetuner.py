@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.cluster import Cluster
-from poise.errors import InfeasibleError, NoResultError
-from poise.modelspec import ModelSpec
-from poise.observe.batching import make_batch
-from poise.observe.synthetic import mixtral_like, zipf_trace
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.methods import moetuner
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve import exact
+from poise.routing.batching import make_batch
+from poise.routing.synthetic import mixtral_like, zipf_trace
+from poise.util.errors import InfeasibleError, NoResultError
 
 
 def problem(trace, cluster, slots, **options):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.errors import PlacementError
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
 
 
 @st.composite

@@ -7,11 +7,11 @@ from tests.helpers import no_experts, tiny_cluster, tiny_model, token_batch
 from poise.control.moves import _seconds, bounded
 from poise.cost.step import batch_cost
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.errors import NoResultError
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.search import plain_start, search
 from poise.planning.solve.solve import METHODS, solve
+from poise.util.errors import NoResultError
 
 EXPERTS, LAYERS = 6, 4
 

@@ -8,13 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import all_counts, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
-from poise.cluster import Cluster
 from poise.cost.split import exact_quota
-from poise.errors import NoResultError, OptionError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import make_batch
-from poise.observe.synthetic import planted_affinity
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -23,6 +19,10 @@ from poise.planning.solve.anneal import annealed, scenarios
 from poise.planning.solve.fill import fill_layer, filled
 from poise.planning.solve.small import even_optimum
 from poise.planning.solve.solve import solve
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import make_batch
+from poise.routing.synthetic import planted_affinity
+from poise.util.errors import NoResultError, OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)
 PUBLISHED = np.array([600, 560, 120, 120, 20, 10, 10, 10.0])

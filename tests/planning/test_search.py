@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import few_or
 
-from poise.cluster import Cluster, from_preset
-from poise.errors import NoResultError, OptionError
-from poise.modelspec import ModelSpec
-from poise.observe.batching import make_batch
-from poise.observe.synthetic import planted_affinity, zipf_trace
+from poise.machine.cluster import Cluster, from_preset
+from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ANY, NONE
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import METHODS, evaluate, solve
+from poise.routing.batching import make_batch
+from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.util.errors import NoResultError, OptionError
 
 SHAPES = st.sampled_from(
     [([2, 1, 2], [3, 2, 3, 2, 2], [1, 1, 0.5, 2, 1]), ([3], [4, 4, 4], [1, 1, 1]), ([1, 1, 1], [5, 3, 4], [1, 2, 1]),

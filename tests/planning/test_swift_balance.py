@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_slots, tiny_cluster, tiny_model
 
-from poise.errors import OptionError
 from poise.planning.methods import contiguous, swift_balance
 from poise.planning.methods.lpt import replicate
 from poise.planning.methods.swift_balance import GRID, PUBLISHED, SwiftBalanceSetting
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
+from poise.util.errors import OptionError
 
 SETTINGS = st.sampled_from([*GRID, SwiftBalanceSetting(max_swaps=1), SwiftBalanceSetting(imbalance_threshold=1.5)])
 

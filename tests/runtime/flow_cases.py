@@ -14,17 +14,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.cases import read_options, run_cases
 
-from poise.cluster import Cluster
 from poise.cost.route import token_copies
 from poise.cost.traffic import TRAFFIC_MODELS, port_load
 from poise.cost.weights import step_price
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
-from poise.policies.registry import parse_policy
 from poise.runtime import flows
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
 from poise.serve.split import FastLoop
+from poise.stepwise.registry import parse_policy
 
 EXPERTS, WIDTH, INNER = 12, 8, 6
 POLICIES = ("split", "hecate", "hecate-calibrated", "llep", "ultra-ep", "moon-ep", "poise", "poise:objective=tokens")

@@ -9,10 +9,10 @@ import transformers
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.errors import ModelError, TraceError
-from poise.observe.files import read
+from poise.routing.files import read
 from poise.runtime.capture import Prompt, RouterCapture, find_routers, read_prompts, record
 from poise.runtime.experts import recognise
+from poise.util.errors import ModelError, TraceError
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2,

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from poise.errors import ModelError
 from poise.runtime import probe
 from poise.runtime.experts import recognise, recognise_all
 from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
+from poise.util.errors import ModelError
 
 E, D, H = 5, 8, 12
 SILU, BIAS_FREE = nn.SiLU(), nn.Linear(D, H, bias=False)

@@ -13,7 +13,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from poise.cluster import Cluster
+from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.serve.load import from_config
 from poise.serve.model import block_of

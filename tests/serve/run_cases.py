@@ -27,19 +27,19 @@ from tests.cases import read_options, run_cases
 from tests.helpers import few_or
 from tests.serve import models as m
 
-from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.cost.weights import StepPrice, fetch_seconds, step_price
-from poise.errors import ModelError, OptionError, PlacementError
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
-from poise.policies.plan import Fetch, LayerView, StepPlan
-from poise.policies.registry import parse_policy
-from poise.policies.split import even_quota
 from poise.serve import Engine, FastLoop, from_folder
 from poise.serve.batch import Chunk, StepBatch
 from poise.serve.load import from_config
 from poise.serve.model import FAMILIES
+from poise.stepwise.methods.split import even_quota
+from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.registry import parse_policy
+from poise.util.errors import ModelError, OptionError, PlacementError
 
 EXACT = 1e-9
 """Of float64 runs; measured errors are 1e-15. Norms pass through float32, where a last bit may flip."""

@@ -6,10 +6,10 @@ from tests.serve.models import dense, moe_layers, placement
 from tests.serve.run_cases import CASES
 from torch import nn
 
-from poise.cluster import Cluster
-from poise.errors import ModelError, OptionError
+from poise.machine.cluster import Cluster
 from poise.serve import Engine
 from poise.serve.model import block_of, take_apart
+from poise.util.errors import ModelError, OptionError
 
 
 def test_all_cases(tmp_path, subtests):

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from poise.errors import ModelError
 from poise.runtime.moe import GatedExperts, MoE
 from poise.train import clip_grad_norm_, parameter_groups
+from poise.util.errors import ModelError
 
 aten = torch.ops.aten
 WIDTH, EXPERTS, MICRO = 8, 6, 4

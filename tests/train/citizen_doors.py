@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from poise.errors import ModelError, OptionError
 from poise.train import full_optimizer_state_dict, full_state_dict, load_checkpoint, parameter_groups, save_checkpoint
 from poise.train.sharding import ShardedExperts
+from poise.util.errors import ModelError, OptionError
 
 STEPS = 3
 Change = Callable[[nn.Module, Any, int], None]

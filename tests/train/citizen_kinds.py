@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
-from poise.errors import ModelError, OptionError
-from poise.policies.hecate import Hecate
 from poise.runtime.moe import ExpertList, GatedExperts
+from poise.stepwise.methods.hecate import Hecate
 from poise.train import checks
+from poise.util.errors import ModelError, OptionError
 
 
 def untouched(model: nn.Module, action: Callable[[], Any], kind: type[Exception] = ModelError) -> str:

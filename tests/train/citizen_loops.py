@@ -22,8 +22,8 @@ from tests.train.citizen_routing import alone, said_by_all
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from poise.errors import ModelError
 from poise.train import full_state_dict
+from poise.util.errors import ModelError
 
 MOVING = ("poise", "hecate", "expert-parallelism")
 

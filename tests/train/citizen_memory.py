@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from poise.errors import OptionError, PoiseError
-from poise.policies.sharding import Heterogeneous
 from poise.runtime.experts import ExpertKind
+from poise.stepwise.sharding import Heterogeneous
 from poise.train import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint
+from poise.util.errors import OptionError, PoiseError
 
 FULL = StateDictOptions(full_state_dict=True)
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

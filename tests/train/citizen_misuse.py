@@ -21,14 +21,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from poise.cluster import Cluster
-from poise.errors import ModelError, OptionError
-from poise.policies.hecate import Hecate
-from poise.policies.plan import LayerView
-from poise.policies.sharding import Heterogeneous
+from poise.machine.cluster import Cluster
 from poise.runtime.moe import ExpertList, GatedExperts, MoE
+from poise.stepwise.methods.hecate import Hecate
+from poise.stepwise.protocol import LayerView
+from poise.stepwise.sharding import Heterogeneous
 from poise.train import fully_shard_experts
 from poise.train.sharding import ShardedExperts
+from poise.util.errors import ModelError, OptionError
 
 
 def mine(step: int = 0, workload: str = "W3", layers: int = h.LAYERS, dtype: torch.dtype = torch.float64) -> h.Batch:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-from poise.errors import CommunicationError, ModelError, OptionError, PoiseError
 from poise.runtime.moe import ExpertList
 from poise.train.gradients import update_correction_bias
+from poise.util.errors import CommunicationError, ModelError, OptionError, PoiseError
 
 POLICIES = ("expert-parallelism", "hecate", "poise", "ultra-ep", "llep", "full-replication")
 E = h.EXPERTS

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from poise.cluster import Cluster
-from poise.errors import InputError, ModelError, OptionError
+from poise.machine.cluster import Cluster
 from poise.runtime.moe import ExpertList, GatedExperts, MoE
 from poise.runtime.recompute import in_backward
 from poise.train import clip_grad_norm_, fully_shard_experts
 from poise.train.gradients import update_correction_bias
+from poise.util.errors import InputError, ModelError, OptionError
 
 # ---- 4. gradient accumulation --------------------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ from tests.launch import leave
 from tests.train import harness as h
 from tests.train.matrix import machine
 
-from poise.errors import CommunicationError
-from poise.policies.sharding import Heterogeneous
+from poise.stepwise.sharding import Heterogeneous
 from poise.train import checkpoint, full_state_dict, fully_shard_experts, load_checkpoint, save_checkpoint
+from poise.util.errors import CommunicationError
 
 SAVE_EVERY, WORLD_OF_DATA, TOP_K = 3, 4, 2
 

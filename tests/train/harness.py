@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from poise.policies.registry import POLICIES
 from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
+from poise.stepwise.registry import POLICIES
 from poise.train import fully_shard_experts
 
 EXPERTS, WIDTH, INNER, LAYERS, TOKENS = 10, 8, 12, 2, 6

@@ -29,7 +29,7 @@ from tests.helpers import few_or
 from tests.launch import leave
 from tests.train import harness as h
 
-from poise.cluster import Cluster
+from poise.machine.cluster import Cluster
 
 POLICIES = {
     "smart-moe": "smart-moe:interval=1,threshold=0.0",

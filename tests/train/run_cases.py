@@ -29,11 +29,11 @@ from tests.train import harness as h
 from tests.train.matrix import machine
 
 from poise.cost.transfers import Transfer, TransferPlan, plan_transfers
-from poise.errors import ModelError, OptionError
-from poise.policies.sharding import Heterogeneous, check_sharding
 from poise.runtime import collectives as wires
 from poise.runtime.collectives import sparse_all_gather, sparse_reduce_scatter
+from poise.stepwise.sharding import Heterogeneous, check_sharding
 from poise.train import fully_shard_experts
+from poise.util.errors import ModelError, OptionError
 
 CPU = torch.device("cpu")
 MINE: dict[str, Any] = {}

@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from poise.errors import InputError, ModelError, OptionError
 from poise.train import checkpoint
 from poise.train.checkpoint import export_safetensors, latest_checkpoint, load_checkpoint, save_checkpoint
+from poise.util.errors import InputError, ModelError, OptionError
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from poise.policies.registry import POLICIES, parse_policy
-from poise.policies.sharding import Balanced, Even, Heterogeneous
+from poise.stepwise.registry import POLICIES, parse_policy
+from poise.stepwise.sharding import Balanced, Even, Heterogeneous
 from poise.train.machine import TOKENS_ONLY, presumed, unknown, warn_of_rates
 
 MESH = SimpleNamespace(ndim=2, shape=(2, 2))
@@ -48,9 +48,9 @@ def test_who_reckons_with_seconds_says_so(spec):
 @pytest.mark.parametrize("spec", TOKENS_ONLY)
 def test_who_asks_no_price_gets_none(spec):
     """The list is true: a price of nothing at all is not looked at."""
-    from tests.policies.test_why_none import HOT, view_of
+    from tests.stepwise.test_why_none import HOT, view_of
 
-    from poise.policies.split import spread_evenly
+    from poise.stepwise.methods.split import spread_evenly
 
     view = view_of(HOT)
     nothing = SimpleNamespace(cluster=SimpleNamespace(

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import few_or
 from tests.launch import ranks
 
-from poise.policies.registry import POLICIES
+from poise.stepwise.registry import POLICIES
 
 STILL = {"expert-parallelism", "split"}
 """Policies that move no weights."""

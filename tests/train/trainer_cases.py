@@ -29,9 +29,9 @@ from tests.train import citizen_models as c
 from tests.train import harness as h
 from tests.train.matrix import machine
 
-from poise.errors import PoiseError
 from poise.train import fully_shard_experts
 from poise.train.hf import ShardedExpertsMixin
+from poise.util.errors import PoiseError
 
 MINE: dict[str, Any] = {}
 NEAR, STEPS, BATCH = 1e-6, 4, 2

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
-from tests.evaluate.test_report import ARGUMENTS
+from tests.report.test_report import ARGUMENTS
 from tests.watch import replay_server
 from tests.watch.replay_server import RANKS, STEPS, Traffic, balance
 

@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from poise.errors import NoResultError, OptionError
+from poise.util.errors import NoResultError, OptionError
 from poise.watch import metrics as metrics_module
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics

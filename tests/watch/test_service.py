@@ -7,14 +7,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.watch.replay_server import Traffic, balance
 
-from poise.cluster import from_preset
 from poise.control import controller as control_module
 from poise.control.controller import ControlSettings, steps_of
 from poise.engines.dump import SlotRecord
-from poise.errors import NoResultError, OptionError, PlacementError
-from poise.modelspec import ModelSpec
-from poise.observe.trace import LoadProfile
+from poise.machine.cluster import from_preset
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.routing.trace import LoadProfile
+from poise.util.errors import NoResultError, OptionError, PlacementError
 from poise.watch import board as board_module
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics

@@ -9,9 +9,9 @@ import pytest
 from tests.watch.test_sources import read
 
 from poise.engines import sglang
-from poise.errors import OptionError
-from poise.observe.trace import LoadProfile
 from poise.planning.placement import Placement
+from poise.routing.trace import LoadProfile
+from poise.util.errors import OptionError
 from poise.watch.sglang_recorder import FIRST_RETRY_S, SGLangRecorder
 from poise.watch.sources import DumpFolder, recorded_steps
 

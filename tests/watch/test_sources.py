@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from poise.engines.dump import EngineDump, SlotRecord
-from poise.errors import ModelError, NoResultError, OptionError, TraceError
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import ModelError, NoResultError, OptionError, TraceError
 from poise.watch.sources import FILES_A_LOOK, LEAST_TOKENS, UNREADABLE_POLLS, DumpFolder
 
 

@@ -20,7 +20,7 @@ from tests.watch.test_service import CLUSTER, STEPS, WINDOW, Script, dumps, of, 
 from poise.cli.main import app
 from poise.cli.watch import _Ending, _Teller
 from poise.control import controller as control_module
-from poise.errors import CommunicationError, InfeasibleError, NoResultError, OptionError
+from poise.util.errors import CommunicationError, InfeasibleError, NoResultError, OptionError
 from poise.watch import service as service_module
 from poise.watch.asking import Asker
 from poise.watch.board import Board

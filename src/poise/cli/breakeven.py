@@ -10,14 +10,14 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
-from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.errors import OptionError
-from poise.evaluate.breakeven import SIZES, BreakEven
-from poise.evaluate.breakeven import breakeven as run
-from poise.modelspec import ModelSpec
-from poise.observe.trace import RoutingTrace
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.replay.breakeven import SIZES, BreakEven
+from poise.replay.breakeven import breakeven as run
+from poise.routing.trace import RoutingTrace
+from poise.util.errors import OptionError
 
 
 def breakeven(

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from poise.calibrate.result import Calibration
 from poise.cli import options as o
-from poise.cluster import Cluster
-from poise.emulate.clock import ExpertCurve
-from poise.errors import OptionError
-from poise.extras import with_torch
-from poise.files import replacing
-from poise.modelspec import ModelSpec
+from poise.lab.calibrate.result import Calibration
+from poise.lab.emulate.clock import ExpertCurve
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.util.errors import OptionError
+from poise.util.extras import with_torch
+from poise.util.files import replacing
 
 GENERIC = (2048, 1024, 3, 64)
 """Hidden, inner, matrices, experts when no model is named."""
@@ -53,7 +53,7 @@ def calibrate(
     main = os.environ.get("RANK", "0") == "0"
     with o.errors():
         o.talk.quiet = not main  # every rank gets the same options: one complaint is enough
-        ranks = with_torch("poise.calibrate.ranks", "measuring")
+        ranks = with_torch("poise.lab.calibrate.ranks", "measuring")
         o.writable(output)
         if output.suffix not in (".yaml", ".yml"):
             raise OptionError(f"{output} is no cluster file", hint="planners read .yaml")

@@ -13,10 +13,10 @@ from poise import api
 from poise.cli import options as o
 from poise.cost.split import SPLITS
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.errors import OptionError
-from poise.evaluate.compare import Comparison
-from poise.evaluate.report import write_report
-from poise.observe.batching import ORDERS
+from poise.replay.compare import Comparison
+from poise.report import write_report
+from poise.routing.batching import ORDERS
+from poise.util.errors import OptionError
 
 
 def compare(

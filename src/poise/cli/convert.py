@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from poise.cli import options as o
 from poise.engines.dump import EngineDump, SlotRecord, placement_of
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
-from poise.errors import OptionError, TraceError
-from poise.files import replacing
-from poise.modelspec import ModelSpec
-from poise.observe.files import IDLE
-from poise.observe.ranks import READINGS
-from poise.observe.trace import LoadProfile, row_blocks
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.routing.files import IDLE
+from poise.routing.ranks import READINGS
+from poise.routing.trace import LoadProfile, row_blocks
+from poise.util.errors import OptionError, TraceError
+from poise.util.files import replacing
 
 
 def convert(

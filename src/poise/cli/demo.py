@@ -11,8 +11,8 @@ import typer
 from poise import api
 from poise.cli import options as o
 from poise.cli.compare import show
-from poise.modelspec import ModelSpec
-from poise.observe.trace import RoutingTrace
+from poise.machine.model import ModelSpec
+from poise.routing.trace import RoutingTrace
 
 OTHER = "python"
 """The domain that methods never see."""

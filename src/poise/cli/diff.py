@@ -9,12 +9,12 @@ import typer
 from rich.table import Table
 
 from poise.cli import options as o
-from poise.cluster import Cluster
 from poise.control.change import Change, numbers
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
+from poise.util.errors import OptionError
 
 SHOWN = 8
 """Layers of the table on a terminal."""

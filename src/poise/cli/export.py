@@ -10,10 +10,10 @@ import typer
 from poise.cli import options as o
 from poise.engines.checkpoints.permutation import keep_groups
 from poise.engines.exports import TARGETS, ExportOptions
-from poise.errors import OptionError
-from poise.files import check_new_folder
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.util.errors import OptionError
+from poise.util.files import check_new_folder
 
 
 def export(

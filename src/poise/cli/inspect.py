@@ -9,8 +9,8 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
-from poise.observe.profile import dead_share_L, load_LE, mutual_information, skew_L
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
+from poise.routing.profile import dead_share_L, load_LE, mutual_information, skew_L
+from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 
 
 def inspect(traces: o.Traces, json: o.Json = False) -> None:

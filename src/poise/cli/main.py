@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from poise import __version__
 from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
 from poise.cli.ending import signals_end
 from poise.cli.options import compiling
+from poise.version import VERSION
 
 app = typer.Typer(
     name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -18,7 +18,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"poise {__version__}")
+        typer.echo(f"poise {VERSION}")
         raise typer.Exit
 
 

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from poise.cli.ending import Ended
-from poise.compiled import COMPILATION
-from poise.errors import InputError, OptionError, PoiseError
-from poise.files import check_output
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
-from poise.words import printable
+from poise.util.compiled import COMPILATION
+from poise.util.errors import InputError, OptionError, PoiseError
+from poise.util.files import check_output
+from poise.util.words import printable
 
 
 class _Console(Console):

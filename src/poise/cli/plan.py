@@ -13,18 +13,18 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
-from poise.cluster import Cluster
 from poise.cost.split import SPLITS
 from poise.cost.traffic import TRAFFIC_MODELS
-from poise.errors import OptionError
-from poise.evaluate.rows import fewer_words, shortened
-from poise.modelspec import ModelSpec
-from poise.observe.batching import ORDERS
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
-from poise.words import percent
+from poise.replay.rows import fewer_words, shortened
+from poise.routing.batching import ORDERS
+from poise.util.errors import OptionError
+from poise.util.words import percent
 
 TIME_LIMIT = (
     "Seconds for all after reading: search, prices and bound, a second plan without redundant slots, verdict. "

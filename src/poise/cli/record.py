@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from poise.cli import options as o
-from poise.extras import with_torch
+from poise.util.extras import with_torch
 
 
 def record(

@@ -14,10 +14,10 @@ from poise.engines import sglang
 from poise.engines.readers import ReadOptions, read_dump
 from poise.engines.verify import RUNS, Verification
 from poise.engines.verify import verify as check
-from poise.errors import NoResultError
-from poise.modelspec import ModelSpec
-from poise.observe.ranks import READINGS
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.routing.ranks import READINGS
+from poise.util.errors import NoResultError
 
 SHOWN = 12
 """Layers of the table on a terminal."""

@@ -19,7 +19,6 @@ import numpy as np
 import typer
 
 from poise.cli import options as o
-from poise.cluster import Cluster
 from poise.control.controller import ControlSettings, Decision, Look
 from poise.control.restart import Restart
 from poise.cost.split import SPLITS, Split
@@ -27,17 +26,18 @@ from poise.cost.traffic import TRAFFIC_MODELS
 from poise.engines import sglang as sglang_file
 from poise.engines.dump import ReadOptions
 from poise.engines.readers import read_dump
-from poise.errors import OptionError, TraceError
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.solve.solve import METHODS
+from poise.util.errors import OptionError, TraceError
+from poise.util.words import percent
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics
 from poise.watch.page import Page, answers, listen_address
 from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Told, Trouble
 from poise.watch.sglang_recorder import SGLangRecorder
 from poise.watch.sources import DumpFolder, Polled, Source, Tail
-from poise.words import percent
 
 FILE_INTERVAL_S, ENGINE_INTERVAL_S = 1.0, 10.0
 GENERIC = "no model was named (--model), so sizes are generic: gains, and what is worth it, are not yours"

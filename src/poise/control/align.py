@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from poise.cluster import Cluster
+from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.control.moves import MoveList, move_list
-from poise.errors import OptionError
-from poise.evaluate.moving import Moving, moving
+from poise.machine.cluster import Cluster
 from poise.planning.elastic import Frame, RankMap
 from poise.planning.placement import Placement
+from poise.replay.moving import Moving, moving
+from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,11 +33,11 @@ from poise.control.moves import MoveList, bounded, move_list
 from poise.control.restart import Restart, imbalance_of
 from poise.control.steps import join_steps, one_step, steps_of
 from poise.cost.step import BatchCost, batch_cost
-from poise.errors import NoResultError, OptionError, PoiseError, told
-from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import NoResultError, OptionError, PoiseError, told
 
 __all__ = ["ControlSettings", "Controller", "Decision", "Look", "aligned", "join_steps", "steps_of"]
 
@@ -222,8 +222,9 @@ class Controller:
         Raises
         ------
         OptionError : the steps are not of the problem's shape.
-        PoiseError : what planning raised (:exc:`poise.errors.NoResultError` where that was no error of poise's); the
-            controller is idle again and learns anew, for one reference, then for 2, 4, ... 16 as long as plans fail.
+        PoiseError : what planning raised (:exc:`poise.util.errors.NoResultError` where that was no error of
+            poise's); the controller is idle again and learns anew, for one reference, then for 2, 4, ... 16 as long as
+            plans fail.
         """
         batch = self._batch(steps)
         looks = []

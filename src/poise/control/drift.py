@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError, TraceError
-from poise.observe.batch import RoutingBatch
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError, TraceError
 
 ARRANGEMENTS = 20.0
 """Fewest arrangements of the cells, and permutations drawn, per expected exceedance of the threshold."""

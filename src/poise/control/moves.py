@@ -32,17 +32,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.control.chains import Link, Work
 from poise.control.common import CHECKPOINT, STAYS, common
 from poise.cost.links import PortLoad, latency_seconds, port_seconds
 from poise.cost.split import even_share
 from poise.cost.step import batch_cost
-from poise.errors import OptionError, PlacementError
-from poise.observe.batch import RoutingBatch
-from poise.observe.trace import NO_EXPERT
+from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
+from poise.routing.batch import RoutingBatch
+from poise.routing.trace import NO_EXPERT
+from poise.util.errors import OptionError, PlacementError
 
 SHORTLIST = 8
 """Chains of a layer that are priced in full at a time; the rest are behind them by their effect on device loads."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from poise.cost.step import BatchCost
-from poise.observe.batch import RoutingBatch
-from poise.words import percent
+from poise.routing.batch import RoutingBatch
+from poise.util.words import percent
 
 
 @dataclass(frozen=True, slots=True)

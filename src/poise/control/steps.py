@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError
-from poise.observe.batch import RoutingBatch
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError
 
 
 def steps_of(batch: RoutingBatch, rows: slice | NDArray[Any]) -> RoutingBatch:

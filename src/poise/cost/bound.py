@@ -1,7 +1,7 @@
 """Lower bounds: seconds that no placement with these slots, and no token split, can beat on the same routing.
 
 Each bound is a relaxation that keeps one reason why time is needed; the largest counts. ``g`` is the roofline or
-measured curve of :func:`poise.cost.compute.expert_seconds`; it is subadditive (:mod:`poise.curve` refuses other
+measured curve of :func:`poise.cost.compute.expert_seconds`; it is subadditive (:mod:`poise.machine.curve` refuses other
 curves), so splitting an expert never makes its total smaller.
 
 Compute of a layer
@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds
 from poise.cost.step import kv_seconds_per_token, step_parts
 from poise.cost.traffic import Traffic
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.trace import NO_EXPERT
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.routing.batch import RoutingBatch
+from poise.routing.trace import NO_EXPERT
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 
 
 def roofline(cluster: Cluster, model: ModelSpec) -> tuple[float, float]:

@@ -15,7 +15,7 @@ An exchange of x[s, d] bytes that rank s begins at released[s] ends on rank r at
   evenness of the ports: mean over fullest. It counts from when ranks begin on average: who begins later than the
   others finds ports that they have left.
 
-:func:`poise.calibrate.exchange.fit_exchange` measures the constants.
+:func:`poise.lab.calibrate.exchange.fit_exchange` measures the constants.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.errors import ClusterError
+from poise.machine.cluster import Cluster
+from poise.util.errors import ClusterError
 
 RAMP = 4.0
 """An exchange loses at most its bytes over this to crowding."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
+from poise.machine.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, eq=False)

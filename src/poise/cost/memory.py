@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
+from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)

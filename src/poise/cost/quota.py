@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
+from poise.util.compiled import compiled
 
 
 class Holders(NamedTuple):

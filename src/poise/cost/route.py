@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.compiled import compiled
 from poise.cost.traffic import Copies, Traffic
+from poise.machine.cluster import Cluster
+from poise.util.compiled import compiled
 
 
 @compiled

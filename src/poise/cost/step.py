@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.compiled import compiled
 from poise.cost.compute import expert_seconds
 from poise.cost.links import PortLoad, latency_seconds, port_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.traffic import Copies, Traffic, any_of, node_share, port_load, sum_by_source
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.trace import NO_EXPERT
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.routing.batch import RoutingBatch
+from poise.routing.trace import NO_EXPERT
+from poise.util.compiled import compiled
+from poise.util.errors import OptionError
 
 _CHUNK_ELEMENTS = 4_000_000
 """Largest [T, K, D], [B, E, D] or [B, L, E] array made at once; steps are taken in chunks below it."""

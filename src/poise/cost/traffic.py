@@ -23,8 +23,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.cost.links import PortLoad
+from poise.machine.cluster import Cluster
 
 Traffic = Literal["home", "home_device_dedup", "home_node_dedup", "stay"]
 TRAFFIC_MODELS: tuple[Traffic, ...] = ("home", "home_device_dedup", "home_node_dedup", "stay")

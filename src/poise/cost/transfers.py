@@ -18,8 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.errors import OptionError, PlacementError
+from poise.machine.cluster import Cluster
+from poise.util.errors import OptionError, PlacementError
 
 Form = Literal["auto", "direct", "node", "tree"]
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.compiled import compiled
 from poise.cost.links import latency_seconds
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.util.compiled import compiled
 
 PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR = 10e-6, 14e-9
 """Three splits and one rank's row: seconds, and seconds per (expert, device), after benchmarks/fast_loop.py."""

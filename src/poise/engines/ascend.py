@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from poise.engines.slots import rows_with_mtp
-from poise.errors import PlacementError
-from poise.files import replacing
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
+from poise.util.files import replacing
 
 
 def write(

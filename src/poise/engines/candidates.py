@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from poise.cost.split import even_share
 from poise.engines.slots import trivial_row
-from poise.errors import PlacementError
 from poise.planning.methods.contiguous import deal
 from poise.planning.methods.eplb import rebalance_experts
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
 
 PLAN, TRIVIAL, CONTIGUOUS, RANDOM = "plan", "trivial map", "contiguous map", "map made at random"
 OWN, STALE = "engine's own balancer", "map made for other traffic"

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError, TraceError
-from poise.modelspec import ModelSpec
-from poise.observe.ranks import READINGS, Reading
-from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.routing.ranks import READINGS, Reading
+from poise.routing.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
+from poise.util.errors import OptionError, TraceError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,10 +12,10 @@ from typing import Any
 from poise.engines import ascend, sglang, tensorrt, vllm
 from poise.engines.checkpoints import checkpoint, megatron
 from poise.engines.dumps.mapping import MAX_MTP_LAYERS
-from poise.errors import OptionError, PlacementError
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
+from poise.util.errors import OptionError, PlacementError
 
 STATIC_ENV = "POISE_STATIC_MAP"
 UNKNOWN_LAYERS = "without --model it is not known whether the placement has every MoE layer"

@@ -13,10 +13,10 @@ from poise.engines.candidates import PLAN, TRIVIAL, could_run
 from poise.engines.dump import EngineDump
 from poise.engines.explain import PARTS, Explanation, Measure, Reported, Traffic, explained, measures_of, steady
 from poise.engines.verdict import LayerFinding, Verification
-from poise.errors import TraceError
-from poise.observe.profile import load_LE
-from poise.observe.trace import RoutingTrace
 from poise.planning.placement import Placement
+from poise.routing.profile import load_LE
+from poise.routing.trace import RoutingTrace
+from poise.util.errors import TraceError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

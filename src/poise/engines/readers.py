@@ -32,9 +32,9 @@ from poise.engines.dumps import (  # fmt: skip
 from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
-from poise.errors import OptionError, TraceError
-from poise.observe.files import join, read
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.routing.files import join, read
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import OptionError, TraceError
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.slots import full_table, trivial_row
-from poise.errors import PlacementError
-from poise.files import replacing
-from poise.jsonfile import read_json
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
+from poise.util.files import replacing
+from poise.util.jsonfile import read_json
 
 KEY = "physical_to_logical_map"
 MAX_BYTES = 64 * 2**20

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.errors import ModelError
-from poise.files import open_regular
-from poise.jsonfile import parse_json
+from poise.util.errors import ModelError
+from poise.util.files import open_regular
+from poise.util.jsonfile import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """As the format's own library has it."""

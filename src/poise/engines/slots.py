@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError, PlacementError
 from poise.planning.engine_rules import fill_table
 from poise.planning.placement import Placement
+from poise.util.errors import OptionError, PlacementError
 
 
 def full_table(

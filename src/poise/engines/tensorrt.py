@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.engines.slots import rows_with_mtp
-from poise.errors import PlacementError
-from poise.files import replacing
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
+from poise.util.files import replacing
 
 
 @dataclass(frozen=True, slots=True)

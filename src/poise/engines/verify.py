@@ -24,9 +24,9 @@ from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.measured import Loads, balance, by_balance, imbalance
 from poise.engines.slots import trivial_row
 from poise.engines.verdict import RUNS, UNKNOWN, LayerFinding, State, Verification
-from poise.errors import OptionError, PlacementError, TraceError
 from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import EMPTY, Placement
+from poise.util.errors import OptionError, PlacementError, TraceError
 
 __all__ = ["RUNS", "LayerFinding", "Verification", "verify"]
 

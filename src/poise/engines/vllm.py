@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from poise.engines.slots import full_table, rows_for
-from poise.errors import PlacementError
-from poise.files import replacing
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
+from poise.util.files import replacing
 
 
 def write_34811(placement: Placement, path: str | Path) -> None:

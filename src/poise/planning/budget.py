@@ -19,8 +19,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from poise.compiled import COMPILATION
-from poise.errors import OptionError
+from poise.util.compiled import COMPILATION
+from poise.util.errors import OptionError
 
 UPDATES_PER_SECOND = 30e6
 """Elementary updates in a nominal second."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
-from poise.errors import OptionError
+from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
+from poise.util.errors import OptionError
 
 GONE = -1
 

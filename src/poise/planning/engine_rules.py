@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError, PlacementError
 from poise.planning.placement import EMPTY, Placement
+from poise.util.errors import OptionError, PlacementError
 
 if TYPE_CHECKING:  # it compiles, and a plugin with a static map does not
     from poise.cost.split import Split

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import PlacementError, TraceError
-from poise.files import replacing
-from poise.observe.npz import open_npz
 from poise.planning.provenance import ABOUT, LOADS, UNITS, Provenance
+from poise.routing.npz import open_npz
+from poise.util.errors import PlacementError, TraceError
+from poise.util.files import replacing
 
 EMPTY = -1
 FORMAT = 1
@@ -212,7 +212,7 @@ class Placement:
 
         Raises
         ------
-        PlacementError : as :func:`poise.files.replacing`.
+        PlacementError : as :func:`poise.util.files.replacing`.
         """
         ids = np.arange(self.num_layers) if self.layer_ids_L is None else self.layer_ids_L
         more: dict[str, Any] = {} if self.fitted is None else self.fitted.arrays()

@@ -28,15 +28,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.cost.split import SPLITS, Split
 from poise.cost.traffic import TRAFFIC_MODELS, Traffic
-from poise.errors import OptionError, PlacementError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ANY, NONE, EngineRules
 from poise.planning.placement import Placement
-from poise.words import percent
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError, PlacementError
+from poise.util.words import percent
 
 Risk = Literal["mean", "worst", "cvar"]
 RISKS: tuple[Risk, ...] = ("mean", "worst", "cvar")

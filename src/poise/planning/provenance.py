@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import PlacementError
-from poise.jsonfile import parse_json
-from poise.observe.fingerprint import SKETCH, Fingerprint
+from poise.routing.fingerprint import SKETCH, Fingerprint
+from poise.util.errors import PlacementError
+from poise.util.jsonfile import parse_json
 
 UNITS, LOADS, ABOUT = "fitted_units", "fitted_loads", "fitted_about"
 """Members of a placement file; all three or none."""

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from poise.errors import ModelError, TraceError
-from poise.files import read_bounded
-from poise.jsonfile import parse_json
-from poise.observe.trace import NO_EXPERT, RoutingTrace
 from poise.planning.problem import Progress
+from poise.routing.trace import NO_EXPERT, RoutingTrace
+from poise.util.errors import ModelError, TraceError
+from poise.util.files import read_bounded
+from poise.util.jsonfile import parse_json
 
 ROUTER_NAMES = ("gate", "router")
 MAX_TEXT_BYTES = 2**30

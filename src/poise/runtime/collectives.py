@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poise.cost.transfers import Transfer, TransferPlan
-from poise.errors import CommunicationError
+from poise.util.errors import CommunicationError
 
 Rows = Callable[[int], Sequence[Tensor]]
 """An expert's tensors on this rank, each contiguous: what is sent, or filled, or added to."""

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.errors import ModelError
 from poise.runtime.collectives import exchange, gather
+from poise.util.errors import ModelError
 
 NO_EXPERT = -1
 """An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""

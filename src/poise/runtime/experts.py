@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.errors import ModelError
 from poise.runtime.alike import HOOKS, compare
 from poise.runtime.probe import Found, Subject, Weights, prove
 from poise.runtime.shells import filled, follow, shell
+from poise.util.errors import ModelError
 
 Bank = dict[str, Tensor]
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "total_experts")

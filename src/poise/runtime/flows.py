@@ -20,10 +20,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS, Traffic, landing_DN
-from poise.errors import OptionError
+from poise.machine.cluster import Cluster
 from poise.runtime.collectives import exchange, gather
+from poise.util.errors import OptionError
 
 Compute = Callable[[Tensor, NDArray[np.int64]], Tensor]
 """(rows [n, d] sorted by the place of their expert, pairs of each expert int64 [E]) -> outputs [n, d]."""

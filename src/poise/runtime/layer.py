@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from poise.errors import ModelError
 from poise.runtime.dispatch import Exchange, back, there
 from poise.runtime.experts import Bank, ExpertKind
+from poise.util.errors import ModelError
 
 
 class Weights(Protocol):

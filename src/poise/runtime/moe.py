@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.errors import ModelError
 from poise.runtime.dispatch import out_of_range
+from poise.util.errors import ModelError
 
 
 class DenseExperts(nn.Module):

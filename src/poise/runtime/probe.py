@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from poise.errors import ModelError, told
+from poise.util.errors import ModelError, told
 
 Weights = Mapping[str, Tensor]
 MAGNITUDES = (1.0, 50.0, 1e-3, 1e6)

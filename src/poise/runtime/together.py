@@ -20,8 +20,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.errors import CommunicationError, PoiseError
 from poise.runtime.collectives import gather, lost, twin
+from poise.util.errors import CommunicationError, PoiseError
 
 SHOWN = 60
 """Characters of a value that are shown."""

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from poise.errors import ModelError
 from poise.runtime.collectives import gather_rows
 from poise.serve.batch import Chunk, KeyValueCache, StepBatch
+from poise.util.errors import ModelError
 
 NAME = "poise"
 KNOWN = {"sliding_window", "s_aux", "position_ids", "use_cache", "output_router_logits", "is_causal",

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.errors import OptionError
+from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)

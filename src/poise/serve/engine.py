@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from poise.cluster import Cluster
 from poise.cost.traffic import TRAFFIC_MODELS, Traffic
-from poise.errors import CommunicationError, OptionError
+from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.runtime.collectives import lost, twin
 from poise.serve.layer import Clock, ServedLayer
@@ -29,6 +28,7 @@ from poise.serve.replicas import empty_bank
 from poise.serve.requests import Book, Request, pick
 from poise.serve.split import FastLoop
 from poise.serve.swap import Swap, SwapRecord, align, by_row
+from poise.util.errors import CommunicationError, OptionError
 
 NONE = -1
 RECORDS = 100_000
@@ -72,7 +72,7 @@ class Engine:
     most_live : most requests of one rank that hold keys and values at a time.
     temperature, seed : 0: greedy. Else tokens are drawn by seed, request and position, so alike under every flow.
     eos : token that ends a request; None: all run to their last token.
-    clock : of an emulated device (:mod:`poise.emulate`).
+    clock : of an emulated device (:mod:`poise.lab.emulate`).
 
     Raises
     ------

@@ -10,18 +10,18 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from poise.cluster import Cluster
 from poise.cost.traffic import Traffic
-from poise.errors import OptionError, PlacementError
+from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.runtime.experts import Bank, ExpertKind
 from poise.runtime.flows import Flow, Moved
 from poise.serve.replicas import StepReplicas, empty_bank
 from poise.serve.split import EvenSplit, FastLoop, PlannedSplit, Split
+from poise.util.errors import OptionError, PlacementError
 
 
 class Clock(Protocol):
-    """What makes computing last as long as a device would need (:class:`poise.emulate.clock.DeviceClock`)."""
+    """What makes computing last as long as a device would need (:class:`poise.lab.emulate.clock.DeviceClock`)."""
 
     def compute(self, tokens_per_expert: ArrayLike, *, since: float | None = None) -> object:
         """Return when the computation begun at ``since`` is over."""

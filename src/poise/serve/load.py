@@ -14,13 +14,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from poise.errors import ModelError, PlacementError
-from poise.files import regular_size
-from poise.jsonfile import read_json
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers
 from poise.runtime.experts import Bank, ExpertKind
 from poise.serve.model import Parts, StandIn, block_of, check_family, check_placement, kinds_of, take_apart
+from poise.util.errors import ModelError, PlacementError
+from poise.util.files import regular_size
+from poise.util.jsonfile import read_json
 
 MAX_INDEX_BYTES = 64 << 20
 RENAMED = (("block_sparse_moe.", "mlp."),)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.cost.traffic import Traffic
-from poise.errors import ModelError, PlacementError
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers, routed
 from poise.runtime.collectives import gather
@@ -26,6 +25,7 @@ from poise.runtime.experts import Bank, ExpertKind, recognise_all
 from poise.serve.attention import NAME, STEP, AttentionStep, StepSlot
 from poise.serve.batch import KeyValueCache, StepBatch, as_ids
 from poise.serve.layer import ServedLayer
+from poise.util.errors import ModelError, PlacementError
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 """``model_type`` of the configs whose models were compared with transformers', tests/serve."""

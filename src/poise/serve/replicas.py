@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cluster import Cluster
 from poise.cost.transfers import plan_transfers
-from poise.errors import PlacementError
+from poise.machine.cluster import Cluster
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank, ExpertKind
+from poise.util.errors import PlacementError
 
 
 def empty_bank(kind: ExpertKind, rows: int, like: Tensor) -> Bank:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise.errors import OptionError
 from poise.serve.batch import Chunk, StepBatch
+from poise.util.errors import OptionError
 
 
 @dataclass(slots=True, eq=False)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from poise.cost.route import assign_tokens, deal_evenly, locality_rows
 from poise.cost.weights import StepPrice
-from poise.policies.loop import RECENT, LayerLoop, Outcome
-from poise.policies.plan import LayerView, StepPolicy
 from poise.runtime.dispatch import all_counts
 from poise.runtime.flows import Flow
+from poise.stepwise.driver import RECENT, LayerLoop, Outcome
+from poise.stepwise.protocol import LayerView, StepPolicy
 
 
 class Replicas(Protocol):
@@ -81,7 +81,7 @@ class FastLoop:
 
     Parameters
     ----------
-    policy : any of :data:`poise.policies.registry.POLICIES`; its plans are the simulator's.
+    policy : any of :data:`poise.stepwise.registry.POLICIES`; its plans are the simulator's.
     price : machine and model it plans with.
     step_slots : M, slots a device and layer beyond the static placement's (one buffer for all layers if the policy
         keeps no replica from step to step).

@@ -26,10 +26,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.errors import OptionError
 from poise.planning.placement import EMPTY, Placement
 from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind
+from poise.util.errors import OptionError
 
 
 class Fetch(NamedTuple):

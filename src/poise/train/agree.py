@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from poise import errors
-from poise.errors import CommunicationError, ModelError, PoiseError, told
 from poise.runtime.collectives import lost
+from poise.util import errors
+from poise.util.errors import CommunicationError, ModelError, PoiseError, told
 
 T = TypeVar("T")
 Traits = Mapping[str, Any]

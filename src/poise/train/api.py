@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from poise.cluster import Cluster
 from poise.cost.memory import TrainingBytes, slots_that_fit
 from poise.cost.transfers import Form
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
-from poise.policies.plan import StepPolicy
-from poise.policies.registry import parse_policy
-from poise.policies.sharding import ShardingPolicy
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.runtime.alike import HOOKS
 from poise.runtime.collectives import twin
+from poise.stepwise.protocol import StepPolicy
+from poise.stepwise.registry import parse_policy
+from poise.stepwise.sharding import ShardingPolicy
 from poise.train.checkpoint import speak_of_experts
 from poise.train.checks import flattened, ready
 from poise.train.gradients import clip_grad_norm_
@@ -41,6 +40,7 @@ from poise.train.schedule import GRADIENT_HOOKS, Begin, Schedule, Settings
 from poise.train.sharding import ShardedExperts, stacked
 from poise.train.states import speak_of_experts as states_of_experts
 from poise.train.states import watch_optimizers
+from poise.util.errors import OptionError
 
 IDLE = (
     "experts of a list: one that gets no token has a gradient of zeros here and none in the unsharded model, so weight "
@@ -212,7 +212,7 @@ def fully_shard_experts(
     model : a Hugging Face MoE model (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, gpt-oss kind) or any module with a child
         ``experts`` called as ``experts(tokens, ids, weights)`` (:mod:`poise.runtime.moe`); may be on the meta device.
     mesh : 1-D, or 2-D (node, device in the node). Every rank has its own tokens.
-    policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.policies`.
+    policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.stepwise`.
     step_slots : M, replicas a rank may hold of a layer beside the experts it owns; 2 without ``replica_bytes``.
     replica_bytes : memory a rank may spend on replicas of all layers and their gradients, in place of ``step_slots``.
     sharding : ``even``, ``heterogeneous`` (Hecate's Algorithm 2, every 100 steps), ``balanced`` (the same where

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from poise.errors import InputError, ModelError, OptionError, PoiseError, told
-from poise.files import check_new_folder, new_folder
 from poise.train.folders import clear, commit, newest, partial_of
 from poise.train.gradients import sharded_layers
 from poise.train.rows import plain, plainly, rows_of
 from poise.train.sharding import ShardedExperts
 from poise.train.shards import ExpertShards, own_rows, shards_of
 from poise.train.stored import Planner, Reader, fault
+from poise.util.errors import InputError, ModelError, OptionError, PoiseError, told
+from poise.util.files import check_new_folder, new_folder
 
 T = TypeVar("T")
 

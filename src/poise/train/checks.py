@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from poise.cluster import Cluster
-from poise.errors import ModelError, OptionError
-from poise.policies.plan import StepPolicy
-from poise.policies.registry import parse_policy
-from poise.policies.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
+from poise.machine.cluster import Cluster
 from poise.runtime.experts import ExpertKind, recognise_all
+from poise.stepwise.protocol import StepPolicy
+from poise.stepwise.registry import parse_policy
+from poise.stepwise.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
 from poise.train.agree import agree
 from poise.train.machine import device_name, presumed, unknown
 from poise.train.sharding import ShardedExperts
+from poise.util.errors import ModelError, OptionError
 
 SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous(), "balanced": Balanced()}
 

@@ -5,7 +5,7 @@ What is being written, waits or is being removed has a name that begins with a d
     .step-N.partial  is written; it becomes step-N when it is whole
     .step-N.old      was step-N, until the one that takes its place has its name
     .step-N.gone     is being removed
-    .poise-*         is ``latest`` before it has its name (:func:`poise.files.replacing`)
+    .poise-*         is ``latest`` before it has its name (:func:`poise.util.files.replacing`)
 
 Such a folder has one writer at a time. What has a plain name was whole once, and once there is one, there always is.
 """
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from poise.errors import InputError, OptionError
-from poise.files import read_bounded, replacing
+from poise.util.errors import InputError, OptionError
+from poise.util.files import read_bounded, replacing
 
 LATEST = "latest"
 MAX_NAME_BYTES = 4096

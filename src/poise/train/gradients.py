@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from poise.errors import ModelError, OptionError
 from poise.train.sharding import ShardedExperts
+from poise.util.errors import ModelError, OptionError
 
 
 def sharded_layers(model: nn.Module) -> list[ShardedExperts]:

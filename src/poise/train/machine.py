@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from poise.cluster import Cluster, from_preset
-from poise.policies.hecate import Hecate
-from poise.policies.plan import StepPolicy
-from poise.policies.poise_policy import Poise
-from poise.policies.sharding import Heterogeneous, ShardingPolicy
+from poise.machine.cluster import Cluster, from_preset
+from poise.stepwise.methods.hecate import Hecate
+from poise.stepwise.poise.policy import Poise
+from poise.stepwise.protocol import StepPolicy
+from poise.stepwise.sharding import Heterogeneous, ShardingPolicy
 
 DEFAULT = "a100"
 PRESETS = {

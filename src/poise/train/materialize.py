@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cluster import Cluster
 from poise.cost.transfers import Form, TransferPlan, plan_transfers
-from poise.errors import ModelError
+from poise.machine.cluster import Cluster
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
 from poise.train.sharding import Run, ShardedExperts
+from poise.util.errors import ModelError
 
 
 class Ledger:

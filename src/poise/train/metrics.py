@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.policies.plan import LayerView, StepPolicy
-from poise.policies.why_none import why_none
+from poise.stepwise.protocol import LayerView, StepPolicy
+from poise.stepwise.why_none import why_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class LayerMetrics:
 
     @property
     def why(self) -> str:
-        """Why there are no replicas (:mod:`poise.policies.why_none`), "" where there are; found when asked."""
+        """Why there are no replicas (:mod:`poise.stepwise.why_none`), "" where there are; found when asked."""
         return "" if self.replicas else why_none(self.policy, self.view)
 
     @property

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.errors import ModelError
 from poise.runtime.dispatch import Exchange
 from poise.runtime.layer import Inner
 from poise.runtime.recompute import Region
 from poise.train.materialize import Materialised
+from poise.util.errors import ModelError
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.cost.transfers import plan_transfers
-from poise.errors import ModelError
 from poise.runtime.collectives import sparse_reduce_scatter
 from poise.train.materialize import Materialised, Schedule
 from poise.train.sharding import ShardedExperts
+from poise.util.errors import ModelError
 
 
 @dataclass

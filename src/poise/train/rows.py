@@ -6,7 +6,8 @@ operations make of them: an average kept by hand, a snapshot, a mask. So stock c
 - Norms, sums, extrema and ``numel`` are those of all experts on all ranks, as DTensor answers them: collective. So
   ``torch.nn.utils.clip_grad_norm_``, ``GradScaler`` and optimizers that scale by a tensor's norm do what they do to the
   unsharded weight. ``shape`` is that of the rows here.
-- Rows of one layer from before and after its owners moved do not mix: :class:`~poise.errors.ModelError`, on all ranks.
+- Rows of one layer from before and after its owners moved do not mix: :class:`~poise.util.errors.ModelError` on all
+  ranks.
 - They cannot be pickled: a file would hold one rank's experts.
 
 All else is done by PyTorch on plain tensors, without a dispatch of its own.
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from poise.errors import ModelError, OptionError
+from poise.util.errors import ModelError, OptionError
 
 plainly = torch._C.DisableTorchFunctionSubclass
 """Within it, rows are tensors like any other."""

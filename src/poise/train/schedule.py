@@ -31,20 +31,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from poise.cluster import Cluster
 from poise.cost.route import locality_rows
 from poise.cost.transfers import Form, plan_transfers
 from poise.cost.weights import StepPrice, training_price
-from poise.errors import ModelError, OptionError, PoiseError
-from poise.modelspec import ModelSpec
-from poise.policies.plan import LayerView, StepPlan, StepPolicy
-from poise.policies.rematerialise import layers_to_keep
-from poise.policies.sharding import ShardingPolicy
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.runtime.collectives import exchanges
 from poise.runtime.dispatch import counted, make_exchange, named, out_of_range, routed
 from poise.runtime.layer import LayerStep, RunExperts
 from poise.runtime.recompute import Region, checkpoint_region, in_backward, places
 from poise.runtime.together import Place, meeting_of
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
+from poise.stepwise.rematerialise import layers_to_keep
+from poise.stepwise.sharding import ShardingPolicy
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.history import LoadHistory
 from poise.train.materialize import Ledger, Materialised
@@ -55,6 +54,7 @@ from poise.train.rows import ExpertRows, stepping
 from poise.train.sharding import ShardedExperts, move_owners
 from poise.train.states import watch_optimizers
 from poise.train.window import WindowClock
+from poise.util.errors import ModelError, OptionError, PoiseError
 
 GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """Of a weight, by ``register_hook`` and ``register_post_accumulate_grad_hook``."""

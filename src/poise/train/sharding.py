@@ -1,6 +1,6 @@
 """Experts of one layer, owned whole by ranks: the module that stands in for ``experts``, and moving owners.
 
-Ownership is at expert granularity and any plan over all layers is allowed (:mod:`poise.policies.sharding`). A rank's
+Ownership is at expert granularity and any plan over all layers is allowed (:mod:`poise.stepwise.sharding`). A rank's
 experts are stacked in parameters [n, ...], by expert number, that know which experts they are
 (:mod:`poise.train.rows`): ragged ownership is never shown as a ``Shard(0)`` DTensor, whose offsets would be wrong.
 ``state_dict`` speaks of all experts (:mod:`poise.train.shards`).
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from poise.errors import ModelError, OptionError
 from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind, inputs_of
 from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
+from poise.util.errors import ModelError, OptionError
 
 
 class Run(Protocol):

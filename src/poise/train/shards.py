@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from poise.errors import ModelError, OptionError
 from poise.runtime.collectives import gather_rows
 from poise.train.rows import ExpertRows, Ownership, plain, plainly, refused, rows_of
+from poise.util.errors import ModelError, OptionError
 
 
 class ExpertShards(DTensor):

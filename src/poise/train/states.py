@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from poise.errors import OptionError
 from poise.train.rows import ExpertRows, plain, stepping
 from poise.train.sharding import ShardedExperts
 from poise.train.shards import own_rows, shards_of
+from poise.util.errors import OptionError
 
 
 class Run(Protocol):

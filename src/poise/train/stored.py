@@ -17,9 +17,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from poise.errors import InputError, ModelError, told
-from poise.files import read_bounded
 from poise.train.folders import WRITTEN_LAST
+from poise.util.errors import InputError, ModelError, told
+from poise.util.files import read_bounded
 
 MOST_BYTES = 2**30
 """Of a table of contents; 256 experts in 60 layers with Adam's moments have 0.04 GB."""

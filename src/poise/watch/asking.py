@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from poise.errors import CommunicationError
+from poise.util.errors import CommunicationError
 
 MAX_ANSWER = 16 * 2**20
 """Bytes of an answer."""

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from poise.cost.bound import step_bound_BL
 from poise.cost.step import batch_cost
-from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.routing.batch import RoutingBatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

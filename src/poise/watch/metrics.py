@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from poise.errors import NoResultError
+from poise.util.errors import NoResultError
 from poise.watch.service import Event, Planned, Seen, Trouble
 from poise.watch.sources import Polled
 

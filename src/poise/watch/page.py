@@ -17,7 +17,7 @@ from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from poise.errors import OptionError
+from poise.util.errors import OptionError
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics
 
@@ -39,7 +39,7 @@ class Answer:
 
 def answers(board: Board, metrics: Metrics, *, stale_s: float) -> Callable[[str], Answer]:
     """What each path answers. ``stale_s``: seconds without a look at the source after which ``/healthz`` fails."""
-    folder, style = files("poise.watch"), files("poise.evaluate.report")
+    folder, style = files("poise.watch"), files("poise.report")
     page = (folder / "page.html").read_bytes()
     sheet = (style / "page.css").read_bytes() + (folder / "page.css").read_bytes()
     script = (folder / "page.js").read_bytes()

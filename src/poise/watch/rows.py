@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import SlotRecord
-from poise.errors import OptionError
-from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError
 
 
 def served(record: SlotRecord, steps: RoutingBatch, num_devices: int) -> Placement:

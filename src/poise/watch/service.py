@@ -15,20 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from poise import api
-from poise.cluster import Cluster
 from poise.control.controller import Controller, ControlSettings, Decision, Look
 from poise.control.steps import join_steps, steps_of
 from poise.cost.split import Split
 from poise.cost.traffic import Traffic
 from poise.engines.dump import SlotRecord
 from poise.engines.exports import TARGETS, ExportOptions
-from poise.errors import OptionError, PlacementError, PoiseError, TraceError, told
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError, PlacementError, PoiseError, TraceError, told
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
 from poise.watch.sources import Arrival, Polled, Source

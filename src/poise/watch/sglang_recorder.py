@@ -25,10 +25,10 @@ import numpy as np
 
 from poise.engines import sglang
 from poise.engines.slots import trivial_row
-from poise.errors import CommunicationError, InputError, OptionError, PlacementError
-from poise.jsonfile import parse_json
-from poise.observe.batch import RoutingBatch
 from poise.planning.placement import Placement
+from poise.routing.batch import RoutingBatch
+from poise.util.errors import CommunicationError, InputError, OptionError, PlacementError
+from poise.util.jsonfile import parse_json
 from poise.watch.asking import Asker, RefusedError
 from poise.watch.sources import DumpFolder, Polled
 

@@ -18,11 +18,11 @@ from poise import api
 from poise.control.steps import steps_of
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.readers import read_dump
-from poise.errors import ModelError, NoTrafficError, OptionError, PoiseError, TraceError, told
-from poise.observe.batch import RoutingBatch
-from poise.observe.batching import default_tokens_per_step, make_batch
-from poise.observe.trace import LoadProfile, RoutingTrace
 from poise.planning.placement import Placement
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import default_tokens_per_step, make_batch
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import ModelError, NoTrafficError, OptionError, PoiseError, TraceError, told
 
 UNREADABLE_POLLS = 3
 """A file that is not readable and no longer changes is broken, not half written, after so many looks at it."""

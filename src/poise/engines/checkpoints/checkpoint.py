@@ -19,13 +19,13 @@ from typing import Any
 from poise.engines.checkpoints.permutation import RELABELLING_FILE, Relabelling, load_relabelling, permutation
 from poise.engines.checkpoints.tensor_names import Changes, find_changes
 from poise.engines.shards import Segment, Shard, copy_segments, read_shard
-from poise.errors import ModelError, OptionError, PlacementError
-from poise.files import check_new_folder, new_folder, read_bounded
-from poise.hfconfig.read import text_part
-from poise.jsonfile import read_json
-from poise.modelspec import MAX_CONFIG_BYTES, from_hf_config
+from poise.machine.hfconfig.read import text_part
+from poise.machine.model import MAX_CONFIG_BYTES, from_hf_config
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
+from poise.util.errors import ModelError, OptionError, PlacementError
+from poise.util.files import check_new_folder, new_folder, read_bounded
+from poise.util.jsonfile import read_json
 
 __all__ = ["RelabelReport", "load_relabelling", "relabel_checkpoint"]
 
@@ -79,7 +79,8 @@ def relabel_checkpoint(
     ------
     PlacementError : as :func:`poise.engines.checkpoints.permutation.permutation`, or the placement is of another model.
     ModelError : the checkpoint is damaged, or is of a kind of which it is not known what follows expert ids.
-    OptionError : as :func:`poise.files.check_new_folder`; the target lies within the source, or the disk is too small.
+    OptionError : as :func:`poise.util.files.check_new_folder`; the target lies within the source, or the disk is too
+        small.
     """
     source, target = Path(source), Path(target)
     _check_target(source, target)

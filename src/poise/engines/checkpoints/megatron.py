@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.checkpoints.permutation import permutation
-from poise.errors import ModelError, OptionError, PlacementError
-from poise.files import replacing
 from poise.planning.placement import Placement
+from poise.util.errors import ModelError, OptionError, PlacementError
+from poise.util.files import replacing
 
 Framework = Literal["megatron", "deepspeed"]
 FRAMEWORKS: tuple[Framework, ...] = ("megatron", "deepspeed")

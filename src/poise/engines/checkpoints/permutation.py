@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from poise.errors import PlacementError, TraceError
-from poise.jsonfile import read_json
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed
 from poise.planning.placement import MAX_NAME, MAX_SIZE, Placement
+from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed
+from poise.util.errors import PlacementError, TraceError
+from poise.util.jsonfile import read_json
 
 RELABELLING_FILE = "poise-relabelling.json"
 FORMAT, VERSION = "poise-relabelling", 1

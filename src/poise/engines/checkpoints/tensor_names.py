@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.shards import BITS, StoredTensor
-from poise.errors import ModelError
+from poise.util.errors import ModelError
 
 NUMBER = r"(?:0|[1-9][0-9]{0,4})"
 PREFIX = r"(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)*(?:layers|blocks|h)\."

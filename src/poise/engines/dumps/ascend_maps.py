@@ -15,8 +15,8 @@ from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table, whole
-from poise.errors import TraceError
-from poise.observe.trace import MAX_EXPERTS
+from poise.routing.trace import MAX_EXPERTS
+from poise.util.errors import TraceError
 
 MAX_LAYERS = 10_000
 MAX_DEVICES = 65_536

@@ -30,10 +30,10 @@ from poise.engines.dumps.mapping import (
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, whole
-from poise.errors import TraceError
-from poise.observe.npz import open_npz
-from poise.observe.ranks import Recorded, named_rank, one_workload
-from poise.observe.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile
+from poise.routing.npz import open_npz
+from poise.routing.ranks import Recorded, named_rank, one_workload
+from poise.routing.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile
+from poise.util.errors import TraceError
 
 MAX_LAYERS = 2048
 """A table of more rows is none of layers: no model comes near."""
@@ -268,7 +268,7 @@ def _is_row(row: Any) -> bool:
 def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Loads of all files; layers by place where the table does not name them.
 
-    Files of several ranks are read by :func:`poise.observe.ranks.one_workload`.
+    Files of several ranks are read by :func:`poise.routing.ranks.one_workload`.
     """
     if any(isinstance(part.value, dict) for part in parts):
         return _read_nested(parts, options)

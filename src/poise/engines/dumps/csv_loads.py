@@ -22,9 +22,9 @@ from poise.engines.dumps.csv_text import columns_of
 from poise.engines.dumps.mapping import MAX_TABLE, model_layers, names_twice, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import listed
-from poise.errors import TraceError
-from poise.observe.ranks import Recorded, named_rank, one_workload
-from poise.observe.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile, RoutingTrace
+from poise.routing.ranks import Recorded, named_rank, one_workload
+from poise.routing.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile, RoutingTrace
+from poise.util.errors import TraceError
 
 ROLES = {
     "layer": re.compile(r"(moe_?)?(layer|block)(_?(id|idx|index|num|number|no))?|l"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import TraceError
+from poise.util.errors import TraceError
 
 MAX_CSV_BYTES = 256 << 20
 MARKS = (",", "\t", ";")

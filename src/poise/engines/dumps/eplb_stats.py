@@ -16,8 +16,8 @@ from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import BY_PLACE, MAX_TABLE, agree, by_expert, decoder_layers
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import loads, table, whole
-from poise.errors import TraceError
-from poise.observe.trace import MAX_EXPERTS, LoadProfile
+from poise.routing.trace import MAX_EXPERTS, LoadProfile
+from poise.util.errors import TraceError
 
 MAP, PER_LAYER, LOGICAL, PHYSICAL = "physical_to_logical_map", "per_layer_stats", "logical_load", "physical_load"
 

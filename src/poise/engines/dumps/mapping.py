@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.untrusted import BIG, listed
-from poise.errors import TraceError
-from poise.modelspec import ModelSpec
-from poise.observe.profile import load_LE
-from poise.observe.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed, twice
+from poise.machine.model import ModelSpec
+from poise.routing.profile import load_LE
+from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed, twice
+from poise.util.errors import TraceError
 
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""

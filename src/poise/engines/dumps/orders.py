@@ -18,8 +18,8 @@ from poise.engines.dump import EngineDump, ReadOptions, SlotRecord, slots_of
 from poise.engines.dumps.mapping import model_layers, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import whole
-from poise.errors import PlacementError, TraceError
 from poise.planning.placement import MAX_SIZE, Placement
+from poise.util.errors import PlacementError, TraceError
 
 
 def is_order(value: Any) -> bool:

@@ -22,13 +22,13 @@ from poise.engines.dumps.untrusted import (
     read_bytes,
 )
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
-from poise.errors import ModelError, TraceError
-from poise.extras import with_torch
-from poise.files import open_regular, read_at_most
-from poise.jsonfile import strict_decoder
-from poise.observe.json_tables import Ragged, read_tables
-from poise.observe.npz import BROKEN, FREE_BYTES, MAX_RATIO, check_directory
-from poise.yamlfile import parse_yaml
+from poise.routing.json_tables import Ragged, read_tables
+from poise.routing.npz import BROKEN, FREE_BYTES, MAX_RATIO, check_directory
+from poise.util.errors import ModelError, TraceError
+from poise.util.extras import with_torch
+from poise.util.files import open_regular, read_at_most
+from poise.util.jsonfile import strict_decoder
+from poise.util.yamlfile import parse_yaml
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096

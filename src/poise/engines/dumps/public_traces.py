@@ -39,8 +39,8 @@ from poise.engines.dumps.mapping import (
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, loads, whole
-from poise.errors import TraceError
-from poise.observe.trace import LoadProfile, RoutingTrace, sealed
+from poise.routing.trace import LoadProfile, RoutingTrace, sealed
+from poise.util.errors import TraceError
 
 LAYER = re.compile(r"\d{1,5}")
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import ReadOptions
-from poise.errors import TraceError
-from poise.observe.ranks import absent, away_text, own_blocks, spans, told, within
+from poise.routing.ranks import absent, away_text, own_blocks, spans, told, within
+from poise.util.errors import TraceError
 
 RAGGED = 2
 """Passes by which ranks may start and stop apart: a request to do so reaches them one after another."""

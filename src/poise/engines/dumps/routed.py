@@ -29,8 +29,8 @@ from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts, routed_picks
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, integer_npy, whole
-from poise.errors import TraceError
-from poise.observe.trace import MAX_EXPERTS, RoutingTrace
+from poise.routing.trace import MAX_EXPERTS, RoutingTrace
+from poise.util.errors import TraceError
 
 KEY, PROMPT_KEY = "routed_experts", "prompt_routed_experts"
 DTYPES = {"int32": "<i4", "int16": "<i2", "uint16": "<u2", "uint8": "u1"}

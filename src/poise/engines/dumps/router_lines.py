@@ -16,10 +16,10 @@ from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.mapping import MAX_TABLE, copies, model_layers, names_twice, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, whole
-from poise.errors import TraceError
-from poise.observe.profile import load_LE
-from poise.observe.ranks import absent, spans, told
-from poise.observe.trace import LoadProfile, RoutingTrace
+from poise.routing.profile import load_LE
+from poise.routing.ranks import absent, spans, told
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.util.errors import TraceError
 
 Key = tuple[int, int]
 """Step and layer."""

@@ -38,9 +38,9 @@ from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record, check_size, maps_of, record_of
 from poise.engines.dumps.sglang_tokens import per_token
 from poise.engines.dumps.untrusted import counts, table
-from poise.errors import NoTrafficError, TraceError
-from poise.observe.ranks import Recorded, named_rank, one_workload
-from poise.observe.trace import MAX_EXPERTS, LoadProfile, finite
+from poise.routing.ranks import Recorded, named_rank, one_workload
+from poise.routing.trace import MAX_EXPERTS, LoadProfile, finite
+from poise.util.errors import NoTrafficError, TraceError
 
 
 def is_stat(value: Any) -> bool:

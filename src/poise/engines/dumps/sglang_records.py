@@ -19,8 +19,8 @@ from poise.engines.dump import ReadOptions
 from poise.engines.dumps.mapping import agree, rows_of
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, table, whole
-from poise.errors import TraceError
-from poise.observe.trace import MAX_EXPERTS
+from poise.routing.trace import MAX_EXPERTS
+from poise.util.errors import TraceError
 
 BIG_ID = 2**62
 FREE_BYTES = 64 << 20

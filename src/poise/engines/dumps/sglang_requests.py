@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dumps.sglang_records import Tokens
-from poise.errors import TraceError
-from poise.observe.trace import RoutingTrace, sealed
+from poise.routing.trace import RoutingTrace, sealed
+from poise.util.errors import TraceError
 
 DECODE, MIXED, VERIFY = 2, 3, 5
 """``ForwardMode``: 1 extends sequences, 2 decodes one token of each, 3 does both, 5 verifies drafted tokens."""

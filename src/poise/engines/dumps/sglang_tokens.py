@@ -12,7 +12,7 @@ from poise.engines.dumps.mapping import MAX_TABLE, agree, model_layers, num_expe
 from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record
 from poise.engines.dumps.sglang_requests import Group, Rows
-from poise.errors import TraceError
+from poise.util.errors import TraceError
 
 
 def per_token(

@@ -26,9 +26,9 @@ from poise.engines.dumps.parts import Part
 from poise.engines.dumps.ranks import RankRecord, check_ranks
 from poise.engines.dumps.untrusted import table, whole
 from poise.engines.shards import Shard, StoredTensor
-from poise.errors import TraceError
-from poise.observe.ranks import MAX_RANKS, named_rank
-from poise.observe.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
+from poise.routing.ranks import MAX_RANKS, named_rank
+from poise.routing.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
+from poise.util.errors import TraceError
 
 Key = tuple[int, int]
 KEY = re.compile(r"(\d{1,9})_(\d{1,5})")

@@ -19,9 +19,9 @@ from poise.engines.dumps.mapping import MAX_TABLE, agree, copies, decoder_layers
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.ranks import RankRecord, check_ranks
 from poise.engines.dumps.untrusted import table, whole
-from poise.errors import TraceError
-from poise.observe.ranks import ASK, MAX_RANKS
-from poise.observe.trace import MAX_EXPERTS, LoadProfile
+from poise.routing.ranks import ASK, MAX_RANKS
+from poise.routing.trace import MAX_EXPERTS, LoadProfile
+from poise.util.errors import TraceError
 
 
 def is_load(value: Any) -> bool:

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from poise.engines.dumps.untrusted import file_size
-from poise.errors import TraceError
-from poise.files import open_regular
-from poise.observe.npz import BROKEN
-from poise.room import require
+from poise.routing.npz import BROKEN
+from poise.util.errors import TraceError
+from poise.util.files import open_regular
+from poise.util.room import require
 
 MAX_PICKLE_BYTES = 32 << 20
 MAX_PICKLE_ROOM = 512 << 20

@@ -12,11 +12,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from poise import jsonfile
-from poise.errors import TraceError
-from poise.files import READ_BYTES, open_regular, read_bounded, regular_size
-from poise.observe.trace import MAX_EXPERTS, kept
-from poise.room import require
+from poise.routing.trace import MAX_EXPERTS, kept
+from poise.util import jsonfile
+from poise.util.errors import TraceError
+from poise.util.files import READ_BYTES, open_regular, read_bounded, regular_size
+from poise.util.room import require
 
 MAX_FILE_BYTES = 8 << 30
 MAX_JSON_BYTES = 128 << 20
@@ -50,7 +50,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def json_room(data: bytes) -> int:
-    """Bytes of memory that the values in some JSON can take at most, or TraceError (:mod:`poise.jsonfile`)."""
+    """Bytes of memory that the values in some JSON can take at most, or TraceError (:mod:`poise.util.jsonfile`)."""
     return jsonfile.json_room(data, jsonfile.MAX_ROOM, TraceError)
 
 

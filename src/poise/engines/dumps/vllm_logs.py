@@ -23,8 +23,8 @@ import numpy as np
 from poise.engines.dump import BalanceLog, EngineDump, ReadOptions
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import listed
-from poise.errors import TraceError
-from poise.files import open_regular
+from poise.util.errors import TraceError
+from poise.util.files import open_regular
 
 NUMBER = r"(\d{1,20}(?:\.\d{1,20})?)"
 VLLM = re.compile(

@@ -15,8 +15,8 @@ from poise.engines.dumps.bare import table_of
 from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import table
-from poise.errors import TraceError
-from poise.observe.trace import MAX_EXPERTS
+from poise.routing.trace import MAX_EXPERTS
+from poise.util.errors import TraceError
 
 RANKS = "expert_to_ep_rank"
 

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.control.align import aligned
 from poise.cost.step import batch_cost
 from poise.engines.plugins.settings import PolicySettings
 from poise.engines.slots import full_table, trivial_row
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.budget import UNIT, UPDATES_PER_SECOND, Budget
 from poise.planning.methods import swift_balance
 from poise.planning.methods.eplb import balanced_packing, rebalance_experts
@@ -35,6 +34,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.search import PROPOSALS_PER_SECOND
+from poise.routing.batch import RoutingBatch
 
 EXPERT_TOKENS = 512.0
 """Mean tokens of an expert in a step where none is named: what a step costs against what moves cost."""

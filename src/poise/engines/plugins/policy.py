@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.engines.plugins.settings import DEFAULT, PolicySettings
 from poise.engines.slots import trivial_row
-from poise.errors import NoResultError, OptionError
+from poise.machine.cluster import Cluster
+from poise.util.errors import NoResultError, OptionError
 
 GRAINS, SINGLE_GRAINS = 2.0**30, 2.0**16
 """Loads count in such shares of their layer's (those of single precision in coarser ones), so that the same loads give

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.cluster import Cluster
 from poise.engines.plugins.static_map import StaticMap
-from poise.errors import OptionError
-from poise.modelspec import ModelSpec
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from poise.engines.plugins.policy import asked, content, logical_maps, say_once, warm_up
 from poise.engines.plugins.settings import PolicySettings
-from poise.errors import InputError, OptionError
+from poise.util.errors import InputError, OptionError
 
 LOG = logging.getLogger("sglang.poise")
 TARGET = "sglang.srt.eplb.eplb_algorithms.rebalance_experts"

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from poise.engines import sglang
 from poise.engines.slots import rows_for
-from poise.errors import PlacementError
-from poise.modelspec import ModelSpec
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.util.errors import PlacementError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

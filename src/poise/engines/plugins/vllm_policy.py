@@ -19,7 +19,7 @@ from typing import Any
 
 from poise.engines.plugins.policy import asked, content, logical_maps, say_once, usable_map, warm_up
 from poise.engines.plugins.settings import PolicySettings
-from poise.errors import InputError, OptionError
+from poise.util.errors import InputError, OptionError
 
 LOG = logging.getLogger("vllm.poise")
 POLICIES = "vllm.distributed.eplb.policy"

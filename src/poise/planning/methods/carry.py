@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError
 from poise.planning.methods.lpt import replicate
 from poise.planning.placement import MAX_NAME, Placement
 from poise.planning.problem import PlacementProblem
+from poise.util.errors import OptionError
 
 BIASES = (0.1, 1.0)
 """What a fetch counts, in mean loads of a device: balance within a few percent, and about as few fetches as can be."""

@@ -30,13 +30,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import NoResultError
-from poise.observe.profile import coactivation_LEE
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import eplb
 from poise.planning.methods.lpt import replicate
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.routing.profile import coactivation_LEE
+from poise.util.errors import NoResultError
 
 
 @dataclass(frozen=True, slots=True)

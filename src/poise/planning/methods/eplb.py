@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
-from poise.errors import OptionError
 from poise.planning.budget import Limit
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.util.compiled import compiled
+from poise.util.errors import OptionError
 
 
 @compiled

@@ -33,13 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from poise.errors import NoResultError
-from poise.observe.batch import RoutingBatch
-from poise.observe.profile import count_pairs
 from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.milp import INF, Milp
+from poise.routing.batch import RoutingBatch
+from poise.routing.profile import count_pairs
+from poise.util.errors import NoResultError
 
 MAX_ROWS = 800
 """Cost rows (transitions * parts * 2) up to which the integer programme goes to HiGHS."""

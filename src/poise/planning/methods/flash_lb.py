@@ -43,12 +43,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from poise.compiled import compiled
-from poise.errors import OptionError
-from poise.observe.batch import RoutingBatch
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods.swift_balance import keep_slots, start_table, to_placement, uneven
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.routing.batch import RoutingBatch
+from poise.util.compiled import compiled
+from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,12 +37,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import NoResultError
-from poise.observe.profile import coactivation_LEE
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.routing.profile import coactivation_LEE
+from poise.util.errors import NoResultError
 
 RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 KMEANS_STARTS = 10

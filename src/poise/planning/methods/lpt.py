@@ -12,10 +12,10 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
 from poise.planning.budget import Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.util.compiled import compiled
 
 
 def replicate(load_E: NDArray[np.float64], extra: int, most: int) -> NDArray[np.int64]:

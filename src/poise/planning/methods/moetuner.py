@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from poise.cluster import Cluster
-from poise.compiled import compiled
-from poise.errors import InfeasibleError, NoResultError
-from poise.observe.profile import affinity_LEE
+from poise.machine.cluster import Cluster
 from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.milp import INF, Milp
+from poise.routing.profile import affinity_LEE
+from poise.util.compiled import compiled
+from poise.util.errors import InfeasibleError, NoResultError
 
 ILP1_GAP = 0.0025
 ILP2_GAP = 0.025

@@ -39,11 +39,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import OptionError
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import carry, contiguous
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from poise.observe.trace import NO_EXPERT
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.routing.trace import NO_EXPERT
 
 PRICES = (0.0, 0.3, 1.0, 3.0)
 

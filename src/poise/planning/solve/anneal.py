@@ -22,12 +22,12 @@ from contextlib import nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
 from poise.cost.compute import expert_seconds
 from poise.planning.budget import Budget
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
+from poise.util.compiled import compiled
 
 PROPOSALS = 400_000
 MAX_SCENARIOS = 8

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from poise.observe.batch import RoutingBatch
 from poise.planning.problem import PlacementProblem
+from poise.routing.batch import RoutingBatch
 
 ROW, ROW_STATE = 3.5e-6, 4e-8
 """Seconds to find a distinct row of a token and layer, and to book one on one device or pick."""

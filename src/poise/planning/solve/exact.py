@@ -18,15 +18,15 @@ from math import factorial, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cluster import Cluster
 from poise.cost.compute import expert_seconds
-from poise.errors import NoResultError
-from poise.modelspec import ModelSpec
-from poise.observe.batch import RoutingBatch
-from poise.observe.profile import count_pairs
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.routing.batch import RoutingBatch
+from poise.routing.profile import count_pairs
+from poise.util.errors import NoResultError
 
 MAX_PLACEMENTS = 6_000
 PAIRS_PER_SECOND = 1e8

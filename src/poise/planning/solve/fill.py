@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
 from poise.cost.split import exact_quota
-from poise.errors import NoResultError
 from poise.planning.budget import Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.util.errors import NoResultError
 
 UNITS = 1e6
 """A layer's work is split in this many units."""

@@ -10,8 +10,8 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import InfeasibleError, NoResultError
 from poise.planning.budget import Budget
+from poise.util.errors import InfeasibleError, NoResultError
 
 INF = highspy.kHighsInf
 ROOT_COLUMN, NODE_COLUMN, LEAST_NODES = 2.5e-3, 3e-5, 100

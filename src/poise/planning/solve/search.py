@@ -29,10 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
 from poise.cost.compute import roofline
 from poise.cost.step import batch_cost
-from poise.observe.batch import RoutingBatch
 from poise.planning.budget import UPDATES_PER_SECOND, Budget, Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
@@ -53,6 +51,8 @@ from poise.planning.solve.state import (
     make_state,
     rebuild,
 )
+from poise.routing.batch import RoutingBatch
+from poise.util.compiled import compiled
 
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""

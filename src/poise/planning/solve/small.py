@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.errors import NoResultError
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.util.errors import NoResultError
 
 MAX_NODES, NODES_PER_SECOND = 400_000, 200_000
 MAX_SLOTS = 24

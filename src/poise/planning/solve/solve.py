@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from poise.cost.bound import BoundTerms, bound_terms, compute_bound
 from poise.cost.compute import expert_seconds
 from poise.cost.step import batch_cost
-from poise.errors import NoResultError, OptionError
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import (
     carry,
@@ -32,6 +31,7 @@ from poise.planning.problem import MethodResult, PlacementProblem, Progress, Sol
 from poise.planning.solve import exact, fill, search, small, stay
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
+from poise.util.errors import NoResultError, OptionError
 
 RISK_ROUNDS = 3
 STARTS_SHARE, SEARCH_SHARE, SLACK, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.32, 0.95, 0.1

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
 from poise.cost.compute import roofline
 from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
-from poise.observe.trace import NO_EXPERT
 from poise.planning.problem import PlacementProblem
+from poise.routing.trace import NO_EXPERT
+from poise.util.compiled import compiled
 
 HOME, DEVICE_DEDUP, NODE_DEDUP, STAY = range(4)
 CHANGE_UPDATES = 8

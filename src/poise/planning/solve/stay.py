@@ -18,13 +18,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.compiled import compiled
-from poise.errors import NoResultError
-from poise.observe.batch import RoutingBatch
-from poise.observe.trace import NO_EXPERT
 from poise.planning.budget import Budget, Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.routing.batch import RoutingBatch
+from poise.routing.trace import NO_EXPERT
+from poise.util.compiled import compiled
+from poise.util.errors import NoResultError
 
 PROPOSALS = 2_000_000
 """A layer; fewer where the time limit does not allow as many."""

@@ -1,5 +1,0 @@
-"""One self-contained HTML file a comparison: pictures first, every number in the table."""
-
-from poise.evaluate.report.page import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,1 @@
+"""Measuring: several nodes emulated on one machine, and the constants of a cluster."""

@@ -1,0 +1,1 @@
+"""What runs where: devices and links, models, curves."""

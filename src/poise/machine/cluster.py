@@ -1,0 +1,274 @@
+"""The machine: nodes, devices (EP ranks) and the ports that join them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.machine.curve import ExpertCurve
+from poise.machine.presets import DEVICES
+from poise.util.errors import ClusterError
+from poise.util.yamlfile import dump_yaml, read_yaml
+
+MAX_DEVICES = 65_536
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cluster:
+    """D devices on N nodes. A device is one EP rank: a GPU, or a tensor-parallel group of GPUs.
+
+    Parameters
+    ----------
+    node_D : int [D], node of each device, non-decreasing from 0 without gaps.
+    speed_D : float [D], relative speed of each device (1 = as the constants below say).
+    flops_per_s : dense matrix throughput of one device in the serving dtype, FLOP/s.
+    memory_bytes_per_s : memory bandwidth of one device, bytes/s.
+    memory_bytes : memory of one device, bytes.
+    intra_bytes_per_s : port of one device into its node's fabric, bytes/s each way.
+    inter_bytes_per_s : network port, bytes/s each way, of one device, or of one node if ``nic_shared``.
+    nic_shared : one network port per node instead of one per device.
+    intra_latency_s, inter_latency_s : start-up seconds of an all-to-all inside a node, across nodes.
+    name : preset or file it came from.
+    peer_latency_s : start-up seconds of an all-to-all that each other device adds.
+    expert_curve : measured seconds of an expert, in place of the roofline of ``flops_per_s`` and
+        ``memory_bytes_per_s``.
+    """
+
+    node_D: NDArray[np.int32]
+    speed_D: NDArray[np.float64]
+    flops_per_s: float
+    memory_bytes_per_s: float
+    memory_bytes: float
+    intra_bytes_per_s: float
+    inter_bytes_per_s: float
+    nic_shared: bool = False
+    intra_latency_s: float = 10e-6
+    inter_latency_s: float = 30e-6
+    name: str = field(default="custom")
+    peer_latency_s: float = 0.0
+    expert_curve: ExpertCurve | None = None
+
+    def __post_init__(self) -> None:
+        if np.asarray(self.node_D).dtype.kind not in "iu":
+            raise ClusterError(f"node numbers must be whole numbers, got {np.asarray(self.node_D).dtype}")
+        node = np.array(self.node_D, dtype=np.int32)
+        speed = np.array(self.speed_D, dtype=np.float64)
+        if node.ndim != 1 or not 1 <= node.size <= MAX_DEVICES:
+            raise ClusterError(f"a cluster has 1 to {MAX_DEVICES} devices, got shape {node.shape}")
+        if node[0] != 0 or np.any((np.diff(node) < 0) | (np.diff(node) > 1)):
+            raise ClusterError("node numbers must start at 0 and rise without gaps", hint="sort devices by node")
+        if speed.shape != node.shape:
+            raise ClusterError(f"{speed.size} speeds for {node.size} devices")
+        if not (np.isfinite(speed).all() and (speed > 0).all()):
+            raise ClusterError(f"device speeds must be finite and above 0, got {speed.min():g} to {speed.max():g}")
+        positive = ("flops_per_s", "memory_bytes_per_s", "memory_bytes", "intra_bytes_per_s", "inter_bytes_per_s")
+        for attr in positive:
+            value = getattr(self, attr)
+            if not (np.isfinite(value) and value > 0):
+                raise ClusterError(f"{attr} must be finite and above 0, got {value!r}")
+        for attr in LATENCIES:
+            value = getattr(self, attr)
+            if not (np.isfinite(value) and value >= 0):
+                raise ClusterError(f"{attr} must be finite and at least 0, got {value!r}")
+        if self.expert_curve is not None and not isinstance(self.expert_curve, ExpertCurve):
+            raise ClusterError(f"expert_curve must be an ExpertCurve, got {type(self.expert_curve).__name__}")
+        node.flags.writeable = speed.flags.writeable = False
+        object.__setattr__(self, "node_D", node)
+        object.__setattr__(self, "speed_D", speed)
+
+    @property
+    def num_devices(self) -> int:
+        """D."""
+        return int(self.node_D.size)
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return int(self.node_D[-1]) + 1
+
+    @property
+    def devices_per_node_N(self) -> NDArray[np.int64]:
+        """Devices of each node, int [N]."""
+        return np.bincount(self.node_D, minlength=self.num_nodes)
+
+    @classmethod
+    def uniform(cls, nodes: int, devices_per_node: int, preset: str = "h100", *, tensor_parallel: int = 1) -> Cluster:
+        """``nodes`` nodes of ``devices_per_node`` devices with a preset's constants (:mod:`poise.machine.presets`).
+
+        A device may be a tensor-parallel group of several GPUs: its rates, memory and ports are theirs together.
+        """
+        return from_preset([devices_per_node] * nodes, preset, tensor_parallel=tensor_parallel)
+
+    @classmethod
+    def parse(cls, spec: str | Path) -> Cluster:
+        """``"2x8"``, ``"2x8:h100"``, ``"2x4:h100@tp2"`` or a path to a YAML file; see docs/formats.md.
+
+        Raises
+        ------
+        ClusterError : the spec or file is malformed, or names an unknown preset.
+        """
+        text = str(spec)
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?::([\w.-]+?))?(?:@tp(\d{1,3}))?", text)
+        if match:
+            nodes, devices, preset, group = match.groups()
+            total = int(nodes) * int(devices)
+            if not 1 <= total <= MAX_DEVICES:
+                raise ClusterError(f"{text!r} has {total} devices, a cluster has 1 to {MAX_DEVICES}")
+            return cls.uniform(int(nodes), int(devices), preset or "h100", tensor_parallel=int(group or 1))
+        if text.endswith((".yaml", ".yml")):
+            return from_yaml(Path(text))
+        raise ClusterError(
+            f"cannot read cluster {text!r}", hint="NxD as in 2x8, NxD:preset as in 2x8:h100, or a .yaml file"
+        )
+
+    def to_yaml(self) -> str:
+        """The cluster as a YAML file that :meth:`parse` reads back as it was; every constant is written out."""
+        per_node = self.devices_per_node_N.tolist()
+        data: dict[str, Any] = {"name": self.name}
+        if len(set(per_node)) == 1:
+            data.update(nodes=len(per_node), devices_per_node=per_node[0])
+        else:
+            data["devices_per_node"] = per_node
+        if (self.speed_D != 1).any():
+            data["speed"] = self.speed_D.tolist()
+        data.update({name: float(getattr(self, name)) for name in (*RATES, *LATENCIES)}, nic_shared=self.nic_shared)
+        if self.expert_curve is not None:
+            data["expert_curve"] = self.expert_curve.to_dict()
+        return dump_yaml(data)
+
+    def __repr__(self) -> str:
+        per_node = self.devices_per_node_N
+        shape = f"{self.num_nodes}x{per_node[0]}" if (per_node == per_node[0]).all() else f"{per_node.tolist()}"
+        return f"Cluster({shape} {self.name}, {self.num_devices} devices)"
+
+
+MAX_YAML_BYTES = 2**20
+RATES = ("flops_per_s", "memory_bytes_per_s", "memory_bytes", "intra_bytes_per_s", "inter_bytes_per_s")
+LATENCIES = ("intra_latency_s", "inter_latency_s", "peer_latency_s")
+CURVE_KEYS = ("tokens", "seconds", "parameters", "weight_bytes")
+YAML_KEYS = (
+    "preset",
+    "tensor_parallel",
+    "nodes",
+    "devices_per_node",
+    "speed",
+    "nic_shared",
+    "name",
+    "expert_curve",
+    *RATES,
+    *LATENCIES,
+)
+
+
+def from_preset(
+    devices_per_node: Sequence[int],
+    preset: str,
+    *,
+    tensor_parallel: int = 1,
+    speed: Sequence[float] | None = None,
+    **overrides: Any,
+) -> Cluster:
+    """A cluster of nodes with the given device counts, a preset's constants, and overrides by field name.
+
+    ``tensor_parallel`` multiplies the preset's constants, not the overrides: those are of one device as it is.
+    """
+    if preset not in DEVICES:
+        raise ClusterError(f"unknown cluster preset {preset!r}", hint=f"one of {', '.join(DEVICES)}")
+    if not 1 <= tensor_parallel <= 64:
+        raise ClusterError(f"tensor_parallel must lie in 1..64, got {tensor_parallel}")
+    if not devices_per_node or min(devices_per_node) < 1 or sum(devices_per_node) > MAX_DEVICES:
+        raise ClusterError(
+            f"a cluster has 1 to {MAX_DEVICES} devices and at least one a node, got {list(devices_per_node)[:8]}"
+        )
+    constants: dict[str, Any] = {name: DEVICES[preset][name] * tensor_parallel for name in RATES}
+    if overrides.get("nic_shared"):  # the node's one port does not grow with the groups behind it
+        constants["inter_bytes_per_s"] = DEVICES[preset]["inter_bytes_per_s"]
+    node = np.repeat(np.arange(len(devices_per_node), dtype=np.int32), devices_per_node)
+    constants["name"] = preset + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else "")
+    constants.update(overrides)
+    return Cluster(node, np.ones(node.size) if speed is None else np.asarray(speed, dtype=np.float64), **constants)
+
+
+def from_yaml(path: Path) -> Cluster:
+    """A cluster from a YAML file; the keys are listed in docs/formats.md."""
+    data = read_yaml(path, MAX_YAML_BYTES, ClusterError)
+    if not isinstance(data, dict):
+        raise ClusterError(f"{path} must hold keys and values, got {type(data).__name__}")
+    for key in data:
+        if key not in YAML_KEYS:
+            close = difflib.get_close_matches(str(key), YAML_KEYS, 1)
+            raise ClusterError(
+                f"{path}: unknown key {key!r}",
+                hint=f"did you mean {close[0]}?" if close else f"known: {', '.join(YAML_KEYS)}",
+            )
+    for key in (*RATES, *LATENCIES):
+        if key in data:
+            data[key] = _number(path, key, data[key])
+    per_node = data.pop("devices_per_node", None)
+    nodes = data.pop("nodes", None)
+    if isinstance(per_node, list):
+        counts = [_whole(path, "devices_per_node", value) for value in per_node]
+        if nodes is not None and nodes != len(counts):
+            raise ClusterError(f"{path}: nodes is {nodes}, devices_per_node lists {len(counts)}")
+    else:
+        many = _whole(path, "nodes", 1 if nodes is None else nodes)
+        each = _whole(path, "devices_per_node", per_node)
+        if many * each > MAX_DEVICES:
+            raise ClusterError(f"{path}: {many} x {each} devices, at most {MAX_DEVICES}")
+        counts = [each] * many
+    speed = data.pop("speed", None)
+    if speed is not None:
+        if not isinstance(speed, list):
+            raise ClusterError(f"{path}: speed must list one number a device, got {speed!r}")
+        speed = [_number(path, "speed", value) for value in speed]
+    if not isinstance(data.get("nic_shared", False), bool):
+        raise ClusterError(f"{path}: nic_shared must be true or false, got {data['nic_shared']!r}")
+    if "expert_curve" in data:
+        data["expert_curve"] = _curve(path, data["expert_curve"])
+    data["name"] = str(data.get("name", path.name))[:80]
+    preset, group = str(data.pop("preset", "h100")), _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
+    return from_preset(counts, preset, tensor_parallel=group, speed=speed, **data)
+
+
+def _curve(path: Path, value: Any) -> ExpertCurve:
+    """The mapping ``expert_curve``: lists of tokens and seconds, parameters, and weight_bytes if not 2."""
+    if not isinstance(value, dict):
+        raise ClusterError(f"{path}: expert_curve must be a mapping, got {value!r}", hint=", ".join(CURVE_KEYS))
+    unknown, missing = [key for key in value if key not in CURVE_KEYS], [k for k in CURVE_KEYS[:3] if k not in value]
+    if unknown or missing:
+        wrong = f"does not know {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ClusterError(f"{path}: expert_curve {wrong}", hint=f"keys: {', '.join(CURVE_KEYS)}")
+    knots: list[NDArray[np.float64]] = []
+    for key in CURVE_KEYS[:2]:
+        if not isinstance(value[key], list):
+            raise ClusterError(f"{path}: {key} of expert_curve must be a list, got {value[key]!r}")
+        knots.append(np.array([_number(path, f"expert_curve {key}", one) for one in value[key]]))
+    sizes = [_number(path, f"expert_curve {key}", value.get(key, 2.0)) for key in CURVE_KEYS[2:]]
+    try:
+        return ExpertCurve(knots[0], knots[1], sizes[0], sizes[1])
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def _number(path: Path, key: str, value: Any) -> float:
+    """A finite float; a text is none, whatever Python would make of it."""
+    try:
+        out = float(value) if type(value) in (int, float) else np.nan
+    except OverflowError:
+        out = np.nan
+    if not np.isfinite(out):
+        raise ClusterError(f"{path}: {key} must be a finite number, got {str(value)[:80]!r}")
+    return out
+
+
+def _whole(path: Path, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DEVICES:
+        raise ClusterError(f"{path}: {key} must be a whole number in 1..{MAX_DEVICES}, got {value!r}")
+    return value

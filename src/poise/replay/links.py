@@ -1,0 +1,175 @@
+"""Bytes on every link and seconds of every port, from the cost model's own copies.
+
+:mod:`poise.cost.step` keeps the fullest port of a layer. This module keeps all of them: which port is it, and who sends
+to whom?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.links import PortLoad, network_ports
+from poise.cost.split import Split, split_share_BED
+from poise.cost.step import TokenShares, check_inputs, layer_flow, step_chunks
+from poise.cost.traffic import Copies, Traffic, landing_DN, port_load
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.routing.batch import RoutingBatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTraffic:
+    """Bytes of one layer in some steps, from sender to receiver; the diagonal stays on its device.
+
+    Parameters
+    ----------
+    layer, steps : which.
+    out_BDD, back_BDD : float64 [B, D, D], dispatch and combine.
+    """
+
+    layer: int
+    steps: slice
+    out_BDD: NDArray[np.float64]
+    back_BDD: NDArray[np.float64]
+
+
+def layer_traffic(
+    batch: RoutingBatch,
+    count_LED: NDArray[Any],
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    split: Split,
+    step: int | None = None,
+) -> Iterator[LayerTraffic]:
+    """Every layer of every step, or of one step; parameters and errors of :func:`poise.cost.step.batch_cost`."""
+    check_inputs(batch, count_LED, cluster, traffic)
+    shares = TokenShares(batch, traffic)
+    for layer in range(batch.num_layers):
+        shares.enter(layer, split_share_BED(batch.load_BLE[:, layer], count_LED[layer], cluster.speed_D, split))
+        for steps in step_chunks(batch, cluster.num_devices) if step is None else [slice(step, step + 1)]:
+            flow = layer_flow(batch, layer, steps, shares, cluster, traffic)
+            out = wire_BDD(flow.dispatch, cluster)
+            back = out.transpose(0, 2, 1) if flow.combine is None else wire_BDD(flow.combine, cluster)
+            yield LayerTraffic(layer, steps, out * model.dispatch_bytes_per_token, back * model.combine_bytes_per_token)
+
+
+def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:
+    """Copies over each link, float64 [B, D, D]: what is sent once per node goes by way of the device it lands on."""
+    if copies.node_BDN is None:
+        return copies.device_BDD
+    node_D, landing = cluster.node_D, landing_DN(cluster)
+    wire: NDArray[np.float64] = copies.device_BDD * (node_D[:, None] == node_D[None, :])
+    for node in range(cluster.num_nodes):
+        inside, away = np.flatnonzero(node_D == node), np.flatnonzero(node_D != node)
+        wire[:, away, landing[away, node]] += copies.node_BDN[:, away, node]
+        lands = landing[away, node] == inside[:, None]
+        fan = lands @ copies.device_BDD[:, away[:, None], inside]
+        wire[:, inside[:, None], inside] += fan * ~np.eye(len(inside), dtype=bool)
+    return wire
+
+
+def device_seconds(load: PortLoad, cluster: Cluster) -> NDArray[np.float64]:
+    """Seconds until each device's own ports are drained, float64 [B, D], from bytes; latency not included."""
+    intra = np.maximum(load.intra_out_BD, load.intra_in_BD) / cluster.intra_bytes_per_s
+    net = np.maximum(network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster))
+    net = (net[:, cluster.node_D] if cluster.nic_shared else net) / cluster.inter_bytes_per_s
+    return np.maximum(intra, net)
+
+
+class Fullest(NamedTuple):
+    """The port that is busy longest: its kind, ``out`` or ``in``, its device (or node), its seconds a step."""
+
+    kind: str
+    way: str
+    port: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ports:
+    """Seconds a step that every port of one kind is busy.
+
+    Parameters
+    ----------
+    kind : ``inside the node`` or ``network``.
+    owner : who has such a port, ``device`` or ``node``.
+    out_2P, in_2P : float64 [2, P], sending and receiving, dispatch first, then combine.
+    """
+
+    kind: str
+    owner: str
+    out_2P: NDArray[np.float64]
+    in_2P: NDArray[np.float64]
+
+    def fullest(self) -> Fullest:
+        """The fullest of these ports."""
+        ways = (("out", self.out_2P.sum(axis=0)), ("in", self.in_2P.sum(axis=0)))
+        every = [Fullest(self.kind, way, int(x.argmax()), float(x.max())) for way, x in ways]
+        return max(every, key=lambda one: one.seconds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinkTraffic:
+    """Bytes over every link in a step: mean over steps, all layers together.
+
+    Parameters
+    ----------
+    out_DD, back_DD : float64 [D, D], dispatch and combine, from sender to receiver; the diagonal stays on its device.
+    cluster : the machine.
+    """
+
+    out_DD: NDArray[np.float64]
+    back_DD: NDArray[np.float64]
+    cluster: Cluster
+
+    @property
+    def bytes_DD(self) -> NDArray[np.float64]:
+        """Both ways together."""
+        return self.out_DD + self.back_DD
+
+    def by_class(self) -> tuple[float, float, float]:
+        """Bytes a step that stay on their device, go over links inside a node, and over the network."""
+        total, node_D = self.bytes_DD, self.cluster.node_D
+        near = float((total * (node_D[:, None] == node_D[None, :])).sum())
+        stay = float(np.trace(total))
+        return stay, near - stay, float(total.sum()) - near
+
+    def ports(self) -> tuple[Ports, ...]:
+        """Ports into the nodes' fabrics and, where there are several nodes, into the network."""
+        cluster = self.cluster
+        loads = [port_load(Copies(x_DD[None]), cluster) for x_DD in (self.out_DD, self.back_DD)]
+        near = [np.concatenate([getattr(x, name) for x in loads]) / cluster.intra_bytes_per_s
+                for name in ("intra_out_BD", "intra_in_BD")]  # fmt: skip
+        inside = Ports("inside the node", "device", near[0], near[1])
+        if cluster.num_nodes == 1:
+            return (inside,)
+        far = [np.concatenate([network_ports(getattr(x, name), cluster) for x in loads]) / cluster.inter_bytes_per_s
+               for name in ("net_out_BD", "net_in_BD")]  # fmt: skip
+        return inside, Ports("network", "node" if cluster.nic_shared else "device", far[0], far[1])
+
+
+def link_traffic(
+    batch: RoutingBatch,
+    count_LED: NDArray[Any],
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    split: Split,
+) -> LinkTraffic:
+    """Mean traffic of a step; parameters and errors of :func:`poise.cost.step.batch_cost`.
+
+    Keys and values, which ``stay`` gives to every device, are not in it: they are the same for every placement.
+    """
+    out_DD, back_DD = np.zeros((2, cluster.num_devices, cluster.num_devices))
+    for part in layer_traffic(batch, count_LED, cluster, model, traffic=traffic, split=split):
+        out_DD += part.out_BDD.sum(axis=0)
+        back_DD += part.back_BDD.sum(axis=0)
+    return LinkTraffic(out_DD / batch.num_steps, back_DD / batch.num_steps, cluster)

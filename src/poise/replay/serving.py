@@ -1,0 +1,204 @@
+"""Replay of a fast loop: step by step, layer by layer, whole tokens, everything it moves priced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.bound import bound_terms
+from poise.cost.compute import expert_seconds
+from poise.cost.links import port_seconds
+from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
+from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
+from poise.cost.traffic import Copies, Traffic, port_load
+from poise.cost.weights import StepPrice, step_price
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.planning.placement import Placement
+from poise.replay.static import Replay
+from poise.routing.batch import RoutingBatch
+from poise.routing.predict import Predictor, SlidingMean
+from poise.stepwise.driver import RECENT, LayerLoop
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
+from poise.util.errors import OptionError
+
+WARM_UP = 5
+"""Steps that fill predictors and kept replicas before judging starts."""
+DEFAULT_PREDICTOR: Predictor = SlidingMean()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FastLoop:
+    """A step-wise method and what it may use.
+
+    Parameters
+    ----------
+    policy : the method.
+    step_slots : M, slots a device beyond the static placement's.
+    predictor : loads before the gate.
+    window_s, control_s : measured seconds that replace the modelled ones (:func:`poise.cost.weights.step_price`).
+    """
+
+    policy: StepPolicy
+    step_slots: int
+    predictor: Predictor = DEFAULT_PREDICTOR
+    window_s: float | None = None
+    control_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_slots < 0:
+            raise OptionError(f"step slots must be at least 0, got {self.step_slots}")
+
+
+def replay_steps(
+    batch: RoutingBatch,
+    placement: Placement,
+    loop: FastLoop,
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    warm_up: int = WARM_UP,
+    prior_LE: NDArray[np.float64] | None = None,
+) -> Replay:
+    """Run a fast loop over a batch; the first ``warm_up`` steps run but are not judged.
+
+    The static placement is what holds between steps. Sources are the tokens' home ranks (under ``stay`` the devices
+    where their heaviest expert of the layer before ran); load-only batches have their tokens spread evenly over all.
+    A passive plan costs what the static placement costs under the engine's even split.
+
+    Raises
+    ------
+    OptionError : shapes that disagree, or too few steps. PlacementError : a plan breaks an invariant.
+    """
+    count_LED = placement.count_LED()
+    check_inputs(batch, count_LED, cluster, traffic)
+    price = step_price(float(batch.tokens_BL().max(axis=1).mean()), batch.num_experts, cluster, model,
+                       window_s=loop.window_s, control_s=loop.control_s)  # fmt: skip
+    run = _Run(batch, count_LED, loop, price, traffic)
+    predicted = loop.predictor.predict_BLE(batch, prior_LE)
+    for step in range(batch.num_steps):
+        run.step(step, predicted[step])
+    judged = batch.steps_from(warm_up)
+    slots_D = np.minimum((count_LED > 0).sum(axis=1).max(axis=0) + loop.step_slots, batch.num_experts)
+    bound = bound_terms(judged, cluster, model, traffic=traffic, slots_D=slots_D)
+    return Replay(run.cost(warm_up), bound.seconds_BL.sum(axis=1), run.moved_BL[warm_up:].sum(axis=1))
+
+
+class _Run:
+    """Arrays that a replay fills, and the holders that live from step to step."""
+
+    def __init__(
+        self,
+        batch: RoutingBatch,
+        count_LED: NDArray[np.int32],
+        loop: FastLoop,
+        price: StepPrice,
+        traffic: Traffic,
+    ) -> None:
+        self.batch, self.loop, self.price, self.traffic, self.count_LED = batch, loop, price, traffic, count_LED
+        self.loops = [
+            LayerLoop(loop.policy, price, static_ED, step_slots=loop.step_slots, layer=layer)
+            for layer, static_ED in enumerate(count_LED > 0)
+        ]
+        shape = (batch.num_steps, batch.num_layers)
+        names = ("compute", "dispatch", "combine", "kv", "device", "node", "weights", "control")
+        self.out = {name: np.zeros(shape) for name in names}
+        self.tokens_BLD = np.zeros((*shape, price.cluster.num_devices))
+        self.moved_BL, self.tokens_BL = np.zeros(shape), batch.tokens_BL()
+        self.home_T = batch.home_of_tokens(price.cluster.num_devices) if batch.has_tokens else None
+
+    @cached_property
+    def static(self) -> BatchCost:
+        """What passive plans cost; made when the first one comes."""
+        price = self.price
+        return batch_cost(self.batch, self.count_LED, price.cluster, price.model, traffic=self.traffic, split="even")
+
+    def step(self, step: int, predicted_LE: NDArray[np.float64]) -> None:
+        batch, cluster = self.batch, self.price.cluster
+        rows = slice(0, 0) if batch.start_B is None else slice(*batch.start_B[step : step + 2])
+        source_T = None if self.home_T is None else self.home_T[rows].astype(np.int64)
+        recent = batch.load_BLE[max(0, step - RECENT) : step]
+        for layer in range(batch.num_layers):
+            load_E = np.rint(batch.load_BLE[step, layer]).astype(np.int64)
+            if not load_E.any():
+                continue
+            load_SE = np.zeros((cluster.num_devices, batch.num_experts), np.int64)
+            if source_T is None or batch.experts_TLK is None:
+                whole, rest = np.divmod(load_E, cluster.num_devices)
+                first = (np.cumsum(rest) - rest)[None, :]  # what is left is dealt on in turn
+                load_SE += whole + ((np.arange(cluster.num_devices)[:, None] - first) % cluster.num_devices < rest)
+            else:
+                experts_TK = batch.experts_TLK[rows, layer]
+                count_sources(experts_TK, source_T, load_SE)
+            view, early_ED = self.loops[layer].begin(step, predicted_LE[layer], recent[:, layer])
+            plan = self._plan(view, early_ED, load_SE)
+            flow, device_TK = plan.rows_SED, None
+            if source_T is not None and self.traffic != "home":
+                flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D) if flow is None else flow
+                device_TK = np.empty(experts_TK.shape, np.int64)
+                assign_tokens(experts_TK, source_T, flow.copy(), device_TK)
+            if flow is None:
+                pairs_DD = locality_pairs(load_SE, plan.quota_ED, cluster.node_D)
+            else:
+                pairs_DD = flow.sum(axis=1)
+            self._price(view, plan, pairs_DD.astype(np.float64), source_T, device_TK)
+            if self.traffic == "stay" and device_TK is not None and source_T is not None:
+                source_T = np.where(device_TK[:, 0] < 0, source_T, device_TK[:, 0])
+
+    def _plan(self, view: LayerView, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """The layer's plan; weights and control time are booked."""
+        at, policy = (view.step, view.layer), self.loop.policy
+        done = self.loops[view.layer].finish(view, early_ED, load_SE)
+        self.out["weights"][at] = max(0.0, done.early_s - self.price.window_s) + done.late_s
+        if policy.exact and not done.plan.passive:
+            self.out["control"][at] = self.price.control_s
+        moved = (early_ED & ~view.before_ED).sum() + (done.plan.holders_ED & ~early_ED).sum()
+        moved += 0 if done.started_ED is None else done.started_ED.sum()
+        self.moved_BL[at] = float(moved) * self.price.model.expert_bytes
+        return done.plan
+
+    def _price(
+        self,
+        view: LayerView,
+        plan: StepPlan,
+        pairs_DD: NDArray[np.float64],
+        source_T: NDArray[np.int64] | None,
+        device_TK: NDArray[np.int64] | None,
+    ) -> None:
+        cluster, model, at = self.price.cluster, self.price.model, (view.step, view.layer)
+        if plan.passive:  # the same figures as the static row
+            for name in ("compute", "dispatch", "combine", "kv"):
+                self.out[name][at] = getattr(self.static, f"{name}_BL")[at]
+            self.out["device"][at] = self.static.cross_device_BL[at]
+            self.out["node"][at] = self.static.cross_node_BL[at]
+            self.tokens_BLD[at] = self.static.tokens_BLD[at]
+            return
+        self.tokens_BLD[at] = plan.quota_ED.sum(axis=0)
+        seconds = expert_seconds(plan.quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
+        self.out["compute"][at] = seconds.max()
+        there = back = Copies(pairs_DD[None])
+        if device_TK is not None and source_T is not None:
+            there, back = token_copies(device_TK, source_T, cluster, self.traffic)
+        out_load = port_load(there, cluster)
+        back_load = out_load if back is there else port_load(back, cluster)
+        self.out["dispatch"][at] = port_seconds(out_load, model.dispatch_bytes_per_token, cluster)[0]
+        self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster)[0]
+        same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
+        self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
+        self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
+        once = {name: np.zeros((1, 1)) for name in ("dispatch", "combine", "kv")}
+        add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
+        for name, value in once.items():
+            self.out[name][at] += value[0, 0]
+
+    def cost(self, first: int) -> BatchCost:
+        """What the steps from ``first`` on cost."""
+        out = {name: value[first:] for name, value in self.out.items()}
+        return BatchCost(
+            out["compute"], out["dispatch"], out["combine"], out["kv"], self.tokens_BLD[first:],
+            self.batch.load_BLE[first:].sum(axis=2), out["device"], out["node"], out["weights"], out["control"],
+        )  # fmt: skip

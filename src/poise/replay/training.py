@@ -1,0 +1,365 @@
+"""Replay of training: every step-wise policy on the same routing counts under the training price.
+
+A step = over all MoE layers: attention forward and backward + expert compute (three passes) + four all-to-alls +
+exposed weights + control; + re-sharding; + the dense rest. One copy a (token, expert) pair travels (flow ``home``).
+
+Weights. Owners come from a sharding (:mod:`poise.stepwise.sharding`); what a policy fetches is gathered and reduced in
+the same step (:meth:`poise.cost.weights.StepPrice.exposed_seconds`). A policy that keeps replicas or moves experts pays
+gather and reduce for each replica in every step (their gradients' all-reduce), and parameters + optimizer states
+(:data:`poise.cost.weights.STATE_RATIO` times the bytes), in sight, for each that is new. Re-sharding moves the same
+states in sight; its seconds are spread over the steps until the next one, so that short replays are charged fairly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.compute import expert_seconds
+from poise.cost.links import latency_seconds, port_seconds
+from poise.cost.route import count_sources, locality_rows
+from poise.cost.traffic import Copies, port_load
+from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
+from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
+from poise.replay.serving import WARM_UP, FastLoop
+from poise.replay.work import LayerWork, Rounds
+from poise.routing.batch import RoutingBatch
+from poise.stepwise.driver import RECENT
+from poise.stepwise.methods.split import spread_evenly
+from poise.stepwise.protocol import LayerView, StepPlan
+from poise.stepwise.sharding import Even, ShardingPolicy, check_sharding, even_sharding, moves, owned_ED
+from poise.util.errors import OptionError
+
+Moves = tuple[tuple[Transfer, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceLoads:
+    """Tokens of each expert from each source device.
+
+    Parameters
+    ----------
+    load_BLSE : int [B, L, D, E]; read-only.
+    top_k : K.
+    """
+
+    load_BLSE: NDArray[np.int32]
+    top_k: int
+
+    def __post_init__(self) -> None:
+        load = self.load_BLSE
+        if load.ndim != 4 or load.size == 0 or load.dtype.kind not in "iu" or load.min() < 0:
+            raise OptionError(f"source loads must be whole numbers [steps, layers, sources, experts], got {load.shape}")
+        load.flags.writeable = False
+
+    @classmethod
+    def of_batch(cls, batch: RoutingBatch, num_devices: int) -> SourceLoads:
+        """Counts of a batch: by home rank where tokens are known, else spread evenly over the sources."""
+        out = np.zeros((batch.num_steps, batch.num_layers, num_devices, batch.num_experts), np.int32)
+        home_T = batch.home_of_tokens(num_devices) if batch.has_tokens else None
+        one = np.zeros((num_devices, batch.num_experts), np.int64)
+        for step in range(batch.num_steps):
+            for layer in range(batch.num_layers):
+                if home_T is None or batch.experts_TLK is None or batch.start_B is None:
+                    load_E = np.rint(batch.load_BLE[step, layer]).astype(np.int64)
+                    out[step, layer] = spread_evenly(load_E, num_devices)
+                    continue
+                rows = slice(*batch.start_B[step : step + 2])
+                count_sources(batch.experts_TLK[rows, layer], home_T[rows].astype(np.int64), one)
+                out[step, layer] = one
+        return cls(out, batch.top_k)
+
+    def batch(self) -> RoutingBatch:
+        """The loads without sources, for predictors."""
+        load = self.load_BLSE.sum(axis=2, dtype=np.float64)
+        steps, layers = load.shape[:2]
+        return RoutingBatch(load, np.full(steps, 1.0 / steps), self.top_k, np.arange(layers, dtype=np.int32))
+
+    def force_balanced(self) -> SourceLoads:
+        """The same number of tokens of every source, the same for every expert: what a forced router gives."""
+        total = self.load_BLSE.sum(axis=3, dtype=np.int64)
+        sources, experts = self.load_BLSE.shape[2:]
+        whole, rest = np.divmod(total, experts)
+        turn = (np.arange(experts) - (np.arange(sources) * experts // sources)[:, None]) % experts
+        out = whole[..., None] + (turn < rest[..., None])
+        return SourceLoads(out.astype(np.int32), self.top_k)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingReplay:
+    """What training costs under a policy; steps after the warm-up.
+
+    Parameters
+    ----------
+    compute_BL, exchange_BL, weights_BL, control_BL : float64 [B, L], seconds: compute, four all-to-alls, exposed
+        weights (moves of owners and new kept replicas included), control.
+    reshard_B : float64 [B], re-sharding, spread over its interval.
+    tokens_BLD : int64 [B, L, D], tokens computed on each device.
+    moved_BL, exposed_BL : float64 [B, L], bytes of weights, gradients and states that move; those that show.
+    replicas_BLD : int64 [B, L, D], experts beyond the owned ones on each device.
+    attention_s, rest_s : seconds a step of attention (forward and backward, all layers) and of the dense rest.
+    owner_LE : int64 [L, E], owners at the end.
+    moved_owners : experts that changed owner in all re-shardings, warm-up included.
+    switch_BL : float64 [B, L], what moves of owners and new kept replicas take of ``weights_BL``.
+    work_BL : the layers of each judged step for :func:`poise.simulate.training.rank_step`; empty unless asked for.
+    """
+
+    compute_BL: NDArray[np.float64]
+    exchange_BL: NDArray[np.float64]
+    weights_BL: NDArray[np.float64]
+    control_BL: NDArray[np.float64]
+    reshard_B: NDArray[np.float64]
+    tokens_BLD: NDArray[np.int64]
+    moved_BL: NDArray[np.float64]
+    exposed_BL: NDArray[np.float64]
+    replicas_BLD: NDArray[np.int64]
+    attention_s: float
+    rest_s: float
+    owner_LE: NDArray[np.int64]
+    moved_owners: int
+    switch_BL: NDArray[np.float64]
+    work_BL: tuple[tuple[LayerWork, ...], ...]
+
+    @property
+    def layers_B(self) -> NDArray[np.float64]:
+        """Seconds of the MoE layers and re-sharding of each step, float64 [B]."""
+        out: NDArray[np.float64] = (self.compute_BL + self.exchange_BL + self.weights_BL + self.control_BL).sum(axis=1)
+        return out + self.reshard_B
+
+    @property
+    def step_seconds_B(self) -> NDArray[np.float64]:
+        """Seconds of each step, float64 [B]."""
+        return self.layers_B + self.attention_s + self.rest_s
+
+    @property
+    def imbalance(self) -> float:
+        """Mean over steps and layers of max / mean tokens over devices."""
+        mean = self.tokens_BLD.mean(axis=2)
+        return float((self.tokens_BLD.max(axis=2)[mean > 0] / mean[mean > 0]).mean())
+
+
+def replay_training(
+    traffic: SourceLoads,
+    loop: FastLoop,
+    price: StepPrice,
+    *,
+    sharding: ShardingPolicy | None = None,
+    first_reshard: int = WARM_UP,
+    warm_up: int = WARM_UP,
+    rest_s: float = 0.0,
+    by_rank: bool = False,
+) -> TrainingReplay:
+    """Run a policy over a batch of training steps; the first ``warm_up`` steps run but are not judged.
+
+    Parameters
+    ----------
+    traffic : counts by source.
+    loop : policy, step slots and predictor.
+    price : of :func:`poise.cost.weights.training_price`.
+    sharding : owners; they start as :func:`poise.stepwise.sharding.even_sharding`, are planned at step
+        ``first_reshard`` and then every ``interval`` steps, from the predictor's loads. None: even, for good.
+    rest_s : seconds of the dense rest of a step.
+    by_rank : keep what every rank does (``work_BL``): a few [D, D] arrays a layer and step.
+
+    Raises
+    ------
+    OptionError : shapes that disagree, a serving price, or too few steps. PlacementError : a plan breaks an invariant.
+    """
+    steps, layers, sources, experts = traffic.load_BLSE.shape
+    if not price.training:
+        raise OptionError("the replay of training needs a training price", hint="poise.cost.weights.training_price")
+    if sources != price.cluster.num_devices or experts != price.model.num_experts:
+        raise OptionError(
+            f"traffic has {sources} sources and {experts} experts, cluster and model {price.cluster.num_devices} and"
+            f" {price.model.num_experts}"
+        )
+    if not 0 <= warm_up < steps:
+        raise OptionError(f"{warm_up} warm-up steps cannot be left out of {steps}", hint="use more steps")
+    run = _Run(traffic, loop, price, sharding or Even(), even_sharding(layers, experts, sources), by_rank)
+    for step in range(steps):
+        run.reshard(step, first_reshard)
+        for layer in range(layers):
+            run.layer(step, layer)
+    return run.result(warm_up, rest_s)
+
+
+class _Run:
+    """Arrays that a replay fills; owners, and holders that live from step to step."""
+
+    def __init__(
+        self,
+        traffic: SourceLoads,
+        loop: FastLoop,
+        price: StepPrice,
+        sharding: ShardingPolicy,
+        owner_LE: NDArray[np.int64],
+        by_rank: bool,
+    ) -> None:
+        self.traffic, self.loop, self.price, self.sharding = traffic, loop, price, sharding
+        self.owner_LE, self.moved_owners = owner_LE, 0
+        self.keeps = getattr(loop.policy, "keeps_in_training", loop.policy.keeps)
+        plan_seconds = getattr(loop.policy, "training_plan_seconds", None)
+        self.plan_s = plan_seconds(*traffic.load_BLSE.shape[:1:-1]) if plan_seconds else 0.0
+        batch = traffic.batch()
+        self.load_BLE = batch.load_BLE
+        self.predicted_BLE = loop.predictor.predict_BLE(batch)
+        steps, layers, devices, _ = traffic.load_BLSE.shape
+        names = ("compute", "exchange", "weights", "control", "moved", "exposed", "switch")
+        self.out = {name: np.zeros((steps, layers)) for name in names}
+        self.tokens_BLD = np.zeros((steps, layers, devices), np.int64)
+        self.replicas_BLD = np.zeros((steps, layers, devices), np.int64)
+        self.reshard_B = np.zeros(steps)
+        self.held_LED = np.stack([owned_ED(row, devices) for row in owner_LE])
+        self.work: list[list[LayerWork]] | None = [[] for _ in range(steps)] if by_rank else None
+        self.last = layers - 1
+
+    def reshard(self, step: int, first: int) -> None:
+        interval = self.sharding.interval
+        if not interval or step < first or (step - first) % interval:
+            return
+        new = self.sharding.plan(self.predicted_BLE[step], self.owner_LE, self.price)
+        changed = moves(self.owner_LE, new)
+        if not len(changed):
+            return
+        devices = self.price.cluster.num_devices
+        check_sharding(new, devices)
+        seconds = reshard_seconds(self.owner_LE, new, self.price)
+        self.reshard_B[step : step + interval] += seconds / interval
+        self.owner_LE, self.moved_owners = new, self.moved_owners + len(changed)
+        self.held_LED = np.stack([owned_ED(row, devices) for row in new])
+
+    def layer(self, step: int, layer: int) -> None:
+        price, policy, cluster = self.price, self.loop.policy, self.price.cluster
+        load_SE = self.traffic.load_BLSE[step, layer].astype(np.int64)
+        if not load_SE.any():
+            if self.work is not None:
+                none = np.zeros((cluster.num_devices,) * 2)
+                self.work[step].append(LayerWork(none, none[0]))
+            return
+        owned = owned_ED(self.owner_LE[layer], cluster.num_devices)
+        before = self.held_LED[layer] if self.keeps else owned
+        recent = self.load_BLE[max(0, step - RECENT) : step, layer]
+        view = LayerView(owned, before, self.predicted_BLE[step, layer], recent, np.zeros_like(owned),
+                         self.loop.step_slots, step, layer, price)  # fmt: skip
+        early = policy.before_gate(view)
+        plan = policy.after_gate(view, early, load_SE)
+        plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
+        transfers = self._weights(view, early, plan)
+        if policy.exact and not plan.passive:
+            self.out["control"][step, layer] = price.control_s + self.plan_s
+        flow = plan.rows_SED
+        if flow is None:
+            flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D)
+        self.tokens_BLD[step, layer] = plan.quota_ED.sum(axis=0)
+        self.out["compute"][step, layer] = compute_seconds(plan.quota_ED, price)
+        pairs_DD = flow.sum(axis=1)
+        self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
+        if self.work is not None:
+            work_ED = expert_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
+            bytes_DD = pairs_DD * float(price.model.dispatch_bytes_per_token)
+            before, after, back = (_rounds(moves, size, price) for moves, size in transfers)
+            self.work[step].append(
+                LayerWork(bytes_DD, work_ED.sum(axis=0) / cluster.speed_D, before, after, back, self._again(layer))
+            )
+
+    def _weights(self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan) -> list[tuple[Moves, float]]:
+        """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
+        price, at = self.price, (view.step, view.layer)
+        size = price.model.expert_bytes
+        again = self._again(view.layer)
+        passes = 1.0 + price.gradient_ratio + (1.0 if again else 0.0)
+        switch_s, new = 0.0, 0
+        if self.keeps:
+            base = view.static_ED & plan.holders_ED
+            moved_E = ~base.any(axis=1)
+            base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
+            added = plan.holders_ED & ~view.before_ED
+            new = int(added.sum())
+            switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
+            parts = [plan.holders_ED & ~base]
+            self.held_LED[view.layer] = plan.holders_ED
+        else:
+            base = view.before_ED
+            parts = [early_ED & ~base, plan.holders_ED & ~early_ED & ~base]
+        gathers = [_transfers(base, part, price) for part in parts]
+        seconds = [gather.seconds(price.cluster, size) for gather in gathers]
+        replicas = plan.holders_ED & ~base
+        self.replicas_BLD[at] = replicas.sum(axis=0)
+        gradient_bytes = size * price.gradient_ratio
+        reduction = _transfers(base, replicas & (plan.quota_ED > 0), price, gradient_bytes)
+        back_s = (sum(seconds) if again else 0.0) + reduction.back_seconds(price.cluster, gradient_bytes)
+        shown_s = max(0.0, seconds[0] - price.window_s) + sum(seconds[1:]) + max(0.0, back_s - 2.0 * price.window_s)
+        self.out["weights"][at], self.out["switch"][at] = shown_s + switch_s, switch_s
+        synced = float(replicas.sum()) * size * passes
+        whole_s = sum(seconds) + back_s
+        self.out["moved"][at] = synced + new * size * STATE_RATIO
+        self.out["exposed"][at] = (synced * shown_s / whole_s if whole_s else 0.0) + new * size * STATE_RATIO
+        late: Moves = sum((gather.rounds for gather in gathers[1:]), ())
+        return [(gathers[0].rounds, size), (late, size), (reduction.backwards(), gradient_bytes)]
+
+    def _again(self, layer: int) -> bool:
+        """Replicas are freed and gathered again; not of the last layer, whose backward comes at once."""
+        return self.price.rematerialise and not self.keeps and layer < self.last
+
+    def result(self, first: int, rest_s: float) -> TrainingReplay:
+        out = {name: value[first:] for name, value in self.out.items()}
+        attention_s = 3.0 * self.price.window_s * self.traffic.load_BLSE.shape[1]
+        return TrainingReplay(
+            out["compute"], out["exchange"], out["weights"], out["control"], self.reshard_B[first:],
+            self.tokens_BLD[first:], out["moved"], out["exposed"], self.replicas_BLD[first:], attention_s, rest_s,
+            self.owner_LE, self.moved_owners, out["switch"],
+            tuple(tuple(layers) for layers in (self.work or [])[first:]),
+        )  # fmt: skip
+
+
+def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
+    """Seconds of the runtime's sparse gather, round by round, from each expert's first holder; bool [E, D] both.
+
+    :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.
+    """
+    return _transfers(held_ED, new_ED, price).seconds(price.cluster, price.model.expert_bytes)
+
+
+def _rounds(rounds: Moves, size: float, price: StepPrice) -> Rounds:
+    """Bytes of each round, float64 [D, D]."""
+    out = []
+    for one in rounds:
+        bytes_DD = np.zeros((price.cluster.num_devices,) * 2)
+        for move in one:
+            bytes_DD[move.source, move.target] += size
+        out.append(bytes_DD)
+    return tuple(out)
+
+
+def _transfers(
+    held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice, expert_bytes: float | None = None
+) -> TransferPlan:
+    form: Form = "auto" if price.fan_out else "direct"
+    size = price.model.expert_bytes if expert_bytes is None else expert_bytes
+    return plan_transfers(held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=size, form=form)
+
+
+def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
+    """Expert compute of one layer in a step, all passes: the slowest device."""
+    seconds = expert_seconds(quota_ED.astype(np.float64), price.cluster, price.model).sum(axis=0)
+    return float((seconds / price.cluster.speed_D).max() * price.compute_passes)
+
+
+def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
+    """All-to-alls of one layer in a step for (token, expert) pairs from device to device, int [D, D]."""
+    cluster, model = price.cluster, price.model
+    load = port_load(Copies(pairs_DD[None].astype(np.float64)), cluster)
+    both = sum(
+        float(port_seconds(load, bytes_, cluster)[0]) + latency_seconds(cluster)
+        for bytes_ in (model.dispatch_bytes_per_token, model.combine_bytes_per_token)
+    )
+    return both * price.exchange_passes
+
+
+def reshard_seconds(old_LE: NDArray[np.int64], new_LE: NDArray[np.int64], price: StepPrice) -> float:
+    """Seconds to move parameters and optimizer states from old to new owners, all layers at once, in sight."""
+    devices = price.cluster.num_devices
+    old = owned_ED(old_LE.ravel(), devices)
+    return STATE_RATIO * fetch_seconds(old, owned_ED(new_LE.ravel(), devices) & ~old, price)

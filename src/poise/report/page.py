@@ -1,0 +1,92 @@
+"""The page: verdict, cards, sections, footer. No network, no library; every name is escaped."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from poise.replay.compare import Comparison
+from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times
+from poise.report.view import Made, View
+from poise.util.errors import PlacementError
+from poise.util.files import replacing
+from poise.util.words import harmless
+
+SECTIONS = (
+    load.section,
+    times.section,
+    links.section,
+    flow.section,
+    timeline.section,
+    moves.section,
+    numbers.section,
+    facts.section,
+)
+
+
+def write_report(comparison: Comparison, path: str | Path, *, command: str | None = None) -> None:
+    """Write one self-contained HTML file; it appears whole or not at all.
+
+    Parameters
+    ----------
+    command : command line that made it, for the footer.
+
+    Raises
+    ------
+    PlacementError : the file cannot be written.
+    """
+    page = render(comparison, Made.now(command)).encode()
+    with replacing(path, PlacementError) as stream:
+        stream.write(page)
+
+
+def render(comparison: Comparison, made: Made) -> str:
+    """The page as a string."""
+    folder, view = files("poise.report"), View.of(comparison)
+    sections = "\n".join(section(view) for section in SECTIONS)
+    title = f"poise: {view.best.name} and {view.base.name}, {comparison.model.name} on {comparison.cluster!r}"
+    parts = {
+        "TITLE": escape(title),
+        "STYLE": (folder / "page.css").read_text("utf-8"),
+        "SCRIPT": (folder / "page.js").read_text("utf-8"),
+        "VERDICT": escape(comparison.verdict()),
+        "JUDGED": escape(view.where(view.best)),
+        "CARDS": _cards(view),
+        "NAVIGATION": _navigation(sections),
+        "SECTIONS": sections,
+        "FOOTER": _footer(made),
+    }
+    page = (folder / "page.html").read_text("utf-8")
+    return harmless(re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page))
+
+
+def _cards(view: View) -> str:
+    base, first, now = view.base.name, view.replay(view.base), view.replay(view.best)
+    cards = (
+        (
+            "MoE time a step",
+            f"{1e3 * now.step_seconds_B.mean():.3f} ms",
+            f"{base}: {1e3 * first.step_seconds_B.mean():.3f} ms",
+        ),
+        ("imbalance", f"{now.imbalance:.3f}", f"{base}: {first.imbalance:.3f}"),
+        ("off node", f"{now.cross_node_share:.1%}", f"{base}: {first.cross_node_share:.1%}"),
+        ("of the least possible time", f"{now.efficiency:.1%}", f"{base}: {first.efficiency:.1%}"),
+    )
+    return "".join(
+        f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="was">{escape(was)}</div></div>'
+        for label, value, was in cards
+    )
+
+
+def _navigation(sections: str) -> str:
+    """Links to the sections that are there."""
+    found = re.findall(r'<section id="(\w+)"><h2>([^<]*)</h2>', sections)
+    return "".join(f'<a href="#{key}">{title}</a>' for key, title in found)
+
+
+def _footer(made: Made) -> str:
+    command = f"<p><code>{escape(made.command)}</code></p>" if made.command else ""
+    return f"{command}<p>Made {escape(made.date)} by {escape(made.versions)}. One file, no network.</p>"

@@ -1,0 +1,167 @@
+"""RoutingBatch: the traffic of B steps in the one form that cost, planning and replay read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.routing.trace import finite
+from poise.util.errors import TraceError
+
+UNKNOWN_HOME = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutingBatch:
+    """Traffic of B steps. Arrays are read-only.
+
+    Parameters
+    ----------
+    load_BLE : float64 [B, L, E], tokens of each expert (a token counts once for each of its K experts).
+    weight_B : float64 [B], weight of each step in an expectation, summing to 1.
+    top_k : K.
+    layer_ids_L : int32 [L], index of each MoE layer among the model's decoder layers.
+    experts_TLK : int16 [T, L, K] or None where only loads are known; rows sorted by step, heaviest expert first. -1 is
+        a pick that computes nothing; those of a token come behind its others.
+    start_B : int64 [B + 1]; the tokens of step b are rows start_B[b]:start_B[b + 1].
+    request_T : int32 [T] or None.
+    home_T : int32 [T] or None, recorded home rank.
+    order : how the steps were made, in words (printed under every table).
+    drawn_from : so many steps there are, of which these are a sample; None: these are all.
+    """
+
+    load_BLE: NDArray[np.float64]
+    weight_B: NDArray[np.float64]
+    top_k: int
+    layer_ids_L: NDArray[np.int32]
+    experts_TLK: NDArray[np.int16] | None = None
+    start_B: NDArray[np.int64] | None = None
+    request_T: NDArray[np.int32] | None = None
+    home_T: NDArray[np.int32] | None = None
+    order: str = ""
+    drawn_from: int | None = None
+
+    def __post_init__(self) -> None:
+        load = self.load_BLE
+        if load.ndim != 3 or 0 in load.shape:
+            raise TraceError(f"loads must be [B, L, E] and not empty, got shape {load.shape}")
+        if not finite(load) or load.min() < 0:
+            raise TraceError("loads must be finite and at least 0")
+        if self.weight_B.shape != load.shape[:1] or self.layer_ids_L.shape != load.shape[1:2]:
+            raise TraceError(
+                f"{self.weight_B.size} weights and {self.layer_ids_L.size} layer ids for {load.shape[:2]} steps, layers"
+            )
+        if self.experts_TLK is not None:
+            if self.start_B is None or self.start_B.size != load.shape[0] + 1:
+                raise TraceError(f"step offsets must have {load.shape[0] + 1} entries")
+            if self.experts_TLK.shape[1:] != (load.shape[1], self.top_k):
+                raise TraceError(f"experts {self.experts_TLK.shape} for {load.shape[1]} layers, top-{self.top_k}")
+        for name in ("load_BLE", "weight_B", "layer_ids_L", "experts_TLK", "start_B", "request_T", "home_T"):
+            arr = getattr(self, name)
+            if arr is not None:
+                arr.flags.writeable = False
+
+    @property
+    def num_steps(self) -> int:
+        """B."""
+        return int(self.load_BLE.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.load_BLE.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.load_BLE.shape[2])
+
+    @property
+    def has_tokens(self) -> bool:
+        """Token-level routing is known, not only loads."""
+        return self.experts_TLK is not None
+
+    def tokens_BL(self) -> NDArray[np.float64]:
+        """Tokens of each step, float64 [B, L], 0 in a layer where none of them computes; of loads, pairs / K."""
+        pairs_BL = self.load_BLE.sum(axis=2)
+        if self.start_B is None:
+            return np.asarray(pairs_BL / self.top_k)
+        return np.asarray((pairs_BL > 0) * np.diff(self.start_B)[:, None].astype(np.float64))
+
+    def came_from_TL(self) -> NDArray[np.int64]:
+        """Where ``stay`` traffic finds a token before each layer, int64 [T, L].
+
+        The flat index ``layer * E + expert`` of the heaviest expert of the last layer in which the token computed
+        anything, -1 for its home rank.
+
+        Raises
+        ------
+        TraceError : no tokens are known.
+        """
+        if self.experts_TLK is None:
+            raise TraceError("token moves need token-level routing", hint="give a routing trace, not a load profile")
+        first_TL = self.experts_TLK[:, :, 0].astype(np.int64)
+        out = np.full(first_TL.shape, -1, np.int64)
+        for layer in range(1, self.num_layers):
+            here_T = first_TL[:, layer - 1]
+            out[:, layer] = np.where(here_T < 0, out[:, layer - 1], here_T + (layer - 1) * self.num_experts)
+        return out
+
+    def load_LE(self) -> NDArray[np.float64]:
+        """Expected load of one step, float64 [L, E]."""
+        return np.einsum("b,ble->le", self.weight_B, self.load_BLE)
+
+    def steps_from(self, first: int) -> RoutingBatch:
+        """The batch without its first ``first`` steps; weights sum to 1 again.
+
+        Raises
+        ------
+        TraceError : no step would be left.
+        """
+        if first == 0:
+            return self
+        if not 0 < first < self.num_steps:
+            raise TraceError(
+                f"{first} steps cannot be left out of {self.num_steps}", hint="use more tokens or shorter steps"
+            )
+        return self.part(slice(first, self.num_steps))
+
+    @property
+    def sampled(self) -> str:
+        """That only a part of the steps is here, in words; ``""`` where all are."""
+        return "" if self.drawn_from is None else f"{self.num_steps:,} of {self.drawn_from:,} steps"
+
+    def part(self, steps: slice) -> RoutingBatch:
+        """Some consecutive steps, not copied; weights sum to 1 again."""
+        weight = self.weight_B[steps]
+        weight = weight / weight.sum() if weight.any() else np.full(len(weight), 1.0 / len(weight))
+        first, last = (0, 0) if self.start_B is None else self.start_B[[steps.start, steps.stop]].tolist()
+
+        def rows(array: NDArray[Any] | None) -> Any:
+            return None if array is None else array[first:last]
+
+        return RoutingBatch(
+            self.load_BLE[steps], weight, self.top_k, self.layer_ids_L, rows(self.experts_TLK),
+            None if self.start_B is None else self.start_B[steps.start : steps.stop + 1] - first,
+            rows(self.request_T), rows(self.home_T), self.order, self.drawn_from,
+        )  # fmt: skip
+
+    def home_of_tokens(self, num_devices: int) -> NDArray[np.int32]:
+        """Home rank of each token, int32 [T]: as recorded, else requests dealt to ranks in turn.
+
+        Raises
+        ------
+        TraceError : no tokens are known, or a recorded home rank is not below ``num_devices``.
+        """
+        if self.experts_TLK is None:
+            raise TraceError("home ranks need token-level routing", hint="give a routing trace, not a load profile")
+        if self.home_T is not None:
+            if self.home_T.size and not 0 <= self.home_T.min() <= self.home_T.max() < num_devices:
+                raise TraceError(f"home ranks reach {self.home_T.max()}, the cluster has {num_devices} devices")
+            return self.home_T
+        if self.request_T is None:
+            return (np.arange(len(self.experts_TLK)) % num_devices).astype(np.int32)
+        return (self.request_T % num_devices).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Steps simulated rank by rank."""

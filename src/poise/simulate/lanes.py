@@ -1,0 +1,86 @@
+"""One step device by device, as the cost model adds it: in every part of a layer all wait for the slowest.
+
+Finer, and with other totals, is :mod:`poise.simulate.serving`, where a device waits only for what it needs. This
+one explains the step time of :mod:`poise.cost.step`, to the last digit, for every data flow and for loads alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.compute import expert_seconds
+from poise.cost.links import latency_seconds
+from poise.cost.split import Split, split_share_BED
+from poise.cost.step import kv_seconds_per_token
+from poise.cost.traffic import Copies, Traffic, port_load
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.replay.links import device_seconds, layer_traffic
+from poise.routing.batch import RoutingBatch
+
+PARTS = ("keys and values", "dispatch", "experts", "combine")
+"""Parts of a layer in the order they run; only ``stay`` has keys and values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepLanes:
+    """What every device does in one step.
+
+    Parameters
+    ----------
+    busy_LDP : float64 [L, D, 4], seconds that each device works in each of :data:`PARTS`.
+    """
+
+    busy_LDP: NDArray[np.float64]
+
+    @property
+    def span_LP(self) -> NDArray[np.float64]:
+        """Seconds of each part, float64 [L, 4]: those of its slowest device."""
+        return self.busy_LDP.max(axis=1)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step."""
+        return float(self.span_LP.sum())
+
+    def waiting_P(self) -> NDArray[np.float64]:
+        """Share of the devices' time in the whole step that they wait in each part, float64 [4]."""
+        idle_P = self.span_LP.sum(axis=0) - self.busy_LDP.mean(axis=1).sum(axis=0)
+        out: NDArray[np.float64] = idle_P / max(self.seconds, 1e-300)
+        return out
+
+
+def step_lanes(
+    batch: RoutingBatch,
+    step: int,
+    count_LED: NDArray[Any],
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: Traffic,
+    split: Split,
+) -> StepLanes:
+    """Lanes of one step; other parameters and errors of :func:`poise.cost.step.batch_cost`.
+
+    A device's seconds in an exchange are those of its fullest port (where nodes share a network port, their node's),
+    and the start-up.
+    """
+    busy = np.zeros((batch.num_layers, cluster.num_devices, len(PARTS)))
+    start = latency_seconds(cluster)
+    for part in layer_traffic(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
+        at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
+        if not load_BE.any():
+            continue
+        share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, split)
+        tokens_ED = load_BE[0][:, None] * share_BED[0]
+        if traffic == "stay":
+            at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
+        at[:, 1] = start + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster)[0]
+        at[:, 2] = expert_seconds(tokens_ED, cluster, model).sum(axis=0) / cluster.speed_D
+        if traffic != "stay" or batch.top_k > 1:
+            at[:, 3] = start + device_seconds(port_load(Copies(part.back_BDD), cluster), cluster)[0]
+    return StepLanes(busy)

@@ -1,0 +1,1 @@
+"""Published step-wise policies, one a file."""

@@ -1,0 +1,209 @@
+"""UltraEP: replicas and token quotas solved together from exact loads (arXiv 2606.04101; code Dots-Infra/UltraEP, MIT).
+
+After the gate; weights are pushed in full sight inside the NVLink domain (a node) and freed after the step. Each domain
+for itself:
+
+    Step 1  Load of each rank with every token at its owner. The threshold lies between ``target`` times the domain's
+            mean and the largest load.
+    Step 2  Oracle: can every rank be brought to a threshold? Ranks by load, fullest first, export their excess; their
+            experts, fullest first, each to the rank with most room below the threshold that has a free slot and no
+            copy, as much as need, room and expert allow (one token stays with the owner). An export below the floor is
+            not made. No replica without a quota: every export is both.
+    Step 3  Fast probe: the oracle at (1 + ``eps``) times the lower end, then twice more, each 1 % of the largest load
+            higher; the floor here is the excess left over the ranks that could take it. The first that works is taken.
+    Step 4  Else the oracle at the lower end with ``min_tokens`` as the floor, and if that fails a search with four
+            probes a round up to the largest load. (The code first bisects for the least threshold under which all
+            excess fits into all room: at the mean or above it always does, so the lower end it is.)
+
+Chosen here. Holders of a static placement are all native: their tokens are first split exactly
+(:func:`poise.stepwise.methods.split.exact_split`, the published start where no expert is replicated), and each
+exports what it has. ``probe=False`` leaves step 3 out: then every replica gets at least ``min_tokens``, which the
+published code does not promise (its fast probe has a floor of its own). ``cross_node=True`` makes the machine one
+domain. Ceilings are taken in 64 bits, the code's in 32. Sources are matched own device first, then own node (the
+code: own rank, then in proportion). Weights are priced without the published relay trees. Device speeds are not
+looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.stepwise.methods.split import even_quota, exact_split
+from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.util.compiled import compiled
+from poise.util.errors import OptionError
+
+PROBES = 4
+"""Thresholds that are tried a round in step 4."""
+
+
+@compiled
+def _best_target(held_E, room_D, slots_D, first, last, want, floor):  # type: ignore[no-untyped-def]
+    """The roomiest rank that can take at least ``floor`` of ``want`` tokens, or -1."""
+    best = -1
+    for d in range(first, last):
+        if held_E[d] or slots_D[d] == 0 or room_D[d] <= 0 or min(want, room_D[d]) < floor:
+            continue
+        if best < 0 or room_D[d] > room_D[best]:
+            best = d
+    return best
+
+
+@compiled
+def export(start, held_ED, slots, first, last, threshold, floor, keep, plan_X):  # type: ignore[no-untyped-def]
+    """Step 2 for devices first..last: the number of exports in ``plan_X`` (expert, from, to, tokens), or -1.
+
+    ``start``: quotas int64 [E, D], their sums [D], each device's experts fullest first [D, X], the domain's devices
+    fullest first. ``floor`` 0: the fast probe's.
+    """
+    quota_ED, load_D, order_DX, ranks = start
+    devices = held_ED.shape[1]
+    held = held_ED.copy()
+    room_D, slots_D = np.zeros(devices, np.int64), np.full(devices, slots)
+    for d in range(first, last):
+        room_D[d] = max(0, threshold - load_D[d])
+    count = 0
+    for source in ranks:
+        need = load_D[source] - threshold
+        if need <= 0:
+            break
+        for e in order_DX[source]:
+            have = quota_ED[e, source] - keep
+            if need == 0 or have <= 0:
+                break
+            while need > 0 and have > 0:
+                want, least = min(need, have), floor
+                if floor == 0:
+                    takers = 0
+                    for d in range(first, last):
+                        takers += not held[e, d] and slots_D[d] > 0 and room_D[d] > 0
+                    if takers == 0:
+                        break
+                    least = -(-need // takers)
+                to = _best_target(held[e], room_D, slots_D, first, last, want, least)
+                if to < 0:
+                    break
+                tokens = min(want, room_D[to])
+                plan_X[count] = e, source, to, tokens
+                count += 1
+                held[e, to] = True
+                slots_D[to] -= 1
+                room_D[to] -= tokens
+                need -= tokens
+                have -= tokens
+        if need > 0:
+            return -1
+    return count
+
+
+@compiled
+def solve_domain(quota_ED, load_D, order_DX, held_ED, slots, first, last, target, eps, min_tokens, probe, keep, plan_X):  # type: ignore[no-untyped-def]
+    """Steps 1, 3 and 4: (threshold, exports in ``plan_X``, whether the fast probe found it)."""
+    start = quota_ED, load_D, order_DX, first + np.argsort(-load_D[first:last], kind="mergesort")
+    total, most = load_D[first:last].sum(), load_D[first:last].max()
+    low = np.int64(np.ceil(total / (last - first) * target - 1e-9))
+    high = max(low, most)
+    if probe:
+        threshold = np.int64(np.ceil(low * (1.0 + eps) - 1e-9))
+        for _ in range(3):
+            count = export(start, held_ED, slots, first, last, threshold, 0, keep, plan_X)
+            if count >= 0:
+                return threshold, count, True
+            threshold = min(high, threshold + max(1, -(-high // 100)))
+    count = export(start, held_ED, slots, first, last, low, min_tokens, keep, plan_X)
+    if count >= 0:
+        return low, count, False
+    low = min(low + 1, high)
+    while low < high:
+        span, base = high - low, low
+        for i in range(min(PROBES, span)):
+            threshold = base + i if span <= PROBES else base + span * (i + 1) // (PROBES + 1)
+            if export(start, held_ED, slots, first, last, threshold, min_tokens, keep, plan_X) >= 0:
+                high = threshold
+                break
+            low = threshold + 1
+    return low, export(start, held_ED, slots, first, last, low, min_tokens, keep, plan_X), False
+
+
+@dataclass(frozen=True, slots=True)
+class UltraEp:
+    """See the module docstring.
+
+    Parameters
+    ----------
+    min_tokens : least tokens of a replica (step 4).
+    eps : what the fast probe may lose, as a share of the domain's mean.
+    target : lower end of the search, as a multiple of the domain's mean; larger: fewer replicas.
+    probe : whether to try step 3.
+    cross_node : replicas may leave their node.
+    empty_owner : the owner of an expert may be left without tokens.
+    """
+
+    name: ClassVar[str] = "ultra-ep"
+    summary: ClassVar[str] = "exact loads: replicas and quotas together by a search on the largest load, inside a node"
+    keeps: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    grid: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"probe": False},
+        {"probe": False, "min_tokens": 64},
+        {"probe": False, "min_tokens": 8},
+        {"min_tokens": 8},
+        {"min_tokens": 8, "target": 1.1},
+        {"min_tokens": 8, "target": 1.5},
+        {"min_tokens": 8, "empty_owner": True},
+        {"min_tokens": 8, "cross_node": True},
+        {"min_tokens": 8, "cross_node": True, "target": 1.1},
+        {"min_tokens": 8, "cross_node": True, "target": 1.5},
+    )
+    min_tokens: int = 1024
+    eps: float = 0.01
+    target: float = 1.0
+    probe: bool = True
+    cross_node: bool = False
+    empty_owner: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.min_tokens >= 1 and 0 <= self.eps < np.inf and 1 <= self.target < np.inf):
+            raise OptionError(
+                f"ultra-ep needs min_tokens >= 1, eps >= 0 and target >= 1, got {self.min_tokens}, {self.eps} and"
+                f" {self.target}"
+            )
+
+    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
+        """Nothing moves."""
+        return view.before_ED
+
+    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
+        """Nothing moves."""
+        return None
+
+    def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+        """All steps."""
+        static_ED = view.static_ED
+        devices = static_ED.shape[1]
+        if view.step_slots == 0 and not (static_ED.sum(axis=1) > 1).any():
+            return StepPlan(static_ED, even_quota(load_SE.sum(axis=0), static_ED), passive=True)
+        start_ED = exact_split(load_SE, static_ED, np.ones(devices))
+        sizes = np.array([devices]) if self.cross_node else view.price.cluster.devices_per_node_N
+        last = np.cumsum(sizes)
+        quota_ED, thresholds, probed = start_ED.copy(), [], []
+        order_DX = np.argsort(-start_ED, axis=0, kind="stable")[: static_ED.sum(axis=0).max()].T
+        load_D, order_DX = start_ED.sum(axis=0), np.ascontiguousarray(order_DX)
+        plan_X = np.zeros((view.step_slots * devices, 4), np.int64)
+        for a, b in zip(last - sizes, last, strict=True):
+            threshold, count, fast = solve_domain(
+                start_ED, load_D, order_DX, static_ED, view.step_slots, int(a), int(b), self.target, self.eps,
+                self.min_tokens, self.probe, 0 if self.empty_owner else 1, plan_X,
+            )  # fmt: skip
+            for e, source, to, tokens in plan_X[:count]:
+                quota_ED[e, source] -= tokens
+                quota_ED[e, to] += tokens
+            thresholds.append(int(threshold))
+            probed.append(bool(fast))
+        details = {"thresholds": thresholds, "probed": probed}
+        return StepPlan(static_ED | (quota_ED > 0), quota_ED, details=details)

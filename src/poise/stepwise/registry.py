@@ -1,0 +1,68 @@
+"""The step-wise policies by name, and their settings from text: ``name`` or ``name:key=value,key=value``."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from poise.stepwise.methods.expert_parallelism import ExpertParallelism
+from poise.stepwise.methods.faster_moe import FasterMoE
+from poise.stepwise.methods.flex_moe import FlexMoE
+from poise.stepwise.methods.full_replication import FullReplication
+from poise.stepwise.methods.hecate import Hecate, HecateCalibrated
+from poise.stepwise.methods.llep import Llep
+from poise.stepwise.methods.lplb import Lplb
+from poise.stepwise.methods.moon_ep import MoonEp
+from poise.stepwise.methods.smart_moe import SmartMoE
+from poise.stepwise.methods.split import Split
+from poise.stepwise.methods.ultra_ep import UltraEp
+from poise.stepwise.poise.policy import Poise
+from poise.stepwise.protocol import StepPolicy
+from poise.util.errors import OptionError
+
+POLICIES: dict[str, StepPolicy] = {
+    policy.name: policy
+    for policy in (
+        ExpertParallelism(), Split(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(), Llep(),
+        UltraEp(), MoonEp(), FullReplication(), Poise(),
+    )
+}  # fmt: skip
+
+
+def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
+    """The policy that ``spec`` names, with its settings.
+
+    ``poise`` minimises seconds where the model is named; generic sizes have no true seconds, so without a model it
+    balances tokens, unless ``objective`` says otherwise.
+
+    Raises
+    ------
+    OptionError : unknown policy or setting, or a value of the wrong type.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in POLICIES:
+        raise OptionError(f"unknown policy {name!r}", hint=f"one of {', '.join(POLICIES)}")
+    policy: Any = POLICIES[name]
+    known = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    given: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, text = item.partition("=")
+        if key not in known:
+            raise OptionError(f"policy {name} has no setting {key!r}", hint=f"it has {', '.join(known) or 'none'}")
+        given[key] = _value(f"{name}:{key}", text, known[key])
+    if isinstance(policy, Poise) and not model_named:
+        given.setdefault("objective", "tokens")
+    out: StepPolicy = replace(policy, **given)
+    return out
+
+
+def _value(what: str, text: str, like: Any) -> Any:
+    """Text as a value of the default's type."""
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(like, str):
+            return text
+        return type(like)(text) if like is not None else float(text)
+    except (ValueError, KeyError):
+        raise OptionError(f"{what} takes a {type(like).__name__}, got {text!r}") from None
