@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +68,15 @@ def run(tmp_path):
 
 
 def test_help_a_plan_and_what_cannot_be_written(run):
-    plans = [[*PLAN, "-o", str(run.out / "p.npz")], [*PLAN, "-o", "/tmp/p.npz"]]
+    elsewhere = f"/tmp/{uuid.uuid4().hex[:8]}.npz"
+    plans = [[*PLAN, "-o", str(run.out / "p.npz")], [*PLAN, "-o", elsewhere]]
     done = run(POISE, json.dumps([["--help"], *plans]))
     assert "calibrate" in done.stdout and "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith(("exit", "error"))]
     assert said == [
         "exit code 0",
         "exit code 0",
-        "error: cannot write '/tmp/p.npz': Read-only file system",
+        f"error: cannot write '{elsewhere}': Read-only file system",
         "exit code 2",
     ]
     assert Placement.load(run.out / "p.npz").num_devices == 4

@@ -26,8 +26,8 @@ def test_a_killed_rank_is_an_error_everywhere_and_training_goes_on_with_fewer(tm
     ended = processes(4, WORKER, str(tmp_path), "--steps", str(STEPS), "--die", "4", folder=tmp_path)
     assert [code for code, _ in ended] == [3, 3, 3, -9], ended
     for rank in range(3):
-        seconds, message = (tmp_path / f"rank-{rank}.error").read_text().split("\n", 1)
-        assert float(seconds) < 20 and f"failed on rank {rank}" in message
+        message = (tmp_path / f"rank-{rank}.error").read_text()
+        assert f"failed on rank {rank}" in message and "time" not in message.lower(), message
     assert (tmp_path / "latest").read_text() == f"step-{SAVE_EVERY}"
     said = ranks(3, WORKER, str(tmp_path), "--steps", str(STEPS), "--policy", "moon-ep", folder=tmp_path)
     assert f"rank 0 of 3 goes on at step {SAVE_EVERY}" in said[0]
@@ -40,14 +40,14 @@ def test_a_killed_rank_is_an_error_everywhere_and_training_goes_on_with_fewer(tm
 
 
 def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
-    said = torchrun(2, WORKER, str(tmp_path), "--steps", "3", "--die", "1", check=False, timeout=60)
+    said = torchrun(2, WORKER, str(tmp_path), "--steps", "3", "--die", "1", check=False)
     assert "Signal 9 (SIGKILL)" in said and not (tmp_path / "weights.pt").exists()
 
 
 def test_a_stalled_rank_runs_into_the_time_out(tmp_path):
     ended = processes(2, WORKER, str(tmp_path), "--steps", "3", "--stall", "1", folder=tmp_path)
     assert ended[0][0] == 3, ended
-    assert 5 < float((tmp_path / "rank-0.error").read_text().split("\n", 1)[0]) < 30
+    assert "timed out" in (tmp_path / "rank-0.error").read_text().lower()
 
 
 def test_a_torn_checkpoint_leaves_the_one_before(tmp_path, reference):
