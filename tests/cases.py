@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,33 @@ def _last_of(out: Path, rank: int, said: str) -> str:
     parts = {"left undone": undone[-2 * LAST :], "done before": done[-LAST:], "said": said.splitlines()[-LAST:],
              "stacks": stacks.read_text().splitlines()[-120:] if stacks.exists() else []}  # fmt: skip
     return "\n".join(f"-- rank {rank}, {name}:\n" + "\n".join(text) for name, text in parts.items() if text)
+
+
+TOGETHER = 10
+"""Cases of a launch where each is a test of its own."""
+
+
+def chunks(names: Sequence[str]) -> list[list[str]]:
+    """Cases that are launched together, in order."""
+    return [list(names[first : first + TOGETHER]) for first in range(0, len(names), TOGETHER)]
+
+
+class Launched:
+    """Cases that are tests of their own: the first of some that is asked for launches those as well."""
+
+    def __init__(self, folder: Callable[[str], Path]) -> None:
+        self._folder = folder
+        self._found: dict[tuple[str, str], str] = {}
+
+    def check(self, script: str, names: Sequence[str], name: str, **options: Any) -> None:
+        """Assert that nothing is wrong with the case ``name``, one of those that are to be run."""
+        if (script, name) not in self._found:
+            together = next(chunk for chunk in chunks(names) if name in chunk)
+            todo = together[together.index(name) :]  # the others may have been run by another worker
+            found = verdicts(script, todo, self._folder(name), **options)
+            self._found.update({(script, case): wrong for case, wrong in found.items()})
+        wrong = self._found[script, name]
+        assert not wrong, wrong
 
 
 def judge(script: str, cases: Collection[str], folder: Path, subtests: Any, **options: Any) -> None:

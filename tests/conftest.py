@@ -1,5 +1,7 @@
 """Fixtures that several test packages share."""
 
+import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.cases import Launched, chunks
 from tests.kernels import compile_all
 
 SGLANG = "sglang==0.5.23"
@@ -31,14 +34,42 @@ LONGEST = tuple(
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first on two workers: each gets one half of the items, and what is stolen comes from the end."""
-    long = sorted(
-        (item for item in items if item.nodeid.startswith(LONGEST)),
-        key=lambda item: LONGEST.index(item.nodeid.partition("::")[0]),
-    )
+    """The longest first on two workers: each gets one half of the items, and what is stolen comes from the end. Cases
+    that are launched together stay together."""
+    long = []
+    for file in LONGEST:
+        mine = [item for item in items if item.nodeid.startswith(file)]
+        together = {name: number for number, chunk in enumerate(chunks(chosen_cases(mine))) for name in chunk}
+        groups = itertools.groupby(mine, key=lambda item: together.get(case_of(item), item.nodeid))
+        long += [list(group) for _, group in groups]
     rest = [item for item in items if not item.nodeid.startswith(LONGEST)]
-    half = max(0, len(items) // 2 - len(long[::2]))
-    items[:] = [*long[::2], *rest[:half], *long[1::2], *rest[half:]]
+    first, second = ([item for group in part for item in group] for part in (long[::2], long[1::2]))
+    half = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *rest[:half], *second, *rest[half:]]
+
+
+def case_of(item):
+    """Name of the case that an item is, "" for other items."""
+    return item.callspec.params.get("case", "") if "launched" in item.fixturenames else ""
+
+
+def chosen_cases(items):
+    """Names of those items that are cases."""
+    return [case_of(item) for item in items if case_of(item)]
+
+
+@pytest.fixture(scope="session")
+def _launches(tmp_path_factory):
+    return Launched(lambda name: tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture
+def launched(request, _launches):
+    """``launched(script, **options)`` asserts that the test's case (its parameter ``case``) is right on all ranks."""
+    mine = [
+        item for item in request.session.items if item.nodeid.partition("[")[0] == request.node.nodeid.partition("[")[0]
+    ]
+    return functools.partial(_launches.check, names=chosen_cases(mine), name=case_of(request.node))
 
 
 @pytest.hookimpl(optionalhook=True)

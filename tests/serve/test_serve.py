@@ -1,7 +1,6 @@
 """Serving on four processes equals the plain transformers model (run_cases.py)."""
 
 import pytest
-from tests.cases import judge
 from tests.serve.models import dense, moe_layers, placement
 from tests.serve.run_cases import CASES
 from torch import nn
@@ -12,9 +11,9 @@ from poise.serve.model import block_of, take_apart
 from poise.util.errors import ModelError, OptionError
 
 
-def test_all_cases(tmp_path, subtests):
-    assert len(CASES) > 20
-    judge("tests/serve/run_cases.py", CASES, tmp_path, subtests)
+@pytest.mark.parametrize("case", CASES)
+def test_case(case, launched):
+    launched("tests/serve/run_cases.py")
 
 
 def test_without_a_process_group_it_is_refused():

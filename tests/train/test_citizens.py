@@ -1,9 +1,9 @@
-"""Cases on four processes beside the rest of PyTorch and Hugging Face (citizen_cases.py)."""
+"""Training on four processes beside the rest of PyTorch and Hugging Face (citizen_cases.py)."""
 
-from tests.cases import judge
+import pytest
 from tests.train.citizens import MINE
 
 
-def test_all_cases(tmp_path, subtests):
-    assert len(MINE) > 80
-    judge("tests/train/citizen_cases.py", MINE, tmp_path, subtests)
+@pytest.mark.parametrize("case", MINE)
+def test_case(case, launched):
+    launched("tests/train/citizen_cases.py")

@@ -1,8 +1,9 @@
 """Cases on four processes: collectives, changes in mid-training, bytes, many steps, refusals (run_cases.py)."""
 
-from tests.cases import judge
+import pytest
 from tests.train.run_cases import MINE
 
 
-def test_all_cases(tmp_path, subtests):
-    judge("tests/train/run_cases.py", MINE, tmp_path, subtests, limit_s=210.0)
+@pytest.mark.parametrize("case", MINE)
+def test_case(case, launched):
+    launched("tests/train/run_cases.py", limit_s=210.0)
