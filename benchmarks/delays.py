@@ -29,12 +29,12 @@ from benchmarks.common import table, write
 from tests.cases import DELAYS, verdicts
 from tests.runtime import flow_cases
 from tests.serve import run_cases as serve_cases
-from tests.train import citizen_compose, citizen_memory, citizen_misuse, citizen_routing, citizen_steps, run_cases  # noqa: F401
-from tests.train.citizen_models import MINE as CITIZENS
+from tests.train import run_cases, support_memory, support_misuse, support_parallel, support_routing, support_steps  # noqa: F401
+from tests.train.support_models import MINE as CITIZENS
 
 EACH = 8
 SCRIPTS = {
-    "tests/train/citizen_cases.py": list(CITIZENS),
+    "tests/train/support_cases.py": list(CITIZENS),
     "tests/train/run_cases.py": list(run_cases.MINE),
     "tests/serve/run_cases.py": list(serve_cases.CASES),
     "tests/runtime/flow_cases.py": list(flow_cases.CASES),

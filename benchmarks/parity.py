@@ -1,4 +1,4 @@
-"""The whole parity matrix of sharded training: policy x re-materialisation x K x W0-W7 x optimizer, and many steps.
+"""The whole parity matrix of sharded training: policy x re-materialisation x K x workload x optimizer, and many steps.
 
 Usage: python benchmarks/parity.py [2 4 8 4:float32 4:bfloat16 steady | 8/4+1 ...]    (8/4+1: on 8 ranks every fourth
 cell, from number 1 on)

@@ -54,7 +54,7 @@ def pieces() -> list[Piece]:
         # a third of a gigabyte each: not fetched is a skip, which the summary shows
         Piece("older-engines", ("-m", "pytest", "-q", "tests/engines/test_vllm_plugin.py"), {"POISE_WHEELS": "1", "CI": ""}),
         # training with the parity matrix's five steps, serving by every data flow with every placement
-        Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_citizens.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
+        Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_support.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
     ]  # fmt: skip

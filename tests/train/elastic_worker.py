@@ -34,7 +34,7 @@ SAVE_EVERY, WORLD_OF_DATA, TOP_K = 3, 4, 2
 
 def part(step: int, rank: int, world: int) -> h.Batch:
     """Every world-th token of the same global batch."""
-    whole = h.batch("W6", step, WORLD_OF_DATA, TOP_K, None, torch.float64)
+    whole = h.batch("moving-hot", step, WORLD_OF_DATA, TOP_K, None, torch.float64)
     rows = slice(rank, None, world)
     return h.Batch(whole.x[rows], whole.target[rows], [ids[rows] for ids in whole.ids], whole.total)
 

@@ -1,4 +1,4 @@
-"""Parity of sharded training with one dense process: models, workloads W0 to W7, and the comparison.
+"""Parity of sharded training with one dense process: models, workloads, and the comparison.
 
 The reference runs on every rank alike, over the tokens of all ranks at once: same code, no collective.
 """
@@ -26,13 +26,22 @@ from poise.train import fully_shard_experts
 
 EXPERTS, WIDTH, INNER, LAYERS, TOKENS = 10, 8, 12, 2, 6
 STEPS = few_or(5, 3)
-"""At least three: W7 is skewed in every third step only."""
-WORKLOADS = ("W0", "W1", "W2", "W3", "W4", "W5", "W6", "W7")
+"""At least three: one workload is skewed in every third step only."""
+WORKLOADS = (
+    "even",
+    "two-hot",
+    "hot-rank",
+    "hot-expert-a-rank",
+    "ragged",
+    "half-idle",
+    "moving-hot",
+    "skewed-now-and-then",
+)
 
 
 def tokens_of(workload: str, step: int, world: int) -> list[int]:
-    """Tokens of every rank; W4 is ragged, with an empty rank."""
-    if workload != "W4":
+    """Tokens of every rank; ``ragged`` has an empty rank."""
+    if workload != "ragged":
         return [TOKENS] * world
     ragged = np.random.default_rng([4, step]).integers(1, 2 * TOKENS, world)
     ragged[(step + 1) % world] = 0
@@ -42,21 +51,21 @@ def tokens_of(workload: str, step: int, world: int) -> list[int]:
 def routing(workload: str, step: int, layer: int, world: int, top_k: int) -> np.ndarray:
     """Forced expert ids of all tokens, rank by rank, [T, K]."""
     total = sum(tokens_of(workload, step, world))
-    rng = np.random.default_rng([int(workload[1]), step, layer])
+    rng = np.random.default_rng([WORKLOADS.index(workload), step, layer])
     score = rng.random((total, EXPERTS))
-    if workload == "W0":
+    if workload == "even":
         return (np.arange(total)[:, None] * top_k + np.arange(top_k)) % EXPERTS
-    if workload == "W1":
+    if workload == "two-hot":
         score[:, [2, 7]] += 0.8
-    elif workload == "W2":  # all of the first rank's experts
+    elif workload == "hot-rank":  # all of the first rank's experts
         score[:, : -(-EXPERTS // world)] += 2.0
-    elif workload == "W3":  # one hot expert a rank
+    elif workload == "hot-expert-a-rank":  # one hot expert a rank
         score[:, :: max(1, EXPERTS // world)] += 0.6
-    elif workload == "W5":  # the upper half never
+    elif workload == "half-idle":  # the upper half never
         score[:, EXPERTS // 2 if top_k <= EXPERTS // 2 else top_k :] -= 3.0
-    elif workload == "W6":
+    elif workload == "moving-hot":
         score[:, (3 * step + layer) % EXPERTS] += 2.0
-    elif workload == "W7" and step % 3 == 2:
+    elif workload == "skewed-now-and-then" and step % 3 == 2:
         score[:, [1, 4]] += 2.0
     return np.argsort(-score, axis=1, kind="stable")[:, :top_k].copy()
 
@@ -138,7 +147,7 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 @dataclass
-class Trail:
+class RunRecord:
     """What a run leaves: losses, gradient norms, gradients of every step, weights after the last."""
 
     losses: list[float]
@@ -149,7 +158,7 @@ class Trail:
 
 @cache
 def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "gated", dtype: torch.dtype = torch.float64,
-          steps: int = STEPS, order: int = 0) -> Trail:  # fmt: skip
+          steps: int = STEPS, order: int = 0) -> RunRecord:  # fmt: skip
     """The reference: all tokens at once. bfloat16: weights are float32, computed with in bfloat16.
 
     ``order`` above 0 adds up otherwise: tokens are shuffled and come in ``world`` parts, and if it is odd the experts
@@ -162,7 +171,7 @@ def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "ga
     if backwards:
         turn_experts(dict(model.named_parameters()))
     opt = make_optimizer(optimizer, model)
-    trail = Trail([], [], [], {})
+    record = RunRecord([], [], [], {})
     for step in range(steps):
         data = batch(workload, step, world, top_k, None, dtype)
         parts = [data]
@@ -188,15 +197,15 @@ def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "ga
                 elif weight.grad is None:
                     weight.grad = new
         grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-        trail.losses.append(loss)
-        trail.norms.append(torch.stack([g.double().norm() for g in grads.values()]).norm().item())
-        trail.grads.append(grads)
+        record.losses.append(loss)
+        record.norms.append(torch.stack([g.double().norm() for g in grads.values()]).norm().item())
+        record.grads.append(grads)
         opt.step()
-    trail.weights = {name: w.detach().clone() for name, w in model.named_parameters()}
+    record.weights = {name: w.detach().clone() for name, w in model.named_parameters()}
     if backwards:
-        for values in (*trail.grads, trail.weights):
+        for values in (*record.grads, record.weights):
             turn_experts(values)
-    return trail
+    return record
 
 
 def turn_experts(values: dict[str, Tensor]) -> None:
@@ -252,14 +261,14 @@ def worst_in_all(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float
     return torch.where(norm > 0, gap / norm, gap).max().item()
 
 
-def apart(mine: Trail, reference: Trail) -> float:
+def apart(mine: RunRecord, reference: RunRecord) -> float:
     """The largest relative error of losses, norms, gradients and weights between two runs."""
     pairs = zip([*mine.losses, *mine.norms], [*reference.losses, *reference.norms], strict=True)
     tensors = zip([*mine.grads, mine.weights], [*reference.grads, reference.weights], strict=True)
     return max(*(abs(a - b) / abs(b) for a, b in pairs), *(worst(a, b) for a, b in tensors))
 
 
-def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, reference: Trail, *, rematerialise: bool | float = False,
+def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, reference: RunRecord, *, rematerialise: bool | float = False,
                 kind: str = "gated", dtype: torch.dtype = torch.float64, steps: int = STEPS, change=None, slots: int = 2,
                 mutate: str = "", **options: object) -> tuple[float, int, int]:  # fmt: skip
     """Train sharded; the largest relative error of losses, gradients, norms and weights; bytes gathered; replica rows

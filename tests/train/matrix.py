@@ -71,7 +71,7 @@ def pairwise(cells: list[tuple]) -> list[tuple]:
 def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype) -> list[dict]:
     """A row for each cell."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    references: dict[tuple, h.Trail] = {}
+    references: dict[tuple, h.RunRecord] = {}
     bounds: dict[tuple, float] = {}
     rows, start = [], time.time()
     for number, (policy, again, top_k, workload, optimizer) in enumerate(cells):

@@ -109,8 +109,8 @@ def changes(options) -> dict:
     worst = 0.0
     for optimizer in ("sgd", "adamw"):
         for again in (False, True, 4000.0):
-            reference = h.dense("W6", 2, optimizer, world, steps=8)
-            error, moved, _ = h.sharded_run("W6", 2, optimizer, "poise", reference, steps=8, change=change,
+            reference = h.dense("moving-hot", 2, optimizer, world, steps=8)
+            error, moved, _ = h.sharded_run("moving-hot", 2, optimizer, "poise", reference, steps=8, change=change,
                                             rematerialise=again, cluster=machine(world))  # fmt: skip
             assert moved > 0
             worst = max(worst, error)
@@ -123,18 +123,18 @@ def schedules(options) -> dict:
     """Prefetch depth, wire types and both sharding policies that move owners by themselves."""
     world, worst, moved_owners = dist.get_world_size(), 0.0, 0
     for prefetch, again in ((0, True), (1, True), (2, True), (2, False), (0, False)):
-        reference = h.dense("W1", 2, "adamw", world)
-        error, _, _ = h.sharded_run("W1", 2, "adamw", "hecate", reference, prefetch=prefetch, rematerialise=again,
+        reference = h.dense("two-hot", 2, "adamw", world)
+        error, _, _ = h.sharded_run("two-hot", 2, "adamw", "hecate", reference, prefetch=prefetch, rematerialise=again,
                                     cluster=machine(world))  # fmt: skip
         worst = max(worst, error)
-    reference = h.dense("W6", 1, "adamw", world, steps=9)
+    reference = h.dense("moving-hot", 1, "adamw", world, steps=9)
     seen = []
 
     def watch(run, step):
         check_sharding(run.owners, world)
         seen.append(run.owners.tolist())
 
-    error, _, _ = h.sharded_run("W6", 1, "adamw", "hecate:overlap=1", reference, steps=9, change=watch,
+    error, _, _ = h.sharded_run("moving-hot", 1, "adamw", "hecate:overlap=1", reference, steps=9, change=watch,
                                 sharding=Heterogeneous(interval=2, overlap=1), cluster=machine(world))  # fmt: skip
     moved_owners = sum(a != b for a, b in itertools.pairwise(seen))
     assert moved_owners > 0
@@ -166,7 +166,7 @@ def memory(options) -> dict:
 
         ledger.add = add
         for step in range(3):
-            data = h.batch("W0", step, world, 2, rank, torch.float64, layers)
+            data = h.batch("even", step, world, 2, rank, torch.float64, layers)
             optimizer.zero_grad()
             h.loss_of(model, data).backward()
             optimizer.step()
@@ -205,7 +205,7 @@ def slots_from_memory(options) -> dict:
                                       rematerialise=again, cluster=machine(world))  # fmt: skip
             for step in range(2):
                 model.zero_grad()  # a second gradient would lie beside the first until it is added
-                h.loss_of(model, h.batch("W1", step, world, 2, rank, torch.float64)).backward()
+                h.loss_of(model, h.batch("two-hot", step, world, 2, rank, torch.float64)).backward()
             peak, slots = run.schedule.ledger.peak, run.schedule.settings.step_slots
             assert peak <= budget and (peak > 0) == (slots > 0), (peak, budget, slots)
             out[f"{budget // expert}, {again}"] = slots
@@ -244,7 +244,7 @@ def wire(options) -> dict:
         for step in range(3):
             before = dict(run.schedule.moved_bytes)
             with posted(run.schedule.weights_group) as there:
-                loss = h.loss_of(model, h.batch("W1", step, world, 2, rank, torch.float64))
+                loss = h.loss_of(model, h.batch("two-hot", step, world, 2, rank, torch.float64))
             held = [part for one in run.schedule.passes.open() for part in one.weights.parts]
             links_DD = expert * sum((part.plan.links_DD(world) for part in held), np.zeros((world, world), np.int64))
             mine = expert * sum(len(part.mine) for part in held)
@@ -337,7 +337,7 @@ def runs_given_up_in_backward(options) -> dict:
         )
         group = run.schedule.weights_group
         assert wires._timeout(group) == wires._timeout(run.schedule.tokens_group)
-        loss = h.loss_of(model, h.batch("W3", number, world, 2, rank, torch.float64))
+        loss = h.loss_of(model, h.batch("hot-expert-a-rank", number, world, 2, rank, torch.float64))
         assert run.schedule.moved_bytes["gather"] > 0
         dist.barrier()
         if rank == victim:
@@ -349,8 +349,10 @@ def runs_given_up_in_backward(options) -> dict:
             said = str(error).splitlines()[0]
         del model, run, loss
         gc.collect()
-        reference = h.dense("W3", 2, "sgd", world, steps=2)
-        error, moved, _ = h.sharded_run("W3", 2, "sgd", "hecate", reference, steps=2, cluster=machine(world))
+        reference = h.dense("hot-expert-a-rank", 2, "sgd", world, steps=2)
+        error, moved, _ = h.sharded_run(
+            "hot-expert-a-rank", 2, "sgd", "hecate", reference, steps=2, cluster=machine(world)
+        )
         assert moved > 0 and error <= 1e-11, error
     return {"said": said}
 
@@ -369,11 +371,11 @@ def steady(options) -> dict:
     owners, objects = [run.owners.tolist()], []
     for step in range(steps):
         mine.zero_grad()
-        h.loss_of(model, h.batch("W6", step, world, 2, rank, torch.float64)).backward()
+        h.loss_of(model, h.batch("moving-hot", step, world, 2, rank, torch.float64)).backward()
         h.reduce_dense(model, run)
         mine.step()
         theirs.zero_grad()
-        h.loss_of(reference, h.batch("W6", step, world, 2, None, torch.float64)).backward()
+        h.loss_of(reference, h.batch("moving-hot", step, world, 2, None, torch.float64)).backward()
         theirs.step()
         if run.owners.tolist() != owners[-1]:
             owners.append(run.owners.tolist())
@@ -395,7 +397,7 @@ def refusals(options) -> dict:
     world, rank = dist.get_world_size(), dist.get_rank()
     model = h.build()
     run = fully_shard_experts(model, mesh=h.MESH(world), policy="poise", cluster=machine(world))
-    loss = h.loss_of(model, h.batch("W1", 0, world, 2, rank, torch.float64))
+    loss = h.loss_of(model, h.batch("two-hot", 0, world, 2, rank, torch.float64))
     said = []
     for owners in (run.owners[::-1].copy() * 0, np.zeros((1, 2), int), run.owners + world):
         try:
@@ -405,7 +407,7 @@ def refusals(options) -> dict:
     assert len(said) == 3 and "backward" in said[0] and "(1, 2)" in said[1] and "owner" in said[2], said
     loss.backward()
     run.reshard(run.owners * 0)  # everything on one rank is legal, if unwise
-    h.loss_of(model, h.batch("W1", 1, world, 2, rank, torch.float64)).backward()
+    h.loss_of(model, h.batch("two-hot", 1, world, 2, rank, torch.float64)).backward()
     return {"said": said}
 
 

@@ -13,7 +13,7 @@ WORKER = "tests/train/elastic_worker.py"
 
 @pytest.fixture(scope="module")
 def reference():
-    return h.dense("W6", TOP_K, "adamw", WORLD_OF_DATA, steps=STEPS).weights
+    return h.dense("moving-hot", TOP_K, "adamw", WORLD_OF_DATA, steps=STEPS).weights
 
 
 def error_of(folder, reference):
@@ -36,7 +36,7 @@ def test_a_killed_rank_is_an_error_everywhere_and_training_goes_on_with_fewer(tm
     plain = h.build().state_dict()
     with pytest.warns(UserWarning, match="single process"):
         dcp.load({"model": plain}, checkpoint_id=str(tmp_path / "step-6"), no_dist=True)
-    assert h.worst(plain, h.dense("W6", TOP_K, "adamw", WORLD_OF_DATA, steps=6).weights) < 1e-10
+    assert h.worst(plain, h.dense("moving-hot", TOP_K, "adamw", WORLD_OF_DATA, steps=6).weights) < 1e-10
 
 
 def test_torchrun_ends_when_a_rank_is_killed(tmp_path):

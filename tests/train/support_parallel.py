@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, fsdp, shard, trails
-from tests.train.citizen_models import case
+from tests.train import support_models as c
+from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
+from tests.train.support_models import case
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -84,11 +84,11 @@ def compiled(backend: str, whole: bool, again: bool, checkpointed: bool = False)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for part in (model,) if whole else model.blocks:
         part.compile(backend=backend)
-    known = trails()
-    trail = h.Trail(known.losses[:2], known.norms[:2], known.grads[:2], {})
+    known = record_of_dense()
+    record = h.RunRecord(known.losses[:2], known.norms[:2], known.grads[:2], {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        error = c.follow(model, run, trail, c.plain_loss("W3"), weights=False)
+        error = c.follow(model, run, record, c.plain_loss("hot-expert-a-rank"), weights=False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert c.agreed(float(graphs == 0)) == 0, "nothing was compiled"
     assert run.schedule.moved_bytes["gather"] > 0
@@ -207,7 +207,7 @@ def pipeline_zero_bubble_is_refused() -> dict:
 def grad_of_something_else() -> dict:
     """``torch.autograd.grad`` by the tokens leaves ``.grad`` alone, twice over; by experts' weights it is refused."""
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    for workload, again in (("W3", False), ("W4", True)):
+    for workload, again in (("hot-expert-a-rank", False), ("ragged", True)):
         everything = h.batch(workload, 0, world, 2, None, torch.float64)
         everything.x.requires_grad_()
         dense = h.build()
@@ -246,7 +246,7 @@ def optimizer_in_backward() -> dict:
     plain = torch.optim.SGD(dense.parameters(), lr=0.05, momentum=0.9)
     for step in range(3):
         plain.zero_grad()
-        h.loss_of(dense, h.batch("W3", step, world, 2, None, torch.float64)).backward()
+        h.loss_of(dense, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
         for weight in dense.parameters():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         plain.step()
@@ -266,7 +266,7 @@ def optimizer_in_backward() -> dict:
         for weight in each:
             weight.register_post_accumulate_grad_hook(partial(step_now, optimizers=each))
         for step in range(3):
-            c.plain_loss("W3")(model, step).backward()
+            c.plain_loss("hot-expert-a-rank")(model, step).backward()
             assert all(weight.grad is None for weight in model.parameters())
         assert len(calls) == 3 * len(each), (len(calls), len(each))
         errors[f"rematerialise {again}"] = c.agreed(h.worst(c.of_all(model, "weight"), h.local_rows(model, expected)))
@@ -347,17 +347,17 @@ def moved() -> Any:
     return saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
 
 
-def trail_of(workload: str) -> h.Trail:
-    """W3, or W4 in which one rank has no token; three steps."""
+def record_of(workload: str) -> h.RunRecord:
+    """A hot expert on every rank, or ragged tokens and a rank without any; three steps."""
     if workload not in SHORT:
         SHORT[workload] = h.dense(workload, 2, "adamw", dist.get_world_size(), steps=3)
     return SHORT[workload]
 
 
-SHORT: dict[str, h.Trail] = {}
+SHORT: dict[str, h.RunRecord] = {}
 
 
-def composed(change: Any, *, around: Any = None, workloads: tuple[str, ...] = ("W3", "W4")) -> dict:
+def composed(change: Any, *, around: Any = None, workloads: tuple[str, ...] = ("hot-expert-a-rank", "ragged")) -> dict:
     """``change`` a block's forward; ``around`` is a context of the model's forward pass."""
     errors = {}
     for workload in workloads:
@@ -373,7 +373,7 @@ def composed(change: Any, *, around: Any = None, workloads: tuple[str, ...] = ("
                     return loss_of(m, step)
 
             errors[f"{workload}, rematerialise {again}"] = c.follow(
-                model, run, trail_of(workload), inside, average=True
+                model, run, record_of(workload), inside, average=True
             )
             assert sum(run.schedule.ledger.now.values()) == 0, run.schedule.ledger.now
             assert [one.layer for one in run.metrics] == list(range(h.LAYERS))
@@ -396,8 +396,8 @@ def under(context: Any, forward: Any) -> Any:
 @case
 def saved_tensors_elsewhere() -> dict:
     """Hooks around the forward pass: ``save_on_cpu``, and copies; weights that come and go are copied too."""
-    out = composed(lambda forward: forward, around=save_on_cpu, workloads=("W3",))
-    return {"save_on_cpu": out, "copies": composed(lambda forward: forward, around=moved, workloads=("W4",))}
+    out = composed(lambda forward: forward, around=save_on_cpu, workloads=("hot-expert-a-rank",))
+    return {"save_on_cpu": out, "copies": composed(lambda forward: forward, around=moved, workloads=("ragged",))}
 
 
 @case
@@ -409,7 +409,7 @@ def saved_tensors_around_checkpoint() -> dict:
 def saved_tensors_inside_checkpoint() -> dict:
     """Nothing inside is computed again then, but what is outside may be."""
     return {
-        "all of a block": composed(lambda forward: recomputed(under(moved, forward)), workloads=("W3",)),
+        "all of a block": composed(lambda forward: recomputed(under(moved, forward)), workloads=("hot-expert-a-rank",)),
         "its experts": experts_under_hooks(),
     }
 
@@ -436,14 +436,14 @@ def selective_checkpoint() -> dict:
     }.items():  # fmt: skip
         contexts = partial(create_selective_checkpoint_contexts, chosen)
         out[name] = composed(
-            lambda forward, contexts=contexts: recomputed(forward, context_fn=contexts), workloads=("W4",)
+            lambda forward, contexts=contexts: recomputed(forward, context_fn=contexts), workloads=("ragged",)
         )
 
     def everything(*_: Any, **__: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE
 
     contexts = partial(create_selective_checkpoint_contexts, everything)
-    out["everything"] = composed(lambda forward: recomputed(forward, context_fn=contexts), workloads=("W4",))
+    out["everything"] = composed(lambda forward: recomputed(forward, context_fn=contexts), workloads=("ragged",))
     return out
 
 
@@ -467,7 +467,7 @@ def nested_checkpoint() -> dict:
 def nested_checkpoint_two_passes_open() -> dict:
     """Equal ids in both, which do not tell which is computed again, or other ids, which a rank without tokens lacks."""
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    whole = [h.batch(workload, 0, world, 2, None, torch.float64) for workload in ("W3", "W1")]
+    whole = [h.batch(workload, 0, world, 2, None, torch.float64) for workload in ("hot-expert-a-rank", "two-hot")]
     per = len(whole[0].x) // world
     rows = slice(rank * per, (rank + 1) * per if rank else 0)
     keep = slice(per, None)  # the first rank's tokens are nobody's
@@ -503,7 +503,7 @@ def nested_checkpoint_two_passes_open() -> dict:
 def checkpoint_retained() -> dict:
     """Twice backward through a kept graph under checkpointing, plain and nested."""
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    for workload in ("W3", "W4"):
+    for workload in ("hot-expert-a-rank", "ragged"):
         for depth in (1, 2):
             for again in (False, True):
                 dense, model = h.build(), h.build()
@@ -541,9 +541,9 @@ def checkpoint_same_layer_twice() -> dict:
                 block.forward = recomputed(twice(recomputed(block.forward) if depth == 2 else block.forward, shift))
             for step in range(2):
                 dense.zero_grad()
-                h.loss_of(dense, h.batch("W4", step, world, 2, None, torch.float64)).backward()
+                h.loss_of(dense, h.batch("ragged", step, world, 2, None, torch.float64)).backward()
                 model.zero_grad()
-                (h.loss_of(model, h.batch("W4", step, world, 2, rank, torch.float64)) * world).backward()
+                (h.loss_of(model, h.batch("ragged", step, world, 2, rank, torch.float64)) * world).backward()
             c.average_dense(model, run)
             expected = {name: c.whole(weight.grad) for name, weight in dense.named_parameters()}
             errors[f"shift {shift}, depth {depth}"] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
@@ -562,10 +562,10 @@ def checkpoint_retained_over_another_step() -> dict:
             for _ in range(depth):
                 block.forward = recomputed(block.forward)
         for step, times in ((0, 2), (1, 1)):
-            h.loss_of(dense, h.batch("W4", step, world, 2, None, torch.float64)).mul(times).backward()
-        first = h.loss_of(model, h.batch("W4", 0, world, 2, rank, torch.float64)) * world
+            h.loss_of(dense, h.batch("ragged", step, world, 2, None, torch.float64)).mul(times).backward()
+        first = h.loss_of(model, h.batch("ragged", 0, world, 2, rank, torch.float64)) * world
         first.backward(retain_graph=True)
-        second = h.loss_of(model, h.batch("W4", 1, world, 2, rank, torch.float64)) * world
+        second = h.loss_of(model, h.batch("ragged", 1, world, 2, rank, torch.float64)) * world
         second.backward()
         first.backward()
         c.average_dense(model, run)
@@ -592,11 +592,11 @@ def grad_scaler() -> dict:
     scaler = ShardedGradScaler("cpu", init_scale=1024.0, process_group=dist.group.WORLD)
     for step in range(3):
         plain.zero_grad()
-        h.loss_of(dense, h.batch("W3", step, world, 2, None, torch.float64)).backward()
+        h.loss_of(dense, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
         plain.step()
         for optimizer in both:
             optimizer.zero_grad()
-        scaler.scale(c.plain_loss("W3")(model, step)).backward()
+        scaler.scale(c.plain_loss("hot-expert-a-rank")(model, step)).backward()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found a non-scalar tensor")  # torch's, of FSDP2's gradients
             for optimizer in both:
@@ -609,7 +609,7 @@ def grad_scaler() -> dict:
     error = c.agreed(h.worst(c.of_all(model, "weight"), h.local_rows(model, wanted)))
     assert error <= EXACT and scaler.get_scale() == 1024.0, (error, scaler.get_scale())
     kept = [weight.detach().clone() for weight in experts]
-    scaler.scale(c.plain_loss("W3")(model, 3)).backward()
+    scaler.scale(c.plain_loss("hot-expert-a-rank")(model, 3)).backward()
     if rank == 1:
         experts[0].grad.fill_(float("inf"))
     scaler.step(both[1])

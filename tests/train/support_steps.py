@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tests.helpers import few_or
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, fsdp, shard, trails
-from tests.train.citizen_models import case
+from tests.train import support_models as c
+from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
+from tests.train.support_models import case
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +31,7 @@ from poise.util.errors import InputError, ModelError, OptionError
 def accumulation() -> dict:
     """Three micro-batches, replica gradients kept until the last one, equal one large batch; plans differ between."""
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    workloads = ("W1", "W3", "W2")
+    workloads = ("two-hot", "hot-expert-a-rank", "hot-rank")
     dense = h.build()
     for step, workload in enumerate(workloads):
         h.loss_of(dense, h.batch(workload, step, world, 2, None, torch.float64)).backward()
@@ -84,14 +84,23 @@ def counted_once(run: Any, steps: int) -> None:
 
 def checkpoint_case(part: str) -> dict:
     errors = {}
-    for workload, again in (("W3", False), ("W3", True), ("W4", False), ("W4", True)):
-        trail = trails() if workload == "W3" else h.dense("W4", 2, "adamw", dist.get_world_size(), steps=3)
+    for workload, again in (
+        ("hot-expert-a-rank", False),
+        ("hot-expert-a-rank", True),
+        ("ragged", False),
+        ("ragged", True),
+    ):
+        record = (
+            record_of_dense()
+            if workload == "hot-expert-a-rank"
+            else h.dense("ragged", 2, "adamw", dist.get_world_size(), steps=3)
+        )
         model = h.build()
         run = shard(model, rematerialise=again)
         for block in model.blocks:
             checkpointed(block if part == "block" else block.experts)
-        error = c.follow(model, run, trail, c.plain_loss(workload), average=True)
-        counted_once(run, len(trail.losses))
+        error = c.follow(model, run, record, c.plain_loss(workload), average=True)
+        counted_once(run, len(record.losses))
         errors[f"{workload}, rematerialise {again}"] = error
         assert sum(run.schedule.ledger.now.values()) == 0
     assert max(errors.values()) <= EXACT, errors
@@ -100,7 +109,7 @@ def checkpoint_case(part: str) -> dict:
 
 @case
 def checkpoint_block() -> dict:
-    """W4: one rank has no token."""
+    """One rank has no token."""
     return checkpoint_case("block")
 
 
@@ -112,13 +121,13 @@ def checkpoint_experts_only() -> dict:
 @case
 def checkpoint_hugging_face() -> dict:
     rank, world, errors = dist.get_rank(), dist.get_world_size(), {}
-    trail = c.hf_dense("mixtral")
+    record = c.hf_dense("mixtral")
     for again in (False, True):
         model = c.hf_model("mixtral")
         run = shard(model, rematerialise=again)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        error = c.follow(model, run, trail, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True)
-        counted_once(run, len(trail.losses))
+        error = c.follow(model, run, record, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True)
+        counted_once(run, len(record.losses))
         errors[f"rematerialise {again}"] = error
     assert max(errors.values()) <= EXACT, errors
     return errors
@@ -142,7 +151,7 @@ def checkpoint_router_flips() -> dict:
     The router's own gradient then goes to the expert it names the second time; the tie's sum is exact.
     """
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    everything = h.batch("W3", 0, world, 2, None, torch.float64)
+    everything = h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)
     for chosen in everything.ids:
         chosen[::3, 0] = 3
         chosen[::3, 1] = 4
@@ -196,7 +205,7 @@ def checkpoint_two_passes_open() -> dict:
             checkpointed(block)
         losses = []
         for step in (0, 1):
-            data = h.batch("W1" if step else "W3", step, world, 2, None, torch.float64)
+            data = h.batch("two-hot" if step else "hot-expert-a-rank", step, world, 2, None, torch.float64)
             per = len(data.x) // world
             keep = slice(per, None)  # the first rank's tokens are nobody's
             h.loss_of(
@@ -221,13 +230,13 @@ def checkpoint_reentrant_is_refused() -> dict:
     run = shard(model)
     plain = model.blocks[0].forward
     checkpointed(model.blocks[0], reentrant=True)
-    data = h.batch("W3", 0, world, 2, rank, torch.float64)
+    data = h.batch("hot-expert-a-rank", 0, world, 2, rank, torch.float64)
     data.x.requires_grad_()
     said = c.raised(ModelError, lambda: h.loss_of(model, data).backward())
     assert "use_reentrant=False" in said
     model.blocks[0].forward = plain  # and the run goes on
     model.zero_grad()
-    error = c.follow(model, run, trails(), c.plain_loss("W3"), average=True)
+    error = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"), average=True)
     assert error <= EXACT, error
     return {"said": said}
 
@@ -306,7 +315,7 @@ def errors() -> dict:
     refused("reshard range", OptionError, lambda: run.reshard(run.owners - world))
     refused("policy later", OptionError, lambda: run.set_policy("magic"))
     refused("divide factor", OptionError, lambda: run.set_gradient_divide_factor(0.0))
-    loss = h.loss_of(model, h.batch("W3", 0, world, 2, rank, torch.float64))
+    loss = h.loss_of(model, h.batch("hot-expert-a-rank", 0, world, 2, rank, torch.float64))
     refused("reshard in a step", OptionError, lambda: run.reshard(run.owners[:, ::-1].copy()))
     loss.backward()
     assert all(isinstance(text, str) and text for text in said.values())
@@ -325,9 +334,9 @@ def failed_backward_is_forgotten() -> dict:
         raise ArithmeticError("injected")
 
     handle = model.blocks[0].register_forward_hook(lambda m, i, out: out.register_hook(fail) and None)
-    c.raised(ArithmeticError, lambda: c.plain_loss("W3")(model, 0).backward())
+    c.raised(ArithmeticError, lambda: c.plain_loss("hot-expert-a-rank")(model, 0).backward())
     handle.remove()
-    error = c.follow(model, run, trails(), c.plain_loss("W3"), average=True)
+    error = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"), average=True)
     assert error <= EXACT, error
     return {"error": error}
 
@@ -367,7 +376,7 @@ def directional_derivative_of_expert_weights() -> dict:
         model = h.build(kind)
         run = shard(model, policy="hecate")
         run.set_gradient_divide_factor(1.0)
-        data = h.batch("W1", 0, world, 2, rank, torch.float64)
+        data = h.batch("two-hot", 0, world, 2, rank, torch.float64)
         h.loss_of(model, data).backward()
         owned = sorted(run.parameters(), key=lambda weight: tuple(weight.shape))
         rng = torch.Generator().manual_seed(10 + rank)
@@ -394,7 +403,7 @@ def second_backward() -> dict:
     world, rank = dist.get_world_size(), dist.get_rank()
     model = h.build()
     run = shard(model, rematerialise=True)
-    data = h.batch("W3", 0, world, 2, rank, torch.float64)
+    data = h.batch("hot-expert-a-rank", 0, world, 2, rank, torch.float64)
     loss = h.loss_of(model, data)
     loss.backward(retain_graph=True)
     once = {name: weight.grad.clone() for name, weight in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Models, references and comparisons that the cases of ``citizen_cases.py`` share."""
+"""Models, references and comparisons that the cases of ``support_cases.py`` share."""
 
 from __future__ import annotations
 
@@ -80,30 +80,30 @@ def hf_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 @cache
 def hf_dense(family: str, steps: int = 3, dtype: torch.dtype = torch.float64,
-             after: Callable[[nn.Module, int], None] | None = None) -> h.Trail:  # fmt: skip
+             after: Callable[[nn.Module, int], None] | None = None) -> h.RunRecord:  # fmt: skip
     """The dense run on all ranks' tokens."""
     world = dist.get_world_size()
-    return dense_trail(hf_model(family, dtype), lambda m, step: hf_loss(m, hf_tokens(step, None, world)), steps, after)
+    return dense_record(hf_model(family, dtype), lambda m, step: hf_loss(m, hf_tokens(step, None, world)), steps, after)
 
 
-def dense_trail(model: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], steps: int,
-                after: Callable[[nn.Module, int], None] | None = None) -> h.Trail:  # fmt: skip
+def dense_record(model: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], steps: int,
+                after: Callable[[nn.Module, int], None] | None = None) -> h.RunRecord:  # fmt: skip
     optimizer = h.make_optimizer("adamw", model)
-    trail = h.Trail([], [], [], {})
+    record = h.RunRecord([], [], [], {})
     for step in range(steps):
         optimizer.zero_grad()
         loss = loss_of(model, step)
         loss.backward()
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        trail.losses.append(loss.item())
-        trail.grads.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-        trail.norms.append(torch.nn.utils.get_total_norm([w.grad.double() for w in model.parameters()]).item())
+        record.losses.append(loss.item())
+        record.grads.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+        record.norms.append(torch.nn.utils.get_total_norm([w.grad.double() for w in model.parameters()]).item())
         optimizer.step()
         if after is not None:
             after(model, step)
-    trail.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    return trail
+    record.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    return record
 
 
 # ---- comparison ---------------------------------------------------------------------------------------------------
@@ -140,16 +140,16 @@ def average_dense(model: nn.Module, run: Any) -> None:
             weight.grad /= dist.get_world_size()
 
 
-def follow(model: nn.Module, run: Any, trail: h.Trail, loss_of: Callable[[nn.Module, int], Tensor], *,
+def follow(model: nn.Module, run: Any, record: h.RunRecord, loss_of: Callable[[nn.Module, int], Tensor], *,
            optimizer: torch.optim.Optimizer | None = None, called: nn.Module | None = None, average: bool = False,
            after: Callable[[nn.Module, int], None] | None = None, weights: bool = True) -> float:  # fmt: skip
-    """Train along a dense trail; the largest relative error of losses, norms, gradients and weights on any rank.
+    """Train along a dense record; the largest relative error of losses, norms, gradients and weights on any rank.
 
-    ``loss_of`` gives a rank's loss, the mean of which over ranks is the trail's.
+    ``loss_of`` gives a rank's loss, the mean of which over ranks is the record's.
     """
     opt = optimizer or h.make_optimizer("adamw", model)
     error, world = 0.0, dist.get_world_size()
-    for step, expected in enumerate(trail.losses):
+    for step, expected in enumerate(record.losses):
         opt.zero_grad()
         loss = loss_of(called or model, step)
         loss.backward()
@@ -161,14 +161,14 @@ def follow(model: nn.Module, run: Any, trail: h.Trail, loss_of: Callable[[nn.Mod
         error = max(
             error,
             abs(total.item() / world - expected) / abs(expected),
-            abs(norm - trail.norms[step]) / trail.norms[step],
-            h.worst(of_all(model), h.local_rows(model, trail.grads[step])),
+            abs(norm - record.norms[step]) / record.norms[step],
+            h.worst(of_all(model), h.local_rows(model, record.grads[step])),
         )
         opt.step()
         if after is not None:
             after(model, step)
     if weights:
-        error = max(error, h.worst(of_all(model, "weight"), h.local_rows(model, trail.weights)))
+        error = max(error, h.worst(of_all(model, "weight"), h.local_rows(model, record.weights)))
     return agreed(error)
 
 

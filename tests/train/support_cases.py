@@ -1,6 +1,6 @@
 """Sharded experts beside the rest of PyTorch and Hugging Face, all cases in one launch.
 
-    torchrun --standalone --nproc-per-node 4 tests/train/citizen_cases.py --out results.jsonl [case ...]
+    torchrun --standalone --nproc-per-node 4 tests/train/support_cases.py --out results.jsonl [case ...]
 
 Every case asserts on all ranks alike and returns what it measured.
 """
@@ -20,10 +20,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.cases import read_options, run_cases
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_models import case
+from tests.train import support_models as c
 from tests.train.matrix import machine
+from tests.train.support_models import case
 
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
 from poise.train.gradients import update_correction_bias
@@ -46,14 +46,14 @@ def shard(model: nn.Module, **options: Any) -> Any:
 
 
 def family(name: str) -> dict:
-    trail = c.hf_dense(name)
+    record = c.hf_dense(name)
     rank, world, errors, moved = dist.get_rank(), dist.get_world_size(), {}, 0
     for policy, again in (("hecate", False), ("poise", True)):
         model = c.hf_model(name)
         run = shard(model, policy=policy, rematerialise=again)
         assert run.owners.shape == (2, c.HF_EXPERTS)
         errors[policy] = c.follow(
-            model, run, trail, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True
+            model, run, record, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True
         )
         moved += run.schedule.moved_bytes["gather"]
     assert max(errors.values()) <= EXACT, errors
@@ -91,7 +91,7 @@ def hf_deepseek_v3() -> dict:
     """
     rank, world, rate = dist.get_rank(), dist.get_world_size(), 0.05
 
-    def dense_run(together: bool) -> tuple[nn.Module, h.Trail]:
+    def dense_run(together: bool) -> tuple[nn.Module, h.RunRecord]:
         loads: dict[str, torch.Tensor] = {}
 
         def count(name: str) -> Any:
@@ -115,12 +115,12 @@ def hf_deepseek_v3() -> dict:
         for name, module in dense.named_modules():
             if hasattr(module, "e_score_correction_bias"):
                 module.register_forward_hook(count(name))
-        return dense, c.dense_trail(dense, loss_of, 4, by_hand)
+        return dense, c.dense_record(dense, loss_of, 4, by_hand)
 
-    dense, trail = dense_run(together=False)
+    dense, record = dense_run(together=False)
     _, other = dense_run(together=True)
     bound = max(
-        h.worst(a, b) for a, b in zip([*other.grads, other.weights], [*trail.grads, trail.weights], strict=True)
+        h.worst(a, b) for a, b in zip([*other.grads, other.weights], [*record.grads, record.weights], strict=True)
     )
     model = c.hf_model("deepseek_v3")
     run = shard(model)
@@ -129,7 +129,7 @@ def hf_deepseek_v3() -> dict:
         assert update_correction_bias(m, rate) == 2
 
     error = c.follow(
-        model, run, trail, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True, after=by_poise
+        model, run, record, lambda m, s: c.hf_loss(m, c.hf_tokens(s, rank, world)), average=True, after=by_poise
     )
     biases = dict(model.named_buffers())
     for name, bias in dense.named_buffers():
@@ -146,13 +146,13 @@ def hf_deepseek_v3() -> dict:
 # ---- 2. the dense rest under FSDP2, HSDP, DDP ----------------------------------------------------------------------
 
 
-def trails() -> h.Trail:
-    if "W3" not in TRAILS:
-        TRAILS["W3"] = h.dense("W3", 2, "adamw", dist.get_world_size())
-    return TRAILS["W3"]
+def record_of_dense() -> h.RunRecord:
+    if "hot-expert-a-rank" not in RECORDS:
+        RECORDS["hot-expert-a-rank"] = h.dense("hot-expert-a-rank", 2, "adamw", dist.get_world_size())
+    return RECORDS["hot-expert-a-rank"]
 
 
-TRAILS: dict[str, h.Trail] = {}
+RECORDS: dict[str, h.RunRecord] = {}
 
 
 def fsdp(model: nn.Module, mesh: Any, **options: Any) -> None:
@@ -172,7 +172,7 @@ def fsdp2_passes_over_experts() -> dict:
     kinds = {name: type(weight).__name__ for name, weight in model.named_parameters()}
     assert all((kind == "ExpertRows") == (".experts." in name) for name, kind in kinds.items()), kinds
     assert sum(".experts." in name for name in kinds) == len(owned)
-    error = c.follow(model, run, trails(), c.plain_loss("W3"))
+    error = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"))
     assert error <= EXACT, error
     return {"error": error}
 
@@ -182,7 +182,7 @@ def fsdp2_ignored_params() -> dict:
     model, mesh = h.build(), h.MESH(dist.get_world_size())
     run = shard(model)
     fsdp(model, mesh, ignored_params=run.parameters(), reshard_after_forward=False)
-    error = c.follow(model, run, trails(), c.plain_loss("W3"))
+    error = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"))
     assert error <= EXACT, error
     return {"error": error}
 
@@ -194,7 +194,7 @@ def hsdp() -> dict:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     run = shard(model, mesh=mesh)
     fsdp(model, mesh)
-    error = c.follow(model, run, trails(), c.plain_loss("W3"))
+    error = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"))
     assert error <= EXACT, error
     return {"error": error}
 
@@ -205,7 +205,9 @@ def ddp() -> dict:
 
     model = h.build()
     run = shard(model)
-    error = c.follow(model, run, trails(), c.plain_loss("W3"), called=DistributedDataParallel(model))
+    error = c.follow(
+        model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"), called=DistributedDataParallel(model)
+    )
     assert error <= EXACT, error
     return {"error": error}
 
@@ -234,7 +236,11 @@ def groups_foreach_fused() -> dict:
         fsdp(model, h.MESH(dist.get_world_size()))
         groups = parameter_groups(model, lr=0.01, weight_decay=0.1)
         errors[kind] = c.follow(
-            model, run, trails(), c.plain_loss("W3"), optimizer=torch.optim.AdamW(groups, **{kind: True})
+            model,
+            run,
+            record_of_dense(),
+            c.plain_loss("hot-expert-a-rank"),
+            optimizer=torch.optim.AdamW(groups, **{kind: True}),
         )
     assert max(errors.values()) <= EXACT, errors
     return errors
@@ -247,13 +253,13 @@ def clip_norms() -> dict:
     for wrap in (True, False):
         for p in (1.0, 2.0, 3.0, float("inf")):
             dense = h.build()
-            h.loss_of(dense, h.batch("W3", 0, world, 2, None, torch.float64)).backward()
+            h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
             expected = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.01, norm_type=p)
             model = h.build()
             run = shard(model)
             if wrap:
                 fsdp(model, h.MESH(world))
-            c.plain_loss("W3")(model, 0).backward()
+            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
             if not wrap:
                 c.average_dense(model, run)
             norm = clip_grad_norm_(model, 0.01, norm_type=p)
@@ -270,7 +276,7 @@ def clip_norms() -> dict:
 def precision_float32() -> dict:
     """Sharded and dense differ by at most 4 times what dense runs differ that add up in other orders."""
     world, out = dist.get_world_size(), {}
-    for workload in ("W1", "W3"):
+    for workload in ("two-hot", "hot-expert-a-rank"):
         dense = h.dense(workload, 2, "sgd", world, dtype=torch.float32, steps=3)
         others = [h.dense(workload, 2, "sgd", world, dtype=torch.float32, steps=3, order=k) for k in (1, 2)]
         bound = max(h.apart(other, dense) for other in others)
@@ -290,7 +296,7 @@ def precision_bfloat16() -> dict:
     """``MixedPrecisionPolicy`` for both: against a float64 run, at most 4 times the error of a dense bfloat16 run."""
     world, rank, out = dist.get_world_size(), dist.get_rank(), {}
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for workload in ("W1", "W3"):
+    for workload in ("two-hot", "hot-expert-a-rank"):
         exact, coarse = h.build(), h.build(dtype=torch.float32).to(torch.bfloat16)
         exact.load_state_dict(h.build(dtype=torch.float32).state_dict())
         everything = h.batch(workload, 0, world, 2, None, torch.float64)
@@ -317,7 +323,7 @@ def autocast() -> dict:
     """Autocast reaches into the experts; a rank without tokens sends the same type as the others."""
     world, rank = dist.get_world_size(), dist.get_rank()
     dense, model = h.build(dtype=torch.float32), h.build(dtype=torch.float32)
-    everything = h.batch("W4", 0, world, 2, None, torch.float32)
+    everything = h.batch("ragged", 0, world, 2, None, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = dense(everything.x, everything.ids)
     ((out.float() - everything.target).square().sum() / everything.total).backward()
@@ -326,7 +332,7 @@ def autocast() -> dict:
     truth = {name: weight.grad for name, weight in exact.named_parameters()}
     bound = h.worst({name: weight.grad for name, weight in dense.named_parameters()}, truth)
     run = shard(model)
-    mine = h.batch("W4", 0, world, 2, rank, torch.float32)
+    mine = h.batch("ragged", 0, world, 2, rank, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(mine.x, mine.ids)
     ((out.float() - mine.target).square().sum() / mine.total * world).backward()
@@ -340,8 +346,8 @@ def autocast() -> dict:
 
 
 def main() -> None:
-    sys.modules.setdefault("tests.train.citizen_cases", sys.modules["__main__"])
-    from tests.train.citizens import MINE as every
+    sys.modules.setdefault("tests.train.support_cases", sys.modules["__main__"])
+    from tests.train.support import MINE as every
 
     run_cases(every, read_options())
 

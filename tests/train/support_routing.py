@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, shard
-from tests.train.citizen_misuse import apart, everyone, mine
-from tests.train.citizen_models import case
+from tests.train import support_models as c
+from tests.train.support_cases import EXACT, shard
+from tests.train.support_misuse import apart, everyone, mine
+from tests.train.support_models import case
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint

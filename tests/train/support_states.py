@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, fsdp, shard
-from tests.train.citizen_memory import folder
-from tests.train.citizen_models import case
+from tests.train import support_models as c
+from tests.train.support_cases import EXACT, fsdp, shard
+from tests.train.support_memory import folder
+from tests.train.support_models import case
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,7 +41,7 @@ def dense(kind: str = "gated", make: Any = None, before_step: Any = None, after:
     optimizer = (make or adamw)(model.parameters())
     for step in range(steps):
         optimizer.zero_grad()
-        h.loss_of(model, h.batch("W3", step, world, 2, None, torch.float64)).backward()
+        h.loss_of(model, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if before_step is not None:
@@ -59,7 +59,7 @@ def adamw(weights: Any) -> torch.optim.Optimizer:
 def train(model: nn.Module, run: Any, optimizer: Any, steps: Any, before_step: Any = None, after: Any = None) -> None:
     for step in steps:
         optimizer.zero_grad()
-        c.plain_loss("W3")(model, step).backward()
+        c.plain_loss("hot-expert-a-rank")(model, step).backward()
         if not isinstance(next(iter(model.parameters())), c.DTensor):
             c.average_dense(model, run)
         if before_step is not None:
@@ -103,12 +103,12 @@ def stock_clip_grad_norm() -> dict:
             *(() if wrap else ((float("inf"), None),)),
         ):
             whole, model = h.build(), h.build()
-            h.loss_of(whole, h.batch("W3", 0, world, 2, None, torch.float64)).backward()
+            h.loss_of(whole, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
             expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01, norm_type=p)
             run = shard(model)
             if wrap:
                 fsdp(model, h.MESH(world))
-            c.plain_loss("W3")(model, 0).backward()
+            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
             if not wrap:
                 c.average_dense(model, run)
             norm = c.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=p, foreach=foreach))
@@ -161,7 +161,7 @@ def grad_scaler_of_stock() -> dict:
     run = shard(model)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    scaler.scale(c.plain_loss("W3")(model, 0)).backward()
+    scaler.scale(c.plain_loss("hot-expert-a-rank")(model, 0)).backward()
     c.average_dense(model, run)
     if dist.get_rank() == 1:
         next(iter(run.parameters())).grad.view(-1)[:1] = float("inf")
@@ -256,7 +256,7 @@ def copies_of_the_model() -> dict:
     run.reshard(turned(run))
     train(model, run, optimizer, range(STEPS, 2 * STEPS), after=lambda m, _: averaged.update_parameters(m))
     error = error_of(averaged.module, dict(dense_average.module.named_parameters()))
-    data = h.batch("W3", 9, dist.get_world_size(), 2, dist.get_rank(), torch.float64)
+    data = h.batch("hot-expert-a-rank", 9, dist.get_world_size(), 2, dist.get_rank(), torch.float64)
     with torch.no_grad():
         out, expected = averaged(data.x, data.ids), dense_average(data.x, data.ids)
     if out.numel():
@@ -438,7 +438,7 @@ def resumed_while_frozen_or_amid_accumulation() -> dict:
                 for weight in other.parameters():
                     weight.requires_grad_(False)
             else:
-                c.plain_loss("W3")(fresh, 0).backward()
+                c.plain_loss("hot-expert-a-rank")(fresh, 0).backward()
             assert load_checkpoint(place, fresh, new) == 3
             assert all(weight.requires_grad == (how != "frozen") for weight in other.parameters())
             assert how == "frozen" or all(weight.grad is not None for weight in other.parameters())
@@ -467,7 +467,7 @@ def gradient_hooks_on_experts() -> dict:
     optimizer = torch.optim.SGD(whole.parameters(), 0.1)
     for step in range(STEPS):
         optimizer.zero_grad()
-        h.loss_of(whole, h.batch("W3", step, dist.get_world_size(), 2, None, torch.float64)).backward()
+        h.loss_of(whole, h.batch("hot-expert-a-rank", step, dist.get_world_size(), 2, None, torch.float64)).backward()
         optimizer.step()
     errors = {}
     for when in ("before", "after"):
@@ -480,8 +480,8 @@ def gradient_hooks_on_experts() -> dict:
         train(model, run, torch.optim.SGD(model.parameters(), 0.1), range(STEPS))
         errors[when] = error_of(model, dict(whole.named_parameters()))
     model.zero_grad()
-    c.plain_loss("W3")(model, 0).backward()
-    said = c.raised(ModelError, lambda: c.plain_loss("W3")(model, 0).backward())
+    c.plain_loss("hot-expert-a-rank")(model, 0).backward()
+    said = c.raised(ModelError, lambda: c.plain_loss("hot-expert-a-rank")(model, 0).backward())
     listed = h.build("list")
     next(w for name, w in listed.named_parameters() if ".experts.1." in name).register_hook(lambda grad: grad)
     assert "after fully_shard_experts" in c.raised(ModelError, lambda: shard(listed))

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, fsdp, shard, trails
-from tests.train.citizen_models import case
+from tests.train import support_models as c
+from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
+from tests.train.support_models import case
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -59,9 +59,9 @@ def hf_loss(model: nn.Module, step: int) -> torch.Tensor:
     return c.hf_loss(model, c.hf_tokens(step, dist.get_rank(), dist.get_world_size()))
 
 
-def rest(trail: h.Trail, done: int) -> h.Trail:
-    """What is left of a trail."""
-    return h.Trail(trail.losses[done:], trail.norms[done:], trail.grads[done:], trail.weights)
+def rest(record: h.RunRecord, done: int) -> h.RunRecord:
+    """What is left of a record."""
+    return h.RunRecord(record.losses[done:], record.norms[done:], record.grads[done:], record.weights)
 
 
 def later(loss_of: Callable[[nn.Module, int], torch.Tensor], done: int) -> Callable[[nn.Module, int], torch.Tensor]:
@@ -95,14 +95,16 @@ def meta_device() -> dict:
         given_memory(model, run)
         full = h.build(kind).state_dict() if not from_first or dist.get_rank() == 0 else {}
         set_model_state_dict(model, full, options=FROM_FIRST if from_first else FULL)
-        trail = trails() if kind == "gated" else h.dense("W3", 2, "adamw", world, kind, steps=3)
-        errors[f"{kind}, from the first {from_first}"] = c.follow(model, run, trail, c.plain_loss("W3"))
+        record = (
+            record_of_dense() if kind == "gated" else h.dense("hot-expert-a-rank", 2, "adamw", world, kind, steps=3)
+        )
+        errors[f"{kind}, from the first {from_first}"] = c.follow(model, run, record, c.plain_loss("hot-expert-a-rank"))
     with torch.device("meta"):
         model = h.build()
     run = shard(model)  # without FSDP2 load_state_dict does
     given_memory(model, run)
     model.load_state_dict(h.build().state_dict())
-    errors["alone"] = c.follow(model, run, trails(), c.plain_loss("W3"), average=True)
+    errors["alone"] = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"), average=True)
     assert max(errors.values()) <= EXACT, errors
     return errors
 
@@ -145,7 +147,7 @@ def offload() -> dict:
         optimizer = h.make_optimizer("adamw", model)
         run.attach(optimizer)
         errors[f"{where}, rematerialise {again}"] = c.follow(
-            model, run, trails(), c.plain_loss("W3"), optimizer=optimizer
+            model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"), optimizer=optimizer
         )
         for weight in run.parameters():
             tensors = [weight, weight.grad, *(v for v in optimizer.state[weight].values() if v.dim())]
@@ -167,7 +169,7 @@ def offload_mixed_precision() -> dict:
     """float32 on the CPU, bfloat16 copies, float32 on the wire: at most 4 times the error of a dense bfloat16 run."""
     world, rank = dist.get_world_size(), dist.get_rank()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    everything = h.batch("W3", 0, world, 2, None, torch.float64)
+    everything = h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)
     exact, coarse = h.build(), h.build(dtype=torch.bfloat16)
     h.loss_of(exact, everything).backward()
     truth = {name: weight.grad for name, weight in exact.named_parameters()}
@@ -179,7 +181,7 @@ def offload_mixed_precision() -> dict:
         model = h.build(dtype=torch.float32)
         run = shard(model, offload=True, mp_policy=policy, rematerialise=again)
         fsdp(model, h.MESH(world), mp_policy=policy)
-        mine = h.batch("W3", 0, world, 2, rank, torch.float32)
+        mine = h.batch("hot-expert-a-rank", 0, world, 2, rank, torch.float32)
         ((model(mine.x, mine.ids).double() - mine.target).square().sum() / mine.total * world).backward()
         assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in model.parameters())
         error = c.agreed(h.worst(c.of_all(model), h.local_rows(model, truth)))
@@ -188,7 +190,7 @@ def offload_mixed_precision() -> dict:
         run = shard(
             deep, offload=True, mp_policy=policy, rematerialise=again, policy="expert-parallelism", step_slots=0
         )
-        data = h.batch("W3", 0, world, 2, rank, torch.float32, layers=layers)
+        data = h.batch("hot-expert-a-rank", 0, world, 2, rank, torch.float32, layers=layers)
         h.loss_of(deep, data).backward()
         owned = [sum(weight.nbytes for weight in one.parameters()) // 2 for one in run.schedule.layers]
         most = sum(owned) if not again else max(a + b for a, b in pairwise(owned))
@@ -223,12 +225,12 @@ def states_of(model: nn.Module, optimizer: Any) -> dict[str, dict[str, torch.Ten
 def checkpoint_other_policy() -> dict:
     """Two steps one way, a checkpoint, two steps another way: other owners, policy, wrapping, memory."""
     world, done, errors = dist.get_world_size(), 2, {}
-    trail = h.dense("W6", 2, "adamw", world, steps=4)
+    record = h.dense("moving-hot", 2, "adamw", world, steps=4)
     dense = h.build()
     dense_optimizer = h.make_optimizer("adamw", dense)
     for step in range(done):
         dense_optimizer.zero_grad()
-        h.loss_of(dense, h.batch("W6", step, world, 2, None, torch.float64)).backward()
+        h.loss_of(dense, h.batch("moving-hot", step, world, 2, None, torch.float64)).backward()
         dense_optimizer.step()
     known = states_of(dense, dense_optimizer)
     ways: tuple[dict[str, Any], ...] = (
@@ -247,11 +249,11 @@ def checkpoint_other_policy() -> dict:
         run.attach(optimizer)
         return model, run, optimizer
 
-    first = h.Trail(trail.losses[:done], trail.norms[:done], trail.grads[:done], {})
+    first = h.RunRecord(record.losses[:done], record.norms[:done], record.grads[:done], {})
     for number, way in enumerate(ways):
         with folder() as place:
             model, run, optimizer = start(way, wrap=True)
-            c.follow(model, run, first, c.plain_loss("W6"), optimizer=optimizer, weights=False)
+            c.follow(model, run, first, c.plain_loss("moving-hot"), optimizer=optimizer, weights=False)
             save_checkpoint(place, model, optimizer, step=done)
             wrap = number % 2 == 0
             model, run, optimizer = start(ways[(number + 1) % len(ways)], wrap)
@@ -260,7 +262,12 @@ def checkpoint_other_policy() -> dict:
             assert load_checkpoint(place, model, optimizer) == done
             states = c.agreed(states_error(model, optimizer, known))
             going = c.follow(
-                model, run, rest(trail, done), later(c.plain_loss("W6"), done), optimizer=optimizer, average=not wrap
+                model,
+                run,
+                rest(record, done),
+                later(c.plain_loss("moving-hot"), done),
+                optimizer=optimizer,
+                average=not wrap,
             )
             errors[f"{way['policy']} -> {ways[(number + 1) % len(ways)]['policy']}"] = max(states, going)
     assert max(errors.values()) <= EXACT, errors
@@ -274,7 +281,7 @@ def checkpoint_troubles() -> dict:
     model, other = h.build(), h.build(layers=h.LAYERS + 1)
     run, _ = shard(model), shard(other)
     optimizer = h.make_optimizer("adamw", model)
-    h.loss_of(model, h.batch("W1", 0, dist.get_world_size(), 2, rank, torch.float64)).backward()
+    h.loss_of(model, h.batch("two-hot", 0, dist.get_world_size(), 2, rank, torch.float64)).backward()
     h.reduce_dense(model, run)
     optimizer.step()
 
@@ -332,8 +339,8 @@ def checkpoint_troubles() -> dict:
 def checkpoint_without_poise() -> dict:
     """torch's own loader puts it, states and all, into the unsharded model, which goes on; so does the full state."""
     world, done = dist.get_world_size(), 2
-    trail = c.hf_dense("mixtral", steps=4)
-    first = h.Trail(trail.losses[:done], trail.norms[:done], trail.grads[:done], {})
+    record = c.hf_dense("mixtral", steps=4)
+    first = h.RunRecord(record.losses[:done], record.norms[:done], record.grads[:done], {})
     model = c.hf_model("mixtral")
     run = shard(model, owners=some_owners(4, 2, c.HF_EXPERTS))
     for layer in model.model.layers:
@@ -359,11 +366,11 @@ def checkpoint_without_poise() -> dict:
         other = c.hf_model("mixtral")
         assert str(other.load_state_dict(full)) == "<All keys matched successfully>"
         error = h.worst(dict(other.named_parameters()), dict(plain.named_parameters()))
-    for step in range(done, len(trail.losses)):
+    for step in range(done, len(record.losses)):
         plain_optimizer.zero_grad()
         c.hf_loss(plain, c.hf_tokens(step, None, world)).backward()
         plain_optimizer.step()
-    going = h.worst({name: weight.detach() for name, weight in plain.named_parameters()}, trail.weights)
+    going = h.worst({name: weight.detach() for name, weight in plain.named_parameters()}, record.weights)
     out = {"full state": c.agreed(error), "goes on": c.agreed(going)}
     assert out["full state"] == 0 and out["goes on"] <= EXACT, out
     return out
@@ -428,18 +435,18 @@ def safetensors_plain() -> dict:
 
     world, errors = dist.get_world_size(), {}
     for kind in ("gated", "plain", "list"):
-        trail = h.dense("W3", 2, "adamw", world, kind, steps=1)
+        record = h.dense("hot-expert-a-rank", 2, "adamw", world, kind, steps=1)
         model = h.build(kind)
         run = shard(model, owners=some_owners(6))
         fsdp(model, h.MESH(world))
-        c.follow(model, run, trail, c.plain_loss("W3"))
+        c.follow(model, run, record, c.plain_loss("hot-expert-a-rank"))
         with folder() as place:
             export_safetensors(model, place / "new")
             read = load_file(place / "new" / "model.safetensors")
             dist.barrier()
         plain = h.build(kind)
         assert str(plain.load_state_dict(read)) == "<All keys matched successfully>"
-        errors[kind] = c.agreed(h.worst(dict(plain.named_parameters()), trail.weights))
+        errors[kind] = c.agreed(h.worst(dict(plain.named_parameters()), record.weights))
     assert max(errors.values()) <= EXACT, errors
     return errors
 
@@ -471,12 +478,12 @@ def everywhere(value: Any) -> list[Any]:
 def force_balance() -> dict:
     """Every rank computes as many pairs, to within one expert's; results are those of the forced ids."""
     world, rank, spread, errors = dist.get_world_size(), dist.get_rank(), {}, {}
-    parts = [h.batch("W2", 0, world, 5, one, torch.float64) for one in range(world)]
+    parts = [h.batch("hot-rank", 0, world, 5, one, torch.float64) for one in range(world)]
     forced = [
         (torch.arange(part.ids[0].numel()) + one * part.ids[0].numel()).remainder(h.EXPERTS).view(part.ids[0].shape)
         for one, part in enumerate(parts)
     ]
-    whole = h.batch("W2", 0, world, 5, None, torch.float64)
+    whole = h.batch("hot-rank", 0, world, 5, None, torch.float64)
     dense = h.build()
     for block in dense.blocks:  # the router's weights stay, its choice does not
         block.experts.forward = lambda x, ids, w, call=block.experts.forward: call(x, torch.cat(forced), w)
@@ -510,7 +517,7 @@ def metrics() -> dict:
     """``LayerMetrics`` are the same on all ranks and equal counts by hand, from the routing and in the experts."""
     world, rank, said = dist.get_world_size(), dist.get_rank(), {}
     for policy in ("expert-parallelism", "hecate", "full-replication"):
-        for workload in ("W1", "W4"):
+        for workload in ("two-hot", "ragged"):
             model = h.build()
             owners = some_owners(8)
             run = shard(model, policy=policy, owners=owners)
@@ -554,7 +561,7 @@ def frozen_experts() -> dict:
     dense = h.build()
     for block in dense.blocks:
         block.experts.requires_grad_(False)
-    h.loss_of(dense, h.batch("W3", 0, world, 2, None, torch.float64)).backward()
+    h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
     expected = {name: weight.grad for name, weight in dense.named_parameters() if weight.requires_grad}
     for before in (True, False):
         for again in (False, True):
@@ -569,7 +576,7 @@ def frozen_experts() -> dict:
             fsdp(model, h.MESH(world))
             optimizer = h.make_optimizer("adamw", model)
             kept = {weight: weight.detach().clone() for weight in run.parameters()}
-            c.plain_loss("W3")(model, 0).backward()
+            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
             assert all(weight.grad is None for weight in run.parameters()), "a frozen weight has a gradient"
             assert run.schedule.moved_bytes["gather"] > 0 == run.schedule.moved_bytes["reduce"]
             found = {name: c.whole(w.grad) for name, w in model.named_parameters() if w.requires_grad}
@@ -596,9 +603,9 @@ def frozen_in_part() -> dict:
             if thaw:
                 for weight in (*dense.parameters(), *model.parameters()):
                     weight.requires_grad_(True)
-            h.loss_of(dense, h.batch("W3", 0, world, 2, None, torch.float64)).backward()
+            h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
             expected = {name: w.grad for name, w in dense.named_parameters() if w.grad is not None}
-            c.plain_loss("W3")(model, 0).backward()
+            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
             names = {name for name, weight in model.named_parameters() if weight.grad is not None}
             assert names == expected.keys(), names ^ expected.keys()
             c.average_dense(model, run)
@@ -617,7 +624,7 @@ def evaluation() -> dict:
         run = shard(model, rematerialise=again)
         fsdp(model, h.MESH(world))
         for name, mode in (("no_grad", torch.no_grad), ("inference_mode", torch.inference_mode)):
-            for workload in ("W3", "W4"):
+            for workload in ("hot-expert-a-rank", "ragged"):
                 data = h.batch(workload, 1, world, 2, rank, torch.float64)
                 before = run.schedule.moved_bytes["gather"]
                 with mode():
@@ -625,12 +632,14 @@ def evaluation() -> dict:
                 assert c.agreed(float(run.schedule.moved_bytes["gather"] - before)) > 0
                 errors[f"{name}, {workload}, {again}"] = c.agreed(h.worst({"": out}, {"": wanted}))
                 assert sum(run.schedule.ledger.now.values()) == 0, run.schedule.ledger.now
-        loss = c.plain_loss("W3")(model, 0)
+        loss = c.plain_loss("hot-expert-a-rank")(model, 0)
         with torch.no_grad():  # between a forward pass and its backward
             model(data.x, data.ids)
         loss.backward()
         found = c.of_all(model)
-        errors[f"backward after it, {again}"] = c.agreed(h.worst(found, h.local_rows(model, trails().grads[0])))
+        errors[f"backward after it, {again}"] = c.agreed(
+            h.worst(found, h.local_rows(model, record_of_dense().grads[0]))
+        )
         assert sum(run.schedule.ledger.now.values()) == 0
     assert max(errors.values()) <= EXACT, errors
     return errors
@@ -664,8 +673,8 @@ def optimizers_move() -> dict:
         for step in range(2):
             for opt in opts:
                 opt.zero_grad()
-            h.loss_of(dense, h.batch("W3", step, world, 2, None, torch.float64)).backward()
-            c.plain_loss("W3")(model, step).backward()
+            h.loss_of(dense, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
+            c.plain_loss("hot-expert-a-rank")(model, step).backward()
             c.average_dense(model, run)
             for weight in dense.parameters():
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -690,7 +699,7 @@ def optimizers_that_cannot_move() -> dict:
     run = shard(model, owners=before)
     optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
     run.attach(optimizer)
-    c.plain_loss("W3")(model, 0).backward()
+    c.plain_loss("hot-expert-a-rank")(model, 0).backward()
     c.average_dense(model, run)
     said["Adafactor"] = c.raised(OptionError, optimizer.step)  # it scales by norms, and all experts have one here
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -704,7 +713,7 @@ def optimizers_that_cannot_move() -> dict:
     assert (run.owners == before).all()
     assert c.agreed(h.worst(c.of_all(model, "weight"), weights)) == 0 == c.agreed(h.worst(c.of_all(model), grads))
     optimizer.zero_grad()  # and the run goes on
-    c.plain_loss("W3")(model, 1).backward()
+    c.plain_loss("hot-expert-a-rank")(model, 1).backward()
     optimizer.step()
     run.schedule.optimizers.clear()
     assert c.agreed(float(run.reshard(some_owners(10)))) > 0

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, shard
-from tests.train.citizen_misuse import mine
-from tests.train.citizen_models import case
-from tests.train.citizen_routing import alone, said_by_all
+from tests.train import support_models as c
+from tests.train.support_cases import EXACT, shard
+from tests.train.support_misuse import mine
+from tests.train.support_models import case
+from tests.train.support_routing import alone, said_by_all
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -120,7 +120,9 @@ def a_model_and_its_frozen_reference() -> dict:
         return model.requires_grad_(False)
 
     def batches(step: int, rank: int | None) -> tuple[h.Batch, h.Batch]:
-        pair = [h.batch("W3", number, world, 2, rank, torch.float64) for number in (2 * step, 2 * step + 1)]
+        pair = [
+            h.batch("hot-expert-a-rank", number, world, 2, rank, torch.float64) for number in (2 * step, 2 * step + 1)
+        ]
         return pair[0], pair[1]
 
     dense, reference = h.build(), reference_of()

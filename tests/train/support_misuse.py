@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tests.train import citizen_models as c
 from tests.train import harness as h
-from tests.train.citizen_cases import EXACT, shard
-from tests.train.citizen_models import case
+from tests.train import support_models as c
 from tests.train.matrix import machine
+from tests.train.support_cases import EXACT, shard
+from tests.train.support_models import case
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -31,11 +31,13 @@ from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
 
 
-def mine(step: int = 0, workload: str = "W3", layers: int = h.LAYERS, dtype: torch.dtype = torch.float64) -> h.Batch:
+def mine(
+    step: int = 0, workload: str = "hot-expert-a-rank", layers: int = h.LAYERS, dtype: torch.dtype = torch.float64
+) -> h.Batch:
     return h.batch(workload, step, dist.get_world_size(), 2, dist.get_rank(), dtype, layers)
 
 
-def everyone(step: int = 0, workload: str = "W3") -> h.Batch:
+def everyone(step: int = 0, workload: str = "hot-expert-a-rank") -> h.Batch:
     return h.batch(workload, step, dist.get_world_size(), 2, None, torch.float64)
 
 
@@ -266,18 +268,18 @@ def loads_of_iterations() -> dict:
     """Evaluation does not enter the prediction; micro-batches of a step are one entry."""
     model = h.build()
     run = shard(model)
-    h.loss_of(model, mine(0, "W1")).backward()
+    h.loss_of(model, mine(0, "two-hot")).backward()
     model.zero_grad()
     before = run.schedule.view(0)
     with torch.no_grad():
         for step in range(3):
-            h.loss_of(model, mine(step, "W5"))
+            h.loss_of(model, mine(step, "half-idle"))
     after = run.schedule.view(0)
     assert (before.predicted_E == after.predicted_E).all() and before.step == after.step == 1
     run.set_requires_gradient_sync(False)
     for step in range(3):
         run.set_requires_gradient_sync(step == 2)
-        h.loss_of(model, mine(step, "W3")).backward()
+        h.loss_of(model, mine(step, "hot-expert-a-rank")).backward()
     counts = [np.bincount(everyone(step).ids[0].flatten(), minlength=h.EXPERTS) for step in range(3)]
     assert run.schedule.history.passes(0) == 3
     history = run.schedule.history.of(0)
@@ -488,7 +490,7 @@ def rates_of_another_machine() -> dict:
         words[name] = []
         run.schedule.measured_window_s = 1e-9  # as for a gather that nothing hides
         for step in range(3):
-            h.loss_of(model, h.batch("W3", step, world, 2, rank, torch.float64)).backward()
+            h.loss_of(model, h.batch("hot-expert-a-rank", step, world, 2, rank, torch.float64)).backward()
             words[name] += [f"{one.replicas > 0} {one.why}" for one in run.metrics]
     told: list[Any] = [None] * world
     dist.all_gather_object(told, words)

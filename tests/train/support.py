@@ -1,0 +1,15 @@
+"""Every case of ``support_cases.py``: its modules add theirs when they are imported."""
+
+from tests.train import (  # noqa: F401
+    support_kinds,
+    support_loops,
+    support_memory,
+    support_misuse,
+    support_parallel,
+    support_routing,
+    support_states,
+    support_steps,
+)
+from tests.train.support_models import MINE
+
+__all__ = ["MINE"]
