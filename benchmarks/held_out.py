@@ -31,7 +31,7 @@ from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.files import read
 from poise.routing.trace import LoadProfile, RoutingTrace
-from poise.stepwise.methods.split import Split
+from poise.stepwise.methods.split import ExactSplit
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.registry import POLICIES
 from poise.util.errors import PoiseError
@@ -72,7 +72,7 @@ def llama_balance(traces: dict[str, RoutingTrace]) -> list[str]:
             rows.append([
                 f"{fit} -> {judge}", tokens, devices,
                 imbalance(replay(batch.steps_from(WARM_UP), static, cluster, model, traffic="home", split="even")),
-                imbalance(loop(Split(), batch, static)), imbalance(ours), goal, "yes" if ours.imbalance <= goal else "NO",
+                imbalance(loop(ExactSplit(), batch, static)), imbalance(ours), goal, "yes" if ours.imbalance <= goal else "NO",
                 imbalance(loop(Poise(objective="tokens"), batch, own)),
                 imbalance(loop(Poise(objective="tokens"), flat, static)) if flat.num_steps > WARM_UP else "too few steps",
             ])  # fmt: skip
@@ -175,7 +175,7 @@ def stay(traces: dict[str, RoutingTrace]) -> list[str]:
                                    traffic="stay")  # fmt: skip
             tokens_LD = stepped.cost.tokens_BLD.sum(axis=0)
             whole_part = float((tokens_LD.max(axis=1) / tokens_LD.mean(axis=1)).mean())
-            rows.append([name, part, run(Split(), 0, two_stage), run(Split(), 0), run(Split(slack=0.09), 0),
+            rows.append([name, part, run(ExactSplit(), 0, two_stage), run(ExactSplit(), 0), run(ExactSplit(slack=0.09), 0),
                          f"{whole_part:.3f} ({stepped.imbalance:.3f})"])  # fmt: skip
             print(rows[-1], flush=True)
     return ["## `stay` traffic, 4 devices, one redundant slot a GPU",

@@ -27,7 +27,7 @@ from poise.cost.step import BatchCost, batch_cost
 from poise.cost.traffic import Traffic
 from poise.lab.emulate import EmulatedCluster, run
 from poise.machine.cluster import Cluster
-from poise.machine.curve import ExpertCurve
+from poise.machine.curve import MeasuredCurve
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -166,7 +166,7 @@ def curve_rows(batch: RoutingBatch, scene: Scene) -> np.ndarray:
     return np.stack([tokens, np.ones_like(tokens), np.maximum(tokens, FLOOR_TOKENS) * per_token], axis=1)
 
 
-def links(scene: Scene, batch: RoutingBatch, model: ModelSpec, curve: ExpertCurve, placement: Placement) -> Cluster:
+def links(scene: Scene, batch: RoutingBatch, model: ModelSpec, curve: MeasuredCurve, placement: Placement) -> Cluster:
     """The cluster on which the contiguous placement spends SHARE of its time in all-to-alls."""
     shape = Cluster.uniform(scene.nodes, scene.devices)
     base = replace(shape, intra_bytes_per_s=scene.ratio if scene.nodes > 1 else 1.0, inter_bytes_per_s=1.0,
@@ -242,7 +242,7 @@ def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, A
     rows = curve_rows(batch, scene)
     curve_file = folder / "curve.csv"
     np.savetxt(curve_file, rows, delimiter=",", header="tokens,active_experts,seconds", comments="")
-    curve = ExpertCurve(rows[:, 0], rows[:, 2], model.expert_parameters)
+    curve = MeasuredCurve(rows[:, 0], rows[:, 2], model.expert_parameters)
     contiguous = plan_rows(replace(scene, rows=scene.rows[:1]), fit, Cluster.uniform(scene.nodes, scene.devices), model)
     stated = links(scene, batch.steps_from(WARM_UP), model, curve, contiguous[0])
     emulated = EmulatedCluster(scene.nodes, scene.devices, stated.intra_bytes_per_s,

@@ -28,7 +28,7 @@ from poise.runtime.collectives import exchange, twin
 from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
-from poise.serve.split import FastLoop
+from poise.serve.split import ServingPolicy
 from poise.simulate.serving import MARKS
 from poise.stepwise.registry import parse_policy
 
@@ -75,7 +75,7 @@ class Run:
             model = ModelSpec(**{**job["model"], "moe_layer_ids": tuple(job["model"]["moe_layer_ids"])})
             price = step_price(job["tokens"], model.num_experts, cluster, model, window_s=job["window_s"])
             prior = np.array(job["prior"]) if job.get("prior") else None
-            fast = FastLoop(parse_policy(row["fast"]), price, step_slots=row["step_slots"], prior_LE=prior)
+            fast = ServingPolicy(parse_policy(row["fast"]), price, step_slots=row["step_slots"], prior_LE=prior)
         self.banks, self.layers = [], []
         for index in range(self.placement.num_layers):
             held = self.placement.experts_of(index, self.rank)

@@ -2,8 +2,10 @@
 
 import ast
 import itertools
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ OLD_NAMES = {"test_moved.py"}
 ROOMS = ("version", "moved", "util", "machine", "routing", "cost", "planning", "stepwise", "replay", "simulate", "report", "control",
          "runtime", "serve", "train", "engines", "api", "watch", "lab", "cli")  # fmt: skip
 """From the ground up: docs/vocabulary.md says what lies in each. Every module is in one of them, or is ``poise`` itself, on top."""
+ALIAS = re.compile("_?[A-Z][A-Za-z]*[a-z][A-Za-z]*")
+BEING_RENAMED = {"Run"}
+"""Of ``replay.serving`` and ``replay.training``, which the one driver of a policy's life replaces."""
 
 
 def room_of(module: str) -> int:
@@ -108,6 +113,27 @@ def test_no_cycle():
 
     for name in GRAPH:
         visit(name, ())
+
+
+def class_names(trees: Iterable[tuple[str, ast.Module]]) -> dict[str, list[str]]:
+    """Where each class and type alias is defined; a leading underscore makes no other word of a name."""
+    out: dict[str, list[str]] = {}
+    for module, tree in trees:
+        names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names += [t.id for t in targets if isinstance(t, ast.Name) and ALIAS.fullmatch(t.id)]
+        for name in names:
+            out.setdefault(name.lstrip("_"), []).append(f"{module}.{name}")
+    return out
+
+
+def test_no_class_name_occurs_twice():
+    """One word a thing: a reader who meets a name knows which class it is."""
+    found = class_names((name, tree) for name, (_, tree) in MODULES.items())
+    assert {name: places for name, places in found.items() if len(places) > 1 and name not in BEING_RENAMED} == {}
+    two = [(f"poise.{number}", ast.parse(text)) for number, text in enumerate(("class Rows: ...", "_Rows = list[int]"))]
+    assert class_names(two) == {"Rows": ["poise.0.Rows", "poise.1._Rows"]}, "the test sees nothing"
 
 
 def test_torch_stays_in_runtime():

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from poise.cost.compute import expert_seconds, roofline
 from poise.cost.links import latency_seconds
 from poise.machine.cluster import Cluster, from_preset
-from poise.machine.curve import ExpertCurve
+from poise.machine.curve import MeasuredCurve
 from poise.machine.model import ModelSpec
 from poise.util.errors import ClusterError
 
 MODEL = ModelSpec("tiny", 1, (0,), 4, 2, 8, 4)
-FLAT_THEN_STEEP = ExpertCurve([4, 16, 64, 256], [8.0, 8.0, 24.0, 88.0], parameters=96, weight_bytes=2)
+FLAT_THEN_STEEP = MeasuredCurve([4, 16, 64, 256], [8.0, 8.0, 24.0, 88.0], parameters=96, weight_bytes=2)
 
 
 def random_curve(rng, parameters=96.0):
@@ -27,14 +27,14 @@ def random_curve(rng, parameters=96.0):
     for before, after in pairwise(x):
         y.append(y[-1] * (1 + (after / before - 1) * rng.choice([0.0, rng.random(), 1.0])))
     y[-1] = max(y[-1], y[-2] * (1 + 1e-3 * (x[-1] / x[-2] - 1)))
-    return ExpertCurve(x, y, parameters)
+    return MeasuredCurve(x, y, parameters)
 
 
 def test_through_the_knots_and_beyond():
     got = FLAT_THEN_STEEP.seconds(np.array([[0.0, 0.25, 1.0], [4, 40, 300]]))
     np.testing.assert_allclose(got, [[0, 2.0, 8.0], [8, 16, 88 + 44 / 3]])
     assert FLAT_THEN_STEEP.per_token == pytest.approx(1 / 3) and FLAT_THEN_STEEP.per_expert == 8
-    rising = ExpertCurve([3, 5], [7.0, 9.0], 1)
+    rising = MeasuredCurve([3, 5], [7.0, 9.0], 1)
     np.testing.assert_allclose(rising.seconds(np.array([0.5, 1, 2, 105])), [2.5, 5, 6, 109])
 
 
@@ -82,9 +82,9 @@ def test_other_models_are_scaled_by_parameters():
 )
 def test_other_curves_are_refused(x, y, says):
     with pytest.raises(ClusterError, match=says):
-        ExpertCurve(x, y, 96)
+        MeasuredCurve(x, y, 96)
     with pytest.raises(ClusterError, match="parameters"):
-        ExpertCurve([1, 2], [1.0, 1.5], 0)
+        MeasuredCurve([1, 2], [1.0, 1.5], 0)
 
 
 def test_each_peer_adds_to_the_latency():
@@ -94,7 +94,7 @@ def test_each_peer_adds_to_the_latency():
     assert latency_seconds(from_preset([4, 1], "h100", **options)) == 12.0
     with pytest.raises(ClusterError, match="peer_latency_s"):
         from_preset([2], "h100", peer_latency_s=-1e-6)
-    with pytest.raises(ClusterError, match="ExpertCurve"):
+    with pytest.raises(ClusterError, match="MeasuredCurve"):
         from_preset([2], "h100", expert_curve=[1, 2])
 
 

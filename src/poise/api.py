@@ -44,7 +44,7 @@ from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import NoResultError, OptionError
 from poise.version import VERSION
 
-Source = str | Path | Traffics
+TrafficSource = str | Path | Traffics
 VERDICT_STEPS = 20
 LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
 """Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
@@ -53,7 +53,7 @@ READ, JUDGE = 0.3, 0.3
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
-def load(source: Source | Sequence[Source]) -> Traffics:
+def load(source: TrafficSource | Sequence[TrafficSource]) -> Traffics:
     """A trace or profile from paths or objects; several are joined."""
     many = [source] if isinstance(source, str | Path | RoutingTrace | LoadProfile) else list(source)
     return join([read(item) if isinstance(item, str | Path) else item for item in many])
@@ -91,7 +91,7 @@ def _settings(
 
 
 def plan(
-    trace: Source | Sequence[Source],
+    trace: TrafficSource | Sequence[TrafficSource],
     cluster: str | Path | Cluster,
     *,
     redundant: int = 0,
@@ -178,7 +178,7 @@ def _placement(item: str | Path | Placement) -> Placement:
 
 
 def verdict(
-    trace: Source | Sequence[Source],
+    trace: TrafficSource | Sequence[TrafficSource],
     cluster: str | Path | Cluster,
     *,
     method: str = "poise",
@@ -242,11 +242,11 @@ def _slots(batch: RoutingBatch, machine: Cluster, redundant: int, slots: Sequenc
 
 
 def compare(
-    trace: Source | Sequence[Source],
+    trace: TrafficSource | Sequence[TrafficSource],
     cluster: str | Path | Cluster,
     *,
-    fit: Source | Sequence[Source] | None = None,
-    others: Mapping[str, Source] | None = None,
+    fit: TrafficSource | Sequence[TrafficSource] | None = None,
+    others: Mapping[str, TrafficSource] | None = None,
     placements: Sequence[str | Path | Placement] = DEFAULT_ROWS,
     redundant: int = 0,
     slots: Sequence[int] | None = None,

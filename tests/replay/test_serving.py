@@ -12,7 +12,7 @@ from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop, replay_steps
 from poise.replay.static import replay
 from poise.stepwise.methods.full_replication import FullReplication
-from poise.stepwise.methods.split import Split
+from poise.stepwise.methods.split import ExactSplit
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import StepPlan
 from poise.stepwise.registry import POLICIES, parse_policy
@@ -38,7 +38,7 @@ def test_without_replicas_the_split_policy_is_the_static_price_plus_control(seed
     placement = Placement.from_devices(placement.count_LED().argmax(axis=2), cluster.num_devices)
     static = batch_cost(batch, placement.count_LED(), cluster, model, traffic=traffic, split="even")
     got = replay_steps(
-        batch, placement, FastLoop(Split(), 0, control_s=3.0), cluster, model, traffic=traffic, warm_up=0
+        batch, placement, FastLoop(ExactSplit(), 0, control_s=3.0), cluster, model, traffic=traffic, warm_up=0
     )
     busy = batch.load_BLE.sum(axis=2) > 0
     np.testing.assert_allclose(got.cost.compute_BL, static.compute_BL)
@@ -95,7 +95,7 @@ def test_full_replication_moves_every_missing_expert_and_no_token():
 
 
 def test_a_plan_that_breaks_an_invariant_is_refused():
-    class Bad(Split):
+    class Bad(ExactSplit):
         def after_gate(self, view, holders_ED, load_SE):
             return StepPlan(holders_ED, np.zeros_like(view.static_ED, dtype=np.int64))
 
@@ -112,4 +112,4 @@ def test_policies_from_text():
         with pytest.raises(OptionError):
             parse_policy(spec)
     with pytest.raises(OptionError, match="at least 0"):
-        FastLoop(Split(), -1)
+        FastLoop(ExactSplit(), -1)

@@ -23,7 +23,7 @@ from poise.planning.placement import Placement
 from poise.runtime import flows
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
-from poise.serve.split import FastLoop
+from poise.serve.split import ServingPolicy
 from poise.stepwise.registry import parse_policy
 
 EXPERTS, WIDTH, INNER = 12, 8, 6
@@ -84,7 +84,7 @@ class Wire:
         return self.real(x, sent, got, group)
 
 
-def check(traffic: str, seed: int, fast: FastLoop | None, top_k: int, cluster: Cluster, wire: Wire) -> None:
+def check(traffic: str, seed: int, fast: ServingPolicy | None, top_k: int, cluster: Cluster, wire: Wire) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     where = placement(seed, world, (0, 4, 8)[seed % 3])
     mine = where.slot_expert_LS[0, where.slot_device_S == rank]
@@ -149,7 +149,7 @@ def flow(traffic: str, policy: str | None, top_k: int) -> None:
     try:
         for seed in range(3):
             price = step_price(200.0, EXPERTS, cluster, model, window_s=1e-3, control_s=1e-9)
-            fast = None if policy is None else FastLoop(parse_policy(policy), price, step_slots=3)
+            fast = None if policy is None else ServingPolicy(parse_policy(policy), price, step_slots=3)
             check(traffic, seed, fast, top_k, cluster, wire)
     finally:
         flows.exchange = wire.real

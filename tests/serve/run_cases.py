@@ -32,7 +32,7 @@ from poise.cost.weights import StepPrice, fetch_seconds, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
-from poise.serve import Engine, FastLoop, from_folder
+from poise.serve import Engine, ServingPolicy, from_folder
 from poise.serve.batch import Chunk, StepBatch
 from poise.serve.load import from_config
 from poise.serve.model import FAMILIES
@@ -193,7 +193,7 @@ def fast_loops() -> dict:
     price, out = tiny_price(), {}
     for number, policy in enumerate(("poise", "hecate", "smart-moe:interval=1,threshold=0.0")):
         for traffic in TRAFFIC_MODELS[number % 2 :: 2]:
-            fast = FastLoop(parse_policy(policy), price, step_slots=2)
+            fast = ServingPolicy(parse_policy(policy), price, step_slots=2)
             served = engine("olmoe", "contiguous", traffic=traffic, fast=fast)
 
             def swap(running: Engine) -> None:
@@ -235,7 +235,7 @@ def replicas_in_the_background() -> dict:
     price, landed = tiny_price(fetches=3.5), 0
     for traffic in TRAFFIC_MODELS:
         for at in (3, 4):
-            served = engine("olmoe", "contiguous", traffic=traffic, fast=FastLoop(OneByOne(), price, step_slots=2))
+            served = engine("olmoe", "contiguous", traffic=traffic, fast=ServingPolicy(OneByOne(), price, step_slots=2))
 
             def swap(running: Engine, at: int = at) -> None:
                 if len(running.steps) == at:

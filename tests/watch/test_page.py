@@ -13,7 +13,7 @@ from poise.util.errors import NoResultError, OptionError
 from poise.watch import metrics as metrics_module
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics
-from poise.watch.page import MOST_CLIENTS, Answer, Page, answers, listen_address
+from poise.watch.page import MOST_CLIENTS, Page, PageResponse, answers, listen_address
 from poise.watch.service import Trouble
 from poise.watch.sources import Polled
 
@@ -130,7 +130,7 @@ def ask(url, lines, wait=True):
 def test_only_its_own_names_are_answered(host, status):
     """A page elsewhere can make its name point here and would read what is served: DNS rebinding."""
     page = Page(
-        ("127.0.0.1", 0), lambda path: Answer(HTTPStatus.OK, "text/plain", b"secret"), hosts=["watch.internal."]
+        ("127.0.0.1", 0), lambda path: PageResponse(HTTPStatus.OK, "text/plain", b"secret"), hosts=["watch.internal."]
     )
     page.start()
     try:
@@ -160,7 +160,7 @@ def test_odd_requests_harm_nobody(served):
 
 def test_a_burst_waits_in_line():
     page = Page(
-        ("127.0.0.1", 0), lambda path: Answer(HTTPStatus.OK, "text/plain", b"ok")
+        ("127.0.0.1", 0), lambda path: PageResponse(HTTPStatus.OK, "text/plain", b"ok")
     )  # not started: it accepts nobody yet
     clients = [ask(page.url, b"", wait=False) for _ in range(150)]
     page.start()
@@ -188,7 +188,7 @@ def test_clients_that_say_nothing_take_no_place(served):
 
 
 def test_it_closes_though_a_client_holds_on(served):
-    page = Page(("127.0.0.1", 0), lambda path: Answer(HTTPStatus.OK, "text/plain", b"ok"))
+    page = Page(("127.0.0.1", 0), lambda path: PageResponse(HTTPStatus.OK, "text/plain", b"ok"))
     page.start()
     with ask(page.url, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /", wait=False) as client:
         assert client.recv(100).startswith(b"HTTP/1.1 200")

@@ -35,7 +35,7 @@ from poise.util.words import percent
 from poise.watch.board import Board
 from poise.watch.metrics import Metrics
 from poise.watch.page import Page, answers, listen_address
-from poise.watch.service import Event, Output, Planned, Seen, Service, Setup, Told, Trouble
+from poise.watch.service import Output, Planned, Seen, Service, ServiceEvent, Setup, Told, Trouble
 from poise.watch.sglang_recorder import SGLangRecorder
 from poise.watch.sources import DumpFolder, Polled, Source, Tail
 
@@ -294,7 +294,7 @@ class _Teller:
         self._no_plan = ""
         self._generic = generic
 
-    def say(self, event: Event) -> None:
+    def say(self, event: ServiceEvent) -> None:
         """Print an event."""
         if isinstance(event, Polled):
             for message in event.problems:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from poise.planning.placement import EMPTY
 
 
-class Link(NamedTuple):
+class ChainMove(NamedTuple):
     """One part of a chain: an expert arrives at a device, another one (or EMPTY: none) leaves it."""
 
     expert: int
@@ -20,7 +20,7 @@ class Link(NamedTuple):
     leaver: int
 
 
-class Work:
+class LayerMoves:
     """One layer: where experts are (``have_ED``) and shall be (``want_ED``), who comes and leaves on each device."""
 
     def __init__(self, have_ED: NDArray[Any], want_ED: NDArray[Any]) -> None:
@@ -36,7 +36,7 @@ class Work:
         if self.have_ED[expert, device] == self.want_ED[expert, device]:
             (self.comers_D if by > 0 else self.leavers_D)[device].discard(expert)
 
-    def apply(self, chain: Sequence[Link]) -> None:
+    def apply(self, chain: Sequence[ChainMove]) -> None:
         """Arrivals, then leavers."""
         for link in chain:
             self.change(link.expert, link.device, 1)
@@ -46,7 +46,7 @@ class Work:
 
     def chain(
         self, expert: int, device: int, room_D: Sequence[int], budget_D: Sequence[int], *, leaver: int | None = None
-    ) -> list[Link]:
+    ) -> list[ChainMove]:
         """Shortest chain that lets an expert arrive at a device (step 1); empty if there is none.
 
         ``room_D``, ``budget_D``: empty slots, staging buffers left; ``leaver``: what must leave the first device.
@@ -85,10 +85,10 @@ class Work:
         return gone
 
 
-def _unroll(came: dict[int, tuple[int, int]], device: int, leaver: int) -> list[Link]:
+def _unroll(came: dict[int, tuple[int, int]], device: int, leaver: int) -> list[ChainMove]:
     links = []
     while device >= 0:
         expert, before = came[device]
-        links.append(Link(expert, device, leaver))
+        links.append(ChainMove(expert, device, leaver))
         leaver, device = expert, before
     return links[::-1]

@@ -43,7 +43,7 @@ __all__ = ["ControlSettings", "Controller", "Decision", "Look", "aligned", "join
 
 MOST_REFERENCES = 16
 """Most references that pass between a plan that failed and the next try."""
-State = Literal["idle", "planning", "moving"]
+ControllerState = Literal["idle", "planning", "moving"]
 Reason = Literal["first", "drift", "settled", "continued"]
 
 
@@ -152,7 +152,7 @@ class Look:
     step: int
     imbalance: float
     verdict: DriftVerdict | None
-    state: State
+    state: ControllerState
     learning: bool
     restart: Restart | None = None
 
@@ -188,7 +188,7 @@ class Controller:
             raise OptionError(f"the placement in use has {slots_D[d]} slots on device {d}, not {problem.slots_D[d]}")
         self.settings = settings or ControlSettings()
         self.step, self._since, self._planned = 0, 0, False
-        self.state: State = "idle"
+        self.state: ControllerState = "idle"
         self.current: Placement = problem.current
         self.target: Placement | None = None
         self.test: DriftTest | None = None

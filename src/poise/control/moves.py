@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.control.chains import Link, Work
+from poise.control.chains import ChainMove, LayerMoves
 from poise.control.common import CHECKPOINT, STAYS, common
 from poise.cost.links import PortLoad, latency_seconds, port_seconds
 from poise.cost.split import even_share
@@ -154,7 +154,7 @@ def move_list(
     if node.shape != (real,):
         raise OptionError(f"node_D names {node.size} devices, the placements have {real}")
     node = np.append(node, [-1] * (devices - real))
-    works = [Work(*pair) for pair in zip(before.count_LED(), both.after.count_LED(), strict=True)]
+    works = [LayerMoves(*pair) for pair in zip(before.count_LED(), both.after.count_LED(), strict=True)]
     slots_of_D = [np.flatnonzero(before.slot_device_S == d).tolist() for d in range(devices)]
     slots_D = np.array([len(slots) for slots in slots_of_D])
     slot_expert = before.slot_expert_LS.tolist()
@@ -184,12 +184,12 @@ def move_list(
 
 
 def _fill_round(
-    works: list[Work], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int, real: int
-) -> list[list[Link]]:
+    works: list[LayerMoves], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int, real: int
+) -> list[list[ChainMove]]:
     """Step 2: the links of each layer in this round; ``works`` are as after it. Experts without a device come first."""
     budget = [staging] * len(slots_D)
     rooms = [(slots_D - have.sum(axis=0)).tolist() for have in held]
-    links: list[list[Link]] = [[] for _ in works]
+    links: list[list[ChainMove]] = [[] for _ in works]
     dead = [set(np.flatnonzero(~have[:, :real].any(axis=1)).tolist()) for have in held]
     every = [set(range(len(have))) for have in held]
     for some in filter(any, (dead, every)):
@@ -290,7 +290,7 @@ def _best_step(
         return float(np.linalg.norm((load_E @ even_share(count_ED)) / problem.cluster.speed_D, 8))
 
     rough = roughness(have)
-    steps = _options(Work(have, want_LED[layer]), slots_D, load_E)
+    steps = _options(LayerMoves(have, want_LED[layer]), slots_D, load_E)
     if not problem.engine.empty_slots:  # the engine would fill what a step leaves empty
         steps = [each for each in steps if (each.sum(axis=0) >= have.sum(axis=0)).all()]
     every = [(int(((each > 0) & (have == 0)).sum()), each) for each in steps]
@@ -307,7 +307,7 @@ def _best_step(
     return found
 
 
-def _options(work: Work, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]) -> list[NDArray[Any]]:
+def _options(work: LayerMoves, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]) -> list[NDArray[Any]]:
     """Counts [E, D] after every chain, with and without the copies it makes needless, every drop, and all of it."""
     have, want, room = work.have_ED, work.want_ED, (slots_D - work.have_ED.sum(axis=0)).tolist()
     chains = []

@@ -57,7 +57,7 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Traffic:
+class MeasuredTraffic:
     """What ran while the balance was measured.
 
     Parameters
@@ -98,7 +98,7 @@ class Reported:
 
 def explained(
     reported: Reported,
-    traffic: Traffic,
+    traffic: MeasuredTraffic,
     shares: Mapping[str, NDArray[np.float64]],
     *,
     error_rate: float,
@@ -144,7 +144,7 @@ def explained(
     return tuple(out)
 
 
-def steady(reported: Reported, traffic: Traffic, share_LED: NDArray[np.float64], *, error_rate: float) -> bool:
+def steady(reported: Reported, traffic: MeasuredTraffic, share_LED: NDArray[np.float64], *, error_rate: float) -> bool:
     """Whether passes differ from one another no more than clumped ones do under a map: noise does.
 
     True where there is one pass, or passes of unknown size.
@@ -178,7 +178,9 @@ def measures_of(
     return pairs
 
 
-def _drawn(reported: Reported, traffic: Traffic, clumped: float, rng: np.random.Generator) -> NDArray[np.float64]:
+def _drawn(
+    reported: Reported, traffic: MeasuredTraffic, clumped: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
     """Passes, pairs of experts [P, L, E]: the recorded ones, drawn ones, or one that is endless."""
     if traffic.passes_BLE is not None:
         return traffic.passes_BLE
@@ -201,7 +203,7 @@ def _drawn(reported: Reported, traffic: Traffic, clumped: float, rng: np.random.
     return drawn * pairs_P11
 
 
-def _resampled(traffic: Traffic, rng: np.random.Generator) -> NDArray[np.float64]:
+def _resampled(traffic: MeasuredTraffic, rng: np.random.Generator) -> NDArray[np.float64]:
     """The loads as another sample of the same traffic might have them, [RESAMPLED, L, E]."""
     parts = len(traffic.parts_GLE)
     if parts >= FEWEST_PARTS:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from poise.engines.candidates import PLAN, TRIVIAL, could_run
 from poise.engines.dump import EngineDump
-from poise.engines.explain import PARTS, Explanation, Measure, Reported, Traffic, explained, measures_of, steady
+from poise.engines.explain import PARTS, Explanation, Measure, MeasuredTraffic, Reported, explained, measures_of, steady
 from poise.engines.verdict import LayerFinding, Verification
 from poise.planning.placement import Placement
 from poise.routing.profile import load_LE
@@ -127,12 +127,14 @@ def _late(dump: EngineDump) -> tuple[NDArray[np.int64], list[str]]:
     return at, notes
 
 
-def _readings(dump: EngineDump, loads: Loads, devices: int, late: NDArray[np.int64]) -> list[tuple[Reported, Traffic]]:
+def _readings(
+    dump: EngineDump, loads: Loads, devices: int, late: NDArray[np.int64]
+) -> list[tuple[Reported, MeasuredTraffic]]:
     """What the reported numbers may be of, with the traffic as it bears on them."""
     assert dump.balance_B is not None
     balance_B, layers = dump.balance_B[late], len(loads.layer_ids_L)
     many = loads.load_BLE[late] if len(loads.load_BLE) == len(dump.balance_B) > 1 else None
-    whole = Traffic(loads.parts_GLE, loads.top_k)
+    whole = MeasuredTraffic(loads.parts_GLE, loads.top_k)
     if dump.engine != "vllm":
         if dump.kind == "stat":  # a mean over the very steps that were counted
             many = loads.load_BLE

@@ -7,15 +7,15 @@ from typing import Literal
 
 from poise.engines.explain import Explanation
 
-State = Literal[
+MapState = Literal[
     "live", "matches", "reordered", "trivial map", "other map", "counts agree", "counts disagree", "counts fit others",
     "unseen",
 ]  # fmt: skip
 Evidence = Literal["map", "counts", "balance"]
 Verdict = Literal["live", "not-live", "undecided", "file-matches", "file-differs"]
-RUNS: tuple[State, ...] = ("live", "matches", "reordered", "counts agree")
+RUNS: tuple[MapState, ...] = ("live", "matches", "reordered", "counts agree")
 """States in which every device holds what was planned for it."""
-UNKNOWN: tuple[State, ...] = ("unseen", "counts fit others")
+UNKNOWN: tuple[MapState, ...] = ("unseen", "counts fit others")
 """States that tell nothing: ``counts fit others``: another map that could run adds up as well."""
 
 
@@ -32,7 +32,7 @@ class LayerFinding:
     """
 
     layer_id: int
-    state: State
+    state: MapState
     wrong: int = 0
     measured: float | None = None
     predicted: float | None = None

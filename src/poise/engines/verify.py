@@ -23,7 +23,7 @@ from poise.cost.split import even_share
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.measured import Loads, balance, by_balance, imbalance
 from poise.engines.slots import trivial_row
-from poise.engines.verdict import RUNS, UNKNOWN, LayerFinding, State, Verification
+from poise.engines.verdict import RUNS, UNKNOWN, LayerFinding, MapState, Verification
 from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import EMPTY, Placement
 from poise.util.errors import OptionError, PlacementError, TraceError
@@ -108,7 +108,7 @@ def _by_slots(
         plan_S = placement.slot_expert_LS[index]
         load_BE = None if loads is None else loads.layer(layer_id)
         count_BS = None if slots.count_BLS is None else slots.count_BLS[:, at[0]]
-        state: State = "unseen"
+        state: MapState = "unseen"
         wrong = 0
         if slots.map_LS is not None:
             seen_S = slots.map_LS[at[0]]
@@ -150,7 +150,7 @@ def _by_slots(
 
 def _compare(
     plan_S: NDArray[np.int32], seen_S: NDArray[np.int32], device_S: NDArray[np.int32], experts: int
-) -> tuple[State, int]:
+) -> tuple[MapState, int]:
     """State of a layer's map; empty planned slots may hold anything, since engines fill them."""
     meant = plan_S != EMPTY
     wrong = int((plan_S != seen_S)[meant].sum())
@@ -194,7 +194,7 @@ def _unlike(expert_S: NDArray[np.int32], count_BS: NDArray[np.float64], load_BE:
 def _add_up(
     plan_S: NDArray[np.int32], count_BS: NDArray[np.float64], load_BE: NDArray[np.float64], layer_id: int,
     others: Sequence[NDArray[np.int32]],
-) -> tuple[State, int]:  # fmt: skip
+) -> tuple[MapState, int]:  # fmt: skip
     """Whether the slots of each expert add up to its tokens under the plan, and under no other map."""
     if (plan_S == EMPTY).any():
         return "unseen", 0

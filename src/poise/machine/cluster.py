@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.machine.curve import ExpertCurve
+from poise.machine.curve import MeasuredCurve
 from poise.machine.presets import DEVICES
 from poise.util.errors import ClusterError
 from poise.util.yamlfile import dump_yaml, read_yaml
@@ -53,7 +53,7 @@ class Cluster:
     inter_latency_s: float = 30e-6
     name: str = field(default="custom")
     peer_latency_s: float = 0.0
-    expert_curve: ExpertCurve | None = None
+    expert_curve: MeasuredCurve | None = None
 
     def __post_init__(self) -> None:
         if np.asarray(self.node_D).dtype.kind not in "iu":
@@ -77,8 +77,8 @@ class Cluster:
             value = getattr(self, attr)
             if not (np.isfinite(value) and value >= 0):
                 raise ClusterError(f"{attr} must be finite and at least 0, got {value!r}")
-        if self.expert_curve is not None and not isinstance(self.expert_curve, ExpertCurve):
-            raise ClusterError(f"expert_curve must be an ExpertCurve, got {type(self.expert_curve).__name__}")
+        if self.expert_curve is not None and not isinstance(self.expert_curve, MeasuredCurve):
+            raise ClusterError(f"expert_curve must be a MeasuredCurve, got {type(self.expert_curve).__name__}")
         node.flags.writeable = speed.flags.writeable = False
         object.__setattr__(self, "node_D", node)
         object.__setattr__(self, "speed_D", speed)
@@ -237,7 +237,7 @@ def from_yaml(path: Path) -> Cluster:
     return from_preset(counts, preset, tensor_parallel=group, speed=speed, **data)
 
 
-def _curve(path: Path, value: Any) -> ExpertCurve:
+def _curve(path: Path, value: Any) -> MeasuredCurve:
     """The mapping ``expert_curve``: lists of tokens and seconds, parameters, and weight_bytes if not 2."""
     if not isinstance(value, dict):
         raise ClusterError(f"{path}: expert_curve must be a mapping, got {value!r}", hint=", ".join(CURVE_KEYS))
@@ -252,7 +252,7 @@ def _curve(path: Path, value: Any) -> ExpertCurve:
         knots.append(np.array([_number(path, f"expert_curve {key}", one) for one in value[key]]))
     sizes = [_number(path, f"expert_curve {key}", value.get(key, 2.0)) for key in CURVE_KEYS[2:]]
     try:
-        return ExpertCurve(knots[0], knots[1], sizes[0], sizes[1])
+        return MeasuredCurve(knots[0], knots[1], sizes[0], sizes[1])
     except ClusterError as error:
         raise ClusterError(f"{path}: {error.message}", hint=error.hint) from None
 

@@ -21,7 +21,7 @@ TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExpertCurve:
+class MeasuredCurve:
     """Seconds g(n) of n tokens in one active expert at speed 1: piecewise linear through the knots.
 
     The first segment goes on down to one token and the last one up. Below one token, an expectation, the expert is
@@ -106,4 +106,4 @@ class ExpertCurve:
 
     def __repr__(self) -> str:
         x, y = self.tokens_X, self.seconds_X
-        return f"ExpertCurve({y[0]:.3g} s at {x[0]:g} tokens to {y[-1]:.3g} s at {x[-1]:g}, {x.size} knots)"
+        return f"MeasuredCurve({y[0]:.3g} s at {x[0]:g} tokens to {y[-1]:.3g} s at {x[-1]:g}, {x.size} knots)"

@@ -27,7 +27,7 @@ from poise.util.errors import InfeasibleError, NoResultError, OptionError
 from poise.util.words import percent
 
 Traffics = RoutingTrace | LoadProfile
-Part = Callable[[], Traffics]
+LazyTraffic = Callable[[], Traffics]
 """Traffic that is made when it is asked for: a half of a large trace takes memory that the other one needs."""
 SECOND_PLAN = 0.2
 """Share of a budget for a plan without redundant slots."""
@@ -37,9 +37,9 @@ FEWER = 5e-3
 
 def split_traffic(
     trace: Traffics, fit: Traffics | None, others: Mapping[str, Traffics] | None = None
-) -> tuple[Part, dict[str, Part], tuple[str, ...]]:
+) -> tuple[LazyTraffic, dict[str, LazyTraffic], tuple[str, ...]]:
     """What methods are fitted on, what they are judged on by name, and notes for the reader."""
-    judged: dict[str, Part] = {}
+    judged: dict[str, LazyTraffic] = {}
     notes: tuple[str, ...] = ()
     if fit is not None:
         fitted, judged["held-out"] = _given(fit), _given(trace)
@@ -60,7 +60,7 @@ def split_traffic(
     return fitted, judged | {name: _given(other) for name, other in (others or {}).items()}, (*told, *notes)
 
 
-def _given(traffic: Traffics) -> Part:
+def _given(traffic: Traffics) -> LazyTraffic:
     return lambda: traffic
 
 

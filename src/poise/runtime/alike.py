@@ -29,7 +29,7 @@ class Difference(NamedTuple):
     second: str
 
 
-class Answer(NamedTuple):
+class ModuleComparison(NamedTuple):
     """The first difference, or None; and the attributes that could not be compared."""
 
     difference: Difference | None
@@ -41,17 +41,17 @@ class Answer(NamedTuple):
         return self.difference is None and not self.undecided
 
 
-def compare(first: Any, second: Any) -> Answer:
+def compare(first: Any, second: Any) -> ModuleComparison:
     """Compare two modules (or any two values): classes, attributes, functions with what they hold, and submodules."""
-    one = _Comparison()
+    one = _ModuleComparer()
     try:
         found = one.find(first, second, "")
     except RecursionError:
         found, one.undecided = None, [*one.undecided, "attributes that are nested too deep"]
-    return Answer(found, tuple(one.undecided))
+    return ModuleComparison(found, tuple(one.undecided))
 
 
-class _Comparison:
+class _ModuleComparer:
     def __init__(self) -> None:
         self.undecided: list[str] = []
         self._seen: dict[tuple[int, int], Any] = {}

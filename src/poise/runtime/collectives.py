@@ -21,7 +21,7 @@ from torch import Tensor
 from poise.cost.transfers import Transfer, TransferPlan
 from poise.util.errors import CommunicationError
 
-Rows = Callable[[int], Sequence[Tensor]]
+ExpertTensors = Callable[[int], Sequence[Tensor]]
 """An expert's tensors on this rank, each contiguous: what is sent, or filled, or added to."""
 Count = Callable[[int], None]
 TAGS = 2**20
@@ -29,7 +29,7 @@ TAGS = 2**20
 
 
 @dataclass(slots=True)
-class _Line:
+class _InFlight:
     """What one process group has on its way.
 
     Parameters
@@ -44,13 +44,13 @@ class _Line:
     forgotten: list[int] = field(default_factory=list)
 
 
-_lines: weakref.WeakKeyDictionary[Any, _Line] = weakref.WeakKeyDictionary()
+_lines: weakref.WeakKeyDictionary[Any, _InFlight] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
 
 def next_tag(group: Any) -> int:
     """The tag of a new exchange: every rank of the group calls it for each, also where it sends nothing itself."""
-    line = _lines.setdefault(group, _Line())
+    line = _lines.setdefault(group, _InFlight())
     line.drawn += 1
     return (line.drawn - 1) % (TAGS - 1) + 1
 
@@ -70,7 +70,7 @@ class Batch:
     """
 
     def __init__(self, operations: list[dist.P2POp], group: Any) -> None:
-        self._line = line = _lines.setdefault(group, _Line())
+        self._line = line = _lines.setdefault(group, _InFlight())
         while line.forgotten:
             _wait(line.held.pop(line.forgotten.pop(0), ([], []))[0])
         self._number = next(_numbers)
@@ -216,7 +216,7 @@ class Pending:
         self,
         plan: TransferPlan,
         group: Any,
-        rows: Rows,
+        rows: ExpertTensors,
         device: torch.device,
         *,
         wire: torch.dtype | None = None,
@@ -286,13 +286,18 @@ class Pending:
                 self._post()
 
 
-def sparse_all_gather(plan: TransferPlan, group: Any, rows: Rows, device: torch.device) -> Pending:
+def sparse_all_gather(plan: TransferPlan, group: Any, rows: ExpertTensors, device: torch.device) -> Pending:
     """Start SparseAllGather. After ``wait()``, ``rows(e)`` of every target of the plan equals the owner's."""
     return Pending(plan, group, rows, device)
 
 
 def sparse_reduce_scatter(
-    plan: TransferPlan, group: Any, rows: Rows, wire: torch.dtype, device: torch.device, count: Count | None = None
+    plan: TransferPlan,
+    group: Any,
+    rows: ExpertTensors,
+    wire: torch.dtype,
+    device: torch.device,
+    count: Count | None = None,
 ) -> Pending:
     """Start SparseReduceScatter. After ``wait()``, the owner's ``rows(e)`` are the sum over it and all targets.
 

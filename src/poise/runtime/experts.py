@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.runtime.alike import HOOKS, compare
-from poise.runtime.probe import Found, Subject, Weights, prove
+from poise.runtime.probe import Found, NamedTensors, Subject, prove
 from poise.runtime.shells import filled, follow, shell
 from poise.util.errors import ModelError
 
@@ -258,7 +258,7 @@ def _rows(module: nn.Module, name: str, weights: Mapping[str, Tensor]) -> int:
     return experts
 
 
-def _own(code: Any) -> Callable[[Weights, Tensor, Tensor, Tensor], Any]:
+def _own(code: Any) -> Callable[[NamedTensors, Tensor, Tensor, Tensor], Any]:
     return lambda weights, x, ids, w: filled(code, weights).forward(x, ids, w)
 
 
@@ -342,13 +342,13 @@ def _module_list(experts: nn.ModuleList, name: str) -> list[Candidate]:
     return [(kind, subject, doubtful)]
 
 
-def _own_list(experts: nn.ModuleList) -> Callable[[Weights, Tensor, Tensor, Tensor], Any]:
+def _own_list(experts: nn.ModuleList) -> Callable[[NamedTensors, Tensor, Tensor, Tensor], Any]:
     """The list's forward, or, of a list that has none, each expert's."""
     code = filled(experts, {})
     for hooks in HOOKS:
         vars(code)[hooks] = type(vars(code)[hooks])()
 
-    def own(weights: Weights, x: Tensor, ids: Tensor, w: Tensor) -> Any:
+    def own(weights: NamedTensors, x: Tensor, ids: Tensor, w: Tensor) -> Any:
         rows = {f"{e}.{key}": weight[e] for key, weight in weights.items() for e in range(len(experts))}
         if type(code).forward is not nn.Module.forward:
             return torch.func.functional_call(code, rows, (x, ids, w))

@@ -27,13 +27,13 @@ from poise.util.errors import OptionError
 
 Compute = Callable[[Tensor, NDArray[np.int64]], Tensor]
 """(rows [n, d] sorted by the place of their expert, pairs of each expert int64 [E]) -> outputs [n, d]."""
-Record = Callable[[str, float, float], None]
+SpanRecorder = Callable[[str, float, float], None]
 """Told of what this rank did: name, start and end on the monotonic clock."""
 NOBODY = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moved:
+class MovedTokens:
     """Tokens that live on this rank after a layer under ``stay``, sorted by tag.
 
     Parameters
@@ -49,7 +49,7 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Copies:
+class CopyRows:
     """Copies on one rank: rows, and for which experts of the token each is.
 
     Parameters
@@ -100,7 +100,7 @@ class Flow:
         self.place_E = torch.arange(num_experts)
         self.tell_X: Tensor | None = None
         self.told_DX: Tensor | None = None
-        self.record: Record | None = None
+        self.record: SpanRecorder | None = None
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weight_TK: Tensor, device_TK: Tensor, compute: Compute) -> Tensor:
         """Weighted sums of the experts' outputs, [T, d], under one of the ``home`` flows; T may be 0.
@@ -114,7 +114,7 @@ class Flow:
         if self.traffic == "home_node_dedup" and int(self.node_D.max()) > 0:
             return self._by_node(x_Td, ids_TK, weight_TK, device_TK, compute)
         token_n, to_n, ids_nK = _copies(ids_TK, device_TK, self.traffic != "home", self.world)
-        sent = Copies(x_Td[token_n], ids_nK, weight_TK[token_n], ids_nK[:, :0])
+        sent = CopyRows(x_Td[token_n], ids_nK, weight_TK[token_n], ids_nK[:, :0])
         got, way = self._out(sent, to_n)
         y_nd = self._back(self._experts(got, compute), way)
         return _sum_into(torch.zeros_like(x_Td), token_n, y_nd)
@@ -126,10 +126,10 @@ class Flow:
         here_nK = via_TK[token_n] == to_n[:, None]
         ids_nK = torch.where(here_nK, ids_TK[token_n], NOBODY)
         target_nK = torch.where(here_nK, device_TK[token_n], self.rank)
-        landed, first = self._out(Copies(x_Td[token_n], ids_nK, weight_TK[token_n], target_nK), to_n)
+        landed, first = self._out(CopyRows(x_Td[token_n], ids_nK, weight_TK[token_n], target_nK), to_n)
         active_mK = landed.ids_nK >= 0
         copy_m, to_m, ids_mK = _copies(landed.ids_nK, landed.more_nX, True, self.world, active_mK)
-        fan = Copies(landed.x_nd[copy_m], ids_mK, landed.weight_nK[copy_m], ids_mK[:, :0])
+        fan = CopyRows(landed.x_nd[copy_m], ids_mK, landed.weight_nK[copy_m], ids_mK[:, :0])
         got, second = self._out(fan, to_m)
         y_md = self._back(self._experts(got, compute), second)
         y_nd = self._back(_sum_into(torch.zeros_like(landed.x_nd), copy_m, y_md), first)
@@ -137,14 +137,14 @@ class Flow:
 
     def move(
         self, h_Td: Tensor, ids_TK: Tensor, weight_TK: Tensor, device_TK: Tensor, tag_T: Tensor, compute: Compute
-    ) -> Moved:
+    ) -> MovedTokens:
         """``stay``: tokens go to where their first expert is computed; the experts of a token are heaviest first.
 
         ``tag_T`` int64 [T] names each token among those of all ranks. Other parameters as in :meth:`run`.
         """
         token_n, to_n, ids_nK = _copies(ids_TK, device_TK, True, self.world)
         along = torch.cat([tag_T[token_n, None], device_TK[token_n]], dim=1)
-        got, _ = self._out(Copies(h_Td[token_n], ids_nK, weight_TK[token_n], along), to_n)
+        got, _ = self._out(CopyRows(h_Td[token_n], ids_nK, weight_TK[token_n], along), to_n)
         y_nd = self._experts(got, compute)
         tag_n, device_nK = got.more_nX[:, 0], got.more_nX[:, 1:]
         order = torch.argsort(tag_n, stable=True)  # a rank gets at most one copy of a token
@@ -160,9 +160,9 @@ class Flow:
         if ids_TK.shape[1] > 1:
             got_D = torch.bincount(from_n, minlength=self.world).tolist()
             y_Td = _sum_into(y_Td, row_n, self._back(y_nd[away], (got_D, sent_D)))
-        return Moved(got.x_nd[mine], y_Td, tag_n[mine])
+        return MovedTokens(got.x_nd[mine], y_Td, tag_n[mine])
 
-    def _experts(self, got: Copies, compute: Compute) -> Tensor:
+    def _experts(self, got: CopyRows, compute: Compute) -> Tensor:
         """Weighted sum over the experts of each copy, [n, d]."""
         copy_p, k_p = torch.nonzero(got.ids_nK >= 0, as_tuple=True)
         expert_p = got.ids_nK[copy_p, k_p]
@@ -175,7 +175,7 @@ class Flow:
         weighted = (y_pd * got.weight_nK[copy_p, k_p, None]).to(y_pd.dtype)
         return _sum_into(torch.zeros_like(got.x_nd), copy_p, weighted)
 
-    def _out(self, copies: Copies, to_n: Tensor) -> tuple[Copies, tuple[list[int], list[int]]]:
+    def _out(self, copies: CopyRows, to_n: Tensor) -> tuple[CopyRows, tuple[list[int], list[int]]]:
         """Send copies, sorted by rank; what arrives, and rows sent to and got from each rank."""
         began = time.monotonic()
         sent_D = torch.bincount(to_n, minlength=self.world)
@@ -195,7 +195,7 @@ class Flow:
             out.append(mine)
             at += wide
         self._done("dispatch", began)
-        return Copies(out[0], out[2].to(torch.int64), out[1], out[3]), way
+        return CopyRows(out[0], out[2].to(torch.int64), out[1], out[3]), way
 
     def _back(self, y_nd: Tensor, way: tuple[list[int], list[int]]) -> Tensor:
         sent_D, got_D = way

@@ -53,7 +53,7 @@ class Weights(Protocol):
         ...
 
 
-class _Entry(torch.autograd.Function):
+class _GraphEntry(torch.autograd.Function):
     """What arrived, as the start of the graph inside; its gradient is asked for by edge."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class LayerStep:
             if graph and len(x_in):
                 as_is = saved_tensors_hooks(_same, _same) if recomputed else nullcontext()
                 with torch.enable_grad(), as_is:
-                    x_work = _Entry.apply(x_in.new_zeros((), requires_grad=True), x_in)
+                    x_work = _GraphEntry.apply(x_in.new_zeros((), requires_grad=True), x_in)
                     y_in = self.kind.run(banks, x_work)
                     inner.x_edge, inner.y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
             else:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from poise.util.errors import ModelError, told
 
-Weights = Mapping[str, Tensor]
+NamedTensors = Mapping[str, Tensor]
 MAGNITUDES = (1.0, 50.0, 1e-3, 1e6)
 LIMITS = {torch.float64: (1e-9, 1e-7), torch.float32: (3e-5, 1e-3), torch.bfloat16: (3e-2, 1e-1)}
 """Largest relative difference of a token's output and of a gradient. The second where a module computes in float32
@@ -52,7 +52,7 @@ class Subject:
     """
 
     name: str
-    own: Callable[[Weights, Tensor, Tensor, Tensor], Any]
+    own: Callable[[NamedTensors, Tensor, Tensor, Tensor], Any]
     one: Callable[[dict[str, Tensor], Tensor], Any]
     shapes: Mapping[str, tuple[int, ...]]
     experts: int
@@ -171,7 +171,7 @@ class _Trial:
                              hint="its traffic can be recorded and planned for")  # fmt: skip
         return bool(_apart(ours, own).max() <= self.limit)
 
-    def _own(self, x: Tensor, w: Tensor, weights: Weights) -> Tensor:
+    def _own(self, x: Tensor, w: Tensor, weights: NamedTensors) -> Tensor:
         return self._checked(self.subject.own(weights, x, self.ids, w), x)
 
     def _checked(self, y: Any, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class _Trial:
                 LIMITS[torch.float32], (self.limit, self.gradient_limit), strict=True))  # fmt: skip
         return y, ""
 
-    def _ours(self, x: Tensor, w: Tensor, weights: Weights, ids: Tensor | None = None) -> Tensor:
+    def _ours(self, x: Tensor, w: Tensor, weights: NamedTensors, ids: Tensor | None = None) -> Tensor:
         """The same by ``one``, every expert's tokens in two calls: they must not depend on each other."""
         tokens, out = [], []
         for e in self.experts:

@@ -2,7 +2,7 @@
 
 from poise.serve.engine import Engine, StepRecord
 from poise.serve.load import from_config, from_folder
-from poise.serve.split import FastLoop
+from poise.serve.split import ServingPolicy
 from poise.serve.swap import SwapRecord
 
-__all__ = ["Engine", "FastLoop", "StepRecord", "SwapRecord", "from_config", "from_folder"]
+__all__ = ["Engine", "ServingPolicy", "StepRecord", "SwapRecord", "from_config", "from_folder"]

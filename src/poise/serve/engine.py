@@ -26,7 +26,7 @@ from poise.serve.layer import Clock, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
 from poise.serve.replicas import empty_bank
 from poise.serve.requests import Book, Request, pick
-from poise.serve.split import FastLoop
+from poise.serve.split import ServingPolicy
 from poise.serve.swap import Swap, SwapRecord, align, by_row
 from poise.util.errors import CommunicationError, OptionError
 
@@ -88,7 +88,7 @@ class Engine:
         cluster: Cluster,
         *,
         traffic: Traffic = "home",
-        fast: FastLoop | None = None,
+        fast: ServingPolicy | None = None,
         group: Any = None,
         budget: int = 512,
         most_live: int | None = None,

@@ -14,9 +14,9 @@ from poise.cost.traffic import Traffic
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.runtime.experts import Bank, ExpertKind
-from poise.runtime.flows import Flow, Moved
+from poise.runtime.flows import Flow, MovedTokens
 from poise.serve.replicas import StepReplicas, empty_bank
-from poise.serve.split import EvenSplit, FastLoop, PlannedSplit, Split
+from poise.serve.split import EvenSplit, PlannedSplit, ServingPolicy, TokenSplit
 from poise.util.errors import OptionError, PlacementError
 
 
@@ -61,7 +61,7 @@ class ServedLayer:
         traffic: Traffic = "home",
         group: Any = None,
         weights_group: Any = None,
-        fast: FastLoop | None = None,
+        fast: ServingPolicy | None = None,
         step_bank: Bank | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class ServedLayer:
         self._row_of = {expert: row for row, expert in reversed(list(enumerate(mine)))}
         self._replicas: StepReplicas | None = None
         if self._fast is None:
-            self.split: Split = EvenSplit(count_ED, flow.rank)
+            self.split: TokenSplit = EvenSplit(count_ED, flow.rank)
             self._set_order([])
             return
         room = self._step_bank
@@ -112,7 +112,7 @@ class ServedLayer:
         self.split.finish()
         return out
 
-    def move(self, h_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor, tag_T: Tensor, prepare: Any) -> Moved:
+    def move(self, h_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor, tag_T: Tensor, prepare: Any) -> MovedTokens:
         """``stay``: tokens go to where their heaviest expert runs.
 
         Parameters

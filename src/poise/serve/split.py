@@ -19,7 +19,7 @@ from poise.stepwise.driver import RECENT, LayerLoop, Outcome
 from poise.stepwise.protocol import LayerView, StepPolicy
 
 
-class Replicas(Protocol):
+class ReplicaStore(Protocol):
     """Where a fast loop's replicas go (:class:`poise.serve.replicas.StepReplicas`)."""
 
     def fetch(self, fetched_ED: NDArray[np.bool_], kept_ED: NDArray[np.bool_]) -> None:
@@ -35,7 +35,7 @@ class Replicas(Protocol):
         ...
 
 
-class Split(Protocol):
+class TokenSplit(Protocol):
     """A way to split one layer's tokens."""
 
     def prefetch(self, tokens: int | None) -> None:
@@ -76,7 +76,7 @@ class EvenSplit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FastLoop:
+class ServingPolicy:
     """A step-wise policy in serving.
 
     Parameters
@@ -106,7 +106,9 @@ class PlannedSplit:
     replicas : takes and brings the replicas that plans ask for.
     """
 
-    def __init__(self, loop: FastLoop, layer: int, count_ED: NDArray[Any], flow: Flow, replicas: Replicas) -> None:
+    def __init__(
+        self, loop: ServingPolicy, layer: int, count_ED: NDArray[Any], flow: Flow, replicas: ReplicaStore
+    ) -> None:
         static_ED = count_ED > 0
         self._state = LayerLoop(loop.policy, loop.price, static_ED, step_slots=loop.step_slots, layer=layer)
         self._flow, self._rank, self._replicas = flow, flow.rank, replicas

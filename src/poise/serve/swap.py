@@ -32,7 +32,7 @@ from poise.runtime.experts import Bank, ExpertKind
 from poise.util.errors import OptionError
 
 
-class Fetch(NamedTuple):
+class ExpertTransfer(NamedTuple):
     """One expert of one layer (its row in the placement), from a rank to a rank."""
 
     layer: int
@@ -93,7 +93,7 @@ def align(before: Placement, after: Placement) -> Placement:
     return replace(after, slot_expert_LS=slots)
 
 
-def fetches(before: Placement, after: Placement, node_D: NDArray[np.int32]) -> list[Fetch]:
+def fetches(before: Placement, after: Placement, node_D: NDArray[np.int32]) -> list[ExpertTransfer]:
     """Step 1: what each rank lacks, and a holder that sends it."""
     have_LED, want_LED = before.count_LED() > 0, after.count_LED() > 0
     sent_D = np.zeros(before.num_devices, np.int64)
@@ -102,13 +102,15 @@ def fetches(before: Placement, after: Placement, node_D: NDArray[np.int32]) -> l
         holders = np.flatnonzero(have_LED[layer, expert]).tolist()
         source = min(holders, key=lambda d: (node_D[d] != node_D[target], sent_D[d], d))
         sent_D[source] += 1
-        out.append(Fetch(layer, expert, source, target))
+        out.append(ExpertTransfer(layer, expert, source, target))
     return out
 
 
-def fill_rounds(moves: list[Fetch], bytes_L: list[int], num_ranks: int, bytes_per_step: int) -> list[list[Fetch]]:
+def fill_rounds(
+    moves: list[ExpertTransfer], bytes_L: list[int], num_ranks: int, bytes_per_step: int
+) -> list[list[ExpertTransfer]]:
     """Step 1: rounds in which no rank sends or receives more than so many bytes, or one expert where that is more."""
-    rounds: list[list[Fetch]] = []
+    rounds: list[list[ExpertTransfer]] = []
     used: list[NDArray[np.int64]] = []
     first_free_D = np.zeros((2, num_ranks), np.int64)
     for move in moves:
@@ -180,7 +182,7 @@ class Swap:
         self.steps += 1
         return seconds
 
-    def _operations(self, moves: list[Fetch]) -> list[dist.P2POp]:
+    def _operations(self, moves: list[ExpertTransfer]) -> list[dist.P2POp]:
         receives, sends = [], []
         for move in moves:
             bank = self.banks[move.layer]

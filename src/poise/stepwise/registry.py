@@ -14,7 +14,7 @@ from poise.stepwise.methods.llep import Llep
 from poise.stepwise.methods.lplb import Lplb
 from poise.stepwise.methods.moon_ep import MoonEp
 from poise.stepwise.methods.smart_moe import SmartMoE
-from poise.stepwise.methods.split import Split
+from poise.stepwise.methods.split import ExactSplit
 from poise.stepwise.methods.ultra_ep import UltraEp
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import StepPolicy
@@ -23,8 +23,8 @@ from poise.util.errors import OptionError
 POLICIES: dict[str, StepPolicy] = {
     policy.name: policy
     for policy in (
-        ExpertParallelism(), Split(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(), Llep(),
-        UltraEp(), MoonEp(), FullReplication(), Poise(),
+        ExpertParallelism(), ExactSplit(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(),
+        Llep(), UltraEp(), MoonEp(), FullReplication(), Poise(),
     )
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from poise.train.gradients import sharded_layers
 from poise.train.rows import plain, plainly, rows_of
 from poise.train.sharding import ShardedExperts
 from poise.train.shards import ExpertShards, own_rows, shards_of
-from poise.train.stored import Planner, Reader, fault
+from poise.train.stored import CheckpointReader, Planner, fault
 from poise.util.errors import InputError, ModelError, OptionError, PoiseError, told
 from poise.util.files import check_new_folder, new_folder
 
@@ -176,7 +176,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         weights, states = get_state_dict(model, optimizers)
         state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
         try:
-            dcp.load(state, storage_reader=Reader(place), planner=Planner())
+            dcp.load(state, storage_reader=CheckpointReader(place), planner=Planner())
         except dcp.CheckpointException as error:
             raise _typed(error, f"cannot load {place}", InputError) from None
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

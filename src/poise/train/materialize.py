@@ -19,7 +19,7 @@ from poise.cost.transfers import Form, TransferPlan, plan_transfers
 from poise.machine.cluster import Cluster
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
-from poise.train.sharding import Run, ShardedExperts
+from poise.train.sharding import LayerRunner, ShardedExperts
 from poise.util.errors import ModelError
 
 
@@ -43,7 +43,7 @@ class Ledger:
         self.peak, self.peak_parts = sum(self.now.values()), dict(self.now)
 
 
-class Schedule(Run, Protocol):
+class WeightSchedule(LayerRunner, Protocol):
     """What a layer's weights need of the run they belong to."""
 
     rank: int
@@ -120,7 +120,7 @@ class Materialised:
     """
 
     def __init__(
-        self, experts: ShardedExperts, schedule: Schedule, early_ED: NDArray[np.bool_], plan: TransferPlan
+        self, experts: ShardedExperts, schedule: WeightSchedule, early_ED: NDArray[np.bool_], plan: TransferPlan
     ) -> None:
         self.experts, self.schedule = experts, schedule
         self.early_ED = early_ED

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poise.cost.transfers import plan_transfers
 from poise.runtime.collectives import sparse_reduce_scatter
-from poise.train.materialize import Materialised, Schedule
+from poise.train.materialize import Materialised, WeightSchedule
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError
 
@@ -38,7 +38,7 @@ class Kept:
 class ReplicaGradients:
     """They are kept until a backward pass that synchronises, then reduced while the backward pass goes on."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: WeightSchedule) -> None:
         self.schedule = schedule
         self.reductions: list[Reduction] = []
         self._kept = [Kept() for _ in schedule.layers]
@@ -100,7 +100,7 @@ class ReplicaGradients:
 class Reduction:
     """One layer's gradients on their way."""
 
-    def __init__(self, experts: ShardedExperts, schedule: Schedule, kept: Kept) -> None:
+    def __init__(self, experts: ShardedExperts, schedule: WeightSchedule, kept: Kept) -> None:
         assert kept.holders_ED is not None
         self.kept, self.experts, self.ledger = kept, experts, schedule.ledger
         plan = plan_transfers(

@@ -24,7 +24,7 @@ from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
 from poise.util.errors import ModelError, OptionError
 
 
-class Run(Protocol):
+class LayerRunner(Protocol):
     """Who runs a layer: the schedule that all sharded layers of a model share."""
 
     device: torch.device
@@ -78,7 +78,7 @@ class ShardedExperts(nn.Module):
         for name in kind.shapes:
             row = rows_of(weights[name][ownership.index(weights[name].device)].clone(), ownership)
             self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
-        self.schedule: Run | None = None
+        self.schedule: LayerRunner | None = None
         self.number = -1
         self._fixed: frozenset[str] = frozenset()
         self._inputs = ["hidden_states", "top_k_index", "top_k_weights"]

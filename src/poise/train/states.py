@@ -18,7 +18,7 @@ from poise.train.shards import own_rows, shards_of
 from poise.util.errors import OptionError
 
 
-class Run(Protocol):
+class StepListener(Protocol):
     """What a step of an optimizer is told to."""
 
     layers: list[ShardedExperts]
@@ -28,19 +28,19 @@ class Run(Protocol):
         ...
 
 
-_RUNS: weakref.WeakKeyDictionary[Run, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+_LISTENERS: weakref.WeakKeyDictionary[StepListener, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
 """Every run, and the parameters that its experts have replaced."""
 _SPEAKING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers whose state dicts speak of all experts."""
 _WATCHED: list[Any] = []
 
 
-def watch_optimizers(run: Run, replaced: list[weakref.ref[nn.Parameter]]) -> None:
+def watch_optimizers(run: StepListener, replaced: list[weakref.ref[nn.Parameter]]) -> None:
     """Let the run know of every step of an optimizer that holds its experts.
 
     Two hooks for all runs, for good: to take one off while PyTorch goes through its hooks is an error.
     """
-    _RUNS[run] = replaced
+    _LISTENERS[run] = replaced
     if not _WATCHED:
         _WATCHED.append(register_optimizer_step_pre_hook(_steps))
         _WATCHED.append(register_optimizer_step_post_hook(_stepped))
@@ -78,7 +78,7 @@ def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         speak_of_experts(optimizer)
         stepping[:] = [type(optimizer).__name__]
     held = {id(weight) for weight in _weights(optimizer)}
-    for run, replaced in list(_RUNS.items()):
+    for run, replaced in list(_LISTENERS.items()):
         owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
         old = {id(weight) for ref in replaced if (weight := ref()) is not None}
         if not owned & held and old & held:
@@ -91,7 +91,7 @@ def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepping[:] = []
     held = {id(weight) for weight in _weights(optimizer)}
-    for run in list(_RUNS):
+    for run in list(_LISTENERS):
         if any(id(weight) in held for experts in run.layers for weight in experts.parameters()):
             run.stepped(optimizer)
 

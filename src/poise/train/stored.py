@@ -79,7 +79,7 @@ def fault(place: Path) -> str:
     return ""
 
 
-class Reader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """Reads files with :func:`contents`."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:

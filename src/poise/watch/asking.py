@@ -28,7 +28,7 @@ class RefusedError(CommunicationError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EngineResponse:
     """Status and body. Redirects are not followed: a key must not go to another machine."""
 
     status: int
@@ -49,9 +49,9 @@ class Asker:
         parts = urlsplit(url)
         self._host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
         self._context = ssl.create_default_context() if parts.scheme == "https" else None
-        self._exchange: _Exchange | None = None
+        self._exchange: _RequestThread | None = None
 
-    def ask(self, method: str, path: str, headers: Mapping[str, str], *, until: float) -> Answer:
+    def ask(self, method: str, path: str, headers: Mapping[str, str], *, until: float) -> EngineResponse:
         """One request and its whole answer.
 
         Parameters
@@ -75,7 +75,7 @@ class Asker:
         kind = http.client.HTTPConnection if self._context is None else http.client.HTTPSConnection
         more: dict[str, Any] = {} if self._context is None else {"context": self._context}
         connection = kind(self._host, self._port, timeout=seconds, **more)
-        exchange = self._exchange = _Exchange(connection, method, self._prefix + path, headers, self._most)
+        exchange = self._exchange = _RequestThread(connection, method, self._prefix + path, headers, self._most)
         try:
             exchange.start()
             exchange.join(seconds)
@@ -85,7 +85,7 @@ class Asker:
         if hangs:
             raise CommunicationError(f"no answer from {where} in {seconds:.1f} s: {exchange.received} bytes came")
         self._exchange = None
-        if isinstance(exchange.outcome, Answer):
+        if isinstance(exchange.outcome, EngineResponse):
             return exchange.outcome
         error = exchange.outcome
         refused = isinstance(error, ConnectionRefusedError)
@@ -93,7 +93,7 @@ class Asker:
         raise (RefusedError if refused else CommunicationError)(f"no answer from {where}: {why}") from None
 
 
-class _Exchange(threading.Thread):
+class _RequestThread(threading.Thread):
     """A request and its answer, read whole; :meth:`cut` ends it from outside."""
 
     def __init__(
@@ -104,7 +104,7 @@ class _Exchange(threading.Thread):
         self._lock, self._cut = threading.Lock(), False
         self._socket: socket.socket | None = None  # the connection forgets it while its answer is still read
         self.received = 0
-        self.outcome: Answer | BaseException | None = None
+        self.outcome: EngineResponse | BaseException | None = None
 
     def run(self) -> None:
         method, path, headers = self._request
@@ -126,7 +126,7 @@ class _Exchange(threading.Thread):
                 left = answer.length
                 if left:
                     raise CommunicationError(f"the answer ended {left} bytes early")
-                self.outcome = Answer(answer.status, b"".join(pieces))
+                self.outcome = EngineResponse(answer.status, b"".join(pieces))
         except BaseException as error:  # it is raised where it is waited for
             self.outcome = error
         finally:

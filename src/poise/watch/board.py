@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.watch.service import Event, Planned, Seen, Told, Trouble
+from poise.watch.service import Planned, Seen, ServiceEvent, Told, Trouble
 from poise.watch.sources import Polled
 
 LOOKS, PLANS, PROBLEMS = 2_000, 200, 50
@@ -46,7 +46,7 @@ class Board:
         self._count = {"steps": 0, "dumps": 0, "dump_errors": 0, "plans": 0, "moves": 0, "moved_bytes": 0.0}
         self._state, self._learning = "idle", True
 
-    def note(self, event: Event) -> None:
+    def note(self, event: ServiceEvent) -> None:
         """Take in what happened."""
         with self._lock:
             at, self._noted_at = self._clock(), self._ticks()

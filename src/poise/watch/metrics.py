@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from poise.util.errors import NoResultError
-from poise.watch.service import Event, Planned, Seen, Trouble
+from poise.watch.service import Planned, Seen, ServiceEvent, Trouble
 from poise.watch.sources import Polled
 
 try:
@@ -84,7 +84,7 @@ class Metrics:
         """What a scrape gets."""
         return bytes(prometheus_client.generate_latest(self._registry))
 
-    def note(self, event: Event) -> None:
+    def note(self, event: ServiceEvent) -> None:
         """Take in what happened."""
         if isinstance(event, Polled):
             self._up.set(event.up)

@@ -29,7 +29,7 @@ MOST_CLIENTS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PageResponse:
     """Status, type and body."""
 
     status: HTTPStatus
@@ -37,35 +37,39 @@ class Answer:
     body: bytes
 
 
-def answers(board: Board, metrics: Metrics, *, stale_s: float) -> Callable[[str], Answer]:
+def answers(board: Board, metrics: Metrics, *, stale_s: float) -> Callable[[str], PageResponse]:
     """What each path answers. ``stale_s``: seconds without a look at the source after which ``/healthz`` fails."""
     folder, style = files("poise.watch"), files("poise.report")
     page = (folder / "page.html").read_bytes()
     sheet = (style / "page.css").read_bytes() + (folder / "page.css").read_bytes()
     script = (folder / "page.js").read_bytes()
 
-    def answer(target: str) -> Answer:
+    def answer(target: str) -> PageResponse:
         try:
             parts = urlsplit(target)
             after = int(parse_qs(parts.query).get("after", ["-1"])[-1])
         except ValueError:
-            return Answer(HTTPStatus.BAD_REQUEST, "text/plain", b"after must be a whole number\n")
+            return PageResponse(HTTPStatus.BAD_REQUEST, "text/plain", b"after must be a whole number\n")
         if parts.path == "/":
-            return Answer(HTTPStatus.OK, "text/html", page)
+            return PageResponse(HTTPStatus.OK, "text/html", page)
         if parts.path == "/page.css":
-            return Answer(HTTPStatus.OK, "text/css", sheet)
+            return PageResponse(HTTPStatus.OK, "text/css", sheet)
         if parts.path == "/page.js":
-            return Answer(HTTPStatus.OK, "text/javascript", script)
+            return PageResponse(HTTPStatus.OK, "text/javascript", script)
         if parts.path == "/state.json":
-            return Answer(HTTPStatus.OK, "application/json", json.dumps(board.state(after), allow_nan=False).encode())
+            return PageResponse(
+                HTTPStatus.OK, "application/json", json.dumps(board.state(after), allow_nan=False).encode()
+            )
         if parts.path == "/metrics":
-            return Answer(HTTPStatus.OK, metrics.content_type, metrics.text())
+            return PageResponse(HTTPStatus.OK, metrics.content_type, metrics.text())
         if parts.path == "/healthz":
             idle = board.idle_seconds()
             if idle > stale_s:
-                return Answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"no look for {idle:.0f} s\n".encode())
-            return Answer(HTTPStatus.OK, "text/plain", b"ok\n")
-        return Answer(HTTPStatus.NOT_FOUND, "text/plain", b"not found\n")
+                return PageResponse(
+                    HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"no look for {idle:.0f} s\n".encode()
+                )
+            return PageResponse(HTTPStatus.OK, "text/plain", b"ok\n")
+        return PageResponse(HTTPStatus.NOT_FOUND, "text/plain", b"not found\n")
 
     return answer
 
@@ -119,7 +123,7 @@ class Page:
     """
 
     def __init__(
-        self, address: tuple[str, int], answer: Callable[[str], Answer], *, hosts: Collection[str] = ()
+        self, address: tuple[str, int], answer: Callable[[str], PageResponse], *, hosts: Collection[str] = ()
     ) -> None:
         host, port = address
         try:
@@ -146,7 +150,7 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_port = False
     request_queue_size = 256
 
-    def __init__(self, host: str, port: int, answer: Callable[[str], Answer], hosts: Collection[str]) -> None:
+    def __init__(self, host: str, port: int, answer: Callable[[str], PageResponse], hosts: Collection[str]) -> None:
         self.address_family = AF_INET6 if ":" in host else AF_INET
         self.answer = answer
         self.hosts = frozenset(name.lower().rstrip(".") for name in (*hosts, host, socket.gethostname()))
@@ -231,15 +235,15 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(answer.body)
 
-    def _wrong(self) -> Answer | None:
+    def _wrong(self) -> PageResponse | None:
         """The answer to who asks under a name that is not this server's; None: the name is right.
 
         HTTP/1.0 knows no Host header, and no browser speaks it.
         """
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
-            return Answer(HTTPStatus.BAD_REQUEST, "text/plain", b"one Host header, please\n")
+            return PageResponse(HTTPStatus.BAD_REQUEST, "text/plain", b"one Host header, please\n")
         if hosts and not is_host(hosts[0], self.server.hosts):
             said = b"this name is not known here: poise watch --allow-host NAME\n"
-            return Answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", said)
+            return PageResponse(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", said)
         return None

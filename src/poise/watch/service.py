@@ -147,7 +147,7 @@ class Told:
     replaced: bool = False
 
 
-Event = Polled | Seen | Planned | Trouble | Told
+ServiceEvent = Polled | Seen | Planned | Trouble | Told
 
 
 class Service:
@@ -181,7 +181,9 @@ class Service:
         self._first: Placement
         self._decided: Placement
 
-    def run(self, *, once: bool, interval_s: float, wait: Callable[[float], None]) -> Generator[Event, None, None]:
+    def run(
+        self, *, once: bool, interval_s: float, wait: Callable[[float], None]
+    ) -> Generator[ServiceEvent, None, None]:
         """Look, wait, and look again; ``once``: until there is no more at hand.
 
         Without ``once`` nothing that planning, judging, reading or writing raises ends it (memory that runs out among
@@ -222,7 +224,7 @@ class Service:
         finally:
             self.source.close()
 
-    def _take(self, arrival: Arrival, once: bool) -> Iterator[Event]:
+    def _take(self, arrival: Arrival, once: bool) -> Iterator[ServiceEvent]:
         self._recorded_layers = self._recorded_layers or arrival.recorded_layers
         if self.controller is None:
             if arrival.steps is None:
@@ -278,7 +280,7 @@ class Service:
             except OSError as error:
                 raise PlacementError(f"cannot write {output.path}: {error.strerror}") from None
 
-    def _serve(self, record: SlotRecord) -> Iterator[Event]:
+    def _serve(self, record: SlotRecord) -> Iterator[ServiceEvent]:
         """Go on from what the engine says it runs."""
         control = self.controller
         if control is None or record.map_LS is None or control.state != "idle":
@@ -303,7 +305,7 @@ class Service:
         else:
             yield Told("the engine runs another map than before, and not the newest")
 
-    def _start_anew(self) -> Iterator[Event]:
+    def _start_anew(self) -> Iterator[ServiceEvent]:
         """Compare from now on with what the engine was started with this time."""
         if self.controller is None:
             return
@@ -325,7 +327,7 @@ class Service:
         other = (runs.count_LED() != self.controller.current.count_LED()).any()
         yield Told(f"the engine was started anew{', not with the newest placement' if other else ''}")
 
-    def _seen(self, look: Look, once: bool) -> Iterator[Event]:
+    def _seen(self, look: Look, once: bool) -> Iterator[ServiceEvent]:
         assert self.controller is not None
         runs = self.controller.running
         judged, bound, trouble = self._judge(once, runs, self._first) if self._measured else (None, None, None)
@@ -347,7 +349,7 @@ class Service:
                 raise
             return None, None, Trouble(f"the window was not measured: {told(error)}")
 
-    def _carry_out(self, once: bool) -> Iterator[Event]:
+    def _carry_out(self, once: bool) -> Iterator[ServiceEvent]:
         """Tell what was decided, and let accepted placements serve."""
         control = self.controller
         while control is not None:
@@ -393,7 +395,7 @@ class Service:
         self._unwritten = tuple(unwritten)
         return tuple(written), failures
 
-    def _write_again(self) -> Iterator[Event]:
+    def _write_again(self) -> Iterator[ServiceEvent]:
         if not self._unwritten:
             return
         written, failures = self._write(self._unwritten)

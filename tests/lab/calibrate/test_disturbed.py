@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from poise.cli.main import app
 from poise.lab.calibrate import compute, links, ranks
 from poise.lab.calibrate.fit import fit_links
-from poise.lab.calibrate.links import Effort, Ranks, _Case, measure_links
+from poise.lab.calibrate.links import CalibrationRanks, Effort, _Case, measure_links
 from poise.lab.calibrate.patterns import port_bytes
 from poise.lab.emulate import clock, quiet
 from poise.machine.cluster import Cluster
@@ -124,7 +124,7 @@ def test_a_curve_that_time_has_cut_says_so(tmp_path, monkeypatch):
     assert "time was up at" in path.read_text()
 
 
-class Two(Ranks):
+class Two(CalibrationRanks):
     """Two ranks of which this is one, and the other the same."""
 
     def agree(self, *numbers):

@@ -38,7 +38,7 @@ MAX_TOKENS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Answer:
+class _Choice:
     """One choice of one answer, undecoded."""
 
     where: str
@@ -146,15 +146,15 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
+def _answers(answer: dict[str, Any], where: str) -> Iterator[_Choice]:
     usage, meta = _dict(answer.get("usage")), _dict(answer.get("meta_info"))
     listed = answer.get("choices")
     choices = [choice for choice in listed if isinstance(choice, dict)] if isinstance(listed, list) else []
 
-    def one(prompt: Any, routed: Any, dtype: Any, counts: dict[str, Any]) -> _Answer:
+    def one(prompt: Any, routed: Any, dtype: Any, counts: dict[str, Any]) -> _Choice:
         known = [counts.get(name) for name in ("prompt_tokens", "completion_tokens")]
         both = [None if n is None else whole("a count of tokens", n, high=MAX_TOKENS) for n in known]
-        return _Answer(where, prompt, routed, dtype, *both)
+        return _Choice(where, prompt, routed, dtype, *both)
 
     if meta.get(KEY) is not None:
         yield one(None, meta[KEY], meta.get("routed_experts_dtype"), meta)
@@ -172,7 +172,7 @@ def _answers(answer: dict[str, Any], where: str) -> Iterator[_Answer]:
         yield one(prompt, held.get(KEY), held.get("routed_experts_dtype"), counts)
 
 
-def _rows(found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int | None, str]:
+def _rows(found: _Choice, options: ReadOptions) -> tuple[NDArray[np.int16], int | None, str]:
     """Experts of an answer, [rows, layers, K]; how many of the last rows were decoded, None: unknown; the engine."""
     try:
         routed = _decode(found.routed, found.dtype)
@@ -218,7 +218,7 @@ def _decode(value: Any, dtype: Any) -> NDArray[np.int16] | None:
     return array
 
 
-def _flat(flat: NDArray[np.int16], found: _Answer, options: ReadOptions) -> tuple[NDArray[np.int16], int]:
+def _flat(flat: NDArray[np.int16], found: _Choice, options: ReadOptions) -> tuple[NDArray[np.int16], int]:
     """SGLang's numbers, whose shape the answer does not say."""
     if found.prompt_tokens is None or found.completion_tokens is None:
         raise TraceError(
@@ -246,7 +246,7 @@ def _flat(flat: NDArray[np.int16], found: _Answer, options: ReadOptions) -> tupl
     return rows, min(decoded, len(rows))
 
 
-def _decoded(rows: int, found: _Answer) -> int | None:
+def _decoded(rows: int, found: _Choice) -> int | None:
     """How many of vLLM's rows, prompt and answer in one, were decoded; None: the answer does not say."""
     prompt, completion = found.prompt_tokens, found.completion_tokens
     if prompt is None or completion is None:
@@ -260,10 +260,10 @@ def _decoded(rows: int, found: _Answer) -> int | None:
     raise TraceError(f"{rows} rows for {prompt} tokens of the prompt and {completion} of the answer")
 
 
-Rows = tuple[NDArray[np.int16], int | None]
+ChoiceRows = tuple[NDArray[np.int16], int | None]
 
 
-def _own_rows(answer: dict[str, Any], found: list[_Answer], rows: list[Rows]) -> list[Rows]:
+def _own_rows(answer: dict[str, Any], found: list[_Choice], rows: list[ChoiceRows]) -> list[ChoiceRows]:
     """Rows of each choice of an answer, without those of a prompt that an earlier choice has.
 
     Raises
@@ -276,7 +276,7 @@ def _own_rows(answer: dict[str, Any], found: list[_Answer], rows: list[Rows]) ->
         prompts = _prompts(answer, [len(experts) for experts, _ in rows])
     except TraceError as error:
         raise TraceError(f"{found[0].where}: {error.message}", hint=error.hint) from None
-    out: list[Rows] = []
+    out: list[ChoiceRows] = []
     seen: set[str] = set()
     for (experts, _), (name, length) in zip(rows, prompts, strict=True):
         if length is None:

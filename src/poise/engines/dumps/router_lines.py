@@ -21,7 +21,7 @@ from poise.routing.ranks import absent, spans, told
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import TraceError
 
-Key = tuple[int, int]
+StepLayer = tuple[int, int]
 """Step and layer."""
 
 
@@ -79,9 +79,9 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     return EngineDump("plain", "router-lines", trace=trace, notes=tuple(notes))
 
 
-def _ranks(parts: Sequence[Part]) -> tuple[dict[int, dict[Key, NDArray[np.int16]]], list[str]]:
+def _ranks(parts: Sequence[Part]) -> tuple[dict[int, dict[StepLayer, NDArray[np.int16]]], list[str]]:
     """Ids [tokens, K] by rank, step and layer, and notes."""
-    ranks: dict[int, dict[Key, NDArray[np.int16]]] = {}
+    ranks: dict[int, dict[StepLayer, NDArray[np.int16]]] = {}
     others = 0
     for part in parts:
         for line in part.value if isinstance(part.value, list) else [part.value]:
@@ -107,7 +107,9 @@ def _ids(line: dict[str, Any], where: str) -> NDArray[np.int16]:
     return ids
 
 
-def _pass(held: dict[Key, NDArray[np.int16]], step: int, rank: int, layers: Sequence[int]) -> NDArray[np.int16] | None:
+def _pass(
+    held: dict[StepLayer, NDArray[np.int16]], step: int, rank: int, layers: Sequence[int]
+) -> NDArray[np.int16] | None:
     """A rank's tokens in one step, [T, L, K]; None where it had none."""
     columns = [held.get((step, layer)) for layer in layers]
     found = [column for column in columns if column is not None and len(column)]

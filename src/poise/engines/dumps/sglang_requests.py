@@ -49,7 +49,7 @@ class Group:
 
 
 @dataclass(slots=True, eq=False)
-class Rows:
+class TokenCollector:
     """Collects tokens in order of their passes and finds out which belong to one request."""
 
     experts: list[NDArray[np.int16]] = field(default_factory=list)

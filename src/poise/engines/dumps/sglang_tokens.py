@@ -11,7 +11,7 @@ from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.dumps.mapping import MAX_TABLE, agree, model_layers, num_experts
 from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record
-from poise.engines.dumps.sglang_requests import Group, Rows
+from poise.engines.dumps.sglang_requests import Group, TokenCollector
 from poise.util.errors import TraceError
 
 
@@ -70,7 +70,7 @@ def per_token(
         notes.append(f"{copies} records hold the tokens of another rank and were merged with it")
     slots = SlotRecord(np.array(ids, np.int32), maps[-1][ids].astype(np.int32), _counts(passes, ids, num_slots),
                        agree([map_LS[ids] for map_LS in maps]))  # fmt: skip
-    rows = Rows()
+    rows = TokenCollector()
     records.clear()
     for pass_id in list(passes):
         for group in passes.pop(pass_id):  # let go: its experts go on in the rows

@@ -30,7 +30,7 @@ from poise.routing.ranks import MAX_RANKS, named_rank
 from poise.routing.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 from poise.util.errors import TraceError
 
-Key = tuple[int, int]
+IterationLayer = tuple[int, int]
 KEY = re.compile(r"(\d{1,9})_(\d{1,5})")
 DTYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4"}
 
@@ -51,11 +51,11 @@ def is_counts(value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rank:
+class _RankFile:
     """One file of one rank: counts int64 [S] or tokens int16 [T, K], -1 for padding, by (iteration, layer)."""
 
     name: str
-    arrays: dict[Key, NDArray[Any]]
+    arrays: dict[IterationLayer, NDArray[Any]]
     rank: int | None
 
 
@@ -122,7 +122,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
                       notes=(*notes, *(more if map_LS is not None else ())))  # fmt: skip
 
 
-def _ranks(parts: Sequence[Part], width: int | None) -> tuple[list[_Rank], list[_Rank], list[str]]:
+def _ranks(parts: Sequence[Part], width: int | None) -> tuple[list[_RankFile], list[_RankFile], list[str]]:
     """Files of counts and files of tokens."""
     numbers = sum(prod(tensor.shape) for part in parts for tensor in part.value.tensors)
     if numbers > MAX_TABLE:
@@ -141,12 +141,12 @@ def _ranks(parts: Sequence[Part], width: int | None) -> tuple[list[_Rank], list[
             sizes = {len(array) for array in arrays.values()} | ({width} if width is not None else set())
             if len(sizes) > 1 or 0 in sizes:
                 raise TraceError(f"{part.name} counts {sorted(sizes)} experts")
-            counts.append(_Rank(part.name, arrays, named_rank(part.path)))
+            counts.append(_RankFile(part.name, arrays, named_rank(part.path)))
         elif dims == {2}:
             if width is not None and width > 1 and all(array.shape == (width, width) for array in arrays.values()):
                 notes.append(f"{part.name} holds pairs of experts and was left out")
                 continue
-            raw.append(_Rank(part.name, arrays, named_rank(part.path)))
+            raw.append(_RankFile(part.name, arrays, named_rank(part.path)))
         else:
             raise TraceError(f"{part.name} holds arrays of {sorted(dims)} dimensions")
     if len({len(next(iter(rank.arrays.values()))) for rank in counts}) > 1:
@@ -173,7 +173,7 @@ def _array(part: Part, tensor: StoredTensor) -> NDArray[Any]:
     return table(tensor.name, array, 1, high=2**40)
 
 
-def _one_run(ranks: list[_Rank], expected: int, options: ReadOptions) -> list[str]:
+def _one_run(ranks: list[_RankFile], expected: int, options: ReadOptions) -> list[str]:
     """Merge, in place, ranks that counted the same tokens; raises TraceError if one is missing."""
     groups = [[ranks[i] for i in group] for group in copies(rank.arrays for rank in ranks)] if ranks else []
     notes = []
@@ -189,9 +189,9 @@ def _one_run(ranks: list[_Rank], expected: int, options: ReadOptions) -> list[st
     merged = []
     for group in groups:
         arrays = {key: array for rank in reversed(group) for key, array in rank.arrays.items() if key[0] not in left}
-        merged.append(_Rank(group[0].name, arrays, group[0].rank))
+        merged.append(_RankFile(group[0].name, arrays, group[0].rank))
     ranks[:] = merged
-    seen: set[tuple[int, Key]] = set()
+    seen: set[tuple[int, IterationLayer]] = set()
     for rank in ranks:
         mine = set() if rank.rank is None else {(rank.rank, key) for key, array in rank.arrays.items() if array.any()}
         if twice := sorted(mine & seen):
@@ -204,7 +204,7 @@ def _one_run(ranks: list[_Rank], expected: int, options: ReadOptions) -> list[st
     return notes
 
 
-def _records(ranks: Sequence[tuple[_Rank, int]]) -> list[RankRecord]:
+def _records(ranks: Sequence[tuple[_RankFile, int]]) -> list[RankRecord]:
     """What each rank counted, for :func:`check_ranks`."""
     layers = sorted({layer for rank, _ in ranks for _, layer in rank.arrays})
     at = {layer: row for row, layer in enumerate(layers)}
@@ -219,7 +219,7 @@ def _records(ranks: Sequence[tuple[_Rank, int]]) -> list[RankRecord]:
     return out
 
 
-def _table(ranks: list[_Rank], layers: list[int], notes: list[str]) -> NDArray[np.float64]:
+def _table(ranks: list[_RankFile], layers: list[int], notes: list[str]) -> NDArray[np.float64]:
     """Counts of all ranks together, float64 [iterations, L, S]."""
     steps = sorted({step for rank in ranks for step, _ in rank.arrays})
     width = len(next(iter(ranks[0].arrays.values())))
@@ -239,7 +239,12 @@ def _table(ranks: list[_Rank], layers: list[int], notes: list[str]) -> NDArray[n
 
 
 def _trace(
-    ranks: list[_Rank], layers: list[int], map_LS: NDArray[np.int64] | None, experts: int, notes: list[str], name: str
+    ranks: list[_RankFile],
+    layers: list[int],
+    map_LS: NDArray[np.int64] | None,
+    experts: int,
+    notes: list[str],
+    name: str,
 ) -> RoutingTrace | None:
     """Tokens of the passes in which every layer kept as many."""
     named = all(rank.rank is not None for rank in ranks)

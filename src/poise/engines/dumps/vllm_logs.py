@@ -43,7 +43,7 @@ MAX_LINES = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _BalanceLine:
     """A line that tells a balance; vLLM's with its step, mean and most, else 0."""
 
     engine: str
@@ -75,7 +75,7 @@ def is_log(part: Part) -> bool:
 
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """The balances of one model in order; where a log has several, those of the one with most lines."""
-    values: dict[tuple[str, str], list[_Line]] = defaultdict(list)
+    values: dict[tuple[str, str], list[_BalanceLine]] = defaultdict(list)
     balancer = _Balancer()
     for part in parts:
         for line in _found(part.path, balancer):
@@ -108,7 +108,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     return EngineDump(engine, "balance-log", balance_B=np.minimum(balance[busy], 1.0), log=log, notes=tuple(notes))
 
 
-def _found(path: Path, balancer: _Balancer) -> Iterator[_Line]:
+def _found(path: Path, balancer: _Balancer) -> Iterator[_BalanceLine]:
     """Each line that tells a balance; the balancer hears the others."""
     with open_regular(path, TraceError) as stream:
         for _ in range(MAX_LINES):
@@ -117,9 +117,9 @@ def _found(path: Path, balancer: _Balancer) -> Iterator[_Line]:
                 return
             line = raw.decode("utf-8", "replace")
             if MARKS[0] in line and (match := VLLM.search(line)):
-                yield _Line("vllm", match[2].rstrip(":") if match[2] else "", float(match[5]), int(match[1]),
+                yield _BalanceLine("vllm", match[2].rstrip(":") if match[2] else "", float(match[5]), int(match[1]),
                             float(match[3]), float(match[4]))  # fmt: skip
             elif MARKS[1] in line and (match := SGLANG.search(line)):
-                yield _Line("sglang", "", float(match[1]))
+                yield _BalanceLine("sglang", "", float(match[1]))
             elif "poise" in line or "enable_eplb=" in line:
                 balancer.hear(line)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.lab.calibrate.fit import ComputeRow
-from poise.lab.calibrate.links import WARM_UP, Effort, Ranks
+from poise.lab.calibrate.links import WARM_UP, CalibrationRanks, Effort
 from poise.lab.emulate.clock import DeviceClock, ExpertCurve
 from poise.lab.emulate.quiet import LEAST_REPEATS, held_s, left_alone, settle, waits_s
 from poise.runtime.experts import Bank, ExpertKind, recognise
@@ -66,7 +66,7 @@ def expert_kind(hidden: int, inner: int, matrices: int) -> ExpertKind:
 
 
 def arithmetic_rows(
-    kind: ExpertKind, ranks: Ranks, effort: Effort, *, quick: bool = False
+    kind: ExpertKind, ranks: CalibrationRanks, effort: Effort, *, quick: bool = False
 ) -> tuple[list[ComputeRow], str, float]:
     """Rows of this rank's arithmetic, all ranks at once; what was left out; and the bytes of a weight it was done with.
 
@@ -110,7 +110,7 @@ def arithmetic_rows(
 
 
 def clock_rows(
-    curve: ExpertCurve, dilation: float, ranks: Ranks, effort: Effort, *, quick: bool = False
+    curve: ExpertCurve, dilation: float, ranks: CalibrationRanks, effort: Effort, *, quick: bool = False
 ) -> tuple[list[ComputeRow], str]:
     """Rows of this rank's device clock, in seconds of this machine, as in an emulated run; and what was left out."""
     clock = DeviceClock(curve, dilation)
@@ -126,9 +126,9 @@ def _grid(
     run: Callable[[int, int], Callable[[], object]],
     tokens: Sequence[int],
     active: Sequence[int],
-    ranks: Ranks,
+    ranks: CalibrationRanks,
     effort: Effort,
-    timer: Callable[[Callable[[], object], Ranks], float],
+    timer: Callable[[Callable[[], object], CalibrationRanks], float],
 ) -> tuple[list[ComputeRow], str]:
     """Rows from few tokens to many until the time is used up, two numbers of tokens at least; a remark if it was."""
     rows: list[ComputeRow] = []
@@ -151,7 +151,10 @@ def _grid(
 
 
 def _repeat(
-    once: Callable[[], object], ranks: Ranks, timer: Callable[[Callable[[], object], Ranks], float], repeats: int
+    once: Callable[[], object],
+    ranks: CalibrationRanks,
+    timer: Callable[[Callable[[], object], CalibrationRanks], float],
+    repeats: int,
 ) -> tuple[float, bool]:
     """Median of the repeats that were left alone, and whether it can be trusted; more of them where others disturb."""
     took: list[float] = []
@@ -167,13 +170,13 @@ def _repeat(
     return statistics.median(counted), steady
 
 
-def _timer(once: Callable[[], object], ranks: Ranks) -> float:
+def _timer(once: Callable[[], object], ranks: CalibrationRanks) -> float:
     start = time.perf_counter()
     once()
     return time.perf_counter() - start
 
 
-def _cuda_timer(once: Callable[[], object], ranks: Ranks) -> float:
+def _cuda_timer(once: Callable[[], object], ranks: CalibrationRanks) -> float:
     """By events: time on the device, with the gaps that its launches leave."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     ranks.wait()
@@ -184,7 +187,7 @@ def _cuda_timer(once: Callable[[], object], ranks: Ranks) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def device_memory(ranks: Ranks) -> float:
+def device_memory(ranks: CalibrationRanks) -> float:
     """Bytes of this device's memory; on a CPU a rank's share of the machine's."""
     if ranks.device.type == "cuda":
         return float(torch.cuda.get_device_properties(ranks.device).total_memory)

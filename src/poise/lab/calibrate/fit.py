@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from poise.machine.curve import ExpertCurve
+from poise.machine.curve import MeasuredCurve
 from poise.util.errors import NoResultError, OptionError
 
 FASTEST_BYTES_PER_S = 1e16
@@ -251,7 +251,7 @@ class ComputeRow:
 class CurveFit:
     """An expert's curve, and how far the rows lie from it (modelled over measured, less 1; float64 [R])."""
 
-    curve: ExpertCurve
+    curve: MeasuredCurve
     residual_R: NDArray[np.float64]
     notes: tuple[str, ...] = ()
 
@@ -302,7 +302,7 @@ def fit_curve(rows: Sequence[ComputeRow], *, parameters: float, weight_bytes: fl
     )
     value = _exactly(_solution(done)[:top] * unit, knots)
     residual = value[place] / seconds - 1
-    curve = ExpertCurve(knots, value, parameters, weight_bytes)
+    curve = MeasuredCurve(knots, value, parameters, weight_bytes)
     return CurveFit(curve, residual, tuple(_remarks(curve, knots, seconds, place)))
 
 
@@ -316,7 +316,7 @@ def _exactly(value: NDArray[np.float64], knots: NDArray[np.float64]) -> NDArray[
 
 
 def _remarks(
-    curve: ExpertCurve, knots: NDArray[np.float64], seconds: NDArray[np.float64], place: NDArray[Any]
+    curve: MeasuredCurve, knots: NDArray[np.float64], seconds: NDArray[np.float64], place: NDArray[Any]
 ) -> list[str]:
     out = []
     mean = np.bincount(place, seconds) / np.bincount(place)

@@ -45,7 +45,7 @@ LONGEST_S = 2.0
 
 
 @dataclass(slots=True)
-class Ranks:
+class CalibrationRanks:
     """What every rank knows of the run; decisions are made from numbers that all ranks have agreed on.
 
     Parameters
@@ -124,7 +124,7 @@ class _Case:
         )  # fmt: skip
 
 
-def measure_links(ranks: Ranks, effort: Effort, *, find_nic: bool = False) -> list[LinkRow]:
+def measure_links(ranks: CalibrationRanks, effort: Effort, *, find_nic: bool = False) -> list[LinkRow]:
     """Rows of every pattern this shape has, from a few bytes to exchanges that last long enough.
 
     Parameters
@@ -186,7 +186,7 @@ def _grow(name: str, matrix_DD: NDArray[np.float64], runner: _Runner, effort: Ef
 class _Runner:
     """Runs rounds of dispatch and combine from one buffer."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: CalibrationRanks) -> None:
         self.ranks = ranks
         self._rank = dist.get_rank()
         self._buffer_nd = torch.zeros(0, ROW_BYTES, dtype=torch.uint8, device=ranks.device)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from poise.lab.calibrate.compute import arithmetic_rows, clock_rows, device_memory, expert_kind
 from poise.lab.calibrate.fit import ComputeRow, LinkFit, LinkRow, fit_curve, fit_links
-from poise.lab.calibrate.links import Effort, Ranks, measure_links
+from poise.lab.calibrate.links import CalibrationRanks, Effort, measure_links
 from poise.lab.calibrate.result import Calibration, Machine, assemble
 from poise.lab.emulate.clock import ExpertCurve
 from poise.lab.emulate.quiet import Meter, why_not
@@ -31,7 +31,7 @@ QUICK = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CalibrationPlan:
     """What to measure.
 
     Parameters
@@ -73,7 +73,7 @@ class Plan:
             raise OptionError("a cluster to start from is for a single process", hint="torchrun's shape is measured")
 
 
-def calibrate(plan: Plan, say: Callable[[str], object] = lambda text: None) -> Calibration | None:
+def calibrate(plan: CalibrationPlan, say: Callable[[str], object] = lambda text: None) -> Calibration | None:
     """Measure and fit; the result on rank 0, None on all others.
 
     Parameters
@@ -91,13 +91,15 @@ def calibrate(plan: Plan, say: Callable[[str], object] = lambda text: None) -> C
     device = _device(plan)
     try:
         if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-            return _measure(plan, Ranks(np.zeros(1, np.int32), device, plan.num_experts), kind, say)
+            return _measure(plan, CalibrationRanks(np.zeros(1, np.int32), device, plan.num_experts), kind, say)
         return _on_ranks(plan, device, kind, say)
     except torch.OutOfMemoryError as error:
         raise NoResultError(f"out of memory: {str(error).splitlines()[0][:200]}", hint="a smaller expert") from error
 
 
-def _on_ranks(plan: Plan, device: torch.device, kind: Any, say: Callable[[str], object]) -> Calibration | None:
+def _on_ranks(
+    plan: CalibrationPlan, device: torch.device, kind: Any, say: Callable[[str], object]
+) -> Calibration | None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
@@ -110,7 +112,7 @@ def _on_ranks(plan: Plan, device: torch.device, kind: Any, say: Callable[[str], 
     sharing = sum(machine == told[dist.get_rank()][1] for _, machine in told)
     say(f"{len(node_D)} ranks on {node_D[-1] + 1} nodes, {backend}")
     try:
-        out = _measure(plan, Ranks(node_D, device, plan.num_experts, sharing), kind, say)
+        out = _measure(plan, CalibrationRanks(node_D, device, plan.num_experts, sharing), kind, say)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -119,7 +121,9 @@ def _on_ranks(plan: Plan, device: torch.device, kind: Any, say: Callable[[str], 
     return out
 
 
-def _measure(plan: Plan, ranks: Ranks, kind: Any, say: Callable[[str], object]) -> Calibration | None:
+def _measure(
+    plan: CalibrationPlan, ranks: CalibrationRanks, kind: Any, say: Callable[[str], object]
+) -> Calibration | None:
     devices, total = len(ranks.node_D), plan.seconds * (QUICK if plan.quick else 1.0)
     alone = devices == 1
     effort = Effort(total * (1.0 if alone else COMPUTE_SHARE), repeats=plan.repeats)
@@ -200,7 +204,7 @@ def _judge_links(links: LinkFit, rows: list[LinkRow], others: float | None) -> l
     return [f"start-up times are those of a busy machine: {why}"] if why else []
 
 
-def _shape(ranks: Ranks) -> Cluster:
+def _shape(ranks: CalibrationRanks) -> Cluster:
     """The ranks' nodes, with constants that all of a measurement replaces but what it cannot see."""
     reference = Cluster.uniform(1, 1)
     constants = {
@@ -230,7 +234,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _device(plan: Plan) -> torch.device:
+def _device(plan: CalibrationPlan) -> torch.device:
     if plan.device == "cpu" or plan.clock is not None or (plan.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -56,7 +56,7 @@ ISOLATE = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class CommandBatch:
     """Lines for one ``ip -batch`` or ``tc -batch`` in one namespace (a device's number, or ROOT)."""
 
     namespace: int
@@ -69,11 +69,11 @@ def address(spec: EmulatedCluster, rank: int) -> str:
     return f"10.77.{spec.node_of(rank)}.{rank % spec.devices_per_node + 1}"
 
 
-def batches(spec: EmulatedCluster) -> list[Batch]:
+def batches(spec: EmulatedCluster) -> list[CommandBatch]:
     """All commands, in order. Interfaces are created in the root and moved into ``{ns<rank>}``, filled in later."""
     root_ip = [*_bridges(spec)]
     root_tc: list[str] = []
-    devices: list[Batch] = []
+    devices: list[CommandBatch] = []
     for rank in range(spec.num_devices):
         node = spec.node_of(rank)
         network = f"net{node}" if spec.nic_shared else "core"
@@ -81,13 +81,13 @@ def batches(spec: EmulatedCluster) -> list[Batch]:
         limit_net = None if spec.nic_shared else spec.inter_bytes_per_s
         root_tc += [*limited(f"f{rank}", spec.intra_bytes_per_s), *limited(f"n{rank}", limit_net)]
         devices += [
-            Batch(rank, "ip", _device(spec, rank)),
-            Batch(rank, "tc", (*limited("fab0", spec.intra_bytes_per_s), *limited("net0", limit_net))),
+            CommandBatch(rank, "ip", _device(spec, rank)),
+            CommandBatch(rank, "tc", (*limited("fab0", spec.intra_bytes_per_s), *limited("net0", limit_net))),
         ]
     if spec.nic_shared:
         for node in range(spec.nodes):
             root_tc += [*limited(f"up{node}", spec.inter_bytes_per_s), *limited(f"down{node}", spec.inter_bytes_per_s)]
-    return [Batch(ROOT, "ip", tuple(root_ip)), Batch(ROOT, "tc", tuple(root_tc)), *devices]
+    return [CommandBatch(ROOT, "ip", tuple(root_ip)), CommandBatch(ROOT, "tc", tuple(root_tc)), *devices]
 
 
 def sysctls(spec: EmulatedCluster) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from poise.lab.emulate.clock import DeviceClock
 from poise.runtime.collectives import point_to_point
 
-Exchange = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], object]
+ExchangeFunction = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], object]
 SKIP = 2
 """Rounds before the ones that count: connections are made and TCP's windows open."""
 
@@ -51,7 +51,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def bandwidth(mode: str, size: int, options: argparse.Namespace, exchange: Exchange) -> dict[str, object]:
+def bandwidth(mode: str, size: int, options: argparse.Namespace, exchange: ExchangeFunction) -> dict[str, object]:
     """Seconds of an all-to-all in which every device sends ``size`` bytes through its busiest port.
 
     With both ports busy each gets bytes in proportion to its rate, so that both should end together.
@@ -79,7 +79,7 @@ def bandwidth(mode: str, size: int, options: argparse.Namespace, exchange: Excha
     }
 
 
-def timed(splits: list[int], rounds: int, exchange: Exchange) -> list[float]:
+def timed(splits: list[int], rounds: int, exchange: ExchangeFunction) -> list[float]:
     """Seconds of each round on the rank that took longest; splits are bytes to each peer, alike both ways."""
     sent = torch.zeros(sum(splits), dtype=torch.uint8)
     got = torch.empty_like(sent)

@@ -55,7 +55,7 @@ _ELSEWHERE = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ExpertSizes:
     """What a configuration says of its experts.
 
     Parameters
@@ -116,7 +116,7 @@ def _laid_over(config: Config, inner: Config, nested: list[str]) -> Config:
     return {**outer, **said, "model_type": (known or [kind for kind in kinds if kind] or [""])[0]}
 
 
-def read_sizes(config: Config) -> Sizes:
+def read_sizes(config: Config) -> ExpertSizes:
     """Sizes of the experts, from the keys of the language model (:func:`text_part`).
 
     Raises
@@ -154,7 +154,7 @@ def read_sizes(config: Config) -> Sizes:
     latent = _only(config, LATENT, family.latent, name)
     bias = (matrices - 1) * inner + (latent or hidden) if family.biases else 0
     zeros = family.zeros + _only(config, ZERO, family.zero, name)
-    return Sizes(layers, moe, experts, top_k, hidden, inner, matrices, latent, bias, zeros)
+    return ExpertSizes(layers, moe, experts, top_k, hidden, inner, matrices, latent, bias, zeros)
 
 
 def _count(config: Config, family: Family) -> int:

@@ -20,7 +20,7 @@ ROW, ROW_STATE = 3.5e-6, 4e-8
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ProblemSizes:
     """Numbers of layers, experts, slots, devices, steps, tokens and picks."""
 
     layers: int
@@ -32,7 +32,7 @@ class Sizes:
     top_k: int
 
     @classmethod
-    def of(cls, problem: PlacementProblem) -> Sizes:
+    def of(cls, problem: PlacementProblem) -> ProblemSizes:
         """Of a problem."""
         batch = problem.batch
         tokens = 0 if batch.experts_TLK is None else len(batch.experts_TLK)
@@ -47,7 +47,7 @@ class Sizes:
 
 def price_seconds(problem: PlacementProblem) -> float:
     """One :func:`poise.cost.step.batch_cost`."""
-    n = Sizes.of(problem)
+    n = ProblemSizes.of(problem)
     steps = n.layers * n.steps * (2.4e-8 * (n.slots + 4 * n.devices) + 1e-4 * (problem.split == "exact"))
     each = 1.7e-8 * n.devices if problem.traffic == "stay" else 5e-8
     return steps + n.layers * n.tokens * n.top_k * each
@@ -55,20 +55,20 @@ def price_seconds(problem: PlacementProblem) -> float:
 
 def bound_seconds(problem: PlacementProblem) -> float:
     """One :func:`poise.cost.bound.bound_terms`."""
-    n = Sizes.of(problem)
+    n = ProblemSizes.of(problem)
     return 2.5e-8 * n.layers * n.steps * n.experts + 4e-7 * n.layers * n.tokens
 
 
 def state_seconds(problem: PlacementProblem) -> float:
     """The search's data and two of its states."""
-    n = Sizes.of(problem)
+    n = ProblemSizes.of(problem)
     loads = 3e-8 * n.layers * n.steps * (n.slots + 6 * n.devices)
     return loads + n.layers * n.tokens * (ROW + 2 * ROW_STATE * (n.top_k + n.devices))
 
 
 def start_seconds(problem: PlacementProblem, name: str, seconds: float) -> float:
     """A method as a start of ``poise``, with a budget of some seconds of its own."""
-    n = Sizes.of(problem)
+    n = ProblemSizes.of(problem)
     if name in ("poise-stay", "exflow"):
         return 1e-5 * n.layers * n.tokens**0.5 + 0.6 * min(seconds, 0.5 * n.layers)
     by_layer = {

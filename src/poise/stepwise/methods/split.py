@@ -58,7 +58,7 @@ def spread_evenly(load_E: NDArray[np.int64], num_devices: int) -> NDArray[np.int
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class ExactSplit:
     """Exact split over the static placement; no weight moves.
 
     Parameters
