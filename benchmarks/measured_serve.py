@@ -361,8 +361,6 @@ def report(found: dict[str, Any]) -> str:
     base, stated = found["cluster"], found["stated"]
     picture = f"measured-serve-{scene.name}.svg"
     (REPORTS / picture).write_text(bar_chart(bars, ("measured", "simulated"), "seconds a step"))
-    timeline = f"measured-serve-{scene.name}.perfetto.json"
-    write_perfetto(REPORTS / timeline, timelines(found))
     words = (
         f"{found['words']}. {scene.tokens_per_device} rows a device and step, {layers} layers, {marks.shape[2]} steps after "
         f"{WARM_UP} warm-up steps, {marks.shape[1]} paired repeats, flow `{scene.traffic}`. Ports set to "
@@ -375,8 +373,7 @@ def report(found: dict[str, Any]) -> str:
     )
     return (f"## {scene.name}\n\n{words}\n\n{table(head, rows)}\n\nThe simulation beside it (rank by rank, `simulate/serving.py`), seconds a step, means over "
             f"steps of medians over repeats; last, the step as planners see it, one term after the other:\n\n{table(error_head, errors)}{warning}\n\n"
-            f"![measured and simulated]({picture})\n\nTimeline of one step, measured and simulated: [{timeline}]({timeline}), "
-            f"for ui.perfetto.dev.")  # fmt: skip
+            f"![measured and simulated]({picture})")  # fmt: skip
 
 
 def timelines(found: dict[str, Any]) -> dict[str, list[Event]]:
@@ -406,13 +403,19 @@ def main() -> None:
     parser.add_argument("--scenes", default=",".join(SCENES))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--keep", type=Path, help="folder for what is measured; what lies there is not measured again")
+    parser.add_argument(
+        "--timelines", type=Path, help="folder for a step of each scene, measured and simulated (ui.perfetto.dev)"
+    )
     options = parser.parse_args()
     for name in options.scenes.split(","):
         scene = SCENES[name] if options.steps is None else replace(SCENES[name], steps=options.steps)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) if options.keep is None else options.keep / name
             folder.mkdir(parents=True, exist_ok=True)
-            text = report(measure(scene, options.data, options.repeats, folder))
+            found = measure(scene, options.data, options.repeats, folder)
+        text = report(found)
+        if options.timelines is not None:
+            write_perfetto(options.timelines / f"serve-{name}.json", timelines(found))
         write("Serving, measured on an emulated cluster", [text], f"-{name}")
 
 

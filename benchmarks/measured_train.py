@@ -4,7 +4,7 @@
         [--layers 2] [--no-stream] [--note TEXT]
 
 DATA holds olmoe/expert_counts/*.npz. Calibrates the emulated cluster, measures control and overheads on other traffic
-than the table's, then the table. Writes reports/DATE-measured_train-CLUSTER.md and a timeline beside it.
+than the table's, then the table. Writes reports/DATE-measured_train-CLUSTER.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPORTS, table, write
+from common import table, write
 from train_cases import of_domains
 
 from poise.cost.exchange import ExchangeModel
@@ -383,6 +383,7 @@ def main() -> None:
     parser.add_argument("--no-stream", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print the report, write nothing")
     parser.add_argument("--keep", type=Path, help="folder for what was measured")
+    parser.add_argument("--timeline", type=Path, help="file for a step, measured and simulated (ui.perfetto.dev)")
     asked = parser.parse_args()
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
@@ -402,8 +403,8 @@ def main() -> None:
         np.savez(folder / "measured.npz", **got)
         np.savez(folder / "other.npz", **other)
         parts, found = compared(bench, loads, rows, got, other)
-        if not asked.dry:
-            timeline(bench, got, rows, found, REPORTS / f"measured_train-{asked.cluster}.perfetto.json")
+        if asked.timeline is not None:
+            timeline(bench, got, rows, found, asked.timeline)
     text = [about(bench, loads, asked.steps, asked.repeats), *parts]
     text.append(f"Clock overruns {int(got['overruns'].sum())}, sleeps late by at most {1e3 * got['late_p99_s'].max():.2f} ms (p99); gradients "
                 f"within {got['gaps'].max():.1e} of a dense run; links shaped: {bool(got['shaped'])}. Run time {time.time() - started:.0f} s.")  # fmt: skip
