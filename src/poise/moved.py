@@ -52,6 +52,8 @@ MODULES = {
 
 def now_called(name: str) -> str:
     """Today's name of a module, or "" if that name never was another's."""
+    if not name.startswith("poise."):
+        return ""
     if name in MODULES:
         return MODULES[name]
     for old, new in ROOMS.items():
