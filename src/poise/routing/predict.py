@@ -56,7 +56,7 @@ def _prior(batch: RoutingBatch, prior_LE: NDArray[np.float64] | None) -> NDArray
     shape = (batch.num_layers, batch.num_experts)
     if prior_LE is not None and prior_LE.shape != shape:
         raise OptionError(f"prior loads have shape {prior_LE.shape}, the batch has [layers, experts] {shape}")
-    return _share(np.ones(shape) if prior_LE is None else prior_LE)
+    return np.ones(shape) if prior_LE is None else prior_LE
 
 
 def _scaled(share_BLE: NDArray[np.float64], batch: RoutingBatch) -> NDArray[np.float64]:
@@ -100,7 +100,7 @@ class Exponential:
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """See :class:`Predictor`."""
         out = np.empty(batch.load_BLE.shape)
-        out[0] = _prior(batch, prior_LE)
+        out[0] = _share(_prior(batch, prior_LE))
         level = np.zeros(out.shape[1:])
         for b in range(1, batch.num_steps):
             level = self.decay * level + batch.load_BLE[b - 1]
