@@ -18,9 +18,9 @@ from poise.cost.weights import control_seconds, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
+from poise.stepwise.driver import LayerDriver
 from poise.stepwise.poise import kernels as k
 from poise.stepwise.poise.policy import Poise
-from poise.stepwise.protocol import LayerView
 
 EXPERTS, DRAWS = 256, 300
 
@@ -67,12 +67,11 @@ def main() -> None:
                 desk = k.make_desk(EXPERTS, devices, slots + 2 * devices)
                 ready = k.compile_all(held, desk)
                 after = timed(lambda a=(sources, ready, rates, 0.05, desk): k.best_split(*a))
-                view = LayerView(
-                    held, held, load.astype(float), np.zeros((0, EXPERTS)), np.zeros_like(held), 2, 0, 0, price
-                )
-                policy, began = Poise(objective="tokens"), time.perf_counter()
+                driver = LayerDriver(Poise(objective="tokens"), held, step_slots=2, layer=0)
+                view = driver.view(0, load.astype(float), np.zeros((0, EXPERTS)), price)
+                began = time.perf_counter()
                 for _ in range(5):
-                    policy.before_gate(view)
+                    driver.choose(view)
                 before = f"{1e3 * (time.perf_counter() - began) / 5:.1f} ms"
             rows.append(
                 [devices, slots, skew, split, own, after, before, f"{1e6 * control_seconds(EXPERTS, cluster):.0f}"]

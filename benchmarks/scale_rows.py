@@ -62,17 +62,16 @@ class Lag:
         return cls(over[0], name, over[1], bool(np.argmax(compute) == np.argmax(port)))
 
 
-class Recorder:
+class Recorder(StepPolicy):
     """A step policy that measures another: seconds of its calls, and who lags under its plans."""
 
     def __init__(self, policy: StepPolicy, first: int) -> None:
         self.policy, self.first = policy, first
+        self.name, self.summary, self.exact = policy.name, policy.summary, policy.exact
+        self.keeps, self.unbounded = policy.keeps, policy.unbounded
         self.before_s: dict[tuple[int, int], float] = Counter()
         self.after_s: dict[tuple[int, int], float] = Counter()
         self.lags: dict[tuple[int, int], Lag] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.policy, name)
 
     def before_gate(self, view: LayerView) -> Any:
         """Timed."""

@@ -37,6 +37,7 @@ from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
 from poise.replay.training import SourceLoads, TrainingReplay, replay_training
 from poise.routing.predict import SlidingMean
+from poise.stepwise.driver import LayerDriver
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import LayerView, StepPolicy
 from poise.stepwise.registry import POLICIES
@@ -346,23 +347,21 @@ def planner(data: Path) -> list[str]:
         for slots in (2, 8):
             before, after = [], []
             for step in range(5, 12):
-                predicted = traffic.load_BLSE[step - 5 : step, 0].sum(axis=(0, 1)) / 5.0
-                view = LayerView(
-                    owned, owned, predicted, np.zeros((0, experts)), np.zeros_like(owned), slots, step, 0, price
-                )
+                driver = LayerDriver(Poise(), owned, step_slots=slots, layer=0)
                 load_SE = traffic.load_BLSE[step, 0].astype(np.int64)
+                loads_HE = traffic.load_BLSE[:step, 0].sum(axis=1).astype(np.float64)
+                view = driver.view(step, driver.predict(loads_HE, float(load_SE.sum())), loads_HE, price)
                 for _ in range(5):
                     t0 = time.perf_counter()
-                    held = Poise().before_gate(view)
+                    held = driver.choose(view)
                     t1 = time.perf_counter()
-                    Poise().after_gate(view, held, load_SE)
+                    done = driver.finish(view, held, load_SE)
                     before.append(t1 - t0)
                     after.append(time.perf_counter() - t1)
-            charged = price.control_s + Poise().training_plan_seconds(experts, devices)
             step_s = np.median(run(case, traffic, Poise(), slots, Balanced()).step_seconds_B)
             share = np.median(before) * case.model.num_moe_layers / step_s
             rows.append([f"{experts} x {devices}", slots, f"{1e3 * np.median(before):.2f}", f"{share:.0%}",
-                         f"{1e3 * np.median(after):.3f}", f"{1e3 * charged:.3f}"])  # fmt: skip
+                         f"{1e3 * np.median(after):.3f}", f"{1e3 * done.control_s:.3f}"])  # fmt: skip
     return ["## Planning time of poise", "One core, median, ms a layer (GPT-MoE-S on A). Before the gate: a thread plans the next step as "
             "soon as a layer's loads are known, and is hidden as long as all layers take less than a step (share below 100 %). After the "
             "gate: on the critical path, in the control time that is charged.",

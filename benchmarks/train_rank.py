@@ -286,7 +286,7 @@ class Row:
         self.run.set_gradient_divide_factor(1.0)
         self.model, self.schedule = model, self.run.schedule
         self.schedule.top_k = traffic.top_k
-        self._known: tuple[LoadHistory, list[Any], np.ndarray] | None = None
+        self._known: tuple[LoadHistory, list[np.ndarray], np.ndarray] | None = None
         self.tokens: list[np.ndarray] = []
 
     def reset(self, warm_up: int) -> None:
@@ -298,30 +298,31 @@ class Row:
         if (owners != self.run.owners).any():
             self.run.reshard(owners)
         schedule.forget_held()
-        schedule.history, schedule._held = copy.deepcopy(history), list(held)
+        schedule.history = copy.deepcopy(history)
+        for driver, held_ED in zip(schedule.drivers, held, strict=True):
+            driver.held_ED = held_ED.copy()
         schedule._unstepped = False
         for layer in range(len(schedule.layers)):
             schedule._ahead.start(layer, schedule._version, schedule._early_plan(layer))
         for layer in range(len(schedule.layers)):
             schedule._ahead.get(layer, schedule._version)
 
-    def _rehearse(self, warm_up: int) -> tuple[LoadHistory, list[Any], np.ndarray]:
-        schedule, policy, load = self.schedule, self.schedule.settings.policy, self.traffic.load_BLSE
-        keeps = getattr(policy, "keeps_in_training", policy.keeps)
+    def _rehearse(self, warm_up: int) -> tuple[LoadHistory, list[np.ndarray], np.ndarray]:
+        schedule, load = self.schedule, self.traffic.load_BLSE
         for step in range(warm_up):
             for layer in range(load.shape[1]):
                 load_SE = load[step, layer].astype(np.int64)
-                early = policy.before_gate(schedule.view(layer))
-                plan = policy.after_gate(schedule.view(layer, load_SE.sum()), early, load_SE)
-                schedule._held[layer] = plan.holders_ED if keeps else None
+                driver = schedule.drivers[layer]
+                early_ED = driver.choose(schedule.view(layer))
+                driver.finish(schedule.view(layer, load_SE.sum()), early_ED, load_SE)
                 schedule.history.record(layer, load_SE.sum(axis=0))
             schedule.history.close()
         owners = self.owners.copy()
-        for layer, held in enumerate(schedule._held):
-            if held is not None:  # who no longer holds an expert does not own it
-                gone = ~held[np.arange(len(held)), owners[layer]]
-                owners[layer, gone] = held[gone].argmax(axis=1)
-        return copy.deepcopy(schedule.history), list(schedule._held), owners
+        kept = [driver.held_ED for driver in schedule.drivers]
+        for layer, held_ED in enumerate(kept):  # who no longer holds an expert does not own it
+            gone = ~held_ED[np.arange(len(held_ED)), owners[layer]]
+            owners[layer, gone] = held_ED[gone].argmax(axis=1)
+        return copy.deepcopy(schedule.history), kept, owners
 
     def step(self, step: int) -> tuple[np.ndarray, float, float]:
         """Marks of every layer [L, 2, 11], and when the step began and ended."""

@@ -37,7 +37,7 @@ from poise.serve.batch import Chunk, StepBatch
 from poise.serve.load import from_config
 from poise.serve.model import FAMILIES
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
 from poise.stepwise.registry import parse_policy
 from poise.util.errors import ModelError, OptionError, PlacementError
 
@@ -207,7 +207,7 @@ def fast_loops() -> dict:
 
 
 @dataclass(frozen=True)
-class OneByOne:
+class OneByOne(StepPolicy):
     """Brings one replica after the other in the background."""
 
     name: ClassVar[str] = "one-by-one"
@@ -243,7 +243,7 @@ def replicas_in_the_background() -> dict:
 
             assert served.generate(m.prompts(), 12, before_step=swap) == answers("olmoe", new=12), traffic
             for layer in served.experts.values():
-                landed += int(layer.split._state.held_ED.sum() > layer.placement.count_LED()[layer.index].sum())
+                landed += int(layer.split._driver.held_ED.sum() > layer.placement.count_LED()[layer.index].sum())
     assert landed > 0
     return {"layers that kept replicas": landed}
 

@@ -21,7 +21,7 @@ from poise.planning.placement import Placement
 from poise.replay.static import Replay
 from poise.routing.batch import RoutingBatch
 from poise.routing.predict import Predictor, SlidingMean
-from poise.stepwise.driver import RECENT, LayerLoop
+from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.errors import OptionError
 
@@ -100,8 +100,8 @@ class _Run:
         traffic: Traffic,
     ) -> None:
         self.batch, self.loop, self.price, self.traffic, self.count_LED = batch, loop, price, traffic, count_LED
-        self.loops = [
-            LayerLoop(loop.policy, price, static_ED, step_slots=loop.step_slots, layer=layer)
+        self.drivers = [
+            LayerDriver(loop.policy, static_ED, step_slots=loop.step_slots, layer=layer)
             for layer, static_ED in enumerate(count_LED > 0)
         ]
         shape = (batch.num_steps, batch.num_layers)
@@ -121,7 +121,6 @@ class _Run:
         batch, cluster = self.batch, self.price.cluster
         rows = slice(0, 0) if batch.start_B is None else slice(*batch.start_B[step : step + 2])
         source_T = None if self.home_T is None else self.home_T[rows].astype(np.int64)
-        recent = batch.load_BLE[max(0, step - RECENT) : step]
         for layer in range(batch.num_layers):
             load_E = np.rint(batch.load_BLE[step, layer]).astype(np.int64)
             if not load_E.any():
@@ -134,8 +133,9 @@ class _Run:
             else:
                 experts_TK = batch.experts_TLK[rows, layer]
                 count_sources(experts_TK, source_T, load_SE)
-            view, early_ED = self.loops[layer].begin(step, predicted_LE[layer], recent[:, layer])
-            plan = self._plan(view, early_ED, load_SE)
+            driver = self.drivers[layer]
+            view = driver.view(step, predicted_LE[layer], batch.load_BLE[:step, layer], self.price)
+            plan = self._book(driver.finish(view, driver.choose(view), load_SE))
             flow, device_TK = plan.rows_SED, None
             if source_T is not None and self.traffic != "home":
                 flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D) if flow is None else flow
@@ -149,16 +149,12 @@ class _Run:
             if self.traffic == "stay" and device_TK is not None and source_T is not None:
                 source_T = np.where(device_TK[:, 0] < 0, source_T, device_TK[:, 0])
 
-    def _plan(self, view: LayerView, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
+    def _book(self, done: Outcome) -> StepPlan:
         """The layer's plan; weights and control time are booked."""
-        at, policy = (view.step, view.layer), self.loop.policy
-        done = self.loops[view.layer].finish(view, early_ED, load_SE)
+        at = (done.view.step, done.view.layer)
         self.out["weights"][at] = max(0.0, done.early_s - self.price.window_s) + done.late_s
-        if policy.exact and not done.plan.passive:
-            self.out["control"][at] = self.price.control_s
-        moved = (early_ED & ~view.before_ED).sum() + (done.plan.holders_ED & ~early_ED).sum()
-        moved += 0 if done.started_ED is None else done.started_ED.sum()
-        self.moved_BL[at] = float(moved) * self.price.model.expert_bytes
+        self.out["control"][at] = done.control_s
+        self.moved_BL[at] = float(done.fetched) * self.price.model.expert_bytes
         return done.plan
 
     def _price(

@@ -26,9 +26,8 @@ from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
 from poise.replay.serving import WARM_UP, FastLoop
 from poise.replay.work import LayerWork, Rounds
 from poise.routing.batch import RoutingBatch
-from poise.stepwise.driver import RECENT
+from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.methods.split import spread_evenly
-from poise.stepwise.protocol import LayerView, StepPlan
 from poise.stepwise.sharding import Even, ShardingPolicy, check_sharding, even_sharding, moves, owned_ED
 from poise.util.errors import OptionError
 
@@ -199,9 +198,7 @@ class _Run:
     ) -> None:
         self.traffic, self.loop, self.price, self.sharding = traffic, loop, price, sharding
         self.owner_LE, self.moved_owners = owner_LE, 0
-        self.keeps = getattr(loop.policy, "keeps_in_training", loop.policy.keeps)
-        plan_seconds = getattr(loop.policy, "training_plan_seconds", None)
-        self.plan_s = plan_seconds(*traffic.load_BLSE.shape[:1:-1]) if plan_seconds else 0.0
+        self.keeps = loop.policy.keeps_in_training
         batch = traffic.batch()
         self.load_BLE = batch.load_BLE
         self.predicted_BLE = loop.predictor.predict_BLE(batch)
@@ -211,9 +208,15 @@ class _Run:
         self.tokens_BLD = np.zeros((steps, layers, devices), np.int64)
         self.replicas_BLD = np.zeros((steps, layers, devices), np.int64)
         self.reshard_B = np.zeros(steps)
-        self.held_LED = np.stack([owned_ED(row, devices) for row in owner_LE])
+        self.drivers = self._drivers()
         self.work: list[list[LayerWork]] | None = [[] for _ in range(steps)] if by_rank else None
         self.last = layers - 1
+
+    def _drivers(self) -> list[LayerDriver]:
+        """One a layer, from the present owners on."""
+        devices, loop = self.price.cluster.num_devices, self.loop
+        return [LayerDriver(loop.policy, owned_ED(owner_E, devices), step_slots=loop.step_slots, layer=layer)
+                for layer, owner_E in enumerate(self.owner_LE)]  # fmt: skip
 
     def reshard(self, step: int, first: int) -> None:
         interval = self.sharding.interval
@@ -228,27 +231,21 @@ class _Run:
         seconds = reshard_seconds(self.owner_LE, new, self.price)
         self.reshard_B[step : step + interval] += seconds / interval
         self.owner_LE, self.moved_owners = new, self.moved_owners + len(changed)
-        self.held_LED = np.stack([owned_ED(row, devices) for row in new])
+        self.drivers = self._drivers()
 
     def layer(self, step: int, layer: int) -> None:
-        price, policy, cluster = self.price, self.loop.policy, self.price.cluster
+        price, cluster, driver = self.price, self.price.cluster, self.drivers[layer]
         load_SE = self.traffic.load_BLSE[step, layer].astype(np.int64)
         if not load_SE.any():
             if self.work is not None:
                 none = np.zeros((cluster.num_devices,) * 2)
                 self.work[step].append(LayerWork(none, none[0]))
             return
-        owned = owned_ED(self.owner_LE[layer], cluster.num_devices)
-        before = self.held_LED[layer] if self.keeps else owned
-        recent = self.load_BLE[max(0, step - RECENT) : step, layer]
-        view = LayerView(owned, before, self.predicted_BLE[step, layer], recent, np.zeros_like(owned),
-                         self.loop.step_slots, step, layer, price)  # fmt: skip
-        early = policy.before_gate(view)
-        plan = policy.after_gate(view, early, load_SE)
-        plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
-        transfers = self._weights(view, early, plan)
-        if policy.exact and not plan.passive:
-            self.out["control"][step, layer] = price.control_s + self.plan_s
+        view = driver.view(step, self.predicted_BLE[step, layer], self.load_BLE[:step, layer], price)
+        done = driver.finish(view, driver.choose(view), load_SE)
+        transfers = self._weights(done)
+        self.out["control"][step, layer] = done.control_s
+        plan = done.plan
         flow = plan.rows_SED
         if flow is None:
             flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D)
@@ -264,8 +261,9 @@ class _Run:
                 LayerWork(bytes_DD, work_ED.sum(axis=0) / cluster.speed_D, before, after, back, self._again(layer))
             )
 
-    def _weights(self, view: LayerView, early_ED: NDArray[np.bool_], plan: StepPlan) -> list[tuple[Moves, float]]:
+    def _weights(self, done: Outcome) -> list[tuple[Moves, float]]:
         """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
+        view, plan, early_ED = done.view, done.plan, done.early_ED
         price, at = self.price, (view.step, view.layer)
         size = price.model.expert_bytes
         again = self._again(view.layer)
@@ -279,7 +277,6 @@ class _Run:
             new = int(added.sum())
             switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
             parts = [plan.holders_ED & ~base]
-            self.held_LED[view.layer] = plan.holders_ED
         else:
             base = view.before_ED
             parts = [early_ED & ~base, plan.holders_ED & ~early_ED & ~base]

@@ -16,6 +16,9 @@ from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
 from poise.util.errors import OptionError
 
+WINDOW = 5
+"""Steps whose mean load is the prediction (Hecate, arXiv 2502.02581, section 3: w = 5)."""
+
 
 class Predictor(Protocol):
     """Settings of a prediction."""
@@ -32,6 +35,17 @@ class Predictor(Protocol):
         ...
 
 
+def mean_share(load: NDArray[np.float64], window: int, prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sliding mean: each expert's share of the last ``window`` steps' tokens, float64 [..., E].
+
+    Parameters
+    ----------
+    load : float64 [H, ..., E], tokens of the steps before, the newest last; H may be 0.
+    prior : [..., E], loads of any scale that stand in where no step is known.
+    """
+    return _share(load[-window:].sum(axis=0) if len(load) else prior)
+
+
 def _share(load: NDArray[np.float64]) -> NDArray[np.float64]:
     total = load.sum(axis=-1, keepdims=True)
     out: NDArray[np.float64] = np.where(total > 0, load / np.maximum(total, 1e-300), 1.0 / load.shape[-1])
@@ -42,7 +56,7 @@ def _prior(batch: RoutingBatch, prior_LE: NDArray[np.float64] | None) -> NDArray
     shape = (batch.num_layers, batch.num_experts)
     if prior_LE is not None and prior_LE.shape != shape:
         raise OptionError(f"prior loads have shape {prior_LE.shape}, the batch has [layers, experts] {shape}")
-    return _share(np.ones(shape) if prior_LE is None else prior_LE)
+    return np.ones(shape) if prior_LE is None else prior_LE
 
 
 def _scaled(share_BLE: NDArray[np.float64], batch: RoutingBatch) -> NDArray[np.float64]:
@@ -64,19 +78,16 @@ def _pairs_BL(batch: RoutingBatch) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class SlidingMean:
-    """Mean of the last ``window`` steps' loads (Hecate, arXiv 2502.02581, section 3: w = 5)."""
+    """Mean of the last ``window`` steps' loads (:func:`mean_share`)."""
 
     name: ClassVar[str] = "mean"
-    window: int = 5
+    window: int = WINDOW
 
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """See :class:`Predictor`."""
-        out = np.empty(batch.load_BLE.shape)
-        out[0] = _prior(batch, prior_LE)
-        total = np.concatenate([np.zeros((1, *out.shape[1:])), np.cumsum(batch.load_BLE, axis=0)])
-        for b in range(1, batch.num_steps):
-            out[b] = _share(total[b] - total[max(0, b - self.window)])
-        return _scaled(out, batch)
+        prior = _prior(batch, prior_LE)
+        shares = [mean_share(batch.load_BLE[:b], self.window, prior) for b in range(batch.num_steps)]
+        return _scaled(np.stack(shares), batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,7 @@ class Exponential:
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """See :class:`Predictor`."""
         out = np.empty(batch.load_BLE.shape)
-        out[0] = _prior(batch, prior_LE)
+        out[0] = _share(_prior(batch, prior_LE))
         level = np.zeros(out.shape[1:])
         for b in range(1, batch.num_steps):
             level = self.decay * level + batch.load_BLE[b - 1]
@@ -107,7 +118,7 @@ class RequestMix:
 
     name: ClassVar[str] = "requests"
     prior_tokens: float = 32.0
-    window: int = 5
+    window: int = WINDOW
 
     def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """See :class:`Predictor`."""

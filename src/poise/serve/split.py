@@ -13,9 +13,10 @@ from torch import Tensor
 
 from poise.cost.route import assign_tokens, deal_evenly, locality_rows
 from poise.cost.weights import StepPrice
+from poise.routing.predict import WINDOW
 from poise.runtime.dispatch import all_counts
 from poise.runtime.flows import Flow
-from poise.stepwise.driver import RECENT, LayerLoop, Outcome
+from poise.stepwise.driver import RECENT, LayerDriver, Outcome
 from poise.stepwise.protocol import LayerView, StepPolicy
 
 
@@ -92,7 +93,7 @@ class ServingPolicy:
     policy: StepPolicy
     price: StepPrice
     step_slots: int = 1
-    window: int = 5
+    window: int = WINDOW
     prior_LE: NDArray[np.float64] | None = None
 
 
@@ -110,13 +111,13 @@ class PlannedSplit:
         self, loop: ServingPolicy, layer: int, count_ED: NDArray[Any], flow: Flow, replicas: ReplicaStore
     ) -> None:
         static_ED = count_ED > 0
-        self._state = LayerLoop(loop.policy, loop.price, static_ED, step_slots=loop.step_slots, layer=layer)
-        self._flow, self._rank, self._replicas = flow, flow.rank, replicas
+        self._driver = LayerDriver(
+            loop.policy, static_ED, step_slots=loop.step_slots, layer=layer, window=loop.window,
+            prior_E=None if loop.prior_LE is None else loop.prior_LE[layer],
+        )  # fmt: skip
+        self._price, self._flow, self._rank, self._replicas = loop.price, flow, flow.rank, replicas
         self._even = EvenSplit(count_ED, flow.rank)
-        experts = len(static_ED)
         self._recent: deque[NDArray[np.float64]] = deque(maxlen=max(RECENT, loop.window))
-        self._window = loop.window
-        self._prior_E = np.ones(experts) if loop.prior_LE is None else loop.prior_LE[layer]
         self._step = 0
         self._view: LayerView | None = None
         self._early_ED = static_ED
@@ -124,14 +125,12 @@ class PlannedSplit:
 
     def prefetch(self, tokens: int | None) -> None:
         """Plan from predicted loads, start to fetch. ``tokens``: pairs of this step, all ranks; default: as before."""
-        seen = list(self._recent)
-        base_E = np.sum(seen[-self._window :], axis=0) if seen else self._prior_E
-        pairs = float(seen[-1].sum()) if seen else float(len(base_E))
-        share_E = base_E / base_E.sum() if base_E.sum() else np.full(len(base_E), 1.0 / len(base_E))
-        recent_HE = np.array(seen[-RECENT:]).reshape(-1, len(base_E))
-        self._view, self._early_ED = self._state.begin(
-            self._step, share_E * (pairs if tokens is None else float(tokens)), recent_HE
-        )
+        driver, experts = self._driver, len(self._early_ED)
+        loads_HE = np.array(self._recent).reshape(-1, experts)
+        if tokens is None:
+            tokens = int(loads_HE[-1].sum()) if len(loads_HE) else experts
+        self._view = driver.view(self._step, driver.predict(loads_HE, tokens), loads_HE, self._price)
+        self._early_ED = driver.choose(self._view)
         self._replicas.fetch(self._early_ED & ~self._view.before_ED, self._early_ED | self._view.coming_ED)
 
     def devices(self, ids_TK: Tensor) -> Tensor:
@@ -143,9 +142,8 @@ class PlannedSplit:
             self.prefetch(None)
         assert self._view is not None
         experts = len(self._early_ED)
-        leaves_alone = getattr(self._state.policy, "leaves_alone", None)
         self.outcome = None
-        if leaves_alone is not None and leaves_alone(self._view, self._early_ED):
+        if self._driver.needs_no_loads(self._view, self._early_ED):
             self._flow.tell_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
             return self._even.devices(ids_TK)
         load_SE = all_counts(ids_TK, experts, self._flow.group)
@@ -156,7 +154,7 @@ class PlannedSplit:
         if plan.rows_SED is not None:
             rows_SED[self._rank] = plan.rows_SED[self._rank]
         else:
-            node_D = self._state.price.cluster.node_D
+            node_D = self._price.cluster.node_D
             rows_SED[self._rank] = locality_rows(load_SE, plan.quota_ED, node_D, self._rank)[0]
         device_TK = np.empty(tuple(ids_TK.shape), np.int64)
         ids = ids_TK.cpu().numpy()
@@ -166,7 +164,7 @@ class PlannedSplit:
     def _plan(self, load_SE: NDArray[np.int64]) -> Outcome:
         assert self._view is not None
         view, self._view = self._view, None
-        self.outcome = self._state.finish(view, self._early_ED, load_SE)
+        self.outcome = self._driver.finish(view, self._early_ED, load_SE)
         self._recent.append(load_SE.sum(axis=0).astype(np.float64))
         self._step += 1
         return self.outcome
@@ -177,8 +175,7 @@ class PlannedSplit:
         if outcome is None:
             assert self._flow.told_DX is not None
             outcome = self._plan(self._flow.told_DX.cpu().numpy())
-        state = self._state
         if outcome.started_ED is not None:
-            self._replicas.start(outcome.started_ED, state.held_ED | outcome.started_ED)
+            self._replicas.start(outcome.started_ED, self._driver.held_ED | outcome.started_ED)
         if outcome.landed_ED is not None:
             self._replicas.land()

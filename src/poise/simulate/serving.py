@@ -24,7 +24,8 @@ from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
-from poise.stepwise.driver import RECENT, LayerLoop
+from poise.stepwise.driver import LayerDriver
+from poise.stepwise.protocol import LayerView
 from poise.util.errors import OptionError
 
 MARKS = ("start", "attention", "planned", "dispatched", "computed", "combined")
@@ -74,12 +75,12 @@ def served_work(
     if batch.experts_TLK is None or batch.start_B is None or traffic == "home_node_dedup":
         raise OptionError("ranks are simulated for known tokens and flows of one hop", hint="use the replay")
     count_LED = placement.count_LED()
-    loops, predicted_BLE = None, None
+    drivers, predicted_BLE = None, None
     if loop is not None:
         tokens = float(batch.tokens_BL().max(axis=1).mean())
         price = step_price(tokens, batch.num_experts, cluster, model, window_s=loop.window_s, control_s=loop.control_s)
-        loops = [LayerLoop(loop.policy, price, held > 0, step_slots=loop.step_slots, layer=layer)
-                 for layer, held in enumerate(count_LED)]  # fmt: skip
+        drivers = [LayerDriver(loop.policy, held > 0, step_slots=loop.step_slots, layer=layer)
+                   for layer, held in enumerate(count_LED)]  # fmt: skip
         predicted_BLE = loop.predictor.predict_BLE(batch, prior_LE)
     home_T, out = batch.home_of_tokens(cluster.num_devices).astype(np.int64), []
     for step in range(batch.num_steps):
@@ -88,10 +89,9 @@ def served_work(
         for layer in range(batch.num_layers):
             experts_TK = batch.experts_TLK[rows, layer].astype(np.int64)
             fetches, device_TK = (0.0, 0.0), None
-            if loops is not None and predicted_BLE is not None:
-                recent_HE = batch.load_BLE[max(0, step - RECENT) : step, layer]
-                device_TK, fetches = _planned(loops[layer], step, predicted_BLE[step, layer], recent_HE, experts_TK,
-                                              source_T)  # fmt: skip
+            if drivers is not None and predicted_BLE is not None:
+                view = drivers[layer].view(step, predicted_BLE[step, layer], batch.load_BLE[:step, layer], price)
+                device_TK, fetches = _planned(drivers[layer], view, experts_TK, source_T)
             planned = device_TK is not None
             if device_TK is None:
                 device_TK = np.empty_like(experts_TK)
@@ -106,14 +106,13 @@ def served_work(
 
 
 def _planned(
-    loop: LayerLoop, step: int, predicted_E: NDArray[np.float64], recent_HE: NDArray[np.float64],
-    experts_TK: NDArray[np.int64], source_T: NDArray[np.int64],
-) -> tuple[NDArray[np.int64] | None, tuple[float, float]]:  # fmt: skip
-    """Devices by the loop's plan, None where it leaves the engine's split alone; seconds of early and late fetches."""
-    cluster = loop.price.cluster
-    load_SE = np.zeros((cluster.num_devices, len(predicted_E)), np.int64)
+    driver: LayerDriver, view: LayerView, experts_TK: NDArray[np.int64], source_T: NDArray[np.int64]
+) -> tuple[NDArray[np.int64] | None, tuple[float, float]]:
+    """Devices by the policy's plan, None where it leaves the engine's split alone; seconds of both fetches."""
+    cluster = view.price.cluster
+    load_SE = np.zeros((cluster.num_devices, len(view.predicted_E)), np.int64)
     count_sources(experts_TK, source_T, load_SE)
-    done = loop.finish(*loop.begin(step, predicted_E, recent_HE), load_SE)
+    done = driver.finish(view, driver.choose(view), load_SE)
     fetches = (done.early_s, done.late_s)
     if done.plan.passive:
         return None, fetches

@@ -5,10 +5,12 @@ One layer of one step goes like this, on every rank alike (same inputs, same pla
 1. before the gate, a policy chooses the holders of this step from *predicted* loads: ``before_gate``. What a device
    does not hold yet is fetched while attention runs (:attr:`StepPrice.window_s`).
 2. the gate gives the exact loads. ``after_gate`` may add holders (fetched in full sight) and splits the tokens.
-3. holders beyond the static placement are freed at the end of the step, unless the policy ``keeps`` them: then they
-   fill ``step_slots`` slots of *this* layer for good, where the others share one buffer among all layers.
-4. a policy that keeps may also ask for replicas ``in_background``: they are fetched in the windows of this and the
-   following steps, so that nothing is exposed, and serve once they are whole. One batch a layer at a time.
+3. holders beyond the static placement are freed at the end of the step, unless the policy ``keeps`` them (in training:
+   ``keeps_in_training``): then they fill ``step_slots`` slots of *this* layer for good, where the others share one
+   buffer among all layers.
+4. in serving, a policy that keeps may also ask for replicas ``in_background``: they are fetched in the windows of this
+   and the following steps, so that nothing is exposed, and serve once they are whole. One batch a layer at a time.
+   In training nothing comes in the background: the optimizer changes every weight in every step.
 """
 
 from __future__ import annotations
@@ -130,23 +132,43 @@ class Fetch:
 
 
 class StepPolicy(Protocol):
-    """A step-wise method: a frozen dataclass of settings. Its two calls are pure functions of their arguments."""
+    """A step-wise method: a frozen dataclass of settings that derives from this class.
+
+    All calls are pure functions of their arguments. A policy gives ``name``, ``summary``, ``exact``, ``before_gate``
+    and ``after_gate``; the other members have defaults. Only :class:`poise.stepwise.driver.LayerDriver` calls them.
+    """
+
+    __slots__ = ()
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    keeps: ClassVar[bool]
-    """Holders stay from step to step (see the module docstring)."""
     exact: ClassVar[bool]
     """``after_gate`` needs the exact loads of all sources: control time is paid in every step that is not passive."""
+    keeps: ClassVar[bool] = False
+    """In serving, holders stay from step to step (see the module docstring)."""
+    keeps_in_training: ClassVar[bool] = False
+    """In training, holders stay from step to step: their gradients are then reduced in every step."""
+    unbounded: ClassVar[bool] = False
+    """Takes no notice of ``step_slots``: a plan may fill more slots than there are."""
+    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Settings that a comparison tries, the published ones first."""
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Holders from predicted loads, bool [E, D]; ``view.before_ED`` if nothing is to move."""
         ...
 
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """What to start fetching in the background, if nothing is on its way; only asked of policies that keep."""
-        ...
+    def leaves_alone(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> bool:
+        """Whether ``after_gate`` will be passive whatever the exact loads are: then nobody need wait for them."""
+        return False
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """The plan from exact loads, int64 [D, E] tokens of each source; holders it adds are fetched in sight."""
         ...
+
+    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
+        """What to start fetching in the background, if nothing is on its way; only asked of policies that keep."""
+        return None
+
+    def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
+        """Seconds that ``after_gate`` takes in training beside the control time that every exact method pays."""
+        return 0.0

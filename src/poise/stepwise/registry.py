@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
@@ -43,7 +43,7 @@ def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
     if name not in POLICIES:
         raise OptionError(f"unknown policy {name!r}", hint=f"one of {', '.join(POLICIES)}")
     policy: Any = POLICIES[name]
-    known = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    known = asdict(policy)
     given: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, _, text = item.partition("=")

@@ -8,7 +8,7 @@ Backward  reduction of layer l and (re-materialisation) the gather of layer l - 
           layer, with their gradients, are all that lives at once.
 End       a callback of the engine waits for the last reduction.
 
-Hecate (arXiv 2502.02581) section 3.2. No policy here: holders and splits come from ``policies/``.
+Hecate (arXiv 2502.02581) section 3.2. Holders and splits come from :mod:`poise.stepwise.driver`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ from poise.runtime.dispatch import counted, make_exchange, named, out_of_range, 
 from poise.runtime.layer import LayerStep, RunExperts
 from poise.runtime.recompute import Region, checkpoint_region, in_backward, places
 from poise.runtime.together import Place, meeting_of
+from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.stepwise.rematerialise import layers_to_keep
-from poise.stepwise.sharding import ShardingPolicy
+from poise.stepwise.sharding import ShardingPolicy, owned_ED
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.history import LoadHistory
 from poise.train.materialize import Ledger, Materialised
@@ -129,7 +130,7 @@ class Schedule:
         self.replica_gradients = ReplicaGradients(self)
         self._ahead, self._version = PlanAhead(), 0
         self._early: dict[int, Materialised] = {}
-        self._held: list[NDArray[np.bool_] | None] = [None] * len(layers)
+        self.drivers = self._new_drivers()
         self.passes, self._pass = Passes(), 0
         self.meeting = meeting_of(tokens_group)
         self.run_number = self.meeting.join(layers[0].num_experts + 4, device)
@@ -321,19 +322,16 @@ class Schedule:
         self._last, self.top_k = layer, ids_TK.shape[1]
         weights = self._early.pop(layer, None) or self._materialise(layer)
         view = self.view(layer, load_SE.sum())
-        policy = self.settings.policy
-        plan = policy.after_gate(view, weights.early_ED, load_SE)
-        plan.check(view, load_SE, unbounded=getattr(policy, "unbounded", False))
+        recorded = torch.is_grad_enabled()
+        plan = self.drivers[layer].finish(view, weights.early_ED, load_SE, keep=recorded).plan
         rows = plan.rows_SED
         if rows is None:
             rows = locality_rows(load_SE, plan.quota_ED, self.cluster.node_D)
         weights.complete(plan.holders_ED, plan.quota_ED > 0)
-        if torch.is_grad_enabled() and getattr(policy, "keeps_in_training", policy.keeps):
-            self._held[layer] = plan.holders_ED
         way = make_exchange(ids_TK, rows, self.rank, weights.slots)
         one = Pass(layer, given_TK, way, weights, self._pass, [weakref.ref(frame) for frame in region.frames])
         self._note(experts, load_SE, plan, weights, view)
-        if torch.is_grad_enabled():
+        if recorded:
             self.passes.add(one)
         return one
 
@@ -372,21 +370,17 @@ class Schedule:
         return float(extra_D.max() * self.expert_bytes)
 
     def view(self, layer: int, pairs: float | None = None) -> LayerView:
-        """What the policy may look at."""
-        experts = self.layers[layer]
-        shape = (experts.num_experts, self.cluster.num_devices)
-        static = np.zeros(shape, bool)
-        static[np.arange(shape[0]), experts.owner_E] = True
-        history = self.history.of(layer)
+        """What the policy may look at in a pass of so many (token, expert) pairs; default: as many as in the last."""
+        driver, loads_HE = self.drivers[layer], self.history.of(layer)
         total = pairs if pairs is not None else float(self.history.pairs_L[layer])
-        load_E = history[-self.settings.window :].mean(axis=0) if len(history) else np.ones(shape[0])
-        if not load_E.any():
-            load_E = np.ones(shape[0])
-        held = self._held[layer]
-        return LayerView(
-            static, static if held is None else held, load_E * (total / load_E.sum()), history[-8:],
-            np.zeros(shape, bool), self.settings.step_slots, self.history.seen(layer), layer, self.price(total),
-        )  # fmt: skip
+        return driver.view(self.history.seen(layer), driver.predict(loads_HE, total), loads_HE, self.price(total))
+
+    def _new_drivers(self) -> list[LayerDriver]:
+        """One a layer, from the present owners, policy and slots on."""
+        settings, devices = self.settings, self.cluster.num_devices
+        return [LayerDriver(settings.policy, owned_ED(experts.owner_E, devices), step_slots=settings.step_slots,
+                            layer=layer, window=settings.window)
+                for layer, experts in enumerate(self.layers)]  # fmt: skip
 
     def price(self, pairs: float) -> StepPrice:
         """Machine, model and window; the tokens count in powers of two, so that it seldom changes."""
@@ -401,11 +395,11 @@ class Schedule:
 
     def _early_plan(self, layer: int) -> Callable[[], Plan]:
         """Replicas of the next forward pass and how they travel: after this one all is known that will be."""
-        view, policy, owner_E = self.view(layer), self.settings.policy, self.layers[layer].owner_E
+        view, driver, owner_E = self.view(layer), self.drivers[layer], self.layers[layer].owner_E
         route = partial(plan_transfers, owner_E, cluster=self.cluster, expert_bytes=self.expert_bytes, form=self.form)
 
         def plan() -> Plan:
-            early_ED = policy.before_gate(view)
+            early_ED = driver.choose(view)
             return early_ED, route(early_ED)
 
         return plan
@@ -631,7 +625,7 @@ class Schedule:
 
     def forget_held(self) -> None:
         """Replicas that a policy keeps from step to step, and plans made ahead, start anew."""
-        self._held = [None] * len(self.layers)
+        self.drivers = self._new_drivers()
         self._version += 1
         self._drop_early()
 

@@ -8,32 +8,26 @@ Step 2  A token's expert is computed where it lies; tokens of an expert with sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertParallelism:
+class ExpertParallelism(StepPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "expert-parallelism"
     summary: ClassVar[str] = "plain expert parallelism: tokens go to the owner, nothing moves"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 1."""
         return view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 2."""

@@ -20,16 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.stepwise.methods.hecate import nearest_rows
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class FasterMoE:
+class FasterMoE(StepPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "faster-moe"
     summary: ClassVar[str] = "FasterMoE: hot experts on all devices after the gate, while that lowers its latency"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"training": True})
     training: bool = False
@@ -37,10 +36,6 @@ class FasterMoE:
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 1 to 3."""

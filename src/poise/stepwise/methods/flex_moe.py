@@ -26,16 +26,17 @@ from numpy.typing import NDArray
 from poise.cost.compute import expert_seconds
 from poise.cost.weights import STATE_RATIO, fetch_seconds
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class FlexMoE:
+class FlexMoE(StepPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "flex-moe"
     summary: ClassVar[str] = "FlexMoE: replicas grow, shrink and move when the balance metric calls"
     keeps: ClassVar[bool] = True
+    keeps_in_training: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"trigger": 1.05}, {"horizon": 100.0}, {"most": 32})
     trigger: float = 1.2
@@ -61,10 +62,6 @@ class FlexMoE:
                 break
             held = changed
         return held
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Even split."""

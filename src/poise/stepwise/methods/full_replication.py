@@ -9,32 +9,26 @@ It needs E slots a device and takes no notice of the step slots: a reference, no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class FullReplication:
+class FullReplication(StepPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "full-replication"
     summary: ClassVar[str] = "FSDP: all experts everywhere, more memory than the others"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     unbounded: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 1."""
         return np.ones_like(view.static_ED)
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 2."""

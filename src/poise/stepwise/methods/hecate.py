@@ -31,7 +31,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import port_seconds
 from poise.cost.traffic import Copies, port_load
 from poise.cost.weights import StepPrice, fetch_seconds
-from poise.stepwise.protocol import MAX_ROWS, Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import MAX_ROWS, LayerView, StepPlan, StepPolicy
 from poise.util.compiled import compiled
 
 
@@ -121,7 +121,7 @@ def materialise(
 
 
 @dataclass(frozen=True, slots=True)
-class Hecate:
+class Hecate(StepPolicy):
     """Steps 1 to 4.
 
     Parameters
@@ -131,7 +131,6 @@ class Hecate:
 
     name: ClassVar[str] = "hecate"
     summary: ClassVar[str] = "Hecate: sparse materialisation from predicted loads, nearest replica"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"overlap": 4}, {"overlap": 8}, {"overlap": 16})
     overlap: int = 0
@@ -146,10 +145,6 @@ class Hecate:
         t, m = self.limits(view)
         free = view.slots_D - view.before_ED.sum(axis=0)
         return materialise(view.predicted_E, view.before_ED, free, t, m, view.price.cluster.node_D)
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 4."""

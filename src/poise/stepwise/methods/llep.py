@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.compiled import compiled
 from poise.util.errors import OptionError
 
@@ -101,7 +101,7 @@ def spill(load_E, native_ED, pending_ED, free_D, limit, min_tokens):  # type: ig
 
 
 @dataclass(frozen=True, slots=True)
-class Llep:
+class Llep(StepPolicy):
     """See the module docstring.
 
     Parameters
@@ -113,7 +113,6 @@ class Llep:
 
     name: ClassVar[str] = "llep"
     summary: ClassVar[str] = "exact loads: overflow spills to the least loaded device, weights sent after the gate"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
@@ -141,10 +140,6 @@ class Llep:
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing moves."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """All steps."""

@@ -40,7 +40,7 @@ from scipy.sparse.csgraph import connected_components
 
 from poise.planning.solve.milp import Milp
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import MAX_ROWS, Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import MAX_ROWS, LayerView, StepPlan, StepPolicy
 from poise.util.errors import NoResultError, OptionError
 
 Topology = Literal["auto", "cube", "hypercube", "torus", "ring"]
@@ -187,7 +187,7 @@ def tokens_of_holders(tokens_SE: NDArray[np.int64], shares: Shares, *, nearest: 
 
 
 @dataclass(frozen=True, slots=True)
-class Lplb:
+class Lplb(StepPolicy):
     """See the module docstring.
 
     Parameters
@@ -200,6 +200,7 @@ class Lplb:
     name: ClassVar[str] = "lplb"
     summary: ClassVar[str] = "tokens split over fixed replica edges by a linear programme on exact loads"
     keeps: ClassVar[bool] = True
+    keeps_in_training: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
@@ -234,10 +235,6 @@ class Lplb:
         r2o = neighbours(static_ED.shape[1], node_size, view.step_slots, self.topology)
         weight_E = view.recent_HE.mean(axis=0) if self.history_steps and len(view.recent_HE) else view.predicted_E
         return put_replicas(static_ED, weight_E, r2o, view.step_slots)
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing moves."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 3 and 4."""

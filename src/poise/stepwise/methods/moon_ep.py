@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.compiled import compiled
 
 
@@ -104,7 +104,7 @@ def equal_capacity(tokens_D: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class MoonEp:
+class MoonEp(StepPolicy):
     """See the module docstring.
 
     Parameters
@@ -114,7 +114,6 @@ class MoonEp:
 
     name: ClassVar[str] = "moon-ep"
     summary: ClassVar[str] = "exact loads: equal tokens on every rank, each receiver served by one home group"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"bounded": False})
     bounded: bool = True
@@ -122,10 +121,6 @@ class MoonEp:
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing moves."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """All steps."""

@@ -19,16 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class SmartMoE:
+class SmartMoE(StepPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "smart-moe"
     summary: ClassVar[str] = "SmartMoE: swaps of owners every few steps"
     keeps: ClassVar[bool] = True
+    keeps_in_training: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"interval": 5}, {"interval": 25}, {"threshold": 0.2})
     interval: int = 10
@@ -59,10 +60,6 @@ class SmartMoE:
             held[take[j], [low, top]] = False, True
         last = float(((each_E[:, None] * held).sum(axis=0) / speed).max())
         return held if last < first * (1.0 - self.threshold) else view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Every token to its expert."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from poise.cost.quota import Holders, Scratch, balance, make_holders, make_scratch, near_start
 from poise.cost.split import NONE
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
 
 def exact_split(
@@ -58,7 +58,7 @@ def spread_evenly(load_E: NDArray[np.int64], num_devices: int) -> NDArray[np.int
 
 
 @dataclass(frozen=True, slots=True)
-class ExactSplit:
+class ExactSplit(StepPolicy):
     """Exact split over the static placement; no weight moves.
 
     Parameters
@@ -68,7 +68,6 @@ class ExactSplit:
 
     name: ClassVar[str] = "split"
     summary: ClassVar[str] = "exact token split over the static placement"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"slack": 0.05}, {"slack": 0.1})
     slack: float = 0.0
@@ -76,10 +75,6 @@ class ExactSplit:
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing moves."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Exact quotas."""

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.stepwise.methods.split import even_quota, exact_split
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.compiled import compiled
 from poise.util.errors import OptionError
 
@@ -130,7 +130,7 @@ def solve_domain(quota_ED, load_D, order_DX, held_ED, slots, first, last, target
 
 
 @dataclass(frozen=True, slots=True)
-class UltraEp:
+class UltraEp(StepPolicy):
     """See the module docstring.
 
     Parameters
@@ -145,7 +145,6 @@ class UltraEp:
 
     name: ClassVar[str] = "ultra-ep"
     summary: ClassVar[str] = "exact loads: replicas and quotas together by a search on the largest load, inside a node"
-    keeps: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     grid: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
@@ -177,10 +176,6 @@ class UltraEp:
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Nothing moves."""
         return view.before_ED
-
-    def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
-        """Nothing moves."""
-        return None
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """All steps."""

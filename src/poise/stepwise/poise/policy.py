@@ -34,7 +34,7 @@ import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ from poise.stepwise.methods.hecate import nearest_rows
 from poise.stepwise.methods.split import even_quota, exact_split, spread_evenly
 from poise.stepwise.poise import joint, joint_plan
 from poise.stepwise.poise import kernels as k
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan
+from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
 
 Objective = Literal["seconds", "tokens"]
 TRAIN_PLAN_SECONDS_BASE, TRAIN_PLAN_SECONDS_PER_PAIR = 25e-6, 100e-9
@@ -58,7 +58,7 @@ def _desk(num_experts: int, num_devices: int, num_entries: int, thread: int) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Poise:
+class Poise(StepPolicy):
     """See the module docstring.
 
     Parameters
@@ -77,9 +77,7 @@ class Poise:
     name: ClassVar[str] = "poise"
     summary: ClassVar[str] = "predicted replicas where they pay, exact split after the gate"
     keeps: ClassVar[bool] = True
-    keeps_in_training: ClassVar[bool] = False
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     objective: Objective = "seconds"
     horizon: float = 24.0
     stall: float = 6.0
