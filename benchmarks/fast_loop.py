@@ -14,7 +14,7 @@ from common import table, write
 
 from poise.cost.quota import balance, make_holders, make_scratch
 from poise.cost.route import rows_into
-from poise.cost.weights import control_seconds, step_price
+from poise.cost.weights import compiled_price, control_seconds, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
@@ -63,7 +63,7 @@ def main() -> None:
             after = before = ""
             if devices <= 64:
                 price = step_price(4096, EXPERTS, cluster, model)
-                rates = k.make_rates(price)
+                rates = compiled_price(price).machine
                 desk = k.make_desk(EXPERTS, devices, slots + 2 * devices)
                 ready = k.compile_all(held, desk)
                 after = timed(lambda a=(sources, ready, rates, 0.05, desk): k.best_split(*a))

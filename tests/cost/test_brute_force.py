@@ -283,7 +283,7 @@ def test_the_searchs_running_sums_are_the_cost(seed, traffic, loads, nodes):
     cost = batch_cost(batch, state.held_LED.astype(int), cluster, model, traffic=traffic, split="even")
     busy = (batch.load_BLE.sum(axis=2) > 0) * latency_seconds(cluster)
     constant = busy * (2 if traffic != "stay" or batch.top_k > 1 else 1) + cost.kv_BL
-    tie = TIE_BREAK * (cost.tokens_BLD / cluster.speed_D).max(axis=2) * data.per_token
+    tie = TIE_BREAK * (cost.tokens_BLD / cluster.speed_D).max(axis=2) * data.machine.per_token
     want = batch.weight_B @ (cost.seconds_BL - constant + tie)
     for layer in range(2):
         assert layer_seconds(data, state, layer) == pytest.approx(want[layer], rel=1e-6, abs=1e-15)

@@ -92,11 +92,11 @@ def test_changes_leave_what_a_new_start_would_give(seed, traffic, nodes, top_k, 
     for name in ("copies_LE", "used_LD", "room_GD"):
         np.testing.assert_array_equal(getattr(state, name), getattr(fresh, name), err_msg=name)
     np.testing.assert_array_equal(np.sort(state.hold_LED, axis=2), np.sort(fresh.hold_LED, axis=2))
-    for name in ("compute_LBD", "tokens_LBD", "port_LFPBD"):
+    for name in ("compute_LBD", "tokens_LBD", "port_LFBPD"):
         np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), rtol=1e-9, atol=1e-9, err_msg=name)
     for layer in range(LAYERS):
         rebuild(data, state, layer)
-    for name in ("compute_LBD", "tokens_LBD", "port_LFPBD"):
+    for name in ("compute_LBD", "tokens_LBD", "port_LFBPD"):
         np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), rtol=1e-12, atol=1e-12, err_msg=name)
 
 

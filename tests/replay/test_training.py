@@ -10,7 +10,7 @@ from tests.stepwise.step_cases import random_case
 from poise.cost.links import latency_seconds
 from poise.cost.route import locality_rows
 from poise.cost.transfers import plan_transfers
-from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds, layer_exposed, training_price
+from poise.cost.weights import STATE_RATIO, StepPrice, compiled_price, fetch_seconds, layer_exposed, training_price
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
@@ -69,8 +69,8 @@ def test_the_training_price_counts_passes_and_scores():
     assert longer.window_s - price.window_s == pytest.approx(scores)
     assert both_ways.window_s - price.window_s == pytest.approx(2 * scores)
     assert price.training and (price.compute_passes, price.exchange_passes) == (3, 2)
-    rates, serving = k.make_rates(price), k.make_rates(StepPrice(cluster, model, 0.0, 0.0))
-    assert rates.per_token == 3 * serving.per_token and rates.intra_copy == 2 * serving.intra_copy
+    rates, serving = compiled_price(price).machine, compiled_price(StepPrice(cluster, model, 0.0, 0.0)).machine
+    assert rates.per_token == 3 * serving.per_token and rates.out_bytes == 2 * serving.out_bytes
 
 
 @given(SEEDS, st.sampled_from([(2, 2), (3, 1), (2, 2, 2)]))
@@ -307,7 +307,7 @@ def joint_case(seed):
 @settings(max_examples=80, deadline=None)
 def test_two_level_splits_are_whole_and_priced_as_the_other_kernel_does(seed):
     load_SE, _, wide, price = joint_case(seed)
-    rates = k.make_rates(price)
+    rates = compiled_price(price).machine
     quota = np.zeros(wide.shape, np.int64)
     seconds = joint.best_quotas(load_SE, wide, rates, joint.SLACKS, quota)
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
@@ -318,30 +318,19 @@ def test_two_level_splits_are_whole_and_priced_as_the_other_kernel_does(seed):
     assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, desk))
 
 
-@given(SEEDS)
-@settings(max_examples=60, deadline=None)
-def test_compiled_gathers_cost_what_the_price_says(seed):
-    _, owned, wide, price = joint_case(seed)
-    rates, wire = k.make_rates(price), joint.wire_of(price)
-    got = joint.gather_seconds(owned, wide & ~owned, rates, *wire[:4], wire[4] > 0)
-    assert got == pytest.approx(fetch_seconds(owned, wide & ~owned, price))
-    assert joint.exposed(got, price.window_s, joint.back_passes(price)) == pytest.approx(
-        price.exposed_seconds(got, 0.0)
-    )
-
-
 @given(SEEDS, st.integers(0, 3), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_plans_keep_slots_and_late_replicas_pay(seed, slots, extra):
     load_SE, owned, _, price = joint_case(seed)
-    rates, wire, back = k.make_rates(price), joint.wire_of(price), joint.back_passes(price)
+    compiled = compiled_price(price)
+    rates = compiled.machine
     free, best = np.full(owned.shape[1], slots), np.zeros_like(owned)
     counts = joint_plan.tried_counts(slots, 2, len(owned))
-    least, alone = joint_plan.plan_layer(load_SE, owned, free, rates, wire, price.window_s, back, counts, best)
+    least, alone = joint_plan.plan_layer(load_SE, owned, free, compiled, counts, best)
     assert least <= alone and (best >= owned).all() and ((best & ~owned).sum(axis=0) <= slots).all()
     held, quota = best.copy(), np.zeros(best.shape, np.int64)
     left = free - (best & ~owned).sum(axis=0)
-    joint_plan.calibrate(load_SE, owned, held, left, rates, wire, price.window_s, back, extra, quota)
+    joint_plan.calibrate(load_SE, owned, held, left, compiled, extra, quota)
     assert (held >= best).all() and (held & ~best).sum() <= extra and ((held & ~owned).sum(axis=0) <= slots).all()
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
     trial = np.zeros_like(quota)
@@ -360,7 +349,7 @@ def test_inside_one_node_the_plan_is_priced_as_the_replay_prices_it(seed):
     price = price_of(tiny_cluster(rng, (view.static_ED.shape[1],)), len(view.static_ED), 1)
     wide = view.static_ED | (rng.random(view.static_ED.shape) < 0.3)
     quota = np.zeros(wide.shape, np.int64)
-    seconds = joint.best_quotas(load_SE, wide, k.make_rates(price), joint.SLACKS, quota)
+    seconds = joint.best_quotas(load_SE, wide, compiled_price(price).machine, joint.SLACKS, quota)
     pairs = locality_rows(load_SE, quota, price.cluster.node_D).sum(axis=1)
     exact = compute_seconds(quota, price) + exchange_seconds(pairs, price) - 4 * latency_seconds(price.cluster)
     assert seconds == pytest.approx(exact)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.stepwise.step_cases import random_case, view_of
 
 from poise.cost.split import exact_quota
-from poise.cost.weights import step_price
+from poise.cost.weights import compiled_price, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.stepwise.methods.faster_moe import FasterMoE
@@ -72,7 +72,7 @@ def test_exactly_predicted_surplus_is_spread_evenly():
 def test_the_fast_split_is_whole_and_priced_as_it_is(seed):
     """The kernel's split sums to the loads, and it never chooses one that its own price calls slower than exact."""
     view, load_SE = random_case(np.random.default_rng(seed))
-    rates, desk = k.make_rates(view.price), k.make_desk(*view.static_ED.shape, int(view.static_ED.sum()))
+    rates, desk = compiled_price(view.price).machine, k.make_desk(*view.static_ED.shape, int(view.static_ED.sum()))
     holders = k.compile_all(view.static_ED, desk)
     seconds = k.best_split(load_SE, holders, rates, 0.05, desk)
     tokens_H = desk.best_H[: holders.device_H.size].copy()

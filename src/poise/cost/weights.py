@@ -15,11 +15,14 @@ replicas are freed after the forward pass and gathered again (re-materialisation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.links import latency_seconds
+from poise.cost.machine import Machine, book, fullest_port, make_machine
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.util.compiled import compiled
@@ -83,6 +86,32 @@ class StepPrice:
         cluster = self.cluster
         wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
         return int(self.window_s * wire / self.model.expert_bytes)
+
+
+class CompiledPrice(NamedTuple):
+    """A :class:`StepPrice` as compiled code reads it.
+
+    Parameters
+    ----------
+    machine : with all passes of a step in its seconds and bytes of a token.
+    window_s, fan_out : of the price.
+    back_passes : gathers and reduces that the backward pass makes of what was fetched, in gathers; 0 in serving.
+    """
+
+    machine: Machine
+    window_s: float
+    fan_out: bool
+    back_passes: float
+
+
+@lru_cache(maxsize=64)
+def compiled_price(price: StepPrice) -> CompiledPrice:
+    """The numbers of a price; made once."""
+    machine = make_machine(
+        price.cluster, price.model, compute_passes=price.compute_passes, exchange_passes=price.exchange_passes
+    )
+    back = price.gradient_ratio + (1.0 if price.rematerialise else 0.0) if price.training else 0.0
+    return CompiledPrice(machine, float(price.window_s), bool(price.fan_out), float(back))
 
 
 def attention_parameters(model: ModelSpec) -> float:
@@ -187,10 +216,25 @@ def _fetch_ports(held_ED, fetched_ED, node_D, fan_out):  # type: ignore[no-untyp
             if best < 0:
                 continue
             sent[best] += 1.0
-            kind = 0 if node_D[best] == node_D[d] else 2
-            port[kind, best] += 1.0
-            port[kind + 1, d] += 1.0
+            book(port, best, d, 1.0, node_D)
     return port
+
+
+@compiled
+def gather_seconds(held_ED, fetched_ED, price):  # type: ignore[no-untyped-def]
+    """:func:`fetch_seconds` of a :class:`CompiledPrice`."""
+    if not fetched_ED.any():
+        return 0.0
+    machine = price.machine
+    port_PD = _fetch_ports(held_ED, fetched_ED, machine.node_D, price.fan_out)
+    return fullest_port(port_PD, machine) * machine.expert_bytes + machine.latency_s
+
+
+@compiled
+def exposed_seconds(early_s, late_s, price):  # type: ignore[no-untyped-def]
+    """:meth:`StepPrice.exposed_seconds` of a :class:`CompiledPrice`."""
+    back = max(0.0, (early_s + late_s) * price.back_passes - 2.0 * price.window_s)
+    return max(0.0, early_s - price.window_s) + late_s + back
 
 
 def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], price: StepPrice) -> float:
@@ -200,16 +244,7 @@ def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], pri
     has landed in a node is passed on there. No relays between nodes. The fullest port decides. A reduce is the mirror
     image of its gather and takes as long.
     """
-    if not fetched_ED.any():
-        return 0.0
-    cluster = price.cluster
-    port = _fetch_ports(held_ED, fetched_ED, cluster.node_D.astype(np.int64), price.fan_out)
-    net = port[2:]
-    if cluster.nic_shared:
-        starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-        net = np.add.reduceat(net, starts, axis=1)
-    seconds = max(port[:2].max() / cluster.intra_bytes_per_s, net.max() / cluster.inter_bytes_per_s)
-    return float(seconds * price.model.expert_bytes + latency_seconds(cluster))
+    return float(gather_seconds(held_ED, fetched_ED, compiled_price(price)))
 
 
 def layer_exposed(

@@ -95,7 +95,7 @@ def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped
 @compiled(nogil=True)
 def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
     """Devices by how often they decide a maximum, the most deciding first."""
-    steps, devices = data.weight_B.size, data.speed_D.size
+    steps, devices = data.weight_B.size, data.machine.speed_D.size
     power = np.zeros(devices)
     for b in range(steps):
         most = 1e-300
@@ -106,8 +106,8 @@ def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
             for kind in range(4):
                 top = 1e-300
                 for d2 in range(devices):
-                    top = max(top, state.port_LFPBD[layer, 0, kind, b, d2])
-                power[d] += 0.25 * data.weight_B[b] * (state.port_LFPBD[layer, 0, kind, b, d] / top) ** 8
+                    top = max(top, state.port_LFBPD[layer, 0, b, kind, d2])
+                power[d] += 0.25 * data.weight_B[b] * (state.port_LFBPD[layer, 0, b, kind, d] / top) ** 8
     return np.argsort(-power)
 
 
@@ -120,7 +120,7 @@ def _room(state, layer, d):  # type: ignore[no-untyped-def]
 @compiled(nogil=True)
 def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untyped-def]
     """All changes that involve device a; returns the score."""
-    experts, devices = state.held_LED.shape[1], data.speed_D.size
+    experts, devices = state.held_LED.shape[1], data.machine.speed_D.size
     one_e, one_d = np.empty(1, np.int64), np.empty(1, np.int64)
     two_e, two_d = np.empty(2, np.int64), np.empty(2, np.int64)
     four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
@@ -200,7 +200,7 @@ def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
         to.room_GD[layer] = other.room_GD[layer]
     else:
         to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
-    for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFPBD"):
+    for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFBPD"):
         getattr(to, name)[layer] = getattr(other, name)[layer]
     for later in range(layer + 1, int(data.reach_L[layer]) + 1):
         rebuild(data, to, later)
@@ -212,7 +212,7 @@ def _snapshot(data: Data, state: State, layer: int) -> tuple[NDArray[Any], ...]:
     return (
         room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
         state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
-        state.port_LFPBD[layer:last].copy(),
+        state.port_LFBPD[layer:last].copy(),
     )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
     names = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
     for name, value in zip(names, saved[1:7], strict=True):
         getattr(state, name)[layer] = value
-    state.port_LFPBD[layer : layer + len(saved[7])] = saved[7]
+    state.port_LFBPD[layer : layer + len(saved[7])] = saved[7]
 
 
 def _best_layers(problem: PlacementProblem, options: list[Placement], seconds_OL: NDArray[np.float64]) -> Placement:

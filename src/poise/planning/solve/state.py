@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import roofline
+from poise.cost.machine import Machine, book, book_even_homes, expert_work, fullest_port, make_machine
 from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
 from poise.planning.problem import PlacementProblem
 from poise.routing.trace import NO_EXPERT
@@ -57,19 +57,10 @@ class Data(NamedTuple):
     load_LBE: NDArray[np.float64]
     weight_B: NDArray[np.float64]
     reach_L: NDArray[np.int64]
-    speed_D: NDArray[np.float64]
-    node_D: NDArray[np.int64]
-    node_size_N: NDArray[np.int64]
+    machine: Machine
     landing_DN: NDArray[np.int64]
     flow: int
     has_tokens: bool
-    nic_shared: bool
-    per_token: float
-    per_expert: float
-    intra: float
-    inter: float
-    out_bytes: float
-    back_bytes: float
     keep_full: bool
     stop: NDArray[np.int64]
 
@@ -84,15 +75,14 @@ class State(NamedTuple):
     room_GD: NDArray[np.int64]
     compute_LBD: NDArray[np.float64]
     tokens_LBD: NDArray[np.float64]
-    port_LFPBD: NDArray[np.float64]
+    port_LFBPD: NDArray[np.float64]
     stamp_M: NDArray[np.int64]
     work: NDArray[np.int64]
 
 
 def make_data(problem: PlacementProblem, max_rows: int) -> Data:
     """Compile a problem; where the traffic has more than ``max_rows`` rows, evenly spaced steps stand for all."""
-    batch, cluster, model = problem.batch, problem.cluster, problem.model
-    per_token, per_expert = roofline(cluster, model)
+    batch, cluster = problem.batch, problem.cluster
     steps = np.arange(batch.num_steps)
     if batch.has_tokens and batch.experts_TLK is not None:
         total = len(batch.experts_TLK) * batch.num_layers
@@ -107,19 +97,10 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         load_LBE=np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2)),
         weight_B=weight / weight.sum(),
         reach_L=reach_L,
-        speed_D=np.array(cluster.speed_D),
-        node_D=cluster.node_D.astype(np.int64),
-        node_size_N=cluster.devices_per_node_N.astype(np.int64),
+        machine=make_machine(cluster, problem.model),
         landing_DN=landing_DN(cluster),
         flow=TRAFFIC_MODELS.index(problem.traffic),
         has_tokens=batch.has_tokens,
-        nic_shared=cluster.nic_shared,
-        per_token=per_token,
-        per_expert=per_expert,
-        intra=cluster.intra_bytes_per_s,
-        inter=cluster.inter_bytes_per_s,
-        out_bytes=model.dispatch_bytes_per_token,
-        back_bytes=model.combine_bytes_per_token,
         keep_full=not problem.engine.empty_slots,
         stop=np.zeros(1, np.int64),
     )
@@ -204,7 +185,7 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
         room_GD=np.ascontiguousarray(room),
         compute_LBD=np.zeros((layers, steps, devices)),
         tokens_LBD=np.zeros((layers, steps, devices)),
-        port_LFPBD=np.zeros((layers, 2 if data.flow == STAY else 1, 4, steps, devices)),
+        port_LFBPD=np.zeros((layers, 2 if data.flow == STAY else 1, steps, 4, devices)),
         stamp_M=np.zeros(len(data.rows.weight_M), np.int64),
         work=np.zeros(2, np.int64),
     )
@@ -218,7 +199,7 @@ def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
     """Compute all sums of a layer anew."""
     state.compute_LBD[layer] = 0.0
     state.tokens_LBD[layer] = 0.0
-    state.port_LFPBD[layer] = 0.0
+    state.port_LFBPD[layer] = 0.0
     for e in range(state.copies_LE.shape[1]):
         _book_expert(data, state, layer, e, 1.0)
     for m in range(data.rows.start_L[layer], data.rows.start_L[layer + 1]):
@@ -233,25 +214,12 @@ def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
     for b in range(steps):
         n = data.load_LBE[layer, b, e] / copies
         if n > 0.0:
-            seconds = max(n * data.per_token, min(n, 1.0) * data.per_expert)
+            seconds = expert_work(n, data.machine)
             for i in range(copies):
                 d = state.hold_LED[layer, e, i]
-                state.compute_LBD[layer, b, d] += sign * seconds / data.speed_D[d]
+                state.compute_LBD[layer, b, d] += sign * seconds / data.machine.speed_D[d]
                 state.tokens_LBD[layer, b, d] += sign * n
     state.work[0] += steps * copies
-
-
-@compiled(nogil=True)
-def _book_copies(data, port, b, source, d, copies):  # type: ignore[no-untyped-def]
-    """Book copies from a device to a device on the ports they pass."""
-    if d == source:
-        return
-    if data.node_D[d] == data.node_D[source]:
-        port[0, b, source] += copies
-        port[1, b, d] += copies
-    else:
-        port[2, b, source] += copies
-        port[3, b, d] += copies
 
 
 @compiled(nogil=True)
@@ -259,9 +227,10 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
     """Add or take away the copies of one token row (:mod:`poise.cost.traffic`)."""
     rows = data.rows
     top_k = rows.experts_MK.shape[1]
-    devices = data.speed_D.size
+    devices = data.machine.speed_D.size
     b, source, weight = rows.step_M[m], rows.source_M[m], sign * rows.weight_M[m]
-    out = state.port_LFPBD[layer, 0]
+    out = state.port_LFBPD[layer, 0, b]
+    node_D = data.machine.node_D
     old = rows.from_M[m]
     sources = state.copies_LE[old, source] if old >= 0 else 1
     if data.flow == HOME:
@@ -271,7 +240,7 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
                 break
             copies = state.copies_LE[layer, e]
             for i in range(copies):
-                _book_copies(data, out, b, source, state.hold_LED[layer, e, i], weight / copies)
+                book(out, source, state.hold_LED[layer, e, i], weight / copies, node_D)
         state.work[0] += top_k
         return
     missed = np.ones(devices)
@@ -283,16 +252,16 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
         for i in range(copies):
             missed[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
     state.work[0] += 3 * (top_k + devices)
-    if data.flow == NODE_DEDUP and data.node_size_N.size > 1:
+    if data.flow == NODE_DEDUP and data.machine.size_N.size > 1:
         _book_nodes(data, state, layer, m, missed, weight)
         return
     for s in range(sources):
         origin = state.hold_LED[old, source, s] if old >= 0 else source
         for d in range(devices):
             if missed[d] < 1.0:
-                _book_copies(data, out, b, origin, d, weight / sources * (1.0 - missed[d]))
+                book(out, origin, d, weight / sources * (1.0 - missed[d]), node_D)
     if data.flow == STAY and top_k > 1:
-        back = state.port_LFPBD[layer, 1]
+        back = state.port_LFBPD[layer, 1, b]
         joined = np.ones(devices)
         for k in range(1, top_k):
             e = rows.experts_MK[m, k]
@@ -307,16 +276,16 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
             if joined[d] < 1.0:
                 for i in range(copies):
                     to = state.hold_LED[layer, heaviest, i]
-                    _book_copies(data, back, b, d, to, weight * (1.0 - joined[d]) / copies)
+                    book(back, d, to, weight * (1.0 - joined[d]) / copies, node_D)
 
 
 @compiled(nogil=True)
 def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyped-def]
     """Copies of one row under ``home_node_dedup``: once per node over the network, fanned out inside."""
     rows = data.rows
-    nodes, devices = data.node_size_N.size, data.speed_D.size
+    nodes, devices = data.machine.size_N.size, data.machine.speed_D.size
     b, source = rows.step_M[m], rows.source_M[m]
-    port = state.port_LFPBD[layer, 0]
+    port, node_D = state.port_LFBPD[layer, 0, b], data.machine.node_D
     node_missed = np.ones(nodes)
     share = np.zeros(nodes)
     for k in range(rows.experts_MK.shape[1]):
@@ -326,93 +295,50 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
         copies = state.copies_LE[layer, e]
         share[:] = 0.0
         for i in range(copies):
-            share[data.node_D[state.hold_LED[layer, e, i]]] += 1.0 / copies
+            share[data.machine.node_D[state.hold_LED[layer, e, i]]] += 1.0 / copies
         for n in range(nodes):
             node_missed[n] *= 1.0 - share[n]
-    home_node = data.node_D[source]
+    home_node = data.machine.node_D[source]
     for n in range(nodes):
         if n != home_node and node_missed[n] < 1.0:
-            port[2, b, source] += weight * (1.0 - node_missed[n])
-            port[3, b, data.landing_DN[source, n]] += weight * (1.0 - node_missed[n])
+            port[2, source] += weight * (1.0 - node_missed[n])
+            port[3, data.landing_DN[source, n]] += weight * (1.0 - node_missed[n])
     for d in range(devices):
         if missed[d] < 1.0:
-            n = data.node_D[d]
+            n = data.machine.node_D[d]
             origin = source if n == home_node else data.landing_DN[source, n]
-            _book_copies(data, port, b, origin, d, weight * (1.0 - missed[d]))
-
-
-@compiled(nogil=True)
-def _port_seconds(data, port, b):  # type: ignore[no-untyped-def]
-    """Fullest port of one step, seconds per byte of a copy."""
-    devices = data.speed_D.size
-    intra, net, out_sum, in_sum = 0.0, 0.0, 0.0, 0.0
-    for d in range(devices):
-        intra = max(intra, port[0, b, d], port[1, b, d])
-        if data.nic_shared:
-            if d == 0 or data.node_D[d] != data.node_D[d - 1]:
-                out_sum, in_sum = 0.0, 0.0
-            out_sum += port[2, b, d]
-            in_sum += port[3, b, d]
-            net = max(net, out_sum, in_sum)
-        else:
-            net = max(net, port[2, b, d], port[3, b, d])
-    return max(intra / data.intra, net / data.inter)
-
-
-@compiled(nogil=True)
-def _port_seconds_of_loads(data, tokens_BD, b):  # type: ignore[no-untyped-def]
-    """The same where only loads are known: homes are spread evenly over the devices."""
-    devices = data.speed_D.size
-    total, intra, net, first = 0.0, 0.0, 0.0, 0
-    for d in range(devices):
-        total += tokens_BD[b, d]
-    for n in range(data.node_size_N.size):
-        size = data.node_size_N[n]
-        inside = 0.0
-        for d in range(first, first + size):
-            inside += tokens_BD[b, d]
-        away_in, away_out = 0.0, 0.0
-        for d in range(first, first + size):
-            own = tokens_BD[b, d]
-            intra = max(intra, own * (size - 1) / devices, (inside - own) / devices)
-            get, put = own * (devices - size) / devices, (total - inside) / devices
-            if data.nic_shared:
-                away_in += get
-                away_out += put
-            else:
-                away_in, away_out = max(away_in, get), max(away_out, put)
-        net = max(net, away_in, away_out)
-        first += size
-    return max(intra / data.intra, net / data.inter)
+            book(port, origin, d, weight * (1.0 - missed[d]), node_D)
 
 
 @compiled(nogil=True)
 def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
     """Expected compute seconds of a layer, with the tie break."""
-    devices = data.speed_D.size
+    devices = data.machine.speed_D.size
     out = 0.0
     for b in range(data.weight_B.size):
         most, tokens = 0.0, 0.0
         for d in range(devices):
             most = max(most, state.compute_LBD[layer, b, d])
-            tokens = max(tokens, state.tokens_LBD[layer, b, d] / data.speed_D[d])
-        out += data.weight_B[b] * (most + TIE_BREAK * tokens * data.per_token)
+            tokens = max(tokens, state.tokens_LBD[layer, b, d] / data.machine.speed_D[d])
+        out += data.weight_B[b] * (most + TIE_BREAK * tokens * data.machine.per_token)
     return out
 
 
 @compiled(nogil=True)
 def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
     """Expected seconds of a layer that depend on the placement, with the tie break."""
-    out = layer_compute(data, state, layer)
-    state.work[0] += data.weight_B.size * data.speed_D.size
+    out, machine = layer_compute(data, state, layer), data.machine
+    state.work[0] += data.weight_B.size * machine.speed_D.size
+    homes_PD = np.empty((4, 0 if data.has_tokens else machine.speed_D.size))
     for b in range(data.weight_B.size):
         if not data.has_tokens:
-            port = _port_seconds_of_loads(data, state.tokens_LBD[layer], b) * (data.out_bytes + data.back_bytes)
+            book_even_homes(homes_PD, state.tokens_LBD[layer, b], machine)
+            port = fullest_port(homes_PD, machine) * (machine.out_bytes + machine.back_bytes)
         elif data.flow == STAY:
-            port = _port_seconds(data, state.port_LFPBD[layer, 0], b) * data.out_bytes
-            port += _port_seconds(data, state.port_LFPBD[layer, 1], b) * data.back_bytes
+            port = fullest_port(state.port_LFBPD[layer, 0, b], machine) * machine.out_bytes
+            port += fullest_port(state.port_LFBPD[layer, 1, b], machine) * machine.back_bytes
         else:
-            port = _port_seconds(data, state.port_LFPBD[layer, 0], b) * (data.out_bytes + data.back_bytes)
+            port = fullest_port(state.port_LFBPD[layer, 0, b], machine) * (machine.out_bytes + machine.back_bytes)
         out += data.weight_B[b] * port
     return out
 

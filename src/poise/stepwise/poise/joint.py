@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from poise.cost.links import latency_seconds
+from poise.cost.machine import expert_work, fullest_of_sums
 from poise.cost.quota import Holders, Scratch, balance, compile_holders
-from poise.cost.weights import StepPrice, _fetch_ports
-from poise.stepwise.poise.kernels import _work
 from poise.util.compiled import compiled
 
 SLACKS = np.array([0.0, 0.1, 0.3, 1.0, 1e9])
@@ -70,40 +68,40 @@ def node_needs(load_SE, node_D, nodes):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def split_nodes(need_EN, holds_ED, rates, slack, quota_EN):  # type: ignore[no-untyped-def]
+def split_nodes(need_EN, holds_ED, machine, slack, quota_EN):  # type: ignore[no-untyped-def]
     """Level 1: tokens of each expert on each node, int64 [E, N]."""
     experts, devices = holds_ED.shape
-    nodes = rates.size_N.size
+    nodes = machine.size_N.size
     holds_EN = np.zeros((experts, nodes), np.bool_)
     for e in range(experts):
         for d in range(devices):
             if holds_ED[e, d]:
-                holds_EN[e, rates.node_D[d]] = True
+                holds_EN[e, machine.node_D[d]] = True
     speed_N = np.zeros(nodes)
     for d in range(devices):
-        speed_N[rates.node_D[d]] += rates.speed_D[d]
+        speed_N[machine.node_D[d]] += machine.speed_D[d]
     split_tokens(need_EN.sum(axis=1), need_EN, holds_EN, speed_N, slack, quota_EN)
 
 
 @compiled
-def split_devices(load_SE, quota_EN, holds_ED, rates, slack, quota_ED):  # type: ignore[no-untyped-def]
+def split_devices(load_SE, quota_EN, holds_ED, machine, slack, quota_ED):  # type: ignore[no-untyped-def]
     """Level 2: each node's tokens over its devices, int64 [E, D]."""
     first = 0
-    for n in range(rates.size_N.size):
-        last = first + rates.size_N[n]
+    for n in range(machine.size_N.size):
+        last = first + machine.size_N[n]
         part = np.zeros((holds_ED.shape[0], last - first), np.int64)
         own = np.ascontiguousarray(load_SE[first:last].T)
         holds = np.ascontiguousarray(holds_ED[:, first:last])
-        split_tokens(np.ascontiguousarray(quota_EN[:, n]), own, holds, rates.speed_D[first:last].copy(), slack, part)
+        split_tokens(np.ascontiguousarray(quota_EN[:, n]), own, holds, machine.speed_D[first:last].copy(), slack, part)
         quota_ED[:, first:last] = part
         first = last
 
 
 @compiled
-def quota_seconds(quota_ED, load_SE, need_EN, rates):  # type: ignore[no-untyped-def]
+def quota_seconds(quota_ED, load_SE, need_EN, machine):  # type: ignore[no-untyped-def]
     """Modelled compute and all-to-alls of quotas, without latencies: see ``kernels.layer_seconds``."""
     experts, devices = quota_ED.shape
-    nodes = rates.size_N.size
+    nodes = machine.size_N.size
     worst = 0.0
     arrive, leave = np.zeros(devices), np.zeros(devices)
     place_EN = np.zeros((experts, nodes), np.int64)
@@ -114,101 +112,52 @@ def quota_seconds(quota_ED, load_SE, need_EN, rates):  # type: ignore[no-untyped
             stay = min(q, load_SE[d, e])
             leave[d] += load_SE[d, e] - stay
             if q > 0:
-                seconds += _work(float(q), rates)
+                seconds += expert_work(float(q), machine)
                 arrive[d] += q - stay
-                place_EN[e, rates.node_D[d]] += q
-        worst = max(worst, seconds / rates.speed_D[d])
+                place_EN[e, machine.node_D[d]] += q
+        worst = max(worst, seconds / machine.speed_D[d])
     if devices == 1:
         return worst
-    intra, net, first = 0.0, 0.0, 0
+    away_N2 = np.zeros((nodes, 2))
     for n in range(nodes):
-        size = rates.size_N[n]
-        away_in, away_out, in_sum, out_sum = 0.0, 0.0, 0.0, 0.0
-        for d in range(first, first + size):
-            in_sum += arrive[d]
-            out_sum += leave[d]
         for e in range(experts):
             inside = min(need_EN[e, n], place_EN[e, n])
-            away_in += place_EN[e, n] - inside
-            away_out += need_EN[e, n] - inside
-        ports = 1.0 if rates.nic_shared else float(size)
-        net = max(net, away_in / ports, away_out / ports)
-        for d in range(first, first + size):
-            intra = max(intra, arrive[d] * (1.0 - away_in / max(in_sum, 1.0)),
-                        leave[d] * (1.0 - away_out / max(out_sum, 1.0)))  # fmt: skip
-        first += size
-    return worst + max(intra * rates.intra_copy, net * rates.inter_copy)
+            away_N2[n, 0] += need_EN[e, n] - inside
+            away_N2[n, 1] += place_EN[e, n] - inside
+    return worst + fullest_of_sums(leave, arrive, away_N2, machine) * (machine.out_bytes + machine.back_bytes)
 
 
 @compiled
-def best_quotas(load_SE, holds_ED, rates, slacks, best_ED):  # type: ignore[no-untyped-def]
+def best_quotas(load_SE, holds_ED, machine, slacks, best_ED):  # type: ignore[no-untyped-def]
     """The fastest two-level split for these sources, int64 [E, D] in ``best_ED``; its seconds.
 
     ``slacks`` rising; tried from the largest on, until two in a row are slower than the best or the devices are even.
     """
     experts, devices = holds_ED.shape
-    nodes = rates.size_N.size
-    need_EN = node_needs(load_SE, rates.node_D, nodes)
+    nodes = machine.size_N.size
+    need_EN = node_needs(load_SE, machine.node_D, nodes)
     quota_EN, quota_ED = need_EN.copy(), np.zeros((experts, devices), np.int64)
     last_EN, chosen_EN = np.full((experts, nodes), -1), need_EN.copy()
     least, worse = np.inf, 0
-    even = EVEN * load_SE.sum() / rates.speed_D.sum()
+    even = EVEN * load_SE.sum() / machine.speed_D.sum()
     for slack in slacks[::-1]:
         if nodes > 1:
-            split_nodes(need_EN, holds_ED, rates, slack, quota_EN)
+            split_nodes(need_EN, holds_ED, machine, slack, quota_EN)
         if (quota_EN == last_EN).all():
             continue
         last_EN[:] = quota_EN
-        split_devices(load_SE, quota_EN, holds_ED, rates, 0.0, quota_ED)
-        seconds = quota_seconds(quota_ED, load_SE, need_EN, rates)
+        split_devices(load_SE, quota_EN, holds_ED, machine, 0.0, quota_ED)
+        seconds = quota_seconds(quota_ED, load_SE, need_EN, machine)
         worse += 1
         if seconds < least:
             least, worse = seconds, 0
             best_ED[:] = quota_ED
             chosen_EN[:] = quota_EN
-        if worse == 2 or (quota_ED.sum(axis=0) / rates.speed_D).max() <= even:
+        if worse == 2 or (quota_ED.sum(axis=0) / machine.speed_D).max() <= even:
             break
-    split_devices(load_SE, chosen_EN, holds_ED, rates, NEAR_SLACK, quota_ED)
-    seconds = quota_seconds(quota_ED, load_SE, need_EN, rates)
+    split_devices(load_SE, chosen_EN, holds_ED, machine, NEAR_SLACK, quota_ED)
+    seconds = quota_seconds(quota_ED, load_SE, need_EN, machine)
     if seconds < least:
         least = seconds
         best_ED[:] = quota_ED
     return least
-
-
-@compiled
-def gather_seconds(held_ED, fetched_ED, rates, expert_bytes, intra_rate, inter_rate, latency, fan_out):  # type: ignore[no-untyped-def]
-    """:func:`poise.cost.weights.fetch_seconds`, compiled."""
-    port = _fetch_ports(held_ED, fetched_ED, rates.node_D, fan_out)
-    most, net, first, some = 0.0, 0.0, 0, False
-    for n in range(rates.size_N.size):
-        out_n, in_n = 0.0, 0.0
-        for d in range(first, first + rates.size_N[n]):
-            most = max(most, port[0, d], port[1, d])
-            out_n += port[2, d]
-            in_n += port[3, d]
-            some = some or port[1, d] + port[3, d] > 0
-            if not rates.nic_shared:
-                net = max(net, port[2, d], port[3, d])
-        if rates.nic_shared:
-            net = max(net, out_n, in_n)
-        first += rates.size_N[n]
-    return max(most / intra_rate, net / inter_rate) * expert_bytes + latency if some else 0.0
-
-
-@compiled
-def exposed(gather_s, window_s, back_passes):  # type: ignore[no-untyped-def]
-    """:meth:`poise.cost.weights.StepPrice.exposed_seconds` in training, for what is fetched before the gate."""
-    return max(0.0, gather_s - window_s) + max(0.0, gather_s * back_passes - 2.0 * window_s)
-
-
-def wire_of(price: StepPrice) -> tuple[float, float, float, float, float]:
-    """What :func:`plan_layer` reads of links: expert bytes, rates inside and between nodes, latency, fan out."""
-    cluster = price.cluster
-    return (price.model.expert_bytes, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s, latency_seconds(cluster),
-            float(price.fan_out))  # fmt: skip
-
-
-def back_passes(price: StepPrice) -> float:
-    """Gathers and reduces that the backward window hides, in gathers."""
-    return price.gradient_ratio + (1.0 if price.rematerialise else 0.0)

@@ -21,11 +21,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.weights import exposed_seconds, gather_seconds
 from poise.stepwise.poise.joint import (
     SLACKS,
     best_quotas,
-    exposed,
-    gather_seconds,
     node_needs,
     quota_seconds,
     split_nodes,
@@ -44,25 +43,25 @@ SPARE_SHARE = 0.1
 
 
 @compiled
-def give_to_nodes(need_EN, holds_ED, count, free_D, rates, out_ED):  # type: ignore[no-untyped-def]
+def give_to_nodes(need_EN, holds_ED, count, free_D, machine, out_ED):  # type: ignore[no-untyped-def]
     """The ``count`` pairs (expert, node) with most tokens from the node's sources get a replica there; pairs given.
 
     Inside the node it goes to the device with least tokens so far.
     """
     experts, devices = holds_ED.shape
-    nodes = rates.size_N.size
+    nodes = machine.size_N.size
     holds_EN = np.zeros((experts, nodes), np.bool_)
     many_EN = np.zeros((experts, nodes), np.int64)
     for e in range(experts):
         for d in range(devices):
             if holds_ED[e, d]:
-                holds_EN[e, rates.node_D[d]] = True
-                many_EN[e, rates.node_D[d]] += 1
+                holds_EN[e, machine.node_D[d]] = True
+                many_EN[e, machine.node_D[d]] += 1
     load_D = np.zeros(devices)
     for e in range(experts):
         for d in range(devices):
             if holds_ED[e, d]:
-                load_D[d] += need_EN[e, rates.node_D[d]] / many_EN[e, rates.node_D[d]]
+                load_D[d] += need_EN[e, machine.node_D[d]] / many_EN[e, machine.node_D[d]]
     order = np.argsort(-need_EN.ravel(), kind="mergesort")
     given = 0
     for pair in order:
@@ -73,8 +72,8 @@ def give_to_nodes(need_EN, holds_ED, count, free_D, rates, out_ED):  # type: ign
             continue
         to = -1
         for d in range(devices):
-            fits = rates.node_D[d] == n and free_D[d] > 0
-            if fits and (to < 0 or load_D[d] / rates.speed_D[d] < load_D[to] / rates.speed_D[to]):
+            fits = machine.node_D[d] == n and free_D[d] > 0
+            if fits and (to < 0 or load_D[d] / machine.speed_D[d] < load_D[to] / machine.speed_D[to]):
                 to = d
         if to < 0:
             continue
@@ -122,16 +121,16 @@ def fill_node(load_E, own_EX, holds_EX, free_X, speed_X, tolerance, quota_EX):  
 
 
 @compiled
-def fill_nodes(load_SE, quota_EN, holds_ED, free_D, rates, tolerance, quota_ED):  # type: ignore[no-untyped-def]
+def fill_nodes(load_SE, quota_EN, holds_ED, free_D, machine, tolerance, quota_ED):  # type: ignore[no-untyped-def]
     """:func:`fill_node` in every node, in place."""
     first = 0
-    for n in range(rates.size_N.size):
-        last = first + rates.size_N[n]
+    for n in range(machine.size_N.size):
+        last = first + machine.size_N[n]
         own = np.ascontiguousarray(load_SE[first:last].T)
         holds = np.ascontiguousarray(holds_ED[:, first:last])
         free = free_D[first:last].copy()
         part = np.zeros(holds.shape, np.int64)
-        speed = rates.speed_D[first:last].copy()
+        speed = machine.speed_D[first:last].copy()
         fill_node(np.ascontiguousarray(quota_EN[:, n]), own, holds, free, speed, tolerance, part)
         holds_ED[:, first:last] = holds
         free_D[first:last] = free
@@ -140,18 +139,18 @@ def fill_nodes(load_SE, quota_EN, holds_ED, free_D, rates, tolerance, quota_ED):
 
 
 @compiled
-def _try(load_SE, need_EN, wide_ED, room_D, owned_ED, rates, wire, window_s, back_passes, slack, tolerance, least, best_ED, best_quota):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _try(load_SE, need_EN, wide_ED, room_D, owned_ED, price, slack, tolerance, least, best_ED, best_quota):  # type: ignore[no-untyped-def]  # fmt: skip
     """Step 2 for one slack and tolerance: the modelled seconds; what beats ``least`` goes to ``best``."""
-    quota_EN, quota_ED = need_EN.copy(), np.zeros(wide_ED.shape, np.int64)
+    machine, quota_EN, quota_ED = price.machine, need_EN.copy(), np.zeros(wide_ED.shape, np.int64)
     if need_EN.shape[1] > 1:
-        split_nodes(need_EN, wide_ED, rates, slack, quota_EN)
+        split_nodes(need_EN, wide_ED, machine, slack, quota_EN)
     full, left = wide_ED.copy(), room_D.copy()
-    fill_nodes(load_SE, quota_EN, full, left, rates, tolerance, quota_ED)
-    seconds = quota_seconds(quota_ED, load_SE, need_EN, rates)
+    fill_nodes(load_SE, quota_EN, full, left, machine, tolerance, quota_ED)
+    seconds = quota_seconds(quota_ED, load_SE, need_EN, machine)
     if seconds < least:
         fetched = full & ~owned_ED
-        gather = gather_seconds(owned_ED, fetched, rates, wire[0], wire[1], wire[2], wire[3], wire[4] > 0)
-        seconds += exposed(gather, window_s, back_passes)
+        gather = gather_seconds(owned_ED, fetched, price)
+        seconds += exposed_seconds(gather, 0.0, price)
         if seconds < least:
             best_ED[:] = full
             best_quota[:] = quota_ED
@@ -159,70 +158,72 @@ def _try(load_SE, need_EN, wide_ED, room_D, owned_ED, rates, wire, window_s, bac
 
 
 @compiled(nogil=True)
-def plan_layer(load_SE, owned_ED, free_D, rates, wire, window_s, back_passes, counts, best_ED):  # type: ignore[no-untyped-def]
+def plan_layer(load_SE, owned_ED, free_D, price, counts, best_ED):  # type: ignore[no-untyped-def]
     """Holders with the least modelled time, bool [E, D] in ``best_ED``; (its seconds, seconds of no replicas).
 
-    ``wire``: of ``joint.wire_of``; ``counts``: replicas a node that step 1 tries, rising. First all
-    of them with few slacks, then the best one with all slacks and tolerances.
+    ``price``: :class:`poise.cost.weights.CompiledPrice`; ``counts``: replicas a node that step 1 tries, rising. First
+    all of them with few slacks, then the best one with all slacks and tolerances.
     """
     experts, devices = owned_ED.shape
-    nodes = rates.size_N.size
-    need_EN = node_needs(load_SE, rates.node_D, nodes)
+    machine = price.machine
+    nodes = machine.size_N.size
+    need_EN = node_needs(load_SE, machine.node_D, nodes)
     best_quota = np.zeros((experts, devices), np.int64)
     best_ED[:] = owned_ED
-    alone = best_quotas(load_SE, owned_ED, rates, SLACKS, best_quota)
+    alone = best_quotas(load_SE, owned_ED, machine, SLACKS, best_quota)
     least, chosen, given = alone, 0, -1
     for count in counts:
         wide, room = owned_ED.copy(), free_D.copy()
         now = 0
         if nodes > 1:
-            now = give_to_nodes(need_EN, owned_ED, count * nodes, room, rates, wide)
+            now = give_to_nodes(need_EN, owned_ED, count * nodes, room, machine, wide)
         if now == given:
             break
         given = now
         for slack in COARSE_SLACKS:
-            seconds = _try(load_SE, need_EN, wide, room, owned_ED, rates, wire, window_s, back_passes, slack,
+            seconds = _try(load_SE, need_EN, wide, room, owned_ED, price, slack,
                            COARSE_TOLERANCE, least, best_ED, best_quota)  # fmt: skip
             if seconds < least:
                 least, chosen = seconds, count
     wide, room = owned_ED.copy(), free_D.copy()
     if nodes > 1:
-        give_to_nodes(need_EN, owned_ED, chosen * nodes, room, rates, wide)
+        give_to_nodes(need_EN, owned_ED, chosen * nodes, room, machine, wide)
     for slack in SLACKS:
         for tolerance in TOLERANCES:
-            seconds = _try(load_SE, need_EN, wide, room, owned_ED, rates, wire, window_s, back_passes, slack,
+            seconds = _try(load_SE, need_EN, wide, room, owned_ED, price, slack,
                            tolerance, least, best_ED, best_quota)  # fmt: skip
             least = min(least, seconds)
         if nodes == 1:
             break
     if least < alone:
-        _spare(owned_ED, best_ED, best_quota, free_D, rates, wire, window_s, back_passes)
+        _spare(owned_ED, best_ED, best_quota, free_D, price)
     return least, alone
 
 
 @compiled
-def _spare(owned_ED, best_ED, quota_ED, free_D, rates, wire, window_s, back_passes):  # type: ignore[no-untyped-def]
+def _spare(owned_ED, best_ED, quota_ED, free_D, price):  # type: ignore[no-untyped-def]
     """Step 4: slots still free get what their node computes most of, where that hides."""
     experts, devices = best_ED.shape
-    gather = gather_seconds(owned_ED, best_ED & ~owned_ED, rates, wire[0], wire[1], wire[2], wire[3], wire[4] > 0)
-    paid = exposed(gather, window_s, back_passes)
+    machine = price.machine
+    gather = gather_seconds(owned_ED, best_ED & ~owned_ED, price)
+    paid = exposed_seconds(gather, 0.0, price)
     left = free_D.copy()
-    each_EN = np.zeros((experts, rates.size_N.size))
-    many_EN = np.zeros((experts, rates.size_N.size))
+    each_EN = np.zeros((experts, machine.size_N.size))
+    many_EN = np.zeros((experts, machine.size_N.size))
     load_D = np.zeros(devices)
     for d in range(devices):
         for e in range(experts):
-            each_EN[e, rates.node_D[d]] += quota_ED[e, d]
+            each_EN[e, machine.node_D[d]] += quota_ED[e, d]
             load_D[d] += quota_ED[e, d]
             if best_ED[e, d]:
-                many_EN[e, rates.node_D[d]] += 1.0
+                many_EN[e, machine.node_D[d]] += 1.0
                 left[d] -= 0 if owned_ED[e, d] else 1
     mean = load_D.mean()
     for _ in range(left.sum()):
         for d in np.argsort(-left):
             if left[d] <= 0:
                 break
-            n = rates.node_D[d]
+            n = machine.node_D[d]
             expert, most = -1, SPARE_SHARE * mean
             for e in range(experts):
                 if many_EN[e, n] > 0 and not best_ED[e, d] and each_EN[e, n] / many_EN[e, n] > most:
@@ -232,25 +233,26 @@ def _spare(owned_ED, best_ED, quota_ED, free_D, rates, wire, window_s, back_pass
                 continue
             best_ED[expert, d] = True
             fetched = best_ED & ~owned_ED
-            gather = gather_seconds(owned_ED, fetched, rates, wire[0], wire[1], wire[2], wire[3], wire[4] > 0)
-            if exposed(gather, window_s, back_passes) > paid:
+            gather = gather_seconds(owned_ED, fetched, price)
+            if exposed_seconds(gather, 0.0, price) > paid:
                 best_ED[expert, d] = False
                 continue
             many_EN[expert, n] += 1.0
 
 
 @compiled(nogil=True)
-def calibrate(load_SE, owned_ED, held_ED, free_D, rates, wire, window_s, back_passes, extra, quota_ED):  # type: ignore[no-untyped-def]
+def calibrate(load_SE, owned_ED, held_ED, free_D, price, extra, quota_ED):  # type: ignore[no-untyped-def]
     """Quotas from exact loads; up to ``extra`` replicas more in ``held_ED`` while each pays for its late gather."""
     experts, devices = held_ED.shape
-    nodes = rates.size_N.size
-    need_EN = node_needs(load_SE, rates.node_D, nodes)
-    least = best_quotas(load_SE, held_ED, rates, SLACKS, quota_ED)
+    machine = price.machine
+    nodes = machine.size_N.size
+    need_EN = node_needs(load_SE, machine.node_D, nodes)
+    least = best_quotas(load_SE, held_ED, machine, SLACKS, quota_ED)
     if extra == 0:
         return least
     fetched = held_ED & ~owned_ED
-    early = gather_seconds(owned_ED, fetched, rates, wire[0], wire[1], wire[2], wire[3], wire[4] > 0)
-    paid = exposed(early, window_s, back_passes)
+    early = gather_seconds(owned_ED, fetched, price)
+    paid = exposed_seconds(early, 0.0, price)
     first_held, trial = held_ED.copy(), np.zeros((experts, devices), np.int64)
     wider = held_ED.copy()
     for _ in range(extra):
@@ -258,19 +260,18 @@ def calibrate(load_SE, owned_ED, held_ED, free_D, rates, wire, window_s, back_pa
         for kind in range(2):
             wider[:] = held_ED
             if kind == 0:
-                e, d = _relief(quota_ED, held_ED, free_D, rates)
+                e, d = _relief(quota_ED, held_ED, free_D, machine)
             else:
-                e, d = _errand(quota_ED, need_EN, held_ED, free_D, rates)
+                e, d = _errand(quota_ED, need_EN, held_ED, free_D, machine)
             if e < 0:
                 continue
             wider[e, d] = True
             more = wider & ~first_held
-            late = gather_seconds(first_held, more, rates, wire[0], wire[1], wire[2], wire[3], wire[4] > 0)
-            back = max(0.0, (early + late) * back_passes - 2.0 * window_s)
-            price = max(0.0, early - window_s) + late + back - paid
-            if price >= least:
+            late = gather_seconds(first_held, more, price)
+            costs = exposed_seconds(early, late, price) - paid
+            if costs >= least:
                 continue
-            seconds = best_quotas(load_SE, wider, rates, SLACKS, trial) + price
+            seconds = best_quotas(load_SE, wider, machine, SLACKS, trial) + costs
             if seconds < least * (1.0 - 1e-9):
                 least = seconds
                 held_ED[:] = wider
@@ -284,21 +285,21 @@ def calibrate(load_SE, owned_ED, held_ED, free_D, rates, wire, window_s, back_pa
 
 
 @compiled
-def _relief(quota_ED, held_ED, free_D, rates):  # type: ignore[no-untyped-def]
+def _relief(quota_ED, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
     """The fullest device's largest share, to the idlest device with a free slot, of its node if one lies below mean."""
     experts, devices = quota_ED.shape
-    load_D = quota_ED.sum(axis=0) / rates.speed_D
+    load_D = quota_ED.sum(axis=0) / machine.speed_D
     top = np.argmax(load_D)
     mean = load_D.mean()
     to = -1
     for d in range(devices):
-        near = rates.node_D[d] == rates.node_D[top]
+        near = machine.node_D[d] == machine.node_D[top]
         if free_D[d] == 0 or d == top or load_D[d] >= mean:
             continue
         if (
             to < 0
-            or (near and rates.node_D[to] != rates.node_D[top])
-            or (near == (rates.node_D[to] == rates.node_D[top]) and load_D[d] < load_D[to])
+            or (near and machine.node_D[to] != machine.node_D[top])
+            or (near == (machine.node_D[to] == machine.node_D[top]) and load_D[d] < load_D[to])
         ):
             to = d
     expert = -1
@@ -310,17 +311,17 @@ def _relief(quota_ED, held_ED, free_D, rates):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _errand(quota_ED, need_EN, held_ED, free_D, rates):  # type: ignore[no-untyped-def]
+def _errand(quota_ED, need_EN, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
     """The expert that a node sends most tokens away for, to the node's idlest device with a free slot."""
     experts, devices = quota_ED.shape
-    nodes = rates.size_N.size
-    load_D = quota_ED.sum(axis=0) / rates.speed_D
+    nodes = machine.size_N.size
+    load_D = quota_ED.sum(axis=0) / machine.speed_D
     expert, to, most = -1, -1, 0
     if nodes == 1:
         return expert, to
     idle_N = np.full(nodes, -1)
     for d in range(devices):
-        n = rates.node_D[d]
+        n = machine.node_D[d]
         if free_D[d] > 0 and (idle_N[n] < 0 or load_D[d] < load_D[idle_N[n]]):
             idle_N[n] = d
     for e in range(experts):
@@ -329,7 +330,7 @@ def _errand(quota_ED, need_EN, held_ED, free_D, rates):  # type: ignore[no-untyp
                 continue
             here = False
             for d in range(devices):
-                here = here or (held_ED[e, d] and rates.node_D[d] == n)
+                here = here or (held_ED[e, d] and machine.node_D[d] == n)
             if not here:
                 expert, to, most = e, idle_N[n], need_EN[e, n]
     return expert, to

@@ -9,37 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import roofline
+from poise.cost.machine import expert_work, fullest_of_sums
 from poise.cost.quota import Holders, Scratch, balance, compile_holders, holders_room, make_scratch, near_start
-from poise.cost.weights import StepPrice
 from poise.util.compiled import compiled
 
 UNITS = 64
 """Work is balanced in whole units: the mean work of a device is about this many times the number of experts."""
-
-
-class Rates(NamedTuple):
-    """A machine as compiled code reads it: seconds a token, seconds an expert's weights, seconds a copy."""
-
-    per_token: float
-    per_expert: float
-    intra_copy: float
-    inter_copy: float
-    speed_D: NDArray[np.float64]
-    node_D: NDArray[np.int64]
-    size_N: NDArray[np.int64]
-    nic_shared: bool
-
-
-def make_rates(price: StepPrice) -> Rates:
-    """Rates of a price, all passes of a step in them; a copy pays the way out and back."""
-    cluster, model = price.cluster, price.model
-    both = (model.dispatch_bytes_per_token + model.combine_bytes_per_token) * price.exchange_passes
-    inter = both / cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0
-    nodes = cluster.node_D.astype(np.int64), cluster.devices_per_node_N.astype(np.int64)
-    intra = both / cluster.intra_bytes_per_s
-    per_token, per_expert = (seconds * price.compute_passes for seconds in roofline(cluster, model))
-    return Rates(per_token, per_expert, intra, inter, np.array(cluster.speed_D), *nodes, cluster.nic_shared)
 
 
 class Desk(NamedTuple):
@@ -58,6 +33,7 @@ class Desk(NamedTuple):
     seconds_D: NDArray[np.float64]
     sum_D: NDArray[np.float64]
     have_E: NDArray[np.float64]
+    away_D2: NDArray[np.float64]
 
 
 def make_desk(num_experts: int, num_devices: int, num_entries: int) -> Desk:
@@ -67,25 +43,19 @@ def make_desk(num_experts: int, num_devices: int, num_entries: int) -> Desk:
     return Desk(
         holders_room(num_experts, num_devices, num_entries), make_scratch(num_experts, num_devices),
         np.zeros(num_experts, np.int64), whole[0], more[0], more[1], whole[1], np.zeros(num_devices, np.int64),
-        real_E[0], real_E[2], real_D[0], real_D[1], real_E[1],
+        real_E[0], real_E[2], real_D[0], real_D[1], real_E[1], np.zeros((num_devices, 2)),
     )  # fmt: skip
 
 
 @compiled
-def _work(tokens, rates):  # type: ignore[no-untyped-def]
-    """Seconds of one expert's tokens at speed 1: :func:`poise.cost.compute.expert_seconds`."""
-    return max(tokens * rates.per_token, min(tokens, 1.0) * rates.per_expert)
-
-
-@compiled
-def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-untyped-def]
+def layer_seconds(tokens_H, holders, load_SE, machine, desk):  # type: ignore[no-untyped-def]
     """Modelled compute, dispatch and combine of a split (float64 [H] tokens), without latencies.
 
     ``load_SE`` int64 [D, E] are the tokens of each source, matched to the nearest quotas
     (:func:`poise.cost.route.rows_into`); size 0: sources spread evenly. One copy a pair (``home``): deduplicating
     flows send at most that.
     """
-    devices = rates.speed_D.size
+    devices = machine.speed_D.size
     seconds, arrive = desk.seconds_D, desk.sum_D
     seconds[:] = 0.0
     arrive[:] = 0.0
@@ -94,16 +64,16 @@ def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-u
         n = tokens_H[h]
         if n > 0.0:
             d = holders.device_H[h]
-            seconds[d] += _work(n, rates)
+            seconds[d] += expert_work(n, machine)
             arrive[d] += n
             total += n
     worst = 0.0
     for d in range(devices):
-        worst = max(worst, seconds[d] / rates.speed_D[d])
+        worst = max(worst, seconds[d] / machine.speed_D[d])
     if devices == 1:
         return worst
     leave = seconds
-    nodes = rates.size_N.size
+    nodes = machine.size_N.size
     exact = load_SE.size > 0
     load_E = desk.sum_E
     load_E[:] = 0.0
@@ -120,33 +90,23 @@ def layer_seconds(tokens_H, holders, load_SE, rates, desk):  # type: ignore[no-u
         stay = min(tokens_H[h], load_SE[d, e] if exact else load_E[e] / devices)
         arrive[d] -= stay
         leave[d] -= stay
-    intra, net, first = 0.0, 0.0, 0
-    for n in range(nodes):
-        size = rates.size_N[n]
-        away_in, away_out, in_sum, out_sum = 0.0, 0.0, 0.0, 0.0
-        for d in range(first, first + size):
-            in_sum += arrive[d]
-            out_sum += leave[d]
-        if nodes > 1:
-            for e in range(load_E.size):
-                need, place = load_E[e] * size / devices, 0.0
-                if exact:
-                    need = 0.0
-                    for d in range(first, first + size):
-                        need += load_SE[d, e]
-                for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
-                    if rates.node_D[holders.device_H[h]] == n:
-                        place += tokens_H[h]
-                away_in += place - min(need, place)
-                away_out += need - min(need, place)
-            ports = 1.0 if rates.nic_shared else float(size)
-            net = max(net, away_in / ports, away_out / ports)
-        for d in range(first, first + size):
-            near_in = arrive[d] * (1.0 - away_in / max(in_sum, 1e-9))
-            near_out = leave[d] * (1.0 - away_out / max(out_sum, 1e-9))
-            intra = max(intra, near_in, near_out)
+    away_N2, first = desk.away_D2[:nodes], 0
+    away_N2[:] = 0.0
+    for n in range(nodes if nodes > 1 else 0):
+        size = machine.size_N[n]
+        for e in range(load_E.size):
+            need, place = load_E[e] * size / devices, 0.0
+            if exact:
+                need = 0.0
+                for d in range(first, first + size):
+                    need += load_SE[d, e]
+            for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
+                if machine.node_D[holders.device_H[h]] == n:
+                    place += tokens_H[h]
+            away_N2[n, 0] += need - min(need, place)
+            away_N2[n, 1] += place - min(need, place)
         first += size
-    return worst + max(intra * rates.intra_copy, net * rates.inter_copy)
+    return worst + fullest_of_sums(leave, arrive, away_N2, machine) * (machine.out_bytes + machine.back_bytes)
 
 
 @compiled
@@ -159,7 +119,7 @@ def even_tokens(load_E, holders, tokens_H):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk):  # type: ignore[no-untyped-def]
+def split_byexpert_work(load_E, local_H, holders, machine, slack, scale, tokens_H, desk):  # type: ignore[no-untyped-def]
     """Split by seconds, float64 [H] tokens: experts bound by reading their weights stay whole.
 
     Those go, longest first, to the holder that would finish first (beside an even share of the others); the tokens of
@@ -167,14 +127,14 @@ def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk)
     [H] (units that may stay at home) or size 0, ``slack`` as in :func:`poise.cost.quota.balance`.
     """
     seconds, order, base_D = desk.seconds_D, desk.scratch.order_E, desk.base_D
-    experts, devices = load_E.size, rates.speed_D.size
-    knee = rates.per_expert / rates.per_token
+    experts, devices = load_E.size, machine.speed_D.size
+    knee = machine.per_expert / machine.per_token
     seconds[:] = 0.0
     count = 0
     for e in range(experts):
         first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
         desk.units_E[e] = 0
-        work = _work(load_E[e], rates)
+        work = expert_work(load_E[e], machine)
         if last - first == 1:
             tokens_H[first] = load_E[e]
             seconds[holders.device_H[first]] += work
@@ -188,30 +148,30 @@ def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk)
             order[j] = e
             count += 1
     for d in range(devices):
-        base_D[d] = np.int64(seconds[d] / rates.per_token * scale + 0.5)
+        base_D[d] = np.int64(seconds[d] / machine.per_token * scale + 0.5)
     for e in holders.shared_Y:
         if desk.units_E[e] > 0:
             first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
             for h in range(first, last):
-                seconds[holders.device_H[h]] += load_E[e] / (last - first) * rates.per_token
+                seconds[holders.device_H[h]] += load_E[e] / (last - first) * machine.per_token
     for i in range(count):
         e = order[i]
         best, at = -1, 0.0
         for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
             tokens_H[h] = 0.0
             d = holders.device_H[h]
-            if best < 0 or seconds[d] / rates.speed_D[d] < at:
-                best, at = h, seconds[d] / rates.speed_D[d]
+            if best < 0 or seconds[d] / machine.speed_D[d] < at:
+                best, at = h, seconds[d] / machine.speed_D[d]
         d = holders.device_H[best]
         tokens_H[best] = load_E[e]
-        seconds[d] += _work(load_E[e], rates)
-        base_D[d] += np.int64(_work(load_E[e], rates) / rates.per_token * scale + 0.5)
+        seconds[d] += expert_work(load_E[e], machine)
+        base_D[d] += np.int64(expert_work(load_E[e], machine) / machine.per_token * scale + 0.5)
     if local_H.size:
         for e in holders.shared_Y:
             if desk.units_E[e] == 0:
                 for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
                     local_H[h] = 0
-    balance(desk.units_E, local_H, base_D, holders, rates.speed_D, slack, desk.quota_H, desk.scratch)
+    balance(desk.units_E, local_H, base_D, holders, machine.speed_D, slack, desk.quota_H, desk.scratch)
     for e in holders.shared_Y:
         if desk.units_E[e] > 0:
             for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
@@ -219,7 +179,7 @@ def split_by_work(load_E, local_H, holders, rates, slack, scale, tokens_H, desk)
 
 
 @compiled
-def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped-def]
+def best_split(load_SE, holders, machine, slack, desk):  # type: ignore[no-untyped-def]
     """The fastest of three splits for these sources, float64 [H] whole tokens in ``desk.best_H``; its seconds.
 
     Exact in tokens; by work; by work with ``slack``, which leaves more tokens at home.
@@ -234,14 +194,14 @@ def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped
         load_E[e] = desk.units_E[e]
     least = np.inf
     for turn in range(3):
-        near_start(load_SE, holders, rates.node_D, local_H)
+        near_start(load_SE, holders, machine.node_D, local_H)
         if turn == 0:
-            balance(desk.units_E, local_H, desk.base_D[:0], holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
+            balance(desk.units_E, local_H, desk.base_D[:0], holders, machine.speed_D, 0.0, desk.quota_H, desk.scratch)
             for h in range(count):
                 desk.tokens_H[h] = desk.quota_H[h]
         else:
-            split_by_work(load_E, local_H, holders, rates, slack * (turn - 1), 1.0, desk.tokens_H, desk)
-        seconds = layer_seconds(desk.tokens_H, holders, load_SE, rates, desk)
+            split_byexpert_work(load_E, local_H, holders, machine, slack * (turn - 1), 1.0, desk.tokens_H, desk)
+        seconds = layer_seconds(desk.tokens_H, holders, load_SE, machine, desk)
         if seconds < least:
             least = seconds
             desk.best_H[:count] = desk.tokens_H[:count]
@@ -249,25 +209,25 @@ def best_split(load_SE, holders, rates, slack, desk):  # type: ignore[no-untyped
 
 
 @compiled
-def plan_seconds(load_E, holders, rates, control_s, desk):  # type: ignore[no-untyped-def]
+def plan_seconds(load_E, holders, machine, control_s, desk):  # type: ignore[no-untyped-def]
     """Modelled seconds of the split by work on loads known in expectation, control included."""
     total = 0.0
     for e in range(load_E.size):
         total += load_E[e]
     scale = max(1.0, UNITS * load_E.size / max(total, 1e-9))
-    split_by_work(load_E, desk.local_H[:0], holders, rates, 0.0, scale, desk.tokens_H, desk)
-    return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), rates, desk) + control_s
+    split_byexpert_work(load_E, desk.local_H[:0], holders, machine, 0.0, scale, desk.tokens_H, desk)
+    return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), machine, desk) + control_s
 
 
 @compiled
-def passive_seconds(load_E, holders, rates, desk):  # type: ignore[no-untyped-def]
+def passive_seconds(load_E, holders, machine, desk):  # type: ignore[no-untyped-def]
     """Modelled seconds of the engine's even split."""
     even_tokens(load_E, holders, desk.tokens_H)
-    return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), rates, desk)
+    return layer_seconds(desk.tokens_H, holders, np.zeros((0, 0), np.int64), machine, desk)
 
 
 @compiled
-def next_replica(work_E, held_ED, static_ED, slots_D, holders, rates, desk, drop):  # type: ignore[no-untyped-def]
+def next_replica(work_E, held_ED, static_ED, slots_D, holders, machine, desk, drop):  # type: ignore[no-untyped-def]
     """The replica that takes most from a fullest device, (expert, device, expert to drop or -1); expert -1: none.
 
     Work (seconds of each expert, float64 [E]) is split exactly over the holders first; ``desk.quota_H`` keeps that
@@ -280,13 +240,13 @@ def next_replica(work_E, held_ED, static_ED, slots_D, holders, rates, desk, drop
     scale = UNITS * experts / max(total, 1e-300)
     for e in range(experts):
         desk.units_E[e] = np.int64(work_E[e] * scale + 0.5)
-    balance(desk.units_E, desk.local_H[:0], desk.base_D[:0], holders, rates.speed_D, 0.0, desk.quota_H, desk.scratch)
+    balance(desk.units_E, desk.local_H[:0], desk.base_D[:0], holders, machine.speed_D, 0.0, desk.quota_H, desk.scratch)
     load_D = desk.scratch.load_D
     most, least, units = 0.0, 1e300, 0
     for d in range(devices):
-        most = max(most, load_D[d] / rates.speed_D[d])
+        most = max(most, load_D[d] / machine.speed_D[d])
         units += load_D[d]
-    mean = units / rates.speed_D.sum()
+    mean = units / machine.speed_D.sum()
     if most <= 1.002 * mean:
         return -1, -1, -1
     used = desk.seconds_D
@@ -296,15 +256,15 @@ def next_replica(work_E, held_ED, static_ED, slots_D, holders, rates, desk, drop
     for h in range(holders.device_H.size):
         d, e = holders.device_H[h], holders.expert_H[h]
         used[d] += 1.0
-        if load_D[d] / rates.speed_D[d] >= most * 0.9999:
+        if load_D[d] / machine.speed_D[d] >= most * 0.9999:
             give[e] = max(give[e], float(desk.quota_H[h]))
     tried = desk.sum_D
     tried[:] = 0.0
     for _ in range(devices):
         to, least = -1, mean
         for d in range(devices):
-            if tried[d] == 0.0 and load_D[d] / rates.speed_D[d] < least and slots_D[d] > 0:
-                to, least = d, load_D[d] / rates.speed_D[d]
+            if tried[d] == 0.0 and load_D[d] / machine.speed_D[d] < least and slots_D[d] > 0:
+                to, least = d, load_D[d] / machine.speed_D[d]
         if to < 0:
             return -1, -1, -1
         tried[to] = 1.0
@@ -314,7 +274,7 @@ def next_replica(work_E, held_ED, static_ED, slots_D, holders, rates, desk, drop
                 expert, amount = e, give[e]
         if expert < 0:
             continue
-        amount = min(amount, (mean - least) * rates.speed_D[to])
+        amount = min(amount, (mean - least) * machine.speed_D[to])
         if used[to] < slots_D[to]:
             return expert, to, -1
         if drop:

@@ -40,7 +40,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.links import latency_seconds
-from poise.cost.weights import fetch_seconds
+from poise.cost.machine import Machine, expert_works
+from poise.cost.weights import compiled_price, fetch_seconds
 from poise.stepwise.methods.hecate import nearest_rows
 from poise.stepwise.methods.split import even_quota, exact_split, spread_evenly
 from poise.stepwise.poise import joint, joint_plan
@@ -91,18 +92,18 @@ class Poise(StepPolicy):
         """Steps 1 to 3, or 6."""
         if view.price.training and self.objective == "seconds":
             return self._materialise(view)
-        rates = k.make_rates(view.price)
+        machine = compiled_price(view.price).machine
         desk = self._desk_of(view)
         held = view.before_ED.copy()
         if view.coming_ED.any():
             return view.before_ED
         if self.objective == "tokens":
-            return self._fill(view, held, rates, desk, view.predicted_E)[-1]
+            return self._fill(view, held, machine, desk, view.predicted_E)[-1]
         best, best_seconds = view.before_ED, np.inf
-        wake = self._wake_below(view, rates, desk)
+        wake = self._wake_below(view, machine, desk)
         last, stay_s = view.before_ED, np.inf
-        for plan in self._fill(view, held, rates, desk, self._work(view, rates)):
-            seconds = self._planned(view, plan, rates, desk)
+        for plan in self._fill(view, held, machine, desk, expert_works(view.predicted_E, machine)):
+            seconds = self._planned(view, plan, machine, desk)
             stay_s = min(stay_s, seconds) if not (plan & ~view.before_ED).any() else stay_s
             exposed = fetch_seconds(view.before_ED, plan & ~view.before_ED, view.price) - view.price.window_s
             if exposed > 0.0:
@@ -122,10 +123,10 @@ class Poise(StepPolicy):
         """Step 4."""
         if self.objective == "tokens" or view.price.training:
             return None
-        rates, desk = k.make_rates(view.price), self._desk_of(view)
-        plans = self._fill(view, holders_ED.copy(), rates, desk, self._work(view, rates))
-        seconds = [self._planned(view, plan, rates, desk) for plan in plans]
-        wake = self._wake_below(view, rates, desk)
+        machine, desk = compiled_price(view.price).machine, self._desk_of(view)
+        plans = self._fill(view, holders_ED.copy(), machine, desk, expert_works(view.predicted_E, machine))
+        seconds = [self._planned(view, plan, machine, desk) for plan in plans]
+        wake = self._wake_below(view, machine, desk)
         best = int(np.argmin(seconds))
         if best == 0 or seconds[best] > min(wake, seconds[0] * (1.0 - self.margin)):
             return None
@@ -146,15 +147,15 @@ class Poise(StepPolicy):
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 5 and 7."""
-        rates, desk = k.make_rates(view.price), self._desk_of(view)
+        machine, desk = compiled_price(view.price).machine, self._desk_of(view)
         if self.objective == "tokens":
-            return StepPlan(holders_ED, exact_split(load_SE, holders_ED, rates.speed_D, node_D=rates.node_D))
+            return StepPlan(holders_ED, exact_split(load_SE, holders_ED, machine.speed_D, node_D=machine.node_D))
         if view.price.training:
             return self._calibrated(view, holders_ED, load_SE)
         if self.leaves_alone(view, holders_ED):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
         holders = k.compile_all(holders_ED, desk)
-        k.best_split(load_SE, holders, rates, self.slack, desk)
+        k.best_split(load_SE, holders, machine, self.slack, desk)
         quota = np.zeros(holders_ED.shape, np.int64)
         quota[holders.expert_H, holders.device_H] = np.rint(desk.best_H[: holders.device_H.size])
         return StepPlan(holders_ED, quota)
@@ -163,8 +164,8 @@ class Poise(StepPolicy):
         """Whether :meth:`after_gate` will be passive whatever the exact loads are: then nobody need wait for them."""
         if self.objective == "tokens" or view.price.training:
             return False
-        rates, desk = k.make_rates(view.price), self._desk_of(view)
-        return self._planned(view, holders_ED, rates, desk) > self._wake_below(view, rates, desk)
+        machine, desk = compiled_price(view.price).machine, self._desk_of(view)
+        return self._planned(view, holders_ED, machine, desk) > self._wake_below(view, machine, desk)
 
     def _materialise(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 6."""
@@ -178,9 +179,8 @@ class Poise(StepPolicy):
         free_D = view.slots_D - view.before_ED.sum(axis=0)
         counts = joint_plan.tried_counts(view.step_slots, int(cluster.devices_per_node_N.max()), len(out))
         least, alone = joint_plan.plan_layer(
-            self._expected(view), view.before_ED, free_D, k.make_rates(price), joint.wire_of(price), price.window_s,
-            joint.back_passes(price), counts, out,
-        )  # fmt: skip
+            self._expected(view), view.before_ED, free_D, compiled_price(price), counts, out
+        )
         if (out == view.before_ED).all():
             return view.before_ED, 0.0, 0.0
         near_s, exact_s = self.dispatch_seconds(view, out)
@@ -198,9 +198,8 @@ class Poise(StepPolicy):
         quota, held = np.zeros(holders_ED.shape, np.int64), holders_ED.copy()
         free_D = view.slots_D - holders_ED.sum(axis=0)
         joint_plan.calibrate(
-            np.ascontiguousarray(load_SE), view.before_ED, held, free_D, k.make_rates(price), joint.wire_of(price),
-            price.window_s, joint.back_passes(price), self.extra, quota,
-        )  # fmt: skip
+            np.ascontiguousarray(load_SE), view.before_ED, held, free_D, compiled_price(price), self.extra, quota
+        )
         return StepPlan(held, quota)
 
     def _expected(self, view: LayerView) -> NDArray[np.int64]:
@@ -213,45 +212,40 @@ class Poise(StepPolicy):
 
     def dispatch_seconds(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> tuple[float, float]:
         """Predicted seconds of a layer if tokens go to the nearest holders, and if they are split exactly."""
-        load_SE, rates = self._expected(view), k.make_rates(view.price)
+        load_SE, machine = self._expected(view), compiled_price(view.price).machine
         quota = np.zeros(holders_ED.shape, np.int64)
-        exact_s = float(joint.best_quotas(load_SE, holders_ED, rates, joint.SLACKS, quota))
-        near = nearest_rows(load_SE, holders_ED, rates.node_D).sum(axis=0)
-        need = joint.node_needs(load_SE, rates.node_D, rates.size_N.size)
-        return float(joint.quota_seconds(near, load_SE, need, rates)), exact_s
+        exact_s = float(joint.best_quotas(load_SE, holders_ED, machine, joint.SLACKS, quota))
+        near = nearest_rows(load_SE, holders_ED, machine.node_D).sum(axis=0)
+        need = joint.node_needs(load_SE, machine.node_D, machine.size_N.size)
+        return float(joint.quota_seconds(near, load_SE, need, machine)), exact_s
 
     def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
         """What step 7 takes beside the control time that every exact method pays."""
         return TRAIN_PLAN_SECONDS_BASE + TRAIN_PLAN_SECONDS_PER_PAIR * num_experts * num_devices
 
-    def _work(self, view: LayerView, rates: k.Rates) -> NDArray[np.float64]:
-        """Predicted seconds of each expert at speed 1."""
-        tokens_E = view.predicted_E
-        return np.maximum(tokens_E * rates.per_token, np.minimum(tokens_E, 1.0) * rates.per_expert)
-
-    def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], rates: k.Rates, desk: k.Desk) -> float:
+    def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], machine: Machine, desk: k.Desk) -> float:
         """Predicted seconds of a plan's split, control included."""
         holders = k.compile_all(plan_ED, desk)
-        return float(k.plan_seconds(view.predicted_E, holders, rates, view.price.control_s, desk))
+        return float(k.plan_seconds(view.predicted_E, holders, machine, view.price.control_s, desk))
 
     def _desk_of(self, view: LayerView) -> k.Desk:
         entries = int(view.slots_D.sum()) + view.static_ED.shape[0]
         return _desk(*view.static_ED.shape, entries, threading.get_ident())  # scratch: one for each thread
 
-    def _wake_below(self, view: LayerView, rates: k.Rates, desk: k.Desk) -> float:
+    def _wake_below(self, view: LayerView, machine: Machine, desk: k.Desk) -> float:
         """Predicted seconds below which the loop is worth its control time."""
-        passive = k.passive_seconds(view.predicted_E, k.compile_all(view.static_ED, desk), rates, desk)
+        passive = k.passive_seconds(view.predicted_E, k.compile_all(view.static_ED, desk), machine, desk)
         return float(passive * (1.0 - self.margin) - self.margin * latency_seconds(view.price.cluster))
 
     def _fill(
-        self, view: LayerView, held_ED: NDArray[np.bool_], rates: k.Rates, desk: k.Desk, work_E: NDArray[np.float64]
+        self, view: LayerView, held_ED: NDArray[np.bool_], machine: Machine, desk: k.Desk, work_E: NDArray[np.float64]
     ) -> list[NDArray[np.bool_]]:
         """Step 2: the holders after every replica, the present ones first."""
         out = [held_ED.copy()]
         slots_D = view.slots_D
         for _ in range(2 * view.step_slots * len(slots_D)):
             holders = k.compile_all(held_ED, desk)
-            expert, to, drop = k.next_replica(work_E, held_ED, view.static_ED, slots_D, holders, rates, desk, True)
+            expert, to, drop = k.next_replica(work_E, held_ED, view.static_ED, slots_D, holders, machine, desk, True)
             if expert < 0:
                 break
             held_ED[expert, to] = True
@@ -264,7 +258,7 @@ class Poise(StepPolicy):
             each_E = work_E / held_ED.sum(axis=1) if self.objective == "tokens" else view.predicted_E.copy()
             each_E[held_ED[:, to]] = -1.0
             if self.objective == "seconds":  # a node that lacks it saves network, a device only fabric
-                each_E[held_ED[:, rates.node_D == rates.node_D[to]].any(axis=1)] *= 0.1
+                each_E[held_ED[:, machine.node_D == machine.node_D[to]].any(axis=1)] *= 0.1
             expert = int(np.argmax(each_E))
             if each_E[expert] <= 0:
                 break

@@ -1,0 +1,123 @@
+"""What compiled code says of the machine is what the readable evaluators say: an expert, ports, a fetch, its exposure."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.helpers import load_batch, tiny_cluster, tiny_model
+
+from poise.cost import step
+from poise.cost.compute import expert_seconds
+from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.machine import (
+    book,
+    book_even_homes,
+    expert_work,
+    expert_works,
+    fullest_of_sums,
+    fullest_port,
+    make_machine,
+)
+from poise.cost.traffic import Copies, port_load
+from poise.cost.weights import StepPrice, compiled_price, exposed_seconds, fetch_seconds, gather_seconds
+
+SEEDS = st.integers(0, 2**32 - 1)
+NODES = st.sampled_from([(2, 1), (3,), (1, 1, 1), (1, 2, 2), (1,), (3, 3)])
+
+
+def make(seed, nodes):
+    rng = np.random.default_rng(seed)
+    cluster, model = tiny_cluster(rng, nodes), tiny_model(load_batch(rng))
+    return rng, cluster, model, make_machine(cluster, model)
+
+
+@given(SEEDS, NODES, st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_an_experts_seconds(seed, nodes, passes):
+    rng, cluster, model, _ = make(seed, nodes)
+    machine = make_machine(cluster, model, compute_passes=passes)
+    tokens = np.concatenate([rng.exponential(2.0, 20), [0.0, 1.0]])
+    want = expert_seconds(tokens, cluster, model) * passes
+    np.testing.assert_allclose([expert_work(n, machine) for n in tokens], want, rtol=1e-12)
+    np.testing.assert_allclose(expert_works(tokens, machine), want, rtol=1e-12)
+
+
+@given(SEEDS, NODES)
+@settings(max_examples=60, deadline=None)
+def test_ports_of_pairs(seed, nodes):
+    rng, cluster, _, machine = make(seed, nodes)
+    pairs_DD = rng.exponential(1.0, (cluster.num_devices,) * 2) * (rng.random((cluster.num_devices,) * 2) < 0.6)
+    port_PD = np.zeros((4, cluster.num_devices))
+    for (source, target), amount in np.ndenumerate(pairs_DD):
+        book(port_PD, source, target, amount, machine.node_D)
+    load = port_load(Copies(pairs_DD[None]), cluster)
+    want = [load.intra_out_BD[0], load.intra_in_BD[0], load.net_out_BD[0], load.net_in_BD[0]]
+    np.testing.assert_allclose(port_PD, want, rtol=1e-12)
+    assert fullest_port(port_PD, machine) == pytest.approx(port_seconds(load, 1.0, cluster)[0], rel=1e-12)
+
+
+@given(SEEDS, NODES)
+@settings(max_examples=60, deadline=None)
+def test_ports_where_homes_are_spread_evenly(seed, nodes):
+    rng, cluster, _, machine = make(seed, nodes)
+    tokens_D, port_PD = rng.exponential(5.0, cluster.num_devices), np.full((4, cluster.num_devices), np.nan)
+    book_even_homes(port_PD, tokens_D, machine)
+    load = step._ports_of_loads(tokens_D[None], cluster)
+    want = [load.intra_out_BD[0], load.intra_in_BD[0], load.net_out_BD[0], load.net_in_BD[0]]
+    np.testing.assert_allclose(port_PD, want, rtol=1e-12, atol=1e-12)
+
+
+@given(SEEDS, NODES)
+@settings(max_examples=60, deadline=None)
+def test_ports_of_sums(seed, nodes):
+    """The part that crosses, over the node's ports evenly; the rest inside, as each device has it."""
+    rng, cluster, _, machine = make(seed, nodes)
+    node_D, size_N = cluster.node_D, cluster.devices_per_node_N
+    both_2D = rng.exponential(5.0, (2, cluster.num_devices)) * (rng.random((2, cluster.num_devices)) < 0.8)
+    sums_2N = np.stack([np.bincount(node_D, weights=one, minlength=size_N.size) for one in both_2D])
+    share_2N = rng.random(sums_2N.shape) * (size_N.size > 1)
+    near_2D, far_2D = both_2D * (1 - share_2N)[:, node_D], (share_2N * sums_2N / size_N)[:, node_D]
+    load = PortLoad(near_2D[:1], near_2D[1:], far_2D[:1], far_2D[1:])
+    got = fullest_of_sums(*both_2D, np.ascontiguousarray((share_2N * sums_2N).T), machine)
+    assert got == pytest.approx(port_seconds(load, 1.0, cluster)[0], rel=1e-9)
+
+
+def fetched_by_the_rule(held_ED, fetched_ED, price):
+    """:func:`poise.cost.weights.fetch_seconds` as its docstring says it."""
+    node_D, devices = price.cluster.node_D, held_ED.shape[1]
+    pairs_DD = np.zeros((devices, devices))
+    for e, d in np.argwhere(fetched_ED):
+        landed = price.fan_out & fetched_ED[e] & (node_D == node_D[d]) & (np.arange(devices) < d)
+        have = [s for s in np.flatnonzero(held_ED[e] | landed) if s != d]
+        if have:
+            pairs_DD[min(have, key=lambda s: (node_D[s] != node_D[d], pairs_DD[s].sum(), s)), d] += 1
+    load = port_load(Copies(pairs_DD[None]), price.cluster)
+    return port_seconds(load, price.model.expert_bytes, price.cluster)[0] + latency_seconds(price.cluster)
+
+
+@given(SEEDS, NODES, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_one_price_of_a_fetch(seed, nodes, fan_out, training, again):
+    rng, cluster, model, _ = make(seed, nodes)
+    price = StepPrice(cluster, model, float(rng.choice([0.0, 2.0, 40.0])), 0.0, 1.0, 1.0, training, again,
+                      float(rng.choice([1.0, 2.0])), fan_out)  # fmt: skip
+    held = rng.random((5, cluster.num_devices)) < 0.4
+    fetched = (rng.random(held.shape) < 0.4) & ~held
+    compiled, got = compiled_price(price), fetch_seconds(held, fetched, price)
+    assert got == pytest.approx(fetched_by_the_rule(held, fetched, price) if fetched.any() else 0.0, rel=1e-12)
+    assert gather_seconds(held, fetched, compiled) == got
+    late = float(rng.choice([0.0, 3.0]))
+    assert exposed_seconds(got, late, compiled) == pytest.approx(price.exposed_seconds(got, late), rel=1e-12)
+
+
+def test_a_price_is_compiled_once_and_anew_when_it_changes():
+    _, cluster, model, _ = make(0, (2, 1))
+    price = StepPrice(cluster, model, 1.0, 0.0)
+    assert compiled_price(price) is compiled_price(replace(price))
+    assert compiled_price(replace(price, window_s=2.0)).window_s == 2.0
+    assert (
+        compiled_price(replace(price, compute_passes=3.0)).machine.per_token
+        == 3.0 * make_machine(cluster, model).per_token
+    )
