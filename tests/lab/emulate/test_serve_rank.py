@@ -19,7 +19,7 @@ from poise.routing.synthetic import zipf_trace
 from poise.simulate.serving import MARKS, served_work
 from poise.stepwise.registry import parse_policy
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_rank.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "serve_rank.py"
 LAYERS, EXPERTS, TOP_K, WIDTH, STEPS, SLOTS, WINDOW_S = 2, 8, 2, 16, 4, 1, 5e-3
 FAST = ("", "poise", "llep")
 

@@ -16,7 +16,7 @@ from poise.routing.predict import SlidingMean
 from poise.stepwise.registry import parse_policy
 from poise.stepwise.sharding import even_sharding
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_rank.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "train_rank.py"
 LAYERS, EXPERTS, WARM_UP, TOKENS, WIDTH, ROWS = 2, 6, 3, 12, 8, 16
 FIXED_S, TOKEN_S, WINDOW_S = 2e-3, 1e-4, 5e-3
 MODEL = ModelSpec("training", LAYERS, tuple(range(LAYERS)), EXPERTS, 2, WIDTH, ROWS, 1, 4.0, 4.0, 4.0, 2.0 * WIDTH)
