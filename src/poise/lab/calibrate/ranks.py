@@ -18,7 +18,7 @@ import torch.distributed as dist
 from poise.lab.calibrate.compute import arithmetic_rows, clock_rows, device_memory, expert_kind
 from poise.lab.calibrate.fit import ComputeRow, LinkFit, LinkRow, fit_curve, fit_links
 from poise.lab.calibrate.links import CalibrationRanks, Effort, measure_links
-from poise.lab.calibrate.result import Calibration, Machine, assemble
+from poise.lab.calibrate.result import Calibration, MeasuredMachine, assemble
 from poise.lab.emulate.clock import ExpertCurve
 from poise.lab.emulate.quiet import Meter, why_not
 from poise.machine.cluster import Cluster
@@ -154,7 +154,7 @@ def _measure(
     memory = None if plan.clock is not None else device_memory(ranks)
     cluster, notes = assemble(base, links, compute, memory)
     notes += [*([cut] if cut else []), *disturbed]
-    machine = Machine(
+    machine = MeasuredMachine(
         backend="none" if alone else dist.get_backend(),
         device=_name(ranks.device),
         torch=torch.__version__,

@@ -15,7 +15,7 @@ from poise.machine.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MeasuredMachine:
     """What it was measured on.
 
     Parameters
@@ -43,7 +43,7 @@ class Calibration:
     """Measured rows, fits, and the cluster they make. ``links`` is None if only compute was measured."""
 
     cluster: Cluster
-    machine: Machine
+    machine: MeasuredMachine
     link_rows: tuple[LinkRow, ...]
     links: LinkFit | None
     compute_rows: tuple[ComputeRow, ...]
