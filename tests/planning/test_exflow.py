@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import load_batch, planted_affinity, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
@@ -15,7 +15,7 @@ from poise.planning.methods import exflow
 from poise.planning.methods.exflow import GRID, PUBLISHED, ExFlowSetting
 from poise.planning.problem import PlacementProblem
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.routing.synthetic import zipf_trace
 from poise.util.errors import NoResultError
 
 FAR = Budget(1e9)

@@ -4,12 +4,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from tests.helpers import planted_affinity
 
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.replay import affinity as flow_module
 from poise.replay.affinity import pair_flows, sample_every
-from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.routing.synthetic import zipf_trace
 
 
 def test_flows_and_locality_one_by_one():

@@ -210,11 +210,3 @@ def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], pri
         net = np.add.reduceat(net, starts, axis=1)
     seconds = max(port[:2].max() / cluster.intra_bytes_per_s, net.max() / cluster.inter_bytes_per_s)
     return float(seconds * price.model.expert_bytes + latency_seconds(cluster))
-
-
-def layer_exposed(
-    before_ED: NDArray[np.bool_], early_ED: NDArray[np.bool_], holders_ED: NDArray[np.bool_], price: StepPrice
-) -> float:
-    """Exposed seconds of a layer that holds ``before``, fetches up to ``early`` before the gate, the rest after it."""
-    early_s = fetch_seconds(before_ED, early_ED & ~before_ED, price)
-    return price.exposed_seconds(early_s, fetch_seconds(early_ED, holders_ED & ~early_ED, price))
