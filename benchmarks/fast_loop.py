@@ -64,9 +64,9 @@ def main() -> None:
             if devices <= 64:
                 price = step_price(4096, EXPERTS, cluster, model)
                 rates = k.make_rates(price)
-                desk = k.make_desk(EXPERTS, devices, slots + 2 * devices)
-                ready = k.compile_all(held, desk)
-                after = timed(lambda a=(sources, ready, rates, 0.05, desk): k.best_split(*a))
+                space = k.make_workspace(EXPERTS, devices, slots + 2 * devices)
+                ready = k.compile_all(held, space)
+                after = timed(lambda a=(sources, ready, rates, 0.05, space): k.best_split(*a))
                 view = LayerView(
                     held, held, load.astype(float), np.zeros((0, EXPERTS)), np.zeros_like(held), 2, 0, 0, price
                 )

@@ -101,8 +101,8 @@ class Run:
                 layer.prefetch(self.routing.pairs(step))
                 ids, flow = self.routing.experts[mine, index], layer.flow
                 layer.devices(ids)
-                if flow.tell_X is not None:  # nothing is dispatched that would carry the counts
-                    flow.told_DX, flow.tell_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
+                if flow.extra_X is not None:  # nothing is dispatched that would carry the counts
+                    flow.extra_DX, flow.extra_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
                 layer.split.finish()
         for layer in self.layers:  # no time has passed in which weights could come
             layer.settle()

@@ -311,10 +311,10 @@ def test_two_level_splits_are_whole_and_priced_as_the_other_kernel_does(seed):
     seconds = joint.best_quotas(load_SE, wide, rates, joint.SLACKS, quota)
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
     assert quota.min() >= 0 and (quota[~wide] == 0).all()
-    desk = k.make_desk(*wide.shape, int(wide.sum()))
-    holders = k.compile_all(wide, desk)
+    space = k.make_workspace(*wide.shape, int(wide.sum()))
+    holders = k.compile_all(wide, space)
     tokens_H = quota[holders.expert_H, holders.device_H].astype(float)
-    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, desk))
+    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, space))
 
 
 @given(SEEDS)
