@@ -45,7 +45,7 @@ class StepPrice:
     Parameters
     ----------
     cluster, model : the machine and the model's sizes.
-    window_s : time before the gate of each MoE layer in which weights can move unseen (training: forward pass).
+    window_s : time before the gate of each MoE layer in which weights can move hidden (training: forward pass).
     control_s : exchange of counts, planning and synchronisation of one layer.
     compute_passes : times that the forward pass's compute is done in a step.
     exchange_passes : times that dispatch and combine are done in a step.

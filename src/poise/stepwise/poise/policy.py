@@ -113,7 +113,7 @@ class Poise:
                 alone = fetch_seconds(view.before_ED, plan & ~last, view.price)
                 if alone <= self.patience * view.price.window_s and seconds > (1.0 - self.urgency) * stay_s:
                     last = plan
-                    continue  # step 4 will bring it unseen
+                    continue  # step 4 will bring it in the background
                 seconds += exposed / self.horizon
             last = plan
             if seconds < best_seconds * (1 - 1e-6):
