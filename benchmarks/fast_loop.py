@@ -64,9 +64,9 @@ def main() -> None:
             if devices <= 64:
                 price = step_price(4096, EXPERTS, cluster, model)
                 rates = compiled_price(price).machine
-                desk = k.make_desk(EXPERTS, devices, slots + 2 * devices)
-                ready = k.compile_all(held, desk)
-                after = timed(lambda a=(sources, ready, rates, 0.05, desk): k.best_split(*a))
+                space = k.make_workspace(EXPERTS, devices, slots + 2 * devices)
+                ready = k.compile_all(held, space)
+                after = timed(lambda a=(sources, ready, rates, 0.05, space): k.best_split(*a))
                 driver = LayerDriver(Poise(objective="tokens"), held, step_slots=2, layer=0)
                 view = driver.view(0, load.astype(float), np.zeros((0, EXPERTS)), price)
                 began = time.perf_counter()

@@ -40,7 +40,7 @@ from poise.routing.files import join, read
 from poise.routing.synthetic import zipf_trace
 from poise.routing.trace import RoutingTrace
 from poise.simulate.perfetto import Event, write_perfetto
-from poise.simulate.serving import serve_step, served_work
+from poise.simulate.serving import ServingMark, serve_step, served_work
 from poise.stepwise.registry import parse_policy
 
 HERE = Path(__file__).parent
@@ -283,15 +283,16 @@ def terms(marks: np.ndarray) -> dict[str, np.ndarray]:
     A term lasts from when the last device is done with the one before until the last one is done with it; so terms add up
     to the step, [repeats, steps]. ``waiting_*`` count what single devices spent in all-to-alls, waiting included.
     """
-    last = marks.max(axis=3)
-    own = marks[..., 3] - marks[..., 2] + marks[..., 5] - marks[..., 4]
-    compute = marks[..., 4] - marks[..., 3]
+    last, at = marks.max(axis=3), ServingMark
+    own = marks[..., at.DISPATCHED] - marks[..., at.PLANNED] + marks[..., at.COMBINED] - marks[..., at.COMPUTED]
+    compute = marks[..., at.COMPUTED] - marks[..., at.DISPATCHED]
+    exchange = last[..., at.DISPATCHED] - last[..., at.PLANNED] + last[..., at.COMBINED] - last[..., at.COMPUTED]
     return {
-        "attention": (last[..., 1] - last[..., 0]).sum(axis=2),
-        "weights": (last[..., 2] - last[..., 1]).sum(axis=2),
-        "exchange": (last[..., 3] - last[..., 2] + last[..., 5] - last[..., 4]).sum(axis=2),
-        "compute": (last[..., 4] - last[..., 3]).sum(axis=2),
-        "step": last[:, :, -1, 5] - marks[:, :, 0, :, 0].min(axis=2),
+        "attention": (last[..., at.ATTENTION] - last[..., at.START]).sum(axis=2),
+        "weights": (last[..., at.PLANNED] - last[..., at.ATTENTION]).sum(axis=2),
+        "exchange": exchange.sum(axis=2),
+        "compute": (last[..., at.COMPUTED] - last[..., at.DISPATCHED]).sum(axis=2),
+        "step": last[:, :, -1, at.COMBINED] - marks[:, :, 0, :, at.START].min(axis=2),
         "exchange_tail": own.max(axis=3).sum(axis=2),
         "exchange_mean": own.mean(axis=3).sum(axis=2),
         "compute_tail": compute.max(axis=3).sum(axis=2),

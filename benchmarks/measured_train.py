@@ -33,7 +33,7 @@ from poise.replay.serving import FastLoop
 from poise.replay.training import SourceLoads, TrainingReplay, replay_training
 from poise.routing.predict import SlidingMean
 from poise.simulate.perfetto import Event, write_perfetto
-from poise.simulate.training import BACKWARD, FORWARD, RankStep, rank_step
+from poise.simulate.training import Backward, Forward, RankStep, rank_step
 from poise.stepwise.registry import parse_policy
 from poise.stepwise.sharding import Balanced, Heterogeneous, even_sharding
 
@@ -343,7 +343,8 @@ def events_of(marks_LXDM: np.ndarray) -> list[Event]:
     """Parts of a step; a lane a device."""
     events = []
     for marks_XDM in marks_LXDM:
-        for way, names in enumerate((FORWARD, BACKWARD)):
+        for way, ends in enumerate((Forward, Backward)):
+            names = [end.name.lower() for end in ends]
             for rank, at in enumerate(marks_XDM[way]):
                 events += [Event(f"{PARTS.get(name, name)}{', backward' * way}", rank, float(at[i]), float(at[i + 1] - at[i]))
                            for i, name in enumerate(names[1:]) if at[i + 1] > at[i]]  # fmt: skip

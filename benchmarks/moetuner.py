@@ -20,9 +20,11 @@ from poise.planning.solve.solve import solve
 from poise.replay.static import replay
 from poise.routing.batching import make_batch
 from poise.routing.files import read
-from poise.routing.synthetic import mixtral_like
+from poise.routing.synthetic import zipf_trace
 from poise.routing.trace import RoutingTrace
 
+MIXTRAL = {"num_layers": 32, "num_experts": 8, "top_k": 2, "exponent": 0.35, "stickiness": 0.5}
+"""A synthetic trace of Mixtral's scale, with mild skew and sparse transitions."""
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -49,7 +51,7 @@ def gaps(data: Path) -> str:
 def two_stages() -> str:
     rows = []
     for seed in range(5):
-        batch = make_batch(mixtral_like(num_tokens=20_000, seed=seed), tokens_per_step=2000)
+        batch = make_batch(zipf_trace(num_tokens=20_000, seed=seed, **MIXTRAL), tokens_per_step=2000)
         case = problem(batch, "1x4", 0, model="mixtral-8x7b", traffic="stay")
         best = solve(case, method="exact", time_limit_s=60)
         value = best.details["linear_stay_objective"]

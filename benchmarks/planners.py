@@ -12,10 +12,11 @@ from pathlib import Path
 
 from common import problem, table, write
 
+from poise import api
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import METHODS, solve
 from poise.routing.batching import make_batch
-from poise.routing.files import read, read_many
+from poise.routing.files import read
 from poise.util.errors import NoResultError
 
 ROWS = [name for name in METHODS if not METHODS[name].pooled and name != "poise"]
@@ -33,7 +34,7 @@ def cases(data: Path) -> list[tuple[str, PlacementProblem]]:
     for path in deepseek:
         sources.append((f"deepseek {path.stem}", make_batch(read(path)), "8x8", (0, 64), "deepseek-r1"))
     if deepseek:
-        sources.append(("deepseek all", make_batch(read_many(deepseek)), "8x8", (0, 64), "deepseek-r1"))
+        sources.append(("deepseek all", make_batch(api.load(deepseek)), "8x8", (0, 64), "deepseek-r1"))
     for family, cluster, extra in (("olmoe", "1x8", 8), ("mixtral", "1x4", 4)):
         for path in sorted((data / family).glob("*/*.npz")):
             name = f"{family} {path.parent.name.removeprefix('expert_counts') or 'counts'} {path.stem}".replace("_", "")

@@ -29,7 +29,7 @@ from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
 from poise.serve.layer import ServedLayer
 from poise.serve.split import ServingPolicy
-from poise.simulate.serving import MARKS
+from poise.simulate.serving import ServingMark
 from poise.stepwise.registry import parse_policy
 
 
@@ -101,8 +101,8 @@ class Run:
                 layer.prefetch(self.routing.pairs(step))
                 ids, flow = self.routing.experts[mine, index], layer.flow
                 layer.devices(ids)
-                if flow.tell_X is not None:  # nothing is dispatched that would carry the counts
-                    flow.told_DX, flow.tell_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
+                if flow.extra_X is not None:  # nothing is dispatched that would carry the counts
+                    flow.extra_DX, flow.extra_X = torch.from_numpy(all_counts(ids, flow.num_experts, flow.group)), None
                 layer.split.finish()
         for layer in self.layers:  # no time has passed in which weights could come
             layer.settle()
@@ -119,17 +119,17 @@ class Run:
         job, routing = self.job, self.routing
         tag = routing.tokens(step, self.rank)
         x = torch.ones(len(tag), job["width"], dtype=torch.bfloat16)
-        marks = np.zeros((len(self.layers), len(MARKS)))
+        marks = np.zeros((len(self.layers), len(ServingMark)))
         stay = job["traffic"] == "stay"
         self.tokens.clear()
         dist.barrier()
         for index, layer in enumerate(self.layers):
-            marks[index, 0] = time.monotonic()
+            marks[index, ServingMark.START] = time.monotonic()
             layer.prefetch(routing.pairs(step))
             if stay:
                 self._share_keys(len(tag))
-            self._until(marks[index, 0] + job["window_s"])
-            marks[index, 1] = time.monotonic()
+            self._until(marks[index, ServingMark.START] + job["window_s"])
+            marks[index, ServingMark.ATTENTION] = time.monotonic()
             ids, weight = routing.experts[tag, index], routing.weight.expand(len(tag), -1)
             self.spans.clear()
             if stay:
@@ -139,7 +139,7 @@ class Run:
                 y = layer.run(x, ids, weight)
             now = time.monotonic()
             sent, ran = self.spans["dispatch"], self.spans["experts"]
-            marks[index, 2:] = sent[0][0], sent[-1][1], ran[0][1], now
+            marks[index, ServingMark.PLANNED :] = sent[0][0], sent[-1][1], ran[0][1], now
             if check:
                 want = (scale_of(routing.experts[tag, index]) * routing.weight).sum(dim=1)
                 assert torch.allclose(y[:, 0].float(), want, rtol=0.02), (y[:5, 0], want[:5])
@@ -176,7 +176,7 @@ def main() -> None:
     runs = [Run(job, row, routing, cluster, weights) for row in job["rows"]]
     warm_up, steps = job["warm_up"], len(routing.start) - 1 - job["warm_up"]
     layers = runs[0].placement.num_layers
-    marks = np.zeros((len(runs), job["repeats"], steps, layers, len(MARKS)))
+    marks = np.zeros((len(runs), job["repeats"], steps, layers, len(ServingMark)))
     tokens = np.zeros(marks.shape[:4], np.int64)
     for repeat in range(job["repeats"]):
         for turn in range(len(runs)):

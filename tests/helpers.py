@@ -10,6 +10,7 @@ import numpy as np
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
+from poise.routing.trace import RoutingTrace
 
 
 def few_or(many: Any, few: Any) -> Any:
@@ -129,3 +130,24 @@ def all_counts(experts: int, slots_D) -> Iterator[np.ndarray]:
             yield from fill([*rows, held], used + held)
 
     yield from fill([], np.zeros(devices, np.int64))
+
+
+def planted_affinity(
+    *, num_tokens: int = 512, num_layers: int = 4, num_devices: int = 4, experts_per_device: int = 4, seed: int = 0
+) -> tuple[RoutingTrace, np.ndarray]:
+    """Tokens that stay in one group of experts through all layers, and the placement [L, E] that keeps groups whole.
+
+    Under ``stay`` that placement moves nothing after the first layer, and every device gets the same number of tokens:
+    no placement can do better. ``num_tokens`` should be a multiple of num_devices * experts_per_device.
+    """
+    rng = np.random.default_rng(seed)
+    num_experts = num_devices * experts_per_device
+    group_LE = np.stack(
+        [rng.permutation(np.repeat(np.arange(num_devices), experts_per_device)) for _ in range(num_layers)]
+    )
+    members = np.stack([np.argsort(row, kind="stable").reshape(num_devices, -1) for row in group_LE])
+    token_group = np.arange(num_tokens) % num_devices
+    even = (np.arange(num_tokens) // num_devices) % experts_per_device
+    pick = (even[:, None] + rng.integers(experts_per_device, size=num_layers)) % experts_per_device
+    experts = members[np.arange(num_layers)[None, :], token_group[:, None], pick]
+    return RoutingTrace(experts.astype(np.int16), num_experts, name="synthetic planted affinity"), group_LE

@@ -30,7 +30,6 @@ from poise.engines.shards import read_shard
 from poise.util.errors import InputError
 from poise.machine.model import ModelSpec
 from poise.routing.files import read
-from poise.routing.profile import iter_experts
 from poise.runtime.capture import read_prompts
 from poise.serve.load import Checkpoint
 
@@ -62,7 +61,7 @@ def served(file):
 
 ENTRIES = {
     "config": (".json", ModelSpec.parse), "cluster": (".yaml", Cluster.parse), "placement": (".npz", Placement.load),
-    "trace": (".npz", read), "loads": (".json", read), "stream": (".npz", lambda f: list(iter_experts(f))),
+    "trace": (".npz", read), "loads": (".json", read),
     "dump": (".pt", read_dump), "dump asked for": (".npy", lambda f: read_dump(f, options=ReadOptions(format="exflow"))),
     "static map": (".npz", lambda f: StaticMap.read(Path(f), None)), "static json": (".json", lambda f: StaticMap.read(Path(f), None)),
     "relabelling": (".json", load_relabelling), "sglang": (".json", lambda f: sglang.read(f, num_devices=2)),
@@ -119,7 +118,7 @@ def test_every_reader_refuses_what_is_no_file(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-300:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 19 * len(kinds)
+    assert len(lines) == 18 * len(kinds)
     assert not [line for line in lines if line[2] != "refused"]
 
 

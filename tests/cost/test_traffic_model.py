@@ -4,12 +4,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, token_batch
 
 from poise.cost.split import split_share_BED
-from poise.cost.step import batch_cost
+from poise.cost.step import batch_cost, kv_seconds_per_token
 from poise.cost.traffic import TRAFFIC_MODELS
 from poise.util.errors import OptionError
 
@@ -77,10 +77,14 @@ def flow_by_hand(batch, share_LBED, cluster, traffic, layer, step):
     out, back = Ports(cluster), Ports(cluster)
     left_device = left_node = 0.0
     for token in range(batch.start_B[step], batch.start_B[step + 1]):
-        ids = batch.experts_TLK[token, layer].tolist()
+        ids = [e for e in batch.experts_TLK[token, layer].tolist() if e >= 0]
+        if not ids:
+            continue
         sources = [(1.0, home_by_hand(batch, token, cluster.num_devices))]
-        if traffic == "stay" and layer > 0:
-            before = share_LBED[layer - 1][step, int(batch.experts_TLK[token, layer - 1, 0])]
+        heaviest = [(old, e) for old, e in enumerate(batch.experts_TLK[token, :layer, 0].tolist()) if e >= 0]
+        if traffic == "stay" and heaviest:  # it waits where it last computed
+            old, expert = heaviest[-1]
+            before = share_LBED[old][step, expert]
             sources = [(float(before[d]), int(d)) for d in np.flatnonzero(before)]
         draws = list(product(*(np.flatnonzero(share_LBED[layer][step, e]).tolist() for e in ids)))
         for (odds, source), draw in product(sources, draws):
@@ -110,26 +114,36 @@ def shares(batch, count, cluster, split):
     return out
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), NODES, st.integers(1, 3), st.sampled_from(["even", "exact"]))
+@given(
+    SEEDS, st.sampled_from(TRAFFIC_MODELS), NODES, st.integers(1, 3), st.sampled_from(["even", "exact"]),
+    st.sampled_from([0.0, 0.4]),
+)  # fmt: skip
+@example(1, "stay", (2, 1), 1, "even", 0.4)  # tokens that skip a layer
+@example(2, "stay", (1, 2, 1), 1, "exact", 0.4)
+@example(3, "stay", (3,), 2, "even", 0.4)
 @settings(max_examples=120, deadline=None)
-def test_every_flow_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, split):
+def test_every_flow_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, split, idle):
+    """Picks that compute nothing are not in a token's list: it is priced as if it had fewer."""
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng, nodes)
-    batch = tiny_batch(rng, devices=cluster.num_devices, top_k=top_k)
+    batch = tiny_batch(rng, devices=cluster.num_devices, layers=3, top_k=top_k, idle=idle)
     model = tiny_model(batch)
-    count = random_count(rng, 2, 4, cluster.num_devices)
+    count = random_count(rng, 3, 4, cluster.num_devices)
     got = batch_cost(batch, count, cluster, model, traffic=traffic, split=split)
     share = shares(batch, count, cluster, split)
-    for step, layer in product(range(batch.num_steps), range(2)):
+    for step, layer in product(range(batch.num_steps), range(3)):
         out, back, left_device, left_node = flow_by_hand(batch, share, cluster, traffic, layer, step)
-        busy = batch.start_B[step + 1] > batch.start_B[step]
+        picks = batch.experts_TLK[batch.start_B[step] : batch.start_B[step + 1], layer] >= 0
+        busy = picks.any()
         start = busy * latency_by_hand(cluster)
         back_start = 0.0 if traffic == "stay" and top_k == 1 else start
         assert got.dispatch_BL[step, layer] == pytest.approx(out.seconds(4.0) + start, rel=1e-9, abs=1e-12)
         assert got.combine_BL[step, layer] == pytest.approx(back.seconds(8.0) + back_start, rel=1e-9, abs=1e-12)
         assert got.cross_device_BL[step, layer] == pytest.approx(left_device, abs=1e-9)
         assert got.cross_node_BL[step, layer] == pytest.approx(left_node, abs=1e-9)
-        assert got.pairs_BL[step, layer] == top_k * (batch.start_B[step + 1] - batch.start_B[step])
+        assert got.pairs_BL[step, layer] == picks.sum()
+        attended = busy * len(picks) * (traffic == "stay")
+        assert got.kv_BL[step, layer] == pytest.approx(attended * kv_seconds_per_token(cluster, model), rel=1e-9)
 
 
 @given(SEEDS, NODES, st.sampled_from(["even", "exact"]))

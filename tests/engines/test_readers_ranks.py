@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from poise import api
 from poise.cli.main import app
 from poise.engines.readers import ReadOptions, read_dump, read_slot_map
-from poise.routing.files import read_many
 from poise.routing.ranks import absent, spans
 from poise.routing.trace import RoutingTrace
 from poise.util.errors import OptionError, TraceError
@@ -73,7 +73,7 @@ def test_ranks_that_count_their_own_experts_add_up(tmp_path, key, suffix):
         files = stat(tmp_path, range(RANKS), lambda rank: own(rank, columns), key, suffix)  # noqa: B023
         np.testing.assert_array_equal(read_dump(files).profile.load_BLE, FULL)
         if suffix == "json":
-            np.testing.assert_array_equal(read_many(files).load_BLE, FULL)
+            np.testing.assert_array_equal(api.load(files).load_BLE, FULL)
 
 
 def test_what_may_be_read_in_two_ways_is_asked(tmp_path):
@@ -86,9 +86,9 @@ def test_what_may_be_read_in_two_ways_is_asked(tmp_path):
         np.testing.assert_array_equal(steps, PARTS.reshape(-1, LAYERS, EXPERTS))
         if key:
             with pytest.raises(TraceError, match="4 files of ranks 0 to 3"):
-                read_many(files)
+                api.load(files)
         else:  # documented: workloads of one plan
-            np.testing.assert_array_equal(read_many(files).load_BLE, steps)
+            np.testing.assert_array_equal(api.load(files).load_BLE, steps)
     with pytest.raises(TraceError, match="4 files"):  # shares of each rank's own tokens are no counts
         read_dump(stat(tmp_path, range(RANKS), lambda rank: own(rank) / own(rank).sum(), True, "json"))
     with pytest.raises(OptionError, match="sglang-detail says itself"):
@@ -127,7 +127,7 @@ def test_a_missing_rank_is_named_with_what_nobody_counted(tmp_path, gone):
         np.testing.assert_array_equal(allowed.profile.load_BLE, sum(own(rank) for rank in there))
         assert any("missing" in note for note in allowed.notes)
     with pytest.raises(TraceError, match="missing"):
-        read_many(stat(tmp_path, there, own, True, "json"))
+        api.load(stat(tmp_path, there, own, True, "json"))
 
 
 def test_missing_ranks_of_a_map_that_was_rearranged(tmp_path):
@@ -238,7 +238,7 @@ def test_traces_of_several_homes(tmp_path):
             tmp_path / f"{home}.npz"
         )
     with pytest.raises(TraceError, match=r"homes 0, .* of homes 1, in the same steps"):
-        read_many([tmp_path / "0.npz", tmp_path / "1.npz"])
+        api.load([tmp_path / "0.npz", tmp_path / "1.npz"])
     both = read_dump(tmp_path, options=ReadOptions(ranks="sum")).trace
     assert both.step.tolist() == [0] * 4 + [1] * 4 and both.experts.ravel().tolist() == [0, 0, 1, 1] * 2
     assert read_dump(tmp_path, options=ReadOptions(ranks="steps")).trace.step.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

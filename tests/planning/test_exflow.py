@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import load_batch, planted_affinity, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
@@ -15,7 +15,7 @@ from poise.planning.methods import exflow
 from poise.planning.methods.exflow import GRID, PUBLISHED, ExFlowSetting
 from poise.planning.problem import PlacementProblem
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.routing.synthetic import zipf_trace
 from poise.util.errors import NoResultError
 
 FAR = Budget(1e9)
@@ -28,10 +28,10 @@ def layouts(sizes):
     return [c for c in choices if (np.bincount(c, minlength=len(sizes)) == sizes).all()]
 
 
-def least_crossings(flow, sizes):
+def least_crossings(affinity, sizes):
     """Minimum over all layouts of all layers, by going through them."""
     options = layouts(sizes)
-    return min(exflow.crossings(flow, np.array(choice)) for choice in product(options, repeat=len(flow) + 1))
+    return min(exflow.crossings(affinity, np.array(choice)) for choice in product(options, repeat=len(affinity) + 1))
 
 
 def problem_of(trace, cluster, slots, **options):
@@ -44,7 +44,7 @@ def problem_of(trace, cluster, slots, **options):
 def contiguous_hops(problem, setting=PUBLISHED):
     sizes = exflow.equal_sizes(problem.batch.num_experts, problem.slots_D)
     device = np.tile(np.repeat(np.arange(len(sizes)), sizes), (problem.batch.num_layers, 1))
-    return exflow.hops(exflow.flow_LEE(problem.batch, setting.flow), device, problem.cluster.node_D)
+    return exflow.hops(exflow.expected_affinity_LEE(problem.batch, setting.flow), device, problem.cluster.node_D)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([((2, 2), 4), ((2, 1), 5), ((1, 1, 2), 3), ((2, 2, 1), 2)]))
@@ -53,17 +53,17 @@ def test_the_integer_programme_equals_brute_force(seed, shape):
     sizes, layers = np.array(shape[0]), shape[1]
     rng = np.random.default_rng(seed)
     members = int(sizes.sum())
-    flow = (
+    affinity = (
         rng.integers(0, 9, (layers - 1, members, members)) * (rng.random((layers - 1, members, members)) < 0.6)
     ).astype(float)
-    best = least_crossings(flow, sizes)
+    best = least_crossings(affinity, sizes)
     begin = np.tile(rng.permutation(np.repeat(np.arange(len(sizes)), sizes)), (layers, 1))
-    part, bound = exflow.integer_programme(flow, sizes, begin, time_limit_s=20)
+    part, bound = exflow.integer_programme(affinity, sizes, begin, time_limit_s=20)
     assert [np.bincount(row, minlength=len(sizes)).tolist() for row in part] == [sizes.tolist()] * layers
-    assert exflow.crossings(flow, part) == pytest.approx(best, abs=1e-6)
+    assert exflow.crossings(affinity, part) == pytest.approx(best, abs=1e-6)
     assert bound == pytest.approx(best, abs=1e-4)
-    descended = exflow.descend(flow, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
-    assert exflow.crossings(flow, descended) >= best - 1e-9
+    descended = exflow.descend(affinity, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
+    assert exflow.crossings(affinity, descended) >= best - 1e-9
 
 
 @given(st.integers(0, 10_000))
@@ -71,16 +71,16 @@ def test_the_integer_programme_equals_brute_force(seed, shape):
 def test_a_layer_with_fixed_neighbours_is_solved_exactly(seed):
     rng = np.random.default_rng(seed)
     sizes = np.array([2, 1, 2])
-    flow = rng.integers(0, 9, (2, 5, 5)).astype(float)
+    affinity = rng.integers(0, 9, (2, 5, 5)).astype(float)
     part = np.stack([rng.permutation(np.repeat(np.arange(3), sizes)) for _ in range(3)])
     layer = int(rng.integers(3))
-    row = exflow.best_layer(flow, part, layer, sizes, known=np.ones(3, bool))
+    row = exflow.best_layer(affinity, part, layer, sizes, known=np.ones(3, bool))
     assert (np.bincount(row) == sizes).all()
 
     def value(choice):
         trial = part.copy()
         trial[layer] = choice
-        return exflow.crossings(flow, trial)
+        return exflow.crossings(affinity, trial)
 
     assert value(row) == pytest.approx(min(value(choice) for choice in layouts(sizes)))
 
@@ -91,12 +91,12 @@ def test_descent_keeps_sizes_and_is_never_worse_than_contiguous(seed, parts, lay
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, per_part + 1, parts)
     members = int(sizes.sum())
-    flow = rng.random((layers - 1, members, members)) ** 4
-    part = exflow.descend(flow, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
+    affinity = rng.random((layers - 1, members, members)) ** 4
+    part = exflow.descend(affinity, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
     assert part.shape == (layers, members)
     assert all((np.bincount(row, minlength=parts) == sizes).all() for row in part)
     contiguous = np.tile(np.repeat(np.arange(parts), sizes), (layers, 1))
-    assert exflow.crossings(flow, part) <= exflow.crossings(flow, contiguous) + 1e-9
+    assert exflow.crossings(affinity, part) <= exflow.crossings(affinity, contiguous) + 1e-9
 
 
 @given(st.integers(0, 10_000), st.sampled_from(GRID))
@@ -133,9 +133,11 @@ def test_node_stage_is_the_optimum_of_all_layouts():
     cluster = tiny_cluster(np.random.default_rng(4), (2, 2))
     problem = PlacementProblem(batch, cluster, tiny_model(batch), np.ones(4, int))
     got = exflow.plan(problem, time_limit_s=20)
-    flow = exflow.flow_LEE(batch, "top1")
+    affinity = exflow.expected_affinity_LEE(batch, "top1")
     assert {note["by"] for note in got.details["stages"]} <= {"integer programme", "descent"}
-    assert got.details["hops_between_nodes"] == pytest.approx(least_crossings(flow, np.array([2, 2])) / flow.sum())
+    assert got.details["hops_between_nodes"] == pytest.approx(
+        least_crossings(affinity, np.array([2, 2])) / affinity.sum()
+    )
 
 
 def test_planted_tokens_never_move():

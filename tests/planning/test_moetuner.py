@@ -14,7 +14,7 @@ from poise.planning.methods import moetuner
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve import exact
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import mixtral_like, zipf_trace
+from poise.routing.synthetic import zipf_trace
 from poise.util.errors import InfeasibleError, NoResultError
 
 
@@ -104,7 +104,7 @@ def test_memory_that_cannot_be_equal_is_a_typed_error():
 
 
 def test_synthetic_mixtral_scale_both_variants():
-    trace = mixtral_like(num_tokens=3000)
+    trace = zipf_trace(num_tokens=3000, num_layers=32, num_experts=8, top_k=2, exponent=0.35, stickiness=0.5)
     published = problem(trace, "1x4", 2, traffic="stay", pooled=True)
     got = moetuner.plan(published, time_limit_s=20)
     held = got.placement.count_LED().sum(axis=(0, 1))

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import all_counts, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import (
+    all_counts,
+    few_or,
+    load_batch,
+    planted_affinity,
+    random_slots,
+    tiny_batch,
+    tiny_cluster,
+    tiny_model,
+)
 
 from poise.cost.split import exact_quota
 from poise.machine.cluster import Cluster
@@ -21,7 +30,6 @@ from poise.planning.solve.small import even_optimum
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import planted_affinity
 from poise.util.errors import NoResultError, OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import few_or
+from tests.helpers import few_or, planted_affinity
 
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
@@ -16,7 +16,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import METHODS, evaluate, solve
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.routing.synthetic import zipf_trace
 from poise.util.errors import NoResultError, OptionError
 
 SHAPES = st.sampled_from(

@@ -4,12 +4,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from tests.helpers import planted_affinity
 
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.replay import affinity as flow_module
-from poise.replay.affinity import pair_flows, sample_every
-from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.replay.affinity import layer_affinities, sample_every
+from poise.routing.synthetic import zipf_trace
 
 
 def test_flows_and_locality_one_by_one():
@@ -19,7 +20,7 @@ def test_flows_and_locality_one_by_one():
     held = rng.random((3, 6, 4)) < 0.3
     held[:, np.arange(6), rng.integers(4, size=6)] = True
     count = held.astype(int)
-    flows = pair_flows(experts, 6, [count], cluster, most=5)
+    flows = layer_affinities(experts, 6, [count], cluster, most=5)
     assert [pair.layer for pair in flows] == [0, 1]
     for pair in flows:
         counted = {}
@@ -50,7 +51,7 @@ def test_flows_and_locality_one_by_one():
 def test_the_planted_placement_keeps_everything():
     trace, group_LE = planted_affinity(num_tokens=128)
     own, other = (Placement.from_devices(x, 4).count_LED() for x in (group_LE, np.roll(group_LE, 1, axis=0)))
-    for pair in pair_flows(trace.experts, trace.num_experts, [own, other], Cluster.parse("2x2")):
+    for pair in layer_affinities(trace.experts, trace.num_experts, [own, other], Cluster.parse("2x2")):
         assert pair.local[0].device == 1 and pair.local[1].device < 0.7
         assert (pair.pairs_F > 0).all() and pair.pairs_F.sum() <= pair.total == 128
 
@@ -61,4 +62,4 @@ def test_long_traces_are_sampled(monkeypatch):
     assert sample_every(60, 3, 2) == 5
     experts = zipf_trace(num_tokens=60, num_layers=3, num_experts=6, top_k=2).experts
     count = np.ones((3, 6, 2), int)
-    assert [pair.total for pair in pair_flows(experts, 6, [count], Cluster.parse("1x2"))] == [12 * 4] * 2
+    assert [pair.total for pair in layer_affinities(experts, 6, [count], Cluster.parse("1x2"))] == [12 * 4] * 2

@@ -13,7 +13,7 @@ from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import TRAFFIC_MODELS, Copies, port_load
 from poise.machine.cluster import Cluster
-from poise.replay.links import device_seconds, layer_traffic, link_traffic, wire_BDD
+from poise.replay.links import device_seconds, layer_bytes, link_bytes, wire_BDD
 from poise.simulate.lanes import step_lanes
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -70,7 +70,7 @@ def test_home_traffic_has_the_shares_of_the_table(seed, nodes, loads, split):
     cluster, batch, count, _ = make(seed, nodes, "home", loads)
     model = tiny_model(batch)
     cost = batch_cost(batch, count, cluster, model, traffic="home", split=split)
-    links = link_traffic(batch, count, cluster, model, traffic="home", split=split)
+    links = link_bytes(batch, count, cluster, model, traffic="home", split=split)
     stay, near, far = links.by_class()
     pairs = float(cost.pairs_BL.sum())
     total = pairs / batch.num_steps * (model.dispatch_bytes_per_token + model.combine_bytes_per_token)
@@ -84,7 +84,7 @@ def test_home_traffic_has_the_shares_of_the_table(seed, nodes, loads, split):
 def test_ports_are_the_sums_of_their_links(seed, nodes, traffic, split):
     cluster, batch, count, traffic = make(seed, nodes, traffic)
     model = tiny_model(batch)
-    links = link_traffic(batch, count, cluster, model, traffic=traffic, split=split)
+    links = link_bytes(batch, count, cluster, model, traffic=traffic, split=split)
     ports = {each.kind: each for each in links.ports()}
     assert set(ports) == ({"inside the node", "network"} if cluster.num_nodes > 1 else {"inside the node"})
     node = cluster.node_D
@@ -122,10 +122,10 @@ def test_tokens_one_by_one():
         for layer in range(2):
             for expert in batch.experts_TLK[token, layer]:
                 out[home[token], device_LE[layer, expert]] += model.dispatch_bytes_per_token
-    links = link_traffic(batch, count, cluster, model, traffic="home", split="even")
+    links = link_bytes(batch, count, cluster, model, traffic="home", split="even")
     np.testing.assert_allclose(links.out_DD, out / 2)
     np.testing.assert_allclose(links.back_DD, out.T * 2 / 2)
-    alone = list(layer_traffic(batch, count, cluster, model, traffic="home", split="even", step=1))
+    alone = list(layer_bytes(batch, count, cluster, model, traffic="home", split="even", step=1))
     assert [part.layer for part in alone] == [0, 1] and sum(part.out_BDD.sum() for part in alone) == 5 * 2 * 2 * 4
 
 
@@ -134,4 +134,4 @@ def test_one_device_waits_for_nobody():
     cluster, count = Cluster.parse("1x1"), np.ones((2, 4, 1), int)
     lanes = step_lanes(batch, 0, count, cluster, tiny_model(batch), traffic="home", split="even")
     assert lanes.waiting_P().sum() == 0 and latency_seconds(cluster) == 0
-    assert link_traffic(batch, count, cluster, tiny_model(batch), traffic="home", split="even").by_class()[1:] == (0, 0)
+    assert link_bytes(batch, count, cluster, tiny_model(batch), traffic="home", split="even").by_class()[1:] == (0, 0)

@@ -10,7 +10,7 @@ from tests.stepwise.step_cases import random_case
 from poise.cost.links import latency_seconds
 from poise.cost.route import locality_rows
 from poise.cost.transfers import plan_transfers
-from poise.cost.weights import STATE_RATIO, StepPrice, compiled_price, fetch_seconds, layer_exposed, training_price
+from poise.cost.weights import STATE_RATIO, StepPrice, compiled_price, fetch_seconds, training_price
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
@@ -100,8 +100,7 @@ def test_fan_out_crosses_the_network_once_a_node(seed, nodes):
     if fetched.any() and all((fetched[:, node_D == n].sum(axis=1) <= 1).all() for n in range(cluster.num_nodes)):
         assert seconds == pytest.approx(fetch_seconds(held, fetched, plain))
     alone = owned_ED(rng.integers(0, cluster.num_devices, 5), cluster.num_devices)
-    assert layer_exposed(held, held | fetched, held | fetched, wide) == wide.exposed_seconds(seconds, 0.0)
-    assert layer_exposed(alone, alone, alone, wide) == 0
+    assert fetch_seconds(alone, np.zeros_like(alone), wide) == 0
 
 
 def test_plain_expert_parallelism_by_hand():
@@ -312,10 +311,16 @@ def test_two_level_splits_are_whole_and_priced_as_the_other_kernel_does(seed):
     seconds = joint.best_quotas(load_SE, wide, rates, joint.SLACKS, quota)
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
     assert quota.min() >= 0 and (quota[~wide] == 0).all()
-    desk = k.make_desk(*wide.shape, int(wide.sum()))
-    holders = k.compile_all(wide, desk)
+    space = k.make_workspace(*wide.shape, int(wide.sum()))
+    holders = k.compile_all(wide, space)
     tokens_H = quota[holders.expert_H, holders.device_H].astype(float)
-    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, desk))
+    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, space))
+
+
+def exposed(before_ED, early_ED, holders_ED, price):
+    """Exposed seconds of a layer that holds ``before``, fetches up to ``early`` before the gate, the rest after it."""
+    early_s = fetch_seconds(before_ED, early_ED & ~before_ED, price)
+    return price.exposed_seconds(early_s, fetch_seconds(early_ED, holders_ED & ~early_ED, price))
 
 
 @given(SEEDS, st.integers(0, 3), st.integers(0, 3))
@@ -334,9 +339,9 @@ def test_plans_keep_slots_and_late_replicas_pay(seed, slots, extra):
     assert (held >= best).all() and (held & ~best).sum() <= extra and ((held & ~owned).sum(axis=0) <= slots).all()
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
     trial = np.zeros_like(quota)
-    without = joint.best_quotas(load_SE, best, rates, joint.SLACKS, trial) + layer_exposed(owned, best, best, price)
+    without = joint.best_quotas(load_SE, best, rates, joint.SLACKS, trial) + exposed(owned, best, best, price)
     need = joint.node_needs(load_SE, rates.node_D, rates.size_N.size)
-    paid = joint.quota_seconds(quota, load_SE, need, rates) + layer_exposed(owned, best, held, price)
+    paid = joint.quota_seconds(quota, load_SE, need, rates) + exposed(owned, best, held, price)
     assert paid <= without * (1 + 1e-9) + 1e-15
 
 

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
+from tests.helpers import planted_affinity
 from typer.testing import CliRunner
 
 import poise
@@ -22,7 +23,7 @@ from poise.report.charts import as_script, duration, size, ticks
 from poise.report.page import render
 from poise.report.view import MOST_COLUMNS, Columns, Made, View
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import planted_affinity, zipf_trace
+from poise.routing.synthetic import zipf_trace
 from poise.stepwise.registry import POLICIES
 
 EVIL = "<script>window.hacked = 1</script>{{STYLE}}</script>"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_trace import random_trace
 from tests.helpers import few_or
+from tests.routing.test_trace import random_trace
 
+from poise import api
 from poise.routing import json_tables
 from poise.routing import npz as npz_module
-from poise.routing.files import read, read_many
+from poise.routing.files import read
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import InputError, TraceError
 
@@ -279,7 +280,7 @@ def test_missing_files_and_arrays_are_named(tmp_path):
     with pytest.raises(TraceError, match="logical_count"):
         read(tmp_path / "y.json")
     with pytest.raises(TraceError, match="no trace"):
-        read_many([])
+        api.load([])
 
 
 def test_selectors(tmp_path):
@@ -308,7 +309,7 @@ def test_profiles_of_every_form_agree(tmp_path):
     for i, one in enumerate(load):
         singles.append(tmp_path / f"{i}.npz")
         singles[-1].write_bytes(npz(counts=one, layers=np.arange(2)))
-    assert np.array_equal(read_many(singles).load_BLE, steps.load_BLE) and steps.num_steps == 2
+    assert np.array_equal(api.load(singles).load_BLE, steps.load_BLE) and steps.num_steps == 2
     cross = np.arange(9).reshape(1, 3, 3)
     (tmp_path / "c.npz").write_bytes(npz(cross=cross, layer_pairs=np.array([[2, 7]])))
     pairs = read(tmp_path / "c.npz")

@@ -1,28 +1,24 @@
-"""Statistics against counting by hand, and against themselves when streamed."""
+"""Statistics against counting by hand."""
 
 import math
-import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trace import random_trace
 from tests.helpers import no_experts
+from tests.routing.test_trace import random_trace
 
 from poise.routing.profile import (
-    StreamingProfile,
     affinity_LEE,
     coactivation_LEE,
     dead_share_L,
-    iter_experts,
     load_LE,
     mutual_information,
     skew_L,
 )
 from poise.routing.trace import RoutingTrace
-from poise.util.errors import TraceError
 
 
 @settings(max_examples=25, deadline=None)
@@ -46,57 +42,6 @@ def test_counts_equal_counting_by_hand(seed, top_k, num_experts):
     assert np.array_equal(affinity_LEE(trace.experts, num_experts), pairs)
     assert np.array_equal(coactivation_LEE(trace.experts, num_experts), both)
     assert seed % 2 or pairs.sum() == top_k**2 * trace.num_tokens * (shape[0] - 1)
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), rows=st.integers(1, 70), compressed=st.booleans(), top_k=st.integers(1, 3))
-def test_streamed_statistics_equal_those_of_the_whole(tmp_path_factory, seed, rows, compressed, top_k):
-    trace = random_trace(seed, top_k=top_k)
-    if seed % 2:
-        trace = replace(trace, experts=no_experts(np.random.default_rng(seed), trace.experts, 0.4))
-    path = tmp_path_factory.mktemp("s") / "trace.npz"
-    (np.savez_compressed if compressed else np.savez)(path, experts=trace.experts, num_experts=7)
-    profile = StreamingProfile(7)
-    for chunk in iter_experts(path, rows):
-        assert 1 <= len(chunk) <= rows
-        profile.add(chunk)
-    assert profile.num_tokens == trace.num_tokens
-    assert np.array_equal(profile.load_LE, load_LE(trace.experts, 7))
-    assert np.array_equal(profile.affinity_LEE, affinity_LEE(trace.experts, 7))
-    assert np.array_equal(profile.coactivation_LEE, coactivation_LEE(trace.experts, 7))
-
-
-@pytest.mark.parametrize("compressed", [True, False])
-def test_streaming_holds_one_chunk_at_a_time(tmp_path, compressed):
-    experts = np.random.default_rng(0).integers(0, 64, (1_500_000, 8), dtype=np.uint8)
-    path = tmp_path / "large.npz"
-    (np.savez_compressed if compressed else np.savez)(path, experts=experts, num_experts=64)
-    size, total = experts.nbytes, 0
-    del experts
-    tracemalloc.start()
-    try:
-        for chunk in iter_experts(path, 4096):
-            total += len(chunk)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert total == 1_500_000 and peak < size / 2 and peak < 6 << 20
-
-
-def test_streams_refuse_what_they_cannot_stream(tmp_path):
-    path = tmp_path / "a.npz"
-    np.savez(path, experts=np.asfortranarray(np.zeros((4, 3), int)), num_experts=1)
-    with pytest.raises(TraceError, match="columns"):
-        list(iter_experts(path))
-    np.savez(path, experts=np.zeros((4, 3)), num_experts=1)
-    with pytest.raises(TraceError, match="float64"):
-        list(iter_experts(path))
-    np.savez(path, experts=np.zeros((40_000, 3), int), num_experts=1)
-    path.write_bytes(path.read_bytes()[:-400_000])
-    with pytest.raises(TraceError, match=r"readable|ends"):
-        list(iter_experts(path))
-    with pytest.raises(TraceError, match="7"):
-        StreamingProfile(7).add(np.full((2, 2, 1), 7))
 
 
 def test_mutual_information_of_known_chains():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trace import random_trace
+from tests.routing.test_trace import random_trace
 
 from poise.routing.batching import default_tokens_per_step, make_batch
 from poise.routing.trace import LoadProfile, RoutingTrace

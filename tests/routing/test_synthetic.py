@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tests.helpers import planted_affinity
 
 from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
@@ -9,7 +10,7 @@ from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.routing.batching import make_batch
 from poise.routing.profile import affinity_LEE, load_LE, mutual_information
-from poise.routing.synthetic import mixtral_like, planted_affinity, zipf_trace
+from poise.routing.synthetic import zipf_trace
 
 
 def machine(devices: int) -> Cluster:
@@ -65,10 +66,3 @@ def test_stickiness_is_what_links_layers():
     assert (real < 4 * null).all()
     real, null = mutual_information(sticky.experts, 8)
     assert (real > 20 * null).all()
-
-
-def test_the_mixtral_stand_in_has_mixtrals_shape():
-    trace = mixtral_like(num_tokens=500, seed=2)
-    assert (trace.num_layers, trace.num_experts, trace.top_k, trace.num_tokens) == (32, 8, 2, 500)
-    assert "synthetic" in trace.name
-    assert np.array_equal(trace.experts, mixtral_like(num_tokens=500, seed=2).experts)

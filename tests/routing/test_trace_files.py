@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.routing.files import join, read, read_many
+from poise import api
+from poise.routing.files import join, read
 from poise.routing.profile import (
-    StreamingProfile,
     affinity_LEE,
     coactivation_LEE,
-    iter_experts,
     load_LE,
     mutual_information,
 )
@@ -92,7 +91,7 @@ def test_profiles(tmp_path):
     a, b, c, d = (read(tmp_path / name) for name in ("a.json", "b.json", "c.npz", "d.npz"))
     assert a.layer_ids.tolist() == b.layer_ids.tolist() == c.layer_ids.tolist() == [1, 2]
     np.testing.assert_array_equal(a.load_BLE[0], load[1:3])
-    assert b.num_steps == 2 and read_many([tmp_path / "a.json", tmp_path / "b.json"]).num_steps == 3
+    assert b.num_steps == 2 and api.load([tmp_path / "a.json", tmp_path / "b.json"]).num_steps == 3
     assert d.layer_ids.tolist() == [0, 7, 15]
     np.testing.assert_array_equal(d.load_BLE[0, 0], cross[0].sum(axis=1))
     with pytest.raises(OptionError, match="loads only"):
@@ -202,20 +201,6 @@ def test_information_of_copies_and_of_independent_layers():
     ids = np.stack([first, (first + 1) % 4, rng.integers(4, size=4000)], axis=1)[:, :, None]
     real, null = mutual_information(ids, 4)
     assert real[0] == pytest.approx(np.log(4), abs=0.01) and real[1] < 0.01 and (null < 0.01).all()
-
-
-def test_streaming_equals_the_whole_in_little_memory(tmp_path):
-    trace = zipf_trace(num_tokens=40_000, num_layers=6, num_experts=32, top_k=4, stickiness=0.5)
-    trace.save(tmp_path / "t.npz")
-    stream = StreamingProfile(32)
-    tracemalloc.start()
-    for chunk in iter_experts(tmp_path / "t.npz", rows=1000):
-        stream.add(chunk)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    np.testing.assert_array_equal(stream.load_LE, load_LE(trace.experts, 32))
-    np.testing.assert_array_equal(stream.affinity_LEE, affinity_LEE(trace.experts, 32))
-    assert stream.num_tokens == 40_000 and peak < trace.experts.astype(np.int64).nbytes / 2
 
 
 def test_profile_rejects_what_is_no_load():

@@ -17,7 +17,7 @@ from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
-from poise.simulate.serving import serve_step, served_work
+from poise.simulate.serving import ServingMark, serve_step, served_work
 from poise.stepwise.registry import parse_policy
 from poise.util.errors import OptionError
 
@@ -84,11 +84,13 @@ def test_ranks_never_take_longer_than_terms_one_after_the_other(seed, traffic):
     exchange = ExchangeModel.of(cluster)
     for layers in work:
         marks = serve_step(layers, cluster.node_D, exchange, window_s=1e-4)
-        assert (np.diff(marks, axis=2) >= -1e-15).all() and (marks[1:, :, 0] >= marks[:-1, :, 5] - 1e-15).all()
+        assert (np.diff(marks, axis=2) >= -1e-15).all() and (
+            marks[1:, :, ServingMark.START] >= marks[:-1, :, ServingMark.COMBINED] - 1e-15
+        ).all()
         whole = sum(1e-4 + one.compute_D.max() + fullest(one.out_DD, cluster) + fullest(one.back_DD, cluster)
                     + fullest(one.keys_DD, cluster) + 3 * latency(cluster) + 12 * cluster.peer_latency_s for one in layers)  # fmt: skip
         longest = max(one.compute_D.max() for one in layers)
-        assert longest <= marks[-1, :, 5].max() <= whole * (1 + 1e-9)
+        assert longest <= marks[-1, :, ServingMark.COMBINED].max() <= whole * (1 + 1e-9)
 
 
 def test_a_fast_loop_is_simulated_by_its_own_plans():

@@ -11,7 +11,7 @@ from poise.machine.cluster import Cluster
 from poise.replay.serving import FastLoop
 from poise.replay.training import replay_training
 from poise.replay.work import LayerWork
-from poise.simulate.training import BACKWARD, FORWARD, meanwhile, rank_step
+from poise.simulate.training import Backward, Forward, meanwhile, rank_step
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.full_replication import FullReplication
 
@@ -39,17 +39,17 @@ def test_a_step_is_never_longer_than_its_terms_added_and_time_goes_on(seed):
     got, steps = steps_of(skewed(np.random.default_rng(seed), steps=2), ExpertParallelism())
     for one, added in zip(steps, got.step_seconds_B, strict=True):
         assert one.end_D.max() <= added * (1 + 1e-9)
-        assert (np.diff(one.marks_LXDM[:, 0, :, : len(FORWARD)], axis=-1) >= 0).all()
-        assert (np.diff(one.marks_LXDM[:, 1, :, : len(BACKWARD)], axis=-1) >= 0).all()
-        assert (one.marks_LXDM[1, 0, :, 0] >= one.marks_LXDM[0, 0, :, 10]).all()
+        assert (np.diff(one.marks_LXDM[:, 0, :, : len(Forward)], axis=-1) >= 0).all()
+        assert (np.diff(one.marks_LXDM[:, 1, :, : len(Backward)], axis=-1) >= 0).all()
+        assert (one.marks_LXDM[1, 0, :, Forward.START] >= one.marks_LXDM[0, 0, :, Forward.COMBINED]).all()
 
 
 def test_weights_that_no_window_hides_delay_the_counts_and_the_end():
     traffic = skewed(np.random.default_rng(1), steps=1)
     hidden, shown = (steps_of(traffic, FullReplication(), window_s=window)[1][0] for window in (1.0, 1e-6))
     assert hidden.end_D.max() == pytest.approx(3 * 2 * 1.0, rel=0.02)
-    wait = shown.marks_LXDM[:, 0, :, 2] - shown.marks_LXDM[:, 0, :, 1]
-    assert (wait > 1e-4).all() and shown.end_D.max() > shown.marks_LXDM[0, 1, :, 9].max()
+    wait = shown.marks_LXDM[:, 0, :, Forward.COUNTED] - shown.marks_LXDM[:, 0, :, Forward.ATTENTION]
+    assert (wait > 1e-4).all() and shown.end_D.max() > shown.marks_LXDM[0, 1, :, Backward.ATTENTION].max()
 
 
 def test_weights_pass_beside_tokens_of_their_own_ports_only():
@@ -70,4 +70,5 @@ def test_a_late_fetch_goes_the_other_way_through_a_hot_port():
         rank_step([LayerWork(tokens, np.zeros(devices), late=late)], node_D, model, window_s=0.0)
         for late in ((), (weights,))
     )
-    assert both.marks_LXDM[0, 0, :, 7].max() == pytest.approx(alone.marks_LXDM[0, 0, :, 7].max())
+    ready, ready_alone = (one.marks_LXDM[0, 0, :, Forward.READY].max() for one in (both, alone))
+    assert ready == pytest.approx(ready_alone)

@@ -72,15 +72,18 @@ def test_exactly_predicted_surplus_is_spread_evenly():
 def test_the_fast_split_is_whole_and_priced_as_it_is(seed):
     """The kernel's split sums to the loads, and it never chooses one that its own price calls slower than exact."""
     view, load_SE = random_case(np.random.default_rng(seed))
-    rates, desk = compiled_price(view.price).machine, k.make_desk(*view.static_ED.shape, int(view.static_ED.sum()))
-    holders = k.compile_all(view.static_ED, desk)
-    seconds = k.best_split(load_SE, holders, rates, 0.05, desk)
-    tokens_H = desk.best_H[: holders.device_H.size].copy()
+    rates, space = (
+        compiled_price(view.price).machine,
+        k.make_workspace(*view.static_ED.shape, int(view.static_ED.sum())),
+    )
+    holders = k.compile_all(view.static_ED, space)
+    seconds = k.best_split(load_SE, holders, rates, 0.05, space)
+    tokens_H = space.best_H[: holders.device_H.size].copy()
     total = np.bincount(holders.expert_H, weights=tokens_H, minlength=len(view.static_ED))
     np.testing.assert_allclose(total, load_SE.sum(axis=0))
     exact = exact_quota(load_SE.sum(axis=0), view.static_ED, rates.speed_D)[holders.expert_H, holders.device_H]
-    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, desk))
-    assert seconds <= k.layer_seconds(exact.astype(float), holders, load_SE, rates, desk) * 1.5 + 1e-12
+    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, space))
+    assert seconds <= k.layer_seconds(exact.astype(float), holders, load_SE, rates, space) * 1.5 + 1e-12
 
 
 def test_algorithm_1_by_hand():

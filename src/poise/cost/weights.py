@@ -48,7 +48,7 @@ class StepPrice:
     Parameters
     ----------
     cluster, model : the machine and the model's sizes.
-    window_s : time before the gate of each MoE layer in which weights can move unseen (training: forward pass).
+    window_s : time before the gate of each MoE layer in which weights can move hidden (training: forward pass).
     control_s : exchange of counts, planning and synchronisation of one layer.
     compute_passes : times that the forward pass's compute is done in a step.
     exchange_passes : times that dispatch and combine are done in a step.
@@ -245,11 +245,3 @@ def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], pri
     image of its gather and takes as long.
     """
     return float(gather_seconds(held_ED, fetched_ED, compiled_price(price)))
-
-
-def layer_exposed(
-    before_ED: NDArray[np.bool_], early_ED: NDArray[np.bool_], holders_ED: NDArray[np.bool_], price: StepPrice
-) -> float:
-    """Exposed seconds of a layer that holds ``before``, fetches up to ``early`` before the gate, the rest after it."""
-    early_s = fetch_seconds(before_ED, early_ED & ~before_ED, price)
-    return price.exposed_seconds(early_s, fetch_seconds(early_ED, holders_ED & ~early_ED, price))

@@ -19,13 +19,13 @@ MOST_PAIRS = 40_000_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Locality:
-    """How local a flow is under a placement whose replicas are drawn at random, as engines do.
+    """How local the affinity of two layers is under a placement whose replicas are drawn at random, as engines do.
 
     Parameters
     ----------
     device, node : share of all pairs whose two experts are computed on one device, on one node.
-    device_F, node_F : float64 [F], the same of single flows.
-    holder_F2 : int64 [F, 2], a device that holds each flow's experts (of several the first).
+    device_F, node_F : float64 [F], the same of single pairs of experts.
+    holder_F2 : int64 [F, 2], a device that holds each pair's experts (of several the first).
     """
 
     device: float
@@ -36,15 +36,15 @@ class Locality:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PairFlow:
-    """Flow from a layer's experts to the next layer's; a token counts once for each of its K * K pairs.
+class LayerAffinity:
+    """Affinity of a layer's experts to the next layer's; a token counts once for each of its K * K pairs.
 
     Parameters
     ----------
     layer : index of the earlier layer.
     total : pairs in all.
-    expert_F2 : int64 [F, 2], experts of the largest flows, largest first.
-    pairs_F : int64 [F], how many pairs each has.
+    expert_F2 : int64 [F, 2], the pairs of experts with the most tokens, largest first.
+    pairs_F : int64 [F], how many pairs of tokens each has.
     local : one a placement.
     """
 
@@ -60,17 +60,17 @@ def sample_every(tokens: int, layers: int, top_k: int) -> int:
     return max(1, -(-tokens * top_k * top_k * max(1, layers - 1) // MOST_PAIRS))
 
 
-def pair_flows(
+def layer_affinities(
     experts_TLK: NDArray[Any], num_experts: int, counts: Sequence[NDArray[Any]], cluster: Cluster, *, most: int = 40
-) -> tuple[PairFlow, ...]:
-    """Flow between all neighbouring layers, largest flows first, under each of some placements.
+) -> tuple[LayerAffinity, ...]:
+    """Affinity of all neighbouring layers, the largest pairs of experts first, under each of some placements.
 
     Parameters
     ----------
     experts_TLK : int [T, L, K].
     counts : int [L, E, D] each, slots of each expert on each device.
     cluster : says which devices share a node.
-    most : flows kept of each pair of layers.
+    most : pairs of experts kept of each pair of layers.
     """
     tokens, layers, top_k = experts_TLK.shape
     some = experts_TLK[:: sample_every(tokens, layers, top_k)]
@@ -86,7 +86,7 @@ def pair_flows(
         local = tuple(
             _locality(pairs_EE, expert_F2, share_LED[layer], share_LED[layer + 1], cluster) for share_LED in shares
         )
-        out.append(PairFlow(layer, int(flat.sum()), expert_F2, flat[largest], local))
+        out.append(LayerAffinity(layer, int(flat.sum()), expert_F2, flat[largest], local))
     return tuple(out)
 
 
@@ -96,11 +96,11 @@ def _locality(
 ) -> Locality:  # fmt: skip
     node_D = cluster.node_D
     same_node = (node_D[:, None] == node_D[None, :]).astype(np.float64)
-    flow_DD = from_ED.T @ pairs_EE @ to_ED
-    total = max(float(flow_DD.sum()), 1e-300)
+    affinity_DD = from_ED.T @ pairs_EE @ to_ED
+    total = max(float(affinity_DD.sum()), 1e-300)
     first_FD, second_FD = from_ED[expert_F2[:, 0]], to_ED[expert_F2[:, 1]]
     holder_F2 = np.stack([first_FD.argmax(axis=1), second_FD.argmax(axis=1)], axis=1)
     return Locality(
-        float(np.trace(flow_DD)) / total, float((flow_DD * same_node).sum()) / total,
+        float(np.trace(affinity_DD)) / total, float((affinity_DD * same_node).sum()) / total,
         (first_FD * second_FD).sum(axis=1), ((first_FD @ same_node) * second_FD).sum(axis=1), holder_F2,
     )  # fmt: skip

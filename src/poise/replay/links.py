@@ -23,7 +23,7 @@ from poise.routing.batch import RoutingBatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerTraffic:
+class LayerBytes:
     """Bytes of one layer in some steps, from sender to receiver; the diagonal stays on its device.
 
     Parameters
@@ -38,7 +38,7 @@ class LayerTraffic:
     back_BDD: NDArray[np.float64]
 
 
-def layer_traffic(
+def layer_bytes(
     batch: RoutingBatch,
     count_LED: NDArray[Any],
     cluster: Cluster,
@@ -47,7 +47,7 @@ def layer_traffic(
     traffic: Traffic,
     split: Split,
     step: int | None = None,
-) -> Iterator[LayerTraffic]:
+) -> Iterator[LayerBytes]:
     """Every layer of every step, or of one step; parameters and errors of :func:`poise.cost.step.batch_cost`."""
     check_inputs(batch, count_LED, cluster, traffic)
     shares = TokenShares(batch, traffic)
@@ -57,7 +57,7 @@ def layer_traffic(
             flow = layer_flow(batch, layer, steps, shares, cluster, traffic)
             out = wire_BDD(flow.dispatch, cluster)
             back = out.transpose(0, 2, 1) if flow.combine is None else wire_BDD(flow.combine, cluster)
-            yield LayerTraffic(layer, steps, out * model.dispatch_bytes_per_token, back * model.combine_bytes_per_token)
+            yield LayerBytes(layer, steps, out * model.dispatch_bytes_per_token, back * model.combine_bytes_per_token)
 
 
 def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:
@@ -116,7 +116,7 @@ class Ports:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LinkTraffic:
+class LinkBytes:
     """Bytes over every link in a step: mean over steps, all layers together.
 
     Parameters
@@ -155,7 +155,7 @@ class LinkTraffic:
         return inside, Ports("network", "node" if cluster.nic_shared else "device", far[0], far[1])
 
 
-def link_traffic(
+def link_bytes(
     batch: RoutingBatch,
     count_LED: NDArray[Any],
     cluster: Cluster,
@@ -163,13 +163,13 @@ def link_traffic(
     *,
     traffic: Traffic,
     split: Split,
-) -> LinkTraffic:
-    """Mean traffic of a step; parameters and errors of :func:`poise.cost.step.batch_cost`.
+) -> LinkBytes:
+    """Mean bytes of a step; parameters and errors of :func:`poise.cost.step.batch_cost`.
 
     Keys and values, which ``stay`` gives to every device, are not in it: they are the same for every placement.
     """
     out_DD, back_DD = np.zeros((2, cluster.num_devices, cluster.num_devices))
-    for part in layer_traffic(batch, count_LED, cluster, model, traffic=traffic, split=split):
+    for part in layer_bytes(batch, count_LED, cluster, model, traffic=traffic, split=split):
         out_DD += part.out_BDD.sum(axis=0)
         back_DD += part.back_BDD.sum(axis=0)
-    return LinkTraffic(out_DD / batch.num_steps, back_DD / batch.num_steps, cluster)
+    return LinkBytes(out_DD / batch.num_steps, back_DD / batch.num_steps, cluster)

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from poise.routing.trace import finite
 from poise.util.errors import TraceError
 
-UNKNOWN_HOME = -1
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutingBatch:

@@ -40,19 +40,13 @@ def read(path: str | Path) -> RoutingTrace | LoadProfile:
     return _select(found, selection) if selection else found
 
 
-def read_many(paths: Sequence[str | Path]) -> RoutingTrace | LoadProfile:
-    """Several files as one: traces back to back with requests kept apart, profiles as the steps of one.
-
-    Profiles whose counts show that each is of one rank's experts, or that name ranks, are one workload: as
-    :func:`poise.routing.ranks.one_workload`.
-    """
-    return join([read(path) for path in paths])
-
-
 def join(
     parts: Sequence[RoutingTrace | LoadProfile], *, ranks: Reading | None = None, allow_missing_ranks: bool = False
 ) -> RoutingTrace | LoadProfile:
-    """What :func:`read_many` does, for objects.
+    """Several as one: traces back to back with requests kept apart, profiles as the steps of one.
+
+    Profiles whose counts show that each is of one rank's experts, or that name ranks, are one workload: as
+    :func:`poise.routing.ranks.one_workload`.
 
     Parameters
     ----------

@@ -148,14 +148,6 @@ class Archive:
         out.flags.writeable = False
         return out
 
-    def iter_rows(self, header: Header, rows: int) -> Iterator[NDArray[Any]]:
-        """The array in blocks of at most ``rows`` rows; memory for one block."""
-        if header.fortran and len(header.shape) > 1:
-            raise TraceError(f"{header.name} is stored by columns and cannot be streamed", hint="save it in C order")
-        row = prod(header.shape[1:])
-        for block in self._blocks(header, rows * row):
-            yield block.reshape(-1, *header.shape[1:])
-
     def _blocks(self, header: Header, elements: int) -> Iterator[NDArray[Any]]:
         left = prod(header.shape)
         with self._zf.open(self._info[header.name]) as file:

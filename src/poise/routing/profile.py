@@ -1,17 +1,13 @@
-"""What a trace says about its model: load, affinity, co-activation, skew, mutual information; also streamed."""
+"""What a trace says about its model: load, affinity, co-activation, skew, mutual information."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.routing.npz import open_npz
 from poise.routing.trace import NO_EXPERT, row_blocks
-from poise.util.errors import TraceError
 
 CACHED = 1 << 17
 """Counters up to which small blocks, which stay in the cache, are counted faster than large ones."""
@@ -104,48 +100,3 @@ def _information(a: NDArray[np.int32], b: NDArray[np.int32], size: int) -> float
     outer = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     used = joint > 0
     return float((joint[used] * np.log(joint[used] / outer[used])).sum())
-
-
-def iter_experts(path: str | Path, rows: int = 65_536) -> Iterator[NDArray[Any]]:
-    """``experts`` of a trace file in chunks [<= rows, L, K], read from the archive piece by piece.
-
-    For traces larger than memory: one chunk is held at a time.
-
-    Raises
-    ------
-    TraceError : as :func:`poise.routing.files.read`, or the array is stored by columns.
-    """
-    with open_npz(Path(path)) as archive:
-        header = archive.header("experts")
-        header.require((None, None), (None, None, None))
-        for chunk in archive.iter_rows(header, rows):
-            yield chunk.reshape(len(chunk), header.shape[1], -1)
-
-
-class StreamingProfile:
-    """Load, affinity and co-activation gathered chunk by chunk; memory does not grow with the trace."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self.num_tokens = 0
-        self.load_LE: NDArray[np.int64] | None = None
-        self.affinity_LEE: NDArray[np.int64] | None = None
-        self.coactivation_LEE: NDArray[np.int64] | None = None
-
-    def add(self, experts_TLK: NDArray[Any]) -> None:
-        """Take in a chunk [T, L, K]."""
-        low, high = (int(experts_TLK.min()), int(experts_TLK.max())) if experts_TLK.size else (0, 0)
-        if low < NO_EXPERT or high >= self.num_experts:
-            raise TraceError(f"expert ids {low}..{high} in a trace of {self.num_experts} experts")
-        parts = (
-            load_LE(experts_TLK, self.num_experts),
-            affinity_LEE(experts_TLK, self.num_experts),
-            coactivation_LEE(experts_TLK, self.num_experts),
-        )
-        self.num_tokens += len(experts_TLK)
-        if self.load_LE is None or self.affinity_LEE is None or self.coactivation_LEE is None:
-            self.load_LE, self.affinity_LEE, self.coactivation_LEE = parts
-        else:
-            self.load_LE += parts[0]
-            self.affinity_LEE += parts[1]
-            self.coactivation_LEE += parts[2]

@@ -76,7 +76,7 @@ class Flow:
     num_experts : E.
     group : process group whose ranks are the cluster's devices.
 
-    ``tell_X`` int64 [X], if set, is gathered along with the sizes of the next dispatch into ``told_DX`` [D, X].
+    ``extra_X`` int64 [X], if set, is gathered along with the sizes of the next dispatch into ``extra_DX`` [D, X].
     ``place_E`` int64 [E] is the order in which this rank's experts want their rows (default: by number); ``record``, if
     set, is told when this rank dispatched, computed and combined.
 
@@ -98,8 +98,8 @@ class Flow:
         self.lands_D = torch.where(self.node_D == self.node_D[self.rank], torch.arange(self.world),
                                    landing[self.node_D])  # fmt: skip
         self.place_E = torch.arange(num_experts)
-        self.tell_X: Tensor | None = None
-        self.told_DX: Tensor | None = None
+        self.extra_X: Tensor | None = None
+        self.extra_DX: Tensor | None = None
         self.record: SpanRecorder | None = None
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weight_TK: Tensor, device_TK: Tensor, compute: Compute) -> Tensor:
@@ -179,11 +179,11 @@ class Flow:
         """Send copies, sorted by rank; what arrives, and rows sent to and got from each rank."""
         began = time.monotonic()
         sent_D = torch.bincount(to_n, minlength=self.world)
-        mine_X = sent_D if self.tell_X is None else torch.cat([sent_D, self.tell_X])
+        mine_X = sent_D if self.extra_X is None else torch.cat([sent_D, self.extra_X])
         everyone_DX = gather(mine_X, self.group)
         way = sent_D.tolist(), everyone_DX[:, self.rank].tolist()
-        if self.tell_X is not None:
-            self.told_DX, self.tell_X = everyone_DX[:, self.world :], None
+        if self.extra_X is not None:
+            self.extra_DX, self.extra_X = everyone_DX[:, self.world :], None
         parts = (copies.x_nd, copies.weight_nK, copies.ids_nK.to(torch.int32), copies.more_nX)
         got = exchange(torch.cat([_bytes(part) for part in parts], dim=1), *way, self.group)
         out, at = [], 0

@@ -144,7 +144,7 @@ class PlannedSplit:
         experts = len(self._early_ED)
         self.outcome = None
         if self._driver.needs_no_loads(self._view, self._early_ED):
-            self._flow.tell_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
+            self._flow.extra_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
             return self._even.devices(ids_TK)
         load_SE = all_counts(ids_TK, experts, self._flow.group)
         view, plan = self._view, self._plan(load_SE).plan
@@ -173,8 +173,8 @@ class PlannedSplit:
         """Start, or take in, what comes in the background: slots that this step used are free now."""
         outcome = self.outcome
         if outcome is None:
-            assert self._flow.told_DX is not None
-            outcome = self._plan(self._flow.told_DX.cpu().numpy())
+            assert self._flow.extra_DX is not None
+            outcome = self._plan(self._flow.extra_DX.cpu().numpy())
         if outcome.started_ED is not None:
             self._replicas.start(outcome.started_ED, self._driver.held_ED | outcome.started_ED)
         if outcome.landed_ED is not None:

@@ -19,7 +19,7 @@ from poise.cost.step import kv_seconds_per_token
 from poise.cost.traffic import Copies, Traffic, port_load
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.replay.links import device_seconds, layer_traffic
+from poise.replay.links import device_seconds, layer_bytes
 from poise.routing.batch import RoutingBatch
 
 PARTS = ("keys and values", "dispatch", "experts", "combine")
@@ -71,7 +71,7 @@ def step_lanes(
     """
     busy = np.zeros((batch.num_layers, cluster.num_devices, len(PARTS)))
     start = latency_seconds(cluster)
-    for part in layer_traffic(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
+    for part in layer_bytes(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
         at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
         if not load_BE.any():
             continue

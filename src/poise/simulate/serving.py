@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,16 @@ from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView
 from poise.util.errors import OptionError
 
-MARKS = ("start", "attention", "planned", "dispatched", "computed", "combined")
-"""Ends of the parts of a layer, in the order of the last axis of marks."""
+
+class ServingMark(IntEnum):
+    """Ends of the parts of a layer: places on the last axis of marks."""
+
+    START = 0
+    ATTENTION = 1
+    PLANNED = 2
+    DISPATCHED = 3
+    COMPUTED = 4
+    COMBINED = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +161,7 @@ def serve_step(
     counts_s: float = 0.0,
     planning_s: float = 0.0,
 ) -> NDArray[np.float64]:
-    """Simulate a step: marks float64 [L, D, 6], seconds since it began (:data:`MARKS`).
+    """Simulate a step: marks float64 [L, D, 6], seconds since it began (places: :class:`ServingMark`).
 
     Parameters
     ----------
@@ -163,21 +172,24 @@ def serve_step(
     planning_s : planning of a layer.
     """
     devices = len(node_D)
-    marks, now_D = np.zeros((len(layers), devices, len(MARKS))), np.zeros(devices)
+    marks, now_D = np.zeros((len(layers), devices, len(ServingMark))), np.zeros(devices)
     for layer, work in enumerate(layers):
         at = marks[layer].T
-        at[0] = now_D
-        at[1] = now_D + window_s
+        at[ServingMark.START] = now_D
+        at[ServingMark.ATTENTION] = now_D + window_s
         if work.keys_DD.any():
-            at[1] = np.maximum(
-                at[1], exchange_ends(work.keys_DD, np.full(devices, now_D.max()) + counts_s, node_D, model)
+            at[ServingMark.ATTENTION] = np.maximum(
+                at[ServingMark.ATTENTION],
+                exchange_ends(work.keys_DD, np.full(devices, now_D.max()) + counts_s, node_D, model),
             )
-        at[2] = at[1]
+        at[ServingMark.PLANNED] = at[ServingMark.ATTENTION]
         if work.planned:
-            at[2] = at[1].max() + counts_s + planning_s + work.late_s
+            at[ServingMark.PLANNED] = at[ServingMark.ATTENTION].max() + counts_s + planning_s + work.late_s
         if work.early_s:
-            at[2] = np.maximum(at[2], now_D.max() + work.early_s)
-        at[3] = exchange_ends(work.out_DD, np.full(devices, at[2].max() + counts_s), node_D, model)
-        at[4] = at[3] + work.compute_D
-        at[5] = now_D = exchange_ends(work.back_DD, at[4], node_D, model)
+            at[ServingMark.PLANNED] = np.maximum(at[ServingMark.PLANNED], now_D.max() + work.early_s)
+        at[ServingMark.DISPATCHED] = exchange_ends(
+            work.out_DD, np.full(devices, at[ServingMark.PLANNED].max() + counts_s), node_D, model
+        )
+        at[ServingMark.COMPUTED] = at[ServingMark.DISPATCHED] + work.compute_D
+        at[ServingMark.COMBINED] = now_D = exchange_ends(work.back_DD, at[ServingMark.COMPUTED], node_D, model)
     return marks

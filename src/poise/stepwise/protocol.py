@@ -162,7 +162,7 @@ class StepPolicy(Protocol):
         return False
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
-        """The plan from exact loads, int64 [D, E] tokens of each source; holders it adds are fetched in sight."""
+        """The plan from exact loads, int64 [D, E] tokens of each source; fetches of holders it adds are exposed."""
         ...
 
     def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:

@@ -219,7 +219,7 @@ def fully_shard_experts(
         it pays: poise's) or an object: who owns what.
     rematerialise : True frees replicas after the forward pass and gathers them again (Hecate-RM); a number keeps
         those that pay most within so many bytes.
-    prefetch : layers ahead whose replicas are gathered; 0 gathers in sight.
+    prefetch : layers ahead whose replicas are gathered; 0: their gather is exposed.
     window : steps whose mean load is the prediction.
     cluster : the machine that policies reckon with; without it, nodes from the mesh or ``LOCAL_WORLD_SIZE`` and the
         datasheet rates of the GPUs, or, with a warning where a policy asks for them, those of an A100

@@ -16,7 +16,7 @@ from poise.planning.solve.solve import solve
 from poise.replay.serving import FastLoop
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
-from poise.simulate.serving import MARKS, served_work
+from poise.simulate.serving import ServingMark, served_work
 from poise.stepwise.registry import parse_policy
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "serve_rank.py"
@@ -50,7 +50,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
 
     with np.load(paths[2], allow_pickle=False) as z:
         marks, tokens = z["marks"], z["tokens"]
-    assert marks.shape == (len(FAST), 1, STEPS, LAYERS, 2, len(MARKS))
+    assert marks.shape == (len(FAST), 1, STEPS, LAYERS, 2, len(ServingMark))
     assert (np.diff(marks, axis=-1) >= 0).all()
     for got, fast in zip(tokens[:, 0], FAST, strict=True):
         loop = FastLoop(parse_policy(fast), SLOTS, window_s=WINDOW_S) if fast else None

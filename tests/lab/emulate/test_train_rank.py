@@ -13,6 +13,7 @@ from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
 from poise.replay.training import SourceLoads, replay_training
 from poise.routing.predict import SlidingMean
+from poise.simulate.training import Backward, Forward
 from poise.stepwise.registry import parse_policy
 from poise.stepwise.sharding import even_sharding
 
@@ -53,13 +54,14 @@ def test_a_repeat_on_two_ranks(tmp_path):
     with np.load(paths[2], allow_pickle=False) as z:
         out = {name: z[name] for name in z.files}
     rows = len(job["table"])
-    assert out["marks"].shape == (rows, 1, 1, LAYERS, 2, 2, 11) and out["ends"].shape == (rows, 1, 1, 2, 2)
+    assert out["marks"].shape == (rows, 1, 1, LAYERS, 2, 2, len(Forward)) and out["ends"].shape == (rows, 1, 1, 2, 2)
     assert out["gaps"].max() < 1e-5
     assert (np.diff(out["marks"][..., 0, :], axis=-1) >= 0).all()
-    assert (np.diff(out["marks"][..., 1, :10], axis=-1) >= 0).all()
+    assert (np.diff(out["marks"][..., 1, : len(Backward)], axis=-1) >= 0).all()
     assert len(json.loads(str(out["spans"]))) == 2
 
-    took = out["marks"][0, 0, 0, :, :, 0, 8] - out["marks"][0, 0, 0, :, :, 0, 7]  # expert parallelism, forward, [L, D]
+    forward = out["marks"][0, 0, 0, :, :, 0]  # of expert parallelism, [L, D, 11]
+    took = forward[..., Forward.COMPUTED] - forward[..., Forward.READY]
     here = load[WARM_UP].sum(axis=1).reshape(LAYERS, 2, EXPERTS // 2)  # [L, D, experts of a rank]
     asked = ((here > 0) * FIXED_S + here * TOKEN_S).sum(axis=2)
     assert (took >= asked - 1e-4).all()  # a busy machine may take longer

@@ -76,7 +76,7 @@ GRID: tuple[ExFlowSetting, ...] = (
 )
 
 
-def flow_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
+def expected_affinity_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
     """Step 1: expected tokens of a step from expert to expert of the next layer, [L - 1, E, E].
 
     Raises
@@ -98,18 +98,18 @@ def flow_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
     return out
 
 
-def crossings(flow: NDArray[np.float64], part_LM: NDArray[Any]) -> float:
+def crossings(affinity: NDArray[np.float64], part_LM: NDArray[Any]) -> float:
     """Objective of a stage, not divided by its constant number of transitions: tokens that change their part."""
     return sum(
-        float(step[part_LM[layer][:, None] != part_LM[layer + 1][None, :]].sum()) for layer, step in enumerate(flow)
+        float(step[part_LM[layer][:, None] != part_LM[layer + 1][None, :]].sum()) for layer, step in enumerate(affinity)
     )
 
 
-def hops(flow: NDArray[np.float64], device_LE: NDArray[Any], node_D: NDArray[Any]) -> tuple[float, float]:
+def hops(affinity: NDArray[np.float64], device_LE: NDArray[Any], node_D: NDArray[Any]) -> tuple[float, float]:
     """Share of transitions that change their device inside a node, and their node."""
-    total = max(float(flow.sum()), 1e-300)
-    inter = crossings(flow, np.asarray(node_D)[device_LE])
-    return (crossings(flow, device_LE) - inter) / total, inter / total
+    total = max(float(affinity.sum()), 1e-300)
+    inter = crossings(affinity, np.asarray(node_D)[device_LE])
+    return (crossings(affinity, device_LE) - inter) / total, inter / total
 
 
 def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
@@ -122,7 +122,7 @@ def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def integer_programme(
-    flow: NDArray[np.float64], sizes_P: NDArray[np.int64], start_LM: NDArray[Any], *, time_limit_s: Limit
+    affinity: NDArray[np.float64], sizes_P: NDArray[np.int64], start_LM: NDArray[Any], *, time_limit_s: Limit
 ) -> tuple[NDArray[np.int64], float]:
     """Step 2: part of each expert int [L, M], and a bound on :func:`crossings`.
 
@@ -134,11 +134,11 @@ def integer_programme(
     """
     layers, members = start_LM.shape
     parts = len(sizes_P)
-    scale = max(float(flow.sum()), 1e-300)
+    scale = max(float(affinity.sum()), 1e-300)
     milp = Milp()
     x = milp.columns(np.zeros((layers, members, parts)))
-    pairs = np.argwhere(flow > 0)
-    cost = milp.columns(flow[flow > 0] / scale, integer=False)
+    pairs = np.argwhere(affinity > 0)
+    cost = milp.columns(affinity[affinity > 0] / scale, integer=False)
     for layer in range(layers):
         for e in range(members):
             milp.row(1, x[layer, e], 1.0, 1)
@@ -163,49 +163,49 @@ def integer_programme(
 
 
 def best_layer(
-    flow: NDArray[np.float64], part_LM: NDArray[Any], layer: int, sizes_P: NDArray[np.int64], *, known: NDArray[Any]
+    affinity: NDArray[np.float64], part_LM: NDArray[Any], layer: int, sizes_P: NDArray[np.int64], *, known: NDArray[Any]
 ) -> NDArray[np.int64]:
     """The best parts of one layer with its ``known`` neighbours fixed, int [M]: an exact assignment."""
     parts = np.arange(len(sizes_P))
     keep = np.zeros((part_LM.shape[1], len(sizes_P)))
     if layer and known[layer - 1]:
-        keep += flow[layer - 1].T @ (part_LM[layer - 1][:, None] == parts)
-    if layer < len(flow) and known[layer + 1]:
-        keep += flow[layer] @ (part_LM[layer + 1][:, None] == parts)
+        keep += affinity[layer - 1].T @ (part_LM[layer - 1][:, None] == parts)
+    if layer < len(affinity) and known[layer + 1]:
+        keep += affinity[layer] @ (part_LM[layer + 1][:, None] == parts)
     slot_part = np.repeat(parts, sizes_P)
     _, slot = linear_sum_assignment(keep[:, slot_part], maximize=True)
     return slot_part[slot]
 
 
 def _sweep(
-    flow: NDArray[np.float64], part_LM: NDArray[np.int64], sizes_P: NDArray[np.int64], sweeps: int, budget: Budget
+    affinity: NDArray[np.float64], part_LM: NDArray[np.int64], sizes_P: NDArray[np.int64], sweeps: int, budget: Budget
 ) -> tuple[float, int]:
     """Sweeps forward and backward, in place, until nothing improves; returns the crossings and how many it took."""
     known = np.ones(len(part_LM), bool)
-    value, done = crossings(flow, part_LM), 0
+    value, done = crossings(affinity, part_LM), 0
     while done < sweeps:
         done += 1
         for layer in [*range(len(part_LM)), *range(len(part_LM) - 2, -1, -1)]:
-            part_LM[layer] = best_layer(flow, part_LM, layer, sizes_P, known=known)
-        before, value = value, crossings(flow, part_LM)
+            part_LM[layer] = best_layer(affinity, part_LM, layer, sizes_P, known=known)
+        before, value = value, crossings(affinity, part_LM)
         if value >= before * (1 - 1e-9) or budget.over("exflow"):
             break
     return value, done
 
 
 def _grow(
-    flow: NDArray[np.float64], part_LM: NDArray[np.int64], known: NDArray[np.bool_], sizes_P: NDArray[np.int64]
+    affinity: NDArray[np.float64], part_LM: NDArray[np.int64], known: NDArray[np.bool_], sizes_P: NDArray[np.int64]
 ) -> None:
     """Fill the layers that are not ``known``, nearest to a known one first, in place."""
     while not known.all():
         beside = ~known & (np.append(known[1:], False) | np.insert(known[:-1], 0, False))
         layer = int(np.flatnonzero(beside)[0])
-        part_LM[layer] = best_layer(flow, part_LM, layer, sizes_P, known=known)
+        part_LM[layer] = best_layer(affinity, part_LM, layer, sizes_P, known=known)
         known[layer] = True
 
 
 def descend(
-    flow: NDArray[np.float64],
+    affinity: NDArray[np.float64],
     sizes_P: NDArray[np.int64],
     layers: int,
     setting: ExFlowSetting,
@@ -218,7 +218,7 @@ def descend(
     blocks = np.repeat(np.arange(len(sizes_P)), sizes_P)
     best = np.tile(blocks, (layers, 1))
     left = max(1, int(budget.seconds / (2 * layers * ASSIGNMENT_SECONDS * max(1, len(blocks)) ** 2)))
-    value, done = _sweep(flow, best, sizes_P, min(setting.sweeps, left), budget)
+    value, done = _sweep(affinity, best, sizes_P, min(setting.sweeps, left), budget)
     left -= done
     for start in range(1, setting.starts):
         if value <= 0 or left <= 0 or budget.over("exflow"):
@@ -231,8 +231,8 @@ def descend(
         else:
             known = rng.random(layers) < 0.5
             known[rng.integers(layers)] = True
-        _grow(flow, trial, known, sizes_P)
-        found, done = _sweep(flow, trial, sizes_P, min(setting.sweeps, left), budget)
+        _grow(affinity, trial, known, sizes_P)
+        found, done = _sweep(affinity, trial, sizes_P, min(setting.sweeps, left), budget)
         left -= done + 1
         if found < value * (1 - 1e-12):
             best, value = trial, found
@@ -272,7 +272,7 @@ def plan(
     NoResultError : the batch has loads only.
     """
     batch, node_D = problem.batch, problem.cluster.node_D
-    flow = flow_LEE(batch, setting.flow)
+    affinity = expected_affinity_LEE(batch, setting.flow)
     sizes = equal_sizes(batch.num_experts, problem.slots_D)
     layers = batch.num_layers
     # Experts with the same first device are not told apart yet.
@@ -285,8 +285,8 @@ def plan(
         whole = int(parts[0][0])
         # Stable: the contiguous blocks of a stage are the experts in ascending order.
         member_LM = np.stack([np.flatnonzero(row == whole) for row in device_LE])
-        inner = np.zeros((len(flow), member_LM.shape[1], member_LM.shape[1]))
-        for layer, step in enumerate(flow):
+        inner = np.zeros((len(affinity), member_LM.shape[1], member_LM.shape[1]))
+        for layer, step in enumerate(affinity):
             inner[layer] = step[np.ix_(member_LM[layer], member_LM[layer + 1])]
         share, done = 0.5 / len(todo), number / len(todo)
         part_LM = descend(inner, sizes_P, layers, setting, seed=seed + number,
@@ -314,7 +314,7 @@ def plan(
         placement.count_LED(), slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L,
         method="exflow",
     )  # fmt: skip
-    intra, inter = hops(flow, device_LE, node_D)
+    intra, inter = hops(affinity, device_LE, node_D)
     return MethodResult(
         placement,
         {

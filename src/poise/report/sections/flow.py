@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from poise.cost.traffic import Traffic
-from poise.replay.affinity import PairFlow, pair_flows, sample_every
+from poise.replay.affinity import LayerAffinity, layer_affinities, sample_every
 from poise.report import charts
 from poise.report.view import View
 
@@ -29,7 +29,7 @@ def section(view: View) -> str:
     if batch.experts_TLK is None or batch.num_layers < 2:
         return ""
     counts = [entry.placement.count_LED() for entry in view.pictured]
-    pairs = pair_flows(batch.experts_TLK, batch.num_experts, counts, comparison.cluster, most=MOST_FLOWS)
+    pairs = layer_affinities(batch.experts_TLK, batch.num_experts, counts, comparison.cluster, most=MOST_FLOWS)
     first = max(pairs, key=lambda pair: (pair.local[-1].device - pair.local[0].device, -pair.layer)).layer
     names = [entry.name for entry in view.pictured]
     charted = charts.panel("", _shares(view, pairs, names)) + f"<p>{_how(view, len(pairs))}</p>"
@@ -86,7 +86,7 @@ def _lead(view: View) -> str:
     return " ".join(words)
 
 
-def _shares(view: View, pairs: tuple[PairFlow, ...], names: list[str]) -> str:
+def _shares(view: View, pairs: tuple[LayerAffinity, ...], names: list[str]) -> str:
     """Lines over pairs of layers, a placement each: same device drawn through, same node dashed."""
     several = view.comparison.cluster.num_nodes > 1
     left, right, up = 44.0, 20.0, 40.0
@@ -122,7 +122,7 @@ def _shares(view: View, pairs: tuple[PairFlow, ...], names: list[str]) -> str:
     return charts.svg(charts.FULL, bottom + 38, "Share of moves that stay local, by layer", "".join(body))
 
 
-def _data(pair: PairFlow, layers: list[str]) -> dict[str, Any]:
+def _data(pair: LayerAffinity, layers: list[str]) -> dict[str, Any]:
     """What the script draws: experts, pairs, and for each placement holders and locality in percent."""
     flows = []
     for index, (experts, pairs) in enumerate(zip(pair.expert_F2.tolist(), pair.pairs_F.tolist(), strict=True)):

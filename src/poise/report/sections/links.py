@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.replay.compare import Entry
-from poise.replay.links import Fullest, LinkTraffic, Ports, link_traffic
+from poise.replay.links import Fullest, LinkBytes, Ports, link_bytes
 from poise.report import charts
 from poise.report.view import Columns, View
 
@@ -27,7 +27,7 @@ def section(view: View) -> str:
     """Matrices of bytes a step, bars of every port, totals."""
     comparison = view.comparison
     links = [
-        link_traffic(view.batch, entry.placement.count_LED(), comparison.cluster, comparison.model,
+        link_bytes(view.batch, entry.placement.count_LED(), comparison.cluster, comparison.model,
                      traffic=comparison.traffic, split=comparison.split)
         for entry in view.pictured
     ]  # fmt: skip
@@ -63,13 +63,13 @@ def _lead(view: View, columns: Columns) -> str:
     return " ".join(words)
 
 
-def _off_device(link: LinkTraffic, columns: Columns) -> NDArray[np.float64]:
+def _off_device(link: LinkBytes, columns: Columns) -> NDArray[np.float64]:
     """Bytes between columns, float64 [G, G]; what stays on a device is left out."""
     leaving = link.bytes_DD * ~np.eye(link.cluster.num_devices, dtype=bool)
     return columns.sum(columns.sum(leaving, axis=0), axis=1)
 
 
-def _matrix(entry: Entry, link: LinkTraffic, columns: Columns, top: float) -> str:
+def _matrix(entry: Entry, link: LinkBytes, columns: Columns, top: float) -> str:
     bytes_GG = _off_device(link, columns)
     node_G = link.cluster.node_D[columns.first_G]
     far = node_G[:, None] != node_G[None, :]
@@ -128,7 +128,7 @@ def _say(full: Fullest, owner: str) -> str:
     return f"{owner} {full.port}, {kind} {full.way}, {charts.duration(full.seconds)} a step"
 
 
-def _totals(view: View, links: list[LinkTraffic], full: list[Fullest]) -> str:
+def _totals(view: View, links: list[LinkBytes], full: list[Fullest]) -> str:
     names = [charts.shorten(entry.name) for entry in view.pictured]
     rows = []
     shares = [np.array(link.by_class()) for link in links]

@@ -9,7 +9,7 @@ After the gate
     Step 4  Dispatch: a token stays where its expert is; else to the devices of its node that hold it, evenly; else
             to the others, evenly. No counts are exchanged.
     Step 5  (``hecate-calibrated``) Algorithm 1 once more with the true loads and the memory left; its replicas are
-            fetched in sight if the modelled compute they save exceeds that time. In training: if the compute and
+            fetched, exposed, if the modelled compute they save exceeds that time. In training: if the compute and
             all-to-alls of all passes that they save exceed what they expose, their way back included.
 
 Open in the source, chosen here: places are rounded by largest remainder over the t experts' own loads, at most D each;

@@ -6,7 +6,7 @@ Before the gate, every ``interval`` steps, from the mean of recent loads
     Step 2  Switch only if the maximum falls by more than ``threshold``.
 After the gate: every token goes to its expert; static replicas split evenly.
 
-Published greedy, dynamic and hybrid searches over pools of plans; this is the greedy one. A switch is fetched in sight.
+Published greedy, dynamic and hybrid searches over pools of plans; this is the greedy one. A switch's fetch is exposed.
 Serving moves weights only; training moves optimizer states with them (the replay charges it).
 """
 

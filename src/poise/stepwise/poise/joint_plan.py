@@ -260,9 +260,9 @@ def calibrate(load_SE, owned_ED, held_ED, free_D, price, extra, quota_ED):  # ty
         for kind in range(2):
             wider[:] = held_ED
             if kind == 0:
-                e, d = _relief(quota_ED, held_ED, free_D, machine)
+                e, d = _replica_of_fullest(quota_ED, held_ED, free_D, machine)
             else:
-                e, d = _errand(quota_ED, need_EN, held_ED, free_D, machine)
+                e, d = _replica_in_short_node(quota_ED, need_EN, held_ED, free_D, machine)
             if e < 0:
                 continue
             wider[e, d] = True
@@ -285,7 +285,7 @@ def calibrate(load_SE, owned_ED, held_ED, free_D, price, extra, quota_ED):  # ty
 
 
 @compiled
-def _relief(quota_ED, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
+def _replica_of_fullest(quota_ED, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
     """The fullest device's largest share, to the idlest device with a free slot, of its node if one lies below mean."""
     experts, devices = quota_ED.shape
     load_D = quota_ED.sum(axis=0) / machine.speed_D
@@ -311,7 +311,7 @@ def _relief(quota_ED, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _errand(quota_ED, need_EN, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
+def _replica_in_short_node(quota_ED, need_EN, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
     """The expert that a node sends most tokens away for, to the node's idlest device with a free slot."""
     experts, devices = quota_ED.shape
     nodes = machine.size_N.size

@@ -54,8 +54,8 @@ TRAIN_PLAN_SECONDS_BASE, TRAIN_PLAN_SECONDS_PER_PAIR = 25e-6, 100e-9
 
 
 @lru_cache(maxsize=32)
-def _desk(num_experts: int, num_devices: int, num_entries: int, thread: int) -> k.Desk:
-    return k.make_desk(num_experts, num_devices, num_entries)
+def _desk(num_experts: int, num_devices: int, num_entries: int, thread: int) -> k.Workspace:
+    return k.make_workspace(num_experts, num_devices, num_entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +93,17 @@ class Poise(StepPolicy):
         if view.price.training and self.objective == "seconds":
             return self._materialise(view)
         machine = compiled_price(view.price).machine
-        desk = self._desk_of(view)
+        space = self._workspace_of(view)
         held = view.before_ED.copy()
         if view.coming_ED.any():
             return view.before_ED
         if self.objective == "tokens":
-            return self._fill(view, held, machine, desk, view.predicted_E)[-1]
+            return self._fill(view, held, machine, space, view.predicted_E)[-1]
         best, best_seconds = view.before_ED, np.inf
-        wake = self._wake_below(view, machine, desk)
+        wake = self._wake_below(view, machine, space)
         last, stay_s = view.before_ED, np.inf
-        for plan in self._fill(view, held, machine, desk, expert_works(view.predicted_E, machine)):
-            seconds = self._planned(view, plan, machine, desk)
+        for plan in self._fill(view, held, machine, space, expert_works(view.predicted_E, machine)):
+            seconds = self._planned(view, plan, machine, space)
             stay_s = min(stay_s, seconds) if not (plan & ~view.before_ED).any() else stay_s
             exposed = fetch_seconds(view.before_ED, plan & ~view.before_ED, view.price) - view.price.window_s
             if exposed > 0.0:
@@ -112,7 +112,7 @@ class Poise(StepPolicy):
                 alone = fetch_seconds(view.before_ED, plan & ~last, view.price)
                 if alone <= self.patience * view.price.window_s and seconds > (1.0 - self.urgency) * stay_s:
                     last = plan
-                    continue  # step 4 will bring it unseen
+                    continue  # step 4 will bring it in the background
                 seconds += exposed / self.horizon
             last = plan
             if seconds < best_seconds * (1 - 1e-6):
@@ -123,10 +123,10 @@ class Poise(StepPolicy):
         """Step 4."""
         if self.objective == "tokens" or view.price.training:
             return None
-        machine, desk = compiled_price(view.price).machine, self._desk_of(view)
-        plans = self._fill(view, holders_ED.copy(), machine, desk, expert_works(view.predicted_E, machine))
-        seconds = [self._planned(view, plan, machine, desk) for plan in plans]
-        wake = self._wake_below(view, machine, desk)
+        machine, space = compiled_price(view.price).machine, self._workspace_of(view)
+        plans = self._fill(view, holders_ED.copy(), machine, space, expert_works(view.predicted_E, machine))
+        seconds = [self._planned(view, plan, machine, space) for plan in plans]
+        wake = self._wake_below(view, machine, space)
         best = int(np.argmin(seconds))
         if best == 0 or seconds[best] > min(wake, seconds[0] * (1.0 - self.margin)):
             return None
@@ -147,25 +147,25 @@ class Poise(StepPolicy):
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 5 and 7."""
-        machine, desk = compiled_price(view.price).machine, self._desk_of(view)
+        machine, space = compiled_price(view.price).machine, self._workspace_of(view)
         if self.objective == "tokens":
             return StepPlan(holders_ED, exact_split(load_SE, holders_ED, machine.speed_D, node_D=machine.node_D))
         if view.price.training:
             return self._calibrated(view, holders_ED, load_SE)
         if self.leaves_alone(view, holders_ED):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
-        holders = k.compile_all(holders_ED, desk)
-        k.best_split(load_SE, holders, machine, self.slack, desk)
+        holders = k.compile_all(holders_ED, space)
+        k.best_split(load_SE, holders, machine, self.slack, space)
         quota = np.zeros(holders_ED.shape, np.int64)
-        quota[holders.expert_H, holders.device_H] = np.rint(desk.best_H[: holders.device_H.size])
+        quota[holders.expert_H, holders.device_H] = np.rint(space.best_H[: holders.device_H.size])
         return StepPlan(holders_ED, quota)
 
     def leaves_alone(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> bool:
         """Whether :meth:`after_gate` will be passive whatever the exact loads are: then nobody need wait for them."""
         if self.objective == "tokens" or view.price.training:
             return False
-        machine, desk = compiled_price(view.price).machine, self._desk_of(view)
-        return self._planned(view, holders_ED, machine, desk) > self._wake_below(view, machine, desk)
+        machine, space = compiled_price(view.price).machine, self._workspace_of(view)
+        return self._planned(view, holders_ED, machine, space) > self._wake_below(view, machine, space)
 
     def _materialise(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 6."""
@@ -223,29 +223,34 @@ class Poise(StepPolicy):
         """What step 7 takes beside the control time that every exact method pays."""
         return TRAIN_PLAN_SECONDS_BASE + TRAIN_PLAN_SECONDS_PER_PAIR * num_experts * num_devices
 
-    def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], machine: Machine, desk: k.Desk) -> float:
+    def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], machine: Machine, space: k.Workspace) -> float:
         """Predicted seconds of a plan's split, control included."""
-        holders = k.compile_all(plan_ED, desk)
-        return float(k.plan_seconds(view.predicted_E, holders, machine, view.price.control_s, desk))
+        holders = k.compile_all(plan_ED, space)
+        return float(k.plan_seconds(view.predicted_E, holders, machine, view.price.control_s, space))
 
-    def _desk_of(self, view: LayerView) -> k.Desk:
+    def _workspace_of(self, view: LayerView) -> k.Workspace:
         entries = int(view.slots_D.sum()) + view.static_ED.shape[0]
         return _desk(*view.static_ED.shape, entries, threading.get_ident())  # scratch: one for each thread
 
-    def _wake_below(self, view: LayerView, machine: Machine, desk: k.Desk) -> float:
+    def _wake_below(self, view: LayerView, machine: Machine, space: k.Workspace) -> float:
         """Predicted seconds below which the loop is worth its control time."""
-        passive = k.passive_seconds(view.predicted_E, k.compile_all(view.static_ED, desk), machine, desk)
+        passive = k.passive_seconds(view.predicted_E, k.compile_all(view.static_ED, space), machine, space)
         return float(passive * (1.0 - self.margin) - self.margin * latency_seconds(view.price.cluster))
 
     def _fill(
-        self, view: LayerView, held_ED: NDArray[np.bool_], machine: Machine, desk: k.Desk, work_E: NDArray[np.float64]
+        self,
+        view: LayerView,
+        held_ED: NDArray[np.bool_],
+        machine: Machine,
+        space: k.Workspace,
+        work_E: NDArray[np.float64],
     ) -> list[NDArray[np.bool_]]:
         """Step 2: the holders after every replica, the present ones first."""
         out = [held_ED.copy()]
         slots_D = view.slots_D
         for _ in range(2 * view.step_slots * len(slots_D)):
-            holders = k.compile_all(held_ED, desk)
-            expert, to, drop = k.next_replica(work_E, held_ED, view.static_ED, slots_D, holders, machine, desk, True)
+            holders = k.compile_all(held_ED, space)
+            expert, to, drop = k.next_replica(work_E, held_ED, view.static_ED, slots_D, holders, machine, space, True)
             if expert < 0:
                 break
             held_ED[expert, to] = True
