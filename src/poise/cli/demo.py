@@ -29,9 +29,7 @@ def demo(
     cluster: o.ClusterSpec = CLUSTER,
     redundant: o.Redundant = REDUNDANT,
     tokens_per_step: o.TokensPerStep = 2048,
-    time_limit: Annotated[
-        float | None, typer.Option("--time-limit", help="Seconds a method may take, instead of --work.")
-    ] = None,
+    time_limit: Annotated[float | None, o.flag("time_limit", "Seconds a method may take, instead of --work.")] = None,
     work: o.Work = None,
     json: o.Json = False,
 ) -> None:

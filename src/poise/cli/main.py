@@ -8,7 +8,7 @@ import typer
 
 from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
 from poise.cli.ending import signals_end
-from poise.cli.options import compiling
+from poise.cli.options import compiling, grouped
 from poise.version import VERSION
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ for verb in (
     watch.watch,
     calibrate.calibrate,
 ):
-    app.command()(verb)
+    app.command()(grouped(verb))
 
 
 def main() -> None:
