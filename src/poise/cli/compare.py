@@ -32,6 +32,7 @@ class FastLoops:
     warm_up: Annotated[int | None, typer.Option(help="Steps before those, not judged. Default: 5 with --fast.")] = None
 
 
+@o.grouped
 def compare(
     *,
     traces: o.Traces,

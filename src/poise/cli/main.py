@@ -8,7 +8,7 @@ import typer
 
 from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
 from poise.cli.ending import signals_end
-from poise.cli.options import compiling, grouped
+from poise.cli.options import compiling
 from poise.version import VERSION
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ for verb in (
     watch.watch,
     calibrate.calibrate,
 ):
-    app.command()(grouped(verb))
+    app.command()(verb)
 
 
 def main() -> None:

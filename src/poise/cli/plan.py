@@ -30,6 +30,7 @@ TIME_LIMIT = (
 VERDICT_SHARE = 0.25
 
 
+@o.grouped
 def plan(
     *,
     traces: o.Traces,

@@ -166,6 +166,7 @@ class Recorded:
         return Tail(trace, tokens_per_step)
 
 
+@o.grouped
 def watch(
     *,
     cluster: o.ClusterSpec,
