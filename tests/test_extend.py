@@ -165,6 +165,17 @@ def test_a_broken_policy_is_a_note_and_other_rows_stand(folder):
     assert "theirs left out: policy 'theirs' of package their-thing is not the class of a frozen dataclass" in said
 
 
+def test_a_policy_that_fails_on_the_way_is_a_note_and_other_rows_stand(folder):
+    """It passes on the small layer of the check, which is step 0."""
+    late = FILES["my_placements/hottest.py"].replace("whole_E, rest_E", "1 / (3 - view.step); whole_E, rest_E")
+    install(folder / "site", "their-thing", {POLICIES: {"hottest": "their_thing:Hottest"}}, {"their_thing.py": late})
+    done = python(folder, *COMPARE, "--fast", "hottest", "--fast", "split", "--step-slots", "1", "--warm-up", "1")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "│ lpt + split" in said, done.stderr
+    assert "lpt + hottest left out: policy 'hottest' of their_thing failed: ZeroDivisionError" in said
+    assert "│ lpt + hottest" not in said and "Traceback" not in done.stderr
+
+
 def page_policy():
     scope = {"__name__": "hottest"}
     sys.modules["hottest"] = type(sys)("hottest")

@@ -51,7 +51,7 @@ def compare(
     time_limit: o.TimeLimit = 10.0,
     work: o.Work = None,
     seed: o.Seed = 0,
-    html: Annotated[Path | None, typer.Option("--html", help="Write the report with pictures to this file.")] = None,
+    html: Annotated[Path | None, o.flag("html", "Write the report with pictures to this file.")] = None,
     json: o.Json = False,
 ) -> None:
     """Judge placements on traffic they were not fitted on, in one table with the bound.

@@ -59,10 +59,16 @@ TIME_LIMIT = (
 )
 
 FLAGS = {
-    "cluster": ("--cluster", "-c"), "json": ("--json",), "model": ("--model", "-m"), "output": ("--output", "-o"),
-    "placement": ("--placement", "-p"), "rank_map": ("--rank-map",), "redundant": ("--redundant", "-r"),
+    "cluster": ("--cluster", "-c"),
+    "html": ("--html",),
+    "json": ("--json",),
+    "model": ("--model", "-m"),
+    "output": ("--output", "-o"),
+    "placement": ("--placement", "-p"),
+    "rank_map": ("--rank-map",),
+    "redundant": ("--redundant", "-r"),
     "time_limit": ("--time-limit",),
-}  # fmt: skip
+}
 """Names of the options whose text differs by verb."""
 
 

@@ -16,14 +16,14 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Solution
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
 from poise.planning.solve.solve import METHODS, lower_bound, solve, without_redundant
-from poise.replay.compare import Entry
+from poise.replay.compare import Entry, left_out
 from poise.replay.serving import FastLoop
 from poise.routing.batch import RoutingBatch
 from poise.routing.fingerprint import NO_TRAFFIC, Fingerprint
 from poise.routing.predict import PREDICTORS
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.registry import parse_policy
-from poise.util.errors import InfeasibleError, NoResultError, OptionError, PluginError, PoiseError
+from poise.util.errors import InfeasibleError, NoResultError, OptionError, PluginError
 from poise.util.words import percent
 
 Traffics = RoutingTrace | LoadProfile
@@ -127,12 +127,6 @@ def planned_rows(
         said += [f"{out[0].name}: {text}" for text in shortened(fewer)]
     said += [f"{method}: {text}" for text in shortened(found)]
     return out
-
-
-def left_out(name: str, error: PoiseError) -> str:
-    """The note on a row that is not there."""
-    said = f"{name} left out: {error.message}"
-    return f"{said} (hint: {error.hint})" if isinstance(error, PluginError) else said
 
 
 def plan_and_fewer(

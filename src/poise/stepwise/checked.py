@@ -54,6 +54,14 @@ def checked_policy(name: str, package: str, found: Any) -> StepPolicy:
     raise PluginError(f"policy {name!r} of package {package} {said}", hint=hint)
 
 
+def failed(policy: StepPolicy, error: Exception) -> PluginError | None:
+    """What to say of a policy of another package that failed while it ran; None: it is one of poise's own."""
+    module = type(policy).__module__
+    if module.partition(".")[0] == "poise" or isinstance(error, MemoryError):
+        return None
+    return PluginError(f"policy {policy.name!r} of {module} failed: {told(error)}", hint=f"mend {module}")
+
+
 def _made(found: Any) -> StepPolicy:
     """An instance; raises _Wrong unless its class has what the protocol names, of the same types and parameters."""
     if not (isinstance(found, type) and is_dataclass(found) and found.__dataclass_params__.frozen):  # type: ignore[attr-defined]
