@@ -271,11 +271,11 @@ def test_every_writer_leaves_what_was_there_and_refuses_what_is_no_file(tmp_path
 
 
 OTHERWISE = {
-    "files": "the writer itself",
+    "util.files": "the writer itself",
     "engines.shards": "into the folder of a checkpoint that has no name yet",
     "engines.checkpoints.checkpoint": "into the folder of a checkpoint that has no name yet",
     "train.checkpoint": "into the folder of a checkpoint that has no name yet",
-    "emulate.agent": "settings of its own network in /proc",
+    "lab.emulate.agent": "settings of its own network in /proc",
     "watch.service": "a trial in a folder of its own",
 }
 CALLS = {"write_text", "write_bytes", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkstemp", "mkdtemp", "rename",
@@ -314,7 +314,7 @@ def test_no_module_writes_files_by_itself():
         if lines:
             found[".".join(path.relative_to(root).with_suffix("").parts)] = lines
     assert set(found) <= set(OTHERWISE), {name: lines for name, lines in found.items() if name not in OTHERWISE}
-    assert {"files", "engines.shards", "train.checkpoint"} <= set(found)
+    assert {"util.files", "engines.shards", "train.checkpoint"} <= set(found)
 
 
 # -- what it is like afterwards

@@ -81,13 +81,20 @@ def _machine(cluster: str | Path | Cluster) -> Cluster:
     return cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster)
 
 
-def _settings(
-    batch: RoutingBatch, cluster: str | Path | Cluster, model: str | ModelSpec | None, traffic: Traffic | None
-) -> tuple[Cluster, ModelSpec, Traffic]:
-    machine = _machine(cluster)
+def _problem(
+    batch: RoutingBatch, cluster: str | Path | Cluster, redundant: int, slots: Sequence[int] | None,
+    model: str | ModelSpec | None, traffic: Traffic | None, split: Split | None, engine: str, **more: Any,
+) -> PlacementProblem:  # fmt: skip
+    """What :func:`plan` and :func:`compare` are asked, with what was not said filled in; ``more``: other fields."""
+    machine, rules = _machine(cluster), parse_engine(engine)
     sizes = ModelSpec.parse(model) if isinstance(model, str) else model
     sizes = sizes or ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L)
-    return machine, sizes, traffic or ("home_node_dedup" if batch.has_tokens else "home")
+    if slots is None:
+        slots_D = deal_slots(batch.num_experts, redundant, machine.num_devices)
+    else:
+        slots_D = np.asarray(slots, dtype=np.int64)
+    flow = traffic or ("home_node_dedup" if batch.has_tokens else "home")
+    return PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), engine=rules, **more)
 
 
 def plan(
@@ -119,7 +126,7 @@ def plan(
     trace : file(s) or object(s): routing traces, or load profiles.
     cluster : ``"2x8:h100"``, a YAML file or a Cluster.
     redundant : R, redundant slots in all, dealt as evenly as possible; ``slots`` [D] gives them a device instead.
-    method : a key of :data:`poise.planning.solve.solve.METHODS`.
+    method : a key of :data:`poise.planning.solve.solve.METHODS`; other packages can add some (docs/extend.md).
     model : preset, config.json or ModelSpec; without it a generic one, whose ratios hold but whose seconds do not.
     traffic : data flow; default ``home_node_dedup``, for loads only ``home``.
     split : how tokens of replicas are split; default: as the engine does, else ``even``.
@@ -143,19 +150,16 @@ def plan(
     with budget.held():
         batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed)
         seen = fingerprint(found)
-    machine, sizes, flow = _settings(batch, cluster, model, traffic)
-    rules = parse_engine(engine)
-    slots_D = _slots(batch, machine, redundant, slots)
-    running = None if current is None else hold(_placement(current), rules)[0]
-    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), pooled, running,
-                               migration_steps, risk, rules)  # fmt: skip
+    running = None if current is None else hold(_placement(current), parse_engine(engine))[0]
+    problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
+                       current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress)
     details = dict(solution.details)
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
     if notes:
         details["notes"] = notes
-    if defaults := silent_defaults(found, None if model is None else sizes, tokens_per_step, batch):
+    if defaults := silent_defaults(found, None if model is None else problem.model, tokens_per_step, batch):
         details["defaults"] = defaults
     if budget.cuts:
         details["cut_by_clock"] = sorted(budget.cuts)
@@ -235,12 +239,6 @@ def _some_of(traffic: Traffics, seconds: float) -> Traffics:
     return traffic.rows(np.isin(traffic.request, requests[:: min(every, len(requests) // 2)]))
 
 
-def _slots(batch: RoutingBatch, machine: Cluster, redundant: int, slots: Sequence[int] | None) -> NDArray[np.int64]:
-    if slots is None:
-        return deal_slots(batch.num_experts, redundant, machine.num_devices)
-    return np.asarray(slots, dtype=np.int64)
-
-
 def compare(
     trace: TrafficSource | Sequence[TrafficSource],
     cluster: str | Path | Cluster,
@@ -303,23 +301,20 @@ def compare(
         prints[name] = fingerprint(found)
         del found  # one part at a time
     batch = batches[IN_SAMPLE]
-    machine, sizes, flow = _settings(batch, cluster, model, traffic)
-    slots_D = _slots(batch, machine, redundant, slots)
-    rules = parse_engine(engine)
-    chosen = rules.choose_split(split)
-    problem = PlacementProblem(batch, machine, sizes, slots_D, flow, chosen, engine=rules)
+    problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
     entries: list[Entry] = []
-    said = [*notes, *([rules.caveat] if rules.caveat else [])]
-    defaults = silent_defaults(whole, None if model is None else sizes, tokens_per_step, batch)
+    said = [*notes, *([problem.engine.caveat] if problem.engine.caveat else [])]
+    named = None if model is None else problem.model
+    defaults = silent_defaults(whole, named, tokens_per_step, batch)
     for index, item in enumerate(placements):
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))
         if isinstance(item, Placement) or (item not in METHODS and Path(item).suffix == ".npz"):
             name, file = item.method if isinstance(item, Placement) else Path(item).stem, _placement(item)
-            if file.num_devices != machine.num_devices:
+            if file.num_devices != problem.num_devices:
                 entries.append(carried_row(name, file, problem, prints[IN_SAMPLE], entries, said))
             else:
-                entries.append(held_row(free_name(name, entries), file, rules, slots_D, said))
+                entries.append(held_row(free_name(name, entries), file, problem.engine, problem.slots_D, said))
         elif item in METHODS:
             if isinstance(time_limit_s, Budget):
                 own = time_limit_s.part(1 - JUDGE)
@@ -330,13 +325,13 @@ def compare(
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
-    said += elastic_notes(entries, sizes if model is not None else None)
-    entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None)
+    said += elastic_notes(entries, named)
+    entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None, said)
     if isinstance(time_limit_s, Budget) and not fast:
         share = JUDGE * time_limit_s.seconds / len(batches)
         batches = {name: judged_steps(problem, part, len(entries), share) for name, part in batches.items()}
     said += [f"{name}: {part.sampled} are priced" for name, part in batches.items() if part.sampled]
     return compare_entries(
-        batches, entries, cluster=machine, model=sizes, traffic=flow, split=chosen, slots_D=slots_D, notes=said,
-        warm_up=skip, prints=prints, defaults=defaults, engine=rules,
+        batches, entries, cluster=problem.cluster, model=problem.model, traffic=problem.traffic, split=problem.split,
+        slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints, defaults=defaults, engine=problem.engine,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """docs/engines.md, page by page: poise's commands as they stand; files in the engine's own layout where it would run."""
 
+import ast
 import json
 import re
 import shlex
@@ -135,17 +136,39 @@ def test_every_command_of_the_page_runs_as_written(tmp_path, monkeypatch):
     assert stood_in == set(STAND_INS) and {"convert", "compare", "plan", "export", "verify"} <= set(ran)
 
 
-def test_tests_that_pages_name_are_there():
+def defined(tree: ast.Module) -> set[str]:
+    """Functions, classes, their methods and names of a module: ``f``, ``C``, ``C.f``, ``NAME``."""
+    out = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            out.add(node.name)
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        out |= {target.id for target in targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.ClassDef):
+            out |= {f"{node.name}.{one.name}" for one in node.body if isinstance(one, ast.FunctionDef)}
+    return out
+
+
+def test_what_pages_name_is_there():
+    """`path.py::name` of a test or of the source, in every page."""
     root = PAGE.parents[1]
     named = {
-        match
-        for page in root.glob("docs/*.md")
-        for match in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text("utf-8"))
+        (page.name, *match)
+        for page in (root / "README.md", *root.glob("docs/**/*.md"))
+        for match in re.findall(r"`((?:tests|src)/[\w/]+\.py)::([\w.]+)`", page.read_text("utf-8"))
     }
-    assert len(named) > 50
-    gone = [
-        f"{file}::{name}"
-        for file, name in named
-        if not re.search(rf"^def {name}\(", (root / file).read_text("utf-8"), re.M)
-    ]
-    assert not gone
+    assert len({file for _, file, _ in named if file.startswith("tests")}) > 10
+    assert len({file for page, file, _ in named if page == "tour.md"}) > 15
+    files = {file for _, file, _ in named if (root / file).is_file()}
+    known = {file: defined(ast.parse((root / file).read_text("utf-8"))) for file in files}
+    assert not [f"{page}: {file}::{name}" for page, file, name in sorted(named) if name not in known.get(file, ())]
+
+
+def test_the_tour_stops_at_six_places_twice():
+    tour = (PAGE.parent / "tour.md").read_text("utf-8")
+    stops = re.findall(r"^\| (\w+) \| `src/poise/[\w/]+\.py::[\w.]+` \|", tour, flags=re.M)
+    assert stops == ["trace", "profile", "problem", "plan", "runtime", "report"] * 2
+    for where in ("a port priced", "a redundant expert decided", "a step replica decided", "a gradient reduced"):
+        assert re.search(rf"^\| {where}\? \| `src/poise/[\w/]+\.py::[\w.]+`", tour, flags=re.M), where

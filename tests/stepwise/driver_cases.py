@@ -151,15 +151,15 @@ def window_of(cluster: Cluster, model: ModelSpec) -> float:
 
 def on_ranks(policy: StepPolicy, batch: RoutingBatch, price: StepPrice, count_ED: np.ndarray) -> None:
     """As :mod:`poise.serve` runs it, but for experts."""
-    flow: Any = SimpleNamespace(rank=dist.get_rank(), group=dist.group.WORLD, told_DX=None)
-    loop = split.FastLoop(policy, price, step_slots=SLOTS)
+    flow: Any = SimpleNamespace(rank=dist.get_rank(), group=dist.group.WORLD, extra_DX=None)
+    loop = split.ServingPolicy(policy, price, step_slots=SLOTS)
     layers = [split.PlannedSplit(loop, layer, count_ED, flow, NoReplicas()) for layer in range(LAYERS)]
     for step in range(STEPS):
         ids_TLK = mine(batch, step)
         for layer, one in enumerate(layers):
             one.prefetch(PAIRS)
             one.devices(ids_TLK[:, layer])
-            flow.told_DX = torch.from_numpy(all_counts(ids_TLK[:, layer], h.EXPERTS, flow.group))
+            flow.extra_DX = torch.from_numpy(all_counts(ids_TLK[:, layer], h.EXPERTS, flow.group))
             one.finish()
 
 

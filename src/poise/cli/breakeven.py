@@ -22,7 +22,7 @@ from poise.util.errors import OptionError
 
 def breakeven(
     cluster: o.ClusterSpec,
-    model: Annotated[str, typer.Option("--model", "-m", help="Model preset or a Hugging Face config.json.")],
+    model: o.NamedModel,
     traces: Annotated[list[str] | None, typer.Argument(help="Routing traces; without them synthetic loads.")] = None,
     placement: Annotated[Path | None, typer.Option(help="Placement below the fast loop. Default: contiguous.")] = None,
     sizes: Annotated[str, typer.Option(help="Tokens a step, ascending.")] = ",".join(map(str, SIZES)),

@@ -23,7 +23,7 @@ GENERIC = (2048, 1024, 3, 64)
 
 
 def calibrate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Cluster file to write (.yaml).")],
+    output: Annotated[Path, o.flag("output", "Cluster file to write (.yaml).")],
     model: o.Model = None,
     hidden: Annotated[int | None, typer.Option(help="Width of a token, instead of the model's.")] = None,
     inner: Annotated[int | None, typer.Option(help="Inner width of an expert, instead of the model's.")] = None,
@@ -42,7 +42,7 @@ def calibrate(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cluster: Annotated[
-        str | None, typer.Option("--cluster", "-c", help="A single process: shape and links, which it cannot measure.")
+        str | None, o.flag("cluster", "A single process: shape and links, which it cannot measure.")
     ] = None,
     json: o.Json = False,
 ) -> None:

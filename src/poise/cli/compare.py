@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,45 +12,46 @@ import typer
 
 from poise import api
 from poise.cli import options as o
-from poise.cost.split import SPLITS
-from poise.cost.traffic import TRAFFIC_MODELS
 from poise.replay.compare import Comparison
 from poise.report import write_report
-from poise.routing.batching import ORDERS
 from poise.util.errors import OptionError
 
 
+@dataclass(frozen=True, slots=True)
+class FastLoops:
+    """Step-wise policies, and the steps that they are judged on."""
+
+    fast: Annotated[
+        list[str] | None,
+        typer.Option("--fast", help="Step-wise policy over the last placement, NAME or NAME:key=value; repeat."),
+    ] = None
+    fast_over: Annotated[str | None, typer.Option(help="The row that --fast runs over. Default: the last.")] = None
+    step_slots: Annotated[int, typer.Option(help="M, slots a device for step replicas.")] = 2
+    predictor: Annotated[str, typer.Option(help="Loads before the gate: mean, exponential or requests.")] = "mean"
+    steps: Annotated[int | None, typer.Option(help="Steps to judge, requests drawn again if need be.")] = None
+    warm_up: Annotated[int | None, typer.Option(help="Steps before those, not judged. Default: 5 with --fast.")] = None
+
+
+@o.grouped
 def compare(
+    *,
     traces: o.Traces,
     cluster: o.ClusterSpec,
     placement: Annotated[
         list[str] | None,
-        typer.Option("--placement", "-p", help="Method name or placement file; repeat. Default: all methods that fit."),
+        o.flag("placement", "Method name or placement file; repeat. Default: all methods that fit."),
     ] = None,
     fit: Annotated[list[str] | None, typer.Option("--fit", help="Traffic that methods are fitted on; repeat.")] = None,
     judge: Annotated[
         list[str] | None, typer.Option("--judge", help="More traffic to judge on, NAME=FILE; repeat.")
     ] = None,
     redundant: o.Redundant = 0,
-    model: o.Model = None,
-    traffic: o.TrafficModel = None,
-    split: o.SplitRule = None,
-    engine: o.EngineName = "any",
-    tokens_per_step: o.TokensPerStep = None,
-    order: o.StepOrder = "interleaved",
-    fast: Annotated[
-        list[str] | None,
-        typer.Option("--fast", help="Step-wise policy over the last placement, NAME or NAME:key=value; repeat."),
-    ] = None,
-    fast_over: Annotated[str | None, typer.Option(help="The row that --fast runs over. Default: the last.")] = None,
-    step_slots: Annotated[int, typer.Option(help="M, slots a device for step replicas.")] = 2,
-    predictor: Annotated[str, typer.Option(help="Loads before the gate: mean, exponential or requests.")] = "mean",
-    steps: Annotated[int | None, typer.Option(help="Steps to judge, requests drawn again if need be.")] = None,
-    warm_up: Annotated[int | None, typer.Option(help="Steps before those, not judged. Default: 5 with --fast.")] = None,
+    priced: o.Steps,
+    loops: FastLoops,
     time_limit: o.TimeLimit = 10.0,
     work: o.Work = None,
     seed: o.Seed = 0,
-    html: Annotated[Path | None, typer.Option("--html", help="Write the report with pictures to this file.")] = None,
+    html: Annotated[Path | None, o.flag("html", "Write the report with pictures to this file.")] = None,
     json: o.Json = False,
 ) -> None:
     """Judge placements on traffic they were not fitted on, in one table with the bound.
@@ -70,11 +72,9 @@ def compare(
         with o.progress() as report:
             result = api.compare(
                 list(traces), cluster, fit=list(fit) if fit else None, others=dict(others),
-                placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, model=model,
-                traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
-                tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), time_limit_s=time_limit,
-                work=work, seed=seed, fast=tuple(fast or ()), fast_over=fast_over, step_slots=step_slots,
-                predictor=predictor, steps=steps, warm_up=warm_up, engine=engine, progress=report,
+                placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, time_limit_s=time_limit,
+                work=work, seed=seed, progress=report, **priced.checked(),
+                **{**asdict(loops), "fast": tuple(loops.fast or ())},
             )  # fmt: skip
         show(result, html, json)
 

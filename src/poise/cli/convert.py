@@ -27,7 +27,7 @@ def convert(
     dumps: Annotated[list[Path], typer.Argument(help="Files or folders that an engine wrote in one run.")],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Trace (.npz), load profile (.json, .npz) or placement (.npz) to write."),
+        o.flag("output", "Trace (.npz), load profile (.json, .npz) or placement (.npz) to write."),
     ],
     model: o.Model = None,
     placement: Annotated[

@@ -6,8 +6,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from poise import api
 from poise.cli import options as o
 from poise.cli.compare import show
@@ -25,13 +23,11 @@ MODEL = ModelSpec(
 
 
 def demo(
-    html: Annotated[Path, typer.Option("--html", help="Where the report goes.")] = Path("report.html"),
+    html: Annotated[Path, o.flag("html", "Where the report goes.")] = Path("report.html"),
     cluster: o.ClusterSpec = CLUSTER,
     redundant: o.Redundant = REDUNDANT,
     tokens_per_step: o.TokensPerStep = 2048,
-    time_limit: Annotated[
-        float | None, typer.Option("--time-limit", help="Seconds a method may take, instead of --work.")
-    ] = None,
+    time_limit: Annotated[float | None, o.flag("time_limit", "Seconds a method may take, instead of --work.")] = None,
     work: o.Work = None,
     json: o.Json = False,
 ) -> None:

@@ -26,9 +26,7 @@ def diff(
     model: o.Model = None,
     cluster: Annotated[
         str | None,
-        typer.Option(
-            "--cluster", "-c", help="NxD:preset or a .yaml file, of the new ranks or of all: links used, how long."
-        ),
+        o.flag("cluster", "NxD:preset or a .yaml file, of the new ranks or of all: links used, how long."),
     ] = None,
     staging: Annotated[
         int | None,
@@ -36,10 +34,7 @@ def diff(
     ] = None,
     ranks: Annotated[
         str | None,
-        typer.Option(
-            "--rank-map",
-            help="OLD:NEW of all ranks that stay, as in 0:0,1:1,3:2 or 0-1:0-1,3:2. Default: same numbers.",
-        ),
+        o.flag("rank_map", "OLD:NEW of all ranks that stay, as in 0:0,1:1,3:2 or 0-1:0-1,3:2. Default: same numbers."),
     ] = None,
     lost: Annotated[
         bool, typer.Option("--lost", help="Ranks that leave are gone: what only they held is read from the checkpoint.")

@@ -19,7 +19,7 @@ from poise.util.files import check_new_folder
 def export(
     placement: Annotated[Path, typer.Argument(help="Placement file of 'poise plan'.")],
     to: Annotated[str, typer.Option("--to", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; for a checkpoint a folder.")],
+    output: Annotated[Path, o.flag("output", "File to write; for a checkpoint a folder.")],
     model: o.Model = None,
     num_hidden_layers: Annotated[
         int | None, typer.Option(help="Decoder layers of the model, dense ones included; --model knows it too.")

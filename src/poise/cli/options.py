@@ -1,14 +1,23 @@
-"""What the verbs share: options, streams, errors -> exit codes, progress."""
+"""What the verbs share: options, one by one and in groups, streams, errors -> exit codes, progress.
+
+An option of several verbs is written here once: as a type where its text is the same in all of them, by its names
+(:func:`flag`) where its meaning differs, and in a group (a frozen dataclass of options, :func:`grouped`) where it
+always comes with others.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -16,8 +25,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from poise.cli.ending import Ended
+from poise.cost.split import SPLITS
+from poise.cost.traffic import TRAFFIC_MODELS
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
+from poise.routing.batching import ORDERS
 from poise.util.compiled import COMPILATION
 from poise.util.errors import InputError, OptionError, PoiseError
 from poise.util.files import check_output
@@ -46,6 +58,26 @@ TIME_LIMIT = (
     "judging, and once compiling."
 )
 
+FLAGS = {
+    "cluster": ("--cluster", "-c"),
+    "html": ("--html",),
+    "json": ("--json",),
+    "model": ("--model", "-m"),
+    "output": ("--output", "-o"),
+    "placement": ("--placement", "-p"),
+    "rank_map": ("--rank-map",),
+    "redundant": ("--redundant", "-r"),
+    "time_limit": ("--time-limit",),
+}
+"""Names of the options whose text differs by verb."""
+
+
+def flag(name: str, text: str) -> Any:
+    """An option of :data:`FLAGS` with the text of one verb."""
+    return typer.Option(*FLAGS[name], help=text)
+
+
+MODEL_TEXT = "Model preset or a Hugging Face config.json."
 Traces = Annotated[
     list[str],
     typer.Argument(
@@ -53,11 +85,10 @@ Traces = Annotated[
         show_default=False,
     ),
 ]
-ClusterSpec = Annotated[
-    str, typer.Option("--cluster", "-c", help="NxD, NxD:preset as in 2x8:h100, NxD:preset@tp2, or a .yaml file.")
-]
-Redundant = Annotated[int, typer.Option("--redundant", "-r", help="Redundant slots a layer, in all.")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Model preset or a Hugging Face config.json.")]
+ClusterSpec = Annotated[str, flag("cluster", "NxD, NxD:preset as in 2x8:h100, NxD:preset@tp2, or a .yaml file.")]
+Redundant = Annotated[int, flag("redundant", "Redundant slots a layer, in all.")]
+Model = Annotated[str | None, flag("model", MODEL_TEXT)]
+NamedModel = Annotated[str, flag("model", MODEL_TEXT)]
 TrafficModel = Annotated[
     str | None,
     typer.Option(
@@ -76,7 +107,7 @@ EngineName = Annotated[
 ]
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
-TimeLimit = Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)]
+TimeLimit = Annotated[float, flag("time_limit", TIME_LIMIT)]
 Work = Annotated[
     float | None,
     typer.Option(
@@ -99,14 +130,75 @@ AllowMissingRanks = Annotated[
         "--allow-missing-ranks", help="Take what is there for all traffic where a rank's records are missing."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Json = Annotated[bool, flag("json", "Print JSON on stdout.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """How a step is priced."""
+
+    model: Model = None
+    traffic: TrafficModel = None
+    split: SplitRule = None
+
+    def checked(self) -> dict[str, Any]:
+        """The options as :mod:`poise.api` takes them; OptionError for an unknown word."""
+        return {
+            "model": self.model, "traffic": one_of("traffic model", self.traffic, TRAFFIC_MODELS),
+            "split": one_of("split", self.split, SPLITS),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Steps(Pricing):
+    """How a step is priced, who holds the plan, and how traffic is batched into steps."""
+
+    engine: EngineName = "any"
+    tokens_per_step: TokensPerStep = None
+    order: StepOrder = "interleaved"
+
+    def checked(self) -> dict[str, Any]:
+        """See :meth:`Pricing.checked`."""
+        return Pricing.checked(self) | {
+            "engine": self.engine, "tokens_per_step": self.tokens_per_step,
+            "order": one_of("order", self.order, ORDERS),
+        }  # fmt: skip
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb for typer: a parameter that is a frozen dataclass of options becomes the options, at the same place."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    spread: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        kind = hints[name]
+        if not is_dataclass(kind):
+            spread.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
+            continue
+        types = get_type_hints(kind, include_extras=True)
+        groups[name] = hints[name], list(types)
+        spread += [
+            inspect.Parameter(one.name, parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name])
+            for one in fields(kind)
+        ]
+
+    @wraps(verb)
+    def run(**given: Any) -> None:
+        for name, (kind, options) in groups.items():
+            given[name] = kind(**{option: given.pop(option) for option in options})
+        verb(**given)
+
+    run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    return run
 
 
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn poise's errors into a message on stderr and exit code 2 (input) or 1 (no result), signals into 128 + N."""
     try:
-        yield
+        with _warnings_told():
+            yield
     except PoiseError as error:
         talk.print(Text("error:", "bold red"), error.message)
         if error.hint:
@@ -122,6 +214,22 @@ def errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Warnings of poise in one line on stderr, without the line of code that gave them."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category is UserWarning:
+                talk.print(f"warning: {message}")
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -13,8 +13,6 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
-from poise.cost.split import SPLITS
-from poise.cost.traffic import TRAFFIC_MODELS
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
@@ -22,7 +20,6 @@ from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
 from poise.replay.rows import fewer_words, shortened
-from poise.routing.batching import ORDERS
 from poise.util.errors import OptionError
 from poise.util.words import percent
 
@@ -33,18 +30,15 @@ TIME_LIMIT = (
 VERDICT_SHARE = 0.25
 
 
+@o.grouped
 def plan(
+    *,
     traces: o.Traces,
     cluster: o.ClusterSpec,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Placement file to write (.npz).")],
+    output: Annotated[Path, o.flag("output", "Placement file to write (.npz).")],
     redundant: o.Redundant = 0,
     method: Annotated[str, typer.Option(help="poise, or a method of 'poise compare'.")] = "poise",
-    model: o.Model = None,
-    traffic: o.TrafficModel = None,
-    split: o.SplitRule = None,
-    engine: o.EngineName = "any",
-    tokens_per_step: o.TokensPerStep = None,
-    order: o.StepOrder = "interleaved",
+    priced: o.Steps,
     pooled: Annotated[bool, typer.Option("--pooled", help="Count slots over all layers together (MoETuner).")] = False,
     current: Annotated[
         Path | None,
@@ -52,16 +46,14 @@ def plan(
     ] = None,
     ranks: Annotated[
         str | None,
-        typer.Option(
-            "--rank-map", help="OLD:NEW of ranks of --current that stay, as in 0:0,1:1,3:2. Default: same numbers."
-        ),
+        o.flag("rank_map", "OLD:NEW of ranks of --current that stay, as in 0:0,1:1,3:2. Default: same numbers."),
     ] = None,
     migration_steps: Annotated[float, typer.Option(help="Steps over which those moves are written off.")] = 1000.0,
     risk: Annotated[str, typer.Option(help="mean, worst or cvar over steps or recorded workloads.")] = "mean",
     verdict: Annotated[
         bool, typer.Option(help="Say what is gained over what runs now, on traffic left out of a second fit.")
     ] = True,
-    time_limit: Annotated[float, typer.Option("--time-limit", help=TIME_LIMIT)] = 20.0,
+    time_limit: Annotated[float, o.flag("time_limit", TIME_LIMIT)] = 20.0,
     work: o.Work = None,
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -77,24 +69,18 @@ def plan(
         with o.progress() as report:
             found = api.load(list(traces))
             whole, share = Budget(time_limit, work=work), VERDICT_SHARE if verdict and not pooled else 0.0
+            shared = {**priced.checked(), "redundant": redundant, "method": method, "seed": seed, "progress": report}
             solution = api.plan(
-                found, cluster, redundant=redundant, method=method, model=model,
-                traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), split=o.one_of("split", split, SPLITS),
-                tokens_per_step=tokens_per_step, order=o.one_of("order", order, ORDERS), pooled=pooled,
-                current=now, migration_steps=migration_steps, risk=o.one_of("risk", risk, RISKS),
-                time_limit_s=whole.part(1 - share), seed=seed, engine=engine, progress=report,
+                found, cluster, pooled=pooled, current=now, migration_steps=migration_steps,
+                risk=o.one_of("risk", risk, RISKS), time_limit_s=whole.part(1 - share), **shared,
             )  # fmt: skip
             said = None
             if share:
-                said = api.verdict(
-                    found, cluster, method=method, current=now, redundant=redundant, model=model,
-                    traffic=traffic, split=split, engine=engine, tokens_per_step=tokens_per_step, order=order,
-                    time_limit_s=whole.part(share, until=1.0), seed=seed, progress=report,
-                )  # fmt: skip
+                said = api.verdict(found, cluster, current=now, time_limit_s=whole.part(share, until=1.0), **shared)
         if late := whole.beyond():
             o.talk.print(late)
         _with_command(solution.placement).save(output)
-        moves, devices = _moves(running, solution, model), solution.placement.num_devices
+        moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
         if json:
             o.print_json({**_json(solution), "moves": moves, "verdict": said})
         else:

@@ -14,7 +14,7 @@ from poise.util.extras import with_torch
 def record(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face MoE model.")],
     texts: Annotated[list[Path], typer.Argument(help='Prompts: .jsonl with {"text", "domain"} lines, or .txt files.')],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Trace to write (.npz).")],
+    output: Annotated[Path, o.flag("output", "Trace to write (.npz).")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(help="Prompts are cut to this length.")] = 512,
     requests_per_domain: Annotated[int | None, typer.Option(help="Prompts of each domain, evenly spaced.")] = None,

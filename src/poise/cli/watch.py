@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,8 +22,6 @@ import typer
 from poise.cli import options as o
 from poise.control.controller import ControlSettings, Decision, Look
 from poise.control.restart import Restart
-from poise.cost.split import SPLITS, Split
-from poise.cost.traffic import TRAFFIC_MODELS
 from poise.engines import sglang as sglang_file
 from poise.engines.dump import ReadOptions
 from poise.engines.readers import read_dump
@@ -47,71 +46,153 @@ STALE_S = 120.0
 """Seconds without a look, beside ten intervals, after which the watch calls itself ill."""
 
 
+@dataclass(frozen=True, slots=True)
+class Control:
+    """When to plan anew, and how."""
+
+    window: Annotated[int, typer.Option(help="Steps of a window; four windows make a reference.")] = 16
+    every: Annotated[int, typer.Option(help="Steps between looks.")] = 8
+    max_moves: Annotated[int | None, typer.Option(help="Most experts fetched at a time. Default: no limit.")] = None
+    false_alarm_rate: Annotated[float, typer.Option(help="Odds that a look at unchanged traffic alarms.")] = 0.01
+    horizon: Annotated[float, typer.Option(help="Steps that a new placement is expected to serve.")] = 10_000
+    restart_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds without serving that a restart costs, where only that brings a map in. Default: unknown."
+        ),
+    ] = None
+    method: Annotated[str, typer.Option(help="Method that plans, as in 'poise plan'.")] = "poise"
+
+    def settings(self, *, time_limit: float, seed: int, follow: bool, at_start: bool) -> ControlSettings:
+        """The controller's settings; OptionError where the options do not go together."""
+        if self.restart_seconds is not None and not at_start:
+            raise OptionError(
+                "--restart-seconds prices a restart, and without --export or --sglang none is needed",
+                hint="--export ENGINE:FILE writes the map that the engine takes when it starts",
+            )
+        if METHODS.ask(self.method).pooled:
+            raise OptionError(f"{self.method} counts slots over all layers together; moves need them layer by layer")
+        return ControlSettings(
+            window=self.window, every=self.every, false_alarm_rate=self.false_alarm_rate, max_moves=self.max_moves,
+            horizon_steps=self.horizon, method=self.method, time_limit_s=time_limit, seed=seed, background=follow,
+            at_start=at_start, restart_seconds=self.restart_seconds,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Files that are kept up to date."""
+
+    output: Annotated[Path | None, o.flag("output", "Placement file to keep up to date.")] = None
+    export: Annotated[
+        list[str] | None,
+        typer.Option(help="ENGINE:FILE to keep up to date too, as 'poise export --to ENGINE' writes it. Repeatable."),
+    ] = None
+    num_hidden_layers: Annotated[
+        int | None, typer.Option(help="Decoder layers, for --export; --model and SGLang's dumps know it too.")
+    ] = None
+
+    def outputs(self) -> list[Output]:
+        """The files; OptionError for one that cannot be written."""
+        own = [] if self.output is None else [Output("npz", o.writable(self.output))]
+        return own + [_output(spec) for spec in self.export or []]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The page."""
+
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT (or PORT, this machine only) for the page and /metrics.")
+    ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="With --listen: a name under which it is asked, beside localhost and addresses. Repeatable."),
+    ] = None
+
+    def check(self) -> None:
+        """OptionError for names of no page."""
+        if self.allow_host and self.listen is None:
+            raise OptionError("--allow-host is of the page, and without --listen there is none")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The engine that is recorded, and its dumps."""
+
+    sglang: Annotated[str | None, typer.Option(help="Address of an SGLang engine to record, in place of TRACE.")] = None
+    dump_dir: Annotated[
+        Path | None, typer.Option(help="With --sglang: its SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, readable here.")
+    ] = None
+    api_key: Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="With --sglang: its --api-key.")] = None
+    admin_api_key: Annotated[
+        str | None, typer.Option(envvar="SGLANG_ADMIN_API_KEY", help="With --sglang: its --admin-api-key.")
+    ] = None
+    steps_per_dump: Annotated[
+        int, typer.Option(help="Steps of a dump that are watched, evenly spaced; the drift test needs few.")
+    ] = 16
+    delete_dumps: Annotated[bool, typer.Option("--delete-dumps", help="Remove a dump once it was read.")] = False
+
+    def source(
+        self, trace: str | None, setup: Setup, tokens_per_step: int | None, *, follow: bool, redundant: bool
+    ) -> Source:
+        """What is watched: the engine, or what ``trace`` names.
+
+        Raises
+        ------
+        OptionError, TraceError : it is named twice or not at all, or is not there.
+        """
+        folder = self.dump_dir or (Path(trace) if trace is not None and Path(trace).is_dir() else None)
+        dumps = None if folder is None else DumpFolder(
+            folder, tokens_per_step=tokens_per_step, most_steps=self.steps_per_dump, delete=self.delete_dumps,
+            read=partial(read_dump, options=ReadOptions(model=setup.model)),
+        )  # fmt: skip
+        if self.sglang is not None:
+            if trace is not None or dumps is None or not follow or redundant:
+                raise OptionError(
+                    "--sglang needs --dump-dir, and goes with neither a trace, --once nor --redundant",
+                    hint="the engine says how many redundant slots it has",
+                )
+            return SGLangRecorder(
+                self.sglang, dumps, num_devices=setup.cluster.num_devices, api_key=self.api_key,
+                admin_api_key=self.admin_api_key,
+            )  # fmt: skip
+        if trace is None or self.dump_dir is not None:
+            raise OptionError("name what to watch: a trace, a folder of dumps, or --sglang with --dump-dir")
+        if dumps is not None:
+            return dumps
+        if not Path(trace.partition("#")[0]).exists():
+            raise TraceError(f"no such file: {trace.partition('#')[0]}")
+        return Tail(trace, tokens_per_step)
+
+
+@o.grouped
 def watch(
+    *,
     cluster: o.ClusterSpec,
     trace: Annotated[
         str | None,
         typer.Argument(help="Routing trace or load profile that may grow, or a folder that dumps come into."),
     ] = None,
     placement: Annotated[
-        Path | None,
-        typer.Option("--placement", "-p", help="Placement in use: .npz, or SGLang's .json. Default: contiguous."),
+        Path | None, o.flag("placement", "Placement in use: .npz, or SGLang's .json. Default: contiguous.")
     ] = None,
     redundant: Annotated[
-        int | None, typer.Option("--redundant", "-r", help="Redundant slots a layer, without --placement. Default: 0.")
+        int | None, o.flag("redundant", "Redundant slots a layer, without --placement. Default: 0.")
     ] = None,
-    model: o.Model = None,
-    traffic: o.TrafficModel = None,
-    split: o.SplitRule = None,
+    priced: o.Pricing,
     tokens_per_step: o.TokensPerStep = None,
-    window: Annotated[int, typer.Option(help="Steps of a window; four windows make a reference.")] = 16,
-    every: Annotated[int, typer.Option(help="Steps between looks.")] = 8,
-    max_moves: Annotated[int | None, typer.Option(help="Most experts fetched at a time. Default: no limit.")] = None,
-    false_alarm_rate: Annotated[float, typer.Option(help="Odds that a look at unchanged traffic alarms.")] = 0.01,
-    horizon: Annotated[float, typer.Option(help="Steps that a new placement is expected to serve.")] = 10_000,
-    restart_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds without serving that a restart costs, where only that brings a map in. Default: unknown."
-        ),
-    ] = None,
-    method: Annotated[str, typer.Option(help="Method that plans, as in 'poise plan'.")] = "poise",
+    control: Control,
     follow: Annotated[bool, typer.Option("--follow/--once", help="Wait for more, or end at the file's end.")] = True,
     interval: Annotated[
         float | None, typer.Option(help="Seconds between looks at the source. Default: 1; with --sglang 10.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Placement file to keep up to date.")] = None,
-    export: Annotated[
-        list[str] | None,
-        typer.Option(help="ENGINE:FILE to keep up to date too, as 'poise export --to ENGINE' writes it. Repeatable."),
-    ] = None,
-    num_hidden_layers: Annotated[
-        int | None, typer.Option(help="Decoder layers, for --export; --model and SGLang's dumps know it too.")
-    ] = None,
-    listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT (or PORT, this machine only) for the page and /metrics.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="With --listen: a name under which it is asked, beside localhost and addresses. Repeatable."),
-    ] = None,
-    sglang: Annotated[
-        str | None, typer.Option(help="Address of an SGLang engine to record, in place of TRACE.")
-    ] = None,
-    dump_dir: Annotated[
-        Path | None, typer.Option(help="With --sglang: its SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, readable here.")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="With --sglang: its --api-key.")] = None,
-    admin_api_key: Annotated[
-        str | None, typer.Option(envvar="SGLANG_ADMIN_API_KEY", help="With --sglang: its --admin-api-key.")
-    ] = None,
-    steps_per_dump: Annotated[
-        int, typer.Option(help="Steps of a dump that are watched, evenly spaced; the drift test needs few.")
-    ] = 16,
-    delete_dumps: Annotated[bool, typer.Option("--delete-dumps", help="Remove a dump once it was read.")] = False,
+    written: Written,
+    shown: Shown,
+    recorded: Recorded,
     time_limit: o.TimeLimit = 10.0,
     seed: o.Seed = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    json: Annotated[bool, o.flag("json", "Print one JSON object a line.")] = False,
 ) -> None:
     """Watch traffic, and plan anew when it drifts and the gain is worth the moves.
 
@@ -125,77 +206,42 @@ def watch(
     --model deepseek-v3 --export sglang:/maps/map.json --listen 9464
     """
     with o.errors():
-        outputs = [] if output is None else [Output("npz", o.writable(output))]
-        outputs += [_output(spec) for spec in export or []]
+        outputs, engine = written.outputs(), recorded.sglang
         if interval is None:
-            interval = FILE_INTERVAL_S if sglang is None else ENGINE_INTERVAL_S
+            interval = FILE_INTERVAL_S if engine is None else ENGINE_INTERVAL_S
         if not (np.isfinite(interval) and interval > 0):
             raise OptionError(f"the interval must be above 0 s, got {interval}")
         if tokens_per_step is not None and tokens_per_step < 1:
             raise OptionError(f"tokens_per_step must be at least 1, got {tokens_per_step}")
         if placement is not None and redundant is not None:
             raise OptionError("--redundant is for a watch without --placement: that has slots of its own")
-        if restart_seconds is not None and not export and sglang is None:
-            raise OptionError(
-                "--restart-seconds prices a restart, and without --export or --sglang none is needed",
-                hint="--export ENGINE:FILE writes the map that the engine takes when it starts",
-            )
-        if allow_host and listen is None:
-            raise OptionError("--allow-host is of the page, and without --listen there is none")
-        if METHODS[o.one_of("method", method, tuple(METHODS))].pooled:
-            raise OptionError(f"{method} counts slots over all layers together; moves need them layer by layer")
-        settings = ControlSettings(
-            window=window, every=every, false_alarm_rate=false_alarm_rate, max_moves=max_moves, horizon_steps=horizon,
-            method=method, time_limit_s=time_limit, seed=seed, background=follow,
-            at_start=bool(export) or sglang is not None, restart_seconds=restart_seconds,
-        )  # fmt: skip
-        machine = Cluster.parse(cluster)
-        flow = o.one_of("traffic model", traffic, TRAFFIC_MODELS)
-        rule: Split = o.one_of("split", split, SPLITS) or "even"
-        sizes = None if model is None else ModelSpec.parse(model)
+        at_start = bool(written.export) or engine is not None
+        settings = control.settings(time_limit=time_limit, seed=seed, follow=follow, at_start=at_start)
+        shown.check()
+        machine, said = Cluster.parse(cluster), priced.checked()
+        sizes = None if priced.model is None else ModelSpec.parse(priced.model)
         use = None if placement is None else _placement(placement, machine.num_devices)
-        folder = dump_dir or (Path(trace) if trace is not None and Path(trace).is_dir() else None)
-        dumps = None if folder is None else DumpFolder(
-            folder, tokens_per_step=tokens_per_step, most_steps=steps_per_dump, delete=delete_dumps,
-            read=partial(read_dump, options=ReadOptions(model=sizes)),
-        )  # fmt: skip
-        source: Source
-        if sglang is not None:
-            if trace is not None or dumps is None or not follow or redundant is not None:
-                raise OptionError(
-                    "--sglang needs --dump-dir, and goes with neither a trace, --once nor --redundant",
-                    hint="the engine says how many redundant slots it has",
-                )
-            source = SGLangRecorder(
-                sglang, dumps, num_devices=machine.num_devices, api_key=api_key, admin_api_key=admin_api_key
-            )
-        elif trace is None or dump_dir is not None:
-            raise OptionError("name what to watch: a trace, a folder of dumps, or --sglang with --dump-dir")
-        elif dumps is not None:
-            source = dumps
-        elif Path(trace.partition("#")[0]).exists():
-            source = Tail(trace, tokens_per_step)
-        else:
-            raise TraceError(f"no such file: {trace.partition('#')[0]}")
-        setup = Setup(machine, settings, sizes, flow, rule, use, redundant or 0, num_hidden_layers)
+        setup = Setup(machine, settings, sizes, said["traffic"], said["split"] or "even", use, redundant or 0,
+                      written.num_hidden_layers)  # fmt: skip
+        source = recorded.source(trace, setup, tokens_per_step, follow=follow, redundant=redundant is not None)
         ending = _Ending()
-        service = Service(source, setup, outputs, measured=listen is not None, whole=ending.later)
+        service = Service(source, setup, outputs, measured=shown.listen is not None, whole=ending.later)
         with ending, ExitStack() as stack:
             listeners: list[Board | Metrics] = []
-            if listen is not None:
-                written = ", ".join(str(one.path) for one in outputs)
-                about = {"source": sglang or trace, "cluster": cluster, "model": model or "generic model",
-                         "method": method, "outputs": written or "writes nothing"}  # fmt: skip
-                board, metrics = Board(about, window=window), Metrics()
+            if shown.listen is not None:
+                names = ", ".join(str(one.path) for one in outputs)
+                about = {"source": engine or trace, "cluster": cluster, "model": priced.model or "generic model",
+                         "method": control.method, "outputs": names or "writes nothing"}  # fmt: skip
+                board, metrics = Board(about, window=control.window), Metrics()
                 listeners = [board, metrics]
                 answer = answers(board, metrics, stale_s=10 * interval + STALE_S)
-                page = Page(listen_address(listen), answer, hosts=allow_host or ())
+                page = Page(listen_address(shown.listen), answer, hosts=shown.allow_host or ())
                 page.start()
                 stack.callback(page.close)
                 _say_listening(page.url, json)
             if sizes is None:
                 o.talk.print(GENERIC)
-            teller = _Teller(output, settings.at_start, json, generic=sizes is None)
+            teller = _Teller(written.output, at_start, json, generic=sizes is None)
             events = stack.enter_context(closing(service.run(once=not follow, interval_s=interval, wait=ending.wait)))
             for event in events:
                 for listener in listeners:

@@ -183,6 +183,24 @@ class MethodResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Method:
+    """A static method.
+
+    Parameters
+    ----------
+    plan : called as ``plan(problem, time_limit_s=..., seed=..., progress=...)``; gives a MethodResult.
+    summary : one line on it.
+    pooled : its memory is counted over all layers together.
+    fitted : it looks at traffic.
+    """
+
+    plan: Callable[..., MethodResult]
+    summary: str
+    pooled: bool = False
+    fitted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Term:
     """One term of the objective, seconds per layer and step: its value and a lower bound no plan can beat."""
 

@@ -22,7 +22,8 @@ from poise.replay.serving import WARM_UP, FastLoop, replay_steps
 from poise.replay.static import Replay, replay
 from poise.routing.batch import RoutingBatch
 from poise.routing.fingerprint import FITTED, Fingerprint
-from poise.util.errors import OptionError
+from poise.stepwise.checked import failed
+from poise.util.errors import NoResultError, OptionError, PluginError, PoiseError
 from poise.util.words import percent
 
 IN_SAMPLE = "in-sample"
@@ -285,6 +286,12 @@ class Comparison:
         console.print(self.verdict())
 
 
+def left_out(name: str, error: PoiseError) -> str:
+    """The note on a row that is not there."""
+    said = f"{name} left out: {error.message}"
+    return f"{said} (hint: {error.hint})" if isinstance(error, PluginError) else said
+
+
 def _spread(seconds_B: NDArray[np.float64]) -> dict[str, float]:
     p50, p99 = np.percentile(seconds_B, [50, 99])
     return {"mean": float(seconds_B.mean()), "p50": float(p50), "p99": float(p99)}
@@ -318,7 +325,7 @@ def compare(
     defaults: Sequence[str] = (),
     engine: EngineRules = ANY,
 ) -> Comparison:
-    """Replay every entry on every part of the traffic.
+    """Replay every entry on every part of the traffic; one whose policy is another package's and fails is a note.
 
     Parameters
     ----------
@@ -332,6 +339,7 @@ def compare(
     Raises
     ------
     OptionError : no entry, a name twice, or a placement that does not fit the traffic and cluster.
+    NoResultError : no entry is left.
     """
     names = [entry.name for entry in entries]
     if not names or len(set(names)) < len(names) or not batches:
@@ -342,6 +350,7 @@ def compare(
         slots_D + max((loop.step_slots for loop in loops), default=0), next(iter(batches.values())).num_experts
     )
     replays, bounds, judged = {}, {}, {}
+    broken: dict[str, PluginError] = {}
     for part, batch in batches.items():
         if skip >= batch.num_steps:
             raise OptionError(
@@ -350,17 +359,29 @@ def compare(
             )
         judged[part] = batch.steps_from(skip)
         for entry in entries:
+            if entry.name in broken:
+                continue
             if entry.fast is not None:
-                replays[entry.name, part] = replay_steps(
-                    batch, entry.placement, entry.fast, cluster, model, traffic=traffic, warm_up=skip,
-                    prior_LE=entry.prior_LE,
-                )  # fmt: skip
+                try:
+                    replays[entry.name, part] = replay_steps(
+                        batch, entry.placement, entry.fast, cluster, model, traffic=traffic, warm_up=skip,
+                        prior_LE=entry.prior_LE,
+                    )  # fmt: skip
+                except Exception as error:
+                    problem = failed(entry.fast.policy, error)
+                    if problem is None:
+                        raise
+                    broken[entry.name] = problem
                 continue
             replays[entry.name, part] = replay(
                 judged[part], entry.placement, cluster, model, traffic=traffic, split=split, pooled=entry.pooled
             )
         terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D)
         bounds[part] = terms.seconds_BL.sum(axis=1)
+    entries = [entry for entry in entries if entry.name not in broken]
+    notes = [*notes, *(left_out(name, problem) for name, problem in broken.items())]
+    if not entries:
+        raise NoResultError("; ".join(notes))
     shares = {
         (entry.name, part): share
         for part, print_ in (prints or {}).items()

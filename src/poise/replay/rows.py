@@ -16,14 +16,14 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Solution
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
 from poise.planning.solve.solve import METHODS, lower_bound, solve, without_redundant
-from poise.replay.compare import Entry
+from poise.replay.compare import Entry, left_out
 from poise.replay.serving import FastLoop
 from poise.routing.batch import RoutingBatch
 from poise.routing.fingerprint import NO_TRAFFIC, Fingerprint
 from poise.routing.predict import PREDICTORS
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.registry import parse_policy
-from poise.util.errors import InfeasibleError, NoResultError, OptionError
+from poise.util.errors import InfeasibleError, NoResultError, OptionError, PluginError
 from poise.util.words import percent
 
 Traffics = RoutingTrace | LoadProfile
@@ -100,9 +100,13 @@ def planned_rows(
     defaults: Sequence[str] = (),
 ) -> list[Entry]:  # fmt: skip
     """The row of a method, and one more where ``poise`` is faster without redundant slots, none where it has
-    no plan.
+    no plan, or is another package's and broken.
     """
-    pooled = METHODS[method].pooled
+    try:
+        pooled = METHODS.ask(method).pooled
+    except PluginError as error:
+        said.append(left_out(method, error))
+        return []
     if pooled and not problem.engine.empty_slots:
         said.append(
             f"{method} left out: it counts its memory over all layers together, which no engine with fixed slots can "
@@ -111,8 +115,8 @@ def planned_rows(
         return []
     try:
         found, fewer = plan_and_fewer(problem, method, budget, seed)
-    except (InfeasibleError, NoResultError) as error:
-        said.append(f"{method} left out: {error.message}")
+    except (InfeasibleError, NoResultError, PluginError) as error:
+        said.append(left_out(method, error))
         return []
     seen = fitted if METHODS[method].fitted else NO_TRAFFIC
     out = [Entry(method, found.placement, pooled, found.seconds, fitted=seen)]
@@ -189,9 +193,9 @@ def fewer_words(redundant: int, saves: float, defaults: Sequence[str] = ()) -> s
 
 def fast_rows(
     entries: Sequence[Entry], fast: Sequence[str], over: str | None, step_slots: int, predictor: str,
-    fitted: RoutingBatch, model_named: bool,
+    fitted: RoutingBatch, model_named: bool, said: list[str],
 ) -> list[Entry]:  # fmt: skip
-    """A row for each step-wise policy over one of the placements."""
+    """A row for each step-wise policy over one of the placements, none where another package's is broken."""
     if not fast:
         return []
     if predictor not in PREDICTORS:
@@ -202,7 +206,12 @@ def fast_rows(
     base = names[over] if over is not None else entries[-1]
     out: list[Entry] = []
     for spec in fast:
-        loop = FastLoop(parse_policy(spec, model_named=model_named), step_slots, PREDICTORS[predictor])
+        try:
+            policy = parse_policy(spec, model_named=model_named)
+        except PluginError as error:
+            said.append(left_out(spec, error))
+            continue
+        loop = FastLoop(policy, step_slots, PREDICTORS[predictor])
         name = free_name(f"{base.name} + {spec}", [*entries, *out])
         out.append(Entry(name, base.placement, fast=loop, prior_LE=fitted.load_LE(), fitted=base.fitted))
     return out

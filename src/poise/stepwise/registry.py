@@ -1,10 +1,14 @@
-"""The step-wise policies by name, and their settings from text: ``name`` or ``name:key=value,key=value``."""
+"""The step-wise policies by name, and their settings from text: ``name`` or ``name:key=value,key=value``.
+
+poise's own, and those that other packages offer by entry points (docs/extend.md).
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from typing import Any
 
+from poise.stepwise.checked import checked_policy
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.faster_moe import FasterMoE
 from poise.stepwise.methods.flex_moe import FlexMoE
@@ -19,14 +23,16 @@ from poise.stepwise.methods.ultra_ep import UltraEp
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import StepPolicy
 from poise.util.errors import OptionError
+from poise.util.registry import Registry
 
-POLICIES: dict[str, StepPolicy] = {
+OWN: dict[str, StepPolicy] = {
     policy.name: policy
     for policy in (
         ExpertParallelism(), ExactSplit(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(),
         Llep(), UltraEp(), MoonEp(), FullReplication(), Poise(),
     )
 }  # fmt: skip
+POLICIES = Registry("policy", "poise.policies", OWN, checked_policy)
 
 
 def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
@@ -38,11 +44,10 @@ def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
     Raises
     ------
     OptionError : unknown policy or setting, or a value of the wrong type.
+    PluginError : another package's policy is not what it should be.
     """
     name, _, rest = spec.partition(":")
-    if name not in POLICIES:
-        raise OptionError(f"unknown policy {name!r}", hint=f"one of {', '.join(POLICIES)}")
-    policy: Any = POLICIES[name]
+    policy: Any = POLICIES.ask(name)
     known = asdict(policy)
     given: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):

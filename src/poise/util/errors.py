@@ -9,7 +9,8 @@
     │   ├── ClusterError               a cluster spec, preset or YAML file
     │   ├── ModelError                 a model preset, config or module
     │   ├── PlacementError             a placement or placement file
-    │   └── OptionError                an option of a call or of the command line
+    │   ├── OptionError                an option of a call or of the command line
+    │   └── PluginError                what another package offers is not what it should be
     ├── CommunicationError             a rank was lost or a collective failed
     └── NoResultError                  the input is fine, no answer exists or was found; the CLI exits with 1
         └── InfeasibleError            proven: no placement meets the constraints
@@ -64,6 +65,10 @@ class PlacementError(InputError):
 
 class OptionError(InputError):
     """An option of a call or of the command line is out of range."""
+
+
+class PluginError(InputError):
+    """What another package offers by an entry point cannot be used; the message names the package."""
 
 
 class CommunicationError(PoiseError):

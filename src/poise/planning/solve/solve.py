@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,29 +26,19 @@ from poise.planning.methods import (
     swift_balance,
 )
 from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress, Solution, Term
+from poise.planning.problem import Method, MethodResult, PlacementProblem, Progress, Solution, Term
 from poise.planning.solve import exact, fill, search, small, stay
+from poise.planning.solve.checked import checked_method
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
-from poise.util.errors import NoResultError, OptionError
+from poise.util.errors import NoResultError
+from poise.util.registry import Registry
 
 RISK_ROUNDS = 3
 STARTS_SHARE, SEARCH_SHARE, SLACK, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.32, 0.95, 0.1
 """Shares of a budget: at most for starts; search; what may be used before it is shortened; its end; the last price."""
 AFFINITY_SIZE = 4096
 """Layers * experts * devices up to which plans for ``stay`` traffic are starts under any other too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A static method: what plans, one line on it, whether its memory is counted over all layers together, and whether
-    it looks at traffic.
-    """
-
-    plan: Callable[..., MethodResult]
-    summary: str
-    pooled: bool = False
-    fitted: bool = True
 
 
 def _plan_poise(
@@ -114,7 +103,7 @@ def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progre
     return replace(found, details={**found.details, "starts_left_out": left_out}) if left_out else found
 
 
-METHODS: dict[str, Method] = {
+OWN: dict[str, Method] = {
     "contiguous": Method(contiguous.plan, "blocks of experts in order: what engines do by default", fitted=False),
     "round-robin": Method(round_robin.plan, "experts dealt in turn", fitted=False),
     "lpt": Method(lpt.plan, "heaviest first onto the least loaded device"),
@@ -133,6 +122,8 @@ METHODS: dict[str, Method] = {
     "poise-stay": Method(stay.plan, "for stay traffic: hottest experts everywhere, the rest by affinity"),
     "poise": Method(_plan_poise, "joint search on the full cost"),
 }
+METHODS = Registry("method", "poise.methods", OWN, checked_method)
+"""poise's own static methods, and those that other packages offer by entry points (docs/extend.md)."""
 STARTS = (
     "exact-balance", "contiguous", "round-robin", "lpt", "eplb", "eplb-global", "flash-lb", "swift-balance",
     "grace-moe", "coactivation", "exact", "moetuner-equal", "moetuner",
@@ -165,12 +156,11 @@ def solve(
     Raises
     ------
     OptionError : unknown method, or a time limit or work that is not above 0.
+    PluginError : another package's method is not what it should be, or failed.
     InfeasibleError, NoResultError : the method proved that there is no placement, or found none.
     """
-    if method not in METHODS:
-        raise OptionError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
+    chosen = METHODS.ask(method)
     budget = Budget.of(time_limit_s, work)
-    chosen = METHODS[method]
     if chosen.pooled and not problem.pooled:
         problem = replace(problem, pooled=True)
     began, before = time.monotonic(), set(budget.cuts)

@@ -1,0 +1,281 @@
+"""Methods and policies of other packages: the package of docs/extend.md as written there, and broken ones."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+
+from poise.planning.problem import Method
+from poise.planning.solve.checked import checked_method
+from poise.routing.synthetic import zipf_trace
+from poise.stepwise.checked import checked_policy
+from poise.stepwise.registry import OWN as OWN_POLICIES
+from poise.util.errors import OptionError, PluginError
+from poise.util.registry import Registry
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text("utf-8")
+FILES = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
+COMMANDS = [shlex.split(line) for line in re.search(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)[1].splitlines()]
+METHODS, POLICIES = "poise.methods", "poise.policies"
+
+
+def install(site: Path, package: str, groups: dict[str, dict[str, str]], files: dict[str, str]) -> None:
+    """As pip leaves a package on the path."""
+    info = site / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [line for group, points in groups.items()
+             for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))]  # fmt: skip
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    for name, text in files.items():
+        (site / name).parent.mkdir(exist_ok=True)
+        (site / name).write_text(text)
+
+
+def install_page(site: Path) -> None:
+    project = tomllib.loads(FILES["pyproject.toml"])["project"]
+    install(site, project["name"], project["entry-points"],
+            {name: text for name, text in FILES.items() if name.endswith(".py")})  # fmt: skip
+
+
+def python(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder,
+                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "site").mkdir()
+    zipf_trace(num_tokens=2000, num_layers=2, num_experts=16, top_k=2, exponent=1.0).save(tmp_path / "trace.npz")
+    return tmp_path
+
+
+def test_the_package_of_the_page_works_as_written(folder):
+    install_page(folder / "site")
+    assert {words[1] for words in COMMANDS} == {"plan", "compare"}
+    for name, text in FILES.items():
+        assert len(text.splitlines()) <= 40, name
+    for words in COMMANDS:
+        done = python(folder, "-m", "poise.cli", *words[1:])
+        assert done.returncode == 0, done.stderr
+        assert "left out:" not in done.stdout
+    for row in ("snake  ", r"snake \+ hottest  ", r"snake \+ +│"):  # the last goes over two lines
+        assert re.search(rf"^│ {row}", done.stdout, re.M), row
+    assert "hottest:most=2" in done.stdout
+    assert (folder / "placement.npz").exists()
+    named = python(folder, "-c", "import poise; print(list(poise.METHODS)[-1], list(poise.POLICIES)[-1])")
+    assert named.stdout.split() == ["snake", "hottest"]
+
+
+TRAIN = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import MixtralConfig, MixtralForCausalLM
+from poise.machine.cluster import Cluster
+from poise.train import fully_shard_experts
+dist.init_process_group("gloo", init_method="file://" + FILE, rank=0, world_size=1)
+model = MixtralForCausalLM(MixtralConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=32))
+mesh = init_device_mesh("cpu", (1,))
+run = fully_shard_experts(model, mesh=mesh, policy="hottest:most=2", step_slots=1, cluster=Cluster.uniform(1, 1))
+ids = torch.arange(16)[None]
+model(input_ids=ids, labels=ids).loss.backward()
+print(run.schedule.settings.policy)
+dist.destroy_process_group()
+"""
+
+
+def test_training_takes_the_policy_by_its_name(folder):
+    install_page(folder / "site")
+    done = python(folder, "-c", f"FILE = {str(folder / 'store')!r}{TRAIN}")
+    assert done.stdout.splitlines()[-1:] == ["Hottest(most=2)"], done.stderr
+
+
+GOOD = "from poise.planning.problem import Method, MethodResult\nfrom poise.planning.methods import lpt\n"
+BROKEN = {  # a module's text, and what is said of it
+    "raise RuntimeError('no licence')": "cannot be imported.*no licence",
+    "raise SystemExit(3)": "cannot be imported.*SystemExit",
+    "x = 1": "cannot be imported",
+    "METHOD = 3": "of type int, not poise.planning.problem.Method",
+    f"{GOOD}METHOD = Method(lambda problem: None, 'no time limit')": "cannot be called as",
+    f"{GOOD}METHOD = Method(3, 'nothing to call')": "cannot be called as",
+    f"{GOOD}METHOD = Method(lpt.plan, None)": "summary must be a text",
+    f"{GOOD}METHOD = Method(lambda problem, **_: 1 / 0, 'fails')": "failed: ZeroDivisionError",
+    f"{GOOD}METHOD = Method(lambda problem, **_: None, 'nothing')": "returned NoneType",
+    f"{GOOD}from dataclasses import replace\nMETHOD = Method(lambda p, **_: MethodResult("
+    "lpt.plan(replace(p, slots_D=p.slots_D + 1), time_limit_s=1.0).placement), 'takes more slots')": "in 4 slots",
+}  # fmt: skip
+COMPARE = ("-m", "poise.cli", "compare", "trace.npz", "--cluster", "1x4:h100", "-p", "contiguous", "-p", "lpt")
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_method_is_a_note_and_our_own_rows_stand(folder, text):
+    install(folder / "site", "their-thing", {METHODS: {"theirs": "their_thing:METHOD"}}, {"their_thing.py": text})
+    done = python(folder, *COMPARE, "-p", "theirs")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    assert re.search(f"theirs left out: method 'theirs' of package their-thing.*{BROKEN[text]}", said), said
+    assert said.count("their-thing cannot") + said.count("left out") <= 2 and "mend or uninstall their-thing" in said
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_by_a_broken_method_ends_with_its_package_and_no_file(folder):
+    install(folder / "site", "their-thing", {METHODS: {"theirs": "their_thing:METHOD"}}, {"their_thing.py": "1 / 0"})
+    done = python(
+        folder, "-m", "poise.cli", "plan", "trace.npz", "--cluster", "1x4:h100", "--method", "theirs", "-o", "out.npz"
+    )
+    assert done.returncode == 2 and not (folder / "out.npz").exists()
+    assert "package their-thing cannot be imported" in " ".join(done.stderr.split())
+    assert "hint: mend or uninstall their-thing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_packages_that_are_merely_there_stop_nothing(folder):
+    """Neither a taken name nor one that two offer; it is said once, and no code of them runs."""
+    site = folder / "site"
+    loud = {"loud.py": "print('imported')\nMETHOD = 3"}
+    install(site, "first", {METHODS: {"lpt": "loud:METHOD", "both": "loud:METHOD"}}, loud)
+    install(site, "second", {METHODS: {"both": "loud:METHOD"}}, {})
+    done = python(folder, *COMPARE)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 0 and "imported" not in done.stdout and "Traceback" not in said
+    assert said.count("package first offers a method 'lpt'") == 1
+    twice = python(folder, *COMPARE, "-p", "both")
+    assert "both left out: method 'both' is offered 2 times, by first and second" in " ".join(twice.stdout.split())
+    unknown = python(folder, *COMPARE, "-p", "nobody")
+    assert unknown.returncode == 2 and "is neither a method nor" in unknown.stderr
+
+
+def test_a_broken_policy_is_a_note_and_other_rows_stand(folder):
+    install(
+        folder / "site",
+        "their-thing",
+        {POLICIES: {"theirs": "their_thing:Policy"}},
+        {"their_thing.py": "class Policy: pass"},
+    )
+    done = python(folder, *COMPARE, "--fast", "split", "--fast", "theirs", "--step-slots", "1")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "lpt + split" in said, done.stderr
+    assert "theirs left out: policy 'theirs' of package their-thing is not the class of a frozen dataclass" in said
+
+
+def test_a_policy_that_fails_on_the_way_is_a_note_and_other_rows_stand(folder):
+    """It passes on the small layer of the check, which is step 0."""
+    late = FILES["my_placements/hottest.py"].replace("whole_E, rest_E", "1 / (3 - view.step); whole_E, rest_E")
+    install(folder / "site", "their-thing", {POLICIES: {"hottest": "their_thing:Hottest"}}, {"their_thing.py": late})
+    done = python(folder, *COMPARE, "--fast", "hottest", "--fast", "split", "--step-slots", "1", "--warm-up", "1")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "│ lpt + split" in said, done.stderr
+    assert "lpt + hottest left out: policy 'hottest' of their_thing failed: ZeroDivisionError" in said
+    assert "│ lpt + hottest" not in said and "Traceback" not in done.stderr
+
+
+def page_policy():
+    scope = {"__name__": "hottest"}
+    sys.modules["hottest"] = type(sys)("hottest")
+    exec(FILES["my_placements/hottest.py"], scope)
+    return scope["Hottest"]
+
+
+def wrong_policies():
+    import dataclasses
+
+    import numpy as np
+
+    good = page_policy()
+
+    def but(**members):
+        return dataclasses.dataclass(frozen=True)(type("Hottest", (good,), members))
+
+    def early(change):
+        return but(before_gate=lambda self, view: change(good.before_gate(self, view)))
+
+    def late(change):
+        return but(
+            after_gate=lambda self, view, holders_ED, load_SE: change(
+                good.after_gate(self, view, holders_ED, load_SE), load_SE
+            )
+        )
+
+    def lose(plan, load_SE):
+        quota_ED = plan.quota_ED.copy()
+        quota_ED[0] = 0
+        return dataclasses.replace(plan, quota_ED=quota_ED)
+
+    def write(plan, load_SE):
+        load_SE[:] = 0
+        return plan
+
+    return {
+        "no class": (good(), "not the class of a frozen dataclass"),
+        "not frozen": (dataclasses.dataclass(type("Loose", (), {})), "not the class of a frozen dataclass"),
+        "a setting without default": (dataclasses.make_dataclass("Needy", [("x", int)], frozen=True), "needs a default"),
+        "no member": (but(exact=None), "has no exact of type bool"),
+        "no summary": (but(summary=3), "has no summary of type str"),
+        "another name": (but(name="other"), "calls itself 'other'"),
+        "fewer parameters": (but(after_gate=lambda self, view: None), r"has no after_gate\(view, holders_ED, load_SE\)"),
+        "int holders": (early(lambda held: held.astype(int)), "no bool array"),
+        "holders of another shape": (early(lambda held: held.T), "no bool array"),
+        "more than the slots": (early(np.ones_like), "in 4 slots"),
+        "an expert nowhere": (early(np.zeros_like), "no holder|fails"),
+        "tokens lost": (late(lose), "tokens"),
+        "no plan": (late(lambda plan, load_SE: plan.quota_ED), "not a StepPlan"),
+        "changes its input": (late(write), "must be pure"),
+        "raises": (late(lambda plan, load_SE: 1 / 0), "ZeroDivisionError"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", wrong_policies())
+def test_what_is_checked_of_a_policy(case):
+    found, said = wrong_policies()[case]
+    with pytest.raises(PluginError, match=f"policy 'hottest' of package theirs .*({said})") as caught:
+        checked_policy("hottest", "theirs", found)
+    assert "uninstall theirs" in caught.value.hint
+
+
+def test_the_checks_pass_what_is_right():
+    assert checked_policy("hottest", "mine", page_policy()).name == "hottest"
+    for name in ("expert-parallelism", "hecate", "llep"):  # of our own, those that compile nothing large
+        assert checked_policy(name, "poise", type(OWN_POLICIES[name])) == OWN_POLICIES[name]
+    method = checked_method("good", "mine", Method(lambda problem, *, time_limit_s, seed, progress: None, "fine"))
+    assert method.summary == "fine"
+
+
+def test_poises_own_are_found_without_a_look_at_packages(monkeypatch):
+    def looked(*args, **kwargs):
+        raise AssertionError("packages were looked at")
+
+    monkeypatch.setattr("poise.util.registry.distributions", looked)
+    names = Registry("thing", "poise.things", {"ours": 1}, looked)
+    assert names["ours"] == 1 and "ours" in names
+    with pytest.raises(AssertionError, match="looked at"):
+        names["other"]
+
+
+def test_a_list_leaves_out_what_is_broken_and_says_so_once(tmp_path, monkeypatch):
+    install(tmp_path, "theirs-one", {"poise.things": {"bad": "no_such_module_at_all:x", "good": "json:dumps"}}, {})
+    install(tmp_path, "theirs-two", {"poise.things": {"no equals sign": ""}}, {})
+    text = tmp_path / "theirs_two-1.0.dist-info" / "entry_points.txt"
+    text.write_text(text.read_text().replace(" = ", ""))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = Registry("thing", "poise.things", {"ours": 1}, lambda name, package, found: (package, found.__name__))
+    with pytest.warns(UserWarning) as said:
+        assert list(names) == ["ours", "good"] and len(names) == 2
+    two = sorted(str(one.message) for one in said)
+    assert len(two) == 2 and two[0].startswith("the entry points of package theirs-two cannot be read")
+    assert two[1].startswith("thing 'bad' of package theirs-one cannot be imported")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dict(names) == {"ours": 1, "good": ("theirs-one", "dumps")}
+        for _ in range(2):
+            with pytest.raises(PluginError, match="theirs-one"):
+                names["bad"]
+        with pytest.raises(OptionError, match="unknown thing 'x'") as caught:
+            names.ask("x")
+    assert caught.value.hint == "one of ours, good"
