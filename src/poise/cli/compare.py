@@ -18,7 +18,7 @@ from poise.util.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
-class FastLoops:
+class FastOptions:
     """Step-wise policies, and the steps that they are judged on."""
 
     fast: Annotated[
@@ -46,8 +46,8 @@ def compare(
         list[str] | None, typer.Option("--judge", help="More traffic to judge on, NAME=FILE; repeat.")
     ] = None,
     redundant: o.Redundant = 0,
-    priced: o.Steps,
-    loops: FastLoops,
+    priced: o.StepOptions,
+    loops: FastOptions,
     time_limit: o.TimeLimit = 10.0,
     work: o.Work = None,
     seed: o.Seed = 0,

@@ -134,7 +134,7 @@ Json = Annotated[bool, flag("json", "Print JSON on stdout.")]
 
 
 @dataclass(frozen=True, slots=True)
-class Pricing:
+class PricingOptions:
     """How a step is priced."""
 
     model: Model = None
@@ -150,7 +150,7 @@ class Pricing:
 
 
 @dataclass(frozen=True, slots=True)
-class Steps(Pricing):
+class StepOptions(PricingOptions):
     """How a step is priced, who holds the plan, and how traffic is batched into steps."""
 
     engine: EngineName = "any"
@@ -158,8 +158,8 @@ class Steps(Pricing):
     order: StepOrder = "interleaved"
 
     def checked(self) -> dict[str, Any]:
-        """See :meth:`Pricing.checked`."""
-        return Pricing.checked(self) | {
+        """See :meth:`PricingOptions.checked`."""
+        return PricingOptions.checked(self) | {
             "engine": self.engine, "tokens_per_step": self.tokens_per_step,
             "order": one_of("order", self.order, ORDERS),
         }  # fmt: skip

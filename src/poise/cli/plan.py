@@ -38,7 +38,7 @@ def plan(
     output: Annotated[Path, o.flag("output", "Placement file to write (.npz).")],
     redundant: o.Redundant = 0,
     method: Annotated[str, typer.Option(help="poise, or a method of 'poise compare'.")] = "poise",
-    priced: o.Steps,
+    priced: o.StepOptions,
     pooled: Annotated[bool, typer.Option("--pooled", help="Count slots over all layers together (MoETuner).")] = False,
     current: Annotated[
         Path | None,

@@ -47,7 +47,7 @@ STALE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class ControlOptions:
     """When to plan anew, and how."""
 
     window: Annotated[int, typer.Option(help="Steps of a window; four windows make a reference.")] = 16
@@ -80,7 +80,7 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class OutputOptions:
     """Files that are kept up to date."""
 
     output: Annotated[Path | None, o.flag("output", "Placement file to keep up to date.")] = None
@@ -99,7 +99,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PageOptions:
     """The page."""
 
     listen: Annotated[
@@ -117,7 +117,7 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecorderOptions:
     """The engine that is recorded, and its dumps."""
 
     sglang: Annotated[str | None, typer.Option(help="Address of an SGLang engine to record, in place of TRACE.")] = None
@@ -180,16 +180,16 @@ def watch(
     redundant: Annotated[
         int | None, o.flag("redundant", "Redundant slots a layer, without --placement. Default: 0.")
     ] = None,
-    priced: o.Pricing,
+    priced: o.PricingOptions,
     tokens_per_step: o.TokensPerStep = None,
-    control: Control,
+    control: ControlOptions,
     follow: Annotated[bool, typer.Option("--follow/--once", help="Wait for more, or end at the file's end.")] = True,
     interval: Annotated[
         float | None, typer.Option(help="Seconds between looks at the source. Default: 1; with --sglang 10.")
     ] = None,
-    written: Written,
-    shown: Shown,
-    recorded: Recorded,
+    written: OutputOptions,
+    shown: PageOptions,
+    recorded: RecorderOptions,
     time_limit: o.TimeLimit = 10.0,
     seed: o.Seed = 0,
     json: Annotated[bool, o.flag("json", "Print one JSON object a line.")] = False,
