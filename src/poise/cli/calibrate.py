@@ -61,7 +61,7 @@ def calibrate(
         sizes = GENERIC if spec is None else (
             spec.expert_width, spec.expert_intermediate_size, spec.num_expert_matrices, spec.num_experts
         )  # fmt: skip
-        plan = ranks.Plan(
+        plan = ranks.CalibrationPlan(
             hidden=hidden if hidden is not None else sizes[0], inner=inner if inner is not None else sizes[1],
             matrices=matrices if matrices is not None else sizes[2], num_experts=sizes[3], seconds=seconds,
             repeats=repeats, quick=quick, clock=ExpertCurve.from_csv(curve) if curve else None, dilation=dilation,
