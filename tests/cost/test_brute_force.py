@@ -269,7 +269,7 @@ def test_chunks_change_nothing(seed, traffic):
 @given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.booleans(), st.sampled_from([(2, 1), (3,), (1, 1, 1)]))
 @settings(max_examples=40, deadline=None)
 def test_the_searchs_running_sums_are_the_cost(seed, traffic, loads, nodes):
-    """state.py and cost/ share no code: they must agree on any placement, and after any changes."""
+    """The search and ``batch_cost`` share no code: they must agree on any placement, and after any changes."""
     traffic = "home" if loads else traffic
     rng, batch, cluster, model = case(seed, tokens=12, nodes=nodes, loads=loads, shared=bool(seed % 2))
     problem = PlacementProblem(batch, cluster, model, np.full(3, 4), traffic)
