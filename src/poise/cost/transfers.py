@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.links import PortLoad, port_seconds
 from poise.machine.cluster import Cluster
 from poise.util.errors import OptionError, PlacementError
 
@@ -92,11 +93,8 @@ def _round_seconds(moves: tuple[Transfer, ...], cluster: Cluster, expert_bytes: 
         far = 2 * int(cluster.node_D[move.source] != cluster.node_D[move.target])
         port[far, move.source] += 1
         port[far + 1, move.target] += 1
-    net = port[2:]
-    if cluster.nic_shared:
-        net = np.add.reduceat(net, np.flatnonzero(np.diff(cluster.node_D, prepend=-1)), axis=1)
-    wire = max(port[:2].max() / cluster.intra_bytes_per_s, net.max() / cluster.inter_bytes_per_s)
-    return float(wire * expert_bytes + cluster.intra_latency_s + (cluster.inter_latency_s if net.any() else 0.0))
+    wire = port_seconds(PortLoad(*port[:, None]), expert_bytes, cluster)[0]
+    return float(wire + cluster.intra_latency_s + (cluster.inter_latency_s if port[2:].any() else 0.0))
 
 
 def plan_transfers(
