@@ -18,8 +18,8 @@ OUTER = (
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Value of outer(10) in modules read afresh, and how many functions were compiled for it."""
+def load(tmp_path, monkeypatch):
+    """A module of a name and a text, read afresh; the cache is an empty folder at first."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
 
     def load(name, text):
@@ -30,6 +30,13 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
         return module
+
+    return load
+
+
+@pytest.fixture
+def run(load):
+    """Value of outer(10) in modules read afresh, and how many functions were compiled for it."""
 
     def once(factor=3, add=1):
         before = COMPILATION.count
@@ -109,6 +116,21 @@ def test_a_changed_table_is_seen(run, monkeypatch):
     assert run(add=1)[0] == 33
     assert run(add=2) == (36, 2)
     assert run(add=2) == (36, 0)
+
+
+def test_a_record_whose_fields_change_places_is_seen(load):
+    """Its type has the same length and the same parts; it may lie within another one, and come from any module."""
+    for fields, times in (("x y", 1), ("x y", 0), ("y x", 1), ("y x", 0)):
+        before = COMPILATION.count
+        record = load(
+            "record_of_cache_test", f"from collections import namedtuple\nRecord = namedtuple('Record', '{fields}')\n"
+        )
+        first = load(
+            "first_of_cache_test",
+            "from poise.util.compiled import compiled\n@compiled\ndef first(pair):\n    return pair[1].x\n",
+        )
+        assert first.first((0, record.Record(x=1.0, y=2.0))) == 1.0
+        assert COMPILATION.count - before == times
 
 
 def test_no_folder_for_a_cache(run, tmp_path, monkeypatch):

@@ -148,7 +148,13 @@ class _File(IndexDataCacheFile):  # type: ignore[misc]
         return pickle.loads(payload)
 
     def _digest(self, key: Any, payload: bytes) -> bytes:
-        return hashlib.sha256(f"{self._source_stamp}{key}".encode() + payload).digest()
+        return hashlib.sha256(f"{self._source_stamp}{key}{_fields(key[0])}".encode() + payload).digest()
+
+
+def _fields(kind: Any) -> str:
+    """Names of the fields of records among types, in order: a signature says only how many there are, and of what."""
+    parts = kind if isinstance(kind, tuple) else getattr(kind, "types", ())
+    return f"{getattr(kind, 'fields', '')}[{','.join(map(_fields, parts))}]"
 
 
 def _stamp(function: Callable[..., Any], source: Any) -> str:
