@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from poise.api import deal_slots
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.problem import PlacementProblem
@@ -28,13 +28,13 @@ def problem(
     redundant: int,
     *,
     model: str | None = None,
-    traffic: Traffic | None = None,
+    traffic: DataFlow | None = None,
     pooled: bool = False,
 ) -> PlacementProblem:
     """A placement problem with R redundant slots in all."""
     machine = Cluster.parse(cluster)
     sizes = ModelSpec.parse(model) if model else ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L)
-    flow: Traffic = traffic or ("home_node_dedup" if batch.has_tokens else "home")
+    flow: DataFlow = traffic or ("home_node_dedup" if batch.has_tokens else "home")
     slots = deal_slots(batch.num_experts, redundant, machine.num_devices)
     return PlacementProblem(batch, machine, sizes, slots, flow, "even", pooled)
 

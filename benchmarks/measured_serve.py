@@ -24,7 +24,7 @@ from common import REPORTS, bar_chart, table, write
 from poise.api import deal_slots
 from poise.cost.exchange import ExchangeModel
 from poise.cost.step import BatchCost, batch_cost
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.lab.emulate import EmulatedCluster, run
 from poise.machine.cluster import Cluster
 from poise.machine.curve import MeasuredCurve
@@ -68,7 +68,7 @@ class Scene:
     name: str
     nodes: int
     devices: int
-    traffic: Traffic
+    traffic: DataFlow
     tokens_per_device: int
     num_layers: int
     steps: int

@@ -18,7 +18,7 @@ from scale_cases import DECODE, DRIFT, EFFORT, PREFILL, WARM_UP, Case, token_bat
 from scale_report import CURVE_DEVICES, CURVE_TOKENS, Found, Series, draw, text
 from scale_rows import MODELS, TUNED, best_static, fast_rows, over_eplb, static_rows
 
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.replay.serving import FastLoop, replay_steps
@@ -85,7 +85,7 @@ def slots_table(data: Path) -> str:
     return table(["phase", "devices", *["slots a device", "even ms", "max / mean", "exact ms"] * 3], lines)
 
 
-FLOWS: tuple[Traffic, ...] = ("home", "home_device_dedup", "home_node_dedup")
+FLOWS: tuple[DataFlow, ...] = ("home", "home_device_dedup", "home_node_dedup")
 
 
 def dedup_table(data: Path) -> str:

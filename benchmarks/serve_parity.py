@@ -30,7 +30,7 @@ from benchmarks.common import table, write
 from tests.launch import leave
 from transformers import AutoModelForCausalLM, DeepseekV3Config, OlmoeConfig
 
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.serve import Engine, from_config, from_folder
@@ -148,7 +148,7 @@ def cases_of(name: str, dtype: str, tokens: int, temperatures: tuple[float, ...]
         answers = [decode(model, i, prompt, tokens, temperature) for i, prompt in enumerate(prompts(vocabulary))]
         out += [
             {"model": name, "dtype": dtype, "traffic": traffic, "temperature": temperature, "layers": layers,
-             "experts": experts, "vocabulary": vocabulary, "answers": answers} for traffic in TRAFFIC_MODELS
+             "experts": experts, "vocabulary": vocabulary, "answers": answers} for traffic in DATA_FLOWS
         ]  # fmt: skip
     return out
 

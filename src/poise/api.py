@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.split import Split
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget, Limit
@@ -83,7 +83,7 @@ def _machine(cluster: str | Path | Cluster) -> Cluster:
 
 def _problem(
     batch: RoutingBatch, cluster: str | Path | Cluster, redundant: int, slots: Sequence[int] | None,
-    model: str | ModelSpec | None, traffic: Traffic | None, split: Split | None, engine: str, **more: Any,
+    model: str | ModelSpec | None, traffic: DataFlow | None, split: Split | None, engine: str, **more: Any,
 ) -> PlacementProblem:  # fmt: skip
     """What :func:`plan` and :func:`compare` are asked, with what was not said filled in; ``more``: other fields."""
     machine, rules = _machine(cluster), parse_engine(engine)
@@ -105,7 +105,7 @@ def plan(
     slots: Sequence[int] | None = None,
     method: str = "poise",
     model: str | ModelSpec | None = None,
-    traffic: Traffic | None = None,
+    traffic: DataFlow | None = None,
     split: Split | None = None,
     engine: str = "any",
     tokens_per_step: int | None = None,
@@ -249,7 +249,7 @@ def compare(
     redundant: int = 0,
     slots: Sequence[int] | None = None,
     model: str | ModelSpec | None = None,
-    traffic: Traffic | None = None,
+    traffic: DataFlow | None = None,
     split: Split | None = None,
     engine: str = "any",
     tokens_per_step: int | None = None,

@@ -21,7 +21,7 @@ from tests.helpers import (
 from poise.cost.bound import bound_terms, compute_bound, step_bound_BL
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import evaluate
@@ -92,7 +92,7 @@ def tiny_case(seed, nodes, traffic, loads, spare, most):
     return batch, cluster, tiny_model(batch), slots, counts
 
 
-@given(SEEDS, NODES, st.sampled_from(TRAFFIC_MODELS), st.sampled_from(SPLITS), st.booleans(), st.integers(0, 2))
+@given(SEEDS, NODES, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans(), st.integers(0, 2))
 @settings(max_examples=few_or(300, 40), deadline=None)
 def test_no_placement_lies_below_a_bound(seed, nodes, traffic, split, loads, spare):
     traffic = "home" if loads else traffic
@@ -114,7 +114,7 @@ def test_no_placement_lies_below_a_bound(seed, nodes, traffic, split, loads, spa
 @given(
     SEEDS,
     NODES,
-    st.sampled_from(TRAFFIC_MODELS),
+    st.sampled_from(DATA_FLOWS),
     st.sampled_from(SPLITS),
     st.booleans(),
     st.integers(0, 2),

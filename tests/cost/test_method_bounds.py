@@ -9,7 +9,7 @@ from tests.helpers import few_or, load_batch, random_slots, tiny_batch, tiny_clu
 from poise.cost.bound import step_bound_BL
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import METHODS, solve
 from poise.util.errors import NoResultError
@@ -40,7 +40,7 @@ NOT_FOR_ALL = {
 
 @pytest.mark.parametrize("name", METHODS)
 @given(
-    SEEDS, st.sampled_from(TRAFFIC_MODELS), st.sampled_from(SPLITS), st.booleans(),
+    SEEDS, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans(),
     st.sampled_from([(1, 1, 1), (2, 1, 2), (3,), (1,), (2, 2, 2), (2, 2)]), st.integers(4, 7), st.integers(0, 4),
     st.booleans(),
 )  # fmt: skip
@@ -70,7 +70,7 @@ def test_no_method_plans_below_its_bound(name, seed, traffic, split, loads, node
         assert (step <= cost.seconds_BL * (1 + 1e-9) + 1e-12).all()
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.booleans(), st.sampled_from([(1, 1, 1), (2, 1), (3,)]))
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.booleans(), st.sampled_from([(1, 1, 1), (2, 1), (3,)]))
 @settings(max_examples=25, deadline=None)
 def test_more_room_never_raises_the_bound(seed, traffic, loads, nodes):
     """What fits in the slots fits in more of them, so the bound may only fall."""

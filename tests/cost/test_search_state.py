@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, token_batch
 
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.state import (
     TIE_BREAK,
@@ -70,14 +70,14 @@ def toggles(rng, state):
             return layer, experts, devices, after
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), NODES, st.integers(1, 3), st.booleans(), st.booleans())
+@given(SEEDS, st.sampled_from(DATA_FLOWS), NODES, st.integers(1, 3), st.booleans(), st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_a_fresh_state_is_the_cost(seed, traffic, nodes, top_k, loads, pooled):
     _, problem, data, state = make(seed, nodes, traffic, loads, top_k=top_k, pooled=pooled)
     check(problem, data, state)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), NODES, st.integers(1, 3), st.booleans(), st.booleans())
+@given(SEEDS, st.sampled_from(DATA_FLOWS), NODES, st.integers(1, 3), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_changes_leave_what_a_new_start_would_give(seed, traffic, nodes, top_k, loads, pooled):
     rng, problem, data, state = make(seed, nodes, traffic, loads, top_k=top_k, pooled=pooled)
@@ -100,7 +100,7 @@ def test_changes_leave_what_a_new_start_would_give(seed, traffic, nodes, top_k, 
         np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.booleans())
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_a_change_above_the_limit_is_undone(seed, traffic, loads):
     rng, problem, data, state = make(seed, (2, 1), traffic, loads)
@@ -123,7 +123,7 @@ def test_a_change_above_the_limit_is_undone(seed, traffic, loads):
         np.testing.assert_array_equal(getattr(state, name), getattr(fresh, name), err_msg=name)
 
 
-@pytest.mark.parametrize("traffic", TRAFFIC_MODELS)
+@pytest.mark.parametrize("traffic", DATA_FLOWS)
 def test_forward_and_back_is_where_it_began(traffic):
     """What the search does to take a change back: the same toggles in reverse."""
     rng, _, data, state = make(7, (2, 1), traffic, False)
@@ -135,7 +135,7 @@ def test_forward_and_back_is_where_it_began(traffic):
     assert [layer_seconds(data, state, layer) for layer in range(LAYERS)] == pytest.approx(began, rel=1e-9)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.integers(1, 3))
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_too_many_rows_leave_whole_steps_that_weigh_as_before(seed, traffic, keep):
     """A few evenly spaced steps stand for all, the first among them."""
@@ -165,7 +165,7 @@ def test_equal_tokens_of_a_step_are_one_row(seed):
     times = np.repeat(np.arange(7), 5)
     many = token_batch(one.experts_TLK[times], [20, 15], EXPERTS, home_T=one.home_of_tokens(3)[times])
     cluster = tiny_cluster(rng)
-    for traffic in TRAFFIC_MODELS:
+    for traffic in DATA_FLOWS:
         problem = PlacementProblem(many, cluster, tiny_model(many), np.full(3, EXPERTS), traffic)
         data = make_data(problem, 10**9)
         assert len(data.rows.weight_M) <= 7 * LAYERS and data.rows.weight_M.sum() == 35 * LAYERS

@@ -13,7 +13,7 @@ from poise.cost.bound import bound_terms
 from poise.cost.compute import expert_seconds
 from poise.cost.split import SPLITS, exact_quota
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.routing.batch import RoutingBatch
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -70,7 +70,7 @@ def test_splitting_an_expert_never_saves_work_in_all(some, more, seed):
     assert max(one, two) <= both * (1 + 1e-12)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.sampled_from(SPLITS), st.booleans(), st.sampled_from([1, 13, 40]))
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans(), st.sampled_from([1, 13, 40]))
 @settings(max_examples=60, deadline=None)
 def test_chunks_change_nothing(seed, traffic, split, loads, size):
     _, cluster, batch, count = make(seed, (2, 1), loads)
@@ -88,7 +88,7 @@ def test_chunks_change_nothing(seed, traffic, split, loads, size):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.booleans())
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_names_of_experts_do_not_matter(seed, traffic, loads):
     rng, cluster, batch, count = make(seed, (2, 1), loads)
@@ -113,7 +113,7 @@ def test_names_of_experts_do_not_matter(seed, traffic, loads):
     np.testing.assert_allclose(bounds[0].seconds_BL, bounds[1].seconds_BL, rtol=1e-9)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.booleans(), st.sampled_from([(3,), (2, 2), (1, 1, 1)]))
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.booleans(), st.sampled_from([(3,), (2, 2), (1, 1, 1)]))
 @settings(max_examples=60, deadline=None)
 def test_names_of_devices_do_not_matter(seed, traffic, loads, nodes):
     """Nodes of equal size: nodes change places, and devices inside them, all nodes alike (so that the sender's number

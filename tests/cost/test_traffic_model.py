@@ -10,7 +10,7 @@ from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, ti
 
 from poise.cost.split import split_share_BED
 from poise.cost.step import batch_cost, kv_seconds_per_token
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.util.errors import OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -115,7 +115,7 @@ def shares(batch, count, cluster, split):
 
 
 @given(
-    SEEDS, st.sampled_from(TRAFFIC_MODELS), NODES, st.integers(1, 3), st.sampled_from(["even", "exact"]),
+    SEEDS, st.sampled_from(DATA_FLOWS), NODES, st.integers(1, 3), st.sampled_from(["even", "exact"]),
     st.sampled_from([0.0, 0.4]),
 )  # fmt: skip
 @example(1, "stay", (2, 1), 1, "even", 0.4)  # tokens that skip a layer
@@ -179,7 +179,7 @@ def test_staying_pays_for_keys_and_values(seed, nodes):
     cluster = tiny_cluster(rng, nodes)
     batch = tiny_batch(rng, devices=cluster.num_devices)
     count = random_count(rng, 2, 4, cluster.num_devices)
-    for traffic in TRAFFIC_MODELS:
+    for traffic in DATA_FLOWS:
         kv = batch_cost(batch, count, cluster, tiny_model(batch), traffic=traffic, split="even").kv_BL
         if traffic != "stay":
             assert not kv.any()

@@ -6,7 +6,7 @@ from tests.helpers import no_experts, tiny_cluster, tiny_model, token_batch
 
 from poise.control.moves import _seconds, bounded
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.search import plain_start, search
@@ -40,7 +40,7 @@ def test_every_method_places_the_real_experts(name, traffic):
     assert 0 < got.lower_bound <= got.objective * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("traffic", TRAFFIC_MODELS)
+@pytest.mark.parametrize("traffic", DATA_FLOWS)
 def test_the_search_prices_what_the_cost_prices(traffic):
     """Nothing else tells its plans apart, so that the one it returns is no worse than its start."""
     batch, problem = scene(traffic, 1)

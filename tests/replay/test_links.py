@@ -11,7 +11,7 @@ from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, ti
 from poise.cost.links import latency_seconds, port_seconds
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS, Copies, port_load
+from poise.cost.traffic import DATA_FLOWS, Copies, port_load
 from poise.machine.cluster import Cluster
 from poise.replay.links import device_seconds, layer_bytes, link_bytes, wire_BDD
 from poise.simulate.lanes import step_lanes
@@ -44,7 +44,7 @@ def test_wires_pass_the_ports_that_copies_are_booked_on(seed, nodes):
     np.testing.assert_allclose(device_seconds(booked, cluster).max(axis=1), port_seconds(booked, 1.0, cluster))
 
 
-@given(SEEDS, NODES, st.sampled_from(TRAFFIC_MODELS), st.sampled_from(SPLITS), st.booleans())
+@given(SEEDS, NODES, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_lanes_add_up_to_the_modelled_step(seed, nodes, traffic, split, loads):
     cluster, batch, count, traffic = make(seed, nodes, traffic, loads)
@@ -79,7 +79,7 @@ def test_home_traffic_has_the_shares_of_the_table(seed, nodes, loads, split):
     assert far / total == pytest.approx(float(cost.cross_node_BL.sum()) / pairs, abs=1e-12)
 
 
-@given(SEEDS, NODES, st.sampled_from(TRAFFIC_MODELS), st.sampled_from(SPLITS))
+@given(SEEDS, NODES, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS))
 @settings(max_examples=40, deadline=None)
 def test_ports_are_the_sums_of_their_links(seed, nodes, traffic, split):
     cluster, batch, count, traffic = make(seed, nodes, traffic)

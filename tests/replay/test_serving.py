@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.step import batch_cost
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop, replay_steps
 from poise.replay.static import replay
@@ -31,7 +31,7 @@ def make(seed, nodes=(2, 1), experts=5, replicas=0.2, tokens=TOKENS, **options):
     return batch, Placement.from_counts(count), cluster, tiny_model(batch)
 
 
-@given(SEEDS, st.sampled_from(TRAFFIC_MODELS), st.sampled_from([(2, 1), (3,), (2, 2), (1,)]))
+@given(SEEDS, st.sampled_from(DATA_FLOWS), st.sampled_from([(2, 1), (3,), (2, 2), (1,)]))
 @settings(max_examples=60, deadline=None)
 def test_without_replicas_the_split_policy_is_the_static_price_plus_control(seed, traffic, nodes):
     batch, placement, cluster, model = make(seed, nodes, replicas=0.0)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.cases import read_options, run_cases
 
 from poise.cost.route import token_copies
-from poise.cost.traffic import TRAFFIC_MODELS, port_load
+from poise.cost.traffic import DATA_FLOWS, port_load
 from poise.cost.weights import step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -155,7 +155,7 @@ def flow(traffic: str, policy: str | None, top_k: int) -> None:
         flows.exchange = wire.real
 
 
-WHICH = [(traffic, None, top_k) for traffic in TRAFFIC_MODELS for top_k in (1, 2, 3)]
+WHICH = [(traffic, None, top_k) for traffic in DATA_FLOWS for top_k in (1, 2, 3)]
 WHICH += [(traffic, policy, 2) for policy in POLICIES for traffic in ("home", "home_node_dedup", "stay")]
 CASES = {f"{one[0]}, {one[1] or 'even'}, top-{one[2]}": partial(flow, *one) for one in WHICH}
 

@@ -27,7 +27,7 @@ from tests.cases import read_options, run_cases
 from tests.helpers import few_or
 from tests.serve import models as m
 
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.cost.weights import StepPrice, fetch_seconds, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -125,7 +125,7 @@ def family_logits(family: str) -> dict:
         for tokens, full in zip(sequences, truth, strict=True)
     )
     errors, turn = {}, list(m.CONFIGS).index(family)
-    for number, traffic in enumerate(TRAFFIC_MODELS):
+    for number, traffic in enumerate(DATA_FLOWS):
         one = (m.PLACEMENTS[(turn + number) % 3],)  # so that the families together have every pair
         for kind in few_or(m.PLACEMENTS, one):
             errors[f"{traffic} {kind}"] = logits_error(family, kind, traffic, sequences, truth)
@@ -154,7 +154,7 @@ def greedy_across_a_swap() -> dict:
     out = {}
     ways = (("contiguous", "replicas"), ("replicas", "uneven"), ("uneven", "contiguous"))
     for family in ("olmoe", "deepseek_v3"):
-        for number, traffic in enumerate(TRAFFIC_MODELS):
+        for number, traffic in enumerate(DATA_FLOWS):
             one = (ways[(number + (family == "olmoe")) % 3],)
             for before, after in few_or(ways, one) if family == "olmoe" else one:
                 served = engine(family, before, traffic=traffic, budget=6)
@@ -192,7 +192,7 @@ def fast_loops() -> dict:
     """Step replicas planned every step, by policies that keep replicas and that do not, across a swap."""
     price, out = tiny_price(), {}
     for number, policy in enumerate(("poise", "hecate", "smart-moe:interval=1,threshold=0.0")):
-        for traffic in TRAFFIC_MODELS[number % 2 :: 2]:
+        for traffic in DATA_FLOWS[number % 2 :: 2]:
             fast = ServingPolicy(parse_policy(policy), price, step_slots=2)
             served = engine("olmoe", "contiguous", traffic=traffic, fast=fast)
 
@@ -233,7 +233,7 @@ class OneByOne(StepPolicy):
 def replicas_in_the_background() -> dict:
     """A swap comes while a fast loop's own replicas are on their way: those are taken in first, then forgotten."""
     price, landed = tiny_price(fetches=3.5), 0
-    for traffic in TRAFFIC_MODELS:
+    for traffic in DATA_FLOWS:
         for at in (3, 4):
             served = engine("olmoe", "contiguous", traffic=traffic, fast=ServingPolicy(OneByOne(), price, step_slots=2))
 
@@ -302,7 +302,7 @@ def swap_twice_in_one_run() -> dict:
 @case
 def ranks_without_requests() -> dict:
     """One rank has every request; then a single request of one token, so that most ranks have nothing."""
-    for traffic in TRAFFIC_MODELS:
+    for traffic in DATA_FLOWS:
         served = engine(traffic=traffic)
         assert served.generate(m.prompts(), 8, homes=[2] * 5) == answers("olmoe")
         assert served.generate(m.prompts(1), 8, homes=[1]) == answers("olmoe")[:1]
@@ -353,7 +353,7 @@ def end_of_text() -> dict:
 @case
 def sampling() -> dict:
     """With a seed all flows draw the same, which is not the greedy answer."""
-    draws = [engine(traffic=traffic, temperature=2.0, seed=4).generate(m.prompts(), 8) for traffic in TRAFFIC_MODELS]
+    draws = [engine(traffic=traffic, temperature=2.0, seed=4).generate(m.prompts(), 8) for traffic in DATA_FLOWS]
     assert all(draw == draws[0] for draw in draws) and draws[0] != answers("olmoe")
     assert engine(temperature=2.0, seed=5).generate(m.prompts(), 8) != draws[0]
     return {}
@@ -416,7 +416,7 @@ def bfloat16_from_disk() -> dict:
     assert set(types.values()) == {torch.bfloat16}
     assert {weight.dtype for bank in parts.banks.values() for weight in bank.values()} == {torch.bfloat16}
     tokens = {}
-    for traffic in TRAFFIC_MODELS:
+    for traffic in DATA_FLOWS:
         parts = from_folder(folder[0], place("uneven", "deepseek_v3"), dist.get_rank(), dtype=torch.bfloat16)
         tokens[traffic] = Engine(parts, parts.placement, m.machine(), traffic=traffic).generate(m.prompts(), 4)
     return {traffic: got == tokens["home"] for traffic, got in tokens.items()}

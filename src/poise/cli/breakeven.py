@@ -10,7 +10,7 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -47,7 +47,7 @@ def breakeven(
             Cluster.parse(cluster), ModelSpec.parse(model), trace=trace,
             placement=Placement.load(placement) if placement else None, sizes=_numbers("sizes", sizes),
             slots=_numbers("step slots", step_slots), skew=skew, steps=steps,
-            traffic=o.one_of("traffic model", traffic, TRAFFIC_MODELS), seed=seed,
+            traffic=o.one_of("traffic model", traffic, DATA_FLOWS), seed=seed,
             window_s=None if window_us is None else 1e-6 * window_us,
             control_s=None if control_us is None else 1e-6 * control_us,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from poise.cli.ending import Ended
 from poise.cost.split import SPLITS
-from poise.cost.traffic import TRAFFIC_MODELS
+from poise.cost.traffic import DATA_FLOWS
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
 from poise.routing.batching import ORDERS
@@ -144,7 +144,7 @@ class PricingOptions:
     def checked(self) -> dict[str, Any]:
         """The options as :mod:`poise.api` takes them; OptionError for an unknown word."""
         return {
-            "model": self.model, "traffic": one_of("traffic model", self.traffic, TRAFFIC_MODELS),
+            "model": self.model, "traffic": one_of("traffic model", self.traffic, DATA_FLOWS),
             "split": one_of("split", self.split, SPLITS),
         }  # fmt: skip
 

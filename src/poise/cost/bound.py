@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds
 from poise.cost.step import kv_seconds_per_token, step_parts
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
@@ -87,7 +87,7 @@ def bound_terms(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     slots_D: NDArray[Any],
     spare: int | None = None,
 ) -> BoundTerms:
@@ -105,7 +105,7 @@ def bound_terms(
 
 
 def _terms(
-    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, traffic: Traffic, slots_D: NDArray[Any], spare: int
+    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, traffic: DataFlow, slots_D: NDArray[Any], spare: int
 ) -> BoundTerms:
     shape = (batch.num_steps, batch.num_layers)
     work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
@@ -122,14 +122,14 @@ def _terms(
 
 
 def step_bound_BL(
-    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: Traffic, slots_D: NDArray[Any]
+    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: DataFlow, slots_D: NDArray[Any]
 ) -> NDArray[np.float64]:
     """Least seconds any placement with these slots, and any split, could need; float64 [B, L]."""
     return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D).seconds_BL
 
 
 def _port_bound(
-    batch: RoutingBatch, cluster: Cluster, traffic: Traffic, slots_D: NDArray[Any], spare: int
+    batch: RoutingBatch, cluster: Cluster, traffic: DataFlow, slots_D: NDArray[Any], spare: int
 ) -> NDArray[Any]:
     """Bound on max over ports of copies / (bytes/s), float64 [B, L]; multiply by bytes per copy."""
     if cluster.num_devices == 1:
@@ -197,7 +197,7 @@ def _home_bound(
     step_T: NDArray[Any],
     batch: RoutingBatch,
     cluster: Cluster,
-    traffic: Traffic,
+    traffic: DataFlow,
     slots_D: NDArray[Any],
     spare: int,
 ) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.traffic import Copies, Traffic
+from poise.cost.traffic import Copies, DataFlow
 from poise.machine.cluster import Cluster
 from poise.util.compiled import compiled
 
@@ -204,7 +204,7 @@ def deal_evenly(experts_TK: NDArray[np.int64], count_ED: NDArray[Any], source: i
 
 
 def token_copies(
-    device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster, traffic: Traffic
+    device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster, traffic: DataFlow
 ) -> tuple[Copies, Copies]:
     """Copies out and back of one step and layer (B = 1); pair (t, k) runs on ``device_TK[t, k]`` or nowhere (-1)."""
     devices, node_D = cluster.num_devices, cluster.node_D.astype(np.int64)

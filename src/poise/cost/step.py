@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from poise.cost.compute import expert_seconds
 from poise.cost.links import PortLoad, latency_seconds, port_seconds
 from poise.cost.split import Split, split_share_BED
-from poise.cost.traffic import Copies, Traffic, any_of, node_share, port_load, sum_by_source
+from poise.cost.traffic import Copies, DataFlow, any_of, node_share, port_load, sum_by_source
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
@@ -70,7 +70,7 @@ def batch_cost(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     split: Split,
 ) -> BatchCost:
     """Cost of every step and layer of a batch under a placement. The mathematics: :mod:`poise.planning.problem`.
@@ -145,7 +145,7 @@ def _leaving(tokens_BD: NDArray[np.float64], cluster: Cluster) -> tuple[NDArray[
     return total_B * (1 - 1 / cluster.num_devices), total_B - tokens_BD @ (size_D / cluster.num_devices)
 
 
-def check_inputs(batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, traffic: Traffic) -> None:
+def check_inputs(batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, traffic: DataFlow) -> None:
     """Raise OptionError unless the shapes agree and the batch knows what the data flow needs."""
     expected = (batch.num_layers, batch.num_experts, cluster.num_devices)
     if count_LED.shape != expected:
@@ -173,7 +173,7 @@ def add_constants(
     top_k: int,
     cluster: Cluster,
     model: ModelSpec,
-    traffic: Traffic,
+    traffic: DataFlow,
 ) -> None:
     """Latencies and the key/value exchange of steps of ``tokens_BL`` [B, L] tokens: the same for every placement."""
     busy = tokens_BL > 0
@@ -220,7 +220,7 @@ class TokenShares:
     until the next one unless tokens compute nothing there.
     """
 
-    def __init__(self, batch: RoutingBatch, traffic: Traffic) -> None:
+    def __init__(self, batch: RoutingBatch, traffic: DataFlow) -> None:
         self.came_from_TL = batch.came_from_TL() if traffic == "stay" and batch.has_tokens else None
         self._experts, self._last = batch.num_experts, np.arange(batch.num_layers)
         self._kept: dict[int, NDArray[np.float64]] = {}
@@ -266,7 +266,7 @@ def layer_flow(
     steps: slice,
     shares: TokenShares,
     cluster: Cluster,
-    traffic: Traffic,
+    traffic: DataFlow,
 ) -> LayerFlow:
     """What some steps of one layer send: copies by pair of devices; ``shares`` have entered the layer."""
     if batch.experts_TLK is None or batch.start_B is None:
@@ -293,7 +293,7 @@ def layer_flow(
 
 def _flow_from_home(
     batch: RoutingBatch, layer: int, rows: slice, num_steps: int, step_T: NDArray[Any],
-    share_BED: NDArray[np.float64], cluster: Cluster, traffic: Traffic,
+    share_BED: NDArray[np.float64], cluster: Cluster, traffic: DataFlow,
 ) -> LayerFlow:  # fmt: skip
     """The data flows from and to the home rank; ``step_T`` and ``share_BED`` are of the rows' steps alone."""
     assert batch.experts_TLK is not None

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from poise.cost.links import PortLoad
 from poise.machine.cluster import Cluster
 
-Traffic = Literal["home", "home_device_dedup", "home_node_dedup", "stay"]
-TRAFFIC_MODELS: tuple[Traffic, ...] = ("home", "home_device_dedup", "home_node_dedup", "stay")
+DataFlow = Literal["home", "home_device_dedup", "home_node_dedup", "stay"]
+DATA_FLOWS: tuple[DataFlow, ...] = ("home", "home_device_dedup", "home_node_dedup", "stay")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

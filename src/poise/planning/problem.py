@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.split import SPLITS, Split
-from poise.cost.traffic import TRAFFIC_MODELS, Traffic
+from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ANY, NONE, EngineRules
@@ -76,7 +76,7 @@ class PlacementProblem:
     cluster: Cluster
     model: ModelSpec
     slots_D: NDArray[np.int64]
-    traffic: Traffic = "home"
+    traffic: DataFlow = "home"
     split: Split = "even"
     pooled: bool = False
     current: Placement | None = None
@@ -103,8 +103,8 @@ class PlacementProblem:
         if self.pooled:
             object.__setattr__(self, "engine", NONE)
         self.engine.check_slots(slots, experts)
-        if self.traffic not in TRAFFIC_MODELS:
-            raise OptionError(f"unknown traffic model {self.traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
+        if self.traffic not in DATA_FLOWS:
+            raise OptionError(f"unknown traffic model {self.traffic!r}", hint=f"one of {', '.join(DATA_FLOWS)}")
         if self.split not in SPLITS:
             raise OptionError(f"unknown split {self.split!r}", hint=f"one of {', '.join(SPLITS)}")
         if self.traffic != "home" and not self.batch.has_tokens:

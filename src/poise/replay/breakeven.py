@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -134,7 +134,7 @@ def breakeven(
     slots: Sequence[int] = (0, 1, 2, 4),
     skew: float = 1.0,
     steps: int = 12,
-    traffic: Traffic = "home",
+    traffic: DataFlow = "home",
     window_s: float | None = None,
     control_s: float | None = None,
     seed: int = 0,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from poise.cost.bound import bound_terms
 from poise.cost.split import Split
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.engine_rules import ANY, EngineRules
@@ -87,7 +87,7 @@ class Comparison:
     bounds_B: Mapping[str, NDArray[np.float64]]
     cluster: Cluster
     model: ModelSpec
-    traffic: Traffic
+    traffic: DataFlow
     split: Split
     slots_D: NDArray[np.int64]
     notes: tuple[str, ...] = ()
@@ -316,7 +316,7 @@ def compare(
     *,
     cluster: Cluster,
     model: ModelSpec,
-    traffic: Traffic,
+    traffic: DataFlow,
     split: Split,
     slots_D: NDArray[np.int64],
     notes: Sequence[str] = (),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from poise.cost.links import PortLoad, network_ports
 from poise.cost.split import Split, split_share_BED
 from poise.cost.step import TokenShares, check_inputs, layer_flow, step_chunks
-from poise.cost.traffic import Copies, Traffic, landing_DN, port_load
+from poise.cost.traffic import Copies, DataFlow, landing_DN, port_load
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
@@ -44,7 +44,7 @@ def layer_bytes(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     split: Split,
     step: int | None = None,
 ) -> Iterator[LayerBytes]:
@@ -161,7 +161,7 @@ def link_bytes(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     split: Split,
 ) -> LinkBytes:
     """Mean bytes of a step; parameters and errors of :func:`poise.cost.step.batch_cost`.

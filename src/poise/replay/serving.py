@@ -13,7 +13,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import port_seconds
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
-from poise.cost.traffic import Copies, Traffic, port_load
+from poise.cost.traffic import Copies, DataFlow, port_load
 from poise.cost.weights import StepPrice, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -60,7 +60,7 @@ def replay_steps(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     warm_up: int = WARM_UP,
     prior_LE: NDArray[np.float64] | None = None,
 ) -> Replay:
@@ -78,7 +78,7 @@ def replay_steps(
     check_inputs(batch, count_LED, cluster, traffic)
     price = step_price(float(batch.tokens_BL().max(axis=1).mean()), batch.num_experts, cluster, model,
                        window_s=loop.window_s, control_s=loop.control_s)  # fmt: skip
-    run = _Run(batch, count_LED, loop, price, traffic)
+    run = _ServingRun(batch, count_LED, loop, price, traffic)
     predicted = loop.predictor.predict_BLE(batch, prior_LE)
     for step in range(batch.num_steps):
         run.step(step, predicted[step])
@@ -88,7 +88,7 @@ def replay_steps(
     return Replay(run.cost(warm_up), bound.seconds_BL.sum(axis=1), run.moved_BL[warm_up:].sum(axis=1))
 
 
-class _Run:
+class _ServingRun:
     """Arrays that a replay fills, and the holders that live from step to step."""
 
     def __init__(
@@ -97,7 +97,7 @@ class _Run:
         count_LED: NDArray[np.int32],
         loop: FastLoop,
         price: StepPrice,
-        traffic: Traffic,
+        traffic: DataFlow,
     ) -> None:
         self.batch, self.loop, self.price, self.traffic, self.count_LED = batch, loop, price, traffic, count_LED
         self.drivers = [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from poise.cost.bound import bound_terms
 from poise.cost.split import Split
 from poise.cost.step import BatchCost, batch_cost
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -79,7 +79,7 @@ def replay(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     split: Split,
     pooled: bool = False,
 ) -> Replay:

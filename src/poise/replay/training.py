@@ -176,7 +176,7 @@ def replay_training(
         )
     if not 0 <= warm_up < steps:
         raise OptionError(f"{warm_up} warm-up steps cannot be left out of {steps}", hint="use more steps")
-    run = _Run(traffic, loop, price, sharding or Even(), even_sharding(layers, experts, sources), by_rank)
+    run = _TrainingRun(traffic, loop, price, sharding or Even(), even_sharding(layers, experts, sources), by_rank)
     for step in range(steps):
         run.reshard(step, first_reshard)
         for layer in range(layers):
@@ -184,7 +184,7 @@ def replay_training(
     return run.result(warm_up, rest_s)
 
 
-class _Run:
+class _TrainingRun:
     """Arrays that a replay fills; owners, and holders that live from step to step."""
 
     def __init__(

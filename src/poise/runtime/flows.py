@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cost.traffic import TRAFFIC_MODELS, Traffic, landing_DN
+from poise.cost.traffic import DATA_FLOWS, DataFlow, landing_DN
 from poise.machine.cluster import Cluster
 from poise.runtime.collectives import exchange, gather
 from poise.util.errors import OptionError
@@ -85,9 +85,9 @@ class Flow:
     OptionError : the group has another size than the cluster, or the flow is unknown.
     """
 
-    def __init__(self, traffic: Traffic, cluster: Cluster, num_experts: int, group: Any = None) -> None:
-        if traffic not in TRAFFIC_MODELS:
-            raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
+    def __init__(self, traffic: DataFlow, cluster: Cluster, num_experts: int, group: Any = None) -> None:
+        if traffic not in DATA_FLOWS:
+            raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(DATA_FLOWS)}")
         self.group = group if group is not None else dist.group.WORLD
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         if self.world != cluster.num_devices:

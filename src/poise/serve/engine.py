@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from poise.cost.traffic import TRAFFIC_MODELS, Traffic
+from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.runtime.collectives import lost, twin
@@ -87,7 +87,7 @@ class Engine:
         placement: Placement,
         cluster: Cluster,
         *,
-        traffic: Traffic = "home",
+        traffic: DataFlow = "home",
         fast: ServingPolicy | None = None,
         group: Any = None,
         budget: int = 512,
@@ -104,8 +104,8 @@ class Engine:
             )
         self.group = group if group is not None else dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if traffic not in TRAFFIC_MODELS:
-            raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(TRAFFIC_MODELS)}")
+        if traffic not in DATA_FLOWS:
+            raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(DATA_FLOWS)}")
         if cluster.num_devices != self.ranks:
             raise OptionError(f"the cluster has {cluster.num_devices} devices, the process group {self.ranks} ranks")
         if not temperature >= 0:

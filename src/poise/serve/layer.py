@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.runtime.experts import Bank, ExpertKind
@@ -58,7 +58,7 @@ class ServedLayer:
         placement: Placement,
         cluster: Cluster,
         *,
-        traffic: Traffic = "home",
+        traffic: DataFlow = "home",
         group: Any = None,
         weights_group: Any = None,
         fast: ServingPolicy | None = None,

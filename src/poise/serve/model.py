@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.planning.placement import Placement
 from poise.runtime.capture import find_routers, routed
 from poise.runtime.collectives import gather
@@ -154,7 +154,7 @@ class ServedModel:
     group : process group.
     """
 
-    def __init__(self, parts: Parts, layers: Mapping[int, ServedLayer], traffic: Traffic, group: Any) -> None:
+    def __init__(self, parts: Parts, layers: Mapping[int, ServedLayer], traffic: DataFlow, group: Any) -> None:
         self.model: Any = parts.model
         self.layers, self.traffic, self.group = layers, traffic, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)

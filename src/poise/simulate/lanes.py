@@ -16,7 +16,7 @@ from poise.cost.compute import expert_seconds
 from poise.cost.links import latency_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.step import kv_seconds_per_token
-from poise.cost.traffic import Copies, Traffic, port_load
+from poise.cost.traffic import Copies, DataFlow, port_load
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.links import device_seconds, layer_bytes
@@ -61,7 +61,7 @@ def step_lanes(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     split: Split,
 ) -> StepLanes:
     """Lanes of one step; other parameters and errors of :func:`poise.cost.step.batch_cost`.

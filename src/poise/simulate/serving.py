@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from poise.cost.compute import expert_seconds
 from poise.cost.exchange import ExchangeModel, exchange_ends
 from poise.cost.route import assign_tokens, count_sources, deal_evenly, locality_rows, token_copies
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.cost.weights import step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -71,7 +71,7 @@ def served_work(
     cluster: Cluster,
     model: ModelSpec,
     *,
-    traffic: Traffic,
+    traffic: DataFlow,
     loop: FastLoop | None = None,
     prior_LE: NDArray[np.float64] | None = None,
 ) -> list[list[ServedWork]]:
@@ -134,7 +134,7 @@ def _planned(
 
 def _work(
     experts_TK: NDArray[np.int64], device_TK: NDArray[np.int64], source_T: NDArray[np.int64], cluster: Cluster,
-    model: ModelSpec, traffic: Traffic, fetches: tuple[float, float], planned: bool,
+    model: ModelSpec, traffic: DataFlow, fetches: tuple[float, float], planned: bool,
 ) -> ServedWork:  # fmt: skip
     devices = cluster.num_devices
     out, back = token_copies(device_TK, source_T, cluster, traffic)

@@ -18,7 +18,7 @@ from poise import api
 from poise.control.controller import Controller, ControlSettings, Decision, Look
 from poise.control.steps import join_steps, steps_of
 from poise.cost.split import Split
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.engines.dump import SlotRecord
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.machine.cluster import Cluster
@@ -51,7 +51,7 @@ class Setup:
     cluster: Cluster
     settings: ControlSettings
     model: ModelSpec | None = None
-    traffic: Traffic | None = None
+    traffic: DataFlow | None = None
     split: Split = "even"
     placement: Placement | None = None
     redundant: int = 0
@@ -256,7 +256,7 @@ class Service:
         s = self.setup
         sizes = s.model or ModelSpec.generic(steps.num_experts, steps.top_k, steps.layer_ids_L)
         sizes.matches(num_experts=steps.num_experts, layer_ids=steps.layer_ids_L)
-        flow: Traffic = s.traffic or ("home_node_dedup" if steps.has_tokens else "home")
+        flow: DataFlow = s.traffic or ("home_node_dedup" if steps.has_tokens else "home")
         placement, devices = s.placement, s.cluster.num_devices
         if placement is None and slots is not None and slots.map_LS is not None:
             placement = served(slots, steps, devices)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.machine import Machine, book, book_even_homes, expert_work, fullest_port, make_machine
-from poise.cost.traffic import TRAFFIC_MODELS, landing_DN
+from poise.cost.traffic import DATA_FLOWS, landing_DN
 from poise.planning.problem import PlacementProblem
 from poise.routing.trace import NO_EXPERT
 from poise.util.compiled import compiled
@@ -99,7 +99,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         reach_L=reach_L,
         machine=make_machine(cluster, problem.model),
         landing_DN=landing_DN(cluster),
-        flow=TRAFFIC_MODELS.index(problem.traffic),
+        flow=DATA_FLOWS.index(problem.traffic),
         has_tokens=batch.has_tokens,
         keep_full=not problem.engine.empty_slots,
         stop=np.zeros(1, np.int64),

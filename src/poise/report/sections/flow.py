@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.cost.traffic import Traffic
+from poise.cost.traffic import DataFlow
 from poise.replay.affinity import LayerAffinity, layer_affinities, sample_every
 from poise.report import charts
 from poise.report.view import View
@@ -16,7 +16,7 @@ MOST_FLOWS = 40
 HIGH = 150.0
 """Of the chart over all layers."""
 
-PURPOSE: dict[Traffic, str] = {
+PURPOSE: dict[DataFlow, str] = {
     "stay": "Tokens stay where they are until the next layer needs them elsewhere, so a flow that stays costs no link.",
     "home": "Tokens go home between layers here, so that a local flow alone saves nothing; under <code>stay</code> "
     "traffic it does.",
