@@ -42,3 +42,11 @@ def test_classes_are_the_same_and_scripts_run():
     assert (Cluster, ModelSpec, PoiseError) == (poise.Cluster, poise.ModelSpec, poise.PoiseError)
     done = subprocess.run([sys.executable, "-m", "poise.emulate", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--cluster" in done.stdout
+
+
+def test_a_function_that_moved_is_given_by_its_old_module():
+    from poise.engines.plugins import sglang_hook, sglang_plugin
+
+    assert sglang_plugin.around is sglang_hook.around
+    with pytest.raises(AttributeError, match="nothing"):
+        sglang_plugin.nothing  # noqa: B018

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from typing import Any
 
 from poise.engines.plugins import switch
 
@@ -26,3 +27,10 @@ def register() -> None:
         import_module("poise.engines.plugins.sglang_hook").install(os.environ)
     except Exception as error:
         raise SystemExit(f"poise: {error}; unset POISE_EPLB to start without poise") from error
+
+
+def __getattr__(name: str) -> Any:
+    """``around`` of 0.1, which lies where what it needs is imported."""
+    if name == "around":
+        return import_module("poise.engines.plugins.sglang_hook").around
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
