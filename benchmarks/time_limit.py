@@ -75,10 +75,13 @@ reading = whole._held[0] if whole else 0.0
 plan.placement.save(out)
 if not case.get("against"):
     from poise.cost.step import batch_cost
+    from poise.machine.cluster import Cluster
+    from poise.machine.model import ModelSpec
     from poise.routing.batching import make_batch
     from poise.planning.placement import Placement
     batch = make_batch(traffic)
-    machine, sizes, flow = api._settings(batch, case["cluster"], None, None)
+    machine, sizes = Cluster.parse(case["cluster"]), ModelSpec.generic(experts, 8, batch.layer_ids_L)
+    flow = "home_node_dedup" if batch.has_tokens else "home"
     objective = {}
     for name in [out, *([case["other"]] if case.get("other") else [])]:
         count = Placement.load(name).count_LED()
