@@ -352,6 +352,20 @@ def a_policy_object_with_other_slots() -> dict:
 
 
 @case
+def what_is_no_policy() -> dict:
+    """An object that looks like one, or a class: refused when sharding and later, and the run is as it was."""
+    said = {}
+    _, model, run = pair(policy="full-replication")
+    for given in (object(), Hecate):
+        said[str(given)[:6]] = c.raised(OptionError, lambda given=given: shard(h.build(), policy=given))
+        assert "StepPolicy" in c.raised(OptionError, lambda given=given: run.set_policy(given))
+    h.loss_of(model, mine()).backward()
+    assert all(one.replicas > 0 for one in run.metrics)
+    assert all("StepPolicy" in words for words in said.values())
+    return {}
+
+
+@case
 def a_fetch_for_nothing_in_mixed_precision() -> dict:
     """Copies that replicas are sent from stay until the sending is over, though the layer does not run."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

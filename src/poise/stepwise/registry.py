@@ -61,6 +61,23 @@ def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
     return out
 
 
+def as_policy(given: str | StepPolicy) -> StepPolicy:
+    """What a program gave as a policy: a name with settings, or an object of its own.
+
+    Raises
+    ------
+    OptionError : it is neither, or as :func:`parse_policy`.
+    """
+    if isinstance(given, str):
+        return parse_policy(given)
+    if StepPolicy not in type(given).__mro__:
+        raise OptionError(
+            f"a policy is a name or derives from poise.stepwise.protocol.StepPolicy, got {type(given).__name__}",
+            hint="docs/extend.md shows one",
+        )
+    return given
+
+
 def _value(what: str, text: str, like: Any) -> Any:
     """Text as a value of the default's type."""
     try:

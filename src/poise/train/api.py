@@ -28,7 +28,7 @@ from poise.machine.model import ModelSpec
 from poise.runtime.alike import HOOKS
 from poise.runtime.collectives import twin
 from poise.stepwise.protocol import StepPolicy
-from poise.stepwise.registry import parse_policy
+from poise.stepwise.registry import as_policy
 from poise.stepwise.sharding import ShardingPolicy
 from poise.train.checkpoint import speak_of_experts
 from poise.train.checks import flattened, ready
@@ -145,9 +145,14 @@ class FssdpExperts:
         return self.schedule.reshard(owners.astype(np.int64))
 
     def set_policy(self, policy: str | StepPolicy, step_slots: int | None = None) -> None:
-        """Change the policy between steps; results stay the same."""
+        """Change the policy between steps; results stay the same.
+
+        Raises
+        ------
+        OptionError : no policy, or step slots below 0.
+        """
         old = self.schedule.settings
-        new = parse_policy(policy) if isinstance(policy, str) else policy
+        new = as_policy(policy)
         slots = old.step_slots if step_slots is None else step_slots
         if slots < 0:
             raise OptionError(f"step_slots must be at least 0, got {slots}")

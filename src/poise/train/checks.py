@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from poise.machine.cluster import Cluster
 from poise.runtime.experts import ExpertKind, recognise_all
 from poise.stepwise.protocol import StepPolicy
-from poise.stepwise.registry import parse_policy
+from poise.stepwise.registry import as_policy
 from poise.stepwise.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
 from poise.train.agree import agree
 from poise.train.machine import device_name, presumed, unknown
@@ -77,7 +77,7 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
 
     def check() -> tuple[Ready, dict[str, Any]]:
         _check(**{key: given[key] for key in ("step_slots", "replica_bytes", "prefetch", "window", "rematerialise")})
-        policy = parse_policy(given["policy"]) if isinstance(given["policy"], str) else given["policy"]
+        policy = as_policy(given["policy"])
         machine = given["cluster"] or presumed(mesh, dist.get_process_group_ranks(group), devices)
         if machine.num_devices != size:
             raise OptionError(f"the cluster has {machine.num_devices} devices, the mesh {size} ranks")
