@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
 
-from poise.cost.links import latency_seconds, port_seconds
+from poise.cost.links import port_seconds
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import DATA_FLOWS, Copies, port_load
@@ -41,7 +41,10 @@ def test_wires_pass_the_ports_that_copies_are_booked_on(seed, nodes):
     np.testing.assert_array_equal(np.diagonal(wire, axis1=1, axis2=2), np.diagonal(copies.device_BDD, axis1=1, axis2=2))
     for name in ("intra_out_BD", "intra_in_BD", "net_out_BD", "net_in_BD"):
         np.testing.assert_allclose(getattr(wired, name), getattr(booked, name))
-    np.testing.assert_allclose(device_seconds(booked, cluster).max(axis=1), port_seconds(booked, 1.0, cluster))
+    np.testing.assert_allclose(
+        device_seconds(booked, cluster, cluster.plain_wire).max(axis=1),
+        port_seconds(booked, 1.0, cluster, cluster.plain_wire),
+    )
 
 
 @given(SEEDS, NODES, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans())
@@ -133,5 +136,5 @@ def test_one_device_waits_for_nobody():
     batch = load_batch(np.random.default_rng(0))
     cluster, count = Cluster.parse("1x1"), np.ones((2, 4, 1), int)
     lanes = step_lanes(batch, 0, count, cluster, tiny_model(batch), traffic="home", split="even")
-    assert lanes.waiting_P().sum() == 0 and latency_seconds(cluster) == 0
+    assert lanes.waiting_P().sum() == 0 and cluster.plain_wire.start_s == 0
     assert link_bytes(batch, count, cluster, tiny_model(batch), traffic="home", split="even").by_class()[1:] == (0, 0)

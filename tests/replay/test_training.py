@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, tiny_batch, tiny_cluster, tiny_model
 from tests.stepwise.step_cases import random_case
 
-from poise.cost.links import latency_seconds
 from poise.cost.route import locality_rows
 from poise.cost.transfers import plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, compiled_price, fetch_seconds, training_price
@@ -70,7 +69,7 @@ def test_the_training_price_counts_passes_and_scores():
     assert both_ways.window_s - price.window_s == pytest.approx(2 * scores)
     assert price.training and (price.compute_passes, price.exchange_passes) == (3, 2)
     rates, serving = compiled_price(price).machine, compiled_price(StepPrice(cluster, model, 0.0, 0.0)).machine
-    assert rates.per_token == 3 * serving.per_token and rates.out_bytes == 2 * serving.out_bytes
+    assert rates.compute_s == 3 * serving.compute_s and rates.out_intra_s == 2 * serving.out_intra_s
 
 
 @given(SEEDS, st.sampled_from([(2, 2), (3, 1), (2, 2, 2)]))
@@ -94,9 +93,9 @@ def test_fan_out_crosses_the_network_once_a_node(seed, nodes):
                 net_in[n] += 1
                 net_out[home] += 1
     wire = max(net_in.max(), net_out.max()) * wide.model.expert_bytes / cluster.inter_bytes_per_s
-    assert wire <= seconds - latency_seconds(cluster) + 1e-9
+    assert wire <= seconds - cluster.plain_wire.start_s + 1e-9
     intra_bound = fetched.sum(axis=0).max() * wide.model.expert_bytes / cluster.intra_bytes_per_s
-    assert seconds - latency_seconds(cluster) <= max(wire, 5 * intra_bound) + 1e-9
+    assert seconds - cluster.plain_wire.start_s <= max(wire, 5 * intra_bound) + 1e-9
     if fetched.any() and all((fetched[:, node_D == n].sum(axis=1) <= 1).all() for n in range(cluster.num_nodes)):
         assert seconds == pytest.approx(fetch_seconds(held, fetched, plain))
     alone = owned_ED(rng.integers(0, cluster.num_devices, 5), cluster.num_devices)
@@ -202,7 +201,7 @@ def test_full_replication_gathers_and_reduces_everything_in_every_step():
     got = replay_training(traffic, FastLoop(FullReplication(), 0), price, warm_up=0)
     # 8 experts to 3 others: 2 gathers and 1 reduce; the last layer's backward comes before anything is freed
     assert (got.moved_BL == 8 * 3 * np.array([3, 2]) * price.model.expert_bytes).all()
-    assert (got.exchange_BL == 4 * latency_seconds(price.cluster)).all()
+    assert (got.exchange_BL == 4 * price.cluster.plain_wire.start_s).all()
 
 
 def test_resharding_is_spread_over_its_interval():
@@ -356,5 +355,5 @@ def test_inside_one_node_the_plan_is_priced_as_the_replay_prices_it(seed):
     quota = np.zeros(wide.shape, np.int64)
     seconds = joint.best_quotas(load_SE, wide, compiled_price(price).machine, joint.SLACKS, quota)
     pairs = locality_rows(load_SE, quota, price.cluster.node_D).sum(axis=1)
-    exact = compute_seconds(quota, price) + exchange_seconds(pairs, price) - 4 * latency_seconds(price.cluster)
+    exact = compute_seconds(quota, price) + exchange_seconds(pairs, price) - 4 * price.cluster.plain_wire.start_s
     assert seconds == pytest.approx(exact)

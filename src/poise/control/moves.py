@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from poise.control.chains import ChainMove, LayerMoves
 from poise.control.common import CHECKPOINT, STAYS, common
-from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.links import PortLoad, port_seconds
 from poise.cost.split import even_share
 from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
@@ -106,8 +106,9 @@ class MoveList:
                     kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
                     port[[kind, kind + 1], at, [source, target]] += 1
         busy = port.any(axis=(0, 2))
-        ports = port_seconds(PortLoad(*port), self.expert_bytes, cluster) if busy.any() else np.zeros(busy.size)
-        return float((ports + busy * latency_seconds(cluster)).sum())
+        wire = cluster.plain_wire
+        ports = port_seconds(PortLoad(*port), self.expert_bytes, cluster, wire) if busy.any() else np.zeros(busy.size)
+        return float((ports + busy * wire.start_s).sum())
 
     def __repr__(self) -> str:
         size = f"{self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB"

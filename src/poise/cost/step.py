@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.links import PortLoad, port_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.traffic import Copies, DataFlow, any_of, node_share, port_load, sum_by_source
 from poise.machine.cluster import Cluster
@@ -112,8 +112,12 @@ def batch_cost(
                 leave_B, cross_B = flow.cross_device_B, flow.cross_node_B
                 there = port_load(flow.dispatch, cluster)
                 back = there if flow.combine is None else port_load(flow.combine, cluster)
-            out["dispatch"][steps, layer] = port_seconds(there, model.dispatch_bytes_per_token, cluster)
-            out["combine"][steps, layer] = port_seconds(back, model.combine_bytes_per_token, cluster)
+            out["dispatch"][steps, layer] = port_seconds(
+                there, model.dispatch_bytes_per_token, cluster, cluster.dispatch_wire
+            )
+            out["combine"][steps, layer] = port_seconds(
+                back, model.combine_bytes_per_token, cluster, cluster.combine_wire
+            )
             out["device"][steps, layer], out["node"][steps, layer] = leave_B, cross_B
     pairs_BL = batch.load_BLE.sum(axis=2)
     add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
@@ -175,13 +179,14 @@ def add_constants(
     model: ModelSpec,
     traffic: DataFlow,
 ) -> None:
-    """Latencies and the key/value exchange of steps of ``tokens_BL`` [B, L] tokens: the same for every placement."""
+    """Starts and the key/value exchange of steps of ``tokens_BL`` [B, L] tokens: the same for every placement."""
     busy = tokens_BL > 0
-    out["dispatch"] += busy * latency_seconds(cluster)
+    out["compute"] += busy * expert_times(cluster, model).start_s
+    out["dispatch"] += busy * cluster.dispatch_wire.start_s
     if traffic == "stay":
         out["kv"] += tokens_BL * kv_seconds_per_token(cluster, model)
     if traffic != "stay" or top_k > 1:
-        out["combine"] += busy * latency_seconds(cluster)
+        out["combine"] += busy * cluster.combine_wire.start_s
 
 
 def step_chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:

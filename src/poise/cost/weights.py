@@ -21,8 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.links import latency_seconds
-from poise.cost.machine import Machine, book, fullest_port, make_machine
+from poise.cost.machine import Machine, book, fullest_ports, make_machine, weight_seconds
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.util.compiled import compiled
@@ -134,7 +133,7 @@ def control_seconds(num_experts: int, cluster: Cluster) -> float:
     """One all-gather of E counts from every rank, the exact split, and a synchronisation."""
     devices = cluster.num_devices
     wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-    exchange = latency_seconds(cluster) + 4.0 * num_experts * (devices - 1) / wire
+    exchange = cluster.plain_wire.start_s + 4.0 * num_experts * (devices - 1) / wire
     return exchange + SYNC_SECONDS + PLAN_SECONDS_BASE + PLAN_SECONDS_PER_PAIR * num_experts * devices
 
 
@@ -227,7 +226,7 @@ def gather_seconds(held_ED, fetched_ED, price):  # type: ignore[no-untyped-def]
         return 0.0
     machine = price.machine
     port_PD = _fetch_ports(held_ED, fetched_ED, machine.node_D, price.fan_out)
-    return fullest_port(port_PD, machine) * machine.expert_bytes + machine.latency_s
+    return weight_seconds(fullest_ports(port_PD, machine), machine) * machine.expert_bytes + machine.latency_s
 
 
 @compiled

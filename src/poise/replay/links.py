@@ -17,7 +17,7 @@ from poise.cost.links import PortLoad, network_ports
 from poise.cost.split import Split, split_share_BED
 from poise.cost.step import TokenShares, check_inputs, layer_flow, step_chunks
 from poise.cost.traffic import Copies, DataFlow, landing_DN, port_load
-from poise.machine.cluster import Cluster
+from poise.machine.cluster import Cluster, Wire
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 
@@ -75,11 +75,11 @@ def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:
     return wire
 
 
-def device_seconds(load: PortLoad, cluster: Cluster) -> NDArray[np.float64]:
-    """Seconds until each device's own ports are drained, float64 [B, D], from bytes; latency not included."""
-    intra = np.maximum(load.intra_out_BD, load.intra_in_BD) / cluster.intra_bytes_per_s
+def device_seconds(load: PortLoad, cluster: Cluster, wire: Wire) -> NDArray[np.float64]:
+    """Seconds until each device's own ports are drained, float64 [B, D], from bytes; without the start."""
+    intra = np.maximum(load.intra_out_BD, load.intra_in_BD) / wire.intra_bytes_per_s
     net = np.maximum(network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster))
-    net = (net[:, cluster.node_D] if cluster.nic_shared else net) / cluster.inter_bytes_per_s
+    net = (net[:, cluster.node_D] if cluster.nic_shared else net) / wire.inter_bytes_per_s
     return np.maximum(intra, net)
 
 
@@ -144,13 +144,15 @@ class LinkBytes:
     def ports(self) -> tuple[Ports, ...]:
         """Ports into the nodes' fabrics and, where there are several nodes, into the network."""
         cluster = self.cluster
+        wires = (cluster.dispatch_wire, cluster.combine_wire)
         loads = [port_load(Copies(x_DD[None]), cluster) for x_DD in (self.out_DD, self.back_DD)]
-        near = [np.concatenate([getattr(x, name) for x in loads]) / cluster.intra_bytes_per_s
+        near = [np.concatenate([getattr(x, name) / w.intra_bytes_per_s for x, w in zip(loads, wires, strict=True)])
                 for name in ("intra_out_BD", "intra_in_BD")]  # fmt: skip
         inside = Ports("inside the node", "device", near[0], near[1])
         if cluster.num_nodes == 1:
             return (inside,)
-        far = [np.concatenate([network_ports(getattr(x, name), cluster) for x in loads]) / cluster.inter_bytes_per_s
+        far = [np.concatenate([network_ports(getattr(x, name), cluster) / w.inter_bytes_per_s
+                               for x, w in zip(loads, wires, strict=True)])
                for name in ("net_out_BD", "net_in_BD")]  # fmt: skip
         return inside, Ports("network", "node" if cluster.nic_shared else "device", far[0], far[1])
 

@@ -181,12 +181,16 @@ class _ServingRun:
             there, back = token_copies(device_TK, source_T, cluster, self.traffic)
         out_load = port_load(there, cluster)
         back_load = out_load if back is there else port_load(back, cluster)
-        self.out["dispatch"][at] = port_seconds(out_load, model.dispatch_bytes_per_token, cluster)[0]
-        self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster)[0]
+        self.out["dispatch"][at] = port_seconds(
+            out_load, model.dispatch_bytes_per_token, cluster, cluster.dispatch_wire
+        )[0]
+        self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster, cluster.combine_wire)[
+            0
+        ]
         same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
         self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
         self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
-        once = {name: np.zeros((1, 1)) for name in ("dispatch", "combine", "kv")}
+        once = {name: np.zeros((1, 1)) for name in ("compute", "dispatch", "combine", "kv")}
         add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
         for name, value in once.items():
             self.out[name][at] += value[0, 0]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds, port_seconds
+from poise.cost.compute import device_compute_seconds
+from poise.cost.links import port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
 from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
@@ -254,12 +254,10 @@ class _TrainingRun:
         pairs_DD = flow.sum(axis=1)
         self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
         if self.work is not None:
-            work_ED = expert_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
+            work_D = device_compute_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
             bytes_DD = pairs_DD * float(price.model.dispatch_bytes_per_token)
             before, after, back = (_rounds(moves, size, price) for moves, size in transfers)
-            self.work[step].append(
-                LayerWork(bytes_DD, work_ED.sum(axis=0) / cluster.speed_D, before, after, back, self._again(layer))
-            )
+            self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, self._again(layer)))
 
     def _weights(self, done: Outcome) -> list[tuple[Moves, float]]:
         """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
@@ -340,8 +338,8 @@ def _transfers(
 
 def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
     """Expert compute of one layer in a step, all passes: the slowest device."""
-    seconds = expert_seconds(quota_ED.astype(np.float64), price.cluster, price.model).sum(axis=0)
-    return float((seconds / price.cluster.speed_D).max() * price.compute_passes)
+    seconds_D = device_compute_seconds(quota_ED.astype(np.float64), price.cluster, price.model)
+    return float(seconds_D.max() * price.compute_passes)
 
 
 def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
@@ -349,8 +347,11 @@ def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
     cluster, model = price.cluster, price.model
     load = port_load(Copies(pairs_DD[None].astype(np.float64)), cluster)
     both = sum(
-        float(port_seconds(load, bytes_, cluster)[0]) + latency_seconds(cluster)
-        for bytes_ in (model.dispatch_bytes_per_token, model.combine_bytes_per_token)
+        float(port_seconds(load, bytes_, cluster, wire)[0]) + wire.start_s
+        for bytes_, wire in (
+            (model.dispatch_bytes_per_token, cluster.dispatch_wire),
+            (model.combine_bytes_per_token, cluster.combine_wire),
+        )
     )
     return both * price.exchange_passes
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds
+from poise.cost.compute import device_compute_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.step import kv_seconds_per_token
 from poise.cost.traffic import Copies, DataFlow, port_load
@@ -70,7 +69,7 @@ def step_lanes(
     and the start-up.
     """
     busy = np.zeros((batch.num_layers, cluster.num_devices, len(PARTS)))
-    start = latency_seconds(cluster)
+    out, back = cluster.dispatch_wire, cluster.combine_wire
     for part in layer_bytes(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
         at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
         if not load_BE.any():
@@ -79,8 +78,8 @@ def step_lanes(
         tokens_ED = load_BE[0][:, None] * share_BED[0]
         if traffic == "stay":
             at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
-        at[:, 1] = start + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster)[0]
-        at[:, 2] = expert_seconds(tokens_ED, cluster, model).sum(axis=0) / cluster.speed_D
+        at[:, 1] = out.start_s + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster, out)[0]
+        at[:, 2] = device_compute_seconds(tokens_ED, cluster, model)
         if traffic != "stay" or batch.top_k > 1:
-            at[:, 3] = start + device_seconds(port_load(Copies(part.back_BDD), cluster), cluster)[0]
+            at[:, 3] = back.start_s + device_seconds(port_load(Copies(part.back_BDD), cluster), cluster, back)[0]
     return StepLanes(busy)

@@ -14,7 +14,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
+from poise.cost.compute import device_compute_seconds
 from poise.cost.exchange import ExchangeModel, exchange_ends
 from poise.cost.route import assign_tokens, count_sources, deal_evenly, locality_rows, token_copies
 from poise.cost.traffic import DataFlow
@@ -142,7 +142,7 @@ def _work(
     quota_ED = np.zeros((model.num_experts, devices), np.int64)
     real_TK = experts_TK != NO_EXPERT
     np.add.at(quota_ED, (experts_TK[real_TK], device_TK[real_TK]), 1)
-    compute_D = expert_seconds(quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
+    compute_D = device_compute_seconds(quota_ED.astype(np.float64), cluster, model)
     keys_DD = np.zeros((devices, devices))
     if traffic == "stay":
         keys_DD += np.bincount(source_T, minlength=devices)[:, None] * model.kv_bytes_per_token_layer

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from poise.cost.machine import expert_work, fullest_of_sums
+from poise.cost.machine import exchange_seconds, expert_work, fullest_of_sums
 from poise.cost.quota import Holders, Scratch, balance, compile_holders
 from poise.util.compiled import compiled
 
@@ -124,7 +124,7 @@ def quota_seconds(quota_ED, load_SE, need_EN, machine):  # type: ignore[no-untyp
             inside = min(need_EN[e, n], place_EN[e, n])
             away_N2[n, 0] += need_EN[e, n] - inside
             away_N2[n, 1] += place_EN[e, n] - inside
-    return worst + fullest_of_sums(leave, arrive, away_N2, machine) * (machine.out_bytes + machine.back_bytes)
+    return worst + machine.start_s + exchange_seconds(fullest_of_sums(leave, arrive, away_N2, machine), machine)
 
 
 @compiled

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.machine import expert_work, fullest_of_sums
+from poise.cost.machine import exchange_seconds, expert_work, fullest_of_sums, knee, token_work
 from poise.cost.quota import Holders, Scratch, balance, compile_holders, holders_room, make_scratch, near_start
 from poise.util.compiled import compiled
 
@@ -71,7 +71,7 @@ def layer_seconds(tokens_H, holders, load_SE, machine, space):  # type: ignore[n
     for d in range(devices):
         worst = max(worst, seconds[d] / machine.speed_D[d])
     if devices == 1:
-        return worst
+        return worst + machine.start_s
     leave = seconds
     nodes = machine.size_N.size
     exact = load_SE.size > 0
@@ -106,7 +106,7 @@ def layer_seconds(tokens_H, holders, load_SE, machine, space):  # type: ignore[n
             away_N2[n, 0] += need - min(need, place)
             away_N2[n, 1] += place - min(need, place)
         first += size
-    return worst + fullest_of_sums(leave, arrive, away_N2, machine) * (machine.out_bytes + machine.back_bytes)
+    return worst + machine.start_s + exchange_seconds(fullest_of_sums(leave, arrive, away_N2, machine), machine)
 
 
 @compiled
@@ -128,7 +128,7 @@ def split_by_work(load_E, local_H, holders, machine, slack, scale, tokens_H, spa
     """
     seconds, order, base_D = space.seconds_D, space.scratch.order_E, space.base_D
     experts, devices = load_E.size, machine.speed_D.size
-    knee = machine.per_expert / machine.per_token
+    large, each = 2.0 * knee(machine), token_work(machine)
     seconds[:] = 0.0
     count = 0
     for e in range(experts):
@@ -138,7 +138,7 @@ def split_by_work(load_E, local_H, holders, machine, slack, scale, tokens_H, spa
         if last - first == 1:
             tokens_H[first] = load_E[e]
             seconds[holders.device_H[first]] += work
-        elif load_E[e] >= 2.0 * knee:
+        elif load_E[e] >= large:
             space.units_E[e] = np.int64(load_E[e] * scale + 0.5)
         else:
             j = count
@@ -148,12 +148,12 @@ def split_by_work(load_E, local_H, holders, machine, slack, scale, tokens_H, spa
             order[j] = e
             count += 1
     for d in range(devices):
-        base_D[d] = np.int64(seconds[d] / machine.per_token * scale + 0.5)
+        base_D[d] = np.int64(seconds[d] / each * scale + 0.5)
     for e in holders.shared_Y:
         if space.units_E[e] > 0:
             first, last = holders.ptr_E[e], holders.ptr_E[e + 1]
             for h in range(first, last):
-                seconds[holders.device_H[h]] += load_E[e] / (last - first) * machine.per_token
+                seconds[holders.device_H[h]] += load_E[e] / (last - first) * each
     for i in range(count):
         e = order[i]
         best, at = -1, 0.0
@@ -165,7 +165,7 @@ def split_by_work(load_E, local_H, holders, machine, slack, scale, tokens_H, spa
         d = holders.device_H[best]
         tokens_H[best] = load_E[e]
         seconds[d] += expert_work(load_E[e], machine)
-        base_D[d] += np.int64(expert_work(load_E[e], machine) / machine.per_token * scale + 0.5)
+        base_D[d] += np.int64(expert_work(load_E[e], machine) / each * scale + 0.5)
     if local_H.size:
         for e in holders.shared_Y:
             if space.units_E[e] == 0:

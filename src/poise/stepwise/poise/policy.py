@@ -39,7 +39,6 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.links import latency_seconds
 from poise.cost.machine import Machine, expert_works
 from poise.cost.weights import compiled_price, fetch_seconds
 from poise.stepwise.methods.hecate import nearest_rows
@@ -235,7 +234,7 @@ class Poise(StepPolicy):
     def _wake_below(self, view: LayerView, machine: Machine, space: k.Workspace) -> float:
         """Predicted seconds below which the loop is worth its control time."""
         passive = k.passive_seconds(view.predicted_E, k.compile_all(view.static_ED, space), machine, space)
-        return float(passive * (1.0 - self.margin) - self.margin * latency_seconds(view.price.cluster))
+        return float(passive * (1.0 - self.margin) - self.margin * view.price.cluster.dispatch_wire.start_s)
 
     def _fill(
         self,
