@@ -15,6 +15,7 @@ from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import ground
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
@@ -154,7 +155,7 @@ def plan(
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress)
-    details = dict(solution.details)
+    details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
     if notes:

@@ -85,7 +85,14 @@ Traces = Annotated[
         show_default=False,
     ),
 ]
-ClusterSpec = Annotated[str, flag("cluster", "NxD, NxD:preset as in 2x8:h100, NxD:preset@tp2, or a .yaml file.")]
+ClusterSpec = Annotated[
+    str,
+    flag(
+        "cluster",
+        "NxD, NxD:preset as in 2x8:h100, with measured constants as in 2x8:h200+vllm.fp8_block ('poise machines'), or "
+        "a .yaml file.",
+    ),
+]
 Redundant = Annotated[int, flag("redundant", "Redundant slots a layer, in all.")]
 Model = Annotated[str | None, flag("model", MODEL_TEXT)]
 NamedModel = Annotated[str, flag("model", MODEL_TEXT)]

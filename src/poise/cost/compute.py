@@ -34,8 +34,13 @@ def expert_times(cluster: Cluster, model: ModelSpec) -> ExpertTimes:
 
     Raises
     ------
-    ClusterError : the cluster's kernel was measured for weights of another type than the model's.
+    ClusterError : constants are open, or the kernel was measured for weights of another type than the model's.
     """
+    if cluster.open:
+        raise ClusterError(
+            f"{cluster.name} leaves {' and '.join(cluster.open)} open, which a model and a batch decide",
+            hint="poise.machine.settle.settle chooses them; or name them, as in 2x8:h100+datasheet",
+        )
     curve, kernel = cluster.expert_curve, cluster.kernel
     if curve is not None:
         scale = model.expert_parameters / curve.parameters

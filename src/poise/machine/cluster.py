@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.machine.constants import DATASHEET, kernel_of, links_of
+from poise.machine.constants import DATASHEET, kernel_of, links_of, plain_link
 from poise.machine.curve import MeasuredCurve
 from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
 from poise.machine.presets import DEVICES
 from poise.util.errors import ClusterError
+from poise.util.words import close_to
 from poise.util.yamlfile import dump_yaml, read_yaml
 
 MAX_DEVICES = 65_536
@@ -245,7 +245,7 @@ def from_preset(
     ``tensor_parallel`` multiplies the preset's constants, not the overrides: those are of one device as it is.
     """
     if preset not in DEVICES:
-        raise ClusterError(f"unknown cluster preset {preset!r}", hint=f"one of {', '.join(DEVICES)}")
+        raise ClusterError(f"unknown cluster preset {preset!r}", hint=close_to(preset, DEVICES))
     if not 1 <= tensor_parallel <= 64:
         raise ClusterError(f"tensor_parallel must lie in 1..64, got {tensor_parallel}")
     if not devices_per_node or min(devices_per_node) < 1 or sum(devices_per_node) > MAX_DEVICES:
@@ -271,11 +271,7 @@ def from_words(devices_per_node: Sequence[int], words: str, *, tensor_parallel: 
     """
     preset, *more = words.split("+")
     if preset not in DEVICES:
-        close = difflib.get_close_matches(preset, DEVICES, 1)
-        raise ClusterError(
-            f"unknown cluster preset {preset!r}",
-            hint=f"did you mean {close[0]}?" if close else f"one of {', '.join(DEVICES)}",
-        )
+        raise ClusterError(f"unknown cluster preset {preset!r}", hint=close_to(preset, DEVICES))
     chosen: dict[str, Any] = {}
     for word in more:
         kind = DATASHEET if word == DATASHEET else "kernel" if "." in word else "links"
@@ -291,6 +287,9 @@ def from_words(devices_per_node: Sequence[int], words: str, *, tensor_parallel: 
     left = {"kernel": KERNEL_KEYS, "links": LINK_KEYS}
     still = () if DATASHEET in chosen else tuple(kind for kind, keys in left.items() if not given.keys() & keys)
     chosen.pop(DATASHEET, None)
+    plain = None if DATASHEET in chosen or given.keys() & LINK_KEYS - {"links"} else plain_link(preset)
+    if plain is not None:
+        chosen.update(intra_bytes_per_s=plain.intra_bytes_per_s * tensor_parallel, intra_latency_s=plain.start_s)
     more_of = {"name": words + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else ""), "open": still}
     return from_preset(devices_per_node, preset, tensor_parallel=tensor_parallel, **{**more_of, **chosen, **overrides})
 
@@ -302,11 +301,7 @@ def from_yaml(path: Path) -> Cluster:
         raise ClusterError(f"{path} must hold keys and values, got {type(data).__name__}")
     for key in data:
         if key not in YAML_KEYS:
-            close = difflib.get_close_matches(str(key), YAML_KEYS, 1)
-            raise ClusterError(
-                f"{path}: unknown key {key!r}",
-                hint=f"did you mean {close[0]}?" if close else f"known: {', '.join(YAML_KEYS)}",
-            )
+            raise ClusterError(f"{path}: unknown key {key!r}", hint=close_to(str(key), YAML_KEYS))
     for key in (*RATES, *LATENCIES):
         if key in data:
             data[key] = _number(path, key, data[key])

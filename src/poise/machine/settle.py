@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from poise.machine.cluster import Cluster
-from poise.machine.constants import choose_kernel, gpu_of, libraries, links_of, plain_link
+from poise.machine.constants import choose_kernel, gpu_of, libraries, links_of
 from poise.machine.model import ModelSpec
 
 LOW_LATENCY_TOKENS = 128
@@ -48,9 +48,6 @@ def settle(cluster: Cluster, model: ModelSpec, tokens: float, *, engine: str | N
         library = choose_library(cluster, preset, tokens / cluster.num_devices)
         changed["links"] = links_of(preset, library, many_nodes=cluster.num_nodes > 1).times(group)
         name.append(library)
-        plain = plain_link(preset)
-        if plain is not None:
-            changed.update(intra_bytes_per_s=plain.intra_bytes_per_s * group, intra_latency_s=plain.start_s)
     return replace(cluster, name="+".join(name), **changed)
 
 

@@ -16,6 +16,7 @@ from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import ground
 from poise.planning.engine_rules import ANY, EngineRules
 from poise.planning.placement import Placement
 from poise.replay.serving import WARM_UP, FastLoop, replay_steps
@@ -248,6 +249,7 @@ class Comparison:
                 for part, batch in self.batches.items()
             },
             "cluster": repr(self.cluster),
+            "ground": ground(self.cluster),
             "model": self.model.name,
             "traffic": self.traffic,
             "split": self.split,
@@ -281,6 +283,7 @@ class Comparison:
             f"(token, expert) pairs; step ms is modelled: all {self.num_layers} recorded MoE layers of a forward pass; "
             "efficiency is bound / step, speedup is over the first row."
         )
+        console.print(f"Constants: {ground(self.cluster)}.")
         for note in self.notes:
             console.print(f"note: {note}")
         console.print(self.verdict())
