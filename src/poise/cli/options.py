@@ -29,6 +29,7 @@ from poise.cost.split import SPLITS
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
+from poise.routing.batch import HOMES
 from poise.routing.batching import ORDERS
 from poise.util.compiled import COMPILATION
 from poise.util.errors import InputError, OptionError, PoiseError
@@ -113,6 +114,14 @@ EngineName = Annotated[
     ),
 ]
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
+HomesRule = Annotated[
+    str | None,
+    typer.Option(
+        "--homes",
+        help="Ranks on which tokens are at home: equal tokens a rank, as attention data parallelism keeps them, or "
+        "by-request. Default: as recorded, else equal.",
+    ),
+]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
 TimeLimit = Annotated[float, flag("time_limit", TIME_LIMIT)]
 Work = Annotated[
@@ -163,12 +172,13 @@ class StepOptions(PricingOptions):
     engine: EngineName = "any"
     tokens_per_step: TokensPerStep = None
     order: StepOrder = "interleaved"
+    homes: HomesRule = None
 
     def checked(self) -> dict[str, Any]:
         """See :meth:`PricingOptions.checked`."""
         return PricingOptions.checked(self) | {
             "engine": self.engine, "tokens_per_step": self.tokens_per_step,
-            "order": one_of("order", self.order, ORDERS),
+            "order": one_of("order", self.order, ORDERS), "homes": one_of("homes", self.homes, HOMES),
         }  # fmt: skip
 
 

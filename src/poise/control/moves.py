@@ -356,7 +356,7 @@ def _seconds(problem: PlacementProblem, count_LED: NDArray[Any], first: int, las
     experts = None if batch.experts_TLK is None else np.ascontiguousarray(batch.experts_TLK[:, part])
     some = RoutingBatch(
         batch.load_BLE[:, part], batch.weight_B, batch.top_k, batch.layer_ids_L[part], experts, batch.start_B,
-        batch.request_T, batch.home_T,
+        batch.request_T, batch.home_T, homes=batch.homes,
     )  # fmt: skip
     cost = batch_cost(some, count_LED[part], problem.cluster, problem.model, traffic=problem.traffic,
                       split=problem.split)  # fmt: skip

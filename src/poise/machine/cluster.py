@@ -283,11 +283,11 @@ def from_words(devices_per_node: Sequence[int], words: str, *, tensor_parallel: 
             chosen[kind] = links_of(preset, word, many_nodes=len(devices_per_node) > 1).times(tensor_parallel)
         else:
             chosen[kind] = True
+    peaks = chosen.pop(DATASHEET, False)
     given = {**chosen, **overrides}
     left = {"kernel": KERNEL_KEYS, "links": LINK_KEYS}
-    still = () if DATASHEET in chosen else tuple(kind for kind, keys in left.items() if not given.keys() & keys)
-    chosen.pop(DATASHEET, None)
-    plain = None if DATASHEET in chosen or given.keys() & LINK_KEYS - {"links"} else plain_link(preset)
+    still = () if peaks else tuple(kind for kind, keys in left.items() if not given.keys() & keys)
+    plain = None if peaks or overrides.keys() & LINK_KEYS - {"links"} else plain_link(preset)
     if plain is not None:
         chosen.update(intra_bytes_per_s=plain.intra_bytes_per_s * tensor_parallel, intra_latency_s=plain.start_s)
     more_of = {"name": words + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else ""), "open": still}
