@@ -36,7 +36,7 @@ NODES = st.sampled_from([(2, 1), (3,), (1, 1, 1), (1, 2, 2), (1,), (3, 3)])
 def make(seed, nodes):
     """A cluster of the roofline, of a measured kernel or of a measured curve, with and without measured links."""
     rng = np.random.default_rng(seed)
-    cluster, model = tiny_cluster(rng, nodes), tiny_model(load_batch(rng))
+    cluster, model = tiny_cluster(rng, nodes, measured=False), tiny_model(load_batch(rng))
     kind = seed % 3
     if kind == 1:
         factors = rng.uniform(0.5, 3.0, 3)

@@ -91,11 +91,12 @@ def test_ports_are_the_sums_of_their_links(seed, nodes, traffic, split):
     ports = {each.kind: each for each in links.ports()}
     assert set(ports) == ({"inside the node", "network"} if cluster.num_nodes > 1 else {"inside the node"})
     node = cluster.node_D
-    for row, matrix in enumerate((links.out_DD, links.back_DD)):
+    wires = (cluster.dispatch_wire, cluster.combine_wire)
+    for row, (matrix, wire) in enumerate(zip((links.out_DD, links.back_DD), wires, strict=True)):
         for kind, each in ports.items():
             near, rate = (
                 kind != "network",
-                cluster.intra_bytes_per_s if kind != "network" else cluster.inter_bytes_per_s,
+                wire.intra_bytes_per_s if kind != "network" else wire.inter_bytes_per_s,
             )
             for p in range(each.out_2P.shape[1]):
                 mine = [p] if each.owner == "device" else np.flatnonzero(node == p).tolist()
@@ -115,7 +116,7 @@ def test_ports_are_the_sums_of_their_links(seed, nodes, traffic, split):
 def test_tokens_one_by_one():
     """Without replicas under ``home``: every token goes from its home to its experts' devices, and back."""
     rng = np.random.default_rng(3)
-    cluster = Cluster.parse("2x2")
+    cluster = Cluster.parse("2x2:h100+datasheet")
     batch = tiny_batch(rng, devices=4, experts=6, tokens=(7, 5))
     model, device_LE = tiny_model(batch), rng.integers(4, size=(2, 6))
     count = np.zeros((2, 6, 4), int)
@@ -134,7 +135,7 @@ def test_tokens_one_by_one():
 
 def test_one_device_waits_for_nobody():
     batch = load_batch(np.random.default_rng(0))
-    cluster, count = Cluster.parse("1x1"), np.ones((2, 4, 1), int)
+    cluster, count = Cluster.parse("1x1:h100+datasheet"), np.ones((2, 4, 1), int)
     lanes = step_lanes(batch, 0, count, cluster, tiny_model(batch), traffic="home", split="even")
     assert lanes.waiting_P().sum() == 0 and cluster.plain_wire.start_s == 0
     assert link_bytes(batch, count, cluster, tiny_model(batch), traffic="home", split="even").by_class()[1:] == (0, 0)

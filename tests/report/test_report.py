@@ -193,7 +193,7 @@ def test_numbers_on_the_page_are_those_of_the_comparison(browser, tmp_path):
 
 def test_a_fast_loop_is_shown_by_the_best_fixed_placement():
     trace = zipf_trace(num_tokens=256, num_layers=2, num_experts=8, top_k=2, exponent=1.2)
-    batch, cluster = make_batch(trace, tokens_per_step=32), Cluster.parse("1x4")
+    batch, cluster = make_batch(trace, tokens_per_step=32), Cluster.parse("1x4:h100+datasheet")
     model = ModelSpec.generic(8, 2, batch.layer_ids_L)
     fixed = poise.Placement.from_devices(np.tile(np.arange(8) // 2, (2, 1)), 4)
     entries = [Entry("first", fixed), Entry("quick", fixed, fast=FastLoop(POLICIES["split"], 1))]
@@ -210,7 +210,7 @@ def large():
     """8 x 8 devices, 58 layers, 256 experts, 8 a token, some replicas; two placements that differ everywhere."""
     rng = np.random.default_rng(0)
     trace = zipf_trace(num_tokens=64, num_layers=58, num_experts=256, top_k=8, tokens_per_request=1)
-    batch, cluster = make_batch(trace, tokens_per_step=64), Cluster.parse("8x8:h100")
+    batch, cluster = make_batch(trace, tokens_per_step=64), Cluster.parse("8x8:h100+datasheet")
     model, entries, replays = ModelSpec.generic(256, 8, batch.layer_ids_L), [], {}
     for name in ("one", "two"):
         experts = np.stack([np.concatenate([rng.permutation(256), rng.integers(256, size=64)]) for _ in range(58)])

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from poise.cost.machine import Machine, book, fullest_ports, make_machine, weight_seconds
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.util.compiled import compiled
 
 PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR = 10e-6, 14e-9
@@ -146,7 +147,11 @@ def step_price(
     window_s: float | None = None,
     control_s: float | None = None,
 ) -> StepPrice:
-    """The price of a fast loop at N tokens a step; a measured window or control time replaces the modelled one."""
+    """The price of a fast loop at N tokens a step; a measured window or control time replaces the modelled one.
+
+    Constants that the cluster leaves open are settled.
+    """
+    cluster = settle(cluster, model, tokens)
     return StepPrice(
         cluster,
         model,
@@ -178,6 +183,7 @@ def training_price(
     window_s, control_s : measured seconds in place of the modelled ones.
     sequence_length, causal : for the attention scores in the window; 0 leaves them out.
     """
+    cluster = settle(cluster, model, tokens)
     window = attention_seconds(tokens, cluster, model, sequence_length=sequence_length, causal=causal)
     control = control_seconds(num_experts, cluster)
     return StepPrice(

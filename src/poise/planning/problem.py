@@ -123,8 +123,7 @@ class PlacementProblem:
             have, want = (self.current.num_layers, self.current.num_experts), (self.batch.num_layers, experts)
             if have != want:
                 raise OptionError(f"the current placement has [layers, experts] {have}, the problem {want}")
-        tokens = float(self.batch.weight_B @ self.batch.tokens_BL().max(axis=1))
-        machine = settle(self.cluster, self.model, tokens, engine=self.engine.kernels)
+        machine = settle(self.cluster, self.model, self.batch.mean_tokens(), engine=self.engine.kernels)
         object.__setattr__(self, "cluster", machine)
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)

@@ -16,7 +16,7 @@ from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.machine.settle import ground
+from poise.machine.settle import ground, settle
 from poise.planning.engine_rules import ANY, EngineRules
 from poise.planning.placement import Placement
 from poise.replay.serving import WARM_UP, FastLoop, replay_steps
@@ -347,6 +347,7 @@ def compare(
     names = [entry.name for entry in entries]
     if not names or len(set(names)) < len(names) or not batches:
         raise OptionError(f"a comparison needs traffic and placements with different names, got {names}")
+    cluster = settle(cluster, model, next(iter(batches.values())).mean_tokens(), engine=engine.kernels)
     loops = [entry.fast for entry in entries if entry.fast is not None]
     skip = (WARM_UP if loops else 0) if warm_up is None else warm_up
     room_D = np.minimum(

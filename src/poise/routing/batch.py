@@ -95,6 +95,10 @@ class RoutingBatch:
             return np.asarray(pairs_BL / self.top_k)
         return np.asarray((pairs_BL > 0) * np.diff(self.start_B)[:, None].astype(np.float64))
 
+    def mean_tokens(self) -> float:
+        """Tokens of a step, of the layer that has most, mean over steps."""
+        return float(self.weight_B @ self.tokens_BL().max(axis=1))
+
     def came_from_TL(self) -> NDArray[np.int64]:
         """Where ``stay`` traffic finds a token before each layer, int64 [T, L].
 
