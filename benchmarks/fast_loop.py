@@ -19,8 +19,9 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
 from poise.stepwise.driver import LayerDriver
-from poise.stepwise.poise import kernels as k
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.work_split import best_split
+from poise.stepwise.poise.workspace import Desk, make_workspace
 
 EXPERTS, DRAWS = 256, 300
 
@@ -64,9 +65,8 @@ def main() -> None:
             if devices <= 64:
                 price = step_price(4096, EXPERTS, cluster, model)
                 rates = compiled_price(price).machine
-                space = k.make_workspace(EXPERTS, devices, slots + 2 * devices)
-                ready = k.compile_all(held, space)
-                after = timed(lambda a=(sources, ready, rates, 0.05, space): k.best_split(*a))
+                ready = Desk(rates, make_workspace(EXPERTS, devices, slots + 2 * devices)).put(held)
+                after = timed(lambda a=(sources, 0.05, ready): best_split(*a))
                 driver = LayerDriver(Poise(objective="tokens"), held, step_slots=2, layer=0)
                 view = driver.view(0, load.astype(float), np.zeros((0, EXPERTS)), price)
                 began = time.perf_counter()
