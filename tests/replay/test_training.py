@@ -18,9 +18,9 @@ from poise.replay.training import (
     SourceLoads,
     compute_seconds,
     exchange_seconds,
-    gather_seconds,
     replay_training,
     reshard_seconds,
+    sparse_gather_seconds,
 )
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.flex_moe import FlexMoE
@@ -180,7 +180,7 @@ def test_a_gather_takes_as_long_as_the_rounds_that_run(seed, nodes, fan_out):
     devices, size = cluster.num_devices, price.model.expert_bytes
     held = owned_ED(rng.integers(0, devices, 8), devices)
     new = (rng.random((8, devices)) < 0.4) & ~held
-    seconds = gather_seconds(held, new, price)
+    seconds = sparse_gather_seconds(held, new, price)
     if not new.any():
         assert seconds == 0.0
         return

@@ -275,7 +275,7 @@ class _TrainingRun:
             base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
             added = plan.holders_ED & ~view.before_ED
             new = int(added.sum())
-            switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
+            switch_s = STATE_RATIO * sparse_gather_seconds(view.before_ED, added, price)
             parts = [plan.holders_ED & ~base]
         else:
             base = view.before_ED
@@ -311,7 +311,7 @@ class _TrainingRun:
         )  # fmt: skip
 
 
-def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
+def sparse_gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
     """Seconds of the runtime's sparse gather, round by round, from each expert's first holder; bool [E, D] both.
 
     :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.

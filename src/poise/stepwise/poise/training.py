@@ -28,7 +28,7 @@ from poise.stepwise.poise.gathers import OwnedLayer, calibrate, plan_layer, trie
 from poise.stepwise.poise.node_split import best_quotas, quota_seconds, source_tokens
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
-PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR = 25e-6, 100e-9
+CALIBRATE_SECONDS_BASE, CALIBRATE_SECONDS_PER_PAIR = 25e-6, 100e-9
 """Step 3 on one core: seconds, and seconds per (expert, device), after benchmarks/train.py (part ``planner``)."""
 
 
@@ -68,7 +68,7 @@ class PoiseTraining(StepPolicy):
 
     def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
         """What step 3 takes beside the control time that every exact method pays."""
-        return PLAN_SECONDS_BASE + PLAN_SECONDS_PER_PAIR * num_experts * num_devices
+        return CALIBRATE_SECONDS_BASE + CALIBRATE_SECONDS_PER_PAIR * num_experts * num_devices
 
     def weighed(self, view: LayerView) -> Weighed:
         """Step 1: the best replicas, and what they cost and save beside the owners alone."""
