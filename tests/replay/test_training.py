@@ -29,7 +29,7 @@ from poise.stepwise.methods.smart_moe import SmartMoE
 from poise.stepwise.poise.gathers import OwnedLayer, calibrate, plan_layer, tried_counts
 from poise.stepwise.poise.node_split import best_quotas, quota_seconds, source_tokens
 from poise.stepwise.poise.policy import Poise
-from poise.stepwise.poise.work_split import layer_seconds
+from poise.stepwise.poise.work_split import split_seconds
 from poise.stepwise.poise.workspace import Desk, make_workspace
 from poise.stepwise.registry import POLICIES
 from poise.stepwise.sharding import Balanced, Heterogeneous, even_sharding, owned_ED
@@ -314,7 +314,7 @@ def test_two_level_splits_are_whole_and_priced_as_the_other_kernel_does(seed):
     assert quota.min() >= 0 and (quota[~wide] == 0).all()
     layer = Desk(rates, make_workspace(*wide.shape, int(wide.sum()))).put(wide)
     tokens_H = quota[layer.holders.expert_H, layer.holders.device_H].astype(float)
-    assert seconds == pytest.approx(layer_seconds(tokens_H, load_SE, layer))
+    assert seconds == pytest.approx(split_seconds(tokens_H, load_SE, layer))
 
 
 def exposed(before_ED, early_ED, holders_ED, price):

@@ -18,7 +18,7 @@ from poise.stepwise.methods.hecate import Hecate, HecateCalibrated, materialise,
 from poise.stepwise.methods.lplb import Lplb
 from poise.stepwise.methods.smart_moe import SmartMoE
 from poise.stepwise.poise.policy import Poise
-from poise.stepwise.poise.work_split import best_split, layer_seconds
+from poise.stepwise.poise.work_split import best_split, split_seconds
 from poise.stepwise.poise.workspace import desk_of
 from poise.stepwise.protocol import LayerView
 from poise.stepwise.registry import POLICIES
@@ -80,8 +80,8 @@ def test_the_fast_split_is_whole_and_priced_as_it_is(seed):
     total = np.bincount(holders.expert_H, weights=tokens_H, minlength=len(view.static_ED))
     np.testing.assert_allclose(total, load_SE.sum(axis=0))
     exact = exact_quota(load_SE.sum(axis=0), view.static_ED, layer.machine.speed_D)[holders.expert_H, holders.device_H]
-    assert seconds == pytest.approx(layer_seconds(tokens_H, load_SE, layer))
-    assert seconds <= layer_seconds(exact.astype(float), load_SE, layer) * 1.5 + 1e-12
+    assert seconds == pytest.approx(split_seconds(tokens_H, load_SE, layer))
+    assert seconds <= split_seconds(exact.astype(float), load_SE, layer) * 1.5 + 1e-12
 
 
 def test_algorithm_1_by_hand():

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.machine import Machine, expert_work, fullest_of_sums
-from poise.cost.quota import Holders, Scratch, balance, compile_holders
+from poise.cost.quota import Holders, QuotaProblem, Scratch, balance, compile_holders
 from poise.util.compiled import compiled
 
 SLACKS = np.array([0.0, 0.1, 0.3, 1.0, 1e9])
@@ -75,8 +75,8 @@ def split_tokens(tokens: PartTokens, holds_EX: NDArray[np.bool_], slack: float) 
         for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
             local_H[h] = min(left, tokens.own_EX[e, holders.device_H[h]])
             left -= local_H[h]
-    nothing = np.zeros(0, np.int64)
-    most = balance(tokens.load_E, local_H, nothing, holders, tokens.speed_X, slack, quota_H, scratch)
+    problem = QuotaProblem(tokens.load_E, tokens.speed_X, local_H, np.zeros(0, np.int64), slack)
+    most = balance(problem, holders, quota_H, scratch)
     quota_EX = np.zeros((experts, parts), np.int64)
     for h in range(holders.device_H.size):
         quota_EX[holders.expert_H[h], holders.device_H[h]] = quota_H[h]
@@ -143,7 +143,7 @@ def split_devices(
 def quota_seconds(quota_ED: NDArray[np.int64], sources: SourceTokens, machine: Machine) -> float:
     """Modelled compute and all-to-alls of quotas, int64 [E, D], without latencies.
 
-    As :func:`poise.stepwise.poise.work_split.layer_seconds`, where the sources are known.
+    As :func:`poise.stepwise.poise.work_split.split_seconds`, where the sources are known.
     """
     load_SE, need_EN = sources.load_SE, sources.need_EN
     experts, devices = quota_ED.shape

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.quota import balance
+from poise.cost.quota import QuotaProblem, balance
 from poise.stepwise.poise.workspace import UNITS, Desk, HeldLayer
 from poise.stepwise.protocol import LayerView
 from poise.util.compiled import compiled
@@ -51,9 +51,8 @@ def next_replica(
     scale = UNITS * experts / max(total, 1e-300)
     for e in range(experts):
         space.units_E[e] = np.int64(work_E[e] * scale + 0.5)
-    balance(
-        space.units_E, space.local_H[:0], space.base_D[:0], holders, machine.speed_D, 0.0, space.quota_H, space.scratch
-    )
+    problem = QuotaProblem(space.units_E, machine.speed_D, space.local_H[:0], space.base_D[:0], 0.0)
+    balance(problem, holders, space.quota_H, space.scratch)
     load_D = space.scratch.load_D
     most, least, units = 0.0, 1e300, 0
     for d in range(devices):

@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.machine import expert_work, fullest_of_sums
-from poise.cost.quota import Holders, balance, near_start
+from poise.cost.quota import Holders, QuotaProblem, balance, near_start
 from poise.stepwise.poise.workspace import UNITS, HeldLayer
 from poise.util.compiled import compiled
 
 
 @compiled
-def layer_seconds(tokens_H: NDArray[np.float64], load_SE: NDArray[np.int64], layer: HeldLayer) -> float:
+def split_seconds(tokens_H: NDArray[np.float64], load_SE: NDArray[np.int64], layer: HeldLayer) -> float:
     """Modelled compute, dispatch and combine of a split (float64 [H] tokens), without latencies.
 
     ``load_SE`` int64 [D, E] are the tokens of each source, matched to the nearest quotas
@@ -140,7 +140,7 @@ def split_by_work(
             if space.units_E[e] == 0:
                 for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
                     local_H[h] = 0
-    balance(space.units_E, local_H, base_D, holders, machine.speed_D, slack, space.quota_H, space.scratch)
+    balance(QuotaProblem(space.units_E, machine.speed_D, local_H, base_D, slack), holders, space.quota_H, space.scratch)
     for e in holders.shared_Y:
         if space.units_E[e] > 0:
             for h in range(holders.ptr_E[e], holders.ptr_E[e + 1]):
@@ -166,14 +166,13 @@ def best_split(load_SE: NDArray[np.int64], slack: float, layer: HeldLayer) -> fl
     for turn in range(3):
         near_start(load_SE, holders, machine.node_D, local_H)
         if turn == 0:
-            balance(
-                space.units_E, local_H, space.base_D[:0], holders, machine.speed_D, 0.0, space.quota_H, space.scratch
-            )
+            problem = QuotaProblem(space.units_E, machine.speed_D, local_H, space.base_D[:0], 0.0)
+            balance(problem, holders, space.quota_H, space.scratch)
             for h in range(count):
                 space.tokens_H[h] = space.quota_H[h]
         else:
             split_by_work(load_E, local_H, slack * (turn - 1), 1.0, layer)
-        seconds = layer_seconds(space.tokens_H, load_SE, layer)
+        seconds = split_seconds(space.tokens_H, load_SE, layer)
         if seconds < least:
             least = seconds
             space.best_H[:count] = space.tokens_H[:count]
@@ -188,11 +187,11 @@ def plan_seconds(load_E: NDArray[np.float64], control_s: float, layer: HeldLayer
         total += load_E[e]
     scale = max(1.0, UNITS * load_E.size / max(total, 1e-9))
     split_by_work(load_E, layer.space.local_H[:0], 0.0, scale, layer)
-    return layer_seconds(layer.space.tokens_H, np.zeros((0, 0), np.int64), layer) + control_s
+    return split_seconds(layer.space.tokens_H, np.zeros((0, 0), np.int64), layer) + control_s
 
 
 @compiled
 def passive_seconds(load_E: NDArray[np.float64], layer: HeldLayer) -> float:
     """Modelled seconds of the engine's even split."""
     even_tokens(load_E, layer.holders, layer.space.tokens_H)
-    return layer_seconds(layer.space.tokens_H, np.zeros((0, 0), np.int64), layer)
+    return split_seconds(layer.space.tokens_H, np.zeros((0, 0), np.int64), layer)
