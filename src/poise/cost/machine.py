@@ -106,7 +106,7 @@ def _knots(cluster: Cluster, model: ModelSpec) -> tuple[NDArray[np.float64], NDA
 
 
 @compiled
-def expert_work(tokens, machine):  # type: ignore[no-untyped-def]
+def expert_work(tokens: float, machine: Machine) -> float:
     """Seconds of one expert's tokens at speed 1, as :func:`poise.cost.compute.expert_seconds` has them."""
     last = machine.curve_tokens_X.size - 1
     if last < 0:
@@ -121,20 +121,20 @@ def expert_work(tokens, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def token_work(machine):  # type: ignore[no-untyped-def]
+def token_work(machine: Machine) -> float:
     """Seconds that one more token of a large expert takes."""
     return machine.compute_s + machine.activation_s
 
 
 @compiled
-def knee(machine):  # type: ignore[no-untyped-def]
+def knee(machine: Machine) -> float:
     """Tokens of an expert from which reading its weights no longer counts."""
     last = machine.curve_tokens_X.size - 1
     return machine.read_s / machine.compute_s if last < 0 else machine.curve_tokens_X[last]
 
 
 @compiled
-def expert_works(tokens_E, machine):  # type: ignore[no-untyped-def]
+def expert_works(tokens_E: NDArray[np.float64], machine: Machine) -> NDArray[np.float64]:
     """:func:`expert_work` of each expert, float64 [E]."""
     out = np.empty(tokens_E.size)
     for e in range(tokens_E.size):
@@ -143,7 +143,7 @@ def expert_works(tokens_E, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def book(port_PD, source, target, amount, node_D):  # type: ignore[no-untyped-def]
+def book(port_PD: NDArray[np.float64], source: int, target: int, amount: float, node_D: NDArray[np.int64]) -> None:
     """Book what goes from a device to a device on the ports it passes; nothing if it stays."""
     if target == source:
         return
@@ -156,7 +156,7 @@ def book(port_PD, source, target, amount, node_D):  # type: ignore[no-untyped-de
 
 
 @compiled
-def book_even_homes(port_PD, tokens_D, machine):  # type: ignore[no-untyped-def]
+def book_even_homes(port_PD: NDArray[np.float64], tokens_D: NDArray[np.float64], machine: Machine) -> None:
     """Ports anew where only loads are known: each device is the home of 1 / D of the tokens that any computes."""
     devices = machine.speed_D.size
     total, first = 0.0, 0
@@ -176,31 +176,31 @@ def book_even_homes(port_PD, tokens_D, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def weight_seconds(ports, machine):  # type: ignore[no-untyped-def]
+def weight_seconds(ports: tuple[float, float], machine: Machine) -> float:
     """Seconds a byte until the fullest ports inside nodes and between them are drained of weights."""
     return max(ports[0] / machine.intra_bytes_per_s, ports[1] / machine.inter_bytes_per_s)
 
 
 @compiled
-def dispatch_seconds(ports, machine):  # type: ignore[no-untyped-def]
+def dispatch_seconds(ports: tuple[float, float], machine: Machine) -> float:
     """Seconds until the fullest ports, in token copies, are drained on the way out."""
     return max(ports[0] * machine.out_intra_s, ports[1] * machine.out_inter_s)
 
 
 @compiled
-def combine_seconds(ports, machine):  # type: ignore[no-untyped-def]
+def combine_seconds(ports: tuple[float, float], machine: Machine) -> float:
     """The same on the way back."""
     return max(ports[0] * machine.back_intra_s, ports[1] * machine.back_inter_s)
 
 
 @compiled
-def exchange_seconds(ports, machine):  # type: ignore[no-untyped-def]
+def exchange_seconds(ports: tuple[float, float], machine: Machine) -> float:
     """Out and, by the mirror image, back."""
     return dispatch_seconds(ports, machine) + combine_seconds(ports, machine)
 
 
 @compiled
-def fullest_ports(port_PD, machine):  # type: ignore[no-untyped-def]
+def fullest_ports(port_PD: NDArray[np.float64], machine: Machine) -> tuple[float, float]:
     """What passes the fullest port inside nodes, and the fullest between them; a shared network port takes what its
     node's devices send.
     """
@@ -219,7 +219,9 @@ def fullest_ports(port_PD, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def fullest_of_sums(out_D, in_D, away_N2, machine):  # type: ignore[no-untyped-def]
+def fullest_of_sums(
+    out_D: NDArray[np.float64], in_D: NDArray[np.float64], away_N2: NDArray[np.float64], machine: Machine
+) -> tuple[float, float]:
     """:func:`fullest_ports` where no pairs are known, only sums.
 
     ``out_D``, ``in_D``: what leaves and reaches each device; ``away_N2``: the part of it that leaves and enters each
