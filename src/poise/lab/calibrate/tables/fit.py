@@ -3,9 +3,10 @@
     seconds = start + sum over experts of max(read_factor * expert_bytes / bandwidth, n * compute_factor * flops / peak)
               + activation_factor * (S * (2h + 3i) + 2 N h) * 2 bytes / bandwidth
 
-with n the tokens of an expert, S the pairs on the rank, N the tokens that the kernel was given, h and i the widths: in use, N
-is the tokens that dispatch brings to the rank. Least squares of the
-logarithm of the ratio, with a soft l1 loss: rows last from 20 microseconds to a second, and a few are off by a multiple.
+with n the tokens of an expert, S the pairs on the rank, N the tokens that the kernel was given, h and i the widths: in
+use, N is the tokens that dispatch brings to the rank. Least squares of the
+logarithm of the ratio, with a soft l1 loss: rows last from 20 microseconds to a second, and a few are off by a
+multiple.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from poise.lab.calibrate.tables.fit import KernelFit, KernelWork, fit_kernel
 
 
 def folds(label_R: NDArray[np.generic], count: int = 2) -> NDArray[np.int64]:
-    """Fold of each row, by its label: the sorted labels are dealt to the folds in turn. One fold if there is one label."""
+    """Fold of each row, by its label: the sorted labels are dealt to the folds in turn. One fold if there is one
+    label.
+    """
     labels, which_R = np.unique(label_R, return_inverse=True, axis=0)
     return np.arange(len(labels))[which_R.reshape(-1)] % count
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +68,10 @@ class KernelRows:
 
     def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> KernelRows:
         """These rows only."""
-        arrays = (self.shape_R4, self.ranks_R, self.tokens_R, self.alpha_R, self.seconds_R)
-        return KernelRows(*self.name, self.version, self.weight_bytes, *(one[index] for one in arrays))
+        return replace(
+            self, shape_R4=self.shape_R4[index], ranks_R=self.ranks_R[index], tokens_R=self.tokens_R[index],
+            alpha_R=self.alpha_R[index], seconds_R=self.seconds_R[index],
+        )  # fmt: skip
 
     def workloads(self) -> Iterator[Workload]:
         """What each row says of its load."""
@@ -80,14 +82,16 @@ class KernelRows:
 
 
 def gpu_name(folder: str) -> str | None:
-    """poise's name of a GPU of the tables, if poise knows its peaks."""
+    """The preset that a GPU of the tables is, if its peaks are known."""
     name = folder.removesuffix("_sxm")
     return name if name in PEAKS else None
 
 
 def peak_of(gpu: str, weight_bytes: float) -> float:
     """Dense FLOP/s of a GPU in the type of weights that large, or the next larger type it has a peak of."""
-    wanted = ("4bit", "8bit", "16bit") if weight_bytes < 0.75 else ("8bit", "16bit") if weight_bytes < 1.5 else ("16bit",)
+    wanted = (
+        ("4bit", "8bit", "16bit") if weight_bytes < 0.75 else ("8bit", "16bit") if weight_bytes < 1.5 else ("16bit",)
+    )
     return next(PEAKS[gpu][kind] for kind in wanted if kind in PEAKS[gpu])
 
 
@@ -123,16 +127,17 @@ def _rows_of(source: TableSource, place: TablePlace, gpu: str) -> Iterator[Kerne
             index = keep & (kernel == one) & (kind == table_type)
             name, weight_bytes = TYPES[table_type]
             yield KernelRows(
-                gpu, name, place.engine, str(one), place.version, weight_bytes, shape[index], whole["moe_ep_size"][index],
-                whole["num_tokens"][index], np.array([alpha[word] for word in data["distribution"][index]]), seconds[index],
+                gpu, name, place.engine, str(one), place.version, weight_bytes, shape[index],
+                whole["moe_ep_size"][index], whole["num_tokens"][index],
+                np.array([alpha[word] for word in data["distribution"][index]]), seconds[index],
             )  # fmt: skip
 
 
 def read_kernels(source: TableSource) -> list[KernelRows]:
     """The kernels that are fitted, sorted by name.
 
-    For each GPU, engine and type of one version of the engine: the newest that has at least half as many rows as the one
-    that has most. Groups of too few rows or shapes are left out.
+    For each GPU, engine and type of one version of the engine: the newest that has at least half as many rows as the
+    one that has most. Groups of too few rows or shapes are left out.
 
     Raises
     ------
@@ -167,7 +172,8 @@ def _of_one_version(found: Iterable[KernelRows]) -> Iterator[KernelRows]:
 def given_tokens(group: KernelRows, loads: RankLoads) -> NDArray[np.float64]:
     """Tokens that the timed kernel was given, float [R].
 
-    vLLM's and TensorRT-LLM's were given all tokens of all ranks, SGLang's in power-law rows only those with an expert here.
+    vLLM's and TensorRT-LLM's were given all tokens of all ranks, SGLang's in power-law rows only those with an expert
+    here.
     """
     everything = group.tokens_R.astype(float)
     return np.where(group.alpha_R > 0, loads.tokens_R, everything) if group.engine == "sglang" else everything
@@ -181,7 +187,9 @@ def ideal_work(
     given_R: NDArray[np.float64],
     seconds_R: NDArray[np.float64],
 ) -> KernelWork:
-    """Ideal seconds of gated experts (three matrices), ``given_R`` tokens given to the kernel, beside what was measured."""
+    """Ideal seconds of gated experts (three matrices), ``given_R`` tokens given to the kernel, beside what was
+    measured.
+    """
     hidden, inner = shape_R4[:, 0].astype(float), shape_R4[:, 1].astype(float)
     bandwidth = DEVICES[gpu]["memory_bytes_per_s"]
     parameters = 3.0 * hidden * inner

@@ -1,16 +1,18 @@
 """The loads on which the tables' kernels were timed, drawn anew by the rules of the collector that timed them.
 
-Own code after the rules of ai-dynamo/aiconfigurator, ``collector/helper.py`` (Apache-2.0), which wrote the tables. A table
-names tokens, experts, top-k, ranks and a distribution and holds one time: that of *the fullest rank*. Its loads are not in
-the table, so they are drawn again; a random distribution is the mean of several draws (:mod:`.ranks`).
+Own code after the rules of ai-dynamo/aiconfigurator, ``collector/helper.py`` (Apache-2.0), which wrote the tables. A
+table names tokens, experts, top-k, ranks and a distribution and holds one time: that of *the fullest rank*. Its loads
+are not in the table, so they are drawn again; a random distribution is the mean of several draws (:mod:`.ranks`).
 
 - *balanced*: expert ``t + j * ceil(E / K)`` modulo E is the j-th of token t; rank 0 is timed.
-- *power law a*: loads of the experts are independent with density x**-a on [1, 0.8 N], or [0.01, 2] where there are no more
-  pairs than experts; scaled to N * K, rounded, cut at N. What the cut takes off, and what rounding left over, go to (or come
-  from) the ranks in turn, there to the emptiest (from the fullest) expert.
-- *before 2026-04-19* (the wide-EP tables): what was left over went to the emptiest experts one by one, those of the last
-  rank first where many are equal. Below one token an expert that piles work on one rank, and makes EPLB look better.
-- *EPLB*: greedy replication and longest-first placement on the very loads that are timed (an oracle), over the old rule.
+- *power law a*: loads of the experts are independent with density x**-a on [1, 0.8 N], or [0.01, 2] where there are no
+  more pairs than experts; scaled to N * K, rounded, cut at N. What the cut takes off, and what rounding left over, go
+  to (or come from) the ranks in turn, there to the emptiest (from the fullest) expert.
+- *before 2026-04-19* (the wide-EP tables): what was left over went to the emptiest experts one by one, those of the
+  last rank first where many are equal. Below one token an expert that piles work on one rank, and makes EPLB look
+  better.
+- *EPLB*: greedy replication and longest-first placement on the very loads that are timed (an oracle), over the old
+  rule.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def _draw(tokens: int, experts: int, top_k: int, alpha: float, rng: np.random.Ge
 
 
 def _raise_lowest(count_RE: Counts, add_R: Counts, cap: int) -> tuple[Counts, Counts]:
-    """In each row the lowest entry (the first of equals) gets 1, ``add_R`` times, none beyond ``cap``; and what was left."""
+    """In each row the lowest entry (the first of equals) gets 1, ``add_R`` times, none beyond ``cap``; and what was
+    left.
+    """
     add = np.minimum(add_R, count_RE.shape[1] * cap - count_RE.sum(axis=1))
     low, high = np.zeros(len(add), np.int64), np.full(len(add), cap, np.int64)
     while (low < high).any():  # the highest level to which all lower entries can be raised
@@ -80,9 +84,7 @@ def _fullest_first(count_RE: Counts) -> Counts:
     return count_RE.reshape(-1)
 
 
-def power_law_load(
-    tokens: int, experts: int, top_k: int, ranks: int, alpha: float, rng: np.random.Generator
-) -> Counts:
+def power_law_load(tokens: int, experts: int, top_k: int, ranks: int, alpha: float, rng: np.random.Generator) -> Counts:
     """One draw of tokens of every expert, int [E]: sums to N * K, none above N, the fullest rank first."""
     count, over, missing = _draw(tokens, experts, top_k, alpha, rng)
     count_RE = _in_turn(count.reshape(ranks, -1), over, tokens)
@@ -126,8 +128,8 @@ def old_power_law_load(
 def eplb_slots(load_E: NDArray[np.int64], slots: int, ranks: int) -> NDArray[np.float64]:
     """Tokens of every slot, float [ranks, slots / ranks], the fullest rank first.
 
-    Each slot beyond E goes to the expert whose replicas have most tokens each; then slots, the fullest first, go to the rank
-    that has fewest tokens and still a place.
+    Each slot beyond E goes to the expert whose replicas have most tokens each; then slots, the fullest first, go to the
+    rank that has fewest tokens and still a place.
     """
     replicas = np.ones(len(load_E), np.int64)
     heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
@@ -164,8 +166,8 @@ def eplb_load(
 def different_tokens(load_E: Counts, own: int, tokens: int) -> int:
     """Different tokens with an expert among the first ``own``, where pairs are dealt as the collector deals them.
 
-    Experts, the fullest first, are written one after the other into K columns of N tokens: an expert has the tokens of an
-    arc of the circle of N, so the answer is the length of a union of arcs.
+    Experts, the fullest first, are written one after the other into K columns of N tokens: an expert has the tokens of
+    an arc of the circle of N, so the answer is the length of a union of arcs.
     """
     order = np.argsort(-load_E, kind="stable")
     start = np.concatenate([[0], np.cumsum(load_E[order])[:-1]]) % tokens

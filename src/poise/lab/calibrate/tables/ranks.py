@@ -26,8 +26,8 @@ DRAWS = 5
 class Workload(NamedTuple):
     """What a row of a table says of the load: the key under which drawn loads are kept.
 
-    ``alpha`` is the exponent of the power law, 0 where loads are balanced. ``slots`` is 0 but in wide-EP tables: there the
-    number of slots under EPLB, and -1 without EPLB, since those tables were drawn by the old rule.
+    ``alpha`` is the exponent of the power law, 0 where loads are balanced. ``slots`` is 0 but in wide-EP tables: there
+    the number of slots under EPLB, and -1 without EPLB, since those tables were drawn by the old rule.
     """
 
     tokens: int

@@ -59,7 +59,8 @@ class TableSource:
     def __post_init__(self) -> None:
         if not (self.path.is_dir() or (self.path.suffix == ".whl" and zipfile.is_zipfile(self.path))):
             raise OptionError(
-                f"{self.path} holds no kernel tables", hint="an aisimulate wheel, or its folder aisimulate_core/systems/data"
+                f"{self.path} holds no kernel tables",
+                hint="an aisimulate wheel, or its folder aisimulate_core/systems/data",
             )
         if not self._keys:
             raise OptionError(
@@ -79,9 +80,10 @@ class TableSource:
     @cached_property
     def version(self) -> str:
         """``aisimulate VERSION (Apache-2.0)``, from the wheel's name or the dist-info beside an unpacked one."""
-        names = [self.path.name] if not self.path.is_dir() else [
-            info.name for above in self.path.resolve().parents[:3] for info in above.glob("aisimulate-*.dist-info")
-        ] + [wheel.name for above in self.path.resolve().parents[:4] for wheel in above.glob("aisimulate-*.whl")]  # fmt: skip
+        names = [self.path.name]
+        if self.path.is_dir():
+            above = self.path.resolve().parents[:4]
+            names = [beside.name for folder in above for beside in sorted(folder.glob("aisimulate-*"))]
         found = [match[1] for name in names if (match := re.match(r"aisimulate-([^-]+?)(?:-|\.dist-info)", name))]
         return f"aisimulate {found[0] if found else 'of an unknown version'} (Apache-2.0)"
 
@@ -126,7 +128,9 @@ class TableSource:
         except Exception as error:  # pyarrow's own types are not known here
             raise OptionError(f"{place.key} is no parquet file: {str(error)[:200]}") from None
         if missing:
-            raise OptionError(f"{place.key} lacks the column {missing[0]!r}", hint=f"columns needed: {', '.join(names)}")
+            raise OptionError(
+                f"{place.key} lacks the column {missing[0]!r}", hint=f"columns needed: {', '.join(names)}"
+            )
         try:
             table = file.read(columns=list(names))
             return {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}

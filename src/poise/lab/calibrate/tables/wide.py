@@ -27,7 +27,9 @@ PREDICTORS = ("model", "datasheet", "tokens")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WideRows:
-    """Rows of one GPU of the wide-EP table; ``slots_R`` is -1 without EPLB. Otherwise as :class:`.kernels.KernelRows`."""
+    """Rows of one GPU of the wide-EP table; ``slots_R`` is -1 without EPLB. Otherwise as
+    :class:`.kernels.KernelRows`.
+    """
 
     gpu: str
     type: str
@@ -105,7 +107,9 @@ class Ratios:
         return Ratios(self.gpu_P[index], self.tokens_each_P[index], self.measured_P[index], predicted)
 
     def figures(self, least: float = 0.03) -> dict[str, float]:
-        """Mean gains (geometric), errors of the ratio, and how often the sign is right where it differs by ``least``."""
+        """Mean gains (geometric), errors of the ratio, and how often the sign is right where it differs by
+        ``least``.
+        """
         clear = np.abs(np.log(self.measured_P)) > least
         out = {
             "pairs": float(len(self.measured_P)),
@@ -121,10 +125,16 @@ class Ratios:
 
 
 def ratios(rows: WideRows, work: KernelWork) -> tuple[Ratios, Ratios]:
-    """Without over with EPLB, and 256 over 288 slots both with EPLB; the model fitted without the pair's shape and EPLB."""
+    """Without over with EPLB, and 256 over 288 slots both with EPLB; the model fitted without the pair's shape and
+    EPLB.
+    """
     bare = rows.slots_R < 0
     shape_R = np.unique(rows.shape_R4, axis=0, return_inverse=True)[1].reshape(-1)
-    predicted = {"model": _left_out(work, bare, shape_R), "datasheet": DATASHEET.seconds(work), "tokens": work.loads.pairs_R}
+    predicted = {
+        "model": _left_out(work, bare, shape_R),
+        "datasheet": DATASHEET.seconds(work),
+        "tokens": work.loads.pairs_R,
+    }
     key = [
         (*shape, ranks, tokens, alpha)
         for shape, ranks, tokens, alpha in zip(
