@@ -44,6 +44,7 @@ class ExchangeRows:
     intra_R, inter_R : bytes into the fullest port inside the node, and into a rank's network port.
     seconds_R : measured.
     label_R : rows that are alike; a fold holds all of a label or none.
+    experts_R : experts of the model, where the table has them.
     """
 
     peers_R: Floats
@@ -52,12 +53,13 @@ class ExchangeRows:
     inter_R: Floats
     seconds_R: Floats
     label_R: NDArray[np.int64]
+    experts_R: Floats | None = None
 
     def take(self, index: NDArray[np.bool_]) -> ExchangeRows:
         """These rows only."""
         return ExchangeRows(
             self.peers_R[index], self.across_R[index], self.intra_R[index], self.inter_R[index], self.seconds_R[index],
-            self.label_R[index],
+            self.label_R[index], None if self.experts_R is None else self.experts_R[index],
         )  # fmt: skip
 
 
@@ -122,9 +124,9 @@ def fit_exchange_rows(rows: ExchangeRows) -> ExchangeFit:
     return constants(found.x)
 
 
-def held_out_exchange(rows: ExchangeRows, count: int) -> Floats:
-    """Each row as predicted by constants fitted to the other folds of labels; NaN where there is no other."""
-    fold, out = folds(rows.label_R, count), np.full(len(rows.seconds_R), np.nan)
+def held_out_exchange(rows: ExchangeRows) -> Floats:
+    """Each row as predicted by constants fitted to the rows of all other labels; NaN where there is no other."""
+    fold, out = folds(rows.label_R, len(np.unique(rows.label_R))), np.full(len(rows.seconds_R), np.nan)
     for one in np.unique(fold):
         judged = fold == one
         if not judged.all():
@@ -134,9 +136,7 @@ def held_out_exchange(rows: ExchangeRows, count: int) -> Floats:
 
 def judged_exchange(rows: ExchangeRows) -> ExchangeFit:
     """Constants of all rows, with the error on rows that were left out of other fits."""
-    kinds = len(np.unique(rows.label_R))
-    error = mape(held_out_exchange(rows, kinds if kinds < 64 else 8), rows.seconds_R) if kinds > 1 else float("nan")
-    return replace(fit_exchange_rows(rows), error=error)
+    return replace(fit_exchange_rows(rows), error=mape(held_out_exchange(rows), rows.seconds_R))
 
 
 def ranks_hit(experts: Floats, top_k: Floats, ranks: int) -> Floats:
@@ -184,8 +184,9 @@ def _deepep(source: TableSource, place: TablePlace, gpu: str, kind: str) -> Iter
         # low-latency messages carry a header of 16 bytes besides
         size = size + 16.0 if low and way == "dispatch" else size
         ways[way] = ExchangeRows(
-            ranks - 1, data["node_num"] > 1, tokens * intra * size, tokens * inter * size, data[times[way]] / 1e6, label
-        )
+            ranks - 1, data["node_num"] > 1, tokens * intra * size, tokens * inter * size, data[times[way]] / 1e6,
+            label, data["num_experts"],
+        )  # fmt: skip
     yield LinkRows(gpu, "deepep-ll" if low else "deepep-normal", "nodes" if many else "node", place.version, **ways)
 
 

@@ -105,7 +105,7 @@ def alpha_of(distribution: str, key: str) -> float:
     return float(match[1])
 
 
-def _version_key(version: str) -> tuple[int, ...]:
+def version_key(version: str) -> tuple[int, ...]:
     """Orders versions."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
@@ -133,6 +133,16 @@ def _rows_of(source: TableSource, place: TablePlace, gpu: str) -> Iterator[Kerne
             )  # fmt: skip
 
 
+def read_all_versions(source: TableSource) -> list[KernelRows]:
+    """Every kernel of every release of every engine on GPUs that poise knows."""
+    found: list[KernelRows] = []
+    for place in source.tables("moe", "moe_perf"):
+        gpu = gpu_name(place.gpu)
+        if gpu is not None and not place.version.startswith("dev"):  # a build of some commit
+            found += _rows_of(source, place, gpu)
+    return found
+
+
 def read_kernels(source: TableSource) -> list[KernelRows]:
     """The kernels that are fitted, sorted by name.
 
@@ -143,12 +153,7 @@ def read_kernels(source: TableSource) -> list[KernelRows]:
     ------
     OptionError : a table cannot be read, or nothing is left.
     """
-    found: list[KernelRows] = []
-    for place in source.tables("moe", "moe_perf"):
-        gpu = gpu_name(place.gpu)
-        if gpu is not None and not place.version.startswith("dev"):  # a build of some commit
-            found += _rows_of(source, place, gpu)
-    out = list(_of_one_version(found))
+    out = list(_of_one_version(read_all_versions(source)))
     if not out:
         raise OptionError(
             f"{source.path} has no kernel of {MIN_ROWS} rows and {MIN_SHAPES} shapes on a GPU that poise knows",
@@ -164,7 +169,7 @@ def _of_one_version(found: Iterable[KernelRows]) -> Iterator[KernelRows]:
     for versions in by.values():
         count = {version: sum(len(group.seconds_R) for group in groups) for version, groups in versions.items()}
         enough = [version for version, rows in count.items() if 2 * rows >= max(count.values())]
-        for group in versions[max(enough, key=_version_key)]:
+        for group in versions[max(enough, key=version_key)]:
             if len(group.seconds_R) >= MIN_ROWS and len(np.unique(group.shape_R4, axis=0)) >= MIN_SHAPES:
                 yield group
 

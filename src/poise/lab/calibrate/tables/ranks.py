@@ -21,6 +21,8 @@ KNOTS_X = np.array(
 """Tokens of one expert at which the excess is kept; between them it is taken for straight."""
 DRAWS = 5
 """As many as the collector took the mean of."""
+WIDE_DRAWS = 20
+"""Rows of wide-EP tables are of one draw, which nobody knows: the model predicts the mean of many."""
 
 
 class Workload(NamedTuple):
@@ -72,7 +74,7 @@ def _vector(count_E: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
     return np.concatenate([[count_E.sum(), (count_E > 0).sum(), tokens], excess])
 
 
-def rank_vector(work: Workload, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64]:
+def rank_vector(work: Workload, seed: int = 0) -> NDArray[np.float64]:
     """Pairs, active experts, tokens and excess of one workload, float [3 + X]: the mean over draws."""
     tokens, experts, top_k, ranks, alpha, slots = work
     if alpha == 0.0:
@@ -80,7 +82,7 @@ def rank_vector(work: Workload, draws: int = DRAWS, seed: int = 0) -> NDArray[np
     rng = np.random.default_rng([seed, tokens, experts, top_k, ranks, round(100 * alpha), slots + 1])
     own = (slots if slots > 0 else experts) // ranks
     found = []
-    for _ in range(draws):
+    for _ in range(WIDE_DRAWS if slots else DRAWS):
         if slots > 0:
             count = loads.eplb_load(tokens, experts, top_k, ranks, alpha, slots, rng)
         elif slots < 0:
