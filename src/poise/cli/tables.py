@@ -142,6 +142,5 @@ def _tell(one: ModelKernel) -> None:
     fit = one.fit
     o.talk.print(
         f"{one.kernel} ({one.engine} {one.version}, {one.type}) on {one.gpu}: start {1e6 * fit.start_s:.1f} us, "
-        f"reads at {1 / fit.read_factor:.0%} of the bandwidth, computes at {1 / fit.compute_factor:.0%} of the peak; "
-        f"{one.error:.1%} off on numbers of ranks that were not fitted"
+        f"reads weights at {1 / fit.read_factor:.0%} of the bandwidth; {one.error:.1%} off on numbers of ranks that were not fitted"
     )
