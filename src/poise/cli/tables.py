@@ -20,7 +20,7 @@ from poise.lab.calibrate.tables.result import (
     kernel_of_model,
     links_to_dict,
     machines,
-    machines_text,
+    one_a_line,
 )
 from poise.lab.calibrate.tables.source import TableSource
 from poise.machine.cluster import Cluster
@@ -73,7 +73,7 @@ def _for_all(source: TableSource, as_json: bool) -> tuple[str, dict[str, Any]]:
     data = machines(source, found, read_links(source), datetime.date.today().isoformat())
     if not as_json:
         _show(found, data)
-    return machines_text(data), data
+    return one_a_line(data), data
 
 
 def _show(found: list[JudgedKernel], data: dict[str, Any]) -> None:
@@ -142,5 +142,6 @@ def _tell(one: ModelKernel) -> None:
     fit = one.fit
     o.talk.print(
         f"{one.kernel} ({one.engine} {one.version}, {one.type}) on {one.gpu}: start {1e6 * fit.start_s:.1f} us, "
-        f"reads weights at {1 / fit.read_factor:.0%} of the bandwidth; {one.error:.1%} off on numbers of ranks that were not fitted"
+        f"reads weights at {1 / fit.read_factor:.0%} of the bandwidth; "
+        f"{one.error:.1%} off on numbers of ranks that were not fitted"
     )

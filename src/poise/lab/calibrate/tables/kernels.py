@@ -28,6 +28,8 @@ TYPES = {
 """Name and bytes of a weight, scales of blocks included, of each type in the tables."""
 OTHER_FORM = ("nongated", "situ_as_silu")
 """Kernels of experts without a gate, and of an activation that a stand-in was timed for."""
+SGLANG_LOCAL = (0, 5, 14)
+"""SGLang's release from which on its power-law rows were timed on the tokens of rank 0 alone."""
 MIN_ROWS, MIN_SHAPES = 500, 2
 """Fewer do not show an error on unseen shapes: such groups are not listed."""
 COLUMNS = (
@@ -177,11 +179,12 @@ def _of_one_version(found: Iterable[KernelRows]) -> Iterator[KernelRows]:
 def given_tokens(group: KernelRows, loads: RankLoads) -> NDArray[np.float64]:
     """Tokens that the timed kernel was given, float [R].
 
-    vLLM's and TensorRT-LLM's were given all tokens of all ranks, SGLang's in power-law rows only those with an expert
-    here.
+    All tokens of all ranks, but in SGLang's later tables: there only those with an expert here, where loads are random.
     """
     everything = group.tokens_R.astype(float)
-    return np.where(group.alpha_R > 0, loads.tokens_R, everything) if group.engine == "sglang" else everything
+    if group.engine != "sglang" or version_key(group.version) < SGLANG_LOCAL:
+        return everything
+    return np.where(group.alpha_R > 0, loads.tokens_R, everything)
 
 
 def ideal_work(

@@ -108,8 +108,8 @@ def machines(
     }  # fmt: skip
 
 
-def machines_text(data: dict[str, Any]) -> str:
-    """The file: one kernel or link a line."""
+def one_a_line(data: dict[str, Any]) -> str:
+    """JSON with each entry of a list in a line."""
     lines = []
     for key, value in data.items():
         if isinstance(value, list):
