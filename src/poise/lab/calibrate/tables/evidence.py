@@ -143,7 +143,7 @@ def _many_experts(rows: ExchangeRows) -> NDArray[np.bool_] | None:
 
 
 MANY_EXPERTS = 128
-"""From here on a low-latency exchange is also judged apart: with 8 or 16 experts it is far slower than its bytes say."""
+"""Low-latency exchanges are also judged from here on: with 8 or 16 experts they are far slower than their bytes say."""
 
 
 def version_figures(found: Iterable[KernelRows]) -> list[dict[str, Any]]:
