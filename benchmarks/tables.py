@@ -360,9 +360,9 @@ def main() -> None:
     if path is None or path.suffix == ".json":
         path = path or newest()
     else:
-        figures = compute(path, given.keep, given.machines)
+        figures = _rounded(compute(path, given.keep, given.machines))
         path = common.REPORTS / f"{figures['date']}-tables.json"
-        path.write_text(one_a_line(_rounded(figures)), encoding="utf-8")
+        path.write_text(one_a_line(figures), encoding="utf-8")
         sys.argv = [sys.argv[0], "TABLES", *(f"--{name}" for name in ("docs", "machines") if getattr(given, name))]
         common.write(NAME, report(figures))
     if given.docs:
@@ -371,7 +371,7 @@ def main() -> None:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return None if math.isnan(value) else float(f"{value:.4g}")
+        return None if math.isnan(value) else float(f"{value:.6g}")
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     return [_rounded(one) for one in value] if isinstance(value, list) else value

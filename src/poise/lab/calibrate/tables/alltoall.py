@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 from scipy.special import gammaln
 
 from poise.lab.calibrate.tables.judge import folds, mape
-from poise.lab.calibrate.tables.kernels import gpu_name
+from poise.lab.calibrate.tables.kernels import gpu_name, version_key
 from poise.lab.calibrate.tables.source import TablePlace, TableSource, numbers
 
 Floats = NDArray[np.float64]
@@ -28,7 +28,6 @@ RANKS_A_NODE = {"gb200": 4}
 """Ranks of the one-node tables of DeepEP, where they are not 8."""
 SMS = 24
 """Streaming multiprocessors that DeepEP's normal kernels were given in the rows taken here: its own test's number."""
-DOUBTFUL = "several nodes of h100 and h200: identical rows but for the label"
 LOSS = 0.02
 """Relative error from which on the loss grows linearly: with few rows and two constants, the mean error is what
 counts."""
@@ -95,7 +94,7 @@ class LinkRows:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the rows' origin is in doubt."""
+        """Whether the rows' origin is in doubt: those of several nodes are the same for h100 and h200 but for the GPU."""
         return self.reach == "nodes"
 
 
@@ -238,7 +237,7 @@ def read_links(source: TableSource) -> list[LinkRows]:
     def add(rows: Iterator[LinkRows]) -> None:
         for one in rows:
             key = (one.gpu, one.library, one.reach)
-            if key not in found or _newer(one.version, found[key].version):
+            if key not in found or version_key(one.version) > version_key(found[key].version):
                 found[key] = one
 
     for kind, name in (("ll", "wideep_deepep_ll_perf"), ("normal", "wideep_deepep_normal_perf")):
@@ -252,10 +251,3 @@ def read_links(source: TableSource) -> list[LinkRows]:
         if (gpu := gpu_name(place.gpu)) is not None:
             add(_nvlink_domain(source, place, gpu))
     return [found[key] for key in sorted(found)]
-
-
-def _newer(one: str, other: str) -> bool:
-    def parts(version: str) -> list[int]:
-        return [int(part) for part in version.replace("rc", ".").replace("post", ".").split(".") if part.isdigit()]
-
-    return parts(one) > parts(other)
