@@ -7,18 +7,18 @@ import pytest
 from tests.lab.calibrate import tables_cases as cases
 
 from poise.lab.calibrate.tables import alltoall, result
-from poise.lab.calibrate.tables.alltoall import ExchangeFit, ExchangeRows, LinkRows
+from poise.lab.calibrate.tables.alltoall import AllToAllFit, AllToAllRows, LinkRows
 from poise.lab.calibrate.tables.source import TableSource
 from poise.util.errors import OptionError
 
-ONE_NODE = ExchangeFit(12e-6, 0.0, 0.0, 250e9, None)
-NODES = ExchangeFit(13e-6, 0.15e-6, 6e-6, 250e9, 48e9)
+ONE_NODE = AllToAllFit(12e-6, 0.0, 0.0, 250e9, None)
+NODES = AllToAllFit(13e-6, 0.15e-6, 6e-6, 250e9, 48e9)
 TOKENS = np.array([1, 8, 64, 512, 4096], float)
 
 
 def node_rows(true=ONE_NODE, noise=0.0):
     size, tokens = (one.reshape(-1) for one in np.meshgrid([2048.0, 4096.0, 7168.0], TOKENS))
-    bare = ExchangeRows(
+    bare = AllToAllRows(
         np.full(15, 7.0), np.zeros(15, bool), 7 * tokens * size, np.zeros(15), np.ones(15), size.astype(int)
     )
     seconds = true.seconds(bare) * np.exp(noise * np.random.default_rng(0).standard_normal(15))
@@ -28,7 +28,7 @@ def node_rows(true=ONE_NODE, noise=0.0):
 def nodes_rows(true=NODES):
     nodes, tokens = (one.reshape(-1) for one in np.meshgrid([1.0, 2.0, 4.0, 8.0], TOKENS))
     copies = 8 * 7168 * tokens
-    bare = ExchangeRows(
+    bare = AllToAllRows(
         8 * nodes - 1, nodes > 1, copies * 7 / (8 * nodes), copies * (nodes - 1) / nodes, np.ones(20), nodes.astype(int)
     )
     return replace(bare, seconds_R=true.seconds(bare))

@@ -34,7 +34,7 @@ counts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExchangeRows:
+class AllToAllRows:
     """Measured rows of one direction.
 
     Parameters
@@ -54,16 +54,16 @@ class ExchangeRows:
     label_R: NDArray[np.int64]
     experts_R: Floats | None = None
 
-    def take(self, index: NDArray[np.bool_]) -> ExchangeRows:
+    def take(self, index: NDArray[np.bool_]) -> AllToAllRows:
         """These rows only."""
-        return ExchangeRows(
+        return AllToAllRows(
             self.peers_R[index], self.across_R[index], self.intra_R[index], self.inter_R[index], self.seconds_R[index],
             self.label_R[index], None if self.experts_R is None else self.experts_R[index],
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class ExchangeFit:
+class AllToAllFit:
     """Constants of one direction; ``inter_bytes_per_s`` is None where all ranks are on one node."""
 
     start_s: float
@@ -73,7 +73,7 @@ class ExchangeFit:
     inter_bytes_per_s: float | None
     error: float = float("nan")
 
-    def seconds(self, rows: ExchangeRows) -> Floats:
+    def seconds(self, rows: AllToAllRows) -> Floats:
         """What the constants say of each row, float [R]."""
         port = rows.intra_R / self.intra_bytes_per_s
         if self.inter_bytes_per_s is not None:
@@ -89,16 +89,16 @@ class LinkRows:
     library: str
     reach: str
     version: str
-    dispatch: ExchangeRows
-    combine: ExchangeRows
+    dispatch: AllToAllRows
+    combine: AllToAllRows
 
     @property
     def doubtful(self) -> bool:
-        """Whether the rows' origin is in doubt: those of several nodes are the same for h100 and h200 but for the GPU."""
+        """Whether the rows' origin is in doubt: h100 and h200 have the same ones of several nodes, but for the label."""
         return self.reach == "nodes"
 
 
-def fit_exchange_rows(rows: ExchangeRows) -> ExchangeFit:
+def fit_exchange_rows(rows: AllToAllRows) -> AllToAllFit:
     """Constants that fit best; those of which the rows tell nothing are 0 or None."""
     use = [
         True,
@@ -109,11 +109,11 @@ def fit_exchange_rows(rows: ExchangeRows) -> ExchangeFit:
     ]
     begin = np.log(np.array([12e-6, 0.1e-6, 5e-6, 250e9, 45e9])[use])
 
-    def constants(log: Floats) -> ExchangeFit:
+    def constants(log: Floats) -> AllToAllFit:
         values = np.zeros(5)
         values[use] = np.exp(log)
         start, peer, nodes, intra, inter = values.tolist()
-        return ExchangeFit(start, peer, nodes, intra, inter if use[4] else None)
+        return AllToAllFit(start, peer, nodes, intra, inter if use[4] else None)
 
     def residual(log: Floats) -> Floats:
         out: Floats = np.log(constants(log).seconds(rows) / rows.seconds_R)
@@ -123,7 +123,7 @@ def fit_exchange_rows(rows: ExchangeRows) -> ExchangeFit:
     return constants(found.x)
 
 
-def held_out_exchange(rows: ExchangeRows) -> Floats:
+def held_out_exchange(rows: AllToAllRows) -> Floats:
     """Each row as predicted by constants fitted to the rows of all other labels; NaN where there is no other."""
     fold, out = folds(rows.label_R, len(np.unique(rows.label_R))), np.full(len(rows.seconds_R), np.nan)
     for one in np.unique(fold):
@@ -133,7 +133,7 @@ def held_out_exchange(rows: ExchangeRows) -> Floats:
     return out
 
 
-def judged_exchange(rows: ExchangeRows) -> ExchangeFit:
+def judged_exchange(rows: AllToAllRows) -> AllToAllFit:
     """Constants of all rows, with the error on rows that were left out of other fits."""
     return replace(fit_exchange_rows(rows), error=mape(held_out_exchange(rows), rows.seconds_R))
 
@@ -182,7 +182,7 @@ def _deepep(source: TableSource, place: TablePlace, gpu: str, kind: str) -> Iter
     for way, size in _way_bytes(data["hidden_size"]).items():
         # low-latency messages carry a header of 16 bytes besides
         size = size + 16.0 if low and way == "dispatch" else size
-        ways[way] = ExchangeRows(
+        ways[way] = AllToAllRows(
             ranks - 1, data["node_num"] > 1, tokens * intra * size, tokens * inter * size, data[times[way]] / 1e6,
             label, data["num_experts"],
         )  # fmt: skip
@@ -200,7 +200,7 @@ def _nccl(source: TableSource, place: TablePlace, gpu: str) -> Iterator[LinkRows
     sent = numbers(data["message_size"], "message_size", place.key, least=1) * item * (ranks - 1) / ranks
     seconds = numbers(data["latency"], "latency", place.key, least=0.0) / 1e3
     zero = np.zeros(int(keep.sum()))
-    rows = ExchangeRows(ranks[keep] - 1, zero > 0, sent[keep], zero, seconds[keep], _labels(sent[keep]))
+    rows = AllToAllRows(ranks[keep] - 1, zero > 0, sent[keep], zero, seconds[keep], _labels(sent[keep]))
     yield LinkRows(gpu, "nccl", "node", place.version, rows, rows)
 
 
@@ -223,7 +223,7 @@ def _nvlink_domain(source: TableSource, place: TablePlace, gpu: str) -> Iterator
             size = number["hidden_size"] * (weight if way == "dispatch" else 2.0)
             sent = number["num_tokens"] * np.minimum(ranks, number["topk"]) * (1 - 1 / ranks) * size
             zero = np.zeros(int(keep.sum()))
-            ways[way] = ExchangeRows(
+            ways[way] = AllToAllRows(
                 ranks[keep] - 1, zero > 0, sent[keep], zero, number["latency"][keep] / 1e3, _labels(ranks[keep])
             )
         if len(ways) == 2:

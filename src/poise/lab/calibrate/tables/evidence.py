@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.lab.calibrate.tables.alltoall import ExchangeRows, LinkRows, held_out_exchange
+from poise.lab.calibrate.tables.alltoall import AllToAllRows, LinkRows, held_out_exchange
 from poise.lab.calibrate.tables.fit import DATASHEET
 from poise.lab.calibrate.tables.judge import bias, folds, held_out_seconds, mape
 from poise.lab.calibrate.tables.kernels import KernelRows, version_key
@@ -138,7 +138,7 @@ def link_figures(links: Iterable[LinkRows]) -> list[dict[str, Any]]:
     return out
 
 
-def _many_experts(rows: ExchangeRows) -> NDArray[np.bool_] | None:
+def _many_experts(rows: AllToAllRows) -> NDArray[np.bool_] | None:
     return None if rows.experts_R is None else rows.experts_R >= MANY_EXPERTS
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.lab.calibrate.tables.alltoall import ExchangeFit, LinkRows, judged_exchange
+from poise.lab.calibrate.tables.alltoall import AllToAllFit, LinkRows, judged_exchange
 from poise.lab.calibrate.tables.defaults import default_kernels
 from poise.lab.calibrate.tables.fit import KernelFit, KernelWork, fit_kernel
 from poise.lab.calibrate.tables.judge import folds, held_out_seconds, mape
@@ -84,7 +84,7 @@ def kernel_entries(found: Iterable[JudgedKernel]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _way(fit: ExchangeFit) -> dict[str, float | None]:
+def _way(fit: AllToAllFit) -> dict[str, float | None]:
     names = ("start_s", "peer_s", "nodes_start_s", "intra_bytes_per_s", "inter_bytes_per_s")
     return {**{name: _short(getattr(fit, name)) for name in names}, "error": _short(fit.error, 3)}
 
