@@ -94,7 +94,7 @@ class LinkRows:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the rows' origin is in doubt: h100 and h200 have the same ones of several nodes, but for the label."""
+        """Whether the rows' origin is in doubt: those of several nodes are the same for h100 and h200."""
         return self.reach == "nodes"
 
 
