@@ -28,6 +28,10 @@ WIDE_BANDS = (1.0, 4.0, 16.0, 64.0)
 """Tokens an expert, all experts counted, between which pairs with and without EPLB are counted together."""
 PRESET_START_S = 10e-6
 """What poise's datasheet presets charge an all-to-all inside a node."""
+MANY_EXPERTS = 128
+"""Low-latency exchanges are also judged from here on: with 8 or 16 experts they are far slower than their bytes say."""
+MIN_COMMON = 150
+"""Rows that two releases must have in common."""
 
 
 def _bands(edges: tuple[float, ...], value: NDArray[np.float64]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -142,10 +146,6 @@ def _many_experts(rows: AllToAllRows) -> NDArray[np.bool_] | None:
     return None if rows.experts_R is None else rows.experts_R >= MANY_EXPERTS
 
 
-MANY_EXPERTS = 128
-"""Low-latency exchanges are also judged from here on: with 8 or 16 experts they are far slower than their bytes say."""
-
-
 def version_figures(found: Iterable[KernelRows]) -> list[dict[str, Any]]:
     """Same kernel, same balanced load, two releases that follow one another: how far the measurements are apart."""
     by: dict[tuple[str, ...], list[KernelRows]] = {}
@@ -166,10 +166,6 @@ def version_figures(found: Iterable[KernelRows]) -> list[dict[str, Any]]:
                     after),
                 })  # fmt: skip
     return out
-
-
-MIN_COMMON = 150
-"""Rows that two releases must have in common."""
 
 
 def _keyed(group: KernelRows) -> Iterator[tuple[tuple[int, int, float], list[int], float]]:
