@@ -47,7 +47,8 @@ OPTIONS = {
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},
     "calibrate": {"--output", "--model", "--hidden", "--inner", "--matrices", "--curve", "--dilation", "--seconds",
-                  "--repeats", "--quick", "--find-nic", "--device", "--cluster", "--json"},
+                  "--repeats", "--quick", "--find-nic", "--device", "--cluster", "--json", "--from-tables", "--gpu", "--engine",
+                  "--type", "--library"},
 }  # fmt: skip
 
 
