@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from poise.lab.calibrate.tables.fit import KernelWork
 from poise.lab.calibrate.tables.ranks import KnownLoads, RankLoads, Workload, rank_loads
 from poise.lab.calibrate.tables.source import TablePlace, TableSource, numbers
+from poise.machine.constants import peak_of
 from poise.machine.presets import DEVICES, PEAKS
 from poise.util.errors import OptionError
 
@@ -87,14 +88,6 @@ def gpu_name(folder: str) -> str | None:
     """The preset that a GPU of the tables is, if its peaks are known."""
     name = folder.removesuffix("_sxm")
     return name if name in PEAKS else None
-
-
-def peak_of(gpu: str, weight_bytes: float) -> float:
-    """Dense FLOP/s of a GPU in the type of weights that large, or the next larger type it has a peak of."""
-    wanted = (
-        ("4bit", "8bit", "16bit") if weight_bytes < 0.75 else ("8bit", "16bit") if weight_bytes < 1.5 else ("16bit",)
-    )
-    return next(PEAKS[gpu][kind] for kind in wanted if kind in PEAKS[gpu])
 
 
 def alpha_of(distribution: str, key: str) -> float:

@@ -16,9 +16,10 @@ from poise.lab.calibrate.tables.alltoall import AllToAllFit, LinkRows, judged_ex
 from poise.lab.calibrate.tables.defaults import default_kernels
 from poise.lab.calibrate.tables.fit import KernelFit, KernelWork, fit_kernel
 from poise.lab.calibrate.tables.judge import folds, held_out_seconds, mape
-from poise.lab.calibrate.tables.kernels import KernelRows, kernel_work, peak_of
+from poise.lab.calibrate.tables.kernels import KernelRows, kernel_work
 from poise.lab.calibrate.tables.ranks import KnownLoads
 from poise.lab.calibrate.tables.source import TableSource
+from poise.machine.constants import peak_of
 from poise.machine.model import ModelSpec
 from poise.machine.presets import DEVICES
 from poise.util.errors import NoResultError
