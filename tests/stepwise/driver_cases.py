@@ -196,7 +196,7 @@ def trained(policy: str, batch: RoutingBatch) -> tuple[StepPrice, Plans]:
     model = h.build(layers=LAYERS)
     run = fully_shard_experts(model, mesh=h.MESH(WORLD), policy=policy, step_slots=SLOTS, sharding=None,
                               cluster=machine(WORLD), window_s=1e-7)  # fmt: skip
-    run.schedule.top_k, run.schedule.history.pairs_L[:] = TOP_K, PAIRS  # else the first pass tells
+    run.schedule.planner.top_k, run.schedule.planner.history.pairs_L[:] = TOP_K, PAIRS  # else the first pass tells
     with recorded() as plans:
         for step in range(STEPS):
             model.zero_grad()
@@ -205,7 +205,7 @@ def trained(policy: str, batch: RoutingBatch) -> tuple[StepPrice, Plans]:
             model(x, [ids_TLK[:, layer] for layer in range(LAYERS)]).sum().backward()
             if step % 3 == 1:
                 evaluated(model, x, ids_TLK, plans)
-    return run.schedule.price(PAIRS), plans
+    return run.schedule.planner.price(PAIRS), plans
 
 
 def evaluated(model: torch.nn.Module, x: torch.Tensor, ids_TLK: torch.Tensor, plans: Plans) -> None:

@@ -78,8 +78,8 @@ def checkpointed(module: nn.Module, reentrant: bool = False) -> None:
 def counted_once(run: Any, steps: int) -> None:
     schedule = run.schedule
     assert [one.layer for one in run.metrics] == list(range(h.LAYERS))
-    assert [len(schedule.history.of(layer)) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
-    assert [schedule.history.seen(layer) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
+    assert [len(schedule.planner.history.of(layer)) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
+    assert [schedule.planner.history.seen(layer) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
 
 
 def checkpoint_case(part: str) -> dict:

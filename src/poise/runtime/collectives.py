@@ -1,15 +1,17 @@
 """SparseAllGather and SparseReduceScatter over one communicator, without copies: rows go straight from where they lie.
 
 A batch of point-to-point operations a round. Every exchange has a tag of its own (:func:`next_tag`), so that what one
-left behind is never taken for another's. On a CPU, rounds after the first are posted in :meth:`Pending.wait`; on CUDA
-all are queued at once on a stream of their own.
+left behind is never taken for another's. On a CPU, rounds after the first are posted in :meth:`Pending.wait`, or, after
+:func:`run_on_thread`, on a thread of their own; on CUDA all are queued at once on a stream of their own.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poise.cost.transfers import Transfer, TransferPlan
+from poise.runtime.spans import ended
 from poise.util.errors import CommunicationError
 
 ExpertTensors = Callable[[int], Sequence[Tensor]]
@@ -37,11 +40,13 @@ class _InFlight:
     drawn : tags drawn by exchanges in their order, the same on all ranks.
     held : works, and the tensors that they read and fill, of every batch that nobody has waited for.
     forgotten : batches among these that nobody can wait for any more.
+    thread : what runs sparse collectives of the group; None: who waits for them does.
     """
 
     drawn: int = 0
     held: dict[int, tuple[list[Any], list[Tensor]]] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
+    thread: ThreadPoolExecutor | None = None
 
 
 _lines: weakref.WeakKeyDictionary[Any, _InFlight] = weakref.WeakKeyDictionary()
@@ -59,6 +64,16 @@ def exchanges(group: Any) -> int:
     """How many exchanges of a group have begun: the same on all ranks, or one has left out what others did."""
     line = _lines.get(group)
     return 0 if line is None else line.drawn
+
+
+def run_on_thread(group: Any) -> None:
+    """Let sparse collectives of a group on CPUs run on a thread of their own, one after the other as they began.
+
+    So their later rounds do not wait for :meth:`Pending.wait`, as on a CUDA stream. An error is raised where it is
+    waited for. All ranks of the group should do the same; from the next collective on.
+    """
+    line = _lines.setdefault(group, _InFlight())
+    line.thread = line.thread or ThreadPoolExecutor(1, "poise-weights")
 
 
 class Batch:
@@ -232,15 +247,28 @@ class Pending:
         self._buffer_bytes = 0
         self._done = not self.rounds
         self._stream: Any = None
-        if device.type == "cuda" and not self._done:  # all rounds at once, on a stream of their own
+        self._running: Future[None] | None = None
+        self._began = time.monotonic()
+        if self._done:
+            return
+        thread = _lines[group].thread
+        if device.type == "cuda":  # all rounds at once, on a stream of their own
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
-                while not self._done:
-                    self._post()
-                    self._land()
-        elif not self._done:
+                self._run()
+        elif thread is not None:
+            self._running = thread.submit(self._run)
+        else:
             self._post()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _run(self) -> None:
+        """All rounds, one after the other."""
+        self._began = time.monotonic()  # others may have been before it on the thread
+        while not self._done:
+            self._post()
+            self._land()
 
     def _post(self) -> None:
         operations = []
@@ -266,6 +294,8 @@ class Pending:
         self.arrived = []
         self._counted(-self._buffer_bytes)
         self._done = not self.rounds
+        if self._done:
+            ended("reduce" if self.reduce else "gather", self._began)
 
     def _counted(self, nbytes: int) -> None:
         self._buffer_bytes += nbytes
@@ -279,6 +309,9 @@ class Pending:
         """Until everything this rank sends and receives is done; may be called again."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            return
+        if self._running is not None:
+            self._running.result()
             return
         while not self._done:
             self._land()

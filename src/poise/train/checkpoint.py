@@ -191,12 +191,12 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     if schedule is None:
         sharded_layers(model)
         raise ModelError("these experts belong to no run")
-    first, out = dist.get_rank(schedule.tokens_group) == 0, {}
+    first, out = schedule.deployment.rank == 0, {}
     for key, value in model.state_dict().items():
         if isinstance(value, ExpertShards):
             prefix, _, attribute = key.rpartition(".")
             module = layers[prefix]
-            full = _collect(value.rows, module, schedule.weights_group)
+            full = _collect(value.rows, module, schedule.deployment.weights_group)
             name = next(n for n, a in module._attribute.items() if a == attribute)
             if full is not None and module.listed:
                 out.update({f"{prefix}.{e}.{name}": full[e].clone() for e in range(len(full))})

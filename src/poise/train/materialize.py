@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cost.transfers import Form, TransferPlan, plan_transfers
-from poise.machine.cluster import Cluster
+from poise.cost.transfers import TransferPlan, plan_transfers
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
-from poise.train.sharding import LayerRunner, ShardedExperts
+from poise.train.owned import OwnedExperts
+from poise.train.settings import Deployment
 from poise.util.errors import ModelError
 
 
@@ -41,41 +42,6 @@ class Ledger:
     def reset(self) -> None:
         """Forget the peak."""
         self.peak, self.peak_parts = sum(self.now.values()), dict(self.now)
-
-
-class WeightSchedule(LayerRunner, Protocol):
-    """What a layer's weights need of the run they belong to."""
-
-    rank: int
-    layers: list[ShardedExperts]
-    cluster: Cluster
-    form: Form
-    ledger: Ledger
-    reduce_dtype: torch.dtype
-
-    @property
-    def expert_bytes(self) -> float:
-        """Bytes of one expert's weights on the wire."""
-        ...
-
-    @property
-    def gradient_bytes(self) -> float:
-        """Bytes of one expert's gradients on the wire."""
-        ...
-
-    def forward_done(self, weights: Materialised) -> None:
-        """Experts of a layer have run."""
-        ...
-
-    def backward_starts(self, weights: Materialised) -> None:
-        """A layer's backward begins."""
-        ...
-
-    def backward_done(
-        self, weights: Materialised, own: dict[str, Tensor | None], replicas: dict[int, list[Tensor]], nbytes: int
-    ) -> None:
-        """A layer's experts have their gradients; ``nbytes`` are counted for the replicas'."""
-        ...
 
 
 class Storage:
@@ -109,20 +75,39 @@ class Storage:
             self.ledger.add(self.kind, -self.nbytes)
 
 
-class Materialised:
-    """Weights of one layer in one forward pass.
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerGradients:
+    """Gradients of a layer's weights on one rank, of one backward pass.
 
     Parameters
     ----------
-    experts, schedule : the layer and the run it belongs to.
+    own : by name, of the experts owned here [n, ...]; None: no token reached one.
+    replicas : by expert, of each replica that computed here, one tensor a trainable weight.
+    nbytes : what the ledger counts for the replicas'.
+    """
+
+    own: dict[str, Tensor | None]
+    replicas: dict[int, list[Tensor]]
+    nbytes: int
+
+
+class Materialised:
+    """Weights of one layer in one forward pass: when they come and go is decided by who holds them.
+
+    Parameters
+    ----------
+    experts : those owned here.
+    deployment : where they are computed.
+    ledger : what counts the bytes.
     early_ED : bool [E, D], holders known before the gate.
     plan : how they get their experts.
     """
 
     def __init__(
-        self, experts: ShardedExperts, schedule: WeightSchedule, early_ED: NDArray[np.bool_], plan: TransferPlan
-    ) -> None:
-        self.experts, self.schedule = experts, schedule
+        self, experts: OwnedExperts, deployment: Deployment, ledger: Ledger, early_ED: NDArray[np.bool_],
+        plan: TransferPlan,
+    ) -> None:  # fmt: skip
+        self.experts, self.deployment, self.ledger = experts, deployment, ledger
         self.early_ED = early_ED
         self.owner_E, self.trainable = experts.owner_E, experts.trainable
         self.parts: list[_Replicas] = []
@@ -130,13 +115,13 @@ class Materialised:
         # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
         self._own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
         self.copies: Storage | None = None
-        if experts.needs_copies:
-            like: dict[str, Any] = {"device": schedule.device, "dtype": schedule.compute_dtype}
+        device, dtype = deployment.device, deployment.compute_dtype
+        if any(rows.dtype != dtype or rows.device != device for rows in self._own.values()):
+            like: dict[str, Any] = {"device": device, "dtype": dtype}
             bank = {name: torch.empty(rows.shape, **like).requires_grad_(name in self.trainable)
                     for name, rows in self._own.items()}  # fmt: skip
-            self.copies = Storage(bank, schedule.ledger, "copies of owned experts")
+            self.copies = Storage(bank, ledger, "copies of owned experts")
         self.gathered_count = 0
-        self.kept_bytes, self.used_in_backward = 0.0, False
         self._fill_copies()
         self._add(plan, early_ED)
 
@@ -149,7 +134,7 @@ class Materialised:
     def _add(self, plan: TransferPlan, holders_ED: NDArray[np.bool_]) -> None:
         if not plan.count:
             return
-        experts, rank = self.experts, self.schedule.rank
+        experts, rank = self.experts, self.deployment.rank
         mine = [int(e) for e in np.flatnonzero(holders_ED[:, rank]) if experts.owner_E[e] != rank]
         self.parts.append(_Replicas(self, plan, mine))
         self.gathered_count += plan.count
@@ -159,10 +144,24 @@ class Materialised:
         late_ED = holders_ED & ~self.early_ED
         self.used_ED = used_ED
         if late_ED.any():
-            schedule = self.schedule
-            plan = plan_transfers(self.owner_E, late_ED, schedule.cluster, expert_bytes=schedule.expert_bytes,
-                                  form=schedule.form)  # fmt: skip
+            there = self.deployment
+            plan = plan_transfers(self.owner_E, late_ED, there.cluster, expert_bytes=there.expert_bytes,
+                                  form=there.form)  # fmt: skip
             self._add(plan, late_ED)
+
+    @property
+    def fullest_bytes(self) -> float:
+        """Bytes of this layer's replicas on the rank that has most of them; the same on all ranks."""
+        extra_D = np.zeros(self.deployment.cluster.num_devices, np.int64)
+        for part in self.parts:
+            extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
+        return float(extra_D.max() * self.deployment.expert_bytes)
+
+    @property
+    def gather_s(self) -> float:
+        """Modelled seconds of gathering the replicas once."""
+        there = self.deployment
+        return sum(part.plan.seconds(there.cluster, there.expert_bytes) for part in self.parts)
 
     @property
     def slots(self) -> list[int]:
@@ -174,7 +173,7 @@ class Materialised:
         return [count_E[ids].tolist() for ids in (self.experts.mine, *(part.mine for part in self.parts))]
 
     def banks(self) -> list[Bank]:
-        """See :class:`poise.runtime.layer.Weights`."""
+        """Stacked weights in the order of :attr:`slots`, once they are here."""
         self.ready()
         own = self._own if self.copies is None else self.copies.bank
         return [own, *(part.storage.bank for part in self.parts)]
@@ -205,13 +204,9 @@ class Materialised:
             self.copies.free()
 
     def leaves(self) -> list[Tensor]:
-        """See :class:`poise.runtime.layer.Weights`."""
+        """The tensors whose gradients are wanted: every trainable weight of every bank."""
         own = self._own if self.copies is None else self.copies.bank
         return [bank[name] for bank in (own, *(part.storage.bank for part in self.parts)) for name in self.trainable]
-
-    def after_forward(self) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
-        self.schedule.forward_done(self)
 
     def check_owners(self) -> None:
         """They may have moved since the forward pass.
@@ -226,17 +221,8 @@ class Materialised:
                 hint="go backward before the next optimizer step",
             )
 
-    def before_backward(self) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
-        self.used_in_backward = True
-        self.schedule.backward_starts(self)
-        self.ready()
-
-    def after_backward(self, grads: Sequence[Tensor | None] | None) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
-        if grads is None:
-            self.free()
-            return
+    def gradients(self, grads: Sequence[Tensor | None]) -> LayerGradients:
+        """What belongs to whom among gradients of :meth:`leaves`; the ledger counts those of replicas from now on."""
         names = self.trainable
         own = dict(zip(names, grads[: len(names)], strict=True))
         replicas: dict[int, list[Tensor]] = {}
@@ -244,30 +230,30 @@ class Materialised:
         for part in self.parts:
             mine, at = grads[at : at + len(names)], at + len(names)
             for row, expert in enumerate(part.mine):
-                if self.used_ED[expert, self.schedule.rank]:
+                if self.used_ED[expert, self.deployment.rank]:
                     replicas[expert] = [
                         torch.zeros_like(part.storage.bank[name][row]) if grad is None else grad[row]
                         for name, grad in zip(names, mine, strict=True)
                     ]
         nbytes = sum(grad.nbytes for grad in grads[len(names) :] if grad is not None)
-        self.schedule.ledger.add("replica gradients", nbytes)
-        self.free()
-        self.schedule.backward_done(self, own, replicas, nbytes)
+        self.ledger.add("replica gradients", nbytes)
+        return LayerGradients(own, replicas, nbytes)
 
 
 class _Replicas:
     """Experts fetched together: those known before the gate, or those added after it."""
 
     def __init__(self, owner: Materialised, plan: TransferPlan, mine: list[int]) -> None:
-        self.plan, self.mine, self.owner, self.group = plan, mine, weakref.ref(owner), owner.schedule.weights_group
-        self.device = owner.schedule.device
-        like: dict[str, Any] = {"device": owner.schedule.device, "dtype": owner.schedule.compute_dtype}
+        deployment = owner.deployment
+        self.plan, self.mine, self.owner, self.group = plan, mine, weakref.ref(owner), deployment.weights_group
+        self.device = deployment.device
+        like: dict[str, Any] = {"device": deployment.device, "dtype": deployment.compute_dtype}
         shapes = owner.experts.kind.shapes
         bank = {
             name: torch.empty(len(mine), *shape, **like).requires_grad_(name in owner.trainable)
             for name, shape in shapes.items()
         }
-        self.storage = Storage(bank, owner.schedule.ledger, "replicas")
+        self.storage = Storage(bank, owner.ledger, "replicas")
         self.gather: Pending | None = None
         self.here = False
         self.start()
