@@ -9,7 +9,7 @@ did it. Names of the parts:
 - Training, backward, each after the word ``backward``: ``weights``, ``dispatch``, ``arrange``, ``experts`` (not where
   no token came), ``reduce`` (gradients are added or sent to their owners, and the gather for the layer before begins),
   ``combine``.
-- On a thread of its own: ``plan ahead``, replicas of the next forward pass.
+- ``early plan``: replicas before the gate, on a thread of its own when they are planned ahead.
 - Sparse collectives: ``gather`` and ``reduce``, from the first message that is posted to the last that has arrived.
 
 Times are the host's: on CUDA they tell when work was queued, not when the device did it.

@@ -117,7 +117,7 @@ class RunPlanner:
                         expert_bytes=there.expert_bytes, form=there.form)  # fmt: skip
 
         def plan() -> Plan:
-            with span("plan ahead"):
+            with span("early plan"):
                 early_ED = driver.choose(view)
                 return early_ED, route(early_ED)
 
