@@ -6,7 +6,6 @@ and filled again before its backward. The tensors stay the same throughout: only
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,14 +112,15 @@ class Materialised:
         self.parts: list[_Replicas] = []
         self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
         # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
-        self._own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
+        own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
         self.copies: Storage | None = None
         device, dtype = deployment.device, deployment.compute_dtype
-        if any(rows.dtype != dtype or rows.device != device for rows in self._own.values()):
+        if any(rows.dtype != dtype or rows.device != device for rows in own.values()):
             like: dict[str, Any] = {"device": device, "dtype": dtype}
             bank = {name: torch.empty(rows.shape, **like).requires_grad_(name in self.trainable)
-                    for name, rows in self._own.items()}  # fmt: skip
+                    for name, rows in own.items()}  # fmt: skip
             self.copies = Storage(bank, ledger, "copies of owned experts")
+        self._held = _OwnRows(experts.mine, own if self.copies is None else self.copies.bank, self.trainable)
         self.gathered_count = 0
         self._fill_copies()
         self._add(plan, early_ED)
@@ -136,7 +136,7 @@ class Materialised:
             return
         experts, rank = self.experts, self.deployment.rank
         mine = [int(e) for e in np.flatnonzero(holders_ED[:, rank]) if experts.owner_E[e] != rank]
-        self.parts.append(_Replicas(self, plan, mine))
+        self.parts.append(_Replicas(self._held, self.deployment, self.ledger, plan, mine))
         self.gathered_count += plan.count
 
     def complete(self, holders_ED: NDArray[np.bool_], used_ED: NDArray[np.bool_]) -> None:
@@ -175,14 +175,10 @@ class Materialised:
     def banks(self) -> list[Bank]:
         """Stacked weights in the order of :attr:`slots`, once they are here."""
         self.ready()
-        own = self._own if self.copies is None else self.copies.bank
-        return [own, *(part.storage.bank for part in self.parts)]
+        return self._banks()
 
-    def own_row(self, expert: int) -> list[Tensor]:
-        """Weights of an expert owned here."""
-        row = self.experts.mine.index(expert)
-        bank = self._own if self.copies is None else self.copies.bank
-        return [weight.data[row] for weight in bank.values()]
+    def _banks(self) -> list[Bank]:
+        return [self._held.bank, *(part.storage.bank for part in self.parts)]
 
     def start(self) -> None:
         """Gather again what was freed."""
@@ -205,8 +201,7 @@ class Materialised:
 
     def leaves(self) -> list[Tensor]:
         """The tensors whose gradients are wanted: every trainable weight of every bank."""
-        own = self._own if self.copies is None else self.copies.bank
-        return [bank[name] for bank in (own, *(part.storage.bank for part in self.parts)) for name in self.trainable]
+        return [bank[name] for bank in self._banks() for name in self.trainable]
 
     def check_owners(self) -> None:
         """They may have moved since the forward pass.
@@ -240,20 +235,34 @@ class Materialised:
         return LayerGradients(own, replicas, nbytes)
 
 
-class _Replicas:
-    """Experts fetched together: those known before the gate, or those added after it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _OwnRows:
+    """Experts owned here as they are computed with and sent: numbers, stacked weights, names of those trained."""
 
-    def __init__(self, owner: Materialised, plan: TransferPlan, mine: list[int]) -> None:
-        deployment = owner.deployment
-        self.plan, self.mine, self.owner, self.group = plan, mine, weakref.ref(owner), deployment.weights_group
-        self.device = deployment.device
+    mine: list[int]
+    bank: Bank
+    trainable: list[str]
+
+
+class _Replicas:
+    """Experts gathered together: those known before the gate, or those added after it.
+
+    Parameters
+    ----------
+    own : what this rank sends.
+    deployment, ledger : as in :class:`Materialised`.
+    plan : how all ranks get their experts.
+    mine : what this rank gets.
+    """
+
+    def __init__(
+        self, own: _OwnRows, deployment: Deployment, ledger: Ledger, plan: TransferPlan, mine: list[int]
+    ) -> None:
+        self.own, self.plan, self.mine, self.deployment = own, plan, mine, deployment
         like: dict[str, Any] = {"device": deployment.device, "dtype": deployment.compute_dtype}
-        shapes = owner.experts.kind.shapes
-        bank = {
-            name: torch.empty(len(mine), *shape, **like).requires_grad_(name in owner.trainable)
-            for name, shape in shapes.items()
-        }
-        self.storage = Storage(bank, owner.ledger, "replicas")
+        bank = {name: torch.empty(len(mine), *weight.shape[1:], **like).requires_grad_(name in own.trainable)
+                for name, weight in own.bank.items()}  # fmt: skip
+        self.storage = Storage(bank, ledger, "replicas")
         self.gather: Pending | None = None
         self.here = False
         self.start()
@@ -263,16 +272,14 @@ class _Replicas:
         if self.here or self.gather is not None:
             return
         self.storage.allocate()
-        self.gather = sparse_all_gather(self.plan, self.group, self.rows, self.device)
+        there = self.deployment
+        self.gather = sparse_all_gather(self.plan, there.weights_group, self.rows, there.device)
 
     def rows(self, expert: int) -> list[Tensor]:
-        """Where an expert lies on this rank."""
-        if expert in self.mine:
-            row = self.mine.index(expert)
-            return [weight.data[row] for weight in self.storage.bank.values()]
-        owner = self.owner()
-        assert owner is not None
-        return owner.own_row(expert)
+        """Weights of an expert on this rank, replica or owned."""
+        held, bank = (self.mine, self.storage.bank) if expert in self.mine else (self.own.mine, self.own.bank)
+        row = held.index(expert)
+        return [weight.data[row] for weight in bank.values()]
 
     def wait(self) -> None:
         """Until they are here."""
