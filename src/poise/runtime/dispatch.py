@@ -80,7 +80,7 @@ def named(ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def evenly(ids_TK: Tensor, num_experts: int, rank: int) -> Tensor:
-    """The same number of pairs for every expert, in place of the router's choice; what names no expert stays."""
+    """The same number of pairs for every expert, in place of the router's choice; ids that name no expert stay."""
     turn = torch.arange(ids_TK.numel(), device=ids_TK.device) + rank * ids_TK.numel()
     return torch.where(named(ids_TK, num_experts), (turn % num_experts).view(ids_TK.shape), ids_TK)
 
@@ -97,16 +97,16 @@ def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
 
 
 def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
-    """From this rank's expert ids int64 [T, K] and everyone's pairs by source, expert and device int64 [D, E, D].
+    """One rank's exchange, from its expert ids int64 [T, K] and pairs by source, expert and device int64 [D, E, D].
 
-    Pairs without an expert stay behind.
-    ``slots`` are the experts held here in the order they are computed; without it, by number.
+    Pairs without an expert are not sent. ``slots`` are the experts held here in the order they are computed; without
+    it, by number.
     """
     device = ids_TK.device
     mine_ED, here_SE = rows_SED[rank], rows_SED[:, :, rank]
     ids = ids_TK.reshape(-1)
     if mine_ED.sum() < len(ids):
-        ids = torch.where(named(ids, len(mine_ED)), ids, len(mine_ED))  # last, where nothing is sent from
+        ids = torch.where(named(ids, len(mine_ED)), ids, len(mine_ED))  # sorted behind all that is sent
     by_expert = torch.argsort(ids, stable=True)
     to = np.repeat(np.tile(np.arange(mine_ED.shape[1]), mine_ED.shape[0]), mine_ED.reshape(-1))
     by_rank = torch.from_numpy(np.argsort(to, kind="stable")).to(device)
@@ -123,7 +123,7 @@ def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots:
 
 
 def there(x_Nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
-    """Pairs in sending order to their ranks; what is computed here, [n, d], sorted by expert.
+    """Send pairs, in sending order, to their ranks; those that are computed here, [n, d], sorted by expert.
 
     ``prefix`` is put before the names of its spans (:mod:`poise.runtime.spans`).
     """
@@ -134,7 +134,7 @@ def there(x_Nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
 
 
 def back(y_nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
-    """The reverse of :func:`there`: [N, d] in sending order."""
+    """Send results back, the reverse of :func:`there`; those of this rank's pairs, [N, d], in sending order."""
     out = torch.empty_like(y_nd)
     out[way.arrange_n] = y_nd
     with span(f"{prefix}combine"):

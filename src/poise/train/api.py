@@ -319,7 +319,7 @@ def fully_shard_experts(
 
 
 def _take_gradient_hooks(new: ShardedExperts, module: nn.Module) -> None:
-    """Those of stacked weights; a list of experts with some is refused."""
+    """Give the new weights the gradient hooks of the stacked weights they stand for."""
     for name, weight in module.named_parameters(recurse=False):
         for kind in GRADIENT_HOOKS:
             if getattr(weight, kind, None):
@@ -338,7 +338,7 @@ def _second_group(first: Any) -> Any:
 
 
 def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> ModelSpec:
-    """Sizes for the policies' price: an expert weighs what it weighs."""
+    """Sizes for the policies' price, those of one expert from its weights."""
     size = float(torch.empty((), dtype=dtype).element_size())
     hidden, inner = kind.hidden, max(1, round(kind.numel / (kind.matrices * kind.hidden)))
     return ModelSpec("training", layers, tuple(range(layers)), experts, min(top_k, experts), hidden, inner,
@@ -346,7 +346,7 @@ def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype)
 
 
 def _hide(experts: ShardedExperts) -> None:
-    """FSDP2 passes over modules that another composable parallelism has taken; experts are such."""
+    """Mark experts as taken by another composable parallelism: FSDP2 passes over such modules."""
     from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 
     experts.__dict__.setdefault(REGISTRY_KEY, {})["replicate"] = RegistryItem()

@@ -1,6 +1,6 @@
 """The backward pass of sharded experts, layer by layer, in one written order on all ranks.
 
-A layer waits for the reductions of the layers behind it and for its own replicas, which were gathered again meanwhile;
+A layer waits for the reductions of the layers after it and for its own replicas, which were gathered again meanwhile;
 gradients go where the tokens went; then its own reduction and the gather for the layer before it begin, and run under
 its attention's backward. A callback of the autograd engine ends the pass.
 """
@@ -34,7 +34,7 @@ class BackwardSchedule:
         self.sync, self.divide_factor = True, float(run.deployment.cluster.num_devices)
         self.unstepped = False
         self._hooks = GradientHooks()
-        self._callback = False  # the engine has ours, and will call it
+        self._callback = False  # the engine will call _finish when the backward pass is over
         self._accumulated = False  # weights got gradients in this backward pass
         self._started: list[Materialised] = []  # gathered again, and no backward has begun that uses them
 

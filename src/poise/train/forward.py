@@ -35,7 +35,7 @@ from poise.util.errors import ModelError
 
 
 class ForwardSchedule:
-    """When loads are exchanged, replicas gathered and freed, and experts computed.
+    """When counts are exchanged, replicas gathered and freed, and experts computed.
 
     ``metrics`` are those of the last forward pass, one a layer; ``clock`` measures the time between layers.
     """
@@ -60,7 +60,7 @@ class ForwardSchedule:
         try:
             width = experts.kind.hidden if experts.kind.name != "modules" else None
             x_Td, ids_TK, weights_TK = routed(x, ids, weights, width)
-        except ModelError as error:  # all ranks learn of it where they meet
+        except ModelError as error:  # raised on all ranks, where they exchange counts
             problem, x_Td, weights_TK = error, x.new_zeros(0, 1), weights.new_zeros(0, 1)
             ids_TK = torch.zeros((0, 1), dtype=torch.int64, device=ids.device)
         recomputed = in_backward()
@@ -162,7 +162,7 @@ class ForwardSchedule:
             self._early[layer] = self._materialise(layer)
 
     def drop_early(self) -> None:
-        """What was gathered for a forward pass that did not come."""
+        """Free what was gathered for a forward pass that did not come, or from weights that have changed."""
         for weights in self._early.values():
             weights.free()
         self._early.clear()

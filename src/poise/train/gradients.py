@@ -79,7 +79,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 def _norms_of_shards(shards: list[Any], norm_type: float, device: torch.device) -> list[Tensor]:
     """Norms of DTensors, by mesh and placement: those of FSDP2 and of tensor parallelism do not mix in one stack.
 
-    From the local shards: torch's own norm refuses an empty one for the infinity norm, on the ranks that have it only.
+    Computed from local shards: torch's own infinity norm raises for an empty shard, on the ranks that have one only.
     """
     groups: dict[Any, list[Any]] = {}
     for grad in shards:

@@ -32,7 +32,7 @@ class Ledger:
         self.peak_parts: dict[str, int] = {}
 
     def add(self, kind: str, nbytes: int) -> None:
-        """Count bytes in (or, negative, out)."""
+        """Count bytes that are allocated, or, negative, freed."""
         self.now[kind] = self.now.get(kind, 0) + nbytes
         total = sum(self.now.values())
         if total > self.peak:
@@ -44,7 +44,7 @@ class Ledger:
 
 
 class Storage:
-    """Stacked tensors [n, ...] whose bytes come and go."""
+    """Stacked tensors [n, ...] whose memory is allocated and freed while they stay the same objects."""
 
     def __init__(self, bank: Bank, ledger: Ledger, kind: str) -> None:
         self.bank, self.ledger, self.kind = bank, ledger, kind
@@ -91,7 +91,9 @@ class LayerGradients:
 
 
 class Materialised:
-    """Weights of one layer in one forward pass: when they come and go is decided by who holds them.
+    """Weights of one layer in one forward pass.
+
+    When they come and go is decided by :mod:`poise.train.forward` and :mod:`poise.train.backward`.
 
     Parameters
     ----------
@@ -111,7 +113,7 @@ class Materialised:
         self.owner_E, self.trainable = experts.owner_E, experts.trainable
         self.parts: list[_Replicas] = []
         self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
-        # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
+        # Every pass has leaves of its own: after owners moved, a graph that is still alive may hold the old shape.
         own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
         self.copies: Storage | None = None
         device, dtype = deployment.device, deployment.compute_dtype
@@ -194,7 +196,7 @@ class Materialised:
 
     def free(self) -> None:
         """Give up the weights; gradients will need :meth:`ready` again."""
-        for part in self.parts:  # they wait for what is sent from the copies
+        for part in self.parts:  # this waits until what is sent from the copies has left
             part.free()
         if self.copies is not None:
             self.copies.free()
@@ -204,7 +206,7 @@ class Materialised:
         return [bank[name] for bank in self._banks() for name in self.trainable]
 
     def check_owners(self) -> None:
-        """They may have moved since the forward pass.
+        """Refuse to go on if owners have moved since the forward pass.
 
         Raises
         ------

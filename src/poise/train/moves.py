@@ -156,7 +156,7 @@ def _tables(
 
 
 def _in_place(rows: ExpertRows, ownership: Ownership) -> tuple[Tensor, Any]:
-    """Rows that stay the same object, whoever holds it."""
+    """Rows, and how to put new ones into the same object, whoever holds it."""
 
     def put(into: Tensor) -> None:
         with plainly():

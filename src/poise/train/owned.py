@@ -92,7 +92,7 @@ class OwnedExperts(nn.Module):
         return {name: self._weight(name) for name in self._attribute}
 
     def rows(self) -> Bank:
-        """The same as ordinary tensors outside of any graph, to compute with."""
+        """The parameters as ordinary tensors outside of any graph, to compute with."""
         return {name: plain(weight) for name, weight in self.owned().items()}
 
     @property

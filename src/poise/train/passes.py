@@ -53,7 +53,7 @@ class Pass:
 
 
 class Passes:
-    """All that are alive: a graph keeps them, this object only the last one of the forward pass that runs.
+    """All passes that are alive. Graphs keep them; this object keeps only the last one of the forward pass that runs.
 
     ``number`` counts forward passes of the model in which a layer ran; ``layer`` is the one that ran last in this one,
     -1 before the first, None when the next layer that runs begins a new forward pass.
@@ -95,11 +95,11 @@ class Passes:
         self._refs.append(weakref.ref(one))
 
     def again(self, layer: int, ids_TK: Tensor, region: Region) -> Pass:
-        """The pass that is computed again: a router may flip ties, plan and splits must not.
+        """The pass that is computed again: the router may decide ties otherwise, plan and splits must be the same.
 
-        Of several passes it is the one of this checkpoint (one that is done comes back when its graph was kept); of
-        several of it, they come again in the order they came. Where the checkpoint is not known: an open one, with the
-        most equal ids.
+        Of several passes of the layer it is one of the same checkpoint, even one whose backward is over, as its graph
+        may have been kept; several of one checkpoint are computed again in the order in which they ran. Where no
+        checkpoint is known, it is the open pass with the most equal ids.
 
         Raises
         ------

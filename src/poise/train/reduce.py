@@ -1,4 +1,4 @@
-"""Replica gradients between a layer's backward pass and their owners."""
+"""Gradients of replicas, from a layer's backward pass until the owners have them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ReplicaGradients:
         kept.holders_ED = used_ED.copy() if kept.holders_ED is None else kept.holders_ED | used_ED
 
     def reduce(self, layer: int) -> int:
-        """Send a layer's gradients home; how many cross between ranks. Nothing to send is fine."""
+        """Start to send a layer's gradients to the owners; how many experts' gradients cross between ranks."""
         kept = self._kept[layer]
         if kept.holders_ED is None:
             return 0

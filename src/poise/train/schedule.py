@@ -121,7 +121,7 @@ class Schedule:
             return self.forward.layer(experts, x, ids, weights, region)
 
     def weights_changed(self) -> None:
-        """What was gathered before is old."""
+        """Owned weights have changed: what was gathered before is dropped."""
         self.forward.drop_early()
         self.passes.end()
 
@@ -170,7 +170,7 @@ class Schedule:
         return self._move(owner_LE)
 
     def _move(self, owner_LE: NDArray[np.int64]) -> int:
-        """A pass that is still open then raises in its backward."""
+        """Move owners now; a pass whose backward is still to come then raises there."""
         if self.backward.replica_gradients.waiting:
             raise OptionError("owners cannot move while replica gradients wait for a synchronised backward pass")
         self._due = None

@@ -20,7 +20,7 @@ _SPEAKING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def speak_of_experts(optimizer: torch.optim.Optimizer) -> None:
-    """Let ``state_dict`` and ``load_state_dict`` of an optimizer speak of all experts, and mend what was loaded before.
+    """Let ``state_dict`` and ``load_state_dict`` of an optimizer speak of all experts; convert states that it has.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def speak_of_experts(optimizer: torch.optim.Optimizer) -> None:
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """All that an optimizer holds."""
+    """All parameters that an optimizer holds."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
@@ -60,7 +60,7 @@ def _each(
     """A state dict with the states of expert weights made anew; the inner dicts are the optimizer's own."""
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     states = dict(state_dict["state"])
-    for number, weight in zip(numbers, weights_of(optimizer), strict=False):  # another length is the optimizer's to say
+    for number, weight in zip(numbers, weights_of(optimizer), strict=False):  # the optimizer refuses others
         if isinstance(weight, ExpertRows) and states.get(number):
             states[number] = make(weight, states[number])
     return {**state_dict, "state": states}

@@ -1,4 +1,4 @@
-"""Data parallelism around a parent of the sharded model takes experts for replicas, the same on every rank."""
+"""``DistributedDataParallel`` around a parent of the model is refused: it would make all ranks' experts equal."""
 
 from __future__ import annotations
 
