@@ -229,7 +229,7 @@ class Row:
         for layer in range(self.job["layers"]):
             planner.plan_ahead(layer)
         for layer in range(self.job["layers"]):
-            planner.before_gate(layer)
+            planner.early_plan(layer)
 
     def _rehearse(self, warm_up: int) -> tuple[LoadHistory, list[np.ndarray], np.ndarray]:
         planner, load = self.planner, self.traffic.load_BLSE

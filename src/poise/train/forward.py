@@ -121,7 +121,7 @@ class ForwardSchedule:
         with span("plan"):
             run.passes.layer, run.planner.top_k = layer, ids_TK.shape[1]
             weights = self._early.pop(layer, None) or self._materialise(layer)
-            plan, rows_SED, view = run.planner.after_gate(layer, weights.early_ED, load_SE, keep=recorded)
+            plan, rows_SED, view = run.planner.finish(layer, weights.early_ED, load_SE, keep=recorded)
             weights.complete(plan.holders_ED, plan.quota_ED > 0)
             way = make_exchange(ids_TK, rows_SED, there.rank, weights.slots)
             step = LayerStep(experts.kind, way, ids_TK.shape[1], there.tokens_group, weights.counts(way.count_E))
@@ -154,7 +154,7 @@ class ForwardSchedule:
             self._run.budget.learn(layer, weights.fullest_bytes, saved_s)
 
     def _materialise(self, layer: int) -> Materialised:
-        early_ED, transfers = self._run.planner.before_gate(layer)
+        early_ED, transfers = self._run.planner.early_plan(layer)
         return Materialised(self._run.layers[layer], self._run.deployment, self._run.ledger, early_ED, transfers)
 
     def _fetch_early(self, layer: int) -> None:

@@ -77,11 +77,11 @@ class RunPlanner:
         return _price(tokens, self.layers[0].num_experts, there.cluster, self.model, again, self.window_s, ratio,
                       there.form != "direct")  # fmt: skip
 
-    def before_gate(self, layer: int) -> Plan:
+    def early_plan(self, layer: int) -> Plan:
         """Replicas that are gathered before the gate, and how: planned ahead, or now."""
-        return self._ahead.get(layer, self._version) or self._early_plan(layer)()
+        return self._ahead.get(layer, self._version) or self._early_task(layer)()
 
-    def after_gate(
+    def finish(
         self, layer: int, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64], *, keep: bool
     ) -> tuple[StepPlan, NDArray[np.int64], LayerView]:
         """The plan of a pass, its pairs by source, expert and device int64 [D, E, D], and what the policy saw.
@@ -109,9 +109,9 @@ class RunPlanner:
 
     def plan_ahead(self, layer: int) -> None:
         """Begin, on a thread, to plan the replicas of the next forward pass: all is known that will be."""
-        self._ahead.start(layer, self._version, self._early_plan(layer))
+        self._ahead.start(layer, self._version, self._early_task(layer))
 
-    def _early_plan(self, layer: int) -> Callable[[], Plan]:
+    def _early_task(self, layer: int) -> Callable[[], Plan]:
         there, view, driver = self.deployment, self.view(layer), self.drivers[layer]
         route = partial(plan_transfers, self.layers[layer].owner_E, cluster=there.cluster,
                         expert_bytes=there.expert_bytes, form=there.form)  # fmt: skip
