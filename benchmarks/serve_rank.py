@@ -24,6 +24,7 @@ from poise.lab.emulate import DeviceClock, ExpertCurve
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.runtime import spans
 from poise.runtime.collectives import exchange, twin
 from poise.runtime.dispatch import all_counts
 from poise.runtime.experts import ExpertKind
@@ -90,9 +91,9 @@ class Run:
 
     def reset(self, warm_up: int) -> None:
         """As before the first step; a fast loop then plans, and fetches for, the warm-up steps without their tokens."""
+        spans.record(self._note)
         for layer, bank in zip(self.layers, self.banks, strict=True):
             layer.switch(bank, self.placement)
-            layer.flow.record = self._note
         if self.fast is None:
             return
         for step in range(warm_up):

@@ -6,8 +6,8 @@ exposed weights + control; + re-sharding; + the dense rest. One copy a (token, e
 Weights. Owners come from a sharding (:mod:`poise.stepwise.sharding`); what a policy fetches is gathered and reduced in
 the same step (:meth:`poise.cost.weights.StepPrice.exposed_seconds`). A policy that keeps replicas or moves experts pays
 gather and reduce for each replica in every step (their gradients' all-reduce), and parameters + optimizer states
-(:data:`poise.cost.weights.STATE_RATIO` times the bytes), in sight, for each that is new. Re-sharding moves the same
-states in sight; its seconds are spread over the steps until the next one, so that short replays are charged fairly.
+(:data:`poise.cost.weights.STATE_RATIO` times the bytes), exposed, for each that is new. Re-sharding moves the same
+states, exposed; its seconds are spread over the steps until the next one, so that short replays are charged fairly.
 
 Before the gate, policies know what ranks know (:mod:`poise.train.schedule`): as many pairs as the layer had in the step
 before, and in the first step one, so that modelled attention is that of one token. Owners are planned from the same
@@ -385,7 +385,7 @@ def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
 
 
 def reshard_seconds(old_LE: NDArray[np.int64], new_LE: NDArray[np.int64], price: StepPrice) -> float:
-    """Seconds to move parameters and optimizer states from old to new owners, all layers at once, in sight."""
+    """Seconds to move parameters and optimizer states from old to new owners, all layers at once, exposed."""
     devices = price.cluster.num_devices
     old = owned_ED(old_LE.ravel(), devices)
     return STATE_RATIO * fetch_seconds(old, owned_ED(new_LE.ravel(), devices) & ~old, price)
