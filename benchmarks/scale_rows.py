@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from scale_cases import PREFILL, WARM_UP, Case
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds, network_ports
+from poise.cost.compute import device_compute
+from poise.cost.links import latency_seconds
 from poise.cost.route import locality_pairs
 from poise.cost.split import split_share_BED
 from poise.cost.traffic import Copies, port_load
@@ -23,6 +23,7 @@ from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+from poise.replay.links import kind_seconds
 from poise.replay.serving import FastLoop, replay_steps
 from poise.replay.static import Replay, replay
 from poise.routing.batch import RoutingBatch
@@ -52,12 +53,9 @@ class Lag:
     @classmethod
     def of(cls, tokens_ED: np.ndarray, pairs_DD: np.ndarray, cluster: Cluster, model: ModelSpec) -> Lag:
         """From tokens on devices, and pairs from device to device."""
-        compute = expert_seconds(tokens_ED.astype(float), cluster, model).sum(axis=0) / cluster.speed_D
-        load = port_load(Copies(pairs_DD[None].astype(float)), cluster)
-        inner = np.maximum(load.intra_out_BD, load.intra_in_BD)[0] / cluster.intra_bytes_per_s
-        ports = [network_ports(x, cluster)[0] for x in (load.net_out_BD, load.net_in_BD)]
-        net = np.maximum(*ports) / cluster.inter_bytes_per_s
-        name, port = max(zip(PORTS, (inner, net), strict=True), key=lambda item: item[1].max())
+        compute = device_compute(tokens_ED, cluster, model)
+        kinds = kind_seconds(port_load(Copies(pairs_DD[None].astype(float)), cluster), cluster)
+        name, port = max(zip(PORTS, (kind_BD[0] for kind_BD in kinds), strict=True), key=lambda item: item[1].max())
         over = [1.0 - x.mean() / max(x.max(), 1e-300) for x in (compute, port)]
         return cls(over[0], name, over[1], bool(np.argmax(compute) == np.argmax(port)))
 

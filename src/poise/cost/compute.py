@@ -6,6 +6,8 @@ there is the number of active experts (DESIGN 3.1, arXiv 2512.09277), and a repl
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,3 +40,10 @@ def expert_seconds(tokens: NDArray[np.float64], cluster: Cluster, model: ModelSp
         return curve.seconds(tokens) * (model.expert_parameters / curve.parameters)
     per_token, per_expert = roofline(cluster, model)
     return np.maximum(tokens * per_token, np.minimum(tokens, 1.0) * per_expert)
+
+
+def device_compute(tokens_ED: NDArray[Any], cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
+    """Seconds that each device computes, float64 [D], from the tokens of every expert on it."""
+    work_ED = expert_seconds(tokens_ED.astype(np.float64), cluster, model)
+    out: NDArray[np.float64] = work_ED.sum(axis=0) / cluster.speed_D
+    return out

@@ -75,12 +75,19 @@ def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:
     return wire
 
 
-def device_seconds(load: PortLoad, cluster: Cluster) -> NDArray[np.float64]:
-    """Seconds until each device's own ports are drained, float64 [B, D], from bytes; latency not included."""
+def kind_seconds(load: PortLoad, cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Seconds until each device's port inside the node and its network port are drained, float64 [B, D] each.
+
+    From bytes, latency not included; a network port that a node's devices share counts as each one's.
+    """
     intra = np.maximum(load.intra_out_BD, load.intra_in_BD) / cluster.intra_bytes_per_s
     net = np.maximum(network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster))
-    net = (net[:, cluster.node_D] if cluster.nic_shared else net) / cluster.inter_bytes_per_s
-    return np.maximum(intra, net)
+    return intra, (net[:, cluster.node_D] if cluster.nic_shared else net) / cluster.inter_bytes_per_s
+
+
+def device_seconds(load: PortLoad, cluster: Cluster) -> NDArray[np.float64]:
+    """Seconds until all of a device's own ports are drained, float64 [B, D], from bytes; latency not included."""
+    return np.maximum(*kind_seconds(load, cluster))
 
 
 class Fullest(NamedTuple):

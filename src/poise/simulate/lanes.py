@@ -6,13 +6,15 @@ one explains the step time of :mod:`poise.cost.step`, to the last digit, for eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
+from poise.cost.compute import device_compute
+from poise.cost.exchange import ExchangeModel
 from poise.cost.links import latency_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.step import kv_seconds_per_token
@@ -21,9 +23,12 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.links import device_seconds, layer_bytes
 from poise.routing.batch import RoutingBatch
+from poise.simulate.clockwork import Act, Clockwork, Mark, Meet, Work
 
 PARTS = ("keys and values", "dispatch", "experts", "combine")
 """Parts of a layer in the order they run; only ``stay`` has keys and values."""
+NO_EXCHANGE = ExchangeModel(0.0, 0.0, 1.0, 1.0)
+"""Exchanges are among the seconds here, so that these constants decide nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +52,27 @@ class StepLanes:
         """Seconds of the step."""
         return float(self.span_LP.sum())
 
+    def begin_LP(self, layers: Sequence[int]) -> NDArray[np.float64]:
+        """When each part of these layers begins if they run one after the other, float64 [layers, 4]."""
+        devices = self.busy_LDP.shape[1]
+        marks, clock = np.zeros((len(layers), devices, len(PARTS))), Clockwork(np.zeros(devices, np.int32), NO_EXCHANGE)
+        for marks_DP, layer in zip(marks, layers, strict=True):
+            clock.run(waiting_acts(self.busy_LDP[layer]), marks_DP)
+        return marks[:, 0]
+
     def waiting_P(self) -> NDArray[np.float64]:
         """Share of the devices' time in the whole step that they wait in each part, float64 [4]."""
         idle_P = self.span_LP.sum(axis=0) - self.busy_LDP.mean(axis=1).sum(axis=0)
         out: NDArray[np.float64] = idle_P / max(self.seconds, 1e-300)
         return out
+
+
+def waiting_acts(busy_DP: NDArray[np.float64]) -> Iterator[Act]:
+    """A layer in which all wait for the slowest after every part."""
+    for part in range(len(PARTS)):
+        yield Mark((part,))
+        yield Work(busy_DP[:, part])
+        yield Meet()
 
 
 def step_lanes(
@@ -80,7 +101,7 @@ def step_lanes(
         if traffic == "stay":
             at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
         at[:, 1] = start + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster)[0]
-        at[:, 2] = expert_seconds(tokens_ED, cluster, model).sum(axis=0) / cluster.speed_D
+        at[:, 2] = device_compute(tokens_ED, cluster, model)
         if traffic != "stay" or batch.top_k > 1:
             at[:, 3] = start + device_seconds(port_load(Copies(part.back_BDD), cluster), cluster)[0]
     return StepLanes(busy)

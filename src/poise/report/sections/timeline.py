@@ -57,8 +57,7 @@ def _picture(
     device_G = _longest(lanes, columns)
     high = max(4.0, min(16.0, 260.0 / len(device_G)))
     bottom = up + high * len(device_G)
-    start_LP = np.zeros((len(shown), len(PARTS)))
-    start_LP.ravel()[1:] = np.cumsum(lanes.span_LP[shown].ravel())[:-1]
+    start_LP = lanes.begin_LP(shown)
     total = float(lanes.span_LP[shown].sum())
     body = [charts.boxes("idle", [(left, up + row * high, total * scale, high - 1) for row in range(len(device_G))])]
     for index, kind in enumerate(KINDS):
