@@ -17,7 +17,7 @@ from poise.cost.exchange import ExchangeModel, exchange_ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class Busy:
     """Each rank works on its own for ``seconds``: float64 [D], or as long on all."""
 
     seconds: float | NDArray[np.float64]
@@ -31,7 +31,7 @@ class Meet:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Exchange:
+class AllToAll:
     """An all-to-all of ``bytes_DD`` float64 [D, D], from rank to rank, in which nobody waits for all.
 
     ``beside_DD`` leaves at the same times over the same ports (:func:`meanwhile`), and is not waited for.
@@ -42,7 +42,7 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rounds:
+class Collective:
     """A sparse collective: the bytes [D, D] of one round after another, each of which is over on all ranks at once."""
 
     rounds: tuple[NDArray[np.float64], ...]
@@ -70,7 +70,7 @@ class Mark:
     places: tuple[int, ...]
 
 
-Act = Work | Meet | Exchange | Rounds | Post | Wait | Mark
+Act = Busy | Meet | AllToAll | Collective | Post | Wait | Mark
 
 
 class Clockwork:
@@ -102,13 +102,13 @@ class Clockwork:
                 case Wait(names):
                     for name in names:
                         self.now_D = np.maximum(self.now_D, self._ends.pop(name, self.now_D))
-                case Work(seconds):
+                case Busy(seconds):
                     self.now_D = self.now_D + seconds
                 case Meet(seconds):
                     self.now_D = np.full(len(self.now_D), self.now_D.max()) + seconds
-                case Rounds(rounds):
+                case Collective(rounds):
                     self.now_D = self.now_D + sum(self._round_seconds(bytes_DD) for bytes_DD in rounds)
-                case Exchange(bytes_DD, beside_DD):
+                case AllToAll(bytes_DD, beside_DD):
                     self.now_D = exchange_ends(bytes_DD, self.now_D, self.node_D, self.model, beside_DD)
 
     def _round_seconds(self, bytes_DD: NDArray[np.float64]) -> float:

@@ -23,7 +23,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.links import device_seconds, layer_bytes
 from poise.routing.batch import RoutingBatch
-from poise.simulate.clockwork import Act, Clockwork, Mark, Meet, Work
+from poise.simulate.clockwork import Act, Busy, Clockwork, Mark, Meet
 
 PARTS = ("keys and values", "dispatch", "experts", "combine")
 """Parts of a layer in the order they run; only ``stay`` has keys and values."""
@@ -71,7 +71,7 @@ def waiting_acts(busy_DP: NDArray[np.float64]) -> Iterator[Act]:
     """A layer in which all wait for the slowest after every part."""
     for part in range(len(PARTS)):
         yield Mark((part,))
-        yield Work(busy_DP[:, part])
+        yield Busy(busy_DP[:, part])
         yield Meet()
 
 

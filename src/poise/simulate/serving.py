@@ -25,7 +25,7 @@ from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
-from poise.simulate.clockwork import Act, Clockwork, Exchange, Mark, Meet, Post, Wait, Work
+from poise.simulate.clockwork import Act, AllToAll, Busy, Clockwork, Mark, Meet, Post, Wait
 from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView
 from poise.util.errors import OptionError
@@ -184,20 +184,20 @@ def served_acts(work: ServedWork, window_s: float, counts_s: float, planning_s: 
     if work.early_s:
         yield Post("weights", (Meet(work.early_s),))
     if work.keys_DD.any():
-        yield Post("keys", (Meet(counts_s), Exchange(work.keys_DD)))
-    yield Work(window_s)
+        yield Post("keys", (Meet(counts_s), AllToAll(work.keys_DD)))
+    yield Busy(window_s)
     yield Wait(("keys",))
     yield Mark((ServingMark.ATTENTION,))
     if work.planned:
         yield Meet(counts_s)
-        yield Work(planning_s)
-        yield Work(work.late_s)
+        yield Busy(planning_s)
+        yield Busy(work.late_s)
     yield Wait(("weights",))
     yield Mark((ServingMark.PLANNED,))
     yield Meet(counts_s)
-    yield Exchange(work.out_DD)
+    yield AllToAll(work.out_DD)
     yield Mark((ServingMark.DISPATCHED,))
-    yield Work(work.compute_D)
+    yield Busy(work.compute_D)
     yield Mark((ServingMark.COMPUTED,))
-    yield Exchange(work.back_DD)
+    yield AllToAll(work.back_DD)
     yield Mark((ServingMark.COMBINED,))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from poise.cost.exchange import ExchangeModel
 from poise.replay.work import LayerWork
-from poise.simulate.clockwork import Act, Clockwork, Exchange, Mark, Meet, Post, Rounds, Wait, Work, meanwhile
+from poise.simulate.clockwork import Act, AllToAll, Busy, Clockwork, Collective, Mark, Meet, Post, Wait, meanwhile
 
 WEIGHTS = ("weights and gradients", "their rounds")
 """What the backward pass of a layer posts: both are waited for, since the first one's bytes are not cut into rounds."""
@@ -103,26 +103,26 @@ def forward_acts(
 ) -> Iterator[Act]:
     """The forward pass of a layer."""
     yield Mark((Forward.START,))
-    yield Post("early", (Meet(), Rounds(work.early)))
-    yield Work(window_s)
+    yield Post("early", (Meet(), Collective(work.early)))
+    yield Busy(window_s)
     yield Mark((Forward.ATTENTION,))
     yield Wait(("early",))  # what is still on its way delays the counts
     yield Meet(counts_s)
     yield Mark((Forward.COUNTED,))
-    yield Work(planning_s)
+    yield Busy(planning_s)
     yield Mark((Forward.PLANNED, Forward.SENT))
     beside = None
     if work.late:
         beside = meanwhile(work.late[0], work.bytes_DD, node_D)
-        yield Post("late", (Exchange(work.late[0], work.bytes_DD),))
-    yield Exchange(work.bytes_DD, beside)
+        yield Post("late", (AllToAll(work.late[0], work.bytes_DD),))
+    yield AllToAll(work.bytes_DD, beside)
     yield Mark((Forward.DISPATCHED, Forward.ARRANGED))
     yield Wait(("late",))
-    yield Rounds(work.late[1:])
+    yield Collective(work.late[1:])
     yield Mark((Forward.READY,))
-    yield Work(work.compute_D)
+    yield Busy(work.compute_D)
     yield Mark((Forward.COMPUTED, Forward.RETURNED))
-    yield Exchange(work.bytes_DD.T)
+    yield AllToAll(work.bytes_DD.T)
     yield Mark((Forward.COMBINED,))
 
 
@@ -133,20 +133,20 @@ def backward_acts(
     yield Mark((Backward.START,))
     yield Wait(WEIGHTS)
     yield Mark((Backward.READY, Backward.SENT))
-    yield Exchange(work.bytes_DD)
+    yield AllToAll(work.bytes_DD)
     yield Mark((Backward.DISPATCHED, Backward.ARRANGED))
-    yield Work(2.0 * work.compute_D)
+    yield Busy(2.0 * work.compute_D)
     yield Mark((Backward.COMPUTED, Backward.POSTED, Backward.RETURNED))
     tokens_DD, beside = work.bytes_DD.T, None
     moves = work.back + (before.early + before.late if before is not None and before.again else ())
     if moves:  # on their way before the tokens are; of short rounds all travel in that time
         whole_DD: NDArray[np.float64] = np.sum(moves, axis=0)
         beside = meanwhile(whole_DD, tokens_DD, node_D)
-        yield Post(WEIGHTS[0], (Meet(), Exchange(whole_DD, tokens_DD), Meet()))
-        yield Post(WEIGHTS[1], (Meet(), Rounds(moves)))
-    yield Exchange(tokens_DD, beside)
+        yield Post(WEIGHTS[0], (Meet(), AllToAll(whole_DD, tokens_DD), Meet()))
+        yield Post(WEIGHTS[1], (Meet(), Collective(moves)))
+    yield AllToAll(tokens_DD, beside)
     yield Mark((Backward.COMBINED,))
-    yield Work(2.0 * window_s)
+    yield Busy(2.0 * window_s)
     yield Mark((Backward.ATTENTION,))
     if before is None:
         yield Wait(WEIGHTS)
