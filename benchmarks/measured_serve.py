@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPORTS, bar_chart, table, write
+from common import REPORTS, table, write
 from measured import Emulation, calibration, parser, part_events, workplace, write_curve
+from pictures import bar_chart, save
 
 from poise.api import deal_slots
 from poise.cost.exchange import ExchangeModel
@@ -339,7 +340,7 @@ def report(found: dict[str, Any]) -> str:
     )
     base, stated = found["cluster"], found["stated"]
     picture = f"measured-serve-{scene.name}.svg"
-    (REPORTS / picture).write_text(bar_chart(bars, ("measured", "simulated"), "seconds a step"))
+    save(REPORTS / picture, bar_chart(bars, ("measured", "simulated"), "seconds a step"))
     words = (
         f"{found['words']}. {scene.tokens_per_device} rows a device and step, {layers} layers, {marks.shape[2]} steps after "
         f"{WARM_UP} warm-up steps, {marks.shape[1]} paired repeats, flow `{scene.traffic}`. Ports set to "
