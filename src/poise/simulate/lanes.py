@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from poise.cost.compute import device_compute
 from poise.cost.exchange import ExchangeModel
 from poise.cost.links import latency_seconds
-from poise.cost.split import Split, split_share_BED
+from poise.cost.pricing import Pricing
+from poise.cost.split import split_share_BED
 from poise.cost.step import kv_seconds_per_token
-from poise.cost.traffic import Copies, DataFlow, port_load
-from poise.machine.cluster import Cluster
-from poise.machine.model import ModelSpec
+from poise.cost.traffic import Copies, port_load
 from poise.replay.links import device_seconds, layer_bytes
 from poise.routing.batch import RoutingBatch
 from poise.simulate.clockwork import Act, Busy, Clockwork, Mark, Meet
@@ -75,28 +74,20 @@ def waiting_acts(busy_DP: NDArray[np.float64]) -> Iterator[Act]:
         yield Meet()
 
 
-def step_lanes(
-    batch: RoutingBatch,
-    step: int,
-    count_LED: NDArray[Any],
-    cluster: Cluster,
-    model: ModelSpec,
-    *,
-    traffic: DataFlow,
-    split: Split,
-) -> StepLanes:
+def step_lanes(batch: RoutingBatch, step: int, count_LED: NDArray[Any], pricing: Pricing) -> StepLanes:
     """Lanes of one step; other parameters and errors of :func:`poise.cost.step.batch_cost`.
 
     A device's seconds in an exchange are those of its fullest port (where nodes share a network port, their node's),
     and the start-up.
     """
+    cluster, model, traffic = pricing.cluster, pricing.model, pricing.traffic
     busy = np.zeros((batch.num_layers, cluster.num_devices, len(PARTS)))
     start = latency_seconds(cluster)
-    for part in layer_bytes(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
+    for part in layer_bytes(batch, count_LED, pricing, step=step):
         at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
         if not load_BE.any():
             continue
-        share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, split)
+        share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, pricing.split)
         tokens_ED = load_BE[0][:, None] * share_BED[0]
         if traffic == "stay":
             at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
