@@ -1,9 +1,10 @@
-"""Which start the search's answer descends from, and what is lost without those that it never does.
+"""Which start the search's answer descends from, and what is lost without those that it hardly ever does.
 
-    python benchmarks/starts.py DATA [--work 2] [--layers 6]
+    python benchmarks/starts.py DATA [--work 20] [--layers 6] [--files 2]
 
-Every file of DATA that has loads or tokens, on 1, 2 and 4 nodes of 8, with several numbers of redundant slots. Layers are
-counted: the search begins each one from the start that is best there. Writes reports/DATE-starts.md.
+Files of DATA that have loads or tokens, on 1, 2 and 4 nodes of 8, with several numbers of redundant slots; small synthetic
+traces, which exact methods can solve; tokens that stay; slots counted over all layers; the exact split. Layers are counted:
+the search begins each one from the start that is best there. Writes reports/DATE-starts.md.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,37 @@ from poise.planning.solve.state import layer_seconds
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.files import read
+from poise.routing.synthetic import zipf_trace
 from poise.util.errors import PoiseError
 
 CLUSTERS = ("1x8", "2x8", "4x8")
 REDUNDANT = (0, 1, 4)
 """Redundant slots a device."""
+TOKEN_FLOWS: tuple[DataFlow, ...] = ("home_node_dedup", "stay")
+KINDS = ("", "pooled", "exact split")
 STEPS = 32
 EVERY = (*solve.STARTS, *solve.STAY_STARTS)
 OWN_SEARCH = "search"
+RARE = 0.02
+"""Share of layers below which it is tried what plans cost without a start."""
 
 
-def sources(data: Path, layers: int) -> Iterator[tuple[str, str, RoutingBatch, tuple[DataFlow, ...]]]:
-    """Family, file, traffic, flows."""
+@dataclass(frozen=True)
+class Source:
+    """Traffic, what it is of, and the flows it is planned for."""
+
+    family: str
+    name: str
+    batch: RoutingBatch
+    flows: tuple[DataFlow, ...]
+    clusters: tuple[str, ...] = CLUSTERS
+
+
+def sources(data: Path, layers: int) -> Iterator[Source]:
+    """All traffic."""
+    for seed in range(3):
+        trace = zipf_trace(num_tokens=4000, num_layers=4, num_experts=8, top_k=2, stickiness=0.5, seed=seed)
+        yield Source("8 experts", f"seed {seed}", make_batch(trace, tokens_per_step=500), TOKEN_FLOWS, ("1x4", "2x2"))
     demo = Path(str(files("poise") / "data" / "demo_trace.npz"))
     paths = [("demo", demo), *(("llama4", path) for path in sorted((data / "llama4-maverick").glob("*.npz")))]
     paths += [("deepseek", path) for path in sorted((data / "deepseek-r1").glob("*.json"))]
@@ -49,8 +70,8 @@ def sources(data: Path, layers: int) -> Iterator[tuple[str, str, RoutingBatch, t
     paths += [("qwen3", path) for path in sorted((data / "qwen3-30b-a3b").glob("loads.json"))]
     for family, path in paths:
         batch = make_batch(read(path), steps=STEPS) if path.suffix == ".npz" else make_batch(read(path))
-        flows: tuple[DataFlow, ...] = ("home_node_dedup", "stay") if batch.has_tokens else ("home",)
-        yield family, path.stem, some_layers(batch, layers), flows
+        flows: tuple[DataFlow, ...] = TOKEN_FLOWS if batch.has_tokens else ("home",)
+        yield Source(family, path.stem, some_layers(batch, layers), flows)
 
 
 def some_layers(batch: RoutingBatch, most: int) -> RoutingBatch:
@@ -130,62 +151,85 @@ def counted(case: PlacementProblem, work: float) -> tuple[Counter[str], Solution
     return look.answer(found, list(found.details["starts"])), found
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the starts it had, and those its layers descend from."""
+
+    family: str
+    label: str
+    case: PlacementProblem
+    objective: float
+    had: frozenset[str]
+    left_out: frozenset[str]
+    layers: Counter[str]
+
+
+def plans(data: Path, layers: int, files_each: int, work: float) -> Iterator[Planned]:
+    """All of them."""
+    seen: Counter[str] = Counter()
+    for source in sources(data, layers):
+        seen[source.family] += 1
+        if seen[source.family] > files_each:
+            continue
+        for cluster, each, flow, kind in product(source.clusters, REDUNDANT, source.flows, KINDS):
+            devices = int(cluster[0]) * int(cluster[2])
+            if kind and (flow == "stay" or each == 0):
+                continue
+            try:
+                case = problem(source.batch, f"{cluster}:h100", each * devices, traffic=flow, pooled=kind == "pooled")
+                if kind == "exact split":
+                    case = replace(case, split="exact")
+                got, found = counted(case, work)
+            except PoiseError as error:
+                print(source.family, source.name, cluster, each, flow, "left out:", error, flush=True)
+                continue
+            family = ", ".join([source.family, *(["stay"] if flow == "stay" else []), *([kind] if kind else [])])
+            label = f"{family}, {source.name}, {cluster}, {each} redundant a device"
+            print(label, dict(got), flush=True)
+            yield Planned(family, label, case, found.objective, frozenset(found.details["starts"]),
+                          frozenset(found.details.get("starts_left_out", ())), got)  # fmt: skip
+
+
+def without(found: list[Planned], name: str, work: float) -> list[float]:
+    """Costs over before, less 1, of the plans that descend from a start, if they do not have it."""
+    with starts_are(tuple(one for one in EVERY if one != name)):
+        return [solve.solve(one.case, work=work).objective / one.objective - 1 for one in found if one.layers[name]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--work", type=float, default=2.0)
+    parser.add_argument("--work", type=float, default=20.0)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--files", type=int, default=99, help="of each family")
+    parser.add_argument("--files", type=int, default=2, help="of each family")
     asked = parser.parse_args()
-    began, seen = time.time(), Counter[str]()
-    counts: dict[tuple[str, str, int], Counter[str]] = {}
-    cases: list[tuple[str, PlacementProblem, float]] = []
-    left_out: Counter[str] = Counter()
-    for family, name, batch, flows in sources(asked.data, asked.layers):
-        seen[family] += 1
-        if seen[family] > asked.files:
-            continue
-        for cluster in CLUSTERS:
-            devices = 8 * int(cluster[0])
-            for each in REDUNDANT:
-                for flow in flows:
-                    try:
-                        case = problem(batch, f"{cluster}:h100", each * devices, traffic=flow)
-                        got, found = counted(case, asked.work)
-                    except PoiseError as error:
-                        print(family, name, cluster, each, flow, "left out:", error, flush=True)
-                        continue
-                    label = f"{family}, stay" if flow == "stay" else family
-                    counts.setdefault((label, cluster, each), Counter()).update(got)
-                    left_out.update(found.details.get("starts_left_out", ()))
-                    cases.append((f"{label} {name}, {cluster}, {each} a device", case, found.objective))
-                    print(label, name, cluster, each, dict(got), f"{time.time() - began:.0f} s", flush=True)
-    total = sum(counts.values(), Counter())
-    never = [name for name in EVERY if not total[name]]
-    worse = without(cases, never, asked.work) if never else []
-    names = [name for name, _ in total.most_common()]
+    began = time.time()
+    found = list(plans(asked.data, asked.layers, asked.files, asked.work))
+    total = sum((one.layers for one in found), Counter[str]())
+    by_family: dict[str, Counter[str]] = {}
+    for one in found:
+        by_family.setdefault(one.family, Counter()).update(one.layers)
+    names = sorted({*EVERY, *(name for one in found for name in one.had)}, key=lambda name: -total[name])
+    lines: list[list[object]] = []
+    for name in names:
+        lost = (
+            without(found, name, asked.work) if name in EVERY and 0 < total[name] <= RARE * sum(total.values()) else []
+        )
+        lines.append([
+            name, sum(name in one.had for one in found), sum(name in one.left_out for one in found),
+            sum(one.layers[name] > 0 for one in found), total[name],
+            ", ".join(f"{ratio:+.2%}" for ratio in sorted(lost, reverse=True)),
+        ])  # fmt: skip
+        print(lines[-1], flush=True)
     write("Starts of the search", [
-        f"Layers of plans whose descent began from a start (`poise`, work {asked.work:g}, {asked.layers} neighbouring layers "
-        f"of each file, h100 nodes, generic sizes, even split). {len(cases)} plans. Starts that planning time left out: {dict(left_out) or 'none'}.",
-        table(["traffic", "cluster", "redundant a device", *names],
-              [[*key, *(got[name] or "" for name in names)] for key, got in counts.items()]
-              + [["all", "", "", *(total[name] for name in names)]]),
-        f"Never: {', '.join(never) or 'none'}.",
-        f"The same plans without those starts: {len(worse)} of {len(cases)} cost more."
-        + ("\n\n" + table(["case", "cost over before"], worse) if worse else ""),
+        f"Where the layers of plans descend from (`poise`, work {asked.work:g}, {asked.layers} neighbouring layers of at most "
+        f"{asked.files} files of a family; H100 nodes, generic sizes; even split where no other is named): {len(found)} plans, {sum(total.values())} layers. "
+        "Left out: planning time did not suffice. Without it: cost of the plans that descend from a rare start, over before.",
+        table(["start", "plans that had it", "left out", "plans that descend from it", "layers", "without it"], lines),
+        table(["layers", *(name for name in names if total[name])],
+              [[key, *(got[name] or "" for name in names if total[name])] for key, got in by_family.items()]),
         f"Run time {time.time() - began:.0f} s.",
     ])  # fmt: skip
-
-
-def without(cases: list[tuple[str, PlacementProblem, float]], never: list[str], work: float) -> list[list[object]]:
-    """Plans that cost more without these starts, the worst first."""
-    out: list[tuple[float, str]] = []
-    with starts_are(tuple(name for name in EVERY if name not in never)):
-        for name, case, before in cases:
-            ratio = solve.solve(case, work=work).objective / before
-            if ratio > 1 + 1e-9:
-                out.append((ratio, name))
-    return [[name, f"{ratio - 1:.2%}"] for ratio, name in sorted(out, reverse=True)]
 
 
 if __name__ == "__main__":
