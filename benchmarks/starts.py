@@ -1,6 +1,6 @@
 """Which start the search's answer descends from, and what is lost without those that it hardly ever does.
 
-    python benchmarks/starts.py DATA [--work 20] [--layers 6] [--files 2]
+    python benchmarks/starts.py DATA [--work 20] [--layers 6] [--files 2] [--kinds "even split,pooled,exact split"]
 
 Files of DATA that have loads or tokens, on 1, 2 and 4 nodes of 8, with several numbers of redundant slots; small synthetic
 traces, which exact methods can solve; tokens that stay; slots counted over all layers; the exact split. Layers are counted:
@@ -37,7 +37,7 @@ CLUSTERS = ("1x8", "2x8", "4x8")
 REDUNDANT = (0, 1, 4)
 """Redundant slots a device."""
 TOKEN_FLOWS: tuple[DataFlow, ...] = ("home_node_dedup", "stay")
-KINDS = ("", "pooled", "exact split")
+KINDS = ("even split", "pooled", "exact split")
 STEPS = 32
 EVERY = (*solve.STARTS, *solve.STAY_STARTS)
 OWN_SEARCH = "search"
@@ -164,16 +164,16 @@ class Planned:
     layers: Counter[str]
 
 
-def plans(data: Path, layers: int, files_each: int, work: float) -> Iterator[Planned]:
+def plans(data: Path, layers: int, files_each: int, work: float, kinds: list[str]) -> Iterator[Planned]:
     """All of them."""
     seen: Counter[str] = Counter()
     for source in sources(data, layers):
         seen[source.family] += 1
         if seen[source.family] > files_each:
             continue
-        for cluster, each, flow, kind in product(source.clusters, REDUNDANT, source.flows, KINDS):
+        for cluster, each, flow, kind in product(source.clusters, REDUNDANT, source.flows, kinds):
             devices = int(cluster[0]) * int(cluster[2])
-            if kind and (flow == "stay" or each == 0):
+            if kind != KINDS[0] and (flow == "stay" or each == 0):
                 continue
             try:
                 case = problem(source.batch, f"{cluster}:h100", each * devices, traffic=flow, pooled=kind == "pooled")
@@ -183,7 +183,9 @@ def plans(data: Path, layers: int, files_each: int, work: float) -> Iterator[Pla
             except PoiseError as error:
                 print(source.family, source.name, cluster, each, flow, "left out:", error, flush=True)
                 continue
-            family = ", ".join([source.family, *(["stay"] if flow == "stay" else []), *([kind] if kind else [])])
+            family = ", ".join(
+                [source.family, *(["stay"] if flow == "stay" else []), *([kind] if kind != KINDS[0] else [])]
+            )
             label = f"{family}, {source.name}, {cluster}, {each} redundant a device"
             print(label, dict(got), flush=True)
             yield Planned(family, label, case, found.objective, frozenset(found.details["starts"]),
@@ -202,9 +204,10 @@ def main() -> None:
     parser.add_argument("--work", type=float, default=20.0)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--files", type=int, default=2, help="of each family")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     asked = parser.parse_args()
     began = time.time()
-    found = list(plans(asked.data, asked.layers, asked.files, asked.work))
+    found = list(plans(asked.data, asked.layers, asked.files, asked.work, asked.kinds.split(",")))
     total = sum((one.layers for one in found), Counter[str]())
     by_family: dict[str, Counter[str]] = {}
     for one in found:
@@ -229,7 +232,7 @@ def main() -> None:
         table(["layers", *(name for name in names if total[name])],
               [[key, *(got[name] or "" for name in names if total[name])] for key, got in by_family.items()]),
         f"Run time {time.time() - began:.0f} s.",
-    ])  # fmt: skip
+    ], "" if asked.kinds == ",".join(KINDS) else "-" + asked.kinds.replace(",", "-").replace(" ", "-"))  # fmt: skip
 
 
 if __name__ == "__main__":
