@@ -97,6 +97,17 @@ def calibration(folder: Path) -> tuple[Cluster, ExchangeModel, dict[str, Any]]:
     return Cluster.parse(folder / "cluster.yaml"), ExchangeModel(**constants), said
 
 
+def by_term(fronts_M: np.ndarray, terms: Sequence[str]) -> dict[str, np.ndarray]:
+    """Seconds from each moment on the last axis to the next, added up by the term that each is of.
+
+    Moments at which the last rank had done a part: so terms add up to the whole.
+    """
+    out: dict[str, np.ndarray] = {}
+    for term, seconds in zip(terms, np.moveaxis(np.diff(fronts_M, axis=-1), -1, 0), strict=True):
+        out[term] = out.get(term, 0.0) + seconds
+    return out
+
+
 def part_events(marks_DM: np.ndarray, names: Sequence[str]) -> list[Event]:
     """What each rank did between two marks, those parts left out that took no time."""
     return [Event(name, rank, float(a), float(b - a)) for rank, at in enumerate(marks_DM)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from common import REPORTS, table, write
-from measured import Emulation, calibration, parser, part_events, workplace, write_curve
+from measured import Emulation, by_term, calibration, parser, part_events, workplace, write_curve
 from pictures import bar_chart, save
 
 from poise.api import deal_slots
@@ -265,12 +265,9 @@ def terms(marks: np.ndarray) -> dict[str, np.ndarray]:
     last, at = marks.max(axis=3), ServingMark
     own = marks[..., at.DISPATCHED] - marks[..., at.PLANNED] + marks[..., at.COMBINED] - marks[..., at.COMPUTED]
     compute = marks[..., at.COMPUTED] - marks[..., at.DISPATCHED]
-    exchange = last[..., at.DISPATCHED] - last[..., at.PLANNED] + last[..., at.COMBINED] - last[..., at.COMPUTED]
+    parts = by_term(last, ("attention", "weights", "exchange", "compute", "exchange"))
     return {
-        "attention": (last[..., at.ATTENTION] - last[..., at.START]).sum(axis=2),
-        "weights": (last[..., at.PLANNED] - last[..., at.ATTENTION]).sum(axis=2),
-        "exchange": exchange.sum(axis=2),
-        "compute": (last[..., at.COMPUTED] - last[..., at.DISPATCHED]).sum(axis=2),
+        **{name: seconds.sum(axis=2) for name, seconds in parts.items()},
         "step": last[:, :, -1, at.COMBINED] - marks[:, :, 0, :, at.START].min(axis=2),
         "exchange_tail": own.max(axis=3).sum(axis=2),
         "exchange_mean": own.mean(axis=3).sum(axis=2),

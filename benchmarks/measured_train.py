@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from common import table, write
-from measured import Emulation, calibration, parser, part_events, workplace, write_curve
+from measured import Emulation, by_term, calibration, parser, part_events, workplace, write_curve
 from train_cases import of_domains
 
 from poise.cost.exchange import ExchangeModel
@@ -147,44 +147,39 @@ class Bench:
         return out
 
 
-def fronts(marks_LXDM: np.ndarray, ends_DX: np.ndarray) -> dict[str, float]:
-    """Seconds of a step by term: between the moments at which the last rank had done a part; they add up to the step.
+WAITS = TERMS[3]
+FORWARD = (
+    "other",
+    "attention",
+    WAITS,
+    "planning",
+    "other",
+    "all-to-all",
+    "other",
+    WAITS,
+    "compute",
+    "other",
+    "all-to-all",
+)
+BACKWARD = ("other", WAITS, "other", "all-to-all", "other", "compute", "other", "other", "all-to-all", "attention")
+"""Terms of what ends at each mark."""
 
-    marks [L, 2, D, 11], ends [D, 2].
-    """
-    out = dict.fromkeys(TERMS, 0.0)
-    now = float(ends_DX[:, 0].max())
-    waits = "weights, counts"
-    forward = (
-        "other",
-        "attention",
-        waits,
-        "planning",
-        "other",
-        "all-to-all",
-        "other",
-        waits,
-        "compute",
-        "other",
-        "all-to-all",
-    )
-    backward = ("other", waits, "other", "all-to-all", "other", "compute", "other", "other", "all-to-all", "attention")
+
+def fronts(marks_LXDM: np.ndarray, ends_DX: np.ndarray) -> list[float]:
+    """Seconds of a step by term; marks [L, 2, D, 11], ends [D, 2]."""
     front_LXM = marks_LXDM.max(axis=2)
-    order = [(layer, 0) for layer in range(len(front_LXM))]
-    order += [(layer, 1) for layer in reversed(range(len(front_LXM)))]
-    for layer, way in order:
-        for term, at in zip(backward if way else forward, front_LXM[layer, way], strict=False):
-            out[term] += float(at) - now
-            now = float(at)
-    out[waits] += float(ends_DX[:, 1].max()) - now
-    return out
+    layers = len(front_LXM)
+    ways = [*(front_LXM[:, 0]), *(one[: len(BACKWARD)] for one in front_LXM[::-1, 1])]
+    moments = np.concatenate([ends_DX[:, 0].max(keepdims=True), *ways, ends_DX[:, 1].max(keepdims=True)])
+    found = by_term(moments, [*FORWARD * layers, *BACKWARD * layers, WAITS])
+    return [float(found[term]) for term in TERMS]
 
 
 def measured_terms(got: dict[str, np.ndarray], which: int) -> np.ndarray:
     """Seconds of a row by repeat and term, mean over its steps, float64 [R, terms]."""
     marks, ends = got["marks"][which], got["ends"][which]  # [R, B, L, D, 2, 11] and [R, B, D, 2]
     return np.array([
-        np.mean([[*fronts(marks[r, b].swapaxes(1, 2), ends[r, b]).values()] for b in range(marks.shape[1])], axis=0)
+        np.mean([fronts(marks[r, b].swapaxes(1, 2), ends[r, b]) for b in range(marks.shape[1])], axis=0)
         for r in range(len(marks))])  # fmt: skip
 
 
@@ -196,7 +191,7 @@ def simulated_steps(bench: Bench, replay: TrainingReplay, counts_s: float, plann
 
 def predicted_terms(steps: list[RankStep], other_s: float) -> np.ndarray:
     """Seconds of the model by term, cut as the measured ones are, mean over steps, float64 [terms]."""
-    terms = [[*fronts(one.marks_LXDM, np.stack([0 * one.end_D, one.end_D], axis=1)).values()] for one in steps]
+    terms = [fronts(one.marks_LXDM, np.stack([0 * one.end_D, one.end_D], axis=1)) for one in steps]
     out: np.ndarray = np.mean(terms, axis=0)
     out[TERMS.index("other")] += other_s
     return out

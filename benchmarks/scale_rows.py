@@ -274,12 +274,17 @@ def slots_of(name: str, case: Case) -> tuple[int, ...]:
     return STEP_SLOTS if case.devices <= (128 if name == "poise" else 512) else STEP_SLOTS[:1]
 
 
+def eplb(case: Case, fitted: RoutingBatch) -> Placement:
+    """EPLB's global map."""
+    return solve(
+        PlacementProblem(fitted, case.cluster, case.model, case.slots_D, "home"), method="eplb-global"
+    ).placement
+
+
 def over_eplb(
     case: Case, data: Path, split: Literal["even", "exact"] = "even"
 ) -> tuple[RoutingBatch, Placement, Replay]:
     """Steps, EPLB's global map, and what it costs on the judged ones."""
-    batch = case.batch(data)
-    problem = PlacementProblem(case.fitted(data), case.cluster, case.model, case.slots_D, "home")
-    placement = solve(problem, method="eplb-global").placement
+    batch, placement = case.batch(data), eplb(case, case.fitted(data))
     judged = batch.steps_from(WARM_UP)
     return batch, placement, replay(judged, placement, case.cluster, case.model, traffic="home", split=split)
