@@ -19,6 +19,7 @@ OLD_NAMES = {"test_moved.py"}
 ROOMS = ("version", "moved", "util", "machine", "routing", "cost", "planning", "stepwise", "replay", "simulate", "report", "control",
          "runtime", "serve", "train", "engines", "api", "watch", "lab", "cli")  # fmt: skip
 """From the ground up: docs/vocabulary.md says what lies in each. Every module is in one of them, or is ``poise`` itself, on top."""
+MOST_ARGUMENTS = 8
 ALIAS = re.compile("_?[A-Z][A-Za-z]*[a-z][A-Za-z]*")
 
 
@@ -132,6 +133,28 @@ def test_no_class_name_occurs_twice():
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
     two = [(f"poise.{number}", ast.parse(text)) for number, text in enumerate(("class Rows: ...", "_Rows = list[int]"))]
     assert class_names(two) == {"Rows": ["poise.0.Rows", "poise.1._Rows"]}, "the test sees nothing"
+
+
+def unclear(module: str, tree: ast.Module) -> list[str]:
+    """Compiled functions that others call without types that mypy could check, or that take too many things in a row."""
+    out = []
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or not any(
+            "compiled" in ast.unparse(one) for one in node.decorator_list
+        ):
+            continue
+        given = node.args.args
+        typed = node.returns is not None and all(arg.annotation is not None for arg in given)
+        if len(given) > MOST_ARGUMENTS or not (typed or node.name.startswith("_")):
+            out.append(f"{module}.{node.name}")
+    return out
+
+
+def test_compiled_functions_say_what_they_take():
+    assert not [name for module, (_, tree) in MODULES.items() for name in unclear(module, tree)]
+    many = ", ".join(f"a{number}" for number in range(MOST_ARGUMENTS + 1))
+    bad = ast.parse(f"@compiled\ndef f(x): ...\n@compiled(nogil=True)\ndef _g({many}): ...\n@compiled\ndef _h(x): ...")
+    assert unclear("m", bad) == ["m.f", "m._g"], "the test sees nothing"
 
 
 def test_torch_stays_in_runtime():

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 
 from poise.cost.transfers import TransferPlan
+from poise.stepwise.sharding import MEAN_STEPS
 from poise.train.ahead import PlanAhead
 from poise.train.history import RECENT, LoadHistory
 
@@ -27,6 +28,10 @@ def test_only_recent_iterations_are_kept():
         history.record(0, np.array([step]))
         assert history.close() == []
     assert history.of(0)[:, 0].tolist() == list(range(5, RECENT + 5)) and history.seen_L[0] == RECENT + 5
+
+
+def test_owners_are_planned_from_as_many_iterations_as_in_the_replay():
+    assert RECENT == MEAN_STEPS
 
 
 def test_a_plan_is_waited_for_and_used_only_for_what_it_was_made_from():

@@ -73,13 +73,13 @@ def make_machine(
 
 
 @compiled
-def expert_work(tokens, machine):  # type: ignore[no-untyped-def]
+def expert_work(tokens: float, machine: Machine) -> float:
     """Seconds of one expert's tokens at speed 1, under the roofline: a measured curve is known by its two numbers."""
     return max(tokens * machine.per_token, min(tokens, 1.0) * machine.per_expert)
 
 
 @compiled
-def expert_works(tokens_E, machine):  # type: ignore[no-untyped-def]
+def expert_works(tokens_E: NDArray[np.float64], machine: Machine) -> NDArray[np.float64]:
     """:func:`expert_work` of each expert, float64 [E]."""
     out = np.empty(tokens_E.size)
     for e in range(tokens_E.size):
@@ -88,7 +88,7 @@ def expert_works(tokens_E, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def book(port_PD, source, target, amount, node_D):  # type: ignore[no-untyped-def]
+def book(port_PD: NDArray[np.float64], source: int, target: int, amount: float, node_D: NDArray[np.int64]) -> None:
     """Book what goes from a device to a device on the ports it passes; nothing if it stays."""
     if target == source:
         return
@@ -101,7 +101,7 @@ def book(port_PD, source, target, amount, node_D):  # type: ignore[no-untyped-de
 
 
 @compiled
-def book_even_homes(port_PD, tokens_D, machine):  # type: ignore[no-untyped-def]
+def book_even_homes(port_PD: NDArray[np.float64], tokens_D: NDArray[np.float64], machine: Machine) -> None:
     """Ports anew where only loads are known: each device is the home of 1 / D of the tokens that any computes."""
     devices = machine.speed_D.size
     total, first = 0.0, 0
@@ -121,13 +121,13 @@ def book_even_homes(port_PD, tokens_D, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def wire_seconds(intra, net, machine):  # type: ignore[no-untyped-def]
+def wire_seconds(intra: float, net: float, machine: Machine) -> float:
     """Seconds a byte until the fullest port inside nodes and the fullest between them are both drained."""
     return max(intra / machine.intra_bytes_per_s, net / machine.inter_bytes_per_s)
 
 
 @compiled
-def fullest_port(port_PD, machine):  # type: ignore[no-untyped-def]
+def fullest_port(port_PD: NDArray[np.float64], machine: Machine) -> float:
     """Seconds a byte until every port is drained; a shared network port takes what its node's devices send."""
     intra, net, out_sum, in_sum = 0.0, 0.0, 0.0, 0.0
     for d in range(machine.speed_D.size):
@@ -144,7 +144,9 @@ def fullest_port(port_PD, machine):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def fullest_of_sums(out_D, in_D, away_N2, machine):  # type: ignore[no-untyped-def]
+def fullest_of_sums(
+    out_D: NDArray[np.float64], in_D: NDArray[np.float64], away_N2: NDArray[np.float64], machine: Machine
+) -> float:
     """:func:`fullest_port` where no pairs are known, only sums.
 
     ``out_D``, ``in_D``: what leaves and reaches each device; ``away_N2``: the part of it that leaves and enters each

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -277,7 +277,9 @@ def layer_flow(
     if traffic != "stay":
         share_BED = shares.of(layer)
         share_BED = share_BED if len(share_BED) == 1 else share_BED[steps]
-        return _flow_from_home(batch, layer, slice(first, last), num_steps, step_T, share_BED, cluster, traffic)
+        experts_TK = np.ascontiguousarray(batch.experts_TLK[first:last, layer])
+        home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
+        return _flow_from_home(StepTokens(experts_TK, step_T, home_T, num_steps), share_BED, cluster, traffic)
     share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
     home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
     source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)
@@ -291,35 +293,68 @@ def layer_flow(
     return LayerFlow(Copies(copies), Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps)), *crossing)
 
 
+class StepTokens(NamedTuple):
+    """Tokens of one layer in B steps: int [T, K] experts, int [T] step from 0 and home of each; B."""
+
+    experts_TK: NDArray[Any]
+    step_T: NDArray[Any]
+    home_T: NDArray[Any]
+    num_steps: int
+
+
+class HolderShares(NamedTuple):
+    """Which part of an expert's tokens each holder computes; entries H are (expert, device) pairs, sorted by expert.
+
+    Parameters
+    ----------
+    ptr_E : int64 [E + 1], first entry of each expert.
+    device_H : int64 [H].
+    share_BH : float64 [B or 1, H].
+    node_D : int64 [D].
+    """
+
+    ptr_E: NDArray[np.int64]
+    device_H: NDArray[np.int64]
+    share_BH: NDArray[np.float64]
+    node_D: NDArray[np.int64]
+
+
+class SentFromHome(NamedTuple):
+    """What each home sends: pairs and copies to devices, float64 [B, D, D], copies to nodes, float64 [B, D, N]."""
+
+    pairs_BDD: NDArray[np.float64]
+    copies_BDD: NDArray[np.float64]
+    copies_BDN: NDArray[np.float64]
+
+
 def _flow_from_home(
-    batch: RoutingBatch, layer: int, rows: slice, num_steps: int, step_T: NDArray[Any],
-    share_BED: NDArray[np.float64], cluster: Cluster, traffic: DataFlow,
-) -> LayerFlow:  # fmt: skip
-    """The data flows from and to the home rank; ``step_T`` and ``share_BED`` are of the rows' steps alone."""
-    assert batch.experts_TLK is not None
-    devices, nodes = cluster.num_devices, cluster.num_nodes
+    tokens: StepTokens, share_BED: NDArray[np.float64], cluster: Cluster, traffic: DataFlow
+) -> LayerFlow:
+    """The data flows from and to the home rank; ``share_BED`` is of the tokens' steps alone."""
     expert_H, device_H = np.nonzero(share_BED.any(axis=0))
-    pairs = np.zeros((num_steps, devices, devices))
-    copies_BDD, copies_BDN = np.zeros_like(pairs), np.zeros((num_steps, devices, nodes))
-    _send_from_home(
-        np.ascontiguousarray(batch.experts_TLK[rows, layer]), step_T, batch.home_of_tokens(devices)[rows],
-        np.searchsorted(expert_H, np.arange(batch.num_experts + 1)), device_H,
-        np.ascontiguousarray(share_BED[:, expert_H, device_H]), cluster.node_D.astype(np.int64), pairs, copies_BDD,
-        copies_BDN,
-    )  # fmt: skip
+    ptr_E = np.searchsorted(expert_H, np.arange(share_BED.shape[1] + 1))
+    share_BH = np.ascontiguousarray(share_BED[:, expert_H, device_H])
+    pairs, copies_BDD, copies_BDN = _send_from_home(
+        tokens, HolderShares(ptr_E, device_H, share_BH, cluster.node_D.astype(np.int64)), cluster.num_nodes
+    )
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
     total = pairs.sum(axis=(1, 2))
     crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
     if traffic == "home":
         return LayerFlow(Copies(pairs), None, *crossing)
-    once_a_node = traffic == "home_node_dedup" and nodes > 1
+    once_a_node = traffic == "home_node_dedup" and cluster.num_nodes > 1
     return LayerFlow(Copies(copies_BDD, copies_BDN if once_a_node else None), None, *crossing)
 
 
 @compiled(nogil=True)
-def _send_from_home(experts_TK, step_T, home_T, ptr_E, device_H, share_BH, node_D, pairs, copies, nodes):  # type: ignore[no-untyped-def]
-    """Add up, from each home, pairs and copies [B, D, D] to devices and copies [B, D, N] to nodes."""
-    missed_D, missed_N, share_N = np.ones(node_D.size), np.ones(nodes.shape[2]), np.zeros(nodes.shape[2])
+def _send_from_home(tokens: StepTokens, holders: HolderShares, num_nodes: int) -> SentFromHome:
+    """Add up pairs and copies."""
+    experts_TK, step_T, home_T, steps = tokens
+    ptr_E, device_H, share_BH, node_D = holders
+    devices = node_D.size
+    pairs, copies = np.zeros((steps, devices, devices)), np.zeros((steps, devices, devices))
+    nodes = np.zeros((steps, devices, num_nodes))
+    missed_D, missed_N, share_N = np.ones(devices), np.ones(num_nodes), np.zeros(num_nodes)
     for t in range(len(experts_TK)):
         b, home = step_T[t], home_T[t]
         row = b if len(share_BH) > 1 else 0
@@ -343,6 +378,7 @@ def _send_from_home(experts_TK, step_T, home_T, ptr_E, device_H, share_BH, node_
                 copies[b, home, d] += 1.0 - missed_D[d]
                 nodes[b, home, node_D[d]] += 1.0 - missed_N[node_D[d]]
                 missed_D[d], missed_N[node_D[d]] = 1.0, 1.0
+    return SentFromHome(pairs, copies, nodes)
 
 
 def _flow_of_loads(

@@ -221,7 +221,7 @@ def _fetch_ports(held_ED, fetched_ED, node_D, fan_out):  # type: ignore[no-untyp
 
 
 @compiled
-def gather_seconds(held_ED, fetched_ED, price):  # type: ignore[no-untyped-def]
+def gather_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], price: CompiledPrice) -> float:
     """:func:`fetch_seconds` of a :class:`CompiledPrice`."""
     if not fetched_ED.any():
         return 0.0
@@ -231,7 +231,7 @@ def gather_seconds(held_ED, fetched_ED, price):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def exposed_seconds(early_s, late_s, price):  # type: ignore[no-untyped-def]
+def exposed_seconds(early_s: float, late_s: float, price: CompiledPrice) -> float:
     """:meth:`StepPrice.exposed_seconds` of a :class:`CompiledPrice`."""
     back = max(0.0, (early_s + late_s) * price.back_passes - 2.0 * price.window_s)
     return max(0.0, early_s - price.window_s) + late_s + back
@@ -244,4 +244,4 @@ def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], pri
     has landed in a node is passed on there. No relays between nodes. The fullest port decides. A reduce is the mirror
     image of its gather and takes as long.
     """
-    return float(gather_seconds(held_ED, fetched_ED, compiled_price(price)))
+    return gather_seconds(held_ED, fetched_ED, compiled_price(price))

@@ -8,11 +8,15 @@ the same step (:meth:`poise.cost.weights.StepPrice.exposed_seconds`). A policy t
 gather and reduce for each replica in every step (their gradients' all-reduce), and parameters + optimizer states
 (:data:`poise.cost.weights.STATE_RATIO` times the bytes), in sight, for each that is new. Re-sharding moves the same
 states in sight; its seconds are spread over the steps until the next one, so that short replays are charged fairly.
+
+Before the gate, policies know what ranks know (:mod:`poise.train.schedule`): as many pairs as the layer had in the step
+before, and in the first step one, so that modelled attention is that of one token. Owners are planned from the same
+steps as there (:func:`poise.stepwise.sharding.lasting_load`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +26,22 @@ from poise.cost.links import latency_seconds, port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
 from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
-from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
+from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds, window_seconds
 from poise.replay.serving import WARM_UP, FastLoop
 from poise.replay.work import LayerWork, Rounds
 from poise.routing.batch import RoutingBatch
 from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.methods.split import spread_evenly
-from poise.stepwise.sharding import Even, ShardingPolicy, check_sharding, even_sharding, moves, owned_ED
+from poise.stepwise.protocol import LayerView
+from poise.stepwise.sharding import (
+    Even,
+    ShardingPolicy,
+    check_sharding,
+    even_sharding,
+    lasting_load,
+    moves,
+    owned_ED,
+)
 from poise.util.errors import OptionError
 
 Moves = tuple[tuple[Transfer, ...], ...]
@@ -155,10 +168,11 @@ def replay_training(
     Parameters
     ----------
     traffic : counts by source.
-    loop : policy, step slots and predictor.
+    loop : policy, step slots and predictor; seconds that were measured before the run replace the price's.
     price : of :func:`poise.cost.weights.training_price`.
     sharding : owners; they start as :func:`poise.stepwise.sharding.even_sharding`, are planned at step
-        ``first_reshard`` and then every ``interval`` steps, from the predictor's loads. None: even, for good.
+        ``first_reshard`` and then every ``interval`` steps; on ranks the first time comes after ``interval`` steps.
+        None: even, for good.
     rest_s : seconds of the dense rest of a step.
     by_rank : keep what every rank does (``work_BL``): a few [D, D] arrays a layer and step.
 
@@ -196,6 +210,10 @@ class _TrainingRun:
         owner_LE: NDArray[np.int64],
         by_rank: bool,
     ) -> None:
+        if loop.window_s is not None:
+            price = replace(price, window_s=loop.window_s)
+        if loop.control_s is not None:
+            price = replace(price, control_s=loop.control_s)
         self.traffic, self.loop, self.price, self.sharding = traffic, loop, price, sharding
         self.owner_LE, self.moved_owners = owner_LE, 0
         self.keeps = loop.policy.keeps_in_training
@@ -222,7 +240,7 @@ class _TrainingRun:
         interval = self.sharding.interval
         if not interval or step < first or (step - first) % interval:
             return
-        new = self.sharding.plan(self.predicted_BLE[step], self.owner_LE, self.price)
+        new = self.sharding.plan(lasting_load(self.load_BLE[:step]), self.owner_LE, self.price)
         changed = moves(self.owner_LE, new)
         if not len(changed):
             return
@@ -241,8 +259,9 @@ class _TrainingRun:
                 none = np.zeros((cluster.num_devices,) * 2)
                 self.work[step].append(LayerWork(none, none[0]))
             return
+        early_ED = driver.choose(self._known(step, layer))
         view = driver.view(step, self.predicted_BLE[step, layer], self.load_BLE[:step, layer], price)
-        done = driver.finish(view, driver.choose(view), load_SE)
+        done = driver.finish(view, early_ED, load_SE)
         transfers = self._weights(done)
         self.out["control"][step, layer] = done.control_s
         plan = done.plan
@@ -261,6 +280,15 @@ class _TrainingRun:
                 LayerWork(bytes_DD, work_ED.sum(axis=0) / cluster.speed_D, before, after, back, self._again(layer))
             )
 
+    def _known(self, step: int, layer: int) -> LayerView:
+        """What a policy may look at before the gate."""
+        load_BE, price = self.load_BLE[: step + 1, layer], self.price
+        pairs = load_BE[-2].sum() if step else 1.0
+        if not step and self.loop.window_s is None:
+            price = replace(price, window_s=min(price.window_s, window_seconds(1.0, price.cluster, price.model)))
+        predicted_E = self.predicted_BLE[step, layer] * (pairs / load_BE[-1].sum())
+        return self.drivers[layer].view(step, predicted_E, load_BE[:-1], price)
+
     def _weights(self, done: Outcome) -> list[tuple[Moves, float]]:
         """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
         view, plan, early_ED = done.view, done.plan, done.early_ED
@@ -275,7 +303,7 @@ class _TrainingRun:
             base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
             added = plan.holders_ED & ~view.before_ED
             new = int(added.sum())
-            switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
+            switch_s = STATE_RATIO * sparse_gather_seconds(view.before_ED, added, price)
             parts = [plan.holders_ED & ~base]
         else:
             base = view.before_ED
@@ -311,7 +339,7 @@ class _TrainingRun:
         )  # fmt: skip
 
 
-def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
+def sparse_gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
     """Seconds of the runtime's sparse gather, round by round, from each expert's first holder; bool [E, D] both.
 
     :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.

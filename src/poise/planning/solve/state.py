@@ -195,7 +195,7 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
 
 
 @compiled(nogil=True)
-def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
+def rebuild(data: Data, state: State, layer: int) -> None:
     """Compute all sums of a layer anew."""
     state.compute_LBD[layer] = 0.0
     state.tokens_LBD[layer] = 0.0
@@ -311,7 +311,7 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
 
 
 @compiled(nogil=True)
-def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
+def layer_compute(data: Data, state: State, layer: int) -> float:
     """Expected compute seconds of a layer, with the tie break."""
     devices = data.machine.speed_D.size
     out = 0.0
@@ -325,7 +325,7 @@ def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
+def layer_seconds(data: Data, state: State, layer: int) -> float:
     """Expected seconds of a layer that depend on the placement, with the tie break."""
     out, machine = layer_compute(data, state, layer), data.machine
     state.work[0] += data.weight_B.size * machine.speed_D.size
@@ -404,7 +404,9 @@ def _distinct(experts):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def change(data, state, layer, experts, devices, limit):  # type: ignore[no-untyped-def]
+def change(
+    data: Data, state: State, layer: int, experts: NDArray[np.int64], devices: NDArray[np.int64], limit: float
+) -> bool:
     """Toggle (expert, device) pairs of a layer; undone, with False, if its compute alone comes out above ``limit``.
 
     ``experts`` and ``devices`` are int64 [n]; an expert may appear more than once.
