@@ -23,7 +23,7 @@ from tests.cases import read_options, run_cases
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
-from tests.train.support_models import case
+from tests.train.support_models import case, case_like
 
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
 from poise.train.gradients import update_correction_bias
@@ -66,12 +66,12 @@ def hf_mixtral() -> dict:
     return family("mixtral")
 
 
-@case
+@case_like("hf_mixtral")
 def hf_qwen3_moe() -> dict:
     return family("qwen3_moe")
 
 
-@case
+@case_like("hf_mixtral")
 def hf_olmoe() -> dict:
     return family("olmoe")
 
@@ -212,7 +212,7 @@ def ddp() -> dict:
     return {"error": error}
 
 
-@case
+@case_like("fsdp2_passes_over_experts")
 def hf_fsdp2() -> dict:
     """A Hugging Face model, FSDP2 per decoder layer, gradient checkpointing on."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -272,7 +272,7 @@ def clip_norms() -> dict:
 # ---- 3. precision --------------------------------------------------------------------------------------------------
 
 
-@case
+@case_like("precision_bfloat16")
 def precision_float32() -> dict:
     """Sharded and dense differ by at most 4 times what dense runs differ that add up in other orders."""
     world, out = dist.get_world_size(), {}

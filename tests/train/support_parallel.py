@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
-from tests.train.support_models import case
+from tests.train.support_models import case, case_like
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -168,9 +169,10 @@ def pipeline_gpipe() -> dict:
     """Four micro-batches, forward passes all before backward passes."""
     errors = {
         "shapes given": pipelined(ScheduleGPipe, told=True),
-        "shapes inferred": pipelined(ScheduleGPipe),
         "shapes inferred, FSDP2, rematerialise": pipelined(ScheduleGPipe, wrap=True, again=True),
     }
+    if few_or(True, False):
+        errors["shapes inferred"] = pipelined(ScheduleGPipe)
     assert max(errors.values()) <= EXACT, errors
     return errors
 
@@ -180,9 +182,10 @@ def pipeline_1f1b() -> dict:
     """Forward and backward passes in turn, also with two stages a rank."""
     errors = {
         "one stage a rank": pipelined(Schedule1F1B, told=True, again=True),
-        "FSDP2": pipelined(Schedule1F1B, wrap=True),
         "two stages a rank": pipelined(ScheduleInterleaved1F1B, told=True),
     }
+    if few_or(True, False):
+        errors["FSDP2"] = pipelined(Schedule1F1B, wrap=True)
     assert max(errors.values()) <= EXACT, errors
     return errors
 
@@ -361,7 +364,7 @@ def composed(change: Any, *, around: Any = None, workloads: tuple[str, ...] = ("
     """``change`` a block's forward; ``around`` is a context of the model's forward pass."""
     errors = {}
     for workload in workloads:
-        for again in (False, True):
+        for again in few_or((False, True), (False, True) if len(workloads) == 1 else (workload == "ragged",)):
             model = h.build()
             run = shard(model, rematerialise=again)
             for block in model.blocks:
@@ -400,7 +403,7 @@ def saved_tensors_elsewhere() -> dict:
     return {"save_on_cpu": out, "copies": composed(lambda forward: forward, around=moved, workloads=("ragged",))}
 
 
-@case
+@case_like("saved_tensors_inside_checkpoint")
 def saved_tensors_around_checkpoint() -> dict:
     return composed(recomputed, around=moved)
 
@@ -451,7 +454,7 @@ def after_tanh(forward: Any) -> Any:
     return lambda *inputs: torch.tanh(forward(*inputs))
 
 
-@case
+@case_like("nested_checkpoint_two_passes_open")
 def nested_checkpoint() -> dict:
     """Checkpoints of the experts in one of the block, three deep; and two passes open, of equal tokens."""
 
@@ -505,7 +508,7 @@ def checkpoint_retained() -> dict:
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
     for workload in ("hot-expert-a-rank", "ragged"):
         for depth in (1, 2):
-            for again in (False, True):
+            for again in few_or((False, True), ((depth == 2) == (workload == "ragged"),)):
                 dense, model = h.build(), h.build()
                 h.loss_of(dense, h.batch(workload, 0, world, 2, None, torch.float64)).mul(2).backward()
                 expected = {name: weight.grad for name, weight in dense.named_parameters()}
