@@ -251,17 +251,19 @@ def clip_norms() -> dict:
     """The norm and the clipped gradients equal torch's on the dense model; ten experts on four ranks."""
     world, worst = dist.get_world_size(), 0.0
     for wrap in (True, False):
+        dense, model = h.build(), h.build()
+        h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+        run = shard(model)
+        if wrap:
+            fsdp(model, h.MESH(world))
+        c.plain_loss("hot-expert-a-rank")(model, 0).backward()
+        if not wrap:
+            c.average_dense(model, run)
+        kept = [(w.grad, w.grad.clone()) for one in (dense, model) for w in one.parameters() if w.grad is not None]
         for p in (1.0, 2.0, 3.0, float("inf")):
-            dense = h.build()
-            h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+            for grad, before in kept:
+                grad.copy_(before)
             expected = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.01, norm_type=p)
-            model = h.build()
-            run = shard(model)
-            if wrap:
-                fsdp(model, h.MESH(world))
-            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
-            if not wrap:
-                c.average_dense(model, run)
             norm = clip_grad_norm_(model, 0.01, norm_type=p)
             clipped = h.local_rows(model, {name: w.grad for name, w in dense.named_parameters()})
             worst = max(worst, abs(norm.item() / expected.item() - 1), h.worst(c.of_all(model), clipped))

@@ -194,7 +194,7 @@ def checkpoint_router_flips() -> dict:
     return errors
 
 
-@case
+@case_like("nested_checkpoint_two_passes_open")
 def checkpoint_two_passes_open() -> dict:
     """Two forward passes before their backward passes, in either order; one rank has no token in both."""
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
