@@ -12,15 +12,16 @@ import time
 import numpy as np
 from common import table, write
 
-from poise.cost.quota import balance, make_holders, make_scratch
+from poise.cost.quota import QuotaProblem, balance, make_holders, make_scratch
 from poise.cost.route import rows_into
 from poise.cost.weights import compiled_price, control_seconds, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
 from poise.stepwise.driver import LayerDriver
-from poise.stepwise.poise import kernels as k
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.work_split import best_split
+from poise.stepwise.poise.workspace import Desk, make_workspace
 
 EXPERTS, DRAWS = 256, 300
 
@@ -51,11 +52,11 @@ def main() -> None:
                      for _ in range(DRAWS + 1)]  # fmt: skip
             turn = iter(draws)
             split = timed(lambda turn=turn, none=none, h=holders, q=quota, c=scratch, s=speed:
-                          balance(next(turn), none, none, h, s, 0.0, q, c))  # fmt: skip
+                          balance(QuotaProblem(next(turn), s, none, none, 0.0), h, q, c))  # fmt: skip
             load = draws[0]
             sources = np.stack([rng.multinomial(n, np.full(devices, 1 / devices)) for n in load]).T.astype(np.int64)
             quota_ED = np.zeros((EXPERTS, devices), np.int64)
-            balance(load, none, none, holders, speed, 0.0, quota, scratch)
+            balance(QuotaProblem(load, speed, none, none, 0.0), holders, quota, scratch)
             quota_ED[holders.expert_H, holders.device_H] = quota
             row, work = np.zeros((1, EXPERTS, devices), np.int64), np.zeros((2, devices), np.int64)
             node = cluster.node_D.astype(np.int64)
@@ -64,9 +65,8 @@ def main() -> None:
             if devices <= 64:
                 price = step_price(4096, EXPERTS, cluster, model)
                 rates = compiled_price(price).machine
-                space = k.make_workspace(EXPERTS, devices, slots + 2 * devices)
-                ready = k.compile_all(held, space)
-                after = timed(lambda a=(sources, ready, rates, 0.05, space): k.best_split(*a))
+                ready = Desk(rates, make_workspace(EXPERTS, devices, slots + 2 * devices)).put(held)
+                after = timed(lambda a=(sources, 0.05, ready): best_split(*a))
                 driver = LayerDriver(Poise(objective="tokens"), held, step_slots=2, layer=0)
                 view = driver.view(0, load.astype(float), np.zeros((0, EXPERTS)), price)
                 began = time.perf_counter()

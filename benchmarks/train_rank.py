@@ -12,34 +12,25 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import queue
-import sys
-import threading
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from measured import in_turn, on_ranks, until
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import poise.runtime.dispatch
-import poise.runtime.layer
-import poise.train.schedule
 from poise.lab.emulate import DeviceClock, ExpertCurve
 from poise.machine.cluster import Cluster
-from poise.runtime.collectives import Pending
-from poise.runtime.experts import ExpertKind
+from poise.runtime import spans
+from poise.runtime.collectives import run_on_thread
 from poise.runtime.moe import ExpertList
+from poise.simulate.training import Backward, Forward
 from poise.stepwise.registry import parse_policy
 from poise.train import fully_shard_experts
 from poise.train.history import LoadHistory
-from poise.train.materialize import Materialised
-from poise.train.schedule import Schedule
 
 
 class Clock:
@@ -61,18 +52,8 @@ class Marks:
     """Moments of the step that runs, float64 [L, 2, 11] (:mod:`poise.simulate.training` names them), and spans of weights."""
 
     at_LXM = np.zeros((0, 2, 11))
-    layer, way = 0, 0
+    layer = 0
     spans: ClassVar[list[tuple[str, float, float]]] = []
-
-    @classmethod
-    def now(cls, mark: int) -> None:
-        """A part of the layer that runs is done."""
-        cls.at_LXM[cls.layer, cls.way, mark] = time.monotonic()
-
-
-def until(when: float) -> None:
-    while (left := when - time.monotonic()) > 0:
-        time.sleep(left)
 
 
 class _Enter(torch.autograd.Function):
@@ -106,16 +87,17 @@ class _Leave(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: int) -> Tensor:
-        ctx.layer, Marks.layer, Marks.way = layer, layer, 0
-        Marks.now(0)
-        until(Marks.at_LXM[layer, 0, 0] + Clock.window_s)
-        Marks.now(1)
+        ctx.layer = Marks.layer = layer
+        began = time.monotonic()
+        until(began + Clock.window_s)
+        Marks.at_LXM[layer, 0, : Forward.COUNTED] = began, time.monotonic()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         until(time.monotonic() + 2.0 * Clock.window_s)
-        Marks.at_LXM[ctx.layer, 1, 9] = time.monotonic()
+        Marks.at_LXM[ctx.layer, 1, Backward.ATTENTION] = time.monotonic()
+        Marks.layer = ctx.layer - 1
         return grads[0], None
 
 
@@ -161,91 +143,24 @@ class Model(nn.Module):
         return x
 
 
-def record_parts() -> None:
-    """Let the runtime's own functions say when they are done."""
-
-    def after(owner: Any, name: str, forward: int | None, backward: int | None) -> None:
-        inside = getattr(owner, name)
-
-        def run(*args: Any, **named: Any) -> Any:
-            out = inside(*args, **named)
-            mark = backward if Marks.way else forward
-            if mark is not None:
-                Marks.now(mark)
-            return out
-
-        setattr(owner, name, run)
-
-    after(Schedule, "_loads", 2, None)
-    after(Schedule, "_plan", 3, None)
-    after(poise.runtime.layer, "there", 6, 4)
-    after(Materialised, "banks", 7, None)
-    after(ExpertKind, "run", 8, None)
-    send = poise.runtime.dispatch.exchange
-
-    def exchange(*args: Any, **named: Any) -> Tensor:
-        """The first one of a pass is the way out, the second one back."""
-        first = (4, 2)[Marks.way] if not Marks.at_LXM[Marks.layer, Marks.way, (4, 2)[Marks.way]] else (9, 7)[Marks.way]
-        Marks.now(first)
-        out = send(*args, **named)
-        Marks.now(first + 1)
-        return out
-
-    poise.runtime.dispatch.exchange = exchange  # type: ignore[attr-defined]
-    before, behind = Materialised.before_backward, Materialised.after_backward
-
-    def before_backward(self: Materialised) -> None:
-        Marks.layer, Marks.way = self.experts.number, 1
-        Marks.now(0)
-        before(self)
-        Marks.now(1)
-
-    def after_backward(self: Materialised, grads: Any) -> None:
-        Marks.now(5)
-        behind(self, grads)
-        Marks.now(6)
-
-    Materialised.before_backward, Materialised.after_backward = before_backward, after_backward  # type: ignore[method-assign]
+BEGINS = {"dispatch": Forward.SENT, "combine": Forward.RETURNED, "backward weights": Backward.START,
+          "backward dispatch": Backward.SENT, "backward reduce": Backward.COMPUTED,
+          "backward combine": Backward.RETURNED}  # fmt: skip
+ENDS = {"counts": Forward.COUNTED, "plan": Forward.PLANNED, "dispatch": Forward.DISPATCHED, "arrange": Forward.ARRANGED,
+        "weights": Forward.READY, "experts": Forward.COMPUTED, "combine": Forward.COMBINED,
+        "backward weights": Backward.READY, "backward dispatch": Backward.DISPATCHED,
+        "backward arrange": Backward.ARRANGED, "backward reduce": Backward.POSTED,
+        "backward combine": Backward.COMBINED}  # fmt: skip
+"""Parts of a layer that the runtime tells of, and the marks at which they begin and end."""
 
 
-class Stream:
-    """A thread that runs sparse collectives in the order they were started."""
-
-    def __init__(self) -> None:
-        self.waiting: queue.SimpleQueue[Pending] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, daemon=True, name="weights")
-        self.post, land = Pending._post, Pending.wait
-        self.land = land
-        stream = self
-
-        def post(one: Pending) -> None:
-            if threading.current_thread() is stream.thread:
-                stream.post(one)
-            else:
-                one.done = threading.Event()  # type: ignore[attr-defined]
-                stream.waiting.put(one)
-
-        def wait(one: Pending) -> None:
-            if hasattr(one, "done"):
-                one.done.wait()
-            if hasattr(one, "error"):
-                raise one.error
-
-        Pending._post, Pending.wait = post, wait  # type: ignore[method-assign]
-        self.thread.start()
-
-    @torch.no_grad()
-    def _work(self) -> None:
-        while True:
-            one = self.waiting.get()
-            began, kind = time.monotonic(), "reduce" if one.reduce else "gather"
-            try:
-                self.post(one)
-                self.land(one)
-            except Exception as error:  # raised where it is waited for
-                one.error = error  # type: ignore[attr-defined]
-            one.done.set()  # type: ignore[attr-defined]
-            Marks.spans.append((kind, began, time.monotonic()))
+def note(name: str, began: float, ended: float) -> None:
+    """The runtime's hook (:mod:`poise.runtime.spans`). Backwards, layers come in reverse: each ends with its attention."""
+    if name in ("gather", "reduce"):
+        Marks.spans.append((name, began, ended))
+    for marks, when in ((BEGINS, began), (ENDS, ended)):
+        if name in marks:
+            Marks.at_LXM[Marks.layer, int(name.startswith("backward ")), marks[name]] = when
 
 
 class Traffic:
@@ -284,45 +199,53 @@ class Row:
             window_s=job["window_s"], form=row.get("form", "auto"), owners=self.owners,
         )  # fmt: skip
         self.run.set_gradient_divide_factor(1.0)
-        self.model, self.schedule = model, self.run.schedule
-        self.schedule.top_k = traffic.top_k
+        self.model, self.planner = model, self.run.schedule.planner
+        self.planner.top_k = traffic.top_k
+        if job["stream"]:
+            run_on_thread(self.run.schedule.deployment.weights_group)
         self._known: tuple[LoadHistory, list[np.ndarray], np.ndarray] | None = None
         self.tokens: list[np.ndarray] = []
+        self.worst = 0.0
+        """What :meth:`gap` said of the step that was not timed."""
 
     def reset(self, warm_up: int) -> None:
         """As after the warm-up steps: what they taught the policy, the replicas it keeps, owners that it moved."""
-        schedule = self.schedule
+        planner = self.planner
         if self._known is None:
             self._known = self._rehearse(warm_up)
         history, held, owners = self._known
         if (owners != self.run.owners).any():
             self.run.reshard(owners)
-        schedule.forget_held()
-        schedule.history = copy.deepcopy(history)
-        for driver, held_ED in zip(schedule.drivers, held, strict=True):
+        self.run.schedule.restart()
+        planner.history = copy.deepcopy(history)
+        for driver, held_ED in zip(planner.drivers, held, strict=True):
             driver.held_ED = held_ED.copy()
-        schedule._unstepped = False
-        for layer in range(len(schedule.layers)):
-            schedule._ahead.start(layer, schedule._version, schedule._early_plan(layer))
-        for layer in range(len(schedule.layers)):
-            schedule._ahead.get(layer, schedule._version)
+        for layer in range(self.job["layers"]):
+            planner.plan_ahead(layer)
+        for layer in range(self.job["layers"]):
+            planner.early_plan(layer)
 
     def _rehearse(self, warm_up: int) -> tuple[LoadHistory, list[np.ndarray], np.ndarray]:
-        schedule, load = self.schedule, self.traffic.load_BLSE
+        planner, load = self.planner, self.traffic.load_BLSE
         for step in range(warm_up):
             for layer in range(load.shape[1]):
                 load_SE = load[step, layer].astype(np.int64)
-                driver = schedule.drivers[layer]
-                early_ED = driver.choose(schedule.view(layer))
-                driver.finish(schedule.view(layer, load_SE.sum()), early_ED, load_SE)
-                schedule.history.record(layer, load_SE.sum(axis=0))
-            schedule.history.close()
+                driver = planner.drivers[layer]
+                early_ED = driver.choose(planner.view(layer))
+                driver.finish(planner.view(layer, load_SE.sum()), early_ED, load_SE)
+                planner.history.record(layer, load_SE.sum(axis=0))
+            planner.history.close()
         owners = self.owners.copy()
-        kept = [driver.held_ED for driver in schedule.drivers]
+        kept = [driver.held_ED for driver in planner.drivers]
         for layer, held_ED in enumerate(kept):  # who no longer holds an expert does not own it
             gone = ~held_ED[np.arange(len(held_ED)), owners[layer]]
             owners[layer, gone] = held_ED[gone].argmax(axis=1)
-        return copy.deepcopy(schedule.history), kept, owners
+        return copy.deepcopy(planner.history), kept, owners
+
+    def rehearse(self, step: int) -> None:
+        """A step whose gradients are compared with a dense run's."""
+        self.step(step)
+        self.worst = self.gap(step)
 
     def step(self, step: int) -> tuple[np.ndarray, float, float]:
         """Marks of every layer [L, 2, 11], and when the step began and ended."""
@@ -350,7 +273,7 @@ class Row:
             x = x + (x.unsqueeze(1) * weight[torch.cat(ids)]).mean(dim=1)
         x.square().sum().backward()
         worst = 0.0
-        for layer, weight in zip(self.schedule.layers, scale, strict=True):
+        for layer, weight in zip(self.run.schedule.layers, scale, strict=True):
             for name, mine in layer.owned().items():
                 assert name.endswith("weight") and weight.grad is not None
                 want, got = weight.grad[layer.mine], mine.grad
@@ -362,62 +285,35 @@ class Row:
         return worst
 
 
-def measure(job: dict[str, Any], rows: list[Row], say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """Every row in every repeat, in an order that turns; a step that is not timed comes first."""
-    warm_up, steps, repeats = job["warm_up"], job["steps"], job["repeats"]
-    marks = np.zeros((len(rows), repeats, steps, job["layers"], 2, 11))
-    ends, gaps = np.zeros((len(rows), repeats, steps, 2)), np.zeros(len(rows))
-    tokens = np.zeros((len(rows), steps, job["layers"], dist.get_world_size()), np.int64)
-    spans: dict[str, list[Any]] = {}
-    for repeat in range(repeats):
-        for turn in range(len(rows)):
-            which = (turn + repeat) % len(rows)
-            row = rows[which]
-            row.reset(warm_up)
-            if repeat == 0:
-                row.step(warm_up)  # connections and pages
-                gaps[which] = row.gap(warm_up)
-                row.reset(warm_up)
-            for step in range(steps):
-                marks[which, repeat, step], *ends[which, repeat, step] = row.step(warm_up + step)
-                tokens[which, step] = row.tokens
-            if repeat == 0:
-                spans[row.name] = list(Marks.spans)
-        say(f"repeat {repeat + 1}/{repeats}")
-    return {"marks": marks, "ends": ends, "gaps": gaps, "tokens": tokens, "spans": spans}  # type: ignore[dict-item]
-
-
-def main() -> None:
-    job = json.loads(open(sys.argv[1], encoding="utf-8").read())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    rank, world = dist.get_rank(), dist.get_world_size()
+def work(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """All rows on this rank."""
     Clock.start(ExpertCurve.from_csv(job["curve"]), job["window_s"])
-    record_parts()
-    if job["stream"]:
-        Stream()
-    with np.load(sys.argv[2], allow_pickle=False) as z:
-        traffic = {name: Traffic(z[name], job) for name in z.files}
-    mesh = init_device_mesh("cpu", (world,))
+    spans.record(note)
+    traffic = {name: Traffic(load, job) for name, load in arrays.items()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rows = [Row(job, row, traffic[row.get("traffic", "load")], mesh) for row in job["table"]]
-    out = measure(job, rows, lambda text: print(text, file=sys.stderr, flush=True) if rank == 0 else None)
-    out["clock"] = (Clock.forward.report(), Clock.backward.report())  # type: ignore[assignment]
-    every: list[Any] = [None] * world
-    dist.all_gather_object(every, out)
-    if rank == 0:
-        np.savez(
-            sys.argv[3], marks=np.stack([one["marks"] for one in every], axis=4),
-            ends=np.stack([one["ends"] for one in every], axis=3), gaps=np.stack([one["gaps"] for one in every]),
-            tokens=out["tokens"],
-            overruns=np.array([sum(part["overruns"] for part in one["clock"]) for one in every]),
-            late_p99_s=np.array([max(part["late_p99_s"] for part in one["clock"]) for one in every]),
-            spans=json.dumps([one["spans"] for one in every]),
-        )  # fmt: skip
-    dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads may crash when the interpreter ends
+    marks = np.zeros((len(rows), job["repeats"], job["steps"], job["layers"], 2, 11))
+    ends = np.zeros((*marks.shape[:3], 2))
+    tokens = np.zeros((len(rows), job["steps"], job["layers"], dist.get_world_size()), np.int64)
+    kept: dict[str, list[Any]] = {}
+    for which, repeat, step in in_turn(rows, job):
+        marks[which, repeat, step], *ends[which, repeat, step] = rows[which].step(job["warm_up"] + step)
+        tokens[which, step] = rows[which].tokens
+        if repeat == 0:
+            kept[rows[which].name] = list(Marks.spans)
+    clocks = Clock.forward.report(), Clock.backward.report()
+    return {
+        "marks": marks, "ends": ends, "gaps": [row.worst for row in rows], "tokens": tokens, "spans": kept,
+        "overruns": sum(clock["overruns"] for clock in clocks), "late_p99_s": max(clock["late_p99_s"] for clock in clocks),
+    }  # fmt: skip
+
+
+def together(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Marks [rows, repeats, steps, L, D, 2, 11], ends [rows, repeats, steps, D, 2]; tokens are the same on all."""
+    axis = {"marks": 4, "ends": 3, "gaps": 0, "overruns": 0, "late_p99_s": 0}
+    out = {name: np.stack([one[name] for one in every], axis=at) for name, at in axis.items()}
+    return {**out, "tokens": every[0]["tokens"], "spans": json.dumps([one["spans"] for one in every])}
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(work, together)

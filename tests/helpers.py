@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from poise.machine.cluster import Cluster
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import RoutingTrace
@@ -21,10 +23,15 @@ def few_or(many: Any, few: Any) -> Any:
     return many if os.environ.get("POISE_MANY") else few
 
 
-def tiny_cluster(rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False) -> Cluster:
-    """Nodes of these sizes with constants that make compute, fabric and network each matter now and then."""
+def tiny_cluster(
+    rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False, measured: bool | None = None
+) -> Cluster:
+    """Nodes of these sizes with constants that make compute, fabric and network each matter now and then.
+
+    ``measured`` (default: unless ``equal``): a third has a measured kernel, and half of them measured all-to-alls.
+    """
     devices = sum(nodes)
-    return Cluster(
+    cluster = Cluster(
         node_D=np.repeat(np.arange(len(nodes)), nodes),
         speed_D=np.ones(devices) if equal else rng.choice([0.5, 1.0, 1.5, 2.0], devices),
         flops_per_s=32.0,
@@ -36,6 +43,18 @@ def tiny_cluster(rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = No
         intra_latency_s=0.25,
         inter_latency_s=0.5,
     )
+    return with_constants(cluster) if measured or (measured is None and not equal) else cluster
+
+
+def with_constants(cluster: Cluster) -> Cluster:
+    """The same with measured constants, or without, as its rates have it: no draw of the caller's is taken."""
+    rates = (cluster.memory_bytes_per_s, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s, cluster.num_devices)
+    own = np.random.default_rng([int(rate) for rate in rates])
+    kernel = (
+        ExpertKernel("k", "bf16", 2.0, 0.3, *own.uniform(0.5, 3.0, 3), 32.0, 16.0) if own.random() < 1 / 3 else None
+    )
+    ways = [ExchangeWay(0.2, *own.choice([2.0, 8.0, 32.0], 2), peer_s=0.1, nodes_start_s=0.4) for _ in range(2)]
+    return replace(cluster, kernel=kernel, links=AllToAllLinks("l", *ways) if own.random() < 0.5 else None)
 
 
 def tiny_model(batch: RoutingBatch) -> ModelSpec:

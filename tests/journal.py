@@ -187,41 +187,10 @@ def stall(thread: int) -> None:
     libc.tgkill(os.getpid(), thread, int(signal.SIGHUP))
 
 
-def _late_before(owner: Any, name: str) -> None:
-    function = getattr(owner, name)
-
-    @functools.wraps(function)
-    def late(*args: Any, **kwargs: Any) -> Any:
-        _late()
-        return function(*args, **kwargs)
-
-    setattr(owner, name, late)
-
-
 def delay(seed: int) -> None:
-    """From now on: this rank is late by chance, at posts, waits, hooks, and where the runtime starts something."""
+    """From now on: this rank is late by chance, at posts, waits, hooks, and after every part of a step."""
     global _chance
-    from poise.runtime.layer import LayerStep
-    from poise.train.ahead import PlanAhead
-    from poise.train.schedule import Schedule
+    from poise.runtime import spans
 
     _chance = random.Random(seed * 1000 + dist.get_rank())
-    for owner, names in (
-        (LayerStep, ("forward", "backward")),
-        (
-            Schedule,
-            ("begin", "forward_done", "backward_starts", "backward_done", "previous_starts", "_finish", "stepped"),
-        ),
-    ):
-        for name in names:
-            _late_before(owner, name)
-    start = PlanAhead.start
-
-    def start_late(self: Any, layer: int, version: int, plan: Any) -> None:
-        def late() -> Any:
-            _late()
-            return plan()
-
-        start(self, layer, version, late)
-
-    PlanAhead.start = start_late
+    spans.record(lambda *_: _late())

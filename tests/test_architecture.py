@@ -19,6 +19,7 @@ OLD_NAMES = {"test_moved.py"}
 ROOMS = ("version", "moved", "util", "machine", "routing", "cost", "planning", "stepwise", "replay", "simulate", "report", "control",
          "runtime", "serve", "train", "engines", "api", "watch", "lab", "cli")  # fmt: skip
 """From the ground up: docs/vocabulary.md says what lies in each. Every module is in one of them, or is ``poise`` itself, on top."""
+MOST_ARGUMENTS = 8
 ALIAS = re.compile("_?[A-Z][A-Za-z]*[a-z][A-Za-z]*")
 
 
@@ -113,6 +114,19 @@ def test_no_cycle():
         visit(name, ())
 
 
+def protocols(tree: ast.Module) -> list[str]:
+    """Names of classes that are protocols."""
+    return [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+            and any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)]  # fmt: skip
+
+
+def test_training_calls_one_way():
+    """No module of it calls one that imports it: none has a protocol in place of a class that it may not import."""
+    mine = {name: tree for name, (_, tree) in MODULES.items() if name.startswith(("poise.train", "poise.runtime"))}
+    assert len(mine) > 30 and not {name: found for name, tree in mine.items() if (found := protocols(tree))}
+    assert protocols(ast.parse("class Weights(Protocol): ...")) == ["Weights"], "the test sees nothing"
+
+
 def class_names(trees: Iterable[tuple[str, ast.Module]]) -> dict[str, list[str]]:
     """Where each class and type alias is defined; a leading underscore makes no other word of a name."""
     out: dict[str, list[str]] = {}
@@ -132,6 +146,28 @@ def test_no_class_name_occurs_twice():
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
     two = [(f"poise.{number}", ast.parse(text)) for number, text in enumerate(("class Rows: ...", "_Rows = list[int]"))]
     assert class_names(two) == {"Rows": ["poise.0.Rows", "poise.1._Rows"]}, "the test sees nothing"
+
+
+def unclear(module: str, tree: ast.Module) -> list[str]:
+    """Compiled functions that others call without types that mypy could check, or that take too many things in a row."""
+    out = []
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or not any(
+            "compiled" in ast.unparse(one) for one in node.decorator_list
+        ):
+            continue
+        given = node.args.args
+        typed = node.returns is not None and all(arg.annotation is not None for arg in given)
+        if len(given) > MOST_ARGUMENTS or not (typed or node.name.startswith("_")):
+            out.append(f"{module}.{node.name}")
+    return out
+
+
+def test_compiled_functions_say_what_they_take():
+    assert not [name for module, (_, tree) in MODULES.items() for name in unclear(module, tree)]
+    many = ", ".join(f"a{number}" for number in range(MOST_ARGUMENTS + 1))
+    bad = ast.parse(f"@compiled\ndef f(x): ...\n@compiled(nogil=True)\ndef _g({many}): ...\n@compiled\ndef _h(x): ...")
+    assert unclear("m", bad) == ["m.f", "m._g"], "the test sees nothing"
 
 
 def test_torch_stays_in_runtime():

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.cost.compute import expert_seconds, roofline
-from poise.cost.links import latency_seconds
+from poise.cost.compute import expert_seconds, expert_times
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.curve import MeasuredCurve
 from poise.machine.model import ModelSpec
@@ -48,7 +47,7 @@ def test_splitting_an_expert_never_saves_work_and_the_roofline_lies_below(seed):
     assert (both <= (one + two) * (1 + 1e-9)).all()
     assert (np.maximum(one, two) <= both * (1 + 1e-9)).all()
     cluster = from_preset([2], "h100", expert_curve=curve)
-    per_token, per_expert = roofline(cluster, MODEL)
+    per_token, per_expert = expert_times(cluster, MODEL)[1::-1]
     n = np.concatenate([[0.1, 1], rng.uniform(0, 500, 20), curve.tokens_X])
     measured = expert_seconds(n, cluster, MODEL)
     assert (np.maximum(n * per_token, np.minimum(n, 1) * per_expert) <= measured * (1 + 1e-9)).all()
@@ -89,9 +88,9 @@ def test_other_curves_are_refused(x, y, says):
 
 def test_each_peer_adds_to_the_latency():
     options = {"intra_latency_s": 1.0, "inter_latency_s": 10.0, "peer_latency_s": 0.25}
-    assert latency_seconds(from_preset([1], "h100", **options)) == 0
-    assert latency_seconds(from_preset([4], "h100", **options)) == 1.75
-    assert latency_seconds(from_preset([4, 1], "h100", **options)) == 12.0
+    assert from_preset([1], "h100", **options).plain_wire.start_s == 0
+    assert from_preset([4], "h100", **options).plain_wire.start_s == 1.75
+    assert from_preset([4, 1], "h100", **options).plain_wire.start_s == 12.0
     with pytest.raises(ClusterError, match="peer_latency_s"):
         from_preset([2], "h100", peer_latency_s=-1e-6)
     with pytest.raises(ClusterError, match="MeasuredCurve"):

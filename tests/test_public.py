@@ -28,9 +28,10 @@ OPTIONS = {
     "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
     "inspect": {"--json"},
     "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
-                      "--verdict", "--engine", "--json"},
+                      "--verdict", "--engine", "--homes", "--json"},
     "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
-                         "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--json"},
+                         "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--homes", "--json"},
+    "machines": {"--json"},
     "breakeven": {"--cluster", "--model", "--placement", "--sizes", "--step-slots", "--skew", "--steps", "--traffic",
                   "--window-us", "--control-us", "--seed", "--json"},
     "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",
@@ -46,7 +47,8 @@ OPTIONS = {
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},
     "calibrate": {"--output", "--model", "--hidden", "--inner", "--matrices", "--curve", "--dilation", "--seconds",
-                  "--repeats", "--quick", "--find-nic", "--device", "--cluster", "--json"},
+                  "--repeats", "--quick", "--find-nic", "--device", "--cluster", "--json", "--from-tables", "--gpu", "--engine",
+                  "--type", "--library"},
 }  # fmt: skip
 
 

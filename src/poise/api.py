@@ -15,6 +15,7 @@ from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import ground
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
@@ -34,9 +35,10 @@ from poise.replay.rows import (
     planned_rows,
     silent_defaults,
     split_traffic,
+    uneven_homes,
 )
 from poise.replay.serving import WARM_UP
-from poise.routing.batch import RoutingBatch
+from poise.routing.batch import Homes, RoutingBatch
 from poise.routing.batching import Order, make_batch
 from poise.routing.files import join, read
 from poise.routing.fingerprint import NO_TRAFFIC, fingerprint
@@ -110,6 +112,7 @@ def plan(
     engine: str = "any",
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
+    homes: Homes | None = None,
     pooled: bool = False,
     current: str | Path | Placement | None = None,
     migration_steps: float = 1000.0,
@@ -132,7 +135,7 @@ def plan(
     split : how tokens of replicas are split; default: as the engine does, else ``even``.
     engine : what the plan must be held by (:data:`poise.planning.engine_rules.ENGINES`): by default every slot is
         filled, as no released engine knows an empty one; ``none`` lets the method leave slots empty.
-    tokens_per_step, order, seed : how the trace is batched into steps (:func:`poise.routing.batching.make_batch`).
+    tokens_per_step, order, homes, seed : how the trace is batched (:func:`poise.routing.batching.make_batch`).
     pooled : count slots over all layers together.
     current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
         be for another number of devices: device d of it is device d of the cluster (else
@@ -148,15 +151,16 @@ def plan(
     found = load(trace)
     budget = Budget.of(time_limit_s, work)
     with budget.held():
-        batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed)
+        batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, homes=homes)
         seen = fingerprint(found)
     running = None if current is None else hold(_placement(current), parse_engine(engine))[0]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress)
-    details = dict(solution.details)
+    details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
-             *([f"planned and priced on {batch.sampled}"] if batch.sampled else [])]  # fmt: skip
+             *([f"planned and priced on {batch.sampled}"] if batch.sampled else []),
+             *uneven_homes(batch, problem.num_devices)]  # fmt: skip
     if notes:
         details["notes"] = notes
     if defaults := silent_defaults(found, None if model is None else problem.model, tokens_per_step, batch):
@@ -254,6 +258,7 @@ def compare(
     engine: str = "any",
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
+    homes: Homes | None = None,
     time_limit_s: Limit = 10.0,
     work: float | None = None,
     seed: int = 0,
@@ -297,13 +302,14 @@ def compare(
         found = part()
         many = None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip
         batches[name] = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, steps=many,
-                                   sample=not fast)  # fmt: skip
+                                   homes=homes, sample=not fast)  # fmt: skip
         prints[name] = fingerprint(found)
         del found  # one part at a time
     batch = batches[IN_SAMPLE]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
     entries: list[Entry] = []
-    said = [*notes, *([problem.engine.caveat] if problem.engine.caveat else [])]
+    said = [*notes, *([problem.engine.caveat] if problem.engine.caveat else []),
+            *uneven_homes(batch, problem.num_devices)]  # fmt: skip
     named = None if model is None else problem.model
     defaults = silent_defaults(whole, named, tokens_per_step, batch)
     for index, item in enumerate(placements):
@@ -332,6 +338,6 @@ def compare(
         batches = {name: judged_steps(problem, part, len(entries), share) for name, part in batches.items()}
     said += [f"{name}: {part.sampled} are priced" for name, part in batches.items() if part.sampled]
     return compare_entries(
-        batches, entries, cluster=problem.cluster, model=problem.model, traffic=problem.traffic, split=problem.split,
-        slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints, defaults=defaults, engine=problem.engine,
+        batches, entries, pricing=problem.pricing, slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints,
+        defaults=defaults, engine=problem.engine,
     )  # fmt: skip

@@ -34,7 +34,11 @@ MODULES = {
     **{f"poise.{name}": f"poise.util.{name}" for name in INTO_UTIL},
     **{f"poise.{name}": f"poise.machine.{name}" for name in ("cluster", "curve", "presets")},
     **{f"poise.policies.{name}": f"poise.stepwise.methods.{name}" for name in METHODS},
-    **{f"poise.policies.{name}": f"poise.stepwise.poise.{name}" for name in ("joint", "joint_plan", "kernels")},
+    **{
+        f"{room}.{old}": f"poise.stepwise.poise.{new}"
+        for room in ("poise.policies", "poise.stepwise.poise")
+        for old, new in (("joint", "node_split"), ("joint_plan", "gathers"), ("kernels", "work_split"))
+    },
     "poise.evaluate.flow": "poise.replay.affinity",
     "poise.evaluate.lanes": "poise.simulate.lanes",
     "poise.evaluate.ranks": "poise.simulate.training",

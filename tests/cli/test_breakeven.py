@@ -35,7 +35,7 @@ def test_breakeven_from_the_command_line():
 
 def test_large_batches_pay_and_tiny_ones_do_not():
     got = breakeven(
-        Cluster.parse("1x8:h100"), ModelSpec.parse("llama-4-maverick"), sizes=(64, 65536), slots=(2,), steps=4
+        Cluster.parse("1x8:h100+datasheet"), ModelSpec.parse("llama-4-maverick"), sizes=(64, 65536), slots=(2,), steps=4
     )
     assert got.rows[1].speedups[0] > 1.05 and got.rows[0].speedups[0] > 0.97
     assert got.pays_from == 65536 and got.slots_wanted() == 2

@@ -7,29 +7,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, tiny_cluster, tiny_model
+from tests.test_curve import random_curve
 
 from poise.cost import step
 from poise.cost.compute import expert_seconds
-from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.links import PortLoad, port_seconds
 from poise.cost.machine import (
     book,
     book_even_homes,
+    combine_seconds,
+    dispatch_seconds,
+    exchange_seconds,
     expert_work,
     expert_works,
     fullest_of_sums,
-    fullest_port,
+    fullest_ports,
     make_machine,
+    weight_seconds,
 )
 from poise.cost.traffic import Copies, port_load
 from poise.cost.weights import StepPrice, compiled_price, exposed_seconds, fetch_seconds, gather_seconds
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 
 SEEDS = st.integers(0, 2**32 - 1)
 NODES = st.sampled_from([(2, 1), (3,), (1, 1, 1), (1, 2, 2), (1,), (3, 3)])
 
 
 def make(seed, nodes):
+    """A cluster of the roofline, of a measured kernel or of a measured curve, with and without measured links."""
     rng = np.random.default_rng(seed)
-    cluster, model = tiny_cluster(rng, nodes), tiny_model(load_batch(rng))
+    cluster, model = tiny_cluster(rng, nodes, measured=False), tiny_model(load_batch(rng))
+    kind = seed % 3
+    if kind == 1:
+        factors = rng.uniform(0.5, 3.0, 3)
+        cluster = replace(cluster, kernel=ExpertKernel("k", "bf16", model.weight_bytes, 0.3, *factors, 7.0, 5.0))
+    elif kind == 2:
+        cluster = replace(cluster, expert_curve=random_curve(rng))
+    if seed % 2:
+        ways = [ExchangeWay(0.2, *rng.uniform(1, 9, 2), peer_s=0.1, nodes_start_s=0.4) for _ in range(2)]
+        cluster = replace(cluster, links=AllToAllLinks("l", *ways))
     return rng, cluster, model, make_machine(cluster, model)
 
 
@@ -38,7 +54,7 @@ def make(seed, nodes):
 def test_an_experts_seconds(seed, nodes, passes):
     rng, cluster, model, _ = make(seed, nodes)
     machine = make_machine(cluster, model, compute_passes=passes)
-    tokens = np.concatenate([rng.exponential(2.0, 20), [0.0, 1.0]])
+    tokens = np.concatenate([rng.exponential(2.0, 20), rng.uniform(1, 500, 20), [0.0, 1.0]])
     want = expert_seconds(tokens, cluster, model) * passes
     np.testing.assert_allclose([expert_work(n, machine) for n in tokens], want, rtol=1e-12)
     np.testing.assert_allclose(expert_works(tokens, machine), want, rtol=1e-12)
@@ -47,7 +63,7 @@ def test_an_experts_seconds(seed, nodes, passes):
 @given(SEEDS, NODES)
 @settings(max_examples=60, deadline=None)
 def test_ports_of_pairs(seed, nodes):
-    rng, cluster, _, machine = make(seed, nodes)
+    rng, cluster, model, machine = make(seed, nodes)
     pairs_DD = rng.exponential(1.0, (cluster.num_devices,) * 2) * (rng.random((cluster.num_devices,) * 2) < 0.6)
     port_PD = np.zeros((4, cluster.num_devices))
     for (source, target), amount in np.ndenumerate(pairs_DD):
@@ -55,7 +71,15 @@ def test_ports_of_pairs(seed, nodes):
     load = port_load(Copies(pairs_DD[None]), cluster)
     want = [load.intra_out_BD[0], load.intra_in_BD[0], load.net_out_BD[0], load.net_in_BD[0]]
     np.testing.assert_allclose(port_PD, want, rtol=1e-12)
-    assert fullest_port(port_PD, machine) == pytest.approx(port_seconds(load, 1.0, cluster)[0], rel=1e-12)
+    ports = fullest_ports(port_PD, machine)
+    out = port_seconds(load, model.dispatch_bytes_per_token, cluster, cluster.dispatch_wire)[0]
+    back = port_seconds(load, model.combine_bytes_per_token, cluster, cluster.combine_wire)[0]
+    assert dispatch_seconds(ports, machine) == pytest.approx(out, rel=1e-12)
+    assert combine_seconds(ports, machine) == pytest.approx(back, rel=1e-12)
+    assert exchange_seconds(ports, machine) == pytest.approx(out + back, rel=1e-12)
+    assert weight_seconds(ports, machine) == pytest.approx(
+        port_seconds(load, 1.0, cluster, cluster.plain_wire)[0], rel=1e-12
+    )
 
 
 @given(SEEDS, NODES)
@@ -81,7 +105,8 @@ def test_ports_of_sums(seed, nodes):
     near_2D, far_2D = both_2D * (1 - share_2N)[:, node_D], (share_2N * sums_2N / size_N)[:, node_D]
     load = PortLoad(near_2D[:1], near_2D[1:], far_2D[:1], far_2D[1:])
     got = fullest_of_sums(*both_2D, np.ascontiguousarray((share_2N * sums_2N).T), machine)
-    assert got == pytest.approx(port_seconds(load, 1.0, cluster)[0], rel=1e-9)
+    want = port_seconds(load, 1.0, cluster, cluster.plain_wire)[0]
+    assert weight_seconds(got, machine) == pytest.approx(want, rel=1e-9)
 
 
 def fetched_by_the_rule(held_ED, fetched_ED, price):
@@ -94,7 +119,8 @@ def fetched_by_the_rule(held_ED, fetched_ED, price):
         if have:
             pairs_DD[min(have, key=lambda s: (node_D[s] != node_D[d], pairs_DD[s].sum(), s)), d] += 1
     load = port_load(Copies(pairs_DD[None]), price.cluster)
-    return port_seconds(load, price.model.expert_bytes, price.cluster)[0] + latency_seconds(price.cluster)
+    wire = price.cluster.plain_wire
+    return port_seconds(load, price.model.expert_bytes, price.cluster, wire)[0] + wire.start_s
 
 
 @given(SEEDS, NODES, st.booleans(), st.booleans(), st.booleans())
@@ -118,6 +144,6 @@ def test_a_price_is_compiled_once_and_anew_when_it_changes():
     assert compiled_price(price) is compiled_price(replace(price))
     assert compiled_price(replace(price, window_s=2.0)).window_s == 2.0
     assert (
-        compiled_price(replace(price, compute_passes=3.0)).machine.per_token
-        == 3.0 * make_machine(cluster, model).per_token
+        compiled_price(replace(price, compute_passes=3.0)).machine.compute_s
+        == 3.0 * make_machine(cluster, model).compute_s
     )

@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from tests.helpers import few_or
 
-from poise.cost.quota import balance, make_holders, make_scratch
+from poise.cost.quota import QuotaProblem, balance, make_holders, make_scratch
 
 NONE = np.zeros(0, np.int64)
 
@@ -19,7 +19,8 @@ def run(load, holds, speed=None, local=None, base=None, slack=0.0):
     quota = np.zeros(holders.device_H.size, np.int64)
     speed = np.ones(holds.shape[1]) if speed is None else speed
     local_H = NONE if local is None else np.ascontiguousarray(local[holders.device_H, holders.expert_H])
-    most = balance(load, local_H, NONE if base is None else base, holders, speed, slack, quota, scratch)
+    problem = QuotaProblem(load, speed, local_H, NONE if base is None else base, slack)
+    most = balance(problem, holders, quota, scratch)
     out = np.zeros(holds.shape, np.int64)
     out[holders.expert_H, holders.device_H] = quota
     return out, most

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, token_batch
 
+from poise.cost.compute import expert_times
 from poise.cost.step import batch_cost
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.problem import PlacementProblem
@@ -44,11 +45,11 @@ def by_the_cost(problem, held_LED, batch=None):
     """Seconds of each layer that the placement decides, and the tie break; float64 [L]."""
     batch, cluster = batch or problem.batch, problem.cluster
     cost = batch_cost(batch, held_LED.astype(np.int64), cluster, problem.model, traffic=problem.traffic, split="even")
-    latency = 0.0 if cluster.num_devices == 1 else 0.25 + 0.5 * (cluster.num_nodes > 1)
-    ways = 1 if problem.traffic == "stay" and batch.top_k == 1 else 2
+    times, one_way = expert_times(cluster, problem.model), problem.traffic == "stay" and batch.top_k == 1
+    start = times.start_s + cluster.dispatch_wire.start_s + (0.0 if one_way else cluster.combine_wire.start_s)
     busy = batch.load_BLE.sum(axis=2) > 0
-    longest = (cost.tokens_BLD / cluster.speed_D).max(axis=2)  # one second a token
-    wanted = cost.compute_BL + cost.dispatch_BL + cost.combine_BL - ways * latency * busy + TIE_BREAK * longest
+    longest = (times.compute_s + times.activation_s) * (cost.tokens_BLD / cluster.speed_D).max(axis=2)
+    wanted = cost.compute_BL + cost.dispatch_BL + cost.combine_BL - start * busy + TIE_BREAK * longest
     return batch.weight_B @ wanted
 
 

@@ -61,9 +61,7 @@ class Ports:
 
 
 def home_by_hand(batch, token, devices):
-    if batch.home_T is not None:
-        return int(batch.home_T[token])
-    return (token if batch.request_T is None else int(batch.request_T[token])) % devices
+    return int(batch.home_of_tokens(devices)[token])  # tests/routing/test_homes.py
 
 
 def latency_by_hand(cluster):
@@ -125,7 +123,7 @@ def shares(batch, count, cluster, split):
 def test_every_flow_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k, split, idle):
     """Picks that compute nothing are not in a token's list: it is priced as if it had fewer."""
     rng = np.random.default_rng(seed)
-    cluster = tiny_cluster(rng, nodes)
+    cluster = tiny_cluster(rng, nodes, measured=False)
     batch = tiny_batch(rng, devices=cluster.num_devices, layers=3, top_k=top_k, idle=idle)
     model = tiny_model(batch)
     count = random_count(rng, 3, 4, cluster.num_devices)
@@ -150,7 +148,7 @@ def test_every_flow_equals_counting_tokens_and_draws(seed, traffic, nodes, top_k
 @settings(max_examples=60, deadline=None)
 def test_loads_alone_come_from_every_device_alike(seed, nodes, split):
     rng = np.random.default_rng(seed)
-    cluster = tiny_cluster(rng, nodes)
+    cluster = tiny_cluster(rng, nodes, measured=False)
     batch = load_batch(rng)
     model = tiny_model(batch)
     devices = cluster.num_devices
@@ -176,7 +174,7 @@ def test_loads_alone_come_from_every_device_alike(seed, nodes, split):
 def test_staying_pays_for_keys_and_values(seed, nodes):
     """Each new token's keys and values go once to every other device; tokens are spread evenly."""
     rng = np.random.default_rng(seed)
-    cluster = tiny_cluster(rng, nodes)
+    cluster = tiny_cluster(rng, nodes, measured=False)
     batch = tiny_batch(rng, devices=cluster.num_devices)
     count = random_count(rng, 2, 4, cluster.num_devices)
     for traffic in DATA_FLOWS:

@@ -34,24 +34,37 @@ from poise.stepwise.sharding import Heterogeneous
 FOLDER = Path(__file__).parent / "answers"
 CLOCKS = {"seconds", "planning_seconds"}
 DEMO = "src/poise/data/demo_trace.npz"
-PLAN = ["plan", DEMO, "-n", "1024", "--work", "1", "--json", "--no-verdict", "-c", "2x4:h100"]
-COMPARE = ["compare", DEMO, "-n", "1024", "--work", "0.3", "--json", "-c"]
+PLAN = [
+    "plan",
+    DEMO,
+    "--homes",
+    "by-request",
+    "-n",
+    "1024",
+    "--work",
+    "1",
+    "--json",
+    "--no-verdict",
+    "-c",
+    "2x4:h100+datasheet",
+]
+COMPARE = ["compare", DEMO, "--homes", "by-request", "-n", "1024", "--work", "0.3", "--json", "-c"]
 COMMANDS = {
     "plan": [*PLAN, "-r", "8"],
-    "plan-node-of-4": [*PLAN, "-c", "1x4:h100", "-r", "4", "--engine", "sglang"],
+    "plan-node-of-4": [*PLAN, "-c", "1x4:h100+datasheet", "-r", "4", "--engine", "sglang"],
     "plan-home": [*PLAN, "-r", "8", "--traffic", "home", "--engine", "none"],
     "plan-stay": [*PLAN, "--traffic", "stay"],
     "plan-worst": [*PLAN, "-r", "8", "--risk", "worst", "--split", "exact"],
     "plan-model": [*PLAN, "-m", "tests/goldens/answers/config.json"],
     "plan-pooled": [*PLAN, "--pooled", "--engine", "none", "--method", "moetuner"],
     "plan-eplb": [*PLAN, "-r", "8", "--method", "eplb"],
-    "compare": [*COMPARE, "2x4:h100", "-r", "8"],
+    "compare": [*COMPARE, "2x4:h100+datasheet", "-r", "8"],
     "compare-fast": [
-        *COMPARE, "1x4:h100", "-r", "4", "-p", "eplb-global", "--steps", "4", "--warm-up", "2",
+        *COMPARE, "1x4:h100+datasheet", "-r", "4", "-p", "eplb-global", "--steps", "4", "--warm-up", "2",
         *(word for name in POLICIES for word in ("--fast", name)), "-m", "tests/goldens/answers/config.json",
     ],
     "compare-fast-nodes": [
-        *COMPARE, "2x4:h100", "-r", "8", "-p", "lpt", "--steps", "4", "--warm-up", "2", "--traffic", "home",
+        *COMPARE, "2x4:h100+datasheet", "-r", "8", "-p", "lpt", "--steps", "4", "--warm-up", "2", "--traffic", "home",
         *(word for name in POLICIES for word in ("--fast", name)),
     ],
 }  # fmt: skip
@@ -104,7 +117,7 @@ def training() -> Any:
 def serving() -> Any:
     """Marks of ranks under three data flows, with and without policies, and an engine's own split."""
     cluster, trace = Cluster.uniform(2, 2), zipf_trace(num_tokens=1200, num_layers=2, num_experts=12, top_k=2, seed=3)
-    batch = make_batch(trace, tokens_per_step=240)
+    batch = make_batch(trace, tokens_per_step=240, homes="by-request")
     model, draw = ModelSpec.generic(12, 2, batch.layer_ids_L), np.random.default_rng(3)
     slots = np.stack([np.concatenate([draw.permutation(12), draw.choice(12, 4, replace=False)]) for _ in range(2)])
     placement = Placement(slots.astype(np.int32), np.sort(np.arange(16) % 4).astype(np.int32), 12, 4)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import poise
 from poise.api import verdict
+from poise.cost.pricing import Pricing
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -30,7 +31,7 @@ def hand():
 
 
 def test_a_step_and_layer_without_tokens_is_left_out():
-    batch, cluster = hand(), Cluster.parse("1x2")
+    batch, cluster = hand(), Cluster.parse("1x2:h100+datasheet")
     got = replay(batch, Placement.from_devices(np.array([[0, 1], [0, 1]]), 2), cluster,
                  ModelSpec.generic(2, 1, batch.layer_ids_L), traffic="home", split="even")  # fmt: skip
     assert got.imbalance == pytest.approx(np.mean([6 / 4, 1, 3 / 2]))
@@ -46,7 +47,7 @@ def test_efficiency_is_a_share(seed, traffic, split):
     batch = make_batch(zipf_trace(num_tokens=40, num_layers=2, num_experts=6, top_k=2, seed=seed), tokens_per_step=20)
     count = rng.random((2, 6, 4)) < 0.3
     count[:, np.arange(6), rng.integers(4, size=6)] = True
-    got = replay(batch, Placement.from_counts(count.astype(int)), Cluster.parse("2x2"),
+    got = replay(batch, Placement.from_counts(count.astype(int)), Cluster.parse("2x2:h100+datasheet"),
                  ModelSpec.generic(6, 2, batch.layer_ids_L), traffic=traffic, split=split)  # fmt: skip
     assert 0 < got.efficiency <= 1 and (got.bound_B <= got.step_seconds_B * (1 + 1e-9)).all()
     assert 1 <= got.imbalance <= 4
@@ -86,9 +87,8 @@ def test_names_must_differ():
     batch = hand()
     entry = Entry("a", Placement.from_devices(np.array([[0, 1], [0, 1]]), 2))
     with pytest.raises(OptionError, match="different names"):
-        compare({"in-sample": batch}, [entry, entry], cluster=Cluster.parse("1x2"),
-                model=ModelSpec.generic(2, 1, batch.layer_ids_L), traffic="home", split="even",
-                slots_D=np.array([1, 1]))  # fmt: skip
+        pricing = Pricing(Cluster.parse("1x2"), ModelSpec.generic(2, 1, batch.layer_ids_L), "home", "even")
+        compare({"in-sample": batch}, [entry, entry], pricing=pricing, slots_D=np.array([1, 1]))
 
 
 def test_load_profiles_are_split_by_step_and_a_single_one_is_said_to_flatter():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, tiny_batch, tiny_cluster, tiny_model
 from tests.stepwise.step_cases import random_case
 
-from poise.cost.links import latency_seconds
 from poise.cost.route import locality_rows
 from poise.cost.transfers import plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, compiled_price, fetch_seconds, training_price
@@ -18,17 +17,19 @@ from poise.replay.training import (
     SourceLoads,
     compute_seconds,
     exchange_seconds,
-    gather_seconds,
     replay_training,
     reshard_seconds,
+    sparse_gather_seconds,
 )
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.flex_moe import FlexMoE
 from poise.stepwise.methods.full_replication import FullReplication
 from poise.stepwise.methods.smart_moe import SmartMoE
-from poise.stepwise.poise import joint, joint_plan
-from poise.stepwise.poise import kernels as k
+from poise.stepwise.poise.gathers import OwnedLayer, calibrate, plan_layer, tried_counts
+from poise.stepwise.poise.node_split import best_quotas, quota_seconds, source_tokens
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.work_split import split_seconds
+from poise.stepwise.poise.workspace import Desk, make_workspace
 from poise.stepwise.registry import POLICIES
 from poise.stepwise.sharding import Balanced, Heterogeneous, even_sharding, owned_ED
 from poise.util.errors import OptionError
@@ -70,7 +71,7 @@ def test_the_training_price_counts_passes_and_scores():
     assert both_ways.window_s - price.window_s == pytest.approx(2 * scores)
     assert price.training and (price.compute_passes, price.exchange_passes) == (3, 2)
     rates, serving = compiled_price(price).machine, compiled_price(StepPrice(cluster, model, 0.0, 0.0)).machine
-    assert rates.per_token == 3 * serving.per_token and rates.out_bytes == 2 * serving.out_bytes
+    assert rates.compute_s == 3 * serving.compute_s and rates.out_intra_s == 2 * serving.out_intra_s
 
 
 @given(SEEDS, st.sampled_from([(2, 2), (3, 1), (2, 2, 2)]))
@@ -94,9 +95,9 @@ def test_fan_out_crosses_the_network_once_a_node(seed, nodes):
                 net_in[n] += 1
                 net_out[home] += 1
     wire = max(net_in.max(), net_out.max()) * wide.model.expert_bytes / cluster.inter_bytes_per_s
-    assert wire <= seconds - latency_seconds(cluster) + 1e-9
+    assert wire <= seconds - cluster.plain_wire.start_s + 1e-9
     intra_bound = fetched.sum(axis=0).max() * wide.model.expert_bytes / cluster.intra_bytes_per_s
-    assert seconds - latency_seconds(cluster) <= max(wire, 5 * intra_bound) + 1e-9
+    assert seconds - cluster.plain_wire.start_s <= max(wire, 5 * intra_bound) + 1e-9
     if fetched.any() and all((fetched[:, node_D == n].sum(axis=1) <= 1).all() for n in range(cluster.num_nodes)):
         assert seconds == pytest.approx(fetch_seconds(held, fetched, plain))
     alone = owned_ED(rng.integers(0, cluster.num_devices, 5), cluster.num_devices)
@@ -178,7 +179,7 @@ def test_a_gather_takes_as_long_as_the_rounds_that_run(seed, nodes, fan_out):
     devices, size = cluster.num_devices, price.model.expert_bytes
     held = owned_ED(rng.integers(0, devices, 8), devices)
     new = (rng.random((8, devices)) < 0.4) & ~held
-    seconds = gather_seconds(held, new, price)
+    seconds = sparse_gather_seconds(held, new, price)
     if not new.any():
         assert seconds == 0.0
         return
@@ -202,7 +203,7 @@ def test_full_replication_gathers_and_reduces_everything_in_every_step():
     got = replay_training(traffic, FastLoop(FullReplication(), 0), price, warm_up=0)
     # 8 experts to 3 others: 2 gathers and 1 reduce; the last layer's backward comes before anything is freed
     assert (got.moved_BL == 8 * 3 * np.array([3, 2]) * price.model.expert_bytes).all()
-    assert (got.exchange_BL == 4 * latency_seconds(price.cluster)).all()
+    assert (got.exchange_BL == 4 * price.cluster.plain_wire.start_s).all()
 
 
 def test_resharding_is_spread_over_its_interval():
@@ -307,14 +308,12 @@ def joint_case(seed):
 def test_two_level_splits_are_whole_and_priced_as_the_other_kernel_does(seed):
     load_SE, _, wide, price = joint_case(seed)
     rates = compiled_price(price).machine
-    quota = np.zeros(wide.shape, np.int64)
-    seconds = joint.best_quotas(load_SE, wide, rates, joint.SLACKS, quota)
+    seconds, quota = best_quotas(source_tokens(load_SE, rates), wide, rates)
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
     assert quota.min() >= 0 and (quota[~wide] == 0).all()
-    space = k.make_workspace(*wide.shape, int(wide.sum()))
-    holders = k.compile_all(wide, space)
-    tokens_H = quota[holders.expert_H, holders.device_H].astype(float)
-    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, space))
+    layer = Desk(rates, make_workspace(*wide.shape, int(wide.sum()))).put(wide)
+    tokens_H = quota[layer.holders.expert_H, layer.holders.device_H].astype(float)
+    assert seconds == pytest.approx(split_seconds(tokens_H, load_SE, layer))
 
 
 def exposed(before_ED, early_ED, holders_ED, price):
@@ -328,20 +327,15 @@ def exposed(before_ED, early_ED, holders_ED, price):
 def test_plans_keep_slots_and_late_replicas_pay(seed, slots, extra):
     load_SE, owned, _, price = joint_case(seed)
     compiled = compiled_price(price)
-    rates = compiled.machine
-    free, best = np.full(owned.shape[1], slots), np.zeros_like(owned)
-    counts = joint_plan.tried_counts(slots, 2, len(owned))
-    least, alone = joint_plan.plan_layer(load_SE, owned, free, compiled, counts, best)
+    rates, sources = compiled.machine, source_tokens(load_SE, compiled.machine)
+    layer = OwnedLayer(sources, owned, np.full(owned.shape[1], slots), compiled)
+    (least, best, _), alone = plan_layer(layer, tried_counts(slots, 2, len(owned)))
     assert least <= alone and (best >= owned).all() and ((best & ~owned).sum(axis=0) <= slots).all()
-    held, quota = best.copy(), np.zeros(best.shape, np.int64)
-    left = free - (best & ~owned).sum(axis=0)
-    joint_plan.calibrate(load_SE, owned, held, left, compiled, extra, quota)
+    _, held, quota = calibrate(layer, best, extra)
     assert (held >= best).all() and (held & ~best).sum() <= extra and ((held & ~owned).sum(axis=0) <= slots).all()
     np.testing.assert_array_equal(quota.sum(axis=1), load_SE.sum(axis=0))
-    trial = np.zeros_like(quota)
-    without = joint.best_quotas(load_SE, best, rates, joint.SLACKS, trial) + exposed(owned, best, best, price)
-    need = joint.node_needs(load_SE, rates.node_D, rates.size_N.size)
-    paid = joint.quota_seconds(quota, load_SE, need, rates) + exposed(owned, best, held, price)
+    without = best_quotas(sources, best, rates)[0] + exposed(owned, best, best, price)
+    paid = quota_seconds(quota, sources, rates) + exposed(owned, best, held, price)
     assert paid <= without * (1 + 1e-9) + 1e-15
 
 
@@ -353,8 +347,8 @@ def test_inside_one_node_the_plan_is_priced_as_the_replay_prices_it(seed):
     view, load_SE = random_case(rng, replicas=False, experts=experts, nodes=(int(rng.integers(1, 5)),))
     price = price_of(tiny_cluster(rng, (view.static_ED.shape[1],)), len(view.static_ED), 1)
     wide = view.static_ED | (rng.random(view.static_ED.shape) < 0.3)
-    quota = np.zeros(wide.shape, np.int64)
-    seconds = joint.best_quotas(load_SE, wide, compiled_price(price).machine, joint.SLACKS, quota)
+    rates = compiled_price(price).machine
+    seconds, quota = best_quotas(source_tokens(load_SE, rates), wide, rates)
     pairs = locality_rows(load_SE, quota, price.cluster.node_D).sum(axis=1)
-    exact = compute_seconds(quota, price) + exchange_seconds(pairs, price) - 4 * latency_seconds(price.cluster)
+    exact = compute_seconds(quota, price) + exchange_seconds(pairs, price) - 4 * price.cluster.plain_wire.start_s
     assert seconds == pytest.approx(exact)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import poise
 from poise.cli.main import app
+from poise.cost.pricing import Pricing
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry, compare
@@ -193,11 +194,11 @@ def test_numbers_on_the_page_are_those_of_the_comparison(browser, tmp_path):
 
 def test_a_fast_loop_is_shown_by_the_best_fixed_placement():
     trace = zipf_trace(num_tokens=256, num_layers=2, num_experts=8, top_k=2, exponent=1.2)
-    batch, cluster = make_batch(trace, tokens_per_step=32), Cluster.parse("1x4")
+    batch, cluster = make_batch(trace, tokens_per_step=32), Cluster.parse("1x4:h100+datasheet")
     model = ModelSpec.generic(8, 2, batch.layer_ids_L)
     fixed = poise.Placement.from_devices(np.tile(np.arange(8) // 2, (2, 1)), 4)
     entries = [Entry("first", fixed), Entry("quick", fixed, fast=FastLoop(POLICIES["split"], 1))]
-    result = compare({IN_SAMPLE: batch}, entries, cluster=cluster, model=model, traffic="home", split="even",
+    result = compare({IN_SAMPLE: batch}, entries, pricing=Pricing(cluster, model, "home", "even"),
                      slots_D=np.full(4, 2))  # fmt: skip
     view = View.of(result)
     assert view.fixed.name == "first" and view.pictured == (entries[0],)
@@ -210,7 +211,7 @@ def large():
     """8 x 8 devices, 58 layers, 256 experts, 8 a token, some replicas; two placements that differ everywhere."""
     rng = np.random.default_rng(0)
     trace = zipf_trace(num_tokens=64, num_layers=58, num_experts=256, top_k=8, tokens_per_request=1)
-    batch, cluster = make_batch(trace, tokens_per_step=64), Cluster.parse("8x8:h100")
+    batch, cluster = make_batch(trace, tokens_per_step=64), Cluster.parse("8x8:h100+datasheet")
     model, entries, replays = ModelSpec.generic(256, 8, batch.layer_ids_L), [], {}
     for name in ("one", "two"):
         experts = np.stack([np.concatenate([rng.permutation(256), rng.integers(256, size=64)]) for _ in range(58)])
@@ -220,7 +221,7 @@ def large():
     # the better one last, so that every section is there
     entries.sort(key=lambda entry: -replays[entry.name, IN_SAMPLE].step_seconds_B.mean())
     return Comparison(tuple(entries), {IN_SAMPLE: batch}, replays, {IN_SAMPLE: replays["one", IN_SAMPLE].bound_B},
-                      cluster, model, "home_node_dedup", "even", np.full(64, 5))  # fmt: skip
+                      Pricing(cluster, model, "home_node_dedup", "even"), np.full(64, 5))  # fmt: skip
 
 
 def test_a_large_cluster_fits_into_two_megabytes(browser, tmp_path):

@@ -114,12 +114,12 @@ def test_file_order_is_consecutive_rows_with_the_rest_last(n):
 def test_recorded_steps_are_kept():
     trace = random_trace(2)
     batch = make_batch(trace)
-    assert "recorded" in batch.order and batch.num_steps == np.unique(trace.step).size
+    assert "recorded steps" in batch.order and batch.num_steps == np.unique(trace.step).size
     for b, step in enumerate(np.unique(trace.step)):
         here = slice(batch.start_B[b], batch.start_B[b + 1])
         assert np.array_equal(batch.experts_TLK[here], trace.experts[trace.step == step])
         assert np.array_equal(batch.home_T[here], trace.home[trace.step == step])
-    assert "recorded" not in make_batch(trace, tokens_per_step=10).order
+    assert "recorded steps" not in make_batch(trace, tokens_per_step=10).order
     assert make_batch(trace, max_steps=1).num_steps == 1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.methods.split import even_quota
 from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
 from poise.stepwise.registry import parse_policy
-from poise.stepwise.sharding import even_sharding, owned_ED
+from poise.stepwise.sharding import Heterogeneous, ShardingPolicy, even_sharding, owned_ED
 from poise.train import fully_shard_experts
 
 WORLD, STEPS, LAYERS, TOKENS, TOP_K, SLOTS = 2, 12, 2, 24, 2, 2
@@ -191,21 +191,26 @@ def serving() -> dict[str, int]:
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-def trained(policy: str, batch: RoutingBatch) -> tuple[StepPrice, Plans]:
-    """A run on the ranks: the price of its steps, and its plans."""
+def trained(
+    policy: str, batch: RoutingBatch, *, sharding: ShardingPolicy | None = None, cluster: Cluster | None = None,
+    window_s: float | None = 1e-7,
+) -> tuple[StepPrice, Plans]:  # fmt: skip
+    """A run on the ranks, with a window that is given or for ever modelled: the price of its steps, and its plans."""
     model = h.build(layers=LAYERS)
-    run = fully_shard_experts(model, mesh=h.MESH(WORLD), policy=policy, step_slots=SLOTS, sharding=None,
-                              cluster=machine(WORLD), window_s=1e-7)  # fmt: skip
-    run.schedule.top_k, run.schedule.history.pairs_L[:] = TOP_K, PAIRS  # else the first pass tells
+    run = fully_shard_experts(model, mesh=h.MESH(WORLD), policy=policy, step_slots=SLOTS, sharding=sharding,
+                              cluster=cluster or machine(WORLD), window_s=window_s)  # fmt: skip
+    run.schedule.forward.clock.median = lambda: None  # nothing is measured
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with recorded() as plans:
         for step in range(STEPS):
             model.zero_grad()
             ids_TLK = mine(batch, step)
             x = torch.ones(TOKENS, h.WIDTH, dtype=torch.float64)
             model(x, [ids_TLK[:, layer] for layer in range(LAYERS)]).sum().backward()
+            optimizer.step()
             if step % 3 == 1:
                 evaluated(model, x, ids_TLK, plans)
-    return run.schedule.price(PAIRS), plans
+    return run.schedule.planner.price(PAIRS), plans
 
 
 def evaluated(model: torch.nn.Module, x: torch.Tensor, ids_TLK: torch.Tensor, plans: Plans) -> None:
@@ -222,15 +227,46 @@ def training(policy: str) -> dict[str, int]:
     batch = trace()
     price, ran = trained(policy, batch)
     with recorded() as replayed:
-        loop = FastLoop(parse_policy(policy), SLOTS)
+        loop = FastLoop(parse_policy(policy), SLOTS, window_s=price.window_s)
         replay_training(SourceLoads.of_batch(batch, WORLD), loop, price, warm_up=0)
     same(replayed, ran)
     assert moved(replayed) > 0
     return {policy: moved(replayed)}
 
 
+def first_pass() -> dict[str, int]:
+    """A modelled window, in which more experts fit than in the first pass, where neither pairs nor K are known."""
+    batch, out = trace(), {}
+    for policy, wire in (("poise", 1e12), ("hecate", 2e6)):
+        cluster = replace(machine(WORLD), inter_bytes_per_s=wire)
+        price, ran = trained(policy, batch, cluster=cluster, window_s=None)
+        with recorded() as replayed:
+            replay_training(SourceLoads.of_batch(batch, WORLD), FastLoop(parse_policy(policy), SLOTS), price, warm_up=0)
+        same(replayed, ran)
+        early = [sum((ran[step, layer].early_ED & ~ran[step, layer].view.before_ED).sum() for layer in range(LAYERS))
+                 for step in range(STEPS)]  # fmt: skip
+        assert early[0] < max(early), (policy, early)
+        out[policy] = moved(replayed)
+    return out
+
+
+def resharding() -> dict[str, int]:
+    """Owners that move twice: their last plan looks further back than the policy's prediction."""
+    batch, sharding = trace(), Heterogeneous(interval=4, overlap=1)
+    price, ran = trained("hecate", batch, sharding=sharding)
+    with recorded() as replayed:
+        loop = FastLoop(parse_policy("hecate"), SLOTS, window_s=price.window_s)
+        got = replay_training(SourceLoads.of_batch(batch, WORLD), loop, price, sharding=sharding, first_reshard=4,
+                              warm_up=0)  # fmt: skip
+    same(replayed, ran)
+    assert got.moved_owners > 0
+    return {"moved owners": got.moved_owners}
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "serving": serving,
+    "first pass": first_pass,
+    "resharding": resharding,
     **{f"training {spec}": partial(training, spec) for spec in TRAINED},
 }
 

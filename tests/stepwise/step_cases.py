@@ -66,7 +66,7 @@ def passes_replay(policy, seed: int) -> None:
     """Several steps and layers of real tokens through the replay, for every published setting."""
     rng = np.random.default_rng(seed)
     nodes = [(2, 1), (2, 2), (3,)][int(rng.integers(3))]
-    cluster: Cluster = tiny_cluster(rng, nodes)
+    cluster: Cluster = tiny_cluster(rng, nodes, measured=False)
     devices, experts = sum(nodes), 6
     batch = tiny_batch(rng, devices=devices, experts=experts, tokens=(9, 7, 0, 12, 5, 8, 11))
     count = np.zeros((batch.num_layers, experts, devices), np.int64)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.stepwise.step_cases import random_case, view_of
 
 from poise.cost.split import exact_quota
-from poise.cost.weights import compiled_price, step_price
+from poise.cost.weights import step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.stepwise.methods.faster_moe import FasterMoE
@@ -17,8 +17,9 @@ from poise.stepwise.methods.flex_moe import FlexMoE
 from poise.stepwise.methods.hecate import Hecate, HecateCalibrated, materialise, nearest_quota, nearest_rows
 from poise.stepwise.methods.lplb import Lplb
 from poise.stepwise.methods.smart_moe import SmartMoE
-from poise.stepwise.poise import kernels as k
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.work_split import best_split, split_seconds
+from poise.stepwise.poise.workspace import desk_of
 from poise.stepwise.protocol import LayerView
 from poise.stepwise.registry import POLICIES
 
@@ -72,18 +73,15 @@ def test_exactly_predicted_surplus_is_spread_evenly():
 def test_the_fast_split_is_whole_and_priced_as_it_is(seed):
     """The kernel's split sums to the loads, and it never chooses one that its own price calls slower than exact."""
     view, load_SE = random_case(np.random.default_rng(seed))
-    rates, space = (
-        compiled_price(view.price).machine,
-        k.make_workspace(*view.static_ED.shape, int(view.static_ED.sum())),
-    )
-    holders = k.compile_all(view.static_ED, space)
-    seconds = k.best_split(load_SE, holders, rates, 0.05, space)
-    tokens_H = space.best_H[: holders.device_H.size].copy()
+    layer = desk_of(view).put(view.static_ED)
+    holders = layer.holders
+    seconds = best_split(load_SE, 0.05, layer)
+    tokens_H = layer.space.best_H[: holders.device_H.size].copy()
     total = np.bincount(holders.expert_H, weights=tokens_H, minlength=len(view.static_ED))
     np.testing.assert_allclose(total, load_SE.sum(axis=0))
-    exact = exact_quota(load_SE.sum(axis=0), view.static_ED, rates.speed_D)[holders.expert_H, holders.device_H]
-    assert seconds == pytest.approx(k.layer_seconds(tokens_H, holders, load_SE, rates, space))
-    assert seconds <= k.layer_seconds(exact.astype(float), holders, load_SE, rates, space) * 1.5 + 1e-12
+    exact = exact_quota(load_SE.sum(axis=0), view.static_ED, layer.machine.speed_D)[holders.expert_H, holders.device_H]
+    assert seconds == pytest.approx(split_seconds(tokens_H, load_SE, layer))
+    assert seconds <= split_seconds(exact.astype(float), load_SE, layer) * 1.5 + 1e-12
 
 
 def test_algorithm_1_by_hand():

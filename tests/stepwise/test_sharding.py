@@ -15,12 +15,14 @@ from poise.machine.model import ModelSpec
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.rematerialise import layers_to_keep
 from poise.stepwise.sharding import (
+    MEAN_STEPS,
     Balanced,
     Even,
     Heterogeneous,
     check_sharding,
     even_sharding,
     heterogeneous_sharding,
+    lasting_load,
     moves,
     owned_ED,
 )
@@ -181,3 +183,10 @@ def test_all_layers_are_kept_under_an_endless_budget_and_bad_numbers_are_refused
     ):
         with pytest.raises(OptionError):
             layers_to_keep(np.array(size), np.array(value), budget)
+
+
+def test_owners_are_planned_from_the_mean_of_the_last_steps():
+    load = np.arange(1.0, 2 * MEAN_STEPS + 1)[:, None, None] * [[1.0, 3.0]]
+    np.testing.assert_array_equal(lasting_load(load), load[MEAN_STEPS:].mean(axis=0))
+    np.testing.assert_array_equal(lasting_load(load[:3]), [[2.0, 6.0]])
+    np.testing.assert_array_equal(lasting_load(load[:0]), [[1.0, 1.0]])

@@ -78,5 +78,5 @@ def test_the_two_numbers_are_those_that_decide():
 def test_replicas_are_for_computers_that_are_slow_beside_their_wires(rate, made):
     view = view_of([12, 2, 2, 2, 2, 2, 2, 2], machine(rate, 1e10))
     assert bool((Poise().before_gate(view) & ~view.before_ED).any()) == made
-    costs, saves = one_replica(Poise(), view)
+    costs, saves = one_replica(Poise().training, view)
     assert (costs < saves) == made

@@ -244,14 +244,14 @@ def wire(options) -> dict:
                                   rematerialise=True)  # fmt: skip
         for step in range(3):
             before = dict(run.schedule.moved_bytes)
-            with posted(run.schedule.weights_group) as there:
+            with posted(run.schedule.deployment.weights_group) as there:
                 loss = h.loss_of(model, h.batch("two-hot", step, world, 2, rank, torch.float64))
             held = [part for one in run.schedule.passes.open() for part in one.weights.parts]
             links_DD = expert * sum((part.plan.links_DD(world) for part in held), np.zeros((world, world), np.int64))
             mine = expert * sum(len(part.mine) for part in held)
             assert there["irecv"].sum() == mine <= expert * h.LAYERS * h.EXPERTS  # no rank more than lambda S
             assert (there["irecv"] == links_DD[:, rank]).all() and (there["isend"] == links_DD[rank]).all()
-            with posted(run.schedule.weights_group) as back:
+            with posted(run.schedule.deployment.weights_group) as back:
                 loss.backward()
             sent = torch.tensor([there["isend"].sum(), back["isend"].sum()])
             dist.all_reduce(sent)
@@ -336,8 +336,8 @@ def runs_given_up_in_backward(options) -> dict:
         run = fully_shard_experts(
             model, mesh=h.MESH(world), policy="hecate", rematerialise=True, cluster=machine(world)
         )
-        group = run.schedule.weights_group
-        assert wires._timeout(group) == wires._timeout(run.schedule.tokens_group)
+        group = run.schedule.deployment.weights_group
+        assert wires._timeout(group) == wires._timeout(run.schedule.deployment.tokens_group)
         loss = h.loss_of(model, h.batch("hot-expert-a-rank", number, world, 2, rank, torch.float64))
         assert run.schedule.moved_bytes["gather"] > 0
         dist.barrier()

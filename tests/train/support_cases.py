@@ -313,7 +313,8 @@ def precision_bfloat16() -> dict:
         mine = h.batch(workload, 0, world, 2, rank, torch.float32)
         ((model(mine.x, mine.ids).double() - mine.target.double()).square().sum() / mine.total * world).backward()
         assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in model.parameters())
-        assert run.schedule.compute_dtype == torch.bfloat16 and run.schedule.reduce_dtype == torch.float32
+        assert run.schedule.deployment.compute_dtype == torch.bfloat16
+        assert run.schedule.deployment.reduce_dtype == torch.float32
         error = c.agreed(h.worst(c.of_all(model), h.local_rows(model, truth)))
         out[workload] = [error, bound]
         assert error <= 4 * bound, out

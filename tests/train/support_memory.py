@@ -143,7 +143,7 @@ def offload() -> dict:
     for where, again in (("cpu", False), ("cpu:0", False), ("cpu:0", True)):
         model = h.build()
         run = shard(model, offload=True, rematerialise=again)
-        run.schedule.device = torch.device(where)
+        object.__setattr__(run.schedule.deployment, "device", torch.device(where))  # only another device makes copies
         fsdp(model, h.MESH(world))
         optimizer = h.make_optimizer("adamw", model)
         run.attach(optimizer)
@@ -542,7 +542,7 @@ def metrics() -> dict:
                     assert (one.tokens_D == tokens[one.layer]).all()
                     assert one.owner_overload == by_owner.max() / by_owner.mean()
                     assert one.overload == tokens[one.layer].max() / tokens[one.layer].mean()
-                    assert one.gathered_bytes == one.replicas * run.schedule.expert_bytes
+                    assert one.gathered_bytes == one.replicas * run.schedule.deployment.expert_bytes
                     if policy == "expert-parallelism":
                         assert one.replicas == 0 and (one.tokens_D == by_owner).all()
                     if policy == "full-replication":
@@ -717,7 +717,7 @@ def optimizers_that_cannot_move() -> dict:
     optimizer.zero_grad()  # and the run goes on
     c.plain_loss("hot-expert-a-rank")(model, 1).backward()
     optimizer.step()
-    run.schedule.optimizers.clear()
+    run.schedule.moves.optimizers.clear()
     assert c.agreed(float(run.reshard(some_owners(10)))) > 0
     said["LBFGS"] = c.raised(OptionError, lambda: run.attach(torch.optim.LBFGS(model.parameters())))
     return {name: text.splitlines()[0] for name, text in said.items()}

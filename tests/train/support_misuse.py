@@ -270,19 +270,19 @@ def loads_of_iterations() -> dict:
     run = shard(model)
     h.loss_of(model, mine(0, "two-hot")).backward()
     model.zero_grad()
-    before = run.schedule.view(0)
+    before = run.schedule.planner.view(0)
     with torch.no_grad():
         for step in range(3):
             h.loss_of(model, mine(step, "half-idle"))
-    after = run.schedule.view(0)
+    after = run.schedule.planner.view(0)
     assert (before.predicted_E == after.predicted_E).all() and before.step == after.step == 1
     run.set_requires_gradient_sync(False)
     for step in range(3):
         run.set_requires_gradient_sync(step == 2)
         h.loss_of(model, mine(step, "hot-expert-a-rank")).backward()
     counts = [np.bincount(everyone(step).ids[0].flatten(), minlength=h.EXPERTS) for step in range(3)]
-    assert run.schedule.history.passes(0) == 3
-    history = run.schedule.history.of(0)
+    assert run.schedule.planner.history.passes(0) == 3
+    history = run.schedule.planner.history.of(0)
     assert len(history) == 2 and np.allclose(history[1], np.mean(counts, axis=0))
     return {"entries": len(history)}
 
@@ -300,10 +300,11 @@ def prices_and_wires() -> dict:
     h.loss_of(model, mine(dtype=torch.float32)).backward()
     h.loss_of(model, mine(1, dtype=torch.float32)).backward()
     schedule = run.schedule
-    price = schedule.price(100)
-    assert price.gradient_ratio == 2.0 and not price.fan_out and schedule.top_k == 2
+    price = schedule.planner.price(100)
+    assert price.gradient_ratio == 2.0 and not price.fan_out and schedule.planner.top_k == 2
     assert len(calls) == 4
-    assert schedule.gradient_bytes == 2 * schedule.expert_bytes and schedule.moved_bytes["gather"] > 0
+    assert schedule.deployment.gradient_bytes == 2 * schedule.deployment.expert_bytes
+    assert schedule.moved_bytes["gather"] > 0
     return {"moved": schedule.moved_bytes}
 
 
@@ -328,11 +329,11 @@ def a_budget_is_a_bound() -> dict:
     kept = []
     for step, count in enumerate((1, 1, 4)):
         More.count = count
-        run.schedule.forget_held()  # what was planned ahead knows nothing of it
+        run.schedule.restart()  # what was planned ahead knows nothing of it
         loss = h.loss_of(model, mine(step, layers=3))
-        kept.append(run.schedule._kept_bytes / expert)
+        kept.append(run.schedule.budget.used_bytes / expert)
         loss.backward()
-        assert run.schedule._kept_bytes == 0
+        assert run.schedule.budget.used_bytes == 0
     assert kept == [0.0, 2.0, 0.0], kept
     return {"kept": kept}
 
@@ -433,7 +434,7 @@ def arrays_and_optimizers_that_change() -> dict:
         optimizer.step()
         if step == 0:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert run.schedule.steps == 7 and len([ref for ref in run.schedule.optimizers if ref() is not None]) == 1
+    assert run.schedule.steps == 7 and len([ref for ref in run.schedule.moves.optimizers if ref() is not None]) == 1
     assert (run.owners != owners).any()
     said = c.raised(OptionError, lambda: run.set_policy("hecate", step_slots=-1))
     return {"steps": run.schedule.steps, "said": said}
@@ -450,7 +451,7 @@ def micro_batches_without_telling() -> dict:
         for loss in losses:
             loss.backward()
         optimizer.step()
-    history = run.schedule.history
+    history = run.schedule.planner.history
     # without an optimizer that is known, the first backward pass ends the first iteration
     assert len(history.of(0)) == 3 and history.seen(0) == 3 and run.schedule.steps == 3, len(history.of(0))
     return {"entries": len(history.of(0))}
@@ -502,7 +503,7 @@ def rates_of_another_machine() -> dict:
             warnings.simplefilter("ignore" if name == "a100" else "error")
             run = fully_shard_experts(model, mesh=mesh, cluster=None if name == "a100" else machine(world))
         words[name] = []
-        run.schedule.measured_window_s = 1e-9  # as for a gather that nothing hides
+        run.schedule.planner.window_s = 1e-9  # as for a gather that nothing hides
         for step in range(3):
             h.loss_of(model, h.batch("hot-expert-a-rank", step, world, 2, rank, torch.float64)).backward()
             words[name] += [f"{one.replicas > 0} {one.why}" for one in run.metrics]

@@ -186,7 +186,7 @@ def what_one_rank_is_told() -> dict:
 
     def other_model(model: nn.Module, run: Any) -> None:
         second = h.build()
-        shard(second, mesh=DeviceMesh.from_group(run.schedule.tokens_group, "cpu"))
+        shard(second, mesh=DeviceMesh.from_group(run.schedule.deployment.tokens_group, "cpu"))
         h.loss_of(second if odd() else model, mine(1))
 
     attempt("gradients", evaluates, "whether gradients are recorded: False on rank 1, True on rank 0")
@@ -309,7 +309,7 @@ def pairs_without_an_expert() -> dict:
                 errors[key] = max(errors.get(key, 0.0), of_tokens, apart(model, run, dense))
                 real = int(sum((ids >= 0).sum() - (ids == E).sum() for ids in whole.ids))
                 assert sum(one.tokens_D.sum() for one in run.metrics) == real
-                assert run.schedule.history.of(0)[-1].sum() <= real
+                assert run.schedule.planner.history.of(0)[-1].sum() <= real
     assert max(errors.values()) <= EXACT, errors
     return errors
 

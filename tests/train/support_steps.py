@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from tests.train import support_models as c
 from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
 from tests.train.support_models import case, case_like
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from poise.machine.cluster import Cluster
+from poise.runtime import spans
+from poise.runtime.collectives import run_on_thread
 from poise.runtime.moe import ExpertList, GatedExperts, MoE
 from poise.runtime.recompute import in_backward
 from poise.train import clip_grad_norm_, fully_shard_experts
@@ -67,6 +70,37 @@ def accumulation() -> dict:
     return errors
 
 
+# ---- what a step tells ----------------------------------------------------------------------------------------------
+
+FORWARD = ["counts", "plan", "dispatch", "arrange", "weights", "experts", "combine"]
+BACKWARD = [f"backward {name}" for name in ("weights", "dispatch", "arrange", "reduce", "combine")]
+
+
+@case
+def spans_of_steps() -> dict:
+    """The hook is told every part of every layer in order; with sparse collectives on a thread gradients are the same."""
+    group = dist.new_group()  # what runs on a thread stays there
+    model = h.build()
+    run = shard(model, mesh=DeviceMesh.from_group(group, "cpu"), rematerialise=True, policy="full-replication")
+    run_on_thread(run.schedule.deployment.weights_group)
+    told: list[tuple[str, int, float, float]] = []
+    before = spans.record(lambda name, began, ended: told.append((name, threading.get_ident(), began, ended)))
+    try:
+        record = record_of_dense()
+        error = c.follow(model, run, record, c.plain_loss("hot-expert-a-rank"), average=True)
+    finally:
+        assert spans.record(before) is not before
+    assert error <= EXACT, error
+    here = threading.get_ident()
+    mine = [name for name, thread, *_ in told if thread == here and name not in ("early plan", "backward experts")]
+    assert mine == [*FORWARD * h.LAYERS, *BACKWARD * h.LAYERS] * len(record.losses), mine
+    assert all(began <= ended for *_, began, ended in told)
+    threads = {name: {thread for other, thread, *_ in told if other == name} for name, *_ in told}
+    assert threads["gather"] == threads["reduce"] and len(threads["gather"]) == 1 and here not in threads["gather"]
+    assert len(threads["early plan"] - {here}) == 1
+    return {"error": error, "spans": len(told)}
+
+
 # ---- 5. activation checkpointing -----------------------------------------------------------------------------------
 
 
@@ -78,8 +112,8 @@ def checkpointed(module: nn.Module, reentrant: bool = False) -> None:
 def counted_once(run: Any, steps: int) -> None:
     schedule = run.schedule
     assert [one.layer for one in run.metrics] == list(range(h.LAYERS))
-    assert [len(schedule.history.of(layer)) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
-    assert [schedule.history.seen(layer) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
+    assert [len(schedule.planner.history.of(layer)) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
+    assert [schedule.planner.history.seen(layer) for layer in range(h.LAYERS)] == [steps] * h.LAYERS
 
 
 def checkpoint_case(part: str) -> dict:

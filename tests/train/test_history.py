@@ -5,8 +5,9 @@ import threading
 import numpy as np
 
 from poise.cost.transfers import TransferPlan
+from poise.stepwise.sharding import MEAN_STEPS
 from poise.train.ahead import PlanAhead
-from poise.train.history import RECENT, LoadHistory
+from poise.train.history import LoadHistory
 
 
 def test_an_iteration_is_the_mean_of_its_micro_batches():
@@ -23,10 +24,10 @@ def test_an_iteration_is_the_mean_of_its_micro_batches():
 
 def test_only_recent_iterations_are_kept():
     history = LoadHistory(1, 1)
-    for step in range(RECENT + 5):
+    for step in range(MEAN_STEPS + 5):
         history.record(0, np.array([step]))
         assert history.close() == []
-    assert history.of(0)[:, 0].tolist() == list(range(5, RECENT + 5)) and history.seen_L[0] == RECENT + 5
+    assert history.of(0)[:, 0].tolist() == list(range(5, MEAN_STEPS + 5)) and history.seen_L[0] == MEAN_STEPS + 5
 
 
 def test_a_plan_is_waited_for_and_used_only_for_what_it_was_made_from():

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from poise.cli import options as o
+from poise.cli import tables
 from poise.lab.calibrate.result import Calibration
 from poise.lab.emulate.clock import ExpertCurve
 from poise.machine.cluster import Cluster
@@ -44,12 +45,36 @@ def calibrate(
     cluster: Annotated[
         str | None, o.flag("cluster", "A single process: shape and links, which it cannot measure.")
     ] = None,
+    from_tables: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-tables",
+            help="Measure nothing: fit public tables of GPU kernels, an aisimulate wheel or its folder of tables. With "
+            "--model a cluster file for its shape, else constants of all kernels (.json).",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --from-tables: the GPU, e.g. h200. Default: that of --cluster.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="With --from-tables: vllm, sglang or trtllm.")] = "vllm",
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="With --from-tables: bf16, fp8, fp8_block, nvfp4, ... Default: by the model."),
+    ] = None,
+    library: Annotated[
+        str | None, typer.Option(help="With --from-tables: all-to-all, e.g. deepep-ll. Default: ports of the cluster.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Measure links and experts on whatever runs under torchrun, and write a cluster file.
 
     Example: torchrun --nproc-per-node 4 -m poise.cli calibrate -o cluster.yaml
     """
+    if from_tables is not None:
+        tables.calibrate_from_tables(
+            from_tables, output, tables.Wanted(model, cluster, gpu, engine, kind, library), as_json=json
+        )
+        return
     main = os.environ.get("RANK", "0") == "0"
     with o.errors():
         o.talk.quiet = not main  # every rank gets the same options: one complaint is enough

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from poise.cli import breakeven, calibrate, compare, convert, demo, diff, export, inspect, plan, record, verify, watch
+from poise.cli import (
+    breakeven,
+    calibrate,
+    compare,
+    convert,
+    demo,
+    diff,
+    export,
+    inspect,
+    machines,
+    plan,
+    record,
+    verify,
+    watch,
+)
 from poise.cli.ending import signals_end
 from poise.cli.options import compiling
 from poise.version import VERSION
@@ -48,6 +62,7 @@ for verb in (
     verify.verify,
     watch.watch,
     calibrate.calibrate,
+    machines.machines,
 ):
     app.command()(verb)
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -29,6 +29,7 @@ from poise.cost.split import SPLITS
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.engine_rules import ENGINES
 from poise.planning.problem import Progress as Report
+from poise.routing.batch import HOMES
 from poise.routing.batching import ORDERS
 from poise.util.compiled import COMPILATION
 from poise.util.errors import InputError, OptionError, PoiseError
@@ -85,7 +86,14 @@ Traces = Annotated[
         show_default=False,
     ),
 ]
-ClusterSpec = Annotated[str, flag("cluster", "NxD, NxD:preset as in 2x8:h100, NxD:preset@tp2, or a .yaml file.")]
+ClusterSpec = Annotated[
+    str,
+    flag(
+        "cluster",
+        "NxD, NxD:preset as in 2x8:h100, with measured constants as in 2x8:h200+vllm.fp8_block ('poise machines'), or "
+        "a .yaml file.",
+    ),
+]
 Redundant = Annotated[int, flag("redundant", "Redundant slots a layer, in all.")]
 Model = Annotated[str | None, flag("model", MODEL_TEXT)]
 NamedModel = Annotated[str, flag("model", MODEL_TEXT)]
@@ -106,6 +114,14 @@ EngineName = Annotated[
     ),
 ]
 TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
+HomesRule = Annotated[
+    str | None,
+    typer.Option(
+        "--homes",
+        help="Ranks on which tokens are at home: equal tokens a rank, as attention data parallelism keeps them, or "
+        "by-request. Default: as recorded, else equal.",
+    ),
+]
 StepOrder = Annotated[str, typer.Option("--order", help="interleaved requests, or file order.")]
 TimeLimit = Annotated[float, flag("time_limit", TIME_LIMIT)]
 Work = Annotated[
@@ -156,41 +172,51 @@ class StepOptions(PricingOptions):
     engine: EngineName = "any"
     tokens_per_step: TokensPerStep = None
     order: StepOrder = "interleaved"
+    homes: HomesRule = None
 
     def checked(self) -> dict[str, Any]:
         """See :meth:`PricingOptions.checked`."""
         return PricingOptions.checked(self) | {
             "engine": self.engine, "tokens_per_step": self.tokens_per_step,
-            "order": one_of("order", self.order, ORDERS),
+            "order": one_of("order", self.order, ORDERS), "homes": one_of("homes", self.homes, HOMES),
         }  # fmt: skip
 
 
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb for typer: a parameter that is a frozen dataclass of options becomes the options, at the same place."""
+    """A verb for typer: a parameter that is a frozen dataclass of options becomes the options, at the same place.
+
+    A field of it may be such a dataclass in turn.
+    """
     hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     spread: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(verb).parameters.items():
-        kind = hints[name]
-        if not is_dataclass(kind):
-            spread.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
-            continue
-        types = get_type_hints(kind, include_extras=True)
-        groups[name] = hints[name], list(types)
-        spread += [
-            inspect.Parameter(one.name, parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name])
-            for one in fields(kind)
-        ]
+        spread += _options(name, hints[name], parameter.default)
 
     @wraps(verb)
     def run(**given: Any) -> None:
-        for name, (kind, options) in groups.items():
-            given[name] = kind(**{option: given.pop(option) for option in options})
-        verb(**given)
+        verb(**{name: _made(name, kind, given) for name, kind in hints.items() if name != "return"})
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
     return run
+
+
+def _options(name: str, kind: Any, default: Any) -> list[inspect.Parameter]:
+    """A parameter, or those of the fields of a dataclass."""
+    if not is_dataclass(kind):
+        default = inspect.Parameter.empty if default is MISSING else default
+        return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)]
+    types = get_type_hints(kind, include_extras=True)
+    return [option for one in fields(kind) for option in _options(one.name, types[one.name], one.default)]
+
+
+def _made(name: str, kind: Any, given: dict[str, Any]) -> Any:
+    """The value of a parameter or field; what it takes is gone from ``given``."""
+    if not is_dataclass(kind):
+        return given.pop(name)
+    types = get_type_hints(kind, include_extras=True)
+    made: Callable[..., Any] = kind  # type: ignore[assignment]
+    return made(**{one.name: _made(one.name, types[one.name], given) for one in fields(kind)})
 
 
 @contextmanager

@@ -176,6 +176,7 @@ def _show(solution: Solution) -> None:
     o.out.print(
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
     )
+    o.out.print(f"Constants: {solution.details['ground']}.")
     for note in (*solution.details.get("notes", ()), *shortened(solution)):
         o.out.print(f"note: {note}")
     fewer = solution.details.get("fewer_redundant")

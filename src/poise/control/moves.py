@@ -34,9 +34,8 @@ from numpy.typing import NDArray
 
 from poise.control.chains import ChainMove, LayerMoves
 from poise.control.common import CHECKPOINT, STAYS, common
-from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.links import PortLoad, port_seconds
 from poise.cost.split import even_share
-from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
@@ -106,8 +105,9 @@ class MoveList:
                     kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
                     port[[kind, kind + 1], at, [source, target]] += 1
         busy = port.any(axis=(0, 2))
-        ports = port_seconds(PortLoad(*port), self.expert_bytes, cluster) if busy.any() else np.zeros(busy.size)
-        return float((ports + busy * latency_seconds(cluster)).sum())
+        wire = cluster.plain_wire
+        ports = port_seconds(PortLoad(*port), self.expert_bytes, cluster, wire) if busy.any() else np.zeros(busy.size)
+        return float((ports + busy * wire.start_s).sum())
 
     def __repr__(self) -> str:
         size = f"{self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB"
@@ -355,8 +355,7 @@ def _seconds(problem: PlacementProblem, count_LED: NDArray[Any], first: int, las
     experts = None if batch.experts_TLK is None else np.ascontiguousarray(batch.experts_TLK[:, part])
     some = RoutingBatch(
         batch.load_BLE[:, part], batch.weight_B, batch.top_k, batch.layer_ids_L[part], experts, batch.start_B,
-        batch.request_T, batch.home_T,
+        batch.request_T, batch.home_T, homes=batch.homes,
     )  # fmt: skip
-    cost = batch_cost(some, count_LED[part], problem.cluster, problem.model, traffic=problem.traffic,
-                      split=problem.split)  # fmt: skip
+    cost = problem.pricing.cost(some, count_LED[part])
     return float(batch.weight_B @ cost.seconds_BL[:, first - part.start :].sum(axis=1))

@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds
+from poise.cost.compute import expert_seconds, expert_times
 from poise.cost.step import kv_seconds_per_token, step_parts
 from poise.cost.traffic import DataFlow
-from poise.machine.cluster import Cluster
+from poise.machine.cluster import Cluster, Wire
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
@@ -111,14 +110,20 @@ def _terms(
     work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
     compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
     tokens_BL = batch.tokens_BL()
-    busy: NDArray[Any] = (tokens_BL > 0) * latency_seconds(cluster)
-    port = _port_bound(batch, cluster, traffic, np.asarray(slots_D), max(0, spare))
-    two_way = traffic != "stay" or batch.top_k > 1
-    combine = busy * two_way + (0.0 if traffic == "stay" else port * model.combine_bytes_per_token)
+    busy: NDArray[Any] = tokens_BL > 0
+    compute += busy * expert_times(cluster, model).start_s
+    out, back = cluster.dispatch_wire, cluster.combine_wire
+    port = _port_bound(batch, cluster, out, traffic, np.asarray(slots_D), max(0, spare))
+    dispatch = busy * out.start_s + port * model.dispatch_bytes_per_token
+    combine = busy * (back.start_s if traffic != "stay" or batch.top_k > 1 else 0.0)
+    if traffic != "stay":
+        if back[1:] != out[1:]:
+            port = _port_bound(batch, cluster, back, traffic, np.asarray(slots_D), max(0, spare))
+        combine += port * model.combine_bytes_per_token
     kv = np.zeros(shape)
     if traffic == "stay":
         kv += tokens_BL * kv_seconds_per_token(cluster, model)
-    return BoundTerms(compute, busy + port * model.dispatch_bytes_per_token, combine, kv)
+    return BoundTerms(compute, dispatch, combine, kv)
 
 
 def step_bound_BL(
@@ -129,13 +134,13 @@ def step_bound_BL(
 
 
 def _port_bound(
-    batch: RoutingBatch, cluster: Cluster, traffic: DataFlow, slots_D: NDArray[Any], spare: int
+    batch: RoutingBatch, cluster: Cluster, wire: Wire, traffic: DataFlow, slots_D: NDArray[Any], spare: int
 ) -> NDArray[Any]:
     """Bound on max over ports of copies / (bytes/s), float64 [B, L]; multiply by bytes per copy."""
     if cluster.num_devices == 1:
         return np.zeros((batch.num_steps, batch.num_layers))
     if batch.experts_TLK is None or batch.start_B is None:
-        return batch.load_BLE.sum(axis=2) * _spread_homes_rate(cluster)
+        return batch.load_BLE.sum(axis=2) * _spread_homes_rate(cluster, wire)
     out = np.zeros((batch.num_steps, batch.num_layers))
     step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
     home_T = batch.home_of_tokens(cluster.num_devices)
@@ -143,22 +148,22 @@ def _port_bound(
     for layer in range(batch.num_layers):
         experts = batch.experts_TLK[:, layer]
         if came_from_TL is not None and layer > 0:
-            out[:, layer] = _stay_bound(experts, came_from_TL[:, layer], home_T, step_T, batch, cluster, slots_D)
+            out[:, layer] = _stay_bound(experts, came_from_TL[:, layer], home_T, step_T, batch, cluster, wire, slots_D)
         else:
-            out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, traffic, slots_D, spare)
+            out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, wire, traffic, slots_D, spare)
     return out
 
 
-def _spread_homes_rate(cluster: Cluster) -> float:
+def _spread_homes_rate(cluster: Cluster, wire: Wire) -> float:
     """Seconds-per-byte bound for one pair when homes are spread evenly: its home is elsewhere with known odds.
 
     Each device takes in (1 - 1/D) of its tokens, of which the part from other nodes by the network; the fullest
     port is at least the average one.
     """
     devices, per_node = cluster.num_devices, cluster.devices_per_node_N
-    intra = (per_node.min() - 1) / devices / devices / cluster.intra_bytes_per_s
+    intra = (per_node.min() - 1) / devices / devices / wire.intra_bytes_per_s
     ports = cluster.num_nodes if cluster.nic_shared else devices
-    net = (devices - per_node.max()) / devices / ports / cluster.inter_bytes_per_s
+    net = (devices - per_node.max()) / devices / ports / wire.inter_bytes_per_s
     return float(max(intra, net))
 
 
@@ -197,6 +202,7 @@ def _home_bound(
     step_T: NDArray[Any],
     batch: RoutingBatch,
     cluster: Cluster,
+    wire: Wire,
     traffic: DataFlow,
     slots_D: NDArray[Any],
     spare: int,
@@ -210,22 +216,22 @@ def _home_bound(
     elif traffic == "home_node_dedup":
         per_net_copy = max(1, min(top_k, int(node_slots.max())))
         per_copy = per_net_copy if cluster.num_nodes > 1 else max(1, min(top_k, int(slots_D.max())))
-    wire = cluster.intra_bytes_per_s + (cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
+    rate = wire.intra_bytes_per_s + (wire.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
     bound = np.zeros(batch.num_steps)
     net_B = np.zeros((batch.num_steps, cluster.num_nodes))
     for d in range(devices):
         total = flow[:, d].sum(axis=-1)
-        bound = np.maximum(bound, (total - _top_sum(flow[:, d], int(slots_D[d]))) / per_copy / wire)
+        bound = np.maximum(bound, (total - _top_sum(flow[:, d], int(slots_D[d]))) / per_copy / rate)
         leaves = (total - _top_sum(flow[:, d], int(node_slots[cluster.node_D[d]]))) / per_net_copy
         port = net_B[:, cluster.node_D[d]]
         net_B[:, cluster.node_D[d]] = port + leaves if cluster.nic_shared else np.maximum(port, leaves)
     total_B = flow.sum(axis=(1, 2))
-    bound = np.maximum(bound, (total_B - _most_local(flow, spare)) / per_copy / wire / devices)
+    bound = np.maximum(bound, (total_B - _most_local(flow, spare)) / per_copy / rate / devices)
     starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
     leaves_B = (total_B - _most_local(np.add.reduceat(flow, starts, axis=1), spare)) / per_net_copy
     ports = cluster.num_nodes if cluster.nic_shared else devices
     net_B = np.maximum(net_B, leaves_B[:, None] / ports)
-    return np.maximum(bound, net_B.max(axis=1) / cluster.inter_bytes_per_s)
+    return np.maximum(bound, net_B.max(axis=1) / wire.inter_bytes_per_s)
 
 
 def _stay_bound(
@@ -235,11 +241,12 @@ def _stay_bound(
     step_T: NDArray[Any],
     batch: RoutingBatch,
     cluster: Cluster,
+    wire: Wire,
     slots_D: NDArray[Any],
 ) -> NDArray[np.float64]:
     """Pairs that must cross / D over the widest pair of ports: the fullest device sends at least the average."""
     most, experts = int(slots_D.max()), batch.num_experts
-    wire = cluster.intra_bytes_per_s + (cluster.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
+    rate = wire.intra_bytes_per_s + (wire.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
     crossing_B = np.zeros(batch.num_steps)
     bounds = np.searchsorted(step_T, np.arange(batch.num_steps + 1))
     for b in range(batch.num_steps):
@@ -252,4 +259,4 @@ def _stay_bound(
             kept = _top_sum(flow, most).sum()
             kept = kept if old < 0 else min(kept, _top_sum(flow.T, most).sum())
             crossing_B[b] += flow.sum() - kept
-    return np.asarray(crossing_B / max(1, min(batch.top_k, most)) / cluster.num_devices / wire)
+    return np.asarray(crossing_B / max(1, min(batch.top_k, most)) / cluster.num_devices / rate)

@@ -1,4 +1,4 @@
-"""Seconds of an all-to-all: latency plus the fullest port. Ports saturate, not pairs (DESIGN 3.1)."""
+"""Seconds of an all-to-all: its start plus the fullest port. Ports saturate, not pairs (DESIGN 3.1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.machine.cluster import Cluster
+from poise.machine.cluster import Cluster, Wire
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,17 +26,6 @@ class PortLoad:
     net_in_BD: NDArray[np.float64]
 
 
-def latency_seconds(cluster: Cluster) -> float:
-    """Start-up of one all-to-all: nothing for one device, the network's on top of the node's when there are several.
-
-    Every other device adds ``peer_latency_s``.
-    """
-    if cluster.num_devices == 1:
-        return 0.0
-    network = cluster.inter_latency_s if cluster.num_nodes > 1 else 0.0
-    return cluster.intra_latency_s + network + cluster.peer_latency_s * (cluster.num_devices - 1)
-
-
 def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
     """Copies per network port: of each device, or summed over each node's shared one; float64 [B, D or N]."""
     if not cluster.nic_shared:
@@ -46,9 +35,16 @@ def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[n
     return out
 
 
-def port_seconds(load: PortLoad, bytes_per_copy: float, cluster: Cluster) -> NDArray[np.float64]:
-    """Seconds until the fullest port of each step is drained, float64 [B]; latency not included."""
-    intra = np.maximum(load.intra_out_BD, load.intra_in_BD).max(axis=1) / cluster.intra_bytes_per_s
-    net_out, net_in = network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster)
-    net = np.maximum(net_out, net_in).max(axis=1) / cluster.inter_bytes_per_s
-    return np.maximum(intra, net) * bytes_per_copy
+def fullest_ports(load: PortLoad, cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Copies through the fullest port inside nodes and the fullest between them, of each step; float64 [B] each."""
+    intra = np.maximum(load.intra_out_BD, load.intra_in_BD).max(axis=1)
+    net = np.maximum(network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster)).max(axis=1)
+    return intra, net
+
+
+def port_seconds(load: PortLoad, bytes_per_copy: float, cluster: Cluster, wire: Wire) -> NDArray[np.float64]:
+    """Seconds until the fullest port of each step is drained by ``wire``, one of the cluster's, without the start;
+    float64 [B].
+    """
+    intra, net = fullest_ports(load, cluster)
+    return np.maximum(intra / wire.intra_bytes_per_s, net / wire.inter_bytes_per_s) * bytes_per_copy

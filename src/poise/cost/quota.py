@@ -55,7 +55,7 @@ class Scratch(NamedTuple):
 
 
 @compiled
-def compile_holders(holds_ED, room):  # type: ignore[no-untyped-def]
+def compile_holders(holds_ED: NDArray[np.bool_], room: Holders) -> Holders:
     """:class:`Holders` of a bool [E, D] placement, as views into ``room`` (of :func:`holders_room`)."""
     experts, devices = holds_ED.shape
     count, shared = 0, 0
@@ -98,8 +98,7 @@ def holders_room(num_experts: int, num_devices: int, num_entries: int) -> Holder
 def make_holders(holds_ED: NDArray[Any]) -> Holders:
     """Compile a placement, bool or int [E, D]; slots beyond one per (expert, device) do not matter."""
     holds = np.asarray(holds_ED) > 0
-    out: Holders = compile_holders(holds, holders_room(holds.shape[0], holds.shape[1], int(holds.sum())))
-    return out
+    return compile_holders(holds, holders_room(holds.shape[0], holds.shape[1], int(holds.sum())))
 
 
 def make_scratch(num_experts: int, num_devices: int) -> Scratch:
@@ -109,7 +108,9 @@ def make_scratch(num_experts: int, num_devices: int) -> Scratch:
 
 
 @compiled
-def near_start(load_SE, holders, node_D, local_H):  # type: ignore[no-untyped-def]
+def near_start(
+    load_SE: NDArray[np.int64], holders: Holders, node_D: NDArray[np.int64], local_H: NDArray[np.int64]
+) -> None:
     """Fill ``local_H`` (int64 [H]) with tokens that need not leave their device or, failing that, their node.
 
     Tokens whose own device holds no copy are shared by the holders of their node; what does not divide is left out.
@@ -311,14 +312,29 @@ def _fullest(load_D, speed_D):  # type: ignore[no-untyped-def]
     return most
 
 
-@compiled
-def balance(load_E, local_H, base_D, holders, speed_D, slack, quota_H, scratch):  # type: ignore[no-untyped-def]
-    """Fill ``quota_H`` (int64 [H]); returns the largest tokens / speed.
+class QuotaProblem(NamedTuple):
+    """What :func:`balance` splits.
 
-    ``load_E`` int64 [E]; ``local_H`` int64 [H] (tokens of the entry's expert whose home is the entry's device) or
-    size 0: how step 2 starts; ``base_D`` int64 [D] tokens that are there already, or size
-    0; ``slack`` stops at (1 + slack) times the lower bound: fewer tokens leave their home.
+    Parameters
+    ----------
+    load_E : int64 [E], tokens of each expert.
+    speed_D : float64 [D], of the devices.
+    local_H : int64 [H], tokens of the entry's expert whose home is the entry's device, or size 0: how step 2 starts.
+    base_D : int64 [D], tokens that are there already, or size 0.
+    slack : it is enough to come within (1 + slack) times the lower bound: fewer tokens leave their home.
     """
+
+    load_E: NDArray[np.int64]
+    speed_D: NDArray[np.float64]
+    local_H: NDArray[np.int64]
+    base_D: NDArray[np.int64]
+    slack: float
+
+
+@compiled
+def balance(problem: QuotaProblem, holders: Holders, quota_H: NDArray[np.int64], scratch: Scratch) -> float:
+    """Fill ``quota_H`` (int64 [H]); returns the largest tokens / speed."""
+    load_E, speed_D, local_H, base_D = problem.load_E, problem.speed_D, problem.local_H, problem.base_D
     experts, devices = load_E.size, speed_D.size
     load_D, order = scratch.load_D, scratch.order_E
     load_D[:] = 0
@@ -333,7 +349,7 @@ def balance(load_E, local_H, base_D, holders, speed_D, slack, quota_H, scratch):
         if last - first == 1:
             quota_H[first] = load_E[e]
             load_D[holders.device_H[first]] += load_E[e]
-    bound = max(total / speed_D.sum(), _fullest(load_D, speed_D)) * (1.0 + slack)
+    bound = max(total / speed_D.sum(), _fullest(load_D, speed_D)) * (1.0 + problem.slack)
     shared = holders.shared_Y
     count = shared.size
     for i in range(count):  # heaviest first

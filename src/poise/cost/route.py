@@ -36,7 +36,15 @@ def _stage(have_S, free_D, first, last, source, e, row_SED, all_rows):  # type: 
 
 
 @compiled
-def rows_into(load_SE, quota_ED, node_D, source, have_S, free_D, row_SED):  # type: ignore[no-untyped-def]
+def rows_into(
+    load_SE: NDArray[np.int64],
+    quota_ED: NDArray[np.int64],
+    node_D: NDArray[np.int64],
+    source: int,
+    have_S: NDArray[np.int64],
+    free_D: NDArray[np.int64],
+    row_SED: NDArray[np.int64],
+) -> None:
     """Tokens from each source to each (expert, device): own device first, then own node, then anywhere.
 
     Every rank finds its own row from the same counts and quotas; together the rows use every quota exactly. Fills
@@ -110,7 +118,7 @@ def locality_pairs(load_SE: NDArray[np.int64], quota_ED: NDArray[np.int64], node
 
 
 @compiled
-def count_sources(experts_TK, source_T, load_SE):  # type: ignore[no-untyped-def]
+def count_sources(experts_TK: NDArray[Any], source_T: NDArray[np.int64], load_SE: NDArray[np.int64]) -> None:
     """Tokens of each expert on each source device, int64 [D, E], in place; picks of -1 compute nothing."""
     load_SE[:] = 0
     for t in range(experts_TK.shape[0]):
@@ -120,7 +128,9 @@ def count_sources(experts_TK, source_T, load_SE):  # type: ignore[no-untyped-def
 
 
 @compiled
-def assign_tokens(experts_TK, source_T, row_SED, device_TK):  # type: ignore[no-untyped-def]
+def assign_tokens(
+    experts_TK: NDArray[Any], source_T: NDArray[np.int64], row_SED: NDArray[np.int64], device_TK: NDArray[np.int64]
+) -> None:
     """Device of each (token, expert) pair, int64 [T, K], in place: a source's tokens of an expert fill its row in
     order, but join a device that the token goes to anyway where there is room. ``row_SED`` is used up. A pick of -1 has
     the device -1.

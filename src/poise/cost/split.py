@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.quota import balance, make_holders, make_scratch
+from poise.cost.quota import QuotaProblem, balance, make_holders, make_scratch
 
 Split = Literal["even", "exact"]
 SPLITS: tuple[Split, ...] = ("even", "exact")
@@ -46,8 +46,8 @@ def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[n
     holders = make_holders(count_ED)
     num_experts, num_devices = np.shape(count_ED)
     quota = np.zeros(holders.device_H.size, np.int64)
-    balance(load, NONE, NONE, holders, np.asarray(speed_D, dtype=np.float64), 0.0, quota,
-            make_scratch(num_experts, num_devices))  # fmt: skip
+    problem = QuotaProblem(load, np.asarray(speed_D, dtype=np.float64), NONE, NONE, 0.0)
+    balance(problem, holders, quota, make_scratch(num_experts, num_devices))
     out = np.zeros((num_experts, num_devices), np.int64)
     out[holders.expert_H, holders.device_H] = quota
     return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import PortLoad, latency_seconds, port_seconds
+from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.links import PortLoad, port_seconds
 from poise.cost.split import Split, split_share_BED
 from poise.cost.traffic import Copies, DataFlow, any_of, node_share, port_load, sum_by_source
 from poise.machine.cluster import Cluster
@@ -87,10 +87,57 @@ def batch_cost(
     ------
     OptionError : the placement's shape is not the batch's and cluster's, or the flow needs tokens the batch has not.
     """
-    check_inputs(batch, count_LED, cluster, traffic)
     shape = (batch.num_steps, batch.num_layers)
     out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
     tokens_BLD = np.zeros((*shape, cluster.num_devices))
+    for at, work in layer_works(batch, count_LED, cluster, traffic=traffic, split=split):
+        tokens_BLD[at] = work.tokens_BD
+        seconds_BD = work.by_device(expert_seconds(work.tokens_BH, cluster, model))
+        out["compute"][at] = (seconds_BD / cluster.speed_D).max(axis=1)
+        for name, load, size, wire in (
+            ("dispatch", work.out, model.dispatch_bytes_per_token, cluster.dispatch_wire),
+            ("combine", work.back, model.combine_bytes_per_token, cluster.combine_wire),
+        ):
+            out[name][at] = port_seconds(load, size, cluster, wire)
+        out["device"][at], out["node"][at] = work.leave_B, work.cross_B
+    pairs_BL = batch.load_BLE.sum(axis=2)
+    add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
+    return BatchCost(
+        out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedWork:
+    """What some steps of a layer are to each device, before any constant of a machine.
+
+    Parameters
+    ----------
+    device_H : device of each (expert, device) with a slot, ascending; int [H].
+    tokens_BH : tokens of the expert on it, float64 [B, H].
+    tokens_BD : of all experts of a device, float64 [B, D].
+    out, back : token copies through every port.
+    leave_B, cross_B : pairs computed on another device and on another node than their token came from, float64 [B].
+    """
+
+    device_H: NDArray[np.int64]
+    tokens_BH: NDArray[np.float64]
+    tokens_BD: NDArray[np.float64]
+    out: PortLoad
+    back: PortLoad
+    leave_B: NDArray[np.float64]
+    cross_B: NDArray[np.float64]
+
+    def by_device(self, value_BH: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum over the experts of each device, float64 [B, D]."""
+        return _by_device(value_BH, self.device_H, self.tokens_BD.shape[1])
+
+
+def layer_works(
+    batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, *, traffic: DataFlow, split: Split
+) -> Iterator[tuple[tuple[slice, int], PlacedWork]]:
+    """Steps and layer, and the work of them, for parameters as in :func:`batch_cost`; the same errors."""
+    check_inputs(batch, count_LED, cluster, traffic)
     for steps, part in step_parts(batch, cluster.num_devices):
         shares, every = TokenShares(part, traffic), slice(0, part.num_steps)
         for layer in range(batch.num_layers):
@@ -100,10 +147,6 @@ def batch_cost(
             device_H, expert_H = np.nonzero(count_LED[layer].T)
             tokens_BH = load_BE[:, expert_H] * share_BED[:, expert_H, device_H]
             tokens_BD = _by_device(tokens_BH, device_H, cluster.num_devices)
-            tokens_BLD[steps, layer] = tokens_BD
-            seconds_BH = expert_seconds(tokens_BH, cluster, model)
-            seconds_BD = _by_device(seconds_BH, device_H, cluster.num_devices) / cluster.speed_D
-            out["compute"][steps, layer] = seconds_BD.max(axis=1)
             if not part.has_tokens:
                 there = back = _ports_of_loads(tokens_BD, cluster)
                 leave_B, cross_B = _leaving(tokens_BD, cluster)
@@ -112,14 +155,7 @@ def batch_cost(
                 leave_B, cross_B = flow.cross_device_B, flow.cross_node_B
                 there = port_load(flow.dispatch, cluster)
                 back = there if flow.combine is None else port_load(flow.combine, cluster)
-            out["dispatch"][steps, layer] = port_seconds(there, model.dispatch_bytes_per_token, cluster)
-            out["combine"][steps, layer] = port_seconds(back, model.combine_bytes_per_token, cluster)
-            out["device"][steps, layer], out["node"][steps, layer] = leave_B, cross_B
-    pairs_BL = batch.load_BLE.sum(axis=2)
-    add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
-    return BatchCost(
-        out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
-    )
+            yield (steps, layer), PlacedWork(device_H, tokens_BH, tokens_BD, there, back, leave_B, cross_B)
 
 
 def _by_device(value_BH: NDArray[np.float64], device_H: NDArray[Any], num_devices: int) -> NDArray[np.float64]:
@@ -175,13 +211,14 @@ def add_constants(
     model: ModelSpec,
     traffic: DataFlow,
 ) -> None:
-    """Latencies and the key/value exchange of steps of ``tokens_BL`` [B, L] tokens: the same for every placement."""
+    """Starts and the key/value exchange of steps of ``tokens_BL`` [B, L] tokens: the same for every placement."""
     busy = tokens_BL > 0
-    out["dispatch"] += busy * latency_seconds(cluster)
+    out["compute"] += busy * expert_times(cluster, model).start_s
+    out["dispatch"] += busy * cluster.dispatch_wire.start_s
     if traffic == "stay":
         out["kv"] += tokens_BL * kv_seconds_per_token(cluster, model)
     if traffic != "stay" or top_k > 1:
-        out["combine"] += busy * latency_seconds(cluster)
+        out["combine"] += busy * cluster.combine_wire.start_s
 
 
 def step_chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
@@ -277,7 +314,9 @@ def layer_flow(
     if traffic != "stay":
         share_BED = shares.of(layer)
         share_BED = share_BED if len(share_BED) == 1 else share_BED[steps]
-        return _flow_from_home(batch, layer, slice(first, last), num_steps, step_T, share_BED, cluster, traffic)
+        experts_TK = np.ascontiguousarray(batch.experts_TLK[first:last, layer])
+        home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
+        return _flow_from_home(StepTokens(experts_TK, step_T, home_T, num_steps), share_BED, cluster, traffic)
     share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
     home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
     source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)
@@ -291,35 +330,68 @@ def layer_flow(
     return LayerFlow(Copies(copies), Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps)), *crossing)
 
 
+class StepTokens(NamedTuple):
+    """Tokens of one layer in B steps: int [T, K] experts, int [T] step from 0 and home of each; B."""
+
+    experts_TK: NDArray[Any]
+    step_T: NDArray[Any]
+    home_T: NDArray[Any]
+    num_steps: int
+
+
+class HolderShares(NamedTuple):
+    """Which part of an expert's tokens each holder computes; entries H are (expert, device) pairs, sorted by expert.
+
+    Parameters
+    ----------
+    ptr_E : int64 [E + 1], first entry of each expert.
+    device_H : int64 [H].
+    share_BH : float64 [B or 1, H].
+    node_D : int64 [D].
+    """
+
+    ptr_E: NDArray[np.int64]
+    device_H: NDArray[np.int64]
+    share_BH: NDArray[np.float64]
+    node_D: NDArray[np.int64]
+
+
+class SentFromHome(NamedTuple):
+    """What each home sends: pairs and copies to devices, float64 [B, D, D], copies to nodes, float64 [B, D, N]."""
+
+    pairs_BDD: NDArray[np.float64]
+    copies_BDD: NDArray[np.float64]
+    copies_BDN: NDArray[np.float64]
+
+
 def _flow_from_home(
-    batch: RoutingBatch, layer: int, rows: slice, num_steps: int, step_T: NDArray[Any],
-    share_BED: NDArray[np.float64], cluster: Cluster, traffic: DataFlow,
-) -> LayerFlow:  # fmt: skip
-    """The data flows from and to the home rank; ``step_T`` and ``share_BED`` are of the rows' steps alone."""
-    assert batch.experts_TLK is not None
-    devices, nodes = cluster.num_devices, cluster.num_nodes
+    tokens: StepTokens, share_BED: NDArray[np.float64], cluster: Cluster, traffic: DataFlow
+) -> LayerFlow:
+    """The data flows from and to the home rank; ``share_BED`` is of the tokens' steps alone."""
     expert_H, device_H = np.nonzero(share_BED.any(axis=0))
-    pairs = np.zeros((num_steps, devices, devices))
-    copies_BDD, copies_BDN = np.zeros_like(pairs), np.zeros((num_steps, devices, nodes))
-    _send_from_home(
-        np.ascontiguousarray(batch.experts_TLK[rows, layer]), step_T, batch.home_of_tokens(devices)[rows],
-        np.searchsorted(expert_H, np.arange(batch.num_experts + 1)), device_H,
-        np.ascontiguousarray(share_BED[:, expert_H, device_H]), cluster.node_D.astype(np.int64), pairs, copies_BDD,
-        copies_BDN,
-    )  # fmt: skip
+    ptr_E = np.searchsorted(expert_H, np.arange(share_BED.shape[1] + 1))
+    share_BH = np.ascontiguousarray(share_BED[:, expert_H, device_H])
+    pairs, copies_BDD, copies_BDN = _send_from_home(
+        tokens, HolderShares(ptr_E, device_H, share_BH, cluster.node_D.astype(np.int64)), cluster.num_nodes
+    )
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
     total = pairs.sum(axis=(1, 2))
     crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
     if traffic == "home":
         return LayerFlow(Copies(pairs), None, *crossing)
-    once_a_node = traffic == "home_node_dedup" and nodes > 1
+    once_a_node = traffic == "home_node_dedup" and cluster.num_nodes > 1
     return LayerFlow(Copies(copies_BDD, copies_BDN if once_a_node else None), None, *crossing)
 
 
 @compiled(nogil=True)
-def _send_from_home(experts_TK, step_T, home_T, ptr_E, device_H, share_BH, node_D, pairs, copies, nodes):  # type: ignore[no-untyped-def]
-    """Add up, from each home, pairs and copies [B, D, D] to devices and copies [B, D, N] to nodes."""
-    missed_D, missed_N, share_N = np.ones(node_D.size), np.ones(nodes.shape[2]), np.zeros(nodes.shape[2])
+def _send_from_home(tokens: StepTokens, holders: HolderShares, num_nodes: int) -> SentFromHome:
+    """Add up pairs and copies."""
+    experts_TK, step_T, home_T, steps = tokens
+    ptr_E, device_H, share_BH, node_D = holders
+    devices = node_D.size
+    pairs, copies = np.zeros((steps, devices, devices)), np.zeros((steps, devices, devices))
+    nodes = np.zeros((steps, devices, num_nodes))
+    missed_D, missed_N, share_N = np.ones(devices), np.ones(num_nodes), np.zeros(num_nodes)
     for t in range(len(experts_TK)):
         b, home = step_T[t], home_T[t]
         row = b if len(share_BH) > 1 else 0
@@ -343,6 +415,7 @@ def _send_from_home(experts_TK, step_T, home_T, ptr_E, device_H, share_BH, node_
                 copies[b, home, d] += 1.0 - missed_D[d]
                 nodes[b, home, node_D[d]] += 1.0 - missed_N[node_D[d]]
                 missed_D[d], missed_N[node_D[d]] = 1.0, 1.0
+    return SentFromHome(pairs, copies, nodes)
 
 
 def _flow_of_loads(

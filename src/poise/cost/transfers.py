@@ -93,7 +93,7 @@ def _round_seconds(moves: tuple[Transfer, ...], cluster: Cluster, expert_bytes: 
         far = 2 * int(cluster.node_D[move.source] != cluster.node_D[move.target])
         port[far, move.source] += 1
         port[far + 1, move.target] += 1
-    wire = port_seconds(PortLoad(*port[:, None]), expert_bytes, cluster)[0]
+    wire = port_seconds(PortLoad(*port[:, None]), expert_bytes, cluster, cluster.plain_wire)[0]
     return float(wire + cluster.intra_latency_s + (cluster.inter_latency_s if port[2:].any() else 0.0))
 
 

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.links import latency_seconds
-from poise.cost.machine import Machine, book, fullest_port, make_machine
+from poise.cost.machine import Machine, book, fullest_ports, make_machine, weight_seconds
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.util.compiled import compiled
 
 PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR = 10e-6, 14e-9
@@ -134,7 +134,7 @@ def control_seconds(num_experts: int, cluster: Cluster) -> float:
     """One all-gather of E counts from every rank, the exact split, and a synchronisation."""
     devices = cluster.num_devices
     wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-    exchange = latency_seconds(cluster) + 4.0 * num_experts * (devices - 1) / wire
+    exchange = cluster.plain_wire.start_s + 4.0 * num_experts * (devices - 1) / wire
     return exchange + SYNC_SECONDS + PLAN_SECONDS_BASE + PLAN_SECONDS_PER_PAIR * num_experts * devices
 
 
@@ -147,7 +147,11 @@ def step_price(
     window_s: float | None = None,
     control_s: float | None = None,
 ) -> StepPrice:
-    """The price of a fast loop at N tokens a step; a measured window or control time replaces the modelled one."""
+    """The price of a fast loop at N tokens a step; a measured window or control time replaces the modelled one.
+
+    Constants that the cluster leaves open are settled.
+    """
+    cluster = settle(cluster, model, tokens)
     return StepPrice(
         cluster,
         model,
@@ -179,6 +183,7 @@ def training_price(
     window_s, control_s : measured seconds in place of the modelled ones.
     sequence_length, causal : for the attention scores in the window; 0 leaves them out.
     """
+    cluster = settle(cluster, model, tokens)
     window = attention_seconds(tokens, cluster, model, sequence_length=sequence_length, causal=causal)
     control = control_seconds(num_experts, cluster)
     return StepPrice(
@@ -221,17 +226,17 @@ def _fetch_ports(held_ED, fetched_ED, node_D, fan_out):  # type: ignore[no-untyp
 
 
 @compiled
-def gather_seconds(held_ED, fetched_ED, price):  # type: ignore[no-untyped-def]
+def gather_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], price: CompiledPrice) -> float:
     """:func:`fetch_seconds` of a :class:`CompiledPrice`."""
     if not fetched_ED.any():
         return 0.0
     machine = price.machine
     port_PD = _fetch_ports(held_ED, fetched_ED, machine.node_D, price.fan_out)
-    return fullest_port(port_PD, machine) * machine.expert_bytes + machine.latency_s
+    return weight_seconds(fullest_ports(port_PD, machine), machine) * machine.expert_bytes + machine.latency_s
 
 
 @compiled
-def exposed_seconds(early_s, late_s, price):  # type: ignore[no-untyped-def]
+def exposed_seconds(early_s: float, late_s: float, price: CompiledPrice) -> float:
     """:meth:`StepPrice.exposed_seconds` of a :class:`CompiledPrice`."""
     back = max(0.0, (early_s + late_s) * price.back_passes - 2.0 * price.window_s)
     return max(0.0, early_s - price.window_s) + late_s + back
@@ -244,4 +249,4 @@ def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], pri
     has landed in a node is passed on there. No relays between nodes. The fullest port decides. A reduce is the mirror
     image of its gather and takes as long.
     """
-    return float(gather_seconds(held_ED, fetched_ED, compiled_price(price)))
+    return gather_seconds(held_ED, fetched_ED, compiled_price(price))

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.machine.constants import DATASHEET, kernel_of, links_of, plain_link
 from poise.machine.curve import MeasuredCurve
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.presets import DEVICES
 from poise.util.errors import ClusterError
+from poise.util.words import close_to
 from poise.util.yamlfile import dump_yaml, read_yaml
 
 MAX_DEVICES = 65_536
+
+
+class Wire(NamedTuple):
+    """What carries one kind of traffic: seconds to start, bytes/s of a device's port in its node and between nodes."""
+
+    start_s: float
+    intra_bytes_per_s: float
+    inter_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +47,14 @@ class Cluster:
     intra_latency_s, inter_latency_s : start-up seconds of an all-to-all inside a node, across nodes.
     name : preset or file it came from.
     peer_latency_s : start-up seconds of an all-to-all that each other device adds.
-    expert_curve : measured seconds of an expert, in place of the roofline of ``flops_per_s`` and
+    expert_curve : seconds of an expert as measured here, in place of the roofline of ``flops_per_s`` and
         ``memory_bytes_per_s``.
+    kernel : constants of a measured expert kernel, in place of that roofline; not both.
+    links : measured dispatch and combine; weights and counts travel by the ports and latencies above.
+    preset : of :data:`poise.machine.presets.DEVICES` that it was made from, "" if from none.
+    open : ``kernel`` and ``links`` where measured constants of the preset take their place once model and batch are
+        known (:func:`poise.machine.settle.settle`).
+    tensor_parallel : GPUs of a device.
     """
 
     node_D: NDArray[np.int32]
@@ -54,6 +70,11 @@ class Cluster:
     name: str = field(default="custom")
     peer_latency_s: float = 0.0
     expert_curve: MeasuredCurve | None = None
+    kernel: ExpertKernel | None = None
+    links: AllToAllLinks | None = None
+    preset: str = ""
+    open: tuple[str, ...] = ()
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if np.asarray(self.node_D).dtype.kind not in "iu":
@@ -79,6 +100,8 @@ class Cluster:
                 raise ClusterError(f"{attr} must be finite and at least 0, got {value!r}")
         if self.expert_curve is not None and not isinstance(self.expert_curve, MeasuredCurve):
             raise ClusterError(f"expert_curve must be a MeasuredCurve, got {type(self.expert_curve).__name__}")
+        if self.expert_curve is not None and self.kernel is not None:
+            raise ClusterError(f"a cluster has expert_curve or kernel, got both ({self.kernel.name})")
         node.flags.writeable = speed.flags.writeable = False
         object.__setattr__(self, "node_D", node)
         object.__setattr__(self, "speed_D", speed)
@@ -98,9 +121,36 @@ class Cluster:
         """Devices of each node, int [N]."""
         return np.bincount(self.node_D, minlength=self.num_nodes)
 
+    @property
+    def plain_wire(self) -> Wire:
+        """What carries weights and counts; its start is an all-to-all's over all devices, 0 for a single one."""
+        if self.num_devices == 1:
+            return Wire(0.0, self.intra_bytes_per_s, self.inter_bytes_per_s)
+        start = self.intra_latency_s + (self.inter_latency_s if self.num_nodes > 1 else 0.0)
+        start += self.peer_latency_s * (self.num_devices - 1)
+        return Wire(start, self.intra_bytes_per_s, self.inter_bytes_per_s)
+
+    @property
+    def dispatch_wire(self) -> Wire:
+        """What carries tokens to experts."""
+        return self.plain_wire if self.links is None else self._wire(self.links.dispatch)
+
+    @property
+    def combine_wire(self) -> Wire:
+        """What carries expert outputs back."""
+        return self.plain_wire if self.links is None else self._wire(self.links.combine)
+
+    def _wire(self, way: ExchangeWay) -> Wire:
+        start, many = way.start_s + way.peer_s * (self.num_devices - 1), self.num_nodes > 1
+        if many:
+            start += self.inter_latency_s if way.nodes_start_s is None else way.nodes_start_s
+        inter = self.inter_bytes_per_s if way.inter_bytes_per_s is None else way.inter_bytes_per_s
+        return Wire(start if self.num_devices > 1 else 0.0, way.intra_bytes_per_s, inter)
+
     @classmethod
     def uniform(cls, nodes: int, devices_per_node: int, preset: str = "h100", *, tensor_parallel: int = 1) -> Cluster:
-        """``nodes`` nodes of ``devices_per_node`` devices with a preset's constants (:mod:`poise.machine.presets`).
+        """``nodes`` nodes of ``devices_per_node`` devices with a preset's datasheet (:mod:`poise.machine.presets`);
+        :meth:`parse` has measured constants.
 
         A device may be a tensor-parallel group of several GPUs: its rates, memory and ports are theirs together.
         """
@@ -110,18 +160,22 @@ class Cluster:
     def parse(cls, spec: str | Path) -> Cluster:
         """``"2x8"``, ``"2x8:h100"``, ``"2x4:h100@tp2"`` or a path to a YAML file; see docs/formats.md.
 
+        A preset names what it is priced by: ``h100+vllm.fp8_block`` a measured kernel, ``h100+deepep-ll`` a measured
+        library of all-to-alls, ``h100+vllm.fp8_block+deepep-ll`` both, ``h100+datasheet`` peaks. What is not named is
+        left open until model and batch are known (:func:`poise.machine.settle.settle`).
+
         Raises
         ------
-        ClusterError : the spec or file is malformed, or names an unknown preset.
+        ClusterError : the spec or file is malformed, or names an unknown preset, kernel or library.
         """
         text = str(spec)
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?::([\w.-]+?))?(?:@tp(\d{1,3}))?", text)
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?::([\w.+-]+?))?(?:@tp(\d{1,3}))?", text)
         if match:
             nodes, devices, preset, group = match.groups()
             total = int(nodes) * int(devices)
             if not 1 <= total <= MAX_DEVICES:
                 raise ClusterError(f"{text!r} has {total} devices, a cluster has 1 to {MAX_DEVICES}")
-            return cls.uniform(int(nodes), int(devices), preset or "h100", tensor_parallel=int(group or 1))
+            return from_words([int(devices)] * int(nodes), preset or DEFAULT, tensor_parallel=int(group or 1))
         if text.endswith((".yaml", ".yml")):
             return from_yaml(Path(text))
         raise ClusterError(
@@ -139,8 +193,12 @@ class Cluster:
         if (self.speed_D != 1).any():
             data["speed"] = self.speed_D.tolist()
         data.update({name: float(getattr(self, name)) for name in (*RATES, *LATENCIES)}, nic_shared=self.nic_shared)
-        if self.expert_curve is not None:
-            data["expert_curve"] = self.expert_curve.to_dict()
+        for name in ("expert_curve", "kernel", "links"):
+            value = getattr(self, name)
+            if value is not None:
+                data[name] = value.to_dict()
+        if self.preset:
+            data.update(preset=self.preset, tensor_parallel=self.tensor_parallel, open=list(self.open))
         return dump_yaml(data)
 
     def __repr__(self) -> str:
@@ -150,7 +208,11 @@ class Cluster:
 
 
 MAX_YAML_BYTES = 2**20
+DEFAULT = "h100"
 RATES = ("flops_per_s", "memory_bytes_per_s", "memory_bytes", "intra_bytes_per_s", "inter_bytes_per_s")
+KERNEL_KEYS = {"kernel", "expert_curve", "flops_per_s", "memory_bytes_per_s"}
+LINK_KEYS = {"links", "intra_bytes_per_s", "inter_bytes_per_s", "intra_latency_s", "inter_latency_s", "peer_latency_s"}
+"""Constants of which one that is given says that the kernel, or the links, are not to be looked up."""
 LATENCIES = ("intra_latency_s", "inter_latency_s", "peer_latency_s")
 CURVE_KEYS = ("tokens", "seconds", "parameters", "weight_bytes")
 YAML_KEYS = (
@@ -162,6 +224,9 @@ YAML_KEYS = (
     "nic_shared",
     "name",
     "expert_curve",
+    "kernel",
+    "links",
+    "open",
     *RATES,
     *LATENCIES,
 )
@@ -180,7 +245,7 @@ def from_preset(
     ``tensor_parallel`` multiplies the preset's constants, not the overrides: those are of one device as it is.
     """
     if preset not in DEVICES:
-        raise ClusterError(f"unknown cluster preset {preset!r}", hint=f"one of {', '.join(DEVICES)}")
+        raise ClusterError(f"unknown cluster preset {preset!r}", hint=close_to(preset, DEVICES))
     if not 1 <= tensor_parallel <= 64:
         raise ClusterError(f"tensor_parallel must lie in 1..64, got {tensor_parallel}")
     if not devices_per_node or min(devices_per_node) < 1 or sum(devices_per_node) > MAX_DEVICES:
@@ -192,8 +257,41 @@ def from_preset(
         constants["inter_bytes_per_s"] = DEVICES[preset]["inter_bytes_per_s"]
     node = np.repeat(np.arange(len(devices_per_node), dtype=np.int32), devices_per_node)
     constants["name"] = preset + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else "")
+    constants.update(preset=preset, tensor_parallel=tensor_parallel)
     constants.update(overrides)
     return Cluster(node, np.ones(node.size) if speed is None else np.asarray(speed, dtype=np.float64), **constants)
+
+
+def from_words(devices_per_node: Sequence[int], words: str, *, tensor_parallel: int = 1, **overrides: Any) -> Cluster:
+    """A cluster of ``preset[+kernel][+library]``, or ``preset+datasheet`` (:meth:`Cluster.parse`).
+
+    Raises
+    ------
+    ClusterError : a word is neither, or one stands twice.
+    """
+    preset, *more = words.split("+")
+    if preset not in DEVICES:
+        raise ClusterError(f"unknown cluster preset {preset!r}", hint=close_to(preset, DEVICES))
+    chosen: dict[str, Any] = {}
+    for word in more:
+        kind = DATASHEET if word == DATASHEET else "kernel" if "." in word else "links"
+        if kind in chosen or (more.count(DATASHEET) and len(more) > 1):
+            raise ClusterError(f"{words!r}: {word!r} is one too many", hint="one kernel and one library, or datasheet")
+        if kind == "kernel":
+            chosen[kind] = kernel_of(preset, *word.split(".", 1)).times(tensor_parallel)
+        elif kind == "links":
+            chosen[kind] = links_of(preset, word, many_nodes=len(devices_per_node) > 1).times(tensor_parallel)
+        else:
+            chosen[kind] = True
+    peaks = chosen.pop(DATASHEET, False)
+    given = {**chosen, **overrides}
+    left = {"kernel": KERNEL_KEYS, "links": LINK_KEYS}
+    still = () if peaks else tuple(kind for kind, keys in left.items() if not given.keys() & keys)
+    plain = None if peaks or overrides.keys() & LINK_KEYS - {"links"} else plain_link(preset)
+    if plain is not None:
+        chosen.update(intra_bytes_per_s=plain.intra_bytes_per_s * tensor_parallel, intra_latency_s=plain.start_s)
+    more_of = {"name": words + (f"@tp{tensor_parallel}" if tensor_parallel > 1 else ""), "open": still}
+    return from_preset(devices_per_node, preset, tensor_parallel=tensor_parallel, **{**more_of, **chosen, **overrides})
 
 
 def from_yaml(path: Path) -> Cluster:
@@ -203,11 +301,7 @@ def from_yaml(path: Path) -> Cluster:
         raise ClusterError(f"{path} must hold keys and values, got {type(data).__name__}")
     for key in data:
         if key not in YAML_KEYS:
-            close = difflib.get_close_matches(str(key), YAML_KEYS, 1)
-            raise ClusterError(
-                f"{path}: unknown key {key!r}",
-                hint=f"did you mean {close[0]}?" if close else f"known: {', '.join(YAML_KEYS)}",
-            )
+            raise ClusterError(f"{path}: unknown key {key!r}", hint=close_to(str(key), YAML_KEYS))
     for key in (*RATES, *LATENCIES):
         if key in data:
             data[key] = _number(path, key, data[key])
@@ -232,9 +326,22 @@ def from_yaml(path: Path) -> Cluster:
         raise ClusterError(f"{path}: nic_shared must be true or false, got {data['nic_shared']!r}")
     if "expert_curve" in data:
         data["expert_curve"] = _curve(path, data["expert_curve"])
+    if "kernel" in data:
+        data["kernel"] = ExpertKernel.from_dict(data["kernel"], f"{path}: kernel")
+    if "links" in data:
+        data["links"] = AllToAllLinks.from_dict(data["links"], f"{path}: links")
+    if "open" in data:
+        data["open"] = _open(path, data["open"])
     data["name"] = str(data.get("name", path.name))[:80]
-    preset, group = str(data.pop("preset", "h100")), _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
-    return from_preset(counts, preset, tensor_parallel=group, speed=speed, **data)
+    preset, group = str(data.pop("preset", DEFAULT)), _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
+    return from_words(counts, preset, tensor_parallel=group, speed=speed, **data)
+
+
+def _open(path: Path, value: Any) -> tuple[str, ...]:
+    """The list ``open``."""
+    if not isinstance(value, list) or not all(one in ("kernel", "links") for one in value):
+        raise ClusterError(f"{path}: open lists kernel and links, got {str(value)[:80]!r}")
+    return tuple(value)
 
 
 def _curve(path: Path, value: Any) -> MeasuredCurve:

@@ -46,8 +46,22 @@ DEVICES: dict[str, dict[str, float]] = {
     # NVIDIA DGX B200 datasheet: 36 PFLOPS sparse 16-bit over 8 GPUs -> 2250 dense, 180 GB and 8 TB/s a GPU, NVLink5
     # 1800 GB/s both ways; 8x 400 Gb/s
     "b200": _device(2250, 180, 8000, 900, 400),
+    # NVIDIA GB200 NVL72 datasheet, a GPU of 72: 360 PFLOPS sparse 16-bit over 72 -> 2500 dense, 186 GB, 8 TB/s,
+    # NVLink5 1800 GB/s both ways in a domain of 72; 400 Gb/s a GPU
+    "gb200": _device(2500, 186, 8000, 900, 400),
     # AMD Instinct MI300X datasheet: 1307 TFLOPS, 192 GB, 5.3 TB/s; 7 Infinity Fabric links of 128 GB/s both ways
     "mi300x": _device(1307, 192, 5300, 448, 400),
+}
+
+
+# Dense peaks of other types, TFLOP/s, from the same datasheets: A100 624 in int8 (it has no fp8); H100 and H200 1979 in
+# fp8; DGX B200 72 PFLOPS fp8 and 144 PFLOPS fp4, both sparse, over 8; GB200 NVL72 720 and 1440 PFLOPS sparse over 72
+PEAKS: dict[str, dict[str, float]] = {
+    "a100": {"16bit": 312e12, "8bit": 624e12},
+    "h100": {"16bit": 989e12, "8bit": 1979e12},
+    "h200": {"16bit": 989e12, "8bit": 1979e12},
+    "b200": {"16bit": 2250e12, "8bit": 4500e12, "4bit": 9000e12},
+    "gb200": {"16bit": 2500e12, "8bit": 5000e12, "4bit": 10000e12},
 }
 
 

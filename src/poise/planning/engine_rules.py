@@ -32,6 +32,7 @@ class EngineRules:
     equal_slots : every rank has as many slots.
     replicas : an expert may have more than one slot.
     split : how the engine splits an expert's tokens over its replicas; None: as asked.
+    kernels : whose measured expert kernels price its plans (:data:`poise.machine.constants.ENGINES`); None: any's.
     caveat : what of the engine is priced otherwise than it runs, one sentence, or ``""``.
     """
 
@@ -40,6 +41,7 @@ class EngineRules:
     equal_slots: bool = True
     replicas: bool = True
     split: Split | None = "even"
+    kernels: str | None = None
     caveat: str = ""
 
     def check_slots(self, slots_D: NDArray[np.int64], num_experts: int) -> None:
@@ -100,11 +102,12 @@ ENGINES: dict[str, EngineRules] = {
         ANY,
         EngineRules(
             "sglang",
+            kernels="sglang",
             caveat="sglang: its dynamic dispatch splits tokens evenly, as priced; its static dispatch, the default "
             "with an all-to-all backend, prefers replicas of the own rank and node",
         ),
-        EngineRules("vllm"),
-        EngineRules("tensorrt-llm"),
+        EngineRules("vllm", kernels="vllm"),
+        EngineRules("tensorrt-llm", kernels="trtllm"),
         EngineRules("vllm-ascend"),
         EngineRules("megatron", replicas=False),
         EngineRules("deepspeed", replicas=False),

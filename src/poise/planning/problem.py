@@ -11,8 +11,9 @@ Split (recourse; after the placement, per scenario and layer)
     n / speed over devices.
 Objective (seconds; DESIGN 3.1)
     sum_b w[b] * mean_l ( dispatch + max_d compute(d) + combine + kv )
-    compute(d) = 1 / speed[d] * sum_e max(n * flops_per_token / flops, min(n, 1) * expert_bytes / memory_bandwidth)
-    dispatch, combine = latency + max over ports of bytes / bandwidth under a traffic model (poise.cost.traffic)
+    compute(d) = start + 1 / speed[d] * sum_e (max(n * compute, min(n, 1) * read) + n * activations): the constants of a
+    measured kernel, or read and compute alone of a datasheet (poise.cost.compute)
+    dispatch, combine = start + max over ports of bytes / bandwidth under a traffic model (poise.cost.traffic)
 Subject to
     every expert has a slot in every layer; a device holds at most slots[d] experts in every layer, or, ``pooled``,
     at most L * slots[d] over all layers (MoETuner's memory constraint). Engines know no empty slot: unless the rules
@@ -28,10 +29,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.pricing import Pricing
 from poise.cost.split import SPLITS, Split
 from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.planning.engine_rules import ANY, NONE, EngineRules
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
@@ -53,7 +56,8 @@ class PlacementProblem:
     Parameters
     ----------
     batch : the fitted traffic; its steps are the scenarios.
-    cluster, model : the machine and the model's sizes.
+    cluster, model : the machine and the model's sizes; constants that the cluster leaves open are settled for this
+        model and batch (:func:`poise.machine.settle.settle`).
     slots_D : int [D], slots of each device in every layer.
     traffic : traffic model (load-only batches know only ``home``).
     split : how tokens of a replicated expert are split.
@@ -120,8 +124,15 @@ class PlacementProblem:
             have, want = (self.current.num_layers, self.current.num_experts), (self.batch.num_layers, experts)
             if have != want:
                 raise OptionError(f"the current placement has [layers, experts] {have}, the problem {want}")
+        machine = settle(self.cluster, self.model, self.batch.mean_tokens(), engine=self.engine.kernels)
+        object.__setattr__(self, "cluster", machine)
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)
+
+    @property
+    def pricing(self) -> Pricing:
+        """What prices a step."""
+        return Pricing(self.cluster, self.model, self.traffic, self.split)
 
     def risk_seconds(self, seconds_B: NDArray[np.float64]) -> float:
         """Mean, worst, or mean of the worst quarter (by weight) of scenario times, float64 [B]."""

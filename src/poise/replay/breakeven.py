@@ -16,6 +16,7 @@ import numpy as np
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.planning.placement import Placement
 from poise.replay.serving import WARM_UP, FastLoop, replay_steps
 from poise.replay.static import replay
@@ -166,18 +167,22 @@ def breakeven(
             )
         else:
             batch = make_batch(trace, tokens_per_step=tokens, steps=steps + WARM_UP, seed=seed, sample=False)
-        layers = batch.num_layers
+        layers, machine = batch.num_layers, settle(cluster, model, tokens)
         words = batch.order if trace is None else f"{trace.name}: {batch.order}"
-        static = placement or contiguous_blocks(batch, cluster)
+        static = placement or contiguous_blocks(batch, machine)
         judged = batch.steps_from(WARM_UP)
-        base = replay(judged, static, cluster, model, traffic=traffic, split="even")
+        base = replay(judged, static, machine, model, traffic=traffic, split="even")
         base_s = float(base.step_seconds_B.mean())
 
         def run(
-            policy: Poise, many: int, batch: RoutingBatch = batch, static: Placement = static
+            policy: Poise,
+            many: int,
+            batch: RoutingBatch = batch,
+            static: Placement = static,
+            machine: Cluster = machine,
         ) -> tuple[float, float]:
             loop = FastLoop(policy, many, window_s=window_s, control_s=control_s)
-            got = replay_steps(batch, static, loop, cluster, model, traffic=traffic)
+            got = replay_steps(batch, static, loop, machine, model, traffic=traffic)
             return float(got.step_seconds_B.mean()), got.efficiency
 
         always, _ = run(Poise(objective="tokens"), max(slots))

@@ -222,3 +222,18 @@ def free_name(name: str, entries: Sequence[Entry]) -> str:
     taken = {entry.name for entry in entries} | {"bound"}
     options: Any = (name if index == 1 else f"{name}-{index}" for index in range(1, 1000))
     return str(next(option for option in options if option not in taken))
+
+
+UNEVEN_HOMES = 1.1
+"""Tokens of the fullest home rank over the mean from which its ports are worth a warning."""
+
+
+def uneven_homes(batch: RoutingBatch, num_devices: int) -> list[str]:
+    """What a reader must know where some rank is home to far more tokens than others, one sentence or none."""
+    fullest = batch.fullest_home(num_devices)
+    if fullest < UNEVEN_HOMES:
+        return []
+    return [
+        f"the fullest home rank has {fullest:.2f} times the mean tokens of a step, whose all-to-alls wait for it: much "
+        "of what one placement saves over another may be that (--homes equal deals tokens evenly)"
+    ]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.bound import bound_terms
-from poise.cost.compute import expert_seconds
+from poise.cost.compute import device_compute
 from poise.cost.links import port_seconds
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
@@ -174,19 +174,22 @@ class _ServingRun:
             self.tokens_BLD[at] = self.static.tokens_BLD[at]
             return
         self.tokens_BLD[at] = plan.quota_ED.sum(axis=0)
-        seconds = expert_seconds(plan.quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
-        self.out["compute"][at] = seconds.max()
+        self.out["compute"][at] = device_compute(plan.quota_ED, cluster, model).max()
         there = back = Copies(pairs_DD[None])
         if device_TK is not None and source_T is not None:
             there, back = token_copies(device_TK, source_T, cluster, self.traffic)
         out_load = port_load(there, cluster)
         back_load = out_load if back is there else port_load(back, cluster)
-        self.out["dispatch"][at] = port_seconds(out_load, model.dispatch_bytes_per_token, cluster)[0]
-        self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster)[0]
+        self.out["dispatch"][at] = port_seconds(
+            out_load, model.dispatch_bytes_per_token, cluster, cluster.dispatch_wire
+        )[0]
+        self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster, cluster.combine_wire)[
+            0
+        ]
         same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
         self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
         self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
-        once = {name: np.zeros((1, 1)) for name in ("dispatch", "combine", "kv")}
+        once = {name: np.zeros((1, 1)) for name in ("compute", "dispatch", "combine", "kv")}
         add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
         for name, value in once.items():
             self.out[name][at] += value[0, 0]

@@ -6,29 +6,42 @@ exposed weights + control; + re-sharding; + the dense rest. One copy a (token, e
 Weights. Owners come from a sharding (:mod:`poise.stepwise.sharding`); what a policy fetches is gathered and reduced in
 the same step (:meth:`poise.cost.weights.StepPrice.exposed_seconds`). A policy that keeps replicas or moves experts pays
 gather and reduce for each replica in every step (their gradients' all-reduce), and parameters + optimizer states
-(:data:`poise.cost.weights.STATE_RATIO` times the bytes), in sight, for each that is new. Re-sharding moves the same
-states in sight; its seconds are spread over the steps until the next one, so that short replays are charged fairly.
+(:data:`poise.cost.weights.STATE_RATIO` times the bytes), exposed, for each that is new. Re-sharding moves the same
+states, exposed; its seconds are spread over the steps until the next one, so that short replays are charged fairly.
+
+Before the gate, policies know what ranks know (:mod:`poise.train.schedule`): as many pairs as the layer had in the step
+before, and in the first step one, so that modelled attention is that of one token. Owners are planned from the same
+steps as there (:func:`poise.stepwise.sharding.lasting_load`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds, port_seconds
+from poise.cost.compute import device_compute
+from poise.cost.links import port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
 from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
-from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
+from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds, window_seconds
 from poise.replay.serving import WARM_UP, FastLoop
 from poise.replay.work import LayerWork, Rounds
 from poise.routing.batch import RoutingBatch
 from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.methods.split import spread_evenly
-from poise.stepwise.sharding import Even, ShardingPolicy, check_sharding, even_sharding, moves, owned_ED
+from poise.stepwise.protocol import LayerView
+from poise.stepwise.sharding import (
+    Even,
+    ShardingPolicy,
+    check_sharding,
+    even_sharding,
+    lasting_load,
+    moves,
+    owned_ED,
+)
 from poise.util.errors import OptionError
 
 Moves = tuple[tuple[Transfer, ...], ...]
@@ -155,10 +168,11 @@ def replay_training(
     Parameters
     ----------
     traffic : counts by source.
-    loop : policy, step slots and predictor.
+    loop : policy, step slots and predictor; seconds that were measured before the run replace the price's.
     price : of :func:`poise.cost.weights.training_price`.
     sharding : owners; they start as :func:`poise.stepwise.sharding.even_sharding`, are planned at step
-        ``first_reshard`` and then every ``interval`` steps, from the predictor's loads. None: even, for good.
+        ``first_reshard`` and then every ``interval`` steps; on ranks the first time comes after ``interval`` steps.
+        None: even, for good.
     rest_s : seconds of the dense rest of a step.
     by_rank : keep what every rank does (``work_BL``): a few [D, D] arrays a layer and step.
 
@@ -196,6 +210,10 @@ class _TrainingRun:
         owner_LE: NDArray[np.int64],
         by_rank: bool,
     ) -> None:
+        if loop.window_s is not None:
+            price = replace(price, window_s=loop.window_s)
+        if loop.control_s is not None:
+            price = replace(price, control_s=loop.control_s)
         self.traffic, self.loop, self.price, self.sharding = traffic, loop, price, sharding
         self.owner_LE, self.moved_owners = owner_LE, 0
         self.keeps = loop.policy.keeps_in_training
@@ -222,7 +240,7 @@ class _TrainingRun:
         interval = self.sharding.interval
         if not interval or step < first or (step - first) % interval:
             return
-        new = self.sharding.plan(self.predicted_BLE[step], self.owner_LE, self.price)
+        new = self.sharding.plan(lasting_load(self.load_BLE[:step]), self.owner_LE, self.price)
         changed = moves(self.owner_LE, new)
         if not len(changed):
             return
@@ -241,8 +259,9 @@ class _TrainingRun:
                 none = np.zeros((cluster.num_devices,) * 2)
                 self.work[step].append(LayerWork(none, none[0]))
             return
+        early_ED = driver.choose(self._known(step, layer))
         view = driver.view(step, self.predicted_BLE[step, layer], self.load_BLE[:step, layer], price)
-        done = driver.finish(view, driver.choose(view), load_SE)
+        done = driver.finish(view, early_ED, load_SE)
         transfers = self._weights(done)
         self.out["control"][step, layer] = done.control_s
         plan = done.plan
@@ -254,12 +273,19 @@ class _TrainingRun:
         pairs_DD = flow.sum(axis=1)
         self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
         if self.work is not None:
-            work_ED = expert_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
+            work_D = device_compute(plan.quota_ED.astype(np.float64), cluster, price.model)
             bytes_DD = pairs_DD * float(price.model.dispatch_bytes_per_token)
             before, after, back = (_rounds(moves, size, price) for moves, size in transfers)
-            self.work[step].append(
-                LayerWork(bytes_DD, work_ED.sum(axis=0) / cluster.speed_D, before, after, back, self._again(layer))
-            )
+            self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, self._again(layer)))
+
+    def _known(self, step: int, layer: int) -> LayerView:
+        """What a policy may look at before the gate."""
+        load_BE, price = self.load_BLE[: step + 1, layer], self.price
+        pairs = load_BE[-2].sum() if step else 1.0
+        if not step and self.loop.window_s is None:
+            price = replace(price, window_s=min(price.window_s, window_seconds(1.0, price.cluster, price.model)))
+        predicted_E = self.predicted_BLE[step, layer] * (pairs / load_BE[-1].sum())
+        return self.drivers[layer].view(step, predicted_E, load_BE[:-1], price)
 
     def _weights(self, done: Outcome) -> list[tuple[Moves, float]]:
         """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
@@ -275,7 +301,7 @@ class _TrainingRun:
             base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
             added = plan.holders_ED & ~view.before_ED
             new = int(added.sum())
-            switch_s = STATE_RATIO * gather_seconds(view.before_ED, added, price)
+            switch_s = STATE_RATIO * sparse_gather_seconds(view.before_ED, added, price)
             parts = [plan.holders_ED & ~base]
         else:
             base = view.before_ED
@@ -311,7 +337,7 @@ class _TrainingRun:
         )  # fmt: skip
 
 
-def gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
+def sparse_gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
     """Seconds of the runtime's sparse gather, round by round, from each expert's first holder; bool [E, D] both.
 
     :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.
@@ -340,8 +366,8 @@ def _transfers(
 
 def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
     """Expert compute of one layer in a step, all passes: the slowest device."""
-    seconds = expert_seconds(quota_ED.astype(np.float64), price.cluster, price.model).sum(axis=0)
-    return float((seconds / price.cluster.speed_D).max() * price.compute_passes)
+    seconds_D = device_compute(quota_ED.astype(np.float64), price.cluster, price.model)
+    return float(seconds_D.max() * price.compute_passes)
 
 
 def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
@@ -349,14 +375,17 @@ def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
     cluster, model = price.cluster, price.model
     load = port_load(Copies(pairs_DD[None].astype(np.float64)), cluster)
     both = sum(
-        float(port_seconds(load, bytes_, cluster)[0]) + latency_seconds(cluster)
-        for bytes_ in (model.dispatch_bytes_per_token, model.combine_bytes_per_token)
+        float(port_seconds(load, bytes_, cluster, wire)[0]) + wire.start_s
+        for bytes_, wire in (
+            (model.dispatch_bytes_per_token, cluster.dispatch_wire),
+            (model.combine_bytes_per_token, cluster.combine_wire),
+        )
     )
     return both * price.exchange_passes
 
 
 def reshard_seconds(old_LE: NDArray[np.int64], new_LE: NDArray[np.int64], price: StepPrice) -> float:
-    """Seconds to move parameters and optimizer states from old to new owners, all layers at once, in sight."""
+    """Seconds to move parameters and optimizer states from old to new owners, all layers at once, exposed."""
     devices = price.cluster.num_devices
     old = owned_ED(old_LE.ravel(), devices)
     return STATE_RATIO * fetch_seconds(old, owned_ED(new_LE.ravel(), devices) & ~old, price)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.routing.trace import finite
+from poise.util.compiled import compiled
 from poise.util.errors import TraceError
+
+Homes = Literal["equal", "by-request"]
+HOMES: tuple[Homes, ...] = ("equal", "by-request")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +33,7 @@ class RoutingBatch:
     home_T : int32 [T] or None, recorded home rank.
     order : how the steps were made, in words (printed under every table).
     drawn_from : so many steps there are, of which these are a sample; None: these are all.
+    homes : how tokens without a recorded home rank are dealt to ranks (:meth:`home_of_tokens`).
     """
 
     load_BLE: NDArray[np.float64]
@@ -41,6 +46,7 @@ class RoutingBatch:
     home_T: NDArray[np.int32] | None = None
     order: str = ""
     drawn_from: int | None = None
+    homes: Homes = "equal"
 
     def __post_init__(self) -> None:
         load = self.load_BLE
@@ -88,6 +94,10 @@ class RoutingBatch:
         if self.start_B is None:
             return np.asarray(pairs_BL / self.top_k)
         return np.asarray((pairs_BL > 0) * np.diff(self.start_B)[:, None].astype(np.float64))
+
+    def mean_tokens(self) -> float:
+        """Tokens of a step, of the layer that has most, mean over steps."""
+        return float(self.weight_B @ self.tokens_BL().max(axis=1))
 
     def came_from_TL(self) -> NDArray[np.int64]:
         """Where ``stay`` traffic finds a token before each layer, int64 [T, L].
@@ -144,11 +154,15 @@ class RoutingBatch:
         return RoutingBatch(
             self.load_BLE[steps], weight, self.top_k, self.layer_ids_L, rows(self.experts_TLK),
             None if self.start_B is None else self.start_B[steps.start : steps.stop + 1] - first,
-            rows(self.request_T), rows(self.home_T), self.order, self.drawn_from,
+            rows(self.request_T), rows(self.home_T), self.order, self.drawn_from, self.homes,
         )  # fmt: skip
 
     def home_of_tokens(self, num_devices: int) -> NDArray[np.int32]:
-        """Home rank of each token, int32 [T]: as recorded, else requests dealt to ranks in turn.
+        """Home rank of each token, int32 [T]: as recorded, else dealt to ranks.
+
+        ``equal``: every rank has as many tokens of a step as any other, or one more, as attention data parallelism
+        keeps it. A request stays on its rank for as long as that has room; what has none goes to the rank with most.
+        ``by-request``: requests in turn, however many tokens they have, so that some ranks have far more than others.
 
         Raises
         ------
@@ -162,4 +176,48 @@ class RoutingBatch:
             return self.home_T
         if self.request_T is None:
             return (np.arange(len(self.experts_TLK)) % num_devices).astype(np.int32)
-        return (self.request_T % num_devices).astype(np.int32)
+        if self.homes == "by-request":
+            return (self.request_T % num_devices).astype(np.int32)
+        assert self.start_B is not None
+        request_T = self.request_T
+        if request_T.size and request_T.max() >= 4 * request_T.size:
+            request_T = np.unique(request_T, return_inverse=True)[1].astype(np.int32)
+        out: NDArray[np.int32] = _equal_homes(request_T, self.start_B, num_devices)
+        return out
+
+    def fullest_home(self, num_devices: int) -> float:
+        """Tokens of the fullest home rank over the mean, mean over steps; 1 where homes are equal up to rounding."""
+        if not self.has_tokens or self.start_B is None:
+            return 1.0
+        size_B = np.diff(self.start_B)
+        step_T = np.repeat(np.arange(self.num_steps), size_B)
+        flat = step_T * num_devices + self.home_of_tokens(num_devices)
+        count_BD = np.bincount(flat, minlength=self.num_steps * num_devices).reshape(self.num_steps, num_devices)
+        return float((count_BD.max(axis=1) / np.maximum(np.ceil(size_B / num_devices), 1.0)).mean())
+
+
+@compiled
+def _equal_homes(request_T, start_B, num_devices):  # type: ignore[no-untyped-def]
+    """Home ranks of :meth:`RoutingBatch.home_of_tokens` under ``equal``; steps that do not divide give their rest to
+    ranks in turn.
+    """
+    out = np.empty(request_T.size, np.int32)
+    rank_R = np.full(request_T.max() + 1 if request_T.size else 0, -1, np.int32)
+    room_D = np.empty(num_devices, np.int64)
+    turn = 0
+    for b in range(start_B.size - 1):
+        size = start_B[b + 1] - start_B[b]
+        room_D[:] = size // num_devices
+        for i in range(size % num_devices):
+            room_D[(turn + i) % num_devices] += 1
+        turn = (turn + size) % num_devices
+        for t in range(start_B[b], start_B[b + 1]):
+            request = request_T[t]
+            rank = rank_R[request]
+            if rank < 0 or room_D[rank] == 0:
+                rank = np.argmax(room_D)
+                if rank_R[request] < 0:
+                    rank_R[request] = rank
+            room_D[rank] -= 1
+            out[t] = rank
+    return out

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.routing.batch import RoutingBatch
+from poise.routing.batch import HOMES, Homes, RoutingBatch
 from poise.routing.files import join
 from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 from poise.util.compiled import compiled
@@ -75,6 +75,7 @@ def make_batch(
     max_steps: int | None = None,
     steps: int | None = None,
     sample: bool = True,
+    homes: Homes | None = None,
 ) -> RoutingBatch:
     """Batch traffic into steps.
 
@@ -92,6 +93,8 @@ def make_batch(
     live_requests : C, default N.
     max_steps : most steps. Default: as many as use about every token once.
     steps : so many steps, requests drawn again as often as it takes (interleaved order only).
+    homes : which rank each token is at home on (:meth:`RoutingBatch.home_of_tokens`). Default: as the trace has it
+        recorded, else ``equal``.
     sample : the part that is taken of large traffic: one of each so many steps, drawn with the seed; else the first
         steps, one after another, as a fast loop needs them.
 
@@ -107,9 +110,13 @@ def make_batch(
     ):
         if value is not None and value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
+    if homes is not None and homes not in HOMES:
+        raise OptionError(f"unknown homes {homes!r}", hint=f"one of {', '.join(HOMES)}")
     if order not in ORDERS:
         raise OptionError(f"unknown order {order!r}", hint=f"one of {', '.join(ORDERS)}")
     trace = traces if isinstance(traces, RoutingTrace | LoadProfile) else join(list(traces))
+    if isinstance(trace, RoutingTrace) and homes is not None:
+        trace = replace(trace, home=None)
     if isinstance(trace, LoadProfile):
         return _profile_batch(trace, tokens_per_step, max_steps, _Sample(seed, sample))
     if tokens_per_step is None and trace.step is not None:
@@ -117,7 +124,7 @@ def make_batch(
         token = np.argsort(step_T, kind="stable")
         size = np.bincount(step_T)[:max_steps]
         words = f"recorded steps, {min(ids.size, size.size)} steps"
-        return _batch(trace, token[: size.sum()], size, words, _Sample(seed, sample))
+        return _batch(trace, token[: size.sum()], size, words, _Sample(seed, sample), homes)
     per_step = tokens_per_step or default_tokens_per_step(trace.num_tokens)
     many = steps
     steps = max(1, trace.num_tokens // per_step)
@@ -126,13 +133,13 @@ def make_batch(
         steps = min(steps, max_steps or steps)
         token = np.arange(min(trace.num_tokens, steps * per_step))
         size = np.bincount(token // per_step)
-        return _batch(trace, token, size, f"file order, N = {per_step}, {steps} steps", _Sample(seed, sample))
+        return _batch(trace, token, size, f"file order, N = {per_step}, {steps} steps", _Sample(seed, sample), homes)
     steps = many or min(steps, max_steps or steps)
     live = min(live_requests or per_step, per_step * max(1, steps))
     places = _places(trace, per_step, live, steps, seed)
     size = (places >= 0).sum(axis=1)
     words = f"interleaved requests, N = {per_step}, C = {live}, {steps} steps, seed {seed}"
-    return _batch(trace, places[places >= 0], size, words, _Sample(seed, sample))
+    return _batch(trace, places[places >= 0], size, words, _Sample(seed, sample), homes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,9 @@ def _places(trace: RoutingTrace, per_step: int, live: int, steps: int, seed: int
     return np.where(got >= 0, by_request[got], -1)
 
 
-def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order: str, sample: _Sample) -> RoutingBatch:
+def _batch(
+    trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order: str, sample: _Sample, homes: Homes | None
+) -> RoutingBatch:
     total, each = size_B.size, trace.num_layers * trace.top_k
     most = min(MOST_LOADS // (trace.num_layers * trace.num_experts), MOST_HELD * total // (token.size * each))
     taken = sample.of(total, most)
@@ -196,7 +205,9 @@ def _batch(trace: RoutingTrace, token: NDArray[Any], size_B: NDArray[Any], order
     assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
         load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),
-        None if trace.home is None else trace.home[token].copy(), order, None if taken is None else total,
+        None if trace.home is None else trace.home[token].copy(),
+        f"{order}, homes {'as recorded' if trace.home is not None else (homes or HOMES[0]).replace('-', ' ')}",
+        None if taken is None else total, homes or HOMES[0],
     )  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""What needs PyTorch: recording the routing of a running model."""
+"""One MoE layer on real ranks, in PyTorch: capture of routing, dispatch, collectives, experts."""

@@ -37,7 +37,7 @@ class ModuleComparison(NamedTuple):
 
     @property
     def equal(self) -> bool:
-        """For certain."""
+        """Whether they are alike for certain."""
         return self.difference is None and not self.undecided
 
 
@@ -59,7 +59,7 @@ class _ModuleComparer:
     def find(self, a: Any, b: Any, where: str) -> Difference | None:
         if a is b or (id(a), id(b)) in self._seen:
             return None
-        self._seen[id(a), id(b)] = a, b  # kept alive: another object may get the number of one that is gone
+        self._seen[id(a), id(b)] = a, b  # kept alive: a new object may get the id of one that was collected
         kinds = _kind(a), _kind(b)
         if kinds[0] is not kinds[1]:
             return Difference(where or "class", _class(kinds[0], kinds[1]), _class(kinds[1], kinds[0]))
@@ -67,7 +67,7 @@ class _ModuleComparer:
             return self._same_kind(a, b, where)
         except RecursionError:
             raise
-        except Exception:  # comparing runs the code of others
+        except Exception:  # comparing may run code of the model, which may raise anything
             self.undecided.append(where)
             return None
 
@@ -171,7 +171,7 @@ class _ModuleComparer:
 
 
 def _kind(value: Any) -> type:
-    """The class; of a parametrized module the one it had before: every such module gets one of its own."""
+    """The class; of a parametrized module the one before, as parametrization makes a class for every module."""
     if isinstance(value, nn.Module) and "parametrizations" in value._modules:
         return parametrize.type_before_parametrizations(value)
     return type(value)
@@ -192,6 +192,6 @@ def _show(value: Any) -> str:
         return f"{value.__qualname__} of {code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # whose own text fails
+    except Exception:  # its own repr raises
         text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."

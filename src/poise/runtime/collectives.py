@@ -1,15 +1,18 @@
 """SparseAllGather and SparseReduceScatter over one communicator, without copies: rows go straight from where they lie.
 
-A batch of point-to-point operations a round. Every exchange has a tag of its own (:func:`next_tag`), so that what one
-left behind is never taken for another's. On a CPU, rounds after the first are posted in :meth:`Pending.wait`; on CUDA
-all are queued at once on a stream of their own.
+A batch of point-to-point operations a round. Every exchange has a tag of its own (:func:`next_tag`), so that a message
+that one exchange left behind is never taken for one of another exchange. On a CPU, rounds after the first are posted in
+:meth:`Pending.wait`, or, after :func:`run_on_thread`, on a thread of their own; on CUDA all are queued at once on a
+stream of their own.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poise.cost.transfers import Transfer, TransferPlan
+from poise.runtime.spans import ended
 from poise.util.errors import CommunicationError
 
 ExpertTensors = Callable[[int], Sequence[Tensor]]
@@ -37,11 +41,13 @@ class _InFlight:
     drawn : tags drawn by exchanges in their order, the same on all ranks.
     held : works, and the tensors that they read and fill, of every batch that nobody has waited for.
     forgotten : batches among these that nobody can wait for any more.
+    thread : what runs sparse collectives of the group; None: who waits for them does.
     """
 
     drawn: int = 0
     held: dict[int, tuple[list[Any], list[Tensor]]] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
+    thread: ThreadPoolExecutor | None = None
 
 
 _lines: weakref.WeakKeyDictionary[Any, _InFlight] = weakref.WeakKeyDictionary()
@@ -56,9 +62,19 @@ def next_tag(group: Any) -> int:
 
 
 def exchanges(group: Any) -> int:
-    """How many exchanges of a group have begun: the same on all ranks, or one has left out what others did."""
+    """How many exchanges of a group have begun: the same on all ranks, unless one has left an exchange out."""
     line = _lines.get(group)
     return 0 if line is None else line.drawn
+
+
+def run_on_thread(group: Any) -> None:
+    """Let sparse collectives of a group on CPUs run on a thread of their own, one after the other as they began.
+
+    So their later rounds do not wait for :meth:`Pending.wait`, as on a CUDA stream. An error is raised where it is
+    waited for. All ranks of the group should do the same; from the next collective on.
+    """
+    line = _lines.setdefault(group, _InFlight())
+    line.thread = line.thread or ThreadPoolExecutor(1, "poise-weights")
 
 
 class Batch:
@@ -66,7 +82,8 @@ class Batch:
 
     When a message comes for a work that nobody holds any more, gloo stops to read its connection: for good, and without
     an error. So works stay here until they are done, also when the pass that posted them was given up and collected;
-    before the next operations of the group are posted, such are waited for: every rank has posted its part of them.
+    before the next operations of the group are posted, works that nobody can wait for any more are waited for here:
+    every rank has posted its part of them.
     """
 
     def __init__(self, operations: list[dist.P2POp], group: Any) -> None:
@@ -80,7 +97,7 @@ class Batch:
             raise CommunicationError(*lost(error)) from error
         if works:
             line.held[self._number] = works, [one.tensor for one in operations]
-        # called amid garbage collection, on any thread: no more than a note
+        # called during garbage collection, on any thread: it only notes the number
         self._forget = weakref.finalize(self, line.forgotten.append, self._number)
         self._forget.atexit = False
 
@@ -133,7 +150,8 @@ def gather_rows(mine_nd: Tensor, count_D: Sequence[int], group: Any) -> Tensor:
 def gather(mine_X: Tensor, group: Any) -> Tensor:
     """The same few numbers of every rank, [D, X].
 
-    By the group itself: the function around it takes half as long again, and every layer waits for it.
+    Called on the process group itself: the function of torch.distributed around it takes half as long again, and every
+    layer waits for it.
     """
     out = mine_X.new_empty(dist.get_world_size(group) * len(mine_X))
     try:
@@ -146,12 +164,12 @@ def gather(mine_X: Tensor, group: Any) -> Tensor:
 def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> None:
     """Part ``of[d]`` to every rank d, what comes from it into ``into[d]``; empty parts are not sent.
 
-    gloo announces a receive to its sender over the connection that carries data the other way. In
-    ``all_to_all_single`` that word may queue behind megabytes of data, and the two directions then run one after the
-    other: half of what limited links carry, against 0.95 to 0.99 with all receives posted first (docs/emulation.md).
-    Peers are posted in the order of own XOR peer: at every turn ranks pair off, and, ranks of a node being numbered one
-    after the other, those of one node begin with different ranks of another. (In the order own + 1, own + 2, ... all of
-    a node are done with their neighbours at once and meet at the next node's first rank.)
+    gloo announces a receive to its sender over the connection that carries data the other way. In ``all_to_all_single``
+    that announcement may queue behind megabytes of data, and the two directions then run one after the other: half of
+    what limited links carry, against 0.95 to 0.99 with all receives posted first (docs/emulation.md). Peers are posted
+    in the order of own XOR peer: at every turn ranks pair off, and, ranks of a node being numbered one after the other,
+    those of one node begin with different ranks of another. (In the order own + 1, own + 2, ... all of a node are done
+    with their neighbours at once and meet at the next node's first rank.)
     """
     own, world = dist.get_rank(group), dist.get_world_size(group)
     into[own].copy_(of[own])
@@ -169,9 +187,9 @@ def twin(group: Any) -> Any:
     """A process group of the same ranks with connections of its own; all of them call it.
 
     For weights that travel while steps go on: on one connection tokens wait behind them (measured with gloo: a barrier
-    waited 0.3 s for an expert), on one NCCL communicator what runs is ordered. Of a part of the ranks: all of them must
-    be members of equally many groups, by which PyTorch names the new one. It waits no longer for a lost rank than the
-    group does: new groups have half an hour.
+    waited 0.3 s for an expert), operations of one NCCL communicator run one after the other. Where the group has only a
+    part of the world's ranks, these must be members of equally many groups, as PyTorch names the new one by that
+    number. The new group has the time-out of the old one; PyTorch's default is half an hour.
 
     Raises
     ------
@@ -232,15 +250,28 @@ class Pending:
         self._buffer_bytes = 0
         self._done = not self.rounds
         self._stream: Any = None
-        if device.type == "cuda" and not self._done:  # all rounds at once, on a stream of their own
+        self._running: Future[None] | None = None
+        self._began = time.monotonic()
+        if self._done:
+            return
+        thread = _lines[group].thread
+        if device.type == "cuda":  # all rounds at once, on a stream of their own
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
-                while not self._done:
-                    self._post()
-                    self._land()
-        elif not self._done:
+                self._run()
+        elif thread is not None:
+            self._running = thread.submit(self._run)
+        else:
             self._post()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _run(self) -> None:
+        """All rounds, one after the other."""
+        self._began = time.monotonic()  # others may have been before it on the thread
+        while not self._done:
+            self._post()
+            self._land()
 
     def _post(self) -> None:
         operations = []
@@ -266,6 +297,8 @@ class Pending:
         self.arrived = []
         self._counted(-self._buffer_bytes)
         self._done = not self.rounds
+        if self._done:
+            ended("reduce" if self.reduce else "gather", self._began)
 
     def _counted(self, nbytes: int) -> None:
         self._buffer_bytes += nbytes
@@ -279,6 +312,9 @@ class Pending:
         """Until everything this rank sends and receives is done; may be called again."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            return
+        if self._running is not None:
+            self._running.result()
             return
         while not self._done:
             self._land()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.runtime.collectives import exchange, gather
+from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
 NO_EXPERT = -1
@@ -78,6 +79,12 @@ def named(ids_TK: Tensor, num_experts: int) -> Tensor:
     return (ids_TK >= 0) & (ids_TK < num_experts)
 
 
+def evenly(ids_TK: Tensor, num_experts: int, rank: int) -> Tensor:
+    """The same number of pairs for every expert, in place of the router's choice; ids that name no expert stay."""
+    turn = torch.arange(ids_TK.numel(), device=ids_TK.device) + rank * ids_TK.numel()
+    return torch.where(named(ids_TK, num_experts), (turn % num_experts).view(ids_TK.shape), ids_TK)
+
+
 def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
     """What to say of ids that name neither an expert nor none; None if all do."""
     wrong = ids_TK[(ids_TK < NO_EXPERT) | (ids_TK > num_experts)]
@@ -90,16 +97,16 @@ def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
 
 
 def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
-    """From this rank's expert ids int64 [T, K] and everyone's pairs by source, expert and device int64 [D, E, D].
+    """One rank's exchange, from its expert ids int64 [T, K] and pairs by source, expert and device int64 [D, E, D].
 
-    Pairs without an expert stay behind.
-    ``slots`` are the experts held here in the order they are computed; without it, by number.
+    Pairs without an expert are not sent. ``slots`` are the experts held here in the order they are computed; without
+    it, by number.
     """
     device = ids_TK.device
     mine_ED, here_SE = rows_SED[rank], rows_SED[:, :, rank]
     ids = ids_TK.reshape(-1)
     if mine_ED.sum() < len(ids):
-        ids = torch.where(named(ids, len(mine_ED)), ids, len(mine_ED))  # last, where nothing is sent from
+        ids = torch.where(named(ids, len(mine_ED)), ids, len(mine_ED))  # sorted behind all that is sent
     by_expert = torch.argsort(ids, stable=True)
     to = np.repeat(np.tile(np.arange(mine_ED.shape[1]), mine_ED.shape[0]), mine_ED.reshape(-1))
     by_rank = torch.from_numpy(np.argsort(to, kind="stable")).to(device)
@@ -115,13 +122,20 @@ def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots:
     )
 
 
-def there(x_Nd: Tensor, way: Exchange, group: Any) -> Tensor:
-    """Pairs in sending order to their ranks; what is computed here, [n, d], sorted by expert."""
-    return exchange(x_Nd, way.sent_D, way.got_D, group).index_select(0, way.arrange_n)
+def there(x_Nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
+    """Send pairs, in sending order, to their ranks; those that are computed here, [n, d], sorted by expert.
+
+    ``prefix`` is put before the names of its spans (:mod:`poise.runtime.spans`).
+    """
+    with span(f"{prefix}dispatch"):
+        came = exchange(x_Nd, way.sent_D, way.got_D, group)
+    with span(f"{prefix}arrange"):
+        return came.index_select(0, way.arrange_n)
 
 
-def back(y_nd: Tensor, way: Exchange, group: Any) -> Tensor:
-    """The reverse of :func:`there`: [N, d] in sending order."""
+def back(y_nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
+    """Send results back, the reverse of :func:`there`; those of this rank's pairs, [N, d], in sending order."""
     out = torch.empty_like(y_nd)
     out[way.arrange_n] = y_nd
-    return exchange(out, way.got_D, way.sent_D, group)
+    with span(f"{prefix}combine"):
+        return exchange(out, way.got_D, way.sent_D, group)

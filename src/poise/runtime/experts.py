@@ -43,7 +43,7 @@ class ExpertKind:
     inner : its inner width.
     hidden : width of its tokens, d.
     follow : puts the code that ``one`` runs into training (True) or evaluation, as ``train`` does to a module.
-    random : it draws random numbers in training: what it drops there would depend on who computes it.
+    random : it draws random numbers in training: they would depend on the rank that computes it.
     leaves_out : it is known that the module takes id E for no expert.
     mark : a number that differs for other code or constants.
     """
@@ -82,7 +82,7 @@ class ExpertKind:
             for row, part in enumerate(x.split(list(counts))):
                 if len(part):
                     out.append(self.one({name: all_rows[row] for name, all_rows in rows.items()}, part))
-        # autocast makes its own type on ranks that have tokens; all ranks must send the same
+        # autocast changes the type on ranks that have tokens; all ranks must send the same one
         return torch.cat(out).to(x_nd.dtype) if out else x_nd.new_zeros(x_nd.shape)
 
 
@@ -155,7 +155,7 @@ Candidate = tuple[ExpertKind, Subject, list[int]]
 
 
 def _check_plain(module: nn.Module, name: str) -> None:
-    """What cannot be taken along, whatever the module computes."""
+    """Refuse what would not run in place of the module: a replaced forward, hooks, buffers, other kinds of weights."""
     for key, part in module.named_modules():
         where = f"{name}.{key}" if key else name
         if "forward" in vars(part):
@@ -263,7 +263,7 @@ def _own(code: Any) -> Callable[[NamedTensors, Tensor, Tensor, Tensor], Any]:
 
 
 def _middle(act: Any, gated: bool) -> Any:
-    """What lies between the two matrices."""
+    """The activation between the two matrices; gated: of one half of the columns, times the other half."""
 
     def gate_up(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)

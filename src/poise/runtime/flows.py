@@ -9,7 +9,6 @@ there. A dispatch is one all-gather of sizes and one exchange of rows; the way b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +22,11 @@ from torch import Tensor
 from poise.cost.traffic import DATA_FLOWS, DataFlow, landing_DN
 from poise.machine.cluster import Cluster
 from poise.runtime.collectives import exchange, gather
+from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
 Compute = Callable[[Tensor, NDArray[np.int64]], Tensor]
 """(rows [n, d] sorted by the place of their expert, pairs of each expert int64 [E]) -> outputs [n, d]."""
-SpanRecorder = Callable[[str, float, float], None]
-"""Told of what this rank did: name, start and end on the monotonic clock."""
 NOBODY = -1
 
 
@@ -77,8 +75,7 @@ class Flow:
     group : process group whose ranks are the cluster's devices.
 
     ``extra_X`` int64 [X], if set, is gathered along with the sizes of the next dispatch into ``extra_DX`` [D, X].
-    ``place_E`` int64 [E] is the order in which this rank's experts want their rows (default: by number); ``record``, if
-    set, is told when this rank dispatched, computed and combined.
+    ``place_E`` int64 [E] is the order in which this rank's experts want their rows (default: by number).
 
     Raises
     ------
@@ -100,7 +97,6 @@ class Flow:
         self.place_E = torch.arange(num_experts)
         self.extra_X: Tensor | None = None
         self.extra_DX: Tensor | None = None
-        self.record: SpanRecorder | None = None
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weight_TK: Tensor, device_TK: Tensor, compute: Compute) -> Tensor:
         """Weighted sums of the experts' outputs, [T, d], under one of the ``home`` flows; T may be 0.
@@ -169,15 +165,14 @@ class Flow:
         order = torch.argsort(self.place_E.to(expert_p.device)[expert_p], stable=True)
         copy_p, k_p = copy_p[order], k_p[order]
         count_E = torch.bincount(expert_p, minlength=self.num_experts).cpu().numpy()
-        began = time.monotonic()
-        y_pd = compute(got.x_nd[copy_p], count_E)
-        self._done("experts", began)
+        with span("experts"):
+            y_pd = compute(got.x_nd[copy_p], count_E)
         weighted = (y_pd * got.weight_nK[copy_p, k_p, None]).to(y_pd.dtype)
         return _sum_into(torch.zeros_like(got.x_nd), copy_p, weighted)
 
+    @span("dispatch")
     def _out(self, copies: CopyRows, to_n: Tensor) -> tuple[CopyRows, tuple[list[int], list[int]]]:
         """Send copies, sorted by rank; what arrives, and rows sent to and got from each rank."""
-        began = time.monotonic()
         sent_D = torch.bincount(to_n, minlength=self.world)
         mine_X = sent_D if self.extra_X is None else torch.cat([sent_D, self.extra_X])
         everyone_DX = gather(mine_X, self.group)
@@ -194,19 +189,12 @@ class Flow:
                 mine.view(torch.uint8).copy_(got[:, at : at + wide])
             out.append(mine)
             at += wide
-        self._done("dispatch", began)
         return CopyRows(out[0], out[2].to(torch.int64), out[1], out[3]), way
 
     def _back(self, y_nd: Tensor, way: tuple[list[int], list[int]]) -> Tensor:
         sent_D, got_D = way
-        began = time.monotonic()
-        out = exchange(y_nd, got_D, sent_D, self.group)
-        self._done("combine", began)
-        return out
-
-    def _done(self, name: str, began: float) -> None:
-        if self.record is not None:
-            self.record(name, began, time.monotonic())
+        with span("combine"):
+            return exchange(y_nd, got_D, sent_D, self.group)
 
 
 def _bytes(part: Tensor) -> Tensor:

@@ -1,56 +1,26 @@
-"""One MoE layer of one step: dispatch, experts, combine, and the same backwards, in one fixed order on all ranks.
+"""One MoE layer of one step: dispatch, experts, combine, and the same backwards, with the experts' own graph inside.
 
-One autograd function holds the whole of it, with the experts' own graph inside. So no rank's collectives depend on
-which of its experts got tokens, or on the order in which the engine visits nodes: a rank without a token takes part in
-everything. Under activation checkpointing the forward pass builds no graph inside; the recomputation does, before the
-backward of the layer needs it, and with real tensors: unpacked in the inner backward, a task of its own for autograd,
-they would be computed a second time, and only on ranks that have tokens.
+The stages are called one by one, in the same order on all ranks, by whoever decides what happens between them
+(:mod:`poise.train.schedule`): a rank without a token takes part in every stage, so that no rank's collectives depend on
+which of its experts got tokens. Under activation checkpointing the forward pass builds no graph inside; the
+recomputation does, before the backward of the layer needs it, and with the tensors themselves: saved-tensor hooks that
+run in the inner backward, a task of its own for autograd, would compute the layer a second time, and only on ranks that
+have tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from poise.runtime.dispatch import Exchange, back, there
 from poise.runtime.experts import Bank, ExpertKind
-from poise.util.errors import ModelError
-
-
-class Weights(Protocol):
-    """The experts a rank holds in a step."""
-
-    def banks(self) -> Sequence[Bank]:
-        """Stacked weights, once they are here; the order of the exchange's slots."""
-        ...
-
-    def leaves(self) -> list[Tensor]:
-        """The tensors whose gradients are wanted."""
-        ...
-
-    def after_forward(self) -> None:
-        """The experts have run."""
-        ...
-
-    def together(self, accumulates: Callable[[], bool]) -> bool:
-        """All ranks go backward through this layer, or none; whether gradients of the weights are asked for."""
-        ...
-
-    def before_backward(self) -> None:
-        """The weights are needed again."""
-        ...
-
-    def after_backward(self, grads: Sequence[Tensor | None] | None) -> None:
-        """Gradients of :meth:`leaves`; None: this backward pass asks for those of the tokens alone."""
-        ...
+from poise.runtime.spans import BACKWARD, span
 
 
 class _GraphEntry(torch.autograd.Function):
@@ -65,60 +35,91 @@ class _GraphEntry(torch.autograd.Function):
         return None, None
 
 
-@dataclass(slots=True)
-class Inner:
-    """The two ends of the experts' graph on one rank, None without tokens; shared with the layer's recomputation."""
-
-    x_edge: GradientEdge | None = None
-    y_edge: GradientEdge | None = None
-
-
 class LayerStep:
-    """One layer in one forward pass.
+    """One layer in one forward pass, its recomputation and its backward.
+
+    An error of the experts' code is returned and not raised, as other ranks wait for what this one sends: they get NaN,
+    and the caller raises the error after :meth:`combine` or :meth:`combine_gradients`.
 
     Parameters
     ----------
     kind, way, top_k, group : the experts, who sends what, K, and the process group of tokens.
-    weights : the experts held here.
     counts : tokens of every row of every bank.
-    inner : where the graph inside is kept.
     """
 
-    def __init__(
-        self,
-        kind: ExpertKind,
-        way: Exchange,
-        top_k: int,
-        group: Any,
-        weights: Weights,
-        counts: list[list[int]],
-        inner: Inner,
-    ) -> None:
-        self.kind, self.way, self.top_k, self.group = kind, way, top_k, group
-        self.weights, self.counts, self.inner = weights, counts, inner
+    def __init__(self, kind: ExpertKind, way: Exchange, top_k: int, group: Any, counts: list[list[int]]) -> None:
+        self.kind, self.way, self.top_k, self.group, self.counts = kind, way, top_k, group, counts
+        # the two ends of the experts' graph on this rank, None without tokens
+        self._x_edge: GradientEdge | None = None
+        self._y_edge: GradientEdge | None = None
 
-    def forward(self, x_Td: Tensor, graph: bool, recomputed: bool) -> Tensor:
-        """Outputs of this rank's pairs, [T * K, d]; ``graph``: build the graph inside."""
-        way, inner = self.way, self.inner
-        x_in = there(x_Td.index_select(0, way.send_N // self.top_k), way, self.group)
-        banks = list(zip(self.weights.banks(), self.counts, strict=True))
-        failed: Exception | None = None
-        try:
-            if graph and len(x_in):
+    def dispatch(self, x_Td: Tensor) -> Tensor:
+        """Tokens of this rank to what is computed here, [n, d]."""
+        return there(x_Td.index_select(0, self.way.send_N // self.top_k), self.way, self.group)
+
+    def compute(
+        self, x_in: Tensor, banks: Sequence[Bank], *, graph: bool, recomputed: bool
+    ) -> tuple[Tensor, Exception | None]:
+        """Outputs of the experts, [n, d], and the error of their code, if any.
+
+        Parameters
+        ----------
+        x_in : what :meth:`dispatch` returned.
+        banks : stacked weights in the order of the exchange's slots.
+        graph : whether to build the graph inside.
+        recomputed : whether activation checkpointing computes the layer again.
+        """
+        rows = list(zip(banks, self.counts, strict=True))
+        with span("experts"):
+            try:
+                if not (graph and len(x_in)):
+                    return self.kind.run(rows, x_in), None
                 as_is = saved_tensors_hooks(_same, _same) if recomputed else nullcontext()
                 with torch.enable_grad(), as_is:
                     x_work = _GraphEntry.apply(x_in.new_zeros((), requires_grad=True), x_in)
-                    y_in = self.kind.run(banks, x_work)
-                    inner.x_edge, inner.y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
-            else:
-                y_in = self.kind.run(banks, x_in)
-        except Exception as error:  # others wait for these tokens: they get them, and learn of it when all meet again
-            failed, y_in = error, torch.full_like(x_in, torch.nan)
-        out = self._of_pairs(back(y_in.detach(), way, self.group), len(x_Td))
-        if failed is not None:
-            raise failed
-        self.weights.after_forward()  # plans and fetches for later layers: once the combine is on its way
-        return out
+                    y_in = self.kind.run(rows, x_work)
+                    self._x_edge, self._y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
+                return y_in, None
+            except Exception as error:
+                return torch.full_like(x_in, torch.nan), error
+
+    def combine(self, y_in: Tensor, tokens: int) -> Tensor:
+        """Outputs of this rank's pairs, [T * K, d]; zeros where no expert was named."""
+        return self._of_pairs(back(y_in.detach(), self.way, self.group), tokens)
+
+    def dispatch_gradients(self, dy_Nd: Tensor) -> Tensor:
+        """Gradients of this rank's pairs [T * K, d] to where their experts are, [n, d]."""
+        return there(dy_Nd.index_select(0, self.way.send_N), self.way, self.group, BACKWARD)
+
+    def compute_gradients(
+        self, dy_in: Tensor, leaves: Sequence[Tensor], *, keep: bool
+    ) -> tuple[Tensor, list[Tensor | None], Exception | None]:
+        """Gradients of what arrived [n, d] and of the leaves (None: no token reached it), and the error, if any.
+
+        ``keep`` keeps the graph inside for another backward pass.
+        """
+        dx_in = dy_in.new_zeros(dy_in.shape)
+        grads: list[Tensor | None] = [None] * len(leaves)
+        if self._x_edge is None or self._y_edge is None:
+            return dx_in, grads, None
+        failed: Exception | None = None
+        with span(f"{BACKWARD}experts"):
+            try:
+                got = torch.autograd.grad(
+                    [self._y_edge], [self._x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
+                )
+                dx_in, grads = got[0], list(got[1:])
+            except Exception as error:
+                failed, dx_in = error, torch.full_like(dy_in, torch.nan)
+                grads = [torch.full_like(leaf, torch.nan) for leaf in leaves]
+        if not keep:
+            self._x_edge = self._y_edge = None
+        return dx_in, grads, failed
+
+    def combine_gradients(self, dx_in: Tensor, tokens: int) -> Tensor:
+        """Gradients of this rank's tokens, [T, d]."""
+        out = self._of_pairs(back(dx_in, self.way, self.group, BACKWARD), tokens)
+        return out.view(tokens, self.top_k, out.shape[1]).sum(dim=1)
 
     def _of_pairs(self, sent_Nd: Tensor, tokens: int) -> Tensor:
         """Rows in sending order as rows of all pairs, [T * K, d]; zeros where no expert was named."""
@@ -128,73 +129,6 @@ class LayerStep:
         all_Nd[self.way.send_N] = sent_Nd
         return all_Nd
 
-    def backward(self, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
-        """Gradient of the tokens, [T, d]; those of the weights, if they are to be, go to ``weights``."""
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        accumulate = self.weights.together(accumulates)
-        way, leaves, inner = self.way, self.weights.leaves() if accumulate else [], self.inner
-        self.weights.before_backward()
-        dy_in = there(dy_Nd.index_select(0, way.send_N), way, self.group)
-        dx_in = dy_in.new_zeros(dy_in.shape)
-        grads: list[Tensor | None] = [None] * len(leaves)
-        failed: Exception | None = None
-        if inner.y_edge is not None and inner.x_edge is not None:
-            try:
-                got = torch.autograd.grad(
-                    [inner.y_edge], [inner.x_edge, *leaves], [dy_in], retain_graph=keep, allow_unused=True
-                )
-                dx_in, grads = got[0], list(got[1:])
-            except Exception as error:  # as forward
-                failed, dx_in = error, torch.full_like(dy_in, torch.nan)
-                grads = [torch.full_like(leaf, torch.nan) for leaf in leaves]
-            if not keep:
-                inner.x_edge = inner.y_edge = None
-        self.weights.after_backward(grads if accumulate else None)
-        tokens = len(dy_Nd) // self.top_k
-        out = self._of_pairs(back(dx_in, way, self.group), tokens)
-        if failed is not None:
-            raise failed
-        return out.view(tokens, self.top_k, out.shape[1]).sum(dim=1)
-
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-class RunExperts(torch.autograd.Function):
-    """``apply(step, graph, recomputed, tokens [T, d], *weights)``: outputs of the pairs [T * K, d].
-
-    The weights are named so that the graph reaches the layer; their gradients are set by ``step.weights``. The empty
-    tensor that is saved makes checkpointing compute the layer again before its backward, tokens or not.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, step: LayerStep, graph: bool, recomputed: bool, x_Td: Tensor, *weights: Tensor
-    ) -> Tensor:
-        ctx.step, ctx.given = step, len(weights)
-        ctx.save_for_backward(x_Td.new_empty(0))
-        return step.forward(x_Td, graph, recomputed)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
-        ctx.saved_tensors  # noqa: B018
-        return (None, None, None, ctx.step.backward(grads[0], partial(_accumulates, ctx)), *[None] * ctx.given)
-
-
-def _accumulates(ctx: Any) -> bool:
-    """Whether this pass adds to the weights' gradients: ``torch.autograd.grad`` by something else does not.
-
-    Raises
-    ------
-    ModelError : it is asked to return them.
-    """
-    leaves = [node for node, _ in ctx.next_functions[len(ctx.next_functions) - ctx.given :] if node is not None]
-    try:
-        return any([torch._C._will_engine_execute_node(node) for node in leaves])
-    except RuntimeError:
-        raise ModelError(
-            "gradients of sharded experts come into .grad of their owners, and cannot be returned",
-            hint="call backward() in place of torch.autograd.grad by expert weights",
-        ) from None

@@ -27,7 +27,7 @@ class DenseExperts(nn.Module):
 
         Raises
         ------
-        ModelError : ids beyond these.
+        ModelError : ids outside -1..E.
         """
         count = len(self) if isinstance(self, nn.ModuleList) else len(next(iter(self.parameters())))
         if (wrong := out_of_range(top_k_index, count)) is not None:

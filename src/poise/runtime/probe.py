@@ -146,7 +146,7 @@ class _Trial:
         return Found(self.hidden, bool(changes), leaves_out, mark)
 
     def _mark(self, y: Tensor) -> float:
-        """Of positive numbers, so that it is as exact as they are."""
+        """A number that differs for other code: a sum of positive numbers, so that it is as exact as they are."""
         size = self.x.norm(dim=1, keepdim=True)
         return float((y.nan_to_num().to(self.x.dtype) * self.pull / size).abs().asinh().sum())
 
@@ -185,7 +185,7 @@ class _Trial:
         return y
 
     def _repeat(self, training: bool) -> tuple[Tensor, str]:
-        """What the module gives, and in what way it does not give it every time."""
+        """The module's output, and why it would not be the same every time ("": it would)."""
         with _mode(self.subject.parts, training), _Types() as types, torch.no_grad():
             x, before = self.x.clone(), _random_states(self.x.device)
             y = self._own(x, self.w, self.weights)
@@ -201,7 +201,7 @@ class _Trial:
         return y, ""
 
     def _ours(self, x: Tensor, w: Tensor, weights: NamedTensors, ids: Tensor | None = None) -> Tensor:
-        """The same by ``one``, every expert's tokens in two calls: they must not depend on each other."""
+        """The output by ``one``, with every expert's tokens in two calls: tokens must not depend on each other."""
         tokens, out = [], []
         for e in self.experts:
             token, k = torch.where((self.ids if ids is None else ids) == e)
@@ -274,7 +274,7 @@ def _stack(shape: tuple[int, ...], experts: int, small: bool, like: dict[str, An
 
 
 def _apart(ours: Tensor, own: Tensor) -> Tensor:
-    """Relative difference of every row; two that are not finite at the same places are equal there."""
+    """Relative difference of every row; where both are not finite at the same places they count as equal."""
     same = (ours == own) | (ours.isnan() & own.isnan())
     difference = torch.where(same, 0.0, ours - own)
     norm = torch.where(own.isfinite(), own, 0.0).norm(dim=1)
@@ -296,7 +296,7 @@ class _Types(TorchDispatchMode):
 
 @contextmanager
 def _mode(parts: Sequence[nn.Module], training: bool) -> Iterator[None]:
-    """``training`` of modules for a while; by hand, since ``train`` may be another's code."""
+    """Set ``training`` of modules for a while, one by one: a module may have a ``train`` of its own."""
     modules = [module for part in parts for module in part.modules()]
     before = [module.training for module in modules]
     try:
@@ -310,7 +310,7 @@ def _mode(parts: Sequence[nn.Module], training: bool) -> Iterator[None]:
 
 @contextmanager
 def _threads(subject: Subject) -> Iterator[None]:
-    """One, where there is little to do: waking more costs more, and much more where they share cores with others."""
+    """One thread where there is little to do: to wake more takes longer than it saves, above all on shared cores."""
     before = torch.get_num_threads()
     if sum(torch.Size(shape).numel() for shape in subject.shapes.values()) < SMALL:
         torch.set_num_threads(1)
@@ -330,7 +330,7 @@ def _random_states(device: torch.device) -> tuple[Any, ...]:
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """No random number is used up, and no surroundings of the caller (types, devices, gradients) take part."""
+    """Keep the caller's random number generators as they are, and its default types, devices and gradient mode out."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     kind = device.type
     try:
@@ -349,7 +349,10 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _empty_is_nan() -> Iterator[None]:
-    """What a kernel leaves unwritten shows: memory that is used again may hold the tokens, as an identity would."""
+    """Fill new memory with NaN, so that rows that a kernel leaves unwritten are seen.
+
+    Memory that is used again may hold the tokens: unwritten rows would then look like the output of an identity.
+    """
     was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():

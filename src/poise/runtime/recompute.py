@@ -24,7 +24,7 @@ class Region:
     ----------
     frames : what ``torch.utils.checkpoint`` (not reentrant) calls the regions around it, innermost first: the same
         objects in the forward pass and in the recomputation, so that a rank knows by itself, even without tokens, which
-        of several open passes is computed again. Of regions inside of another, only the outermost object is the same.
+        of several open passes is computed again. Of nested regions, only the outermost has the same object both times.
     later : what is saved here is dropped, and computed again before its backward.
     """
 
@@ -46,7 +46,7 @@ def checkpoint_region() -> Region:
 
 
 def _saved_tensor_hooks() -> list[Any]:
-    """All that are set, the innermost first: only that one can be read, so the others are taken off and put back."""
+    """All that are set, innermost first. Only that one can be read, so they are taken off one by one and put back."""
     api: Any = torch._C._autograd
     taken: list[Any] = []
     while (top := api._top_saved_tensors_default_hooks(True)) is not None:

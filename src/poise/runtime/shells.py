@@ -59,7 +59,7 @@ def _bind(copy: Any, known: Mapping[int, Any]) -> None:
 
 
 def filled(shell: Any, weights: Mapping[str, Tensor]) -> Any:
-    """A shell of one module with weights, for one call: what it notes down in lists and the like is not kept."""
+    """A shell of one module with weights, for one call: what that changes in lists, dicts and sets is not kept."""
     out: Any = object.__new__(type(shell))
     for key, value in vars(shell).items():
         vars(out)[key] = value.copy() if type(value) in (dict, list, set) else value
@@ -69,7 +69,7 @@ def filled(shell: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def follow(shell: nn.Module) -> Callable[[bool], None]:
-    """What puts a shell into training or evaluation; by hand, since ``train`` may be another's code."""
+    """A function that puts a shell into training or evaluation, part by part: one may have a ``train`` of its own."""
 
     def follow(training: bool) -> None:
         if shell.training != training:
@@ -80,7 +80,7 @@ def follow(shell: nn.Module) -> Callable[[bool], None]:
 
 
 class _Eager:
-    """A config that asks for the plain implementation of experts; to set it there would set it for the model."""
+    """A config that asks for the plain implementation of experts, and is else the model's, which stays as it is."""
 
     _experts_implementation = "eager"
 

@@ -1,9 +1,9 @@
-"""Ranks in step: before every exchange each rank tells all what it is about to do, and an error of one is everyone's.
+"""Ranks in step: before every exchange each rank tells all what it is about to do, and all raise the error of one.
 
-A sum over a rank's :class:`Place` travels in the gather that carries the counts. Where it differs, or a rank has found
-an error, every rank knows it from the same numbers: so all of them can say in words where they are, and all raise.
-Meetings have a process group of their own, as a rank that is out of step may be in a collective of somebody else's
-(FSDP2's, a barrier), which must not be taken for its part.
+A checksum of a rank's :class:`Place` travels in the gather that carries the counts. Where checksums differ, or a rank
+has found an error, every rank sees it in the same numbers: then all exchange their places in words, and all raise.
+Meetings have a process group of their own: a rank that is out of step may be in a collective of another library (FSDP2,
+a barrier), which must not be paired with a meeting.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Place:
     more: tuple[tuple[str, Any], ...] = ()
 
     def sum(self) -> int:
-        """Differs where places do."""
+        """A checksum: places that differ have different ones."""
         return zlib.crc32(repr((self.doing, self.run, self.layer, self.number, *self.more)).encode())
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Meeting:
 
     Parameters
     ----------
-    group : its ranks meet; by connections of their own.
+    group : the ranks that meet; meetings have connections of their own.
     """
 
     def __init__(self, group: Any) -> None:
@@ -66,8 +66,8 @@ class Meeting:
         self._zeros = torch.zeros(0, dtype=torch.int64)
 
     def join(self, width: int, device: torch.device) -> int:
-        """One more run meets here, with at most ``width`` numbers at a time; its number."""
-        # one width for all runs: ranks that are in different ones must be able to find it out
+        """Let one more run meet here, with at most ``width`` numbers at a time; the number of the run."""
+        # one width for all runs: ranks that are in different runs can still gather, and so find it out
         self._zeros = torch.zeros(max(len(self._zeros), width), dtype=torch.int64, device=device)
         self.runs += 1
         return self.runs - 1
@@ -92,7 +92,7 @@ class Meeting:
         return np.asarray(told[:, 2 : 2 + count])
 
     def settle(self, place: Place, problem: PoiseError | None) -> NoReturn:
-        """Every rank knows that something is wrong; now all learn what, and raise."""
+        """Every rank knows that something is wrong: all exchange places and problems in words, and raise."""
         told: list[Any] = [None] * dist.get_world_size(self.group)
         said = None if problem is None else (type(problem), problem.message, problem.hint)
         try:

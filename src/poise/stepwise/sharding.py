@@ -29,6 +29,9 @@ from poise.cost.weights import StepPrice
 from poise.machine.cluster import Cluster
 from poise.util.errors import OptionError, PlacementError
 
+MEAN_STEPS = 20
+"""Steps whose mean load owners are planned from, on ranks and in the replay: what lasts, for owners stay for long."""
+
 
 def even_sharding(num_layers: int, num_experts: int, num_devices: int) -> NDArray[np.int64]:
     """Owner of each expert in contiguous blocks, int64 [L, E].
@@ -72,6 +75,15 @@ def owned_ED(owner_E: NDArray[Any], num_devices: int) -> NDArray[np.bool_]:
     """One layer's owners as a placement, bool [E, D]."""
     out: NDArray[np.bool_] = np.asarray(owner_E)[:, None] == np.arange(num_devices)
     return out
+
+
+def lasting_load(load_BLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What owners are planned from: mean of the last :data:`MEAN_STEPS` of the steps known, float64 [L, E].
+
+    ``load_BLE`` float64 [B, L, E]: tokens of the steps so far, the newest last; of no step, all experts are alike.
+    """
+    known = load_BLE[-MEAN_STEPS:]
+    return known.mean(axis=0) if len(known) else np.ones(known.shape[1:])
 
 
 def moves(old_LE: NDArray[Any], new_LE: NDArray[Any]) -> NDArray[np.int64]:

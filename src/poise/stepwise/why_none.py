@@ -5,6 +5,7 @@ from __future__ import annotations
 from poise.cost.weights import fetch_seconds
 from poise.stepwise.methods.hecate import Hecate
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.training import PoiseTraining
 from poise.stepwise.protocol import LayerView, StepPolicy
 
 EVEN = 1.02
@@ -29,17 +30,17 @@ def why_none(policy: StepPolicy, view: LayerView) -> str:
         one_s = view.price.model.expert_bytes / _wire(view)
         return f"no gather hides: one takes {one_s:.2g} s, the window has {view.price.window_s:.2g} s, {machine}"
     if isinstance(policy, Poise) and policy.objective == "seconds":
-        plan_ED, costs_s, saves_s = policy.weighed(view)
+        plan_ED, costs_s, saves_s = policy.training.weighed(view)
         count = int((plan_ED & ~view.before_ED).sum())
         if not count:
-            count, costs_s, saves_s = 1, *one_replica(policy, view)
+            count, costs_s, saves_s = 1, *one_replica(policy.training, view)
         if costs_s >= saves_s:
             return f"{count} replica{'s' * (count > 1)} would cost {costs_s:.2g} s and save {saves_s:.2g} s, {machine}"
         return f"no plan that was tried saves what it costs, {machine}"
     return f"{policy.name} makes none"
 
 
-def one_replica(policy: Poise, view: LayerView) -> tuple[float, float]:
+def one_replica(policy: PoiseTraining, view: LayerView) -> tuple[float, float]:
     """Modelled seconds that the replica of what loads the fullest device most, on the idlest one, costs and saves."""
     price = view.price
     load_ED = view.predicted_E[:, None] * view.before_ED / price.cluster.speed_D

@@ -1,4 +1,4 @@
-"""One verdict of all ranks: what one of them cannot do, none begins."""
+"""Checks that pass on all ranks or fail on all: what one rank cannot do, none begins."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _text(value: Any) -> Any:
-    """What a value says on every rank alike: no addresses, and no more than a line. Numbers stay numbers."""
+    """A value as text that is equal on ranks where the value is: no addresses, at most a line. Numbers stay numbers."""
     if isinstance(value, float):
         return value
     if isinstance(value, np.ndarray):

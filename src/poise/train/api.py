@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,13 +34,16 @@ from poise.stepwise.sharding import ShardingPolicy
 from poise.train.checkpoint import speak_of_experts
 from poise.train.checks import flattened, ready
 from poise.train.gradients import clip_grad_norm_
+from poise.train.hooks import GRADIENT_HOOKS
 from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
+from poise.train.owned import stacked
 from poise.train.rows import ExpertRows, Ownership
-from poise.train.schedule import GRADIENT_HOOKS, Begin, Schedule, Settings
-from poise.train.sharding import ShardedExperts, stacked
+from poise.train.schedule import Schedule
+from poise.train.settings import Deployment, Settings
+from poise.train.sharding import Begin, ShardedExperts
 from poise.train.states import speak_of_experts as states_of_experts
-from poise.train.states import watch_optimizers
+from poise.train.steps import watch_optimizers
 from poise.util.errors import OptionError
 
 IDLE = (
@@ -90,7 +94,7 @@ class FssdpExperts:
                 hint="build the optimizer after fully_shard_experts",
             )
         states_of_experts(optimizer)
-        self.schedule.know(optimizer)
+        self.schedule.moves.know(optimizer)
 
     def follow(self, tensors: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
         """Name tensors that move with owners as optimizer states do: averages (EMA, SWA, Polyak), snapshots.
@@ -140,8 +144,9 @@ class FssdpExperts:
         owners = np.asarray(owner_LE)
         if owners.shape != self.owners.shape:
             raise OptionError(f"owners have shape {owners.shape}, the model {self.owners.shape}")
-        if owners.min() < 0 or owners.max() >= self.schedule.cluster.num_devices:
-            raise OptionError(f"owner {owners.max()} among {self.schedule.cluster.num_devices} ranks")
+        ranks = self.schedule.deployment.cluster.num_devices
+        if owners.min() < 0 or owners.max() >= ranks:
+            raise OptionError(f"owner {owners.max()} among {ranks} ranks")
         return self.schedule.reshard(owners.astype(np.int64))
 
     def set_policy(self, policy: str | StepPolicy, step_slots: int | None = None) -> None:
@@ -157,18 +162,17 @@ class FssdpExperts:
         if slots < 0:
             raise OptionError(f"step_slots must be at least 0, got {slots}")
         warn_of_rates(self.guessed, new)
-        self.schedule.settings = replace(old, policy=new, step_slots=slots)
-        self.schedule.forget_held()
+        self.schedule.restart(replace(old, policy=new, step_slots=slots))
 
     def set_requires_gradient_sync(self, sync: bool) -> None:
         """False: replica gradients stay where they are until a backward pass with True (gradient accumulation)."""
-        self.schedule.sync = sync
+        self.schedule.backward.sync = sync
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """What expert gradients are divided by: the number of ranks unless set (FSDP2's mean). 1: a sum."""
         if not factor > 0:
             raise OptionError(f"the divide factor must be above 0, got {factor}")
-        self.schedule.divide_factor = factor
+        self.schedule.backward.divide_factor = factor
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """See :func:`poise.train.gradients.clip_grad_norm_`."""
@@ -294,13 +298,18 @@ def fully_shard_experts(
         keeps = 0.0 if isinstance(rematerialise, bool) else float(rematerialise)  # these come on top of the buffers
         slots = slots_that_fit(max(0.0, replica_bytes - keeps), sizes, rematerialise=rematerialise is not False,
                                in_flight=max(2, prefetch + 1), sizes=each)  # fmt: skip
-    schedule = Schedule(
-        layers,
-        Settings(
-            checked.policy, slots, window, prefetch, rematerialise, checked.sharding, form, window_s, force_balance,
-        ),
-        checked.machine, sizes, tokens_group, weights_group, compute, reduced, device, top_k,
+    settings = Settings(
+        policy=checked.policy, step_slots=slots, window=window, prefetch=prefetch, rematerialise=rematerialise,
+        sharding=checked.sharding, window_s=window_s, force_balance=force_balance,
     )  # fmt: skip
+    deployment = Deployment(
+        cluster=checked.machine, tokens_group=tokens_group, weights_group=weights_group, device=device,
+        compute_dtype=compute, reduce_dtype=reduced, form=form, expert_numel=kind.numel,
+        rank=dist.get_rank(tokens_group),
+    )  # fmt: skip
+    schedule = Schedule(list(layers), settings, deployment, sizes, top_k)
+    for one in layers:
+        one.schedule = schedule
     handle = FssdpExperts(model, schedule, checked.guessed)
     model.register_forward_pre_hook(Begin(schedule))
     names = [name for name, weight in model.named_parameters() if weight in handle.parameters()]
@@ -310,7 +319,7 @@ def fully_shard_experts(
 
 
 def _take_gradient_hooks(new: ShardedExperts, module: nn.Module) -> None:
-    """Those of stacked weights; a list of experts with some is refused."""
+    """Give the new weights the gradient hooks of the stacked weights they stand for."""
     for name, weight in module.named_parameters(recurse=False):
         for kind in GRADIENT_HOOKS:
             if getattr(weight, kind, None):
@@ -329,7 +338,7 @@ def _second_group(first: Any) -> Any:
 
 
 def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> ModelSpec:
-    """Sizes for the policies' price: an expert weighs what it weighs."""
+    """Sizes for the policies' price, those of one expert from its weights."""
     size = float(torch.empty((), dtype=dtype).element_size())
     hidden, inner = kind.hidden, max(1, round(kind.numel / (kind.matrices * kind.hidden)))
     return ModelSpec("training", layers, tuple(range(layers)), experts, min(top_k, experts), hidden, inner,
@@ -337,7 +346,7 @@ def _model(kind: Any, experts: int, top_k: int, layers: int, dtype: torch.dtype)
 
 
 def _hide(experts: ShardedExperts) -> None:
-    """FSDP2 passes over modules that another composable parallelism has taken; experts are such."""
+    """Mark experts as taken by another composable parallelism: FSDP2 passes over such modules."""
     from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 
     experts.__dict__.setdefault(REGISTRY_KEY, {})["replicate"] = RegistryItem()

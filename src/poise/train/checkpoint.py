@@ -1,8 +1,8 @@
 """Checkpoints keyed by logical expert: saved at one world size and sharding, loaded at any other, or without poise.
 
 In ``torch.distributed.checkpoint`` an expert weight is one tensor [E, ...] under the name it has in the unsharded
-model, in chunks of one expert; so are its optimizer states. Where checkpoints lie, and that one is whole whatever
-ends a write: :mod:`poise.train.folders`.
+model, in chunks of one expert; so are its optimizer states. Where checkpoints lie, and why one is whole however a write
+ends: :mod:`poise.train.folders`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def speak_of_experts(experts: ShardedExperts) -> None:
 
 
 def _some_rows(module: ShardedExperts, name: str, rows: dict[int, Tensor | None], key: str) -> Tensor:
-    """Weights of single experts in place of those that are here; experts that are not given stay."""
+    """Rows of this rank, with those experts replaced that are given; the others stay."""
     shape = module.kind.shapes[name]
     for e, row in rows.items():
         if row is not None and row.shape != shape:
@@ -77,7 +77,7 @@ def _some_rows(module: ShardedExperts, name: str, rows: dict[int, Tensor | None]
 
 @contextmanager
 def _all_trained(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """PyTorch looks for states of weights that are trained and, in a new optimizer, have no gradient yet: so it is."""
+    """Let all weights be trained and have no gradient for a while: PyTorch loads states of such weights only."""
     weights = [] if optimizer is None else [weight for group in optimizer.param_groups for weight in group["params"]]
     with plainly():
         frozen = [weight for weight in weights if not weight.requires_grad]
@@ -110,7 +110,7 @@ def save_checkpoint(
     Raises
     ------
     OptionError : on all ranks: ``keep`` below 1, ``step`` below 0 or not the same on all ranks; or a rank cannot write
-        its part. What was there is there, and nothing is left of what was not.
+        its part. The folder is then as it was.
     """
     root = Path(folder)
 
@@ -191,12 +191,12 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     if schedule is None:
         sharded_layers(model)
         raise ModelError("these experts belong to no run")
-    first, out = dist.get_rank(schedule.tokens_group) == 0, {}
+    first, out = schedule.deployment.rank == 0, {}
     for key, value in model.state_dict().items():
         if isinstance(value, ExpertShards):
             prefix, _, attribute = key.rpartition(".")
             module = layers[prefix]
-            full = _collect(value.rows, module, schedule.weights_group)
+            full = _collect(value.rows, module, schedule.deployment.weights_group)
             name = next(n for n, a in module._attribute.items() if a == attribute)
             if full is not None and module.listed:
                 out.update({f"{prefix}.{e}.{name}": full[e].clone() for e in range(len(full))})
@@ -259,7 +259,7 @@ def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _everywhere(do: Callable[[], T]) -> list[T]:
-    """What every rank's call gives; what one of them cannot is an error on all, which else would wait for it."""
+    """The result of a call on every rank; an error on one is raised on all, as the others would wait for it."""
     said: list[Any] = [None] * dist.get_world_size()
     try:
         mine: Any = do()
@@ -275,7 +275,7 @@ def _everywhere(do: Callable[[], T]) -> list[T]:
 
 
 def _on_first(do: Callable[[], T]) -> T:
-    """What rank 0's call gives, on all ranks."""
+    """The result of a call on rank 0, on all ranks."""
     first = dist.get_rank() == 0
     found: list[T] = _everywhere(lambda: do() if first else cast(T, None))
     return found[0]

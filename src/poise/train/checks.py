@@ -55,7 +55,7 @@ def flattened(mesh: DeviceMesh) -> DeviceMesh:
 
     Raises
     ------
-    OptionError : more than two dimensions, or this rank is not in it: then it has nobody to tell.
+    OptionError : more than two dimensions, or this rank is not in it: this error comes on such ranks alone.
     """
     if mesh.ndim > 2:
         raise OptionError(f"the mesh has {mesh.ndim} dimensions", hint="1, or 2: node and device in the node")
@@ -141,7 +141,7 @@ def _alike(model: nn.Module, found: dict[str, nn.Module]) -> tuple[dict[str, Exp
 
 
 def _outputs(router: Any) -> set[int] | None:
-    """Outputs of a router, where its weight tells: a layer has them first, a bare weight on either side."""
+    """How many outputs a router may have: a linear layer's weight has them on its first axis, another's on either."""
     weight = getattr(router, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None

@@ -1,4 +1,4 @@
-"""Folders of checkpoints: ``step-N`` each, and ``latest``, which names the newest; whole ones, whenever a write ends.
+"""Folders of checkpoints: ``step-N`` each, and ``latest``, which names the newest; one is whole however a write ends.
 
 What is being written, waits or is being removed has a name that begins with a dot, and is cleared by the next write:
 
@@ -7,7 +7,8 @@ What is being written, waits or is being removed has a name that begins with a d
     .step-N.gone     is being removed
     .poise-*         is ``latest`` before it has its name (:func:`poise.util.files.replacing`)
 
-Such a folder has one writer at a time. What has a plain name was whole once, and once there is one, there always is.
+Such a folder has one writer at a time. A checkpoint was whole when it got a name without a dot; once there is such a
+one, there always is.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def clear(root: Path, fault: Fault) -> None:
         root.mkdir(parents=True, exist_ok=True)
         for left in sorted(root.iterdir()):
             match = HIDDEN.fullmatch(left.name)
-            if match and match[2] == "old" and not fault(left) and fault(root / match[1]):  # between two renames
+            if match and match[2] == "old" and not fault(left) and fault(root / match[1]):  # between its renames
                 _remove(root / match[1])
                 left.rename(root / match[1])
             elif match or (SCRATCH.fullmatch(left.name) and left.is_file()):
@@ -82,7 +83,7 @@ def commit(root: Path, step: int, keep: int, fault: Fault) -> Path:
     with replacing(root / LATEST, OptionError) as note:
         note.write(place.name.encode())
     whole = 1
-    with suppress(OSError):  # it stands; what cannot be removed now the next write tries again
+    with suppress(OSError):  # the new one has its name; what cannot be removed now is removed by the next write
         if _is_there(aside):
             _delete(aside)
         ours = before is not None and PLAIN.fullmatch(before.name)
@@ -153,7 +154,7 @@ def _is_there(place: Path) -> bool:
 
 
 def _remove(place: Path) -> None:
-    """Take its name first: what is half removed is not to be found under it."""
+    """Rename it first, so that what is half removed is never found under its name."""
     if _is_there(place):
         gone = place.with_name(f".{place.name}.gone")
         if _is_there(gone):

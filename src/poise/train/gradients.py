@@ -59,7 +59,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     dense, experts = _split(model)
     schedule = sharded_layers(model)[0].schedule
     assert schedule is not None
-    device, infinite = schedule.device, norm_type == float("inf")
+    device, infinite = schedule.deployment.device, norm_type == float("inf")
     mine = [weight.grad for weight in experts if weight.grad is not None]
     part = _total(torch._foreach_norm(mine, norm_type) if mine else (), norm_type, device)  # of all experts
     part = part if infinite else part**norm_type
@@ -79,7 +79,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 def _norms_of_shards(shards: list[Any], norm_type: float, device: torch.device) -> list[Tensor]:
     """Norms of DTensors, by mesh and placement: those of FSDP2 and of tensor parallelism do not mix in one stack.
 
-    From the local shards: torch's own norm refuses an empty one for the infinity norm, on the ranks that have it only.
+    Computed from local shards: torch's own infinity norm raises for an empty shard, on the ranks that have one only.
     """
     groups: dict[Any, list[Any]] = {}
     for grad in shards:
@@ -126,7 +126,7 @@ def update_correction_bias(model: nn.Module, rate: float) -> int:
         if bias is None:
             continue
         schedule: Any = module.schedule
-        recent = schedule.history.of(module.number)
+        recent = schedule.planner.history.of(module.number)
         if not len(recent):
             raise OptionError(f"no loads are known of {name}", hint="call it after a backward pass")
         if bias.element_size() < 4:  # torch.finfo(bias.dtype).eps is what a step is rounded to, near 1

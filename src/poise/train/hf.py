@@ -52,7 +52,7 @@ class ShardedExpertsMixin:
 
 
 class _Whole:
-    """An optimizer as far as writing it goes."""
+    """Stands for an optimizer while Trainer writes its state dict, which was gathered before."""
 
     def __init__(self, state: dict[str, Any] | None) -> None:
         self.state = state

@@ -7,8 +7,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-RECENT = 20
-"""Iterations that are kept."""
+from poise.stepwise.sharding import MEAN_STEPS
 
 
 class LoadHistory:
@@ -18,7 +17,7 @@ class LoadHistory:
     """
 
     def __init__(self, layers: int, experts: int) -> None:
-        self.recent = [deque[NDArray[np.float64]](maxlen=RECENT) for _ in range(layers)]
+        self.recent = [deque[NDArray[np.float64]](maxlen=MEAN_STEPS) for _ in range(layers)]
         self.seen_L = np.zeros(layers, np.int64)
         self.pairs_L = np.ones(layers)
         self._open_LE, self._passes_L = np.zeros((layers, experts)), np.zeros(layers, np.int64)

@@ -64,7 +64,7 @@ def preset(device: str) -> str | None:
 
 
 def warn_of_rates(devices: str, policy: StepPolicy, sharding: ShardingPolicy | None = None) -> None:
-    """Say, by a UserWarning, that who reckons with seconds reckons with those of another machine.
+    """Say, by a UserWarning, that a policy or sharding that looks at seconds gets those of another machine.
 
     Parameters
     ----------

@@ -6,20 +6,20 @@ and filled again before its backward. The tensors stay the same throughout: only
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cost.transfers import Form, TransferPlan, plan_transfers
-from poise.machine.cluster import Cluster
+from poise.cost.transfers import TransferPlan, plan_transfers
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
-from poise.train.sharding import LayerRunner, ShardedExperts
+from poise.train.owned import OwnedExperts
+from poise.train.settings import Deployment
 from poise.util.errors import ModelError
 
 
@@ -32,7 +32,7 @@ class Ledger:
         self.peak_parts: dict[str, int] = {}
 
     def add(self, kind: str, nbytes: int) -> None:
-        """Count bytes in (or, negative, out)."""
+        """Count bytes that are allocated, or, negative, freed."""
         self.now[kind] = self.now.get(kind, 0) + nbytes
         total = sum(self.now.values())
         if total > self.peak:
@@ -43,43 +43,8 @@ class Ledger:
         self.peak, self.peak_parts = sum(self.now.values()), dict(self.now)
 
 
-class WeightSchedule(LayerRunner, Protocol):
-    """What a layer's weights need of the run they belong to."""
-
-    rank: int
-    layers: list[ShardedExperts]
-    cluster: Cluster
-    form: Form
-    ledger: Ledger
-    reduce_dtype: torch.dtype
-
-    @property
-    def expert_bytes(self) -> float:
-        """Bytes of one expert's weights on the wire."""
-        ...
-
-    @property
-    def gradient_bytes(self) -> float:
-        """Bytes of one expert's gradients on the wire."""
-        ...
-
-    def forward_done(self, weights: Materialised) -> None:
-        """Experts of a layer have run."""
-        ...
-
-    def backward_starts(self, weights: Materialised) -> None:
-        """A layer's backward begins."""
-        ...
-
-    def backward_done(
-        self, weights: Materialised, own: dict[str, Tensor | None], replicas: dict[int, list[Tensor]], nbytes: int
-    ) -> None:
-        """A layer's experts have their gradients; ``nbytes`` are counted for the replicas'."""
-        ...
-
-
 class Storage:
-    """Stacked tensors [n, ...] whose bytes come and go."""
+    """Stacked tensors [n, ...] whose memory is allocated and freed while they stay the same objects."""
 
     def __init__(self, bank: Bank, ledger: Ledger, kind: str) -> None:
         self.bank, self.ledger, self.kind = bank, ledger, kind
@@ -109,34 +74,56 @@ class Storage:
             self.ledger.add(self.kind, -self.nbytes)
 
 
-class Materialised:
-    """Weights of one layer in one forward pass.
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerGradients:
+    """Gradients of a layer's weights on one rank, of one backward pass.
 
     Parameters
     ----------
-    experts, schedule : the layer and the run it belongs to.
+    own : by name, of the experts owned here [n, ...]; None: no token reached one.
+    replicas : by expert, of each replica that computed here, one tensor a trainable weight.
+    nbytes : what the ledger counts for the replicas'.
+    """
+
+    own: dict[str, Tensor | None]
+    replicas: dict[int, list[Tensor]]
+    nbytes: int
+
+
+class Materialised:
+    """Weights of one layer in one forward pass.
+
+    When they come and go is decided by :mod:`poise.train.forward` and :mod:`poise.train.backward`.
+
+    Parameters
+    ----------
+    experts : those owned here.
+    deployment : where they are computed.
+    ledger : what counts the bytes.
     early_ED : bool [E, D], holders known before the gate.
     plan : how they get their experts.
     """
 
     def __init__(
-        self, experts: ShardedExperts, schedule: WeightSchedule, early_ED: NDArray[np.bool_], plan: TransferPlan
-    ) -> None:
-        self.experts, self.schedule = experts, schedule
+        self, experts: OwnedExperts, deployment: Deployment, ledger: Ledger, early_ED: NDArray[np.bool_],
+        plan: TransferPlan,
+    ) -> None:  # fmt: skip
+        self.experts, self.deployment, self.ledger = experts, deployment, ledger
         self.early_ED = early_ED
         self.owner_E, self.trainable = experts.owner_E, experts.trainable
         self.parts: list[_Replicas] = []
         self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
-        # A leaf of its own for every pass: after owners moved, a graph that is still alive may hold the old shape.
-        self._own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
+        # Every pass has leaves of its own: after owners moved, a graph that is still alive may hold the old shape.
+        own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
         self.copies: Storage | None = None
-        if experts.needs_copies:
-            like: dict[str, Any] = {"device": schedule.device, "dtype": schedule.compute_dtype}
+        device, dtype = deployment.device, deployment.compute_dtype
+        if any(rows.dtype != dtype or rows.device != device for rows in own.values()):
+            like: dict[str, Any] = {"device": device, "dtype": dtype}
             bank = {name: torch.empty(rows.shape, **like).requires_grad_(name in self.trainable)
-                    for name, rows in self._own.items()}  # fmt: skip
-            self.copies = Storage(bank, schedule.ledger, "copies of owned experts")
+                    for name, rows in own.items()}  # fmt: skip
+            self.copies = Storage(bank, ledger, "copies of owned experts")
+        self._held = _OwnRows(experts.mine, own if self.copies is None else self.copies.bank, self.trainable)
         self.gathered_count = 0
-        self.kept_bytes, self.used_in_backward = 0.0, False
         self._fill_copies()
         self._add(plan, early_ED)
 
@@ -149,9 +136,9 @@ class Materialised:
     def _add(self, plan: TransferPlan, holders_ED: NDArray[np.bool_]) -> None:
         if not plan.count:
             return
-        experts, rank = self.experts, self.schedule.rank
+        experts, rank = self.experts, self.deployment.rank
         mine = [int(e) for e in np.flatnonzero(holders_ED[:, rank]) if experts.owner_E[e] != rank]
-        self.parts.append(_Replicas(self, plan, mine))
+        self.parts.append(_Replicas(self._held, self.deployment, self.ledger, plan, mine))
         self.gathered_count += plan.count
 
     def complete(self, holders_ED: NDArray[np.bool_], used_ED: NDArray[np.bool_]) -> None:
@@ -159,10 +146,24 @@ class Materialised:
         late_ED = holders_ED & ~self.early_ED
         self.used_ED = used_ED
         if late_ED.any():
-            schedule = self.schedule
-            plan = plan_transfers(self.owner_E, late_ED, schedule.cluster, expert_bytes=schedule.expert_bytes,
-                                  form=schedule.form)  # fmt: skip
+            there = self.deployment
+            plan = plan_transfers(self.owner_E, late_ED, there.cluster, expert_bytes=there.expert_bytes,
+                                  form=there.form)  # fmt: skip
             self._add(plan, late_ED)
+
+    @property
+    def fullest_bytes(self) -> float:
+        """Bytes of this layer's replicas on the rank that has most of them; the same on all ranks."""
+        extra_D = np.zeros(self.deployment.cluster.num_devices, np.int64)
+        for part in self.parts:
+            extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
+        return float(extra_D.max() * self.deployment.expert_bytes)
+
+    @property
+    def gather_s(self) -> float:
+        """Modelled seconds of gathering the replicas once."""
+        there = self.deployment
+        return sum(part.plan.seconds(there.cluster, there.expert_bytes) for part in self.parts)
 
     @property
     def slots(self) -> list[int]:
@@ -174,16 +175,12 @@ class Materialised:
         return [count_E[ids].tolist() for ids in (self.experts.mine, *(part.mine for part in self.parts))]
 
     def banks(self) -> list[Bank]:
-        """See :class:`poise.runtime.layer.Weights`."""
+        """Stacked weights in the order of :attr:`slots`, once they are here."""
         self.ready()
-        own = self._own if self.copies is None else self.copies.bank
-        return [own, *(part.storage.bank for part in self.parts)]
+        return self._banks()
 
-    def own_row(self, expert: int) -> list[Tensor]:
-        """Weights of an expert owned here."""
-        row = self.experts.mine.index(expert)
-        bank = self._own if self.copies is None else self.copies.bank
-        return [weight.data[row] for weight in bank.values()]
+    def _banks(self) -> list[Bank]:
+        return [self._held.bank, *(part.storage.bank for part in self.parts)]
 
     def start(self) -> None:
         """Gather again what was freed."""
@@ -199,22 +196,17 @@ class Materialised:
 
     def free(self) -> None:
         """Give up the weights; gradients will need :meth:`ready` again."""
-        for part in self.parts:  # they wait for what is sent from the copies
+        for part in self.parts:  # this waits until what is sent from the copies has left
             part.free()
         if self.copies is not None:
             self.copies.free()
 
     def leaves(self) -> list[Tensor]:
-        """See :class:`poise.runtime.layer.Weights`."""
-        own = self._own if self.copies is None else self.copies.bank
-        return [bank[name] for bank in (own, *(part.storage.bank for part in self.parts)) for name in self.trainable]
-
-    def after_forward(self) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
-        self.schedule.forward_done(self)
+        """The tensors whose gradients are wanted: every trainable weight of every bank."""
+        return [bank[name] for bank in self._banks() for name in self.trainable]
 
     def check_owners(self) -> None:
-        """They may have moved since the forward pass.
+        """Refuse to go on if owners have moved since the forward pass.
 
         Raises
         ------
@@ -226,17 +218,8 @@ class Materialised:
                 hint="go backward before the next optimizer step",
             )
 
-    def before_backward(self) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
-        self.used_in_backward = True
-        self.schedule.backward_starts(self)
-        self.ready()
-
-    def after_backward(self, grads: Sequence[Tensor | None] | None) -> None:
-        """See :class:`poise.runtime.layer.Weights`."""
-        if grads is None:
-            self.free()
-            return
+    def gradients(self, grads: Sequence[Tensor | None]) -> LayerGradients:
+        """What belongs to whom among gradients of :meth:`leaves`; the ledger counts those of replicas from now on."""
         names = self.trainable
         own = dict(zip(names, grads[: len(names)], strict=True))
         replicas: dict[int, list[Tensor]] = {}
@@ -244,30 +227,44 @@ class Materialised:
         for part in self.parts:
             mine, at = grads[at : at + len(names)], at + len(names)
             for row, expert in enumerate(part.mine):
-                if self.used_ED[expert, self.schedule.rank]:
+                if self.used_ED[expert, self.deployment.rank]:
                     replicas[expert] = [
                         torch.zeros_like(part.storage.bank[name][row]) if grad is None else grad[row]
                         for name, grad in zip(names, mine, strict=True)
                     ]
         nbytes = sum(grad.nbytes for grad in grads[len(names) :] if grad is not None)
-        self.schedule.ledger.add("replica gradients", nbytes)
-        self.free()
-        self.schedule.backward_done(self, own, replicas, nbytes)
+        self.ledger.add("replica gradients", nbytes)
+        return LayerGradients(own, replicas, nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OwnRows:
+    """Experts owned here as they are computed with and sent: numbers, stacked weights, names of those trained."""
+
+    mine: list[int]
+    bank: Bank
+    trainable: list[str]
 
 
 class _Replicas:
-    """Experts fetched together: those known before the gate, or those added after it."""
+    """Experts gathered together: those known before the gate, or those added after it.
 
-    def __init__(self, owner: Materialised, plan: TransferPlan, mine: list[int]) -> None:
-        self.plan, self.mine, self.owner, self.group = plan, mine, weakref.ref(owner), owner.schedule.weights_group
-        self.device = owner.schedule.device
-        like: dict[str, Any] = {"device": owner.schedule.device, "dtype": owner.schedule.compute_dtype}
-        shapes = owner.experts.kind.shapes
-        bank = {
-            name: torch.empty(len(mine), *shape, **like).requires_grad_(name in owner.trainable)
-            for name, shape in shapes.items()
-        }
-        self.storage = Storage(bank, owner.schedule.ledger, "replicas")
+    Parameters
+    ----------
+    own : what this rank sends.
+    deployment, ledger : as in :class:`Materialised`.
+    plan : how all ranks get their experts.
+    mine : what this rank gets.
+    """
+
+    def __init__(
+        self, own: _OwnRows, deployment: Deployment, ledger: Ledger, plan: TransferPlan, mine: list[int]
+    ) -> None:
+        self.own, self.plan, self.mine, self.deployment = own, plan, mine, deployment
+        like: dict[str, Any] = {"device": deployment.device, "dtype": deployment.compute_dtype}
+        bank = {name: torch.empty(len(mine), *weight.shape[1:], **like).requires_grad_(name in own.trainable)
+                for name, weight in own.bank.items()}  # fmt: skip
+        self.storage = Storage(bank, ledger, "replicas")
         self.gather: Pending | None = None
         self.here = False
         self.start()
@@ -277,16 +274,14 @@ class _Replicas:
         if self.here or self.gather is not None:
             return
         self.storage.allocate()
-        self.gather = sparse_all_gather(self.plan, self.group, self.rows, self.device)
+        there = self.deployment
+        self.gather = sparse_all_gather(self.plan, there.weights_group, self.rows, there.device)
 
     def rows(self, expert: int) -> list[Tensor]:
-        """Where an expert lies on this rank."""
-        if expert in self.mine:
-            row = self.mine.index(expert)
-            return [weight.data[row] for weight in self.storage.bank.values()]
-        owner = self.owner()
-        assert owner is not None
-        return owner.own_row(expert)
+        """Weights of an expert on this rank, replica or owned."""
+        held, bank = (self.mine, self.storage.bank) if expert in self.mine else (self.own.mine, self.own.bank)
+        row = held.index(expert)
+        return [weight.data[row] for weight in bank.values()]
 
     def wait(self) -> None:
         """Until they are here."""

@@ -21,7 +21,7 @@ class LayerMetrics:
     tokens_D : pairs computed on each rank.
     owner_tokens_D : pairs each rank would have computed without replicas (plain expert parallelism on these owners).
     replicas : experts gathered, over all ranks.
-    gathered_bytes : they in bytes; re-gathering for the backward costs the same again.
+    gathered_bytes : bytes of these; re-gathering for the backward costs the same again.
     policy, view : who planned, and what it saw before the gate.
     """
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from poise.runtime.dispatch import Exchange
-from poise.runtime.layer import Inner
+from poise.runtime.layer import LayerStep
 from poise.runtime.recompute import Region
 from poise.train.materialize import Materialised
 from poise.util.errors import ModelError
@@ -23,23 +22,26 @@ class Pass:
 
     Parameters
     ----------
-    layer, ids_TK, way, weights : number, the router's choice, who sends what, and the experts that are held.
+    layer : its number.
+    ids_TK : what the router chose, as it was given.
+    step : the stages of the layer.
+    weights : the experts that are held.
     number : of the forward pass.
     frames : the checkpoints around it.
     before : the layer before it in the same forward pass, whose backward comes next; the same on all ranks.
-    inner : the experts' graph.
+    kept_bytes : of its replicas, if they stay from the forward pass to the backward within a budget.
     done : its backward is over.
     node : its place in the graph.
     """
 
     layer: int
     ids_TK: Tensor
-    way: Exchange
+    step: LayerStep
     weights: Materialised
     number: int
     frames: list[weakref.ref[Any]]
     before: Pass | None = None
-    inner: Inner = field(default_factory=Inner)
+    kept_bytes: float = 0.0
     done: bool = False
     node: Callable[[], Any] = lambda: None
 
@@ -51,9 +53,15 @@ class Pass:
 
 
 class Passes:
-    """All that are alive: a graph keeps them, this object only the last one of the forward pass that runs."""
+    """All passes that are alive. Graphs keep them; this object keeps only the last one of the forward pass that runs.
+
+    ``number`` counts forward passes of the model in which a layer ran; ``layer`` is the one that ran last in this one,
+    -1 before the first, None when the next layer that runs begins a new forward pass.
+    """
 
     def __init__(self) -> None:
+        self.number = 0
+        self.layer: int | None = None
         self._refs: list[weakref.ref[Pass]] = []
         self._last: Pass | None = None
         self._turns: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
@@ -64,7 +72,19 @@ class Passes:
 
     def begin(self) -> None:
         """A forward pass of the model starts."""
-        self._last = None
+        self._last, self.layer = None, -1
+
+    def begins_with(self, layer: int) -> bool:
+        """Whether this layer, which runs now, is the first of a forward pass that nothing else has begun."""
+        return self.layer is None or layer <= self.layer
+
+    def count(self) -> None:
+        """A layer is about to run: with the first one the forward pass gets its number."""
+        self.number += self.layer == -1
+
+    def end(self) -> None:
+        """No layer that runs from now on belongs to this forward pass."""
+        self.layer = None
 
     def add(self, one: Pass) -> None:
         """A forward pass of a layer that may go backward."""
@@ -75,11 +95,11 @@ class Passes:
         self._refs.append(weakref.ref(one))
 
     def again(self, layer: int, ids_TK: Tensor, region: Region) -> Pass:
-        """The pass that is computed again: a router may flip ties, plan and splits must not.
+        """The pass that is computed again: the router may decide ties otherwise, plan and splits must be the same.
 
-        Of several passes it is the one of this checkpoint (one that is done comes back when its graph was kept); of
-        several of it, they come again in the order they came. Where the checkpoint is not known: an open one, with the
-        most equal ids.
+        Of several passes of the layer it is one of the same checkpoint, even one whose backward is over, as its graph
+        may have been kept; several of one checkpoint are computed again in the order in which they ran. Where no
+        checkpoint is known, it is the open pass with the most equal ids.
 
         Raises
         ------

@@ -1,7 +1,8 @@
-"""Replica gradients between a layer's backward pass and their owners."""
+"""Gradients of replicas, from a layer's backward pass until the owners have them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from poise.cost.transfers import plan_transfers
 from poise.runtime.collectives import sparse_reduce_scatter
-from poise.train.materialize import Materialised, WeightSchedule
-from poise.train.sharding import ShardedExperts
+from poise.train.materialize import LayerGradients, Ledger, Materialised
+from poise.train.owned import OwnedExperts
+from poise.train.settings import Deployment
 from poise.util.errors import ModelError
 
 
@@ -36,27 +38,34 @@ class Kept:
 
 
 class ReplicaGradients:
-    """They are kept until a backward pass that synchronises, then reduced while the backward pass goes on."""
+    """They are kept until they are reduced, layer by layer; a reduction runs while the backward pass goes on.
 
-    def __init__(self, schedule: WeightSchedule) -> None:
-        self.schedule = schedule
+    Parameters
+    ----------
+    layers : owned experts of every layer, who take the sums.
+    deployment : how gradients travel.
+    ledger : what counts their bytes.
+    """
+
+    def __init__(self, layers: Sequence[OwnedExperts], deployment: Deployment, ledger: Ledger) -> None:
+        self.layers, self.deployment, self.ledger = layers, deployment, ledger
         self.reductions: list[Reduction] = []
-        self._kept = [Kept() for _ in schedule.layers]
+        self._kept = [Kept() for _ in layers]
 
     @property
     def waiting(self) -> bool:
         """Whether some wait for a synchronised backward pass; the same on all ranks."""
         return any(kept.holders_ED is not None for kept in self._kept)
 
-    def add(self, weights: Materialised, replicas: dict[int, list[Tensor]], nbytes: int, scale: float) -> None:
-        """Gradients of one micro-batch; ``nbytes`` are counted for them already."""
+    def add(self, weights: Materialised, gradients: LayerGradients, scale: float) -> None:
+        """Gradients of one micro-batch times ``scale``."""
         if not weights.trainable:
             return
-        schedule, kept = self.schedule, self._kept[weights.experts.number]
-        sent = {e: [_scaled(row, scale, schedule.reduce_dtype) for row in rows] for e, rows in replicas.items()}
-        if schedule.reduce_dtype != schedule.compute_dtype:  # copies in the wider type took their place
+        wire, kept, nbytes = self.deployment.reduce_dtype, self._kept[weights.experts.number], gradients.nbytes
+        sent = {e: [_scaled(row, scale, wire) for row in rows] for e, rows in gradients.replicas.items()}
+        if wire != self.deployment.compute_dtype:  # copies in the wider type took their place
             copied = sum(row.nbytes for rows in sent.values() for row in rows)
-            schedule.ledger.add("replica gradients", copied - nbytes)
+            self.ledger.add("replica gradients", copied - nbytes)
             nbytes = copied
         if kept.holders_ED is not None and kept.names != weights.trainable:
             raise ModelError(
@@ -74,12 +83,12 @@ class ReplicaGradients:
         kept.holders_ED = used_ED.copy() if kept.holders_ED is None else kept.holders_ED | used_ED
 
     def reduce(self, layer: int) -> int:
-        """Send a layer's gradients home; how many cross between ranks. Nothing to send is fine."""
+        """Start to send a layer's gradients to the owners; how many experts' gradients cross between ranks."""
         kept = self._kept[layer]
         if kept.holders_ED is None:
             return 0
         self._kept[layer] = Kept()
-        self.reductions.append(Reduction(self.schedule.layers[layer], self.schedule, kept))
+        self.reductions.append(Reduction(self.layers[layer], self.deployment, self.ledger, kept))
         return self.reductions[-1].count
 
     def wait(self) -> None:
@@ -93,23 +102,22 @@ class ReplicaGradients:
         for reduction in self.reductions:
             reduction.discard()
         self.reductions.clear()
-        self.schedule.ledger.add("replica gradients", -sum(kept.nbytes for kept in self._kept))
+        self.ledger.add("replica gradients", -sum(kept.nbytes for kept in self._kept))
         self._kept = [Kept() for _ in self._kept]
 
 
 class Reduction:
     """One layer's gradients on their way."""
 
-    def __init__(self, experts: ShardedExperts, schedule: WeightSchedule, kept: Kept) -> None:
+    def __init__(self, experts: OwnedExperts, deployment: Deployment, ledger: Ledger, kept: Kept) -> None:
         assert kept.holders_ED is not None
-        self.kept, self.experts, self.ledger = kept, experts, schedule.ledger
-        plan = plan_transfers(
-            experts.owner_E, kept.holders_ED, schedule.cluster, expert_bytes=schedule.gradient_bytes, form=schedule.form
-        )
+        self.kept, self.experts, self.ledger = kept, experts, ledger
+        plan = plan_transfers(experts.owner_E, kept.holders_ED, deployment.cluster,
+                              expert_bytes=deployment.gradient_bytes, form=deployment.form)  # fmt: skip
         self.count = plan.count
         self.pending = sparse_reduce_scatter(
-            plan, schedule.weights_group, self._rows, schedule.reduce_dtype, schedule.device,
-            partial(self.ledger.add, "arriving gradients"),
+            plan, deployment.weights_group, self._rows, deployment.reduce_dtype, deployment.device,
+            partial(ledger.add, "arriving gradients"),
         )  # fmt: skip
 
     def _rows(self, expert: int) -> list[Tensor]:

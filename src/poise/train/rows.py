@@ -57,7 +57,7 @@ class Ownership:
         return Ownership(self.mesh, owner_E, self.listed, self.origin)
 
     def check(self, other: Ownership) -> None:
-        """Rows of both are about to meet.
+        """Refuse to combine rows of both, if they cannot be.
 
         Raises
         ------
@@ -171,7 +171,7 @@ def _tagged(out: Any, like: ExpertRows) -> Any:
 
 
 def _own_part(value: Any, like: ExpertRows) -> Any:
-    """A tensor of all experts beside rows: of it as well, those of this rank; a mask by expert, for one."""
+    """Rows of this rank of a tensor of all experts that stands beside rows, as a mask by expert does."""
     if type(value) is not Tensor or not value.dim():
         return value
     here, experts = _size(like), len(like.ownership.owner_E)
@@ -350,7 +350,7 @@ def _mean(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, *
 
 
 def _by_axis(func: Any, rows: ExpertRows, dim: Any, run: Callable[[], Any]) -> Any:
-    """Along axes within an expert all is here; along the experts' axis it is not."""
+    """Reduce along axes within an expert; along the axis of experts other ranks have the rest, so it is refused."""
     axes = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
     size = _size(rows)
     if not axes or any(axis % len(size) == 0 for axis in axes):
@@ -372,7 +372,7 @@ def _axes(func: Any, rows: ExpertRows) -> int:
 
 
 def _grad(func: Any, rows: ExpertRows, *_: Any) -> Any:
-    """A gradient that was put there as a plain tensor is one of rows all the same."""
+    """The gradient as rows, also where a plain tensor was set."""
     with plainly():
         grad = rows.grad
         if type(grad) is Tensor:

@@ -1,9 +1,9 @@
 """What state dicts show in place of a rank's rows: one tensor [E, ...], of which this rank has a part.
 
 To PyTorch it is a DTensor, so that its own tools do with it what they do with FSDP2's: gather it whole, write and read
-it in chunks, stage it. It claims to be replicated, which is what it is to those who ask for it: a true placement would
-have to say which rows lie where, and PyTorch knows only even blocks in order. ``torch.distributed.checkpoint`` sees one
-chunk an expert.
+it in chunks, stage it. It claims to be replicated, as ``full_tensor`` gives the same on every rank: a true placement
+would have to say which rows lie where, and PyTorch knows only even blocks in order. ``torch.distributed.checkpoint``
+sees one chunk an expert.
 """
 
 from __future__ import annotations

@@ -1,53 +1,26 @@
-"""Optimizers that hold sharded experts: a run learns of them by their steps; their state dicts speak of all experts."""
+"""State dicts of optimizers that hold sharded experts speak of all experts."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from poise.train.rows import ExpertRows, plain, stepping
-from poise.train.sharding import ShardedExperts
+from poise.train.rows import ExpertRows, plain
 from poise.train.shards import own_rows, shards_of
 from poise.util.errors import OptionError
 
-
-class StepListener(Protocol):
-    """What a step of an optimizer is told to."""
-
-    layers: list[ShardedExperts]
-
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer that holds owned experts made a step."""
-        ...
-
-
-_LISTENERS: weakref.WeakKeyDictionary[StepListener, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
-"""Every run, and the parameters that its experts have replaced."""
 _SPEAKING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers whose state dicts speak of all experts."""
-_WATCHED: list[Any] = []
-
-
-def watch_optimizers(run: StepListener, replaced: list[weakref.ref[nn.Parameter]]) -> None:
-    """Let the run know of every step of an optimizer that holds its experts.
-
-    Two hooks for all runs, for good: to take one off while PyTorch goes through its hooks is an error.
-    """
-    _LISTENERS[run] = replaced
-    if not _WATCHED:
-        _WATCHED.append(register_optimizer_step_pre_hook(_steps))
-        _WATCHED.append(register_optimizer_step_post_hook(_stepped))
 
 
 def speak_of_experts(optimizer: torch.optim.Optimizer) -> None:
-    """Let ``state_dict`` and ``load_state_dict`` of an optimizer speak of all experts, and mend what was loaded before.
+    """Let ``state_dict`` and ``load_state_dict`` of an optimizer speak of all experts; convert states that it has.
 
     Raises
     ------
@@ -60,7 +33,7 @@ def speak_of_experts(optimizer: torch.optim.Optimizer) -> None:
             "LBFGS takes all parameters of a process as one vector, and ranks have different ones",
             hint="use an optimizer that treats parameters one by one",
         )
-    for weight in _weights(optimizer):
+    for weight in weights_of(optimizer):
         if isinstance(weight, ExpertRows) and optimizer.state.get(weight):
             optimizer.state[weight] = _taken(weight, optimizer.state[weight])
     optimizer.register_state_dict_post_hook(_show)
@@ -68,35 +41,9 @@ def speak_of_experts(optimizer: torch.optim.Optimizer) -> None:
     _SPEAKING.add(optimizer)
 
 
-def _weights(optimizer: torch.optim.Optimizer) -> list[Any]:
+def weights_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """All parameters that an optimizer holds."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
-def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    stepping[:] = []
-    if any(isinstance(weight, ExpertRows) for weight in _weights(optimizer)):
-        speak_of_experts(optimizer)
-        stepping[:] = [type(optimizer).__name__]
-    held = {id(weight) for weight in _weights(optimizer)}
-    for run, replaced in list(_LISTENERS.items()):
-        owned = {id(weight) for experts in run.layers for weight in experts.parameters()}
-        old = {id(weight) for ref in replaced if (weight := ref()) is not None}
-        if not owned & held and old & held:
-            raise OptionError(
-                f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
-                hint="build the optimizer after fully_shard_experts",
-            )
-
-
-def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    stepping[:] = []
-    held = {id(weight) for weight in _weights(optimizer)}
-    for run in list(_LISTENERS):
-        if any(id(weight) in held for experts in run.layers for weight in experts.parameters()):
-            run.stepped(optimizer)
-
-
-# ---- state dicts --------------------------------------------------------------------------------------------------
 
 
 def _show(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +60,7 @@ def _each(
     """A state dict with the states of expert weights made anew; the inner dicts are the optimizer's own."""
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     states = dict(state_dict["state"])
-    for number, weight in zip(numbers, _weights(optimizer), strict=False):  # another length is the optimizer's to say
+    for number, weight in zip(numbers, weights_of(optimizer), strict=False):  # the optimizer refuses others
         if isinstance(weight, ExpertRows) and states.get(number):
             states[number] = make(weight, states[number])
     return {**state_dict, "state": states}

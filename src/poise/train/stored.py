@@ -88,7 +88,7 @@ class CheckpointReader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Every weight and optimizer state of a checkpoint has a place, and every place gets its own."""
+    """Loads a checkpoint whose weights and optimizer states are those of the model, no fewer and no more."""
 
     def create_local_plan(self) -> Any:
         """Refuse a checkpoint of another model.
@@ -105,7 +105,7 @@ class Planner(DefaultLoadPlanner):
         return super().create_local_plan()
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """What is no tensor: numbers, words, lists of them."""
+        """Load an entry that is no tensor: numbers, words, lists of them."""
         torch.load(value, weights_only=True)  # torch then loads the same bytes with all that a pickle can do
         value.seek(0)
         super().load_bytes(read_item, value)

@@ -15,7 +15,7 @@ KEPT = 20
 
 
 class WindowClock:
-    """From the end of a layer's experts to the next layer's dispatch, in the work of the tokens' device."""
+    """From the end of a layer's experts to the next layer's dispatch, on the clock of the tokens' device."""
 
     def __init__(self) -> None:
         self._left_at: Any = None

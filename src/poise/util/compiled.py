@@ -12,7 +12,8 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar, overload
 
 import numpy as np
 from numba import njit
@@ -20,6 +21,8 @@ from numba.core.caching import IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
+P = ParamSpec("P")
+R = TypeVar("R")
 CONSTANTS = (bool, int, float, str, tuple, np.generic)
 
 
@@ -74,16 +77,28 @@ class Compilation:
 COMPILATION = Compilation()
 
 
+@overload
+def compiled(function: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+@overload
+def compiled(*, nogil: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
 def compiled(function: Callable[..., Any] | None = None, *, nogil: bool = False) -> Any:
     """Compile a function with numba (nopython mode) when it is first called.
+
+    Types that the function names are what mypy checks its callers and itself by; numba infers its own.
 
     Parameters
     ----------
     function : a function of numbers and arrays; left out where the decorator has arguments.
     nogil : other threads run meanwhile.
     """
-    if function is None:
-        return lambda plain: compiled(plain, nogil=nogil)
+    return partial(_compiled, nogil=nogil) if function is None else _compiled(function, nogil=nogil)
+
+
+def _compiled(function: Callable[..., Any], *, nogil: bool) -> Any:
     try:
         dispatcher = njit(cache=True, nogil=nogil)(function)
     except RuntimeError:  # numba: no folder for a cache can be written

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
+
+
+def close_to(word: str, known: Iterable[str]) -> str:
+    """The hint on an unknown word: the known one that it is close to, or all of them."""
+    every = list(known)
+    close = difflib.get_close_matches(word, every, 1)
+    return f"did you mean {close[0]}?" if close else f"one of {', '.join(every)}"
 
 
 def percent(share: float) -> str:

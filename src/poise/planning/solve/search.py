@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import roofline
+from poise.cost.compute import expert_times
 from poise.cost.step import batch_cost
 from poise.planning.budget import UPDATES_PER_SECOND, Budget, Limit
 from poise.planning.methods.lpt import pack
@@ -302,12 +302,13 @@ class _Price:
 
 def _price(problem: PlacementProblem, placement: Placement) -> _Price:
     batch, cluster, count_LED = problem.batch, problem.cluster, placement.count_LED()
-    cost = batch_cost(batch, count_LED, cluster, problem.model, traffic=problem.traffic, split=problem.split)
+    cost = problem.pricing.cost(batch, count_LED)
     seconds_L: NDArray[np.float64] = batch.weight_B @ cost.seconds_BL
     if problem.split != "even":  # the search works on the even split
-        cost = batch_cost(batch, count_LED, cluster, problem.model, traffic=problem.traffic, split="even")
+        cost = problem.pricing.cost(batch, count_LED, split="even")
     most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
-    per_token, _ = roofline(cluster, problem.model)
+    times = expert_times(cluster, problem.model)
+    per_token = times.compute_s + times.activation_s
     return _Price(seconds_L, batch.weight_B @ (cost.seconds_BL + TIE_BREAK * per_token * most_BL))
 
 

@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.machine import Machine, book, book_even_homes, expert_work, fullest_port, make_machine
+from poise.cost.machine import (
+    Machine,
+    book,
+    book_even_homes,
+    combine_seconds,
+    dispatch_seconds,
+    exchange_seconds,
+    expert_work,
+    fullest_ports,
+    make_machine,
+    token_work,
+)
 from poise.cost.traffic import DATA_FLOWS, landing_DN
 from poise.planning.problem import PlacementProblem
 from poise.routing.trace import NO_EXPERT
@@ -195,7 +206,7 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
 
 
 @compiled(nogil=True)
-def rebuild(data, state, layer):  # type: ignore[no-untyped-def]
+def rebuild(data: Data, state: State, layer: int) -> None:
     """Compute all sums of a layer anew."""
     state.compute_LBD[layer] = 0.0
     state.tokens_LBD[layer] = 0.0
@@ -311,7 +322,7 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
 
 
 @compiled(nogil=True)
-def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
+def layer_compute(data: Data, state: State, layer: int) -> float:
     """Expected compute seconds of a layer, with the tie break."""
     devices = data.machine.speed_D.size
     out = 0.0
@@ -320,12 +331,12 @@ def layer_compute(data, state, layer):  # type: ignore[no-untyped-def]
         for d in range(devices):
             most = max(most, state.compute_LBD[layer, b, d])
             tokens = max(tokens, state.tokens_LBD[layer, b, d] / data.machine.speed_D[d])
-        out += data.weight_B[b] * (most + TIE_BREAK * tokens * data.machine.per_token)
+        out += data.weight_B[b] * (most + TIE_BREAK * tokens * token_work(data.machine))
     return out
 
 
 @compiled(nogil=True)
-def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
+def layer_seconds(data: Data, state: State, layer: int) -> float:
     """Expected seconds of a layer that depend on the placement, with the tie break."""
     out, machine = layer_compute(data, state, layer), data.machine
     state.work[0] += data.weight_B.size * machine.speed_D.size
@@ -333,12 +344,12 @@ def layer_seconds(data, state, layer):  # type: ignore[no-untyped-def]
     for b in range(data.weight_B.size):
         if not data.has_tokens:
             book_even_homes(homes_PD, state.tokens_LBD[layer, b], machine)
-            port = fullest_port(homes_PD, machine) * (machine.out_bytes + machine.back_bytes)
+            port = exchange_seconds(fullest_ports(homes_PD, machine), machine)
         elif data.flow == STAY:
-            port = fullest_port(state.port_LFBPD[layer, 0, b], machine) * machine.out_bytes
-            port += fullest_port(state.port_LFBPD[layer, 1, b], machine) * machine.back_bytes
+            port = dispatch_seconds(fullest_ports(state.port_LFBPD[layer, 0, b], machine), machine)
+            port += combine_seconds(fullest_ports(state.port_LFBPD[layer, 1, b], machine), machine)
         else:
-            port = fullest_port(state.port_LFBPD[layer, 0, b], machine) * (machine.out_bytes + machine.back_bytes)
+            port = exchange_seconds(fullest_ports(state.port_LFBPD[layer, 0, b], machine), machine)
         out += data.weight_B[b] * port
     return out
 
@@ -404,7 +415,9 @@ def _distinct(experts):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def change(data, state, layer, experts, devices, limit):  # type: ignore[no-untyped-def]
+def change(
+    data: Data, state: State, layer: int, experts: NDArray[np.int64], devices: NDArray[np.int64], limit: float
+) -> bool:
     """Toggle (expert, device) pairs of a layer; undone, with False, if its compute alone comes out above ``limit``.
 
     ``experts`` and ``devices`` are int64 [n]; an expert may appear more than once.

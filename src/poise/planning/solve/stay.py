@@ -15,6 +15,8 @@ Step 3  Simulated annealing over swaps of two experts of a layer: maximise the e
 from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,11 +36,32 @@ HOT, COLD = 2e-3, 1e-5
 FILL, PRICE = 0.6, 0.3
 
 
+class StayGraph(NamedTuple):
+    """Step 2's graph; nodes are layer * E + expert, int64 [L * E].
+
+    Parameters
+    ----------
+    ptr, neighbour, weight : edges of each node: offsets int64 [L * E + 1], other ends int64, shares of all tokens.
+    load : float64 [L * E], relative to a device's mean.
+    fixed : bool [L * E], experts of step 1, which lie everywhere.
+    layers, experts, devices : L, E, D.
+    """
+
+    ptr: NDArray[np.int64]
+    neighbour: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    load: NDArray[np.float64]
+    fixed: NDArray[np.bool_]
+    layers: int
+    experts: int
+    devices: int
+
+
 @compiled(nogil=True)
-def _anneal(owner, ptr, neighbour, weight, load, fixed, shape, proposals, seed, stop):  # type: ignore[no-untyped-def]
-    """Swap owners (int64 [L * E], in place); ``load`` float64 [L * E] is relative to a device's mean; ``stop`` [1]."""
+def _anneal(graph: StayGraph, owner: NDArray[np.int64], proposals: int, seed: int, stop: NDArray[np.int64]) -> None:
+    """Swap owners (int64 [L * E], in place); ``stop`` int64 [1]: not 0 once the clock has run out."""
     np.random.seed(seed)
-    layers, experts, devices = shape
+    ptr, neighbour, weight, load, fixed, layers, experts, devices = graph
     x = np.zeros((layers, devices))
     for n in range(layers * experts):
         if not fixed[n]:
@@ -124,10 +147,10 @@ def plan(
     total = max(1, len(batch.experts_TLK))
     relative = (load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300) * devices).ravel()
     proposals = int(min(PROPOSALS * layers, max(1.0, budget.seconds) * PROPOSALS_PER_SECOND))
+    graph = StayGraph(ptr, neighbour, tokens / total, relative, everywhere.ravel(), layers, experts, devices)
     stop = np.zeros(1, np.int64)
     with budget.stops(stop):
-        _anneal(owner, ptr, neighbour, tokens / total, relative, everywhere.ravel(), (layers, experts, devices),
-                proposals, seed, stop)  # fmt: skip
+        _anneal(graph, owner, proposals, seed, stop)
     if stop[0]:
         budget.over("poise-stay")
     held = np.zeros((layers, experts, devices), dtype=bool)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.compute import expert_times
 from poise.stepwise.methods.hecate import nearest_rows
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
@@ -42,7 +43,8 @@ class FasterMoE(StepPolicy):
         cluster, model = view.price.cluster, view.price.model
         wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
         computes, sends = (3.0, 4.0) if self.training or view.price.training else (1.0, 2.0)
-        per_token = computes * model.flops_per_token / cluster.flops_per_s
+        times = expert_times(cluster, model)
+        per_token = computes * (times.compute_s + times.activation_s)
         per_token += sends * model.dispatch_bytes_per_token / wire
         node_D = cluster.node_D
 

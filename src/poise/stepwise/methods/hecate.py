@@ -187,5 +187,6 @@ class HecateCalibrated(Hecate):
         if not price.training:
             return compute
         load = port_load(Copies(rows_SED.sum(axis=1)[None].astype(np.float64)), cluster)
-        both = price.model.dispatch_bytes_per_token + price.model.combine_bytes_per_token
-        return compute * price.compute_passes + float(port_seconds(load, both, cluster)[0]) * price.exchange_passes
+        out = port_seconds(load, price.model.dispatch_bytes_per_token, cluster, cluster.dispatch_wire)[0]
+        back = port_seconds(load, price.model.combine_bytes_per_token, cluster, cluster.combine_wire)[0]
+        return compute * price.compute_passes + float(out + back) * price.exchange_passes

@@ -50,7 +50,14 @@ def _least(load_D, allowed_D, room_D, least_tokens, remaining):  # type: ignore[
 
 
 @compiled
-def spill(load_E, native_ED, pending_ED, free_D, limit, min_tokens):  # type: ignore[no-untyped-def]
+def spill(
+    load_E: NDArray[np.int64],
+    native_ED: NDArray[np.bool_],
+    pending_ED: NDArray[np.int64],
+    free_D: NDArray[np.int64],
+    limit: int,
+    min_tokens: int,
+) -> NDArray[np.int64]:
     """Steps 2 to 5: quotas int64 [E, D]. ``pending_ED`` tokens of each expert on its natives while it is to come."""
     experts, devices = native_ED.shape
     quota_ED = np.zeros((experts, devices), np.int64)

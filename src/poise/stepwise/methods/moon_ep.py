@@ -25,7 +25,7 @@ the order in which they stop giving, so that a receiver that gave less than plan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,16 @@ from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.compiled import compiled
 
 
+class Receivers(NamedTuple):
+    """Tokens from home group to receiver, int64 [D, D], and each group's last turn to give, int64 [D] (0: none)."""
+
+    give_DD: NDArray[np.int64]
+    last_D: NDArray[np.int64]
+
+
 @compiled
-def choose_receivers(tokens_D, capacity_D):  # type: ignore[no-untyped-def]
-    """Steps 1 and 2: tokens from home group to receiver, int64 [D, D], and each group's last turn to give (0: none)."""
+def choose_receivers(tokens_D: NDArray[np.int64], capacity_D: NDArray[np.int64]) -> Receivers:
+    """Steps 1 and 2."""
     devices = tokens_D.size
     surplus_D = tokens_D - capacity_D
     give_DD = np.zeros((devices, devices), np.int64)
@@ -50,12 +57,20 @@ def choose_receivers(tokens_D, capacity_D):  # type: ignore[no-untyped-def]
         surplus_D[giver] += surplus_D[taker]
         surplus_D[taker] = 0
         last_D[giver] = turn
-    return give_DD, last_D
+    return Receivers(give_DD, last_D)
 
 
 @compiled
-def hand_experts(load_E, home_E, capacity_D, give_DD, last_D, static_ED, slots):  # type: ignore[no-untyped-def]
+def hand_experts(
+    load_E: NDArray[np.int64],
+    home_E: NDArray[np.int64],
+    capacity_D: NDArray[np.int64],
+    receivers: Receivers,
+    static_ED: NDArray[np.bool_],
+    slots: int,
+) -> NDArray[np.int64]:
     """Step 3: quotas, int64 [E, D]. At most ``slots`` experts that a receiver does not hold already."""
+    give_DD, last_D = receivers
     experts, devices = static_ED.shape
     quota_ED = np.zeros((experts, devices), np.int64)
     load_D = np.zeros(devices, np.int64)
@@ -134,6 +149,6 @@ class MoonEp(StepPolicy):
         tokens_D = np.zeros(devices, np.int64)
         np.add.at(tokens_D, home_E, load_E)
         capacity_D = equal_capacity(tokens_D)
-        give_DD, last_D = choose_receivers(tokens_D, capacity_D)
-        quota_ED = hand_experts(load_E, home_E, capacity_D, give_DD, last_D, view.static_ED, view.step_slots)
+        receivers = choose_receivers(tokens_D, capacity_D)
+        quota_ED = hand_experts(load_E, home_E, capacity_D, receivers, view.static_ED, view.step_slots)
         return StepPlan(view.static_ED | (quota_ED > 0), quota_ED, details={"published": bool(fits)})

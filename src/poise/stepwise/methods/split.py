@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.quota import Holders, Scratch, balance, make_holders, make_scratch, near_start
+from poise.cost.quota import Holders, QuotaProblem, Scratch, balance, make_holders, make_scratch, near_start
 from poise.cost.split import NONE
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 
@@ -35,7 +35,7 @@ def exact_split(
     local_H = np.zeros(holders.device_H.size, np.int64)
     near_start(load_SE, holders, np.arange(len(speed_D)) if node_D is None else node_D, local_H)
     quota_H = np.zeros(holders.device_H.size, np.int64)
-    balance(load_E, local_H, NONE, holders, speed_D, slack, quota_H, scratch)
+    balance(QuotaProblem(load_E, speed_D, local_H, NONE, slack), holders, quota_H, scratch)
     out = np.zeros(holders_ED.shape, np.int64)
     out[holders.expert_H, holders.device_H] = quota_H
     return out

@@ -27,7 +27,7 @@ looked at.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +41,59 @@ PROBES = 4
 """Thresholds that are tried a round in step 4."""
 
 
+class OneDomain(NamedTuple):
+    """A domain before its exports.
+
+    Parameters
+    ----------
+    quota_ED : int64 [E, D], tokens of each expert on each of all devices; ``load_D`` int64 [D], their sums.
+    order_DX : int64 [D, X], each device's experts, fullest first.
+    held_ED : bool [E, D], holders.
+    first, last : the domain's devices, ``last`` left out.
+    slots : free ones of each device.
+    """
+
+    quota_ED: NDArray[np.int64]
+    load_D: NDArray[np.int64]
+    order_DX: NDArray[np.int64]
+    held_ED: NDArray[np.bool_]
+    first: int
+    last: int
+    slots: int
+
+
+class Aims(NamedTuple):
+    """Settings of :class:`UltraEp`; ``keep`` tokens stay with the owner."""
+
+    target: float
+    eps: float
+    min_tokens: int
+    probe: bool
+    keep: int
+
+
+class Exports(NamedTuple):
+    """What leaves which rank.
+
+    Parameters
+    ----------
+    made_X4 : int64 [X, 4]: expert, from, to, tokens.
+    possible : whether every rank comes down to the threshold; else the exports are worth nothing.
+    """
+
+    made_X4: NDArray[np.int64]
+    possible: bool
+
+
 @compiled
-def _best_target(held_E, room_D, slots_D, first, last, want, floor):  # type: ignore[no-untyped-def]
-    """The roomiest rank that can take at least ``floor`` of ``want`` tokens, or -1."""
+def _best_target(
+    domain: OneDomain, held_D: NDArray[np.bool_], room_D: NDArray[np.int64], slots_D: NDArray[np.int64], least: int,
+    want: int,
+) -> int:  # fmt: skip
+    """The roomiest rank that can take at least ``least`` of ``want`` tokens, or -1."""
     best = -1
-    for d in range(first, last):
-        if held_E[d] or slots_D[d] == 0 or room_D[d] <= 0 or min(want, room_D[d]) < floor:
+    for d in range(domain.first, domain.last):
+        if held_D[d] or slots_D[d] == 0 or room_D[d] <= 0 or min(want, room_D[d]) < least:
             continue
         if best < 0 or room_D[d] > room_D[best]:
             best = d
@@ -54,25 +101,22 @@ def _best_target(held_E, room_D, slots_D, first, last, want, floor):  # type: ig
 
 
 @compiled
-def export(start, held_ED, slots, first, last, threshold, floor, keep, plan_X):  # type: ignore[no-untyped-def]
-    """Step 2 for devices first..last: the number of exports in ``plan_X`` (expert, from, to, tokens), or -1.
-
-    ``start``: quotas int64 [E, D], their sums [D], each device's experts fullest first [D, X], the domain's devices
-    fullest first. ``floor`` 0: the fast probe's.
-    """
-    quota_ED, load_D, order_DX, ranks = start
-    devices = held_ED.shape[1]
-    held = held_ED.copy()
-    room_D, slots_D = np.zeros(devices, np.int64), np.full(devices, slots)
+def export(domain: OneDomain, threshold: int, floor: int, keep: int) -> Exports:
+    """Step 2; ``floor`` 0: the fast probe's, the excess left over the ranks that could take it."""
+    load_D, first, last = domain.load_D, domain.first, domain.last
+    devices = domain.held_ED.shape[1]
+    made_X4 = np.zeros((domain.slots * devices, 4), np.int64)
+    held = domain.held_ED.copy()
+    room_D, slots_D = np.zeros(devices, np.int64), np.full(devices, domain.slots)
     for d in range(first, last):
         room_D[d] = max(0, threshold - load_D[d])
     count = 0
-    for source in ranks:
+    for source in first + np.argsort(-load_D[first:last], kind="mergesort"):
         need = load_D[source] - threshold
         if need <= 0:
             break
-        for e in order_DX[source]:
-            have = quota_ED[e, source] - keep
+        for e in domain.order_DX[source]:
+            have = domain.quota_ED[e, source] - keep
             if need == 0 or have <= 0:
                 break
             while need > 0 and have > 0:
@@ -84,11 +128,11 @@ def export(start, held_ED, slots, first, last, threshold, floor, keep, plan_X): 
                     if takers == 0:
                         break
                     least = -(-need // takers)
-                to = _best_target(held[e], room_D, slots_D, first, last, want, least)
+                to = _best_target(domain, held[e], room_D, slots_D, least, want)
                 if to < 0:
                     break
                 tokens = min(want, room_D[to])
-                plan_X[count] = e, source, to, tokens
+                made_X4[count] = e, source, to, tokens
                 count += 1
                 held[e, to] = True
                 slots_D[to] -= 1
@@ -96,37 +140,37 @@ def export(start, held_ED, slots, first, last, threshold, floor, keep, plan_X): 
                 need -= tokens
                 have -= tokens
         if need > 0:
-            return -1
-    return count
+            return Exports(made_X4[:count], False)
+    return Exports(made_X4[:count], True)
 
 
 @compiled
-def solve_domain(quota_ED, load_D, order_DX, held_ED, slots, first, last, target, eps, min_tokens, probe, keep, plan_X):  # type: ignore[no-untyped-def]
-    """Steps 1, 3 and 4: (threshold, exports in ``plan_X``, whether the fast probe found it)."""
-    start = quota_ED, load_D, order_DX, first + np.argsort(-load_D[first:last], kind="mergesort")
-    total, most = load_D[first:last].sum(), load_D[first:last].max()
-    low = np.int64(np.ceil(total / (last - first) * target - 1e-9))
+def solve_domain(domain: OneDomain, aims: Aims) -> tuple[int, Exports, bool]:
+    """Steps 1, 3 and 4: the threshold, the exports, and whether the fast probe found them."""
+    load_D, keep = domain.load_D[domain.first : domain.last], aims.keep
+    total, most = load_D.sum(), load_D.max()
+    low = int(np.ceil(total / load_D.size * aims.target - 1e-9))
     high = max(low, most)
-    if probe:
-        threshold = np.int64(np.ceil(low * (1.0 + eps) - 1e-9))
+    if aims.probe:
+        threshold = int(np.ceil(low * (1.0 + aims.eps) - 1e-9))
         for _ in range(3):
-            count = export(start, held_ED, slots, first, last, threshold, 0, keep, plan_X)
-            if count >= 0:
-                return threshold, count, True
+            found = export(domain, threshold, 0, keep)
+            if found.possible:
+                return threshold, found, True
             threshold = min(high, threshold + max(1, -(-high // 100)))
-    count = export(start, held_ED, slots, first, last, low, min_tokens, keep, plan_X)
-    if count >= 0:
-        return low, count, False
+    found = export(domain, low, aims.min_tokens, keep)
+    if found.possible:
+        return low, found, False
     low = min(low + 1, high)
     while low < high:
         span, base = high - low, low
         for i in range(min(PROBES, span)):
             threshold = base + i if span <= PROBES else base + span * (i + 1) // (PROBES + 1)
-            if export(start, held_ED, slots, first, last, threshold, min_tokens, keep, plan_X) >= 0:
+            if export(domain, threshold, aims.min_tokens, keep).possible:
                 high = threshold
                 break
             low = threshold + 1
-    return low, export(start, held_ED, slots, first, last, low, min_tokens, keep, plan_X), False
+    return low, export(domain, low, aims.min_tokens, keep), False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +233,11 @@ class UltraEp(StepPolicy):
         quota_ED, thresholds, probed = start_ED.copy(), [], []
         order_DX = np.argsort(-start_ED, axis=0, kind="stable")[: static_ED.sum(axis=0).max()].T
         load_D, order_DX = start_ED.sum(axis=0), np.ascontiguousarray(order_DX)
-        plan_X = np.zeros((view.step_slots * devices, 4), np.int64)
+        aims = Aims(self.target, self.eps, self.min_tokens, self.probe, 0 if self.empty_owner else 1)
         for a, b in zip(last - sizes, last, strict=True):
-            threshold, count, fast = solve_domain(
-                start_ED, load_D, order_DX, static_ED, view.step_slots, int(a), int(b), self.target, self.eps,
-                self.min_tokens, self.probe, 0 if self.empty_owner else 1, plan_X,
-            )  # fmt: skip
-            for e, source, to, tokens in plan_X[:count]:
+            domain = OneDomain(start_ED, load_D, order_DX, static_ED, int(a), int(b), view.step_slots)
+            threshold, found, fast = solve_domain(domain, aims)
+            for e, source, to, tokens in found.made_X4:
                 quota_ED[e, source] -= tokens
                 quota_ED[e, to] += tokens
             thresholds.append(int(threshold))

@@ -1,1 +1,1 @@
-"""The policy of this project."""
+"""The policy of this project: :mod:`~poise.stepwise.poise.policy` says which of three runs."""

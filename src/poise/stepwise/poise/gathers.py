@@ -1,6 +1,7 @@
 """Compiled parts of ``poise`` in training: which experts to gather, so that a layer takes least modelled time.
 
-Modelled time: compute + all-to-alls of all passes + exposed weights (:mod:`poise.stepwise.poise.joint`).
+Modelled time: compute + all-to-alls of all passes + exposed weights (:mod:`poise.cost.weights`), tokens split by
+:mod:`poise.stepwise.poise.node_split`.
 
 Before the gate (:func:`plan_layer`), loads predicted and spread evenly over the sources
     Step 1  The k pairs (expert, node) with most tokens from the node's sources, of those the node lacks, for k on a
@@ -18,17 +19,22 @@ After the gate (:func:`calibrate`), exact loads of every source
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.weights import exposed_seconds, gather_seconds
-from poise.stepwise.poise.joint import (
+from poise.cost.machine import Machine
+from poise.cost.weights import CompiledPrice, exposed_seconds, gather_seconds
+from poise.stepwise.poise.node_split import (
     SLACKS,
+    PartTokens,
+    SourceTokens,
     best_quotas,
-    node_needs,
     quota_seconds,
     split_nodes,
     split_tokens,
+    tokens_of_node,
 )
 from poise.util.compiled import compiled
 
@@ -42,25 +48,57 @@ SPARE_SHARE = 0.1
 """A spare slot gets an expert whose tokens on each holder of the node are at least this share of a device's mean."""
 
 
+class OwnedLayer(NamedTuple):
+    """A layer to plan.
+
+    Parameters
+    ----------
+    sources : tokens, predicted before the gate, exact after it.
+    owned_ED : bool [E, D], owners.
+    free_D : int64 [D], slots beyond them.
+    price : machine, window and passes of the weights.
+    """
+
+    sources: SourceTokens
+    owned_ED: NDArray[np.bool_]
+    free_D: NDArray[np.int64]
+    price: CompiledPrice
+
+
+class Filling(NamedTuple):
+    """Holders while slots are being filled, bool [E, D], and the slots still free, int64 [D]."""
+
+    holders_ED: NDArray[np.bool_]
+    free_D: NDArray[np.int64]
+
+
+class GatherPlan(NamedTuple):
+    """Modelled seconds of a layer, its holders, bool [E, D], and their tokens, int64 [E, D]."""
+
+    seconds: float
+    holders_ED: NDArray[np.bool_]
+    quota_ED: NDArray[np.int64]
+
+
 @compiled
-def give_to_nodes(need_EN, holds_ED, count, free_D, machine, out_ED):  # type: ignore[no-untyped-def]
+def give_to_nodes(layer: OwnedLayer, count: int) -> tuple[int, Filling]:
     """The ``count`` pairs (expert, node) with most tokens from the node's sources get a replica there; pairs given.
 
     Inside the node it goes to the device with least tokens so far.
     """
-    experts, devices = holds_ED.shape
+    machine, need_EN = layer.price.machine, layer.sources.need_EN
+    out_ED, free_D = layer.owned_ED.copy(), layer.free_D.copy()
+    experts, devices = out_ED.shape
     nodes = machine.size_N.size
-    holds_EN = np.zeros((experts, nodes), np.bool_)
     many_EN = np.zeros((experts, nodes), np.int64)
     for e in range(experts):
         for d in range(devices):
-            if holds_ED[e, d]:
-                holds_EN[e, machine.node_D[d]] = True
+            if out_ED[e, d]:
                 many_EN[e, machine.node_D[d]] += 1
     load_D = np.zeros(devices)
     for e in range(experts):
         for d in range(devices):
-            if holds_ED[e, d]:
+            if out_ED[e, d]:
                 load_D[d] += need_EN[e, machine.node_D[d]] / many_EN[e, machine.node_D[d]]
     order = np.argsort(-need_EN.ravel(), kind="mergesort")
     given = 0
@@ -68,7 +106,7 @@ def give_to_nodes(need_EN, holds_ED, count, free_D, machine, out_ED):  # type: i
         e, n = pair // nodes, pair % nodes
         if given == count or need_EN[e, n] == 0:
             break
-        if holds_EN[e, n]:
+        if many_EN[e, n] > 0:
             continue
         to = -1
         for d in range(devices):
@@ -81,20 +119,21 @@ def give_to_nodes(need_EN, holds_ED, count, free_D, machine, out_ED):  # type: i
         free_D[to] -= 1
         load_D[to] += need_EN[e, n]
         given += 1
-    return given
+    return given, Filling(out_ED, free_D)
 
 
 @compiled
-def fill_node(load_E, own_EX, holds_EX, free_X, speed_X, tolerance, quota_EX):  # type: ignore[no-untyped-def]
-    """Surplus fill inside one node, in place; leaves the exact split in ``quota_EX``."""
+def fill_node(tokens: PartTokens, filling: Filling, tolerance: float) -> NDArray[np.int64]:
+    """Surplus fill inside one node, in place; the exact split, int64 [E, X]."""
+    holds_EX, free_X = filling.holders_ED, filling.free_D
     experts, devices = holds_EX.shape
     tried = np.zeros(devices, np.bool_)
+    mean = tokens.load_E.sum() / tokens.speed_X.sum()
+    most, quota_EX = split_tokens(tokens, holds_EX, 0.0)
     for _ in range(experts * devices):
-        most = split_tokens(load_E, own_EX, holds_EX, speed_X, 0.0, quota_EX)
-        mean = load_E.sum() / speed_X.sum()
         if most <= tolerance * mean:
-            return
-        load_X = quota_EX.sum(axis=0) / speed_X
+            break
+        load_X = quota_EX.sum(axis=0) / tokens.speed_X
         tried[:] = False
         done = True
         for _ in range(devices):
@@ -103,7 +142,7 @@ def fill_node(load_E, own_EX, holds_EX, free_X, speed_X, tolerance, quota_EX):  
                 if not tried[d] and free_X[d] > 0 and load_X[d] < mean and (to < 0 or load_X[d] < load_X[to]):
                     to = d
             if to < 0:
-                return
+                break
             tried[to] = True
             expert, amount = -1, 0
             for d in range(devices):
@@ -117,97 +156,94 @@ def fill_node(load_E, own_EX, holds_EX, free_X, speed_X, tolerance, quota_EX):  
                 done = False
                 break
         if done:
-            return
+            break
+        most, quota_EX = split_tokens(tokens, holds_EX, 0.0)
+    return quota_EX
 
 
 @compiled
-def fill_nodes(load_SE, quota_EN, holds_ED, free_D, machine, tolerance, quota_ED):  # type: ignore[no-untyped-def]
-    """:func:`fill_node` in every node, in place."""
+def fill_nodes(
+    sources: SourceTokens, quota_EN: NDArray[np.int64], start: Filling, machine: Machine, tolerance: float
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """:func:`fill_node` in every node: holders, bool [E, D], and their tokens, int64 [E, D]."""
+    holders_ED, quota_ED = start.holders_ED.copy(), np.zeros(start.holders_ED.shape, np.int64)
     first = 0
     for n in range(machine.size_N.size):
         last = first + machine.size_N[n]
-        own = np.ascontiguousarray(load_SE[first:last].T)
-        holds = np.ascontiguousarray(holds_ED[:, first:last])
-        free = free_D[first:last].copy()
-        part = np.zeros(holds.shape, np.int64)
-        speed = machine.speed_D[first:last].copy()
-        fill_node(np.ascontiguousarray(quota_EN[:, n]), own, holds, free, speed, tolerance, part)
-        holds_ED[:, first:last] = holds
-        free_D[first:last] = free
-        quota_ED[:, first:last] = part
+        inside = Filling(np.ascontiguousarray(holders_ED[:, first:last]), start.free_D[first:last].copy())
+        tokens = tokens_of_node(sources, quota_EN, n, first, machine)
+        quota_ED[:, first:last] = fill_node(tokens, inside, tolerance)
+        holders_ED[:, first:last] = inside.holders_ED
         first = last
+    return holders_ED, quota_ED
 
 
 @compiled
-def _try(load_SE, need_EN, wide_ED, room_D, owned_ED, price, slack, tolerance, least, best_ED, best_quota):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Step 2 for one slack and tolerance: the modelled seconds; what beats ``least`` goes to ``best``."""
-    machine, quota_EN, quota_ED = price.machine, need_EN.copy(), np.zeros(wide_ED.shape, np.int64)
-    if need_EN.shape[1] > 1:
-        split_nodes(need_EN, wide_ED, machine, slack, quota_EN)
-    full, left = wide_ED.copy(), room_D.copy()
-    fill_nodes(load_SE, quota_EN, full, left, machine, tolerance, quota_ED)
-    seconds = quota_seconds(quota_ED, load_SE, need_EN, machine)
+def _try(layer: OwnedLayer, start: Filling, slack: float, tolerance: float, least: float) -> GatherPlan:
+    """Step 2 for one slack and tolerance; its weights are priced only where it beats ``least`` without them."""
+    machine, sources = layer.price.machine, layer.sources
+    quota_EN = split_nodes(sources, start.holders_ED, machine, slack)
+    holders_ED, quota_ED = fill_nodes(sources, quota_EN, start, machine, tolerance)
+    seconds = quota_seconds(quota_ED, sources, machine)
     if seconds < least:
-        fetched = full & ~owned_ED
-        gather = gather_seconds(owned_ED, fetched, price)
-        seconds += exposed_seconds(gather, 0.0, price)
-        if seconds < least:
-            best_ED[:] = full
-            best_quota[:] = quota_ED
-    return seconds
+        gather = gather_seconds(layer.owned_ED, holders_ED & ~layer.owned_ED, layer.price)
+        seconds += exposed_seconds(gather, 0.0, layer.price)
+    return GatherPlan(seconds, holders_ED, quota_ED)
 
 
 @compiled(nogil=True)
-def plan_layer(load_SE, owned_ED, free_D, price, counts, best_ED):  # type: ignore[no-untyped-def]
-    """Holders with the least modelled time, bool [E, D] in ``best_ED``; (its seconds, seconds of no replicas).
+def plan_layer(layer: OwnedLayer, counts: NDArray[np.int64]) -> tuple[GatherPlan, float]:
+    """The plan with the least modelled time, and the seconds of no replicas.
 
-    ``price``: :class:`poise.cost.weights.CompiledPrice`; ``counts``: replicas a node that step 1 tries, rising. First
-    all of them with few slacks, then the best one with all slacks and tolerances.
+    ``counts``: replicas a node that step 1 tries, rising (:func:`tried_counts`). First all of them with few slacks,
+    then the best one with all slacks and tolerances.
     """
-    experts, devices = owned_ED.shape
-    machine = price.machine
-    nodes = machine.size_N.size
-    need_EN = node_needs(load_SE, machine.node_D, nodes)
-    best_quota = np.zeros((experts, devices), np.int64)
-    best_ED[:] = owned_ED
-    alone = best_quotas(load_SE, owned_ED, machine, SLACKS, best_quota)
-    least, chosen, given = alone, 0, -1
+    nodes = layer.price.machine.size_N.size
+    alone, quota_ED = best_quotas(layer.sources, layer.owned_ED, layer.price.machine)
+    best = GatherPlan(alone, layer.owned_ED.copy(), quota_ED)
+    chosen, before = 0, -1
     for count in counts:
-        wide, room = owned_ED.copy(), free_D.copy()
-        now = 0
-        if nodes > 1:
-            now = give_to_nodes(need_EN, owned_ED, count * nodes, room, machine, wide)
-        if now == given:
+        given, start = give_to_nodes(layer, count * nodes)
+        if given == before:
             break
-        given = now
+        before = given
         for slack in COARSE_SLACKS:
-            seconds = _try(load_SE, need_EN, wide, room, owned_ED, price, slack,
-                           COARSE_TOLERANCE, least, best_ED, best_quota)  # fmt: skip
-            if seconds < least:
-                least, chosen = seconds, count
-    wide, room = owned_ED.copy(), free_D.copy()
-    if nodes > 1:
-        give_to_nodes(need_EN, owned_ED, chosen * nodes, room, machine, wide)
+            tried = _try(layer, start, slack, COARSE_TOLERANCE, best.seconds)
+            if tried.seconds < best.seconds:
+                best, chosen = tried, count
+    _, start = give_to_nodes(layer, chosen * nodes)
     for slack in SLACKS:
         for tolerance in TOLERANCES:
-            seconds = _try(load_SE, need_EN, wide, room, owned_ED, price, slack,
-                           tolerance, least, best_ED, best_quota)  # fmt: skip
-            least = min(least, seconds)
+            tried = _try(layer, start, slack, tolerance, best.seconds)
+            if tried.seconds < best.seconds:
+                best = tried
         if nodes == 1:
             break
-    if least < alone:
-        _spare(owned_ED, best_ED, best_quota, free_D, price)
-    return least, alone
+    if best.seconds < alone:
+        best = GatherPlan(best.seconds, _spare(layer, best), best.quota_ED)
+    return best, alone
 
 
 @compiled
-def _spare(owned_ED, best_ED, quota_ED, free_D, price):  # type: ignore[no-untyped-def]
-    """Step 4: slots still free get what their node computes most of, where that hides."""
+def _left(layer: OwnedLayer, holders_ED: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Slots that replicas have left free, int64 [D]."""
+    left = layer.free_D.copy()
+    for e in range(holders_ED.shape[0]):
+        for d in range(holders_ED.shape[1]):
+            if holders_ED[e, d] and not layer.owned_ED[e, d]:
+                left[d] -= 1
+    return left
+
+
+@compiled
+def _spare(layer: OwnedLayer, plan: GatherPlan) -> NDArray[np.bool_]:
+    """Step 4: holders with what slots still free get."""
+    machine, price, quota_ED = layer.price.machine, layer.price, plan.quota_ED
+    best_ED = plan.holders_ED.copy()
     experts, devices = best_ED.shape
-    machine = price.machine
-    gather = gather_seconds(owned_ED, best_ED & ~owned_ED, price)
+    gather = gather_seconds(layer.owned_ED, best_ED & ~layer.owned_ED, price)
     paid = exposed_seconds(gather, 0.0, price)
-    left = free_D.copy()
+    left = _left(layer, best_ED)
     each_EN = np.zeros((experts, machine.size_N.size))
     many_EN = np.zeros((experts, machine.size_N.size))
     load_D = np.zeros(devices)
@@ -217,7 +253,6 @@ def _spare(owned_ED, best_ED, quota_ED, free_D, price):  # type: ignore[no-untyp
             load_D[d] += quota_ED[e, d]
             if best_ED[e, d]:
                 many_EN[e, machine.node_D[d]] += 1.0
-                left[d] -= 0 if owned_ED[e, d] else 1
     mean = load_D.mean()
     for _ in range(left.sum()):
         for d in np.argsort(-left):
@@ -232,61 +267,57 @@ def _spare(owned_ED, best_ED, quota_ED, free_D, price):  # type: ignore[no-untyp
             if expert < 0:
                 continue
             best_ED[expert, d] = True
-            fetched = best_ED & ~owned_ED
-            gather = gather_seconds(owned_ED, fetched, price)
+            gather = gather_seconds(layer.owned_ED, best_ED & ~layer.owned_ED, price)
             if exposed_seconds(gather, 0.0, price) > paid:
                 best_ED[expert, d] = False
                 continue
             many_EN[expert, n] += 1.0
+    return best_ED
 
 
 @compiled(nogil=True)
-def calibrate(load_SE, owned_ED, held_ED, free_D, price, extra, quota_ED):  # type: ignore[no-untyped-def]
-    """Quotas from exact loads; up to ``extra`` replicas more in ``held_ED`` while each pays for its late gather."""
-    experts, devices = held_ED.shape
-    machine = price.machine
-    nodes = machine.size_N.size
-    need_EN = node_needs(load_SE, machine.node_D, nodes)
-    least = best_quotas(load_SE, held_ED, machine, SLACKS, quota_ED)
+def calibrate(layer: OwnedLayer, held_ED: NDArray[np.bool_], extra: int) -> GatherPlan:
+    """Steps 5 and 6 for holders bool [E, D]: up to ``extra`` replicas more while each pays for its late gather.
+
+    Seconds are without what the gather before the gate exposes.
+    """
+    price = layer.price
+    least, quota_ED = best_quotas(layer.sources, held_ED, price.machine)
+    best = GatherPlan(least, held_ED.copy(), quota_ED)
     if extra == 0:
-        return least
-    fetched = held_ED & ~owned_ED
-    early = gather_seconds(owned_ED, fetched, price)
+        return best
+    free_D = _left(layer, held_ED)
+    early = gather_seconds(layer.owned_ED, held_ED & ~layer.owned_ED, price)
     paid = exposed_seconds(early, 0.0, price)
-    first_held, trial = held_ED.copy(), np.zeros((experts, devices), np.int64)
-    wider = held_ED.copy()
     for _ in range(extra):
         found = False
         for kind in range(2):
-            wider[:] = held_ED
-            if kind == 0:
-                e, d = _replica_of_fullest(quota_ED, held_ED, free_D, machine)
-            else:
-                e, d = _replica_in_short_node(quota_ED, need_EN, held_ED, free_D, machine)
+            e, d = (
+                _replica_of_fullest(layer, best, free_D) if kind == 0 else _replica_in_short_node(layer, best, free_D)
+            )
             if e < 0:
                 continue
+            wider = best.holders_ED.copy()
             wider[e, d] = True
-            more = wider & ~first_held
-            late = gather_seconds(first_held, more, price)
+            late = gather_seconds(held_ED, wider & ~held_ED, price)
             costs = exposed_seconds(early, late, price) - paid
-            if costs >= least:
+            if costs >= best.seconds:
                 continue
-            seconds = best_quotas(load_SE, wider, machine, SLACKS, trial) + costs
-            if seconds < least * (1.0 - 1e-9):
-                least = seconds
-                held_ED[:] = wider
-                quota_ED[:] = trial
+            seconds, quota_ED = best_quotas(layer.sources, wider, price.machine)
+            if seconds + costs < best.seconds * (1.0 - 1e-9):
+                best = GatherPlan(seconds + costs, wider, quota_ED)
                 free_D[d] -= 1
                 found = True
                 break
         if not found:
             break
-    return least
+    return best
 
 
 @compiled
-def _replica_of_fullest(quota_ED, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
+def _replica_of_fullest(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.int64]) -> tuple[int, int]:
     """The fullest device's largest share, to the idlest device with a free slot, of its node if one lies below mean."""
+    machine, quota_ED, held_ED = layer.price.machine, plan.quota_ED, plan.holders_ED
     experts, devices = quota_ED.shape
     load_D = quota_ED.sum(axis=0) / machine.speed_D
     top = np.argmax(load_D)
@@ -311,8 +342,10 @@ def _replica_of_fullest(quota_ED, held_ED, free_D, machine):  # type: ignore[no-
 
 
 @compiled
-def _replica_in_short_node(quota_ED, need_EN, held_ED, free_D, machine):  # type: ignore[no-untyped-def]
+def _replica_in_short_node(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.int64]) -> tuple[int, int]:
     """The expert that a node sends most tokens away for, to the node's idlest device with a free slot."""
+    machine, need_EN = layer.price.machine, layer.sources.need_EN
+    quota_ED, held_ED = plan.quota_ED, plan.holders_ED
     experts, devices = quota_ED.shape
     nodes = machine.size_N.size
     load_D = quota_ED.sum(axis=0) / machine.speed_D

@@ -1,0 +1,234 @@
+"""The forward pass of sharded experts, layer by layer.
+
+Replicas that are known before the gate are gathered while the layer before is done; counts of all ranks are exchanged,
+the policy plans, tokens go to their experts and come back. Replicas that only the plan after the gate asks for are
+gathered beside the dispatch: that gather is exposed. For autograd a layer is one function, whose backward is
+:meth:`poise.train.backward.BackwardSchedule.layer`.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from poise.runtime.dispatch import evenly, make_exchange, named, routed
+from poise.runtime.layer import LayerStep
+from poise.runtime.recompute import Region, in_backward, places
+from poise.runtime.spans import span
+from poise.stepwise.protocol import LayerView
+from poise.train.backward import BackwardSchedule
+from poise.train.materialize import Materialised
+from poise.train.metrics import LayerMetrics
+from poise.train.owned import OwnedExperts
+from poise.train.passes import Pass
+from poise.train.run import RunState
+from poise.train.window import WindowClock
+from poise.util.errors import ModelError
+
+
+class ForwardSchedule:
+    """When counts are exchanged, replicas gathered and freed, and experts computed.
+
+    ``metrics`` are those of the last forward pass, one a layer; ``clock`` measures the time between layers.
+    """
+
+    def __init__(self, run: RunState, backward: BackwardSchedule) -> None:
+        self._run, self._backward = run, backward
+        self.metrics: list[LayerMetrics] = []
+        self.clock = WindowClock()
+        self._early: dict[int, Materialised] = {}  # gathered, or on their way, for layers that have not run yet
+
+    def begin(self) -> None:
+        """A forward pass of the model starts: gather for its first layers."""
+        self.metrics = []
+        self.clock.forget()
+        self._run.budget.choose()
+        for layer in range(min(self._run.settings.prefetch, len(self._run.layers))):
+            self._fetch_early(layer)
+
+    def layer(self, experts: OwnedExperts, x: Tensor, ids: Tensor, weights: Tensor, region: Region) -> Tensor:
+        """One layer, of whatever leading shapes; [T, d]. ``region``: where the model calls it."""
+        problem: ModelError | None = None
+        try:
+            width = experts.kind.hidden if experts.kind.name != "modules" else None
+            x_Td, ids_TK, weights_TK = routed(x, ids, weights, width)
+        except ModelError as error:  # raised on all ranks, where they exchange counts
+            problem, x_Td, weights_TK = error, x.new_zeros(0, 1), weights.new_zeros(0, 1)
+            ids_TK = torch.zeros((0, 1), dtype=torch.int64, device=ids.device)
+        recomputed = in_backward()
+        if recomputed:
+            one = self._again(experts, ids_TK, region, problem)
+        else:
+            self._run.passes.count()
+            self.clock.enter(x_Td)
+            one = self._planned(experts, x_Td, ids_TK, region, problem)
+        trainable = [weight for weight in experts.parameters() if weight.requires_grad]
+        graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
+        compute_dtype = self._run.deployment.compute_dtype
+        tokens = x_Td.to(compute_dtype) if x_Td.dtype != compute_dtype else x_Td
+        inside = graph and not region.later
+        y_Nd = _LayerFunction.apply(self, self._backward, one, inside, recomputed, tokens, *trainable)
+        if not graph:
+            one.weights.free()
+            one.done = True
+        elif not recomputed:
+            one.node = weakref.ref(y_Nd.grad_fn)
+        self.clock.leave(y_Nd)
+        y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
+        if region.frames:  # recorded now, so that the recomputation can put swapped experts back
+            weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
+        if len(one.step.way.send_N) < one.ids_TK.numel():  # some name no expert: their weights count for nothing
+            weights_TK = weights_TK.masked_fill(~named(one.ids_TK, experts.num_experts), 0)
+        return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
+
+    def _again(self, experts: OwnedExperts, ids_TK: Tensor, region: Region, problem: ModelError | None) -> Pass:
+        """The pass that activation checkpointing computes again, the same on all ranks."""
+        one: Pass | None = None
+        try:
+            one = self._run.passes.again(experts.number, ids_TK, region)
+        except ModelError as error:
+            problem = problem or error
+        number = -1 if one is None else one.number
+        self._run.meeting.meet("recomputation", experts.number, number, problem=problem)
+        assert one is not None
+        return one
+
+    def _planned(
+        self, experts: OwnedExperts, x_Td: Tensor, given_TK: Tensor, region: Region, problem: ModelError | None
+    ) -> Pass:
+        """A new pass of a layer: counts of all ranks, the plan, and its weights here or on their way."""
+        run, layer, recorded = self._run, experts.number, torch.is_grad_enabled()
+        there, number = run.deployment, run.passes.number
+        ids_TK = evenly(given_TK, experts.num_experts, there.rank) if run.settings.force_balance else given_TK
+        early = self._early.get(layer)
+        known = b"" if early is None else early.early_ED.tobytes()
+        with span("counts"):
+            load_SE = run.meeting.loads(layer, number, ids_TK, problem=problem, more=(
+                ("whether gradients are recorded", recorded), ("training", experts.training),
+                ("activation checkpointing", bool(region.frames)), ("experts a token", ids_TK.shape[1]),
+                ("width of tokens", x_Td.shape[1]), ("trained weights", experts.trainable),
+                ("options", run.meeting.options(run.settings)), ("iterations", run.planner.history.seen(layer)),
+                ("sum over owners and replicas", zlib.crc32(known, zlib.crc32(experts.owner_E.tobytes()))),
+            ))  # fmt: skip
+        with span("plan"):
+            run.passes.layer, run.planner.top_k = layer, ids_TK.shape[1]
+            weights = self._early.pop(layer, None) or self._materialise(layer)
+            plan, rows_SED, view = run.planner.finish(layer, weights.early_ED, load_SE, keep=recorded)
+            weights.complete(plan.holders_ED, plan.quota_ED > 0)
+            way = make_exchange(ids_TK, rows_SED, there.rank, weights.slots)
+            step = LayerStep(experts.kind, way, ids_TK.shape[1], there.tokens_group, weights.counts(way.count_E))
+            one = Pass(layer, given_TK, step, weights, number, [weakref.ref(frame) for frame in region.frames])
+            self._note(weights, load_SE.sum(axis=0), plan.quota_ED.sum(axis=0), view)
+            if recorded:
+                self._learn(weights, load_SE.sum(axis=0))
+                run.passes.add(one)
+        return one
+
+    def _note(
+        self, weights: Materialised, load_E: NDArray[np.int64], tokens_D: NDArray[np.int64], view: LayerView
+    ) -> None:
+        experts, devices = weights.experts, self._run.deployment.cluster.num_devices
+        gathered = int(weights.gathered_count * self._run.deployment.expert_bytes)
+        self._run.moved_bytes["gather"] += gathered
+        owner_tokens = np.bincount(experts.owner_E, weights=load_E, minlength=devices)
+        self.metrics.append(
+            LayerMetrics(experts.number, tokens_D, owner_tokens.astype(np.int64), weights.gathered_count, gathered,
+                         self._run.settings.policy, view)
+        )  # fmt: skip
+
+    def _learn(self, weights: Materialised, load_E: NDArray[np.int64]) -> None:
+        """What a training pass of a layer shows: its loads, and what its replicas cost."""
+        layer = weights.experts.number
+        self._run.planner.learn(layer, load_E)
+        if self._run.budget.limited:
+            once_s, hidden_s = weights.gather_s, 2.0 * self._run.planner.price(load_E.sum()).window_s
+            saved_s = max(0.0, 2.0 * once_s - hidden_s) - max(0.0, once_s - hidden_s)
+            self._run.budget.learn(layer, weights.fullest_bytes, saved_s)
+
+    def _materialise(self, layer: int) -> Materialised:
+        early_ED, transfers = self._run.planner.early_plan(layer)
+        return Materialised(self._run.layers[layer], self._run.deployment, self._run.ledger, early_ED, transfers)
+
+    def _fetch_early(self, layer: int) -> None:
+        if layer < len(self._run.layers) and layer not in self._early:
+            self._early[layer] = self._materialise(layer)
+
+    def drop_early(self) -> None:
+        """Free what was gathered for a forward pass that did not come, or from weights that have changed."""
+        for weights in self._early.values():
+            weights.free()
+        self._early.clear()
+
+    def compute(self, one: Pass, x_Td: Tensor, *, graph: bool, recomputed: bool) -> Tensor:
+        """Outputs of this rank's pairs, [T * K, d]; ``graph``: build the graph inside.
+
+        The layer's replicas are freed, unless they stay until the backward, and the gather for a later layer begins,
+        once the combine is on its way.
+        """
+        x_in = one.step.dispatch(x_Td)
+        with span("weights"):
+            banks = one.weights.banks()
+        y_in, failed = one.step.compute(x_in, banks, graph=graph, recomputed=recomputed)
+        y_Nd = one.step.combine(y_in, len(x_Td))
+        if failed is not None:
+            raise failed
+        if not recomputed:
+            kept = self._run.budget.take(one.weights)
+            if kept is None:
+                one.weights.free()
+            else:
+                one.kept_bytes = kept
+            if self._run.settings.prefetch:
+                self._fetch_early(one.layer + self._run.settings.prefetch)
+        return y_Nd
+
+
+class _LayerFunction(torch.autograd.Function):
+    """``apply(forward, backward, pass, graph, recomputed, tokens [T, d], *weights)``: outputs of the pairs, [T * K, d].
+
+    All of a layer is one function, so that the order of its collectives is that of :meth:`BackwardSchedule.layer`, and
+    not the order in which the engine visits nodes. The weights are named so that the graph reaches the layer; their
+    gradients are set by ``backward``. The empty tensor that is saved makes checkpointing compute the layer again before
+    its backward, tokens or not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: ForwardSchedule, backward: BackwardSchedule, one: Pass, graph: bool, recomputed: bool,
+        x_Td: Tensor, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.back, ctx.one, ctx.given = backward, one, len(weights)
+        ctx.save_for_backward(x_Td.new_empty(0))
+        return forward.compute(one, x_Td, graph=graph, recomputed=recomputed)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.saved_tensors  # noqa: B018
+        dx_Td = ctx.back.layer(ctx.one, grads[0], partial(_accumulates, ctx))
+        return (None, None, None, None, None, dx_Td, *[None] * ctx.given)
+
+
+def _accumulates(ctx: Any) -> bool:
+    """Whether this pass adds to the weights' gradients: ``torch.autograd.grad`` by something else does not.
+
+    Raises
+    ------
+    ModelError : it is asked to return them.
+    """
+    leaves = [node for node, _ in ctx.next_functions[len(ctx.next_functions) - ctx.given :] if node is not None]
+    try:
+        return any([torch._C._will_engine_execute_node(node) for node in leaves])
+    except RuntimeError:
+        raise ModelError(
+            "gradients of sharded experts come into .grad of their owners, and cannot be returned",
+            hint="call backward() in place of torch.autograd.grad by expert weights",
+        ) from None

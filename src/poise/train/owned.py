@@ -1,0 +1,131 @@
+"""Experts of one layer, owned whole by ranks: parameters and gradients of those that one rank owns.
+
+Ownership is at expert granularity and any plan over all layers is allowed (:mod:`poise.stepwise.sharding`). A rank's
+experts are stacked in parameters [n, ...], by expert number, that know which experts they are
+(:mod:`poise.train.rows`): ragged ownership is never shown as a ``Shard(0)`` DTensor, whose offsets would be wrong.
+``state_dict`` speaks of all experts (:mod:`poise.train.shards`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from poise.runtime.experts import Bank, ExpertKind
+from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
+from poise.util.errors import ModelError
+
+
+def stacked(experts: nn.Module, kind: ExpertKind) -> dict[str, Tensor]:
+    """All experts' weights, name -> [E, ...], from a fused module or a list of modules."""
+    if isinstance(experts, nn.ModuleList):
+        return {name: torch.stack([dict(one.named_parameters())[name].detach() for one in experts])
+                for name in kind.shapes}  # fmt: skip
+    return {name: weight.detach() for name, weight in experts.named_parameters(recurse=False)}
+
+
+def _taken(name: str) -> ModelError:
+    return ModelError(
+        f"{name} of sharded experts is not what they were sharded with: replaced, taken away, or computed from others "
+        "(parametrisation, pruning, an adapter)",
+        hint="adapt other modules; experts' weights change in place, or before fully_shard_experts",
+    )
+
+
+class OwnedExperts(nn.Module):
+    """The experts of one layer that one rank owns.
+
+    Parameters
+    ----------
+    kind : how an expert computes.
+    weights : all experts' weights, name -> [E, ...] (or on the meta device); this rank keeps its rows.
+    trainable : names of the weights that are trained.
+    ownership : the owner of every expert.
+
+    ``number`` is the layer's place among the MoE layers of its run, -1 until it has one.
+    """
+
+    def __init__(
+        self, kind: ExpertKind, weights: dict[str, Tensor], trainable: list[str], ownership: Ownership
+    ) -> None:
+        super().__init__()
+        self.kind, self.ownership = kind, ownership
+        self.num_experts = len(ownership.owner_E)
+        self._attribute = {name: name.replace(".", "__") for name in kind.shapes}
+        for name in kind.shapes:
+            row = rows_of(weights[name][ownership.index(weights[name].device)].clone(), ownership)
+            self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
+        self.number = -1
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get("_attribute", {}).values():
+            raise _taken(name)
+        super().__delattr__(name)
+
+    def _weight(self, name: str) -> Any:
+        weight = self._parameters.get(self._attribute[name])
+        if not isinstance(weight, ExpertRows):
+            raise _taken(name)
+        return weight
+
+    @property
+    def owner_E(self) -> NDArray[np.int64]:
+        """Rank of each expert, int64 [E]."""
+        return self.ownership.owner_E
+
+    @property
+    def mine(self) -> list[int]:
+        """The experts that this rank owns."""
+        return self.ownership.mine
+
+    @property
+    def listed(self) -> bool:
+        """Whether the unsharded experts are a list of modules."""
+        return self.ownership.listed
+
+    def owned(self) -> Bank:
+        """Parameters of this rank, name -> [n, ...]."""
+        return {name: self._weight(name) for name in self._attribute}
+
+    def rows(self) -> Bank:
+        """The parameters as ordinary tensors outside of any graph, to compute with."""
+        return {name: plain(weight) for name, weight in self.owned().items()}
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the weights that are trained."""
+        return [name for name, weight in self.owned().items() if weight.requires_grad]
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of an owned weight, zeros until something is added: every expert gets one in every step."""
+        weight = self._weight(name)
+        with plainly():
+            if weight.grad is None:
+                weight.grad = rows_of(torch.zeros_like(weight), self.ownership)
+            grad: Tensor = weight.grad.detach()
+        return grad
+
+    def takes(self, name: str, grad: Tensor) -> bool:
+        """Whether a new gradient can become the weight's own without a copy: the first of a step, of the same type."""
+        weight = self._weight(name)
+        with plainly():
+            return weight.grad is None and grad.dtype == weight.dtype and grad.device == weight.device
+
+    def add_gradient(self, name: str, grad: Tensor | None, scale: float) -> None:
+        """Add ``scale * grad``."""
+        weight = self._weight(name)
+        if grad is not None and self.takes(name, grad):
+            with plainly():
+                weight.grad = rows_of(grad.contiguous().mul_(scale), self.ownership)
+            return
+        into = self.gradient(name)
+        if grad is not None:
+            into.add_(grad.to(into.device), alpha=scale)
+
+    def extra_repr(self) -> str:
+        """Which experts lie here."""
+        return f"{self.kind.name}, experts={self.num_experts}, owned here={self.mine}"

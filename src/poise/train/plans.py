@@ -1,0 +1,139 @@
+"""What is planned for each layer of a run, and from what: loads of the last iterations, prices, plans made ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.route import locality_rows
+from poise.cost.transfers import plan_transfers
+from poise.cost.weights import StepPrice, training_price
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.runtime.spans import span
+from poise.stepwise.driver import LayerDriver
+from poise.stepwise.protocol import LayerView, StepPlan
+from poise.stepwise.sharding import owned_ED
+from poise.train.ahead import Plan, PlanAhead
+from poise.train.history import LoadHistory
+from poise.train.owned import OwnedExperts
+from poise.train.settings import Deployment, Settings
+
+
+class RunPlanner:
+    """The same plans on every rank, as all of them know the same.
+
+    Parameters
+    ----------
+    layers : owned experts in the order they run: who owns what.
+    settings, deployment, model : policy, machine and sizes that it reckons with.
+    top_k : experts a token, until the first forward pass tells.
+
+    ``history`` holds the loads, ``drivers`` the policy's state of every layer. ``window_s`` is the time of attention
+    that a gather can hide behind: given, or measured on the run, or None (modelled).
+    """
+
+    def __init__(
+        self, layers: Sequence[OwnedExperts], settings: Settings, deployment: Deployment, model: ModelSpec, top_k: int
+    ) -> None:
+        self.layers, self.settings, self.deployment, self.model = layers, settings, deployment, model
+        self.top_k, self.window_s = top_k, settings.window_s
+        self.history = LoadHistory(len(layers), layers[0].num_experts)
+        self.drivers = self._new_drivers()
+        self._ahead, self._version = PlanAhead(), 0
+
+    def _new_drivers(self) -> list[LayerDriver]:
+        """One a layer, from the present owners, policy and slots on."""
+        settings, devices = self.settings, self.deployment.cluster.num_devices
+        return [LayerDriver(settings.policy, owned_ED(experts.owner_E, devices), step_slots=settings.step_slots,
+                            layer=layer, window=settings.window)
+                for layer, experts in enumerate(self.layers)]  # fmt: skip
+
+    def restart(self, settings: Settings) -> None:
+        """Owners or settings have changed: policies keep no replicas from before, and plans made ahead are dropped."""
+        self.settings = settings
+        self.drivers = self._new_drivers()
+        self._version += 1
+
+    def measured(self, window_s: float) -> None:
+        """The window is known from the run; plans made ahead with another one are dropped."""
+        self.window_s = window_s
+        self._version += 1
+
+    def view(self, layer: int, pairs: float | None = None) -> LayerView:
+        """What the policy may look at in a pass of so many (token, expert) pairs; default: as many as in the last."""
+        driver, loads_HE = self.drivers[layer], self.history.of(layer)
+        total = pairs if pairs is not None else float(self.history.pairs_L[layer])
+        return driver.view(self.history.seen(layer), driver.predict(loads_HE, total), loads_HE, self.price(total))
+
+    def price(self, pairs: float) -> StepPrice:
+        """Machine, model and window; the tokens count in powers of two, so that it seldom changes."""
+        there = self.deployment
+        tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.top_k)))
+        ratio, again = there.gradient_bytes / there.expert_bytes, self.settings.rematerialise is not False
+        return _price(tokens, self.layers[0].num_experts, there.cluster, self.model, again, self.window_s, ratio,
+                      there.form != "direct")  # fmt: skip
+
+    def early_plan(self, layer: int) -> Plan:
+        """Replicas that are gathered before the gate, and how: planned ahead, or now."""
+        return self._ahead.get(layer, self._version) or self._early_task(layer)()
+
+    def finish(
+        self, layer: int, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64], *, keep: bool
+    ) -> tuple[StepPlan, NDArray[np.int64], LayerView]:
+        """The plan of a pass, its pairs by source, expert and device int64 [D, E, D], and what the policy saw.
+
+        ``early_ED`` bool [E, D] are the holders before the gate, ``load_SE`` int64 [D, E] the counts; ``keep`` lets the
+        policy keep its replicas for later passes.
+        """
+        view = self.view(layer, load_SE.sum())
+        plan = self.drivers[layer].finish(view, early_ED, load_SE, keep=keep).plan
+        rows = plan.rows_SED
+        if rows is None:
+            rows = locality_rows(load_SE, plan.quota_ED, self.deployment.cluster.node_D)
+        return plan, rows, view
+
+    def learn(self, layer: int, load_E: NDArray[np.int64]) -> None:
+        """Loads of a training pass; the first of an iteration is planned from at once."""
+        self.history.record(layer, load_E)
+        if self.history.passes(layer) == 1:  # of several micro-batches, the end of the iteration plans anew
+            self.plan_ahead(layer)
+
+    def end_iteration(self) -> None:
+        """No more passes belong to it."""
+        for layer in self.history.close():
+            self.plan_ahead(layer)
+
+    def plan_ahead(self, layer: int) -> None:
+        """Begin, on a thread, to plan the replicas of the next forward pass: all is known that will be."""
+        self._ahead.start(layer, self._version, self._early_task(layer))
+
+    def _early_task(self, layer: int) -> Callable[[], Plan]:
+        there, view, driver = self.deployment, self.view(layer), self.drivers[layer]
+        route = partial(plan_transfers, self.layers[layer].owner_E, cluster=there.cluster,
+                        expert_bytes=there.expert_bytes, form=there.form)  # fmt: skip
+
+        def plan() -> Plan:
+            with span("early plan"):
+                early_ED = driver.choose(view)
+                return early_ED, route(early_ED)
+
+        return plan
+
+
+@lru_cache(maxsize=64)
+def _price(
+    tokens: float,
+    num_experts: int,
+    cluster: Cluster,
+    model: ModelSpec,
+    rematerialise: bool,
+    window_s: float | None,
+    gradient_ratio: float,
+    fan_out: bool,
+) -> StepPrice:
+    return training_price(tokens, num_experts, cluster, model, rematerialise=rematerialise, window_s=window_s,
+                          gradient_ratio=gradient_ratio, fan_out=fan_out)  # fmt: skip
