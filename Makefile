@@ -21,7 +21,7 @@ test: setup
 slice: setup
 	$(BIN)/python benchmarks/slices.py
 
-# the tests, ten thousand random problems, the whole parity matrix of sharded training on 2, 4 and 8 processes, more
+# the tests with all cases, ten thousand random problems, the whole parity matrix of sharded training on 2, 4 and 8 processes, more
 # random examples of slow properties, older engines, a minute of the watch beside an engine that misbehaves, all families
 test-all: test
 	$(BIN)/python benchmarks/slices.py --all

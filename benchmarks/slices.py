@@ -24,9 +24,12 @@ PROBLEMS = 10_000
 MANY = (
     "tests/control/test_moves.py", "tests/cost/test_bounds.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py",
     "tests/engines/test_readers_hostile.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
-    "tests/planning/test_search.py", "tests/train/test_parity.py",
+    "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
+    "tests/lab/calibrate/test_run.py",
 )  # fmt: skip
-"""Files whose random examples are few in ``make test`` (tests/helpers.few_or)."""
+"""Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
+CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py")
+"""Files whose cases run on several processes, and do less in ``make test``."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def pieces() -> list[Piece]:
         Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
         # a third of a gigabyte each: not fetched is a skip, which the summary shows
         Piece("older-engines", ("-m", "pytest", "-q", "tests/engines/test_vllm_plugin.py"), {"POISE_WHEELS": "1", "CI": ""}),
-        # training with the parity matrix's five steps, serving by every data flow with every placement
-        Piece("many-steps", ("-m", "pytest", "-q", "tests/train/test_support.py", "tests/serve/test_serve.py"), {"POISE_MANY": "1"}),
+        # every support case, with the parity matrix's five steps; serving by every data flow with every placement
+        Piece("many-steps", ("-m", "pytest", "-q", *CASES), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
     ]  # fmt: skip

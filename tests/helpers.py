@@ -16,7 +16,10 @@ from poise.routing.trace import RoutingTrace
 
 
 def few_or(many: Any, few: Any) -> Any:
-    """How many random examples, or which: ``few`` in ``make test``, ``many`` in ``make test-all``, which sets POISE_MANY=1."""
+    """How many random examples, or which cases: ``few`` in ``make test``, ``many`` in ``make test-all`` (POISE_MANY=1).
+
+    What is few has one of each kind; benchmarks/slices.py names the files (MANY, CASES), which it runs with POISE_MANY=1.
+    """
     return many if os.environ.get("POISE_MANY") else few
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import parity, slices
-from benchmarks.slices import MANY, PROBLEMS, Piece, of_day, pieces, run
+from benchmarks.slices import CASES, MANY, PROBLEMS, Piece, of_day, pieces, run
 
 ROOT = Path(__file__).parents[1]
 CELLS = 1248
@@ -51,7 +51,10 @@ def test_together_they_are_all_problems_and_all_cells():
 def test_files_with_few_examples_are_those_that_get_many():
     using = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
              if re.search(r"import .*\bfew_or\b|^    few_or,$", path.read_text("utf-8"), re.MULTILINE)}  # fmt: skip
-    assert using - {"tests/test_slices.py"} == set(MANY)
+    assert using - {"tests/test_slices.py"} == {*MANY, "tests/train/test_support.py"}
+    assert "tests/train/test_support.py" in CASES
+    many = [piece.words for piece in pieces() if piece.environment.get("POISE_MANY")]
+    assert all(any(file in words for words in many) for file in (*MANY, *CASES))
 
 
 def test_make_test_all_is_all_of_them_and_ci_runs_one():

@@ -154,7 +154,7 @@ def greedy_across_a_swap() -> dict:
     out = {}
     ways = (("contiguous", "replicas"), ("replicas", "uneven"), ("uneven", "contiguous"))
     for family in ("olmoe", "deepseek_v3"):
-        for number, traffic in enumerate(DATA_FLOWS):
+        for number, traffic in list(enumerate(DATA_FLOWS))[:: few_or(1, 2) if family == "deepseek_v3" else 1]:
             one = (ways[(number + (family == "olmoe")) % 3],)
             for before, after in few_or(ways, one) if family == "olmoe" else one:
                 served = engine(family, before, traffic=traffic, budget=6)
@@ -192,7 +192,7 @@ def fast_loops() -> dict:
     """Step replicas planned every step, by policies that keep replicas and that do not, across a swap."""
     price, out = tiny_price(), {}
     for number, policy in enumerate(("poise", "hecate", "smart-moe:interval=1,threshold=0.0")):
-        for traffic in DATA_FLOWS[number % 2 :: 2]:
+        for traffic in DATA_FLOWS[number % few_or(2, 3) :: few_or(2, 3)]:
             fast = ServingPolicy(parse_policy(policy), price, step_slots=2)
             served = engine("olmoe", "contiguous", traffic=traffic, fast=fast)
 
@@ -233,8 +233,8 @@ class OneByOne(StepPolicy):
 def replicas_in_the_background() -> dict:
     """A swap comes while a fast loop's own replicas are on their way: those are taken in first, then forgotten."""
     price, landed = tiny_price(fetches=3.5), 0
-    for traffic in DATA_FLOWS:
-        for at in (3, 4):
+    for number, traffic in enumerate(DATA_FLOWS):
+        for at in few_or((3, 4), (3 + number % 2,)):
             served = engine("olmoe", "contiguous", traffic=traffic, fast=ServingPolicy(OneByOne(), price, step_slots=2))
 
             def swap(running: Engine, at: int = at) -> None:

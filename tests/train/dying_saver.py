@@ -1,6 +1,6 @@
 """Saves checkpoints in processes that are ended (as by ``kill -9``) before their first, second, ... change of a file.
 
-python tests/train/dying_saver.py FOLDER: prints a line of JSON a scenario; exits with 1 where one that was saved is lost.
+python tests/train/dying_saver.py FOLDER [SCENARIO ...]: prints a line of JSON a scenario (all without a name); exits with 1 where one that was saved is lost.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def names(place: Path) -> list[str]:
 def main() -> None:
     torch.set_num_threads(1)
     checkpoint.sharded_layers = lambda model: []  # a model without experts
-    for name, (before, step, keep) in SCENARIOS.items():
+    for name in sys.argv[2:] or SCENARIOS:
+        before, step, keep = SCENARIOS[name]
         print(
             json.dumps({"scenario": name, "changes": try_all(Path(sys.argv[1]) / name, before, step, keep)}), flush=True
         )

@@ -10,6 +10,6 @@ from tests.train import (  # noqa: F401
     support_states,
     support_steps,
 )
-from tests.train.support_models import MINE
+from tests.train.support_models import LIKE, MINE
 
-__all__ = ["MINE"]
+__all__ = ["LIKE", "MINE"]

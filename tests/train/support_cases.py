@@ -23,7 +23,7 @@ from tests.cases import read_options, run_cases
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
-from tests.train.support_models import case
+from tests.train.support_models import case, case_like
 
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
 from poise.train.gradients import update_correction_bias
@@ -66,12 +66,12 @@ def hf_mixtral() -> dict:
     return family("mixtral")
 
 
-@case
+@case_like("hf_mixtral")
 def hf_qwen3_moe() -> dict:
     return family("qwen3_moe")
 
 
-@case
+@case_like("hf_mixtral")
 def hf_olmoe() -> dict:
     return family("olmoe")
 
@@ -212,7 +212,7 @@ def ddp() -> dict:
     return {"error": error}
 
 
-@case
+@case_like("fsdp2_passes_over_experts")
 def hf_fsdp2() -> dict:
     """A Hugging Face model, FSDP2 per decoder layer, gradient checkpointing on."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -251,17 +251,19 @@ def clip_norms() -> dict:
     """The norm and the clipped gradients equal torch's on the dense model; ten experts on four ranks."""
     world, worst = dist.get_world_size(), 0.0
     for wrap in (True, False):
+        dense, model = h.build(), h.build()
+        h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+        run = shard(model)
+        if wrap:
+            fsdp(model, h.MESH(world))
+        c.plain_loss("hot-expert-a-rank")(model, 0).backward()
+        if not wrap:
+            c.average_dense(model, run)
+        kept = [(w.grad, w.grad.clone()) for one in (dense, model) for w in one.parameters() if w.grad is not None]
         for p in (1.0, 2.0, 3.0, float("inf")):
-            dense = h.build()
-            h.loss_of(dense, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+            for grad, before in kept:
+                grad.copy_(before)
             expected = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.01, norm_type=p)
-            model = h.build()
-            run = shard(model)
-            if wrap:
-                fsdp(model, h.MESH(world))
-            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
-            if not wrap:
-                c.average_dense(model, run)
             norm = clip_grad_norm_(model, 0.01, norm_type=p)
             clipped = h.local_rows(model, {name: w.grad for name, w in dense.named_parameters()})
             worst = max(worst, abs(norm.item() / expected.item() - 1), h.worst(c.of_all(model), clipped))
@@ -272,7 +274,7 @@ def clip_norms() -> dict:
 # ---- 3. precision --------------------------------------------------------------------------------------------------
 
 
-@case
+@case_like("precision_bfloat16")
 def precision_float32() -> dict:
     """Sharded and dense differ by at most 4 times what dense runs differ that add up in other orders."""
     world, out = dist.get_world_size(), {}

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 MINE: dict[str, Callable[[], Any]] = {}
+LIKE: dict[str, str] = {}
+"""Cases of ``make test-all`` alone, and the case that ``make test`` runs for each."""
 VOCABULARY, SEQUENCES, LENGTH, HF_EXPERTS = 40, 2, 5, 6
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,6 +24,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def case(function: Callable[[], Any]) -> Callable[[], Any]:
     MINE[function.__name__] = function
     return function
+
+
+def case_like(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    """A case that ``make test`` leaves to ``make test-all``, because it runs the case ``name``, which goes the same way."""
+
+    def add(function: Callable[[], Any]) -> Callable[[], Any]:
+        LIKE[function.__name__] = name
+        return case(function)
+
+    return add
 
 
 # ---- Hugging Face -------------------------------------------------------------------------------------------------

@@ -94,6 +94,15 @@ def stock_clip_grad_norm() -> dict:
     """``torch.nn.utils.clip_grad_norm_`` under FSDP2 and beside replicated weights, in all of its forms."""
     worst, world = 0.0, dist.get_world_size()
     for wrap in (True, False):
+        whole, model = h.build(), h.build()
+        h.loss_of(whole, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+        run = shard(model)
+        if wrap:
+            fsdp(model, h.MESH(world))
+        c.plain_loss("hot-expert-a-rank")(model, 0).backward()
+        if not wrap:
+            c.average_dense(model, run)
+        kept = [(w.grad, w.grad.clone()) for one in (whole, model) for w in one.parameters() if w.grad is not None]
         for p, foreach in (  # of an empty DTensor, which a small weight leaves some ranks, PyTorch has no infinity norm
             (2.0, None),
             (2.0, False),
@@ -102,15 +111,9 @@ def stock_clip_grad_norm() -> dict:
             (3.0, True),
             *(() if wrap else ((float("inf"), None),)),
         ):
-            whole, model = h.build(), h.build()
-            h.loss_of(whole, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+            for grad, before in kept:
+                grad.copy_(before)
             expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01, norm_type=p)
-            run = shard(model)
-            if wrap:
-                fsdp(model, h.MESH(world))
-            c.plain_loss("hot-expert-a-rank")(model, 0).backward()
-            if not wrap:
-                c.average_dense(model, run)
             norm = c.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=p, foreach=foreach))
             clipped = h.local_rows(model, {name: w.grad for name, w in whole.named_parameters()})
             worst = max(worst, abs(norm.item() / expected.item() - 1), h.worst(c.of_all(model), clipped))

@@ -13,7 +13,7 @@ from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
-from tests.train.support_models import case
+from tests.train.support_models import case, case_like
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -147,12 +147,12 @@ def checkpoint_block() -> dict:
     return checkpoint_case("block")
 
 
-@case
+@case_like("checkpoint_block")
 def checkpoint_experts_only() -> dict:
     return checkpoint_case("experts")
 
 
-@case
+@case_like("checkpoint_block")
 def checkpoint_hugging_face() -> dict:
     rank, world, errors = dist.get_rank(), dist.get_world_size(), {}
     record = c.hf_dense("mixtral")
@@ -228,7 +228,7 @@ def checkpoint_router_flips() -> dict:
     return errors
 
 
-@case
+@case_like("nested_checkpoint_two_passes_open")
 def checkpoint_two_passes_open() -> dict:
     """Two forward passes before their backward passes, in either order; one rank has no token in both."""
     world, rank, errors = dist.get_world_size(), dist.get_rank(), {}

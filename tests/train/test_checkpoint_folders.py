@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.helpers import few_or
 from torch import nn
 
 from poise.train import checkpoint
@@ -86,13 +87,17 @@ def test_a_link_to_a_checkpoint_is_followed_and_what_it_names_stays(tmp_path, al
 
 
 def test_ended_at_any_moment_there_is_a_whole_one():
-    """Before every rename, removal and opening of a file in turn, in a process of its own; what is left is cleared."""
+    """Before every rename, removal and opening of a file in turn, in a process of its own; what is left is cleared.
+
+    With few examples three of five scenarios: "a new one" goes the way of "an earlier step", the first loses nothing.
+    """
+    scenarios = few_or((), ("one kept", "an earlier step", "the same step"))
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, str(Path(__file__).parent / "dying_saver.py"), folder], text=True,
+        done = subprocess.run([sys.executable, str(Path(__file__).parent / "dying_saver.py"), folder, *scenarios], text=True,
                               capture_output=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     counts = {line["scenario"]: line["changes"] for line in map(json.loads, done.stdout.splitlines())}
-    assert len(counts) == 5 and all(count > 8 for count in counts.values()), counts
+    assert len(counts) == few_or(5, 3) and all(count > 8 for count in counts.values()), counts
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""A rank that says who it is; with an argument it misbehaves. No torch, so that it starts at once."""
+"""A rank that says who it is; with arguments one of them misbehaves, or hangs with all others if it is rank -1. No
+torch, so that it starts at once."""
 
 import os
 import sys
@@ -14,5 +15,5 @@ if what == "fail" and rank == who:
     sys.exit(3)
 if what == "die" and rank == who:
     os.kill(os.getpid(), 9)
-if what in ("fail", "die") or (what == "hang" and rank == who):
+if what in ("fail", "die") or (what == "hang" and who in (rank, -1)):
     time.sleep(600)

@@ -114,7 +114,8 @@ def gone(token, before, family, seconds=PATIENCE_S):
 def family_of(process, enough=bool, seconds=PATIENCE_S):
     """What the launcher has started, once that is enough."""
     deadline = time.monotonic() + seconds
-    while not enough(found := descendants(process.pid)) and time.monotonic() < deadline:
+    while not enough(found := descendants(process.pid)):
+        assert time.monotonic() < deadline and process.poll() is None, found
         time.sleep(0.02)
     return found
 
@@ -134,11 +135,11 @@ def test_a_killed_launcher_leaves_nothing_behind():
     before = interfaces()
     for moment in (random.uniform(0.0, 0.1), random.uniform(0.1, 0.4), None):  # None: once the ranks run
         token = uuid.uuid4().hex
-        with killed(launcher("--", str(REPORT), "hang", "1", token)) as process:
+        with killed(launcher("--", str(REPORT), "hang", "-1", token)) as process:
             family = family_of(process)
-            if moment is None:  # ranks start one after the other
-                family = family_of(process, lambda found: len({space for _, space in found}) >= 4)
-                assert processes_with(token)
+            if moment is None:  # the agent's namespace, and one a rank: they start one after the other, and none ends
+                family = family_of(process, lambda found: len({space for _, space in found}) >= 5)
+                assert len(processes_with(token)) >= 4
             else:
                 time.sleep(moment)
                 family |= descendants(process.pid)
@@ -148,9 +149,8 @@ def test_a_killed_launcher_leaves_nothing_behind():
 
 def test_a_killed_launcher_without_shaping_ends_its_ranks(tmp_path):
     token, before = uuid.uuid4().hex, interfaces()
-    with killed(launcher("--", str(REPORT), "hang", "1", token, PATH=str(tmp_path))) as process:
-        family = family_of(process, lambda found: len(found) >= 3)
-        assert len(family) >= 3
+    with killed(launcher("--", str(REPORT), "hang", "-1", token, PATH=str(tmp_path))) as process:
+        family = family_of(process, lambda found: len(found) >= 5)  # the agent and its ranks
     assert gone(token, before, family)
 
 
