@@ -33,7 +33,7 @@ from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import NoResultError
 
 RIVALS = [name for name in METHODS if not METHODS[name].pooled and not name.startswith(("poise", "exact", "surplus"))]
-WORK, RIVAL_WORK = 8.0, 4.0
+WORK, RIVAL_WORK = 600.0, 150.0
 LOST = 0.005
 
 

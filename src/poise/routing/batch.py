@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.routing.trace import finite
+from poise.routing.trace import NO_EXPERT, finite
 from poise.util.compiled import compiled
 from poise.util.errors import TraceError
 
@@ -194,6 +194,18 @@ class RoutingBatch:
         flat = step_T * num_devices + self.home_of_tokens(num_devices)
         count_BD = np.bincount(flat, minlength=self.num_steps * num_devices).reshape(self.num_steps, num_devices)
         return float((count_BD.max(axis=1) / np.maximum(np.ceil(size_B / num_devices), 1.0)).mean())
+
+
+def count_loads(experts_TLK: NDArray[np.int16], size_B: NDArray[Any], num_experts: int) -> NDArray[np.float64]:
+    """Tokens of every expert in consecutive steps of so many tokens, float64 [B, L, E]."""
+    steps, layers = len(size_B), experts_TLK.shape[1]
+    step_T = np.repeat(np.arange(steps), size_B)
+    out = np.empty((steps, layers, num_experts))
+    for layer in range(layers):
+        ids = experts_TLK[:, layer]
+        flat = (step_T[:, None] * num_experts + ids)[ids != NO_EXPERT]
+        out[:, layer] = np.bincount(flat, minlength=steps * num_experts).reshape(steps, num_experts)
+    return out
 
 
 @compiled

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.routing.batch import HOMES, Homes, RoutingBatch
+from poise.routing.batch import HOMES, Homes, RoutingBatch, count_loads
 from poise.routing.files import join
-from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
+from poise.routing.trace import LoadProfile, RoutingTrace, row_blocks
 from poise.util.compiled import compiled
 from poise.util.errors import OptionError
 
@@ -195,13 +195,7 @@ def _batch(
         size_B = size_B[taken]
     start = np.concatenate([[0], np.cumsum(size_B)]).astype(np.int64)
     experts = np.ascontiguousarray(trace.experts[token])
-    steps, (layers, num) = size_B.size, (trace.num_layers, trace.num_experts)
-    step_T = np.repeat(np.arange(steps), size_B)
-    load = np.empty((steps, layers, num))
-    for layer in range(layers):
-        ids = experts[:, layer]
-        flat = (step_T[:, None] * num + ids)[ids != NO_EXPERT]
-        load[:, layer] = np.bincount(flat, minlength=steps * num).reshape(steps, num)
+    steps, load = size_B.size, count_loads(experts, size_B, trace.num_experts)
     assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
         load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),

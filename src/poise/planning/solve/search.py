@@ -14,6 +14,9 @@ Step 4  Of the result and all starts that are at least as good as every other me
         that costs least when the expected loads shift at random. The plan is never worse than a rival's on the fitted
         traffic.
 
+Where enough requests are known, and but for ``stay``, steps 1 to 3 look at steps that are drawn anew from them, and
+step 4 chooses by others (:mod:`poise.planning.solve.scenarios`): a plan must hold for requests that it does not know.
+
 The budget is counted in elementary updates, and traffic that would take too much of it is searched on evenly spaced
 steps (:mod:`poise.planning.solve.effort`), so the result depends on limit and seed alone, unless the clock cuts it.
 Under the exact split the search works on the even one, and step 4 chooses by the exact one.
@@ -22,7 +25,7 @@ Under the exact split the search works on the even one, and step 4 chooses by th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -40,6 +43,7 @@ from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
+from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
 from poise.planning.solve.state import (
     STAY,
     TIE_BREAK,
@@ -253,6 +257,28 @@ def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed:
     return out
 
 
+def _choose(
+    whole: PlacementProblem, given: PlacementProblem, problem: PlacementProblem, options: list[Placement],
+    seconds: list[float], starts: int, seed: int,
+) -> int:  # fmt: skip
+    """Step 4: number of the option that is taken; ``seconds`` are theirs on the steps that were searched.
+
+    The first option is the search's, the next ``starts`` are other methods'.
+    """
+    if given is not problem:  # what was given decides who is as good as others, steps that nobody has seen who is best
+        own = [float(_price(given, o).seconds_L.mean()) + given.migration_seconds(o) for o in options]
+        others = replace(whole, batch=drawn_steps(whole.batch, JUDGED, seed + 1))
+        score = [float(_price(others, o).seconds_L.mean()) + others.migration_seconds(o) for o in options]
+        limit = min(own[1 : 1 + starts])
+        return min((i for i, value in enumerate(own) if value <= limit * (1 + 1e-9)), key=score.__getitem__)
+    limit = min(seconds[1 : 1 + starts])
+    fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]
+    shifted = _shift_seconds(problem, [options[i] for i in fit], seed)
+    total = {i: seconds[i] + more for i, more in zip(fit, shifted, strict=True)}
+    best, robust = min(fit, key=seconds.__getitem__), min(total, key=total.__getitem__)
+    return robust if total[robust] < (1 - WORTH) * total[best] else best
+
+
 def _merge(
     data: Data, problem: PlacementProblem, states: list[State], local: NDArray[np.bool_]
 ) -> tuple[State, NDArray[np.bool_]]:
@@ -378,10 +404,15 @@ def search(
     ``behind_s`` are nominal seconds that the starts took more than theirs, negative where they left some.
     """
     budget, whole = Budget.of(time_limit_s), problem
+    drawn = whole.traffic != "stay" and can_be_drawn(whole.batch)
+    if drawn:
+        steps = min(max(whole.batch.num_steps, DRAWN), MOST_DRAWN)
+        problem = replace(whole, batch=drawn_steps(whole.batch, steps, seed))
     each = price_seconds(problem) * (1 + (problem.split != "even"))
     overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
     most = min(overhead, OVERHEAD * budget.seconds + max(0.0, -behind_s))
     problem = some_steps(problem, budget.afford(most, "steps"), overhead)
+    given = some_steps(whole, budget.seconds, overhead) if drawn else problem
     proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
     data = make_data(problem, MAX_ROWS)
     pool: list[Placement] = []
@@ -400,7 +431,7 @@ def search(
         # replaces all: descend from none, or from those that filling adds, as well.
         bare = np.flatnonzero(plain)
         states.append(_best_start(data, problem, [pool[i] for i in bare], score_OL[bare]))
-    overhead *= problem.batch.num_steps / whole.batch.num_steps
+    overhead *= problem.batch.num_steps / max(problem.batch.num_steps, whole.batch.num_steps)
     late = behind_s + overhead + proposals * problem.batch.num_layers / PROPOSALS_PER_SECOND
     updates = UPDATES_PER_SECOND * max(LEAST_SEARCH * budget.seconds, budget.seconds - max(0.0, late))
     with budget.part(1.0, until=UNTIL).stops(data.stop):
@@ -416,14 +447,7 @@ def search(
         options.append(_best_layers(problem, options, np.stack([price.seconds_L for price in prices])))
         prices.append(_price(problem, options[-1]))
     seconds = [float(p.seconds_L.mean()) + problem.migration_seconds(o) for o, p in zip(options, prices, strict=True)]
-    # at least as good as every start that others would have used; among those, the one that holds when loads shift
-    limit = min(seconds[1 : 1 + len(starts)])
-    fit = [i for i, value in enumerate(seconds) if value <= limit * (1 + 1e-9)]
-    shifted = _shift_seconds(problem, [options[i] for i in fit], seed)
-    total = {i: seconds[i] + more for i, more in zip(fit, shifted, strict=True)}
-    best, robust = min(fit, key=seconds.__getitem__), min(total, key=total.__getitem__)
-    if total[robust] < (1 - WORTH) * total[best]:
-        best = robust
+    best = _choose(whole, given, problem, options, seconds, len(starts), seed)
     chosen = options[best]
     details = {
         "updates": int(state.work[0]),
@@ -432,7 +456,7 @@ def search(
         "chosen": "search" if best == 0 else chosen.method,
         "starts": {o.method: value for o, value in zip(pool, seconds[1:], strict=False)},
     }
-    if problem is not whole:
+    if problem.batch.sampled:
         details["searched_on"] = problem.batch.sampled
     return MethodResult(Placement(chosen.slot_expert_LS, chosen.slot_device_S, chosen.num_experts, chosen.num_devices,
                                   chosen.layer_ids_L, "poise"), details)  # fmt: skip
