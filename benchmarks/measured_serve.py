@@ -8,24 +8,21 @@ Needs root, ip and tc (docs/emulation.md). Link rates are chosen so that the con
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPORTS, bar_chart, table, write
+from common import REPORTS, table, write
+from measured import Emulation, by_term, calibration, parser, part_events, workplace, write_curve
+from pictures import bar_chart, save
 
 from poise.api import deal_slots
 from poise.cost.exchange import ExchangeModel
 from poise.cost.step import BatchCost, batch_cost
 from poise.cost.traffic import DataFlow
-from poise.lab.emulate import EmulatedCluster, run
+from poise.lab.emulate import EmulatedCluster
 from poise.machine.cluster import Cluster
 from poise.machine.curve import MeasuredCurve
 from poise.machine.model import ModelSpec
@@ -43,7 +40,6 @@ from poise.simulate.perfetto import Event, write_perfetto
 from poise.simulate.serving import ServingMark, serve_step, served_work
 from poise.stepwise.registry import parse_policy
 
-HERE = Path(__file__).parent
 STEP_SLOTS = 2
 """Slots a device that the fast loop may fill in a step, as in the other tables."""
 SHARE = 0.357
@@ -159,11 +155,11 @@ def model_of(batch: RoutingBatch) -> ModelSpec:
                      2.0 + along / WIDTH, 2.0, 512.0)  # fmt: skip
 
 
-def curve_rows(batch: RoutingBatch, scene: Scene) -> np.ndarray:
-    """The device clock's curve: a roofline in tokens, active experts and seconds, so that a mean device takes a unit."""
+def curve_knots(batch: RoutingBatch, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """The device clock's curve: a roofline in tokens, and seconds, so that a mean device takes a unit."""
     per_token = scene.unit_s / (scene.tokens_per_device * batch.top_k)
     tokens = np.array([1.0, FLOOR_TOKENS, 8 * FLOOR_TOKENS, 64 * FLOOR_TOKENS, 256 * FLOOR_TOKENS])
-    return np.stack([tokens, np.ones_like(tokens), np.maximum(tokens, FLOOR_TOKENS) * per_token], axis=1)
+    return tokens, np.maximum(tokens, FLOOR_TOKENS) * per_token
 
 
 def links(scene: Scene, batch: RoutingBatch, model: ModelSpec, curve: MeasuredCurve, placement: Placement) -> Cluster:
@@ -177,18 +173,6 @@ def links(scene: Scene, batch: RoutingBatch, model: ModelSpec, curve: MeasuredCu
     startup = 2 * scene.num_layers * scene.startup_s
     rate = bytes_ / (SHARE / (1 - SHARE) * seconds - startup)
     return replace(base, intra_bytes_per_s=base.intra_bytes_per_s * rate, inter_bytes_per_s=rate)
-
-
-def calibrate(emulated: EmulatedCluster, folder: Path, curve: Path, model: ModelSpec) -> Cluster:
-    """Constants of the emulated cluster as `poise calibrate` finds them."""
-    out = folder / "calibrated.yaml"
-    args = ["poise.cli", "calibrate", "-o", str(out), "--hidden", str(model.hidden_size), "--inner",
-            str(model.expert_intermediate_size), "--matrices", "2", "--curve", str(curve), "--seconds", "150", "--json"]  # fmt: skip
-    if not out.exists():
-        said = io.StringIO()
-        run(emulated, "-m", args, timeout=900, out=said)
-        (folder / "calibrated.json").write_text(said.getvalue())
-    return Cluster.parse(out)
 
 
 def plan_rows(scene: Scene, fit: RoutingBatch, cluster: Cluster, model: ModelSpec) -> list[Placement]:
@@ -216,7 +200,7 @@ class Predicted:
 
 
 def predict(scene: Scene, row: tuple[str, str, int, str], placement: Placement, batch: RoutingBatch, cluster: Cluster,
-            model: ModelSpec, prior: np.ndarray, exchange: dict[str, float]) -> Predicted:  # fmt: skip
+            model: ModelSpec, prior: np.ndarray, exchange: ExchangeModel, counts_s: float) -> Predicted:  # fmt: skip
     fast = row[3]
     loop = FastLoop(parse_policy(fast), STEP_SLOTS, window_s=scene.unit_s) if fast else None
     if loop is not None:
@@ -225,8 +209,7 @@ def predict(scene: Scene, row: tuple[str, str, int, str], placement: Placement, 
         judged = batch.steps_from(WARM_UP)
         cost = replay(judged, placement, cluster, model, traffic=scene.traffic, split="even").cost
     work = served_work(batch, placement, cluster, model, traffic=scene.traffic, loop=loop, prior_LE=prior)
-    constants = ExchangeModel(**{field.name: exchange[field.name] for field in fields(ExchangeModel)})
-    marks = [serve_step(layers, cluster.node_D, constants, window_s=scene.unit_s, counts_s=exchange["counts_s"])
+    marks = [serve_step(layers, cluster.node_D, exchange, window_s=scene.unit_s, counts_s=counts_s)
              for layers in work[WARM_UP:]]  # fmt: skip
     tokens = np.array([[layer.tokens_D for layer in layers] for layers in work[WARM_UP:]])
     return Predicted(cost, np.stack(marks)[None], tokens)
@@ -239,41 +222,37 @@ def measure(scene: Scene, data: Path, repeats: int, folder: Path) -> dict[str, A
     fit = batch_of(fit_trace, scene, steps, seed=1)
     batch = batch_of(judge_trace, scene, steps, seed=1 if scene.in_sample else 2)
     model = model_of(batch)
-    rows = curve_rows(batch, scene)
-    curve_file = folder / "curve.csv"
-    np.savetxt(curve_file, rows, delimiter=",", header="tokens,active_experts,seconds", comments="")
-    curve = MeasuredCurve(rows[:, 0], rows[:, 2], model.expert_parameters)
+    tokens, seconds = curve_knots(batch, scene)
+    curve = MeasuredCurve(tokens, seconds, model.expert_parameters)
     contiguous = plan_rows(replace(scene, rows=scene.rows[:1]), fit, Cluster.uniform(scene.nodes, scene.devices), model)
     stated = links(scene, batch.steps_from(WARM_UP), model, curve, contiguous[0])
-    emulated = EmulatedCluster(scene.nodes, scene.devices, stated.intra_bytes_per_s,
-                               stated.inter_bytes_per_s if scene.nodes > 1 else None)  # fmt: skip
-    cluster = calibrate(emulated, folder, curve_file, model)
+    spec = EmulatedCluster(scene.nodes, scene.devices, stated.intra_bytes_per_s,
+                           stated.inter_bytes_per_s if scene.nodes > 1 else None)  # fmt: skip
+    emulation = Emulation(spec, folder, folder / "curve.csv")
+    write_curve(emulation.curve, list(tokens), list(seconds))
+    emulation.calibrate(model.hidden_size, model.expert_intermediate_size, 150.0)
+    cluster, exchange, constants = calibration(folder)
     made = sorted(folder.glob("row*.npz"), key=lambda path: int(path.stem[3:]))
     placements = [Placement.load(path) for path in made] or plan_rows(scene, fit, cluster, model)
     prior = fit.load_LE()
     job = {
-        "cluster": str(folder / "calibrated.yaml"), "traffic": scene.traffic, "width": WIDTH, "model": asdict(model),
-        "expert_bytes": int(model.expert_bytes), "curve": str(curve_file), "window_s": scene.unit_s, "repeats": repeats,
-        "tokens": scene.tokens_per_device * scene.world, "warm_up": WARM_UP, "prior": prior.tolist(),
+        "cluster": str(folder / "cluster.yaml"), "traffic": scene.traffic, "width": WIDTH, "model": asdict(model),
+        "expert_bytes": int(model.expert_bytes), "curve": str(emulation.curve), "window_s": scene.unit_s, "repeats": repeats,
+        "tokens": scene.tokens_per_device * scene.world, "warm_up": WARM_UP, "steps": scene.steps, "prior": prior.tolist(),
         "kv_bytes": int(model.kv_bytes_per_token_layer), "rows": [],
     }  # fmt: skip
     for index, (row, placement) in enumerate(zip(scene.rows, placements, strict=True)):
         path = folder / f"row{index}.npz"
         placement.save(path)
         job["rows"].append({"name": row[0], "placement": str(path), "fast": row[3], "step_slots": STEP_SLOTS})
-    (folder / "job.json").write_text(json.dumps(job))
-    np.savez(folder / "routing.npz", experts=batch.experts_TLK, home=batch.home_T, start=batch.start_B)
-    if not (folder / "out.npz").exists():
-        files_ = [str(folder / name) for name in ("job.json", "routing.npz", "out.npz")]
-        done = run(emulated, HERE / "serve_rank.py", files_, timeout=3600, out=sys.stderr)
-        if not done.shaped:
-            raise SystemExit("the links were not shaped: nothing was measured (root, ip and tc are needed)")
-    with np.load(folder / "out.npz", allow_pickle=False) as z:
-        marks, tokens, overruns = z["marks"], z["tokens"], z["overruns"]
-    exchange = json.loads((folder / "calibrated.json").read_text())["exchange"]
-    return {"scene": scene, "words": words, "marks": marks, "tokens": tokens, "overruns": int(overruns.sum()), "stated": stated,
-            "cluster": cluster, "exchange": exchange,
-            "predicted": [predict(scene, row, placement, batch, cluster, model, prior, exchange)
+    arrays = {"experts": batch.experts_TLK, "home": batch.home_T, "start": batch.start_B}
+    got = emulation.measure("serve_rank.py", job, arrays, timeout=3600, again=False)
+    if not got["shaped"]:
+        raise SystemExit("the links were not shaped: nothing was measured (root, ip and tc are needed)")
+    counts_s = constants["exchange"]["counts_s"]
+    return {"scene": scene, "words": words, "marks": got["marks"], "tokens": got["tokens"],
+            "overruns": int(got["overruns"].sum()), "stated": stated, "cluster": cluster,
+            "predicted": [predict(scene, row, placement, batch, cluster, model, prior, exchange, counts_s)
                           for row, placement in zip(scene.rows, placements, strict=True)]}  # fmt: skip
 
 
@@ -286,12 +265,9 @@ def terms(marks: np.ndarray) -> dict[str, np.ndarray]:
     last, at = marks.max(axis=3), ServingMark
     own = marks[..., at.DISPATCHED] - marks[..., at.PLANNED] + marks[..., at.COMBINED] - marks[..., at.COMPUTED]
     compute = marks[..., at.COMPUTED] - marks[..., at.DISPATCHED]
-    exchange = last[..., at.DISPATCHED] - last[..., at.PLANNED] + last[..., at.COMBINED] - last[..., at.COMPUTED]
+    parts = by_term(last, ("attention", "weights", "exchange", "compute", "exchange"))
     return {
-        "attention": (last[..., at.ATTENTION] - last[..., at.START]).sum(axis=2),
-        "weights": (last[..., at.PLANNED] - last[..., at.ATTENTION]).sum(axis=2),
-        "exchange": exchange.sum(axis=2),
-        "compute": (last[..., at.COMPUTED] - last[..., at.DISPATCHED]).sum(axis=2),
+        **{name: seconds.sum(axis=2) for name, seconds in parts.items()},
         "step": last[:, :, -1, at.COMBINED] - marks[:, :, 0, :, at.START].min(axis=2),
         "exchange_tail": own.max(axis=3).sum(axis=2),
         "exchange_mean": own.mean(axis=3).sum(axis=2),
@@ -361,7 +337,7 @@ def report(found: dict[str, Any]) -> str:
     )
     base, stated = found["cluster"], found["stated"]
     picture = f"measured-serve-{scene.name}.svg"
-    (REPORTS / picture).write_text(bar_chart(bars, ("measured", "simulated"), "seconds a step"))
+    save(REPORTS / picture, bar_chart(bars, ("measured", "simulated"), "seconds a step"))
     words = (
         f"{found['words']}. {scene.tokens_per_device} rows a device and step, {layers} layers, {marks.shape[2]} steps after "
         f"{WARM_UP} warm-up steps, {marks.shape[1]} paired repeats, flow `{scene.traffic}`. Ports set to "
@@ -392,27 +368,20 @@ def timelines(found: dict[str, Any]) -> dict[str, list[Event]]:
 def events_of(marks_LDM: np.ndarray) -> list[Event]:
     """Marks of one step as events."""
     names = ("attention", "weights, control", "dispatch", "experts", "combine")
-    return [Event(name, device, float(a), float(b - a))
-            for layer in marks_LDM for device, at in enumerate(layer)
-            for name, a, b in zip(names, at, at[1:], strict=False)]  # fmt: skip
+    return [event for marks_DM in marks_LDM for event in part_events(marks_DM, names)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--scenes", default=",".join(SCENES))
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--keep", type=Path, help="folder for what is measured; what lies there is not measured again")
-    parser.add_argument(
+    words = parser(str(__doc__))
+    words.add_argument("--scenes", default=",".join(SCENES))
+    words.add_argument("--steps", type=int)
+    words.add_argument(
         "--timelines", type=Path, help="folder for a step of each scene, measured and simulated (ui.perfetto.dev)"
     )
-    options = parser.parse_args()
+    options = words.parse_args()
     for name in options.scenes.split(","):
         scene = SCENES[name] if options.steps is None else replace(SCENES[name], steps=options.steps)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) if options.keep is None else options.keep / name
-            folder.mkdir(parents=True, exist_ok=True)
+        with workplace(None if options.keep is None else options.keep / name) as folder:
             found = measure(scene, options.data, options.repeats, folder)
         text = report(found)
         if options.timelines is not None:

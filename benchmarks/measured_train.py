@@ -9,23 +9,22 @@ than the table's, then the table. Writes reports/DATE-measured_train-CLUSTER.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import table, write
+from measured import Emulation, by_term, calibration, parser, part_events, workplace, write_curve
 from train_cases import of_domains
 
 from poise.cost.exchange import ExchangeModel
 from poise.cost.weights import StepPrice, training_price
-from poise.lab.emulate import EmulatedCluster, run
+from poise.lab.emulate import EmulatedCluster
 from poise.lab.emulate.spec import parse_shape
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -99,29 +98,23 @@ class Bench:
         self.layers, self.stream, self.folder = layers, stream, folder
         self.devices, self.experts = nodes * devices, EXPERTS_A_DEVICE * nodes * devices
         self.model = model_of(layers, self.experts)
-        self.curve = folder / "curve.csv"
+        self.emulation = Emulation(self.spec, folder, folder / "curve.csv")
         knots = [1, 16, 128, 1024, 2048]
-        self.curve.write_text("tokens,active_experts,seconds\n" + "".join(
-            f"{n},1,{LAUNCH_S + n * TOKEN_S!r}\n" for n in knots))  # fmt: skip
+        write_curve(self.emulation.curve, knots, [LAUNCH_S + n * TOKEN_S for n in knots])
         self.cluster, self.calibration = Cluster.uniform(nodes, devices), {}
         self.exchange = ExchangeModel.of(self.cluster)
 
     def calibrate(self, seconds: float) -> None:
         """``poise calibrate`` on the emulated cluster: no traffic or placement of the table is in it."""
-        path = self.folder / "cluster.yaml"
-        words = ["poise.cli", "calibrate", "-o", str(path), "--hidden", str(WIDTH), "--inner", str(ROWS // 2), "--matrices",
-                 "2", "--curve", str(self.curve), "--seconds", f"{seconds:g}", "--json"]  # fmt: skip
-        done = run(self.spec, "-m", words, timeout=20 * seconds + 120, out=open(self.folder / "calibrate.out", "w"))
-        (self.folder / "calibration.json").write_text(done.ranks[0].stdout)
+        self.emulation.calibrate(WIDTH, ROWS // 2, seconds)
         self.take(self.folder)
 
     def take(self, folder: Path) -> None:
         """Constants of a calibration: those of the finer model of exchanges, for policies too."""
-        self.calibration = json.loads((folder / "calibration.json").read_text())
-        constants = self.calibration["exchange"]
-        self.exchange = m = ExchangeModel(**{field.name: constants[field.name] for field in fields(ExchangeModel)})
+        cluster, m, self.calibration = calibration(folder)
+        self.exchange = m
         self.cluster = replace(
-            Cluster.parse(folder / "cluster.yaml"), intra_latency_s=m.start_s, inter_latency_s=0.0, peer_latency_s=m.peer_s,
+            cluster, intra_latency_s=m.start_s, inter_latency_s=0.0, peer_latency_s=m.peer_s,
             intra_bytes_per_s=m.intra_bytes_per_s, inter_bytes_per_s=m.inter_bytes_per_s,
         )  # fmt: skip
 
@@ -140,63 +133,53 @@ class Bench:
     def measure(self, loads: SourceLoads, rows: list[Row], steps: int, repeats: int) -> dict[str, np.ndarray]:
         """Marks of all rows; raises if experts were not computed as in a dense run, or the clock was overrun."""
         even = even_sharding(self.layers, self.experts, self.devices)
-        job = {"cluster": str(self.folder / "policies.yaml"), "curve": str(self.curve), "window_s": WINDOW_S, "layers": self.layers,
+        job = {"cluster": str(self.folder / "policies.yaml"), "curve": str(self.emulation.curve), "window_s": WINDOW_S, "layers": self.layers,
                "experts": self.experts, "top_k": TOP_K, "width": WIDTH, "rows_per_expert": ROWS, "warm_up": WARM_UP,
                "steps": steps, "repeats": repeats, "stream": self.stream,
                "table": [{"name": row.name, "policy": row.policy, "step_slots": row.slots, "rematerialise": row.rematerialise,
                           "owners": (even if row.owners is None else row.owners).tolist(),
                           "traffic": "forced" if row.forced else "load"} for row in rows]}  # fmt: skip
-        paths = [self.folder / name for name in ("job.json", "counts.npz", "out.npz")]
         (self.folder / "policies.yaml").write_text(self.cluster.to_yaml())
-        paths[0].write_text(json.dumps(job))
-        np.savez(paths[1], load=loads.load_BLSE, forced=loads.force_balanced().load_BLSE)
-        done = run(self.spec, Path(__file__).with_name("train_rank.py"), [str(path) for path in paths],
-                   timeout=300 + 20.0 * len(rows) * (repeats + 1) * (steps + 1))  # fmt: skip
-        with np.load(paths[2], allow_pickle=False) as z:
-            out = {name: z[name] for name in z.files}
-        out["shaped"] = np.array(done.shaped)
+        arrays = {"load": loads.load_BLSE, "forced": loads.force_balanced().load_BLSE}
+        out = self.emulation.measure("train_rank.py", job, arrays,
+                                     timeout=300 + 20.0 * len(rows) * (repeats + 1) * (steps + 1))  # fmt: skip
         assert out["gaps"].max() < 1e-4, f"gradients differ from a dense run by {out['gaps'].max():.2g}"
         return out
 
 
-def fronts(marks_LXDM: np.ndarray, ends_DX: np.ndarray) -> dict[str, float]:
-    """Seconds of a step by term: between the moments at which the last rank had done a part; they add up to the step.
+WAITS = TERMS[3]
+FORWARD = (
+    "other",
+    "attention",
+    WAITS,
+    "planning",
+    "other",
+    "all-to-all",
+    "other",
+    WAITS,
+    "compute",
+    "other",
+    "all-to-all",
+)
+BACKWARD = ("other", WAITS, "other", "all-to-all", "other", "compute", "other", "other", "all-to-all", "attention")
+"""Terms of what ends at each mark."""
 
-    marks [L, 2, D, 11], ends [D, 2].
-    """
-    out = dict.fromkeys(TERMS, 0.0)
-    now = float(ends_DX[:, 0].max())
-    waits = "weights, counts"
-    forward = (
-        "other",
-        "attention",
-        waits,
-        "planning",
-        "other",
-        "all-to-all",
-        "other",
-        waits,
-        "compute",
-        "other",
-        "all-to-all",
-    )
-    backward = ("other", waits, "other", "all-to-all", "other", "compute", "other", "other", "all-to-all", "attention")
+
+def fronts(marks_LXDM: np.ndarray, ends_DX: np.ndarray) -> list[float]:
+    """Seconds of a step by term; marks [L, 2, D, 11], ends [D, 2]."""
     front_LXM = marks_LXDM.max(axis=2)
-    order = [(layer, 0) for layer in range(len(front_LXM))]
-    order += [(layer, 1) for layer in reversed(range(len(front_LXM)))]
-    for layer, way in order:
-        for term, at in zip(backward if way else forward, front_LXM[layer, way], strict=False):
-            out[term] += float(at) - now
-            now = float(at)
-    out[waits] += float(ends_DX[:, 1].max()) - now
-    return out
+    layers = len(front_LXM)
+    ways = [*(front_LXM[:, 0]), *(one[: len(BACKWARD)] for one in front_LXM[::-1, 1])]
+    moments = np.concatenate([ends_DX[:, 0].max(keepdims=True), *ways, ends_DX[:, 1].max(keepdims=True)])
+    found = by_term(moments, [*FORWARD * layers, *BACKWARD * layers, WAITS])
+    return [float(found[term]) for term in TERMS]
 
 
 def measured_terms(got: dict[str, np.ndarray], which: int) -> np.ndarray:
     """Seconds of a row by repeat and term, mean over its steps, float64 [R, terms]."""
     marks, ends = got["marks"][which], got["ends"][which]  # [R, B, L, D, 2, 11] and [R, B, D, 2]
     return np.array([
-        np.mean([[*fronts(marks[r, b].swapaxes(1, 2), ends[r, b]).values()] for b in range(marks.shape[1])], axis=0)
+        np.mean([fronts(marks[r, b].swapaxes(1, 2), ends[r, b]) for b in range(marks.shape[1])], axis=0)
         for r in range(len(marks))])  # fmt: skip
 
 
@@ -208,7 +191,7 @@ def simulated_steps(bench: Bench, replay: TrainingReplay, counts_s: float, plann
 
 def predicted_terms(steps: list[RankStep], other_s: float) -> np.ndarray:
     """Seconds of the model by term, cut as the measured ones are, mean over steps, float64 [terms]."""
-    terms = [[*fronts(one.marks_LXDM, np.stack([0 * one.end_D, one.end_D], axis=1)).values()] for one in steps]
+    terms = [fronts(one.marks_LXDM, np.stack([0 * one.end_D, one.end_D], axis=1)) for one in steps]
     out: np.ndarray = np.mean(terms, axis=0)
     out[TERMS.index("other")] += other_s
     return out
@@ -344,10 +327,8 @@ def events_of(marks_LXDM: np.ndarray) -> list[Event]:
     events = []
     for marks_XDM in marks_LXDM:
         for way, ends in enumerate((Forward, Backward)):
-            names = [end.name.lower() for end in ends]
-            for rank, at in enumerate(marks_XDM[way]):
-                events += [Event(f"{PARTS.get(name, name)}{', backward' * way}", rank, float(at[i]), float(at[i + 1] - at[i]))
-                           for i, name in enumerate(names[1:]) if at[i + 1] > at[i]]  # fmt: skip
+            names = [PARTS.get(end.name.lower(), end.name.lower()) + ", backward" * way for end in ends][1:]
+            events += part_events(marks_XDM[way], names)
     return events
 
 
@@ -371,25 +352,20 @@ def about(bench: Bench, loads: SourceLoads, steps: int, repeats: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--cluster", default="2x4")
-    parser.add_argument("--rows", default="main")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--other-repeats", type=int, default=3)
-    parser.add_argument("--calibrate-seconds", type=float, default=90.0)
-    parser.add_argument("--calibrated", type=Path, help="folder that --keep left: nothing is calibrated")
-    parser.add_argument("--no-stream", action="store_true")
-    parser.add_argument("--dry", action="store_true", help="print the report, write nothing")
-    parser.add_argument("--keep", type=Path, help="folder for what was measured")
-    parser.add_argument("--timeline", type=Path, help="file for a step, measured and simulated (ui.perfetto.dev)")
-    asked = parser.parse_args()
+    options = parser(str(__doc__))
+    options.add_argument("--cluster", default="2x4")
+    options.add_argument("--rows", default="main")
+    options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--other-repeats", type=int, default=3)
+    options.add_argument("--calibrate-seconds", type=float, default=90.0)
+    options.add_argument("--calibrated", type=Path, help="folder that --keep left: nothing is calibrated")
+    options.add_argument("--no-stream", action="store_true")
+    options.add_argument("--dry", action="store_true", help="print the report, write nothing")
+    options.add_argument("--timeline", type=Path, help="file for a step, measured and simulated (ui.perfetto.dev)")
+    asked = options.parse_args()
     started = time.time()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = asked.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with workplace(asked.keep) as folder:
         bench = Bench(asked.cluster, asked.layers, not asked.no_stream, folder)
         if asked.calibrated:
             bench.take(asked.calibrated)

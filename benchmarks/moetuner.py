@@ -12,7 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from common import REPORTS, line_chart, problem, table, write
+from common import REPORTS, problem, table, write
+from pictures import line_chart, save
 
 from poise.planning.methods import moetuner
 from poise.planning.solve.exact import linear_stay_objective
@@ -96,7 +97,7 @@ def sample_sizes(data: Path) -> str:
                 row += [f"{got.imbalance:.3f}", f"{1e3 * got.step_seconds_B.mean():.3f}"]
             rows.append(row)
         picture = f"sample-size-{path.stem.replace('_', '-')}.svg"
-        (REPORTS / picture).write_text(line_chart(lines, "% of the fitted requests", "held-out imbalance, max / mean"))
+        save(REPORTS / picture, line_chart(lines, "% of the fitted requests", "held-out imbalance, max / mean"))
         head = ["sample", "tokens", *(f"{name} {what}" for name in lines for what in ("imbalance", "step ms"))]
         parts.append(f"### {path.stem}\n\n![held-out imbalance by sample size]({picture})\n\n{table(head, rows)}")
     intro = (

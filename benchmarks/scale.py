@@ -16,11 +16,9 @@ import numpy as np
 from common import table, write
 from scale_cases import DECODE, DRIFT, EFFORT, PREFILL, WARM_UP, Case, token_batch
 from scale_report import CURVE_DEVICES, CURVE_TOKENS, Found, Series, draw, text
-from scale_rows import MODELS, TUNED, best_static, fast_rows, over_eplb, static_rows
+from scale_rows import MODELS, TUNED, best_static, eplb, fast_rows, over_eplb, static_rows
 
 from poise.cost.traffic import DataFlow
-from poise.planning.problem import PlacementProblem
-from poise.planning.solve.solve import solve
 from poise.replay.serving import FastLoop, replay_steps
 from poise.replay.static import replay
 from poise.routing.batch import RoutingBatch
@@ -98,8 +96,7 @@ def dedup_table(data: Path) -> str:
         fit = token_batch(case.share(data, DECODE.fit[0]), tokens, 1, 0.0, ids)
         batch = token_batch(case.share(data, DECODE.judge), tokens, WARM_UP + 2, DRIFT, ids)
         fit = RoutingBatch(fit.load_BLE.copy(), np.ones(1), fit.top_k, ids)
-        problem = PlacementProblem(fit, case.cluster, case.model, case.slots_D, "home")
-        placement = solve(problem, method="eplb-global").placement
+        placement = eplb(case, fit)
         for flow in FLOWS:
             base = replay(batch.steps_from(WARM_UP), placement, case.cluster, case.model, traffic=flow, split="even")
             seconds = float(base.step_seconds_B.mean())

@@ -6,7 +6,8 @@ import datetime
 from collections.abc import Iterable
 
 import numpy as np
-from common import REPORTS, line_chart, table
+from common import REPORTS, table
+from pictures import line_chart, save
 from scale_cases import DECODE, DRIFT, EFFORT, PREFILL, SEED, WARM_UP, Case, Phase
 from scale_rows import FAST, MODELS, MOETUNER_TO, POISE_TO, TUNED_TO, Row
 
@@ -142,7 +143,7 @@ def planning_chart(found: Found) -> Series:
 def plot(name: str, series: Series, x_label: str, y_label: str) -> str:
     """Writes a plot; its markdown."""
     path = REPORTS / f"{datetime.date.today().isoformat()}-scale-{name}.svg"
-    path.write_text(line_chart(series, x_label, y_label) + "\n", encoding="utf-8")
+    save(path, line_chart(series, x_label, y_label))
     return f"![{y_label}]({path.name})"
 
 

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from scale_cases import PREFILL, WARM_UP, Case
 
-from poise.cost.compute import expert_seconds
-from poise.cost.links import latency_seconds, network_ports
+from poise.cost.compute import device_compute
 from poise.cost.route import locality_pairs
 from poise.cost.split import split_share_BED
 from poise.cost.traffic import Copies, port_load
@@ -23,6 +22,7 @@ from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
+from poise.replay.links import kind_seconds
 from poise.replay.serving import FastLoop, replay_steps
 from poise.replay.static import Replay, replay
 from poise.routing.batch import RoutingBatch
@@ -52,12 +52,9 @@ class Lag:
     @classmethod
     def of(cls, tokens_ED: np.ndarray, pairs_DD: np.ndarray, cluster: Cluster, model: ModelSpec) -> Lag:
         """From tokens on devices, and pairs from device to device."""
-        compute = expert_seconds(tokens_ED.astype(float), cluster, model).sum(axis=0) / cluster.speed_D
-        load = port_load(Copies(pairs_DD[None].astype(float)), cluster)
-        inner = np.maximum(load.intra_out_BD, load.intra_in_BD)[0] / cluster.intra_bytes_per_s
-        ports = [network_ports(x, cluster)[0] for x in (load.net_out_BD, load.net_in_BD)]
-        net = np.maximum(*ports) / cluster.inter_bytes_per_s
-        name, port = max(zip(PORTS, (inner, net), strict=True), key=lambda item: item[1].max())
+        compute = device_compute(tokens_ED, cluster, model)
+        kinds = kind_seconds(port_load(Copies(pairs_DD[None].astype(float)), cluster), cluster, cluster.dispatch_wire)
+        name, port = max(zip(PORTS, (kind_BD[0] for kind_BD in kinds), strict=True), key=lambda item: item[1].max())
         over = [1.0 - x.mean() / max(x.max(), 1e-300) for x in (compute, port)]
         return cls(over[0], name, over[1], bool(np.argmax(compute) == np.argmax(port)))
 
@@ -141,7 +138,7 @@ def make_row(name: str, got: Replay, lags: Iterable[Lag], case: Case, *, before_
     cost, shape = got.cost, got.cost.compute_BL.shape
     zero = np.zeros(shape)
     weights, control = (zero if x is None else x for x in (cost.weights_BL, cost.control_BL))
-    latency = 2 * latency_seconds(case.cluster)
+    latency = case.cluster.dispatch_wire.start_s + case.cluster.combine_wire.start_s
     planning = PLAN_SECONDS_BASE + PLAN_SECONDS_PER_PAIR * case.model.num_experts * case.devices
     planned = np.where(control > 0, planning, 0.0)
     terms = {"compute": cost.compute_BL, "exchange": cost.dispatch_BL + cost.combine_BL - latency, "latency": zero + latency,
@@ -276,12 +273,17 @@ def slots_of(name: str, case: Case) -> tuple[int, ...]:
     return STEP_SLOTS if case.devices <= (128 if name == "poise" else 512) else STEP_SLOTS[:1]
 
 
+def eplb(case: Case, fitted: RoutingBatch) -> Placement:
+    """EPLB's global map."""
+    return solve(
+        PlacementProblem(fitted, case.cluster, case.model, case.slots_D, "home"), method="eplb-global"
+    ).placement
+
+
 def over_eplb(
     case: Case, data: Path, split: Literal["even", "exact"] = "even"
 ) -> tuple[RoutingBatch, Placement, Replay]:
     """Steps, EPLB's global map, and what it costs on the judged ones."""
-    batch = case.batch(data)
-    problem = PlacementProblem(case.fitted(data), case.cluster, case.model, case.slots_D, "home")
-    placement = solve(problem, method="eplb-global").placement
+    batch, placement = case.batch(data), eplb(case, case.fitted(data))
     judged = batch.steps_from(WARM_UP)
     return batch, placement, replay(judged, placement, case.cluster, case.model, traffic="home", split=split)

@@ -8,16 +8,13 @@ and experts. Outputs are checked against one multiplication a token in the first
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from measured import in_turn, on_ranks, until
 
 from poise.cost.weights import step_price
 from poise.lab.emulate import DeviceClock, ExpertCurve
@@ -42,10 +39,9 @@ def scaled_rows(width: int, numel: int) -> ExpertKind:
 class Routing:
     """The tokens of all steps."""
 
-    def __init__(self, path: str) -> None:
-        with np.load(path, allow_pickle=False) as z:
-            self.experts = torch.from_numpy(z["experts"].astype(np.int64))
-            self.home, self.start = z["home"], z["start"]
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.experts = torch.from_numpy(arrays["experts"].astype(np.int64))
+        self.home, self.start = arrays["home"], arrays["start"]
         self.top_k = self.experts.shape[2]
         weight = torch.arange(self.top_k, 0, -1, dtype=torch.float32)
         self.weight = weight / weight.sum()
@@ -108,6 +104,10 @@ class Run:
         for layer in self.layers:  # no time has passed in which weights could come
             layer.settle()
 
+    def rehearse(self, step: int) -> None:
+        """A step whose outputs are checked."""
+        self.step(step, True)
+
     def _note(self, name: str, began: float, ended: float) -> None:
         self.spans.setdefault(name, []).append((began, ended))
 
@@ -129,7 +129,7 @@ class Run:
             layer.prefetch(routing.pairs(step))
             if stay:
                 self._share_keys(len(tag))
-            self._until(marks[index, ServingMark.START] + job["window_s"])
+            until(marks[index, ServingMark.START] + job["window_s"])
             marks[index, ServingMark.ATTENTION] = time.monotonic()
             ids, weight = routing.experts[tag, index], routing.weight.expand(len(tag), -1)
             self.spans.clear()
@@ -156,50 +156,29 @@ class Run:
         rows = torch.zeros(tokens, width, dtype=torch.uint8).repeat(world, 1)
         exchange(rows, [tokens] * world, counts.tolist(), dist.group.WORLD)
 
-    @staticmethod
-    def _until(when: float) -> None:
-        while (left := when - time.monotonic()) > 0:
-            time.sleep(left)
-
 
 def scale_of(expert: torch.Tensor) -> torch.Tensor:
     """Powers of two, so that bfloat16 keeps them exactly."""
     return 2.0 ** ((expert % 7) - 3).to(torch.float32)
 
 
-def main() -> None:
-    job = json.loads(open(sys.argv[1], encoding="utf-8").read())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    routing, cluster = Routing(sys.argv[2]), Cluster.parse(job["cluster"])
+def work(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """All rows on this rank."""
+    routing, cluster = Routing(arrays), Cluster.parse(job["cluster"])
     weights = twin(dist.group.WORLD)
     runs = [Run(job, row, routing, cluster, weights) for row in job["rows"]]
-    warm_up, steps = job["warm_up"], len(routing.start) - 1 - job["warm_up"]
-    layers = runs[0].placement.num_layers
-    marks = np.zeros((len(runs), job["repeats"], steps, layers, len(ServingMark)))
-    tokens = np.zeros(marks.shape[:4], np.int64)
-    for repeat in range(job["repeats"]):
-        for turn in range(len(runs)):
-            which = (turn + repeat) % len(runs)
-            runs[which].reset(warm_up)
-            if repeat == 0:
-                runs[which].step(warm_up, True)  # connections, pages, checks
-                runs[which].reset(warm_up)
-            for step in range(steps):
-                marks[which, repeat, step], tokens[which, repeat, step] = runs[which].step(warm_up + step, False)
-        if rank == 0:
-            print(f"repeat {repeat + 1}/{job['repeats']}", file=sys.stderr, flush=True)
-    every: list[Any] = [None] * world
-    dist.all_gather_object(every, (marks, tokens, [run.clock.report() for run in runs]))
-    if rank == 0:
-        np.savez(sys.argv[3], marks=np.stack([one[0] for one in every], axis=4),
-                 tokens=np.stack([one[1] for one in every], axis=4),
-                 overruns=np.array([[report["overruns"] for report in one[2]] for one in every]))  # fmt: skip
-    dist.barrier()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads sometimes abort a finished process while the interpreter ends
+    shape = (len(runs), job["repeats"], job["steps"], runs[0].placement.num_layers)
+    marks, tokens = np.zeros((*shape, len(ServingMark))), np.zeros(shape, np.int64)
+    for which, repeat, step in in_turn(runs, job):
+        marks[which, repeat, step], tokens[which, repeat, step] = runs[which].step(job["warm_up"] + step, False)
+    return {"marks": marks, "tokens": tokens, "overruns": [run.clock.report()["overruns"] for run in runs]}
+
+
+def together(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Marks [rows, repeats, steps, L, D, 6], tokens without the last axis, overruns [D, rows]."""
+    axis = {"marks": 4, "tokens": 4, "overruns": 0}
+    return {name: np.stack([one[name] for one in every], axis=at) for name, at in axis.items()}
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(work, together)

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import sys
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from measured import in_turn, on_ranks, until
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -57,11 +54,6 @@ class Marks:
     at_LXM = np.zeros((0, 2, 11))
     layer = 0
     spans: ClassVar[list[tuple[str, float, float]]] = []
-
-
-def until(when: float) -> None:
-    while (left := when - time.monotonic()) > 0:
-        time.sleep(left)
 
 
 class _Enter(torch.autograd.Function):
@@ -213,6 +205,8 @@ class Row:
             run_on_thread(self.run.schedule.deployment.weights_group)
         self._known: tuple[LoadHistory, list[np.ndarray], np.ndarray] | None = None
         self.tokens: list[np.ndarray] = []
+        self.worst = 0.0
+        """What :meth:`gap` said of the step that was not timed."""
 
     def reset(self, warm_up: int) -> None:
         """As after the warm-up steps: what they taught the policy, the replicas it keeps, owners that it moved."""
@@ -247,6 +241,11 @@ class Row:
             gone = ~held_ED[np.arange(len(held_ED)), owners[layer]]
             owners[layer, gone] = held_ED[gone].argmax(axis=1)
         return copy.deepcopy(planner.history), kept, owners
+
+    def rehearse(self, step: int) -> None:
+        """A step whose gradients are compared with a dense run's."""
+        self.step(step)
+        self.worst = self.gap(step)
 
     def step(self, step: int) -> tuple[np.ndarray, float, float]:
         """Marks of every layer [L, 2, 11], and when the step began and ended."""
@@ -286,60 +285,35 @@ class Row:
         return worst
 
 
-def measure(job: dict[str, Any], rows: list[Row], say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """Every row in every repeat, in an order that turns; a step that is not timed comes first."""
-    warm_up, steps, repeats = job["warm_up"], job["steps"], job["repeats"]
-    marks = np.zeros((len(rows), repeats, steps, job["layers"], 2, 11))
-    ends, gaps = np.zeros((len(rows), repeats, steps, 2)), np.zeros(len(rows))
-    tokens = np.zeros((len(rows), steps, job["layers"], dist.get_world_size()), np.int64)
-    spans: dict[str, list[Any]] = {}
-    for repeat in range(repeats):
-        for turn in range(len(rows)):
-            which = (turn + repeat) % len(rows)
-            row = rows[which]
-            row.reset(warm_up)
-            if repeat == 0:
-                row.step(warm_up)  # connections and pages
-                gaps[which] = row.gap(warm_up)
-                row.reset(warm_up)
-            for step in range(steps):
-                marks[which, repeat, step], *ends[which, repeat, step] = row.step(warm_up + step)
-                tokens[which, step] = row.tokens
-            if repeat == 0:
-                spans[row.name] = list(Marks.spans)
-        say(f"repeat {repeat + 1}/{repeats}")
-    return {"marks": marks, "ends": ends, "gaps": gaps, "tokens": tokens, "spans": spans}  # type: ignore[dict-item]
-
-
-def main() -> None:
-    job = json.loads(open(sys.argv[1], encoding="utf-8").read())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    rank, world = dist.get_rank(), dist.get_world_size()
+def work(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """All rows on this rank."""
     Clock.start(ExpertCurve.from_csv(job["curve"]), job["window_s"])
     spans.record(note)
-    with np.load(sys.argv[2], allow_pickle=False) as z:
-        traffic = {name: Traffic(z[name], job) for name in z.files}
-    mesh = init_device_mesh("cpu", (world,))
+    traffic = {name: Traffic(load, job) for name, load in arrays.items()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rows = [Row(job, row, traffic[row.get("traffic", "load")], mesh) for row in job["table"]]
-    out = measure(job, rows, lambda text: print(text, file=sys.stderr, flush=True) if rank == 0 else None)
-    out["clock"] = (Clock.forward.report(), Clock.backward.report())  # type: ignore[assignment]
-    every: list[Any] = [None] * world
-    dist.all_gather_object(every, out)
-    if rank == 0:
-        np.savez(
-            sys.argv[3], marks=np.stack([one["marks"] for one in every], axis=4),
-            ends=np.stack([one["ends"] for one in every], axis=3), gaps=np.stack([one["gaps"] for one in every]),
-            tokens=out["tokens"],
-            overruns=np.array([sum(part["overruns"] for part in one["clock"]) for one in every]),
-            late_p99_s=np.array([max(part["late_p99_s"] for part in one["clock"]) for one in every]),
-            spans=json.dumps([one["spans"] for one in every]),
-        )  # fmt: skip
-    dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads may crash when the interpreter ends
+    marks = np.zeros((len(rows), job["repeats"], job["steps"], job["layers"], 2, 11))
+    ends = np.zeros((*marks.shape[:3], 2))
+    tokens = np.zeros((len(rows), job["steps"], job["layers"], dist.get_world_size()), np.int64)
+    kept: dict[str, list[Any]] = {}
+    for which, repeat, step in in_turn(rows, job):
+        marks[which, repeat, step], *ends[which, repeat, step] = rows[which].step(job["warm_up"] + step)
+        tokens[which, step] = rows[which].tokens
+        if repeat == 0:
+            kept[rows[which].name] = list(Marks.spans)
+    clocks = Clock.forward.report(), Clock.backward.report()
+    return {
+        "marks": marks, "ends": ends, "gaps": [row.worst for row in rows], "tokens": tokens, "spans": kept,
+        "overruns": sum(clock["overruns"] for clock in clocks), "late_p99_s": max(clock["late_p99_s"] for clock in clocks),
+    }  # fmt: skip
+
+
+def together(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Marks [rows, repeats, steps, L, D, 2, 11], ends [rows, repeats, steps, D, 2]; tokens are the same on all."""
+    axis = {"marks": 4, "ends": 3, "gaps": 0, "overruns": 0, "late_p99_s": 0}
+    out = {name: np.stack([one[name] for one in every], axis=at) for name, at in axis.items()}
+    return {**out, "tokens": every[0]["tokens"], "spans": json.dumps([one["spans"] for one in every])}
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(work, together)

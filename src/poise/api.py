@@ -338,6 +338,6 @@ def compare(
         batches = {name: judged_steps(problem, part, len(entries), share) for name, part in batches.items()}
     said += [f"{name}: {part.sampled} are priced" for name, part in batches.items() if part.sampled]
     return compare_entries(
-        batches, entries, cluster=problem.cluster, model=problem.model, traffic=problem.traffic, split=problem.split,
-        slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints, defaults=defaults, engine=problem.engine,
+        batches, entries, pricing=problem.pricing, slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints,
+        defaults=defaults, engine=problem.engine,
     )  # fmt: skip

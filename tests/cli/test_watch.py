@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from importlib.resources import files
 
@@ -20,7 +21,7 @@ from poise.routing.trace import RoutingTrace
 from poise.util.errors import TraceError
 from poise.watch.sources import LEAST_TOKENS, UNREADABLE_POLLS, Tail
 
-module = sys.modules["poise.cli.watch"]
+records = sys.modules["poise.cli.watch_options"]
 N, WINDOW, EVERY = 96, 12, 6
 # Slow enough that computing decides, so that balance is worth something.
 SLOW = "nodes: 2\ndevices_per_node: 4\nflops_per_s: 1e9\nintra_latency_s: 0.0\ninter_latency_s: 0.0\n"
@@ -131,10 +132,10 @@ def test_a_growing_file_is_followed_and_torn_writes_are_tried_again(both, parts,
         elif len(waits) > 2 * len(sizes) + 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     # Planning is made to end at once: when a plan comes must not depend on how fast this machine is.
-    real = module.ControlSettings
-    monkeypatch.setattr(module, "ControlSettings", lambda **o: real(**{**o, "background": False}))
+    real = records.ControlSettings
+    monkeypatch.setattr(records, "ControlSettings", lambda **o: real(**{**o, "background": False}))
     got = run(path, *options(cluster, "--json", "--interval", 0.5, "-o", tmp_path / "p.npz"))
     assert got.exit_code == 0 and set(waits) == {0.5}, got.output
     check_alarms(got, parts[0].num_tokens // N)
@@ -146,7 +147,7 @@ def test_a_growing_file_is_followed_and_torn_writes_are_tried_again(both, parts,
 
 def test_following_plans_in_the_background(parts, cluster, tmp_path, monkeypatch):
     parts[0].save(tmp_path / "t.npz")
-    nap, waits = module.time.sleep, []
+    nap, waits = time.sleep, []
 
     def sleep(seconds):
         waits.append(seconds)
@@ -154,7 +155,7 @@ def test_following_plans_in_the_background(parts, cluster, tmp_path, monkeypatch
         if (tmp_path / "p.npz").exists() or len(waits) > 6000:  # five minutes
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     got = run(tmp_path / "t.npz", *options(cluster, "--json", "-o", tmp_path / "p.npz"))
     assert got.exit_code == 0 and lines(got, "plan")[0]["accepted"] and len(waits) < 6000
     assert Placement.load(tmp_path / "p.npz").num_slots == 40
@@ -229,7 +230,7 @@ def test_a_trace_that_is_too_young_ends_as_any_other(parts, cluster, tmp_path, m
     def interrupted(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.time, "sleep", interrupted)
+    monkeypatch.setattr(time, "sleep", interrupted)
     got = run(tmp_path / "t.npz", *options(cluster))
     assert got.exit_code == 0 and "0 steps watched" in got.stderr and "error" not in got.stderr
     got = run(tmp_path / "t.npz", *options(cluster, "--once"))
@@ -245,7 +246,7 @@ def test_a_file_that_stays_broken_ends_the_watch(parts, cluster, tmp_path, monke
         waits.append(seconds)
         assert len(waits) < 50
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     got = run(path, *options(cluster))
     assert got.exit_code == 2 and "error:" in got.stderr and len(waits) == UNREADABLE_POLLS - 1
     waits.clear()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from poise.cost.compute import device_compute_seconds, expert_seconds, expert_times, tokens_per_pair
+from poise.cost.compute import device_compute, expert_seconds, expert_times, tokens_per_pair
 from poise.machine.cluster import Cluster
 from poise.machine.constants import ENGINES, derated_kernel, gpu_of, kernel_of, links_of, tables
 from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
@@ -117,8 +117,8 @@ def test_the_form_by_hand():
     one = read + 3 * moved + read + moved + max(read, 40 * compute) + 40 * moved
     two = max(read, 8 * compute) + 8 * moved + 0.5 * max(read, compute) + 0.5 * moved
     assert tokens_per_pair(2, 2) == 0.75
-    np.testing.assert_allclose(device_compute_seconds(tokens_ED, cluster, model), [7 + one, 7 + two / 2])
-    idle = device_compute_seconds(np.zeros((4, 2)), cluster, model)
+    np.testing.assert_allclose(device_compute(tokens_ED, cluster, model), [7 + one, 7 + two / 2])
+    idle = device_compute(np.zeros((4, 2)), cluster, model)
     assert (idle == 0).all() and expert_times(cluster, model).start_s == 7
 
 

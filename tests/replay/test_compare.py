@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import poise
 from poise.api import verdict
+from poise.cost.pricing import Pricing
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -86,9 +87,8 @@ def test_names_must_differ():
     batch = hand()
     entry = Entry("a", Placement.from_devices(np.array([[0, 1], [0, 1]]), 2))
     with pytest.raises(OptionError, match="different names"):
-        compare({"in-sample": batch}, [entry, entry], cluster=Cluster.parse("1x2"),
-                model=ModelSpec.generic(2, 1, batch.layer_ids_L), traffic="home", split="even",
-                slots_D=np.array([1, 1]))  # fmt: skip
+        pricing = Pricing(Cluster.parse("1x2"), ModelSpec.generic(2, 1, batch.layer_ids_L), "home", "even")
+        compare({"in-sample": batch}, [entry, entry], pricing=pricing, slots_D=np.array([1, 1]))
 
 
 def test_load_profiles_are_split_by_step_and_a_single_one_is_said_to_flatter():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.links import port_seconds
+from poise.cost.pricing import Pricing
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import DATA_FLOWS, Copies, port_load
@@ -54,7 +55,7 @@ def test_lanes_add_up_to_the_modelled_step(seed, nodes, traffic, split, loads):
     model = tiny_model(batch)
     cost = batch_cost(batch, count, cluster, model, traffic=traffic, split=split)
     for step in range(batch.num_steps):
-        lanes = step_lanes(batch, step, count, cluster, model, traffic=traffic, split=split)
+        lanes = step_lanes(batch, step, count, Pricing(cluster, model, traffic, split))
         terms = np.stack(
             [cost.kv_BL[step], cost.dispatch_BL[step], cost.compute_BL[step], cost.combine_BL[step]], axis=1
         )
@@ -73,7 +74,7 @@ def test_home_traffic_has_the_shares_of_the_table(seed, nodes, loads, split):
     cluster, batch, count, _ = make(seed, nodes, "home", loads)
     model = tiny_model(batch)
     cost = batch_cost(batch, count, cluster, model, traffic="home", split=split)
-    links = link_bytes(batch, count, cluster, model, traffic="home", split=split)
+    links = link_bytes(batch, count, Pricing(cluster, model, "home", split))
     stay, near, far = links.by_class()
     pairs = float(cost.pairs_BL.sum())
     total = pairs / batch.num_steps * (model.dispatch_bytes_per_token + model.combine_bytes_per_token)
@@ -87,7 +88,7 @@ def test_home_traffic_has_the_shares_of_the_table(seed, nodes, loads, split):
 def test_ports_are_the_sums_of_their_links(seed, nodes, traffic, split):
     cluster, batch, count, traffic = make(seed, nodes, traffic)
     model = tiny_model(batch)
-    links = link_bytes(batch, count, cluster, model, traffic=traffic, split=split)
+    links = link_bytes(batch, count, Pricing(cluster, model, traffic, split))
     ports = {each.kind: each for each in links.ports()}
     assert set(ports) == ({"inside the node", "network"} if cluster.num_nodes > 1 else {"inside the node"})
     node = cluster.node_D
@@ -126,16 +127,16 @@ def test_tokens_one_by_one():
         for layer in range(2):
             for expert in batch.experts_TLK[token, layer]:
                 out[home[token], device_LE[layer, expert]] += model.dispatch_bytes_per_token
-    links = link_bytes(batch, count, cluster, model, traffic="home", split="even")
+    links = link_bytes(batch, count, Pricing(cluster, model, "home", "even"))
     np.testing.assert_allclose(links.out_DD, out / 2)
     np.testing.assert_allclose(links.back_DD, out.T * 2 / 2)
-    alone = list(layer_bytes(batch, count, cluster, model, traffic="home", split="even", step=1))
+    alone = list(layer_bytes(batch, count, Pricing(cluster, model, "home", "even"), step=1))
     assert [part.layer for part in alone] == [0, 1] and sum(part.out_BDD.sum() for part in alone) == 5 * 2 * 2 * 4
 
 
 def test_one_device_waits_for_nobody():
     batch = load_batch(np.random.default_rng(0))
     cluster, count = Cluster.parse("1x1:h100+datasheet"), np.ones((2, 4, 1), int)
-    lanes = step_lanes(batch, 0, count, cluster, tiny_model(batch), traffic="home", split="even")
+    lanes = step_lanes(batch, 0, count, Pricing(cluster, tiny_model(batch), "home", "even"))
     assert lanes.waiting_P().sum() == 0 and cluster.plain_wire.start_s == 0
-    assert link_bytes(batch, count, cluster, tiny_model(batch), traffic="home", split="even").by_class()[1:] == (0, 0)
+    assert link_bytes(batch, count, Pricing(cluster, tiny_model(batch), "home", "even")).by_class()[1:] == (0, 0)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import poise
 from poise.cli.main import app
+from poise.cost.pricing import Pricing
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry, compare
@@ -197,7 +198,7 @@ def test_a_fast_loop_is_shown_by_the_best_fixed_placement():
     model = ModelSpec.generic(8, 2, batch.layer_ids_L)
     fixed = poise.Placement.from_devices(np.tile(np.arange(8) // 2, (2, 1)), 4)
     entries = [Entry("first", fixed), Entry("quick", fixed, fast=FastLoop(POLICIES["split"], 1))]
-    result = compare({IN_SAMPLE: batch}, entries, cluster=cluster, model=model, traffic="home", split="even",
+    result = compare({IN_SAMPLE: batch}, entries, pricing=Pricing(cluster, model, "home", "even"),
                      slots_D=np.full(4, 2))  # fmt: skip
     view = View.of(result)
     assert view.fixed.name == "first" and view.pictured == (entries[0],)
@@ -220,7 +221,7 @@ def large():
     # the better one last, so that every section is there
     entries.sort(key=lambda entry: -replays[entry.name, IN_SAMPLE].step_seconds_B.mean())
     return Comparison(tuple(entries), {IN_SAMPLE: batch}, replays, {IN_SAMPLE: replays["one", IN_SAMPLE].bound_B},
-                      cluster, model, "home_node_dedup", "even", np.full(64, 5))  # fmt: skip
+                      Pricing(cluster, model, "home_node_dedup", "even"), np.full(64, 5))  # fmt: skip
 
 
 def test_a_large_cluster_fits_into_two_megabytes(browser, tmp_path):

@@ -11,7 +11,8 @@ from poise.machine.cluster import Cluster
 from poise.replay.serving import FastLoop
 from poise.replay.training import replay_training
 from poise.replay.work import LayerWork
-from poise.simulate.training import Backward, Forward, meanwhile, rank_step
+from poise.simulate.clockwork import meanwhile
+from poise.simulate.training import Backward, Forward, rank_step
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.full_replication import FullReplication
 

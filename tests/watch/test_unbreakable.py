@@ -17,8 +17,9 @@ from tests.watch.test_end_to_end import CLUSTER as SLOW
 from tests.watch.test_end_to_end import until
 from tests.watch.test_service import CLUSTER, STEPS, WINDOW, Script, dumps, of, run, settings
 
+from poise.cli.ending import WatchEnding
 from poise.cli.main import app
-from poise.cli.watch import _Ending, _Teller
+from poise.cli.watch_output import Teller
 from poise.control import controller as control_module
 from poise.util.errors import CommunicationError, InfeasibleError, NoResultError, OptionError
 from poise.watch import service as service_module
@@ -62,7 +63,7 @@ def test_whatever_a_planner_raises_the_watch_goes_on_and_tries_later(dumps, monk
     monkeypatch.setattr(control_module, "solve", raising(error))
     looks = [Polled((each,), dumps=1) for each in (dumps * 3)[:40]]
     service = Service(Script(*looks), Setup(CLUSTER, settings(background=background), redundant=8))
-    board, metrics, teller = Board({}, window=WINDOW), Metrics(), _Teller(None, False, False)
+    board, metrics, teller = Board({}, window=WINDOW), Metrics(), Teller(None, False, False)
     events, waits = run(service, times=40)
     for event in events:
         for listener in (board, metrics):
@@ -330,7 +331,7 @@ def ended(process, folder):
 
 
 def test_a_file_is_written_to_its_end_before_a_signal_counts(dumps, tmp_path):
-    ending, done = _Ending(), []
+    ending, done = WatchEnding(), []
     with ending:
         with ending.later():
             os.kill(os.getpid(), signal.SIGTERM)

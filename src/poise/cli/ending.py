@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 ENDING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # the last is not everywhere
+
+
+LEAVE_S = 4.5
+"""Seconds after a signal at which a watch is gone, whatever holds it."""
 
 
 class Ended(KeyboardInterrupt):
@@ -54,3 +61,65 @@ def _end(number: int, frame: FrameType | None) -> None:
             return
         handled = handled.__context__
     raise Ended(number)
+
+
+class WatchEnding:
+    """Supervisors end a sidecar with SIGTERM, a terminal that goes with SIGHUP: it leaves as with control-C, at once.
+
+    The signal interrupts what is done at the moment, but a file that is being written; a second one changes nothing.
+    What has not ended after LEAVE_S (a disk that hangs) is ended by the system, with SIGALRM.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came = False
+        self._held = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # only there signals can be taken
+            for number in self.SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                    self._before[number] = signal.signal(number, self._take)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """Take signals as before; an interrupt is the end of a watch, and no error."""
+        if self.came:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        return kind is KeyboardInterrupt
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            return
+        self.came = True
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, LEAVE_S)
+        if not self._held:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """What is done here is done to its end; the signal counts then."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if self.came and not self._held:
+                raise KeyboardInterrupt
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; not at all after a signal that was lost (Python drops what is raised inside a destructor)."""
+        if self.came:
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    def leave(self) -> None:
+        """After a signal: neither wait for a plan that is being made nor unload libraries, which takes seconds."""
+        if self.came:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(0)

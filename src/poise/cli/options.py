@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -183,31 +183,40 @@ class StepOptions(PricingOptions):
 
 
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb for typer: a parameter that is a frozen dataclass of options becomes the options, at the same place."""
+    """A verb for typer: a parameter that is a frozen dataclass of options becomes the options, at the same place.
+
+    A field of it may be such a dataclass in turn.
+    """
     hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     spread: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(verb).parameters.items():
-        kind = hints[name]
-        if not is_dataclass(kind):
-            spread.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
-            continue
-        types = get_type_hints(kind, include_extras=True)
-        groups[name] = hints[name], list(types)
-        spread += [
-            inspect.Parameter(one.name, parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name])
-            for one in fields(kind)
-        ]
+        spread += _options(name, hints[name], parameter.default)
 
     @wraps(verb)
     def run(**given: Any) -> None:
-        for name, (kind, options) in groups.items():
-            given[name] = kind(**{option: given.pop(option) for option in options})
-        verb(**given)
+        verb(**{name: _made(name, kind, given) for name, kind in hints.items() if name != "return"})
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
     return run
+
+
+def _options(name: str, kind: Any, default: Any) -> list[inspect.Parameter]:
+    """A parameter, or those of the fields of a dataclass."""
+    if not is_dataclass(kind):
+        default = inspect.Parameter.empty if default is MISSING else default
+        return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)]
+    types = get_type_hints(kind, include_extras=True)
+    return [option for one in fields(kind) for option in _options(one.name, types[one.name], one.default)]
+
+
+def _made(name: str, kind: Any, given: dict[str, Any]) -> Any:
+    """The value of a parameter or field; what it takes is gone from ``given``."""
+    if not is_dataclass(kind):
+        return given.pop(name)
+    types = get_type_hints(kind, include_extras=True)
+    made: Callable[..., Any] = kind  # type: ignore[assignment]
+    return made(**{one.name: _made(one.name, types[one.name], given) for one in fields(kind)})
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from poise.control.drift import DriftTest, DriftVerdict, permutations_for
 from poise.control.moves import MoveList, bounded, move_list
 from poise.control.restart import Restart, imbalance_of
 from poise.control.steps import join_steps, one_step, steps_of
-from poise.cost.step import BatchCost, batch_cost
+from poise.cost.step import BatchCost
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
@@ -382,8 +382,7 @@ class Controller:
         return Restart.of(running, self._cost(batch, newest), batch, s.horizon_steps, s.restart_seconds)
 
     def _cost(self, batch: RoutingBatch, placement: Placement) -> BatchCost:
-        p = self._problem
-        return batch_cost(batch, placement.count_LED(), p.cluster, p.model, traffic=p.traffic, split=p.split)
+        return self._problem.pricing.cost(batch, placement.count_LED())
 
     def _seconds(self, batch: RoutingBatch, placement: Placement) -> float:
         return float(batch.weight_B @ self._cost(batch, placement).seconds_BL.sum(axis=1))

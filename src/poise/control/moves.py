@@ -36,7 +36,6 @@ from poise.control.chains import ChainMove, LayerMoves
 from poise.control.common import CHECKPOINT, STAYS, common
 from poise.cost.links import PortLoad, port_seconds
 from poise.cost.split import even_share
-from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
@@ -358,6 +357,5 @@ def _seconds(problem: PlacementProblem, count_LED: NDArray[Any], first: int, las
         batch.load_BLE[:, part], batch.weight_B, batch.top_k, batch.layer_ids_L[part], experts, batch.start_B,
         batch.request_T, batch.home_T, homes=batch.homes,
     )  # fmt: skip
-    cost = batch_cost(some, count_LED[part], problem.cluster, problem.model, traffic=problem.traffic,
-                      split=problem.split)  # fmt: skip
+    cost = problem.pricing.cost(some, count_LED[part])
     return float(batch.weight_B @ cost.seconds_BL[:, first - part.start :].sum(axis=1))

@@ -6,7 +6,7 @@ there is the number of active experts (DESIGN 3.1, arXiv 2512.09277), and a repl
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,11 +90,11 @@ def expert_seconds(tokens: NDArray[np.float64], cluster: Cluster, model: ModelSp
     return out + tokens * times.activation_s if times.activation_s else out
 
 
-def device_compute_seconds(tokens_ED: NDArray[np.float64], cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
-    """Seconds of one layer on every device, float64 [D]: the start of the kernel where a device has tokens, and its
-    experts at its speed. ``tokens_ED`` float64 [E, D].
+def device_compute(tokens_ED: NDArray[Any], cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
+    """Seconds of one layer that each device computes, float64 [D], from the tokens of every expert on it: the start of
+    the kernel where it has tokens, and its experts at its speed.
     """
-    seconds = expert_seconds(tokens_ED, cluster, model).sum(axis=0) / cluster.speed_D
+    seconds = expert_seconds(tokens_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
     start = expert_times(cluster, model).start_s
     out: NDArray[np.float64] = seconds + start * (tokens_ED > 0).any(axis=0) if start else seconds
     return out

@@ -35,11 +35,16 @@ def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[n
     return out
 
 
+def fullest_ports(load: PortLoad, cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Copies through the fullest port inside nodes and the fullest between them, of each step; float64 [B] each."""
+    intra = np.maximum(load.intra_out_BD, load.intra_in_BD).max(axis=1)
+    net = np.maximum(network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster)).max(axis=1)
+    return intra, net
+
+
 def port_seconds(load: PortLoad, bytes_per_copy: float, cluster: Cluster, wire: Wire) -> NDArray[np.float64]:
     """Seconds until the fullest port of each step is drained by ``wire``, one of the cluster's, without the start;
     float64 [B].
     """
-    intra = np.maximum(load.intra_out_BD, load.intra_in_BD).max(axis=1) / wire.intra_bytes_per_s
-    net_out, net_in = network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster)
-    net = np.maximum(net_out, net_in).max(axis=1) / wire.inter_bytes_per_s
-    return np.maximum(intra, net) * bytes_per_copy
+    intra, net = fullest_ports(load, cluster)
+    return np.maximum(intra / wire.intra_bytes_per_s, net / wire.inter_bytes_per_s) * bytes_per_copy

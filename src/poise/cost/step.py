@@ -87,10 +87,57 @@ def batch_cost(
     ------
     OptionError : the placement's shape is not the batch's and cluster's, or the flow needs tokens the batch has not.
     """
-    check_inputs(batch, count_LED, cluster, traffic)
     shape = (batch.num_steps, batch.num_layers)
     out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
     tokens_BLD = np.zeros((*shape, cluster.num_devices))
+    for at, work in layer_works(batch, count_LED, cluster, traffic=traffic, split=split):
+        tokens_BLD[at] = work.tokens_BD
+        seconds_BD = work.by_device(expert_seconds(work.tokens_BH, cluster, model))
+        out["compute"][at] = (seconds_BD / cluster.speed_D).max(axis=1)
+        for name, load, size, wire in (
+            ("dispatch", work.out, model.dispatch_bytes_per_token, cluster.dispatch_wire),
+            ("combine", work.back, model.combine_bytes_per_token, cluster.combine_wire),
+        ):
+            out[name][at] = port_seconds(load, size, cluster, wire)
+        out["device"][at], out["node"][at] = work.leave_B, work.cross_B
+    pairs_BL = batch.load_BLE.sum(axis=2)
+    add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
+    return BatchCost(
+        out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedWork:
+    """What some steps of a layer are to each device, before any constant of a machine.
+
+    Parameters
+    ----------
+    device_H : device of each (expert, device) with a slot, ascending; int [H].
+    tokens_BH : tokens of the expert on it, float64 [B, H].
+    tokens_BD : of all experts of a device, float64 [B, D].
+    out, back : token copies through every port.
+    leave_B, cross_B : pairs computed on another device and on another node than their token came from, float64 [B].
+    """
+
+    device_H: NDArray[np.int64]
+    tokens_BH: NDArray[np.float64]
+    tokens_BD: NDArray[np.float64]
+    out: PortLoad
+    back: PortLoad
+    leave_B: NDArray[np.float64]
+    cross_B: NDArray[np.float64]
+
+    def by_device(self, value_BH: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum over the experts of each device, float64 [B, D]."""
+        return _by_device(value_BH, self.device_H, self.tokens_BD.shape[1])
+
+
+def layer_works(
+    batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, *, traffic: DataFlow, split: Split
+) -> Iterator[tuple[tuple[slice, int], PlacedWork]]:
+    """Steps and layer, and the work of them, for parameters as in :func:`batch_cost`; the same errors."""
+    check_inputs(batch, count_LED, cluster, traffic)
     for steps, part in step_parts(batch, cluster.num_devices):
         shares, every = TokenShares(part, traffic), slice(0, part.num_steps)
         for layer in range(batch.num_layers):
@@ -100,10 +147,6 @@ def batch_cost(
             device_H, expert_H = np.nonzero(count_LED[layer].T)
             tokens_BH = load_BE[:, expert_H] * share_BED[:, expert_H, device_H]
             tokens_BD = _by_device(tokens_BH, device_H, cluster.num_devices)
-            tokens_BLD[steps, layer] = tokens_BD
-            seconds_BH = expert_seconds(tokens_BH, cluster, model)
-            seconds_BD = _by_device(seconds_BH, device_H, cluster.num_devices) / cluster.speed_D
-            out["compute"][steps, layer] = seconds_BD.max(axis=1)
             if not part.has_tokens:
                 there = back = _ports_of_loads(tokens_BD, cluster)
                 leave_B, cross_B = _leaving(tokens_BD, cluster)
@@ -112,18 +155,7 @@ def batch_cost(
                 leave_B, cross_B = flow.cross_device_B, flow.cross_node_B
                 there = port_load(flow.dispatch, cluster)
                 back = there if flow.combine is None else port_load(flow.combine, cluster)
-            out["dispatch"][steps, layer] = port_seconds(
-                there, model.dispatch_bytes_per_token, cluster, cluster.dispatch_wire
-            )
-            out["combine"][steps, layer] = port_seconds(
-                back, model.combine_bytes_per_token, cluster, cluster.combine_wire
-            )
-            out["device"][steps, layer], out["node"][steps, layer] = leave_B, cross_B
-    pairs_BL = batch.load_BLE.sum(axis=2)
-    add_constants(out, batch.tokens_BL(), batch.top_k, cluster, model, traffic)
-    return BatchCost(
-        out["compute"], out["dispatch"], out["combine"], out["kv"], tokens_BLD, pairs_BL, out["device"], out["node"]
-    )
+            yield (steps, layer), PlacedWork(device_H, tokens_BH, tokens_BD, there, back, leave_B, cross_B)
 
 
 def _by_device(value_BH: NDArray[np.float64], device_H: NDArray[Any], num_devices: int) -> NDArray[np.float64]:

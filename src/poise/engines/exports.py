@@ -9,9 +9,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from poise.engines import ascend, sglang, tensorrt, vllm
+from poise.engines import ascend, sglang, tensorrt
 from poise.engines.checkpoints import checkpoint, megatron
 from poise.engines.dumps.mapping import MAX_MTP_LAYERS
+from poise.engines.proposals import PROPOSALS, Proposal
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
@@ -20,7 +21,7 @@ from poise.util.errors import OptionError, PlacementError
 STATIC_ENV = "POISE_STATIC_MAP"
 UNKNOWN_LAYERS = "without --model it is not known whether the placement has every MoE layer"
 MTP_OWN_MAP = "the engine runs them as a model of its own, which this file does not reach"
-ONE_LIST = "the file has one list for all layers, and no rows"
+TRIVIAL = "they start as the engine would start them"
 IDS_STAY = "their experts keep their ids"
 MTP_IDS = "their experts keep their ids unless the placement has these layers"
 
@@ -110,7 +111,7 @@ class Target:
     writer: Writer
     folder: bool = False
     mtp: str = ""
-    unplanned: str = "they start as the engine would start them"
+    unplanned: str = TRIVIAL
 
     def write(self, placement: Placement, path: Path, options: ExportOptions) -> Written:
         """Write the file or folder.
@@ -245,29 +246,27 @@ def _by_place(placement: Placement, options: ExportOptions) -> list[str]:
     ]
 
 
-def _instead(number: int) -> str:
-    return (
-        f"vLLM's pull request #{number} is open: no release loads this file. What works today: --to checkpoint "
-        f"(no replicas), or the plugin of poise with {STATIC_ENV} (docs/engines.md)"
-    )
+def _proposed(proposal: Proposal) -> Target:
+    """The target of an open proposal."""
+    number = proposal.number
 
+    def write(placement: Placement, path: Path, options: ExportOptions) -> Written:
+        filled = proposal.write(placement, path, options.moe_layers)
+        instead = (
+            f"vLLM's pull request #{number} is open: no release loads this file. What works today: --to checkpoint "
+            f"(no replicas), or the plugin of poise with {STATIC_ENV} (docs/engines.md)"
+        )
+        places = () if proposal.mtp else _by_place(placement, options)
+        return Written(
+            filled,
+            command=f"{_on_ranks(placement)} {proposal.flags(placement, path)}",
+            notes=(instead, _ranks_note(placement), *places),
+        )
 
-def _vllm_34811(placement: Placement, path: Path, options: ExportOptions) -> Written:
-    vllm.write_34811(placement, path)
-    return Written(
-        command=f"{_on_ranks(placement)} --expert-placement-strategy custom --expert-placement-file {quote(str(path))}",
-        notes=(_instead(34811), _ranks_note(placement)),
-    )
-
-
-def _vllm_49572(placement: Placement, path: Path, options: ExportOptions) -> Written:
-    filled, _ = vllm.write_49572(placement, path, layer_ids=options.moe_layers)
-    config = {"num_redundant_experts": _redundant(placement), "initial_expert_map_path": str(path)}
-    return Written(
-        filled,
-        command=f"{_on_ranks(placement)} --enable-eplb --eplb-config {_quoted(config)}",
-        notes=(_instead(49572), _ranks_note(placement), *_by_place(placement, options)),
-    )
+    return Target(
+        f"the file of vLLM's open proposal #{number}; no release loads it", write, mtp=proposal.mtp or MTP_OWN_MAP,
+        unplanned=proposal.unplanned or TRIVIAL,
+    )  # fmt: skip
 
 
 def _order(framework: megatron.Framework) -> Writer:
@@ -304,9 +303,7 @@ TARGETS: dict[str, Target] = {
     "sglang": Target("JSON for --init-expert-location", _sglang, mtp=MTP_OWN_MAP),
     "tensorrt-llm": Target("YAML for moe_config.load_balancer", _tensorrt),
     "vllm-ascend": Target("JSON for eplb_config.expert_map_path", _ascend),
-    "vllm-34811": Target("the file of vLLM's open proposal #34811; no release loads it", _vllm_34811, mtp=ONE_LIST,
-                         unplanned="the one list holds for them too"),
-    "vllm-49572": Target("the file of vLLM's open proposal #49572; no release loads it", _vllm_49572, mtp=MTP_OWN_MAP),
+    **{name: _proposed(one) for name, one in PROPOSALS.items()},
     "megatron": Target("order of experts for Megatron-LM", _order("megatron"), mtp=MTP_IDS, unplanned=IDS_STAY),
     "deepspeed": Target("order of experts for DeepSpeed-MoE", _order("deepspeed"), mtp=MTP_IDS, unplanned=IDS_STAY),
     "checkpoint": Target("relabelled Hugging Face checkpoint, for any engine", _checkpoint, folder=True, mtp=MTP_IDS,

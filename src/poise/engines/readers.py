@@ -27,11 +27,11 @@ from poise.engines.dumps import (  # fmt: skip
     tensorrt_stats,
     tokenspeed,
     vllm_logs,
-    vllm_maps,
 )
 from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
+from poise.engines.proposals import PROPOSALS
 from poise.routing.files import join, read
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
@@ -87,8 +87,7 @@ FORMATS: dict[str, Format] = {
     ),
     "tensorrt-map": Format(_in("yaml", "json", when=tensorrt_maps.is_map), tensorrt_maps.read),
     "ascend-map": Format(_in("json", when=ascend_maps.is_map), ascend_maps.read),
-    "vllm-34811": Format(_in("json", when=vllm_maps.is_ranks), vllm_maps.read),
-    "vllm-49572": Format(lambda part: bare.is_bare(part) and part.container != "npz", vllm_maps.read),
+    **{name: Format(one.holds, one.read) for name, one in PROPOSALS.items()},
     "exflow": Format(lambda part: bare.is_bare(part) and part.container != "npz", public_traces.read_exflow),
     "load-table": Format(
         lambda part: bare.is_bare(part) or (part.container in ("torch", "json") and bare.is_nested(part.value)),

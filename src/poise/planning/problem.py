@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.pricing import Pricing
 from poise.cost.split import SPLITS, Split
 from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
@@ -127,6 +128,11 @@ class PlacementProblem:
         object.__setattr__(self, "cluster", machine)
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)
+
+    @property
+    def pricing(self) -> Pricing:
+        """What prices a step."""
+        return Pricing(self.cluster, self.model, self.traffic, self.split)
 
     def risk_seconds(self, seconds_B: NDArray[np.float64]) -> float:
         """Mean, worst, or mean of the worst quarter (by weight) of scenario times, float64 [B]."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from poise.cost.bound import bound_terms
+from poise.cost.pricing import Pricing
 from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
@@ -74,7 +75,7 @@ class Comparison:
     batches : the traffic of each part; :data:`IN_SAMPLE` is what the methods were fitted on.
     replays : (entry name, part) -> replay.
     bounds_B : part -> least seconds of each step for any placement with the slots of the problem.
-    cluster, model, traffic, split, slots_D : what was priced, and how.
+    pricing, slots_D : what prices a step, and the memory that the bound is given.
     notes : what the reader must know, one sentence each.
     warm_up : steps at the start of each part that ran but are not judged.
     fitted_share : (entry name, part) -> share of the part's traffic that the entry was fitted on, where it is known.
@@ -86,16 +87,33 @@ class Comparison:
     batches: Mapping[str, RoutingBatch]
     replays: Mapping[tuple[str, str], Replay]
     bounds_B: Mapping[str, NDArray[np.float64]]
-    cluster: Cluster
-    model: ModelSpec
-    traffic: DataFlow
-    split: Split
+    pricing: Pricing
     slots_D: NDArray[np.int64]
     notes: tuple[str, ...] = ()
     warm_up: int = 0
     fitted_share: Mapping[tuple[str, str], float] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
     engine: str = ANY.name
+
+    @property
+    def cluster(self) -> Cluster:
+        """The machine."""
+        return self.pricing.cluster
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model's sizes."""
+        return self.pricing.model
+
+    @property
+    def traffic(self) -> DataFlow:
+        """The data flow."""
+        return self.pricing.traffic
+
+    @property
+    def split(self) -> Split:
+        """How tokens of a replicated expert are split."""
+        return self.pricing.split
 
     def label(self, name: str, part: str) -> str:
         """What a row of a part was judged on: the part, or :data:`ON_FITTED` where its plan knew that traffic."""
@@ -317,10 +335,7 @@ def compare(
     batches: Mapping[str, RoutingBatch],
     entries: Sequence[Entry],
     *,
-    cluster: Cluster,
-    model: ModelSpec,
-    traffic: DataFlow,
-    split: Split,
+    pricing: Pricing,
     slots_D: NDArray[np.int64],
     notes: Sequence[str] = (),
     warm_up: int | None = None,
@@ -334,6 +349,7 @@ def compare(
     ----------
     batches : part -> traffic; the key :data:`IN_SAMPLE` marks what the entries were fitted on.
     entries : at least one; names must differ.
+    pricing : what prices a step.
     slots_D : int [D], the memory that the bound row is given.
     warm_up : steps that run but are not judged; default 5 where an entry has a fast loop, else none.
     prints : part -> fingerprint of its traffic, to tell which entries were fitted on it.
@@ -344,6 +360,7 @@ def compare(
     OptionError : no entry, a name twice, or a placement that does not fit the traffic and cluster.
     NoResultError : no entry is left.
     """
+    cluster, model, traffic = pricing.cluster, pricing.model, pricing.traffic
     names = [entry.name for entry in entries]
     if not names or len(set(names)) < len(names) or not batches:
         raise OptionError(f"a comparison needs traffic and placements with different names, got {names}")
@@ -378,7 +395,13 @@ def compare(
                     broken[entry.name] = problem
                 continue
             replays[entry.name, part] = replay(
-                judged[part], entry.placement, cluster, model, traffic=traffic, split=split, pooled=entry.pooled
+                judged[part],
+                entry.placement,
+                cluster,
+                model,
+                traffic=traffic,
+                split=pricing.split,
+                pooled=entry.pooled,
             )
         terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D)
         bounds[part] = terms.seconds_BL.sum(axis=1)
@@ -399,6 +422,6 @@ def compare(
         if part != IN_SAMPLE and entry.fitted is not None and (entry.name, part) not in shares
     ]
     return Comparison(
-        tuple(entries), judged, replays, bounds, cluster, model, traffic, split, slots_D, (*notes, *said), skip, shares,
-        tuple(defaults), engine.name,
+        tuple(entries), judged, replays, bounds, pricing, slots_D, (*notes, *said), skip, shares, tuple(defaults),
+        engine.name,
     )  # fmt: skip

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.links import PortLoad, network_ports
-from poise.cost.split import Split, split_share_BED
+from poise.cost.pricing import Pricing
+from poise.cost.split import split_share_BED
 from poise.cost.step import TokenShares, check_inputs, layer_flow, step_chunks
-from poise.cost.traffic import Copies, DataFlow, landing_DN, port_load
+from poise.cost.traffic import Copies, landing_DN, port_load
 from poise.machine.cluster import Cluster, Wire
-from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 
 
@@ -39,22 +39,16 @@ class LayerBytes:
 
 
 def layer_bytes(
-    batch: RoutingBatch,
-    count_LED: NDArray[Any],
-    cluster: Cluster,
-    model: ModelSpec,
-    *,
-    traffic: DataFlow,
-    split: Split,
-    step: int | None = None,
+    batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing, *, step: int | None = None
 ) -> Iterator[LayerBytes]:
     """Every layer of every step, or of one step; parameters and errors of :func:`poise.cost.step.batch_cost`."""
-    check_inputs(batch, count_LED, cluster, traffic)
-    shares = TokenShares(batch, traffic)
+    cluster, model = pricing.cluster, pricing.model
+    check_inputs(batch, count_LED, cluster, pricing.traffic)
+    shares = TokenShares(batch, pricing.traffic)
     for layer in range(batch.num_layers):
-        shares.enter(layer, split_share_BED(batch.load_BLE[:, layer], count_LED[layer], cluster.speed_D, split))
+        shares.enter(layer, split_share_BED(batch.load_BLE[:, layer], count_LED[layer], cluster.speed_D, pricing.split))
         for steps in step_chunks(batch, cluster.num_devices) if step is None else [slice(step, step + 1)]:
-            flow = layer_flow(batch, layer, steps, shares, cluster, traffic)
+            flow = layer_flow(batch, layer, steps, shares, cluster, pricing.traffic)
             out = wire_BDD(flow.dispatch, cluster)
             back = out.transpose(0, 2, 1) if flow.combine is None else wire_BDD(flow.combine, cluster)
             yield LayerBytes(layer, steps, out * model.dispatch_bytes_per_token, back * model.combine_bytes_per_token)
@@ -75,12 +69,19 @@ def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:
     return wire
 
 
-def device_seconds(load: PortLoad, cluster: Cluster, wire: Wire) -> NDArray[np.float64]:
-    """Seconds until each device's own ports are drained, float64 [B, D], from bytes; without the start."""
+def kind_seconds(load: PortLoad, cluster: Cluster, wire: Wire) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Seconds until each device's port inside the node and its network port are drained, float64 [B, D] each.
+
+    From bytes, without the start; a network port that a node's devices share counts as each one's.
+    """
     intra = np.maximum(load.intra_out_BD, load.intra_in_BD) / wire.intra_bytes_per_s
     net = np.maximum(network_ports(load.net_out_BD, cluster), network_ports(load.net_in_BD, cluster))
-    net = (net[:, cluster.node_D] if cluster.nic_shared else net) / wire.inter_bytes_per_s
-    return np.maximum(intra, net)
+    return intra, (net[:, cluster.node_D] if cluster.nic_shared else net) / wire.inter_bytes_per_s
+
+
+def device_seconds(load: PortLoad, cluster: Cluster, wire: Wire) -> NDArray[np.float64]:
+    """Seconds until all of a device's own ports are drained, float64 [B, D], from bytes; without the start."""
+    return np.maximum(*kind_seconds(load, cluster, wire))
 
 
 class Fullest(NamedTuple):
@@ -157,21 +158,13 @@ class LinkBytes:
         return inside, Ports("network", "node" if cluster.nic_shared else "device", far[0], far[1])
 
 
-def link_bytes(
-    batch: RoutingBatch,
-    count_LED: NDArray[Any],
-    cluster: Cluster,
-    model: ModelSpec,
-    *,
-    traffic: DataFlow,
-    split: Split,
-) -> LinkBytes:
+def link_bytes(batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing) -> LinkBytes:
     """Mean bytes of a step; parameters and errors of :func:`poise.cost.step.batch_cost`.
 
     Keys and values, which ``stay`` gives to every device, are not in it: they are the same for every placement.
     """
-    out_DD, back_DD = np.zeros((2, cluster.num_devices, cluster.num_devices))
-    for part in layer_bytes(batch, count_LED, cluster, model, traffic=traffic, split=split):
+    out_DD, back_DD = np.zeros((2, pricing.cluster.num_devices, pricing.cluster.num_devices))
+    for part in layer_bytes(batch, count_LED, pricing):
         out_DD += part.out_BDD.sum(axis=0)
         back_DD += part.back_BDD.sum(axis=0)
-    return LinkBytes(out_DD / batch.num_steps, back_DD / batch.num_steps, cluster)
+    return LinkBytes(out_DD / batch.num_steps, back_DD / batch.num_steps, pricing.cluster)

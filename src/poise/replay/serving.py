@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.bound import bound_terms
-from poise.cost.compute import expert_seconds
+from poise.cost.compute import device_compute
 from poise.cost.links import port_seconds
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
@@ -174,8 +174,7 @@ class _ServingRun:
             self.tokens_BLD[at] = self.static.tokens_BLD[at]
             return
         self.tokens_BLD[at] = plan.quota_ED.sum(axis=0)
-        seconds = expert_seconds(plan.quota_ED.astype(np.float64), cluster, model).sum(axis=0) / cluster.speed_D
-        self.out["compute"][at] = seconds.max()
+        self.out["compute"][at] = device_compute(plan.quota_ED, cluster, model).max()
         there = back = Copies(pairs_DD[None])
         if device_TK is not None and source_T is not None:
             there, back = token_copies(device_TK, source_T, cluster, self.traffic)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import device_compute_seconds
+from poise.cost.compute import device_compute
 from poise.cost.links import port_seconds
 from poise.cost.route import count_sources, locality_rows
 from poise.cost.traffic import Copies, port_load
@@ -273,7 +273,7 @@ class _TrainingRun:
         pairs_DD = flow.sum(axis=1)
         self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
         if self.work is not None:
-            work_D = device_compute_seconds(plan.quota_ED.astype(np.float64), cluster, price.model)
+            work_D = device_compute(plan.quota_ED.astype(np.float64), cluster, price.model)
             bytes_DD = pairs_DD * float(price.model.dispatch_bytes_per_token)
             before, after, back = (_rounds(moves, size, price) for moves, size in transfers)
             self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, self._again(layer)))
@@ -366,7 +366,7 @@ def _transfers(
 
 def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
     """Expert compute of one layer in a step, all passes: the slowest device."""
-    seconds_D = device_compute_seconds(quota_ED.astype(np.float64), price.cluster, price.model)
+    seconds_D = device_compute(quota_ED.astype(np.float64), price.cluster, price.model)
     return float(seconds_D.max() * price.compute_passes)
 
 

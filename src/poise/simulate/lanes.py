@@ -6,23 +6,27 @@ one explains the step time of :mod:`poise.cost.step`, to the last digit, for eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import device_compute_seconds
-from poise.cost.split import Split, split_share_BED
+from poise.cost.compute import device_compute
+from poise.cost.exchange import ExchangeModel
+from poise.cost.pricing import Pricing
+from poise.cost.split import split_share_BED
 from poise.cost.step import kv_seconds_per_token
-from poise.cost.traffic import Copies, DataFlow, port_load
-from poise.machine.cluster import Cluster
-from poise.machine.model import ModelSpec
+from poise.cost.traffic import Copies, port_load
 from poise.replay.links import device_seconds, layer_bytes
 from poise.routing.batch import RoutingBatch
+from poise.simulate.clockwork import Act, Busy, Clockwork, Mark, Meet
 
 PARTS = ("keys and values", "dispatch", "experts", "combine")
 """Parts of a layer in the order they run; only ``stay`` has keys and values."""
+NO_EXCHANGE = ExchangeModel(0.0, 0.0, 1.0, 1.0)
+"""Exchanges are among the seconds here, so that these constants decide nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +50,14 @@ class StepLanes:
         """Seconds of the step."""
         return float(self.span_LP.sum())
 
+    def begin_LP(self, layers: Sequence[int]) -> NDArray[np.float64]:
+        """When each part of these layers begins if they run one after the other, float64 [layers, 4]."""
+        devices = self.busy_LDP.shape[1]
+        marks, clock = np.zeros((len(layers), devices, len(PARTS))), Clockwork(np.zeros(devices, np.int32), NO_EXCHANGE)
+        for marks_DP, layer in zip(marks, layers, strict=True):
+            clock.run(waiting_acts(self.busy_LDP[layer]), marks_DP)
+        return marks[:, 0]
+
     def waiting_P(self) -> NDArray[np.float64]:
         """Share of the devices' time in the whole step that they wait in each part, float64 [4]."""
         idle_P = self.span_LP.sum(axis=0) - self.busy_LDP.mean(axis=1).sum(axis=0)
@@ -53,33 +65,33 @@ class StepLanes:
         return out
 
 
-def step_lanes(
-    batch: RoutingBatch,
-    step: int,
-    count_LED: NDArray[Any],
-    cluster: Cluster,
-    model: ModelSpec,
-    *,
-    traffic: DataFlow,
-    split: Split,
-) -> StepLanes:
+def waiting_acts(busy_DP: NDArray[np.float64]) -> Iterator[Act]:
+    """A layer in which all wait for the slowest after every part."""
+    for part in range(len(PARTS)):
+        yield Mark((part,))
+        yield Busy(busy_DP[:, part])
+        yield Meet()
+
+
+def step_lanes(batch: RoutingBatch, step: int, count_LED: NDArray[Any], pricing: Pricing) -> StepLanes:
     """Lanes of one step; other parameters and errors of :func:`poise.cost.step.batch_cost`.
 
     A device's seconds in an exchange are those of its fullest port (where nodes share a network port, their node's),
     and the start-up.
     """
+    cluster, model, traffic = pricing.cluster, pricing.model, pricing.traffic
     busy = np.zeros((batch.num_layers, cluster.num_devices, len(PARTS)))
     out, back = cluster.dispatch_wire, cluster.combine_wire
-    for part in layer_bytes(batch, count_LED, cluster, model, traffic=traffic, split=split, step=step):
+    for part in layer_bytes(batch, count_LED, pricing, step=step):
         at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
         if not load_BE.any():
             continue
-        share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, split)
+        share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, pricing.split)
         tokens_ED = load_BE[0][:, None] * share_BED[0]
         if traffic == "stay":
             at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
         at[:, 1] = out.start_s + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster, out)[0]
-        at[:, 2] = device_compute_seconds(tokens_ED, cluster, model)
+        at[:, 2] = device_compute(tokens_ED, cluster, model)
         if traffic != "stay" or batch.top_k > 1:
             at[:, 3] = back.start_s + device_seconds(port_load(Copies(part.back_BDD), cluster), cluster, back)[0]
     return StepLanes(busy)

@@ -7,15 +7,15 @@ done sends while the slowest computes; only the exchange of sizes makes all wait
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import device_compute_seconds
-from poise.cost.exchange import ExchangeModel, exchange_ends
+from poise.cost.compute import device_compute
+from poise.cost.exchange import ExchangeModel
 from poise.cost.route import assign_tokens, count_sources, deal_evenly, locality_rows, token_copies
 from poise.cost.traffic import DataFlow
 from poise.cost.weights import step_price
@@ -25,6 +25,7 @@ from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
+from poise.simulate.clockwork import Act, AllToAll, Busy, Clockwork, Mark, Meet, Post, Wait
 from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView
 from poise.util.errors import OptionError
@@ -142,7 +143,7 @@ def _work(
     quota_ED = np.zeros((model.num_experts, devices), np.int64)
     real_TK = experts_TK != NO_EXPERT
     np.add.at(quota_ED, (experts_TK[real_TK], device_TK[real_TK]), 1)
-    compute_D = device_compute_seconds(quota_ED.astype(np.float64), cluster, model)
+    compute_D = device_compute(quota_ED, cluster, model)
     keys_DD = np.zeros((devices, devices))
     if traffic == "stay":
         keys_DD += np.bincount(source_T, minlength=devices)[:, None] * model.kv_bytes_per_token_layer
@@ -171,25 +172,32 @@ def serve_step(
     counts_s : an exchange of counts or sizes, for which all wait; a dispatch has one, a plan another.
     planning_s : planning of a layer.
     """
-    devices = len(node_D)
-    marks, now_D = np.zeros((len(layers), devices, len(ServingMark))), np.zeros(devices)
+    marks, clock = np.zeros((len(layers), len(node_D), len(ServingMark))), Clockwork(node_D, model)
     for layer, work in enumerate(layers):
-        at = marks[layer].T
-        at[ServingMark.START] = now_D
-        at[ServingMark.ATTENTION] = now_D + window_s
-        if work.keys_DD.any():
-            at[ServingMark.ATTENTION] = np.maximum(
-                at[ServingMark.ATTENTION],
-                exchange_ends(work.keys_DD, np.full(devices, now_D.max()) + counts_s, node_D, model),
-            )
-        at[ServingMark.PLANNED] = at[ServingMark.ATTENTION]
-        if work.planned:
-            at[ServingMark.PLANNED] = at[ServingMark.ATTENTION].max() + counts_s + planning_s + work.late_s
-        if work.early_s:
-            at[ServingMark.PLANNED] = np.maximum(at[ServingMark.PLANNED], now_D.max() + work.early_s)
-        at[ServingMark.DISPATCHED] = exchange_ends(
-            work.out_DD, np.full(devices, at[ServingMark.PLANNED].max() + counts_s), node_D, model
-        )
-        at[ServingMark.COMPUTED] = at[ServingMark.DISPATCHED] + work.compute_D
-        at[ServingMark.COMBINED] = now_D = exchange_ends(work.back_DD, at[ServingMark.COMPUTED], node_D, model)
+        clock.run(served_acts(work, window_s, counts_s, planning_s), marks[layer])
     return marks
+
+
+def served_acts(work: ServedWork, window_s: float, counts_s: float, planning_s: float) -> Iterator[Act]:
+    """A layer of a serving step."""
+    yield Mark((ServingMark.START,))
+    if work.early_s:
+        yield Post("weights", (Meet(work.early_s),))
+    if work.keys_DD.any():
+        yield Post("keys", (Meet(counts_s), AllToAll(work.keys_DD)))
+    yield Busy(window_s)
+    yield Wait(("keys",))
+    yield Mark((ServingMark.ATTENTION,))
+    if work.planned:
+        yield Meet(counts_s)
+        yield Busy(planning_s)
+        yield Busy(work.late_s)
+    yield Wait(("weights",))
+    yield Mark((ServingMark.PLANNED,))
+    yield Meet(counts_s)
+    yield AllToAll(work.out_DD)
+    yield Mark((ServingMark.DISPATCHED,))
+    yield Busy(work.compute_D)
+    yield Mark((ServingMark.COMPUTED,))
+    yield AllToAll(work.back_DD)
+    yield Mark((ServingMark.COMBINED,))

@@ -9,15 +9,19 @@ ports: their owner is the rank that receives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.exchange import ExchangeModel, exchange_ends
-from poise.replay.work import LayerWork, Rounds
+from poise.cost.exchange import ExchangeModel
+from poise.replay.work import LayerWork
+from poise.simulate.clockwork import Act, AllToAll, Busy, Clockwork, Collective, Mark, Meet, Post, Wait, meanwhile
+
+WEIGHTS = ("weights and gradients", "their rounds")
+"""What the backward pass of a layer posts: both are waited for, since the first one's bytes are not cut into rounds."""
 
 
 class Forward(IntEnum):
@@ -85,64 +89,64 @@ def rank_step(
     counts_s, planning_s : exchange of counts (all wait for all) and planning of a layer.
     """
     marks = np.zeros((len(layers), 2, len(node_D), len(Forward)))
-    now_D = np.zeros(len(node_D))
+    clock = Clockwork(node_D, model)
     for layer, work in enumerate(layers):
-        at = marks[layer, 0].T
-        at[Forward.START], at[Forward.ATTENTION] = now_D, now_D + window_s
-        here_s = now_D.max() + rounds_seconds(work.early, node_D, model)
-        # what is still on its way delays the counts
-        at[Forward.COUNTED] = max(at[Forward.ATTENTION].max(), here_s) + counts_s
-        at[Forward.PLANNED] = at[Forward.SENT] = at[Forward.COUNTED] + planning_s
-        beside = meanwhile(work.late[0], work.bytes_DD, node_D) if work.late else None
-        at[Forward.DISPATCHED] = at[Forward.ARRANGED] = exchange_ends(
-            work.bytes_DD, at[Forward.SENT], node_D, model, beside
-        )
-        at[Forward.READY] = at[Forward.ARRANGED]
-        if work.late:
-            at[Forward.READY] = np.maximum(
-                at[Forward.ARRANGED], exchange_ends(work.late[0], at[Forward.SENT], node_D, model, work.bytes_DD)
-            )
-            at[Forward.READY] += rounds_seconds(work.late[1:], node_D, model)
-        at[Forward.COMPUTED] = at[Forward.RETURNED] = at[Forward.READY] + work.compute_D
-        at[Forward.COMBINED] = now_D = exchange_ends(work.bytes_DD.T, at[Forward.RETURNED], node_D, model)
-    weights_s = 0.0
+        clock.run(forward_acts(work, node_D, window_s, counts_s, planning_s), marks[layer, 0])
     for layer in reversed(range(len(layers))):
-        work, at = layers[layer], marks[layer, 1].T
-        at[Backward.START] = now_D
-        at[Backward.READY] = at[Backward.SENT] = np.maximum(now_D, weights_s)
-        at[Backward.DISPATCHED] = at[Backward.ARRANGED] = exchange_ends(work.bytes_DD, at[Backward.SENT], node_D, model)
-        at[Backward.COMPUTED] = at[Backward.POSTED] = at[Backward.RETURNED] = (
-            at[Backward.ARRANGED] + 2.0 * work.compute_D
-        )
-        moves, tokens_DD = work.back, work.bytes_DD.T
-        if layer and layers[layer - 1].again:
-            moves = (*moves, *layers[layer - 1].early, *layers[layer - 1].late)
-        weights_s, beside = 0.0, None
-        if moves:  # on their way before the tokens are; of short rounds all travel in that time
-            whole_DD: NDArray[np.float64] = np.sum(moves, axis=0)
-            beside = meanwhile(whole_DD, tokens_DD, node_D)
-            began_D = np.full(len(node_D), at[Backward.RETURNED].max())
-            together_s = exchange_ends(whole_DD, began_D, node_D, model, tokens_DD).max()
-            weights_s = max(float(together_s), began_D[0] + rounds_seconds(moves, node_D, model))
-        at[Backward.COMBINED] = exchange_ends(tokens_DD, at[Backward.RETURNED], node_D, model, beside)
-        at[Backward.ATTENTION] = now_D = at[Backward.COMBINED] + 2.0 * window_s
-    return RankStep(marks, np.maximum(now_D, weights_s))
+        before = layers[layer - 1] if layer else None
+        clock.run(backward_acts(layers[layer], before, node_D, window_s), marks[layer, 1])
+    return RankStep(marks, clock.now_D)
 
 
-def meanwhile(
-    weights_DD: NDArray[np.float64], tokens_DD: NDArray[np.float64], node_D: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """Bytes of weights that pass before tokens that share their ports are through: messages share a port evenly."""
-    near_DD = node_D[:, None] == node_D[None, :]
-    out = np.zeros_like(weights_DD)
-    for ports_DD in (near_DD & ~np.eye(len(node_D), dtype=bool), ~near_DD):
-        sent_DD = tokens_DD * ports_DD
-        longest_DD = np.maximum(sent_DD.max(axis=1)[:, None], sent_DD.max(axis=0)[None, :])
-        out += np.minimum(weights_DD, longest_DD) * ports_DD
-    return out
+def forward_acts(
+    work: LayerWork, node_D: NDArray[np.int32], window_s: float, counts_s: float, planning_s: float
+) -> Iterator[Act]:
+    """The forward pass of a layer."""
+    yield Mark((Forward.START,))
+    yield Post("early", (Meet(), Collective(work.early)))
+    yield Busy(window_s)
+    yield Mark((Forward.ATTENTION,))
+    yield Wait(("early",))  # what is still on its way delays the counts
+    yield Meet(counts_s)
+    yield Mark((Forward.COUNTED,))
+    yield Busy(planning_s)
+    yield Mark((Forward.PLANNED, Forward.SENT))
+    beside = None
+    if work.late:
+        beside = meanwhile(work.late[0], work.bytes_DD, node_D)
+        yield Post("late", (AllToAll(work.late[0], work.bytes_DD),))
+    yield AllToAll(work.bytes_DD, beside)
+    yield Mark((Forward.DISPATCHED, Forward.ARRANGED))
+    yield Wait(("late",))
+    yield Collective(work.late[1:])
+    yield Mark((Forward.READY,))
+    yield Busy(work.compute_D)
+    yield Mark((Forward.COMPUTED, Forward.RETURNED))
+    yield AllToAll(work.bytes_DD.T)
+    yield Mark((Forward.COMBINED,))
 
 
-def rounds_seconds(rounds: Rounds, node_D: NDArray[np.int32], model: ExchangeModel) -> float:
-    """A sparse collective, round after round."""
-    none_D = np.zeros(len(node_D))
-    return sum(float(exchange_ends(bytes_DD, none_D, node_D, model).max()) for bytes_DD in rounds)
+def backward_acts(
+    work: LayerWork, before: LayerWork | None, node_D: NDArray[np.int32], window_s: float
+) -> Iterator[Act]:
+    """The backward pass of a layer; replicas of the layer ``before`` it (which comes next) come back meanwhile."""
+    yield Mark((Backward.START,))
+    yield Wait(WEIGHTS)
+    yield Mark((Backward.READY, Backward.SENT))
+    yield AllToAll(work.bytes_DD)
+    yield Mark((Backward.DISPATCHED, Backward.ARRANGED))
+    yield Busy(2.0 * work.compute_D)
+    yield Mark((Backward.COMPUTED, Backward.POSTED, Backward.RETURNED))
+    tokens_DD, beside = work.bytes_DD.T, None
+    moves = work.back + (before.early + before.late if before is not None and before.again else ())
+    if moves:  # on their way before the tokens are; of short rounds all travel in that time
+        whole_DD: NDArray[np.float64] = np.sum(moves, axis=0)
+        beside = meanwhile(whole_DD, tokens_DD, node_D)
+        yield Post(WEIGHTS[0], (Meet(), AllToAll(whole_DD, tokens_DD), Meet()))
+        yield Post(WEIGHTS[1], (Meet(), Collective(moves)))
+    yield AllToAll(tokens_DD, beside)
+    yield Mark((Backward.COMBINED,))
+    yield Busy(2.0 * window_s)
+    yield Mark((Backward.ATTENTION,))
+    if before is None:
+        yield Wait(WEIGHTS)

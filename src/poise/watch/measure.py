@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.bound import step_bound_BL
-from poise.cost.step import batch_cost
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.routing.batch import RoutingBatch
@@ -36,8 +35,7 @@ class Judged:
 
 def judge(window: RoutingBatch, placement: Placement, problem: PlacementProblem) -> Judged:
     """A placement on a window, with the problem's machine, model, traffic model and split."""
-    p = problem
-    cost = batch_cost(window, placement.count_LED(), p.cluster, p.model, traffic=p.traffic, split=p.split)
+    cost = problem.pricing.cost(window, placement.count_LED())
     imbalance_BL = cost.imbalance_BL()
     busy_BL = np.isfinite(imbalance_BL)
     filled = np.where(busy_BL, imbalance_BL, 0.0)

@@ -43,7 +43,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
     rows = [{"name": fast, "placement": str(paths[5]), "fast": fast, "step_slots": SLOTS} for fast in FAST]
     job = {"cluster": str(paths[3]), "traffic": "home", "width": WIDTH, "model": asdict(model), "curve": str(paths[4]),
            "expert_bytes": int(model.expert_bytes), "window_s": WINDOW_S, "repeats": 1, "tokens": 128, "kv_bytes": 64,
-           "warm_up": 0, "prior": prior.tolist(), "rows": rows}  # fmt: skip
+           "warm_up": 0, "steps": STEPS, "prior": prior.tolist(), "rows": rows}  # fmt: skip
     paths[0].write_text(json.dumps(job))
     np.savez(paths[1], experts=batch.experts_TLK, home=home_T, start=batch.start_B)
     run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths[:3]], timeout=600)

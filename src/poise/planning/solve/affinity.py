@@ -15,7 +15,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.routing.trace import NO_EXPERT
 
-PRICES = (0.0, 0.3, 1.0, 3.0)
+PRICES = (1.0, 3.0)
 
 
 def _assign(
@@ -26,7 +26,7 @@ def _assign(
     price_D = np.zeros(len(slots_D))
     share = load_E.sum() * slots_D / slots_D.sum()
     best, best_load = np.zeros(len(load_E), np.int64), np.inf
-    for _ in range(rounds if price else 1):
+    for _ in range(rounds):
         value = gain_ED - load_E[:, None] * price_D
         _, slot = linear_sum_assignment(-value[:, slot_device])
         device = slot_device[slot]

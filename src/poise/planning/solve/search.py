@@ -302,10 +302,10 @@ class _Price:
 
 def _price(problem: PlacementProblem, placement: Placement) -> _Price:
     batch, cluster, count_LED = problem.batch, problem.cluster, placement.count_LED()
-    cost = batch_cost(batch, count_LED, cluster, problem.model, traffic=problem.traffic, split=problem.split)
+    cost = problem.pricing.cost(batch, count_LED)
     seconds_L: NDArray[np.float64] = batch.weight_B @ cost.seconds_BL
     if problem.split != "even":  # the search works on the even split
-        cost = batch_cost(batch, count_LED, cluster, problem.model, traffic=problem.traffic, split="even")
+        cost = problem.pricing.cost(batch, count_LED, split="even")
     most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
     times = expert_times(cluster, problem.model)
     per_token = times.compute_s + times.activation_s

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from poise.cost.bound import BoundTerms, bound_terms, compute_bound
 from poise.cost.compute import expert_seconds
-from poise.cost.step import batch_cost
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import (
     carry,
@@ -71,9 +70,7 @@ def _plan_poise(
 
 def _step_seconds(problem: PlacementProblem, placement: Placement) -> NDArray[np.float64]:
     """Seconds of one layer in each scenario, float64 [B]."""
-    cost = batch_cost(problem.batch, placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
-                      split=problem.split)  # fmt: skip
-    out: NDArray[np.float64] = cost.seconds_BL.mean(axis=1)
+    out: NDArray[np.float64] = problem.pricing.cost(problem.batch, placement.count_LED()).seconds_BL.mean(axis=1)
     return out
 
 
@@ -204,8 +201,7 @@ def evaluate(
     if problem is not whole:
         details = {**details, "priced_on": problem.batch.sampled}
     batch = problem.batch
-    cost = batch_cost(batch, result.placement.count_LED(), problem.cluster, problem.model, traffic=problem.traffic,
-                      split=problem.split)  # fmt: skip
+    cost = problem.pricing.cost(batch, result.placement.count_LED())
     bound, compute_L = _bounds(problem)
     weight = batch.weight_B
     terms = {

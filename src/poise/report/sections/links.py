@@ -26,11 +26,7 @@ CLASSES = ("stays on its device", "inside a node", "between nodes")
 def section(view: View) -> str:
     """Matrices of bytes a step, bars of every port, totals."""
     comparison = view.comparison
-    links = [
-        link_bytes(view.batch, entry.placement.count_LED(), comparison.cluster, comparison.model,
-                     traffic=comparison.traffic, split=comparison.split)
-        for entry in view.pictured
-    ]  # fmt: skip
+    links = [link_bytes(view.batch, entry.placement.count_LED(), comparison.pricing) for entry in view.pictured]
     columns = Columns.of(comparison.cluster)
     top = max(float(_off_device(link, columns).max()) for link in links)
     maps = "".join(_matrix(entry, link, columns, top) for entry, link in zip(view.pictured, links, strict=True))

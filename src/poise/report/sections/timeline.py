@@ -21,11 +21,7 @@ def section(view: View) -> str:
     """Lanes of the median step in the layers that are slowest under the baseline, and what all layers wait."""
     comparison, seconds_B = view.comparison, view.replay(view.base).step_seconds_B
     step = int(np.argsort(seconds_B, kind="stable")[len(seconds_B) // 2])
-    lanes = [
-        step_lanes(view.batch, step, entry.placement.count_LED(), comparison.cluster, comparison.model,
-                   traffic=comparison.traffic, split=comparison.split)
-        for entry in view.pictured
-    ]  # fmt: skip
+    lanes = [step_lanes(view.batch, step, entry.placement.count_LED(), comparison.pricing) for entry in view.pictured]
     slow_L = np.argsort(-lanes[0].span_LP.sum(axis=1), kind="stable")[:MOST_LAYERS]
     shown = sorted(int(layer) for layer in slow_L)
     end = max(float(each.span_LP[shown].sum()) for each in lanes)
@@ -57,8 +53,7 @@ def _picture(
     device_G = _longest(lanes, columns)
     high = max(4.0, min(16.0, 260.0 / len(device_G)))
     bottom = up + high * len(device_G)
-    start_LP = np.zeros((len(shown), len(PARTS)))
-    start_LP.ravel()[1:] = np.cumsum(lanes.span_LP[shown].ravel())[:-1]
+    start_LP = lanes.begin_LP(shown)
     total = float(lanes.span_LP[shown].sum())
     body = [charts.boxes("idle", [(left, up + row * high, total * scale, high - 1) for row in range(len(device_G))])]
     for index, kind in enumerate(KINDS):

@@ -1,0 +1,120 @@
+"""How far a gain may be trusted: what it is at the constants as they are, and at its worst within their errors.
+
+Five constants are wrong each on its own: reading weights, arithmetic and activations of an expert, ports inside nodes
+and between them. Every one is taken at its value, and faster and slower by its error: 3^5 = 243 machines. Starts are
+the same for all placements and cancel. What one machine's constants say of another placement's time is not in it: only
+that the constants are off.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.links import fullest_ports
+from poise.cost.split import Split
+from poise.cost.step import layer_works
+from poise.cost.traffic import DataFlow
+from poise.machine.cluster import Cluster
+from poise.machine.constants import UNKNOWN_ERROR
+from poise.machine.model import ModelSpec
+from poise.routing.batch import RoutingBatch
+
+
+class GainRange(NamedTuple):
+    """Seconds of a layer that one placement saves over another, mean over steps and layers: at the constants as they
+    are, and the least and most over all combinations of their errors. Shares are of the first placement's time on the
+    same machine, starts included.
+    """
+
+    nominal_s: float
+    least_s: float
+    most_s: float
+    nominal_share: float
+    least_share: float
+    most_share: float
+
+
+def constant_errors(cluster: Cluster) -> tuple[float, float]:
+    """Relative errors of the kernel's and of the links' constants: held out where they were measured, else
+    :data:`poise.machine.constants.UNKNOWN_ERROR`.
+    """
+    kernel = UNKNOWN_ERROR if cluster.kernel is None else cluster.kernel.error
+    links = cluster.links
+    return kernel, UNKNOWN_ERROR if links is None else max(links.dispatch.error, links.combine.error)
+
+
+def gain_range(
+    batch: RoutingBatch,
+    before_LED: NDArray[Any],
+    after_LED: NDArray[Any],
+    cluster: Cluster,
+    model: ModelSpec,
+    *,
+    traffic: DataFlow,
+    split: Split,
+    errors: tuple[float, float] | None = None,
+) -> GainRange:
+    """What ``after_LED`` saves over ``before_LED`` on a batch.
+
+    Parameters
+    ----------
+    batch, cluster, model, traffic, split : as in :func:`poise.cost.step.batch_cost`.
+    before_LED, after_LED : int [L, E, D], slots.
+    errors : of kernel and links; default :func:`constant_errors`.
+
+    Raises
+    ------
+    OptionError : see :func:`poise.cost.step.batch_cost`.
+    """
+    levels = [(1.0, 1.0 - error, 1.0 + error) for error in errors or constant_errors(cluster)]
+    before, after = (
+        _seconds(batch, count, cluster, model, levels, traffic=traffic, split=split)
+        for count in (before_LED, after_LED)
+    )
+    saved, share = before - after, 1.0 - after / before
+    return GainRange(*(float(x) for x in (saved[0], saved.min(), saved.max(), share[0], share.min(), share.max())))
+
+
+def _seconds(
+    batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, model: ModelSpec,
+    levels: list[tuple[float, float, float]], *, traffic: DataFlow, split: Split,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Mean seconds of a layer on each machine, float64 [243]; the first is the one that is given."""
+    kernel, links = levels
+    computes, exchanges = list(product(kernel, repeat=3)), list(product(links, repeat=2))
+    compute_C, exchange_X = np.zeros(len(computes)), np.zeros(len(exchanges))
+    for (steps, _), work in layer_works(batch, count_LED, cluster, traffic=traffic, split=split):
+        weight_B = batch.weight_B[steps]
+        for c, factors in enumerate(computes):
+            seconds_BH = _expert_seconds(work.tokens_BH, cluster, model, factors)
+            compute_C[c] += weight_B @ (work.by_device(seconds_BH) / cluster.speed_D).max(axis=1)
+        for load, size, wire in (
+            (work.out, model.dispatch_bytes_per_token, cluster.dispatch_wire),
+            (work.back, model.combine_bytes_per_token, cluster.combine_wire),
+        ):
+            intra_B, net_B = fullest_ports(load, cluster)
+            for x, (near, far) in enumerate(exchanges):
+                longest_B = np.maximum(intra_B * near / wire.intra_bytes_per_s, net_B * far / wire.inter_bytes_per_s)
+                exchange_X[x] += weight_B @ longest_B * size
+    start = expert_times(cluster, model).start_s + cluster.dispatch_wire.start_s + cluster.combine_wire.start_s
+    both = (compute_C[:, None] + exchange_X[None, :]).ravel() / batch.num_layers
+    return np.asarray(both + start)
+
+
+def _expert_seconds(
+    tokens: NDArray[np.float64], cluster: Cluster, model: ModelSpec, factors: tuple[float, ...]
+) -> NDArray[np.float64]:
+    """:func:`poise.cost.compute.expert_seconds` with reading, arithmetic and activations off by these factors; of a
+    curve that was measured as a whole, all of it by the first.
+    """
+    read, compute, activation = factors
+    if cluster.expert_curve is not None:
+        return expert_seconds(tokens, cluster, model) * read
+    times = expert_times(cluster, model)
+    longest = np.maximum(tokens * times.compute_s * compute, np.minimum(tokens, 1.0) * times.read_s * read)
+    return np.asarray(longest + tokens * times.activation_s * activation)

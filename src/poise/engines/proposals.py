@@ -1,0 +1,72 @@
+"""Formats of open proposals to engines, which no release writes or loads: what poise knows of each is in one table.
+
+:mod:`poise.engines.readers` and :mod:`poise.engines.exports` take them from here; :mod:`poise.engines.vllm` writes the
+files and :mod:`poise.engines.dumps.vllm_maps` reads them. Files that older versions of poise wrote are read as before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from poise.engines import vllm
+from poise.engines.dump import EngineDump, ReadOptions
+from poise.engines.dumps import bare, vllm_maps
+from poise.engines.dumps.parts import Part
+from poise.planning.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One pull request.
+
+    Parameters
+    ----------
+    number : of the pull request.
+    write : writes a placement with rows for these MoE layers (None: those of the placement); returns slots filled.
+    flags : what would start the engine with the file, beside the number of ranks.
+    holds, read : as in :class:`poise.engines.readers.Format`.
+    mtp, unplanned : as in :class:`poise.engines.exports.Target`; "" for what most targets say.
+    """
+
+    number: int
+    write: Callable[[Placement, Path, tuple[int, ...] | None], int]
+    flags: Callable[[Placement, Path], str]
+    holds: Callable[[Part], bool]
+    read: Callable[[Sequence[Part], ReadOptions], EngineDump]
+    mtp: str = ""
+    unplanned: str = ""
+
+
+def _write_34811(placement: Placement, path: Path, layer_ids: tuple[int, ...] | None) -> int:
+    vllm.write_34811(placement, path)
+    return 0
+
+
+def _flags_49572(placement: Placement, path: Path) -> str:
+    redundant = placement.num_slots - placement.num_experts
+    config = {"num_redundant_experts": redundant, "initial_expert_map_path": str(path)}
+    return f"--enable-eplb --eplb-config {quote(json.dumps(config))}"
+
+
+PROPOSALS: dict[str, Proposal] = {
+    "vllm-34811": Proposal(
+        34811,
+        write=_write_34811,
+        flags=lambda placement, path: f"--expert-placement-strategy custom --expert-placement-file {quote(str(path))}",
+        holds=lambda part: part.container == "json" and vllm_maps.is_ranks(part.value),
+        read=vllm_maps.read,
+        mtp="the file has one list for all layers, and no rows",
+        unplanned="the one list holds for them too",
+    ),
+    "vllm-49572": Proposal(
+        49572,
+        write=lambda placement, path, layer_ids: vllm.write_49572(placement, path, layer_ids=layer_ids)[0],
+        flags=_flags_49572,
+        holds=lambda part: bare.is_bare(part) and part.container != "npz",
+        read=vllm_maps.read,
+    ),
+}
