@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
@@ -20,6 +19,7 @@ from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
+from poise.planning.problem import deal_slots as deal_slots
 from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import METHODS
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry
@@ -59,24 +59,6 @@ def load(source: TrafficSource | Sequence[TrafficSource]) -> Traffics:
     """A trace or profile from paths or objects; several are joined."""
     many = [source] if isinstance(source, str | Path | RoutingTrace | LoadProfile) else list(source)
     return join([read(item) if isinstance(item, str | Path) else item for item in many])
-
-
-def deal_slots(num_experts: int, redundant: int, num_devices: int) -> NDArray[np.int64]:
-    """E + R slots over D devices, as evenly as possible, int64 [D].
-
-    Raises
-    ------
-    OptionError : R is negative, or there are more slots than experts on every device.
-    """
-    if redundant < 0:
-        raise OptionError(f"redundant slots must be at least 0, got {redundant}")
-    if num_experts + redundant > num_experts * num_devices:
-        raise OptionError(
-            f"{redundant} redundant slots: {num_devices} devices can use at most {num_experts * (num_devices - 1)}"
-        )
-    slots = np.full(num_devices, (num_experts + redundant) // num_devices, np.int64)
-    slots[: (num_experts + redundant) % num_devices] += 1
-    return slots
 
 
 def _machine(cluster: str | Path | Cluster) -> Cluster:
