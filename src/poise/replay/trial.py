@@ -226,7 +226,8 @@ def _plans(
         for batch in batches
     ]
     first, second = (
-        solve(problem, method=method, time_limit_s=budget.part(0.5), seed=setting.seed).placement for problem in problems
+        solve(problem, method=method, time_limit_s=budget.part(0.5), seed=setting.seed).placement
+        for problem in problems
     )
     return first, second
 

@@ -35,6 +35,8 @@ FEW_STEPS = 4
 """Judged steps of a window below which all of them must agree."""
 DRAWS, LEVEL = 4000, 0.95
 MS = 1e3
+COLUMNS = ("map", "redundant", "us a layer", "ms a step", "interval", "of the step")
+"""Of a table of maps: what each saves."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,6 +161,52 @@ class PhaseVerdict:
         """Of the whole step as it runs now."""
         return seconds / self.step_s
 
+    def title(self) -> str:
+        """Of a table of the maps."""
+        return f"{self.phase}, {self.tokens:,.0f} tokens a step of {MS * self.step_s:.3f} ms: {self.advice}"
+
+    def cells(self) -> list[list[str]]:
+        """A row of :data:`COLUMNS` for each map that was tried."""
+        out = []
+        for one in self.tried:
+            low, high = (MS * self.layers * end for end in one.interval_s(len(self.tried)))
+            saved = self.layers * one.mean_s
+            out.append([one.method, str(one.redundant), f"{1e6 * one.mean_s:.2f}", f"{MS * saved:.3f}",
+                        f"{low:.3f} to {high:.3f}", percent(self.share(saved))])  # fmt: skip
+        return out
+
+    def lines(self) -> list[str]:
+        """What the figures of the map mean, a sentence each."""
+        price, rest, low_high = self.price, self.rest, [MS * end for end in self.interval_s]
+        worst = MS * self.layers * self.worst_s
+        saves = (
+            f"Saved by {self.chosen.method} with {self.chosen.redundant} redundant slots: {MS * self.saved_s:.3f} ms a "
+            f"step ({low_high[0]:.3f} to {low_high[1]:.3f}), at worst within the errors of the constants {worst:.3f} ms."
+        )
+        pays = "never" if self.pay_back_steps is None else f"after {self.pay_back_steps:,} steps"
+        cache = "" if price.cache_tokens is None else f", {price.cache_tokens:,} tokens of key/value cache"
+        out = [
+            saves,
+            f"Its price: {price.slot_bytes / 2**30:.2f} GiB of slots a rank{cache}; {price.moved_bytes / 2**30:.2f} GiB "
+            f"to move once, {MS * price.seconds:.1f} ms, paid back {pays}.",
+        ]
+        even = (
+            "at no batch tried"
+            if self.break_even_tokens is None
+            else f"from {self.break_even_tokens:,} tokens a step on"
+        )
+        out.append(f"It gains {even} (tried: {self.sizes[0]:,} to {self.sizes[-1]:,}).")
+        if self.other_phase_s is not None:
+            out.append(
+                f"The same map saves {MS * self.layers * self.other_phase_s:.3f} ms in a step of the other phase."
+            )
+        out.append(
+            f"The step now: {MS * self.layers * self.layer_s:.3f} ms of MoE layers, and by the datasheet's roofline "
+            f"{MS * rest.attention_s:.3f} attention, {MS * rest.scores_s:.3f} scores, {MS * rest.dense_s:.3f} dense "
+            f"layers, {MS * rest.shared_s:.3f} shared experts, {MS * rest.head_s:.3f} head."
+        )
+        return out
+
     def to_json(self) -> dict[str, Any]:
         """JSON values; milliseconds, of a layer or of a step as the name says."""
         rest = self.rest
@@ -246,18 +294,32 @@ class Verdict:
         said += "".join(f"; {one.phase}: {one.reason}" for one in others) + "."
         return said + (f" {self._together()}" if others and self.advice == "recommend_trial" else "")
 
+    def basis(self) -> str:
+        """What all of it rests on."""
+        few = self.leading.chosen.few
+        how = "the range of the judged steps" if few else "95 % over judged steps, for the best of the maps tried"
+        return (
+            f"{self.cluster}; model {self.model}; engine {self.engine}; now: {self.current}. Each plan is judged on the "
+            f"window that it was not made on; intervals are {how}; all times are modelled, the rest of the step at "
+            f"{self.context:,} tokens of context."
+        )
+
     def _together(self) -> str:
         """What a trial means for engines that run both phases on the same ranks, and so with one map."""
         lead = self.leading
         if all(one.advice == "recommend_trial" for one in self.phases):
-            best = [f"{one.chosen.method} with {one.chosen.redundant} redundant slots in {one.phase}" for one in self.phases]
+            best = [
+                f"{one.chosen.method} with {one.chosen.redundant} redundant slots in {one.phase}" for one in self.phases
+            ]
             said = f"Each phase has a map of its own: {', '.join(best)}."
         else:
             said = f"Turn it on in {lead.phase} instances alone where phases run apart."
         if lead.other_phase_s is not None:
             other = MS * lead.layers * lead.other_phase_s
             verb = "saves" if other > 0 else "costs"
-            said += f" Where they share ranks, the map of {lead.phase} {verb} {abs(other):.3f} ms in a step of the other."
+            said += (
+                f" Where they share ranks, the map of {lead.phase} {verb} {abs(other):.3f} ms in a step of the other."
+            )
         return said
 
     def to_json(self) -> dict[str, Any]:
@@ -301,7 +363,10 @@ def decide(tried: TriedMap, maps: int, worst_s: float, layers: int, step_s: floa
         if (every < NOT_WORTH).all():
             return "not_recommended_now", f"the best map saves {saved}, and all samples say less than 1 % ({counts})"
         if not (every >= NOT_WORTH).all():
-            return "insufficient_evidence", f"{counts}, and they disagree: {percent(low)} to {percent(high)} of the step"
+            return (
+                "insufficient_evidence",
+                f"{counts}, and they disagree: {percent(low)} to {percent(high)} of the step",
+            )
     elif share < NOT_WORTH:
         return "not_recommended_now", f"the best map saves {saved}, less than 1 %"
     elif min(sides) <= 0:

@@ -144,3 +144,24 @@ def refuse_frequencies(windows: Sequence[RoutingTrace | LoadProfile]) -> None:
     for one in windows:
         if isinstance(one, LoadProfile):
             make_batch(one.steps(slice(0, MOST_STEPS)))
+
+
+def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int]) -> list[str]:
+    """What a reader must know of the traffic: sizes of steps that were assumed (phase -> tokens a rank), phases that the
+    record does not tell apart, loads that hide what passes differ in, picks that are missing.
+    """
+    notes = [
+        f"{phase}: {many} tokens a rank and step are assumed; nothing said how many" for phase, many in assumed.items()
+    ]
+    tables = [one for one in windows if isinstance(one, LoadProfile)]
+    for one in tables:
+        notes += one.notes
+    if tables:
+        notes.append("loads do not tell prefill from decode: both are judged by the same")
+        if max(one.num_steps for one in tables) < 2:
+            notes.append("one recorded load a window: two samples, and what passes differ in is not in them")
+    elif not recorded_phases(windows):
+        notes.append("the traces do not say which tokens were generated: both phases are judged by all")
+    if any(isinstance(one, RoutingTrace) and one.top_k < model.top_k for one in windows):
+        notes.append(f"{windows[0].top_k} experts a token were recorded, {model.name} has {model.top_k}")
+    return notes
