@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
@@ -40,7 +41,7 @@ from poise.replay.rows import (
 )
 from poise.replay.serving import WARM_UP
 from poise.replay.trial import TrialSetting, judge_phase
-from poise.replay.verdict import Verdict
+from poise.replay.verdict import PhaseVerdict, Verdict
 from poise.replay.windows import (
     PHASES,
     check_windows,
@@ -312,10 +313,29 @@ def verdict(
     )  # fmt: skip
     if out.advice != "recommend_trial":
         return out
-    best = out.leading.chosen
+    lead, best = out.leading, out.leading.chosen
     spec = model if isinstance(model, str) else sizes.name
     want = EplbSetting(best.method == "eplb", best.redundant, machine.num_devices, sizes.num_experts, spec)
-    return replace(out, flags=eplb_flags(engine, want))
+    made = (
+        () if want.own else _plan_command(window if later is None else later, cluster, spec, engine, lead, windows[1])
+    )
+    return replace(out, flags=(*made, *eplb_flags(engine, want)))
+
+
+def _plan_command(
+    source: Any, cluster: str | Path | Cluster, model: str, engine: str, found: PhaseVerdict, window: Traffics
+) -> tuple[str, ...]:  # fmt: skip
+    """The command that makes the map of a phase from the later window, where both are files."""
+    if not isinstance(source, str | Path) or isinstance(cluster, Cluster):
+        return ()
+    tokens = round(found.tokens)
+    if isinstance(window, LoadProfile):  # whose record counts pairs, where it does not say how many a token has
+        tokens *= 1 if load(source).top_k > 1 else window.top_k
+    elif recorded_phases((window, window)):
+        source = f"{source}{',' if '#' in str(source) else '#'}phase={found.phase}"
+    words = ["poise", "plan", str(source), "--cluster", str(cluster), "--model", model, "--engine", engine, "-n", str(tokens),
+             "--redundant", str(found.chosen.redundant), "-o", "placement.npz"]  # fmt: skip
+    return (shlex.join(words),)
 
 
 def _much(traffic: Traffics) -> str:

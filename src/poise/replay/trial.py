@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -28,6 +28,7 @@ from poise.replay.rows import FEWER, uneven_homes
 from poise.replay.verdict import MapPrice, PhaseVerdict, TriedMap, choose, decide
 from poise.replay.windows import PhaseTraffic
 from poise.routing.batch import RoutingBatch
+from poise.routing.trace import RoutingTrace
 from poise.util.errors import InfeasibleError, NoResultError, OptionError
 
 TRIED_METHODS = ("eplb", "poise")
@@ -296,7 +297,10 @@ def _break_even(
     return least, tuple(sizes)
 
 
-def _sizes(traffic: PhaseTraffic, setting: TrialSetting) -> Sequence[int]:
+def _sizes(traffic: PhaseTraffic, setting: TrialSetting) -> list[int]:
+    """Batches that are tried; of traces, which take longer the more tokens they have, those that are not too large."""
     one = traffic.windows[1]
-    each = one.num_layers * one.top_k * setting.cluster.num_devices if hasattr(one, "experts") else 0
+    if not isinstance(one, RoutingTrace):
+        return list(SIZES)
+    each = one.num_layers * one.top_k * setting.cluster.num_devices
     return [tokens for tokens in SIZES if tokens * each <= MOST_PICKED] or [SIZES[0]]

@@ -177,29 +177,29 @@ class PhaseVerdict:
 
     def lines(self) -> list[str]:
         """What the figures of the map mean, a sentence each."""
-        price, rest, low_high = self.price, self.rest, [MS * end for end in self.interval_s]
-        worst = MS * self.layers * self.worst_s
-        saves = (
-            f"Saved by {self.chosen.method} with {self.chosen.redundant} redundant slots: {MS * self.saved_s:.3f} ms a "
-            f"step ({low_high[0]:.3f} to {low_high[1]:.3f}), at worst within the errors of the constants {worst:.3f} ms."
-        )
+        price, rest, chosen = self.price, self.rest, self.chosen
+        low, high = (MS * end for end in self.interval_s)
+        many = " and ".join(str(len(gain)) for gain in chosen.gains_s)
+        how = f"range of {many} judged steps"
+        if not chosen.few:
+            how = f"95 % over {many} judged steps, for the best of {len(self.tried)} maps"
         pays = "never" if self.pay_back_steps is None else f"after {self.pay_back_steps:,} steps"
         cache = "" if price.cache_tokens is None else f", {price.cache_tokens:,} tokens of key/value cache"
+        even = "at no batch tried"
+        if self.break_even_tokens is not None:
+            even = f"from {self.break_even_tokens:,} tokens a step on"
         out = [
-            saves,
-            f"Its price: {price.slot_bytes / 2**30:.2f} GiB of slots a rank{cache}; {price.moved_bytes / 2**30:.2f} GiB "
-            f"to move once, {MS * price.seconds:.1f} ms, paid back {pays}.",
+            f"{chosen.method} with {chosen.redundant} redundant slots saves {MS * self.saved_s:.3f} ms a step, "
+            f"{low:.3f} to {high:.3f} ({how}), at worst {MS * self.layers * self.worst_s:.3f} within the errors of the "
+            "constants.",
+            f"Its price: {price.slot_bytes / 2**30:.2f} GiB of slots a rank{cache}; {price.moved_bytes / 2**30:.2f} "
+            f"GiB to move once, {MS * price.seconds:.1f} ms, paid back {pays}.",
+            f"It gains {even} (tried: {self.sizes[0]:,} to {self.sizes[-1]:,}).",
         ]
-        even = (
-            "at no batch tried"
-            if self.break_even_tokens is None
-            else f"from {self.break_even_tokens:,} tokens a step on"
-        )
-        out.append(f"It gains {even} (tried: {self.sizes[0]:,} to {self.sizes[-1]:,}).")
         if self.other_phase_s is not None:
-            out.append(
-                f"The same map saves {MS * self.layers * self.other_phase_s:.3f} ms in a step of the other phase."
-            )
+            other = MS * self.layers * self.other_phase_s
+            verb = "saves" if other >= 0 else "costs"
+            out.append(f"In a step of the other phase the same map {verb} {abs(other):.3f} ms.")
         out.append(
             f"The step now: {MS * self.layers * self.layer_s:.3f} ms of MoE layers, and by the datasheet's roofline "
             f"{MS * rest.attention_s:.3f} attention, {MS * rest.scores_s:.3f} scores, {MS * rest.dense_s:.3f} dense "
@@ -296,11 +296,9 @@ class Verdict:
 
     def basis(self) -> str:
         """What all of it rests on."""
-        few = self.leading.chosen.few
-        how = "the range of the judged steps" if few else "95 % over judged steps, for the best of the maps tried"
         return (
             f"{self.cluster}; model {self.model}; engine {self.engine}; now: {self.current}. Each plan is judged on the "
-            f"window that it was not made on; intervals are {how}; all times are modelled, the rest of the step at "
+            "window that it was not made on. All times are modelled; the rest of the step is that of the datasheet, at "
             f"{self.context:,} tokens of context."
         )
 
