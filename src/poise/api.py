@@ -249,14 +249,14 @@ def verdict(
 
     Parameters
     ----------
-    window, later : traffic of two times, recorded with EPLB off; plans are made on each and judged on the other. Without
-        ``later`` one is split in time (:func:`poise.replay.windows.split_in_time`).
+    window, later : traffic of two times, recorded with EPLB off; plans are made on each and judged on the other.
+        Without ``later`` one is split in time (:func:`poise.replay.windows.split_in_time`).
     cluster, model : the machine and what it serves.
     current : the map that runs now; default contiguous blocks, what engines do with EPLB off.
     redundant : R; default: 0, 1, 2 and 4 slots a rank are tried, those that engine and memory can hold.
     phase : ``prefill`` or ``decode`` alone; default both.
-    tokens_per_step : N of that phase, over all ranks. Without ``phase``: ``prefill_tokens``, ``decode_tokens``. Default:
-        recorded steps where a trace has them, else :data:`PREFILL_A_RANK` and :data:`DECODE_A_RANK` a rank.
+    tokens_per_step : N of that phase, over all ranks; without ``phase``: ``prefill_tokens``, ``decode_tokens``.
+        Default: recorded steps where a trace has them, else :data:`PREFILL_A_RANK` and :data:`DECODE_A_RANK` a rank.
     engine : who holds the maps, and whose measured kernels price them.
     context : tokens that a decoded token attends to, or that a prompt has; for the rest of the step alone.
     time_limit_s, work : seconds or units of work for all plans together.
