@@ -316,10 +316,11 @@ def verdict(
     lead, best = out.leading, out.leading.chosen
     spec = model if isinstance(model, str) else sizes.name
     want = EplbSetting(best.method == "eplb", best.redundant, machine.num_devices, sizes.num_experts, spec)
-    made = (
-        () if want.own else _plan_command(window if later is None else later, cluster, spec, engine, lead, windows[1])
-    )
-    return replace(out, flags=(*made, *eplb_flags(engine, want)))
+    flags = eplb_flags(engine, want)
+    if not want.own:
+        source = window if later is None else later
+        flags = (*_plan_command(source, cluster, spec, engine, lead, windows[1]), *flags)
+    return replace(out, flags=flags)
 
 
 def _plan_command(
@@ -333,8 +334,8 @@ def _plan_command(
         tokens *= 1 if load(source).top_k > 1 else window.top_k
     elif recorded_phases((window, window)):
         source = f"{source}{',' if '#' in str(source) else '#'}phase={found.phase}"
-    words = ["poise", "plan", str(source), "--cluster", str(cluster), "--model", model, "--engine", engine, "-n", str(tokens),
-             "--redundant", str(found.chosen.redundant), "-o", "placement.npz"]  # fmt: skip
+    words = ["poise", "plan", str(source), "--cluster", str(cluster), "--model", model, "--engine", engine]
+    words += ["-n", str(tokens), "--redundant", str(found.chosen.redundant), "-o", "placement.npz"]
     return (shlex.join(words),)
 
 

@@ -23,8 +23,8 @@ def verdict(
     windows: Annotated[
         list[str],
         typer.Argument(
-            help="Two recordings made with EPLB off, the earlier one first, or one that is split in time: routing traces "
-            "or load profiles.",
+            help="One or two recordings made with EPLB off, the earlier first; one is split in time. Routing traces or "
+            "load profiles.",
             show_default=False,
         ),
     ],

@@ -55,7 +55,7 @@ def rest_weight_bytes(model: ModelSpec) -> float:
 
 
 def rest_bytes(model: ModelSpec) -> float:
-    """Bytes of the weights beside the routed experts on one device, as far as the model says; embedding and head 16-bit."""
+    """Bytes of the weights beside the routed experts on one device, as far as the model says."""
     dense = model.num_hidden_layers - model.num_moe_layers
     each = model.num_expert_matrices * model.hidden_size
     inside = model.num_hidden_layers * model.attention_parameters

@@ -51,8 +51,8 @@ def _ascend(want: EplbSetting) -> tuple[str, ...]:
     if want.own:
         config = {"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": want.redundant}}
         return (f"vllm-ascend: DYNAMIC_EPLB=true and --additional-config '{json.dumps(config)}'",)
-    config = {"eplb_config": {"expert_map_path": "map.json"}}
-    return (*_export("vllm-ascend", "map.json", want), f"vllm-ascend: --additional-config '{json.dumps(config)}'")
+    static = json.dumps({"eplb_config": {"expert_map_path": "map.json"}})
+    return (*_export("vllm-ascend", "map.json", want), f"vllm-ascend: --additional-config '{static}'")
 
 
 def _export(target: str, file: str, want: EplbSetting) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ _FLAGS: dict[str, Callable[[EplbSetting], tuple[str, ...]]] = {
 
 
 def eplb_flags(engine: str, want: EplbSetting) -> tuple[str, ...]:
-    """Lines to type, for one engine; for ``any`` of vLLM, SGLang and TensorRT-LLM. Engines without replicas: the export.
+    """Lines to type, for one engine; for ``any`` of vLLM, SGLang and TensorRT-LLM.
 
     Raises
     ------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -20,7 +19,7 @@ from poise.machine.settle import ground, settle
 from poise.planning.budget import Budget
 from poise.planning.engine_rules import EngineRules, hold
 from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem, deal_slots
+from poise.planning.problem import PlacementProblem, Progress, deal_slots
 from poise.planning.solve.solve import solve
 from poise.replay.breakeven import SIZES, contiguous_blocks
 from poise.replay.moving import moving
@@ -92,7 +91,8 @@ class TrialSetting:
                 out.append(many)
         if not out:
             raise OptionError(
-                f"{self.engine.name} holds every expert once, and {num_experts} experts do not divide by {devices} ranks",
+                f"{self.engine.name} holds every expert once, and {num_experts} experts do not divide by "
+                f"{devices} ranks",
                 hint="another number of ranks",
             )
         return out
@@ -129,7 +129,7 @@ class JudgedPhase:
 
 
 def judge_phase(
-    traffic: PhaseTraffic, setting: TrialSetting, budget: Budget, *, progress: Callable[[str, float], None] | None = None
+    traffic: PhaseTraffic, setting: TrialSetting, budget: Budget, *, progress: Progress | None = None
 ) -> JudgedPhase:  # fmt: skip
     """Plan on each window, judge on the other, and decide.
 

@@ -70,8 +70,8 @@ class TriedMap:
         return min(len(gain) for gain in self.gains_s) < FEW_STEPS
 
     def interval_s(self, tried: int) -> tuple[float, float]:
-        """Interval of the mean: 95 % over the judged steps of both directions, wider as one of ``tried`` maps was chosen
-        for it (Bonferroni); of few steps their range.
+        """Interval of the mean: 95 % over the judged steps of both directions, wider as the best of ``tried`` maps is
+        asked about (Bonferroni); of few steps their range.
         """
         if self.few:
             every = np.concatenate(self.gains_s)
@@ -297,8 +297,8 @@ class Verdict:
     def basis(self) -> str:
         """What all of it rests on."""
         return (
-            f"{self.cluster}; model {self.model}; engine {self.engine}; now: {self.current}. Each plan is judged on the "
-            "window that it was not made on. All times are modelled; the rest of the step is that of the datasheet, at "
+            f"{self.cluster}; model {self.model}; engine {self.engine}; now: {self.current}. Each plan is judged on "
+            "the window that it was not made on. All times are modelled; the rest of the step is that of the datasheet, at "
             f"{self.context:,} tokens of context."
         )
 

@@ -79,7 +79,10 @@ def recorded_phases(windows: Windows) -> tuple[Phase, ...]:
     """Phases that have rows of their own; none where loads, or a trace of prefill alone, do not tell them apart."""
     if any(isinstance(one, LoadProfile) for one in windows):
         return ()
-    flags = [bool(value) for one in windows for value in np.unique(one.is_decode)]  # type: ignore[union-attr]
+    flags: list[bool] = []
+    for one in windows:
+        assert isinstance(one, RoutingTrace) and one.is_decode is not None
+        flags += np.unique(one.is_decode).tolist()
     if not any(flags):  # what a recorder writes that does not know
         return ()
     return PHASES if not all(flags) else ("decode",)
@@ -147,8 +150,8 @@ def refuse_frequencies(windows: Sequence[RoutingTrace | LoadProfile]) -> None:
 
 
 def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int]) -> list[str]:
-    """What a reader must know of the traffic: sizes of steps that were assumed (phase -> tokens a rank), phases that the
-    record does not tell apart, loads that hide what passes differ in, picks that are missing.
+    """What a reader must know of the traffic: sizes of steps that were ``assumed`` (phase -> tokens a rank), phases that
+    are not told apart, loads that hide what passes differ in, picks that are missing.
     """
     notes = [
         f"{phase}: {many} tokens a rank and step are assumed; nothing said how many" for phase, many in assumed.items()
