@@ -44,6 +44,7 @@ from poise.replay.trial import TrialSetting, judge_phase
 from poise.replay.verdict import PhaseVerdict, Verdict
 from poise.replay.windows import (
     PHASES,
+    check_unseen,
     check_windows,
     phase_traffic,
     recorded_phases,
@@ -277,6 +278,7 @@ def verdict(
     parts = [with_top_k(load(item), sizes.top_k) for item in (window, later) if item is not None]
     windows = split_in_time(parts[0]) if len(parts) == 1 else (parts[0], parts[1])
     check_windows(windows, sizes)
+    seen = check_unseen(windows) if len(parts) == 2 else []
     asked = {"prefill": prefill_tokens, "decode": decode_tokens}
     if phase is not None and tokens_per_step is not None:
         if asked[phase] not in (None, tokens_per_step):
@@ -301,7 +303,7 @@ def verdict(
     found = [one.verdict for one in judged]
     if len(judged) == 2:
         found = [judged[0].with_other(judged[1], setting), judged[1].with_other(judged[0], setting)]
-    notes = verdict_notes(windows, sizes, {} if recorded else {name: A_RANK[name] for name in unsaid})
+    notes = seen + verdict_notes(windows, sizes, {} if recorded else {name: A_RANK[name] for name in unsaid})
     notes += [rules.caveat] if rules.caveat else []
     if budget.cuts:
         notes.append(

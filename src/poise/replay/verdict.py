@@ -298,7 +298,7 @@ class Verdict:
         """What all of it rests on."""
         return (
             f"{self.cluster}; model {self.model}; engine {self.engine}; now: {self.current}. Each plan is judged on "
-            "the window that it was not made on. All times are modelled; the rest of the step is that of the datasheet, at "
+            "the window that it was not made on. All times are modelled; the rest of the step is by the datasheet, at "
             f"{self.context:,} tokens of context."
         )
 

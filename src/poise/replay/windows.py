@@ -18,6 +18,8 @@ Windows = tuple[RoutingTrace | LoadProfile, RoutingTrace | LoadProfile]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MOST_STEPS = 64
 """Steps of a window that are priced at most."""
+SAME = 0.5
+"""Share of a window in the other one from which on they are the same traffic."""
 
 
 def split_in_time(traffic: RoutingTrace | LoadProfile) -> Windows:
@@ -46,14 +48,12 @@ def split_in_time(traffic: RoutingTrace | LoadProfile) -> Windows:
 
 
 def check_windows(windows: Windows, model: ModelSpec) -> None:
-    """Two windows of one model, and not of the same traffic.
+    """Two windows of one model.
 
     Raises
     ------
-    OptionError : they differ in layers or experts, or the second one is in the first. ModelError : they are not of this
-        model.
+    OptionError : they differ in layers or experts. ModelError : they are not of this model.
     """
-    first, second = windows
     shapes = [(one.num_experts, () if one.layer_ids is None else tuple(one.layer_ids.tolist())) for one in windows]
     for (experts, layers), one in zip(shapes, windows, strict=True):
         model.matches(num_experts=experts, layer_ids=np.asarray(layers))
@@ -66,13 +66,24 @@ def check_windows(windows: Windows, model: ModelSpec) -> None:
             f"{len(shapes[1][1])}: they must be of the same layers",
             hint="record both in the same way",
         )
-    share = fingerprint(first).share_of(fingerprint(second))
-    if share is not None and share >= FITTED:
+
+
+def check_unseen(windows: Windows) -> list[str]:
+    """What to say of traffic that is in both windows, where it is little.
+
+    Raises
+    ------
+    OptionError : it is half of the second one, or more.
+    """
+    first, second = windows
+    share = fingerprint(first).share_of(fingerprint(second)) or 0.0
+    if share >= SAME:
         raise OptionError(
             f"{share:.0%} of {second.name} is in {first.name} too: a gain is judged on traffic that the plan has not "
             "seen",
             hint="give two windows recorded one after the other, or one to be split",
         )
+    return [f"{share:.0%} of the later window is in the earlier one too"] if share >= FITTED else []
 
 
 def recorded_phases(windows: Windows) -> tuple[Phase, ...]:
@@ -150,8 +161,8 @@ def refuse_frequencies(windows: Sequence[RoutingTrace | LoadProfile]) -> None:
 
 
 def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int]) -> list[str]:
-    """What a reader must know of the traffic: sizes of steps that were ``assumed`` (phase -> tokens a rank), phases that
-    are not told apart, loads that hide what passes differ in, picks that are missing.
+    """What a reader must know of the traffic: sizes of steps that were ``assumed`` (phase -> tokens a rank), phases
+    that are not told apart, loads that hide what passes differ in, picks that are missing.
     """
     notes = [
         f"{phase}: {many} tokens a rank and step are assumed; nothing said how many" for phase, many in assumed.items()
