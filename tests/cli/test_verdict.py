@@ -26,7 +26,12 @@ def files(tmp_path_factory):
     """Two windows of tables of gpt-oss-20b's 32 experts, in which the first quarter has half of all tokens, and even ones."""
     folder = tmp_path_factory.mktemp("windows")
     share = np.where(np.arange(EXPERTS) < EXPERTS // 4, 2.0, 2.0 / 3.0)
-    for name, weight, seed in (("a", share, 1), ("b", share, 2), ("even_a", np.ones(EXPERTS), 3), ("even_b", np.ones(EXPERTS), 4)):
+    for name, weight, seed in (
+        ("a", share, 1),
+        ("b", share, 2),
+        ("even_a", np.ones(EXPERTS), 3),
+        ("even_b", np.ones(EXPERTS), 4),
+    ):
         rng = np.random.default_rng(seed)
         table = rng.multinomial(200_000, weight / weight.sum(), size=(6, 4))
         (folder / f"{name}.json").write_text(json.dumps({"logical_count": table.tolist()}))
@@ -38,7 +43,19 @@ BASE = ("--cluster", "1x8:h200", "--model", "gpt-oss-20b", "--work", 1)
 
 def test_text_json_and_page_say_the_same(files):
     """The word first; then figures, costs and flags. Fails if text, JSON or page is of another verdict."""
-    words = (files / "a.json", files / "b.json", *BASE, "--phase", "prefill", "-n", 16384, "--engine", "sglang", "-r", 8)
+    words = (
+        files / "a.json",
+        files / "b.json",
+        *BASE,
+        "--phase",
+        "prefill",
+        "-n",
+        16384,
+        "--engine",
+        "sglang",
+        "-r",
+        8,
+    )
     text, page = run(*words, "--html", files / "page.html"), files / "page.html"
     assert text.exit_code == 0, text.output
     found = json.loads(run(*words, "--json").stdout)
@@ -46,10 +63,17 @@ def test_text_json_and_page_say_the_same(files):
     assert found["verdict"] == "recommend_trial" and found["schema"] == 1 and found["redundant"] == 8
     one = found["phases"][0]
     assert found["figures_of"] == one["phase"] == "prefill" and one["tokens_per_step"] == pytest.approx(16384)
-    assert one["ms_per_step"] == pytest.approx(24 * one["ms_per_layer"]) and found["interval"][0] > 0 < found["worst_case"]
+    assert (
+        one["ms_per_step"] == pytest.approx(24 * one["ms_per_layer"]) and found["interval"][0] > 0 < found["worst_case"]
+    )
     assert "sglang.mxfp4" in one["ground"] and "deepep-normal" in one["ground"]
     html = page.read_text("utf-8")
-    for shown in (f"{one['ms_per_step']:.3f} ms", "recommend_trial", f"{found['cache_tokens_lost']:,} tokens", *found["flags"]):
+    for shown in (
+        f"{one['ms_per_step']:.3f} ms",
+        "recommend_trial",
+        f"{found['cache_tokens_lost']:,} tokens",
+        *found["flags"],
+    ):
         assert shown in text.stdout and shown.replace("'", "&#x27;").replace('"', "&quot;") in html
     assert "<script src" not in html and html.count("<section id=") == 2
     assert re.search(r"note: 4 of 24 MoE layers were recorded", text.stdout)
@@ -70,7 +94,19 @@ def test_the_command_for_a_map_of_poise_runs(files, monkeypatch, tmp_path):
     """Only poise is tried here, so it is chosen. Fails if the command does not parse, or is of another number of tokens."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("poise.replay.trial.TRIED_METHODS", ("poise",))
-    words = (files / "a.json", files / "b.json", *BASE, "--phase", "prefill", "-n", 16384, "-r", 8, "--engine", "sglang")
+    words = (
+        files / "a.json",
+        files / "b.json",
+        *BASE,
+        "--phase",
+        "prefill",
+        "-n",
+        16384,
+        "-r",
+        8,
+        "--engine",
+        "sglang",
+    )
     flags = json.loads(run(*words, "--json").stdout)["flags"]
     plan, export, start = flags
     assert str(files / "b.json") in plan and "-n 65536" in plan  # four pairs a token
@@ -122,7 +158,9 @@ def test_frequencies_need_n(files, tmp_path):
     """As for every command. Fails if a share is taken for tokens."""
     for name in ("a", "b"):
         table = np.array(json.loads((files / f"{name}.json").read_text())["logical_count"])
-        (tmp_path / f"{name}.json").write_text(json.dumps({"logical_count": (table / table.sum(2, keepdims=True)).tolist()}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"logical_count": (table / table.sum(2, keepdims=True)).tolist()})
+        )
     words = (tmp_path / "a.json", tmp_path / "b.json", *BASE)
     refused = run(*words)
     assert refused.exit_code == 2 and "frequencies" in refused.stderr

@@ -322,7 +322,9 @@ def test_the_rest_of_a_step_by_hand():
     slow = replace(CLUSTER, flops_per_s=2.0, memory_bytes_per_s=1e30)
     decode = rest_seconds(model, slow, 20, context=6, decode=True)
     assert decode.attention_s == 3 * 11 * 10 and decode.scores_s == 3 * 17 * 10 * 6
-    assert decode.dense_s == 1 * 2 * 4 * 5 * 10 and decode.shared_s == 2 * 2 * 4 * 3 * 10 and decode.head_s == 7 * 4 * 10
+    assert (
+        decode.dense_s == 1 * 2 * 4 * 5 * 10 and decode.shared_s == 2 * 2 * 4 * 3 * 10 and decode.head_s == 7 * 4 * 10
+    )
     prefill = rest_seconds(model, slow, 20, context=6, decode=False)
     assert prefill.scores_s == 3 * 13 * 10 * 3 and prefill.head_s == pytest.approx(7 * 4 * 10 / 6)
     read = replace(CLUSTER, flops_per_s=1e30, memory_bytes_per_s=2.0)
