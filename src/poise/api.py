@@ -295,11 +295,11 @@ def verdict(
     placed = None if current is None else _placement(current)
     setting = TrialSetting(machine, sizes, rules, placed, redundant, context, seed)
     budget = Budget.of(time_limit_s, work)
-    judged = [
-        judge_phase(phase_traffic(windows, name, asked[name], homes, seed), setting, budget.part(1.0 / len(phases)),
-                    progress=progress)
-        for name in phases
-    ]  # fmt: skip
+    judged = []
+    for turn, name in enumerate(phases, 1):
+        own = budget.part(1.0 / len(phases), until=turn / len(phases))
+        rows = phase_traffic(windows, name, asked[name], homes, seed)
+        judged.append(judge_phase(rows, setting, own, progress=progress))
     found = [one.verdict for one in judged]
     if len(judged) == 2:
         found = [judged[0].with_other(judged[1], setting), judged[1].with_other(judged[0], setting)]

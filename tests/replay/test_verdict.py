@@ -14,7 +14,9 @@ from poise.machine.cluster import Cluster
 from poise.machine.kernel import ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.machine.presets import MODELS
+from poise.planning.budget import Budget
 from poise.planning.placement import Placement
+from poise.planning.solve.solve import solve
 from poise.replay.compare import NOT_WORTH
 from poise.replay.verdict import FEW_STEPS, TriedMap, choose, decide
 from poise.replay.windows import split_in_time
@@ -264,6 +266,23 @@ def test_loads_count_every_expert_of_a_token():
     two = replace(MODEL, top_k=2)
     one = judge(loads(SKEWED, seed=1), loads(SKEWED, seed=2), redundant=0, model=two).phases[0]
     assert one.tokens == pytest.approx(100) and one.layer_s == pytest.approx(2 * START_S + 160, rel=0.05)
+
+
+def test_every_plan_has_its_share_of_the_time(monkeypatch):
+    """A clock on which every plan of poise takes all it is given. Fails if later plans begin when their time is over."""
+    now, begun = [0.0], []
+
+    def slow(problem, *, method, time_limit_s, seed):
+        begun.append((method, time_limit_s.over("plan"), time_limit_s.seconds))
+        now[0] += 0.99 * time_limit_s.seconds * (method == "poise")
+        return solve(problem, method="contiguous", work=0.1)
+
+    monkeypatch.setattr("poise.replay.trial.solve", slow)
+    windows = [LoadProfile(np.rint(1000 * loads(SKEWED, seed=seed).load_BLE)) for seed in (1, 2)]
+    verdict(*windows, cluster=CLUSTER, model=MODEL, time_limit_s=Budget(24.0, now=lambda: now[0]))
+    poise_seconds = [seconds for method, _, seconds in begun if method == "poise"]
+    assert len(poise_seconds) == 2 * 3 * 2 and sum(poise_seconds) == pytest.approx(24.0)
+    assert not any(over for _, over, _ in begun)
 
 
 def test_defaults_are_said():

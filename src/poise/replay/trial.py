@@ -151,12 +151,14 @@ def judge_phase(
     plans = len(slots) * len(TRIED_METHODS) * 2
     tried: list[TriedMap] = []
     maps: dict[tuple[str, int], Maps] = {}
-    for many in slots:
+    for turn, many in enumerate(slots, 1):
         for method in TRIED_METHODS:
             if progress:
                 progress(f"{traffic.phase}, {many} redundant, {method}", len(tried) * 2 / plans)
             try:
-                found = _plans(batches, method, many, cluster, setting, budget.part(1.0 / len(slots)))
+                found = _plans(
+                    batches, method, many, cluster, setting, budget.part(1.0 / len(slots), until=turn / len(slots))
+                )
             except (InfeasibleError, NoResultError) as error:
                 notes.append(f"{method} with {many} redundant slots left out: {error.message}")
                 continue
@@ -227,8 +229,8 @@ def _plans(
         for batch in batches
     ]
     first, second = (
-        solve(problem, method=method, time_limit_s=budget.part(0.5), seed=setting.seed).placement
-        for problem in problems
+        solve(problem, method=method, time_limit_s=budget.part(0.5, until=until), seed=setting.seed).placement
+        for problem, until in zip(problems, (0.5, 1.0), strict=True)
     )
     return first, second
 

@@ -183,7 +183,7 @@ class PhaseVerdict:
         how = f"range of {many} judged steps"
         if not chosen.few:
             how = f"95 % over {many} judged steps, for the best of {len(self.tried)} maps"
-        pays = "never" if self.pay_back_steps is None else f"after {self.pay_back_steps:,} steps"
+        pays = "never" if self.pay_back_steps is None else f"after {_steps(self.pay_back_steps)}"
         cache = "" if price.cache_tokens is None else f", {price.cache_tokens:,} tokens of key/value cache"
         even = "at no batch tried"
         if self.break_even_tokens is not None:
@@ -341,6 +341,10 @@ class Verdict:
             "notes": list(self.notes),
             "phases": [one.to_json() for one in self.phases],
         }
+
+
+def _steps(many: int) -> str:
+    return f"{many:,} step{'s' * (many != 1)}"
 
 
 def decide(tried: TriedMap, maps: int, worst_s: float, layers: int, step_s: float) -> tuple[Advice, str]:
