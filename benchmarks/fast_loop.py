@@ -41,7 +41,7 @@ def main() -> None:
     rng, rows = np.random.default_rng(0), []
     model = ModelSpec.parse("deepseek-v3")
     for devices, slots in ((8, 264), (64, 320), (64, 448), (1024, 2048)):
-        cluster = Cluster.parse(f"{max(1, devices // 8)}x8:h100")
+        cluster = Cluster.parse(f"{max(1, devices // 8)}x8:h100+datasheet")
         for skew in (0.5, 1.0):
             law = np.exp(skew * rng.standard_normal(EXPERTS))
             shape = np.full(devices, slots // devices)

@@ -20,6 +20,7 @@ from poise.api import deal_slots
 from poise.cost.split import exact_quota
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.fill import filled
@@ -53,12 +54,13 @@ def imbalance(got: Replay) -> str:
 def llama_balance(traces: dict[str, RoutingTrace]) -> list[str]:
     rows = []
     for tokens, devices in GOALS:
-        cluster = Cluster.parse(f"1x{devices}")
+        open_cluster = Cluster.parse(f"1x{devices}")
         for fit, judge in permutations(traces, 2):
             trace = traces[judge]
             static = placement_for(traces[fit], devices, "poise")
             own = placement_for(trace, devices, "poise")
             model = ModelSpec.generic(trace.num_experts, 1, np.asarray(trace.layer_ids))
+            cluster = settle(open_cluster, model, tokens)
             batch = make_batch(trace, tokens_per_step=tokens, steps=STEPS + WARM_UP)
             flat = make_batch(trace, tokens_per_step=tokens, order="file")
 
@@ -92,7 +94,8 @@ def llama_rivals(traces: dict[str, RoutingTrace]) -> list[str]:
            "sizes on H100. Each policy at the setting of its published grid with the least mean step; imbalance, modelled "
            "ms a step (all MoE layers), efficiency, MB of weights moved a step. full-replication uses E slots a device."]  # fmt: skip
     for spec, tokens in (("1x8:h100", 512), ("1x8:h100", 4096), ("1x8:h100", 32768), ("2x8:h100", 32768)):
-        cluster, model = Cluster.parse(spec), ModelSpec.parse("llama-4-maverick")
+        model = ModelSpec.parse("llama-4-maverick")
+        cluster = settle(Cluster.parse(spec), model, tokens)
         trace = traces[judge]
         batch = make_batch(trace, tokens_per_step=tokens, steps=12 + WARM_UP)
         static = solve(problem(make_batch(traces[fit], tokens_per_step=512), spec, cluster.num_devices, traffic="home"),
@@ -128,14 +131,15 @@ def llama_efficiency(traces: dict[str, RoutingTrace]) -> list[str]:
     fit, judge = sorted(traces)[:2]
     model, rows, said = ModelSpec.parse("llama-4-maverick"), [], []
     for spec in ("1x8:h100", "2x8:h100", "4x8:h100"):
-        cluster = Cluster.parse(spec)
-        static = solve(problem(make_batch(traces[fit], tokens_per_step=512), spec, cluster.num_devices, traffic="home"),
+        open_cluster = Cluster.parse(spec)
+        static = solve(problem(make_batch(traces[fit], tokens_per_step=512), spec, open_cluster.num_devices, traffic="home"),
                        method="eplb-global").placement  # fmt: skip
-        got = breakeven(cluster, model, trace=traces[fit], slots=(SLOTS,), steps=8,
+        got = breakeven(open_cluster, model, trace=traces[fit], slots=(SLOTS,), steps=8,
                         sizes=(512, 2048, 8192, 16384, 32768))  # fmt: skip
         said.append(f"{spec}, before the run, contiguous, on {fit}: {got.verdict()}")
         print(said[-1], flush=True)
         for tokens in (512, 2048, 8192, 16384, 32768, 65536):
+            cluster = settle(open_cluster, model, tokens)
             batch = make_batch(traces[judge], tokens_per_step=tokens, steps=STEPS + WARM_UP)
             base = replay(batch.steps_from(WARM_UP), static, cluster, model, traffic="home", split="even")
             ours = replay_steps(batch, static, FastLoop(Poise(), SLOTS), cluster, model, traffic="home")

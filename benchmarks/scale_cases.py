@@ -11,6 +11,7 @@ import numpy as np
 
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.routing.batch import RoutingBatch
 
 TOP_K, DENSE, DRIFT, KEPT, WARM_UP, SEED = 8, 3, 0.3, 0.97, 12, 7
@@ -55,7 +56,8 @@ class Case:
     @property
     def cluster(self) -> Cluster:
         """The machine."""
-        return Cluster.parse(f"{self.devices // 8}x8:h100")
+        open_cluster = Cluster.parse(f"{self.devices // 8}x8:h100")
+        return settle(open_cluster, self.model, self.devices * self.tokens_per_device)
 
     @property
     def slots_D(self) -> np.ndarray:

@@ -77,10 +77,12 @@ if not case.get("against"):
     from poise.cost.step import batch_cost
     from poise.machine.cluster import Cluster
     from poise.machine.model import ModelSpec
+    from poise.machine.settle import settle
     from poise.routing.batching import make_batch
     from poise.planning.placement import Placement
     batch = make_batch(traffic)
-    machine, sizes = Cluster.parse(case["cluster"]), ModelSpec.generic(experts, 8, batch.layer_ids_L)
+    sizes = ModelSpec.generic(experts, 8, batch.layer_ids_L)
+    machine = settle(Cluster.parse(case["cluster"]), sizes, batch.mean_tokens())
     flow = "home_node_dedup" if batch.has_tokens else "home"
     objective = {}
     for name in [out, *([case["other"]] if case.get("other") else [])]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from poise.machine.cluster import Cluster
-from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import RoutingTrace
@@ -50,7 +50,7 @@ def with_constants(cluster: Cluster) -> Cluster:
     kernel = (
         ExpertKernel("k", "bf16", 2.0, 0.3, *own.uniform(0.5, 3.0, 3), 32.0, 16.0) if own.random() < 1 / 3 else None
     )
-    ways = [AllToAll(0.2, *own.choice([2.0, 8.0, 32.0], 2), peer_s=0.1, nodes_start_s=0.4) for _ in range(2)]
+    ways = [ExchangeWay(0.2, *own.choice([2.0, 8.0, 32.0], 2), peer_s=0.1, nodes_start_s=0.4) for _ in range(2)]
     return replace(cluster, kernel=kernel, links=AllToAllLinks("l", *ways) if own.random() < 0.5 else None)
 
 

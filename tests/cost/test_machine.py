@@ -27,7 +27,7 @@ from poise.cost.machine import (
 )
 from poise.cost.traffic import Copies, port_load
 from poise.cost.weights import StepPrice, compiled_price, exposed_seconds, fetch_seconds, gather_seconds
-from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 
 SEEDS = st.integers(0, 2**32 - 1)
 NODES = st.sampled_from([(2, 1), (3,), (1, 1, 1), (1, 2, 2), (1,), (3, 3)])
@@ -44,7 +44,7 @@ def make(seed, nodes):
     elif kind == 2:
         cluster = replace(cluster, expert_curve=random_curve(rng))
     if seed % 2:
-        ways = [AllToAll(0.2, *rng.uniform(1, 9, 2), peer_s=0.1, nodes_start_s=0.4) for _ in range(2)]
+        ways = [ExchangeWay(0.2, *rng.uniform(1, 9, 2), peer_s=0.1, nodes_start_s=0.4) for _ in range(2)]
         cluster = replace(cluster, links=AllToAllLinks("l", *ways))
     return rng, cluster, model, make_machine(cluster, model)
 

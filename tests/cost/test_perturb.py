@@ -12,7 +12,7 @@ from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, ti
 from poise.cost.perturb import constant_errors, gain_range
 from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
-from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 
 NODES = st.sampled_from([(2, 1), (3,), (1, 1)])
 
@@ -34,7 +34,7 @@ def machines(cluster, kernel, links):
 def test_every_machine_is_priced_as_by_itself(seed, nodes, loads, split):
     rng = np.random.default_rng(seed)
     factors = rng.uniform(0.5, 3, 3)
-    ways = [AllToAll(0.1, *rng.choice([2.0, 8.0], 2), error=0.2) for _ in range(2)]
+    ways = [ExchangeWay(0.1, *rng.choice([2.0, 8.0], 2), error=0.2) for _ in range(2)]
     cluster = replace(
         tiny_cluster(rng, nodes, measured=False),
         kernel=ExpertKernel("k", "bf16", 2.0, 0.3, *factors, 32.0, 16.0, 0.25),

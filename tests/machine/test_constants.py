@@ -8,7 +8,7 @@ import pytest
 from poise.cost.compute import device_compute, expert_seconds, expert_times, tokens_per_pair
 from poise.machine.cluster import Cluster
 from poise.machine.constants import ENGINES, derated_kernel, gpu_of, kernel_of, links_of, tables
-from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.machine.presets import DEVICES, PEAKS
 from poise.machine.settle import LOW_LATENCY_TOKENS, ground, settle
@@ -123,7 +123,7 @@ def test_the_form_by_hand():
 
 
 def test_a_start_of_each_way_and_its_peers():
-    links = AllToAllLinks("l", AllToAll(1.0, 8.0, 2.0, 0.5, 4.0), AllToAll(2.0, 4.0))
+    links = AllToAllLinks("l", ExchangeWay(1.0, 8.0, 2.0, 0.5, 4.0), ExchangeWay(2.0, 4.0))
     cluster = Cluster(np.array([0, 0, 1]), np.ones(3), 1.0, 1.0, 1.0, 9.0, 3.0, intra_latency_s=0.25, inter_latency_s=0.5,
                       links=links)  # fmt: skip
     assert cluster.dispatch_wire == (1.0 + 0.5 * 2 + 4.0, 8.0, 2.0)

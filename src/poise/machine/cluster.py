@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from poise.machine.constants import DATASHEET, kernel_of, links_of, plain_link
 from poise.machine.curve import MeasuredCurve
-from poise.machine.kernel import AllToAll, AllToAllLinks, ExpertKernel
+from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.presets import DEVICES
 from poise.util.errors import ClusterError
 from poise.util.words import close_to
@@ -140,7 +140,7 @@ class Cluster:
         """What carries expert outputs back."""
         return self.plain_wire if self.links is None else self._wire(self.links.combine)
 
-    def _wire(self, way: AllToAll) -> Wire:
+    def _wire(self, way: ExchangeWay) -> Wire:
         start, many = way.start_s + way.peer_s * (self.num_devices - 1), self.num_nodes > 1
         if many:
             start += self.inter_latency_s if way.nodes_start_s is None else way.nodes_start_s

@@ -13,7 +13,7 @@ from importlib.resources import files
 from statistics import median
 from typing import Any
 
-from poise.machine.kernel import SAME_TYPE, AllToAll, AllToAllLinks, ExpertKernel
+from poise.machine.kernel import SAME_TYPE, AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.presets import DEVICES, PEAKS
 from poise.util.errors import ClusterError
 from poise.util.jsonfile import parse_json
@@ -159,9 +159,9 @@ def links_of(preset: str, library: str, *, many_nodes: bool) -> AllToAllLinks:
     return AllToAllLinks(f"{library}{' (rows of doubtful origin)' * bool(row['doubtful'])}", *ways)
 
 
-def _way(row: Mapping[str, Any], port: float) -> AllToAll:
+def _way(row: Mapping[str, Any], port: float) -> ExchangeWay:
     inter = row["inter_bytes_per_s"]
-    return AllToAll(
+    return ExchangeWay(
         row["start_s"], row["intra_bytes_per_s"], None if inter is None else inter * port, row["peer_s"],
         row["nodes_start_s"], UNKNOWN_ERROR if row["error"] is None else row["error"],
     )  # fmt: skip
@@ -174,11 +174,11 @@ def _derated_links(preset: str, library: str) -> AllToAllLinks:
     ways = []
     for way in ("dispatch", "combine"):
         share = median(row[way]["intra_bytes_per_s"] / DEVICES[row["gpu"]]["intra_bytes_per_s"] for row in rows)
-        ways.append(AllToAll(median(row[way]["start_s"] for row in rows), port * share, error=UNKNOWN_ERROR))
+        ways.append(ExchangeWay(median(row[way]["start_s"] for row in rows), port * share, error=UNKNOWN_ERROR))
     return AllToAllLinks(f"{library}, derated", *ways)
 
 
-def plain_link(preset: str) -> AllToAll | None:
+def plain_link(preset: str) -> ExchangeWay | None:
     """NCCL inside a node, by which weights and counts travel, where it was measured."""
     for row in tables().links:
         if (row["gpu"], row["library"], row["reach"]) == (gpu_of(preset), "nccl", "node"):

@@ -92,7 +92,7 @@ class ExpertKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class AllToAll:
+class ExchangeWay:
     """One direction of the exchange of tokens, as measured.
 
     Parameters
@@ -120,7 +120,7 @@ class AllToAll:
         if self.nodes_start_s is not None:
             _positive("nodes_start_s of an all-to-all", self.nodes_start_s)
 
-    def times(self, group: int) -> AllToAll:
+    def times(self, group: int) -> ExchangeWay:
         """Of devices of ``group`` GPUs."""
         inter = None if self.inter_bytes_per_s is None else self.inter_bytes_per_s * group
         return replace(self, intra_bytes_per_s=self.intra_bytes_per_s * group, inter_bytes_per_s=inter)
@@ -131,8 +131,8 @@ class AllToAllLinks:
     """Dispatch and combine of one library, e.g. ``deepep-ll`` (DeepEP's low-latency kernels)."""
 
     name: str
-    dispatch: AllToAll
-    combine: AllToAll
+    dispatch: ExchangeWay
+    combine: ExchangeWay
 
     def times(self, group: int) -> AllToAllLinks:
         """The same between devices of ``group`` GPUs: their ports together, the start of one."""
@@ -142,7 +142,9 @@ class AllToAllLinks:
     def from_dict(cls, data: Any, about: str) -> Self:
         """From a mapping in a file; ``about`` names the place in errors."""
         found = _known_keys(cls, about, data)
-        both = (AllToAll(**_known_keys(AllToAll, f"{about} {way}", found[way])) for way in ("dispatch", "combine"))
+        both = (
+            ExchangeWay(**_known_keys(ExchangeWay, f"{about} {way}", found[way])) for way in ("dispatch", "combine")
+        )
         return cls(str(found["name"])[:80], *both)
 
     def to_dict(self) -> dict[str, Any]:
