@@ -12,7 +12,7 @@ from poise.api import verdict
 from poise.cost.rest import rest_bytes, rest_seconds
 from poise.machine.cluster import Cluster
 from poise.machine.kernel import ExpertKernel
-from poise.machine.model import ModelSpec
+from poise.machine.model import ModelSpec, from_hf_config
 from poise.machine.presets import MODELS
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
@@ -98,9 +98,16 @@ def test_figures_of_the_json_follow_from_each_other():
 
 
 def test_the_rearrangement_is_that_of_the_later_window():
-    """By hand: contiguous to one hot expert each moves one expert a rank and layer. Fails with the earlier plan."""
-    got = judge(loads(EVEN, EVEN), loads(SKEWED, SKEWED), redundant=0).phases[0]
+    """By hand: contiguous to one hot expert each moves one expert a rank and layer; the first window's map is contiguous.
+    Fails with the earlier plan, or if layers that were not recorded are forgotten.
+    """
+    apart = (40.0, 10.0, 40.0, 10.0)
+    got = judge(loads(apart, apart), loads(SKEWED, SKEWED), redundant=0).phases[0]
     assert got.price.moved_bytes == 2 * 2 * 32 and got.price.slot_bytes == 0 and got.price.cache_tokens == 0
+    four = replace(MODEL, num_hidden_layers=4, moe_layer_ids=(0, 1, 2, 3))
+    more = judge(loads(apart, apart), loads(SKEWED, SKEWED), redundant=0, model=four).phases[0]
+    assert more.price.moved_bytes == 4 * 2 * 32 and more.saved_s == pytest.approx(4 * more.chosen.mean_s)
+    assert any("2 of 4 MoE layers" in note for note in more.notes)
 
 
 def test_a_gain_that_is_the_constants_is_no_gain():
@@ -160,6 +167,7 @@ def gains(*sides):
         (([3.0, 4.0], [4.0] * 9), 1.0, "recommend_trial"),
         (([3.0, 0.5], [4.0] * 9), 1.0, "insufficient_evidence"),
         (([0.9, -3.0], [0.5] * 9), 1.0, "not_recommended_now"),
+        (([1.5, -3.0], [0.5] * 9), 1.0, "insufficient_evidence"),
     ],
 )
 def test_the_rule(sides, worst, word):
@@ -191,6 +199,8 @@ def test_slots_that_engine_and_memory_can_hold():
     tried = lambda **options: {one.redundant for one in judge(*windows, **options).phases[0].tried}  # noqa: E731
     assert tried() == {0, 2, 4}  # 8 more on two ranks would be twice on one
     assert tried(engine="megatron") == {0}
+    three = Cluster.parse("1x3:h100+datasheet")
+    assert tried(cluster=three, engine="sglang") == {2, 5, 8} and tried(cluster=three) == {0, 3, 6}
     assert tried(cluster=replace(CLUSTER, memory_bytes=3 * 64 + 1.0)) == {0, 2}
     with pytest.raises(OptionError, match="slots a rank"):
         judge(*windows, redundant=4, cluster=replace(CLUSTER, memory_bytes=3 * 64 + 1.0))
@@ -353,6 +363,35 @@ def test_the_rest_of_a_step_by_hand():
     assert not decode.unknown and rest_seconds(MODEL, slow, 1, context=1, decode=True).unknown == ("attention", "head")
     half = replace(slow, speed_D=np.array([1.0, 0.5]))
     assert rest_seconds(model, half, 20, context=6, decode=True).total_s == pytest.approx(2 * decode.total_s)
+
+
+def config(**more):
+    """Of a config with heads of 8, hidden 16 and one dense layer of three."""
+    plain = {"num_hidden_layers": 3, "num_experts": 4, "num_experts_per_tok": 1, "hidden_size": 16, "vocab_size": 9,
+             "moe_intermediate_size": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    return from_hf_config({**plain, **more}, name="c")
+
+
+def test_sizes_beside_the_experts_are_read_by_family():
+    """By hand from the keys. Fails if a width of experts is taken for a dense one, or odd values end the reading."""
+    plain = config()
+    assert (plain.vocab_size, plain.shared_expert_size, plain.dense_intermediate_size) == (9, 0, 0)
+    assert plain.attention_parameters == 16 * 8 * (4 + 2 + 2) + 4 * 8 * 16 and plain.score_size == 2 * 4 * 8
+    deep = config(model_type="deepseek_v3", first_k_dense_replace=1, n_shared_experts=2, intermediate_size=20, kv_lora_rank=5,
+                  q_lora_rank=7, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=6)  # fmt: skip
+    assert (deep.shared_expert_size, deep.dense_intermediate_size) == (12, 20)
+    assert deep.attention_parameters == 7 * (16 + 4 * 5) + 16 * (5 + 2) + 5 * 4 * (3 + 6) + 4 * 6 * 16
+    assert deep.score_size == 4 * (3 + 2 + 6) and deep.cached_score_size == 4 * (2 * 5 + 2)
+    qwen = config(model_type="qwen2_moe", shared_expert_intermediate_size=30, intermediate_size=40, mlp_only_layers=[0])
+    assert (qwen.shared_expert_size, qwen.dense_intermediate_size) == (30, 40)
+    llama = config(model_type="llama4", intermediate_size=6, intermediate_size_mlp=20, moe_layers=[1, 2])
+    assert (llama.shared_expert_size, llama.dense_intermediate_size) == (6, 20)
+    mixtral = config(model_type="mixtral", intermediate_size=6)
+    assert (mixtral.shared_expert_size, mixtral.dense_intermediate_size) == (0, 0)
+    odd = config(model_type="qwen3_moe", vocab_size="many", n_shared_experts=[1], num_attention_heads=4)
+    assert (odd.vocab_size, odd.shared_expert_size) == (0, 0)
+    scout = ModelSpec.parse("llama-4-scout")
+    assert (scout.shared_expert_size, scout.dense_intermediate_size) == (8192, 0)
 
 
 PUBLISHED = {
