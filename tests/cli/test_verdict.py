@@ -131,6 +131,20 @@ def test_the_demo_trace_has_both_phases():
     assert len([note for note in found["notes"] if "assumed" in note]) == 2
 
 
+def test_the_page_of_the_docs_runs(monkeypatch):
+    """Its command as it stands, but for how long is searched, and the keys of JSON that it names."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "verdict.md").read_text("utf-8")
+    (command,) = re.findall(r"```sh\n(.*?)\n```", page)
+    got = CliRunner().invoke(
+        app, [*shlex.split(command.replace("--work 60", "--work 2"))[1:], "--redundant", "8", "--json"]
+    )
+    assert got.exit_code == 0, got.output
+    found = json.loads(got.stdout)
+    named = set(re.findall(r"`(\w+)`", page.partition("## JSON")[2]))
+    assert named - {"verdict"} <= found.keys() | found["phases"][0].keys() and found.keys() <= named
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
