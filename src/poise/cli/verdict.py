@@ -42,7 +42,7 @@ def verdict(
     phase: Annotated[str | None, typer.Option(help="prefill or decode alone. Default: both.")] = None,
     tokens_per_step: Annotated[
         int | None,
-        typer.Option("--tokens-per-step", "-n", help="N of --phase, tokens of one forward pass over all ranks."),
+        o.flag("tokens_per_step", "N of --phase, tokens of one forward pass over all ranks."),
     ] = None,
     prefill_tokens: Annotated[
         int | None,
