@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from poise.machine.hfconfig.fields import MOST, Config, get
 from poise.machine.hfconfig.read import DENSE_WIDTH, ExpertSizes
 
-LLAMA4_DENSE = "intermediate_size_mlp"
+DENSE_WIDTHS = ("intermediate_size_mlp", DENSE_WIDTH, "prefix_dense_intermediate_size")
 SHARED_WIDTHS = (
     "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
     "share_expert_dim",
@@ -43,11 +43,9 @@ class RestSizes:
 
 def read_rest(config: Config, sizes: ExpertSizes) -> RestSizes:
     """Sizes from the keys of the language model (:func:`poise.machine.hfconfig.read.text_part`)."""
-    dense = _known(config, LLAMA4_DENSE, DENSE_WIDTH)
-    if not dense and (_known(config, "moe_intermediate_size") or _known(config, "expert_ffn_hidden_size")):
-        dense = _known(config, "intermediate_size", "ffn_hidden_size")
-    if len(sizes.moe) == sizes.layers:
-        dense = 0
+    dense = 0
+    if len(sizes.moe) < sizes.layers:  # else the plain width may be that of experts
+        dense = _known(config, *DENSE_WIDTHS, "intermediate_size", "ffn_hidden_size")
     return RestSizes(_shared(config, sizes), dense, _known(config, "vocab_size"), *_attention(config, sizes.hidden))
 
 
