@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
@@ -41,7 +40,7 @@ from poise.replay.rows import (
 )
 from poise.replay.serving import WARM_UP
 from poise.replay.trial import TrialSetting, judge_phase
-from poise.replay.verdict import PhaseVerdict, Verdict
+from poise.replay.verdict import Verdict
 from poise.replay.windows import (
     PHASES,
     check_unseen,
@@ -300,9 +299,8 @@ def verdict(
         own = budget.part(1.0 / len(phases), until=turn / len(phases))
         rows = phase_traffic(windows, name, asked[name], homes, seed)
         judged.append(judge_phase(rows, setting, own, progress=progress))
-    found = [one.verdict for one in judged]
-    if len(judged) == 2:
-        found = [judged[0].with_other(judged[1], setting), judged[1].with_other(judged[0], setting)]
+    others = judged[::-1] if len(judged) == 2 else [None]
+    found = [one.with_other(other, setting) for one, other in zip(judged, others, strict=True)]
     notes = seen + verdict_notes(windows, sizes, {} if recorded else {name: A_RANK[name] for name in unsaid})
     notes += [rules.caveat] if rules.caveat else []
     if budget.cuts:
@@ -315,30 +313,10 @@ def verdict(
     )  # fmt: skip
     if out.advice != "recommend_trial":
         return out
-    lead, best = out.leading, out.leading.chosen
+    best = out.leading.chosen
     spec = model if isinstance(model, str) else sizes.name
     want = EplbSetting(best.method == "eplb", best.redundant, machine.num_devices, sizes.num_experts, spec)
-    flags = eplb_flags(engine, want)
-    if not want.own:
-        source = window if later is None else later
-        flags = (*_plan_command(source, cluster, spec, engine, lead, windows[1]), *flags)
-    return replace(out, flags=flags)
-
-
-def _plan_command(
-    source: Any, cluster: str | Path | Cluster, model: str, engine: str, found: PhaseVerdict, window: Traffics
-) -> tuple[str, ...]:  # fmt: skip
-    """The command that makes the map of a phase from the later window, where both are files."""
-    if not isinstance(source, str | Path) or isinstance(cluster, Cluster):
-        return ()
-    tokens = round(found.tokens)
-    if isinstance(window, LoadProfile):  # whose record counts pairs, where it does not say how many a token has
-        tokens *= 1 if load(source).top_k > 1 else window.top_k
-    elif recorded_phases((window, window)):
-        source = f"{source}{',' if '#' in str(source) else '#'}phase={found.phase}"
-    words = ["poise", "plan", str(source), "--cluster", str(cluster), "--model", model, "--engine", engine]
-    words += ["-n", str(tokens), "--redundant", str(found.chosen.redundant), "-o", "placement.npz"]
-    return (shlex.join(words),)
+    return replace(out, flags=eplb_flags(engine, want))
 
 
 def _much(traffic: Traffics) -> str:

@@ -49,7 +49,7 @@ def commands(at):
         "watch": [[at("t.npz"), "-c", at("c.yaml"), "--once", "--method", "lpt", "-n", 20, "--window", 6, "--every", 6, "-o", at("w.npz"), *more] for more in ([], ["--json"])],
         "machines": [[at("none")]],
         "verdict": [
-            [at("t.npz"), "-c", at("c.yaml"), "-m", at("config.json"), "--current", at("p.npz"), "-r", 0, "--work", 0.1, "--html", at("v.html")],
+            [at("t.npz"), "-c", at("c.yaml"), "-m", at("config.json"), "--current", at("p.npz"), "-r", 0, "--work", 0.1, "--html", at("v.html"), "-o", at("v.npz")],
             [at("t.npz"), "-c", "1x4", "-m", at("config.json"), "-r", 0, "--work", 0.1, "--json"],
         ],
         "calibrate": [["--cluster", at("c.yaml"), "--curve", at("no.csv"), "-o", at("o.yaml")]],

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import poise
 from poise.cli.main import app
+from poise.routing.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "src" / "poise" / "data" / "demo_trace.npz"
@@ -80,7 +81,7 @@ def test_text_json_and_page_say_the_same(files):
 
 
 def test_flags_are_those_of_the_engine(files):
-    """And a map of poise comes with the command that makes it, which runs. Fails if flags are of another engine or R."""
+    """Fails if flags are of another engine or R."""
     words = (files / "a.json", files / "b.json", *BASE, "--phase", "prefill", "-n", 16384, "-r", 8, "--json")
     for engine, flag in (("vllm", '"num_redundant_experts": 8'), ("sglang", "--ep-num-redundant-experts 8"),
                          ("tensorrt-llm", "load_balancer"), ("vllm-ascend", "eplb_config")):  # fmt: skip
@@ -90,8 +91,10 @@ def test_flags_are_those_of_the_engine(files):
     assert "vLLM" in from_any and "SGLang" in from_any and "TensorRT-LLM" in from_any
 
 
-def test_the_command_for_a_map_of_poise_runs(files, monkeypatch, tmp_path):
-    """Only poise is tried here, so it is chosen. Fails if the command does not parse, or is of another number of tokens."""
+def test_the_map_that_was_priced_is_what_is_written(files, monkeypatch, tmp_path):
+    """Only poise is tried here, so it is chosen. Fails if the file is of the earlier window or of other slots, or no
+    engine's export takes it.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("poise.replay.trial.TRIED_METHODS", ("poise",))
     words = (
@@ -107,13 +110,16 @@ def test_the_command_for_a_map_of_poise_runs(files, monkeypatch, tmp_path):
         "--engine",
         "sglang",
     )
-    flags = json.loads(run(*words, "--json").stdout)["flags"]
-    plan, export, start = flags
-    assert str(files / "b.json") in plan and "-n 65536" in plan  # four pairs a token
-    for line in (f"{plan} --work 1 --no-verdict", export):
-        done = CliRunner().invoke(app, shlex.split(line)[1:])
-        assert done.exit_code == 0, done.output
-    assert poise.Placement.load(tmp_path / "placement.npz").num_slots == EXPERTS + 8
+    done = run(*words, "--json", "-o", "placement.npz")
+    export, start = json.loads(done.stdout)["flags"]
+    made = poise.Placement.load(tmp_path / "placement.npz")
+    assert made.num_slots == EXPERTS + 8 and made.fitted.about["traffic"].endswith("b.json")
+    later = fingerprint(poise.read(files / "b.json"))
+    assert (
+        made.fitted.traffic.share_of(later) == 1
+        and made.fitted.traffic.share_of(fingerprint(poise.read(files / "a.json"))) == 0
+    )
+    assert CliRunner().invoke(app, shlex.split(export)[1:]).exit_code == 0
     assert (tmp_path / "experts.json").exists() and "--init-expert-location experts.json" in start
 
 
@@ -159,6 +165,7 @@ def test_the_page_of_the_docs_runs(monkeypatch):
         (["a.json", "--current", "a.json"], "a.json"),
         (["a.json", "--homes", "away"], "unknown homes"),
         (["a.json", "--html", "none/page.html"], "none"),
+        (["a.json", "--output", "none/map.npz"], "none"),
     ],
 )
 def test_refused_in_words(files, monkeypatch, words, said):

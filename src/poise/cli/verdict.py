@@ -60,6 +60,10 @@ def verdict(
     time_limit: Annotated[float, o.flag("time_limit", "Seconds for all plans together.")] = 60.0,
     work: o.Work = None,
     seed: o.Seed = 0,
+    output: Annotated[
+        Path | None,
+        o.flag("output", "Write the map there, planned on the later window: the one whose figures stand on top."),
+    ] = None,
     html: Annotated[Path | None, o.flag("html", "Write the verdict as a page to this file.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -71,8 +75,9 @@ def verdict(
     Example: poise verdict monday.json tuesday.json --cluster 2x8:h200 --model deepseek-v3 --engine sglang
     """
     with o.errors():
-        if html is not None:
-            o.writable(html)
+        for path in (output, html):
+            if path is not None:
+                o.writable(path)
         if len(windows) > 2:
             raise OptionError(
                 f"a verdict takes one or two windows, got {len(windows)}", hint="poise convert joins files"
@@ -84,14 +89,17 @@ def verdict(
                 decode_tokens=decode_tokens, engine=engine, context=context,
                 homes=o.one_of("homes", homes, HOMES), time_limit_s=time_limit, work=work, seed=seed, progress=report,
             )  # fmt: skip
+        if output is not None:
+            found.leading.placement.save(output)
         if html is not None:
             write_verdict(found, html, command=shlex.join(["poise", *sys.argv[1:]]))
         if json:
             o.print_json(found.to_json())
         else:
             _show(found)
-        if html is not None:
-            o.talk.print(f"wrote {html}")
+        for path in (output, html):
+            if path is not None:
+                o.talk.print(f"wrote {path}")
 
 
 def _show(found: Verdict) -> None:

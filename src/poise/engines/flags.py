@@ -15,7 +15,7 @@ class EplbSetting:
 
     Parameters
     ----------
-    own : by the engine's own EPLB; else by poise's map, which lies in ``placement.npz``.
+    own : by the engine's own EPLB; else by the map that ``poise verdict -o placement.npz`` writes.
     redundant, ranks, experts : R slots a layer in all, EP ranks, E.
     model : as ``poise export --model`` takes it.
     """

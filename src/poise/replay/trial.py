@@ -20,6 +20,7 @@ from poise.planning.budget import Budget
 from poise.planning.engine_rules import EngineRules, hold
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, deal_slots
+from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import solve
 from poise.replay.breakeven import SIZES, contiguous_blocks
 from poise.replay.moving import moving
@@ -27,8 +28,10 @@ from poise.replay.rows import FEWER, uneven_homes
 from poise.replay.verdict import MapPrice, PhaseVerdict, TriedMap, choose, decide
 from poise.replay.windows import PhaseTraffic
 from poise.routing.batch import RoutingBatch
+from poise.routing.fingerprint import fingerprint
 from poise.routing.trace import RoutingTrace
 from poise.util.errors import InfeasibleError, NoResultError, OptionError
+from poise.version import VERSION
 
 TRIED_METHODS = ("eplb", "poise")
 """The engine's own first: where both save the same, it is taken."""
@@ -122,8 +125,10 @@ class JudgedPhase:
         """Those that the verdict's figures are of."""
         return self.maps[self.verdict.chosen.method, self.verdict.chosen.redundant]
 
-    def with_other(self, other: JudgedPhase, setting: TrialSetting) -> PhaseVerdict:
-        """The verdict with what its map saves in a step of another phase."""
+    def with_other(self, other: JudgedPhase | None, setting: TrialSetting) -> PhaseVerdict:
+        """The verdict with what its map saves in a step of another phase, if there is one."""
+        if other is None:
+            return self.verdict
         gains = [gain.mean() for gain in _gains(self.chosen, other.batches, other.current, other.cluster, setting)]
         return replace(self.verdict, other_phase_s=float(sum(gains)) / 2.0)
 
@@ -181,9 +186,18 @@ def judge_phase(
     least, sizes = _break_even(traffic, chosen[0], current, setting)
     verdict = PhaseVerdict(
         traffic.phase, advice, reason, tokens, best, tuple(tried), layers, layer_s, rest, worst_s,
-        _price(current, chosen[1], cluster, setting), least, sizes, None, ground(cluster), tuple(notes),
+        _price(current, chosen[1], cluster, setting), least, sizes, None, ground(cluster),
+        _with_provenance(chosen[1], traffic, best.method, setting), tuple(notes),
     )  # fmt: skip
     return JudgedPhase(traffic, batches, cluster, current, maps, verdict)
+
+
+def _with_provenance(placed: Placement, traffic: PhaseTraffic, method: str, setting: TrialSetting) -> Placement:
+    """The plan of the later window, its file told what it was fitted on."""
+    later = traffic.windows[1]
+    about = {"traffic": later.name, "version": VERSION, "seed": str(setting.seed), "engine": setting.engine.name,
+             "method": method, "phase": traffic.phase}  # fmt: skip
+    return replace(placed, fitted=Provenance(fingerprint(later), about))
 
 
 def _current(setting: TrialSetting, batch: RoutingBatch, cluster: Cluster) -> Placement:

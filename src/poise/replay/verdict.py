@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.rest import RestSeconds
+from poise.planning.placement import Placement
 from poise.replay.compare import NOT_WORTH
 from poise.routing.trace import Phase
 from poise.util.words import percent
@@ -116,7 +117,8 @@ class PhaseVerdict:
     break_even_tokens : least N of ``sizes`` from which on the map gains at every larger one; None: none.
     sizes : N that were tried.
     other_phase_s : seconds a layer that this map saves in a step of the other phase; None: no other phase was judged.
-    ground : what the constants rest on. notes : what the reader must know.
+    ground : what the constants rest on. placement : the chosen map, of the later window. notes : what the reader must
+        know.
     """
 
     phase: Phase
@@ -134,6 +136,7 @@ class PhaseVerdict:
     sizes: tuple[int, ...]
     other_phase_s: float | None
     ground: str
+    placement: Placement
     notes: tuple[str, ...] = ()
 
     @property
@@ -359,9 +362,9 @@ def decide(tried: TriedMap, maps: int, worst_s: float, layers: int, step_s: floa
     every = layers * np.concatenate(tried.gains_s) / step_s
     share, sides = layers * tried.mean_s / step_s, [layers * one / step_s for one in tried.directions_s]
     low, high = (layers * end / step_s for end in tried.interval_s(maps))
-    saved = f"{MS * layers * tried.mean_s:.3f} ms a step, {percent(share)} of it"
+    saved = f"{MS * layers * tried.mean_s:.3f} ms a step, {100 * share + 0.0:.2f}% of it"
+    counts = "two samples only" if len(every) == 2 else f"{len(every)} judged steps only"
     if tried.few:
-        counts = "two samples only" if len(every) == 2 else f"{len(every)} judged steps only"
         if (every < NOT_WORTH).all():
             return "not_recommended_now", f"the best map saves {saved}, and all samples say less than 1 % ({counts})"
         if not (every >= NOT_WORTH).all():
@@ -384,7 +387,8 @@ def decide(tried: TriedMap, maps: int, worst_s: float, layers: int, step_s: floa
         )
     least = percent(layers * worst_s / step_s)
     return "recommend_trial", (
-        f"{tried.method} with {tried.redundant} redundant slots saves {saved} ({percent(low)} to {percent(high)}), and "
+        f"{tried.method} with {tried.redundant} redundant slots saves {saved} ({percent(low)} to "
+        f"{percent(high)}{f', {counts}' if tried.few else ''}), and "
         f"at least {least} within the errors of the constants"
     )
 
