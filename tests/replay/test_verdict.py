@@ -19,7 +19,7 @@ from poise.planning.placement import Placement
 from poise.planning.solve.solve import solve
 from poise.replay.compare import NOT_WORTH
 from poise.replay.verdict import FEW_STEPS, TriedMap, choose, decide
-from poise.replay.windows import split_in_time
+from poise.replay.windows import split_in_time, thinned
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import InputError, ModelError, OptionError, TraceError
 
@@ -262,6 +262,19 @@ def test_one_window_is_split_in_time():
     assert set(first.request) == {0, 1, 2, 3} and set(second.request) == {4, 5, 6, 7}
     got = judge(loads(SKEWED, seed=1, steps=9), redundant=0)
     assert got.advice == "recommend_trial" and got.to_json()["phases"][0]["judged_steps"] == [4, 5]
+
+
+def test_of_long_windows_steps_are_spread_evenly():
+    """Fails if the first steps are taken, or it is not said."""
+    long = loads(*[EVEN] * 65, *[SKEWED] * 65)
+    kept, said = thinned(long, 100)
+    assert kept.num_steps == 44 and {*kept.load_BLE[:, 0, 0]} == {25.0, 40.0} and "44 of 130" in said
+    steps = replace(trace(True), step=np.arange(8 * 450) // 30)
+    kept, said = thinned(steps, None)
+    assert len(np.unique(kept.step)) == 60 and kept.step.max() == 118 and "60 of 120" in said
+    assert thinned(steps, 100) == (steps, "") and thinned(loads(SKEWED, EVEN), 100)[1] == ""
+    got = judge(long, loads(SKEWED, seed=1, steps=70), redundant=0)
+    assert [len(gain) for gain in got.phases[0].chosen.gains_s] == [35, 44] and "44 of 130" in got.phases[0].notes[0]
 
 
 def test_recorded_steps_are_taken_as_they_are():

@@ -150,7 +150,7 @@ def judge_phase(
     cluster = settle(setting.cluster, model, tokens, engine=engine.kernels)
     current = _current(setting, batches[0], cluster)
     slots = setting.slots_to_try(experts)
-    notes = [*uneven_homes(batches[1], cluster.num_devices), *_sampled(batches)]
+    notes = [*traffic.notes, *uneven_homes(batches[1], cluster.num_devices), *_sampled(batches)]
     if not setting.fits(-(-(experts + slots[0]) // cluster.num_devices)):
         notes.append(f"{model.name} does not fit into {cluster.memory_bytes / 2**30:.0f} GiB a rank")
     plans = len(slots) * len(TRIED_METHODS) * 2

@@ -108,6 +108,7 @@ class PhaseTraffic:
     phase : prefill or decode.
     windows : its rows, or all where the record does not tell phases apart.
     tokens : N, tokens a step; None: the recorded steps.
+    notes : what was left out of the windows.
     homes, seed : as for :func:`poise.routing.batching.make_batch`.
     """
 
@@ -116,6 +117,7 @@ class PhaseTraffic:
     tokens: int | None
     homes: Homes | None = None
     seed: int = 0
+    notes: tuple[str, ...] = ()
 
     def batch(self, which: int, tokens: int | None = None, steps: int = MOST_STEPS) -> RoutingBatch:
         """Steps of window 0 or 1, of N tokens or as many as said, at most ``steps``.
@@ -143,7 +145,27 @@ def phase_traffic(windows: Windows, phase: Phase, tokens: int | None, homes: Hom
                 raise TraceError(f"{one.name} has no {phase} token", hint="--phase names the phase it has")
             parts.append(one.select(phase=phase))
         windows = parts[0], parts[1]
-    return PhaseTraffic(phase, windows, tokens, homes, seed)
+    thin = thinned(windows[0], tokens), thinned(windows[1], tokens)
+    return PhaseTraffic(phase, (thin[0][0], thin[1][0]), tokens, homes, seed, tuple(said for _, said in thin if said))
+
+
+def thinned(traffic: RoutingTrace | LoadProfile, tokens: int | None) -> tuple[RoutingTrace | LoadProfile, str]:
+    """At most :data:`MOST_STEPS` recorded steps or loads, spread evenly over a window, and in words what is left out; a
+    trace that is batched into steps of N ``tokens`` stays whole.
+    """
+    if isinstance(traffic, LoadProfile):
+        every = -(-traffic.num_steps // MOST_STEPS)
+        kept = traffic if every == 1 else traffic.steps(slice(0, None, every))
+        count, total = kept.num_steps, traffic.num_steps
+    elif traffic.step is None or tokens is not None:
+        return traffic, ""
+    else:
+        ids = np.unique(traffic.step)
+        some = ids[:: -(-len(ids) // MOST_STEPS)]
+        kept = traffic if len(some) == len(ids) else traffic.rows(np.isin(traffic.step, some))
+        count, total = len(some), len(ids)
+    said = f"{count:,} of {total:,} recorded steps of {traffic.name}, spread evenly, are planned on and judged"
+    return kept, "" if count == total else said
 
 
 def with_top_k(traffic: RoutingTrace | LoadProfile, top_k: int) -> RoutingTrace | LoadProfile:
