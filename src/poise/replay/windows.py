@@ -153,6 +153,7 @@ def thinned(traffic: RoutingTrace | LoadProfile, tokens: int | None) -> tuple[Ro
     """At most :data:`MOST_STEPS` recorded steps or loads, spread evenly over a window, and in words what is left out; a
     trace that is batched into steps of N ``tokens`` stays whole.
     """
+    kept: RoutingTrace | LoadProfile = traffic
     if isinstance(traffic, LoadProfile):
         every = -(-traffic.num_steps // MOST_STEPS)
         kept = traffic if every == 1 else traffic.steps(slice(0, None, every))
