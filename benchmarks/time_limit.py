@@ -66,10 +66,10 @@ try:
     from poise.cli.plan import VERDICT_SHARE
     whole = Budget(limit)
     plan = api.plan(traffic, case["cluster"], time_limit_s=whole.part(1 - VERDICT_SHARE), **options)
-    said = api.verdict(traffic, case["cluster"], time_limit_s=whole.part(VERDICT_SHARE, until=1.0), **options)
+    said = api.planning_verdict(traffic, case["cluster"], time_limit_s=whole.part(VERDICT_SHARE, until=1.0), **options)
 except ImportError:
     plan = api.plan(traffic, case["cluster"], time_limit_s=limit, **options)
-    said = api.verdict(traffic, case["cluster"], time_limit_s=limit / 2, **options)
+    said = api.planning_verdict(traffic, case["cluster"], time_limit_s=limit / 2, **options)
 took, cpu, compiled = time.monotonic() - began, time.process_time() - worked, spent() - before
 reading = whole._held[0] if whole else 0.0
 plan.placement.save(out)

@@ -14,6 +14,7 @@ from poise.cli.main import app
 NAMES = {
     "METHODS", "Cluster", "InfeasibleError", "InputError", "LoadProfile", "ModelSpec", "NoResultError", "Placement",
     "PlacementProblem", "POLICIES", "PoiseError", "RoutingTrace", "Solution", "compare", "make_batch", "plan", "read", "solve",
+    "verdict",
 }  # fmt: skip
 METHODS = {
     "contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "exflow", "grace-moe",
@@ -32,6 +33,8 @@ OPTIONS = {
     "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--homes", "--json"},
     "machines": {"--json"},
+    "verdict": {"--cluster", "--model", "--current", "--redundant", "--phase", "--tokens-per-step", "--prefill-tokens",
+                "--decode-tokens", "--engine", "--context", "--homes", "--time-limit", "--work", "--seed", "--output", "--html", "--json"},
     "breakeven": {"--cluster", "--model", "--placement", "--sizes", "--step-slots", "--skew", "--steps", "--traffic",
                   "--window-us", "--control-us", "--seed", "--json"},
     "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",

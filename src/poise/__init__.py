@@ -11,7 +11,7 @@ from poise import moved
 from poise.version import VERSION
 
 if TYPE_CHECKING:
-    from poise.api import compare, plan
+    from poise.api import compare, plan, verdict
     from poise.machine.cluster import Cluster
     from poise.machine.model import ModelSpec
     from poise.planning.placement import Placement
@@ -44,11 +44,12 @@ __all__ = [
     "plan",
     "read",
     "solve",
+    "verdict",
 ]
 
 if not TYPE_CHECKING:  # to type checkers a __getattr__ would be every name
     _MODULE = {
-        "poise.api": ("compare", "plan"),
+        "poise.api": ("compare", "plan", "verdict"),
         "poise.machine.cluster": ("Cluster",),
         "poise.util.errors": ("InfeasibleError", "InputError", "NoResultError", "PoiseError"),
         "poise.machine.model": ("ModelSpec",),

@@ -16,7 +16,7 @@ from poise.util.words import harmless, printable
 EVIL = os.fsdecode(b"[red]a[/][/]\\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\xff\xc2\x9b\xe2\x80\xae")
 SHOWN = r"[red]a[/][/]\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\udcff\x9b\u202e"
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
-GOOD = {"t.npz", "l.json", "p.npz", "c.yaml"}
+GOOD = {"t.npz", "l.json", "p.npz", "c.yaml", "config.json"}
 
 
 def test_what_a_terminal_would_act_on_becomes_an_escape():
@@ -48,6 +48,10 @@ def commands(at):
         "verify": [[at("p.npz"), at("p.npz")], [at("p.npz"), at("p.npz"), "--against", at("p.npz"), "--json"]],
         "watch": [[at("t.npz"), "-c", at("c.yaml"), "--once", "--method", "lpt", "-n", 20, "--window", 6, "--every", 6, "-o", at("w.npz"), *more] for more in ([], ["--json"])],
         "machines": [[at("none")]],
+        "verdict": [
+            [at("t.npz"), "-c", at("c.yaml"), "-m", at("config.json"), "--current", at("p.npz"), "-r", 0, "--work", 0.1, "--html", at("v.html"), "-o", at("v.npz")],
+            [at("t.npz"), "-c", "1x4", "-m", at("config.json"), "-r", 0, "--work", 0.1, "--json"],
+        ],
         "calibrate": [["--cluster", at("c.yaml"), "--curve", at("no.csv"), "-o", at("o.yaml")]],
     }  # fmt: skip
 
@@ -61,6 +65,14 @@ def files(tmp_path_factory):
     (good / "l.json").write_text(json.dumps({"logical_count": np.arange(24).reshape(3, 8).tolist()}))
     api.plan(trace, "1x4", method="contiguous").placement.save(good / "p.npz")
     (good / "c.yaml").write_text("nodes: 1\ndevices_per_node: 4\n")
+    sizes = {
+        "num_hidden_layers": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+    }
+    (good / "config.json").write_text(json.dumps(sizes))
     for name in GOOD:
         (bad / name).write_text(f"\x1b[31m[red]{{{name}: 1:30\n")
         for folder in (good, bad):

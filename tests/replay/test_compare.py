@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poise
-from poise.api import verdict
+from poise.api import planning_verdict
 from poise.cost.pricing import Pricing
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -193,11 +193,11 @@ def test_without_a_model_the_even_baseline_is_no_winner_over_itself():
 def test_a_baseline_that_was_fitted_on_what_is_judged_is_said_to_be():
     trace, model = skewed(), ModelSpec.generic(8, 2, np.arange(2))
     now = poise.plan(trace, "1x4", method="lpt", model=model).placement
-    said = verdict(trace, "1x4", method="round-robin", current=now, model=model)
+    said = planning_verdict(trace, "1x4", method="round-robin", current=now, model=model)
     assert "current was fitted on this traffic, which flatters it" in said
     first, _ = trace.split_requests()
     before = poise.plan(first, "1x4", method="lpt", model=model).placement
-    assert "flatters" not in verdict(trace, "1x4", method="round-robin", current=before, model=model)
+    assert "flatters" not in planning_verdict(trace, "1x4", method="round-robin", current=before, model=model)
 
 
 def test_a_trace_of_fewer_picks_than_the_models_is_no_ground_for_a_verdict_on_time():

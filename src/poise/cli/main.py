@@ -18,6 +18,7 @@ from poise.cli import (
     machines,
     plan,
     record,
+    verdict,
     verify,
     watch,
 )
@@ -54,6 +55,7 @@ for verb in (
     inspect.inspect,
     plan.plan,
     compare.compare,
+    verdict.verdict,
     breakeven.breakeven,
     diff.diff,
     export.export,

@@ -69,6 +69,7 @@ FLAGS = {
     "rank_map": ("--rank-map",),
     "redundant": ("--redundant", "-r"),
     "time_limit": ("--time-limit",),
+    "tokens_per_step": ("--tokens-per-step", "-n"),
 }
 """Names of the options whose text differs by verb."""
 
@@ -113,7 +114,7 @@ EngineName = Annotated[
         help=f"Who holds the plan: {', '.join(ENGINES)}. Engines fill every slot, and so does a plan, but with none.",
     ),
 ]
-TokensPerStep = Annotated[int | None, typer.Option("--tokens-per-step", "-n", help="N, tokens of one forward pass.")]
+TokensPerStep = Annotated[int | None, flag("tokens_per_step", "N, tokens of one forward pass.")]
 HomesRule = Annotated[
     str | None,
     typer.Option(

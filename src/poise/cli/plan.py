@@ -76,7 +76,9 @@ def plan(
             )  # fmt: skip
             said = None
             if share:
-                said = api.verdict(found, cluster, current=now, time_limit_s=whole.part(share, until=1.0), **shared)
+                said = api.planning_verdict(
+                    found, cluster, current=now, time_limit_s=whole.part(share, until=1.0), **shared
+                )
         if late := whole.beyond():
             o.talk.print(late)
         _with_command(solution.placement).save(output)

@@ -12,7 +12,7 @@ MapState = Literal[
     "unseen",
 ]  # fmt: skip
 Evidence = Literal["map", "counts", "balance"]
-Verdict = Literal["live", "not-live", "undecided", "file-matches", "file-differs"]
+Liveness = Literal["live", "not-live", "undecided", "file-matches", "file-differs"]
 RUNS: tuple[MapState, ...] = ("live", "matches", "reordered", "counts agree")
 """States in which every device holds what was planned for it."""
 UNKNOWN: tuple[MapState, ...] = ("unseen", "counts fit others")
@@ -70,7 +70,7 @@ class Verification:
     error_rate: float = 0.01
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Liveness:
         """One word: only ``live`` says that the plan runs."""
         if self.recorded:
             return "undecided" if self.live is None else "live" if self.live else "not-live"

@@ -14,12 +14,17 @@ from poise.machine.hfconfig.beside import with_quantization
 from poise.machine.hfconfig.fields import number
 from poise.machine.hfconfig.names import ExpertNames
 from poise.machine.hfconfig.read import read_sizes, text_part
+from poise.machine.hfconfig.rest import read_rest
 from poise.machine.hfconfig.weights import SIXTEEN_BIT, sends_fp8, weight_bytes
 from poise.machine.presets import MODELS
 from poise.util.errors import ModelError
 from poise.util.jsonfile import read_json
 
 MAX_CONFIG_BYTES = 2**22
+REST_SIZES = (
+    "shared_expert_size", "dense_intermediate_size", "vocab_size", "attention_parameters", "score_size",
+    "cached_score_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,10 @@ class ModelSpec:
     expert_hidden_size : width of what experts take and give, and of what is sent to them, where it is narrower than the
         residual stream (latent experts: Nemotron-H, Kimi-K3); 0: ``hidden_size``.
     expert_bias_parameters : parameters of one expert beside its matrices (gpt-oss), 16-bit whatever the weights are.
+    shared_expert_size, dense_intermediate_size, vocab_size, attention_parameters, score_size, cached_score_size : what
+        the rest of a step is priced by (:mod:`poise.cost.rest`): summed inner width of an MoE layer's shared experts,
+        inner width of a dense layer, entries of the output head, parameters of a layer's attention, and summed widths
+        of the keys and values of all heads, of new tokens and in the cache. 0: none, or the config does not say.
     """
 
     name: str
@@ -62,6 +71,12 @@ class ModelSpec:
     num_zero_experts: int = 0
     expert_hidden_size: int = 0
     expert_bias_parameters: int = 0
+    shared_expert_size: int = 0
+    dense_intermediate_size: int = 0
+    vocab_size: int = 0
+    attention_parameters: int = 0
+    score_size: int = 0
+    cached_score_size: int = 0
 
     def __post_init__(self) -> None:
         for attr in (
@@ -84,7 +99,7 @@ class ModelSpec:
             raise ModelError(
                 f"kv_bytes_per_token_layer must be finite and at least 0, got {self.kv_bytes_per_token_layer!r}"
             )
-        for attr in ("num_zero_experts", "expert_hidden_size", "expert_bias_parameters"):
+        for attr in ("num_zero_experts", "expert_hidden_size", "expert_bias_parameters", *REST_SIZES):
             if not 0 <= getattr(self, attr) < float("inf"):
                 raise ModelError(f"{attr} must be finite and at least 0, got {getattr(self, attr)!r}")
         ids = self.moe_layer_ids
@@ -197,10 +212,12 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
     sizes = read_sizes(config)
     names = ExpertNames(sizes.moe, sizes.experts, sizes.matrices)
     weight = weight_bytes(config, names)
+    rest = read_rest(config, sizes)
     return ModelSpec(
         name, sizes.layers, sizes.moe, sizes.experts, sizes.top_k, sizes.hidden, sizes.inner, sizes.matrices, weight,
         1.0 if sends_fp8(config) and weight < SIXTEEN_BIT else 2.0, 2.0, _kv_bytes(config, sizes.hidden),
-        _expert_groups(config), sizes.zeros, sizes.expert_hidden, sizes.bias,
+        _expert_groups(config), sizes.zeros, sizes.expert_hidden, sizes.bias, rest.shared, rest.dense, rest.vocabulary,
+        rest.attention, rest.score, rest.cached_score,
     )  # fmt: skip
 
 

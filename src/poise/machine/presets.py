@@ -74,32 +74,39 @@ def _config(layers: int, experts: int, top_k: int, hidden: int, inner: int, **mo
 
 FP8 = {"quantization_config": {"quant_method": "fp8"}}
 
-# From each model's config.json on its publisher's page (keys as there).
+MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+LLAMA4 = {"num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size_mlp": 16384,
+          "shared_expert_intermediate_size": 8192, "vocab_size": 202048}  # fmt: skip
+DEEPSEEK = _config(61, 256, 8, 7168, 2048, first_k_dense_replace=3, n_group=8, num_attention_heads=128,
+                   intermediate_size=18432, n_shared_experts=1, vocab_size=129280, **MLA, **FP8)  # fmt: skip
+
+# From each model's config.json on its publisher's page (keys as there, but for Llama 4's shared expert, which is of the
+# width of an expert in the family's code).
 MODELS: dict[str, dict[str, Any]] = {
     # mistralai/Mixtral-8x7B-v0.1, Mixtral-8x22B-v0.1
-    "mixtral-8x7b": _config(32, 8, 2, 4096, 14336, num_attention_heads=32, num_key_value_heads=8),
-    "mixtral-8x22b": _config(56, 8, 2, 6144, 16384, num_attention_heads=48, num_key_value_heads=8),
+    "mixtral-8x7b": _config(32, 8, 2, 4096, 14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000),
+    "mixtral-8x22b": _config(56, 8, 2, 6144, 16384, num_attention_heads=48, num_key_value_heads=8, vocab_size=32000),
     # allenai/OLMoE-1B-7B-0924
-    "olmoe-1b-7b": _config(16, 64, 8, 2048, 1024, num_attention_heads=16, num_key_value_heads=16),
+    "olmoe-1b-7b": _config(16, 64, 8, 2048, 1024, num_attention_heads=16, num_key_value_heads=16, vocab_size=50304),
     # Qwen/Qwen3-30B-A3B, Qwen3-235B-A22B
-    "qwen3-30b-a3b": _config(48, 128, 8, 2048, 768, num_attention_heads=32, num_key_value_heads=4, head_dim=128),
-    "qwen3-235b-a22b": _config(94, 128, 8, 4096, 1536, num_attention_heads=64, num_key_value_heads=4, head_dim=128),
+    "qwen3-30b-a3b": _config(48, 128, 8, 2048, 768, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+                             vocab_size=151936),
+    "qwen3-235b-a22b": _config(94, 128, 8, 4096, 1536, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+                               vocab_size=151936),
     # meta-llama/Llama-4-Maverick-17B-128E (every second layer), Llama-4-Scout-17B-16E (every layer)
-    "llama-4-maverick": _config(48, 128, 1, 5120, 8192, interleave_moe_layer_step=2, num_attention_heads=40,
-                                num_key_value_heads=8, head_dim=128),
-    "llama-4-scout": _config(48, 16, 1, 5120, 8192, num_attention_heads=40, num_key_value_heads=8, head_dim=128),
+    "llama-4-maverick": _config(48, 128, 1, 5120, 8192, interleave_moe_layer_step=2, **LLAMA4),
+    "llama-4-scout": _config(48, 16, 1, 5120, 8192, **LLAMA4),
     # deepseek-ai/DeepSeek-V3, DeepSeek-R1: fp8 weights, 8 groups, compressed key/value cache
-    "deepseek-v3": _config(61, 256, 8, 7168, 2048, first_k_dense_replace=3, n_group=8, kv_lora_rank=512,
-                           qk_rope_head_dim=64, **FP8),
-    "deepseek-r1": _config(61, 256, 8, 7168, 2048, first_k_dense_replace=3, n_group=8, kv_lora_rank=512,
-                           qk_rope_head_dim=64, **FP8),
+    "deepseek-v3": DEEPSEEK,
+    "deepseek-r1": DEEPSEEK,
     # moonshotai/Kimi-K2-Instruct
-    "kimi-k2": _config(61, 384, 8, 7168, 2048, first_k_dense_replace=1, kv_lora_rank=512, qk_rope_head_dim=64, **FP8),
+    "kimi-k2": _config(61, 384, 8, 7168, 2048, first_k_dense_replace=1, num_attention_heads=64,
+                       intermediate_size=18432, n_shared_experts=1, vocab_size=163840, **MLA, **FP8),
     # openai/gpt-oss-20b, gpt-oss-120b: MXFP4 experts, 4.25 bits a weight
     "gpt-oss-20b": _config(24, 32, 4, 2880, 2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
-                           quantization_config={"quant_method": "mxfp4"}),
+                           vocab_size=201088, quantization_config={"quant_method": "mxfp4"}),
     "gpt-oss-120b": _config(36, 128, 4, 2880, 2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
-                            quantization_config={"quant_method": "mxfp4"}),
+                            vocab_size=201088, quantization_config={"quant_method": "mxfp4"}),
     # Hecate (arXiv 2502.02581), table of models: expert inner width 2 * hidden, two matrices, every layer MoE
     "gpt-moe-s": _config(12, 64, 2, 768, 1536, poise_matrices=2),
     "gpt-moe-l": _config(12, 64, 2, 1536, 3072, poise_matrices=2),

@@ -260,3 +260,21 @@ class Solution:
             f"Solution({self.method}: {1e6 * self.objective:.1f} us a layer ({terms}), gap {percent(self.gap)}, "
             f"imbalance {self.imbalance:.3f}, {self.seconds:.2f} s)"
         )
+
+
+def deal_slots(num_experts: int, redundant: int, num_devices: int) -> NDArray[np.int64]:
+    """E + R slots over D devices, as evenly as possible, int64 [D].
+
+    Raises
+    ------
+    OptionError : R is negative, or there are more slots than experts on every device.
+    """
+    if redundant < 0:
+        raise OptionError(f"redundant slots must be at least 0, got {redundant}")
+    if num_experts + redundant > num_experts * num_devices:
+        raise OptionError(
+            f"{redundant} redundant slots: {num_devices} devices can use at most {num_experts * (num_devices - 1)}"
+        )
+    slots = np.full(num_devices, (num_experts + redundant) // num_devices, np.int64)
+    slots[: (num_experts + redundant) % num_devices] += 1
+    return slots

@@ -77,6 +77,15 @@ def panel(caption: str, body: str, kind: str = "", after: str = "") -> str:
     return f'<figure class="panel {kind}">{head}<div class="sideways">{body}</div>{after}</figure>'
 
 
+def cards(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Figures on top of a page: what it is, the value, what to hold against it."""
+    return "".join(
+        f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="was">{escape(was)}</div></div>'
+        for label, value, was in rows
+    )
+
+
 def section(key: str, title: str, lead: str, body: str) -> str:
     """A section of the page; ``lead`` and ``body`` are HTML."""
     return f'<section id="{key}"><h2>{escape(title)}</h2><p>{lead}</p>{body}</section>'

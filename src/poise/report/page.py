@@ -8,7 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from poise.replay.compare import Comparison
-from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times
+from poise.replay.verdict import Verdict
+from poise.report import charts
+from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict
 from poise.report.view import Made, View
 from poise.util.errors import PlacementError
 from poise.util.files import replacing
@@ -37,23 +39,47 @@ def write_report(comparison: Comparison, path: str | Path, *, command: str | Non
     ------
     PlacementError : the file cannot be written.
     """
-    page = render(comparison, Made.now(command)).encode()
+    _write(render(comparison, Made.now(command)), path)
+
+
+def write_verdict(found: Verdict, path: str | Path, *, command: str | None = None) -> None:
+    """The same of a verdict; parameters and errors of :func:`write_report`."""
+    _write(render_verdict(found, Made.now(command)), path)
+
+
+def _write(page: str, path: str | Path) -> None:
     with replacing(path, PlacementError) as stream:
-        stream.write(page)
+        stream.write(page.encode())
 
 
 def render(comparison: Comparison, made: Made) -> str:
     """The page as a string."""
-    folder, view = files("poise.report"), View.of(comparison)
+    view = View.of(comparison)
     sections = "\n".join(section(view) for section in SECTIONS)
     title = f"poise: {view.best.name} and {view.base.name}, {comparison.model.name} on {comparison.cluster!r}"
+    return _page(
+        title, comparison.verdict(), f"Best placement on {view.where(view.best)}", _cards(view), sections, made
+    )
+
+
+def render_verdict(found: Verdict, made: Made) -> str:
+    """The page of a verdict as a string."""
+    sections = "\n".join(verdict.section(one) for one in found.phases) + verdict.basis(found)
+    title = f"poise verdict: {found.advice}, {found.model} on {found.cluster}"
+    return _page(
+        title, found.sentence(), f"Figures of {found.leading.phase}", verdict.cards(found.leading), sections, made
+    )
+
+
+def _page(title: str, said: str, judged: str, cards: str, sections: str, made: Made) -> str:
+    folder = files("poise.report")
     parts = {
         "TITLE": escape(title),
         "STYLE": (folder / "page.css").read_text("utf-8"),
         "SCRIPT": (folder / "page.js").read_text("utf-8"),
-        "VERDICT": escape(comparison.verdict()),
-        "JUDGED": escape(view.where(view.best)),
-        "CARDS": _cards(view),
+        "VERDICT": escape(said),
+        "JUDGED": escape(judged),
+        "CARDS": cards,
         "NAVIGATION": _navigation(sections),
         "SECTIONS": sections,
         "FOOTER": _footer(made),
@@ -74,11 +100,7 @@ def _cards(view: View) -> str:
         ("off node", f"{now.cross_node_share:.1%}", f"{base}: {first.cross_node_share:.1%}"),
         ("of the least possible time", f"{now.efficiency:.1%}", f"{base}: {first.efficiency:.1%}"),
     )
-    return "".join(
-        f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
-        f'<div class="was">{escape(was)}</div></div>'
-        for label, value, was in cards
-    )
+    return charts.cards(cards)
 
 
 def _navigation(sections: str) -> str:

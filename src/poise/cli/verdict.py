@@ -1,0 +1,128 @@
+"""poise verdict: should this engine balance its experts at all."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from poise import api
+from poise.cli import options as o
+from poise.replay.verdict import COLUMNS, PhaseVerdict, Verdict
+from poise.replay.windows import PHASES
+from poise.report import write_verdict
+from poise.routing.batch import HOMES
+from poise.util.errors import OptionError
+
+
+def verdict(
+    windows: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or two recordings made with EPLB off, the earlier first; one is split in time. Routing traces or "
+            "load profiles.",
+            show_default=False,
+        ),
+    ],
+    cluster: o.ClusterSpec,
+    model: o.NamedModel,
+    current: Annotated[
+        Path | None, typer.Option(help="Placement that runs now. Default: contiguous, which is EPLB off.")
+    ] = None,
+    redundant: Annotated[
+        int | None,
+        o.flag(
+            "redundant", "Redundant slots a layer, in all. Default: 0, 1, 2 and 4 a rank are tried, those that fit."
+        ),
+    ] = None,
+    phase: Annotated[str | None, typer.Option(help="prefill or decode alone. Default: both.")] = None,
+    tokens_per_step: Annotated[
+        int | None,
+        o.flag("tokens_per_step", "N of --phase, tokens of one forward pass over all ranks."),
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"N of prefill. Default: as recorded, else {api.PREFILL_A_RANK} a rank."),
+    ] = None,
+    decode_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"N of decode. Default: as recorded, else {api.DECODE_A_RANK} a rank."),
+    ] = None,
+    engine: o.EngineName = "any",
+    context: Annotated[
+        int, typer.Option(help="Tokens that a decoded token attends to, or of a prompt: for the rest of the step.")
+    ] = 4096,
+    homes: o.HomesRule = None,
+    time_limit: Annotated[float, o.flag("time_limit", "Seconds for all plans together.")] = 60.0,
+    work: o.Work = None,
+    seed: o.Seed = 0,
+    output: Annotated[
+        Path | None,
+        o.flag("output", "Write the map there, planned on the later window: the one whose figures stand on top."),
+    ] = None,
+    html: Annotated[Path | None, o.flag("html", "Write the verdict as a page to this file.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Say whether turning EPLB on is worth it: recommend_trial, not_recommended_now or insufficient_evidence.
+
+    Plans are made on each window and judged on the other: milliseconds of a layer and a step, their interval, the worst
+    case within the errors of the constants, memory, and what the rearrangement costs.
+
+    Example: poise verdict monday.json tuesday.json --cluster 2x8:h200 --model deepseek-v3 --engine sglang
+    """
+    with o.errors():
+        for path in (output, html):
+            if path is not None:
+                o.writable(path)
+        if len(windows) > 2:
+            raise OptionError(
+                f"a verdict takes one or two windows, got {len(windows)}", hint="poise convert joins files"
+            )
+        with o.progress() as report:
+            found = api.verdict(
+                *windows, cluster=cluster, model=model, current=current, redundant=redundant,
+                phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step, prefill_tokens=prefill_tokens,
+                decode_tokens=decode_tokens, engine=engine, context=context,
+                homes=o.one_of("homes", homes, HOMES), time_limit_s=time_limit, work=work, seed=seed, progress=report,
+            )  # fmt: skip
+        if output is not None:
+            found.leading.placement.save(output)
+        if html is not None:
+            write_verdict(found, html, command=shlex.join(["poise", *sys.argv[1:]]))
+        if json:
+            o.print_json(found.to_json())
+        else:
+            _show(found)
+        for path in (output, html):
+            if path is not None:
+                o.talk.print(f"wrote {path}")
+
+
+def _show(found: Verdict) -> None:
+    o.out.print(found.sentence())
+    for one in found.phases:
+        o.out.print(_table(one))
+        for line in one.lines():
+            o.out.print(line)
+        o.out.print(f"Constants: {one.ground}.")
+        for note in one.notes:
+            o.out.print(f"note: {note}")
+    o.out.print(found.basis())
+    for note in found.notes:
+        o.out.print(f"note: {note}")
+    for line in found.flags:
+        o.out.print(f"set: {line}")
+
+
+def _table(one: PhaseVerdict) -> Table:
+    table = Table(title=one.title(), title_justify="left", header_style="bold")
+    table.add_column(COLUMNS[0])
+    for head in COLUMNS[1:]:
+        table.add_column(head, justify="right")
+    for tried, cells in zip(one.tried, one.cells(), strict=True):
+        table.add_row(*cells, style="bold" if tried is one.chosen else None)
+    return table
