@@ -78,6 +78,11 @@ def load(source: TrafficSource | Sequence[TrafficSource]) -> Traffics:
     return join([read(item) if isinstance(item, str | Path) else item for item in many])
 
 
+def _of_model(traffic: Traffics, model: ModelSpec | None) -> Traffics:
+    """Traffic of a model that is named: recorded loads that do not say K have its, so that N tokens are N tokens."""
+    return traffic if model is None else with_top_k(traffic, model.top_k)
+
+
 def _machine(cluster: str | Path | Cluster) -> Cluster:
     return cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster)
 
@@ -147,7 +152,8 @@ def plan(
     ------
     InputError : the input is wrong. NoResultError : the method found no placement.
     """
-    found = load(trace)
+    model = ModelSpec.parse(model) if isinstance(model, str) else model
+    found = _of_model(load(trace), model)
     budget = Budget.of(time_limit_s, work)
     with budget.held():
         batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, homes=homes)
@@ -385,9 +391,11 @@ def compare(
 
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
     """
-    whole = load(trace)
-    given = None if fit is None else load(fit)
-    fitted, judged, notes = split_traffic(whole, given, {name: load(source) for name, source in (others or {}).items()})
+    model = ModelSpec.parse(model) if isinstance(model, str) else model
+    whole = _of_model(load(trace), model)
+    given = None if fit is None else _of_model(load(fit), model)
+    more = {name: _of_model(load(source), model) for name, source in (others or {}).items()}
+    fitted, judged, notes = split_traffic(whole, given, more)
     parts = {IN_SAMPLE: fitted, **judged}
     skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
     batches, prints = {}, {}
