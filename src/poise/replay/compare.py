@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from poise.cost.bound import bound_terms
+from poise.cost.perturb import GainRange, gain_range
 from poise.cost.pricing import Pricing
 from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
@@ -224,9 +225,26 @@ class Comparison:
         text += (
             f" (95 % interval over {steps} steps: {percent(low)} to {percent(high)})" if steps > 1 else " (one step)"
         )
-        if share < NOT_WORTH or low <= 0:
+        sure = self.within_errors(best, base, part)
+        if sure is not None:
+            text += f", {percent(sure.least_share)} at its least within the errors of constants"
+        even = {name: self.replays[name, part].imbalance for name in (best, base)}
+        text += f"; max / mean tokens {even[best]:.3f}, {base} {even[base]:.3f}"
+        if share < NOT_WORTH or low <= 0 or (sure is not None and sure.least_share <= 0):
             return f"Not worth it: {best} is best, {text}."
         return f"{best} is best: {text}."
+
+    def within_errors(self, name: str, over: str, part: str | None = None) -> GainRange | None:
+        """What ``name`` saves over ``over`` while every constant of the machine is off by its error
+        (:func:`poise.cost.perturb.gain_range`); None where one of the two plans every step anew.
+        """
+        by_name = {entry.name: entry for entry in self.entries}
+        pair = [by_name[which] for which in (over, name)]
+        if any(entry.fast is not None for entry in pair):
+            return None
+        batch, p = self.batches[part or self.judged_on], self.pricing
+        before, after = (entry.placement.count_LED() for entry in pair)
+        return gain_range(batch, before, after, p.cluster, p.model, traffic=p.traffic, split=p.split)
 
     def where(self, name: str, part: str) -> str:
         """What a row of a part was judged on, in a sentence about it."""
