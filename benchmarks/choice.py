@@ -98,8 +98,7 @@ def run(case: Case) -> list[object]:
         found[name] = (*judged(asked, judge, made), made)
     mine, imbalance = judged(asked, judge, ours)
     best = min(found, key=lambda name: found[name][0])
-    gain = gain_range(judge, found[best][2].count_LED(), ours.count_LED(), asked.cluster, asked.model,
-                      traffic=asked.traffic, split=asked.split)  # fmt: skip
+    gain = gain_range(judge, found[best][2].count_LED(), ours.count_LED(), asked.pricing)
     even = found["contiguous"][0]
     lead = 1 - mine / found[best][0]
     return [case.name, f"{1e3 * even:.3f}", f"{1e3 * mine:.3f}", best, f"{1e3 * found[best][0]:.3f}", f"{lead:+.2%}",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.perturb import constant_errors, gain_range
+from poise.cost.pricing import Pricing
 from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
 from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
@@ -44,7 +45,7 @@ def test_every_machine_is_priced_as_by_itself(seed, nodes, loads, split):
     model = tiny_model(batch)
     before, after = (random_count(rng, 2, 4, cluster.num_devices) for _ in range(2))
     traffic = "home" if loads else "home_node_dedup"
-    got = gain_range(batch, before, after, cluster, model, traffic=traffic, split=split)
+    got = gain_range(batch, before, after, Pricing(cluster, model, traffic, split))
 
     def seconds(count, machine):
         cost = batch_cost(batch, count, machine, model, traffic=traffic, split=split)
@@ -64,7 +65,7 @@ def test_the_same_placement_gains_nothing_on_any_machine():
     rng = np.random.default_rng(1)
     batch, cluster = load_batch(rng), tiny_cluster(rng)
     count = random_count(rng, 2, 4, 3)
-    assert set(gain_range(batch, count, count, cluster, tiny_model(batch), traffic="home", split="even")) == {0.0}
+    assert set(gain_range(batch, count, count, Pricing(cluster, tiny_model(batch), "home", "even"))) == {0.0}
 
 
 def test_errors_are_the_constants_own_or_unknown():

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds, expert_times
 from poise.cost.links import fullest_ports
-from poise.cost.split import Split
+from poise.cost.pricing import Pricing
 from poise.cost.step import layer_works
-from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.constants import UNKNOWN_ERROR
 from poise.machine.model import ModelSpec
@@ -49,21 +48,14 @@ def constant_errors(cluster: Cluster) -> tuple[float, float]:
 
 
 def gain_range(
-    batch: RoutingBatch,
-    before_LED: NDArray[Any],
-    after_LED: NDArray[Any],
-    cluster: Cluster,
-    model: ModelSpec,
-    *,
-    traffic: DataFlow,
-    split: Split,
+    batch: RoutingBatch, before_LED: NDArray[Any], after_LED: NDArray[Any], pricing: Pricing, *,
     errors: tuple[float, float] | None = None,
-) -> GainRange:
+) -> GainRange:  # fmt: skip
     """What ``after_LED`` saves over ``before_LED`` on a batch.
 
     Parameters
     ----------
-    batch, cluster, model, traffic, split : as in :func:`poise.cost.step.batch_cost`.
+    batch, pricing : the traffic, and what prices a step of it.
     before_LED, after_LED : int [L, E, D], slots.
     errors : of kernel and links; default :func:`constant_errors`.
 
@@ -71,24 +63,21 @@ def gain_range(
     ------
     OptionError : see :func:`poise.cost.step.batch_cost`.
     """
-    levels = [(1.0, 1.0 - error, 1.0 + error) for error in errors or constant_errors(cluster)]
-    before, after = (
-        _seconds(batch, count, cluster, model, levels, traffic=traffic, split=split)
-        for count in (before_LED, after_LED)
-    )
+    levels = [(1.0, 1.0 - error, 1.0 + error) for error in errors or constant_errors(pricing.cluster)]
+    before, after = (_seconds(batch, count, pricing, levels) for count in (before_LED, after_LED))
     saved, share = before - after, 1.0 - after / before
     return GainRange(*(float(x) for x in (saved[0], saved.min(), saved.max(), share[0], share.min(), share.max())))
 
 
 def _seconds(
-    batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, model: ModelSpec,
-    levels: list[tuple[float, float, float]], *, traffic: DataFlow, split: Split,
-) -> NDArray[np.float64]:  # fmt: skip
+    batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing, levels: list[tuple[float, float, float]]
+) -> NDArray[np.float64]:
     """Mean seconds of a layer on each machine, float64 [243]; the first is the one that is given."""
     kernel, links = levels
+    cluster, model = pricing.cluster, pricing.model
     computes, exchanges = list(product(kernel, repeat=3)), list(product(links, repeat=2))
     compute_C, exchange_X = np.zeros(len(computes)), np.zeros(len(exchanges))
-    for (steps, _), work in layer_works(batch, count_LED, cluster, traffic=traffic, split=split):
+    for (steps, _), work in layer_works(batch, count_LED, cluster, traffic=pricing.traffic, split=pricing.split):
         weight_B = batch.weight_B[steps]
         for c, factors in enumerate(computes):
             seconds_BH = _expert_seconds(work.tokens_BH, cluster, model, factors)

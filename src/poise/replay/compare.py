@@ -242,9 +242,8 @@ class Comparison:
         pair = [by_name[which] for which in (over, name)]
         if any(entry.fast is not None for entry in pair):
             return None
-        batch, p = self.batches[part or self.judged_on], self.pricing
         before, after = (entry.placement.count_LED() for entry in pair)
-        return gain_range(batch, before, after, p.cluster, p.model, traffic=p.traffic, split=p.split)
+        return gain_range(self.batches[part or self.judged_on], before, after, self.pricing)
 
     def where(self, name: str, part: str) -> str:
         """What a row of a part was judged on, in a sentence about it."""

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.perturb import gain_range
+from poise.cost.pricing import Pricing
 from poise.cost.rest import rest_bytes, rest_seconds
-from poise.cost.split import Split
-from poise.cost.step import batch_cost
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -225,12 +224,9 @@ def _sampled(batches: Batches) -> list[str]:
     return [f"of a window {batch.sampled} are priced" for batch in batches if batch.sampled]
 
 
-def _flow(batch: RoutingBatch) -> DataFlow:
-    return "home_node_dedup" if batch.has_tokens else "home"
-
-
-def _split(setting: TrialSetting) -> Split:
-    return setting.engine.choose_split(None)
+def _pricing(batch: RoutingBatch, cluster: Cluster, setting: TrialSetting) -> Pricing:
+    flow: DataFlow = "home_node_dedup" if batch.has_tokens else "home"
+    return Pricing(cluster, setting.model, flow, setting.engine.choose_split(None))
 
 
 def _plans(
@@ -239,8 +235,9 @@ def _plans(
     """The plans of both windows."""
     slots_D = deal_slots(batches[0].num_experts, redundant, cluster.num_devices)
     problems = [
-        PlacementProblem(batch, cluster, setting.model, slots_D, _flow(batch), _split(setting), engine=setting.engine)
+        PlacementProblem(batch, cluster, setting.model, slots_D, price.traffic, price.split, engine=setting.engine)
         for batch in batches
+        for price in (_pricing(batch, cluster, setting),)
     ]
     first, second = (
         solve(problem, method=method, time_limit_s=budget.part(0.5, until=until), seed=setting.seed).placement
@@ -251,7 +248,7 @@ def _plans(
 
 def _seconds(batch: RoutingBatch, placed: Placement, cluster: Cluster, setting: TrialSetting) -> NDArray[np.float64]:
     """Seconds of one layer of each step, mean over layers, float64 [B]."""
-    cost = batch_cost(batch, placed.count_LED(), cluster, setting.model, traffic=_flow(batch), split=_split(setting))
+    cost = _pricing(batch, cluster, setting).cost(batch, placed.count_LED())
     out: NDArray[np.float64] = cost.seconds_BL.mean(axis=1)
     return out
 
@@ -272,10 +269,9 @@ def _worst(maps: Maps, batches: Batches, current: Placement, cluster: Cluster, s
     gives less, and some may give more.
     """
     least = [
-        gain_range(batch, current.count_LED(), placed.count_LED(), cluster, setting.model, traffic=_flow(batch),
-                   split=_split(setting)).least_s
+        gain_range(batch, current.count_LED(), placed.count_LED(), _pricing(batch, cluster, setting)).least_s
         for batch, placed in ((batches[1], maps[0]), (batches[0], maps[1]))
-    ]  # fmt: skip
+    ]
     return sum(least) / 2.0
 
 
