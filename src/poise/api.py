@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from poise.cost.traffic import DataFlow
 from poise.engines.flags import EplbSetting, eplb_flags
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.machine.settle import ground
+from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.placement import Placement
@@ -99,7 +99,8 @@ def _problem(
         slots_D = deal_slots(batch.num_experts, redundant, machine.num_devices)
     else:
         slots_D = np.asarray(slots, dtype=np.int64)
-    flow = traffic or ("home_node_dedup" if batch.has_tokens else "home")
+    machine = settle(machine, sizes, batch.mean_tokens(), engine=rules.kernels)
+    flow = traffic or (cast(DataFlow, flow_of(machine)) if batch.has_tokens else "home")
     return PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), engine=rules, **more)
 
 

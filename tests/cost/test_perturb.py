@@ -18,13 +18,13 @@ from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 NODES = st.sampled_from([(2, 1), (3,), (1, 1)])
 
 
-def machines(cluster, kernel, links):
+def machines(cluster, kernel, inside, between):
     """Every machine within these errors, the one that is given first."""
     for read, compute, moved in product((1, 1 - kernel, 1 + kernel), repeat=3):
         k = cluster.kernel
         one = replace(k, read_factor=k.read_factor * read, compute_factor=k.compute_factor * compute,
                       activation_factor=k.activation_factor * moved)  # fmt: skip
-        for near, far in product((1, 1 - links, 1 + links), repeat=2):
+        for near, far in product((1, 1 - inside, 1 + inside), (1, 1 - between, 1 + between)):
             ways = [replace(way, intra_bytes_per_s=way.intra_bytes_per_s / near, inter_bytes_per_s=way.inter_bytes_per_s / far)
                     for way in (cluster.links.dispatch, cluster.links.combine)]  # fmt: skip
             yield replace(cluster, kernel=one, links=AllToAllLinks("l", *ways))
@@ -52,7 +52,7 @@ def test_every_machine_is_priced_as_by_itself(seed, nodes, loads, split):
         return float(batch.weight_B @ cost.seconds_BL.mean(axis=1))
 
     busy = (batch.load_BLE.sum(axis=2) > 0).all()
-    pairs = [(seconds(before, one), seconds(after, one)) for one in machines(cluster, 0.25, 0.2)]
+    pairs = [(seconds(before, one), seconds(after, one)) for one in machines(cluster, 0.25, 0.2, 0.2)]
     saved = [a - b for a, b in pairs]
     assert len(pairs) == 243
     assert got[:3] == pytest.approx((saved[0], min(saved), max(saved)), rel=1e-9, abs=1e-12)
@@ -69,6 +69,11 @@ def test_the_same_placement_gains_nothing_on_any_machine():
 
 
 def test_errors_are_the_constants_own_or_unknown():
-    known = Cluster.parse("1x8:h200+vllm.fp8_block+deepep-ll")
-    assert constant_errors(known) == (known.kernel.error, max(known.links.dispatch.error, known.links.combine.error))
-    assert constant_errors(Cluster.parse("1x8:h200+datasheet")) == (0.3, 0.3)
+    one = Cluster.parse("1x8:h200+vllm.fp8_block+deepep-ll")
+    known = max(one.links.dispatch.error, one.links.combine.error)
+    assert constant_errors(one) == (one.kernel.error, known, 0.3)
+    assert constant_errors(Cluster.parse("1x8:h200+datasheet")) == (0.3, 0.3, 0.3)
+    both = replace(one.links, dispatch=replace(one.links.dispatch, inter_bytes_per_s=1e9))
+    assert constant_errors(replace(one, links=both)).between == known
+    doubtful = Cluster.parse("2x8:h200+deepep-ll")
+    assert doubtful.links.dispatch.inter_bytes_per_s and constant_errors(doubtful).between == 0.3

@@ -23,6 +23,7 @@ def test_drawn_steps_are_made_of_the_traffic(seed, requests, steps):
     assert can_be_drawn(batch) == (np.unique(batch.request_T).size >= LEAST_REQUESTS)
     got = drawn_steps(batch, steps, seed)
     size = max(1, round(float(batch.weight_B @ np.diff(batch.start_B))))
+    unseen = UNSEEN * size / len(batch.request_T)
     assert got.num_steps == steps and (np.diff(got.start_B) == size).all()
     rows = batch.experts_TLK.reshape(len(batch.request_T), -1).tolist()
     known = {(r, *row) for r, row in zip(batch.request_T.tolist(), rows, strict=True)}
@@ -34,7 +35,7 @@ def test_drawn_steps_are_made_of_the_traffic(seed, requests, steps):
         rows = got.experts_TLK[got.start_B[b] : got.start_B[b + 1], 0]
         count = np.bincount(rows.ravel(), minlength=6)
         mass = count.sum()
-        np.testing.assert_allclose(got.load_BLE[b, 0], (count + UNSEEN) * mass / (mass + 6 * UNSEEN))
+        np.testing.assert_allclose(got.load_BLE[b, 0], (count + unseen) * mass / (mass + 6 * unseen))
     again = drawn_steps(batch, steps, seed)
     np.testing.assert_array_equal(again.experts_TLK, got.experts_TLK)
 

@@ -350,5 +350,6 @@ def test_inside_one_node_the_plan_is_priced_as_the_replay_prices_it(seed):
     rates = compiled_price(price).machine
     seconds, quota = best_quotas(source_tokens(load_SE, rates), wide, rates)
     pairs = locality_rows(load_SE, quota, price.cluster.node_D).sum(axis=1)
-    exact = compute_seconds(quota, price) + exchange_seconds(pairs, price) - 4 * price.cluster.plain_wire.start_s
+    exact = compute_seconds(quota, price) + exchange_seconds(pairs, price)
+    exact -= 2 * (price.cluster.dispatch_wire.start_s + price.cluster.combine_wire.start_s)
     assert seconds == pytest.approx(exact)

@@ -101,7 +101,9 @@ NamedModel = Annotated[str, flag("model", MODEL_TEXT)]
 TrafficModel = Annotated[
     str | None,
     typer.Option(
-        "--traffic", help="home, home_device_dedup, home_node_dedup or stay. Default: home_node_dedup; loads: home."
+        "--traffic",
+        help="home, home_device_dedup, home_node_dedup or stay. Default: what the library of the all-to-alls sends "
+        "(a datasheet's: home_node_dedup); loads: home.",
     ),
 ]
 SplitRule = Annotated[

@@ -38,7 +38,6 @@ class Machine(NamedTuple):
         combined.
     expert_bytes : of one expert's weights.
     latency_s : start-up of a collective of weights or counts.
-    exchange_start_s : start-up of dispatch and combine together.
     """
 
     speed_D: NDArray[np.float64]
@@ -59,7 +58,6 @@ class Machine(NamedTuple):
     back_inter_s: float
     expert_bytes: float
     latency_s: float
-    exchange_start_s: float
 
 
 def make_machine(
@@ -90,7 +88,6 @@ def make_machine(
         back_inter_s=back_bytes / back.inter_bytes_per_s,
         expert_bytes=float(model.expert_bytes),
         latency_s=float(plain.start_s),
-        exchange_start_s=float(out.start_s + back.start_s),
     )
 
 

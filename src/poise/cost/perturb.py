@@ -38,18 +38,28 @@ class GainRange(NamedTuple):
     most_share: float
 
 
-def constant_errors(cluster: Cluster) -> tuple[float, float]:
-    """Relative errors of the kernel's and of the links' constants: held out where they were measured, else
-    :data:`poise.machine.constants.UNKNOWN_ERROR`.
+class ConstantErrors(NamedTuple):
+    """Relative errors of the constants of an expert kernel, and of ports inside nodes and between them."""
+
+    kernel: float
+    inside: float
+    between: float
+
+
+def constant_errors(cluster: Cluster) -> ConstantErrors:
+    """Held out where the constants were measured, else :data:`poise.machine.constants.UNKNOWN_ERROR`: so for a network
+    port of a datasheet, or of doubtful rows, too.
     """
     kernel = UNKNOWN_ERROR if cluster.kernel is None else cluster.kernel.error
     links = cluster.links
-    return kernel, UNKNOWN_ERROR if links is None else max(links.dispatch.error, links.combine.error)
+    inside = UNKNOWN_ERROR if links is None else max(links.dispatch.error, links.combine.error)
+    known = links is not None and links.dispatch.inter_bytes_per_s is not None and not links.doubtful
+    return ConstantErrors(kernel, inside, inside if known else UNKNOWN_ERROR)
 
 
 def gain_range(
     batch: RoutingBatch, before_LED: NDArray[Any], after_LED: NDArray[Any], pricing: Pricing, *,
-    errors: tuple[float, float] | None = None,
+    errors: ConstantErrors | None = None,
 ) -> GainRange:  # fmt: skip
     """What ``after_LED`` saves over ``before_LED`` on a batch.
 
@@ -57,7 +67,7 @@ def gain_range(
     ----------
     batch, pricing : the traffic, and what prices a step of it.
     before_LED, after_LED : int [L, E, D], slots.
-    errors : of kernel and links; default :func:`constant_errors`.
+    errors : default :func:`constant_errors`.
 
     Raises
     ------
@@ -73,9 +83,9 @@ def _seconds(
     batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing, levels: list[tuple[float, float, float]]
 ) -> NDArray[np.float64]:
     """Mean seconds of a layer on each machine, float64 [243]; the first is the one that is given."""
-    kernel, links = levels
+    kernel, inside, between = levels
     cluster, model = pricing.cluster, pricing.model
-    computes, exchanges = list(product(kernel, repeat=3)), list(product(links, repeat=2))
+    computes, exchanges = list(product(kernel, repeat=3)), list(product(inside, between))
     compute_C, exchange_X = np.zeros(len(computes)), np.zeros(len(exchanges))
     for (steps, _), work in layer_works(batch, count_LED, cluster, traffic=pricing.traffic, split=pricing.split):
         weight_B = batch.weight_B[steps]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -234,8 +234,7 @@ def step_chunks(batch: RoutingBatch, num_devices: int) -> list[slice]:
 
 def step_parts(batch: RoutingBatch, num_devices: int) -> Iterator[tuple[slice, RoutingBatch]]:
     """The batch in the parts of :func:`step_chunks`, with the homes that its tokens have in the whole."""
-    if batch.has_tokens:
-        batch = replace(batch, home_T=batch.home_of_tokens(num_devices))
+    batch = batch.at_home(num_devices)
     for steps in step_chunks(batch, num_devices):
         yield steps, batch.part(steps)
 

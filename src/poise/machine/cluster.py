@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,10 @@ class Cluster:
                 raise ClusterError(f"{attr} must be finite and at least 0, got {value!r}")
         if self.expert_curve is not None and not isinstance(self.expert_curve, MeasuredCurve):
             raise ClusterError(f"expert_curve must be a MeasuredCurve, got {type(self.expert_curve).__name__}")
+        if self.open and self.preset not in DEVICES:
+            raise ClusterError(
+                f"a cluster that leaves {' and '.join(self.open)} open needs a preset, got {self.preset!r}"
+            )
         if self.expert_curve is not None and self.kernel is not None:
             raise ClusterError(f"a cluster has expert_curve or kernel, got both ({self.kernel.name})")
         node.flags.writeable = speed.flags.writeable = False
@@ -197,8 +201,7 @@ class Cluster:
             value = getattr(self, name)
             if value is not None:
                 data[name] = value.to_dict()
-        if self.preset:
-            data.update(preset=self.preset, tensor_parallel=self.tensor_parallel, open=list(self.open))
+        data.update(preset=self.preset, tensor_parallel=self.tensor_parallel, open=list(self.open))
         return dump_yaml(data)
 
     def __repr__(self) -> str:
@@ -211,8 +214,9 @@ MAX_YAML_BYTES = 2**20
 DEFAULT = "h100"
 RATES = ("flops_per_s", "memory_bytes_per_s", "memory_bytes", "intra_bytes_per_s", "inter_bytes_per_s")
 KERNEL_KEYS = {"kernel", "expert_curve", "flops_per_s", "memory_bytes_per_s"}
-LINK_KEYS = {"links", "intra_bytes_per_s", "inter_bytes_per_s", "intra_latency_s", "inter_latency_s", "peer_latency_s"}
-"""Constants of which one that is given says that the kernel, or the links, are not to be looked up."""
+LINK_KEYS = {"links", "intra_bytes_per_s", "intra_latency_s", "peer_latency_s"}
+"""Constants of which one that is given says that the kernel, or the links, are not to be looked up. A network of one's
+own goes with links that are."""
 LATENCIES = ("intra_latency_s", "inter_latency_s", "peer_latency_s")
 CURVE_KEYS = ("tokens", "seconds", "parameters", "weight_bytes")
 YAML_KEYS = (
@@ -280,11 +284,19 @@ def from_words(devices_per_node: Sequence[int], words: str, *, tensor_parallel: 
         if kind == "kernel":
             chosen[kind] = kernel_of(preset, *word.split(".", 1)).times(tensor_parallel)
         elif kind == "links":
-            chosen[kind] = links_of(preset, word, many_nodes=len(devices_per_node) > 1).times(tensor_parallel)
+            found = links_of(preset, word, many_nodes=len(devices_per_node) > 1)
+            chosen[kind] = found.times(tensor_parallel, shared=bool(overrides.get("nic_shared")))
         else:
             chosen[kind] = True
     peaks = chosen.pop(DATASHEET, False)
     given = {**chosen, **overrides}
+    for kind, keys in (("kernel", KERNEL_KEYS), ("links", LINK_KEYS | {"inter_bytes_per_s", "inter_latency_s"})):
+        both = sorted(overrides.keys() & keys)
+        if (kind in chosen and both) or (kind in given and kind in overrides.get("open", ())):
+            raise ClusterError(
+                f"{words!r} has {kind} {given[kind].name}, and {', '.join(both) or 'open'} beside it",
+                hint="name a measured one, or give its constants, not both",
+            )
     left = {"kernel": KERNEL_KEYS, "links": LINK_KEYS}
     still = () if peaks else tuple(kind for kind, keys in left.items() if not given.keys() & keys)
     plain = None if peaks or overrides.keys() & LINK_KEYS - {"links"} else plain_link(preset)
@@ -333,6 +345,13 @@ def from_yaml(path: Path) -> Cluster:
     if "open" in data:
         data["open"] = _open(path, data["open"])
     data["name"] = str(data.get("name", path.name))[:80]
+    if data.get("preset") == "":  # a cluster that was made from none, with all its constants
+        del data["preset"]
+        missing = [key for key in RATES if key not in data]
+        if missing:
+            raise ClusterError(f"{path}: without a preset {missing[0]} must be given")
+        group = _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
+        return replace(from_preset(counts, DEFAULT, speed=speed, **data), preset="", tensor_parallel=group)
     preset, group = str(data.pop("preset", DEFAULT)), _whole(path, "tensor_parallel", data.pop("tensor_parallel", 1))
     return from_words(counts, preset, tensor_parallel=group, speed=speed, **data)
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -20,7 +20,7 @@ from poise.util.jsonfile import parse_json
 
 ENGINES = ("vllm", "sglang", "trtllm")
 """In this order where none is named."""
-TYPES = ("bf16", "fp8_block", "fp8", "mxfp4", "nvfp4", "int4")
+TYPES = ("bf16", "fp8_block", "fp8", "mxfp4", "mxfp4_mxfp8", "nvfp4", "int4")
 """In this order where several have the model's bytes a weight."""
 GPU_OF = {"a100-100g": "a100", "h100-100g": "h100", "h200-800g": "h200"}
 """Presets that differ from a measured GPU in their network alone."""
@@ -116,21 +116,17 @@ def _same_type(one: float, other: float) -> bool:
     return abs(one / other - 1.0) <= SAME_TYPE
 
 
-def _candidates(gpu: str, weight_bytes: float, engine: str | None) -> Iterator[tuple[str, str]]:
-    """Engine and type of the measured kernels that suit a model, the preferred one first."""
-    for name in ENGINES if engine is None else (engine,):
-        for kind in TYPES:
-            row = kernel_row(gpu, name, kind)
-            if row is not None and _same_type(row["weight_bytes"], weight_bytes):
-                yield name, kind
-
-
 def choose_kernel(preset: str, weight_bytes: float, engine: str | None = None) -> ExpertKernel:
     """The measured kernel that an engine (default: the first of :data:`ENGINES` that has one) takes for weights of that
     many bytes, or the derated datasheet.
     """
-    for name, kind in _candidates(gpu_of(preset), weight_bytes, engine):
-        return kernel_of(preset, name, kind)
+    gpu = gpu_of(preset)
+    for name in ENGINES if engine is None else (engine,):
+        rows = [row for kind in TYPES if (row := kernel_row(gpu, name, kind)) is not None]
+        fitting = [row for row in rows if _same_type(row["weight_bytes"], weight_bytes)]
+        if fitting:  # nvfp4, mxfp4 and int4 lie within a tenth of each other: the nearest
+            nearest = min(fitting, key=lambda row: abs(row["weight_bytes"] / weight_bytes - 1.0))
+            return _kernel(nearest, f"{preset}+{name}.{nearest['type']}", gpu)
     return derated_kernel(preset, weight_bytes)
 
 
@@ -156,14 +152,15 @@ def links_of(preset: str, library: str, *, many_nodes: bool) -> AllToAllLinks:
         return _derated_links(preset, library)
     port = DEVICES[preset]["inter_bytes_per_s"] / DEVICES[gpu]["inter_bytes_per_s"]
     ways = [_way(row[way], port) for way in ("dispatch", "combine")]
-    return AllToAllLinks(f"{library}{' (rows of doubtful origin)' * bool(row['doubtful'])}", *ways)
+    doubt = bool(row["doubtful"])
+    return AllToAllLinks(f"{library}{' (rows of doubtful origin)' * doubt}", ways[0], ways[1], doubt)
 
 
 def _way(row: Mapping[str, Any], port: float) -> ExchangeWay:
     inter = row["inter_bytes_per_s"]
     return ExchangeWay(
         row["start_s"], row["intra_bytes_per_s"], None if inter is None else inter * port, row["peer_s"],
-        row["nodes_start_s"], UNKNOWN_ERROR if row["error"] is None else row["error"],
+        None if inter is None else row["nodes_start_s"], UNKNOWN_ERROR if row["error"] is None else row["error"],
     )  # fmt: skip
 
 
@@ -175,7 +172,7 @@ def _derated_links(preset: str, library: str) -> AllToAllLinks:
     for way in ("dispatch", "combine"):
         share = median(row[way]["intra_bytes_per_s"] / DEVICES[row["gpu"]]["intra_bytes_per_s"] for row in rows)
         ways.append(ExchangeWay(median(row[way]["start_s"] for row in rows), port * share, error=UNKNOWN_ERROR))
-    return AllToAllLinks(f"{library}, derated", *ways)
+    return AllToAllLinks(f"{library}, derated", ways[0], ways[1])
 
 
 def plain_link(preset: str) -> ExchangeWay | None:

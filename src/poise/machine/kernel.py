@@ -15,20 +15,24 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Self
 
-import numpy as np
-
 from poise.util.errors import ClusterError
 
 ACTIVATION_BYTES = 2.0
 """Bytes of an element of what experts take and give, in the activation term of the fit."""
+MOST = 1e300
 SAME_TYPE = 0.1
 """How far a model's bytes a weight may be from the kernel's: scales of blocks are counted by some and not by others."""
 
 
 def _positive(about: str, value: Any, *, least: float = 0.0, over: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST and value == value
     if not good or value < least or (over and value == least):
         raise ClusterError(f"{about} must be finite and {'above' if over else 'at least'} {least:g}, got {value!r}")
+
+
+def _below_one(about: str, value: float) -> None:
+    if value >= 1:
+        raise ClusterError(f"{about} is a relative one and must be below 1, got {value!r}")
 
 
 def _known_keys(kind: type, about: str, data: Any) -> dict[str, Any]:
@@ -75,6 +79,7 @@ class ExpertKernel:
             _positive(f"{attr} of kernel {self.name}", getattr(self, attr), over=True)
         for attr in ("start_s", "activation_factor", "error"):
             _positive(f"{attr} of kernel {self.name}", getattr(self, attr))
+        _below_one(f"error of kernel {self.name}", self.error)
 
     def times(self, group: int) -> ExpertKernel:
         """The kernel on a device of ``group`` GPUs: their rates together, the start of one."""
@@ -117,35 +122,51 @@ class ExchangeWay:
             _positive("inter_bytes_per_s of an all-to-all", self.inter_bytes_per_s, over=True)
         for attr in ("start_s", "peer_s", "error"):
             _positive(f"{attr} of an all-to-all", getattr(self, attr))
+        _below_one("error of an all-to-all", self.error)
         if self.nodes_start_s is not None:
             _positive("nodes_start_s of an all-to-all", self.nodes_start_s)
 
-    def times(self, group: int) -> ExchangeWay:
-        """Of devices of ``group`` GPUs."""
-        inter = None if self.inter_bytes_per_s is None else self.inter_bytes_per_s * group
+    def times(self, group: int, *, shared: bool = False) -> ExchangeWay:
+        """Of devices of ``group`` GPUs; a ``shared`` port of a node does not grow with them."""
+        inter = self.inter_bytes_per_s
+        inter = inter if inter is None or shared else inter * group
         return replace(self, intra_bytes_per_s=self.intra_bytes_per_s * group, inter_bytes_per_s=inter)
 
 
 @dataclass(frozen=True, slots=True)
 class AllToAllLinks:
-    """Dispatch and combine of one library, e.g. ``deepep-ll`` (DeepEP's low-latency kernels)."""
+    """Dispatch and combine of one library, e.g. ``deepep-ll`` (DeepEP's low-latency kernels).
+
+    Parameters
+    ----------
+    name : where it was measured.
+    dispatch, combine : the two directions.
+    doubtful : what is said of the network rests on rows of doubtful origin.
+    """
 
     name: str
     dispatch: ExchangeWay
     combine: ExchangeWay
+    doubtful: bool = False
 
-    def times(self, group: int) -> AllToAllLinks:
+    def times(self, group: int, *, shared: bool = False) -> AllToAllLinks:
         """The same between devices of ``group`` GPUs: their ports together, the start of one."""
-        return replace(self, dispatch=self.dispatch.times(group), combine=self.combine.times(group))
+        ways = [way.times(group, shared=shared) for way in (self.dispatch, self.combine)]
+        return replace(self, dispatch=ways[0], combine=ways[1])
+
+    def inside_nodes(self) -> AllToAllLinks:
+        """The same without what was measured between nodes: there the cluster's own port and start count."""
+        ways = [replace(way, inter_bytes_per_s=None, nodes_start_s=None) for way in (self.dispatch, self.combine)]
+        return replace(self, dispatch=ways[0], combine=ways[1], doubtful=False)
 
     @classmethod
     def from_dict(cls, data: Any, about: str) -> Self:
         """From a mapping in a file; ``about`` names the place in errors."""
         found = _known_keys(cls, about, data)
-        both = (
+        out, back = (
             ExchangeWay(**_known_keys(ExchangeWay, f"{about} {way}", found[way])) for way in ("dispatch", "combine")
         )
-        return cls(str(found["name"])[:80], *both)
+        return cls(str(found["name"])[:80], out, back, bool(found.get("doubtful", False)))
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a cluster file."""

@@ -12,11 +12,12 @@ from typing import Any
 from poise.machine.cluster import Cluster
 from poise.machine.constants import choose_kernel, gpu_of, libraries, links_of
 from poise.machine.model import ModelSpec
+from poise.machine.presets import DEVICES
 
 LOW_LATENCY_TOKENS = 128
 """Tokens a rank up to which engines take DeepEP's low-latency kernels: their default bound of a buffer."""
-BOARD = 8
-"""GPUs of a node whose exchange DeepEP's tables cover; a larger node is an NVLink domain of several boards."""
+BOARD, BOARDS = 8, {"gb200": 4}
+"""GPUs of a node whose exchange DeepEP's tables cover. A larger node is an NVLink domain of several boards: 1xN."""
 
 
 def choose_library(cluster: Cluster, preset: str, tokens_per_rank: float) -> str:
@@ -24,7 +25,9 @@ def choose_library(cluster: Cluster, preset: str, tokens_per_rank: float) -> str
     a board, one-sided copies where those were measured.
     """
     gpu = gpu_of(preset)
-    if "one-sided" in libraries(gpu) and int(cluster.devices_per_node_N.max()) > BOARD:
+    if "one-sided" in libraries(gpu) and (
+        int(cluster.devices_per_node_N.max()) * cluster.tensor_parallel > BOARDS.get(gpu, BOARD)
+    ):
         return "one-sided"
     return "deepep-ll" if tokens_per_rank <= LOW_LATENCY_TOKENS else "deepep-normal"
 
@@ -46,9 +49,24 @@ def settle(cluster: Cluster, model: ModelSpec, tokens: float, *, engine: str | N
         name.append(kernel.name.removeprefix(f"{preset}+"))
     if "links" in cluster.open:
         library = choose_library(cluster, preset, tokens / cluster.num_devices)
-        changed["links"] = links_of(preset, library, many_nodes=cluster.num_nodes > 1).times(group)
+        links = links_of(preset, library, many_nodes=cluster.num_nodes > 1).times(group, shared=cluster.nic_shared)
+        port = DEVICES[preset]["inter_bytes_per_s"] * (1 if cluster.nic_shared else group)
+        changed["links"] = links if cluster.inter_bytes_per_s == port else links.inside_nodes()
         name.append(library)
     return replace(cluster, name="+".join(name), **changed)
+
+
+FLOW_OF = {
+    "deepep-ll": "home", "deepep-normal": "home_node_dedup", "nccl": "home", "one-sided": "home_device_dedup",
+    "two-sided": "home_device_dedup",
+}  # fmt: skip
+"""What a library sends: a copy to every expert, once to a node, once to a device. Its rates were fitted so."""
+
+
+def flow_of(cluster: Cluster) -> str:
+    """Data flow of the cluster's library; for a datasheet's ports that of DeepEP's normal kernels."""
+    name = "" if cluster.links is None else cluster.links.name.split(" ")[0].rstrip(",")
+    return FLOW_OF.get(name, "home_node_dedup")
 
 
 def ground(cluster: Cluster) -> str:

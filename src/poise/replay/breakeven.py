@@ -170,6 +170,7 @@ def breakeven(
         layers, machine = batch.num_layers, settle(cluster, model, tokens)
         words = batch.order if trace is None else f"{trace.name}: {batch.order}"
         static = placement or contiguous_blocks(batch, machine)
+        batch = batch.at_home(cluster.num_devices)
         judged = batch.steps_from(WARM_UP)
         base = replay(judged, static, machine, model, traffic=traffic, split="even")
         base_s = float(base.step_seconds_B.mean())

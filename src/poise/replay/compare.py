@@ -395,6 +395,7 @@ def compare(
                 f"{part} has {batch.num_steps} steps, {skip} of them warm-up",
                 hint="lower --tokens-per-step, or --steps",
             )
+        batch = batch.at_home(cluster.num_devices)
         judged[part] = batch.steps_from(skip)
         for entry in entries:
             if entry.name in broken:

@@ -76,6 +76,7 @@ def replay_steps(
     """
     count_LED = placement.count_LED()
     check_inputs(batch, count_LED, cluster, traffic)
+    batch = batch.at_home(cluster.num_devices)
     price = step_price(float(batch.tokens_BL().max(axis=1).mean()), batch.num_experts, cluster, model,
                        window_s=loop.window_s, control_s=loop.control_s)  # fmt: skip
     run = _ServingRun(batch, count_LED, loop, price, traffic)
@@ -191,8 +192,8 @@ class _ServingRun:
         self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
         once = {name: np.zeros((1, 1)) for name in ("compute", "dispatch", "combine", "kv")}
         add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
-        for name, value in once.items():
-            self.out[name][at] += value[0, 0]
+        for name in ("dispatch", "combine", "kv"):  # the start of compute is in a device's own
+            self.out[name][at] += once[name][0, 0]
 
     def cost(self, first: int) -> BatchCost:
         """What the steps from ``first`` on cost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from poise.cost.rest import rest_bytes, rest_seconds
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.machine.settle import ground, settle
+from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget
 from poise.planning.engine_rules import EngineRules, hold
 from poise.planning.placement import Placement
@@ -225,7 +226,7 @@ def _sampled(batches: Batches) -> list[str]:
 
 
 def _pricing(batch: RoutingBatch, cluster: Cluster, setting: TrialSetting) -> Pricing:
-    flow: DataFlow = "home_node_dedup" if batch.has_tokens else "home"
+    flow = cast(DataFlow, flow_of(cluster)) if batch.has_tokens else "home"
     return Pricing(cluster, setting.model, flow, setting.engine.choose_split(None))
 
 

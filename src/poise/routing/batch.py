@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -184,6 +184,10 @@ class RoutingBatch:
             request_T = np.unique(request_T, return_inverse=True)[1].astype(np.int32)
         out: NDArray[np.int32] = _equal_homes(request_T, self.start_B, num_devices)
         return out
+
+    def at_home(self, num_devices: int) -> RoutingBatch:
+        """The batch with its home ranks fixed for so many devices, so that parts of it have those of the whole."""
+        return replace(self, home_T=self.home_of_tokens(num_devices)) if self.has_tokens else self
 
     def fullest_home(self, num_devices: int) -> float:
         """Tokens of the fullest home rank over the mean, mean over steps; 1 where homes are equal up to rounding."""

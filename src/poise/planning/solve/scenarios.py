@@ -22,9 +22,9 @@ JUDGED = 8
 """Others, by which its answer is chosen."""
 LEAST_REQUESTS = 16
 """Requests that must be known: fewer say nothing of others."""
-UNSEEN = 1.0
-"""Tokens that every expert is taken to have beside those of a drawn step (Laplace's rule of succession). An expert that
-some requests left idle is read for others, and who is told that it never is puts several such on one device."""
+UNSEEN = 2.0
+"""Tokens that every expert is taken to have beside all that are known (Laplace's rule of succession, twice). An expert
+that some requests left idle is read for others, and who is told that it never is puts several such on one device."""
 
 
 def can_be_drawn(batch: RoutingBatch) -> bool:
@@ -50,7 +50,7 @@ def drawn_steps(batch: RoutingBatch, steps: int, seed: int, *, only_R: NDArray[n
     tokens = max(1, round(float(batch.weight_B @ np.diff(batch.start_B))))
     rows: list[NDArray[np.int64]] = []
     for _ in range(steps):
-        weight = rng.exponential(size=known.size)[own]
+        weight = rng.exponential(size=known.size)[own] * batch.weight_B[step_T[order[first]]]
         picks = _until(rng, weight / weight.sum(), size, tokens)
         taken = np.concatenate([order[first[i] : first[i] + size[i]] for i in picks])[:tokens]
         rows.append(taken)
@@ -59,7 +59,8 @@ def drawn_steps(batch: RoutingBatch, steps: int, seed: int, *, only_R: NDArray[n
     experts = np.ascontiguousarray(batch.experts_TLK[token])
     load = count_loads(experts, counts, batch.num_experts)
     mass = load.sum(axis=2, keepdims=True)
-    load = (load + UNSEEN * (mass > 0)) * (mass / np.maximum(mass + UNSEEN * batch.num_experts, 1.0))
+    unseen = UNSEEN * tokens / step_T.size
+    load = (load + unseen * (mass > 0)) * (mass / np.maximum(mass + unseen * batch.num_experts, 1e-9))
     return replace(
         batch, load_BLE=load, weight_B=np.full(steps, 1.0 / steps),
         experts_TLK=experts, start_B=start, request_T=batch.request_T[token],

@@ -14,8 +14,9 @@ Step 4  Of the result and all starts that are at least as good as every other me
         that costs least when the expected loads shift at random. The plan is never worse than a rival's on the fitted
         traffic.
 
-Where enough requests are known, and but for ``stay``, steps 1 to 3 look at steps that are drawn anew from them, and
-step 4 chooses by others (:mod:`poise.planning.solve.scenarios`): a plan must hold for requests that it does not know.
+Where enough requests are known (not for ``stay``, and for no other risk than the mean), steps 1 to 3 look at steps
+drawn anew from them, and step 4 chooses by others (:mod:`poise.planning.solve.scenarios`): a plan must hold for
+requests that it does not know.
 
 The budget is counted in elementary updates, and traffic that would take too much of it is searched on evenly spaced
 steps (:mod:`poise.planning.solve.effort`), so the result depends on limit and seed alone, unless the clock cuts it.
@@ -404,7 +405,7 @@ def search(
     ``behind_s`` are nominal seconds that the starts took more than theirs, negative where they left some.
     """
     budget, whole = Budget.of(time_limit_s), problem
-    drawn = whole.traffic != "stay" and can_be_drawn(whole.batch)
+    drawn = whole.traffic != "stay" and whole.risk == "mean" and can_be_drawn(whole.batch)
     if drawn:
         steps = min(max(whole.batch.num_steps, DRAWN), MOST_DRAWN)
         problem = replace(whole, batch=drawn_steps(whole.batch, steps, seed))
