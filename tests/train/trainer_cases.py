@@ -28,6 +28,7 @@ from tests.cases import read_options, run_cases
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
+from tests.train.support_runs import folder
 
 from poise.train import fully_shard_experts
 from poise.train.hf import ShardedExpertsMixin
@@ -157,7 +158,6 @@ def decayed(one: Any) -> list[str]:
 @case
 def data_parallel() -> dict:
     """The stock Trainer under DDP: clipping, evaluation; saved by the mixin, read by ``from_pretrained``."""
-    from tests.train.support_memory import folder
     from transformers import MixtralForCausalLM
 
     errors = {}
@@ -187,8 +187,6 @@ def data_parallel() -> dict:
 @case
 def fsdp2() -> dict:
     """The stock Trainer, without the mixin, under FSDP2: full and sharded state dicts."""
-    from tests.train.support_memory import folder
-
     errors = {}
     with folder() as place:
         for kind in ("full", "sharded"):
@@ -271,8 +269,6 @@ def resume_elsewhere() -> dict:
 @case
 def stock_trainer_that_saves_is_refused() -> dict:
     """Under DDP it writes on rank 0, which has a part of the experts: refused, with a hint at the mixin."""
-    from tests.train.support_memory import folder
-
     with folder() as place:
         model = build()
         shard(model)
