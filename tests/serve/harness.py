@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from tests.ranks import registry
 from tests.serve import models as m
 
 from poise.cost.weights import StepPrice, fetch_seconds, step_price
@@ -21,12 +20,7 @@ from poise.serve import Engine
 
 EXACT = 1e-9
 """Of float64 runs; measured errors are 1e-15. Norms pass through float32, where a last bit may flip."""
-CASES: dict[str, Callable[[], Any]] = {}
-
-
-def case(function: Callable[[], Any]) -> Callable[[], Any]:
-    CASES[function.__name__] = function
-    return function
+CASES, case = registry()
 
 
 @cache
@@ -45,12 +39,6 @@ def place(kind: str, family: str = "olmoe", seed: int = 0) -> Placement:
 
 def engine(family: str = "olmoe", kind: str = "replicas", **options: Any) -> Engine:
     return Engine(copy.deepcopy(plain(family)), place(kind, family), m.machine(), **options)
-
-
-def agreed(value: float) -> float:
-    out = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(out, op=dist.ReduceOp.MAX)
-    return float(out)
 
 
 def banks(served: Engine) -> list[Any]:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tests.helpers import few_or
+from tests.ranks import agreed
 from tests.serve import models as m
-from tests.serve.harness import CASES, EXACT, agreed, answers, engine, plain
+from tests.serve.harness import CASES, EXACT, answers, engine, plain
 
 from poise.cost.traffic import DATA_FLOWS
 from poise.serve.batch import Chunk, StepBatch

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tests.helpers import few_or
+from tests.ranks import everywhere, folder
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_models import case, case_like
@@ -20,8 +21,6 @@ from tests.train.support_runs import (
     STEPS,
     adamw,
     dense_run,
-    everywhere,
-    folder,
     fsdp,
     hf_loss_of_step,
     moments_error,

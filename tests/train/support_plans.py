@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tests.helpers import few_or
+from tests.ranks import everywhere
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
 from tests.train.support_models import case
-from tests.train.support_runs import EXACT, everyone, everywhere, mine, pair, shard, some_owners
+from tests.train.support_runs import EXACT, everyone, mine, pair, shard, some_owners
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from poise.machine.cluster import Cluster
@@ -214,8 +215,7 @@ def rates_of_another_machine() -> dict:
         for step in range(3):
             h.loss_of(model, h.batch("hot-expert-a-rank", step, world, 2, rank, torch.float64)).backward()
             words[name] += [f"{one.replicas > 0} {one.why}" for one in run.metrics]
-    told: list[Any] = [None] * world
-    dist.all_gather_object(told, words)
+    told = everywhere(words)
     assert all(one == words for one in told), told
     assert words["a100"][0] == words["a slow machine"][0] == "False first step: no loads known"
     assert all(one.startswith("False") and "by the rates of a100" in one for one in words["a100"][-h.LAYERS :]), words

@@ -27,12 +27,7 @@ def moved() -> Any:
 
 def record_of(workload: str) -> h.RunRecord:
     """A hot expert on every rank, or ragged tokens and a rank without any; three steps."""
-    if workload not in SHORT:
-        SHORT[workload] = h.dense(workload, 2, "adamw", dist.get_world_size(), steps=3)
-    return SHORT[workload]
-
-
-SHORT: dict[str, h.RunRecord] = {}
+    return h.dense(workload, 2, "adamw", dist.get_world_size(), steps=3)
 
 
 def composed(change: Any, *, around: Any = None, workloads: tuple[str, ...] = ("hot-expert-a-rank", "ragged")) -> dict:

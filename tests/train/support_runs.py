@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +18,7 @@ from poise.train import fully_shard_experts, parameter_groups
 EXACT = 1e-9
 """Of float64 runs. Hugging Face's norms and routers pass through float32, so that a last bit may flip there: measured
 errors are 1e-15 without a flip."""
+STEPS = 3
 
 
 def shard(model: nn.Module, **options: Any) -> Any:
@@ -41,12 +37,7 @@ def fsdp(model: nn.Module, mesh: Any, **options: Any) -> None:
 
 
 def record_of_dense() -> h.RunRecord:
-    if "hot-expert-a-rank" not in RECORDS:
-        RECORDS["hot-expert-a-rank"] = h.dense("hot-expert-a-rank", 2, "adamw", dist.get_world_size())
-    return RECORDS["hot-expert-a-rank"]
-
-
-RECORDS: dict[str, h.RunRecord] = {}
+    return h.dense("hot-expert-a-rank", 2, "adamw", dist.get_world_size())
 
 
 def mine(
@@ -86,30 +77,8 @@ def some_owners(seed: int, layers: int = h.LAYERS, experts: int = h.EXPERTS) -> 
     return np.random.default_rng(seed).integers(0, dist.get_world_size(), (layers, experts))
 
 
-@contextmanager
-def folder() -> Iterator[Path]:
-    """One for all ranks."""
-    name = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(name)
-    try:
-        yield Path(name[0])
-    finally:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(name[0], ignore_errors=True)
-
-
-def everywhere(value: Any) -> list[Any]:
-    out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
-    return out
-
-
 def hf_loss_of_step(model: nn.Module, step: int) -> torch.Tensor:
     return c.hf_loss(model, c.hf_tokens(step, dist.get_rank(), dist.get_world_size()))
-
-
-STEPS = 3
 
 
 def dense_run(

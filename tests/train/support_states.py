@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.ranks import folder
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_models import case
@@ -20,7 +21,6 @@ from tests.train.support_runs import (
     adamw,
     dense_run,
     error_of,
-    folder,
     fsdp,
     moments,
     moments_error,

@@ -25,23 +25,18 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.cases import read_options, run_cases
+from tests.ranks import folder, registry
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
-from tests.train.support_runs import folder
 
 from poise.train import fully_shard_experts
 from poise.train.hf import ShardedExpertsMixin
 from poise.util.errors import PoiseError
 
-MINE: dict[str, Any] = {}
+MINE, case = registry()
 NEAR, STEPS, BATCH = 1e-6, 4, 2
 """Relative error of losses in float32, optimizer steps, and sequences a rank takes at once."""
-
-
-def case(function: Any) -> Any:
-    MINE[function.__name__] = function
-    return function
 
 
 class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
