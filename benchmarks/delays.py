@@ -29,8 +29,8 @@ from benchmarks.common import table, write
 from tests.cases import DELAYS, verdicts
 from tests.runtime import flow_cases
 from tests.serve import run_cases as serve_cases
-from tests.train import run_cases, support_memory, support_misuse, support_parallel, support_routing, support_steps  # noqa: F401
-from tests.train.support_models import MINE as CITIZENS
+from tests.train import run_cases
+from tests.train.support import MINE as CITIZENS
 
 EACH = 8
 SCRIPTS = {

@@ -26,6 +26,7 @@ import itertools
 from tests import journal
 from tests.cases import read_options, run_cases
 from tests.helpers import few_or
+from tests.ranks import everywhere, registry
 from tests.train import harness as h
 from tests.train.matrix import machine
 
@@ -37,18 +38,12 @@ from poise.train import fully_shard_experts
 from poise.util.errors import ModelError, OptionError
 
 CPU = torch.device("cpu")
-MINE: dict[str, Any] = {}
-
-
-def case(function):
-    MINE[function.__name__] = function
-    return function
+MINE, case = registry()
 
 
 def same(value: Any) -> None:
     """Every rank has the same value."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
+    parts = everywhere(value)
     assert all(part == parts[0] for part in parts), parts
 
 

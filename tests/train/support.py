@@ -1,11 +1,18 @@
 """Every case of ``support_cases.py``: its modules add theirs when they are imported."""
 
 from tests.train import (  # noqa: F401
+    support_cases,
+    support_checkpoints,
+    support_frozen,
+    support_gradients,
     support_kinds,
     support_loops,
     support_memory,
-    support_misuse,
+    support_optimizers,
     support_parallel,
+    support_passes,
+    support_plans,
+    support_recompute,
     support_routing,
     support_states,
     support_steps,

@@ -22,25 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.cases import read_options, run_cases
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.matrix import machine
 from tests.train.support_models import case, case_like
+from tests.train.support_runs import EXACT, fsdp, record_of_dense, shard
 
-from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups
+from poise.train import clip_grad_norm_, parameter_groups
 from poise.train.gradients import update_correction_bias
-
-EXACT = 1e-9
-"""Of float64 runs. Hugging Face's norms and routers pass through float32, so that a last bit may flip there: measured
-errors are 1e-15 without a flip."""
-
-
-def shard(model: nn.Module, **options: Any) -> Any:
-    """On a machine for which replicas pay."""
-    world = dist.get_world_size()
-    options.setdefault("mesh", h.MESH(world))
-    options.setdefault("cluster", machine(options["mesh"].size()))
-    options.setdefault("policy", "hecate")
-    return fully_shard_experts(model, **options)
-
 
 # ---- 1. Hugging Face families -------------------------------------------------------------------------------------
 
@@ -144,21 +130,6 @@ def hf_deepseek_v3() -> dict:
 
 
 # ---- 2. the dense rest under FSDP2, HSDP, DDP ----------------------------------------------------------------------
-
-
-def record_of_dense() -> h.RunRecord:
-    if "hot-expert-a-rank" not in RECORDS:
-        RECORDS["hot-expert-a-rank"] = h.dense("hot-expert-a-rank", 2, "adamw", dist.get_world_size())
-    return RECORDS["hot-expert-a-rank"]
-
-
-RECORDS: dict[str, h.RunRecord] = {}
-
-
-def fsdp(model: nn.Module, mesh: Any, **options: Any) -> None:
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
 
 
 @case

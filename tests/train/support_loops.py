@@ -16,10 +16,9 @@ from peft import LoraConfig, get_peft_model
 from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.support_cases import EXACT, shard
-from tests.train.support_misuse import mine
 from tests.train.support_models import case
 from tests.train.support_routing import alone, said_by_all
+from tests.train.support_runs import EXACT, mine, shard
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 

@@ -10,20 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tests.ranks import agreed, registry
 from tests.train import harness as h
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-MINE: dict[str, Callable[[], Any]] = {}
+MINE, case = registry()
 LIKE: dict[str, str] = {}
 """Cases of ``make test-all`` alone, and the case that ``make test`` runs for each."""
 VOCABULARY, SEQUENCES, LENGTH, HF_EXPERTS = 40, 2, 5, 6
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def case(function: Callable[[], Any]) -> Callable[[], Any]:
-    MINE[function.__name__] = function
-    return function
 
 
 def case_like(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
@@ -119,13 +115,6 @@ def dense_record(model: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], 
 
 
 # ---- comparison ---------------------------------------------------------------------------------------------------
-
-
-def agreed(value: float) -> float:
-    """The largest over the ranks, so that an assertion holds or fails on all of them."""
-    shared = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return shared.item()
 
 
 def whole(tensor: Any) -> Tensor:

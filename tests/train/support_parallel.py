@@ -1,9 +1,8 @@
-"""Cases about other parallelism and other ways to recompute: compile, pipeline, tensor parallel, saved-tensor hooks."""
+"""Cases about ``torch.compile`` and other parallelism: pipelines, tensor and sequence parallel."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,24 +11,21 @@ import torch.distributed as dist
 from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
-from tests.train.support_models import case, case_like
+from tests.train.support_models import case
+from tests.train.support_runs import EXACT, fsdp, record_of_dense, shard
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from poise.runtime.moe import GatedExperts, MoE
-from poise.train import clip_grad_norm_, parameter_groups
+from poise.train import clip_grad_norm_
 from poise.util.errors import ModelError
 
-aten = torch.ops.aten
 WIDTH, EXPERTS, MICRO = 8, 6, 4
 
 
@@ -206,77 +202,6 @@ def pipeline_zero_bubble_is_refused() -> dict:
     return {"said": said}
 
 
-@case
-def grad_of_something_else() -> dict:
-    """``torch.autograd.grad`` by the tokens leaves ``.grad`` alone, twice over; by experts' weights it is refused."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    for workload, again in (("hot-expert-a-rank", False), ("ragged", True)):
-        everything = h.batch(workload, 0, world, 2, None, torch.float64)
-        everything.x.requires_grad_()
-        dense = h.build()
-        h.loss_of(dense, everything).backward()
-        model = h.build()
-        run = shard(model, rematerialise=again)
-        data = h.batch(workload, 0, world, 2, rank, torch.float64)
-        data.x.requires_grad_()
-        counts = h.tokens_of(workload, 0, world)
-        wanted = {"x": everything.x.grad[sum(counts[:rank]) :][: counts[rank]]}
-        fired: list[int] = []
-        for weight in run.parameters():
-            weight.register_post_accumulate_grad_hook(lambda _, fired=fired: fired.append(1))
-        loss = h.loss_of(model, data)
-        for last in (False, True):
-            (slope,) = torch.autograd.grad(loss, data.x, retain_graph=not last)
-            errors[f"tokens, {workload}, {last}"] = c.agreed(h.worst({"x": slope}, wanted))
-            assert all(weight.grad is None for weight in model.parameters()) and not fired
-        assert run.schedule.moved_bytes["reduce"] == 0 == sum(run.schedule.ledger.now.values())
-        h.loss_of(model, data).mul(world).backward(inputs=[*model.parameters()])
-        assert len(fired) == len(run.parameters()), (len(fired), len(run.parameters()))
-        c.average_dense(model, run)
-        expected = {name: weight.grad for name, weight in dense.named_parameters()}
-        errors[f"weights, {workload}"] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-        weight = model.blocks[0].experts.down_proj
-        said = c.raised(ModelError, partial(torch.autograd.grad, h.loss_of(model, data), weight))
-    assert max(errors.values()) <= EXACT, errors
-    return {**errors, "said": said}
-
-
-@case
-def optimizer_in_backward() -> dict:
-    """Hooks that step as soon as a gradient is accumulated see the complete one, once a step."""
-    world, errors = dist.get_world_size(), {}
-    dense = h.build()
-    plain = torch.optim.SGD(dense.parameters(), lr=0.05, momentum=0.9)
-    for step in range(3):
-        plain.zero_grad()
-        h.loss_of(dense, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
-        for weight in dense.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        plain.step()
-    expected = {name: weight.detach() for name, weight in dense.named_parameters()}
-    for again in (False, True):
-        model = h.build()
-        shard(model, rematerialise=again)
-        fsdp(model, h.MESH(world))
-        calls: list[int] = []
-
-        def step_now(weight: Any, optimizers: dict, calls: list[int] = calls) -> None:
-            calls.append(1)
-            optimizers[weight].step()
-            optimizers[weight].zero_grad()
-
-        each = {weight: torch.optim.SGD([weight], lr=0.05, momentum=0.9) for weight in model.parameters()}
-        for weight in each:
-            weight.register_post_accumulate_grad_hook(partial(step_now, optimizers=each))
-        for step in range(3):
-            c.plain_loss("hot-expert-a-rank")(model, step).backward()
-            assert all(weight.grad is None for weight in model.parameters())
-        assert len(calls) == 3 * len(each), (len(calls), len(each))
-        errors[f"rematerialise {again}"] = c.agreed(h.worst(c.of_all(model, "weight"), h.local_rows(model, expected)))
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
 # ---- tensor parallel -----------------------------------------------------------------------------------------------
 
 
@@ -340,287 +265,3 @@ def sequence_parallel_dense_rest() -> dict:
     errors = {f"FSDP2 {wrap}": tensor_parallel("all", wrap, sequence=True, again=wrap) for wrap in (False, True)}
     assert max(errors.values()) <= EXACT, errors
     return errors
-
-
-# ---- saved tensors and recomputation -------------------------------------------------------------------------------
-
-
-def moved() -> Any:
-    """Saved tensors are kept as copies, as ``save_on_cpu`` does from another device; here it would copy nothing."""
-    return saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
-
-
-def record_of(workload: str) -> h.RunRecord:
-    """A hot expert on every rank, or ragged tokens and a rank without any; three steps."""
-    if workload not in SHORT:
-        SHORT[workload] = h.dense(workload, 2, "adamw", dist.get_world_size(), steps=3)
-    return SHORT[workload]
-
-
-SHORT: dict[str, h.RunRecord] = {}
-
-
-def composed(change: Any, *, around: Any = None, workloads: tuple[str, ...] = ("hot-expert-a-rank", "ragged")) -> dict:
-    """``change`` a block's forward; ``around`` is a context of the model's forward pass.
-
-    With few cases weights are gathered again in the ragged workload alone.
-    """
-    errors = {}
-    for workload in workloads:
-        for again in few_or((False, True), (workload == "ragged",)):
-            model = h.build()
-            run = shard(model, rematerialise=again)
-            for block in model.blocks:
-                block.forward = change(block.forward)
-            loss_of = c.plain_loss(workload)
-
-            def inside(m: nn.Module, step: int, loss_of: Any = loss_of) -> Tensor:
-                with around() if around is not None else nullcontext():
-                    return loss_of(m, step)
-
-            errors[f"{workload}, rematerialise {again}"] = c.follow(
-                model, run, record_of(workload), inside, average=True
-            )
-            assert sum(run.schedule.ledger.now.values()) == 0, run.schedule.ledger.now
-            assert [one.layer for one in run.metrics] == list(range(h.LAYERS))
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-def recomputed(forward: Any, **options: Any) -> Any:
-    return partial(checkpoint, forward, use_reentrant=False, **options)
-
-
-def under(context: Any, forward: Any) -> Any:
-    def call(*inputs: Any) -> Any:
-        with context():
-            return forward(*inputs)
-
-    return call
-
-
-@case
-def saved_tensors_elsewhere() -> dict:
-    """Hooks around the forward pass: ``save_on_cpu``, and copies; weights that come and go are copied too."""
-    out = composed(lambda forward: forward, around=save_on_cpu, workloads=("hot-expert-a-rank",))
-    return {"save_on_cpu": out, "copies": composed(lambda forward: forward, around=moved, workloads=("ragged",))}
-
-
-@case_like("saved_tensors_inside_checkpoint")
-def saved_tensors_around_checkpoint() -> dict:
-    return composed(recomputed, around=moved)
-
-
-@case
-def saved_tensors_inside_checkpoint() -> dict:
-    """Nothing inside is computed again then, but what is outside may be."""
-    return {
-        "all of a block": composed(lambda forward: recomputed(under(moved, forward)), workloads=("hot-expert-a-rank",)),
-        "its experts": experts_under_hooks(),
-    }
-
-
-def experts_under_hooks() -> dict:
-    def change(forward: Any) -> Any:
-        block = forward.__self__
-        block.experts.forward = under(moved, block.experts.forward)
-        return recomputed(forward)
-
-    return composed(change)
-
-
-@case
-def selective_checkpoint() -> dict:
-    """Outputs of chosen operations are kept, outside of the experts: those are always computed again, all of them."""
-    out = {}
-    for name, chosen in {
-        "products": [aten.mm.default, aten.addmm.default],
-        "what planning uses too": [
-            aten.index.Tensor, aten.sort.stable, aten.index_select.default, aten.gather.default, aten.tanh.default,
-            aten.cumsum.default, aten.new_empty.default, aten.select.int,
-        ],
-    }.items():  # fmt: skip
-        contexts = partial(create_selective_checkpoint_contexts, chosen)
-        out[name] = composed(
-            lambda forward, contexts=contexts: recomputed(forward, context_fn=contexts), workloads=("ragged",)
-        )
-
-    def everything(*_: Any, **__: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE
-
-    contexts = partial(create_selective_checkpoint_contexts, everything)
-    out["everything"] = composed(lambda forward: recomputed(forward, context_fn=contexts), workloads=("ragged",))
-    return out
-
-
-def after_tanh(forward: Any) -> Any:
-    return lambda *inputs: torch.tanh(forward(*inputs))
-
-
-@case_like("nested_checkpoint_two_passes_open")
-def nested_checkpoint() -> dict:
-    """Checkpoints of the experts in one of the block, three deep; and two passes open, of equal tokens."""
-
-    def thrice(forward: Any) -> Any:
-        block = forward.__self__
-        block.experts.forward = recomputed(recomputed(block.experts.forward))
-        return recomputed(forward)
-
-    return composed(thrice)
-
-
-@case
-def nested_checkpoint_two_passes_open() -> dict:
-    """Equal ids in both, which do not tell which is computed again, or other ids, which a rank without tokens lacks."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    whole = [h.batch(workload, 0, world, 2, None, torch.float64) for workload in ("hot-expert-a-rank", "two-hot")]
-    per = len(whole[0].x) // world
-    rows = slice(rank * per, (rank + 1) * per if rank else 0)
-    keep = slice(per, None)  # the first rank's tokens are nobody's
-
-    def part(data: h.Batch, number: int, where: slice) -> h.Batch:
-        return h.Batch((1 + number) * data.x[where], data.target[where], [i[where] for i in data.ids], data.total)
-
-    for order in ((0, 1), (1, 0)):
-        for equal in (True, False):
-            dense, model = h.build(), h.build()
-            for block in (*dense.blocks, *model.blocks):  # something after the experts keeps a tensor
-                block.forward = after_tanh(block.forward)
-            run = shard(model, rematerialise=True)
-            for block in model.blocks:
-                block.experts.forward = recomputed(block.experts.forward)
-                block.forward = recomputed(block.forward)
-            losses = []
-            for number in range(2):
-                data = whole[0 if equal else number]
-                h.loss_of(dense, part(data, number, keep)).backward()
-                run.set_policy("hecate" if number else "full-replication")
-                losses.append(h.loss_of(model, part(data, number, rows)))
-            for number in order:
-                (losses[number] * world).backward()
-            c.average_dense(model, run)
-            expected = {name: weight.grad for name, weight in dense.named_parameters()}
-            errors[f"{order}, equal {equal}"] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-@case
-def checkpoint_retained() -> dict:
-    """Twice backward through a kept graph under checkpointing, plain and nested."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    for workload in ("hot-expert-a-rank", "ragged"):
-        for depth in (1, 2):
-            for again in few_or((False, True), ((depth == 2) == (workload == "ragged"),)):
-                dense, model = h.build(), h.build()
-                h.loss_of(dense, h.batch(workload, 0, world, 2, None, torch.float64)).mul(2).backward()
-                expected = {name: weight.grad for name, weight in dense.named_parameters()}
-                run = shard(model, rematerialise=again)
-                for block in model.blocks:
-                    block.forward = recomputed(recomputed(block.forward) if depth == 2 else block.forward)
-                loss = h.loss_of(model, h.batch(workload, 0, world, 2, rank, torch.float64)) * world
-                loss.backward(retain_graph=True)
-                loss.backward()
-                c.average_dense(model, run)
-                what = f"{workload}, depth {depth}, rematerialise {again}"
-                errors[what] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-                assert sum(run.schedule.ledger.now.values()) == 0, what
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-@case
-def checkpoint_same_layer_twice() -> dict:
-    """One region runs a layer twice, on equal ids and on others: again in the same order, on a rank without tokens."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-
-    def twice(forward: Any, shift: int) -> Any:
-        return lambda x, ids: forward(torch.tanh(forward(x, ids)), (ids + shift) % h.EXPERTS)
-
-    for shift in (0, 3):
-        for depth in (1, 2):
-            dense, model = h.build(), h.build()
-            run = shard(model, policy="hecate:overlap=3", rematerialise=True)
-            for block in dense.blocks:
-                block.forward = twice(block.forward, shift)
-            for block in model.blocks:
-                block.forward = recomputed(twice(recomputed(block.forward) if depth == 2 else block.forward, shift))
-            for step in range(2):
-                dense.zero_grad()
-                h.loss_of(dense, h.batch("ragged", step, world, 2, None, torch.float64)).backward()
-                model.zero_grad()
-                (h.loss_of(model, h.batch("ragged", step, world, 2, rank, torch.float64)) * world).backward()
-            c.average_dense(model, run)
-            expected = {name: c.whole(weight.grad) for name, weight in dense.named_parameters()}
-            errors[f"shift {shift}, depth {depth}"] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-@case_like("checkpoint_retained")
-def checkpoint_retained_over_another_step() -> dict:
-    """A kept graph goes backward again after another forward and backward pass."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    for depth in (0, 1, 2):
-        dense, model = h.build(), h.build()
-        run = shard(model, rematerialise=True)
-        for block in model.blocks:
-            for _ in range(depth):
-                block.forward = recomputed(block.forward)
-        for step, times in ((0, 2), (1, 1)):
-            h.loss_of(dense, h.batch("ragged", step, world, 2, None, torch.float64)).mul(times).backward()
-        first = h.loss_of(model, h.batch("ragged", 0, world, 2, rank, torch.float64)) * world
-        first.backward(retain_graph=True)
-        second = h.loss_of(model, h.batch("ragged", 1, world, 2, rank, torch.float64)) * world
-        second.backward()
-        first.backward()
-        c.average_dense(model, run)
-        expected = {name: weight.grad for name, weight in dense.named_parameters()}
-        errors[f"depth {depth}"] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-        assert sum(run.schedule.ledger.now.values()) == 0
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-@case
-def grad_scaler() -> dict:
-    """``ShardedGradScaler``, an optimizer for the experts and one for the rest: exact, and all ranks skip alike.
-
-    In one optimizer torch refuses FSDP2's DTensors beside plain tensors; plain ``GradScaler`` decides rank by rank.
-    """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    dense, model = h.build(), h.build()
-    run = shard(model)
-    fsdp(model, h.MESH(world))
-    rest, experts = (group["params"] for group in parameter_groups(model))
-    plain = torch.optim.SGD(dense.parameters(), lr=0.1)
-    both = [torch.optim.SGD(weights, lr=0.1) for weights in (rest, experts)]
-    scaler = ShardedGradScaler("cpu", init_scale=1024.0, process_group=dist.group.WORLD)
-    for step in range(3):
-        plain.zero_grad()
-        h.loss_of(dense, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
-        plain.step()
-        for optimizer in both:
-            optimizer.zero_grad()
-        scaler.scale(c.plain_loss("hot-expert-a-rank")(model, step)).backward()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found a non-scalar tensor")  # torch's, of FSDP2's gradients
-            for optimizer in both:
-                scaler.unscale_(optimizer)
-        run.clip_grad_norm_(1e9)
-        for optimizer in both:
-            scaler.step(optimizer)
-        scaler.update()
-    wanted = {name: weight.detach() for name, weight in dense.named_parameters()}
-    error = c.agreed(h.worst(c.of_all(model, "weight"), h.local_rows(model, wanted)))
-    assert error <= EXACT and scaler.get_scale() == 1024.0, (error, scaler.get_scale())
-    kept = [weight.detach().clone() for weight in experts]
-    scaler.scale(c.plain_loss("hot-expert-a-rank")(model, 3)).backward()
-    if rank == 1:
-        experts[0].grad.fill_(float("inf"))
-    scaler.step(both[1])
-    scaler.update()
-    skipped = all(torch.equal(weight, value) for weight, value in zip(experts, kept, strict=True))
-    assert c.agreed(float(not skipped)) == 0, "a rank made a step"
-    assert c.agreed(scaler.get_scale()) == 512.0 == scaler.get_scale()
-    return {"error": error}

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.support_cases import EXACT, shard
-from tests.train.support_misuse import apart, everyone, mine
 from tests.train.support_models import case
+from tests.train.support_runs import EXACT, apart, everyone, mine, shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint

@@ -1,11 +1,9 @@
-"""State, clipping, averages and hooks by PyTorch's own tools, which know nothing of sharded experts."""
+"""Cases about state dicts, averages and copies by PyTorch's own tools, which know nothing of sharded experts."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +11,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.ranks import folder
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.support_cases import EXACT, fsdp, shard
-from tests.train.support_memory import folder
 from tests.train.support_models import case
+from tests.train.support_runs import (
+    EXACT,
+    STEPS,
+    adamw,
+    dense_run,
+    error_of,
+    fsdp,
+    moments,
+    moments_error,
+    plain_copy,
+    shard,
+    train,
+    trained,
+    turned,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,178 +39,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from poise.train import full_optimizer_state_dict, full_state_dict, load_checkpoint, parameter_groups, save_checkpoint
+from poise.train import full_optimizer_state_dict, full_state_dict, parameter_groups
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
-
-STEPS = 3
-Change = Callable[[nn.Module, Any, int], None]
-
-
-def dense(kind: str = "gated", make: Any = None, before_step: Any = None, after: Any = None, steps: int = STEPS) -> Any:
-    """Model and optimizer of a dense run on all tokens; callables see (model, step)."""
-    world, model = dist.get_world_size(), h.build(kind)
-    optimizer = (make or adamw)(model.parameters())
-    for step in range(steps):
-        optimizer.zero_grad()
-        h.loss_of(model, h.batch("hot-expert-a-rank", step, world, 2, None, torch.float64)).backward()
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        if before_step is not None:
-            before_step(model, step)
-        optimizer.step()
-        if after is not None:
-            after(model, step)
-    return model, optimizer
-
-
-def adamw(weights: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, lr=0.02, weight_decay=0.1)
-
-
-def train(model: nn.Module, run: Any, optimizer: Any, steps: Any, before_step: Any = None, after: Any = None) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        c.plain_loss("hot-expert-a-rank")(model, step).backward()
-        if not isinstance(next(iter(model.parameters())), c.DTensor):
-            c.average_dense(model, run)
-        if before_step is not None:
-            before_step(model, step)
-        optimizer.step()
-        if after is not None:
-            after(model, step)
-
-
-def error_of(model: nn.Module, expected: dict[str, Tensor]) -> float:
-    """Of all weights against the dense ones, [E, ...]."""
-    return c.agreed(h.worst(c.of_all(model, "weight"), h.local_rows(model, expected)))
-
-
-def turned(run: Any) -> np.ndarray:
-    """Other owners for every layer: one expert more here, one less there."""
-    owners = run.owners.copy()
-    owners[:, 0], owners[:, -1] = owners[:, -1].copy(), owners[:, 0].copy()
-    owners[:, 1] = (owners[:, 1] + 1) % dist.get_world_size()
-    return owners
-
-
-def plain_copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
-# ---- clipping -----------------------------------------------------------------------------------------------------
-
-
-@case
-def stock_clip_grad_norm() -> dict:
-    """``torch.nn.utils.clip_grad_norm_`` under FSDP2 and beside replicated weights, in all of its forms."""
-    worst, world = 0.0, dist.get_world_size()
-    for wrap in (True, False):
-        whole, model = h.build(), h.build()
-        h.loss_of(whole, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
-        run = shard(model)
-        if wrap:
-            fsdp(model, h.MESH(world))
-        c.plain_loss("hot-expert-a-rank")(model, 0).backward()
-        if not wrap:
-            c.average_dense(model, run)
-        kept = [(w.grad, w.grad.clone()) for one in (whole, model) for w in one.parameters() if w.grad is not None]
-        for p, foreach in (  # of an empty DTensor, which a small weight leaves some ranks, PyTorch has no infinity norm
-            (2.0, None),
-            (2.0, False),
-            (2.0, True),
-            (1.0, None),
-            (3.0, True),
-            *(() if wrap else ((float("inf"), None),)),
-        ):
-            for grad, before in kept:
-                grad.copy_(before)
-            expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01, norm_type=p)
-            norm = c.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=p, foreach=foreach))
-            clipped = h.local_rows(model, {name: w.grad for name, w in whole.named_parameters()})
-            worst = max(worst, abs(norm.item() / expected.item() - 1), h.worst(c.of_all(model), clipped))
-    assert c.agreed(worst) <= EXACT, worst
-    said = c.raised(OptionError, lambda: [dist.all_reduce(weight.grad) for weight in model.parameters()])
-    return {"error": worst, "averaged by hand": said}
-
-
-@case
-def norms_and_sums_are_of_all_experts() -> dict:
-    """Reductions, their gradients, and what is refused: an axis of which a rank has a part."""
-    whole, model = h.build(), h.build()
-    shard(model)
-    name = next(name for name, _ in model.named_parameters() if name.endswith("down_proj"))
-    all_rows, rows = whole.get_parameter(name), model.get_parameter(name)
-    reductions: dict[str, Callable[[Tensor], Tensor]] = {
-        "norm": lambda w: w.norm(), "one": lambda w: torch.norm(w, 1), "inf": lambda w: torch.linalg.vector_norm(w, np.inf),
-        "three": lambda w: w.norm(p=3), "sum": lambda w: (w * 2).sum(), "square": lambda w: w.square().mean(), "max": lambda w: w.max(),
-        "least": lambda w: w.abs().amin(), "any": lambda w: (w > w.detach().max() * 0.99).any(),
-        "all": lambda w: (w < 0.3).all(), "rows": lambda w: w.sum(dim=(1, 2)).sum() if w is all_rows else w.sum(),
-    }  # fmt: skip
-    for label, reduce in reductions.items():
-        torch.testing.assert_close(reduce(rows), reduce(all_rows), rtol=1e-12, atol=0, msg=label)
-    assert rows.numel() == all_rows.numel()
-    (rows.norm() + rows.square().sum() + rows.max()).backward()
-    (all_rows.norm() + all_rows.square().sum() + all_rows.max()).backward()
-    error = c.agreed(h.worst(c.of_all(model), h.local_rows(model, {
-        n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in whole.named_parameters()})))  # fmt: skip
-    assert error <= EXACT
-    for part in (
-        lambda: rows.sum(dim=0),
-        lambda: rows.mean(axis=0),
-        lambda: rows.norm(dim=(0, 1)),
-        lambda: rows.amax(-3),
-    ):
-        said = c.raised(OptionError, part)
-        assert "axis of experts" in said
-    torch.testing.assert_close(
-        c.whole(rows.norm(dim=(1, 2))), h.local_rows(model, dict(whole.named_parameters()))[name].norm(dim=(1, 2))
-    )
-    return {"error": error}
-
-
-@case
-def grad_scaler_of_stock() -> dict:
-    """One rank's experts overflow: every rank skips the step."""
-    model = h.build()
-    run = shard(model)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    scaler.scale(c.plain_loss("hot-expert-a-rank")(model, 0)).backward()
-    c.average_dense(model, run)
-    if dist.get_rank() == 1:
-        next(iter(run.parameters())).grad.view(-1)[:1] = float("inf")
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 4.0
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    return {}
-
-
-@case
-def optimizers_that_scale_by_norms() -> dict:
-    """Adafactor (stacked weights) and LAMB's trust ratio, which are wrong by a rank's own norm."""
-
-    class Lamb(torch.optim.Optimizer):
-        def __init__(self, weights: Any) -> None:
-            super().__init__(weights, {"lr": 0.1})
-
-        def step(self, closure: Any = None) -> None:
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for weight in group["params"]:
-                        weight.sub_(weight.grad * (group["lr"] * weight.norm() / weight.grad.norm()))
-
-    errors = {}
-    for kind in (Lamb, torch.optim.Adafactor):
-        expected, _ = dense(make=kind)
-        model = h.build()
-        run = shard(model)
-        train(model, run, kind(model.parameters()), range(STEPS))
-        errors[kind.__name__] = error_of(model, dict(expected.named_parameters()))
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
 
 # ---- averages and copies ------------------------------------------------------------------------------------------
 
@@ -217,7 +60,7 @@ def averages_move_with_owners() -> dict:
 
     start = h.build()
     shadows = plain_copy(start)
-    dense(after=average(shadows), steps=2 * STEPS)
+    dense_run(after=average(shadows), steps=2 * STEPS)
     errors = {}
     for follows in (True, False):
         model = h.build()
@@ -250,7 +93,7 @@ def copies_of_the_model() -> dict:
     dense_average: Any = torch.optim.swa_utils.AveragedModel(
         h.build(), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
     )
-    dense(after=lambda model, _: dense_average.update_parameters(model), steps=2 * STEPS)
+    dense_run(after=lambda model, _: dense_average.update_parameters(model), steps=2 * STEPS)
     model = h.build()
     run, optimizer = shard(model), adamw(model.parameters())
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
@@ -278,30 +121,8 @@ def copies_of_the_model() -> dict:
 
 # ---- state dicts --------------------------------------------------------------------------------------------------
 
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def trained(kind: str = "gated", wrap: bool = True) -> Any:
-    """A model whose owners have moved, its run and its optimizer; and the dense ones."""
-    whole, whole_optimizer = dense(kind)
-    model = h.build(kind)
-    run = shard(model)
-    if wrap:
-        fsdp(model, h.MESH(dist.get_world_size()))
-    optimizer = adamw(parameter_groups(model))
-    train(model, run, optimizer, range(1))
-    run.reshard(turned(run))
-    train(model, run, optimizer, range(1, STEPS))
-    return model, run, optimizer, whole, whole_optimizer
-
-
-def moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    return {name: optimizer.state[weight]["exp_avg"] for name, weight in model.named_parameters()}
-
-
-def moments_error(model: nn.Module, optimizer: Any, whole: nn.Module, whole_optimizer: Any) -> float:
-    mine = {name: c.whole(value) for name, value in moments(model, optimizer).items()}
-    return c.agreed(h.worst(mine, h.local_rows(model, moments(whole, whole_optimizer))))
 
 
 @case
@@ -377,7 +198,7 @@ def an_optimizer_s_own_state_dict() -> dict:
     new = adamw(parameter_groups(fresh))
     new.load_state_dict(boxes[0])
     train(fresh, other, new, range(STEPS, STEPS + 1))
-    expected, expected_optimizer = dense(steps=STEPS + 1)
+    expected, expected_optimizer = dense_run(steps=STEPS + 1)
     errors = {"weights": error_of(fresh, expected.state_dict()),
               "moments": moments_error(fresh, new, expected, expected_optimizer)}  # fmt: skip
     assert max(errors.values()) <= EXACT, errors
@@ -422,94 +243,3 @@ def experts_loaded_in_part() -> dict:
     first = next(iter(part))
     said = c.raised(ModelError, lambda: model.load_state_dict({first: torch.zeros(2)}, strict=False))
     return {"said": said}
-
-
-@case
-def resumed_while_frozen_or_amid_accumulation() -> dict:
-    """Moments are loaded though experts are frozen, and though gradients are there."""
-    whole, whole_optimizer = dense()
-    model = h.build()
-    run, optimizer = shard(model), adamw(parameter_groups(model))
-    train(model, run, optimizer, range(STEPS))
-    errors = {}
-    with folder() as place:
-        save_checkpoint(place, model, optimizer, step=3)
-        for how in ("frozen", "with gradients"):
-            fresh = h.build()
-            other, new = shard(fresh, policy="poise"), adamw(parameter_groups(fresh))
-            if how == "frozen":
-                for weight in other.parameters():
-                    weight.requires_grad_(False)
-            else:
-                c.plain_loss("hot-expert-a-rank")(fresh, 0).backward()
-            assert load_checkpoint(place, fresh, new) == 3
-            assert all(weight.requires_grad == (how != "frozen") for weight in other.parameters())
-            assert how == "frozen" or all(weight.grad is not None for weight in other.parameters())
-            errors[how] = moments_error(fresh, new, whole, whole_optimizer)
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-# ---- hooks and groups ---------------------------------------------------------------------------------------------
-
-
-@case
-def gradient_hooks_on_experts() -> dict:
-    """A mask of all experts, registered before sharding or after: only the kept ones are trained."""
-    keep = [0, 5]
-
-    def arm(model: nn.Module) -> None:
-        for name, weight in model.named_parameters():
-            if ".experts." in name:
-                mask = torch.zeros(10, *[1] * (weight.dim() - 1), dtype=weight.dtype)
-                mask[keep] = 1.0
-                weight.register_hook(lambda grad, mask=mask: grad * mask)
-
-    whole = h.build()
-    arm(whole)
-    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        h.loss_of(whole, h.batch("hot-expert-a-rank", step, dist.get_world_size(), 2, None, torch.float64)).backward()
-        optimizer.step()
-    errors = {}
-    for when in ("before", "after"):
-        model = h.build()
-        if when == "before":
-            arm(model)
-        run = shard(model)
-        if when == "after":
-            arm(model)
-        train(model, run, torch.optim.SGD(model.parameters(), 0.1), range(STEPS))
-        errors[when] = error_of(model, dict(whole.named_parameters()))
-    model.zero_grad()
-    c.plain_loss("hot-expert-a-rank")(model, 0).backward()
-    said = c.raised(ModelError, lambda: c.plain_loss("hot-expert-a-rank")(model, 0).backward())
-    listed = h.build("list")
-    next(w for name, w in listed.named_parameters() if ".experts.1." in name).register_hook(lambda grad: grad)
-    assert "after fully_shard_experts" in c.raised(ModelError, lambda: shard(listed))
-    assert max(errors.values()) <= EXACT, errors
-    return {**errors, "said": said}
-
-
-@case
-def groups_by_dimensions() -> dict:
-    """Weight decay for what has two dimensions or more: biases of a list of experts have one, as in the dense model."""
-
-    def groups(weights: Any) -> torch.optim.Optimizer:
-        every = list(weights)
-        return torch.optim.AdamW([{"params": [w for w in every if w.dim() >= 2], "weight_decay": 0.5},
-                                  {"params": [w for w in every if w.ndim < 2], "weight_decay": 0.0}], lr=0.02)  # fmt: skip
-
-    expected, _ = dense("list", groups)
-    model = h.build("list")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        run = shard(model)
-    assert [str(one.message).partition(":")[0] for one in said] == ["experts of a list"]
-    train(model, run, groups(model.parameters()), range(STEPS))
-    found = [full_state_dict(model)]
-    dist.broadcast_object_list(found, 0)
-    error = h.worst(found[0], dict(expected.state_dict()))
-    assert error <= EXACT, error
-    return {"error": error}

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.support_cases import EXACT, fsdp, record_of_dense, shard
 from tests.train.support_models import case, case_like
+from tests.train.support_runs import EXACT, fsdp, record_of_dense, shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint

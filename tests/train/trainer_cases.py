@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.cases import read_options, run_cases
+from tests.ranks import folder, registry
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
@@ -33,14 +34,9 @@ from poise.train import fully_shard_experts
 from poise.train.hf import ShardedExpertsMixin
 from poise.util.errors import PoiseError
 
-MINE: dict[str, Any] = {}
+MINE, case = registry()
 NEAR, STEPS, BATCH = 1e-6, 4, 2
 """Relative error of losses in float32, optimizer steps, and sequences a rank takes at once."""
-
-
-def case(function: Any) -> Any:
-    MINE[function.__name__] = function
-    return function
 
 
 class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -157,7 +153,6 @@ def decayed(one: Any) -> list[str]:
 @case
 def data_parallel() -> dict:
     """The stock Trainer under DDP: clipping, evaluation; saved by the mixin, read by ``from_pretrained``."""
-    from tests.train.support_memory import folder
     from transformers import MixtralForCausalLM
 
     errors = {}
@@ -187,8 +182,6 @@ def data_parallel() -> dict:
 @case
 def fsdp2() -> dict:
     """The stock Trainer, without the mixin, under FSDP2: full and sharded state dicts."""
-    from tests.train.support_memory import folder
-
     errors = {}
     with folder() as place:
         for kind in ("full", "sharded"):
@@ -271,8 +264,6 @@ def resume_elsewhere() -> dict:
 @case
 def stock_trainer_that_saves_is_refused() -> dict:
     """Under DDP it writes on rank 0, which has a part of the experts: refused, with a hint at the mixin."""
-    from tests.train.support_memory import folder
-
     with folder() as place:
         model = build()
         shard(model)

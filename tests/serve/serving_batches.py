@@ -1,0 +1,89 @@
+"""Cases about tokens and batches: chunks, requests that come and end, ranks without any, sampling."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+from tests.serve import models as m
+from tests.serve.harness import answers, case, engine, place, plain
+
+from poise.cost.traffic import DATA_FLOWS
+from poise.planning.placement import Placement
+from poise.serve import Engine
+
+
+@case
+def ranks_without_requests() -> dict:
+    """One rank has every request; then a single request of one token, so that most ranks have nothing."""
+    for traffic in DATA_FLOWS:
+        served = engine(traffic=traffic)
+        assert served.generate(m.prompts(), 8, homes=[2] * 5) == answers("olmoe")
+        assert served.generate(m.prompts(1), 8, homes=[1]) == answers("olmoe")[:1]
+        assert served.model.cache.nbytes == 0, "all caches are freed"
+    return {}
+
+
+@case
+def chunked_prefill() -> dict:
+    """Budgets of one token to all of them give the same tokens; how many steps they take."""
+    out = {}
+    for traffic in ("home_node_dedup", "stay"):
+        for budget in (1, 5, 64):
+            served = engine(traffic=traffic, budget=budget)
+            assert served.generate(m.prompts(), 8) == answers("olmoe"), (traffic, budget)
+            assert max(step.local_tokens for step in served.steps) <= budget
+            out[f"{traffic} {budget}"] = len(served.steps)
+    assert out["stay 1"] > out["stay 5"] > out["stay 64"] == 8
+    return out
+
+
+@case
+def continuous_batching() -> dict:
+    """Requests come while others run, and wait for room: at most one of a rank is live."""
+    served = engine("qwen3_moe", traffic="stay", most_live=1, budget=9)
+    requests = []
+    for prompt in m.prompts():
+        requests.append(served.submit(prompt, 8, home=0))
+        served.step()
+    while served.busy:
+        served.step()
+    assert [request.sampled for request in requests] == answers("qwen3_moe")
+    return {"steps": len(served.steps)}
+
+
+@case
+def end_of_text() -> dict:
+    """A token that ends a request is kept as its last."""
+    full = answers("mixtral")
+    eos = full[1][3]
+    cut = [row[: row.index(eos) + 1] if eos in row else row for row in full]
+    assert cut != full
+    for traffic in ("home", "stay"):
+        assert engine("mixtral", traffic=traffic, eos=eos).generate(m.prompts(), 8) == cut
+    return {}
+
+
+@case
+def sampling() -> dict:
+    """With a seed all flows draw the same, which is not the greedy answer."""
+    draws = [engine(traffic=traffic, temperature=2.0, seed=4).generate(m.prompts(), 8) for traffic in DATA_FLOWS]
+    assert all(draw == draws[0] for draw in draws) and draws[0] != answers("olmoe")
+    assert engine(temperature=2.0, seed=5).generate(m.prompts(), 8) != draws[0]
+    return {}
+
+
+@case
+def one_expert_twice_on_a_rank() -> dict:
+    """What published EPLB may give; before and after a swap."""
+    count = place("contiguous").count_LED()
+    count[:, 0, 0] += 1
+    count[:, 3, 2] += 2
+    twice = Placement.from_counts(count)
+    served = Engine(copy.deepcopy(plain("olmoe")), twice, m.machine())
+    assert served.generate(m.prompts(), 8) == answers("olmoe")
+    other = Placement.from_counts(np.roll(count, 1, axis=2))
+    served.swap(other)
+    assert served.generate(m.prompts(), 8) == answers("olmoe")
+    assert len(served.swaps) == 1 and served.placement.has_duplicates
+    return {}

@@ -1,0 +1,148 @@
+"""Cases about placements that change amid a run: swaps and fast loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from tests.helpers import few_or
+from tests.serve import models as m
+from tests.serve.harness import answers, banks, case, engine, place, plain, tiny_price
+
+from poise.cost.traffic import DATA_FLOWS
+from poise.planning.placement import Placement
+from poise.serve import Engine, ServingPolicy
+from poise.stepwise.methods.split import even_quota
+from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
+from poise.stepwise.registry import parse_policy
+
+
+@case
+def greedy_across_a_swap() -> dict:
+    """Every flow: prompts of 1 to 23 tokens in chunks of 6, another placement in the middle, few bytes a step."""
+    out = {}
+    ways = (("contiguous", "replicas"), ("replicas", "uneven"), ("uneven", "contiguous"))
+    for family in ("olmoe", "deepseek_v3"):
+        for number, traffic in list(enumerate(DATA_FLOWS))[:: few_or(1, 2) if family == "deepseek_v3" else 1]:
+            one = (ways[(number + (family == "olmoe")) % 3],)
+            for before, after in few_or(ways, one) if family == "olmoe" else one:
+                served = engine(family, before, traffic=traffic, budget=6)
+                target = place(after, family, seed=3)
+
+                def swap(running: Engine, target: Placement = target) -> None:
+                    if len(running.steps) == 3:
+                        running.swap(target, bytes_per_step=2**15)
+
+                got = served.generate(m.prompts(), 8, before_step=swap)
+                assert got == answers(family), (family, traffic, before)
+                record = served.swaps[0]
+                assert len(served.swaps) == 1 and not served.swapping
+                assert (served.placement.count_LED() == target.count_LED()).all()
+                steps = list(served.steps)
+                assert 3 < 3 + record.steps < len(steps), "the switch came amid the run"
+                assert [step.swapping for step in steps[3 : 3 + record.steps]] == [True] * record.steps
+                assert all(step.stall_s == 0 for step in steps if not step.swapping)
+                held = [served.placement.experts_of(row, served.rank) for row in range(target.num_layers)]
+                for mine, bank, layer in zip(held, banks(served), m.moe_layers(plain(family)), strict=True):
+                    for name, weight in bank.items():
+                        full = getattr(m.block_of(plain(family), layer).experts, name)
+                        assert torch.equal(weight, full[mine])
+                out[f"{family} {traffic} {before}"] = [record.rounds, record.steps, record.fetched]
+    assert max(rounds for rounds, *_ in out.values()) > 3
+    return out
+
+
+@case
+def fast_loops() -> dict:
+    """Step replicas planned every step, by policies that keep replicas and that do not, across a swap."""
+    price, out = tiny_price(), {}
+    for number, policy in enumerate(("poise", "hecate", "smart-moe:interval=1,threshold=0.0")):
+        for traffic in DATA_FLOWS[number % few_or(2, 3) :: few_or(2, 3)]:
+            fast = ServingPolicy(parse_policy(policy), price, step_slots=2)
+            served = engine("olmoe", "contiguous", traffic=traffic, fast=fast)
+
+            def swap(running: Engine) -> None:
+                if len(running.steps) == 2:
+                    running.swap(place("replicas", seed=3), bytes_per_step=2**15)
+
+            assert served.generate(m.prompts(), 12, before_step=swap) == answers("olmoe", new=12), (policy, traffic)
+            assert len(served.swaps) == 1
+            out[f"{policy} {traffic}"] = len(served.steps)
+    return out
+
+
+@dataclass(frozen=True)
+class OneByOne(StepPolicy):
+    """Brings one replica after the other in the background."""
+
+    name: ClassVar[str] = "one-by-one"
+    summary: ClassVar[str] = ""
+    keeps: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+
+    def before_gate(self, view: LayerView) -> np.ndarray:
+        return view.before_ED
+
+    def in_background(self, view: LayerView, holders_ED: np.ndarray) -> Fetch | None:
+        coming = np.zeros_like(holders_ED)
+        lacking = ~holders_ED & (holders_ED.sum(axis=0) < view.slots_D)
+        if lacking.any():
+            coming[tuple(np.argwhere(lacking)[view.step % lacking.sum()])] = True
+        return Fetch(coming, np.zeros_like(coming)) if coming.any() else None
+
+    def after_gate(self, view: LayerView, holders_ED: np.ndarray, load_SE: np.ndarray) -> StepPlan:
+        return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), holders_ED))
+
+
+@case
+def replicas_in_the_background() -> dict:
+    """A swap comes while a fast loop's own replicas are on their way: those are taken in first, then forgotten."""
+    price, landed = tiny_price(fetches=3.5), 0
+    for number, traffic in enumerate(DATA_FLOWS):
+        for at in few_or((3, 4), (3 + number % 2,)):
+            served = engine("olmoe", "contiguous", traffic=traffic, fast=ServingPolicy(OneByOne(), price, step_slots=2))
+
+            def swap(running: Engine, at: int = at) -> None:
+                if len(running.steps) == at:
+                    running.swap(place("replicas", seed=3))
+
+            assert served.generate(m.prompts(), 12, before_step=swap) == answers("olmoe", new=12), traffic
+            for layer in served.experts.values():
+                landed += int(layer.split._driver.held_ED.sum() > layer.placement.count_LED()[layer.index].sum())
+    assert landed > 0
+    return {"layers that kept replicas": landed}
+
+
+@case
+def swap_memory_and_bytes() -> dict:
+    """Staged bytes: what came, and at most one layer made anew; a switch among equal counts makes nothing anew."""
+    served = engine("olmoe", "contiguous")
+    shifted = np.roll(served.placement.count_LED(), 1, axis=2)
+    before = [{name: weight.data_ptr() for name, weight in bank.items()} for bank in banks(served)]
+    served.swap(Placement.from_counts(shifted, method="shifted"), bytes_per_step=1)
+    while served.swapping:
+        served.step()  # without tokens
+    record = served.swaps[0]
+    one = sum(weight[0].nbytes for weight in banks(served)[0].values())
+    assert record.fetched == 4 and record.bytes_fetched == 4 * one == record.bytes_staged
+    assert record.rounds == 4, "a rank's four experts come one by one, all ranks at once"
+    after = [{name: weight.data_ptr() for name, weight in bank.items()} for bank in banks(served)]
+    assert before == after
+    assert served.generate(m.prompts(), 8) == answers("olmoe")
+    return {"bytes": record.bytes_staged, "stall_s": record.stall_s, "worst_s": record.worst_s}
+
+
+@case
+def swap_twice_in_one_run() -> dict:
+    served = engine("olmoe", "contiguous", traffic="stay")
+    targets = [place("replicas", seed=5), place("uneven", seed=6), place("contiguous")]
+
+    def swap(running: Engine) -> None:
+        if targets and not running.swapping and len(running.steps) > 1:
+            running.swap(targets.pop(0))
+
+    assert served.generate(m.prompts(), 8, before_step=swap) == answers("olmoe")
+    assert len(served.swaps) == 3
+    return {"stalls": [record.stall_s for record in served.swaps]}

@@ -1,0 +1,159 @@
+"""Cases about gradients by PyTorch's own tools: clipping, norms, hooks, ``torch.autograd.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tests.train import harness as h
+from tests.train import support_models as c
+from tests.train.support_models import case
+from tests.train.support_runs import EXACT, STEPS, error_of, fsdp, shard, train
+from torch import Tensor, nn
+
+from poise.util.errors import ModelError, OptionError
+
+
+@case
+def stock_clip_grad_norm() -> dict:
+    """``torch.nn.utils.clip_grad_norm_`` under FSDP2 and beside replicated weights, in all of its forms."""
+    worst, world = 0.0, dist.get_world_size()
+    for wrap in (True, False):
+        whole, model = h.build(), h.build()
+        h.loss_of(whole, h.batch("hot-expert-a-rank", 0, world, 2, None, torch.float64)).backward()
+        run = shard(model)
+        if wrap:
+            fsdp(model, h.MESH(world))
+        c.plain_loss("hot-expert-a-rank")(model, 0).backward()
+        if not wrap:
+            c.average_dense(model, run)
+        kept = [(w.grad, w.grad.clone()) for one in (whole, model) for w in one.parameters() if w.grad is not None]
+        for p, foreach in (  # of an empty DTensor, which a small weight leaves some ranks, PyTorch has no infinity norm
+            (2.0, None),
+            (2.0, False),
+            (2.0, True),
+            (1.0, None),
+            (3.0, True),
+            *(() if wrap else ((float("inf"), None),)),
+        ):
+            for grad, before in kept:
+                grad.copy_(before)
+            expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01, norm_type=p)
+            norm = c.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=p, foreach=foreach))
+            clipped = h.local_rows(model, {name: w.grad for name, w in whole.named_parameters()})
+            worst = max(worst, abs(norm.item() / expected.item() - 1), h.worst(c.of_all(model), clipped))
+    assert c.agreed(worst) <= EXACT, worst
+    said = c.raised(OptionError, lambda: [dist.all_reduce(weight.grad) for weight in model.parameters()])
+    return {"error": worst, "averaged by hand": said}
+
+
+@case
+def norms_and_sums_are_of_all_experts() -> dict:
+    """Reductions, their gradients, and what is refused: an axis of which a rank has a part."""
+    whole, model = h.build(), h.build()
+    shard(model)
+    name = next(name for name, _ in model.named_parameters() if name.endswith("down_proj"))
+    all_rows, rows = whole.get_parameter(name), model.get_parameter(name)
+    reductions: dict[str, Callable[[Tensor], Tensor]] = {
+        "norm": lambda w: w.norm(), "one": lambda w: torch.norm(w, 1), "inf": lambda w: torch.linalg.vector_norm(w, np.inf),
+        "three": lambda w: w.norm(p=3), "sum": lambda w: (w * 2).sum(), "square": lambda w: w.square().mean(), "max": lambda w: w.max(),
+        "least": lambda w: w.abs().amin(), "any": lambda w: (w > w.detach().max() * 0.99).any(),
+        "all": lambda w: (w < 0.3).all(), "rows": lambda w: w.sum(dim=(1, 2)).sum() if w is all_rows else w.sum(),
+    }  # fmt: skip
+    for label, reduce in reductions.items():
+        torch.testing.assert_close(reduce(rows), reduce(all_rows), rtol=1e-12, atol=0, msg=label)
+    assert rows.numel() == all_rows.numel()
+    (rows.norm() + rows.square().sum() + rows.max()).backward()
+    (all_rows.norm() + all_rows.square().sum() + all_rows.max()).backward()
+    error = c.agreed(h.worst(c.of_all(model), h.local_rows(model, {
+        n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in whole.named_parameters()})))  # fmt: skip
+    assert error <= EXACT
+    for part in (
+        lambda: rows.sum(dim=0),
+        lambda: rows.mean(axis=0),
+        lambda: rows.norm(dim=(0, 1)),
+        lambda: rows.amax(-3),
+    ):
+        said = c.raised(OptionError, part)
+        assert "axis of experts" in said
+    torch.testing.assert_close(
+        c.whole(rows.norm(dim=(1, 2))), h.local_rows(model, dict(whole.named_parameters()))[name].norm(dim=(1, 2))
+    )
+    return {"error": error}
+
+
+@case
+def gradient_hooks_on_experts() -> dict:
+    """A mask of all experts, registered before sharding or after: only the kept ones are trained."""
+    keep = [0, 5]
+
+    def arm(model: nn.Module) -> None:
+        for name, weight in model.named_parameters():
+            if ".experts." in name:
+                mask = torch.zeros(10, *[1] * (weight.dim() - 1), dtype=weight.dtype)
+                mask[keep] = 1.0
+                weight.register_hook(lambda grad, mask=mask: grad * mask)
+
+    whole = h.build()
+    arm(whole)
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        h.loss_of(whole, h.batch("hot-expert-a-rank", step, dist.get_world_size(), 2, None, torch.float64)).backward()
+        optimizer.step()
+    errors = {}
+    for when in ("before", "after"):
+        model = h.build()
+        if when == "before":
+            arm(model)
+        run = shard(model)
+        if when == "after":
+            arm(model)
+        train(model, run, torch.optim.SGD(model.parameters(), 0.1), range(STEPS))
+        errors[when] = error_of(model, dict(whole.named_parameters()))
+    model.zero_grad()
+    c.plain_loss("hot-expert-a-rank")(model, 0).backward()
+    said = c.raised(ModelError, lambda: c.plain_loss("hot-expert-a-rank")(model, 0).backward())
+    listed = h.build("list")
+    next(w for name, w in listed.named_parameters() if ".experts.1." in name).register_hook(lambda grad: grad)
+    assert "after fully_shard_experts" in c.raised(ModelError, lambda: shard(listed))
+    assert max(errors.values()) <= EXACT, errors
+    return {**errors, "said": said}
+
+
+@case
+def grad_of_something_else() -> dict:
+    """``torch.autograd.grad`` by the tokens leaves ``.grad`` alone, twice over; by experts' weights it is refused."""
+    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
+    for workload, again in (("hot-expert-a-rank", False), ("ragged", True)):
+        everything = h.batch(workload, 0, world, 2, None, torch.float64)
+        everything.x.requires_grad_()
+        dense = h.build()
+        h.loss_of(dense, everything).backward()
+        model = h.build()
+        run = shard(model, rematerialise=again)
+        data = h.batch(workload, 0, world, 2, rank, torch.float64)
+        data.x.requires_grad_()
+        counts = h.tokens_of(workload, 0, world)
+        wanted = {"x": everything.x.grad[sum(counts[:rank]) :][: counts[rank]]}
+        fired: list[int] = []
+        for weight in run.parameters():
+            weight.register_post_accumulate_grad_hook(lambda _, fired=fired: fired.append(1))
+        loss = h.loss_of(model, data)
+        for last in (False, True):
+            (slope,) = torch.autograd.grad(loss, data.x, retain_graph=not last)
+            errors[f"tokens, {workload}, {last}"] = c.agreed(h.worst({"x": slope}, wanted))
+            assert all(weight.grad is None for weight in model.parameters()) and not fired
+        assert run.schedule.moved_bytes["reduce"] == 0 == sum(run.schedule.ledger.now.values())
+        h.loss_of(model, data).mul(world).backward(inputs=[*model.parameters()])
+        assert len(fired) == len(run.parameters()), (len(fired), len(run.parameters()))
+        c.average_dense(model, run)
+        expected = {name: weight.grad for name, weight in dense.named_parameters()}
+        errors[f"weights, {workload}"] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
+        weight = model.blocks[0].experts.down_proj
+        said = c.raised(ModelError, partial(torch.autograd.grad, h.loss_of(model, data), weight))
+    assert max(errors.values()) <= EXACT, errors
+    return {**errors, "said": said}
