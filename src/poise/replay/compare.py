@@ -225,14 +225,14 @@ class Comparison:
         text += (
             f" (95 % interval over {steps} steps: {percent(low)} to {percent(high)})" if steps > 1 else " (one step)"
         )
-        sure = self.within_errors(best, base, part)
+        sure, more = self.within_errors(best, base, part), ""
         if sure is not None:
-            text += f", {percent(sure.least_share)} at its least within the errors of constants"
+            more = f"{percent(sure.least_share)} at the least while constants are off by their errors; "
         even = {name: self.replays[name, part].imbalance for name in (best, base)}
-        text += f"; max / mean tokens {even[best]:.3f}, {base} {even[base]:.3f}"
+        more += f"max / mean tokens {even[best]:.3f}, {base} {even[base]:.3f}."
         if share < NOT_WORTH or low <= 0 or (sure is not None and sure.least_share <= 0):
-            return f"Not worth it: {best} is best, {text}."
-        return f"{best} is best: {text}."
+            return f"Not worth it: {best} is best, {text}. {more}"
+        return f"{best} is best: {text}. {more}"
 
     def within_errors(self, name: str, over: str, part: str | None = None) -> GainRange | None:
         """What ``name`` saves over ``over`` while every constant of the machine is off by its error

@@ -72,12 +72,14 @@ def render_verdict(found: Verdict, made: Made) -> str:
 
 
 def _page(title: str, said: str, judged: str, cards: str, sections: str, made: Made) -> str:
-    folder = files("poise.report")
+    folder, (head, end, more) = files("poise.report"), said.partition("). ")
+    head += end.rstrip()
     parts = {
         "TITLE": escape(title),
         "STYLE": (folder / "page.css").read_text("utf-8"),
         "SCRIPT": (folder / "page.js").read_text("utf-8"),
-        "VERDICT": escape(said),
+        "VERDICT": escape(head),
+        "MORE": f"<p>{escape(more)}</p>" if more else "",
         "JUDGED": escape(judged),
         "CARDS": cards,
         "NAVIGATION": _navigation(sections),
