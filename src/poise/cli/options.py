@@ -135,7 +135,7 @@ Work = Annotated[
         "seed the same plan on every machine.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same plan.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same plan.")]
 Ranks = Annotated[
     str | None,
     typer.Option(
