@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.machine.cluster import Cluster
-from poise.machine.kernel import ACTIVATION_BYTES, SAME_TYPE
+from poise.machine.kernel import ACTIVATION_BYTES, same_type
 from poise.machine.model import ModelSpec
 from poise.util.errors import ClusterError
 
@@ -48,7 +48,7 @@ def expert_times(cluster: Cluster, model: ModelSpec) -> ExpertTimes:
     if kernel is None:
         read = model.expert_bytes / cluster.memory_bytes_per_s
         return ExpertTimes(read, model.flops_per_token / cluster.flops_per_s, 0.0, 0.0)
-    if abs(model.weight_bytes / kernel.weight_bytes - 1.0) > SAME_TYPE:
+    if not same_type(model.weight_bytes, kernel.weight_bytes):
         raise ClusterError(
             f"{kernel.name} was measured with {kernel.weight_bytes:g} bytes a weight, {model.name} has "
             f"{model.weight_bytes:g}",

@@ -19,7 +19,7 @@ from poise.cost.links import fullest_ports
 from poise.cost.pricing import Pricing
 from poise.cost.step import layer_works
 from poise.machine.cluster import Cluster
-from poise.machine.constants import UNKNOWN_ERROR
+from poise.machine.kernel import UNKNOWN_ERROR
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 
@@ -47,7 +47,7 @@ class ConstantErrors(NamedTuple):
 
 
 def constant_errors(cluster: Cluster) -> ConstantErrors:
-    """Held out where the constants were measured, else :data:`poise.machine.constants.UNKNOWN_ERROR`: so for a network
+    """Held out where the constants were measured, else :data:`poise.machine.kernel.UNKNOWN_ERROR`: so for a network
     port of a datasheet, or of doubtful rows, too.
     """
     kernel = UNKNOWN_ERROR if cluster.kernel is None else cluster.kernel.error

@@ -13,7 +13,7 @@ from importlib.resources import files
 from statistics import median
 from typing import Any
 
-from poise.machine.kernel import SAME_TYPE, AllToAllLinks, ExchangeWay, ExpertKernel
+from poise.machine.kernel import UNKNOWN_ERROR, AllToAllLinks, ExchangeWay, ExpertKernel, same_type
 from poise.machine.presets import DEVICES, PEAKS
 from poise.util.errors import ClusterError
 from poise.util.jsonfile import parse_json
@@ -26,7 +26,6 @@ GPU_OF = {"a100-100g": "a100", "h100-100g": "h100", "h200-800g": "h200"}
 """Presets that differ from a measured GPU in their network alone."""
 DATASHEET = "datasheet"
 """What ``preset+datasheet`` asks for: peaks of the datasheet, whatever was measured."""
-UNKNOWN_ERROR = 0.3
 FOUR_BIT, EIGHT_BIT = 0.75, 1.5
 """Bytes of a weight below which arithmetic runs in a type of so many bits; scales of blocks are in them."""
 SCHEMA = 1
@@ -101,7 +100,7 @@ def _kernel(row: Mapping[str, Any], name: str, gpu: str) -> ExpertKernel:
 def derated_kernel(preset: str, weight_bytes: float) -> ExpertKernel:
     """The datasheet with the median factors and start of the measured kernels that engines take by default."""
     rows = [row for row in tables().kernels if row["default"]]
-    same = [row for row in rows if _same_type(row["weight_bytes"], weight_bytes)] or rows
+    same = [row for row in rows if same_type(row["weight_bytes"], weight_bytes)] or rows
     start, read, compute, activation = (
         median(row[key] for row in same) for key in ("start_s", "read_factor", "compute_factor", "activation_factor")
     )
@@ -112,10 +111,6 @@ def derated_kernel(preset: str, weight_bytes: float) -> ExpertKernel:
     )  # fmt: skip
 
 
-def _same_type(one: float, other: float) -> bool:
-    return abs(one / other - 1.0) <= SAME_TYPE
-
-
 def choose_kernel(preset: str, weight_bytes: float, engine: str | None = None) -> ExpertKernel:
     """The measured kernel that an engine (default: the first of :data:`ENGINES` that has one) takes for weights of that
     many bytes, or the derated datasheet.
@@ -123,7 +118,7 @@ def choose_kernel(preset: str, weight_bytes: float, engine: str | None = None) -
     gpu = gpu_of(preset)
     for name in ENGINES if engine is None else (engine,):
         rows = [row for kind in TYPES if (row := kernel_row(gpu, name, kind)) is not None]
-        fitting = [row for row in rows if _same_type(row["weight_bytes"], weight_bytes)]
+        fitting = [row for row in rows if same_type(row["weight_bytes"], weight_bytes)]
         if fitting:  # nvfp4, mxfp4 and int4 lie within a tenth of each other: the nearest
             nearest = min(fitting, key=lambda row: abs(row["weight_bytes"] / weight_bytes - 1.0))
             return _kernel(nearest, f"{preset}+{name}.{nearest['type']}", gpu)

@@ -22,6 +22,13 @@ ACTIVATION_BYTES = 2.0
 MOST = 1e300
 SAME_TYPE = 0.1
 """How far a model's bytes a weight may be from the kernel's: scales of blocks are counted by some and not by others."""
+UNKNOWN_ERROR = 0.3
+"""Relative error of constants whose own is not known."""
+
+
+def same_type(weight_bytes: float, other: float) -> bool:
+    """Whether weights of so many bytes may be of one type."""
+    return abs(weight_bytes / other - 1.0) <= SAME_TYPE
 
 
 def _positive(about: str, value: Any, *, least: float = 0.0, over: bool = False) -> None:
@@ -72,7 +79,7 @@ class ExpertKernel:
     activation_factor: float
     flops_per_s: float
     memory_bytes_per_s: float
-    error: float = 0.3
+    error: float = UNKNOWN_ERROR
 
     def __post_init__(self) -> None:
         for attr in ("weight_bytes", "read_factor", "compute_factor", "flops_per_s", "memory_bytes_per_s"):
@@ -114,7 +121,7 @@ class ExchangeWay:
     inter_bytes_per_s: float | None = None
     peer_s: float = 0.0
     nodes_start_s: float | None = None
-    error: float = 0.3
+    error: float = UNKNOWN_ERROR
 
     def __post_init__(self) -> None:
         _positive("intra_bytes_per_s of an all-to-all", self.intra_bytes_per_s, over=True)

@@ -34,10 +34,10 @@ def can_be_drawn(batch: RoutingBatch) -> bool:
     return np.unique(batch.request_T).size >= LEAST_REQUESTS
 
 
-def drawn_steps(batch: RoutingBatch, steps: int, seed: int, *, only_R: NDArray[np.bool_] | None = None) -> RoutingBatch:
+def drawn_steps(batch: RoutingBatch, steps: int, seed: int) -> RoutingBatch:
     """So many steps drawn from a batch of which :func:`can_be_drawn` holds; equal weights.
 
-    ``only_R`` bool [R]: whether a request may be drawn, by its number; default: all may.
+    Their loads have their part of :data:`UNSEEN` tokens of every expert mixed in, and sum to those of their tokens.
     """
     assert batch.experts_TLK is not None and batch.request_T is not None and batch.start_B is not None
     rng = np.random.default_rng(seed)
