@@ -7,11 +7,11 @@ import pytest
 
 from poise.cost.compute import device_compute, expert_seconds, expert_times, tokens_per_pair
 from poise.machine.cluster import Cluster
-from poise.machine.constants import ENGINES, derated_kernel, gpu_of, kernel_of, links_of, tables
+from poise.machine.constants import ENGINES, derated_kernel, gpu_of, kernel_of, links_of, peak_of, tables
 from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.machine.presets import DEVICES, PEAKS
-from poise.machine.settle import LOW_LATENCY_TOKENS, ground, settle
+from poise.machine.settle import LOW_LATENCY_TOKENS, flow_of, ground, settle
 from poise.planning.engine_rules import parse_engine
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
@@ -31,6 +31,28 @@ def test_every_kernel_and_library_can_be_named():
     for row in tables().links:
         links = Cluster.parse(f"1x8:{row['gpu']}+{row['library']}").links
         assert links.dispatch.intra_bytes_per_s > 0
+
+
+def test_links_say_what_they_send():
+    """By library, or as a file says; anything else is refused."""
+    assert flow_of(Cluster.parse("2x8:h200+deepep-ll")) == flow_of(Cluster.parse("1x8:h100+nccl")) == "home"
+    assert flow_of(Cluster.parse("1x8:gb200+one-sided")) == "home_device_dedup"
+    assert (
+        flow_of(Cluster.parse("2x8:h200+deepep-normal"))
+        == flow_of(Cluster.parse("2x8:h200+datasheet"))
+        == "home_node_dedup"
+    )
+    way = ExchangeWay(1e-5, 1e9)
+    links = AllToAllLinks("mine", way, way, flow="home_device_dedup")
+    assert AllToAllLinks.from_dict(links.to_dict(), "links") == links
+    with pytest.raises(ClusterError, match="'stay'"):
+        AllToAllLinks.from_dict({**links.to_dict(), "flow": "stay"}, "links")
+
+
+def test_eight_bits_on_a_machine_without_them():
+    """An A100 has no fp8: weights of a byte are computed with in 16 bits."""
+    assert peak_of("a100", 1.0) == peak_of("a100", 2.0) == DEVICES["a100"]["flops_per_s"]
+    assert peak_of("h100", 1.0) > 1.9 * peak_of("h100", 2.0)
 
 
 def test_at_most_one_kernel_is_the_default():

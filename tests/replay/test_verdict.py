@@ -316,6 +316,15 @@ def test_defaults_are_said():
     assert sum("assumed" in note for note in got.notes) == 2 and poise.verdict is verdict
 
 
+def test_a_step_larger_than_its_window_is_said():
+    """A step of 100 tokens of a window that has 40 draws its requests again; one of 20 does not."""
+    rng = np.random.default_rng(3)
+    traces = [RoutingTrace(rng.integers(0, 4, (40, 2, 1)), 4, request=np.arange(40) // 4) for _ in range(2)]
+    for tokens, said in ((100, 2), (20, 0)):
+        got = judge(*traces, tokens_per_step=tokens, redundant=0)
+        assert sum("drawn again" in note for one in got.phases for note in one.notes) == said
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

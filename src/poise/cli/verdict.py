@@ -54,7 +54,8 @@ def verdict(
     ] = None,
     engine: o.EngineName = "any",
     context: Annotated[
-        int, typer.Option(help="Tokens that a decoded token attends to, or of a prompt: for the rest of the step.")
+        int,
+        typer.Option(min=1, help="Tokens that a decoded token attends to, or of a prompt: for the rest of the step."),
     ] = 4096,
     homes: o.HomesRule = None,
     time_limit: Annotated[float, o.flag("time_limit", "Seconds for all plans together.")] = 60.0,

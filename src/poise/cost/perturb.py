@@ -8,6 +8,7 @@ that the constants are off.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from poise.cost.compute import expert_seconds, expert_times
 from poise.cost.links import fullest_ports
 from poise.cost.pricing import Pricing
-from poise.cost.step import layer_works
+from poise.cost.step import kv_seconds_per_token, layer_works
 from poise.machine.cluster import Cluster
 from poise.machine.kernel import UNKNOWN_ERROR
 from poise.machine.model import ModelSpec
@@ -100,9 +101,21 @@ def _seconds(
             for x, (near, far) in enumerate(exchanges):
                 longest_B = np.maximum(intra_B * near / wire.intra_bytes_per_s, net_B * far / wire.inter_bytes_per_s)
                 exchange_X[x] += weight_B @ longest_B * size
-    start = expert_times(cluster, model).start_s + cluster.dispatch_wire.start_s + cluster.combine_wire.start_s
+    start = expert_times(cluster, model).start_s + cluster.dispatch_wire.start_s
+    if pricing.traffic != "stay" or batch.top_k > 1:
+        start += cluster.combine_wire.start_s
+    if pricing.traffic == "stay":
+        tokens = float(batch.weight_B @ batch.tokens_BL().sum(axis=1))
+        exchange_X += [tokens * kv_seconds_per_token(_slower(cluster, *ways), model) for ways in exchanges]
     both = (compute_C[:, None] + exchange_X[None, :]).ravel() / batch.num_layers
-    return np.asarray(both + start)
+    busy = float(batch.weight_B @ (batch.tokens_BL() > 0).mean(axis=1))
+    return np.asarray(both + busy * start)
+
+
+def _slower(cluster: Cluster, near: float, far: float) -> Cluster:
+    """The cluster with its ports slower by these factors."""
+    ports = cluster.intra_bytes_per_s / near, cluster.inter_bytes_per_s / far
+    return replace(cluster, intra_bytes_per_s=ports[0], inter_bytes_per_s=ports[1])
 
 
 def _expert_seconds(

@@ -83,9 +83,7 @@ class StepPrice:
 
     def hidden_experts(self) -> int:
         """Hecate's overlap degree t: whole experts that the window can bring over the slowest link."""
-        cluster = self.cluster
-        wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-        return int(self.window_s * wire / self.model.expert_bytes)
+        return int(self.window_s * self.cluster.slowest_bytes_per_s / self.model.expert_bytes)
 
 
 class CompiledPrice(NamedTuple):
@@ -133,8 +131,7 @@ def window_seconds(tokens: float, cluster: Cluster, model: ModelSpec) -> float:
 def control_seconds(num_experts: int, cluster: Cluster) -> float:
     """One all-gather of E counts from every rank, the exact split, and a synchronisation."""
     devices = cluster.num_devices
-    wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
-    exchange = cluster.plain_wire.start_s + 4.0 * num_experts * (devices - 1) / wire
+    exchange = cluster.plain_wire.start_s + 4.0 * num_experts * (devices - 1) / cluster.slowest_bytes_per_s
     return exchange + SYNC_SECONDS + PLAN_SECONDS_BASE + PLAN_SECONDS_PER_PAIR * num_experts * devices
 
 

@@ -126,6 +126,11 @@ class Cluster:
         return np.bincount(self.node_D, minlength=self.num_nodes)
 
     @property
+    def slowest_bytes_per_s(self) -> float:
+        """Of the slowest port that a weight may have to pass: the network's with several nodes, else the node's."""
+        return self.inter_bytes_per_s if self.num_nodes > 1 else self.intra_bytes_per_s
+
+    @property
     def plain_wire(self) -> Wire:
         """What carries weights and counts; its start is an all-to-all's over all devices, 0 for a single one."""
         if self.num_devices == 1:

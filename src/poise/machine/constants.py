@@ -24,6 +24,11 @@ TYPES = ("bf16", "fp8_block", "fp8", "mxfp4", "mxfp4_mxfp8", "nvfp4", "int4")
 """In this order where several have the model's bytes a weight."""
 GPU_OF = {"a100-100g": "a100", "h100-100g": "h100", "h200-800g": "h200"}
 """Presets that differ from a measured GPU in their network alone."""
+FLOW_OF = {
+    "deepep-ll": "home", "deepep-normal": "home_node_dedup", "nccl": "home", "one-sided": "home_device_dedup",
+    "two-sided": "home_device_dedup",
+}  # fmt: skip
+"""What a library sends (:class:`poise.machine.kernel.AllToAllLinks`). Its rates were fitted so."""
 DATASHEET = "datasheet"
 """What ``preset+datasheet`` asks for: peaks of the datasheet, whatever was measured."""
 FOUR_BIT, EIGHT_BIT = 0.75, 1.5
@@ -148,7 +153,8 @@ def links_of(preset: str, library: str, *, many_nodes: bool) -> AllToAllLinks:
     port = DEVICES[preset]["inter_bytes_per_s"] / DEVICES[gpu]["inter_bytes_per_s"]
     ways = [_way(row[way], port) for way in ("dispatch", "combine")]
     doubt = bool(row["doubtful"])
-    return AllToAllLinks(f"{library}{' (rows of doubtful origin)' * doubt}", ways[0], ways[1], doubt)
+    name = f"{library}{' (rows of doubtful origin)' * doubt}"
+    return AllToAllLinks(name, ways[0], ways[1], doubt, FLOW_OF[library])
 
 
 def _way(row: Mapping[str, Any], port: float) -> ExchangeWay:
@@ -167,7 +173,7 @@ def _derated_links(preset: str, library: str) -> AllToAllLinks:
     for way in ("dispatch", "combine"):
         share = median(row[way]["intra_bytes_per_s"] / DEVICES[row["gpu"]]["intra_bytes_per_s"] for row in rows)
         ways.append(ExchangeWay(median(row[way]["start_s"] for row in rows), port * share, error=UNKNOWN_ERROR))
-    return AllToAllLinks(f"{library}, derated", ways[0], ways[1])
+    return AllToAllLinks(f"{library}, derated", ways[0], ways[1], flow=FLOW_OF[library])
 
 
 def plain_link(preset: str) -> ExchangeWay | None:

@@ -22,6 +22,8 @@ ACTIVATION_BYTES = 2.0
 MOST = 1e300
 SAME_TYPE = 0.1
 """How far a model's bytes a weight may be from the kernel's: scales of blocks are counted by some and not by others."""
+FLOWS = ("home", "home_device_dedup", "home_node_dedup")
+"""What a library may send: a token's copy to every expert, once to a device, once to a node (poise.cost.traffic)."""
 UNKNOWN_ERROR = 0.3
 """Relative error of constants whose own is not known."""
 
@@ -149,12 +151,18 @@ class AllToAllLinks:
     name : where it was measured.
     dispatch, combine : the two directions.
     doubtful : what is said of the network rests on rows of doubtful origin.
+    flow : what it sends, one of :data:`FLOWS`.
     """
 
     name: str
     dispatch: ExchangeWay
     combine: ExchangeWay
     doubtful: bool = False
+    flow: str = "home_node_dedup"
+
+    def __post_init__(self) -> None:
+        if self.flow not in FLOWS:
+            raise ClusterError(f"flow of an all-to-all is {str(self.flow)[:40]!r}", hint=f"one of {', '.join(FLOWS)}")
 
     def times(self, group: int, *, shared: bool = False) -> AllToAllLinks:
         """The same between devices of ``group`` GPUs: their ports together, the start of one."""
@@ -173,7 +181,8 @@ class AllToAllLinks:
         out, back = (
             ExchangeWay(**_known_keys(ExchangeWay, f"{about} {way}", found[way])) for way in ("dispatch", "combine")
         )
-        return cls(str(found["name"])[:80], out, back, bool(found.get("doubtful", False)))
+        more = {"flow": found["flow"]} if "flow" in found else {}
+        return cls(str(found["name"])[:80], out, back, bool(found.get("doubtful", False)), **more)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a cluster file."""

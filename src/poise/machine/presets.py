@@ -54,10 +54,11 @@ DEVICES: dict[str, dict[str, float]] = {
 }
 
 
-# Dense peaks of other types, TFLOP/s, from the same datasheets: A100 624 in int8 (it has no fp8); H100 and H200 1979 in
-# fp8; DGX B200 72 PFLOPS fp8 and 144 PFLOPS fp4, both sparse, over 8; GB200 NVL72 720 and 1440 PFLOPS sparse over 72
+# Dense peaks of other types, TFLOP/s, from the same datasheets: H100 and H200 1979 in fp8; DGX B200
+# 72 PFLOPS fp8 and 144 PFLOPS fp4, both sparse, over 8; GB200 NVL72 720 and 1440 PFLOPS sparse over 72. A100 has no fp8:
+# engines compute with fp8 weights there in 16 bits (its 624 are int8).
 PEAKS: dict[str, dict[str, float]] = {
-    "a100": {"16bit": 312e12, "8bit": 624e12},
+    "a100": {"16bit": 312e12},
     "h100": {"16bit": 989e12, "8bit": 1979e12},
     "h200": {"16bit": 989e12, "8bit": 1979e12},
     "b200": {"16bit": 2250e12, "8bit": 4500e12, "4bit": 9000e12},

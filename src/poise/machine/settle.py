@@ -56,17 +56,9 @@ def settle(cluster: Cluster, model: ModelSpec, tokens: float, *, engine: str | N
     return replace(cluster, name="+".join(name), **changed)
 
 
-FLOW_OF = {
-    "deepep-ll": "home", "deepep-normal": "home_node_dedup", "nccl": "home", "one-sided": "home_device_dedup",
-    "two-sided": "home_device_dedup",
-}  # fmt: skip
-"""What a library sends: a copy to every expert, once to a node, once to a device. Its rates were fitted so."""
-
-
 def flow_of(cluster: Cluster) -> str:
     """Data flow of the cluster's library; for a datasheet's ports that of DeepEP's normal kernels."""
-    name = "" if cluster.links is None else cluster.links.name.split(" ")[0].rstrip(",")
-    return FLOW_OF.get(name, "home_node_dedup")
+    return "home_node_dedup" if cluster.links is None else cluster.links.flow
 
 
 def ground(cluster: Cluster) -> str:

@@ -149,9 +149,14 @@ class PlacementProblem:
         """Seconds a step and layer that moving to ``placement`` costs: fetches of the fullest device over the steps."""
         if self.current is None or self.migration_steps <= 0:
             return 0.0
-        wire = self.cluster.inter_bytes_per_s if self.cluster.num_nodes > 1 else self.cluster.intra_bytes_per_s
         fetched = float(self.current.diff(placement).fetched_D.max())
-        return fetched * self.model.expert_bytes / wire / self.migration_steps / self.batch.num_layers
+        return (
+            fetched
+            * self.model.expert_bytes
+            / self.cluster.slowest_bytes_per_s
+            / self.migration_steps
+            / self.batch.num_layers
+        )
 
     @property
     def num_devices(self) -> int:

@@ -150,7 +150,12 @@ def judge_phase(
     cluster = settle(setting.cluster, model, tokens, engine=engine.kernels)
     current = _current(setting, batches[0], cluster)
     slots = setting.slots_to_try(experts)
-    notes = [*traffic.notes, *uneven_homes(batches[1], cluster.num_devices), *_sampled(batches)]
+    notes = [
+        *traffic.notes,
+        *uneven_homes(batches[1], cluster.num_devices),
+        *_sampled(batches),
+        *_repeated(traffic, batches),
+    ]
     if not setting.fits(-(-(experts + slots[0]) // cluster.num_devices)):
         notes.append(f"{model.name} does not fit into {cluster.memory_bytes / 2**30:.0f} GiB a rank")
     plans = len(slots) * len(TRIED_METHODS) * 2
@@ -223,6 +228,16 @@ def _current(setting: TrialSetting, batch: RoutingBatch, cluster: Cluster) -> Pl
 
 def _sampled(batches: Batches) -> list[str]:
     return [f"of a window {batch.sampled} are priced" for batch in batches if batch.sampled]
+
+
+def _repeated(traffic: PhaseTraffic, batches: Batches) -> list[str]:
+    """Windows of which one step takes more tokens than they have: their requests are drawn again to fill it."""
+    return [
+        f"a step of {batch.mean_tokens():,.0f} tokens is more than the {one.num_tokens:,} of {one.name}: its requests "
+        "are drawn again and again, and what others would do is not in it"
+        for one, batch in zip(traffic.windows, batches, strict=True)
+        if isinstance(one, RoutingTrace) and batch.mean_tokens() > one.num_tokens
+    ]
 
 
 def _pricing(batch: RoutingBatch, cluster: Cluster, setting: TrialSetting) -> Pricing:

@@ -27,7 +27,7 @@ def why_none(policy: StepPolicy, view: LayerView) -> str:
         return "predicted loads are even"
     machine = f"by the rates of {view.price.cluster.name}"
     if isinstance(policy, Hecate) and policy.limits(view)[0] == 0:
-        one_s = view.price.model.expert_bytes / _wire(view)
+        one_s = view.price.model.expert_bytes / view.price.cluster.slowest_bytes_per_s
         return f"no gather hides: one takes {one_s:.2g} s, the window has {view.price.window_s:.2g} s, {machine}"
     if isinstance(policy, Poise) and policy.objective == "seconds":
         plan_ED, costs_s, saves_s = policy.training.weighed(view)
@@ -51,8 +51,3 @@ def one_replica(policy: PoiseTraining, view: LayerView) -> tuple[float, float]:
     near_s, exact_s = policy.dispatch_seconds(view, held_ED)
     _, alone_s = policy.dispatch_seconds(view, view.before_ED)
     return price.exposed_seconds(gather_s, 0.0) + min(near_s - exact_s, policy.control_seconds(view)), alone_s - exact_s
-
-
-def _wire(view: LayerView) -> float:
-    cluster = view.price.cluster
-    return cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s

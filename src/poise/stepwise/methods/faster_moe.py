@@ -41,17 +41,16 @@ class FasterMoE(StepPolicy):
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 1 to 3."""
         cluster, model = view.price.cluster, view.price.model
-        wire = cluster.inter_bytes_per_s if cluster.num_nodes > 1 else cluster.intra_bytes_per_s
         computes, sends = (3.0, 4.0) if self.training or view.price.training else (1.0, 2.0)
         times = expert_times(cluster, model)
         per_token = computes * (times.compute_s + times.activation_s)
-        per_token += sends * model.dispatch_bytes_per_token / wire
+        per_token += sends * model.dispatch_bytes_per_token / cluster.slowest_bytes_per_s
         node_D = cluster.node_D
 
         def latency(holders: NDArray[np.bool_], shadows: int) -> tuple[float, NDArray[np.int64]]:
             rows = nearest_rows(load_SE, holders, node_D)
             fullest = float((rows.sum(axis=(0, 1)) / cluster.speed_D).max())
-            return per_token * fullest + shadows * model.expert_bytes / wire, rows
+            return per_token * fullest + shadows * model.expert_bytes / cluster.slowest_bytes_per_s, rows
 
         best, rows = latency(holders_ED, 0)
         held, shadows = holders_ED, 0
