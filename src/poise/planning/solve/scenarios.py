@@ -22,9 +22,10 @@ JUDGED = 8
 """Others, by which its answer is chosen."""
 LEAST_REQUESTS = 16
 """Requests that must be known: fewer say nothing of others."""
-UNSEEN = 2.0
-"""Tokens that every expert is taken to have beside all that are known (Laplace's rule of succession, twice). An expert
-that some requests left idle is read for others, and who is told that it never is puts several such on one device."""
+UNSEEN = 1.0
+"""Tokens that every expert is taken to have beside all that are known (Laplace's rule of succession), drawn for each
+step anew. An expert that some requests left idle is read for others now and then: who is told that it never is puts
+several such on one device, who is told that it always is sees no use in a replica that is seldom read."""
 
 
 def can_be_drawn(batch: RoutingBatch) -> bool:
@@ -37,7 +38,7 @@ def can_be_drawn(batch: RoutingBatch) -> bool:
 def drawn_steps(batch: RoutingBatch, steps: int, seed: int) -> RoutingBatch:
     """So many steps drawn from a batch of which :func:`can_be_drawn` holds; equal weights.
 
-    Their loads have their part of :data:`UNSEEN` tokens of every expert mixed in, and sum to those of their tokens.
+    Their loads have draws of :data:`UNSEEN` tokens of every expert mixed in, and sum to those of their tokens.
     """
     assert batch.experts_TLK is not None and batch.request_T is not None and batch.start_B is not None
     rng = np.random.default_rng(seed)
@@ -59,8 +60,8 @@ def drawn_steps(batch: RoutingBatch, steps: int, seed: int) -> RoutingBatch:
     experts = np.ascontiguousarray(batch.experts_TLK[token])
     load = count_loads(experts, counts, batch.num_experts)
     mass = load.sum(axis=2, keepdims=True)
-    unseen = UNSEEN * tokens / step_T.size
-    load = (load + unseen * (mass > 0)) * (mass / np.maximum(mass + unseen * batch.num_experts, 1e-9))
+    load += rng.poisson(UNSEEN * tokens / step_T.size, load.shape) * (mass > 0)
+    load *= mass / np.maximum(load.sum(axis=2, keepdims=True), 1e-9)
     return replace(
         batch, load_BLE=load, weight_B=np.full(steps, 1.0 / steps),
         experts_TLK=experts, start_B=start, request_T=batch.request_T[token],
