@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from tests.helpers import few_or
 from tests.serve import models as m
@@ -17,6 +19,7 @@ from poise.serve import Engine, ServingPolicy
 from poise.stepwise.methods.split import even_quota
 from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
 from poise.stepwise.registry import parse_policy
+from poise.util.errors import CommunicationError
 
 
 @case
@@ -132,6 +135,91 @@ def swap_memory_and_bytes() -> dict:
     assert before == after
     assert served.generate(m.prompts(), 8) == answers("olmoe")
     return {"bytes": record.bytes_staged, "stall_s": record.stall_s, "worst_s": record.worst_s}
+
+
+def damage(kind: str, arrived: dict, old: dict) -> None:
+    """What a faulty transfer may leave in the first copy that came."""
+    (layer, expert), weights = next(iter(arrived.items()))
+    first = next(iter(weights.values()))
+    if kind == "another expert":
+        other = next(rows for (where, who), rows in old.items() if (where, who) != (layer, expert))
+        for name, weight in weights.items():
+            weight.copy_(other[name])
+    elif kind == "half a tensor":
+        first.view(-1)[: first.numel() // 2] = 0
+    elif kind == "a stale one":
+        for name, weight in weights.items():
+            weight.copy_(old[layer, expert][name])
+    elif kind == "two elements changed places":
+        flat = first.view(-1)
+        flat[:2] = flat[:2].flip(0).clone()
+    else:
+        first.view(-1)[-1] = -first.view(-1)[-1]
+
+
+@case
+def wrong_copies_serve_no_token() -> dict:
+    """Whatever is wrong with one copy on one rank, all keep the old placement and its tokens, say so, and can try again.
+
+    Weights are scaled before, so that there is an old version. Fails if a copy is taken unseen.
+    """
+    out = {}
+    for number, kind in enumerate(
+        ("another expert", "half a tensor", "a stale one", "two elements changed places", "a bit")
+    ):
+        served = engine("olmoe", "contiguous", traffic=DATA_FLOWS[number % len(DATA_FLOWS)])
+        full = [m.block_of(plain("olmoe"), layer).experts for layer in m.moe_layers(plain("olmoe"))]
+        old = {(row, expert): {name: getattr(experts, name)[expert].detach().clone() for name in banks(served)[row]}
+               for row, experts in enumerate(full) for expert in range(m.EXPERTS)}  # fmt: skip
+        for bank in banks(served):
+            for weight in bank.values():
+                weight.mul_(1.5)
+        served.remember_weights()
+        want = served.generate(m.prompts(), 8)
+        before = served.placement
+        shifted = Placement.from_counts(np.roll(before.count_LED(), 1, axis=2), method="shifted")
+
+        spoil = served.rank == number % served.ranks
+
+        def swap(
+            running: Engine, kind: str = kind, shifted: Placement = shifted, old: dict = old, spoil: bool = spoil
+        ) -> None:
+            moving = running._swap
+            if spoil and moving is not None and moving._batch is not None:
+                inner, arrived = moving._batch.wait, {place: moving.arrived[place] for place in moving._unseen}
+                moving._batch.wait = lambda: (inner(), damage(kind, arrived, old))
+            if not running.swaps and not running.swapping:
+                running.swap(shifted, bytes_per_step=1)
+
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert served.generate(m.prompts(), 8, before_step=swap) == want, kind
+        assert sum("given up" in str(one.message) for one in said) == 1, kind
+        assert served.placement is before and not served.swapping and served.swaps[0].wrong is not None
+        served.swap(shifted)
+        assert served.generate(m.prompts(), 8) == want and served.swaps[1].wrong is None
+        assert (served.placement.count_LED() == shifted.count_LED()).all()
+        out[kind] = list(served.swaps[0].wrong)
+    return out
+
+
+@case
+def replicas_that_differ_are_refused() -> dict:
+    """Weights changed on one rank alone: every rank learns it. The same on all holders: all right."""
+    served = engine("olmoe", "replicas")
+    expert = int(np.flatnonzero(served.placement.count_LED()[0].sum(axis=1) > 1)[0])
+    holders = np.flatnonzero(served.placement.count_LED()[0, expert]).tolist()
+    assert len(holders) > 1, "the case needs a replica"
+    for rank in holders:
+        if served.rank == rank:
+            row = served.placement.experts_of(0, rank).index(expert)
+            next(iter(banks(served)[0].values()))[row].view(-1)[3] += 0.5
+        if rank == holders[-1]:
+            served.remember_weights()
+        else:
+            with pytest.raises(CommunicationError, match=f"expert {expert} of MoE layer 0"):
+                served.remember_weights()
+    return {"holders": holders}
 
 
 @case

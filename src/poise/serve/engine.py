@@ -7,6 +7,7 @@ tokens of all ranks together and ends with one small all-reduce: what was sample
 from __future__ import annotations
 
 import time
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
+from poise.runtime.canary import Canary
 from poise.runtime.collectives import lost, twin
 from poise.serve.layer import Clock, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
@@ -138,6 +140,7 @@ class Engine:
         self.swaps: list[SwapRecord] = []
         self._swap: Swap | None = None
         self._setup_s = 0.0
+        self.remember_weights()
 
     @property
     def busy(self) -> bool:
@@ -194,20 +197,25 @@ class Engine:
         batch = self.book.batch()
         ends = self.book.ends(batch)
         want = batch.last_tags()[ends]
-        mine = torch.full((len(want) + 1,), NONE, dtype=torch.int64)
+        mine = torch.full((len(want) + 2,), NONE, dtype=torch.int64)
         if batch.num_tokens:
             tags, logits = self.model.forward(batch, want)
             for place, row in zip(np.searchsorted(want, tags).tolist(), logits, strict=True):
                 chunk = batch.chunks[ends[place]]
                 position = chunk.first + len(chunk.tokens)
                 mine[place] = pick(row, self.temperature, self.seed, chunk.request, position)
-        mine[-1] = int(swap is not None and not swap.complete)
-        agreed = self._agree(mine, batch.token_T)
-        sampled = {batch.chunks[i].request: token for i, token in zip(ends, agreed[:-1], strict=True)}
+        mine[-2] = int(swap is not None and not swap.complete)
+        if swap is not None and swap.wrong:
+            layer, expert = swap.wrong[0]
+            mine[-1] = layer * self._num_experts + expert
+        *tokens, incomplete, wrong = self._agree(mine, batch.token_T)
+        sampled = {batch.chunks[i].request: token for i, token in zip(ends, tokens, strict=True)}
         for request in self.book.advance(batch, sampled, self.eos):
             if self.traffic == "stay" or request.home == self.rank:
                 self.model.cache.close(request.number)
-        if swap is not None and agreed[-1] == 0:
+        if swap is not None and wrong != NONE:
+            self._give_up(swap, divmod(wrong, self._num_experts))
+        elif swap is not None and not incomplete:
             stall += self._switch(swap)
         record = StepRecord(
             time.perf_counter() - start, batch.num_tokens, len(batch.tags(self.rank)), len(sampled), stall,
@@ -233,7 +241,8 @@ class Engine:
         """Start to move to another placement, on all ranks alike, between two steps; see :mod:`poise.serve.swap`.
 
         Steps go on meanwhile; all layers switch at the end of a later one, the same on all ranks. Slots may be
-        renumbered inside ranks: ``placement`` of the engine then tells.
+        renumbered inside ranks: ``placement`` of the engine then tells. Where a copy is not what its expert was when it
+        was loaded, all ranks keep the old placement: a warning says so, and the last of ``swaps``.
 
         Parameters
         ----------
@@ -254,8 +263,34 @@ class Engine:
         banks = by_row({layer: served.bank for layer, served in self.experts.items()})
         kinds = [self._kinds[layer] for layer in self._layers]
         self._swap = Swap(self.placement, align(self.placement, placement), banks, kinds, self.cluster.node_D,
-                          self._weights_group, bytes_per_step)  # fmt: skip
+                          self._weights_group, bytes_per_step, self._canary)  # fmt: skip
         self._setup_s = time.perf_counter() - start
+
+    def remember_weights(self) -> None:
+        """Take the weights as they are for right, on all ranks: copies must equal them. Called again after whoever
+        changes them, between two steps and outside of a swap.
+
+        Raises
+        ------
+        CommunicationError : replicas of an expert differ.
+        """
+        banks = [self.experts[layer].bank for layer in self._layers]
+        held = [self.placement.experts_of(row, self.rank) for row in range(len(banks))]
+
+        def weights(layer: int, slot: int) -> list[Tensor]:
+            return [banks[layer][name][slot] for name in self._kinds[self._layers[layer]].shapes]
+
+        self._canary = Canary.of(held, weights, self._num_experts, self.group, self.model.device)
+
+    def _give_up(self, swap: Swap, wrong: tuple[int, int]) -> None:
+        """A copy is not right on some rank: the old placement serves on, on all."""
+        layer, expert = wrong
+        warnings.warn(
+            f"the swap was given up: a copy of expert {expert} of MoE layer {layer} is not what was loaded",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+        self._swap = None
+        self.swaps.append(swap.record(self._setup_s, wrong))
 
     def _switch(self, swap: Swap) -> float:
         """All ranks have all: from the next step on the new placement serves."""

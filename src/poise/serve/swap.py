@@ -1,11 +1,14 @@
 """From one placement to another while steps go on: weights come in rounds, then all layers switch at one step boundary.
 
 Step 1  Every rank works out the same list: who lacks which expert of which layer, and from whom it comes (a holder in
-        the same node first, then the one that has sent least). Rounds are filled in order, so that no rank sends or
-        receives more than ``bytes_per_step`` in one of them (but one expert at least).
+        the same node first, then the one that has sent least). In a round a rank sends to one peer and receives from
+        one (:mod:`poise.control.peers`), an expert each; a step has one round, or as many as fit ``bytes_per_step``.
 Step 2  Between two steps a rank waits for the round before and posts the next one, over a process group of its own. So
         a transfer has one whole step to run in, and only what is left of it then stalls the step.
-Step 3  Nothing of the old placement goes before every rank has said, in the all-reduce of a step, that it has all.
+        What the round before brought is compared with what its experts were when they were loaded
+        (:mod:`poise.runtime.canary`).
+Step 3  Nothing of the old placement goes before every rank has said, in the all-reduce of a step, that it has all. One
+        copy that is not right, on any rank, and all give the swap up: the old placement serves on.
 Step 4  Then rows are put in place. Experts that stay keep their row, so where a rank holds as many as before only
         what came is copied; else the layer's stack is made anew.
 
@@ -26,7 +29,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from poise.control.peers import peer_rounds
 from poise.planning.placement import EMPTY, Placement
+from poise.runtime.canary import Canary
 from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind
 from poise.util.errors import OptionError
@@ -55,6 +60,8 @@ class SwapRecord:
     wait_s, apply_s : seconds that steps waited for transfers, and for the switch.
     worst_s : most that one step was held up.
     setup_s : seconds in the call itself.
+    wrong : layer (its row in the placement) and expert of a copy that was not right, for which all ranks gave the swap
+        up; None: it took place.
     """
 
     rounds: int
@@ -67,6 +74,7 @@ class SwapRecord:
     apply_s: float
     worst_s: float
     setup_s: float
+    wrong: tuple[int, int] | None = None
 
     @property
     def stall_s(self) -> float:
@@ -109,24 +117,17 @@ def fetches(before: Placement, after: Placement, node_D: NDArray[np.int32]) -> l
 def fill_rounds(
     moves: list[ExpertTransfer], bytes_L: list[int], num_ranks: int, bytes_per_step: int
 ) -> list[list[ExpertTransfer]]:
-    """Step 1: rounds in which no rank sends or receives more than so many bytes, or one expert where that is more."""
-    rounds: list[list[ExpertTransfer]] = []
-    used: list[NDArray[np.int64]] = []
-    first_free_D = np.zeros((2, num_ranks), np.int64)
-    for move in moves:
-        size, ports = bytes_L[move.layer], ((0, move.source), (1, move.target))
-        at = int(max(first_free_D[port] for port in ports))
-        while at < len(rounds) and any(0 < used[at][port] and used[at][port] + size > bytes_per_step for port in ports):
-            at += 1
-        if at == len(rounds):
-            rounds.append([])
-            used.append(np.zeros((2, num_ranks), np.int64))
-        rounds[at].append(move)
-        for port in ports:
-            used[at][port] += size
-            while first_free_D[port] < len(used) and used[first_free_D[port]][port] >= bytes_per_step:
-                first_free_D[port] += 1
-    return rounds
+    """Step 1: transfers of each step; a rank sends, or receives, at most so many bytes, or else one expert."""
+    steps: list[list[ExpertTransfer]] = []
+    used = 0
+    for one in peer_rounds([(move.source, move.target) for move in moves], num_ranks):
+        size = max(bytes_L[moves[number].layer] for number in one)
+        if not steps or used + size > bytes_per_step:
+            steps.append([])
+            used = 0
+        steps[-1] += [moves[number] for number in one]
+        used += size
+    return steps
 
 
 class Swap:
@@ -139,16 +140,20 @@ class Swap:
     node_D : int [D], node of each rank.
     group : process group for weights alone: on NCCL what runs on one communicator is ordered.
     bytes_per_step : see step 1.
+    canary : what every expert was when it was loaded.
     """
 
     def __init__(
         self, before: Placement, after: Placement, banks: list[Bank], kinds: list[ExpertKind],
-        node_D: NDArray[np.int32], group: Any, bytes_per_step: int,
+        node_D: NDArray[np.int32], group: Any, bytes_per_step: int, canary: Canary,
     ) -> None:  # fmt: skip
         if bytes_per_step < 1:
             raise OptionError(f"bytes_per_step must be at least 1, got {bytes_per_step}")
         self.before, self.after, self.banks, self.kinds, self.group = before, after, banks, kinds, group
         self.rank = dist.get_rank(group)
+        self._canary = canary
+        self._unseen: list[tuple[int, int]] = []
+        self.wrong: list[tuple[int, int]] = []
         self._bytes_L = [
             sum(math.prod(shape) * bank[name].element_size() for name, shape in kind.shapes.items())
             for bank, kind in zip(banks, kinds, strict=True)
@@ -164,15 +169,16 @@ class Swap:
 
     @property
     def complete(self) -> bool:
-        """Whether this rank has all that it needs and nobody waits for it any more."""
-        return self._posted == len(self.rounds) and (self._batch is None or self._batch.done)
+        """Whether this rank has all that it needs, and has looked at it."""
+        return self._posted == len(self.rounds) and self._batch is None
 
     def advance(self) -> float:
         """Between two steps: wait for the round before, post the next; seconds this took (step 2)."""
         start = time.perf_counter()
         if self._batch is not None:
             self._batch.wait()
-        self._batch = None
+            self.wrong += self._canary.wrong({place: self.arrived[place] for place in self._unseen})
+        self._batch, self._unseen = None, []
         if self._posted < len(self.rounds):
             self._batch = Batch(self._operations(self.rounds[self._posted]), self.group)
             self._posted += 1
@@ -189,6 +195,7 @@ class Swap:
             if move.target == self.rank:
                 rows = {name: bank[name].new_empty(shape) for name, shape in self.kinds[move.layer].shapes.items()}
                 self.arrived[move.layer, move.expert] = rows
+                self._unseen.append((move.layer, move.expert))
                 self.bytes_moved += self._bytes_L[move.layer]
                 receives += [self._op(dist.irecv, row, move.source) for row in rows.values()]
             elif move.source == self.rank:
@@ -226,11 +233,11 @@ class Swap:
         self.banks[layer] = out  # the old stack may go, before the next layer's is made
         return out
 
-    def record(self, setup_s: float) -> SwapRecord:
-        """What it took, once applied."""
+    def record(self, setup_s: float, wrong: tuple[int, int] | None = None) -> SwapRecord:
+        """What it took, once applied or given up for a copy that is ``wrong``."""
         return SwapRecord(
             len(self.rounds), self.steps, len(self.arrived), self.sent, self.bytes_moved,
-            self.bytes_moved + self._stack_bytes, self.wait_s, self.apply_s, self.worst_s, setup_s,
+            self.bytes_moved + self._stack_bytes, self.wait_s, self.apply_s, self.worst_s, setup_s, wrong,
         )  # fmt: skip
 
 
