@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from poise.cost.split import SPLITS
+from poise.cost.traffic import DATA_FLOWS
 from poise.machine.cluster import Cluster
 from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import RoutingTrace
+
+FLOW_SPLITS = [(flow, split) for flow in DATA_FLOWS for split in SPLITS if (flow, split) != ("stay", "near")]
+"""Data flows and the splits that can be priced under them."""
 
 
 def few_or(many: Any, few: Any) -> Any:

@@ -421,7 +421,7 @@ def compare(
                 split=pricing.split,
                 pooled=entry.pooled,
             )
-        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D)
+        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D, split=pricing.split)
         bounds[part] = terms.seconds_BL.sum(axis=1)
     entries = [entry for entry in entries if entry.name not in broken]
     notes = [*notes, *(left_out(name, problem) for name, problem in broken.items())]

@@ -331,7 +331,7 @@ def _price(problem: PlacementProblem, placement: Placement) -> _Price:
     batch, cluster, count_LED = problem.batch, problem.cluster, placement.count_LED()
     cost = problem.pricing.cost(batch, count_LED)
     seconds_L: NDArray[np.float64] = batch.weight_B @ cost.seconds_BL
-    if problem.split != "even":  # the search works on the even split
+    if problem.split == "exact":  # the search works on the even split
         cost = problem.pricing.cost(batch, count_LED, split="even")
     most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
     times = expert_times(cluster, problem.model)
@@ -409,7 +409,7 @@ def search(
     if drawn:
         steps = min(max(whole.batch.num_steps, DRAWN), MOST_DRAWN)
         problem = replace(whole, batch=drawn_steps(whole.batch, steps, seed))
-    each = price_seconds(problem) * (1 + (problem.split != "even"))
+    each = price_seconds(problem) * (1 + (problem.split == "exact"))
     overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
     most = min(overhead, OVERHEAD * budget.seconds + max(0.0, -behind_s))
     problem = some_steps(problem, budget.afford(most, "steps"), overhead)
