@@ -139,7 +139,7 @@ def near_groups(count_ED: NDArray[Any], cluster: Cluster) -> NearGroups:
 def near_count(count_ED: NDArray[Any], node_D: NDArray[np.integer[Any]], source: int) -> NDArray[Any]:
     """Slots that the tokens of one source device go to, int [E, D]: ``count_ED`` with zeros elsewhere."""
     own_E = count_ED[:, source] > 0
-    inside_D = np.equal(node_D, node_D[source])
+    inside_D: NDArray[np.bool_] = np.asarray(node_D == node_D[source])
     node_E = count_ED[:, inside_D].any(axis=1)
     takes_ED = ~node_E[:, None] | inside_D
     takes_ED[own_E] = np.arange(len(node_D)) == source
