@@ -126,6 +126,13 @@ def load_batch(rng, *, experts: int = 4, layers: int = 2, top_k: int = 2, steps:
     return RoutingBatch(load, weight / weight.sum(), top_k, np.arange(layers, dtype=np.int32))
 
 
+def with_unseen(batch: RoutingBatch) -> RoutingBatch:
+    """The batch with loads of which a part belongs to no token, for every expert; they sum to what they did."""
+    mass_BL1 = batch.load_BLE.sum(axis=2, keepdims=True)
+    load = (batch.load_BLE + 0.3 * (mass_BL1 > 0)) * (mass_BL1 / (mass_BL1 + 0.3 * batch.num_experts))
+    return replace(batch, load_BLE=load)
+
+
 def random_count(rng, layers: int, experts: int, devices: int, share: float = 0.3) -> np.ndarray:
     """Random replicas, int [L, E, D] of 0 and 1, at least one an expert."""
     count = (rng.random((layers, experts, devices)) < share).astype(np.int64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_count, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import load_batch, random_count, random_slots, tiny_batch, tiny_cluster, tiny_model, with_unseen
 
 from poise.cost.bound import bound_terms
 from poise.cost.compute import device_compute
@@ -23,7 +23,10 @@ HOME_FLOWS = st.sampled_from(["home", "home_device_dedup", "home_node_dedup"])
 
 
 def make(seed, nodes, *, loads=False, top_k=2):
-    """Machine, traffic, and slots of which some devices have two of an expert."""
+    """Machine, traffic, and slots of which some devices have two of an expert.
+
+    Every third has tokens in its loads that nobody has seen (:mod:`poise.planning.solve.scenarios`).
+    """
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng, nodes)
     if loads:
@@ -31,6 +34,8 @@ def make(seed, nodes, *, loads=False, top_k=2):
     else:
         idle = (0.0, 0.4)[seed % 2]
         batch = tiny_batch(rng, devices=cluster.num_devices, tokens=(5, 0, 4), top_k=top_k, idle=idle)
+    if seed % 3 == 0:
+        batch = with_unseen(batch)
     count = random_count(rng, 2, 4, cluster.num_devices)
     return rng, cluster, batch, count * rng.integers(1, 3, count.shape)
 
@@ -94,18 +99,27 @@ def by_hand(batch, count_LED, cluster, model, traffic, b, layer):
             rows.append((1.0, home[t], [int(e) for e in batch.experts_TLK[t, layer] if e >= 0]))
     else:
         rows = [(batch.load_BLE[b, layer, e] / devices, s, [e]) for e in range(4) for s in range(devices)]
-    tokens, pairs, flow = np.zeros((4, devices)), np.zeros((devices, devices)), np.zeros((devices, devices))
+    tokens, known = np.zeros((4, devices)), np.zeros(4)
+    pairs, flow = np.zeros((devices, devices)), np.zeros((devices, devices))
     node_flow = np.zeros((devices, nodes))
     for weight, home, experts in rows:
         shares = [np.array(takers(count_LED[layer], cluster, e, home)) for e in experts]
         missed_D, missed_N = np.ones(devices), np.ones(nodes)
         for e, share in zip(experts, shares, strict=True):
+            known[e] += weight
             tokens[e] += weight * share
             pairs[home] += weight * share
             missed_D *= 1 - share
             missed_N *= [1 - share[node_D == n].sum() for n in range(nodes)]
         flow[home] += weight * (sum(shares) if traffic == "home" and shares else 1 - missed_D)
         node_flow[home] += weight * (1 - missed_N)
+    for e in range(4):
+        if known[e] > 0:
+            tokens[e] *= batch.load_BLE[b, layer, e] / known[e]
+            continue
+        for s in range(devices):
+            part = batch.load_BLE[b, layer, e] / devices
+            tokens[e] += part * np.array(takers(count_LED[layer], cluster, e, s))
     load = ports(cluster, flow, node_flow if traffic == "home_node_dedup" and nodes > 1 else None)
     same = node_D[:, None] == node_D[None, :]
     if batch.load_BLE[b, layer].sum() == 0:

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import FLOW_SPLITS, load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, token_batch
+from tests.helpers import (
+    FLOW_SPLITS,
+    load_batch,
+    random_count,
+    tiny_batch,
+    tiny_cluster,
+    tiny_model,
+    token_batch,
+    with_unseen,
+)
 
 from poise.cost.compute import expert_times
 from poise.cost.step import batch_cost
@@ -35,6 +44,8 @@ def make(seed, nodes, traffic, loads, *, top_k=2, pooled=False, max_rows=10**9, 
     else:
         idle = (0.0, 0.4)[seed % 2]
         batch = tiny_batch(rng, devices=devices, layers=LAYERS, top_k=top_k, tokens=(9, 0, 5), idle=idle)
+    if seed % 3 == 0:
+        batch = with_unseen(batch)
     traffic = "home" if loads else traffic
     problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(devices, EXPERTS), traffic, split, pooled)
     data = make_data(problem, max_rows)

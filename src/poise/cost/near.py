@@ -61,16 +61,23 @@ class NearGroups:
         return np.where(experts_TK == NO_EXPERT, NO_EXPERT, self.group_ED[experts_TK, home_T[:, None]])
 
     def loads(self, batch: RoutingBatch, layer: int) -> NDArray[np.float64]:
-        """Tokens of each group in each step, float64 [B, G]; of loads alone, each device is the home of 1 / D."""
+        """Tokens of each group in each step, float64 [B, G]: an expert's load, divided as its known tokens are.
+
+        Where none of them is known, each device is the home of 1 / D.
+        """
         devices, groups = self.group_ED.shape[1], self.num_groups
+        size_G = np.bincount(self.group_ED.ravel(), minlength=groups)
+        load_BG: NDArray[np.float64] = batch.load_BLE[:, layer, self.expert_G]
         if batch.experts_TLK is None or batch.start_B is None:
-            size_G = np.bincount(self.group_ED.ravel(), minlength=groups)
-            return batch.load_BLE[:, layer, self.expert_G] * (size_G / devices)
+            return load_BG * (size_G / devices)
         group_TK = self.of_tokens(batch.experts_TLK[:, layer], batch.home_of_tokens(devices))
         step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
         flat = (step_T[:, None] * groups + group_TK)[group_TK != NO_EXPERT]
-        count = np.bincount(flat, minlength=batch.num_steps * groups)
-        return count.reshape(batch.num_steps, groups).astype(np.float64)
+        count_BG = np.bincount(flat, minlength=batch.num_steps * groups).reshape(batch.num_steps, groups)
+        of_GE = csr_array((np.ones(groups), self.expert_G, np.arange(groups + 1)), shape=(groups, batch.num_experts))
+        known_BE: NDArray[np.float64] = np.asarray(count_BG @ of_GE)
+        known_BG = known_BE[:, self.expert_G]
+        return np.where(known_BG > 0, count_BG * (load_BG / np.maximum(known_BG, 1.0)), load_BG * (size_G / devices))
 
     def by_entry(self, load_BG: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tokens of each entry, float64 [B, 3, H]: of its own device, of its node, from anywhere."""
@@ -138,12 +145,14 @@ def near_groups(count_ED: NDArray[Any], cluster: Cluster) -> NearGroups:
 
 def near_count(count_ED: NDArray[Any], node_D: NDArray[np.integer[Any]], source: int) -> NDArray[Any]:
     """Slots that the tokens of one source device go to, int [E, D]: ``count_ED`` with zeros elsewhere."""
+    inside = np.flatnonzero(node_D == node_D[source])
+    here_E1 = count_ED[:, inside].any(axis=1, keepdims=True)
+    out = np.where(here_E1, 0, count_ED)
+    out[:, inside] = count_ED[:, inside]
     own_E = count_ED[:, source] > 0
-    inside_D: NDArray[np.bool_] = np.asarray(node_D == node_D[source])
-    node_E = count_ED[:, inside_D].any(axis=1)
-    takes_ED = ~node_E[:, None] | inside_D
-    takes_ED[own_E] = np.arange(len(node_D)) == source
-    return np.where(takes_ED, count_ED, 0)
+    out[own_E] = 0
+    out[own_E, source] = count_ED[own_E, source]
+    return out
 
 
 def layer_share(

@@ -1,7 +1,8 @@
 """The ``poise`` planner: starts from every method, then swaps, moves and replica moves on the full cost.
 
 Step 1  Starts: the placements of all other methods, one annealed for balance in every scenario
-        (:mod:`poise.planning.solve.anneal`), and, where traffic is linear, affinity assignments. Under the
+        (:mod:`poise.planning.solve.anneal`), under the split ``near`` one with nodes before devices
+        (:mod:`poise.planning.solve.node_first`), and, where traffic is linear, affinity assignments. Under the
         home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
         the best whole one. With replicas, the best start without them goes beside it through step 2.
 Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
@@ -44,6 +45,7 @@ from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
+from poise.planning.solve.node_first import node_first
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
 from poise.planning.solve.state import (
     STAY,
@@ -349,6 +351,8 @@ def _own_starts(
         yield annealed(whole, proposals=proposals, seed=seed, budget=budget)
         if problem.split == "exact" and problem.spare_slots > 0:
             yield filled(whole, seed=seed)
+        if problem.split == "near" and problem.cluster.num_nodes > 1:
+            yield node_first(whole)
 
 
 def _descents(

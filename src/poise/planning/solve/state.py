@@ -111,9 +111,10 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
     comes_M = rows.from_M >= 0
     np.maximum.at(reach_L, rows.from_M[comes_M], rows.layer_M[comes_M])
     near = problem.split == "near"
+    load_LBE = np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2))
     return Data(
         rows=rows,
-        load_LBE=np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2)),
+        load_LBE=load_LBE,
         weight_B=weight / weight.sum(),
         reach_L=reach_L,
         machine=make_machine(cluster, problem.model),
@@ -122,7 +123,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         has_tokens=batch.has_tokens,
         keep_full=not problem.engine.empty_slots,
         near=near,
-        sources=make_sources(rows, batch.num_layers * near, batch.num_experts, len(steps), problem.num_devices),
+        sources=make_sources(rows, load_LBE if near else load_LBE[:0], problem.num_devices),
         stop=np.zeros(1, np.int64),
     )
 
