@@ -1,6 +1,6 @@
 """Static maps on an engine that keeps tokens near: every method under the splits even and near, poise planned for each.
 
-python benchmarks/static_near.py DATA [--layers 6] [--work 120] [--rival-work 60] [--steps 8] [--only TEXT] [--no-report]
+python benchmarks/static_near.py DATA [--layers 6] [--work 150] [--rival-work 60] [--steps 8] [--only TEXT] [--no-report]
 
 Every plan is fitted on half of a subject's requests, or on the other subject, and judged on the other half, on a machine
 with measured kernel and all-to-alls and equal homes. Each map is priced under both splits; planned for even it is what
@@ -40,11 +40,11 @@ class Setting:
     ----------
     layers : so many, evenly spaced.
     work, rival_work : units of work of a plan of poise, and of another method.
-    steps : judged steps.
+    steps : fitted and judged steps each; requests are drawn again where they are too few.
     """
 
     layers: int = 6
-    work: float = 120.0
+    work: float = 150.0
     rival_work: float = 60.0
     steps: int = 8
 
@@ -71,7 +71,7 @@ def _some_layers(trace: RoutingTrace, layers: int) -> RoutingTrace:
 
 def _row(fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, setting: Setting) -> list[object]:
     scale = 1e3 * judge.experts.shape[1] / setting.layers
-    seen = make_batch(_some_layers(fit, setting.layers), tokens_per_step=tokens)
+    seen = make_batch(_some_layers(fit, setting.layers), tokens_per_step=tokens, steps=setting.steps)
     later = make_batch(_some_layers(judge, setting.layers), tokens_per_step=tokens, steps=setting.steps)
     asked = {"even": problem(seen, cluster, 8 * int(cluster[0]), model=MODEL)}
     asked["near"] = replace(asked["even"], split="near")
@@ -101,12 +101,12 @@ def _row(fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, sett
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    usual, parser = Setting(), argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--layers", type=int, default=Setting.layers)
-    parser.add_argument("--work", type=float, default=Setting.work)
-    parser.add_argument("--rival-work", type=float, default=Setting.rival_work)
-    parser.add_argument("--steps", type=int, default=Setting.steps)
+    parser.add_argument("--layers", type=int, default=usual.layers)
+    parser.add_argument("--work", type=float, default=usual.work)
+    parser.add_argument("--rival-work", type=float, default=usual.rival_work)
+    parser.add_argument("--steps", type=int, default=usual.steps)
     parser.add_argument("--only", default="", help="cases whose name has this")
     parser.add_argument("--no-report", action="store_true")
     options = parser.parse_args()
@@ -115,7 +115,7 @@ def main() -> None:
     for row in rows(options.data, setting, options.only):
         out.append(row)
         print(*row, sep=" | ", flush=True)
-    words = (f"{setting.layers} of the model's MoE layers, evenly spaced, stand for all; {setting.steps} judged steps; "
+    words = (f"{setting.layers} of the model's MoE layers, evenly spaced, stand for all; {setting.steps} steps fitted, as many judged; "
              f"work {setting.work:g}, other methods {setting.rival_work:g}; one redundant slot a GPU.")  # fmt: skip
     if not options.no_report and not options.only:
         write("static maps near", ["## Static maps on an engine that keeps tokens near", words, table(HEAD, out)])
