@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -402,8 +402,9 @@ def compare(
                 continue
             if entry.fast is not None:
                 try:
+                    loop = replace(entry.fast, engine_split="near" if pricing.split == "near" else "even")
                     replays[entry.name, part] = replay_steps(
-                        batch, entry.placement, entry.fast, cluster, model, traffic=traffic, warm_up=skip,
+                        batch, entry.placement, loop, cluster, model, traffic=traffic, warm_up=skip,
                         prior_LE=entry.prior_LE,
                     )  # fmt: skip
                 except Exception as error:
