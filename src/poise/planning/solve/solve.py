@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.bound import BoundTerms, bound_terms, compute_bound
-from poise.cost.compute import expert_seconds
+from poise.cost.bound import BoundTerms, bound_terms
+from poise.cost.bound_compute import compute_bound, filled_work
+from poise.cost.compute import expert_seconds, expert_times
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import (
     carry,
@@ -230,4 +231,14 @@ def _bounds(problem: PlacementProblem) -> tuple[BoundTerms, NDArray[np.float64]]
     # One static plan serves all scenarios, so the mean work of an expert bounds it too.
     work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
     static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)
-    return bound, np.maximum(batch.weight_B @ bound.compute_BL, static_L)
+    if problem.split == "even" and not problem.engine.empty_slots and problem.spare_slots > 0:
+        static_L = np.maximum(static_L, _filled_L(problem) / problem.cluster.speed_D.sum())
+    start_L = batch.weight_B @ (batch.tokens_BL() > 0) * expert_times(problem.cluster, problem.model).start_s
+    return bound, np.maximum(batch.weight_B @ bound.compute_BL, static_L + start_L)
+
+
+def _filled_L(problem: PlacementProblem) -> NDArray[np.float64]:
+    """:func:`poise.cost.bound_compute.filled_work` of each layer, float64 [L]."""
+    batch, spare = problem.batch, int(problem.layer_slots_D.sum()) - problem.batch.num_experts
+    return np.array([filled_work(batch.load_BLE[:, layer], batch.weight_B, problem.cluster, problem.model, spare=spare)
+                     for layer in range(batch.num_layers)])  # fmt: skip
