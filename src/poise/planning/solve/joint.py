@@ -94,14 +94,14 @@ class _Case:
         slots_G = np.bincount(self.group_D, weights=problem.layer_slots_D).astype(np.int64)
         room_G = np.minimum(slots_G, batch.num_experts)
         least_G = np.maximum(0, batch.num_experts - (room_G.sum() - room_G))
-        speed_G = np.bincount(self.group_D, weights=cluster.speed_D)
+        speed_G = np.bincount(self.group_D, weights=cluster.speed_D).astype(np.float64)
         self.groups = Groups(room_G, least_G, speed_G, problem.split == "even")
         shared = self.many and cluster.nic_shared
         self.port_D = self.group_D if shared else np.arange(cluster.num_devices)
         self.group_R = np.arange(len(room_G)) if shared else self.group_D
         self.ports_G = np.bincount(self.group_R)
         self.block_B = _blocks(batch.weight_B)
-        self.weight_Q = np.bincount(self.block_B, weights=batch.weight_B)
+        self.weight_Q = np.bincount(self.block_B, weights=batch.weight_B).astype(np.float64)
         assert batch.start_B is not None
         self.step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
         self.home_T = batch.home_of_tokens(cluster.num_devices)

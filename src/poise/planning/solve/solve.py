@@ -220,7 +220,7 @@ def evaluate(
         "kv": Term(float(weight @ cost.kv_BL.mean(axis=1)), float(weight @ bound.kv_BL.mean(axis=1))),
     }  # fmt: skip
     imbalance, together = cost.imbalance_BL(), 0.0
-    if joint is not None:
+    if joint is not None and has_joint_bound(problem):
         tighter = joint_bound(problem, ClosedBounds(compute_L, bound), joint)
         together = float(tighter.seconds_L.mean())
         details = {**details, "bound": "joint" + (f" in {tighter.said}, else per term" if tighter.said else "")}
