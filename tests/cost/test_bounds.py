@@ -22,6 +22,7 @@ from poise.cost.bound import bound_terms, compute_bound, step_bound_BL
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import DATA_FLOWS
+from poise.planning.engine_rules import NONE
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import evaluate
@@ -126,7 +127,7 @@ def test_no_plan_lies_below_the_bound_of_a_solution(seed, nodes, traffic, split,
     traffic = "home" if loads else traffic
     most = 20 if traffic == "stay" else 150
     batch, cluster, model, slots, counts = tiny_case(seed, nodes, traffic, loads, spare, most)
-    problem = PlacementProblem(batch, cluster, model, slots, traffic, split, pooled)
+    problem = PlacementProblem(batch, cluster, model, slots, traffic, split, pooled, engine=NONE)
     used = np.array([count.sum(axis=0) for count in counts])
     if pooled:
         more = list(all_counts(batch.num_experts, problem.layer_slots_D))
@@ -208,6 +209,8 @@ ATTAINED = {
     "slot counting": ("home", lambda: loads([10, 2, 2, 2]), (2,), False, [2, 2], "compute"),
     "spread homes, fabric": ("home", lambda: loads([8, 8]), (2,), False, [1, 1], "dispatch"),
     "spread homes, network": ("home", lambda: loads([8, 8]), (1, 1), False, [1, 1], "combine"),
+    "spread homes, fullest device": ("home", lambda: loads([5, 4, 4]), (2,), False, [2, 1], "dispatch"),
+    "spread homes, heaviest expert": ("home", lambda: loads([9, 2, 2, 1]), (1, 1), False, [2, 2], "combine"),
     "spread homes, shared port": ("home", lambda: loads([8, 8, 8, 8]), (2, 2), True, [1] * 4, "dispatch"),
     "home, fabric": ("home", lambda: flow([(0, (0,), 5), (0, (1,), 3)], 2), (2,), False, [1, 1], "dispatch"),
     "home, network": ("home", lambda: flow([(0, (0,), 5), (0, (1,), 3)], 2), (1, 1), False, [1, 1], "combine"),

@@ -30,7 +30,7 @@ from poise.planning.problem import PlacementProblem
 from poise.planning.solve.membership import Groups, Limits, Programme, Sent
 
 MOST_BLOCKS, MOST_PAIRS, MOST_ROUNDS = 16, 3000, 40
-COLUMN_S, PICK_S = 6e-4, 1.5e-7
+COLUMN_S, PICK_S = 3.5e-4, 1e-7
 """Nominal seconds of a round for a column of the programme and for a pair of a token's picks."""
 ENOUGH = 1e-4
 """Relative gain of two rounds below which a layer is done."""
