@@ -38,7 +38,9 @@ STAGE = "bound"
 
 
 class JointBound(NamedTuple):
-    """Seconds a layer and step that no placement can beat, float64 [L], and what was left out for want of time."""
+    """Seconds a layer and step that no placement can beat, float64 [L], and which bound that is: ``""`` where the time
+    was too short for a joint one of any layer.
+    """
 
     seconds_L: NDArray[np.float64]
     said: str
@@ -70,7 +72,7 @@ def joint_bound(problem: PlacementProblem, closed: ClosedBounds, budget: Budget)
     budget : nominal seconds are shared out evenly over layers; too few for one round each serve the first layers alone.
     """
     layers, out = problem.batch.num_layers, closed.seconds_L(problem.batch.weight_B)
-    case = _Case(problem)
+    case = _Tightening(problem)
     each = case.round_seconds()
     rounds = min(MOST_ROUNDS, int(budget.seconds / layers / each))
     served = layers if rounds else min(layers, int(budget.seconds / each))
@@ -80,11 +82,11 @@ def joint_bound(problem: PlacementProblem, closed: ClosedBounds, budget: Budget)
             break
         got = case.tighten(layer, closed, max(1, rounds), budget)
         out[layer], done = max(out[layer], got), done + 1
-    said = "" if done == layers else f"{done} of {layers} layers"
+    said = "joint" if done == layers else f"joint in {done} of {layers} layers, else per term" if done else ""
     return JointBound(out, said)
 
 
-class _Case:
+class _Tightening:
     """What all layers share."""
 
     def __init__(self, problem: PlacementProblem) -> None:

@@ -94,7 +94,7 @@ class Limits(NamedTuple):
     compute_most_Q: NDArray[np.float64]
 
 
-class _Rows:
+class _RowList:
     """Rows under construction."""
 
     def __init__(self) -> None:
@@ -164,8 +164,8 @@ class Programme:
         turned = [-values, products, -products, -products]
         return np.concatenate(columns), np.concatenate(turned), float(values.sum() + products.sum())
 
-    def _membership(self, spare: int) -> _Rows:
-        rows, every = _Rows(), np.arange(self.experts)
+    def _membership(self, spare: int) -> _RowList:
+        rows, every = _RowList(), np.arange(self.experts)
         first, second = self.pairs_P2.T
         for side in range(self.sides):
             for member in (first, second):
@@ -199,7 +199,7 @@ class Programme:
         """Seconds of each expert at speed 1 and of a start, and least weighted seconds of all steps together. Only
         mixed memberships say where an expert computes.
         """
-        rows, steps = _Rows(), np.arange(len(self.limits.weight_Q))
+        rows, steps = _RowList(), np.arange(len(self.limits.weight_Q))
         rows.add(static, self.first_c + steps, self.limits.weight_Q, INF)
         if self.groups.mixed:
             self._each_group(rows, work_QE[:, None] / self.groups.speed_G[:, None], self.first_c, start_Q)
@@ -208,12 +208,12 @@ class Programme:
     def arrivals(self, seconds_QGE: NDArray[np.float64]) -> None:
         """Seconds of a group's ports that tokens of other groups for each expert take, were it computed there."""
         if self.groups.mixed:
-            rows = _Rows()
+            rows = _RowList()
             self._each_group(rows, seconds_QGE, self.first_t, np.zeros(len(seconds_QGE)))
             self._add(rows)
 
     def _each_group(
-        self, rows: _Rows, seconds_QGE: NDArray[np.float64], first: int, start_Q: NDArray[np.float64]
+        self, rows: _RowList, seconds_QGE: NDArray[np.float64], first: int, start_Q: NDArray[np.float64]
     ) -> None:
         every, no_pairs, none = np.arange(self.experts), np.zeros(0, np.int64), np.zeros(0)
         for q, start in enumerate(start_Q.tolist()):
@@ -243,7 +243,7 @@ class Programme:
         )
         over = total - self.point_X[self.first_t : self.first_c, None]
         wanted = over > np.maximum(np.sort(over, axis=1)[:, -min(CUTS, ports), None] - 1e-15, VIOLATION)
-        kept_T, rows = wanted.ravel()[flat_T], _Rows()
+        kept_T, rows = wanted.ravel()[flat_T], _RowList()
         number = np.cumsum(wanted.ravel()) - 1
         sums = np.zeros((int(wanted.sum()), width))
         for columns, weights in ((columns_TX, weight_TX), (len(value_PG) + sent.picks_TK, spread_TK)):
@@ -284,7 +284,7 @@ class Programme:
         value_TX[:, len(i) :] = np.where(picked, value_EG[sent.picks_TK, group_T[:, None]], np.inf)
         return np.hstack([ids_TX, len(value_PG) + sent.picks_TK]), value_TX
 
-    def _add(self, rows: _Rows) -> None:
+    def _add(self, rows: _RowList) -> None:
         if not rows.low:
             return
         size = np.array([len(one) for one in rows.columns])

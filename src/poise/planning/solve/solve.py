@@ -223,7 +223,7 @@ def evaluate(
     if joint is not None and has_joint_bound(problem):
         tighter = joint_bound(problem, ClosedBounds(compute_L, bound), joint)
         together = float(tighter.seconds_L.mean())
-        details = {**details, "bound": "joint" + (f" in {tighter.said}, else per term" if tighter.said else "")}
+        details = {**details, "bound": tighter.said} if tighter.said else details
     return Solution(result.placement, method, terms, float(np.nanmean(imbalance)), seconds, details, together)
 
 
