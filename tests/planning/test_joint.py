@@ -150,8 +150,11 @@ def test_whatever_groups_hold_meets_all_rows(seed, mixed):
         assert (point >= programme.low_X).all() and (point <= programme.high_X + 1e-9).all()
         best = min(best, port + compute)
     assert value <= best * (1 + 1e-9)
-    for _ in range(5):  # prices that no solver would choose
-        assert programme.proven(rng.normal(size=len(programme.row_low))) <= best * (1 + 1e-9)
+    price = np.array(programme.model.getSolution().row_dual)
+    assert programme.proven(price) == pytest.approx(value, rel=1e-6, abs=1e-6)
+    for size in (0.01, 0.1, 1.0):  # prices that no solver would choose
+        other = price + size * rng.normal(size=len(price)) * (rng.random(len(price)) < 0.2)
+        assert programme.proven(other) <= best * (1 + 1e-9)
     assert programme.proven(np.zeros(len(programme.row_low))) == pytest.approx(0, abs=1e-12)
 
 
@@ -185,6 +188,19 @@ def test_it_knows_that_no_node_has_all_that_it_would_like():
     assert found.details["bound"] == "joint"
     assert found.lower_bound == found.joint_bound == pytest.approx(best, rel=1e-6)
     assert terms < 0.985 * best
+
+
+def test_a_split_that_changes_from_step_to_step_may_do_better_than_any_share():
+    """Expert 0 is on both nodes, and the exact split computes it where there is time: in step 0 on node 1, then on 0."""
+    rows = [(0, 1)] * 8 + [(1, 0)] * 8 + [(1, 2)] * 8 + [(0, 0)] * 8
+    batch = token_batch([[[expert]] for _, expert in rows], [16, 16], 3, home_T=[home for home, _ in rows])
+    cluster = tiny_cluster(np.random.default_rng(0), (1, 1), equal=True, shared=False)
+    count = np.array([[1, 1], [1, 0], [0, 1]])
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.array([2, 2]), "home", "exact")
+    found = bound_of(problem, count)
+    assert found.lower_bound == pytest.approx(found.objective, rel=1e-9)
+    even = bound_of(replace(problem, split="even"), count)
+    assert even.objective >= even.lower_bound > 1.1 * found.objective
 
 
 def test_no_time_leaves_the_bounds_per_term_and_says_so():
