@@ -34,11 +34,9 @@ def cases(data: Path) -> list[tuple[str, PlacementProblem]]:
     seen, _ = trace.select(domains=[name for name in trace.domain_names if name != OTHER]).split_requests()
     demo = make_batch(seen, tokens_per_step=2048)
     out = []
-    for flow in ("home_node_dedup", "home_device_dedup", "home"):
-        for redundant in (8, 0):
-            case = replace(problem(demo, "2x4:h100", redundant, traffic=flow), model=MODEL)
-            out.append((f"demo, 2x4:h100, {flow}, R = {redundant}", case))
-    out.append(("demo, 1x8:h100, home_device_dedup, R = 8", replace(problem(demo, "1x8:h100", 8), model=MODEL)))
+    for flow, redundant in (("home_node_dedup", 8), ("home_node_dedup", 0), ("home_device_dedup", 8), ("home", 8)):
+        case = replace(problem(demo, "2x4:h100", redundant, traffic=flow), model=MODEL)
+        out.append((f"demo, 2x4:h100, {flow}, R = {redundant}", case))
     loads = sorted((data / "deepseek-r1").glob("*.json"))
     for tokens in (None, 8192):
         batch = make_batch(api.load(loads), tokens_per_step=tokens)
