@@ -22,8 +22,8 @@ from poise.routing.batching import make_batch
 from poise.routing.files import read
 from poise.routing.trace import RoutingTrace
 
-WORK = 300.0
-SECONDS = (3.0, 15.0)
+WORK = 150.0
+SECONDS = (3.0, 12.0)
 """Nominal, for all layers: a plan of 20 s has the first."""
 
 

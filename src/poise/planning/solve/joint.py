@@ -32,6 +32,8 @@ from poise.planning.solve.membership import Groups, Limits, Programme, Sent
 MOST_BLOCKS, MOST_PAIRS, MOST_ROUNDS = 16, 3000, 40
 COLUMN_S, PICK_S = 3.5e-4, 1e-7
 """Nominal seconds of a round for a column of the programme and for a pair of a token's picks."""
+MORE_CUTS = 0.25
+"""How much longer a round takes for each before it, as a part of the first."""
 ENOUGH = 1e-4
 """Relative gain of two rounds below which a layer is done."""
 STAGE = "bound"
@@ -74,7 +76,8 @@ def joint_bound(problem: PlacementProblem, closed: ClosedBounds, budget: Budget)
     layers, out = problem.batch.num_layers, closed.seconds_L(problem.batch.weight_B)
     case = _Tightening(problem)
     each = case.round_seconds()
-    rounds = min(MOST_ROUNDS, int(budget.seconds / layers / each))
+    turn = np.arange(MOST_ROUNDS)
+    rounds = int((np.cumsum(1.0 + MORE_CUTS * turn) * each <= budget.seconds / layers).sum())
     served = layers if rounds else min(layers, int(budget.seconds / each))
     done = 0
     for layer in range(served):
@@ -129,7 +132,7 @@ class _Tightening:
         return 0 if self.problem.traffic == "home" else min(experts * (experts - 1) // 2, MOST_PAIRS // sides)
 
     def round_seconds(self) -> float:
-        """Nominal seconds of a round of a layer."""
+        """Nominal seconds of the first round of a layer."""
         sides, batch = 1 if self.groups.mirrored else len(self.groups.room_G), self.problem.batch
         columns = (batch.num_experts + self.num_pairs()) * sides + 2 * len(self.weight_Q)
         return COLUMN_S * columns + PICK_S * len(self.step_T) * batch.top_k**2
