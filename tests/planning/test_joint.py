@@ -238,3 +238,11 @@ def test_traffic_without_a_joint_bound_has_those_per_term(traffic, loads):
     problem, rng = problem_of(1, (2, 1), traffic, "even", loads, 1)
     found = bound_of(problem, placements(problem, rng)[0])
     assert found.joint_bound == 0.0 and "bound" not in found.details
+
+
+def test_more_tokens_than_memory_should_hold_have_those_per_term(monkeypatch):
+    problem = groups_of_experts()
+    count = placements(problem, np.random.default_rng(0))[0]
+    assert bound_of(problem, count).joint_bound > 0
+    monkeypatch.setattr("poise.planning.solve.joint.MOST_TERMS", 80 * 3 - 1)
+    assert bound_of(problem, count).joint_bound == 0

@@ -12,8 +12,8 @@ Groups are nodes where there are several, and T[q] is what their network takes; 
 node. The even split has mixed memberships (the same for all sources and steps); under any other split (``exact``, one
 that prefers near replicas) the programme only asks who is present, which holds for all of them.
 
-Not for ``stay`` traffic, whose sources are placements too, nor where only loads are known: there the bounds per term
-stand.
+Not for ``stay`` traffic, whose sources are placements too, nor where only loads are known, nor for more tokens than
+memory should hold: there the bounds per term stand.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ COLUMN_S, PICK_S = 3.5e-4, 1e-7
 """Nominal seconds of a round for a column of the programme and for a pair of a token's picks."""
 MORE_CUTS = 0.25
 """How much longer a round takes for each before it, as a part of the first."""
+MOST_TERMS = 4_000_000
+"""Picks and pairs of picks of all tokens that a cut looks at."""
 ENOUGH = 1e-4
 """Relative gain of two rounds below which a layer is done."""
 STAGE = "bound"
@@ -61,7 +63,10 @@ class ClosedBounds(NamedTuple):
 
 def has_joint_bound(problem: PlacementProblem) -> bool:
     """Whether it can be any tighter than the bounds per term."""
-    return problem.batch.has_tokens and problem.traffic != "stay" and problem.num_devices > 1
+    batch = problem.batch
+    if batch.experts_TLK is None or problem.traffic == "stay" or problem.num_devices == 1:
+        return False
+    return len(batch.experts_TLK) * batch.top_k * (batch.top_k + 1) // 2 <= MOST_TERMS
 
 
 def joint_bound(problem: PlacementProblem, closed: ClosedBounds, budget: Budget) -> JointBound:
