@@ -62,6 +62,8 @@ from poise.version import VERSION
 
 TrafficSource = str | Path | Traffics
 VERDICT_STEPS = 20
+BOUND_SHARE = 0.15
+"""Share of a plan's seconds, after the search, for a joint bound."""
 LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
 """Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
 READ, JUDGE = 0.3, 0.3
@@ -146,8 +148,8 @@ def plan(
         be for another number of devices: device d of it is device d of the cluster (else
         :meth:`poise.planning.elastic.RankMap.number` first).
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
-    time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and a second
-        plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
+    time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and bounds and
+        a second plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
 
     Raises
     ------
@@ -162,7 +164,7 @@ def plan(
     running = None if current is None else hold(_placement(current), parse_engine(engine))[0]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
-    solution, fewer = plan_and_fewer(problem, method, budget, seed, progress)
+    solution, fewer = plan_and_fewer(problem, method, budget, seed, progress, BOUND_SHARE)
     details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else []),

@@ -21,6 +21,7 @@ from tests.helpers import (
 
 from poise.cost.bound import bound_terms, compute_bound, step_bound_BL
 from poise.cost.step import batch_cost
+from poise.planning.engine_rules import NONE
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import evaluate
@@ -100,12 +101,12 @@ def test_no_placement_lies_below_a_bound(seed, nodes, priced, loads, spare):
         seed, nodes, traffic, loads, spare, 20 if traffic == "stay" else 150
     )
     cost = price_all(batch, counts, cluster, model, traffic, split)
-    bound = bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots, split=split)
+    bound = bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots, blind=split != "near")
     least = cost.min(axis=(3, 4))
     for name, mine, best in zip(TERMS, terms_of(bound), least, strict=True):
         assert (mine <= best * (1 + 1e-9) + ATOL).all(), name
     total = cost.sum(axis=0).min(axis=(2, 3))
-    step = step_bound_BL(batch, cluster, model, traffic=traffic, slots_D=slots, split=split)
+    step = step_bound_BL(batch, cluster, model, traffic=traffic, slots_D=slots, blind=split != "near")
     assert (step <= total * (1 + 1e-9) + ATOL).all()
     np.testing.assert_allclose(step, terms_of(bound).sum(axis=0))
     assert (terms_of(bound)[:3].sum(axis=0) > 0)[batch.load_BLE.sum(axis=2) > 0].all()
@@ -125,7 +126,7 @@ def test_no_plan_lies_below_the_bound_of_a_solution(seed, nodes, priced, loads, 
     traffic, split = ("home", priced[1]) if loads else priced
     most = 20 if traffic == "stay" else 150
     batch, cluster, model, slots, counts = tiny_case(seed, nodes, traffic, loads, spare, most)
-    problem = PlacementProblem(batch, cluster, model, slots, traffic, split, pooled)
+    problem = PlacementProblem(batch, cluster, model, slots, traffic, split, pooled, engine=NONE)
     used = np.array([count.sum(axis=0) for count in counts])
     if pooled:
         more = list(all_counts(batch.num_experts, problem.layer_slots_D))
@@ -207,6 +208,8 @@ ATTAINED = {
     "slot counting": ("home", lambda: loads([10, 2, 2, 2]), (2,), False, [2, 2], "compute"),
     "spread homes, fabric": ("home", lambda: loads([8, 8]), (2,), False, [1, 1], "dispatch"),
     "spread homes, network": ("home", lambda: loads([8, 8]), (1, 1), False, [1, 1], "combine"),
+    "spread homes, fullest device": ("home", lambda: loads([5, 4, 4]), (2,), False, [2, 1], "dispatch"),
+    "spread homes, heaviest expert": ("home", lambda: loads([9, 2, 2, 1]), (1, 1), False, [2, 2], "combine"),
     "spread homes, shared port": ("home", lambda: loads([8, 8, 8, 8]), (2, 2), True, [1] * 4, "dispatch"),
     "home, fabric": ("home", lambda: flow([(0, (0,), 5), (0, (1,), 3)], 2), (2,), False, [1, 1], "dispatch"),
     "home, network": ("home", lambda: flow([(0, (0,), 5), (0, (1,), 3)], 2), (1, 1), False, [1, 1], "combine"),

@@ -70,7 +70,7 @@ def test_no_method_plans_below_its_bound(name, seed, priced, loads, nodes, exper
             problem.model,
             traffic=problem.traffic,
             slots_D=problem.slots_D,
-            split=split,
+            blind=split != "near",
         )
         assert (step <= cost.seconds_BL * (1 + 1e-9) + 1e-12).all()
 

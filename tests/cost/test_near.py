@@ -181,7 +181,7 @@ def test_a_device_that_holds_all_keeps_all(seed, nodes, loads):
 def test_no_plan_beats_the_bound(seed, nodes, traffic, loads):
     rng, cluster, batch, _ = make(seed, nodes, loads=loads)
     traffic, slots = "home" if loads else traffic, random_slots(rng, 4, cluster.num_devices, int(rng.integers(4)))
-    bound = bound_terms(batch, cluster, tiny_model(batch), traffic=traffic, slots_D=slots, split="near")
+    bound = bound_terms(batch, cluster, tiny_model(batch), traffic=traffic, slots_D=slots, blind=False)
     for _ in range(20):
         count = np.zeros((2, 4, cluster.num_devices), int)
         for layer in range(2):

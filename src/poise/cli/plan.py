@@ -179,6 +179,8 @@ def _show(solution: Solution) -> None:
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
     )
     o.out.print(f"Constants: {solution.details['ground']}.")
+    if solution.joint_bound > sum(term.lower_bound for term in solution.terms.values()):
+        o.out.print("The lower bound of all terms is of one placement for all of them, so it is more than their sum.")
     for note in (*solution.details.get("notes", ()), *shortened(solution)):
         o.out.print(f"note: {note}")
     fewer = solution.details.get("fewer_redundant")

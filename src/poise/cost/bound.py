@@ -4,30 +4,43 @@ Each bound is a relaxation that keeps one reason why time is needed; the largest
 measured curve of :func:`poise.cost.compute.expert_seconds`; it is subadditive (:mod:`poise.machine.curve` refuses other
 curves), so splitting an expert never makes its total smaller.
 
-Compute of a layer
+Compute of a layer (:mod:`poise.cost.bound_compute`)
     averaging       sum_e g(n_e) / sum_d speed_d
     single expert   g(n_e) / (sum of the c fastest speeds), c = min(D, S - E + 1) the most replicas an expert can have
     without spare slots (S = E: nothing can be split, every slot is taken), from loads sorted downwards:
     pigeonhole      k D + 1 experts on D devices: one holds k + 1 of them
     slot counting   the heaviest expert's device is filled up with at least the lightest ones
+    whole reads     of at most n replicas of an expert of n tokens one computes a token or more, and g(1) at least. For
+                    none to, replicas must be more than n, which takes floor(n) of the spare slots: of A experts with a
+                    token that leaves A', and some device has at least ceil(A' / D) of them (with unequal speeds, each
+                    as many as finish first)
+    filled slots    (even split, one placement for all steps, engines that know no empty slot) all S slots hold experts:
+                    min over replica counts r, sum_e r_e = S, of sum_e r_e g(n_e / r_e), over sum_d speed_d. r g(n / r)
+                    rises with r, as g(n) / n falls; the minimum is exact, by dynamic programming
 Traffic of a layer
     a device or node keeps at most the s heaviest of its own flows local (s = its slots), and all of them together at
     most each expert's heaviest flow and the heaviest S - E others; the rest leaves through its ports (the fullest
     takes at least the mean), at most min(K, s of the receiver) pairs a copy where copies are deduplicated. Under
     ``stay`` a token came from where its heaviest expert of the layer before ran (or of an earlier one, where it
     computed nothing since): an expert shares its device with at most s of those.
+    Where only loads are known and a split does not look at sources, each device is the home of 1 / D of the tokens that
+    any computes: so the tokens of the fullest device, bounded as its compute (with g(n) = n), pass its ports.
+
+All hold under any split of tokens over replicas, source-aware or not, but for the last one and for filled slots: the
+even and the exact split do not look at sources (``blind``), a fast loop does. What joins compute and traffic of one
+placement: :mod:`poise.planning.solve.joint`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.bound_compute import compute_bound, reads_bound
 from poise.cost.compute import expert_seconds, expert_times
-from poise.cost.split import Split
 from poise.cost.step import kv_seconds_per_token, step_parts
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster, Wire
@@ -51,37 +64,6 @@ class BoundTerms:
         return self.compute_BL + self.dispatch_BL + self.combine_BL + self.kv_BL
 
 
-def compute_bound(
-    work_XE: NDArray[np.float64], slots_D: NDArray[Any], speed_D: NDArray[np.float64], *, spare: int
-) -> NDArray[np.float64]:
-    """Bound on max_d of compute seconds, float64 [X].
-
-    Parameters
-    ----------
-    work_XE : float64 [X, E], seconds of each expert at speed 1.
-    slots_D : int [D], most experts a device can hold in this layer.
-    speed_D : float64 [D].
-    spare : most slots that this layer can have beyond one per expert.
-    """
-    num_experts, num_devices = work_XE.shape[1], len(speed_D)
-    usable = np.minimum(np.asarray(slots_D), num_experts)
-    fastest = np.sort(speed_D)[::-1]
-    copies = max(1, min(num_devices, spare + 1))
-    bound = np.maximum(work_XE.sum(axis=1) / speed_D.sum(), work_XE.max(axis=1) / fastest[:copies].sum())
-    if spare > 0:
-        return bound
-    down = -np.sort(-work_XE, axis=1)
-    for k in range(1, (num_experts - 1) // num_devices + 1):
-        together = down[:, k * num_devices - k : k * num_devices + 1].sum(axis=1)
-        bound = np.maximum(bound, together / fastest[0])
-    if int(usable.sum()) > num_experts:
-        return bound
-    up_sum = np.concatenate([np.zeros((len(down), 1)), np.cumsum(down[:, ::-1], axis=1)], axis=1)
-    holders = np.flatnonzero(usable > 0)
-    filled = (down[:, :1] + up_sum[:, usable[holders] - 1]) / speed_D[holders]
-    return np.maximum(bound, filled.min(axis=1))
-
-
 def bound_terms(
     batch: RoutingBatch,
     cluster: Cluster,
@@ -90,18 +72,18 @@ def bound_terms(
     traffic: DataFlow,
     slots_D: NDArray[Any],
     spare: int | None = None,
-    split: Split = "even",
+    blind: bool = True,
 ) -> BoundTerms:
     """Bounds per term on every step and layer.
 
     ``slots_D`` (int [D]) are the most experts a device can hold in a layer, ``spare`` the most slots a layer can have
     beyond one per expert (default: what slots_D leave). The placement may differ from step to step, so the mean over
-    steps bounds every static plan too. They hold for any split, but where only loads are known devices may keep tokens
-    of their own under ``near`` alone.
+    steps bounds every static plan too. ``blind``: the split does not look at where tokens come from; it matters only
+    where homes are not known.
     """
     spare = int(np.minimum(slots_D, batch.num_experts).sum()) - batch.num_experts if spare is None else spare
     parts = [
-        _terms(part, cluster, model, traffic, slots_D, spare, split)
+        _terms(part, cluster, model, traffic, slots_D, spare, blind)
         for _, part in step_parts(batch, cluster.num_devices)
     ]
     return BoundTerms(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(BoundTerms)))
@@ -109,21 +91,24 @@ def bound_terms(
 
 def _terms(
     batch: RoutingBatch, cluster: Cluster, model: ModelSpec, traffic: DataFlow, slots_D: NDArray[Any], spare: int,
-    split: Split,
+    blind: bool,
 ) -> BoundTerms:  # fmt: skip
     shape = (batch.num_steps, batch.num_layers)
-    work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
-    compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
+    load = batch.load_BLE.reshape(-1, batch.num_experts)
+    compute = compute_bound(expert_seconds(load, cluster, model), slots_D, cluster.speed_D, spare=spare)
+    one_token = float(expert_seconds(np.ones(1), cluster, model)[0])
+    compute = np.maximum(compute, reads_bound(load, one_token, slots_D, cluster.speed_D, spare=spare)).reshape(shape)
     tokens_BL = batch.tokens_BL()
     busy: NDArray[Any] = tokens_BL > 0
     compute += busy * expert_times(cluster, model).start_s
     out, back = cluster.dispatch_wire, cluster.combine_wire
-    port = _port_bound(batch, cluster, out, traffic, np.asarray(slots_D), max(0, spare), split)
+    room = _Room(np.asarray(slots_D), max(0, spare), blind)
+    port = _port_bound(batch, cluster, out, traffic, room)
     dispatch = busy * out.start_s + port * model.dispatch_bytes_per_token
     combine = busy * (back.start_s if traffic != "stay" or batch.top_k > 1 else 0.0)
     if traffic != "stay":
         if back[1:] != out[1:]:
-            port = _port_bound(batch, cluster, back, traffic, np.asarray(slots_D), max(0, spare), split)
+            port = _port_bound(batch, cluster, back, traffic, room)
         combine += port * model.combine_bytes_per_token
     kv = np.zeros(shape)
     if traffic == "stay":
@@ -133,27 +118,30 @@ def _terms(
 
 def step_bound_BL(
     batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: DataFlow, slots_D: NDArray[Any],
-    split: Split = "even",
+    blind: bool = True,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Least seconds any placement with these slots could need; float64 [B, L]. See :func:`bound_terms`."""
-    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, split=split).seconds_BL
+    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, blind=blind).seconds_BL
+
+
+class _Room(NamedTuple):
+    """What placements and splits may do: slots of each device, int [D], spare ones of a layer, blind to sources."""
+
+    slots_D: NDArray[Any]
+    spare: int
+    blind: bool
 
 
 def _port_bound(
-    batch: RoutingBatch, cluster: Cluster, wire: Wire, traffic: DataFlow, slots_D: NDArray[Any], spare: int,
-    split: Split,
-) -> NDArray[Any]:  # fmt: skip
+    batch: RoutingBatch, cluster: Cluster, wire: Wire, traffic: DataFlow, room: _Room
+) -> NDArray[np.float64]:
     """Bound on max over ports of copies / (bytes/s), float64 [B, L]; multiply by bytes per copy."""
-    if cluster.num_devices == 1:
-        return np.zeros((batch.num_steps, batch.num_layers))
     out = np.zeros((batch.num_steps, batch.num_layers))
+    if cluster.num_devices == 1:
+        return out
     if batch.experts_TLK is None or batch.start_B is None:
-        if split != "near":
-            return batch.load_BLE.sum(axis=2) * _spread_homes_rate(cluster, wire)
         for layer in range(batch.num_layers):
-            each_BE = batch.load_BLE[:, layer] / cluster.num_devices
-            flow = np.broadcast_to(each_BE[:, None], (len(each_BE), cluster.num_devices, batch.num_experts))
-            out[:, layer] = _flow_bound(flow, batch.top_k, cluster, wire, traffic, slots_D, spare)
+            out[:, layer] = _spread_bound(batch.load_BLE[:, layer], cluster, wire, room)
         return out
     step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
     home_T = batch.home_of_tokens(cluster.num_devices)
@@ -161,11 +149,31 @@ def _port_bound(
     for layer in range(batch.num_layers):
         experts = batch.experts_TLK[:, layer]
         if came_from_TL is not None and layer > 0:
-            out[:, layer] = _stay_bound(experts, came_from_TL[:, layer], home_T, step_T, batch, cluster, wire, slots_D)
+            came_from_T = came_from_TL[:, layer]
+            out[:, layer] = _stay_bound(experts, came_from_T, home_T, step_T, batch, cluster, wire, room.slots_D)
         else:
             flow = _flows(home_T, experts, step_T, (batch.num_steps, cluster.num_devices, batch.num_experts))
-            out[:, layer] = _flow_bound(flow, batch.top_k, cluster, wire, traffic, slots_D, spare)
+            out[:, layer] = _home_bound(flow, batch.top_k, cluster, wire, traffic, room)
     return out
+
+
+def _spread_bound(load_BE: NDArray[np.float64], cluster: Cluster, wire: Wire, room: _Room) -> NDArray[np.float64]:
+    """:func:`_port_bound` of one layer, float64 [B], where homes are spread evenly over devices."""
+    if not room.blind:  # tokens are whole, so what a device is the home of is rounded
+        flow = np.floor(load_BE / cluster.num_devices)[:, None].repeat(cluster.num_devices, axis=1)
+        return _home_bound(flow, 1, cluster, wire, "home", room)
+    bound = load_BE.sum(axis=1) * _spread_homes_rate(cluster, wire)
+    size_D = cluster.devices_per_node_N[cluster.node_D]
+    inside_D = (size_D - 1) / cluster.num_devices / wire.intra_bytes_per_s
+    away_D = (cluster.num_devices - size_D) / cluster.num_devices / wire.inter_bytes_per_s
+    each_D = inside_D if cluster.nic_shared else np.maximum(inside_D, away_D)
+    if (each_D > 0).all():  # a token computed on d takes so long of its port
+        bound = np.maximum(bound, compute_bound(load_BE, room.slots_D, 1 / each_D, spare=room.spare))
+    if cluster.nic_shared and cluster.num_nodes > 1:
+        slots_N = np.bincount(cluster.node_D, weights=room.slots_D).astype(np.int64)
+        first_N = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
+        bound = np.maximum(bound, compute_bound(load_BE, slots_N, 1 / away_D[first_N], spare=room.spare))
+    return bound
 
 
 def _spread_homes_rate(cluster: Cluster, wire: Wire) -> float:
@@ -210,17 +218,11 @@ def _most_local(flow_BSE: NDArray[np.float64], spare: int) -> NDArray[np.float64
     return out
 
 
-def _flow_bound(
-    flow: NDArray[np.float64],
-    top_k: int,
-    cluster: Cluster,
-    wire: Wire,
-    traffic: DataFlow,
-    slots_D: NDArray[Any],
-    spare: int,
+def _home_bound(
+    flow: NDArray[np.float64], top_k: int, cluster: Cluster, wire: Wire, traffic: DataFlow, room: _Room
 ) -> NDArray[np.float64]:
-    """Bound on max over ports of copies / (bytes/s) of pairs from each home to each expert, float64 [B, D, E]."""
-    devices = cluster.num_devices
+    """:func:`_port_bound` of one layer, float64 [B]; ``flow``: pairs from each home to each expert, [B, D, E]."""
+    devices, slots_D, spare = cluster.num_devices, room.slots_D, room.spare
     node_slots = np.bincount(cluster.node_D, weights=slots_D).astype(np.int64)
     per_copy, per_net_copy = 1, 1
     if traffic in ("home_device_dedup", "stay"):

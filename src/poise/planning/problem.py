@@ -237,6 +237,8 @@ class Solution:
     imbalance : mean over scenarios and layers of max / mean tokens (in-sample).
     seconds : planning time.
     details : what the method says about itself.
+    joint_bound : seconds per layer and step no placement can beat, all terms together
+        (:mod:`poise.planning.solve.joint`); 0 where none was looked for.
     """
 
     placement: Placement
@@ -245,6 +247,7 @@ class Solution:
     imbalance: float
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+    joint_bound: float = 0.0
 
     @property
     def objective(self) -> float:
@@ -253,8 +256,8 @@ class Solution:
 
     @property
     def lower_bound(self) -> float:
-        """Seconds per layer and step no placement can beat."""
-        return sum(term.lower_bound for term in self.terms.values())
+        """Seconds per layer and step no placement can beat: the bounds of all terms, or the joint one if it is more."""
+        return max(sum(term.lower_bound for term in self.terms.values()), self.joint_bound)
 
     @property
     def gap(self) -> float:

@@ -389,6 +389,7 @@ def compare(
     )
     replays, bounds, judged = {}, {}, {}
     broken: dict[str, PluginError] = {}
+    blind = pricing.split != "near" and all(entry.fast is None for entry in entries)
     for part, batch in batches.items():
         if skip >= batch.num_steps:
             raise OptionError(
@@ -422,7 +423,7 @@ def compare(
                 split=pricing.split,
                 pooled=entry.pooled,
             )
-        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D, split=pricing.split)
+        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D, blind=blind)
         bounds[part] = terms.seconds_BL.sum(axis=1)
     entries = [entry for entry in entries if entry.name not in broken]
     notes = [*notes, *(left_out(name, problem) for name, problem in broken.items())]

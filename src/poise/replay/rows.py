@@ -130,16 +130,19 @@ def planned_rows(
 
 
 def plan_and_fewer(
-    problem: PlacementProblem, method: str, budget: Budget, seed: int, progress: Progress | None = None
-) -> tuple[Solution, Solution | None]:
-    """The plan of a method, and that of ``poise`` without redundant slots, where those make the first one slower.
+    problem: PlacementProblem, method: str, budget: Budget, seed: int, progress: Progress | None = None,
+    joint: float = 0.0,
+) -> tuple[Solution, Solution | None]:  # fmt: skip
+    """The plan of a method, with a share of its time for a ``joint`` bound (:func:`poise.planning.solve.solve.solve`),
+    and that of ``poise`` without redundant slots, where those make the first one slower.
 
     Raises
     ------
     InfeasibleError, NoResultError : as :func:`poise.planning.solve.solve.solve`.
     """
     second = SECOND_PLAN if method == "poise" and without_redundant(problem) is not None else 0.0
-    found = solve(problem, method=method, time_limit_s=budget.part(1 - second), seed=seed, progress=progress)
+    first = budget.part(1 - second)
+    found = solve(problem, method=method, time_limit_s=first, joint=joint, seed=seed, progress=progress)
     return found, _fewer_slots(problem, found, budget.part(second, until=1.0), seed) if second else None
 
 
@@ -168,6 +171,8 @@ def shortened(plan: Solution) -> list[str]:
         )
     elif "searched_on" in details:
         out.append(f"searched on {details['searched_on']}, its price is that of all")
+    if "else" in details.get("bound", ""):
+        out.append(f"the bound is {details['bound']}: the time was short for more")
     if "starts_left_out" in details:
         out.append(f"starts left out as the limit is short for them: {', '.join(details['starts_left_out'])}")
     if "cut_by_clock" in details:

@@ -88,7 +88,7 @@ def replay_steps(
         run.step(step, predicted[step])
     judged = batch.steps_from(warm_up)
     slots_D = np.minimum((count_LED > 0).sum(axis=1).max(axis=0) + loop.step_slots, batch.num_experts)
-    bound = bound_terms(judged, cluster, model, traffic=traffic, slots_D=slots_D)
+    bound = bound_terms(judged, cluster, model, traffic=traffic, slots_D=slots_D, blind=False)
     return Replay(run.cost(warm_up), bound.seconds_BL.sum(axis=1), run.moved_BL[warm_up:].sum(axis=1))
 
 

@@ -35,13 +35,19 @@ class _Silent(highspy.Highs):
         super().enableCallbacks()
 
 
+def silent_model() -> highspy.Highs:
+    """An empty model that prints nothing and uses one thread."""
+    model = _Silent()
+    model.silent()
+    model.setOptionValue("threads", 1)
+    return model
+
+
 class Milp:
     """A minimisation problem under construction."""
 
     def __init__(self) -> None:
-        self.model = _Silent()
-        self.model.silent()
-        self.model.setOptionValue("threads", 1)
+        self.model = silent_model()
         self.size = 0
 
     def columns(self, costs: NDArray[Any], upper: float = 1.0, *, integer: bool = True) -> NDArray[np.int64]:

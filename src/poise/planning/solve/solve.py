@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.bound import BoundTerms, bound_terms, compute_bound
-from poise.cost.compute import expert_seconds
+from poise.cost.bound import BoundTerms, bound_terms
+from poise.cost.bound_compute import compute_bound, filled_work
+from poise.cost.compute import expert_seconds, expert_times
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import (
     carry,
@@ -30,6 +31,7 @@ from poise.planning.solve import exact, fill, search, small, stay
 from poise.planning.solve.checked import checked_method
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
+from poise.planning.solve.joint import ClosedBounds, has_joint_bound, joint_bound
 from poise.util.errors import NoResultError
 from poise.util.registry import Registry
 
@@ -134,6 +136,7 @@ def solve(
     method: str = "poise",
     time_limit_s: Limit = 20.0,
     work: float | None = None,
+    joint: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Solution:
@@ -147,6 +150,8 @@ def solve(
     time_limit_s : seconds for the plan and its price, or a part of a :class:`poise.planning.budget.Budget`. Compiling
         is not counted. Stages that the clock cuts are in ``details["cut_by_clock"]``: another run may end elsewhere.
     work : units of work instead (:mod:`poise.planning.budget`): no clock, the same plan on every machine.
+    joint : share of the seconds for a joint bound (:mod:`poise.planning.solve.joint`) after the search, where there can
+        be one; of work it comes on top, so that the plan is the same without.
     seed : the same seed gives the same placement.
     progress : called with a stage and the share of it done.
 
@@ -161,7 +166,9 @@ def solve(
     if chosen.pooled and not problem.pooled:
         problem = replace(problem, pooled=True)
     began, before = time.monotonic(), set(budget.cuts)
-    result = chosen.plan(problem, time_limit_s=budget, seed=seed, progress=progress)
+    joint = joint if has_joint_bound(problem) else 0.0
+    search = budget if budget.work is not None or not joint else budget.part(1 - joint)
+    result = chosen.plan(problem, time_limit_s=search, seed=seed, progress=progress)
     problem.check(result.placement)
     if not problem.engine.empty_slots:
         some = some_steps(problem, PRICE_SHARE * budget.seconds, 2 * price_seconds(problem))
@@ -170,7 +177,8 @@ def solve(
     seconds = time.monotonic() - began
     needed = price_seconds(problem) + bound_seconds(problem)
     most = budget.afford(min(needed, PRICE_SHARE * budget.seconds), "price")
-    found = evaluate(problem, result, method=method, seconds=seconds, most_seconds=most)
+    left = budget.part(joint, until=1.0) if joint else None
+    found = evaluate(problem, result, method=method, seconds=seconds, most_seconds=most, joint=left)
     cut = sorted(budget.cuts - before)
     return replace(found, details={**found.details, "cut_by_clock": cut}) if cut else found
 
@@ -189,12 +197,13 @@ def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
 
 def evaluate(
     problem: PlacementProblem, result: MethodResult, *, method: str, seconds: float = 0.0,
-    most_seconds: float = np.inf,
+    most_seconds: float = np.inf, joint: Budget | None = None,
 ) -> Solution:  # fmt: skip
     """Price a placement on the problem's own traffic with :func:`poise.cost.step.batch_cost`, and bound each term.
 
     Where that would take more than ``most_seconds`` nominal seconds, both are of evenly spaced steps alone, and
-    ``details["priced_on"]`` says so.
+    ``details["priced_on"]`` says so. A budget for a ``joint`` bound tightens that of all terms together, as
+    ``details["bound"]`` says.
     """
     whole, details = problem, result.details
     problem = some_steps(problem, most_seconds, price_seconds(problem) + bound_seconds(problem))
@@ -210,8 +219,12 @@ def evaluate(
         "combine": Term(float(weight @ cost.combine_BL.mean(axis=1)), float(weight @ bound.combine_BL.mean(axis=1))),
         "kv": Term(float(weight @ cost.kv_BL.mean(axis=1)), float(weight @ bound.kv_BL.mean(axis=1))),
     }  # fmt: skip
-    imbalance = cost.imbalance_BL()
-    return Solution(result.placement, method, terms, float(np.nanmean(imbalance)), seconds, details)
+    imbalance, together = cost.imbalance_BL(), 0.0
+    if joint is not None and has_joint_bound(problem):
+        tighter = joint_bound(problem, ClosedBounds(compute_L, bound), joint)
+        together = float(tighter.seconds_L.mean())
+        details = {**details, "bound": tighter.said} if tighter.said else details
+    return Solution(result.placement, method, terms, float(np.nanmean(imbalance)), seconds, details, together)
 
 
 def lower_bound(problem: PlacementProblem, budget: Budget) -> float:
@@ -226,8 +239,18 @@ def _bounds(problem: PlacementProblem) -> tuple[BoundTerms, NDArray[np.float64]]
     """Bounds per term, and of compute for one static plan, float64 [L]."""
     batch = problem.batch
     bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.layer_slots_D,
-                        spare=problem.spare_slots, split=problem.split)  # fmt: skip
+                        spare=problem.spare_slots, blind=problem.split != "near")  # fmt: skip
     # One static plan serves all scenarios, so the mean work of an expert bounds it too.
     work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
     static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)
-    return bound, np.maximum(batch.weight_B @ bound.compute_BL, static_L)
+    if problem.split == "even" and not problem.engine.empty_slots and problem.spare_slots > 0:
+        static_L = np.maximum(static_L, _filled_L(problem) / problem.cluster.speed_D.sum())
+    start_L = batch.weight_B @ (batch.tokens_BL() > 0) * expert_times(problem.cluster, problem.model).start_s
+    return bound, np.maximum(batch.weight_B @ bound.compute_BL, static_L + start_L)
+
+
+def _filled_L(problem: PlacementProblem) -> NDArray[np.float64]:
+    """:func:`poise.cost.bound_compute.filled_work` of each layer, float64 [L]."""
+    batch, spare = problem.batch, int(problem.layer_slots_D.sum()) - problem.batch.num_experts
+    return np.array([filled_work(batch.load_BLE[:, layer], batch.weight_B, problem.cluster, problem.model, spare=spare)
+                     for layer in range(batch.num_layers)])  # fmt: skip
