@@ -124,7 +124,7 @@ def _by_node(
     layers, nodes, each = expert_LNX.shape
     slots, ranks = base_LS.shape[1] // nodes, shape.ranks // nodes
     out = np.empty_like(base_LS)
-    setting = swift_balance.SwiftBalanceSetting(share="even", max_transfers=slots // ranks)
+    setting = swift_balance.SwiftBalanceSetting(share="even", max_transfers=slots // ranks, one_mean=False)
     each_layer = max(1, int(min(PROPOSALS, proposals / (layers * nodes))))
     for node in range(nodes):
         ids_LX, here = expert_LNX[:, node], slice(node * slots, (node + 1) * slots)
