@@ -134,6 +134,28 @@ def test_placing_takes_the_least_risk_with_all_covariances(seed):
     assert score == pytest.approx(layer.weight_T @ expected)
 
 
+def test_loads_of_devices_are_added_up_in_single_precision():
+    """Thirds and sevenths, no two alike, that tie in one precision and not in the other."""
+    differ = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        mean, replicas = rng.choice(np.arange(1.0, 120.0), 60, replace=False), np.full(60, rng.choice([3, 6, 7]))
+        slots = np.full(10, -(-int(replicas.sum()) // 10) + 2)
+        holds = {}
+        for kind in (np.float32, np.float64):
+            held, load, used = np.zeros((10, 60), bool), np.zeros(10, kind), np.zeros(10, int)
+            for e in np.argsort(-(mean / replicas), kind="stable"):
+                for _ in range(replicas[e]):
+                    risk = np.where((used < slots) & ~held[:, e], load.astype(float) + mean[e] / replicas[e], np.inf)
+                    d = int(risk.argmin())
+                    held[d, e], load[d], used[d] = True, risk[d], used[d] + 1
+            holds[kind] = held
+        layer = Layer(mean[None], np.ones(1), mean, np.zeros((60, 60)), slots, np.ones(10))
+        np.testing.assert_array_equal(layer.place(replicas, 0.674)[1], holds[np.float32])
+        differ += (holds[np.float32] != holds[np.float64]).any()
+    assert differ > 0
+
+
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(0, 8))
 @settings(max_examples=60, deadline=None)
 def test_searching_never_ends_above_the_greedy_allotment(seed, depth, width):

@@ -164,6 +164,20 @@ def test_redundancy_goes_to_the_largest_share(seed, slots, devices):
     assert extra.sum() == min(slots, 7 * (devices - 1))
 
 
+def test_loads_of_ranks_are_added_up_in_single_precision_slot_by_slot():
+    rng = np.random.default_rng(0)
+    table = rng.integers(-1, 40, (6, 30))
+    weight = (rng.integers(1, 9999, 40) / 7).astype(np.float32)
+    expected = np.zeros(6, np.float32)
+    for d, row in enumerate(table):
+        for expert in row[row >= 0]:
+            expected[d] += weight[expert]
+    got = swift_balance.slot_sums(table, weight)
+    np.testing.assert_array_equal(got, expected)
+    exact = np.where(table < 0, 0.0, weight.astype(float)[table]).sum(axis=1)
+    assert got.dtype == np.float32 and (got != exact.astype(np.float32)).any()
+
+
 def layer_problem(load_E, slots_D, rows) -> PlacementProblem:
     """One layer, equal devices; ``rows`` are the slots of the current placement."""
     rng = np.random.default_rng(0)

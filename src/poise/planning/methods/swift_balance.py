@@ -274,7 +274,7 @@ def _redeploy(
             if lacks.any():
                 expert = int(np.flatnonzero(lacks & (weight == weight[lacks].max()))[-1])
                 receive(d, slot, expert)
-                weight[expert] *= np.float32(count[expert] / (count[expert] + 1))
+                weight[expert] = float(weight[expert]) * (count[expert] / (count[expert] + 1))
                 count[expert] += 1
         load_D = slot_sums(held_DK, weight)
     return _Layer(holds, weight, load_D, sent, received)
@@ -287,10 +287,10 @@ def _best_pair(hot: int, cold: int, now: _Layer, speed_D: NDArray[np.float64]) -
     if not (give.size and take.size):
         return np.inf, -1, -1
     given, taken = now.weight[give][:, None], now.weight[take][None, :]
-    # The code adds up the hot rank in double, the cold one in single precision.
+    # The code adds up the hot rank in double, the cold one in single precision, and compares in single.
     hotter = (float(now.load_D[hot]) - given.astype(np.float64)) + taken
     colder = (now.load_D[cold] - taken) + given
-    after = np.maximum(hotter / speed_D[hot], colder / speed_D[cold])
+    after = np.maximum(hotter / speed_D[hot], colder / speed_D[cold]).astype(np.float32)
     i, j = np.unravel_index(int(after.argmin()), after.shape)
     return float(after[i, j]), int(give[i]), int(take[j])
 
