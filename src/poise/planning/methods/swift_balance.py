@@ -217,7 +217,7 @@ def slot_sums(expert_DK: NDArray[np.int64], weight_E: NDArray[np.float32]) -> ND
 
 
 @dataclass(slots=True, eq=False)
-class _Layer:
+class _LaidOut:
     """A layer on its way.
 
     What devices hold bool [D, E], shares float32 [E], loads float32 [D], transfers from rank to rank int [D, D], what
@@ -233,7 +233,7 @@ class _Layer:
 
 def _redeploy(
     load_E: NDArray[np.float64], table: SlotTable, layer: int, speed_D: NDArray[np.float64], s: SwiftBalanceSetting
-) -> _Layer:
+) -> _LaidOut:
     """Steps 3 to 5."""
     old_DK, devices = table.expert_LDK[layer], len(speed_D)
     owner_E = np.full(len(load_E), -1)
@@ -277,10 +277,10 @@ def _redeploy(
                 weight[expert] = float(weight[expert]) * (count[expert] / (count[expert] + 1))
                 count[expert] += 1
         load_D = slot_sums(held_DK, weight)
-    return _Layer(holds, weight, load_D, sent, received)
+    return _LaidOut(holds, weight, load_D, sent, received)
 
 
-def _best_pair(hot: int, cold: int, now: _Layer, speed_D: NDArray[np.float64]) -> tuple[float, int, int]:
+def _best_pair(hot: int, cold: int, now: _LaidOut, speed_D: NDArray[np.float64]) -> tuple[float, int, int]:
     """The swap after which the larger of two ranks' loads is least: that load, the expert to give, the one to take."""
     give = np.flatnonzero(now.holds[hot] & ~now.holds[cold] & ~now.received[hot])
     take = np.flatnonzero(now.holds[cold] & ~now.holds[hot] & ~now.received[cold])
@@ -295,7 +295,7 @@ def _best_pair(hot: int, cold: int, now: _Layer, speed_D: NDArray[np.float64]) -
     return float(after[i, j]), int(give[i]), int(take[j])
 
 
-def _swap(now: _Layer, speed_D: NDArray[np.float64], s: SwiftBalanceSetting, mean: float) -> tuple[int, float]:
+def _swap(now: _LaidOut, speed_D: NDArray[np.float64], s: SwiftBalanceSetting, mean: float) -> tuple[int, float]:
     """Step 6, in place: number of swaps, largest load / speed after them."""
     holds, weight, load_D, sent, received = now.holds, now.weight, now.load_D, now.sent, now.received
     swaps = 0
