@@ -135,6 +135,14 @@ Work = Annotated[
         "seed the same plan on every machine.",
     ),
 ]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="Where files of a folder are read and starts of a plan made: serial, threads, processes (or :N of them), "
+        "ray://local, dask://local or a cluster's address. The result is the same.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same plan.")]
 Ranks = Annotated[
     str | None,
