@@ -158,6 +158,8 @@ def plan(
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
     time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and a second
         plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
+    executor : any executor of :mod:`concurrent.futures`: there shards of a folder are read and starts are made, while
+        threads of this process anneal and descend; with ``work`` the plan is the same as without one.
 
     Raises
     ------

@@ -83,7 +83,8 @@ MODEL_TEXT = "Model preset or a Hugging Face config.json."
 Traces = Annotated[
     list[str],
     typer.Argument(
-        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,half=first keeps a part.",
+        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,half=first keeps a part. "
+        "Of a folder, the loads of its files.",
         show_default=False,
     ),
 ]

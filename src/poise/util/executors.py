@@ -14,7 +14,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from poise.util.errors import CommunicationError, NoResultError, OptionError, PoiseError, told
+from poise.util.errors import CommunicationError, NoResultError, OptionError, told
 from poise.util.words import close_to
 
 T = TypeVar("T")
@@ -171,10 +171,10 @@ def _dask(where: str) -> Iterator[Executor]:
         yield client.get_executor(pure=False)
 
 
-class Outcome:
-    """What a piece gave: its value, or the error of poise that it ended with, which other executors would wrap."""
+class Given:
+    """What a piece gave: its value, or the error that it ended with, which some executors would wrap."""
 
-    def __init__(self, value: Any, error: PoiseError | None) -> None:
+    def __init__(self, value: Any, error: Exception | None) -> None:
         self.value, self.error = value, error
 
     def taken(self) -> Any:
@@ -184,31 +184,32 @@ class Outcome:
         return self.value
 
 
-def _outcome(fn: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
+def _outcome(fn: Callable[..., Any], args: tuple[Any, ...]) -> Given:
     try:
-        return Outcome(fn(*args), None)
-    except PoiseError as error:
-        return Outcome(None, error)
+        return Given(fn(*args), None)
+    except Exception as error:
+        return Given(None, error)
 
 
-def begun(executor: Executor, fn: Callable[..., Any], *args: Any) -> Future[Outcome]:
+def begun(executor: Executor, fn: Callable[..., Any], *args: Any) -> Future[Given]:
     """A piece on its way; ``fn`` is a function of a module and all of it can be pickled. See :func:`taken`."""
     return executor.submit(_outcome, fn, args)
 
 
-def taken(future: Future[Outcome]) -> Any:
+def taken(future: Future[Given]) -> Any:
     """What a piece gave.
 
     Raises
     ------
-    PoiseError : as the piece did. CommunicationError : a worker died. Anything else that the piece raised.
+    CommunicationError : a worker died. Anything that the piece raised.
     """
     try:
-        return future.result().taken()
+        outcome = future.result()
     except Exception as error:
         if isinstance(error, BrokenExecutor) or type(error).__module__.partition(".")[0] in ("ray", "distributed"):
             raise CommunicationError(f"a worker of the executor failed: {told(error)}") from error
         raise
+    return outcome.taken()
 
 
 def in_order(executor: Executor, fn: Callable[..., T], pieces: Iterable[Any], workers: int = 0) -> Iterator[T]:
@@ -216,10 +217,10 @@ def in_order(executor: Executor, fn: Callable[..., T], pieces: Iterable[Any], wo
 
     Raises
     ------
-    PoiseError : as the first piece, in order, that fails; later ones are given up.
+    CommunicationError : a worker died. What the first piece, in order, that fails raised; later ones are given up.
     """
     ahead = AHEAD * (workers or max(cores(), 8))
-    waiting: list[Future[Outcome]] = []
+    waiting: list[Future[Given]] = []
     try:
         for piece in pieces:
             waiting.append(begun(executor, fn, piece))

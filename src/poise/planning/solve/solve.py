@@ -33,7 +33,7 @@ from poise.planning.solve.checked import checked_method
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
 from poise.util.errors import NoResultError
-from poise.util.executors import Outcome, Serial, begun, taken
+from poise.util.executors import Given, Serial, begun, taken
 from poise.util.registry import Registry
 
 RISK_ROUNDS = 3
@@ -111,7 +111,7 @@ class _Starts:
     def __init__(self, problem: PlacementProblem, early: Budget, seed: int) -> None:
         self._problem, self._early, self._seed = problem, early, seed
         self._executor = early.executor or Serial()
-        self._futures: dict[str, Future[Outcome]] = {}
+        self._futures: dict[str, Future[Given]] = {}
 
     def begin(self, names: Sequence[str], needs: Mapping[str, float], seconds: float) -> None:
         """Those of ``names`` that fit into nominal seconds, the first one anyway; one at a time without an executor."""
