@@ -53,7 +53,7 @@ def main() -> None:
             return rebalance(load, *shape, old, settings=PolicySettings())
 
         def theirs(load, old=None, shape=(slots, 8, nodes, ranks)):
-            return eplb.rebalance_experts(load, *shape)[0]
+            return eplb.rebalance_experts(load, *shape, sums="double")[0]
 
         for name, make in (("poise", ours), ("EPLB", theirs)):
             old = make(first)

@@ -25,7 +25,7 @@ from common import problem, table, write
 
 from poise.cost.traffic import DataFlow
 from poise.planning.problem import PlacementProblem, Solution
-from poise.planning.solve import search, solve
+from poise.planning.solve import descent, search, solve
 from poise.planning.solve.state import layer_seconds
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
@@ -104,7 +104,7 @@ class Ancestry:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Stands between the stages of :mod:`poise.planning.solve.search`."""
-        begin, merge, best = search._best_start, search._merge, search._best_layers
+        begin, merge, best = search._best_start, descent._merge, search._best_layers
 
         def best_start(data: Any, case: PlacementProblem, starts: list[Any], score_SL: np.ndarray) -> Any:
             whole = case.pooled or (data.flow == search.STAY and data.has_tokens)
@@ -125,11 +125,11 @@ class Ancestry:
             self.mixed = seconds_OL.argmin(axis=0).tolist()
             return best(case, options, seconds_OL)
 
-        search._best_start, search._merge, search._best_layers = best_start, merged, best_layers
+        search._best_start, descent._merge, search._best_layers = best_start, merged, best_layers
         try:
             yield
         finally:
-            search._best_start, search._merge, search._best_layers = begin, merge, best
+            search._best_start, descent._merge, search._best_layers = begin, merge, best
 
 
 @contextmanager

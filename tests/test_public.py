@@ -27,9 +27,9 @@ POLICIES = {
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {
     "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
-    "inspect": {"--json"},
+    "inspect": {"--executor", "--json"},
     "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
-                      "--verdict", "--engine", "--homes", "--json"},
+                      "--verdict", "--engine", "--homes", "--executor", "--json"},
     "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--homes", "--json"},
     "machines": {"--json"},
@@ -42,7 +42,7 @@ OPTIONS = {
               "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--allow-host", "--sglang", "--dump-dir", "--api-key",
               "--admin-api-key", "--steps-per-dump", "--delete-dumps", "--restart-seconds"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--zero-experts", "--relabelling",
-                "--devices", "--ranks", "--allow-missing-ranks", "--json"},
+                "--devices", "--ranks", "--allow-missing-ranks", "--executor", "--json"},
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--against", "--error-rate", "--balancer-off", "--ranks",
                "--allow-missing-ranks", "--json"},
     "diff": {"--model", "--cluster", "--staging", "--rank-map", "--lost", "--json"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -56,6 +58,7 @@ from poise.routing.batch import Homes, RoutingBatch
 from poise.routing.batching import Order, make_batch
 from poise.routing.files import join, read
 from poise.routing.fingerprint import NO_TRAFFIC, fingerprint
+from poise.routing.folder import folder_profile
 from poise.routing.trace import LoadProfile, Phase, RoutingTrace
 from poise.util.errors import NoResultError, OptionError
 from poise.version import VERSION
@@ -74,10 +77,16 @@ A_RANK = {"prefill": PREFILL_A_RANK, "decode": DECODE_A_RANK}
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
 
 
-def load(source: TrafficSource | Sequence[TrafficSource]) -> Traffics:
-    """A trace or profile from paths or objects; several are joined."""
+def load(source: TrafficSource | Sequence[TrafficSource], executor: Executor | None = None) -> Traffics:
+    """A trace or profile from paths or objects; several are joined. Of a folder, the loads of its shards
+    (:func:`poise.routing.folder.folder_profile`), counted on the executor.
+    """
     many = [source] if isinstance(source, str | Path | RoutingTrace | LoadProfile) else list(source)
-    return join([read(item) if isinstance(item, str | Path) else item for item in many])
+    return join([_read(item, executor) if isinstance(item, str | Path) else item for item in many])
+
+
+def _read(path: str | Path, executor: Executor | None) -> Traffics:
+    return folder_profile(path, executor) if os.path.isdir(path) else read(path)
 
 
 def _of_model(traffic: Traffics, model: ModelSpec | None) -> Traffics:
@@ -128,6 +137,7 @@ def plan(
     work: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Solution:
     """Plan an expert placement.
 
@@ -150,14 +160,16 @@ def plan(
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
     time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and bounds and
         a second plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
+    executor : any executor of :mod:`concurrent.futures`: there shards of a folder are read and starts are made, while
+        threads of this process anneal and descend; with ``work`` the plan is the same as without one.
 
     Raises
     ------
     InputError : the input is wrong. NoResultError : the method found no placement.
     """
     model = ModelSpec.parse(model) if isinstance(model, str) else model
-    found = _of_model(load(trace), model)
-    budget = Budget.of(time_limit_s, work)
+    found = _of_model(load(trace, executor), model)
+    budget = Budget.of(time_limit_s, work, executor)
     with budget.held():
         batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, homes=homes)
         seen = fingerprint(found)

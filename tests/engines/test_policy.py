@@ -243,6 +243,28 @@ def test_logical_maps():
     slots, replicas = logical_maps(table, 3, 2)
     assert slots.tolist() == [[[1, 3], [2, -1], [0, -1]], [[2, -1], [0, 1], [3, -1]]]
     assert replicas.tolist() == [[2, 1, 1], [1, 2, 1]]
+    with pytest.raises(OptionError, match="2 slots, the map of experts room for 1"):
+        logical_maps(table, 3, 1)
+    for wrong in (3, -2):
+        with pytest.raises(OptionError, match=f"names expert {wrong} of 3"):
+            logical_maps(np.array([[0, 1, 2, wrong]]), 3, 2)
+
+
+def test_logical_maps_with_empty_slots():
+    slots, replicas = logical_maps(np.array([[0, 1, -1, 2, 3, -1], [3, -1, 2, 1, 0, -1]]), 4, 1)
+    assert slots.tolist() == [[[0], [1], [3], [4]], [[4], [3], [2], [0]]]
+    assert (replicas == 1).all()
+    wide, _ = logical_maps(np.array([[0, 1, -1, 2, 3, -1]]), 4, 3)
+    assert wide.tolist() == [[[0, -1, -1], [1, -1, -1], [3, -1, -1], [4, -1, -1]]]
+    rng = np.random.default_rng(0)
+    for _ in range(50):  # slot by slot
+        experts, table = int(rng.integers(1, 6)), rng.integers(-1, 6, (3, int(rng.integers(1, 9))))
+        table = np.minimum(table, experts - 1)
+        slots, replicas = logical_maps(table, experts, table.shape[1])
+        for layer, expert in np.ndindex(3, experts):
+            mine = np.flatnonzero(table[layer] == expert)
+            assert slots[layer, expert, : len(mine)].tolist() == mine.tolist()
+            assert (slots[layer, expert, len(mine) :] == -1).all() and replicas[layer, expert] == len(mine)
 
 
 def test_a_static_map_is_given_whatever_the_load(tmp_path):

@@ -32,12 +32,36 @@ def test_maps_equal_the_published_ones(published, layers, experts, replicas, gro
     for seed in range(5):
         weight = np.random.default_rng(seed).lognormal(sigma=1.0, size=(layers, experts)) * 1000
         theirs = published.rebalance_experts(torch.tensor(weight), replicas, groups, nodes, gpus, hierarchical)
-        ours = rebalance_experts(weight, replicas, groups if hierarchical else 1, nodes if hierarchical else 1, gpus)
+        shape = (groups, nodes) if hierarchical else (1, 1)
+        ours = rebalance_experts(weight, replicas, *shape, gpus, sums="double")  # SGLang adds up Python floats
         np.testing.assert_array_equal(ours[0], theirs[0].numpy())
         np.testing.assert_array_equal(ours[2], theirs[2].numpy())
         # Replicas of one expert carry equal loads, and torch's sort leaves the order of equals open: which of them is
         # the first in log2phy is no property of the method.
         np.testing.assert_array_equal(np.sort(ours[1], axis=2), np.sort(theirs[1].numpy(), axis=2))
+
+
+def packed(weight, packs, sums):
+    """Balanced packing as its paper's code has it, item by item, equal loads in order of index."""
+    index, per = np.zeros(len(weight), int), len(weight) // packs
+    total, size = np.zeros(packs, sums), np.zeros(packs, int)
+    for item in torch.tensor(weight).sort(dim=0, descending=True, stable=True).indices.tolist():
+        pack = min((p for p in range(packs) if size[p] < per), key=lambda p: total[p])
+        index[item] = pack
+        total[pack] = sums(total[pack] + sums(weight[item]))
+        size[pack] += 1
+    return index
+
+
+def test_sums_are_single_precision_as_published_or_double_as_the_engines_add():
+    rng, differ = np.random.default_rng(0), 0
+    for _ in range(100):
+        load = np.rint(rng.lognormal(7, 1.5, 160)).astype(np.float32) / rng.integers(1, 7, 160).astype(np.float32)
+        single, double = (packed(load, 8, sums) for sums in (np.float32, np.float64))
+        np.testing.assert_array_equal(balanced_packing(load[None], 8)[0][0], single)
+        np.testing.assert_array_equal(balanced_packing(load[None], 8, "double")[0][0], double)
+        differ += (single != double).any()
+    assert differ > 0
 
 
 def test_packing_is_balanced_in_number():

@@ -23,16 +23,12 @@ SETTINGS = st.sampled_from(
 
 
 def scores_L(problem: PlacementProblem, placement, load_TLE, weight_T) -> np.ndarray:
-    """Mean over samples with tokens of max/mean of load / speed; 1 for a layer without tokens."""
+    """Mean over samples of max/mean of load / speed, both with 0.01 more, as the code has it."""
     count = placement.count_LED()
     load_TLD = np.einsum("tle,led->tld", load_TLE / count.sum(axis=2), count)
-    some_TL = load_TLD.sum(axis=2) > 0
     speed = problem.cluster.speed_D
-    ratio = np.divide((load_TLD / speed).max(axis=2) * speed.sum(), load_TLD.sum(axis=2), where=some_TL,
-                      out=np.zeros(some_TL.shape))  # fmt: skip
-    weight_TL = weight_T[:, None] * some_TL
-    total = weight_TL.sum(axis=0)
-    return np.where(total > 0, (ratio * weight_TL).sum(axis=0) / np.where(total > 0, total, 1), 1.0)
+    ratio = ((load_TLD / speed).max(axis=2) * speed.sum() + 0.01) / (load_TLD.sum(axis=2) + 0.01)
+    return weight_T @ ratio
 
 
 def random_layer(rng, *, experts: int | None = None, steps: int = 5, equal: bool = False) -> Layer:
@@ -54,11 +50,16 @@ def test_fits_never_worse_and_stable(seed, setting):
     placement = result.placement
     problem.check(placement)
     assert not placement.has_duplicates
-    seen = samples(problem.batch, setting.samples)
-    before, after = scores_L(problem, start, *seen), scores_L(problem, placement, *seen)
-    assert (after <= before * (1 + 1e-9)).all()
-    assert result.details["score_before"] == pytest.approx(before.mean())
-    assert result.details["score"] == pytest.approx(after.mean())
+    seen = samples(problem.batch, setting.samples, setting.added)
+    before = scores_L(problem, start, problem.batch.load_BLE + setting.added, problem.batch.weight_B)  # every step
+    moved = (start.count_LED() > 0) != (placement.count_LED() > 0)
+    idle = problem.batch.load_BLE.max(axis=(0, 2)) == 0
+    after = np.where(moved.any(axis=(1, 2)), scores_L(problem, placement, *seen), before)
+    assert not moved[idle].any()
+    assert (after <= before * (1 + 1e-6)).all()  # scores are float32
+    assert result.details["score_before"] == pytest.approx(np.where(idle, 1.0, before).mean(), rel=1e-5)
+    if len(seen[1]) == problem.batch.num_steps:
+        assert result.details["score"] == pytest.approx(np.where(idle, 1.0, after).mean(), rel=1e-5)
     again = flash_lb.plan(problem, time_limit_s=9.0, seed=5, setting=setting)
     np.testing.assert_array_equal(placement.slot_expert_LS, again.placement.slot_expert_LS)
     assert result.details["empty_slots"] == (placement.slot_expert_LS == EMPTY).sum()
@@ -80,13 +81,15 @@ def test_samples_are_the_last_steps_merged():
     weight = np.array([1, 1, 1, 3, 0.5, 0, 2]) / 8.5
     batch = RoutingBatch(load, weight, 1, np.arange(1, dtype=np.int32))
     merged, of = samples(batch, 3)
-    np.testing.assert_allclose(merged[:, 0, 0], [(2 + 3) / 2, (3 * 4 + 0.5 * 5) / 3.5, 7.0])
+    np.testing.assert_allclose(merged[:, 0, 0], [2 + 3, 2 * (3 * 4 + 0.5 * 5) / 3.5, 2 * 7.0])
+    added, _ = samples(batch, 3, 1.0)
+    np.testing.assert_allclose(added, merged + 2)  # one token in each of two steps
     np.testing.assert_allclose(of, np.array([2, 3.5, 2]) / 7.5)
     for most in (None, 7, 64):
         seen = weight > 0
         np.testing.assert_allclose(samples(batch, most)[0][seen], load[seen])
         np.testing.assert_allclose(samples(batch, most)[1], weight)
-    np.testing.assert_allclose(samples(batch, 1)[0][0, 0, 0], (weight * np.arange(1, 8)).sum())
+    np.testing.assert_allclose(samples(batch, 1)[0][0, 0, 0], 7 * (weight * np.arange(1, 8)).sum())
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 5))
@@ -127,8 +130,30 @@ def test_placing_takes_the_least_risk_with_all_covariances(seed):
     assert score == pytest.approx(layer.score(holds))
     assert holds.any(axis=0).all()
     load_TD = layer.load_TE / holds.sum(axis=0) @ holds.T
-    expected = (load_TD / layer.speed_D).max(axis=1) / load_TD.sum(axis=1) * layer.speed_D.sum()
+    expected = ((load_TD / layer.speed_D).max(axis=1) * layer.speed_D.sum() + 0.01) / (load_TD.sum(axis=1) + 0.01)
     assert score == pytest.approx(layer.weight_T @ expected)
+
+
+def test_loads_of_devices_are_added_up_in_single_precision():
+    """Thirds and sevenths, no two alike, that tie in one precision and not in the other."""
+    differ = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        mean, replicas = rng.choice(np.arange(1.0, 120.0), 60, replace=False), np.full(60, rng.choice([3, 6, 7]))
+        slots = np.full(10, -(-int(replicas.sum()) // 10) + 2)
+        holds = {}
+        for kind in (np.float32, np.float64):
+            held, load, used = np.zeros((10, 60), bool), np.zeros(10, kind), np.zeros(10, int)
+            for e in np.argsort(-(mean / replicas), kind="stable"):
+                for _ in range(replicas[e]):
+                    risk = np.where((used < slots) & ~held[:, e], load.astype(float) + mean[e] / replicas[e], np.inf)
+                    d = int(risk.argmin())
+                    held[d, e], load[d], used[d] = True, risk[d], used[d] + 1
+            holds[kind] = held
+        layer = Layer(mean[None], np.ones(1), mean, np.zeros((60, 60)), slots, np.ones(10))
+        np.testing.assert_array_equal(layer.place(replicas, 0.674)[1], holds[np.float32])
+        differ += (holds[np.float32] != holds[np.float64]).any()
+    assert differ > 0
 
 
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(0, 8))
@@ -137,7 +162,7 @@ def test_searching_never_ends_above_the_greedy_allotment(seed, depth, width):
     layer = random_layer(np.random.default_rng(seed))
     plain, _ = flash_lb.search(layer, FlashLBSetting(allotment="greedy", depth=1))
     searched, holds = flash_lb.search(layer, FlashLBSetting(allotment="greedy", depth=depth, width=width))
-    assert searched <= plain * (1 + 1e-12)
+    assert searched <= plain * (1 + 1e-6)
     assert (holds.sum(axis=1) <= layer.slots_D).all() and holds.any(axis=0).all()
 
 
@@ -228,6 +253,6 @@ def test_uneven_machines_are_named_and_settings_checked():
     assert "equal slots, got [4, 2, 1]" in flash_lb.plan(problem, time_limit_s=1.0).details["adapted"]
     assert "adapted" not in flash_lb.plan(published_problem(), time_limit_s=1.0).details
     assert GRID[0] == PUBLISHED == FlashLBSetting()
-    for bad in ({"z_score": -1.0}, {"depth": 0}, {"samples": 0}, {"allotment": "half"}):
+    for bad in ({"z_score": -1.0}, {"depth": 0}, {"samples": 0}, {"allotment": "half"}, {"added": -1.0}):
         with pytest.raises(OptionError):
             FlashLBSetting(**bad)

@@ -20,6 +20,7 @@ from poise.routing.files import IDLE
 from poise.routing.ranks import READINGS
 from poise.routing.trace import LoadProfile, row_blocks
 from poise.util.errors import OptionError, TraceError
+from poise.util.executors import executor_of
 from poise.util.files import replacing
 
 
@@ -56,6 +57,7 @@ def convert(
     ] = None,
     ranks: o.Ranks = None,
     allow_missing_ranks: o.AllowMissingRanks = False,
+    executor: o.Executor = "serial",
     json: o.Json = False,
 ) -> None:
     """Turn an engine's dump into a routing trace or a load profile; the format is told from the content.
@@ -71,7 +73,8 @@ def convert(
             allow_missing_ranks or devices is not None,  # the map is in the file of any rank
             zero_experts,
         )  # fmt: skip
-        dump = read_dump(dumps, options=options)
+        with executor_of(executor) as workers:
+            dump = read_dump(dumps, options=options, executor=workers)
         for note in dump.notes:
             o.talk.print(note)
         if devices is not None or _is_placement(dump):

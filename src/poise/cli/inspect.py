@@ -11,15 +11,17 @@ from poise import api
 from poise.cli import options as o
 from poise.routing.profile import dead_share_L, load_LE, mutual_information, skew_L
 from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
+from poise.util.executors import executor_of
 
 
-def inspect(traces: o.Traces, json: o.Json = False) -> None:
+def inspect(traces: o.Traces, executor: o.Executor = "serial", json: o.Json = False) -> None:
     """Say what recorded traffic holds: sizes, domains, and per layer skew, dead experts and mutual information.
 
     Example: poise inspect trace.npz --json
     """
     with o.errors():
-        found = api.load(list(traces))
+        with executor_of(executor) as workers:
+            found = api.load(list(traces), workers)
         facts: dict[str, Any] = {"name": found.name, "layers": found.num_layers, "experts": found.num_experts}
         if isinstance(found, RoutingTrace):
             load = load_LE(found.experts, found.num_experts)

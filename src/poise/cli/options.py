@@ -83,7 +83,8 @@ MODEL_TEXT = "Model preset or a Hugging Face config.json."
 Traces = Annotated[
     list[str],
     typer.Argument(
-        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,half=first keeps a part.",
+        help="Routing traces (.npz) or load profiles (.json, .npz). FILE#domain=a,half=first keeps a part. "
+        "Of a folder, the loads of its files.",
         show_default=False,
     ),
 ]
@@ -133,6 +134,14 @@ Work = Annotated[
         "--work",
         help="Million elementary updates of search, about 1/30 s each, instead of --time-limit: no clock, and with a "
         "seed the same plan on every machine.",
+    ),
+]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="Where files of a folder are read and starts of a plan made: serial, threads, processes (or :N of them), "
+        "ray://local, dask://local or a cluster's address. The result is the same.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same plan.")]

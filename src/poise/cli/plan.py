@@ -21,6 +21,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
 from poise.replay.rows import fewer_words, shortened
 from poise.util.errors import OptionError
+from poise.util.executors import executor_of
 from poise.util.words import percent
 
 TIME_LIMIT = (
@@ -56,6 +57,7 @@ def plan(
     time_limit: Annotated[float, o.flag("time_limit", TIME_LIMIT)] = 20.0,
     work: o.Work = None,
     seed: o.Seed = 0,
+    executor: o.Executor = "serial",
     json: o.Json = False,
 ) -> None:
     """Plan an expert placement from recorded traffic and write it to a file.
@@ -66,9 +68,10 @@ def plan(
         o.writable(output)
         running = _renumber(current, ranks, cluster)
         now = None if running is None else running[0]
-        with o.progress() as report:
-            found = api.load(list(traces))
-            whole, share = Budget(time_limit, work=work), VERDICT_SHARE if verdict and not pooled else 0.0
+        with executor_of(executor) as workers, o.progress() as report:
+            found = api.load(list(traces), workers)
+            share = VERDICT_SHARE if verdict and not pooled else 0.0
+            whole = Budget(time_limit, work=work, executor=workers)
             shared = {**priced.checked(), "redundant": redundant, "method": method, "seed": seed, "progress": report}
             solution = api.plan(
                 found, cluster, pooled=pooled, current=now, migration_steps=migration_steps,

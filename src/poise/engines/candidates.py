@@ -76,7 +76,7 @@ def _shares(placement: Placement, table_LS: NDArray[np.int32]) -> NDArray[np.flo
 def _balanced(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.float64]:
     """What EPLB makes of loads."""
     devices, slots = placement.num_devices, placement.num_slots
-    table_LS = rebalance_experts(load_LE, slots, 1, 1, devices)[0].astype(np.int32)
+    table_LS = rebalance_experts(load_LE, slots, 1, 1, devices, sums="double")[0].astype(np.int32)
     device_S = np.repeat(np.arange(devices, dtype=np.int32), slots // devices)
     return even_share(Placement(table_LS, device_S, placement.num_experts, devices).count_LED())
 

@@ -6,6 +6,7 @@ Formats and what becomes of them: docs/dumps.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from poise.engines.proposals import PROPOSALS
 from poise.routing.files import join, read
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
+from poise.util.executors import Serial, in_order
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 
@@ -110,7 +112,9 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions | None = None) -> EngineDump:
+def read_dump(
+    paths: str | Path | Sequence[str | Path], *, options: ReadOptions | None = None, executor: Executor | None = None
+) -> EngineDump:
     """What an engine wrote about one run.
 
     Parameters
@@ -118,6 +122,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
     paths : files and folders; all records of one run, in one format. Of a folder all plain files are read, those of no
         known format are left out with a note.
     options : what the dump does not say of itself.
+    executor : where files are opened and parsed (they must be there for its workers); None: here, one by one.
 
     Raises
     ------
@@ -132,7 +137,7 @@ def read_dump(paths: str | Path | Sequence[str | Path], *, options: ReadOptions 
         options = replace(options, num_experts=relabelling.num_experts)
     if options.format is not None and options.format not in FORMATS:
         raise OptionError(f"unknown format {options.format!r}", hint=f"one of {', '.join(FORMATS)}")
-    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options)
+    parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options, executor)
     if options.ranks is not None and name not in RANKS_ASKED:
         raise OptionError(f"{name} says itself which records are of one pass", hint="leave --ranks out")
     where = str(parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more")
@@ -188,7 +193,19 @@ def read_slot_map(path: str | Path, *, options: ReadOptions | None = None) -> Sl
     return found
 
 
-def _sorted_out(paths: Sequence[str | Path], options: ReadOptions) -> tuple[list[Part], str, list[str]]:
+def _opened(asked: tuple[Path, ReadOptions]) -> tuple[Part, str] | TraceError:
+    """A file and the name of its format, or what is wrong with it; in any process."""
+    path, options = asked
+    try:
+        part = open_part(path)
+        return part, _format(part, options)
+    except TraceError as error:
+        return error
+
+
+def _sorted_out(
+    paths: Sequence[str | Path], options: ReadOptions, executor: Executor | None
+) -> tuple[list[Part], str, list[str]]:
     """Files of one format, its name, and notes about others."""
     if not paths:
         raise TraceError("no file was given")
@@ -198,15 +215,14 @@ def _sorted_out(paths: Sequence[str | Path], options: ReadOptions) -> tuple[list
     found: dict[str, list[Part]] = {}
     unknown: list[str] = []
     size = 0
-    for path, named in files:
-        try:
-            part = open_part(path)
-            name = _format(part, options)
-        except TraceError as error:
-            if named or len(files) == 1 or isinstance(error, bare.AmbiguousError):
-                raise
-            unknown.append(f"{path.name} ({error.message.removeprefix(str(path)).lstrip(': ')[:80]})")
+    opened = in_order(executor or Serial(), _opened, [(path, options) for path, _ in files])
+    for (path, named), one in zip(files, opened, strict=True):
+        if isinstance(one, TraceError):
+            if named or len(files) == 1 or isinstance(one, bare.AmbiguousError):
+                raise one
+            unknown.append(f"{path.name} ({one.message.removeprefix(str(path)).lstrip(': ')[:80]})")
             continue
+        part, name = one
         size += max(part.size, part.room)
         if size > 2 * MAX_FILE_BYTES:
             raise TraceError(f"files of more than {2 * MAX_FILE_BYTES} bytes together, or in memory")

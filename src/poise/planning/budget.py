@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from poise.util.compiled import COMPILATION
 from poise.util.errors import OptionError
+from poise.util.executors import Serial
 
 UPDATES_PER_SECOND = 30e6
 """Elementary updates in a nominal second."""
@@ -44,23 +46,29 @@ class Budget:
     seconds : nominal seconds; they begin now.
     work : units of work instead; no clock ends anything then.
     now : seconds of a clock, for tests.
+    executor : where pieces of a plan that do not depend on each other run; None: here, one after the other.
 
     Attributes
     ----------
     work : as given, of the whole.
     cuts : stages that the clock cut short, shared with all parts.
 
+    In another process a budget has what was left of the clock, cuts of its own and no executor.
+
     Raises
     ------
     OptionError : seconds or work are not above 0.
     """
 
-    def __init__(self, seconds: float, *, work: float | None = None, now: Callable[[], float] = _now) -> None:
+    def __init__(
+        self, seconds: float, *, work: float | None = None, now: Callable[[], float] = _now,
+        executor: Executor | None = None,
+    ) -> None:  # fmt: skip
         for what, value in (("the time limit", seconds), ("work", work)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise OptionError(f"{what} must be above 0, got {value}")
         self.seconds = seconds if work is None else work * UNIT / UPDATES_PER_SECOND
-        self.work, self.cuts = work, set[str]()
+        self.work, self.cuts, self.executor = work, set[str](), executor
         self._clock = None if work is not None else now
         self._held = [0.0]
         self._began = self._now()
@@ -68,17 +76,33 @@ class Budget:
         self._ends = self._began + self.seconds if self._clock else math.inf
 
     @classmethod
-    def of(cls, limit: float | Budget, work: float | None = None) -> Budget:
+    def of(cls, limit: float | Budget, work: float | None = None, executor: Executor | None = None) -> Budget:
         """A budget that was given, or one for a limit in seconds that begins now."""
-        return limit if isinstance(limit, Budget) else cls(limit, work=work)
+        return limit if isinstance(limit, Budget) else cls(limit, work=work, executor=executor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "work": self.work, "left": self.left()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.seconds, self.work, self.cuts, self.executor = state["seconds"], state["work"], set(), None
+        self._clock = None if math.isinf(state["left"]) else _now
+        self._held = [0.0]
+        self._began = self._now()
+        self._start = (self._began, time.process_time() if self._clock else 0.0)
+        self._ends = self._began + state["left"]
 
     def part(self, share: float, *, until: float | None = None) -> Budget:
         """``share`` of the nominal seconds; the clock ends it where ``until`` of the whole is over (default: share)."""
         out = object.__new__(Budget)
-        out.seconds, out.work, out.cuts = share * self.seconds, self.work, self.cuts
+        out.seconds, out.work, out.cuts, out.executor = share * self.seconds, self.work, self.cuts, self.executor
         out._clock, out._held, out._start, out._began = self._clock, self._held, self._start, self._now()
         out._ends = self._began + (share if until is None else until) * (self._ends - self._began)
         return out
+
+    @property
+    def spread(self) -> bool:
+        """Whether there is more than one piece of a plan under way at a time."""
+        return self.executor is not None and not isinstance(self.executor, Serial)
 
     def left(self) -> float:
         """Seconds until the clock ends it, at least 0; infinite without a clock."""

@@ -66,7 +66,7 @@ def plan(
     problem = _problem(load_LE * (pairs / load_LE.sum(axis=1))[:, None], cluster, model, base_LS.shape[1])
     found = [base_LS, *_candidates(problem, base_LS, known, shape, settings)]
     slots = base_LS.shape[1]
-    maps, _, _ = rebalance_experts(load_LE, slots, shape.groups, shape.nodes, shape.ranks)
+    maps, _, _ = rebalance_experts(load_LE, slots, shape.groups, shape.nodes, shape.ranks, sums="double")
     found.append(maps)
     if known:  # step 4
         before = _placement(base_LS, problem)
@@ -124,7 +124,7 @@ def _by_node(
     layers, nodes, each = expert_LNX.shape
     slots, ranks = base_LS.shape[1] // nodes, shape.ranks // nodes
     out = np.empty_like(base_LS)
-    setting = swift_balance.SwiftBalanceSetting(share="even", max_transfers=slots // ranks)
+    setting = swift_balance.SwiftBalanceSetting(share="even", max_transfers=slots // ranks, one_mean=False)
     each_layer = max(1, int(min(PROPOSALS, proposals / (layers * nodes))))
     for node in range(nodes):
         ids_LX, here = expert_LNX[:, node], slice(node * slots, (node + 1) * slots)
@@ -159,7 +159,7 @@ def _packed(load_LE: NDArray[np.float64], shape: _Shape) -> NDArray[np.int64]:
     """Experts of each node, int64 [L, N, E / N]: groups packed by load."""
     layers, experts = load_LE.shape
     size = experts // shape.groups
-    node_LG, _ = balanced_packing(load_LE.reshape(layers, shape.groups, size).sum(axis=2), shape.nodes)
+    node_LG, _ = balanced_packing(load_LE.reshape(layers, shape.groups, size).sum(axis=2), shape.nodes, "double")
     return _experts_of(node_LG, size, shape.nodes)
 
 

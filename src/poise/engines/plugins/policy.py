@@ -192,17 +192,30 @@ def usable_map(map_LS: NDArray[Any] | None, layers: int, experts: int, slots: in
     return table if count.min() > 0 else None
 
 
-def logical_maps(map_LS: NDArray[np.int64], num_experts: int, width: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Slots of each expert, int64 [L, E, width], padded with -1, and how many they are, int64 [L, E]."""
-    layers, slots = map_LS.shape
-    order = np.argsort(map_LS, axis=1, kind="stable")
-    expert = np.take_along_axis(map_LS, order, axis=1)
-    row = np.arange(layers)[:, None]
-    count = np.zeros((layers, num_experts), np.int64)
-    np.add.at(count, (row, map_LS), 1)
-    first = np.cumsum(count, axis=1) - count
-    out = np.full((layers, num_experts, width), -1, np.int64)
-    out[row, expert, np.arange(slots) - np.take_along_axis(first, expert, axis=1)] = order
+def logical_maps(map_LS: NDArray[Any], num_experts: int, width: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Slots of each expert, int64 [L, E, width], padded with -1, and how many they are, int64 [L, E].
+
+    An empty slot of the map, -1, is no expert's.
+
+    Raises
+    ------
+    OptionError : an expert has more slots than ``width``, or there is none of its number.
+    """
+    table = np.asarray(map_LS)
+    most = int(table.max(initial=-1))
+    if most >= num_experts or table.min(initial=0) < -1:
+        raise OptionError(f"the map names expert {most if most >= num_experts else table.min()} of {num_experts}")
+    order = np.argsort(table, axis=1, kind="stable")
+    expert_LS = np.take_along_axis(table, order, axis=1)
+    layer, place = np.nonzero(expert_LS >= 0)
+    expert, slot = expert_LS[layer, place], order[layer, place]
+    count = np.zeros((len(table), num_experts), np.int64)
+    np.add.at(count, (layer, expert), 1)
+    if count.max(initial=0) > width:
+        raise OptionError(f"an expert has {count.max()} slots, the map of experts room for {width}")
+    first = np.cumsum(count, axis=1) - count + (table < 0).sum(axis=1, keepdims=True)
+    out = np.full((*count.shape, width), -1, np.int64)
+    out[layer, expert, place - first[layer, expert]] = slot
     return out, count
 
 

@@ -6,13 +6,15 @@ Step 1  groups -> nodes: balanced packing of the groups' loads.
 Step 2  inside a node, replicas one at a time to the expert with the largest load / replicas.
 Step 3  replicas -> devices of the node: balanced packing.
 
-Global: the same with one node and one group. Ties: the published code sorts descending in float32, which for equal
-loads keeps no stated order; here the lower index comes first.
+Global: the same with one node and one group. Loads, shares and the sums of packs are float32, as published; the copies
+in SGLang 0.5.23 and vLLM 0.33 add up packs in double precision: ``sums="double"``. Ties: the published code sorts with
+torch, vLLM's with numpy, which for equal loads keep no stated order; here the lower index comes first, as with torch's
+stable sort.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.util.compiled import compiled
 from poise.util.errors import OptionError
 
+Sums = Literal["single", "double"]
+
 
 @compiled
 def _fill_packs(weight, order, packs):  # type: ignore[no-untyped-def]
@@ -33,7 +37,7 @@ def _fill_packs(weight, order, packs):  # type: ignore[no-untyped-def]
     pack_index = np.zeros((rows, items), np.int64)
     rank = np.zeros((rows, items), np.int64)
     for x in range(rows):
-        total = np.zeros(packs)  # the published code adds up Python floats
+        total = np.zeros(packs, weight.dtype)
         size = np.zeros(packs, np.int64)
         for i in order[x]:
             best = -1
@@ -47,13 +51,16 @@ def _fill_packs(weight, order, packs):  # type: ignore[no-untyped-def]
     return pack_index, rank
 
 
-def balanced_packing(weight: NDArray[Any], num_packs: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def balanced_packing(
+    weight: NDArray[Any], num_packs: int, sums: Sums = "single"
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack n items into equal packs of n / num_packs, float [X, n] -> pack and rank within it, int [X, n] each."""
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     items = weight.shape[1]
     if items == num_packs:
         return np.broadcast_to(np.arange(items), weight.shape).copy(), np.zeros(weight.shape, np.int64)
-    return _fill_packs(weight, np.argsort(-weight, axis=1, kind="stable"), num_packs)
+    order = np.argsort(-weight, axis=1, kind="stable")
+    return _fill_packs(weight.astype(np.float64) if sums == "double" else weight, order, num_packs)
 
 
 @compiled
@@ -93,13 +100,13 @@ def _inverse(permutation: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _hierarchical(
-    weight: NDArray[np.float32], physical: int, groups: int, nodes: int, gpus: int
+    weight: NDArray[np.float32], physical: int, groups: int, nodes: int, gpus: int, sums: Sums
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     layers, experts = weight.shape
     group_size, groups_per_node, per_gpu = experts // groups, groups // nodes, physical // gpus
     # Step 1
     per_group = weight.reshape(layers, groups, group_size).sum(-1)
-    group_pack, group_rank = balanced_packing(per_group, nodes)
+    group_pack, group_rank = balanced_packing(per_group, nodes, sums)
     log2mlog = (((group_pack * groups_per_node + group_rank) * group_size)[..., None] + np.arange(group_size)).reshape(
         layers, experts
     )
@@ -109,7 +116,7 @@ def _hierarchical(
     phy2mlog, replica, count = replicate_experts(per_node, physical // nodes)
     # Step 3
     per_physical = np.take_along_axis(per_node, phy2mlog, 1) / np.take_along_axis(count, phy2mlog, 1).astype(np.float32)
-    gpu_pack, gpu_rank = balanced_packing(per_physical, gpus // nodes)
+    gpu_pack, gpu_rank = balanced_packing(per_physical, gpus // nodes, sums)
     pphy2phy = _inverse(gpu_pack * per_gpu + gpu_rank)
     in_node = np.take_along_axis(phy2mlog, pphy2phy, 1).reshape(layers, nodes, -1)
     pphy2mlog = (in_node + np.arange(0, experts, experts // nodes)[None, :, None]).reshape(layers, -1)
@@ -120,7 +127,7 @@ def _hierarchical(
 
 
 def rebalance_experts(
-    weight: NDArray[Any], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+    weight: NDArray[Any], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, *, sums: Sums = "single"
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """The published function.
 
@@ -129,6 +136,7 @@ def rebalance_experts(
     weight : [L, E], load of each expert.
     num_replicas : physical experts in all, a multiple of ``num_gpus``.
     num_groups, num_nodes, num_gpus : expert groups, nodes, devices in all.
+    sums : precision in which the loads of packs are added up: as published, or as SGLang and vLLM do.
 
     Returns
     -------
@@ -150,7 +158,7 @@ def rebalance_experts(
             raise OptionError(f"EPLB needs {what} divisible: {of} is not a multiple of {by}")
     if num_replicas < experts:
         raise OptionError(f"{num_replicas} replicas cannot hold {experts} experts")
-    phy2log, rank, logcnt = _hierarchical(load, num_replicas, num_groups, num_nodes, num_gpus)
+    phy2log, rank, logcnt = _hierarchical(load, num_replicas, num_groups, num_nodes, num_gpus, sums)
     log2phy = np.full((layers, experts, int(logcnt.max())), -1, np.int64)
     layer = np.broadcast_to(np.arange(layers)[:, None], phy2log.shape)
     log2phy[layer, phy2log, rank] = np.arange(num_replicas)

@@ -1,42 +1,44 @@
 """FlashLB ("FlashTree"): vllm-ascend's policy 3, replicas and places chosen together on the statistics of many steps.
 
-Source: github.com/vllm-project/vllm-ascend, vllm_ascend/eplb/core/policy/policy_flashlb.py, pull requests 3042 and
-6477, and the version offered to vLLM (pull request 37656), whose constants are :data:`PUBLISHED`. There is no paper;
-the steps are those of the code, layer by layer:
+Source: github.com/vllm-project/vllm-ascend, vllm_ascend/eplb/core/policy/policy_flashlb.py, as in the wheels of 0.23.0
+and 0.26.0rc1; its constants are :data:`PUBLISHED`. There is no paper; the steps are those of the code, layer by layer:
 
-Step 1  Samples: the last steps, consecutive ones merged until fewer than 128, then the last 64 of them. Mean, variance
-        and covariance of the experts' loads over them.
+Step 1  Samples: one token is added to every expert in every step; then the last steps, consecutive ones added up until
+        fewer than 128, then the last 64 of them. Mean, variance and covariance of the experts' loads over them.
 Step 2  Experts in descending mean + z std (z = 0.674, the 75 % quantile) are cut into 4 groups (depth).
 Step 3  For each group but the last: how many of the redundant replicas left go to it, the rest going to all later
         groups. Start from its part in an allotment over both together; try up to 8 (width) fewer and more, nearest
         first, fewer before more, and keep the first with the least score. Inside a group and among the later ones
-        replicas are in proportion to mean + z std (largest remainders); the release of pull request 6477 gave each to
-        the largest (mean + z std) / replicas (``allotment="greedy"``).
+        each replica goes to the largest (mean + z std) / replicas; release 0.18.0 and the version offered to vLLM (pull
+        request 37656) gave them in proportion to mean + z std (largest remainders): ``allotment="proportional"``.
 Step 4  Score of a choice: all replicas are placed by step 5; mean over samples of max/mean over devices, even split.
 Step 5  Covariance-aware LPT: experts in descending mean / replicas; each replica to the device with a free slot,
         without the expert, where mean + z std of the device's load (with all covariances on it) is least.
 Step 6  Devices renumbered by the Hungarian method so that most experts stay, then slots inside each device.
-Step 7  Keep a layer's new placement only if its score is below that of the one in use.
+Step 7  Keep a layer's new placement only if its score is below that of the one in use, which is scored on all steps as
+        they came.
 
-Chosen where the source is silent or cannot be followed:
+Loads and variances of devices and the scores of steps are float32, as in the code.
+
+Chosen where the source is silent or cannot be followed (docs/planning.md says it for users):
 
 - Without a current placement the layout is the one the engine starts with: physical expert p holds p mod E.
-- Steps have weights here, so statistics are weighted (with equal weights they are the code's); merged steps are
-  averaged. A sample in which the layer has no tokens is left out (the code adds one token to every expert instead).
-- The code scores the placement in use on unmerged steps; here both are scored on the same samples.
-- The code's history of past scores (re-plan only below 95 % of the last one or below 0.9) starts empty, which means
+- Steps have weights here, so statistics are weighted (with equal weights they are the code's). A layer without tokens
+  stays as it is.
+- The code's history of past scores (re-plan only below 90 % of the last one or below 0.85) starts empty, which means
   every layer is planned: a plan here is the first call.
-- No expert gets more replicas than there are devices with slots: the excess goes to the next largest remainder. A
-  replica that fits nowhere is left out, and the score counts the replicas there are (the code of pull request 3042
-  fills such slots at random, later ones do not expect them).
+- No expert gets more replicas than there are devices with slots: the excess goes to the next largest. A replica that
+  fits nowhere is left out, and the score counts the replicas there are (the code then writes past the end of a row, or
+  keeps the layer where it sees an empty slot).
 - Slots may differ, loads are divided by the speed of their device, and only devices with as many slots and the same
   speed are renumbered among each other. A second copy on one device of the current placement is dropped first.
-- Equal values: lower expert, lower device first.
+- Equal values: lower expert, lower device first; experts of equal mean / replicas in step 5 in the order of numba's
+  sort, as in the code. Newcomers take a device's slots in ascending order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -61,14 +63,16 @@ class FlashLBSetting:
     depth : groups of experts whose replicas are decided one after the other; 1 = no search.
     width : farthest distance of a tried number of replicas from the first guess.
     samples : samples that steps are merged into where there are enough, or None to use every step.
-    allotment : replicas in proportion to load, or one at a time to the largest load / replicas.
+    allotment : replicas one at a time to the largest load / replicas, or in proportion to load.
+    added : tokens added to every expert in every step.
     """
 
     z_score: float = 0.6744897501960817
     depth: int = 4
     width: int = 8
     samples: int | None = 64
-    allotment: Literal["proportional", "greedy"] = "proportional"
+    allotment: Literal["greedy", "proportional"] = "greedy"
+    added: float = 1.0
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.z_score) and self.z_score >= 0):
@@ -77,23 +81,27 @@ class FlashLBSetting:
             raise OptionError(
                 f"depth {self.depth} and samples {self.samples} must be at least 1, width {self.width} at least 0"
             )
-        if self.allotment not in ("proportional", "greedy"):
-            raise OptionError(f"unknown allotment {self.allotment!r}", hint="one of proportional, greedy")
+        if not (np.isfinite(self.added) and self.added >= 0):
+            raise OptionError(f"the tokens added to every expert must be at least 0, got {self.added}")
+        if self.allotment not in ("greedy", "proportional"):
+            raise OptionError(f"unknown allotment {self.allotment!r}", hint="one of greedy, proportional")
 
 
 PUBLISHED = FlashLBSetting()
 GRID: tuple[FlashLBSetting, ...] = (
     PUBLISHED,
-    FlashLBSetting(allotment="greedy", samples=None),
+    FlashLBSetting(samples=None),
+    FlashLBSetting(allotment="proportional"),
     FlashLBSetting(depth=8, width=16),
-    FlashLBSetting(allotment="greedy", depth=8, width=16),
-    FlashLBSetting(allotment="greedy", z_score=0.0),
+    FlashLBSetting(z_score=0.0),
 )
 
 
-def samples(batch: RoutingBatch, most: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Step 1: loads float64 [T, L, E] and weights float64 [T], summing to 1."""
-    load, weight = batch.load_BLE, batch.weight_B
+def samples(
+    batch: RoutingBatch, most: int | None, added: float = 0.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Step 1: loads float64 [T, L, E], of a sample's steps together, and weights float64 [T], summing to 1."""
+    load, weight = batch.load_BLE + added, batch.weight_B
     window = 1 if most is None else max(batch.num_steps // most, 1)
     last = batch.num_steps if most is None else min(batch.num_steps, window * most)
     if weight[-last:].sum() > 0:
@@ -103,20 +111,25 @@ def samples(batch: RoutingBatch, most: int | None) -> tuple[NDArray[np.float64],
     parts_TW = weight.reshape(-1, window)
     sum_T = parts_TW.sum(axis=1)
     share_TW = np.divide(parts_TW, sum_T[:, None], out=np.zeros_like(parts_TW), where=sum_T[:, None] > 0)
-    merged = np.einsum("tw,twle->tle", share_TW, load.reshape(-1, window, *load.shape[1:]))
+    merged = np.einsum("tw,twle->tle", share_TW * window, load.reshape(-1, window, *load.shape[1:]))
     return merged, sum_T / sum_T.sum()
 
 
 def statistics(
     load_TE: NDArray[np.float64], weight_T: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean [E] and unbiased covariance [E, E] of weighted samples; zero covariance where one sample has all weight."""
-    mean_E = weight_T @ load_TE
-    freedom = 1.0 - float(weight_T @ weight_T)
-    if freedom < 1e-9:
+    """Mean [E] and unbiased covariance [E, E] of weighted samples; zero covariance where one sample has all weight.
+
+    With equal weights the sums and divisors are numpy's own, to the last digit.
+    """
+    count_T = weight_T / weight_T.max()
+    total = float(count_T.sum())
+    mean_E = (load_TE * count_T[:, None]).sum(axis=0) / total
+    freedom = total - float((count_T**2).sum()) / total
+    if freedom < 1e-9 * total:
         return mean_E, np.zeros((len(mean_E), len(mean_E)))
     off = load_TE - mean_E
-    return mean_E, (off * weight_T[:, None]).T @ off / freedom
+    return mean_E, (off * count_T[:, None]).T @ off / freedom
 
 
 def allot(value_E: NDArray[np.float64], extra: int, most: int, how: str) -> NDArray[np.int64]:
@@ -148,8 +161,8 @@ def _place(mean, cov, replicas, slots, speed, z):  # type: ignore[no-untyped-def
     devices = len(slots)
     held = np.full((devices, slots.max()), -1, np.int64)
     used = np.zeros(devices, np.int64)
-    load, var = np.zeros(devices), np.zeros(devices)
-    for e in np.argsort(-(mean / replicas), kind="mergesort"):
+    load, var = np.zeros(devices, np.float32), np.zeros(devices, np.float32)
+    for e in np.argsort(-(mean / replicas)):
         for _ in range(replicas[e]):
             best, best_risk, best_var = -1, np.inf, 0.0
             for d in range(devices):
@@ -160,7 +173,7 @@ def _place(mean, cov, replicas, slots, speed, z):  # type: ignore[no-untyped-def
                 for k in range(used[d]):
                     other = held[d, k]
                     has = has or other == e
-                    new_var += 2.0 * cov[e, other] / (replicas[e] * replicas[other])
+                    new_var += 2.0 * cov[e, other] / replicas[e] / replicas[other]
                 if has:
                     continue
                 risk = (load[d] + mean[e] / replicas[e] + z * np.sqrt(max(new_var, 0.0))) / speed[d]
@@ -169,14 +182,17 @@ def _place(mean, cov, replicas, slots, speed, z):  # type: ignore[no-untyped-def
             if best >= 0:
                 held[best, used[best]] = e
                 used[best] += 1
-                load[best] += mean[e] / replicas[e]
+                load[best] = load[best] + mean[e] / replicas[e]
                 var[best] = best_var
     return held, used
 
 
 @compiled
 def _score(load, weight, held, used, speed):  # type: ignore[no-untyped-def]
-    """Step 4: weighted mean over samples [T] of max/mean of load / speed over devices; 1 for an empty sample."""
+    """Step 4: weighted mean over samples [T] of max/mean of load / speed over devices; 1 for an empty sample.
+
+    0.01 keeps an empty sample from dividing by zero; single precision decides which of two choices comes first.
+    """
     steps, experts = load.shape
     count = np.zeros(experts)
     for d in range(len(used)):
@@ -191,8 +207,8 @@ def _score(load, weight, held, used, speed):  # type: ignore[no-untyped-def]
                 own += load[t, held[d, k]] / count[held[d, k]]
             total += own
             most = max(most, own / speed[d])
-        score += weight[t] * (most * speed.sum() / total if total > 0 else 1.0)
-    return score
+        score += weight[t] * np.float32((most * speed.sum() + 0.01) / (total + 0.01))
+    return np.float32(score)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -284,17 +300,18 @@ def plan(
     batch, speed_D = problem.batch, np.ascontiguousarray(problem.cluster.speed_D, dtype=np.float64)
     table = start_table(problem)
     holds_LDE = table.holds_LDE(batch.num_experts)
-    load_TLE, weight_T = samples(batch, setting.samples)
+    load_TLE, weight_T = samples(batch, setting.samples, setting.added)
+    every_TLE = batch.load_BLE + setting.added
     out = table.expert_LDK.copy()
     before, after = np.ones(batch.num_layers), np.ones(batch.num_layers)
     for index in range(batch.num_layers):
         slots_D = np.ascontiguousarray(table.capacity_LD[index])
-        some_T = (load_TLE[:, index].sum(axis=1) > 0) & (weight_T > 0)
-        if some_T.any() and not budget.over("flash-lb"):
-            load_TE = np.ascontiguousarray(load_TLE[some_T, index])
-            weight = weight_T[some_T] / weight_T[some_T].sum()
+        if load_TLE[weight_T > 0, index].max() > setting.added and not budget.over("flash-lb"):
+            load_TE = np.ascontiguousarray(load_TLE[weight_T > 0, index])
+            weight = weight_T[weight_T > 0]
             layer = Layer(load_TE, weight, *statistics(load_TE, weight), slots_D, speed_D)
-            before[index] = after[index] = layer.score(holds_LDE[index])
+            all_steps = replace(layer, load_TE=np.ascontiguousarray(every_TLE[:, index]), weight_T=batch.weight_B)
+            before[index] = after[index] = all_steps.score(holds_LDE[index])
             score, holds = search(layer, setting)
             if score < before[index]:
                 after[index] = score

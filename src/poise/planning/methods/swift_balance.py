@@ -1,32 +1,38 @@
 """SwiftBalance: vllm-ascend's default policy (2), a bounded number of moves away from the placement in use.
 
 Source: github.com/vllm-project/vllm-ascend, vllm_ascend/eplb/core/policy/policy_swift_balancer.py (formerly
-policy_dynamic_ep_v2.py). There is no paper; the steps are those of the code, layer by layer:
+policy_dynamic_ep_v2.py), as in the wheel of release 0.23.0. There is no paper; the steps are those of the code, layer
+by layer:
 
 Step 1  Start from the table in use. The load of an expert is the sum over its replicas.
 Step 2  Leave a layer alone whose max/mean over ranks, with even split, is below the threshold (1.01).
 Step 3  Slot by slot over all ranks, the first copy of an expert is its owner and stays; all later copies are taken out.
 Step 4  Redundancy anew: one replica at a time to the expert with the largest share, fewer than D for each expert. After
-        a replicas the code counts a share of 2 load / (a + 2); an even split would give load / (a + 1).
+        a replicas the code counts a share of 2 load / (a + 2); an even split would give load / (a + 1), which is what
+        pull request 16000 (open in September 2026) makes of it: ``share="even"``.
 Step 5  Replicas in descending share to the least loaded rank with a free slot, without the expert, and which has not
         yet received from the owner's rank. Slots left over take the expert with the largest exact share that the rank
         lacks, whoever sends it.
 Step 6  Swaps, at most 100: the hottest rank tries the others from the coldest up, takes the first whose best pair
-        lowers the larger of the two loads by 1 % of the mean, and stops if none does. A pair of ranks exchanges at most
-        one expert in each direction, and what a rank has just received stays there.
-Step 7  Keep the new layer only if its largest load, in the shares of step 4, is below the old one.
+        lowers the larger of the two loads by 1 % of the first layer's mean, and stops if none does. A pair of ranks
+        exchanges at most one expert in each direction, and what a rank has just received stays there.
+Step 7  Keep the new layer only if its largest load, in the shares of step 4 and over the first layer's mean, is below
+        the old max/mean.
 Step 8  Experts that stay on their rank keep their slot.
 
-The shares of step 4 never lie below the true ones, so a kept layer is never less balanced than it was on the fitted
-traffic; they do hide gains, which is why :data:`GRID` has ``share="even"`` too.
+Shares and loads of ranks are float32, added up slot by slot, as in the code. The shares of step 4 never lie below the
+true ones, so, where the layers' loads are alike, a kept layer is never less balanced than it was on the fitted traffic;
+they do hide gains, which is why :data:`GRID` has ``share="even"`` too.
 
-Chosen where the source is silent or cannot be followed:
+Chosen where the source is silent or cannot be followed (docs/planning.md says it for users):
 
 - Without a current placement the layout is the one the engine starts with: physical expert p holds p mod E.
-- The code compares every layer with the mean load of layer 0; here with its own. Loads are not cut to integers.
-- Equal values: higher expert in steps 4 and 5, higher rank as hottest, lower rank as coldest, as stable sorts give.
+- Loads are not cut to integers. A first layer without tokens does not set the mean: each layer has its own then.
+- Pairs of equal gain in step 6: lower experts, where the code takes them as a Python set yields them. Newcomers take a
+  rank's slots in ascending order, the code's in that of the set.
 - Free slots count as redundant ones, slots may differ, and loads are divided by the speed of their device.
-- A second copy on the same device is dropped before anything else; that alone may change a layer's balance.
+- A second copy on the same device is dropped before anything else, also in a layer that is left alone; that alone may
+  change a layer's balance.
 - The code's flag "change" (sum of layer maxima down by 5 %) is reported in ``details["change"]``, not acted on.
 - Redundancy inside each node, an option of the code that is off, is left out.
 """
@@ -57,6 +63,8 @@ class SwiftBalanceSetting:
     max_transfers : experts one rank may send to another, a layer.
     min_gain : least gain of a swap, as a share of the mean load.
     share : what a replica of an expert with a redundant ones is thought to carry: 2 / (a + 2) or 1 / (a + 1) of it.
+    one_mean : gains and the new largest load of every layer are compared with the mean load of the first, as in the
+        code; False: with the layer's own. They are the same where every layer sees the same tokens.
     """
 
     imbalance_threshold: float = 1.01
@@ -64,6 +72,7 @@ class SwiftBalanceSetting:
     max_transfers: int = 1
     min_gain: float = 0.01
     share: Literal["published", "even"] = "published"
+    one_mean: bool = True
 
     def __post_init__(self) -> None:
         if not self.imbalance_threshold >= 1:
@@ -184,7 +193,7 @@ def peak(load_E: NDArray[np.float64], holds_DE: NDArray[np.bool_], speed_D: NDAr
 
 def _redundancy(
     load_E: NDArray[np.float64], slots: int, devices: int, share: str
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Step 4: redundant replicas of each expert, int [E], and the share each of its replicas is thought to carry."""
     extra, weight = np.zeros(len(load_E), np.int64), load_E.astype(np.float64)
     offset = 1 if share == "published" else 0
@@ -194,80 +203,111 @@ def _redundancy(
             break
         expert = int(np.flatnonzero(open_E & (weight == weight[open_E].max()))[-1])
         extra[expert] += 1
-        weight[expert] *= (extra[expert] + offset) / (extra[expert] + offset + 1)
-    return extra, weight
+        parts = extra[expert] + offset
+        weight[expert] = weight[expert] * parts / (parts + 1)
+    return extra, weight.astype(np.float32)
+
+
+def slot_sums(expert_DK: NDArray[np.int64], weight_E: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Load of each device, float32 [D], added up slot by slot as the code does."""
+    load_D = np.zeros(len(expert_DK), np.float32)
+    for expert_D in expert_DK.T:
+        load_D += np.where(expert_D == EMPTY, np.float32(0.0), weight_E[expert_D])
+    return load_D
+
+
+@dataclass(slots=True, eq=False)
+class _LaidOut:
+    """A layer on its way.
+
+    What devices hold bool [D, E], shares float32 [E], loads float32 [D], transfers from rank to rank int [D, D], what
+    each rank has received bool [D, E].
+    """
+
+    holds: NDArray[np.bool_]
+    weight: NDArray[np.float32]
+    load_D: NDArray[np.float32]
+    sent: NDArray[np.int64]
+    received: NDArray[np.bool_]
 
 
 def _redeploy(
     load_E: NDArray[np.float64], table: SlotTable, layer: int, speed_D: NDArray[np.float64], s: SwiftBalanceSetting
-) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Steps 3 to 5: what devices hold [D, E], shares [E], transfers from rank to rank [D, D], received [D, E]."""
+) -> _LaidOut:
+    """Steps 3 to 5."""
     old_DK, devices = table.expert_LDK[layer], len(speed_D)
     owner_E = np.full(len(load_E), -1)
-    holds = np.zeros((devices, len(load_E)), np.bool_)
-    for d, expert in ((d, e) for column in old_DK.T for d, e in enumerate(column) if e != EMPTY):
-        if owner_E[expert] < 0:
-            owner_E[expert] = d
-            holds[d, expert] = True
-    free_D = table.capacity_LD[layer] - holds.sum(axis=1)
-    extra, weight = _redundancy(load_E, int(free_D.sum()), devices, s.share)
-    load_D = carried(holds, weight)
+    held_DK = np.full_like(old_DK, EMPTY)
+    for k, column in enumerate(old_DK.T):
+        for d, expert in enumerate(column):
+            if expert != EMPTY and owner_E[expert] < 0:
+                owner_E[expert], held_DK[d, k] = d, expert
+    holds = np.zeros((devices, len(load_E) + 1), np.bool_)
+    np.put_along_axis(holds, np.where(held_DK == EMPTY, len(load_E), held_DK), True, axis=1)
+    holds = holds[:, :-1].copy()
+    free_DX = [
+        np.flatnonzero(held_DK[d, : table.room_D[d]] == EMPTY)[:n].tolist()
+        for d, n in enumerate(table.capacity_LD[layer] - holds.sum(axis=1))
+    ]
+    extra, weight = _redundancy(load_E, sum(map(len, free_DX)), devices, s.share)
+    load_D = slot_sums(held_DK, weight)
     sent, received = np.zeros((devices, devices), np.int64), np.zeros_like(holds)
+
+    def receive(d: int, slot: int, expert: int) -> None:
+        held_DK[d, slot] = expert
+        holds[d, expert] = received[d, expert] = True
+        sent[owner_E[expert], d] += 1
+
     order = np.argsort(-weight, kind="stable")
     for expert in np.repeat(order, extra[order]).tolist():
-        fits = np.flatnonzero((free_D > 0) & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
+        free_D = np.array([len(free) > 0 for free in free_DX])
+        fits = np.flatnonzero(free_D & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
         if fits.size:
             d = int(fits[np.argmin(load_D[fits] / speed_D[fits])])
-            holds[d, expert] = received[d, expert] = True
+            receive(d, free_DX[d].pop(), expert)
             load_D[d] += weight[expert]
-            free_D[d] -= 1
-            sent[owner_E[expert], d] += 1
-    if free_D.any():
+    if any(free_DX):
         count = holds.sum(axis=0)
-        weight = load_E / count
-        for d in np.repeat(np.arange(devices), free_D).tolist():
+        weight = (load_E / count).astype(np.float32)
+        for d, slot in ((d, slot) for d, free in enumerate(free_DX) for slot in free):
             lacks = ~holds[d]
             if lacks.any():
                 expert = int(np.flatnonzero(lacks & (weight == weight[lacks].max()))[-1])
-                holds[d, expert] = received[d, expert] = True
-                sent[owner_E[expert], d] += 1
+                receive(d, slot, expert)
+                weight[expert] = float(weight[expert]) * (count[expert] / (count[expert] + 1))
                 count[expert] += 1
-                weight[expert] = load_E[expert] / count[expert]
-    return holds, weight, sent, received
+        load_D = slot_sums(held_DK, weight)
+    return _LaidOut(holds, weight, load_D, sent, received)
 
 
-def _best_pair(
-    hot: int, cold: int, holds: NDArray[np.bool_], received: NDArray[np.bool_], weight: NDArray[np.float64],
-    load_D: NDArray[np.float64], speed_D: NDArray[np.float64],
-) -> tuple[float, int, int]:  # fmt: skip
+def _best_pair(hot: int, cold: int, now: _LaidOut, speed_D: NDArray[np.float64]) -> tuple[float, int, int]:
     """The swap after which the larger of two ranks' loads is least: that load, the expert to give, the one to take."""
-    give = np.flatnonzero(holds[hot] & ~holds[cold] & ~received[hot])
-    take = np.flatnonzero(holds[cold] & ~holds[hot] & ~received[cold])
+    give = np.flatnonzero(now.holds[hot] & ~now.holds[cold] & ~now.received[hot])
+    take = np.flatnonzero(now.holds[cold] & ~now.holds[hot] & ~now.received[cold])
     if not (give.size and take.size):
         return np.inf, -1, -1
-    change = weight[take][None, :] - weight[give][:, None]
-    after = np.maximum((load_D[hot] + change) / speed_D[hot], (load_D[cold] - change) / speed_D[cold])
+    given, taken = now.weight[give][:, None], now.weight[take][None, :]
+    # The code adds up the hot rank in double, the cold one in single precision, and compares in single.
+    hotter = (float(now.load_D[hot]) - given.astype(np.float64)) + taken
+    colder = (now.load_D[cold] - taken) + given
+    after = np.maximum(hotter / speed_D[hot], colder / speed_D[cold]).astype(np.float32)
     i, j = np.unravel_index(int(after.argmin()), after.shape)
     return float(after[i, j]), int(give[i]), int(take[j])
 
 
-def _swap(
-    holds: NDArray[np.bool_], weight: NDArray[np.float64], sent: NDArray[np.int64], received: NDArray[np.bool_],
-    speed_D: NDArray[np.float64], s: SwiftBalanceSetting,
-) -> tuple[int, float]:  # fmt: skip
+def _swap(now: _LaidOut, speed_D: NDArray[np.float64], s: SwiftBalanceSetting, mean: float) -> tuple[int, float]:
     """Step 6, in place: number of swaps, largest load / speed after them."""
-    load_D = carried(holds, weight)
-    least = s.min_gain * float(load_D.sum() / speed_D.sum())
+    holds, weight, load_D, sent, received = now.holds, now.weight, now.load_D, now.sent, now.received
     swaps = 0
     while swaps < s.max_swaps:
         order = np.argsort(load_D / speed_D, kind="stable")
         hot = int(order[-1])
-        now = float(load_D[hot] / speed_D[hot])
+        most = float(load_D[hot] / speed_D[hot])
         for cold in order[:-1].tolist():
             if max(sent[hot, cold], sent[cold, hot]) >= s.max_transfers:
                 continue
-            after, give, take = _best_pair(hot, cold, holds, received, weight, load_D, speed_D)
-            if after >= now or now - after < least:
+            after, give, take = _best_pair(hot, cold, now, speed_D)
+            if after >= most or most - after < s.min_gain * mean:
                 continue
             holds[hot, give] = holds[cold, take] = False
             holds[hot, take] = holds[cold, give] = True
@@ -280,7 +320,7 @@ def _swap(
             break
         else:
             break
-    return swaps, float((carried(holds, weight) / speed_D).max())
+    return swaps, float((load_D / speed_D).max())
 
 
 def plan(
@@ -302,15 +342,17 @@ def plan(
     out = table.expert_LDK.copy()
     swaps = changed = 0
     before = after = 0.0
+    first = float(load_LE[0].sum() / speed_D.sum())
     for layer, load_E in enumerate(load_LE):
         was = peak(load_E, holds_LDE[layer], speed_D)
         mean = float(load_E.sum() / speed_D.sum())
-        now = was
+        unit, now = first if setting.one_mean and first > 0 else mean, was
         if mean > 0 and was / mean >= setting.imbalance_threshold and not budget.over("swift-balance"):
-            holds, weight, sent, received = _redeploy(load_E, table, layer, speed_D, setting)
-            done, now = _swap(holds, weight, sent, received, speed_D, setting)
-            if now < was:
-                out[layer] = keep_slots(table.expert_LDK[layer], holds, table.room_D)
+            new = _redeploy(load_E, table, layer, speed_D, setting)
+            done, most = _swap(new, speed_D, setting, unit)
+            if most / unit < was / mean:
+                now = most
+                out[layer] = keep_slots(table.expert_LDK[layer], new.holds, table.room_D)
                 swaps, changed = swaps + done, changed + 1
         before, after = before + was, after + now
         if progress is not None:

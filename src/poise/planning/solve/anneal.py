@@ -17,6 +17,7 @@ Step 3  In the last quarter the state with the least weighted mean of maxima is 
 from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -28,6 +29,7 @@ from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 from poise.util.compiled import compiled
+from poise.util.executors import cores
 
 PROPOSALS = 400_000
 MAX_SCENARIOS = 8
@@ -196,13 +198,13 @@ def annealed(
     """
     stop = np.zeros(1, np.int64)
     with nullcontext() if budget is None else budget.stops(stop):
-        found = _annealed(problem, proposals, seed, stop)
+        found = _annealed(problem, proposals, seed, stop, cores() if budget is not None and budget.spread else 1)
     if stop[0] and budget is not None:
         budget.over("annealing")
     return found
 
 
-def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArray[np.int64]) -> Placement:
+def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArray[np.int64], threads: int) -> Placement:
     batch, devices = problem.batch, problem.num_devices
     work_BLE, weight_B = scenarios(problem)
     slots_D = problem.layer_slots_D
@@ -210,7 +212,8 @@ def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArra
     speed_D = problem.cluster.speed_D
     rate_D = speed_D.sum() / speed_D
     out = np.zeros((batch.num_layers, batch.num_experts, devices), np.int32)
-    for layer in range(batch.num_layers):
+
+    def anneal(layer: int) -> None:  # random numbers are a thread's own, and seeded by the layer
         load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
         load /= np.maximum(load.sum(axis=1, keepdims=True), 1e-300)
         slot_expert = _start(np.sqrt(weight_B @ load[:, :-1] ** 2), slots_D, speed_D)
@@ -219,6 +222,13 @@ def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArra
         slot_expert = first if stop[0] else slot_expert
         used = slot_expert >= 0
         out[layer, slot_expert[used], slot_device[used]] = 1
+
+    if threads > 1:
+        with ThreadPoolExecutor(threads, "poise-annealing") as pool:
+            list(pool.map(anneal, range(batch.num_layers)))
+    else:
+        for layer in range(batch.num_layers):
+            anneal(layer)
     return Placement.from_counts(out, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")
 
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,27 +43,15 @@ from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.complete import complete
+from poise.planning.solve.descent import descents
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
 from poise.planning.solve.near_anneal import near_annealed, proposals_within
 from poise.planning.solve.node_first import node_first
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
-from poise.planning.solve.state import (
-    STAY,
-    TIE_BREAK,
-    Data,
-    State,
-    change,
-    layer_seconds,
-    make_data,
-    make_state,
-    rebuild,
-)
+from poise.planning.solve.state import STAY, TIE_BREAK, Data, State, make_data, make_state
 from poise.routing.batch import RoutingBatch
-from poise.util.compiled import compiled
 
-KICK_UPDATES = 15_000
-"""What one perturbation costs beside its updates."""
 PROPOSALS_PER_SECOND = 8e6
 SHIFT, SHIFTS = 0.15, 8
 """Log-normal spread of the loads that step 4 tries, and how many draws."""
@@ -77,160 +64,6 @@ the clock ends those.
 """
 OPTIONS = 6
 """Placements that are priced beside the starts."""
-BETTER = 1.0 - 1e-9
-
-
-@compiled(nogil=True)
-def _score(data, state, layer):  # type: ignore[no-untyped-def]
-    """Seconds of the layers that a change of this one can alter."""
-    out = layer_seconds(data, state, layer)
-    for later in range(layer + 1, data.reach_L[layer] + 1):
-        out += layer_seconds(data, state, later)
-    return out
-
-
-@compiled(nogil=True)
-def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped-def]
-    """Make a change if it lowers ``best``; returns the score after it."""
-    if not change(data, state, layer, experts, devices, best):
-        return best
-    score = _score(data, state, layer)
-    if score < best * BETTER:
-        return score
-    change(data, state, layer, experts[::-1], devices[::-1], np.inf)
-    return best
-
-
-@compiled(nogil=True)
-def _device_order(data, state, layer):  # type: ignore[no-untyped-def]
-    """Devices by how often they decide a maximum, the most deciding first."""
-    steps, devices = data.weight_B.size, data.machine.speed_D.size
-    power = np.zeros(devices)
-    for b in range(steps):
-        most = 1e-300
-        for d in range(devices):
-            most = max(most, state.compute_LBD[layer, b, d])
-        for d in range(devices):
-            power[d] += data.weight_B[b] * (state.compute_LBD[layer, b, d] / most) ** 8
-            for kind in range(4):
-                top = 1e-300
-                for d2 in range(devices):
-                    top = max(top, state.port_LFBPD[layer, 0, b, kind, d2])
-                power[d] += 0.25 * data.weight_B[b] * (state.port_LFBPD[layer, 0, b, kind, d] / top) ** 8
-    return np.argsort(-power)
-
-
-@compiled(nogil=True)
-def _room(state, layer, d):  # type: ignore[no-untyped-def]
-    group = layer if state.room_GD.shape[0] > 1 or state.held_LED.shape[0] == 1 else 0
-    return state.room_GD[group, d] > 0 and state.used_LD[layer, d] < state.held_LED.shape[1]
-
-
-@compiled(nogil=True)
-def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untyped-def]
-    """All changes that involve device a; returns the score."""
-    experts, devices = state.held_LED.shape[1], data.machine.speed_D.size
-    one_e, one_d = np.empty(1, np.int64), np.empty(1, np.int64)
-    two_e, two_d = np.empty(2, np.int64), np.empty(2, np.int64)
-    four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
-    for e in range(experts):
-        if state.work[0] > limit or data.stop[0]:
-            return best
-        if not state.held_LED[layer, e, a]:
-            if _room(state, layer, a):  # add a replica
-                one_e[0], one_d[0] = e, a
-                best = _try(data, state, layer, one_e, one_d, best)
-            continue
-        for c in range(devices):
-            if c == a or state.held_LED[layer, e, c]:
-                continue
-            if _room(state, layer, c):  # move
-                two_e[0], two_e[1] = e, e
-                two_d[0], two_d[1] = a, c
-                best = _try(data, state, layer, two_e, two_d, best)
-                if not state.held_LED[layer, e, a]:
-                    break
-            for f in range(experts):  # swap
-                if state.held_LED[layer, f, c] and not state.held_LED[layer, f, a]:
-                    four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
-                    four_d[0], four_d[1], four_d[2], four_d[3] = a, c, c, a
-                    best = _try(data, state, layer, four_e, four_d, best)
-                    if not state.held_LED[layer, e, a]:
-                        break
-            if not state.held_LED[layer, e, a] or state.work[0] > limit or data.stop[0]:
-                break
-        if state.held_LED[layer, e, a] and state.copies_LE[layer, e] > 1:
-            if not data.keep_full:
-                one_e[0], one_d[0] = e, a  # drop a replica
-                best = _try(data, state, layer, one_e, one_d, best)
-            for f in range(experts):  # replace it by another expert
-                if not state.held_LED[layer, e, a] or state.copies_LE[layer, e] < 2:
-                    break
-                if not state.held_LED[layer, f, a]:
-                    two_e[0], two_e[1] = e, f
-                    two_d[0], two_d[1] = a, a
-                    best = _try(data, state, layer, two_e, two_d, best)
-    return best
-
-
-@compiled(nogil=True)
-def _descend(data, state, layer, limit):  # type: ignore[no-untyped-def]
-    """Descent in one layer to a local optimum or until the work counter reaches ``limit``; returns the score."""
-    best = _score(data, state, layer)
-    while True:
-        before = best
-        for a in _device_order(data, state, layer):
-            best = _descend_from(data, state, layer, a, best, limit)
-        if best >= before * (1.0 - 1e-7) or state.work[0] > limit or data.stop[0]:
-            return best
-
-
-@compiled(nogil=True)
-def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
-    """Swaps in one layer chosen by uniform ``draws`` [swaps, tries, 4]; the first possible try of each is made."""
-    experts = state.held_LED.shape[1]
-    four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
-    for swap in range(draws.shape[0]):
-        for attempt in range(draws.shape[1]):
-            u = draws[swap, attempt]
-            e, f = int(u[0] * experts), int(u[1] * experts)
-            a = state.hold_LED[layer, e, int(u[2] * state.copies_LE[layer, e])]
-            c = state.hold_LED[layer, f, int(u[3] * state.copies_LE[layer, f])]
-            if a != c and not state.held_LED[layer, e, c] and not state.held_LED[layer, f, a]:
-                four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
-                four_d[0], four_d[1], four_d[2], four_d[3] = a, c, c, a
-                change(data, state, layer, four_e, four_d, np.inf)
-                break
-
-
-def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
-    """Make a layer of one state equal to another's; ``stay`` sums of the layers it reaches are computed anew."""
-    if to.room_GD.shape[0] > 1 or to.held_LED.shape[0] == 1:
-        to.room_GD[layer] = other.room_GD[layer]
-    else:
-        to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
-    for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFBPD"):
-        getattr(to, name)[layer] = getattr(other, name)[layer]
-    for later in range(layer + 1, int(data.reach_L[layer]) + 1):
-        rebuild(data, to, later)
-
-
-def _snapshot(data: Data, state: State, layer: int) -> tuple[NDArray[Any], ...]:
-    room = state.room_GD.copy()
-    last = int(data.reach_L[layer]) + 1
-    return (
-        room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
-        state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
-        state.port_LFBPD[layer:last].copy(),
-    )  # fmt: skip
-
-
-def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
-    state.room_GD[:] = saved[0]
-    names = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
-    for name, value in zip(names, saved[1:7], strict=True):
-        getattr(state, name)[layer] = value
-    state.port_LFBPD[layer : layer + len(saved[7])] = saved[7]
 
 
 def _best_layers(problem: PlacementProblem, options: list[Placement], seconds_OL: NDArray[np.float64]) -> Placement:
@@ -282,22 +115,6 @@ def _choose(
     total = {i: seconds[i] + more for i, more in zip(fit, shifted, strict=True)}
     best, robust = min(fit, key=seconds.__getitem__), min(total, key=total.__getitem__)
     return robust if total[robust] < (1 - WORTH) * total[best] else best
-
-
-def _merge(
-    data: Data, problem: PlacementProblem, states: list[State], local: NDArray[np.bool_]
-) -> tuple[State, NDArray[np.bool_]]:
-    """The best of several descents: layer by layer where layers do not depend on each other."""
-    layers = problem.batch.num_layers
-    score = np.array([[layer_seconds(data, state, layer) for layer in range(layers)] for state in states])
-    best = int(np.argmin(score.sum(axis=1)))
-    state, local_L = states[best], local[best].copy()
-    if not (problem.pooled or (data.flow == STAY and data.has_tokens)):
-        for layer in range(layers):
-            other = int(np.argmin(score[:, layer]))
-            _copy_layer(data, state, states[other], layer)
-            local_L[layer] = local[other, layer]
-    return state, local_L
 
 
 def plain_start(problem: PlacementProblem) -> Placement:
@@ -359,46 +176,6 @@ def _own_starts(
             yield near_annealed(problem, first, proposals=near, seed=seed, budget=budget)
 
 
-def _descents(
-    data: Data, problem: PlacementProblem, states: list[State], updates: float, seed: int, progress: Progress | None
-) -> tuple[State, int, int]:
-    """Steps 2 and 3, until ``updates`` are made or ``data.stop`` is set: state, kicks, and how many of them helped."""
-    layers = problem.batch.num_layers
-    local = np.zeros((len(states), layers), dtype=bool)
-    for turn, state in enumerate(states):
-        state.work[0] = 0
-        for layer in range(layers):
-            limit = updates * 0.7 / len(states) * (layer + 1) / layers
-            rebuild(data, state, layer)
-            _descend(data, state, layer, limit)
-            local[turn, layer] = state.work[0] <= limit
-            if progress:
-                progress("descent", (turn * layers + layer + 1) / layers / len(states))
-            if data.stop[0]:
-                break
-    state, local_L = _merge(data, problem, states, local)
-    state.work[0] = sum(int(each.work[0]) for each in states)
-    rng = np.random.default_rng(seed)
-    kicks, helped = 0, 0
-    while state.work[0] < updates and not data.stop[0] and problem.num_devices > 1:
-        layer = int(rng.integers(layers))
-        kicks += 1
-        saved = _snapshot(data, state, layer)
-        before = float(_score(data, state, layer))
-        if local_L[layer]:
-            _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
-        after = float(_descend(data, state, layer, updates))
-        local_L[layer] = True
-        if after < before * BETTER:
-            helped += 1
-        else:
-            _restore(state, layer, saved)
-        state.work[0] += KICK_UPDATES
-        if progress and kicks % 16 == 0:
-            progress("perturbation", min(1.0, float(state.work[0]) / updates))
-    return state, kicks, helped
-
-
 def search(
     problem: PlacementProblem,
     starts: list[Placement],
@@ -445,7 +222,7 @@ def search(
     late = behind_s + overhead + near_s + proposals * problem.batch.num_layers / PROPOSALS_PER_SECOND
     updates = UPDATES_PER_SECOND * max(LEAST_SEARCH * budget.seconds, budget.seconds - max(0.0, late))
     with budget.part(1.0, until=UNTIL).stops(data.stop):
-        state, kicks, helped = _descents(data, problem, states, updates, seed, progress)
+        state, kicks, helped = descents(data, problem, states, updates, seed, progress, budget.spread)
     if data.stop[0] and state.work[0] < updates:
         budget.cuts.add("search")
     found = Placement.from_counts(

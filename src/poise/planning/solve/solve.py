@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +35,7 @@ from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
 from poise.planning.solve.joint import ClosedBounds, has_joint_bound, joint_bound
 from poise.util.errors import NoResultError
+from poise.util.executors import Given, Serial, begun, taken
 from poise.util.registry import Registry
 
 RISK_ROUNDS = 3
@@ -81,25 +84,68 @@ def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progre
     left_out: list[str] = []
     early = budget.part(STARTS_SHARE)
     small = problem.batch.num_layers * problem.batch.num_experts * problem.num_devices <= AFFINITY_SIZE
-    taken = 0.0
-    for name in STARTS + (STAY_STARTS if problem.traffic == "stay" or small else ()):
-        if METHODS[name].pooled and not problem.pooled:
-            continue
-        own = early.part(0.5, until=1.0)
-        needs = start_seconds(problem, name, own.seconds)
-        if starts and (taken + needs > early.seconds or early.over("starts")):
+    names = [name for name in STARTS + (STAY_STARTS if problem.traffic == "stay" or small else ())
+             if problem.pooled or not METHODS[name].pooled]  # fmt: skip
+    needs = {name: start_seconds(problem, name, early.part(0.5).seconds) for name in names}
+    under_way = _Starts(problem, early, seed)
+    spent = 0.0
+    for at, name in enumerate(names):
+        if starts and (spent + needs[name] > early.seconds or early.over("starts")):
             left_out.append(name)
             continue
-        try:
-            result = METHODS[name].plan(problem, time_limit_s=own, seed=seed)
-            problem.check(result.placement)
-        except NoResultError:
+        under_way.begin(names[at:], needs, early.seconds - spent)
+        placement = under_way.take(name)
+        if placement is None:
             continue
-        taken += needs
-        starts.append(result.placement)
+        spent += needs[name]
+        starts.append(placement)
+    under_way.give_up()
     found = search.search(problem, starts, time_limit_s=budget.part(SEARCH_SHARE, until=SEARCH_UNTIL), seed=seed,
-                          progress=progress, behind_s=taken - SLACK * budget.seconds)  # fmt: skip
+                          progress=progress, behind_s=spent - SLACK * budget.seconds)  # fmt: skip
     return replace(found, details={**found.details, "starts_left_out": left_out}) if left_out else found
+
+
+class _Starts:
+    """Starts on their way on the budget's executor: those that will be wanted if none fails, so that which are taken
+    does not depend on the executor.
+    """
+
+    def __init__(self, problem: PlacementProblem, early: Budget, seed: int) -> None:
+        self._problem, self._early, self._seed = problem, early, seed
+        self._executor = early.executor or Serial()
+        self._futures: dict[str, Future[Given]] = {}
+
+    def begin(self, names: Sequence[str], needs: Mapping[str, float], seconds: float) -> None:
+        """Those of ``names`` that fit into nominal seconds, the first one anyway; one at a time without an executor."""
+        for name in names if self._early.spread else names[:1]:
+            seconds -= needs[name]
+            if seconds < 0 and name != names[0]:
+                return
+            if name not in self._futures:
+                own = self._early.part(0.5, until=1.0)
+                self._futures[name] = begun(self._executor, _start, self._problem, name, own, self._seed)
+
+    def take(self, name: str) -> Placement | None:
+        """The placement of a start, or None where its method found none."""
+        placement, cuts = taken(self._futures.pop(name))
+        self._early.cuts.update(cuts)
+        found: Placement | None = placement
+        return found
+
+    def give_up(self) -> None:
+        """What nobody wants any more."""
+        for future in self._futures.values():
+            future.cancel()
+
+
+def _start(problem: PlacementProblem, name: str, budget: Budget, seed: int) -> tuple[Placement | None, frozenset[str]]:
+    """A method's placement, and what the clock cut; in any process."""
+    try:
+        placement = METHODS[name].plan(problem, time_limit_s=budget, seed=seed).placement
+        problem.check(placement)
+    except NoResultError:
+        return None, frozenset(budget.cuts)
+    return placement, frozenset(budget.cuts)
 
 
 OWN: dict[str, Method] = {
