@@ -133,8 +133,10 @@ class _Tightening:
 
     def num_pairs(self) -> int:
         """Pairs of experts whose products may be columns."""
-        sides, experts = 1 if self.groups.mirrored else len(self.groups.room_G), self.problem.batch.num_experts
-        return 0 if self.problem.traffic == "home" else min(experts * (experts - 1) // 2, MOST_PAIRS // sides)
+        sides, batch = 1 if self.groups.mirrored else len(self.groups.room_G), self.problem.batch
+        if self.problem.traffic == "home" or batch.top_k == 1:
+            return 0
+        return min(batch.num_experts * (batch.num_experts - 1) // 2, MOST_PAIRS // sides)
 
     def round_seconds(self) -> float:
         """Nominal seconds of the first round of a layer."""
