@@ -2,11 +2,12 @@
 
     minimise  sum_b w[b] ( |compute[b]|_8  +  2 |tokens[b] * seconds a token|_8  +  exchange[b] )
 
-in every layer, norms over devices, homes equal, scenarios b a few of the steps that the search looks at. Which requests
-meet on which device is chance; of loads alone a change costs little, so that many are tried. As in
-:mod:`poise.planning.solve.anneal` a high power stands for the maximum, so that every device counts. Tokens count beside
-seconds, which in small steps are reads of weights: whoever has most tokens has most in the next traffic too, and then
-they decide. (Measured on Llama-4, other requests: without that term imbalance 1.9 instead of 1.5, and 2 to 5 % slower.)
+in every layer, norms over devices, homes equal, scenarios b a few steps, drawn where they can be
+(:mod:`poise.planning.solve.scenarios`). Which requests meet on which device is chance; of loads alone a change costs
+little, so that many are tried. As in :mod:`poise.planning.solve.anneal` a high power stands for the maximum, so that
+every device counts. Tokens count beside seconds, which in small steps are reads of weights: whoever has most tokens has
+most in the next traffic too, and then they decide. (Measured on
+Llama-4, other requests: without that term imbalance 1.9 instead of 1.5, and 2 to 5 % slower.)
 
 Step 1  Start: :mod:`poise.planning.solve.node_first`.
 Step 2  Proposals: swap the contents of two slots of two devices, or replace a replica of a replicated expert by another
@@ -17,6 +18,7 @@ Step 3  The best of all states is kept.
 from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -26,16 +28,21 @@ from poise.cost.machine import exchange_seconds, fullest_ports, token_work
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import some_steps
+from poise.planning.solve.node_first import node_first
+from poise.planning.solve.scenarios import can_be_drawn, drawn_steps
 from poise.planning.solve.state import Data, State, change, make_data, make_state
 from poise.routing.batch import RoutingBatch
 from poise.util.compiled import compiled
 
 SCENARIOS = 8
-"""Most steps that are looked at."""
+"""Steps that are looked at, if there are so many. (Three times as many, and four times the proposals, gave no better
+plans for other requests, half as many worse ones.)
+"""
 PROPOSALS = 60_000
 """Most proposals a layer."""
-RATE = 6e6
+RATE = 1e7
 """Proposals in a nominal second, of one step and one device."""
 HOT = 1e-3
 """First temperature, as a part of the seconds."""
@@ -114,9 +121,23 @@ def _anneal(data: Data, state: State, layer: int, proposals: int, draws_seed: in
 
 def proposals_within(problem: PlacementProblem, seconds: float) -> tuple[int, float]:
     """Proposals a layer that fit in so many nominal seconds, and how many of them they take."""
-    each = min(SCENARIOS, problem.batch.num_steps) * problem.num_devices * problem.batch.num_layers / RATE
+    each = SCENARIOS * problem.num_devices * problem.batch.num_layers / RATE
     proposals = min(PROPOSALS, int(seconds / each))
     return proposals, proposals * each
+
+
+def near_starts(
+    whole: PlacementProblem, problem: PlacementProblem, *, proposals: int, seed: int, budget: Budget
+) -> Iterator[Placement]:
+    """Node-first, and annealed from there, with all slots filled where engines want them so; ``problem`` has the steps
+    that the search looks at.
+    """
+    first = node_first(whole)
+    first = first if whole.engine.empty_slots else complete(problem, first)
+    yield first
+    if whole.risk == "mean" and can_be_drawn(whole.batch):
+        problem = replace(whole, batch=drawn_steps(whole.batch, SCENARIOS, seed + 2))
+    yield near_annealed(problem, first, proposals=proposals, seed=seed, budget=budget)
 
 
 def near_annealed(

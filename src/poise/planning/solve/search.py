@@ -46,8 +46,7 @@ from poise.planning.solve.complete import complete
 from poise.planning.solve.descent import descents
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
-from poise.planning.solve.near_anneal import near_annealed, proposals_within
-from poise.planning.solve.node_first import node_first
+from poise.planning.solve.near_anneal import BALANCE, near_starts, proposals_within
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
 from poise.planning.solve.state import STAY, TIE_BREAK, Data, State, make_data, make_state
 from poise.routing.batch import RoutingBatch
@@ -106,7 +105,9 @@ def _choose(
     if given is not problem:  # what was given decides who is as good as others, steps that nobody has seen who is best
         own = [float(_price(given, o).seconds_L.mean()) + given.migration_seconds(o) for o in options]
         others = replace(whole, batch=drawn_steps(whole.batch, JUDGED, seed + 1))
-        score = [float(_price(others, o).seconds_L.mean()) + others.migration_seconds(o) for o in options]
+        near = whole.split == "near"  # balance counts as in its starts
+        prices = [price.score_L if near else price.seconds_L for price in (_price(others, o) for o in options)]
+        score = [float(p.mean()) + others.migration_seconds(o) for p, o in zip(prices, options, strict=True)]
         limit = min(own[1 : 1 + starts])
         return min((i for i, value in enumerate(own) if value <= limit * (1 + 1e-9)), key=score.__getitem__)
     limit = min(seconds[1 : 1 + starts])
@@ -157,7 +158,8 @@ def _price(problem: PlacementProblem, placement: Placement) -> _Price:
     most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
     times = expert_times(cluster, problem.model)
     per_token = times.compute_s + times.activation_s
-    return _Price(seconds_L, batch.weight_B @ (cost.seconds_BL + TIE_BREAK * per_token * most_BL))
+    weight = BALANCE if problem.split == "near" else TIE_BREAK
+    return _Price(seconds_L, batch.weight_B @ (cost.seconds_BL + weight * per_token * most_BL))
 
 
 def _own_starts(
@@ -171,9 +173,7 @@ def _own_starts(
         if problem.split == "exact" and problem.spare_slots > 0:
             yield filled(whole, seed=seed)
         if problem.split == "near" and problem.cluster.num_nodes > 1:
-            first = complete(problem, node_first(whole))
-            yield first
-            yield near_annealed(problem, first, proposals=near, seed=seed, budget=budget)
+            yield from near_starts(whole, problem, proposals=near, seed=seed, budget=budget)
 
 
 def search(
@@ -200,7 +200,7 @@ def search(
     problem = some_steps(problem, budget.afford(most, "steps"), overhead)
     given = some_steps(whole, budget.seconds, overhead) if drawn else problem
     proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
-    near, near_s = proposals_within(problem, 0.3 * budget.seconds * (problem.split == "near"))
+    near, near_s = proposals_within(problem, 0.5 * budget.seconds * (problem.split == "near"))
     data = make_data(problem, MAX_ROWS)
     pool: list[Placement] = []
     prices: list[_Price] = []
