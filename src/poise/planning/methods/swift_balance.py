@@ -253,6 +253,8 @@ def _redeploy(
     load_D = slot_sums(held_DK, weight)
     sent, received = np.zeros((devices, devices), np.int64), np.zeros_like(holds)
 
+    left_D = np.array([len(free) for free in free_DX])
+
     def receive(d: int, slot: int, expert: int) -> None:
         held_DK[d, slot] = expert
         holds[d, expert] = received[d, expert] = True
@@ -260,11 +262,11 @@ def _redeploy(
 
     order = np.argsort(-weight, kind="stable")
     for expert in np.repeat(order, extra[order]).tolist():
-        free_D = np.array([len(free) > 0 for free in free_DX])
-        fits = np.flatnonzero(free_D & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
+        fits = np.flatnonzero((left_D > 0) & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
         if fits.size:
             d = int(fits[np.argmin(load_D[fits] / speed_D[fits])])
             receive(d, free_DX[d].pop(), expert)
+            left_D[d] -= 1
             load_D[d] += weight[expert]
     if any(free_DX):
         count = holds.sum(axis=0)
