@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from poise.cost.step import batch_cost
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.util.compiled import compiled
 
 
 def complete(problem: PlacementProblem, placement: Placement) -> Placement:
@@ -53,16 +54,39 @@ def _filled(
     """Step 2, bool [L, E, D]: free slots of the device with least load come first."""
     out = held_LED.copy()
     for layer, held_ED in enumerate(out):
-        load_E = load_LE[layer]
-        copies_E = held_ED.sum(axis=1)
-        free_D = room_D - held_ED.sum(axis=0)
-        while free_D.any():
-            each_E = load_E / copies_E
-            load_D = np.where(free_D > 0, each_E @ held_ED, np.inf)
-            d = int(np.argmin(load_D))
-            gain_E = np.where(held_ED[:, d], -np.inf, each_E if relief else -each_E)
-            e = int(np.argmax(gain_E))
-            held_ED[e, d] = True
-            copies_E[e] += 1
-            free_D[d] -= 1
+        _fill_layer(held_ED, room_D - held_ED.sum(axis=0), load_LE[layer], relief)
     return out
+
+
+@compiled
+def _fill_layer(
+    held_ED: NDArray[np.bool_], free_D: NDArray[np.int64], load_E: NDArray[np.float64], relief: bool
+) -> None:
+    """One layer, in place. Loads are summed anew where they change, so that equal ones stay equal."""
+    experts, devices = held_ED.shape
+    copies_E = np.zeros(experts, np.int64)
+    for e in range(experts):
+        copies_E[e] = held_ED[e].sum()
+    each_E = load_E / copies_E
+    load_D, changed_D = np.zeros(devices), np.ones(devices, np.bool_)
+    while True:
+        to = -1
+        for d in range(devices):
+            if changed_D[d]:
+                load_D[d] = 0.0
+                for e in range(experts):
+                    if held_ED[e, d]:
+                        load_D[d] += each_E[e]
+            if free_D[d] > 0 and (to < 0 or load_D[d] < load_D[to]):
+                to = d
+        if to < 0:
+            return
+        best = -1
+        for e in range(experts):
+            if not held_ED[e, to] and (best < 0 or (each_E[e] > each_E[best] if relief else each_E[e] < each_E[best])):
+                best = e
+        held_ED[best, to] = True
+        copies_E[best] += 1
+        each_E[best] = load_E[best] / copies_E[best]
+        free_D[to] -= 1
+        changed_D[:] = held_ED[best]
