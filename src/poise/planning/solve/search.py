@@ -47,12 +47,11 @@ from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
 from poise.planning.solve.near_anneal import BALANCE, near_starts, proposals_within
+from poise.planning.solve.records import Data, State
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
 from poise.planning.solve.state import (
     STAY,
     TIE_BREAK,
-    Data,
-    State,
     change,
     layer_seconds,
     make_data,
