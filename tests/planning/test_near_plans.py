@@ -55,13 +55,13 @@ def balanced(problem: PlacementProblem, placement: Placement) -> float:
 @given(SEEDS, st.booleans(), st.sampled_from(["home", "home_device_dedup", "home_node_dedup"]))
 @settings(max_examples=12, deadline=None)
 def test_the_search_is_near_the_best_of_all_placements(seed, loads, traffic):
-    """Within 1 % of it on layers that can be enumerated; slots filled, as engines want them."""
+    """Within 5 % on layers that can be enumerated (a plan that shifted loads hurt less may be taken); slots filled."""
     problem = near_problem(seed, (2, 1), loads=loads, experts=4, traffic="home" if loads else traffic)
     full = [count for count in all_counts(4, problem.slots_D) if (count.sum(axis=0) == problem.slots_D).all()]
     layers = [problem.pricing.cost(problem.batch, np.stack([c, c])).seconds_BL for c in full]
     best = (problem.batch.weight_B @ np.stack(layers)).min(axis=0).mean()
     found = solve(problem, work=10)
-    assert best * (1 - 1e-9) <= found.objective <= best * 1.01
+    assert best * (1 - 1e-9) <= found.objective <= best * 1.05
     assert found.lower_bound <= best * (1 + 1e-9)
 
 
