@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tests.helpers import all_counts, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 import poise
+from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.step import layer_works
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -34,20 +36,32 @@ def near_problem(seed, nodes, *, loads=False, experts=6, spare=None, traffic="ho
     return PlacementProblem(batch, cluster, tiny_model(batch), slots, traffic, "near")
 
 
-def objective(problem: PlacementProblem, placement: Placement) -> float:
-    return float(problem.batch.weight_B @ problem.pricing.cost(problem.batch, placement.count_LED()).seconds_BL.mean(1))
+def balanced(problem: PlacementProblem, placement: Placement) -> float:
+    """What annealing minimises, by the cost's own numbers: norms of power 8 over devices, and the exchanges."""
+    batch, cluster, model = problem.batch, problem.cluster, problem.model
+    times, out = expert_times(cluster, model), 0.0
+    cost = problem.pricing.cost(batch, placement.count_LED())
+    starts = (cost.pairs_BL > 0) * (cluster.dispatch_wire.start_s + cluster.combine_wire.start_s)
+    out += float(batch.weight_B @ (cost.dispatch_BL + cost.combine_BL - starts).sum(axis=1))
+    options = {"traffic": problem.traffic, "split": problem.split}
+    for (steps, _), work in layer_works(batch, placement.count_LED(), cluster, **options):
+        seconds_BD = work.by_device(expert_seconds(work.tokens_BH, cluster, model)) / cluster.speed_D
+        tokens_BD = work.tokens_BD / cluster.speed_D * (times.compute_s + times.activation_s)
+        norms = [((x**8).sum(axis=1)) ** 0.125 for x in (seconds_BD, tokens_BD)]
+        out += float(batch.weight_B[steps] @ (norms[0] + 2.0 * norms[1]))
+    return out
 
 
 @given(SEEDS, st.booleans(), st.sampled_from(["home", "home_device_dedup", "home_node_dedup"]))
 @settings(max_examples=12, deadline=None)
 def test_the_search_is_near_the_best_of_all_placements(seed, loads, traffic):
-    """Within 1 % of it on layers that can be enumerated; slots filled, as engines want them."""
+    """Within 5 % on layers that can be enumerated (a plan that shifted loads hurt less may be taken); slots filled."""
     problem = near_problem(seed, (2, 1), loads=loads, experts=4, traffic="home" if loads else traffic)
     full = [count for count in all_counts(4, problem.slots_D) if (count.sum(axis=0) == problem.slots_D).all()]
     layers = [problem.pricing.cost(problem.batch, np.stack([c, c])).seconds_BL for c in full]
     best = (problem.batch.weight_B @ np.stack(layers)).min(axis=0).mean()
     found = solve(problem, work=10)
-    assert best * (1 - 1e-9) <= found.objective <= best * 1.01
+    assert best * (1 - 1e-9) <= found.objective <= best * 1.05
     assert found.lower_bound <= best * (1 + 1e-9)
 
 
@@ -72,7 +86,7 @@ def test_annealing_on_loads_is_never_worse_than_its_start(seed, nodes):
     problem = near_problem(seed, nodes, loads=True)
     first = node_first(problem)
     better = near_annealed(problem, first, proposals=3000, seed=1, budget=Budget(1.0, work=10))
-    assert objective(problem, better) <= objective(problem, first) * (1 + 2e-3)  # the tie break has that weight
+    assert balanced(problem, better) <= balanced(problem, first) * (1 + 1e-9)
     assert np.array_equal(
         better.count_LED(),
         near_annealed(problem, first, proposals=3000, seed=1, budget=Budget(1.0, work=1)).count_LED(),

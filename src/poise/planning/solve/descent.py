@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.problem import PlacementProblem, Progress
-from poise.planning.solve.state import STAY, Data, State, change, layer_seconds, rebuild
+from poise.planning.solve.records import Data, State
+from poise.planning.solve.state import STAY, change, layer_seconds, rebuild
 from poise.util.compiled import compiled
 
 KICK_UPDATES = 15_000

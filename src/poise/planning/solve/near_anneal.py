@@ -31,8 +31,9 @@ from poise.planning.problem import PlacementProblem
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import some_steps
 from poise.planning.solve.node_first import node_first
+from poise.planning.solve.records import Data, State
 from poise.planning.solve.scenarios import can_be_drawn, drawn_steps
-from poise.planning.solve.state import Data, State, change, make_data, make_state
+from poise.planning.solve.state import change, make_data, make_state
 from poise.routing.batch import RoutingBatch
 from poise.util.compiled import compiled
 

@@ -47,8 +47,9 @@ from poise.planning.solve.descent import descents
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
 from poise.planning.solve.near_anneal import BALANCE, near_starts, proposals_within
+from poise.planning.solve.records import Data, State
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
-from poise.planning.solve.state import STAY, TIE_BREAK, Data, State, make_data, make_state
+from poise.planning.solve.state import STAY, TIE_BREAK, make_data, make_state
 from poise.routing.batch import RoutingBatch
 
 PROPOSALS_PER_SECOND = 8e6

@@ -7,26 +7,12 @@ loads alone copies are booked with the expert.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.machine import expert_work
+from poise.planning.solve.records import Data, Rows, Sources, State
 from poise.util.compiled import compiled
-
-if TYPE_CHECKING:
-    from poise.planning.solve.state import Data, Rows, State
-
-
-class Sources(NamedTuple):
-    """Where tokens come from: entries ``ptr_LX[l, e * B + b]`` to the next are of expert e of layer l in step b, and
-    their weights sum to its load.
-    """
-
-    ptr_LX: NDArray[np.int64]
-    device_Y: NDArray[np.int64]
-    weight_Y: NDArray[np.float64]
 
 
 def make_sources(rows: Rows, load_LBE: NDArray[np.float64], devices: int) -> Sources:
