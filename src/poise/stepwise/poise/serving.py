@@ -29,7 +29,7 @@ from poise.cost.machine import expert_works
 from poise.cost.weights import fetch_seconds
 from poise.stepwise.methods.split import even_quota
 from poise.stepwise.poise.surplus import fill_free_slots, surplus_fill
-from poise.stepwise.poise.work_split import best_split, passive_seconds, plan_seconds
+from poise.stepwise.poise.work_split import exact_quota_by_work, passive_seconds, plan_seconds
 from poise.stepwise.poise.workspace import Desk, desk_of
 from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
 
@@ -105,11 +105,7 @@ class PoiseServing(StepPolicy):
         """Step 4."""
         if self.leaves_alone(view, holders_ED):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
-        layer = desk_of(view).put(holders_ED)
-        best_split(load_SE, self.slack, layer)
-        holders, quota = layer.holders, np.zeros(holders_ED.shape, np.int64)
-        quota[holders.expert_H, holders.device_H] = np.rint(layer.space.best_H[: holders.device_H.size])
-        return StepPlan(holders_ED, quota)
+        return StepPlan(holders_ED, exact_quota_by_work(load_SE, self.slack, desk_of(view).put(holders_ED)))
 
     def leaves_alone(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> bool:
         """Whether :meth:`after_gate` will be passive whatever the exact loads are: then nobody need wait for them."""
