@@ -95,17 +95,35 @@ def descended(
 
     ``free_D`` int64 [D]: holders may be added there, and those that are not static go with their last token.
     """
-    machine, found = site.machine, []
-    fixed_ED = held_ED if free_D is None else site.static_ED
-    for tokens_ED in _splits(site, held_ED, load_E):
-        total_E = tokens_ED.sum(axis=1)
-        tokens_ED = np.where(total_E[:, None] > 0, tokens_ED, held_ED)
-        tokens_ED *= (load_E / tokens_ED.sum(axis=1))[:, None]
-        spread = make_spread(np.ascontiguousarray(tokens_ED), held_ED.copy(), machine)
-        slots = Slots(np.zeros(len(machine.speed_D), np.int64) if free_D is None else free_D.copy(), fixed_ED)
-        descend(spread, slots, SWEEPS, machine)
-        found.append((spread_seconds(spread, machine), spread))
-    return min(found, key=lambda one: one[0])
+    starts = [_shares(each, held_ED) * load_E[:, None] for each in _splits(site, held_ED, load_E)]
+    start = min(starts, key=lambda each: spread_seconds(make_spread(each, held_ED, site.machine), site.machine))
+    return _descent(site, held_ED, start, free_D)
+
+
+def improved(
+    site: Site, held_ED: NDArray[np.bool_], tokens_ED: NDArray[np.float64], load_E: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """Seconds and tokens, float64 [E, D], of a descent from those that were planned for nearly the same holders."""
+    seconds, spread = _descent(site, held_ED, _shares(tokens_ED * held_ED, held_ED) * load_E[:, None], None)
+    return seconds, spread.tokens_ED
+
+
+def _descent(
+    site: Site, held_ED: NDArray[np.bool_], tokens_ED: NDArray[np.float64], free_D: NDArray[np.int64] | None
+) -> tuple[float, Spread]:
+    machine = site.machine
+    spread = make_spread(tokens_ED, held_ED.copy(), machine)
+    none = np.zeros(len(machine.speed_D), np.int64)
+    slots = Slots(none, held_ED) if free_D is None else Slots(free_D.copy(), site.static_ED)
+    descend(spread, slots, SWEEPS, machine)
+    return spread_seconds(spread, machine), spread
+
+
+def _shares(tokens_ED: NDArray[np.float64], held_ED: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Share of an expert's tokens on each device, even over its holders where it has none; float64 [E, D]."""
+    share_ED = np.where(tokens_ED.sum(axis=1)[:, None] > 0, tokens_ED, held_ED)
+    out: NDArray[np.float64] = np.ascontiguousarray(share_ED / share_ED.sum(axis=1, keepdims=True))
+    return out
 
 
 def _splits(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
@@ -163,9 +181,7 @@ def best_sending(site: Site, held: bytes, loads: bytes, slack: float) -> Sending
     apart = len(load_HE) >= 2 * JUDGED
     before_HE, judged_HE = (load_HE[:-JUDGED], load_HE[-JUDGED:]) if apart else (load_HE, load_HE)
     tokens_ED = planned_tokens(site, held, expected_loads(before_HE).tobytes()).tokens_ED
-    total_E = tokens_ED.sum(axis=1)
-    share_ED = np.where(total_E[:, None] > 0, tokens_ED, held_ED)
-    share_ED = share_ED / share_ED.sum(axis=1, keepdims=True)
+    share_ED = _shares(tokens_ED, held_ED)
     layer, seconds = site.desk.put(held_ED), np.zeros(3)
     for load_E in judged_HE:
         spread = make_spread(share_ED * load_E[:, None], held_ED, machine)

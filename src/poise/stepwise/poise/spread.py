@@ -7,8 +7,8 @@ device's compute and the fullest port; both are maxima, on which a descent stall
 high power, in which every device and port counts.
 
 Step 1  One expert at a time, the most loaded first: of all ways to move a part of its tokens from one of its devices
-        to another one (a holder, or one with a free slot where holders may be added), the one that lowers the norm
-        most.
+        to another one (a holder; where holders may be added, the least loaded device of a node that has a free slot),
+        the one that lowers the norm most.
 Step 2  Until a sweep over all experts gains nothing, or a number of sweeps.
 """
 
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from poise.cost.machine import Machine, book_even_homes, exchange_seconds, expert_work, fullest_ports
 from poise.util.compiled import compiled
 
-PARTS = np.array([1.0, 0.5, 0.2, 0.05])
-"""Shares of a device's tokens that step 1 tries to move."""
+PARTS = np.array([0.05, 1.0, 0.5, 0.2])
+"""Shares of a device's tokens that step 1 tries to move; the last two where the first gains."""
 LEAST_MOVE, LEAST_SWEEP = 1e-4, 1e-3
 """Least gain of a move and of a sweep, as a share of the layer."""
 EMPTY = 1e-9
@@ -49,15 +49,6 @@ class Spread(NamedTuple):
     flow_EPD: NDArray[np.float64]
 
 
-class AfterMove(NamedTuple):
-    """Working memory of a descent: one expert's tokens and flow, and all sums, after a move."""
-
-    tokens_D: NDArray[np.float64]
-    flow_PD: NDArray[np.float64]
-    work_D: NDArray[np.float64]
-    port_PD: NDArray[np.float64]
-
-
 class Slots(NamedTuple):
     """Which holders may change: int64 [D], slots for more of them; bool [E, D], those that stay without tokens."""
 
@@ -66,29 +57,33 @@ class Slots(NamedTuple):
 
 
 @compiled
+def book_node(tokens_D: NDArray[np.float64], each: float, node: tuple[int, int], flow_PD: NDArray[np.float64]) -> None:
+    """What one expert's tokens, float64 [D], bring to the ports of a node's devices (first, behind the last).
+
+    ``each`` of them come from every source. Anew in ``flow_PD``, float64 [4, D].
+    """
+    need, room = 0.0, 0.0
+    for d in range(node[0], node[1]):
+        stay = min(tokens_D[d], each)
+        need += each - stay
+        room += tokens_D[d] - stay
+    inside = min(need, room)
+    sent, taken = inside / max(need, 1e-300), inside / max(room, 1e-300)
+    for d in range(node[0], node[1]):
+        stay = min(tokens_D[d], each)
+        flow_PD[0, d] = (each - stay) * sent
+        flow_PD[1, d] = (tokens_D[d] - stay) * taken
+        flow_PD[2, d] = (each - stay) * (1.0 - sent)
+        flow_PD[3, d] = (tokens_D[d] - stay) * (1.0 - taken)
+
+
+@compiled
 def book_expert(tokens_D: NDArray[np.float64], machine: Machine, flow_PD: NDArray[np.float64]) -> None:
-    """What one expert's tokens, float64 [D], bring to the ports, anew in ``flow_PD``, float64 [4, D]."""
-    each = 0.0
-    for d in range(tokens_D.size):
-        each += tokens_D[d]
-    each /= tokens_D.size
-    first = 0
+    """:func:`book_node` for all nodes."""
+    each, first = tokens_D.sum() / tokens_D.size, 0
     for n in range(machine.size_N.size):
-        last = first + machine.size_N[n]
-        need, room = 0.0, 0.0
-        for d in range(first, last):
-            stay = min(tokens_D[d], each)
-            need += each - stay
-            room += tokens_D[d] - stay
-        inside = min(need, room)
-        sent, taken = inside / max(need, 1e-300), inside / max(room, 1e-300)
-        for d in range(first, last):
-            stay = min(tokens_D[d], each)
-            flow_PD[0, d] = (each - stay) * sent
-            flow_PD[1, d] = (tokens_D[d] - stay) * taken
-            flow_PD[2, d] = (each - stay) * (1.0 - sent)
-            flow_PD[3, d] = (tokens_D[d] - stay) * (1.0 - taken)
-        first = last
+        book_node(tokens_D, each, (first, first + machine.size_N[n]), flow_PD)
+        first += machine.size_N[n]
 
 
 @compiled
@@ -142,93 +137,183 @@ def _power(x: float) -> float:
     return x * x
 
 
+class Descent(NamedTuple):
+    """A spread that moves, and its sums of powers.
+
+    Parameters
+    ----------
+    spread, machine : what moves, and where.
+    node_N2 : int64 [N, 2], first device of each node and the one behind its last.
+    sum_2N : float64 [2, N], sums of powers of each node's compute and ports, in ``scale`` seconds.
+    tokens_D, work_D, flow_PD : working memory for the nodes that a move touches.
+    scale : seconds.
+    """
+
+    spread: Spread
+    machine: Machine
+    node_N2: NDArray[np.int64]
+    sum_2N: NDArray[np.float64]
+    tokens_D: NDArray[np.float64]
+    work_D: NDArray[np.float64]
+    flow_PD: NDArray[np.float64]
+    scale: float
+
+
+class Move(NamedTuple):
+    """Tokens of an expert from a device to a device."""
+
+    expert: int
+    source: int
+    target: int
+    tokens: float
+
+
 @compiled
-def _norm(work_D: NDArray[np.float64], port_PD: NDArray[np.float64], machine: Machine, scale: float) -> float:
-    """Both maxima as norms of the 16th power, over ``scale`` seconds."""
+def begin(spread: Spread, machine: Machine) -> Descent:
+    """A descent from a spread."""
+    devices, nodes = machine.speed_D.size, machine.size_N.size
+    node_N2, first = np.zeros((nodes, 2), np.int64), 0
+    for n in range(nodes):
+        node_N2[n, 0], node_N2[n, 1] = first, first + machine.size_N[n]
+        first += machine.size_N[n]
+    out = Descent(
+        spread, machine, node_N2, np.zeros((2, nodes)), np.zeros(devices), np.zeros(devices), np.zeros((4, devices)),
+        max(spread_seconds(spread, machine), 1e-300),
+    )  # fmt: skip
+    for n in range(nodes):
+        out.sum_2N[0, n], out.sum_2N[1, n] = _node_sums(out, n, spread.work_D, spread.port_PD)
+    return out
+
+
+@compiled
+def _node_sums(
+    descent: Descent, n: int, work_D: NDArray[np.float64], port_PD: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Sums of powers of a node's compute and ports."""
+    machine, scale = descent.machine, descent.scale
     intra = (machine.out_intra_s + machine.back_intra_s) / scale
     inter = (machine.out_inter_s + machine.back_inter_s) / scale
     compute, ports, out_sum, in_sum = 0.0, 0.0, 0.0, 0.0
-    devices = machine.speed_D.size
-    for d in range(devices):
+    first, last = descent.node_N2[n]
+    for d in range(first, last):
         compute += _power(work_D[d] / machine.speed_D[d] / scale)
         ports += _power(port_PD[0, d] * intra) + _power(port_PD[1, d] * intra)
         out_sum += port_PD[2, d]
         in_sum += port_PD[3, d]
-        if not machine.nic_shared or d == devices - 1 or machine.node_D[d + 1] != machine.node_D[d]:
+        if not machine.nic_shared or d == last - 1:
             ports += _power(out_sum * inter) + _power(in_sum * inter)
             out_sum, in_sum = 0.0, 0.0
-    return compute**0.0625 + ports**0.0625
+    return compute, ports
 
 
 @compiled
-def _move(spread: Spread, e: int, move: tuple[int, int, float], machine: Machine, moved: AfterMove) -> None:
-    """All sums as they are after a move (from, to, tokens) of an expert."""
-    a, b, amount = move
-    tokens_D = moved.tokens_D
-    tokens_D[:] = spread.tokens_ED[e]
-    moved.work_D[:] = spread.work_D
-    if tokens_D[a] - amount < EMPTY:
-        amount = tokens_D[a]
-    left, more = tokens_D[a] - amount, tokens_D[b] + amount
-    moved.work_D[a] += expert_work(left, machine) - expert_work(tokens_D[a], machine)
-    moved.work_D[b] += expert_work(more, machine) - expert_work(tokens_D[b], machine)
-    tokens_D[a], tokens_D[b] = left, more
-    book_expert(tokens_D, machine, moved.flow_PD)
-    for p in range(4):
-        for d in range(tokens_D.size):
-            moved.port_PD[p, d] = spread.port_PD[p, d] + moved.flow_PD[p, d] - spread.flow_EPD[e, p, d]
+def _norm(compute: float, ports: float) -> float:
+    """Both maxima, as norms of the 16th power."""
+    return max(compute, 0.0) ** 0.0625 + max(ports, 0.0) ** 0.0625
 
 
 @compiled
-def _best_move(
-    spread: Spread, e: int, slots: Slots, now: tuple[float, float], machine: Machine, moved: AfterMove
-) -> tuple[float, tuple[int, int, float]]:
-    """Step 1 for one expert: the norm after it and the move, from -1 where none gains; ``now``: norm and scale."""
-    best, chosen = now[0] - LEAST_MOVE, (-1, -1, 0.0)
+def norm_after(descent: Descent, move: Move, apply: bool) -> float:
+    """The norm after a move, of which ``apply`` makes a fact; only the nodes of its two devices change."""
+    spread, machine = descent.spread, descent.machine
+    e, a, b, amount = move
+    row_D, tokens_D, work_D, flow_PD = spread.tokens_ED[e], descent.tokens_D, descent.work_D, descent.flow_PD
+    if row_D[a] - amount < EMPTY:
+        amount = row_D[a]
+    each = row_D.sum() / row_D.size
+    compute, ports, nodes = descent.sum_2N[0].sum(), descent.sum_2N[1].sum(), (machine.node_D[a], machine.node_D[b])
+    for turn in range(2):
+        n = nodes[turn]
+        if turn == 1 and n == nodes[0]:
+            break
+        first, last = descent.node_N2[n]
+        tokens_D[first:last] = row_D[first:last]
+        work_D[first:last] = spread.work_D[first:last]
+        if nodes[0] == n:
+            tokens_D[a] -= amount
+            work_D[a] += expert_work(tokens_D[a], machine) - expert_work(row_D[a], machine)
+        if nodes[1] == n:
+            tokens_D[b] += amount
+            work_D[b] += expert_work(tokens_D[b], machine) - expert_work(row_D[b], machine)
+        book_node(tokens_D, each, (first, last), flow_PD)
+        for p in range(4):
+            for d in range(first, last):
+                flow = flow_PD[p, d]
+                flow_PD[p, d] += spread.port_PD[p, d] - spread.flow_EPD[e, p, d]
+                if apply:
+                    spread.flow_EPD[e, p, d] = flow
+                    spread.port_PD[p, d] = flow_PD[p, d]
+        node_compute, node_ports = _node_sums(descent, n, work_D, flow_PD)
+        compute += node_compute - descent.sum_2N[0, n]
+        ports += node_ports - descent.sum_2N[1, n]
+        if apply:
+            spread.work_D[first:last] = work_D[first:last]
+            descent.sum_2N[0, n], descent.sum_2N[1, n] = node_compute, node_ports
+    if apply:
+        row_D[a] -= amount
+        row_D[b] += amount
+    return _norm(compute, ports)
+
+
+@compiled
+def _idle_devices(descent: Descent, e: int, slots: Slots) -> NDArray[np.int64]:
+    """Of each node the least loaded device that lacks an expert and has a free slot, int64 [N]; -1: none."""
+    work_D, speed_D = descent.spread.work_D, descent.machine.speed_D
+    idle_N = np.full(descent.node_N2.shape[0], -1)
+    for d in range(work_D.size):
+        n = descent.machine.node_D[d]
+        lacks = slots.free_D[d] > 0 and not descent.spread.held_ED[e, d]
+        if lacks and (idle_N[n] < 0 or work_D[d] / speed_D[d] < work_D[idle_N[n]] / speed_D[idle_N[n]]):
+            idle_N[n] = d
+    return idle_N
+
+
+@compiled
+def _best_move(descent: Descent, e: int, slots: Slots, now: float) -> tuple[float, Move]:
+    """Step 1 for one expert: the norm after it and the move, from -1 where none gains."""
+    spread = descent.spread
+    best, chosen = now - LEAST_MOVE, Move(e, -1, -1, 0.0)
     devices = spread.work_D.size
+    idle_N = _idle_devices(descent, e, slots)
     for a in range(devices):
         if spread.tokens_ED[e, a] <= 0.0:
             continue
         for b in range(devices):
-            if b == a or not (spread.held_ED[e, b] or slots.free_D[b] > 0):
+            if b == a or not (spread.held_ED[e, b] or idle_N[descent.machine.node_D[b]] == b):
                 continue
-            for part in PARTS:
-                move = (a, b, spread.tokens_ED[e, a] * part)
-                _move(spread, e, move, machine, moved)
-                value = _norm(moved.work_D, moved.port_PD, machine, now[1])
+            gains = False
+            for i in range(PARTS.size):
+                move = Move(e, a, b, spread.tokens_ED[e, a] * PARTS[i])
+                value = norm_after(descent, move, False)
                 if value < best:
                     best, chosen = value, move
+                if i == 0:
+                    gains = value < now
+                elif i == 1 and not gains:
+                    break
     return best, chosen
 
 
 @compiled(nogil=True)
 def descend(spread: Spread, slots: Slots, sweeps: int, machine: Machine) -> int:
     """Steps 1 and 2, in place, slots too; moves made. A holder that need not stay goes with its last token."""
-    devices = spread.work_D.size
-    moved = AfterMove(np.zeros(devices), np.zeros((4, devices)), np.zeros(devices), np.zeros((4, devices)))
-    load_E = spread.tokens_ED.sum(axis=1)
-    order = np.argsort(-load_E, kind="mergesort")
-    scale = max(spread_seconds(spread, machine), 1e-300)
-    now, made = _norm(spread.work_D, spread.port_PD, machine, scale), 0
+    descent = begin(spread, machine)
+    order = np.argsort(-spread.tokens_ED.sum(axis=1), kind="mergesort")
+    now, made = _norm(descent.sum_2N[0].sum(), descent.sum_2N[1].sum()), 0
     for _ in range(sweeps):
         before = now
         for e in order:
-            best, move = _best_move(spread, e, slots, (now, scale), machine, moved)
-            a, b, _ = move
+            _, move = _best_move(descent, e, slots, now)
+            a, b = move.source, move.target
             if a < 0:
                 continue
-            _move(spread, e, move, machine, moved)
-            spread.tokens_ED[e] = moved.tokens_D
-            spread.flow_EPD[e] = moved.flow_PD
-            spread.work_D[:] = moved.work_D
-            spread.port_PD[:] = moved.port_PD
+            now = norm_after(descent, move, True)
             if not spread.held_ED[e, b]:
                 spread.held_ED[e, b] = True
                 slots.free_D[b] -= 1
             if spread.tokens_ED[e, a] <= 0.0 and not slots.fixed_ED[e, a]:
                 spread.held_ED[e, a] = False
                 slots.free_D[a] += 1
-            now = best
             made += 1
         if now > before - LEAST_SWEEP:
             break

@@ -25,7 +25,7 @@ from poise.stepwise.methods.split import spread_evenly
 from poise.stepwise.poise.batches import Way, next_batch
 from poise.stepwise.poise.gathers import OwnedLayer, plan_layer, tried_counts
 from poise.stepwise.poise.node_split import source_tokens
-from poise.stepwise.poise.outlook import Site, descended, expected_loads, planned_tokens
+from poise.stepwise.poise.outlook import Site, descended, expected_loads, improved, planned_tokens
 from poise.stepwise.poise.spread import Spread, even_seconds
 
 STAGES = 16
@@ -107,10 +107,12 @@ def _price(
 ) -> tuple[FirstBatch | None, float]:
     """Step 2: the first batch of the best part of the way, and what the horizon takes."""
     window_s, price = site.price.window_s, compiled_price(site.price)
+    even_s = even_seconds(load_E, site.static_ED, site.machine)
     way = Way(target.held_ED, target.tokens_ED, site.static_ED, site.slots_D)
-    at_ED, spent_s, left, first = held_ED, 0.0, horizon, None
+    at_ED, tokens_ED = held_ED, planned_tokens(site, held_ED.tobytes(), load_E.tobytes()).tokens_ED
+    spent_s, left, now_s = 0.0, horizon, _seconds(site, held_ED, load_E)
+    first: FirstBatch | None = None
     best: tuple[FirstBatch | None, float] = (None, math.inf)
-    before_s = _seconds(site, held_ED, load_E)
     for _ in range(STAGES):
         coming_ED, dropped_ED = next_batch(at_ED, way, not inside_first, price)
         if inside_first and not coming_ED.any():
@@ -119,16 +121,20 @@ def _price(
             break
         fetch_s = fetch_seconds(at_ED, coming_ED, site.price)
         steps = max(1.0, math.ceil(fetch_s / window_s)) if window_s > 0 else math.inf
-        kept_ED = at_ED & ~dropped_ED
-        during_s, after_s = (_seconds(site, each, load_E) for each in (kept_ED, kept_ED | coming_ED))
+        at_ED = at_ED & ~dropped_ED
+        during_s = now_s
+        if dropped_ED.any():
+            during_s, tokens_ED = improved(site, at_ED, tokens_ED, load_E)
+        at_ED = at_ED | coming_ED
+        after_s, tokens_ED = improved(site, at_ED, tokens_ED, load_E)
+        during_s, after_s = min(during_s, even_s), min(after_s, even_s)
         if first is None:
-            first = FirstBatch(coming_ED, dropped_ED, before_s - after_s, fetch_s - window_s, steps)
+            first = FirstBatch(coming_ED, dropped_ED, now_s - after_s, fetch_s - window_s, steps)
             if first.at_once(horizon):
                 spent_s, steps = first.exposed_s, 0.0
         if steps > left:
             break
-        spent_s, left = spent_s + steps * during_s, left - steps
-        at_ED = kept_ED | coming_ED
+        spent_s, left, now_s = spent_s + steps * during_s, left - steps, after_s
         if spent_s + left * after_s < best[1]:
             best = first, spent_s + left * after_s
     return best
