@@ -64,7 +64,7 @@ def first_batch(site: Site, held: bytes, loads: bytes, horizon: float, margin: f
     load_E = expected_loads(np.frombuffer(loads).reshape(-1, len(held_ED)))
     now_s = _seconds(site, held_ED, load_E)
     best, least = None, (1.0 - margin) * horizon * now_s
-    for target_s, spread in sorted(_targets(site, held_ED, load_E), key=lambda one: one[0])[:TARGETS]:
+    for target_s, spread in sorted(targets(site, held_ED, load_E), key=lambda one: one[0])[:TARGETS]:
         if target_s >= (1.0 - margin) * now_s:
             break
         for inside_first in (True, False)[: site.price.cluster.num_nodes]:
@@ -80,8 +80,8 @@ def _seconds(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]
     return min(planned_s, even_seconds(load_E, site.static_ED, site.machine))
 
 
-def _targets(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> Iterator[tuple[float, Spread]]:
-    """Step 1: seconds and spreads."""
+def targets(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> Iterator[tuple[float, Spread]]:
+    """Step 1: predicted seconds and spread of each, for present holders bool [E, D] and loads float64 [E]."""
     static_ED, slots_D = site.static_ED, site.slots_D
     price = compiled_price(site.price)._replace(window_s=UNSEEN)
     sizes_N = price.machine.size_N
