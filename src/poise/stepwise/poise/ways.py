@@ -6,8 +6,8 @@ Step 2  The way to a target is a row of batches (:mod:`poise.stepwise.poise.batc
         along with what crosses the network. Each takes windows in which the holders before it serve, less what is
         dropped for it; a way may end after any batch.
 Step 3  Of all ways, the one that takes least in ``horizon`` steps, if it beats staying by ``margin``. Its first batch
-        comes at once instead, exposed, if it gains more in the steps that it would take in the background than that
-        exposes, and more in what is left of the horizon.
+        comes at once instead, exposed, if it gains twice as much as that exposes in the steps that it would take in the
+        background, and in what is left of the horizon.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ STAGES = 16
 """Most batches of a way."""
 TARGETS = 2
 """Targets to which a way is priced."""
+SURE = 2.0
+"""How many times over an exposed fetch must pay: predicted gains of the first steps are too large."""
 UNSEEN = 1e9
 """A window in which every gather hides: targets are chosen as if their weights were there."""
 
@@ -54,7 +56,7 @@ class FirstBatch(NamedTuple):
 
     def at_once(self, left: float) -> bool:
         """Step 3, with so many steps left of the horizon."""
-        return 0.0 < self.exposed_s < self.gain_s * min(self.steps, left)
+        return 0.0 < self.exposed_s * SURE < self.gain_s * min(self.steps, left)
 
 
 @lru_cache(maxsize=512)
