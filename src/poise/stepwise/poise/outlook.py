@@ -20,10 +20,10 @@ from poise.stepwise.methods.split import spread_evenly
 from poise.stepwise.poise.node_split import best_quotas, source_tokens
 from poise.stepwise.poise.spread import Slots, Spread, descend, even_seconds, make_spread, spread_seconds
 from poise.stepwise.poise.work_split import best_split, plan_seconds
-from poise.stepwise.poise.workspace import Desk, HeldLayer, desk_for
+from poise.stepwise.poise.workspace import Desk, HeldLayer, desk_of
 from poise.stepwise.protocol import MAX_ROWS, LayerView
 
-JUDGED = 4
+JUDGED = 8
 """Newest steps on which a way to send tokens is judged that was planned for those before."""
 SWEEPS = 20
 """Most sweeps of a descent."""
@@ -58,6 +58,14 @@ class Site(NamedTuple):
         """Most experts of a device, int64 [D]."""
         return self.static_ED.sum(axis=0) + self.step_slots
 
+    def view(self, load_E: NDArray[np.float64]) -> LayerView:
+        """A step before which nothing but the static placement is there, with loads float64 [E]."""
+        static_ED = self.static_ED
+        return LayerView(
+            static_ED, static_ED, load_E, np.zeros((0, len(load_E))), np.zeros_like(static_ED), self.step_slots, 0, 0,
+            self.price,
+        )  # fmt: skip
+
     @property
     def machine(self) -> Machine:
         """Rates."""
@@ -66,7 +74,7 @@ class Site(NamedTuple):
     @property
     def desk(self) -> Desk:
         """Where splits of today's loop are made."""
-        return desk_for(self.static_ED.shape, int(self.slots_D.sum()), self.price)
+        return desk_of(self.view(np.zeros(len(self.static_ED))))
 
 
 def site_of(view: LayerView) -> Site:
@@ -112,11 +120,15 @@ def _descent(
     site: Site, held_ED: NDArray[np.bool_], tokens_ED: NDArray[np.float64], free_D: NDArray[np.int64] | None
 ) -> tuple[float, Spread]:
     machine = site.machine
-    spread = make_spread(tokens_ED, held_ED.copy(), machine)
+    spread = make_spread(tokens_ED.copy(), held_ED.copy(), machine)
     none = np.zeros(len(machine.speed_D), np.int64)
     slots = Slots(none, held_ED) if free_D is None else Slots(free_D.copy(), site.static_ED)
+    before_s = spread_seconds(spread, machine)
     descend(spread, slots, SWEEPS, machine)
-    return spread_seconds(spread, machine), spread
+    after_s = spread_seconds(spread, machine)
+    if after_s <= before_s:
+        return after_s, spread
+    return before_s, make_spread(tokens_ED, held_ED, machine)
 
 
 def _shares(tokens_ED: NDArray[np.float64], held_ED: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """Where ``poise-near`` goes: targets, the way to each in batches, and what it costs to go there.
 
-Step 1  Targets: the node-first plan of training (:mod:`poise.stepwise.poise.gathers`, several nodes) and the present
-        holders, each improved by a descent that may add holders (:mod:`poise.stepwise.poise.spread`).
+Step 1  Targets: the node-first plan of training (:mod:`poise.stepwise.poise.gathers`), on one node the surplus fill
+        (:mod:`poise.stepwise.poise.surplus`), and the present holders, each improved by a descent that may add holders
+        (:mod:`poise.stepwise.poise.spread`).
 Step 2  The way to a target is a row of batches (:mod:`poise.stepwise.poise.batches`), what is inside nodes first or
         along with what crosses the network. Each takes windows in which the holders before it serve, less what is
         dropped for it; a way may end after any batch.
@@ -27,6 +28,7 @@ from poise.stepwise.poise.gathers import OwnedLayer, plan_layer, tried_counts
 from poise.stepwise.poise.node_split import source_tokens
 from poise.stepwise.poise.outlook import Site, descended, expected_loads, improved, planned_tokens
 from poise.stepwise.poise.spread import Spread, even_seconds
+from poise.stepwise.poise.surplus import filled_by_work
 
 STAGES = 16
 """Most batches of a way."""
@@ -93,8 +95,8 @@ def targets(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64])
         layer = OwnedLayer(source_tokens(whole_SE, price.machine), static_ED, slots_D - static_ED.sum(axis=0), price)
         counts = tried_counts(site.step_slots, int(sizes_N.max()), len(static_ED))
         starts.append(plan_layer(layer, counts)[0].holders_ED)
-    elif not np.array_equal(held_ED, static_ED):
-        starts.append(static_ED)
+    else:
+        starts.append(filled_by_work(site.view(load_E), static_ED, site.desk)[-1])
     for start_ED in starts:
         yield descended(site, start_ED, load_E, slots_D - start_ED.sum(axis=0))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from poise.cost.machine import Machine
 from poise.cost.quota import Holders, Scratch, compile_holders, holders_room, make_scratch
-from poise.cost.weights import StepPrice, compiled_price
+from poise.cost.weights import compiled_price
 from poise.stepwise.protocol import LayerView
 
 UNITS = 64
@@ -78,13 +78,9 @@ def make_workspace(num_experts: int, num_devices: int, num_entries: int) -> Work
 
 def desk_of(view: LayerView) -> Desk:
     """The desk of a layer's shape and price; each thread has memory of its own."""
-    return desk_for(view.static_ED.shape, int(view.slots_D.sum()), view.price)
-
-
-def desk_for(shape: tuple[int, ...], slots: int, price: StepPrice) -> Desk:
-    """The desk of so many experts and devices, with so many slots in all."""
-    experts, devices = shape
-    return Desk(compiled_price(price).machine, _workspace(experts, devices, slots + experts, threading.get_ident()))
+    experts, devices = view.static_ED.shape
+    entries = int(view.slots_D.sum()) + experts
+    return Desk(compiled_price(view.price).machine, _workspace(experts, devices, entries, threading.get_ident()))
 
 
 @lru_cache(maxsize=32)
