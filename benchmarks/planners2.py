@@ -175,21 +175,24 @@ def settled(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[
             ("settled", slice(given.warm_up, None)),
             ("from the first step", slice(0, min(given.steps, given.warm_up))),
         ):
-            seen = {row: float(seconds_B[part].mean()) * case.scale for row, seconds_B in every.items()}
-            until = part.start + given.clairvoyant_steps
-            knows = case.clairvoyant_B(slice(part.start, until))
-            over = {row: seconds_B[part.start : until].mean() / knows.mean() for row, seconds_B in every.items()}
-            over["clairvoyant"], seen["clairvoyant"] = 1.0, seen["poise"] / over["poise"]
-            rows += [[subject, spec, tokens, name, row, f"{ms:.2f}", f"{ms / seen['poise']:.3f}", f"{over[row]:.3f}",
-                      f"{seen['bound'] / ms:.3f}"] for row, ms in seen.items()]  # fmt: skip
+            first = slice(part.start, part.start + given.clairvoyant_steps)
+            knows_B = case.clairvoyant_B(first)
+            for row, seconds_B in every.items():
+                found_s = float(seconds_B[part].mean())
+                rows.append([subject, spec, tokens, name, row, f"{found_s * case.scale:.2f}",
+                             f"{found_s / every['poise'][part].mean():.3f}", f"{seconds_B[first].mean() / knows_B.mean():.3f}",
+                             f"{every['bound'][part].mean() / found_s:.3f}"])  # fmt: skip
+            rows.append([subject, spec, tokens, name, "clairvoyant", f"{knows_B.mean() * case.scale:.2f}",
+                         f"{knows_B.mean() / every['poise'][first].mean():.3f}", "1.000",
+                         f"{every['bound'][first].mean() / knows_B.mean():.3f}"])  # fmt: skip
         print(table(["subject"] * 9, rows[-12:]), f"{time.perf_counter() - began:.0f} s", flush=True)
     return ["## Loops on several nodes",
             f"{MODEL}, EPLB's map for the other subject, {REDUNDANT} redundant and {SLOTS} step slots a GPU, homes equal; ms a step of all "
             f"{len(ModelSpec.parse(MODEL).moe_layer_ids)} MoE layers, from {given.layers} of them. Settled: steps "
             f"{given.warm_up} to {given.warm_up + given.steps}; from the first step: the first {min(given.steps, given.warm_up)}. "
             "Fetches, windows, control priced; planning of poise-near, beside the steps, is not. Clairvoyant: every step "
-            f"planned for its own loads, weights and control free, on the first {given.clairvoyant_steps} of the steps, to which the "
-            "column `/ clairvoyant` refers; its ms are poise's over that.",
+            f"planned for its own loads, weights and control free; its row and the column `/ clairvoyant` are of the first "
+            f"{given.clairvoyant_steps} of the steps.",
             table(["judged", "machine", "tokens a step", "steps", "row", "ms", "/ poise", "/ clairvoyant", "efficiency"], rows)]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from poise.stepwise.poise.outlook import Site, descended, expected_loads, site_o
 from poise.stepwise.poise.shares import deal_rows, planned_shares
 from poise.stepwise.poise.spread import (
     LEAST_MOVE,
-    Move,
+    TokenMove,
     Slots,
     _norm,
     begin,
@@ -137,7 +137,7 @@ def test_a_move_is_what_the_sums_of_all_devices_say(seed):
         if not len(having) or having[0] == b:
             continue
         a = int(having[0])
-        move = Move(e, a, b, spread.tokens_ED[e, a] * float(made.rng.choice([1.0, 0.3])))
+        move = TokenMove(e, a, b, spread.tokens_ED[e, a] * float(made.rng.choice([1.0, 0.3])))
         tokens = spread.tokens_ED.copy()
         said = norm_after(descent, move, False)
         np.testing.assert_array_equal(tokens, spread.tokens_ED)
@@ -238,7 +238,7 @@ def test_a_batch_takes_no_longer_than_one_fetch(seed, far):
     after = (made.held & ~dropped) | coming
     assert (after.sum(axis=0) <= slots).all() and (made.held & ~dropped).any(axis=1).all()
     limit = one_fetch_seconds(far, price.machine)
-    assert not coming.any() or fetch_seconds(made.held, coming, made.price) <= limit * (1 + 1e-6)
+    assert not coming.any() or fetch_seconds(made.held & ~dropped, coming, made.price) <= limit * (1 + 1e-6)
     here = np.array([[made.held[e, node == n].any() for n in range(node.max() + 1)] for e in range(experts)])
     came = np.array([[coming[e, node == n].sum() for n in range(node.max() + 1)] for e in range(experts)])
     assert (came[~here] <= (1 if far else 0)).all()  # once into a node; its devices have it from there later
@@ -248,7 +248,7 @@ def test_a_batch_takes_no_longer_than_one_fetch(seed, far):
         if room and (here[e, n] or (far and not came[e, n])):
             more = coming.copy()
             more[e, d] = True
-            assert fetch_seconds(made.held, more, made.price) > limit
+            assert fetch_seconds(made.held & ~dropped, more, made.price) > limit
 
 
 def test_batches_double():

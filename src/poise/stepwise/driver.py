@@ -161,9 +161,9 @@ class LayerDriver:
             if fetch is None:
                 return None, None
             started = fetch.coming_ED
-            self._left_s = fetch_seconds(self.held_ED, started, view.price)
             self.coming_ED = started.copy()
-            self.held_ED &= ~fetch.dropped_ED
+            self.held_ED &= ~fetch.dropped_ED  # what is dropped sends nothing any more
+            self._left_s = fetch_seconds(self.held_ED, started, view.price)
             used_D = (self.held_ED | started).sum(axis=0)
             if (used_D > view.slots_D).any() or not self.held_ED.any(axis=1).all():
                 raise PlacementError(

@@ -75,12 +75,14 @@ def next_batch(
             if old < 0:
                 continue
         coming_ED[e, d] = True
-        if gather_seconds(held_ED, coming_ED, price) > limit:
-            coming_ED[e, d] = False
-            continue
         if old >= 0:
             dropped_ED[old, d] = True
-        else:
+        if gather_seconds(held_ED & ~dropped_ED, coming_ED, price) > limit:
+            coming_ED[e, d] = False
+            if old >= 0:
+                dropped_ED[old, d] = False
+            continue
+        if old < 0:
             free_D[d] -= 1
         came_EN[e, n] |= not here_EN[e, n]
     return coming_ED, dropped_ED

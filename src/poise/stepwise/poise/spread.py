@@ -159,7 +159,7 @@ class Descent(NamedTuple):
     scale: float
 
 
-class Move(NamedTuple):
+class TokenMove(NamedTuple):
     """Tokens of an expert from a device to a device."""
 
     expert: int
@@ -213,7 +213,7 @@ def _norm(compute: float, ports: float) -> float:
 
 
 @compiled
-def norm_after(descent: Descent, move: Move, apply: bool) -> float:
+def norm_after(descent: Descent, move: TokenMove, apply: bool) -> float:
     """The norm after a move, of which ``apply`` makes a fact; only the nodes of its two devices change."""
     spread, machine = descent.spread, descent.machine
     e, a, b, amount = move
@@ -269,10 +269,10 @@ def _idle_devices(descent: Descent, e: int, slots: Slots) -> NDArray[np.int64]:
 
 
 @compiled
-def _best_move(descent: Descent, e: int, slots: Slots, now: float) -> tuple[float, Move]:
+def _best_move(descent: Descent, e: int, slots: Slots, now: float) -> tuple[float, TokenMove]:
     """Step 1 for one expert: the norm after it and the move, from -1 where none gains."""
     spread = descent.spread
-    best, chosen = now - LEAST_MOVE, Move(e, -1, -1, 0.0)
+    best, chosen = now - LEAST_MOVE, TokenMove(e, -1, -1, 0.0)
     devices = spread.work_D.size
     idle_N = _idle_devices(descent, e, slots)
     for a in range(devices):
@@ -283,7 +283,7 @@ def _best_move(descent: Descent, e: int, slots: Slots, now: float) -> tuple[floa
                 continue
             gains = False
             for i in range(PARTS.size):
-                move = Move(e, a, b, spread.tokens_ED[e, a] * PARTS[i])
+                move = TokenMove(e, a, b, spread.tokens_ED[e, a] * PARTS[i])
                 value = norm_after(descent, move, False)
                 if value < best:
                     best, chosen = value, move

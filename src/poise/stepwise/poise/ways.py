@@ -123,9 +123,9 @@ def _price(
             coming_ED, dropped_ED = next_batch(at_ED, way, True, price)
         if not coming_ED.any():
             break
+        at_ED = at_ED & ~dropped_ED
         fetch_s = fetch_seconds(at_ED, coming_ED, site.price)
         steps = max(1.0, math.ceil(fetch_s / window_s)) if window_s > 0 else math.inf
-        at_ED = at_ED & ~dropped_ED
         during_s = now_s
         if dropped_ED.any():
             during_s, tokens_ED = improved(site, at_ED, tokens_ED, load_E)
