@@ -28,8 +28,8 @@ from poise.stepwise.poise.outlook import Site, descended, expected_loads, site_o
 from poise.stepwise.poise.shares import deal_rows, planned_shares
 from poise.stepwise.poise.spread import (
     LEAST_MOVE,
-    TokenMove,
     Slots,
+    TokenMove,
     _norm,
     begin,
     descend,
