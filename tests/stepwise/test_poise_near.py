@@ -264,6 +264,17 @@ def test_batches_double():
     assert many == [1, 2, 4, 8]
 
 
+def test_a_node_takes_an_expert_from_the_network_once():
+    """Two holders in other nodes could send to both devices of a third; the second has it from the first, later."""
+    made = case(3, experts=1, nodes=(1, 1, 2))
+    held = np.array([[True, True, False, False]])
+    way = Way(np.ones((1, 4), bool), np.ones((1, 4)), held.copy(), np.ones(4, np.int64))
+    for want in ([False, False, True, False], [False, False, False, True]):
+        coming, _ = next_batch(held, way, True, compiled_price(made.price))
+        assert coming[0].tolist() == want
+        held |= coming
+
+
 def test_an_exposed_fetch_has_to_pay_sooner_than_it_would_come_by_itself():
     none = np.zeros((1, 1), bool)
     assert FirstBatch(none, none, gain_s=2.0, exposed_s=9.0, steps=10).at_once(100)
