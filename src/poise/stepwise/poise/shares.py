@@ -63,7 +63,7 @@ def planned_shares(tokens_D: NDArray[np.float64], s: int, machine: Machine, shar
         first = last
     own = min(tokens_D[s], each)
     near = (each - own) * inside_here / max(need, 1e-300)
-    far = each - own - near
+    far = max(0.0, each - own - near)  # rounding must not take tokens back
     for d in range(devices):
         if machine.node_D[d] == home:
             share_D[d] = near * (tokens_D[d] - min(tokens_D[d], each)) / max(room, 1e-300)
