@@ -22,7 +22,7 @@ METHODS = {
 }  # fmt: skip
 POLICIES = {
     "expert-parallelism", "split", "lplb", "faster-moe", "smart-moe", "flex-moe", "hecate", "hecate-calibrated", "llep", "ultra-ep",
-    "moon-ep", "full-replication", "poise",
+    "moon-ep", "full-replication", "poise", "poise-near",
 }  # fmt: skip
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {

@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.cost.transfers import plan_transfers
+from poise.cost.links import PortLoad, port_seconds
+from poise.cost.transfers import nearest_transfers, plan_transfers
+from poise.cost.weights import StepPrice, fetch_seconds
 from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.util.errors import OptionError, PlacementError
 
 FORMS = ("direct", "node", "tree", "auto")
@@ -104,3 +107,32 @@ def test_errors():
         plan_transfers(np.zeros(1, np.int64), np.ones((1, 2), bool), cluster, form="ring")
     with pytest.raises(PlacementError, match=r"\(1, 3\)"):
         plan_transfers(np.zeros(1, np.int64), np.ones((1, 3), bool), cluster)
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=cases(), seed=st.integers(0, 2**32 - 1))
+def test_what_holders_pass_on_takes_what_is_priced(case, seed):
+    """Any holder may send, the price is of the same sends, port by port."""
+    cluster, owner, wanted = case
+    held = np.random.default_rng(seed).random(wanted.shape) < 0.3
+    held[np.arange(len(owner)), owner] = True
+    coming = wanted & ~held
+    plan = nearest_transfers(held, coming, cluster)
+    assert sorted((m.expert, m.target) for one in plan.rounds for m in one) == [tuple(at) for at in np.argwhere(coming)]
+    port = np.zeros((4, cluster.num_devices))
+    for move in (move for one in plan.rounds for move in one):
+        assert held[move.expert, move.source]
+        far = 2 * int(cluster.node_D[move.source] != cluster.node_D[move.target])
+        assert not far or not held[move.expert, cluster.node_D == cluster.node_D[move.target]].any()
+        port[far, move.source] += 1
+        port[far + 1, move.target] += 1
+    price = StepPrice(cluster, ModelSpec.generic(len(owner), 1, np.arange(1)), 1.0, 0.0)
+    wire = port_seconds(PortLoad(*port[:, None]), price.model.expert_bytes, cluster, cluster.plain_wire)[0]
+    priced = fetch_seconds(held, coming, price)
+    assert priced == pytest.approx(wire + cluster.plain_wire.start_s if coming.any() else 0.0)
+
+
+def test_an_expert_that_nobody_holds_cannot_come():
+    none = np.zeros((1, 2), bool)
+    with pytest.raises(PlacementError, match="expert 0 is to come to device 0, and no device holds it"):
+        nearest_transfers(none, ~none, Cluster.uniform(1, 2, "a100"))

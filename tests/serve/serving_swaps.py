@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from poise.cost.traffic import DATA_FLOWS
 from poise.planning.placement import Placement
 from poise.serve import Engine, ServingPolicy
 from poise.stepwise.methods.split import even_quota
+from poise.stepwise.poise.near import PoiseNear
 from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
 from poise.stepwise.registry import parse_policy
 from poise.util.errors import CommunicationError
@@ -74,6 +75,34 @@ def fast_loops() -> dict:
             assert len(served.swaps) == 1
             out[f"{policy} {traffic}"] = len(served.steps)
     return out
+
+
+@case
+def shares_planned_without_counts() -> dict:
+    """``poise-near``: tokens go by shares that every rank plans alike, and replicas come at once and in the background."""
+    seen = {"planned": 0, "even": 0, "in the background": 0, "at once": 0}
+    for number, traffic in enumerate(DATA_FLOWS):
+        policy = PoiseNear(margin=0.0, refresh=2)
+        price = tiny_price(fetches=1.5)
+        uneven = replace(price.cluster, speed_D=np.array([0.2, 1.0, 1.0, 2.0]))  # so few tokens show no hot expert
+        price = replace(price, cluster=uneven)
+        if number % 2:  # weights so large that none is worth waiting for
+            size = 1e12 / (price.model.expert_parameters * 0.5)
+            cluster = replace(uneven, memory_bytes_per_s=1e18)
+            price = replace(price, cluster=cluster, model=replace(price.model, weight_bytes=size), window_s=1.0)
+        served = engine("olmoe", "contiguous", traffic=traffic, fast=ServingPolicy(policy, price, step_slots=2))
+
+        def note(running: Engine) -> None:
+            for layer in running.experts.values():
+                done = layer.split.outcome
+                if done is not None:
+                    seen["planned" if done.plan.rows_SED is not None else "even"] += int(done.plan.passive)
+                    seen["in the background"] += int(done.started_ED is not None)
+                    seen["at once"] += int((done.early_ED & ~done.view.before_ED).sum())
+
+        assert served.generate(m.prompts(), 12, before_step=note) == answers("olmoe", new=12), traffic
+    assert seen["planned"] and seen["in the background"] and seen["at once"], seen
+    return seen
 
 
 @dataclass(frozen=True)

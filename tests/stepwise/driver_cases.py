@@ -73,7 +73,7 @@ class OneByOne(StepPolicy):
         return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), holders_ED))
 
 
-SERVED: tuple[StepPolicy, ...] = (*map(parse_policy, ("poise", "poise:objective=tokens", "hecate:overlap=2", "lplb", "smart-moe:interval=2,threshold=0.0")),
+SERVED: tuple[StepPolicy, ...] = (*map(parse_policy, ("poise", "poise-near", "poise:objective=tokens", "hecate:overlap=2", "lplb", "smart-moe:interval=2,threshold=0.0")),
                                   OneByOne())  # fmt: skip
 
 

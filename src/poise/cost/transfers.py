@@ -131,6 +131,27 @@ def plan_transfers(
     return min(plans, key=lambda plan: plan.seconds(cluster, expert_bytes))
 
 
+def nearest_transfers(held_ED: NDArray[np.bool_], coming_ED: NDArray[np.bool_], cluster: Cluster) -> TransferPlan:
+    """A plan of one round that brings each expert to its new holders from those that have it, bool [E, D] each.
+
+    From the holder that has sent least, of the same node where there is one: what
+    :func:`poise.cost.weights.fetch_seconds` prices.
+
+    Raises
+    ------
+    PlacementError : nobody holds an expert that is to come.
+    """
+    sent_D, moves = np.zeros(cluster.num_devices, np.int64), []
+    for expert, target in np.argwhere(coming_ED & ~held_ED).tolist():
+        holders = np.flatnonzero(held_ED[expert]).tolist()
+        if not holders:
+            raise PlacementError(f"expert {expert} is to come to device {target}, and no device holds it")
+        source = min(holders, key=lambda d: (cluster.node_D[d] != cluster.node_D[target], sent_D[d], d))
+        sent_D[source] += 1
+        moves.append(Transfer(expert, source, target))
+    return TransferPlan((tuple(moves),) if moves else (), "nearest" if moves else "none")
+
+
 def _direct(owner_E: NDArray[np.int64], moving_ED: NDArray[np.bool_], node_D: NDArray[np.int32]) -> TransferPlan:
     moves = tuple(Transfer(int(e), int(owner_E[e]), int(d)) for e, d in np.argwhere(moving_ED))
     return TransferPlan((moves,), "direct")

@@ -71,7 +71,7 @@ def replay_steps(
 
     The static placement is what holds between steps. Sources are the tokens' home ranks (under ``stay`` the devices
     where their heaviest expert of the layer before ran); load-only batches have their tokens spread evenly over all.
-    A passive plan costs what the static placement costs under the engine's own split.
+    A passive plan without rows costs what the static placement costs under the engine's own split.
 
     Raises
     ------
@@ -171,7 +171,7 @@ class _ServingRun:
         device_TK: NDArray[np.int64] | None,
     ) -> None:
         cluster, model, at = self.price.cluster, self.price.model, (view.step, view.layer)
-        if plan.passive:  # the same figures as the static row
+        if plan.passive and plan.rows_SED is None:  # the same figures as the static row
             for name in ("compute", "dispatch", "combine", "kv"):
                 self.out[name][at] = getattr(self.static, f"{name}_BL")[at]
             self.out["device"][at] = self.static.cross_device_BL[at]

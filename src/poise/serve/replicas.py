@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.cost.transfers import plan_transfers
+from poise.cost.transfers import TransferPlan, nearest_transfers, plan_transfers
 from poise.machine.cluster import Cluster
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank, ExpertKind
@@ -28,7 +28,7 @@ class StepReplicas:
     ----------
     bank : weights of M experts, filled here; layers whose policy keeps nothing may share one.
     owned : this rank's static rows of an expert.
-    static_ED : bool [E, D], the static placement; an expert comes from its first holder.
+    static_ED : bool [E, D], the static placement; what a step fetches comes from an expert's first holder.
     cluster, group, rank : who is where.
     """
 
@@ -52,12 +52,16 @@ class StepReplicas:
         """Start to fetch replicas for this step; slots of what is not in ``kept_ED`` are free."""
         self._make_room(kept_ED)
         if fetched_ED.any():
-            self._pending.append(self._gather(fetched_ED, "auto"))
+            self._take_slots(fetched_ED)
+            plan = plan_transfers(self._owner_E, fetched_ED, self._cluster, expert_bytes=self._bytes)
+            self._pending.append(self._go(plan))
 
     def start(self, coming_ED: NDArray[np.bool_], kept_ED: NDArray[np.bool_]) -> None:
         """Start to fetch replicas that serve after :meth:`land`."""
         self._make_room(kept_ED)
-        self._coming = self._gather(coming_ED, "direct")  # one round: nothing is left to post while steps go on
+        self._take_slots(coming_ED)
+        # one round: nothing is left to post while steps go on; whoever keeps a replica may send it
+        self._coming = self._go(nearest_transfers(kept_ED & ~coming_ED, coming_ED, self._cluster))
 
     def land(self) -> None:
         """Wait for what was started."""
@@ -82,7 +86,7 @@ class StepReplicas:
         mine_E = kept_ED[:, self._rank]
         self._slot_of = {expert: slot for expert, slot in self._slot_of.items() if mine_E[expert]}
 
-    def _gather(self, new_ED: NDArray[np.bool_], form: Any) -> Pending:
+    def _take_slots(self, new_ED: NDArray[np.bool_]) -> None:
         for expert in np.flatnonzero(new_ED[:, self._rank] & ~self._static_E).tolist():
             free = sorted(set(range(self._rows)) - set(self._slot_of.values()))
             if expert not in self._slot_of and not free:
@@ -90,7 +94,8 @@ class StepReplicas:
                     f"rank {self._rank} fetches expert {expert}, but all {self._rows} step slots are taken"
                 )
             self._slot_of.setdefault(expert, free[0] if free else -1)
-        plan = plan_transfers(self._owner_E, new_ED, self._cluster, expert_bytes=self._bytes, form=form)
+
+    def _go(self, plan: TransferPlan) -> Pending:
         return sparse_all_gather(plan, self._group, self._tensors, self._device)
 
     def _tensors(self, expert: int) -> Sequence[Tensor]:

@@ -16,7 +16,7 @@ from poise.cost.weights import StepPrice
 from poise.routing.predict import WINDOW
 from poise.runtime.dispatch import all_counts
 from poise.runtime.flows import Flow
-from poise.stepwise.driver import RECENT, LayerDriver, Outcome
+from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.protocol import LayerView, StepPolicy
 
 
@@ -120,7 +120,7 @@ class PlannedSplit:
         )  # fmt: skip
         self._price, self._flow, self._rank, self._replicas = loop.price, flow, flow.rank, replicas
         self._own = own
-        self._recent: deque[NDArray[np.float64]] = deque(maxlen=max(RECENT, loop.window))
+        self._recent: deque[NDArray[np.float64]] = deque(maxlen=max(loop.policy.recent, loop.window))
         self._step = 0
         self._view: LayerView | None = None
         self._early_ED = static_ED
@@ -139,7 +139,7 @@ class PlannedSplit:
     def devices(self, ids_TK: Tensor) -> Tensor:
         """Counts of all ranks, the plan, and the devices it names for this rank's pairs.
 
-        A policy that says beforehand that it leaves the engine alone gets the counts along with the dispatch.
+        A policy that says beforehand that it waits for no counts gets them along with the dispatch.
         """
         if self._view is None:
             self.prefetch(None)
@@ -147,18 +147,22 @@ class PlannedSplit:
         experts = len(self._early_ED)
         self.outcome = None
         if self._driver.needs_no_loads(self._view, self._early_ED):
-            self._flow.extra_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
-            return self._own.devices(ids_TK)
+            counts_E = self._flow.extra_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
+            row_ED = self._driver.unaided_row(self._view, self._early_ED, counts_E.cpu().numpy(), self._rank)
+            return self._own.devices(ids_TK) if row_ED is None else self._along(ids_TK, row_ED)
         load_SE = all_counts(ids_TK, experts, self._flow.group)
         view, plan = self._view, self._plan(load_SE).plan
         self._replicas.fetch(plan.holders_ED & ~self._early_ED, plan.holders_ED | view.coming_ED)
-        # one row is needed, at this rank's place among the sources; zeros take no memory until they are written
-        rows_SED = np.zeros((self._rank + 1, *plan.quota_ED.shape), np.int64)
         if plan.rows_SED is not None:
-            rows_SED[self._rank] = plan.rows_SED[self._rank]
-        else:
-            node_D = self._price.cluster.node_D
-            rows_SED[self._rank] = locality_rows(load_SE, plan.quota_ED, node_D, self._rank)[0]
+            return self._along(ids_TK, plan.rows_SED[self._rank])
+        node_D = self._price.cluster.node_D
+        return self._along(ids_TK, locality_rows(load_SE, plan.quota_ED, node_D, self._rank)[0])
+
+    def _along(self, ids_TK: Tensor, row_ED: NDArray[np.int64]) -> Tensor:
+        """Devices of this rank's pairs, of which ``row_ED`` says how many go where."""
+        # at this rank's place among the sources; zeros take no memory until they are written
+        rows_SED = np.zeros((self._rank + 1, *row_ED.shape), np.int64)
+        rows_SED[self._rank] = row_ED
         device_TK = np.empty(tuple(ids_TK.shape), np.int64)
         ids = ids_TK.cpu().numpy()
         assign_tokens(ids, np.full(len(ids), self._rank), rows_SED, device_TK)

@@ -105,11 +105,10 @@ def served_work(
         source_T, works = home_T[rows], []
         for layer in range(batch.num_layers):
             experts_TK = batch.experts_TLK[rows, layer].astype(np.int64)
-            fetches, device_TK = (0.0, 0.0), None
+            fetches, device_TK, planned = (0.0, 0.0), None, False
             if drivers is not None and predicted_BLE is not None:
                 view = drivers[layer].view(step, predicted_BLE[step, layer], batch.load_BLE[:step, layer], price)
-                device_TK, fetches = _planned(drivers[layer], view, experts_TK, source_T)
-            planned = device_TK is not None
+                device_TK, fetches, planned = _planned(drivers[layer], view, experts_TK, source_T)
             if device_TK is None:
                 device_TK = np.empty_like(experts_TK)
                 for source in range(cluster.num_devices):
@@ -126,20 +125,22 @@ def served_work(
 
 def _planned(
     driver: LayerDriver, view: LayerView, experts_TK: NDArray[np.int64], source_T: NDArray[np.int64]
-) -> tuple[NDArray[np.int64] | None, tuple[float, float]]:
-    """Devices by the policy's plan, None where it leaves the engine's split alone; seconds of both fetches."""
+) -> tuple[NDArray[np.int64] | None, tuple[float, float], bool]:
+    """Devices by the policy's plan, None where it leaves the engine's split alone; seconds of both fetches; whether
+    counts were exchanged.
+    """
     cluster = view.price.cluster
     load_SE = np.zeros((cluster.num_devices, len(view.predicted_E)), np.int64)
     count_sources(experts_TK, source_T, load_SE)
     done = driver.finish(view, driver.choose(view), load_SE)
     fetches = (done.early_s, done.late_s)
-    if done.plan.passive:
-        return None, fetches
     rows_SED = done.plan.rows_SED
+    if done.plan.passive and rows_SED is None:
+        return None, fetches, False
     rows_SED = locality_rows(load_SE, done.plan.quota_ED, cluster.node_D) if rows_SED is None else rows_SED.copy()
     device_TK = np.empty_like(experts_TK)
     assign_tokens(experts_TK, source_T, rows_SED, device_TK)
-    return device_TK, fetches
+    return device_TK, fetches, not done.plan.passive
 
 
 def _work(

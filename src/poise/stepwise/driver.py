@@ -21,9 +21,6 @@ from poise.routing.predict import WINDOW, mean_share
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.errors import PlacementError
 
-RECENT = 8
-"""Most recent steps that a policy may look at beside the prediction."""
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -107,7 +104,7 @@ class LayerDriver:
         price : machine, model, window and control time of this step.
         """
         return LayerView(
-            self.static_ED, self.held_ED.copy(), predicted_E, loads_HE[-RECENT:], self.coming_ED.copy(),
+            self.static_ED, self.held_ED.copy(), predicted_E, loads_HE[-self.policy.recent :], self.coming_ED.copy(),
             self.step_slots, step, self.layer, price,
         )  # fmt: skip
 
@@ -118,6 +115,15 @@ class LayerDriver:
     def needs_no_loads(self, view: LayerView, early_ED: NDArray[np.bool_]) -> bool:
         """Whether the plan will be passive whatever the exact loads are."""
         return self.policy.leaves_alone(view, early_ED)
+
+    def unaided_row(
+        self, view: LayerView, early_ED: NDArray[np.bool_], load_E: NDArray[np.int64], source: int
+    ) -> NDArray[np.int64] | None:
+        """Where a source sends its tokens int64 [E] in a passive plan, int64 [E, D]; None: the engine's even split."""
+        load_SE = np.zeros((view.static_ED.shape[1], len(load_E)), np.int64)
+        load_SE[source] = load_E
+        rows_SED = self.policy.after_gate(view, early_ED, load_SE).rows_SED
+        return None if rows_SED is None else rows_SED[source]
 
     def finish(
         self, view: LayerView, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64], *, keep: bool = True
@@ -155,9 +161,9 @@ class LayerDriver:
             if fetch is None:
                 return None, None
             started = fetch.coming_ED
-            self._left_s = fetch_seconds(self.held_ED, started, view.price)
             self.coming_ED = started.copy()
-            self.held_ED &= ~fetch.dropped_ED
+            self.held_ED &= ~fetch.dropped_ED  # what is dropped sends nothing any more
+            self._left_s = fetch_seconds(self.held_ED, started, view.price)
             used_D = (self.held_ED | started).sum(axis=0)
             if (used_D > view.slots_D).any() or not self.held_ED.any(axis=1).all():
                 raise PlacementError(

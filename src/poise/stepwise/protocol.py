@@ -75,8 +75,8 @@ class StepPlan:
     quota_ED : int64 [E, D], tokens of each expert on each device; sums to the expert's tokens.
     rows_SED : int64 [D, E, D] or None: tokens from each source. None: own device, own node, remote
         (:func:`poise.cost.route.locality_rows`).
-    passive : the engine's even split over the static placement was left alone: nothing was exchanged or planned. In
-        training also where every source sends its tokens to the nearest of the holders chosen before the gate.
+    passive : no counts were exchanged. Without rows the engine's even split over the static placement was left alone;
+        with rows each source's depend on its own tokens only.
     """
 
     holders_ED: NDArray[np.bool_]
@@ -148,6 +148,8 @@ class StepPolicy(Protocol):
     """In serving, holders stay from step to step (see the module docstring)."""
     keeps_in_training: ClassVar[bool] = False
     """In training, holders stay from step to step: their gradients are then reduced in every step."""
+    recent: ClassVar[int] = 8
+    """Most recent steps whose loads it looks at beside the prediction (:attr:`LayerView.recent_HE`)."""
     unbounded: ClassVar[bool] = False
     """Takes no notice of ``step_slots``: a plan may fill more slots than there are."""
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)

@@ -20,6 +20,7 @@ from poise.stepwise.methods.moon_ep import MoonEp
 from poise.stepwise.methods.smart_moe import SmartMoE
 from poise.stepwise.methods.split import ExactSplit
 from poise.stepwise.methods.ultra_ep import UltraEp
+from poise.stepwise.poise.near import PoiseNear
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import StepPolicy
 from poise.util.errors import OptionError
@@ -29,7 +30,7 @@ OWN: dict[str, StepPolicy] = {
     policy.name: policy
     for policy in (
         ExpertParallelism(), ExactSplit(), Lplb(), FasterMoE(), SmartMoE(), FlexMoE(), Hecate(), HecateCalibrated(),
-        Llep(), UltraEp(), MoonEp(), FullReplication(), Poise(),
+        Llep(), UltraEp(), MoonEp(), FullReplication(), Poise(), PoiseNear(),
     )
 }  # fmt: skip
 POLICIES = Registry("policy", "poise.policies", OWN, checked_policy)

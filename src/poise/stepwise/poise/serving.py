@@ -25,16 +25,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.machine import expert_works
 from poise.cost.weights import fetch_seconds
 from poise.stepwise.methods.split import even_quota
-from poise.stepwise.poise.surplus import fill_free_slots, surplus_fill
-from poise.stepwise.poise.work_split import best_split, passive_seconds, plan_seconds
+from poise.stepwise.poise.surplus import filled_by_work
+from poise.stepwise.poise.work_split import exact_quota_by_work, passive_seconds, plan_seconds
 from poise.stepwise.poise.workspace import Desk, desk_of
 from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
-
-ONLY_FABRIC = 0.1
-"""Worth of a spare replica where another device of the node holds the expert: it saves fabric, not network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,7 @@ class PoiseServing(StepPolicy):
         best, best_seconds = view.before_ED, np.inf
         wake = self._wake_below(view, desk)
         last, stay_s = view.before_ED, np.inf
-        for plan in self._plans(view, view.before_ED, desk):
+        for plan in filled_by_work(view, view.before_ED, desk):
             seconds = self._planned(view, plan, desk)
             stay_s = min(stay_s, seconds) if not (plan & ~view.before_ED).any() else stay_s
             exposed = fetch_seconds(view.before_ED, plan & ~view.before_ED, view.price) - view.price.window_s
@@ -80,7 +76,7 @@ class PoiseServing(StepPolicy):
     def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
         """Step 3."""
         desk = desk_of(view)
-        plans = self._plans(view, holders_ED, desk)
+        plans = filled_by_work(view, holders_ED, desk)
         seconds = [self._planned(view, plan, desk) for plan in plans]
         wake = self._wake_below(view, desk)
         best = int(np.argmin(seconds))
@@ -105,26 +101,12 @@ class PoiseServing(StepPolicy):
         """Step 4."""
         if self.leaves_alone(view, holders_ED):
             return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), view.static_ED), passive=True)
-        layer = desk_of(view).put(holders_ED)
-        best_split(load_SE, self.slack, layer)
-        holders, quota = layer.holders, np.zeros(holders_ED.shape, np.int64)
-        quota[holders.expert_H, holders.device_H] = np.rint(layer.space.best_H[: holders.device_H.size])
-        return StepPlan(holders_ED, quota)
+        return StepPlan(holders_ED, exact_quota_by_work(load_SE, self.slack, desk_of(view).put(holders_ED)))
 
     def leaves_alone(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> bool:
         """Whether :meth:`after_gate` will be passive whatever the exact loads are: then nobody need wait for them."""
         desk = desk_of(view)
         return self._planned(view, holders_ED, desk) > self._wake_below(view, desk)
-
-    def _plans(self, view: LayerView, held_ED: NDArray[np.bool_], desk: Desk) -> list[NDArray[np.bool_]]:
-        """Step 1: holders after every replica, the present ones first."""
-
-        def tokens_that_stay(held_ED: NDArray[np.bool_], device: int) -> NDArray[np.float64]:
-            node = held_ED[:, desk.machine.node_D == desk.machine.node_D[device]].any(axis=1)
-            return np.where(node, ONLY_FABRIC, 1.0) * view.predicted_E
-
-        plans = surplus_fill(view, held_ED, expert_works(view.predicted_E, desk.machine), desk)
-        return [*plans[:-1], *fill_free_slots(plans[-1], view.slots_D, tokens_that_stay)]
 
     def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], desk: Desk) -> float:
         """Predicted seconds of a plan's split, control included."""

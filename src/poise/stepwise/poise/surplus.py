@@ -13,10 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.machine import expert_works
 from poise.cost.quota import QuotaProblem, balance
 from poise.stepwise.poise.workspace import UNITS, Desk, HeldLayer
 from poise.stepwise.protocol import LayerView
 from poise.util.compiled import compiled
+
+ONLY_FABRIC = 0.1
+"""Worth of a spare replica where another device of the node holds the expert: it saves fabric, not network."""
 
 
 class StepSlots(NamedTuple):
@@ -143,3 +147,16 @@ def fill_free_slots(
         free_D[device] -= 1
         out.append(held_ED)
     return out
+
+
+def filled_by_work(view: LayerView, held_ED: NDArray[np.bool_], desk: Desk) -> list[NDArray[np.bool_]]:
+    """Holders after each replica, bool [E, D], those given first: a surplus fill of work in seconds, then slots still
+    free for the experts with most predicted tokens that would stay at home.
+    """
+
+    def tokens_that_stay(held_ED: NDArray[np.bool_], device: int) -> NDArray[np.float64]:
+        node = held_ED[:, desk.machine.node_D == desk.machine.node_D[device]].any(axis=1)
+        return np.where(node, ONLY_FABRIC, 1.0) * view.predicted_E
+
+    plans = surplus_fill(view, held_ED, expert_works(view.predicted_E, desk.machine), desk)
+    return [*plans[:-1], *fill_free_slots(plans[-1], view.slots_D, tokens_that_stay)]

@@ -179,6 +179,14 @@ def best_split(load_SE: NDArray[np.int64], slack: float, layer: HeldLayer) -> fl
     return least
 
 
+def exact_quota_by_work(load_SE: NDArray[np.int64], slack: float, layer: HeldLayer) -> NDArray[np.int64]:
+    """Quotas of :func:`best_split`, int64 [E, D]."""
+    best_split(np.ascontiguousarray(load_SE), slack, layer)
+    holders, quota_ED = layer.holders, np.zeros((load_SE.shape[1], load_SE.shape[0]), np.int64)
+    quota_ED[holders.expert_H, holders.device_H] = np.rint(layer.space.best_H[: holders.device_H.size])
+    return quota_ED
+
+
 @compiled
 def plan_seconds(load_E: NDArray[np.float64], control_s: float, layer: HeldLayer) -> float:
     """Modelled seconds of the split by work on loads known in expectation, control included."""
