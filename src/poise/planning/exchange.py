@@ -24,7 +24,7 @@ FREE = -1
 STRICT = 1.0 - 1e-12
 
 
-class Layer(NamedTuple):
+class HeldLayer(NamedTuple):
     """One layer on its way; kernels change all but the first four.
 
     Parameters
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 def make_layer(
     held_ED: NDArray[np.bool_], slots_D: NDArray[np.int64], load_E: NDArray[np.float64], speed_D: NDArray[np.float64],
     unit_D: NDArray[np.int64] | None = None,
-) -> Layer:  # fmt: skip
+) -> HeldLayer:  # fmt: skip
     """A layer as it is held; its weights lie where it is held. ``unit_D`` None: every device is one."""
     experts, devices = held_ED.shape
     units = np.arange(devices) if unit_D is None else np.asarray(unit_D, np.int64)
@@ -64,7 +64,7 @@ def make_layer(
     load, speed = np.asarray(load_E, np.float64).copy(), np.asarray(speed_D, np.float64).copy()
     level_D = (load / np.maximum(copies_E, 1)) @ held_ED / speed
     room_D = np.asarray(slots_D, np.int64) - held_ED.sum(axis=0)
-    return Layer(load, speed, units, held_ED.copy(), held_ED.copy(), copies_E, room_D, level_D, np.zeros(devices),
+    return HeldLayer(load, speed, units, held_ED.copy(), held_ED.copy(), copies_E, room_D, level_D, np.zeros(devices),
                  cover_EU)  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def replaced(s, e, f, d, most):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def _moved(s, e, a, f, c, most):  # type: ignore[no-untyped-def]
+def swapped(s, e, a, f, c, most):  # type: ignore[no-untyped-def]
     """:func:`_settled` of expert e going from device a to c and, unless FREE, f from c to a."""
     out = s.load_E[e] / s.copies_E[e]
     if f >= 0:
@@ -212,7 +212,7 @@ def _step(s, guard, left):  # type: ignore[no-untyped-def]
                 if c != m and s.held_ED[f, m] and (e < 0 or not s.held_ED[e, m]):
                     more = _fetch(s, f, e, c) + _fetch(s, e, f, m)
                     if more <= left:
-                        gain = _moved(s, f, m, e, c, most) / max(more, 0.5)
+                        gain = swapped(s, f, m, e, c, most) / max(more, 0.5)
                         if gain > best and not (
                             guard and endangered(s, f, s.unit_D[m], s.unit_D[c], e, s.unit_D[c], s.unit_D[m]) > 0
                         ):

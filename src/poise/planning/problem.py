@@ -36,6 +36,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.settle import settle
 from poise.planning.engine_rules import ANY, NONE, EngineRules
+from poise.planning.losses import Losses
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError, PlacementError
@@ -235,6 +236,7 @@ class Solution:
     imbalance : mean over scenarios and layers of max / mean tokens (in-sample).
     seconds : planning time.
     details : what the method says about itself.
+    losses : what was made beforehand for losses of devices or nodes, where that was asked for.
     """
 
     placement: Placement
@@ -243,6 +245,7 @@ class Solution:
     imbalance: float
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+    losses: Losses | None = None
 
     @property
     def objective(self) -> float:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from poise.cost.bound import compute_bound
-from poise.planning.exchange import FREE, Layer, descend, make_layer, put, replaced, search, take
+from poise.planning.exchange import FREE, HeldLayer, descend, make_layer, put, replaced, search, take
 from poise.planning.losses import Loss, Losses, lost_together
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
@@ -57,15 +57,9 @@ def repaired(
     InfeasibleError : the slots that are left do not hold all experts.
     """
     stays_D = ~np.isin(np.arange(before.num_devices), list(lost))
-    slots_D = np.bincount(before.slot_device_S, minlength=before.num_devices)[stays_D]
-    room = int(np.minimum(slots_D, before.num_experts).sum())
-    if room < before.num_experts:
-        rest, total = int(stays_D.sum()), before.num_devices
-        need = -(-before.num_experts // rest) * total - before.num_experts if rest else 0
-        raise InfeasibleError(
-            f"{room} slots are left for {before.num_experts} experts when {len(set(lost))} of {total} devices are lost",
-            hint=f"--redundant {need} or more leaves room" if rest else "",
-        )
+    slots_D = np.bincount(before.slot_device_S, minlength=before.num_devices)
+    check_room(slots_D, before.num_experts, lost)
+    slots_D = slots_D[stays_D]
     full = bool((before.slot_expert_LS != EMPTY).all())
     held_LED, speed = (before.count_LED() > 0)[:, :, stays_D], np.asarray(speed_D, np.float64)[stays_D]
     first_LED, after_LED = held_LED.copy(), held_LED.copy()
@@ -88,6 +82,19 @@ def repaired(
     first = _in_slots(before, first_LED, stays_D, before.slot_expert_LS)
     after = _in_slots(before, after_LED, stays_D, first.slot_expert_LS)
     return Loss(tuple(sorted({int(d) for d in lost})), first, after)
+
+
+def check_room(slots_D: NDArray[np.int64], num_experts: int, lost: Sequence[int]) -> None:
+    """Raise InfeasibleError unless the slots that are left, of int [D] in all, hold all experts."""
+    left_D = np.delete(slots_D, list(lost))
+    room = int(np.minimum(left_D, num_experts).sum())
+    if room < num_experts:
+        need = -(-num_experts // len(left_D)) * len(slots_D) - num_experts if len(left_D) else 0
+        raise InfeasibleError(
+            f"{room} slots are left for {num_experts} experts when {len(slots_D) - len(left_D)} of {len(slots_D)} "
+            "devices are lost",
+            hint=f"--redundant {need} or more leaves room" if len(left_D) else "",
+        )
 
 
 def prepared(
@@ -159,7 +166,7 @@ def _fill(s):  # type: ignore[no-untyped-def]
             put(s, bf, d)
 
 
-def _balanced(one: Layer, slots_D: NDArray[np.int64], bound: float, near: float) -> NDArray[np.bool_]:
+def _balanced(one: HeldLayer, slots_D: NDArray[np.int64], bound: float, near: float) -> NDArray[np.bool_]:
     """Steps 2 and 3 without a budget, bool [E, D]."""
     enough, base = bound * (1 + near), one.base_ED.copy()
     kicks = int(np.clip(KICKS_WORK / (slots_D.sum() * len(base)), LEAST_KICKS, MOST_KICKS))
@@ -177,7 +184,7 @@ def _balanced(one: Layer, slots_D: NDArray[np.int64], bound: float, near: float)
     return mine
 
 
-def _starts(one: Layer, mine: NDArray[np.bool_], slots_D: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
+def _starts(one: HeldLayer, mine: NDArray[np.bool_], slots_D: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
     """Step 3: what steps 1 and 2 made, LPT, and LPT annealed, as holdings bool [E, D]."""
     experts, devices = mine.shape
     room_D = np.minimum(slots_D, experts)
