@@ -26,7 +26,7 @@ from poise.serve import Engine
 from poise.serve.recover import recover
 from poise.util.errors import CommunicationError
 
-FAMILY, NEW = "olmoe", 8
+FAMILY, NEW, TIMEOUT_S = "olmoe", 8, 8
 
 
 def placement(slots: int) -> Placement:
@@ -53,7 +53,9 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
     load = np.arange(1.0, 1 + m.EXPERTS)[None].repeat(old.num_layers, axis=0)
     losses = prepared(old, unit, m.machine().node_D, load, np.ones(4))
     assert list(map(list, lost_together(unit, m.machine().node_D))).count(gone) == 1
-    served = Engine(copy.deepcopy(plain(FAMILY)), old, m.machine(), traffic=traffic, budget=6)
+    dist.barrier()
+    served = Engine(copy.deepcopy(plain(FAMILY)), old, m.machine(), traffic=traffic, budget=6,
+                    group=dist.new_group(timeout=timedelta(seconds=TIMEOUT_S)))  # fmt: skip
     dies = dist.get_rank() in gone
 
     def die(*_) -> None:
@@ -84,9 +86,10 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
         start = time.time()
         try:
             served.step()
-        except CommunicationError:
+        except CommunicationError as error:
+            print(f"after {time.time() - start:.2f} s: {error}", flush=True)
             held = {r.number: r.cached for r in requests}
-            served = recover(served, losses, read, wait_s=5.0)
+            served = recover(served, losses, read, gone=gone if when != "between steps" else ())
             moved = [r.number for r in requests if r.cached < held[r.number]]
             seen = {"ranks": served.ranks, "again": moved, "cached": [r.cached for r in requests],
                     "reads": len(losses.of(gone).reads_R3(old)), "copies": losses.of(gone).copies}  # fmt: skip

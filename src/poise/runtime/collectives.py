@@ -212,11 +212,6 @@ def timeout_of(group: Any) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def abort(group: Any) -> None:
-    """Close this rank's connections of a group: ranks that wait for it get an error, not a time-out."""
-    group._get_backend(torch.device(group._device_types[0])).abort()
-
-
 def lost(error: RuntimeError) -> tuple[str]:
     """What to say of an error of a collective."""
     return (f"a collective failed on rank {dist.get_rank()}: {str(error).splitlines()[0][:300]}",)

@@ -24,7 +24,7 @@ from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.runtime.canary import Canary
-from poise.runtime.collectives import abort, lost, timeout_of, twin
+from poise.runtime.collectives import lost, timeout_of, twin
 from poise.serve.layer import Clock, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
 from poise.serve.replicas import empty_bank
@@ -289,11 +289,8 @@ class Engine:
         self.canary = Canary.of(held, weights, self._num_experts, self.group, self.model.device)
 
     def stop(self) -> None:
-        """Give up after a lost rank, on this rank: what it waits for, and others of it, ends with an error now."""
+        """Leave the model to another engine on this rank; a swap on its way is forgotten."""
         self._swap = None
-        for group in (self.group, self._weights_group):
-            if group is not None:
-                abort(group)
         self.model.detach()
 
     def _give_up(self, swap: Swap, wrong: tuple[int, int]) -> None:

@@ -1,7 +1,8 @@
 """Going on after ranks were lost: an engine of those that are left, by placements that were made beforehand.
 
-Step 1  Every rank that is left closes its connections (so that nobody waits for a time-out), says in the store that it
-        is there, and waits for the others; the first to have waited long enough writes down who is left: that holds.
+Step 1  Every rank that is left says in the store that it is there, and waits for the others: those that wait for a rank
+        that is not lost, but has left its step, learn of it when their operation times out. The first to have waited
+        long enough writes down who is left: that holds.
 Step 2  They make a process group of their own.
 Step 3  Experts without a holder are read anew, each by the one rank that the loss names, and compared with what they
         were when they were loaded. All others lie where they lay: serving can go on.
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,14 @@ from poise.util.errors import CommunicationError, PlacementError
 
 ExpertSource = Callable[[int, int, ExpertKind], Bank]
 """(decoder layer, expert, kind) -> weights of one expert, as they were loaded."""
+MARGIN_S, UNKNOWN = 10.0, timedelta(minutes=30)
+"""Beyond the time-out, and that of a group that does not say its own: PyTorch's default."""
 
 
-def recover(engine: Engine, losses: Losses, source: ExpertSource, *, wait_s: float = 10.0, store: Any = None) -> Engine:
+def recover(
+    engine: Engine, losses: Losses, source: ExpertSource, *, gone: Sequence[int] = (), wait_s: float | None = None,
+    store: Any = None,
+) -> Engine:  # fmt: skip
     """The engine that goes on, after a step of ``engine`` raised CommunicationError; all ranks that are left call it.
 
     Its swap to the balanced placement is on its way; requests are those of the old engine, the same objects.
@@ -43,7 +50,8 @@ def recover(engine: Engine, losses: Losses, source: ExpertSource, *, wait_s: flo
     ----------
     losses : what was prepared for the placement that serves.
     source : where experts are read anew (:func:`poise.serve.load.expert_source`).
-    wait_s : how long a rank may take to say that it is there.
+    gone : ranks that are known to be lost, by who watches processes: nobody waits for them. All ranks are told alike.
+    wait_s : how long a rank may take to say that it is there; default: the time-out of the group, and ten seconds.
     store : key-value store that all reach; default: the process group's. It must not lie on a lost rank.
 
     Raises
@@ -54,19 +62,21 @@ def recover(engine: Engine, losses: Losses, source: ExpertSource, *, wait_s: flo
     """
     ranks = dist.get_process_group_ranks(engine.group)
     engine.stop()
-    here = _left(engine, store if store is not None else dist.distributed_c10d._get_default_store(), wait_s)
-    gone = [rank for rank in range(len(ranks)) if rank not in here]
-    if not gone:
+    if wait_s is None:
+        wait_s = MARGIN_S + (engine.timeout or UNKNOWN).total_seconds()
+    here = _left(engine, store if store is not None else dist.distributed_c10d._get_default_store(), gone, wait_s)
+    lost = [rank for rank in range(len(ranks)) if rank not in here]
+    if not lost:
         raise CommunicationError(f"all {len(ranks)} ranks are there: none was lost", hint="start the engine anew")
     if engine.placement.count_LED().tolist() != losses.before.count_LED().tolist():
         raise PlacementError("another placement serves than the losses were prepared for")
-    loss = losses.of(gone)
+    loss = losses.of(lost)
     group = dist.new_group([ranks[rank] for rank in here], backend=dist.get_backend(engine.group),
                            use_local_synchronization=True, timeout=engine.timeout)  # fmt: skip
     first = loss.first_on_rest
     parts = Parts(engine.model.model, engine.kinds, _banks(engine, loss, source), first)
     new = Engine(
-        parts, first, engine.cluster.without(gone), traffic=engine.traffic, fast=engine.fast, group=group,
+        parts, first, engine.cluster.without(lost), traffic=engine.traffic, fast=engine.fast, group=group,
         budget=engine.book.budget, most_live=engine.book.most_live, temperature=engine.temperature, seed=engine.seed,
         eos=engine.eos, clock=engine.clock,
     )  # fmt: skip
@@ -78,13 +88,13 @@ def recover(engine: Engine, losses: Losses, source: ExpertSource, *, wait_s: flo
     return new
 
 
-def _left(engine: Engine, store: Any, wait_s: float) -> list[int]:
+def _left(engine: Engine, store: Any, gone: Sequence[int], wait_s: float) -> list[int]:
     """Step 1: ranks of the engine's group that are left."""
     key = f"poise-left/{engine.group.group_name}/"
     names = [f"{key}{rank}" for rank in range(engine.ranks)]
     store.set(names[engine.rank], b"1")
-    until = time.monotonic() + wait_s
-    while time.monotonic() < until and not store.check(names) and not store.check([f"{key}all"]):
+    until, wanted = time.monotonic() + wait_s, [name for rank, name in enumerate(names) if rank not in gone]
+    while time.monotonic() < until and not store.check(wanted) and not store.check([f"{key}all"]):
         time.sleep(0.02)
     mine = [rank for rank, name in enumerate(names) if store.check([name])]
     agreed: list[int] = json.loads(store.compare_set(f"{key}all", "", json.dumps(mine)))
