@@ -9,7 +9,7 @@ from tests.launch import Ranks
 CASES = [
     ("home", "1", "between steps", "device"),
     ("home_device_dedup", "3", "amid a step", "device"),
-    ("stay", "0", "amid a step", "device"),
+    ("stay", "2", "amid a step", "device"),
     ("home_node_dedup", "2,3", "amid a step", "node"),
     ("home", "2", "ranks a step apart", "device"),
 ]
