@@ -90,7 +90,7 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
             print(f"after {time.time() - start:.2f} s: {error}", flush=True)
             held = {r.number: r.cached for r in requests}
             served = recover(served, losses, read, gone=gone if when != "between steps" else ())
-            moved = [r.number for r in requests if r.cached < held[r.number]]
+            moved = [r.number for r in requests if r.cached == 0 < held[r.number]]
             seen = {"ranks": served.ranks, "again": moved, "cached": [r.cached for r in requests],
                     "reads": len(losses.of(gone).reads_R3(old)), "copies": losses.of(gone).copies}  # fmt: skip
         timeline.append([round(time.time() - start, 4), sum(len(r.sampled) for r in requests)])
