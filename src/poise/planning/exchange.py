@@ -24,7 +24,7 @@ FREE = -1
 STRICT = 1.0 - 1e-12
 
 
-class HeldLayer(NamedTuple):
+class SlotLayer(NamedTuple):
     """One layer on its way; kernels change all but the first four.
 
     Parameters
@@ -53,7 +53,7 @@ class HeldLayer(NamedTuple):
 def make_layer(
     held_ED: NDArray[np.bool_], slots_D: NDArray[np.int64], load_E: NDArray[np.float64], speed_D: NDArray[np.float64],
     unit_D: NDArray[np.int64] | None = None,
-) -> HeldLayer:  # fmt: skip
+) -> SlotLayer:  # fmt: skip
     """A layer as it is held; its weights lie where it is held. ``unit_D`` None: every device is one."""
     experts, devices = held_ED.shape
     units = np.arange(devices) if unit_D is None else np.asarray(unit_D, np.int64)
@@ -64,12 +64,12 @@ def make_layer(
     load, speed = np.asarray(load_E, np.float64).copy(), np.asarray(speed_D, np.float64).copy()
     level_D = (load / np.maximum(copies_E, 1)) @ held_ED / speed
     room_D = np.asarray(slots_D, np.int64) - held_ED.sum(axis=0)
-    return HeldLayer(load, speed, units, held_ED.copy(), held_ED.copy(), copies_E, room_D, level_D, np.zeros(devices),
+    return SlotLayer(load, speed, units, held_ED.copy(), held_ED.copy(), copies_E, room_D, level_D, np.zeros(devices),
                  cover_EU)  # fmt: skip
 
 
 @compiled(nogil=True)
-def put(s, e, d):  # type: ignore[no-untyped-def]
+def put(s: SlotLayer, e: int, d: int) -> None:
     """Expert e also lies on device d."""
     k = s.copies_E[e]
     for h in range(s.speed_D.size):
@@ -83,7 +83,7 @@ def put(s, e, d):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def take(s, e, d):  # type: ignore[no-untyped-def]
+def take(s: SlotLayer, e: int, d: int) -> None:
     """Expert e lies on device d no longer."""
     k = s.copies_E[e]
     s.held_ED[e, d] = False
@@ -108,7 +108,7 @@ def _in_one_unit(s, e, left, came):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def endangered(s, e, e_left, e_came, f, f_left, f_came):  # type: ignore[no-untyped-def]
+def endangered(s: SlotLayer, e: int, e_left: int, e_came: int, f: int, f_left: int, f_came: int) -> int:
     """How many more experts lie in one unit only after an exchange of copies of e and f (FREE: of one alone)."""
     more = 0
     if e >= 0:
@@ -132,7 +132,7 @@ def _settled(s, most):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def replaced(s, e, f, d, most):  # type: ignore[no-untyped-def]
+def replaced(s: SlotLayer, e: int, f: int, d: int, most: float) -> float:
     """:func:`_settled` of expert f in the slot of e (or in an empty one) on device d."""
     if e >= 0:
         k = s.copies_E[e]
@@ -148,7 +148,7 @@ def replaced(s, e, f, d, most):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def swapped(s, e, a, f, c, most):  # type: ignore[no-untyped-def]
+def swapped(s: SlotLayer, e: int, a: int, f: int, c: int, most: float) -> float:
     """:func:`_settled` of expert e going from device a to c and, unless FREE, f from c to a."""
     out = s.load_E[e] / s.copies_E[e]
     if f >= 0:
@@ -223,7 +223,7 @@ def _step(s, guard, left):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def descend(s, guard, budget, enough):  # type: ignore[no-untyped-def]
+def descend(s: SlotLayer, guard: bool, budget: int, enough: float) -> int:
     """Steps until no device is above ``enough``, none helps, or ``budget`` copies are used; copies used."""
     used = 0
     while s.level_D.max() > enough:
@@ -235,7 +235,7 @@ def descend(s, guard, budget, enough):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def search(s, guard, enough, kicks, seed):  # type: ignore[no-untyped-def]
+def search(s: SlotLayer, guard: bool, enough: float, kicks: int, seed: int) -> None:
     """Descent, then again and again from a few random exchanges away, kept where it ends lower; no limit to copies."""
     np.random.seed(seed)
     experts, devices = s.held_ED.shape

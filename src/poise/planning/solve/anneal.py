@@ -18,6 +18,7 @@ from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,10 @@ def _power(x, high):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def anneal_slots(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draws_seed, stop):  # type: ignore[no-untyped-def]
+def anneal_slots(
+    load_BE: NDArray[np.float64], weight_B: NDArray[np.float64], slot_expert: NDArray[np.int64],
+    slot_device: NDArray[Any], rate_D: NDArray[np.float64], proposals: int, draws_seed: int, stop: NDArray[np.int64],
+) -> float:  # fmt: skip
     """Improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
 
     ``load_BE`` float64 [B, E + 1]: the last column is the empty slot's zero load; ``rate_D`` float64 [D] turns load

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from poise.cost.bound import compute_bound
-from poise.planning.exchange import FREE, HeldLayer, descend, make_layer, put, replaced, search, take
+from poise.planning.exchange import FREE, SlotLayer, descend, make_layer, put, replaced, search, take
 from poise.planning.losses import Loss, Losses, lost_together
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
@@ -166,7 +166,7 @@ def _fill(s):  # type: ignore[no-untyped-def]
             put(s, bf, d)
 
 
-def _balanced(one: HeldLayer, slots_D: NDArray[np.int64], bound: float, near: float) -> NDArray[np.bool_]:
+def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float, near: float) -> NDArray[np.bool_]:
     """Steps 2 and 3 without a budget, bool [E, D]."""
     enough, base = bound * (1 + near), one.base_ED.copy()
     kicks = int(np.clip(KICKS_WORK / (slots_D.sum() * len(base)), LEAST_KICKS, MOST_KICKS))
@@ -184,7 +184,7 @@ def _balanced(one: HeldLayer, slots_D: NDArray[np.int64], bound: float, near: fl
     return mine
 
 
-def _starts(one: HeldLayer, mine: NDArray[np.bool_], slots_D: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
+def _starts(one: SlotLayer, mine: NDArray[np.bool_], slots_D: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
     """Step 3: what steps 1 and 2 made, LPT, and LPT annealed, as holdings bool [E, D]."""
     experts, devices = mine.shape
     room_D = np.minimum(slots_D, experts)
