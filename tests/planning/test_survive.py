@@ -83,6 +83,7 @@ def test_the_rule_of_vllm_on_its_own_examples():
 
     assert after([0, 1, 0, 1, 0, 3], 4, 3) == [0, 1, 0, 1, 2, 3]
     assert after([0, 1, 2, 3, 0, 2], 4, 3) == [0, 1, 2, 3, 0, 2]
+    assert after([0, 0, 1, 1], 4, 2) == [0, 3, 1, 2], "no expert gives its last slot"
     final = after([0, 1, 0, 1, 0, 1], 4, 3)
     assert set(final) == {0, 1, 2, 3} and len(final) == 6
     with pytest.raises(InfeasibleError, match="no slot is left to take for expert 2"):
