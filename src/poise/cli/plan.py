@@ -108,9 +108,7 @@ def plan(
             solution.losses.save(beside)
         moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
         if json:
-            o.print_json(
-                {**_json(solution), "moves": moves, "verdict": said, "losses": _losses(solution, priced.model)}
-            )
+            o.print_json({**_json(solution), "moves": moves, "verdict": said, **_losses(solution, priced.model)})
         else:
             _show(solution)
             if not said:
@@ -173,16 +171,17 @@ def _show_moves(moves: dict[str, Any] | None) -> None:
     o.out.print(f"{text}. Who fetches what from whom: poise diff.")
 
 
-def _losses(solution: Solution, model: str | None) -> list[dict[str, Any]] | None:
-    """A row for each loss; bytes only where the model is named."""
+def _losses(solution: Solution, model: str | None) -> dict[str, Any]:
+    """``losses``: a row for each; bytes only where the model is named. Nothing where none were asked for."""
     if solution.losses is None:
-        return None
+        return {}
     each = None if model is None else ModelSpec.parse(model).expert_bytes
-    return [
+    rows = [
         {**row, "read_bytes": None if each is None else row["orphans"] * each,
          "copied_bytes": None if each is None else row["copies"] * each}
         for row in solution.details["survive"]["losses"]
     ]  # fmt: skip
+    return {"losses": rows}
 
 
 def _show_losses(solution: Solution, each: float | None) -> None:
