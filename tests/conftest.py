@@ -26,7 +26,7 @@ for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signa
 LONGEST = tuple(
     f"tests/{name}.py"
     for name in (
-        "train/test_support", "train/test_parity", "serve/test_serve", "train/test_runs", "train/test_elastic",
+        "train/test_support", "train/test_parity", "serve/test_serve", "serve/test_losses", "train/test_runs", "train/test_elastic",
         "train/test_example",
     )
 )  # fmt: skip

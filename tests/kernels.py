@@ -46,7 +46,9 @@ def rest() -> None:
     from poise.machine.cluster import Cluster
     from poise.machine.model import ModelSpec
     from poise.planning.problem import PlacementProblem
+    from poise.planning.solve.repair import prepared
     from poise.planning.solve.solve import METHODS, solve
+    from poise.planning.solve.survive import hardened
     from poise.replay.serving import FastLoop, replay_steps
     from poise.routing.batching import make_batch
     from poise.routing.synthetic import zipf_trace
@@ -63,6 +65,9 @@ def rest() -> None:
                 solution = solve(problem, method=method, work=1.5)
             except NoResultError:
                 continue
+    for unit_D in (np.arange(4), np.arange(4) // 2):
+        hardened(problem, solution.placement, unit_D)
+    prepared(solution.placement, "device", cluster.node_D, batch.load_LE(), np.ones(4))
     for policy in POLICIES.values():
         replay_steps(batch, solution.placement, FastLoop(policy, 2), cluster, model, traffic="home", warm_up=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, cast
@@ -20,14 +20,18 @@ from poise.machine.model import ModelSpec
 from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
+from poise.planning.losses import lost_together
 from poise.planning.placement import Placement
-from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, Risk, Solution
 from poise.planning.problem import deal_slots as deal_slots
 from poise.planning.provenance import Provenance
-from poise.planning.solve.solve import METHODS
+from poise.planning.solve.repair import check_room, prepared
+from poise.planning.solve.solve import METHODS, evaluate
+from poise.planning.solve.survive import COST, hardened
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry
 from poise.replay.compare import compare as compare_entries
 from poise.replay.elastic import carried_row, elastic_notes
+from poise.replay.losses import loss_rows
 from poise.replay.rows import (
     Traffics,
     fast_rows,
@@ -133,6 +137,9 @@ def plan(
     current: str | Path | Placement | None = None,
     migration_steps: float = 1000.0,
     risk: Risk = "mean",
+    survive: str | None = None,
+    survive_cost: float = COST,
+    survive_copies: float | None = None,
     time_limit_s: Limit = 20.0,
     work: float | None = None,
     seed: int = 0,
@@ -158,14 +165,22 @@ def plan(
         be for another number of devices: device d of it is device d of the cluster (else
         :meth:`poise.planning.elastic.RankMap.number` first).
     risk : ``mean``, ``worst`` or ``cvar`` over steps (for load profiles: over the recorded workloads).
+    survive : ``device`` or ``node``: after the loss of any one of them the fewest experts are to be without a holder.
+        The plan of the method is changed for it (:mod:`poise.planning.solve.survive`), and ``losses`` of the solution
+        has the placements on the rest (:mod:`poise.planning.solve.repair`).
+    survive_cost : share of the modelled seconds that may be given up for it.
+    survive_copies : most experts copied between the devices that are left, for each one read anew; None: as many as
+        balance needs.
     time_limit_s, work : seconds from when the traffic is read, or units of work, for the plan, its price and bounds and
-        a second plan without redundant slots (:func:`poise.planning.solve.solve.solve`).
+        a second plan without redundant slots (:func:`poise.planning.solve.solve.solve`); what ``survive`` takes comes
+        on top.
     executor : any executor of :mod:`concurrent.futures`: there shards of a folder are read and starts are made, while
         threads of this process anneal and descend; with ``work`` the plan is the same as without one.
 
     Raises
     ------
-    InputError : the input is wrong. NoResultError : the method found no placement.
+    InputError : the input is wrong. NoResultError : the method found no placement, or no slots are left for some
+        experts when a device or node is lost.
     """
     model = ModelSpec.parse(model) if isinstance(model, str) else model
     found = _of_model(load(trace, executor), model)
@@ -176,7 +191,10 @@ def plan(
     running = None if current is None else hold(_placement(current), parse_engine(engine))[0]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
+    losses = () if survive is None else _losses(problem, survive, survive_cost, survive_copies)
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress, BOUND_SHARE)
+    if survive is not None:
+        solution = _surviving(problem, solution, survive, losses, survive_cost, survive_copies)
     details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else []),
@@ -200,7 +218,40 @@ def plan(
     if budget.work is not None:
         about["work"] = f"{budget.work:g}"
     kept = Provenance(seen if METHODS[method].fitted else NO_TRAFFIC, about)
-    return replace(solution, placement=replace(solution.placement, fitted=kept), details=details)
+    named = replace(solution.placement, fitted=kept)
+    held_losses = None if solution.losses is None else replace(solution.losses, before=named)
+    return replace(solution, placement=named, details=details, losses=held_losses)
+
+
+def _losses(problem: PlacementProblem, unit: str, cost: float, copies: float | None) -> list[tuple[int, ...]]:
+    """Devices of each loss; raises where they cannot be survived, or a number is out of range."""
+    if problem.pooled:
+        raise OptionError("what is left after a loss is counted layer by layer", hint="leave --pooled out")
+    if not cost >= 0 or (copies is not None and not copies >= 0):
+        raise OptionError(f"cost and copies must be at least 0, got {cost} and {copies}")
+    losses = lost_together(unit, problem.cluster.node_D)
+    for lost in losses:
+        check_room(problem.slots_D, problem.batch.num_experts, lost)
+    return losses
+
+
+def _surviving(
+    problem: PlacementProblem, found: Solution, unit: str, losses: Sequence[tuple[int, ...]], cost: float,
+    copies: float | None,
+) -> Solution:  # fmt: skip
+    """The plan changed so that a loss takes few experts, priced again, and what follows each loss."""
+    unit_D = np.zeros(problem.num_devices, np.int64)
+    for number, lost in enumerate(losses):
+        unit_D[list(lost)] = number
+    made = hardened(problem, found.placement, unit_D, most_cost=cost)
+    load_LE, speed_D = problem.batch.load_LE(), problem.cluster.speed_D
+    kept = prepared(made.placement, unit, problem.cluster.node_D, load_LE, speed_D, copies=copies)
+    about = {"unit": unit, "cost": made.cost, "most_cost": cost, "most_copies_a_read": copies,
+             "orphans_before": made.alone_before, "orphans": made.alone, "fewest_orphans": made.fewest,
+             "losses": [asdict(row) for row in loss_rows(kept, load_LE, speed_D)]}  # fmt: skip
+    result = MethodResult(made.placement, {**found.details, "survive": about})
+    again = evaluate(problem, result, method=found.method, seconds=found.seconds)
+    return replace(again, losses=kept)
 
 
 def _placement(item: str | Path | Placement) -> Placement:

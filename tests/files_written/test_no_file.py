@@ -75,7 +75,7 @@ WRITES = {
     "record": ["--output"], "calibrate": ["--output"], "watch": ["--output", "--export"],
     "verdict": ["--output", "--html"],
 }  # fmt: skip
-READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--curve", "--dump-dir",
+READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--losses", "--curve", "--dump-dir",
          "--from-tables"}  # fmt: skip
 NEEDS = {
     "plan": ["missing.npz", "-c", "1x4"], "compare": ["missing.npz", "-c", "1x4"], "convert": ["missing"], "demo": [],

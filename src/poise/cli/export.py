@@ -11,6 +11,7 @@ from poise.cli import options as o
 from poise.engines.checkpoints.permutation import keep_groups
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.machine.model import ModelSpec
+from poise.planning.losses import Loss, Losses
 from poise.planning.placement import Placement
 from poise.util.errors import OptionError
 from poise.util.files import check_new_folder
@@ -32,6 +33,10 @@ def export(
     groups: Annotated[
         bool, typer.Option("--keep-groups", help="The nearest placement that keeps the model's routing groups whole.")
     ] = False,
+    losses: Annotated[
+        Path | None,
+        typer.Option("--losses", help="File of 'poise plan --survive': also the maps after each loss, a file each."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Write a placement in an engine's format.
@@ -45,6 +50,7 @@ def export(
         else:
             o.writable(output)
         plan = Placement.load(placement)
+        after = [] if losses is None else _after(Losses.load(losses), plan, output, folder=target.folder)
         sizes = None if model is None else ModelSpec.parse(model)
         if sizes is not None and sizes.num_experts != plan.num_experts:
             raise OptionError(
@@ -53,15 +59,19 @@ def export(
             )
         if groups:
             plan = _grouped(plan, sizes)
+        if groups and after:
+            raise OptionError("the maps after a loss do not keep groups whole", hint="leave --keep-groups out")
         with o.progress() as report:
-            made = target.write(
-                plan, output, ExportOptions(sizes, num_hidden_layers, num_mtp_layers, checkpoint, report)
-            )
+            options = ExportOptions(sizes, num_hidden_layers, num_mtp_layers, checkpoint, report)
+            made = target.write(plan, output, options)
+            later = [{"lost": list(loss.lost), "file": str(path), "devices": plan.num_devices - len(loss.lost),
+                      "command": target.write(loss.after_on_rest, path, options).command}
+                     for loss, path in after]  # fmt: skip
         if json:
             o.print_json({"engine": to, "file": str(output), "filled_slots": made.filled, "slots": plan.num_slots,
                           "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices,
                           "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
-                          **made.facts})  # fmt: skip
+                          **({"losses": later} if losses is not None else {}), **made.facts})  # fmt: skip
         else:
             o.out.print(repr(plan))
         if made.filled:
@@ -75,6 +85,28 @@ def export(
         for note in made.notes:
             o.talk.print(note)
         o.talk.print(f"wrote {output}")
+        if after:
+            o.talk.print(
+                f"wrote {len(after)} maps of the rest, {after[0][1]} and so on: a map's ranks are those that are left, "
+                "numbered anew in their order"
+            )
+
+
+def _after(losses: Losses, plan: Placement, output: Path, *, folder: bool) -> list[tuple[Loss, Path]]:
+    """Each loss and the file of its map: ``NAME.lost-3.json``, for a node ``NAME.lost-4-7.json``."""
+    if folder:
+        raise OptionError("the maps after a loss are files, this target is a folder", hint="choose another --to")
+    mine, theirs = plan.slot_expert_LS, losses.before.slot_expert_LS
+    if mine.shape != theirs.shape or (mine != theirs).any():
+        raise OptionError(
+            f"the losses are of another placement: slots {list(theirs.shape)}, the placement has {list(mine.shape)}"
+            + (", and they hold other experts" if mine.shape == theirs.shape else ""),
+            hint="give the file that 'poise plan --survive' wrote beside it",
+        )
+    named = [(loss, output.with_name(f"{output.stem}.lost-{loss.name}{output.suffix}")) for loss in losses.losses]
+    for _, path in named:
+        o.writable(path)
+    return named
 
 
 def _grouped(plan: Placement, sizes: ModelSpec | None) -> Placement:

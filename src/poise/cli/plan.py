@@ -19,6 +19,7 @@ from poise.planning.budget import Budget
 from poise.planning.elastic import RankMap
 from poise.planning.placement import Placement
 from poise.planning.problem import RISKS, Solution
+from poise.planning.solve.survive import COST
 from poise.replay.rows import fewer_words, shortened
 from poise.util.errors import OptionError
 from poise.util.executors import executor_of
@@ -29,6 +30,9 @@ TIME_LIMIT = (
     "Compiling is not counted."
 )
 VERDICT_SHARE = 0.25
+SURVIVE = {"1": "device", "device": "device", "node": "node"}
+SHOWN = 8
+"""Losses of the table on a terminal."""
 
 
 @o.grouped
@@ -51,6 +55,19 @@ def plan(
     ] = None,
     migration_steps: Annotated[float, typer.Option(help="Steps over which those moves are written off.")] = 1000.0,
     risk: Annotated[str, typer.Option(help="mean, worst or cvar over steps or recorded workloads.")] = "mean",
+    survive: Annotated[
+        str | None,
+        typer.Option(
+            "--survive",
+            help="Plan for the loss of any one device (1) or node (node): few experts without a holder, and the maps "
+            "of the rest beside the output (.losses.npz).",
+        ),
+    ] = None,
+    survive_cost: Annotated[float, typer.Option(help="Share of the modelled time that --survive may give up.")] = COST,
+    survive_copies: Annotated[
+        float | None,
+        typer.Option(help="Most copies between those left, for each expert read anew. Default: as balance needs."),
+    ] = None,
     verdict: Annotated[
         bool, typer.Option(help="Say what is gained over what runs now, on traffic left out of a second fit.")
     ] = True,
@@ -66,6 +83,10 @@ def plan(
     """
     with o.errors():
         o.writable(output)
+        unit = None if survive is None else SURVIVE[o.one_of("survive", survive, tuple(SURVIVE))]
+        beside = output.with_suffix(".losses.npz")
+        if unit is not None:
+            o.writable(beside)
         running = _renumber(current, ranks, cluster)
         now = None if running is None else running[0]
         with executor_of(executor) as workers, o.progress() as report:
@@ -75,7 +96,8 @@ def plan(
             shared = {**priced.checked(), "redundant": redundant, "method": method, "seed": seed, "progress": report}
             solution = api.plan(
                 found, cluster, pooled=pooled, current=now, migration_steps=migration_steps,
-                risk=o.one_of("risk", risk, RISKS), time_limit_s=whole.part(1 - share), **shared,
+                risk=o.one_of("risk", risk, RISKS), survive=unit, survive_cost=survive_cost,
+                survive_copies=survive_copies, time_limit_s=whole.part(1 - share), **shared,
             )  # fmt: skip
             said = None
             if share:
@@ -85,19 +107,24 @@ def plan(
         if late := whole.beyond():
             o.talk.print(late)
         _with_command(solution.placement).save(output)
+        if solution.losses is not None:
+            solution.losses.save(beside)
         moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
         if json:
-            o.print_json({**_json(solution), "moves": moves, "verdict": said})
+            o.print_json({**_json(solution), "moves": moves, "verdict": said, **_losses(solution, priced.model)})
         else:
             _show(solution)
             if not said:
                 for text in solution.details.get("defaults", ()):
                     o.out.print(f"note: {text}")
             _show_moves(moves)
+            _show_losses(solution, None if priced.model is None else ModelSpec.parse(priced.model).expert_bytes)
             if said:
                 over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
                 o.out.print(f"{over} on one half of the traffic and judged on the other. {said}")
         o.talk.print(f"wrote {output}")
+        if solution.losses is not None:
+            o.talk.print(f"wrote {beside}: what follows each loss")
 
 
 def _with_command(placement: Placement) -> Placement:
@@ -145,6 +172,51 @@ def _show_moves(moves: dict[str, Any] | None) -> None:
         text += f". Onto ranks that stay {moves['fetched'] - join}, onto ranks that join {join}"
         text += f"; {only} experts lie on no rank that stays" if only else ""
     o.out.print(f"{text}. Who fetches what from whom: poise diff.")
+
+
+def _losses(solution: Solution, model: str | None) -> dict[str, Any]:
+    """``losses``: a row for each; bytes only where the model is named. Nothing where none were asked for."""
+    if solution.losses is None:
+        return {}
+    each = None if model is None else ModelSpec.parse(model).expert_bytes
+    rows = [
+        {**row, "read_bytes": None if each is None else row["orphans"] * each,
+         "copied_bytes": None if each is None else row["copies"] * each}
+        for row in solution.details["survive"]["losses"]
+    ]  # fmt: skip
+    return {"losses": rows}
+
+
+def _show_losses(solution: Solution, each: float | None) -> None:
+    """A table of the losses that are worst, and what was given up for them."""
+    if solution.losses is None:
+        return
+    about = solution.details["survive"]
+    rows = sorted(about["losses"], key=lambda row: (-row["orphans"], -row["after"]))
+    unit = about["unit"]
+    table = Table(title=f"after the loss of a {unit}", title_justify="left", header_style="bold")
+    for head in (unit, "orphans", "read", "copied", "imbalance", "at once", "after", "bound", "vLLM's rule"):
+        table.add_column(head, justify="right")
+
+    def size(count: int) -> str:
+        return f"{count}" if each is None else f"{count * each / 2**30:.2f} GiB"
+
+    for row in rows[:SHOWN]:
+        table.add_row(row["name"], str(row["orphans"]), size(row["orphans"]), size(row["copies"]),
+                      *(f"{row[key]:.3f}" for key in ("before", "first", "after", "bound", "rival")))  # fmt: skip
+    o.out.print(table)
+    o.out.print(
+        "orphans: experts that no device left holds, read anew, as few as can be; at once: once they are read; after: "
+        "after the copies; bound: the least in the slots that are left; vLLM's rule: of #38862, which reads as many"
+    )
+    saved, most = about["orphans_before"], max(row["orphans"] for row in about["losses"])
+    o.out.print(
+        f"All losses together leave {about['orphans']} orphans, the plan alone {saved}, none fewer than "
+        f"{about['fewest_orphans']} in these slots; one loss {most} at most. Given up for it: "
+        f"{percent(about['cost'])} of the modelled time, of {percent(about['most_cost'])} allowed (--survive-cost)."
+    )
+    if len(rows) > SHOWN:
+        o.out.print(f"{len(rows) - SHOWN} more losses: --json")
 
 
 def _json(solution: Solution) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +114,17 @@ class Cluster:
     def num_devices(self) -> int:
         """D."""
         return int(self.node_D.size)
+
+    def without(self, lost: Collection[int]) -> Cluster:
+        """What is left when some devices are lost, in their order; nodes that have none left are gone.
+
+        Raises
+        ------
+        ClusterError : none is left.
+        """
+        stays = ~np.isin(np.arange(self.num_devices), list(lost))
+        node_D = np.unique(self.node_D[stays], return_inverse=True)[1].astype(np.int32)
+        return replace(self, node_D=node_D, speed_D=self.speed_D[stays])
 
     @property
     def num_nodes(self) -> int:

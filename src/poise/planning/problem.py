@@ -37,6 +37,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.settle import settle
 from poise.planning.engine_rules import ANY, NONE, EngineRules
+from poise.planning.losses import Losses
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError, PlacementError
@@ -239,6 +240,7 @@ class Solution:
     details : what the method says about itself.
     joint_bound : seconds per layer and step no placement can beat, all terms together
         (:mod:`poise.planning.solve.joint`); 0 where none was looked for.
+    losses : what was made beforehand for losses of devices or nodes, where that was asked for.
     """
 
     placement: Placement
@@ -248,6 +250,7 @@ class Solution:
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
     joint_bound: float = 0.0
+    losses: Losses | None = None
 
     @property
     def objective(self) -> float:

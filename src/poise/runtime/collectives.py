@@ -200,13 +200,13 @@ def twin(group: Any) -> Any:
         raise CommunicationError(f"the process group has its ranks in the order {ranks[:8]}, not ascending")
     part = len(ranks) < dist.get_world_size()
     own = dist.new_group(
-        ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=part
+        ranks, timeout=timeout_of(group), backend=dist.get_backend(group), use_local_synchronization=part
     )
     dist.barrier(group=own)  # the first operation on a communicator must be everyone's
     return own
 
 
-def _timeout(group: Any) -> timedelta | None:
+def timeout_of(group: Any) -> timedelta | None:
     """How long operations of a group wait; None where its backend does not say."""
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", None)

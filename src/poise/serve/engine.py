@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.runtime.canary import Canary
-from poise.runtime.collectives import lost, twin
+from poise.runtime.collectives import lost, timeout_of, twin
 from poise.serve.layer import Clock, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
 from poise.serve.replicas import empty_bank
@@ -116,27 +117,27 @@ class Engine:
         if not temperature >= 0:
             raise OptionError(f"temperature must be at least 0, got {temperature}")
         parts = model if isinstance(model, Parts) else take_apart(model, placement, self.rank)
-        self._layers = sorted(parts.kinds)
+        self.layers = sorted(parts.kinds)
         self._num_experts = placement.num_experts
-        check_placement(placement, self._layers, parts.placement.num_experts, self.ranks)
+        check_placement(placement, self.layers, parts.placement.num_experts, self.ranks)
         if (parts.placement.slot_expert_LS.tolist(), parts.placement.slot_device_S.tolist()) != (
             placement.slot_expert_LS.tolist(), placement.slot_device_S.tolist()
         ):  # fmt: skip
             raise OptionError("the parts were read for another placement", hint="give both the same one")
         self.placement, self.cluster, self.traffic = placement, cluster, traffic
-        self.temperature, self.seed, self.eos = temperature, seed, eos
+        self.temperature, self.seed, self.eos, self.fast, self.clock = temperature, seed, eos, fast, clock
         self.book = Book(self.ranks, budget, most_live)
-        self._kinds = parts.kinds
-        like = next(iter(parts.banks[self._layers[0]].values()))
-        kind = self._kinds[self._layers[0]]
-        alike = all(other.shapes == kind.shapes for other in self._kinds.values())
+        self.kinds = parts.kinds
+        like = next(iter(parts.banks[self.layers[0]].values()))
+        kind = self.kinds[self.layers[0]]
+        alike = all(other.shapes == kind.shapes for other in self.kinds.values())
         step_bank = empty_bank(kind, fast.step_slots, like) if fast is not None and alike else None
         self._weights_group = None if fast is None else twin(self.group)
         self.experts = {
-            layer: ServedLayer(row, self._kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
+            layer: ServedLayer(row, self.kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
                                split=split, group=self.group, weights_group=self._weights_group, fast=fast,
                                step_bank=step_bank, clock=clock)
-            for row, layer in enumerate(self._layers)
+            for row, layer in enumerate(self.layers)
         }  # fmt: skip
         self.model = ServedModel(parts, self.experts, traffic, self.group)
         self.steps: deque[StepRecord] = deque(maxlen=RECORDS)
@@ -154,6 +155,11 @@ class Engine:
     def swapping(self) -> bool:
         """Whether a swap is on its way."""
         return self._swap is not None
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long operations of the group wait; None where its backend does not say."""
+        return timeout_of(self.group)
 
     def submit(self, prompt: Sequence[int], max_new_tokens: int, *, home: int | None = None) -> Request:
         """Take in a request, on all ranks alike; it starts with the next step. ``home``: its rank, default in turn."""
@@ -260,13 +266,13 @@ class Engine:
         if self._swap is not None:
             raise OptionError("a swap is on its way already", hint="step until `swapping` is False")
         start = time.perf_counter()
-        check_placement(placement, self._layers, self._num_experts, self.ranks)
+        check_placement(placement, self.layers, self._num_experts, self.ranks)
         if self._weights_group is None:
             self._weights_group = twin(self.group)
         banks = by_row({layer: served.bank for layer, served in self.experts.items()})
-        kinds = [self._kinds[layer] for layer in self._layers]
+        kinds = [self.kinds[layer] for layer in self.layers]
         self._swap = Swap(self.placement, align(self.placement, placement), banks, kinds, self.cluster.node_D,
-                          self._weights_group, bytes_per_step, self._canary)  # fmt: skip
+                          self._weights_group, bytes_per_step, self.canary)  # fmt: skip
         self._setup_s = time.perf_counter() - start
 
     def remember_weights(self) -> None:
@@ -277,13 +283,18 @@ class Engine:
         ------
         CommunicationError : replicas of an expert differ.
         """
-        banks = [self.experts[layer].bank for layer in self._layers]
+        banks = [self.experts[layer].bank for layer in self.layers]
         held = [self.placement.experts_of(row, self.rank) for row in range(len(banks))]
 
         def weights(layer: int, slot: int) -> list[Tensor]:
-            return [banks[layer][name][slot] for name in self._kinds[self._layers[layer]].shapes]
+            return [banks[layer][name][slot] for name in self.kinds[self.layers[layer]].shapes]
 
-        self._canary = Canary.of(held, weights, self._num_experts, self.group, self.model.device)
+        self.canary = Canary.of(held, weights, self._num_experts, self.group, self.model.device)
+
+    def stop(self) -> None:
+        """Leave the model to another engine on this rank; a swap on its way is forgotten."""
+        self._swap = None
+        self.model.detach()
 
     def _give_up(self, swap: Swap, wrong: tuple[int, int]) -> None:
         """A copy is not right on some rank: the old placement serves on, on all."""
@@ -300,7 +311,7 @@ class Engine:
         start = time.perf_counter()
         for served in self.experts.values():
             served.settle()
-        for layer, bank in zip(self._layers, swap.apply(), strict=True):
+        for layer, bank in zip(self.layers, swap.apply(), strict=True):
             self.experts[layer].switch(bank, swap.after)
         self.placement = swap.after
         self._swap = None

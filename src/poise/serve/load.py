@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,21 @@ def from_folder(
     except Exception as error:  # transformers raises many kinds
         raise ModelError(f"cannot load {folder}: {str(error).splitlines()[0][:300]}") from None
     return take_apart(whole, placement, rank)
+
+
+def expert_source(path: str | Path) -> Callable[[int, int, ExpertKind], Bank]:
+    """Reads one expert anew from a local folder of safetensors: (decoder layer, expert, kind) -> weights.
+
+    Raises, when it is called
+    -------------------------
+    ModelError : the folder cannot be read, or stores experts in a way that is not known.
+    """
+
+    def read(layer: int, expert: int, kind: ExpertKind) -> Bank:
+        with Checkpoint(Path(path)) as stored:
+            return {name: stored.expert(layer, expert, name) for name in kind.shapes}
+
+    return read
 
 
 class Checkpoint:

@@ -166,12 +166,18 @@ class ServedModel:
         self.decoder = decoder_layers(self.model)
         self.model.set_attn_implementation(NAME)
         self._arrived: Tensor | None = None
+        self._hooks: list[Any] = []
         for number, layer in enumerate(self.decoder):
             setattr(layer.self_attn, STEP, self.slot)
             if number in layers:
                 layer.mlp.experts.serve = self._return_arrived if traffic == "stay" else self._run(number)
                 if traffic != "stay":
-                    layer.register_forward_pre_hook(self._prefetch(number))
+                    self._hooks.append(layer.register_forward_pre_hook(self._prefetch(number)))
+
+    def detach(self) -> None:
+        """Leave the model to another one of this class."""
+        for hook in self._hooks:
+            hook.remove()
 
     def forward(self, batch: StepBatch, want_n: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
         """Run a step; all ranks call it with the same batch.

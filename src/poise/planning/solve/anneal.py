@@ -19,6 +19,7 @@ from __future__ import annotations
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,10 @@ def _power(x, high):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def _anneal(load_BE, weight_B, slot_expert, slot_device, rate_D, proposals, draws_seed, stop):  # type: ignore[no-untyped-def]
+def anneal_slots(
+    load_BE: NDArray[np.float64], weight_B: NDArray[np.float64], slot_expert: NDArray[np.int64],
+    slot_device: NDArray[Any], rate_D: NDArray[np.float64], proposals: int, draws_seed: int, stop: NDArray[np.int64],
+) -> float:  # fmt: skip
     """Improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
 
     ``load_BE`` float64 [B, E + 1]: the last column is the empty slot's zero load; ``rate_D`` float64 [D] turns load
@@ -218,7 +222,7 @@ def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArra
         load /= np.maximum(load.sum(axis=1, keepdims=True), 1e-300)
         slot_expert = _start(np.sqrt(weight_B @ load[:, :-1] ** 2), slots_D, speed_D)
         first = slot_expert.copy()
-        _anneal(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer, stop)
+        anneal_slots(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer, stop)
         slot_expert = first if stop[0] else slot_expert
         used = slot_expert >= 0
         out[layer, slot_expert[used], slot_device[used]] = 1

@@ -1,0 +1,41 @@
+"""Ranks are killed amid serving; the others go on by placements made beforehand, and no token is wrong."""
+
+import json
+import signal
+
+import pytest
+from tests.launch import Ranks
+
+CASES = [
+    ("home", "1", "between steps", "device"),
+    ("home_device_dedup", "3", "amid a step", "device"),
+    ("stay", "2", "amid a step", "device"),
+    ("home_node_dedup", "2,3", "amid a step", "node"),
+    ("home", "2", "ranks a step apart", "device"),
+]
+
+
+@pytest.mark.parametrize(("traffic", "gone", "when", "unit"), CASES)
+def test_serving_goes_on_and_no_token_is_wrong(tmp_path, traffic, gone, when, unit):
+    dead = [int(rank) for rank in gone.split(",")]
+    with Ranks(4, "tests/serve/losing.py", traffic, gone, when, unit, folder=tmp_path) as ranks:
+        for process in ranks.running:
+            process.wait(120)
+        codes, said = ranks.codes(), [ranks.said(rank) for rank in range(4)]
+    told = {}
+    for rank in range(4):
+        if rank in dead:
+            assert codes[rank] == -signal.SIGKILL
+            continue
+        assert codes[rank] == 0, said[rank][-3000:]
+        told[rank] = json.loads(said[rank].splitlines()[-1])
+    for one in told.values():
+        assert one["right"] and one["more"] and one["ranks"] == 4 - len(dead)
+        assert one["reads"] > 0 and one["copies"] > 0, "the case asks for both"
+        assert one["timeline"][-1][1] == 5 * 8
+    assert len({json.dumps(one["cached"]) for one in told.values()}) == 1, "one book"
+    again = {number for one in told.values() for number in one["again"]}
+    if traffic == "stay":
+        assert all(one["cached"][0] for one in told.values()), "every rank has every cache: nothing runs again"
+    else:
+        assert {number % 4 for number in again} <= set(dead) and again
