@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from poise.cost.split import SPLITS
+from poise.cost.traffic import DATA_FLOWS
 from poise.machine.cluster import Cluster
 from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import RoutingTrace
+
+FLOW_SPLITS = [(flow, split) for flow in DATA_FLOWS for split in SPLITS if (flow, split) != ("stay", "near")]
+"""Data flows and the splits that can be priced under them."""
 
 
 def few_or(many: Any, few: Any) -> Any:
@@ -119,6 +124,13 @@ def load_batch(rng, *, experts: int = 4, layers: int = 2, top_k: int = 2, steps:
     weight = rng.random(steps) + 0.1
     load[0, 0, 0] += 1.0
     return RoutingBatch(load, weight / weight.sum(), top_k, np.arange(layers, dtype=np.int32))
+
+
+def with_unseen(batch: RoutingBatch) -> RoutingBatch:
+    """The batch with loads of which a part belongs to no token, for every expert; they sum to what they did."""
+    mass_BL1 = batch.load_BLE.sum(axis=2, keepdims=True)
+    load = (batch.load_BLE + 0.3 * (mass_BL1 > 0)) * (mass_BL1 / (mass_BL1 + 0.3 * batch.num_experts))
+    return replace(batch, load_BLE=load)
 
 
 def random_count(rng, layers: int, experts: int, devices: int, share: float = 0.3) -> np.ndarray:

@@ -34,7 +34,7 @@ OPTIONS = {
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--homes", "--json"},
     "machines": {"--json"},
     "verdict": {"--cluster", "--model", "--current", "--redundant", "--phase", "--tokens-per-step", "--prefill-tokens",
-                "--decode-tokens", "--engine", "--context", "--homes", "--time-limit", "--work", "--seed", "--output", "--html", "--json"},
+                "--decode-tokens", "--engine", "--split", "--context", "--homes", "--time-limit", "--work", "--seed", "--output", "--html", "--json"},
     "breakeven": {"--cluster", "--model", "--placement", "--sizes", "--step-slots", "--skew", "--steps", "--traffic",
                   "--window-us", "--control-us", "--seed", "--json"},
     "watch": {"--cluster", "--placement", "--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--window",

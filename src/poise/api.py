@@ -181,6 +181,8 @@ def plan(
              "batch": batch.order}  # fmt: skip
     if "cut_by_clock" in solution.details:
         about["cut_by_clock"] = ", ".join(solution.details["cut_by_clock"])
+    if problem.split != "even":
+        about["split"] = problem.split
     if budget.work is not None:
         about["work"] = f"{budget.work:g}"
     kept = Provenance(seen if METHODS[method].fitted else NO_TRAFFIC, about)
@@ -245,6 +247,7 @@ def verdict(
     prefill_tokens: int | None = None,
     decode_tokens: int | None = None,
     engine: str = "any",
+    split: Split | None = None,
     context: int = 4096,
     homes: Homes | None = None,
     time_limit_s: Limit = 60.0,
@@ -265,6 +268,7 @@ def verdict(
     tokens_per_step : N of that phase, over all ranks; without ``phase``: ``prefill_tokens``, ``decode_tokens``.
         Default: recorded steps where a trace has them, else :data:`PREFILL_A_RANK` and :data:`DECODE_A_RANK` a rank.
     engine : who holds the maps, and whose measured kernels price them.
+    split : how tokens of replicas are split; default: as the engine does, else ``even``.
     context : tokens that a decoded token attends to, or that a prompt has; for the rest of the step alone.
     time_limit_s, work : seconds or units of work for all plans together.
 
@@ -299,7 +303,7 @@ def verdict(
         refuse_frequencies(windows)
         asked.update({name: A_RANK[name] * machine.num_devices for name in unsaid})
     placed = None if current is None else _placement(current)
-    setting = TrialSetting(machine, sizes, rules, placed, redundant, context, seed)
+    setting = TrialSetting(machine, sizes, rules, placed, redundant, context, seed, rules.choose_split(split))
     budget = Budget.of(time_limit_s, work)
     judged = []
     for turn, name in enumerate(phases, 1):
@@ -309,7 +313,7 @@ def verdict(
     others = judged[::-1] if len(judged) == 2 else [None]
     found = [one.with_other(other, setting) for one, other in zip(judged, others, strict=True)]
     notes = seen + verdict_notes(windows, sizes, {} if recorded else {name: A_RANK[name] for name in unsaid})
-    notes += [rules.caveat] if rules.caveat else []
+    notes += [said] if (said := rules.caveat(setting.split)) else []
     if budget.cuts:
         notes.append(
             f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same maps each time"
@@ -410,7 +414,8 @@ def compare(
     batch = batches[IN_SAMPLE]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
     entries: list[Entry] = []
-    said = [*notes, *([problem.engine.caveat] if problem.engine.caveat else []),
+    caveat = problem.engine.caveat(problem.split)
+    said = [*notes, *([caveat] if caveat else []),
             *uneven_homes(batch, problem.num_devices)]  # fmt: skip
     named = None if model is None else problem.model
     defaults = silent_defaults(whole, named, tokens_per_step, batch)

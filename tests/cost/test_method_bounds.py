@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import FLOW_SPLITS, few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.bound import step_bound_BL
-from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.problem import PlacementProblem
@@ -40,12 +39,13 @@ NOT_FOR_ALL = {
 
 @pytest.mark.parametrize("name", METHODS)
 @given(
-    SEEDS, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans(),
+    SEEDS, st.sampled_from(FLOW_SPLITS), st.booleans(),
     st.sampled_from([(1, 1, 1), (2, 1, 2), (3,), (1,), (2, 2, 2), (2, 2)]), st.integers(4, 7), st.integers(0, 4),
     st.booleans(),
 )  # fmt: skip
 @settings(max_examples=few_or(60, 8), deadline=None)
-def test_no_method_plans_below_its_bound(name, seed, traffic, split, loads, nodes, experts, spare, pooled):
+def test_no_method_plans_below_its_bound(name, seed, priced, loads, nodes, experts, spare, pooled):
+    traffic, split = priced
     problem = random_problem(seed, traffic, split, loads, nodes, experts, spare, pooled)
     try:
         solution = solve(problem, method=name, work=3, seed=seed)
@@ -65,7 +65,12 @@ def test_no_method_plans_below_its_bound(name, seed, traffic, split, loads, node
     assert solution.objective == pytest.approx(problem.batch.weight_B @ cost.seconds_BL.mean(axis=1))
     if not problem.pooled and not METHODS[name].pooled:
         step = step_bound_BL(
-            problem.batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.slots_D
+            problem.batch,
+            problem.cluster,
+            problem.model,
+            traffic=problem.traffic,
+            slots_D=problem.slots_D,
+            split=split,
         )
         assert (step <= cost.seconds_BL * (1 + 1e-9) + 1e-12).all()
 

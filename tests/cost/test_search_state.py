@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, token_batch
+from tests.helpers import (
+    FLOW_SPLITS,
+    load_batch,
+    random_count,
+    tiny_batch,
+    tiny_cluster,
+    tiny_model,
+    token_batch,
+    with_unseen,
+)
 
 from poise.cost.compute import expert_times
 from poise.cost.step import batch_cost
@@ -23,9 +32,10 @@ from poise.planning.solve.state import (
 SEEDS = st.integers(0, 2**32 - 1)
 NODES = st.sampled_from([(2, 1), (3,), (1, 1, 1), (1, 2, 2), (1,)])
 LAYERS, EXPERTS = 3, 4
+SEARCHED = [(flow, split) for flow, split in FLOW_SPLITS if split != "exact"]  # which searches as even
 
 
-def make(seed, nodes, traffic, loads, *, top_k=2, pooled=False, max_rows=10**9):
+def make(seed, nodes, traffic, loads, *, top_k=2, pooled=False, max_rows=10**9, split="even"):
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng, nodes)
     devices = cluster.num_devices
@@ -34,8 +44,10 @@ def make(seed, nodes, traffic, loads, *, top_k=2, pooled=False, max_rows=10**9):
     else:
         idle = (0.0, 0.4)[seed % 2]
         batch = tiny_batch(rng, devices=devices, layers=LAYERS, top_k=top_k, tokens=(9, 0, 5), idle=idle)
+    if seed % 3 == 0:
+        batch = with_unseen(batch)
     traffic = "home" if loads else traffic
-    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(devices, EXPERTS), traffic, pooled=pooled)
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(devices, EXPERTS), traffic, split, pooled)
     data = make_data(problem, max_rows)
     state = make_state(data, problem, random_count(rng, LAYERS, EXPERTS, devices) > 0)
     return rng, problem, data, state
@@ -44,7 +56,9 @@ def make(seed, nodes, traffic, loads, *, top_k=2, pooled=False, max_rows=10**9):
 def by_the_cost(problem, held_LED, batch=None):
     """Seconds of each layer that the placement decides, and the tie break; float64 [L]."""
     batch, cluster = batch or problem.batch, problem.cluster
-    cost = batch_cost(batch, held_LED.astype(np.int64), cluster, problem.model, traffic=problem.traffic, split="even")
+    cost = batch_cost(
+        batch, held_LED.astype(np.int64), cluster, problem.model, traffic=problem.traffic, split=problem.split
+    )
     times, one_way = expert_times(cluster, problem.model), problem.traffic == "stay" and batch.top_k == 1
     start = times.start_s + cluster.dispatch_wire.start_s + (0.0 if one_way else cluster.combine_wire.start_s)
     busy = batch.load_BLE.sum(axis=2) > 0
@@ -71,17 +85,17 @@ def toggles(rng, state):
             return layer, experts, devices, after
 
 
-@given(SEEDS, st.sampled_from(DATA_FLOWS), NODES, st.integers(1, 3), st.booleans(), st.booleans())
+@given(SEEDS, st.sampled_from(SEARCHED), NODES, st.integers(1, 3), st.booleans(), st.booleans())
 @settings(max_examples=120, deadline=None)
-def test_a_fresh_state_is_the_cost(seed, traffic, nodes, top_k, loads, pooled):
-    _, problem, data, state = make(seed, nodes, traffic, loads, top_k=top_k, pooled=pooled)
+def test_a_fresh_state_is_the_cost(seed, priced, nodes, top_k, loads, pooled):
+    _, problem, data, state = make(seed, nodes, priced[0], loads, top_k=top_k, pooled=pooled, split=priced[1])
     check(problem, data, state)
 
 
-@given(SEEDS, st.sampled_from(DATA_FLOWS), NODES, st.integers(1, 3), st.booleans(), st.booleans())
+@given(SEEDS, st.sampled_from(SEARCHED), NODES, st.integers(1, 3), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_changes_leave_what_a_new_start_would_give(seed, traffic, nodes, top_k, loads, pooled):
-    rng, problem, data, state = make(seed, nodes, traffic, loads, top_k=top_k, pooled=pooled)
+def test_changes_leave_what_a_new_start_would_give(seed, priced, nodes, top_k, loads, pooled):
+    rng, problem, data, state = make(seed, nodes, priced[0], loads, top_k=top_k, pooled=pooled, split=priced[1])
     for _ in range(12):
         layer, experts, devices, after = toggles(rng, state)
         others = np.delete(state.held_LED, layer, axis=0).copy()
@@ -101,10 +115,10 @@ def test_changes_leave_what_a_new_start_would_give(seed, traffic, nodes, top_k, 
         np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-@given(SEEDS, st.sampled_from(DATA_FLOWS), st.booleans())
+@given(SEEDS, st.sampled_from(SEARCHED), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_a_change_above_the_limit_is_undone(seed, traffic, loads):
-    rng, problem, data, state = make(seed, (2, 1), traffic, loads)
+def test_a_change_above_the_limit_is_undone(seed, priced, loads):
+    rng, problem, data, state = make(seed, (2, 1), priced[0], loads, split=priced[1])
     refused = 0
     for _ in range(12):
         layer, experts, devices, after = toggles(rng, state)
@@ -124,10 +138,10 @@ def test_a_change_above_the_limit_is_undone(seed, traffic, loads):
         np.testing.assert_array_equal(getattr(state, name), getattr(fresh, name), err_msg=name)
 
 
-@pytest.mark.parametrize("traffic", DATA_FLOWS)
-def test_forward_and_back_is_where_it_began(traffic):
+@pytest.mark.parametrize(("traffic", "split"), SEARCHED)
+def test_forward_and_back_is_where_it_began(traffic, split):
     """What the search does to take a change back: the same toggles in reverse."""
-    rng, _, data, state = make(7, (2, 1), traffic, False)
+    rng, _, data, state = make(7, (2, 1), traffic, False, split=split)
     began = [layer_seconds(data, state, layer) for layer in range(LAYERS)]
     for _ in range(30):
         layer, experts, devices, _ = toggles(rng, state)
@@ -166,8 +180,8 @@ def test_equal_tokens_of_a_step_are_one_row(seed):
     times = np.repeat(np.arange(7), 5)
     many = token_batch(one.experts_TLK[times], [20, 15], EXPERTS, home_T=one.home_of_tokens(3)[times])
     cluster = tiny_cluster(rng)
-    for traffic in DATA_FLOWS:
-        problem = PlacementProblem(many, cluster, tiny_model(many), np.full(3, EXPERTS), traffic)
+    for traffic, split in SEARCHED:
+        problem = PlacementProblem(many, cluster, tiny_model(many), np.full(3, EXPERTS), traffic, split)
         data = make_data(problem, 10**9)
         assert len(data.rows.weight_M) <= 7 * LAYERS and data.rows.weight_M.sum() == 35 * LAYERS
         check(problem, data, make_state(data, problem, random_count(rng, LAYERS, EXPERTS, 3) > 0))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
+from tests.helpers import FLOW_SPLITS, load_batch, random_count, tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.links import port_seconds
 from poise.cost.pricing import Pricing
 from poise.cost.split import SPLITS
 from poise.cost.step import batch_cost
-from poise.cost.traffic import DATA_FLOWS, Copies, port_load
+from poise.cost.traffic import Copies, port_load
 from poise.machine.cluster import Cluster
 from poise.replay.links import device_seconds, layer_bytes, link_bytes, wire_BDD
 from poise.simulate.lanes import step_lanes
@@ -48,10 +48,11 @@ def test_wires_pass_the_ports_that_copies_are_booked_on(seed, nodes):
     )
 
 
-@given(SEEDS, NODES, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS), st.booleans())
+@given(SEEDS, NODES, st.sampled_from(FLOW_SPLITS), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_lanes_add_up_to_the_modelled_step(seed, nodes, traffic, split, loads):
-    cluster, batch, count, traffic = make(seed, nodes, traffic, loads)
+def test_lanes_add_up_to_the_modelled_step(seed, nodes, priced, loads):
+    split = priced[1]
+    cluster, batch, count, traffic = make(seed, nodes, priced[0], loads)
     model = tiny_model(batch)
     cost = batch_cost(batch, count, cluster, model, traffic=traffic, split=split)
     for step in range(batch.num_steps):
@@ -83,10 +84,11 @@ def test_home_traffic_has_the_shares_of_the_table(seed, nodes, loads, split):
     assert far / total == pytest.approx(float(cost.cross_node_BL.sum()) / pairs, abs=1e-12)
 
 
-@given(SEEDS, NODES, st.sampled_from(DATA_FLOWS), st.sampled_from(SPLITS))
+@given(SEEDS, NODES, st.sampled_from(FLOW_SPLITS))
 @settings(max_examples=40, deadline=None)
-def test_ports_are_the_sums_of_their_links(seed, nodes, traffic, split):
-    cluster, batch, count, traffic = make(seed, nodes, traffic)
+def test_ports_are_the_sums_of_their_links(seed, nodes, priced):
+    split = priced[1]
+    cluster, batch, count, traffic = make(seed, nodes, priced[0])
     model = tiny_model(batch)
     links = link_bytes(batch, count, Pricing(cluster, model, traffic, split))
     ports = {each.kind: each for each in links.ports()}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
+import torch.distributed as dist
 from tests.serve import models as m
-from tests.serve.harness import answers, case, engine, place, plain
+from tests.serve.harness import answers, case, engine, place, plain, tiny_price
 
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.placement import Placement
-from poise.serve import Engine
+from poise.serve import Engine, ServingPolicy
+from poise.stepwise.registry import parse_policy
+from poise.util.errors import OptionError
 
 
 @case
@@ -87,3 +91,46 @@ def one_expert_twice_on_a_rank() -> dict:
     assert served.generate(m.prompts(), 8) == answers("olmoe")
     assert len(served.swaps) == 1 and served.placement.has_duplicates
     return {}
+
+
+@case
+def replicas_of_the_own_rank_and_node_first() -> dict:
+    """The split ``near``: the same tokens, every pair on the nearest replica, with a fast loop's passive steps too."""
+    rank, node_D = dist.get_rank(), m.machine().node_D
+    kept = {}
+    for traffic in ("home", "home_device_dedup", "home_node_dedup"):
+        for split in ("even", "near"):
+            served, pairs = engine(traffic=traffic, split=split), []
+            for layer in served.experts.values():
+                plain_devices = layer.split.devices
+
+                def devices(ids_TK, layer=layer, ask=plain_devices, pairs=pairs):
+                    device_TK = ask(ids_TK)
+                    count_ED = layer.placement.count_LED()[layer.index]
+                    pairs += [(count_ED[e], int(d)) for e, d in zip(ids_TK.ravel(), device_TK.ravel(), strict=True)]
+                    return device_TK
+
+                layer.split.devices = devices
+            assert served.generate(m.prompts(), 8) == answers("olmoe"), (traffic, split)
+            mine = (len(pairs), sum(_is_nearest(count_D, device, rank, node_D) for count_D, device in pairs),
+                    sum(device == rank for _, device in pairs))  # fmt: skip
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+            every, nearest, own = np.sum(everyone, axis=0).tolist()
+            assert nearest == every if split == "near" else nearest < every, (split, nearest, every)
+            kept[f"{traffic} {split}"] = own
+        assert kept[f"{traffic} near"] > kept[f"{traffic} even"]
+    passive = ServingPolicy(parse_policy("poise"), tiny_price(), step_slots=1)
+    assert engine(split="near", fast=passive).generate(m.prompts(), 8) == answers("olmoe")
+    for options, words in (({"traffic": "stay"}, "near.*stay"), ({"split": "exact"}, "exact")):
+        with pytest.raises(OptionError, match=words):
+            engine(**{"split": "near", **options})
+    return kept
+
+
+def _is_nearest(count_D, device, rank, node_D) -> bool:
+    """Whether a holder is on the rank if it can be, else in its node if it can be."""
+    if count_D[rank]:
+        return device == rank
+    inside = [d for d in np.flatnonzero(count_D) if node_D[d] == node_D[rank]]
+    return bool(count_D[device]) and (not inside or device in inside)

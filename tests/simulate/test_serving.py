@@ -1,6 +1,7 @@
 """Serving simulated rank by rank: the split engines make, times that add up, and what the cost model says of even loads."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -63,6 +64,29 @@ def test_work_is_the_cost_models_on_known_copies(traffic, idle):
             assert np.isclose(one.compute_D.max(), cost.compute_BL[step, layer], rtol=1e-12)
             for bytes_DD, seconds in ((one.out_DD, cost.dispatch_BL), (one.back_DD, cost.combine_BL)):
                 assert np.isclose(fullest(bytes_DD, cluster) + latency(cluster), seconds[step, layer], rtol=1e-9)
+
+
+@pytest.mark.parametrize("traffic", ["home", "home_device_dedup"])
+def test_near_work_is_the_cost_models_where_every_node_has_one_replica(traffic):
+    """Then nothing is shared out, and the cost model's expectations are certain."""
+    batch, _, cluster, model = scene(5)
+    make = np.random.default_rng(0)
+    count = np.zeros((2, 12, 4), int)
+    for layer, expert, node in product(range(2), range(12), range(2)):
+        count[layer, expert, 2 * node + make.integers(2)] = 1
+    place = Placement.from_counts(count)
+    cost = batch_cost(batch, count, cluster, model, traffic=traffic, split="near")
+    even = batch_cost(batch, count, cluster, model, traffic=traffic, split="even")
+    assert cost.cross_node_BL.max() == 0 < even.cross_node_BL.min()
+    work = served_work(batch, place, cluster, model, traffic=traffic, split="near")
+    for step, layer in product(range(batch.num_steps), range(2)):
+        one = work[step][layer]
+        assert (one.tokens_D == cost.tokens_BLD[step, layer]).all()
+        assert np.isclose(one.compute_D.max(), cost.compute_BL[step, layer], rtol=1e-12)
+        assert np.isclose(fullest(one.out_DD, cluster) + latency(cluster), cost.dispatch_BL[step, layer], rtol=1e-9)
+    for split in ("near", "exact"):
+        with pytest.raises(OptionError, match=split):
+            served_work(batch, place, cluster, model, traffic="stay", split=split)
 
 
 def fullest(bytes_DD, cluster):

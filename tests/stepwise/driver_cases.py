@@ -153,7 +153,10 @@ def on_ranks(policy: StepPolicy, batch: RoutingBatch, price: StepPrice, count_ED
     """As :mod:`poise.serve` runs it, but for experts."""
     flow: Any = SimpleNamespace(rank=dist.get_rank(), group=dist.group.WORLD, extra_DX=None)
     loop = split.ServingPolicy(policy, price, step_slots=SLOTS)
-    layers = [split.PlannedSplit(loop, layer, count_ED, flow, NoReplicas()) for layer in range(LAYERS)]
+    layers = [
+        split.PlannedSplit(loop, layer, count_ED, split.EvenSplit(count_ED, flow.rank), flow, NoReplicas())
+        for layer in range(LAYERS)
+    ]
     for step in range(STEPS):
         ids_TLK = mine(batch, step)
         for layer, one in enumerate(layers):

@@ -107,7 +107,7 @@ TrafficModel = Annotated[
     ),
 ]
 SplitRule = Annotated[
-    str | None, typer.Option("--split", help="Token split over replicas: even or exact. Default: the engine's.")
+    str | None, typer.Option("--split", help="Token split over replicas: even, near or exact. Default: the engine's.")
 ]
 EngineName = Annotated[
     str,

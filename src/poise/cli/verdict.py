@@ -12,6 +12,7 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cost.split import SPLITS
 from poise.replay.verdict import COLUMNS, PhaseVerdict, Verdict
 from poise.replay.windows import PHASES
 from poise.report import write_verdict
@@ -53,6 +54,7 @@ def verdict(
         typer.Option(help=f"N of decode. Default: as recorded, else {api.DECODE_A_RANK} a rank."),
     ] = None,
     engine: o.EngineName = "any",
+    split: o.SplitRule = None,
     context: Annotated[
         int,
         typer.Option(min=1, help="Tokens that a decoded token attends to, or of a prompt: for the rest of the step."),
@@ -87,7 +89,7 @@ def verdict(
             found = api.verdict(
                 *windows, cluster=cluster, model=model, current=current, redundant=redundant,
                 phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step, prefill_tokens=prefill_tokens,
-                decode_tokens=decode_tokens, engine=engine, context=context,
+                decode_tokens=decode_tokens, engine=engine, split=o.one_of("split", split, SPLITS), context=context,
                 homes=o.one_of("homes", homes, HOMES), time_limit_s=time_limit, work=work, seed=seed, progress=report,
             )  # fmt: skip
         if output is not None:

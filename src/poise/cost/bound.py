@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.split import Split
 from poise.cost.step import kv_seconds_per_token, step_parts
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster, Wire
@@ -89,23 +90,27 @@ def bound_terms(
     traffic: DataFlow,
     slots_D: NDArray[Any],
     spare: int | None = None,
+    split: Split = "even",
 ) -> BoundTerms:
     """Bounds per term on every step and layer.
 
     ``slots_D`` (int [D]) are the most experts a device can hold in a layer, ``spare`` the most slots a layer can have
     beyond one per expert (default: what slots_D leave). The placement may differ from step to step, so the mean over
-    steps bounds every static plan too.
+    steps bounds every static plan too. They hold for any split, but where only loads are known devices may keep tokens
+    of their own under ``near`` alone.
     """
     spare = int(np.minimum(slots_D, batch.num_experts).sum()) - batch.num_experts if spare is None else spare
     parts = [
-        _terms(part, cluster, model, traffic, slots_D, spare) for _, part in step_parts(batch, cluster.num_devices)
+        _terms(part, cluster, model, traffic, slots_D, spare, split)
+        for _, part in step_parts(batch, cluster.num_devices)
     ]
     return BoundTerms(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(BoundTerms)))
 
 
 def _terms(
-    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, traffic: DataFlow, slots_D: NDArray[Any], spare: int
-) -> BoundTerms:
+    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, traffic: DataFlow, slots_D: NDArray[Any], spare: int,
+    split: Split,
+) -> BoundTerms:  # fmt: skip
     shape = (batch.num_steps, batch.num_layers)
     work = expert_seconds(batch.load_BLE, cluster, model).reshape(-1, batch.num_experts)
     compute = compute_bound(work, slots_D, cluster.speed_D, spare=spare).reshape(shape)
@@ -113,12 +118,12 @@ def _terms(
     busy: NDArray[Any] = tokens_BL > 0
     compute += busy * expert_times(cluster, model).start_s
     out, back = cluster.dispatch_wire, cluster.combine_wire
-    port = _port_bound(batch, cluster, out, traffic, np.asarray(slots_D), max(0, spare))
+    port = _port_bound(batch, cluster, out, traffic, np.asarray(slots_D), max(0, spare), split)
     dispatch = busy * out.start_s + port * model.dispatch_bytes_per_token
     combine = busy * (back.start_s if traffic != "stay" or batch.top_k > 1 else 0.0)
     if traffic != "stay":
         if back[1:] != out[1:]:
-            port = _port_bound(batch, cluster, back, traffic, np.asarray(slots_D), max(0, spare))
+            port = _port_bound(batch, cluster, back, traffic, np.asarray(slots_D), max(0, spare), split)
         combine += port * model.combine_bytes_per_token
     kv = np.zeros(shape)
     if traffic == "stay":
@@ -127,21 +132,29 @@ def _terms(
 
 
 def step_bound_BL(
-    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: DataFlow, slots_D: NDArray[Any]
-) -> NDArray[np.float64]:
-    """Least seconds any placement with these slots, and any split, could need; float64 [B, L]."""
-    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D).seconds_BL
+    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: DataFlow, slots_D: NDArray[Any],
+    split: Split = "even",
+) -> NDArray[np.float64]:  # fmt: skip
+    """Least seconds any placement with these slots could need; float64 [B, L]. See :func:`bound_terms`."""
+    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, split=split).seconds_BL
 
 
 def _port_bound(
-    batch: RoutingBatch, cluster: Cluster, wire: Wire, traffic: DataFlow, slots_D: NDArray[Any], spare: int
-) -> NDArray[Any]:
+    batch: RoutingBatch, cluster: Cluster, wire: Wire, traffic: DataFlow, slots_D: NDArray[Any], spare: int,
+    split: Split,
+) -> NDArray[Any]:  # fmt: skip
     """Bound on max over ports of copies / (bytes/s), float64 [B, L]; multiply by bytes per copy."""
     if cluster.num_devices == 1:
         return np.zeros((batch.num_steps, batch.num_layers))
-    if batch.experts_TLK is None or batch.start_B is None:
-        return batch.load_BLE.sum(axis=2) * _spread_homes_rate(cluster, wire)
     out = np.zeros((batch.num_steps, batch.num_layers))
+    if batch.experts_TLK is None or batch.start_B is None:
+        if split != "near":
+            return batch.load_BLE.sum(axis=2) * _spread_homes_rate(cluster, wire)
+        for layer in range(batch.num_layers):
+            each_BE = batch.load_BLE[:, layer] / cluster.num_devices
+            flow = np.broadcast_to(each_BE[:, None], (len(each_BE), cluster.num_devices, batch.num_experts))
+            out[:, layer] = _flow_bound(flow, batch.top_k, cluster, wire, traffic, slots_D, spare)
+        return out
     step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
     home_T = batch.home_of_tokens(cluster.num_devices)
     came_from_TL = batch.came_from_TL() if traffic == "stay" else None
@@ -150,7 +163,8 @@ def _port_bound(
         if came_from_TL is not None and layer > 0:
             out[:, layer] = _stay_bound(experts, came_from_TL[:, layer], home_T, step_T, batch, cluster, wire, slots_D)
         else:
-            out[:, layer] = _home_bound(experts, home_T, step_T, batch, cluster, wire, traffic, slots_D, spare)
+            flow = _flows(home_T, experts, step_T, (batch.num_steps, cluster.num_devices, batch.num_experts))
+            out[:, layer] = _flow_bound(flow, batch.top_k, cluster, wire, traffic, slots_D, spare)
     return out
 
 
@@ -196,19 +210,17 @@ def _most_local(flow_BSE: NDArray[np.float64], spare: int) -> NDArray[np.float64
     return out
 
 
-def _home_bound(
-    experts_TK: NDArray[Any],
-    home_T: NDArray[Any],
-    step_T: NDArray[Any],
-    batch: RoutingBatch,
+def _flow_bound(
+    flow: NDArray[np.float64],
+    top_k: int,
     cluster: Cluster,
     wire: Wire,
     traffic: DataFlow,
     slots_D: NDArray[Any],
     spare: int,
 ) -> NDArray[np.float64]:
-    top_k, devices = batch.top_k, cluster.num_devices
-    flow = _flows(home_T, experts_TK, step_T, (batch.num_steps, devices, batch.num_experts))
+    """Bound on max over ports of copies / (bytes/s) of pairs from each home to each expert, float64 [B, D, E]."""
+    devices = cluster.num_devices
     node_slots = np.bincount(cluster.node_D, weights=slots_D).astype(np.int64)
     per_copy, per_net_copy = 1, 1
     if traffic in ("home_device_dedup", "stay"):
@@ -217,8 +229,8 @@ def _home_bound(
         per_net_copy = max(1, min(top_k, int(node_slots.max())))
         per_copy = per_net_copy if cluster.num_nodes > 1 else max(1, min(top_k, int(slots_D.max())))
     rate = wire.intra_bytes_per_s + (wire.inter_bytes_per_s if cluster.num_nodes > 1 else 0.0)
-    bound = np.zeros(batch.num_steps)
-    net_B = np.zeros((batch.num_steps, cluster.num_nodes))
+    bound = np.zeros(len(flow))
+    net_B = np.zeros((len(flow), cluster.num_nodes))
     for d in range(devices):
         total = flow[:, d].sum(axis=-1)
         bound = np.maximum(bound, (total - _top_sum(flow[:, d], int(slots_D[d]))) / per_copy / rate)

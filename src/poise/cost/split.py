@@ -1,5 +1,8 @@
 """Token split: how the tokens of a replicated expert are divided over its replicas.
 
+``even``: every slot gets the same part; ``near``: own device, else own node, else anywhere (:mod:`poise.cost.near`);
+``exact``: integer tokens that minimise the fullest device.
+
 It lives below planning because the planner's objective is a split too (docs/decisions/0001-layers.md).
 """
 
@@ -11,10 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.quota import QuotaProblem, balance, make_holders, make_scratch
+from poise.util.errors import OptionError
 
-Split = Literal["even", "exact"]
-SPLITS: tuple[Split, ...] = ("even", "exact")
+Split = Literal["even", "near", "exact"]
+SPLITS: tuple[Split, ...] = ("even", "near", "exact")
 NONE = np.zeros(0, np.int64)
+
+
+def check_split(split: Split, traffic: str) -> None:
+    """Raise OptionError unless the split knows the sources it needs under a data flow."""
+    if split == "near" and traffic == "stay":
+        raise OptionError(
+            "split 'near' goes by the home rank of a token, and under traffic model 'stay' tokens leave theirs",
+            hint="use --split even or exact, or --traffic home_node_dedup",
+        )
 
 
 def even_share(count_LED: NDArray[Any]) -> NDArray[np.float64]:
@@ -56,7 +69,10 @@ def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[n
 def split_share_BED(
     load_BE: NDArray[np.float64], count_ED: NDArray[Any], speed_D: NDArray[np.float64], split: Split
 ) -> NDArray[np.float64]:
-    """Share of each expert's tokens on each device in each step, float64 [B, E, D] (B = 1 for the even split)."""
+    """Share of each expert's tokens on each device in each step, float64 [B, E, D] (B = 1 for the even split).
+
+    Under ``near`` it would be another for every source: :mod:`poise.cost.near` has that split.
+    """
     even = even_share(count_ED)
     if split == "even" or int(np.max(np.count_nonzero(count_ED, axis=1))) <= 1:
         return even[None]

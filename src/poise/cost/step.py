@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds, expert_times
 from poise.cost.links import PortLoad, port_seconds
-from poise.cost.split import Split, split_share_BED
+from poise.cost.near import NearGroups, layer_share, placed_tokens
+from poise.cost.split import Split, check_split
 from poise.cost.traffic import Copies, DataFlow, any_of, node_share, port_load, sum_by_source
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -138,16 +139,20 @@ def layer_works(
 ) -> Iterator[tuple[tuple[slice, int], PlacedWork]]:
     """Steps and layer, and the work of them, for parameters as in :func:`batch_cost`; the same errors."""
     check_inputs(batch, count_LED, cluster, traffic)
+    check_split(split, traffic)
     for steps, part in step_parts(batch, cluster.num_devices):
         shares, every = TokenShares(part, traffic), slice(0, part.num_steps)
         for layer in range(batch.num_layers):
-            load_BE = part.load_BLE[:, layer]
-            share_BED = split_share_BED(load_BE, count_LED[layer], cluster.speed_D, split)
-            shares.enter(layer, share_BED)
+            share = layer_share(part, layer, count_LED[layer], cluster, split)
+            shares.enter(layer, share)
             device_H, expert_H = np.nonzero(count_LED[layer].T)
-            tokens_BH = load_BE[:, expert_H] * share_BED[:, expert_H, device_H]
+            tokens_BH = placed_tokens(part, layer, share, expert_H, device_H)
             tokens_BD = _by_device(tokens_BH, device_H, cluster.num_devices)
-            if not part.has_tokens:
+            if not part.has_tokens and isinstance(share, NearGroups):
+                there = back = share.ports_of_loads(part, layer)
+                cross_B = there.net_out_BD.sum(axis=1)
+                leave_B = cross_B + there.intra_out_BD.sum(axis=1)
+            elif not part.has_tokens:
                 there = back = _ports_of_loads(tokens_BD, cluster)
                 leave_B, cross_B = _leaving(tokens_BD, cluster)
             else:
@@ -250,7 +255,7 @@ class LayerFlow:
 
 
 class TokenShares:
-    """Which part of each expert's tokens each device computes, float64 [B or 1, E, D], of the layers a flow needs.
+    """What :func:`poise.cost.near.layer_share` says of the layers that a flow needs.
 
     Layers are entered in order; under ``stay`` a layer is kept for as long as a token may still come from it, which is
     until the next one unless tokens compute nothing there.
@@ -259,24 +264,25 @@ class TokenShares:
     def __init__(self, batch: RoutingBatch, traffic: DataFlow) -> None:
         self.came_from_TL = batch.came_from_TL() if traffic == "stay" and batch.has_tokens else None
         self._experts, self._last = batch.num_experts, np.arange(batch.num_layers)
-        self._kept: dict[int, NDArray[np.float64]] = {}
+        self._kept: dict[int, NDArray[np.float64] | NearGroups] = {}
         if self.came_from_TL is not None:
             for layer in range(1, batch.num_layers):
                 origin_T = self.came_from_TL[:, layer]
                 self._last[np.unique(origin_T[origin_T >= 0]) // batch.num_experts] = layer
 
-    def enter(self, layer: int, share_BED: NDArray[np.float64]) -> None:
+    def enter(self, layer: int, share: NDArray[np.float64] | NearGroups) -> None:
         """Go on to a layer."""
         self._kept = {old: kept for old, kept in self._kept.items() if self._last[old] >= layer}
-        self._kept[layer] = share_BED
+        self._kept[layer] = share
 
-    def of(self, layer: int) -> NDArray[np.float64]:
+    def of(self, layer: int) -> NDArray[np.float64] | NearGroups:
         """Shares of a layer that is kept."""
         return self._kept[layer]
 
     def of_tokens(self, layer: int, experts_TK: NDArray[Any], step_T: NDArray[Any]) -> NDArray[np.float64]:
         """Share of each of a token's experts on each device, [T, K, D]; nothing of a pick that computes nothing."""
         share_BED = self.of(layer)
+        assert not isinstance(share_BED, NearGroups)  # only ``stay`` asks, which the split refuses
         if (experts_TK == NO_EXPERT).any():  # index -1 finds the row that is added
             share_BED = np.concatenate([share_BED, np.zeros_like(share_BED[:, :1])], axis=1)
         return share_BED[0][experts_TK] if share_BED.shape[0] == 1 else share_BED[step_T[:, None], experts_TK]
@@ -306,16 +312,20 @@ def layer_flow(
 ) -> LayerFlow:
     """What some steps of one layer send: copies by pair of devices; ``shares`` have entered the layer."""
     if batch.experts_TLK is None or batch.start_B is None:
-        return _flow_of_loads(batch.load_BLE[steps, layer], shares.of(layer), steps, cluster)
+        return _flow_of_loads(batch.part(steps), layer, shares.of(layer), steps, cluster)
     first, last = batch.start_B[steps.start], batch.start_B[steps.stop]
     num_steps = steps.stop - steps.start
     step_T = np.repeat(np.arange(num_steps), np.diff(batch.start_B[steps.start : steps.stop + 1]))
     if traffic != "stay":
-        share_BED = shares.of(layer)
-        share_BED = share_BED if len(share_BED) == 1 else share_BED[steps]
-        experts_TK = np.ascontiguousarray(batch.experts_TLK[first:last, layer])
+        experts_TK: NDArray[Any] = np.ascontiguousarray(batch.experts_TLK[first:last, layer])
         home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
-        return _flow_from_home(StepTokens(experts_TK, step_T, home_T, num_steps), share_BED, cluster, traffic)
+        share, node_D = shares.of(layer), cluster.node_D.astype(np.int64)
+        if isinstance(share, NearGroups):
+            experts_TK = share.of_tokens(experts_TK, home_T)
+            holders = HolderShares(share.ptr_G, share.device_X, share.share_X[None], node_D)
+        else:
+            holders = _holder_shares(share if len(share) == 1 else share[steps], node_D)
+        return _flow_from_home(StepTokens(experts_TK, step_T, home_T, num_steps), holders, cluster, traffic)
     share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
     home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
     source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)
@@ -341,6 +351,8 @@ class StepTokens(NamedTuple):
 class HolderShares(NamedTuple):
     """Which part of an expert's tokens each holder computes; entries H are (expert, device) pairs, sorted by expert.
 
+    Under ``near`` the groups of :class:`poise.cost.near.NearGroups` are what is called experts here.
+
     Parameters
     ----------
     ptr_E : int64 [E + 1], first entry of each expert.
@@ -363,16 +375,16 @@ class SentFromHome(NamedTuple):
     copies_BDN: NDArray[np.float64]
 
 
-def _flow_from_home(
-    tokens: StepTokens, share_BED: NDArray[np.float64], cluster: Cluster, traffic: DataFlow
-) -> LayerFlow:
-    """The data flows from and to the home rank; ``share_BED`` is of the tokens' steps alone."""
+def _holder_shares(share_BED: NDArray[np.float64], node_D: NDArray[np.int64]) -> HolderShares:
+    """Of shares of the tokens' steps alone."""
     expert_H, device_H = np.nonzero(share_BED.any(axis=0))
     ptr_E = np.searchsorted(expert_H, np.arange(share_BED.shape[1] + 1))
-    share_BH = np.ascontiguousarray(share_BED[:, expert_H, device_H])
-    pairs, copies_BDD, copies_BDN = _send_from_home(
-        tokens, HolderShares(ptr_E, device_H, share_BH, cluster.node_D.astype(np.int64)), cluster.num_nodes
-    )
+    return HolderShares(ptr_E, device_H, np.ascontiguousarray(share_BED[:, expert_H, device_H]), node_D)
+
+
+def _flow_from_home(tokens: StepTokens, holders: HolderShares, cluster: Cluster, traffic: DataFlow) -> LayerFlow:
+    """The data flows from and to the home rank."""
+    pairs, copies_BDD, copies_BDN = _send_from_home(tokens, holders, cluster.num_nodes)
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
     total = pairs.sum(axis=(1, 2))
     crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
@@ -418,14 +430,18 @@ def _send_from_home(tokens: StepTokens, holders: HolderShares, num_nodes: int) -
 
 
 def _flow_of_loads(
-    load_BE: NDArray[np.float64], share_BED: NDArray[np.float64], steps: slice, cluster: Cluster
+    batch: RoutingBatch, layer: int, share: NDArray[np.float64] | NearGroups, steps: slice, cluster: Cluster
 ) -> LayerFlow:
-    """Copies when only loads are known: homes are spread evenly."""
-    rows = slice(0, 1) if share_BED.shape[0] == 1 else steps
-    tokens_BD = (load_BE[:, :, None] * share_BED[rows]).sum(axis=1)
-    pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, (len(load_BE), *(cluster.num_devices,) * 2))
+    """Copies when only loads are known, of a batch of some ``steps``: homes are spread evenly."""
+    if isinstance(share, NearGroups):
+        pairs = share.pairs_of_loads(batch, layer)
+    else:
+        rows = slice(0, 1) if share.shape[0] == 1 else steps
+        tokens_BD = (batch.load_BLE[:, layer, :, None] * share[rows]).sum(axis=1)
+        shape = (batch.num_steps, *(cluster.num_devices,) * 2)
+        pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, shape)
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
-    total = tokens_BD.sum(axis=1)
+    total = pairs.sum(axis=(1, 2))
     return LayerFlow(
         Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2))
     )

@@ -91,6 +91,10 @@ class Written:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+NEAR_SGLANG = (
+    "planned for the split near: with an all-to-all backend (--moe-a2a-backend) ranks use replicas of their own rank "
+    "and node first, without one they do not"
+)
 Writer = Callable[[Placement, Path, ExportOptions], Written]
 
 
@@ -179,6 +183,7 @@ def _sglang(placement: Placement, path: Path, options: ExportOptions) -> Written
     if layers is None:
         raise OptionError("SGLang's map needs every decoder layer", hint="give --model or --num-hidden-layers")
     filled = sglang.write(placement, path, num_hidden_layers=layers)
+    near = placement.fitted is not None and placement.fitted.about.get("split") == "near"
     return Written(
         filled,
         command=f"--ep-size {placement.num_devices} --ep-num-redundant-experts {_redundant(placement)} "
@@ -186,6 +191,7 @@ def _sglang(placement: Placement, path: Path, options: ExportOptions) -> Written
         notes=(
             "the flags are those of 'python -m sglang.launch_server'; record a while, then 'poise verify' tells "
             "whether the map is live",
+            *((NEAR_SGLANG,) if near else ()),
         ),
     )
 

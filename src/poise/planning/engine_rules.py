@@ -31,18 +31,18 @@ class EngineRules:
     empty_slots : slots may stay empty, and an expert may lie twice on a device.
     equal_slots : every rank has as many slots.
     replicas : an expert may have more than one slot.
-    split : how the engine splits an expert's tokens over its replicas; None: as asked.
+    splits : how the engine can split an expert's tokens over its replicas, its default first; none: as asked.
     kernels : whose measured expert kernels price its plans (:data:`poise.machine.constants.ENGINES`); None: any's.
-    caveat : what of the engine is priced otherwise than it runs, one sentence, or ``""``.
+    caveats : what of the engine is priced otherwise than it runs, one sentence for a split.
     """
 
     name: str
     empty_slots: bool = False
     equal_slots: bool = True
     replicas: bool = True
-    split: Split | None = "even"
+    splits: tuple[Split, ...] = ("even",)
     kernels: str | None = None
-    caveat: str = ""
+    caveats: tuple[tuple[Split, str], ...] = ()
 
     def check_slots(self, slots_D: NDArray[np.int64], num_experts: int) -> None:
         """Raise OptionError unless the engine can have so many slots a device, int [D], for ``num_experts``."""
@@ -70,12 +70,16 @@ class EngineRules:
         ------
         OptionError : the engine splits otherwise.
         """
-        if asked is not None and self.split is not None and asked != self.split:
+        if asked is not None and self.splits and asked not in self.splits:
             raise OptionError(
-                f"{self.name} splits tokens over replicas {self.split}, --split asks for {asked}",
+                f"{self.name} splits tokens over replicas {' or '.join(self.splits)}, --split asks for {asked}",
                 hint="--engine any or none prices a runtime that can",
             )
-        return asked or self.split or "even"
+        return asked or (*self.splits, "even")[0]
+
+    def caveat(self, split: Split) -> str:
+        """What of the engine is priced otherwise than it runs under a split, one sentence, or ``""``."""
+        return dict(self.caveats).get(split, "")
 
     def check(self, placement: Placement, slots_D: NDArray[np.int64]) -> None:
         """Raise PlacementError unless the engine can hold the placement in slots of int [D]."""
@@ -94,17 +98,28 @@ class EngineRules:
             )
 
 
-ANY = EngineRules("any", equal_slots=False, split=None)
-NONE = EngineRules("none", empty_slots=True, equal_slots=False, split=None)
+ANY = EngineRules("any", equal_slots=False, splits=())
+NONE = EngineRules("none", empty_slots=True, equal_slots=False, splits=())
 ENGINES: dict[str, EngineRules] = {
     rules.name: rules
     for rules in (
         ANY,
         EngineRules(
             "sglang",
+            splits=("even", "near"),
             kernels="sglang",
-            caveat="sglang: its dynamic dispatch splits tokens evenly, as priced; its static dispatch, the default "
-            "with an all-to-all backend, prefers replicas of the own rank and node",
+            caveats=(
+                (
+                    "even",
+                    "sglang: even is how it splits tokens without an all-to-all backend; with one, dynamic and "
+                    "static dispatch prefer replicas of the own rank and node: --split near",
+                ),
+                (
+                    "near",
+                    "sglang: of several replicas in a node, where other nodes hold some too, it takes the first "
+                    "for all ranks of the node; priced is an even share of each",
+                ),
+            ),
         ),
         EngineRules("vllm", kernels="vllm"),
         EngineRules("tensorrt-llm", kernels="trtllm"),

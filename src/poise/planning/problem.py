@@ -7,8 +7,9 @@ Decision
     count[l, e, d] = slots of expert e on device d in layer l (0 or 1; published methods may put 2).
 Split (recourse; after the placement, per scenario and layer)
     n[b, l, e, d] = tokens of e computed on d. ``even``: load[b, l, e] * count[l, e, d] / sum_d count[l, e, d],
-    the expectation of an engine that picks a replica at random. ``exact``: integer, minimising the largest
-    n / speed over devices.
+    the expectation of an engine that picks a replica at random. ``near``: those of a source device that holds e stay
+    there, else those of its node go evenly to the node's slots, else to all (:mod:`poise.cost.near`). ``exact``:
+    integer, minimising the largest n / speed over devices.
 Objective (seconds; DESIGN 3.1)
     sum_b w[b] * mean_l ( dispatch + max_d compute(d) + combine + kv )
     compute(d) = start + 1 / speed[d] * sum_e (max(n * compute, min(n, 1) * read) + n * activations): the constants of a
@@ -30,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.pricing import Pricing
-from poise.cost.split import SPLITS, Split
+from poise.cost.split import SPLITS, Split, check_split
 from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -72,8 +73,8 @@ class PlacementProblem:
 
     Raises
     ------
-    OptionError : the engine cannot have these slots, slots do not hold the experts, or the traffic model needs tokens
-        that the batch has not.
+    OptionError : the engine cannot have these slots, slots do not hold the experts, the traffic model needs tokens that
+        the batch has not, or the split knows no sources under it.
     """
 
     batch: RoutingBatch
@@ -111,6 +112,7 @@ class PlacementProblem:
             raise OptionError(f"unknown traffic model {self.traffic!r}", hint=f"one of {', '.join(DATA_FLOWS)}")
         if self.split not in SPLITS:
             raise OptionError(f"unknown split {self.split!r}", hint=f"one of {', '.join(SPLITS)}")
+        check_split(self.split, self.traffic)
         if self.traffic != "home" and not self.batch.has_tokens:
             raise OptionError(
                 f"traffic model {self.traffic!r} needs token-level routing, got loads only", hint="use --traffic home"

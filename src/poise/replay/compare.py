@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -402,8 +402,9 @@ def compare(
                 continue
             if entry.fast is not None:
                 try:
+                    loop = replace(entry.fast, engine_split="near" if pricing.split == "near" else "even")
                     replays[entry.name, part] = replay_steps(
-                        batch, entry.placement, entry.fast, cluster, model, traffic=traffic, warm_up=skip,
+                        batch, entry.placement, loop, cluster, model, traffic=traffic, warm_up=skip,
                         prior_LE=entry.prior_LE,
                     )  # fmt: skip
                 except Exception as error:
@@ -421,7 +422,7 @@ def compare(
                 split=pricing.split,
                 pooled=entry.pooled,
             )
-        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D)
+        terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D, split=pricing.split)
         bounds[part] = terms.seconds_BL.sum(axis=1)
     entries = [entry for entry in entries if entry.name not in broken]
     notes = [*notes, *(left_out(name, problem) for name, problem in broken.items())]

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.links import PortLoad, network_ports
+from poise.cost.near import layer_share
 from poise.cost.pricing import Pricing
-from poise.cost.split import split_share_BED
+from poise.cost.split import check_split
 from poise.cost.step import TokenShares, check_inputs, layer_flow, step_chunks
 from poise.cost.traffic import Copies, landing_DN, port_load
 from poise.machine.cluster import Cluster, Wire
@@ -44,9 +45,10 @@ def layer_bytes(
     """Every layer of every step, or of one step; parameters and errors of :func:`poise.cost.step.batch_cost`."""
     cluster, model = pricing.cluster, pricing.model
     check_inputs(batch, count_LED, cluster, pricing.traffic)
+    check_split(pricing.split, pricing.traffic)
     shares = TokenShares(batch, pricing.traffic)
     for layer in range(batch.num_layers):
-        shares.enter(layer, split_share_BED(batch.load_BLE[:, layer], count_LED[layer], cluster.speed_D, pricing.split))
+        shares.enter(layer, layer_share(batch, layer, count_LED[layer], cluster, pricing.split))
         for steps in step_chunks(batch, cluster.num_devices) if step is None else [slice(step, step + 1)]:
             flow = layer_flow(batch, layer, steps, shares, cluster, pricing.traffic)
             out = wire_BDD(flow.dispatch, cluster)

@@ -12,6 +12,7 @@ from poise.cost.bound import bound_terms
 from poise.cost.compute import device_compute
 from poise.cost.links import port_seconds
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
+from poise.cost.split import Split
 from poise.cost.step import BatchCost, add_constants, batch_cost, check_inputs
 from poise.cost.traffic import Copies, DataFlow, port_load
 from poise.cost.weights import StepPrice, step_price
@@ -40,6 +41,7 @@ class FastLoop:
     step_slots : M, slots a device beyond the static placement's.
     predictor : loads before the gate.
     window_s, control_s : measured seconds that replace the modelled ones (:func:`poise.cost.weights.step_price`).
+    engine_split : how the engine splits tokens where the policy leaves them to it, ``even`` or ``near``.
     """
 
     policy: StepPolicy
@@ -47,6 +49,7 @@ class FastLoop:
     predictor: Predictor = DEFAULT_PREDICTOR
     window_s: float | None = None
     control_s: float | None = None
+    engine_split: Split = "even"
 
     def __post_init__(self) -> None:
         if self.step_slots < 0:
@@ -68,7 +71,7 @@ def replay_steps(
 
     The static placement is what holds between steps. Sources are the tokens' home ranks (under ``stay`` the devices
     where their heaviest expert of the layer before ran); load-only batches have their tokens spread evenly over all.
-    A passive plan costs what the static placement costs under the engine's even split.
+    A passive plan costs what the static placement costs under the engine's own split.
 
     Raises
     ------
@@ -116,7 +119,8 @@ class _ServingRun:
     def static(self) -> BatchCost:
         """What passive plans cost; made when the first one comes."""
         price = self.price
-        return batch_cost(self.batch, self.count_LED, price.cluster, price.model, traffic=self.traffic, split="even")
+        return batch_cost(self.batch, self.count_LED, price.cluster, price.model, traffic=self.traffic,
+                          split=self.loop.engine_split)  # fmt: skip
 
     def step(self, step: int, predicted_LE: NDArray[np.float64]) -> None:
         batch, cluster = self.batch, self.price.cluster

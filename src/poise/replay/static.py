@@ -91,5 +91,5 @@ def replay(
         slots_D = np.minimum(used, placement.num_experts)
         spare = int(used.sum()) - placement.num_experts * placement.num_layers
     cost = batch_cost(batch, placement.count_LED(), cluster, model, traffic=traffic, split=split)
-    bound = bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, spare=max(0, spare))
+    bound = bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, spare=max(0, spare), split=split)
     return Replay(cost, bound.seconds_BL.sum(axis=1))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from poise.cost.perturb import gain_range
 from poise.cost.pricing import Pricing
 from poise.cost.rest import rest_bytes, rest_seconds
+from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -54,6 +55,7 @@ class TrialSetting:
     redundant : numbers of redundant slots to try; None: 0, 1, 2 and 4 a rank, those that engine and memory can hold.
     context : tokens that a decoded token attends to, or of a prompt.
     seed : of the search.
+    split : how tokens of replicas are split.
     """
 
     cluster: Cluster
@@ -63,6 +65,7 @@ class TrialSetting:
     redundant: int | None = None
     context: int = 4096
     seed: int = 0
+    split: Split = "even"
 
     def slots_to_try(self, num_experts: int) -> list[int]:
         """Numbers of redundant slots, ascending.
@@ -202,6 +205,8 @@ def _with_provenance(placed: Placement, traffic: PhaseTraffic, method: str, sett
     later = traffic.windows[1]
     about = {"traffic": later.name, "version": VERSION, "seed": str(setting.seed), "engine": setting.engine.name,
              "method": method, "phase": traffic.phase}  # fmt: skip
+    if setting.split != "even":
+        about["split"] = setting.split
     return replace(placed, fitted=Provenance(fingerprint(later), about))
 
 
@@ -242,7 +247,7 @@ def _repeated(traffic: PhaseTraffic, batches: Batches) -> list[str]:
 
 def _pricing(batch: RoutingBatch, cluster: Cluster, setting: TrialSetting) -> Pricing:
     flow = cast(DataFlow, flow_of(cluster)) if batch.has_tokens else "home"
-    return Pricing(cluster, setting.model, flow, setting.engine.choose_split(None))
+    return Pricing(cluster, setting.model, flow, setting.split)
 
 
 def _plans(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from poise.cost.split import Split
 from poise.cost.traffic import DATA_FLOWS, DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
@@ -68,7 +69,8 @@ class Engine:
     placement : expert of every slot; devices are ranks.
     cluster : which ranks share a node.
     traffic : ``home``, ``home_device_dedup``, ``home_node_dedup`` or ``stay``.
-    fast : a step-wise policy with step replicas and its own token split; None: static, replicas share evenly.
+    split : how replicas share tokens: ``even``, or ``near``, own rank and node first.
+    fast : a step-wise policy with step replicas and its own token split; None: static.
     group : process group whose ranks are the cluster's devices; default: all.
     budget : most tokens of one rank in a step; longer prompts run in chunks.
     most_live : most requests of one rank that hold keys and values at a time.
@@ -90,6 +92,7 @@ class Engine:
         cluster: Cluster,
         *,
         traffic: DataFlow = "home",
+        split: Split = "even",
         fast: ServingPolicy | None = None,
         group: Any = None,
         budget: int = 512,
@@ -131,8 +134,8 @@ class Engine:
         self._weights_group = None if fast is None else twin(self.group)
         self.experts = {
             layer: ServedLayer(row, self._kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
-                               group=self.group, weights_group=self._weights_group, fast=fast, step_bank=step_bank,
-                               clock=clock)
+                               split=split, group=self.group, weights_group=self._weights_group, fast=fast,
+                               step_bank=step_bank, clock=clock)
             for row, layer in enumerate(self._layers)
         }  # fmt: skip
         self.model = ServedModel(parts, self.experts, traffic, self.group)

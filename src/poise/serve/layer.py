@@ -10,6 +10,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from poise.cost.near import near_count
+from poise.cost.split import Split, check_split
 from poise.cost.traffic import DataFlow
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
@@ -38,16 +40,17 @@ class ServedLayer:
     bank : weights of the experts in this rank's slots, in slot order.
     placement, cluster : who holds what.
     traffic : data flow.
+    split : how replicas share tokens, ``even`` or ``near``.
     group : process group whose ranks are the placement's devices.
     weights_group : the same ranks, for a fast loop's weights (:func:`poise.runtime.collectives.twin`); default: group.
-    fast : a fast loop; without it replicas get equal shares.
+    fast : a fast loop, which splits tokens itself where it has a plan.
     step_bank : room for the fast loop's replicas, shared with other layers; a policy that keeps replicas gets its own.
     clock : of an emulated device.
 
     Raises
     ------
     PlacementError : the bank has another number of experts than this rank's slots.
-    OptionError : cluster, placement and group disagree in size.
+    OptionError : cluster, placement and group disagree in size, or there is no such split of this data flow.
     """
 
     def __init__(
@@ -59,15 +62,19 @@ class ServedLayer:
         cluster: Cluster,
         *,
         traffic: DataFlow = "home",
+        split: Split = "even",
         group: Any = None,
         weights_group: Any = None,
         fast: ServingPolicy | None = None,
         step_bank: Bank | None = None,
         clock: Clock | None = None,
     ) -> None:
+        check_split(split, traffic)
+        if split == "exact":
+            raise OptionError("no split 'exact' without counts of all ranks", hint="a fast loop with the policy split")
         self.index, self.kind, self.cluster = index, kind, cluster
         self.flow = Flow(traffic, cluster, placement.num_experts, group)
-        self._fast, self._step_bank, self._clock = fast, step_bank, clock
+        self._fast, self._step_bank, self._clock, self._near = fast, step_bank, clock, split == "near"
         self._weights_group = weights_group if weights_group is not None else self.flow.group
         self.switch(bank, placement)
 
@@ -89,8 +96,10 @@ class ServedLayer:
         count_ED = placement.count_LED()[self.index]
         self._row_of = {expert: row for row, expert in reversed(list(enumerate(mine)))}
         self._replicas: StepReplicas | None = None
+        mine_ED = near_count(count_ED, self.cluster.node_D, flow.rank) if self._near else count_ED
+        own = EvenSplit(mine_ED, flow.rank)
         if self._fast is None:
-            self.split: TokenSplit = EvenSplit(count_ED, flow.rank)
+            self.split: TokenSplit = own
             self._set_order([])
             return
         room = self._step_bank
@@ -99,7 +108,7 @@ class ServedLayer:
         self._replicas = StepReplicas(
             room, bank, self._row_of, count_ED > 0, self.cluster, self._weights_group, flow.rank
         )
-        self.split = PlannedSplit(self._fast, self.index, count_ED, flow, self._replicas)
+        self.split = PlannedSplit(self._fast, self.index, count_ED, own, flow, self._replicas)
 
     def prefetch(self, tokens: int) -> None:
         """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks."""

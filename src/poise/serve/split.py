@@ -1,4 +1,4 @@
-"""Which device computes each of a rank's (token, expert) pairs: the engines' even split, or a fast loop's plan."""
+"""Which device computes each of a rank's (token, expert) pairs: the engine's split, or a fast loop's plan."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ class TokenSplit(Protocol):
 
 
 class EvenSplit:
-    """Each replica gets the same share, whoever asks: what engines do by default. No communication.
+    """Each replica gets the same share: what engines do by default. No communication.
 
     Parameters
     ----------
-    count_ED : int [E, D], slots of each expert on each device.
+    count_ED : int [E, D], slots of each expert on each device that this rank's tokens may go to: all, or under ``near``
+        those of :func:`poise.cost.near.near_count`.
     rank : this rank; ranks begin at different replicas.
     """
 
@@ -103,20 +104,22 @@ class PlannedSplit:
     Parameters
     ----------
     loop, layer, count_ED : the policy, this layer's place in it, and slots of each expert on each device.
+    own : the engine's split.
     flow : carries the counts along where the policy leaves the engine's split alone.
     replicas : takes and brings the replicas that plans ask for.
     """
 
     def __init__(
-        self, loop: ServingPolicy, layer: int, count_ED: NDArray[Any], flow: Flow, replicas: ReplicaStore
-    ) -> None:
+        self, loop: ServingPolicy, layer: int, count_ED: NDArray[Any], own: EvenSplit, flow: Flow,
+        replicas: ReplicaStore,
+    ) -> None:  # fmt: skip
         static_ED = count_ED > 0
         self._driver = LayerDriver(
             loop.policy, static_ED, step_slots=loop.step_slots, layer=layer, window=loop.window,
             prior_E=None if loop.prior_LE is None else loop.prior_LE[layer],
         )  # fmt: skip
         self._price, self._flow, self._rank, self._replicas = loop.price, flow, flow.rank, replicas
-        self._even = EvenSplit(count_ED, flow.rank)
+        self._own = own
         self._recent: deque[NDArray[np.float64]] = deque(maxlen=max(RECENT, loop.window))
         self._step = 0
         self._view: LayerView | None = None
@@ -145,7 +148,7 @@ class PlannedSplit:
         self.outcome = None
         if self._driver.needs_no_loads(self._view, self._early_ED):
             self._flow.extra_X = torch.bincount(ids_TK.reshape(-1), minlength=experts)
-            return self._even.devices(ids_TK)
+            return self._own.devices(ids_TK)
         load_SE = all_counts(ids_TK, experts, self._flow.group)
         view, plan = self._view, self._plan(load_SE).plan
         self._replicas.fetch(plan.holders_ED & ~self._early_ED, plan.holders_ED | view.coming_ED)

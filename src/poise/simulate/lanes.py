@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from poise.cost.compute import device_compute
 from poise.cost.exchange import ExchangeModel
+from poise.cost.near import layer_share, placed_tokens
 from poise.cost.pricing import Pricing
-from poise.cost.split import split_share_BED
 from poise.cost.step import kv_seconds_per_token
 from poise.cost.traffic import Copies, port_load
 from poise.replay.links import device_seconds, layer_bytes
@@ -82,12 +82,14 @@ def step_lanes(batch: RoutingBatch, step: int, count_LED: NDArray[Any], pricing:
     cluster, model, traffic = pricing.cluster, pricing.model, pricing.traffic
     busy = np.zeros((batch.num_layers, cluster.num_devices, len(PARTS)))
     out, back = cluster.dispatch_wire, cluster.combine_wire
+    one = batch.at_home(cluster.num_devices).part(slice(step, step + 1))
     for part in layer_bytes(batch, count_LED, pricing, step=step):
-        at, load_BE = busy[part.layer], batch.load_BLE[step : step + 1, part.layer]
-        if not load_BE.any():
+        at, count_ED = busy[part.layer], count_LED[part.layer]
+        if not one.load_BLE[0, part.layer].any():
             continue
-        share_BED = split_share_BED(load_BE, count_LED[part.layer], cluster.speed_D, pricing.split)
-        tokens_ED = load_BE[0][:, None] * share_BED[0]
+        share = layer_share(one, part.layer, count_ED, cluster, pricing.split)
+        holders, tokens_ED = np.nonzero(count_ED), np.zeros(count_ED.shape)
+        tokens_ED[holders] = placed_tokens(one, part.layer, share, *holders)[0]
         if traffic == "stay":
             at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
         at[:, 1] = out.start_s + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster, out)[0]

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from poise.cost.compute import device_compute
 from poise.cost.exchange import ExchangeModel
+from poise.cost.near import near_count
 from poise.cost.route import assign_tokens, count_sources, deal_evenly, locality_rows, token_copies
+from poise.cost.split import Split, check_split
 from poise.cost.traffic import DataFlow
 from poise.cost.weights import step_price
 from poise.machine.cluster import Cluster
@@ -75,15 +77,20 @@ def served_work(
     traffic: DataFlow,
     loop: FastLoop | None = None,
     prior_LE: NDArray[np.float64] | None = None,
+    split: Split = "even",
 ) -> list[list[ServedWork]]:
     """The work of every step and layer, with the very split of the tokens that :mod:`poise.serve` makes.
 
     Raises
     ------
-    OptionError : the batch has loads only, or the flow is ``home_node_dedup`` (its two hops are not simulated).
+    OptionError : the batch has loads only, the flow is ``home_node_dedup`` (its two hops are not simulated), or the
+        split is not one that engines make of this flow.
     """
     if batch.experts_TLK is None or batch.start_B is None or traffic == "home_node_dedup":
         raise OptionError("ranks are simulated for known tokens and flows of one hop", hint="use the replay")
+    check_split(split, traffic)
+    if split == "exact":
+        raise OptionError("no split 'exact' without a fast loop", hint="its policy split")
     count_LED = placement.count_LED()
     drivers, predicted_BLE = None, None
     if loop is not None:
@@ -107,7 +114,9 @@ def served_work(
                 device_TK = np.empty_like(experts_TK)
                 for source in range(cluster.num_devices):
                     mine = source_T == source
-                    device_TK[mine] = deal_evenly(experts_TK[mine], count_LED[layer], source)
+                    count_ED = count_LED[layer]
+                    may_ED = near_count(count_ED, cluster.node_D, source) if split == "near" else count_ED
+                    device_TK[mine] = deal_evenly(experts_TK[mine], may_ED, source)
             works.append(_work(experts_TK, device_TK, source_T, cluster, model, traffic, fetches, planned))
             if traffic == "stay":
                 source_T = np.where(device_TK[:, 0] < 0, source_T, device_TK[:, 0])

@@ -52,5 +52,5 @@ def judge(window: RoutingBatch, placement: Placement, problem: PlacementProblem)
 def bound_seconds(window: RoutingBatch, problem: PlacementProblem) -> float:
     """Seconds of a step's MoE layers that no placement with the problem's slots, and no split, can beat."""
     p = problem
-    bound_BL = step_bound_BL(window, p.cluster, p.model, traffic=p.traffic, slots_D=p.slots_D)
+    bound_BL = step_bound_BL(window, p.cluster, p.model, traffic=p.traffic, slots_D=p.slots_D, split=p.split)
     return float(window.weight_B @ bound_BL.sum(axis=1))

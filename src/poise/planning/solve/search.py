@@ -1,7 +1,9 @@
 """The ``poise`` planner: starts from every method, then swaps, moves and replica moves on the full cost.
 
 Step 1  Starts: the placements of all other methods, one annealed for balance in every scenario
-        (:mod:`poise.planning.solve.anneal`), and, where traffic is linear, affinity assignments. Under the
+        (:mod:`poise.planning.solve.anneal`), under the split ``near`` two with nodes before devices
+        (:mod:`poise.planning.solve.node_first`, :mod:`poise.planning.solve.near_anneal`), and, where traffic is
+        linear, affinity assignments. Under the
         home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
         the best whole one. With replicas, the best start without them goes beside it through step 2.
 Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
@@ -44,6 +46,8 @@ from poise.planning.solve.anneal import PROPOSALS, annealed
 from poise.planning.solve.complete import complete
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
+from poise.planning.solve.near_anneal import near_annealed, proposals_within
+from poise.planning.solve.node_first import node_first
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
 from poise.planning.solve.state import (
     STAY,
@@ -331,7 +335,7 @@ def _price(problem: PlacementProblem, placement: Placement) -> _Price:
     batch, cluster, count_LED = problem.batch, problem.cluster, placement.count_LED()
     cost = problem.pricing.cost(batch, count_LED)
     seconds_L: NDArray[np.float64] = batch.weight_B @ cost.seconds_BL
-    if problem.split != "even":  # the search works on the even split
+    if problem.split == "exact":  # the search works on the even split
         cost = problem.pricing.cost(batch, count_LED, split="even")
     most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
     times = expert_times(cluster, problem.model)
@@ -340,7 +344,7 @@ def _price(problem: PlacementProblem, placement: Placement) -> _Price:
 
 
 def _own_starts(
-    whole: PlacementProblem, problem: PlacementProblem, proposals: int, budget: Budget, seed: int
+    whole: PlacementProblem, problem: PlacementProblem, proposals: int, near: int, budget: Budget, seed: int
 ) -> Iterator[Placement]:
     """Step 1: starts beside those of other methods; ``problem`` has some of the steps of the ``whole``."""
     yield plain_start(whole)
@@ -349,6 +353,10 @@ def _own_starts(
         yield annealed(whole, proposals=proposals, seed=seed, budget=budget)
         if problem.split == "exact" and problem.spare_slots > 0:
             yield filled(whole, seed=seed)
+        if problem.split == "near" and problem.cluster.num_nodes > 1:
+            first = complete(problem, node_first(whole))
+            yield first
+            yield near_annealed(problem, first, proposals=near, seed=seed, budget=budget)
 
 
 def _descents(
@@ -409,17 +417,18 @@ def search(
     if drawn:
         steps = min(max(whole.batch.num_steps, DRAWN), MOST_DRAWN)
         problem = replace(whole, batch=drawn_steps(whole.batch, steps, seed))
-    each = price_seconds(problem) * (1 + (problem.split != "even"))
+    each = price_seconds(problem) * (1 + (problem.split == "exact"))
     overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
     most = min(overhead, OVERHEAD * budget.seconds + max(0.0, -behind_s))
     problem = some_steps(problem, budget.afford(most, "steps"), overhead)
     given = some_steps(whole, budget.seconds, overhead) if drawn else problem
     proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
+    near, near_s = proposals_within(problem, 0.3 * budget.seconds * (problem.split == "near"))
     data = make_data(problem, MAX_ROWS)
     pool: list[Placement] = []
     prices: list[_Price] = []
     plain: list[bool] = []
-    for start in chain(starts, _own_starts(whole, problem, proposals, budget.part(0.3, until=0.8), seed)):
+    for start in chain(starts, _own_starts(whole, problem, proposals, near, budget.part(0.3, until=0.8), seed)):
         if pool and budget.over("starts"):
             break
         plain.append(int(start.replicas_LE().max()) == 1)
@@ -433,7 +442,7 @@ def search(
         bare = np.flatnonzero(plain)
         states.append(_best_start(data, problem, [pool[i] for i in bare], score_OL[bare]))
     overhead *= problem.batch.num_steps / max(problem.batch.num_steps, whole.batch.num_steps)
-    late = behind_s + overhead + proposals * problem.batch.num_layers / PROPOSALS_PER_SECOND
+    late = behind_s + overhead + near_s + proposals * problem.batch.num_layers / PROPOSALS_PER_SECOND
     updates = UPDATES_PER_SECOND * max(LEAST_SEARCH * budget.seconds, budget.seconds - max(0.0, late))
     with budget.part(1.0, until=UNTIL).stops(data.stop):
         state, kicks, helped = _descents(data, problem, states, updates, seed, progress)

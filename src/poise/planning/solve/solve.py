@@ -226,7 +226,7 @@ def _bounds(problem: PlacementProblem) -> tuple[BoundTerms, NDArray[np.float64]]
     """Bounds per term, and of compute for one static plan, float64 [L]."""
     batch = problem.batch
     bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.layer_slots_D,
-                        spare=problem.spare_slots)  # fmt: skip
+                        spare=problem.spare_slots, split=problem.split)  # fmt: skip
     # One static plan serves all scenarios, so the mean work of an expert bounds it too.
     work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
     static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)

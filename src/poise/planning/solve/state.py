@@ -1,9 +1,9 @@
 """Incremental cost of a placement: what :mod:`poise.planning.solve.search` changes move by move.
 
-The same mathematics as :mod:`poise.cost` under the even split, kept as running sums per layer: compute seconds
-[B, D], tokens [B, D] and copies through four kinds of ports [B, D]. A change touches only the tokens that use the
-changed experts. Nothing of it is used to report a result: :func:`poise.planning.solve.solve.solve` prices what the
-search returns with :func:`poise.cost.step.batch_cost`.
+The same mathematics as :mod:`poise.cost` under the splits ``even`` and ``near``, kept as running sums per layer:
+compute seconds [B, D], tokens [B, D] and copies through four kinds of ports [B, D]. A change touches only the tokens
+that use the changed experts. Nothing of it is used to report a result: :func:`poise.planning.solve.solve.solve` prices
+what the search returns with :func:`poise.cost.step.batch_cost`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from poise.cost.machine import (
 )
 from poise.cost.traffic import DATA_FLOWS, landing_DN
 from poise.planning.problem import PlacementProblem
+from poise.planning.solve.sources import Sources, book_near, make_sources, takers
 from poise.routing.trace import NO_EXPERT
 from poise.util.compiled import compiled
 
@@ -61,7 +62,8 @@ class Rows(NamedTuple):
 
 class Data(NamedTuple):
     """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in one alters;
-    ``keep_full``: no change may leave a slot empty; ``stop`` [1]: not 0 once the clock has run out.
+    ``keep_full``: no change may leave a slot empty; ``near``: the split, else ``even``; ``stop`` [1]: not 0 once the
+    clock has run out.
     """
 
     rows: Rows
@@ -73,11 +75,15 @@ class Data(NamedTuple):
     flow: int
     has_tokens: bool
     keep_full: bool
+    near: bool
+    sources: Sources
     stop: NDArray[np.int64]
 
 
 class State(NamedTuple):
-    """A placement without duplicates and its running sums. ``room_GD``: free slots, per layer or (pooled) in all."""
+    """A placement without duplicates and its running sums. ``room_GD``: free slots, per layer or (pooled) in all;
+    ``near_D``: working memory of :func:`poise.planning.solve.sources.takers`.
+    """
 
     hold_LED: NDArray[np.int16]
     copies_LE: NDArray[np.int64]
@@ -88,6 +94,7 @@ class State(NamedTuple):
     tokens_LBD: NDArray[np.float64]
     port_LFBPD: NDArray[np.float64]
     stamp_M: NDArray[np.int64]
+    near_D: NDArray[np.int16]
     work: NDArray[np.int64]
 
 
@@ -103,9 +110,11 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
     reach_L = np.arange(batch.num_layers)
     comes_M = rows.from_M >= 0
     np.maximum.at(reach_L, rows.from_M[comes_M], rows.layer_M[comes_M])
+    near = problem.split == "near"
+    load_LBE = np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2))
     return Data(
         rows=rows,
-        load_LBE=np.ascontiguousarray(batch.load_BLE[steps].transpose(1, 0, 2)),
+        load_LBE=load_LBE,
         weight_B=weight / weight.sum(),
         reach_L=reach_L,
         machine=make_machine(cluster, problem.model),
@@ -113,6 +122,8 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         flow=DATA_FLOWS.index(problem.traffic),
         has_tokens=batch.has_tokens,
         keep_full=not problem.engine.empty_slots,
+        near=near,
+        sources=make_sources(rows, load_LBE if near else load_LBE[:0], problem.num_devices),
         stop=np.zeros(1, np.int64),
     )
 
@@ -198,6 +209,7 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
         tokens_LBD=np.zeros((layers, steps, devices)),
         port_LFBPD=np.zeros((layers, 2 if data.flow == STAY else 1, steps, 4, devices)),
         stamp_M=np.zeros(len(data.rows.weight_M), np.int64),
+        near_D=np.zeros(devices, np.int16),
         work=np.zeros(2, np.int64),
     )
     for layer in range(layers):
@@ -220,6 +232,9 @@ def rebuild(data: Data, state: State, layer: int) -> None:
 @compiled(nogil=True)
 def _book_expert(data, state, layer, e, sign):  # type: ignore[no-untyped-def]
     """Add or take away an expert's compute seconds and tokens."""
+    if data.near:
+        book_near(data, state, layer, e, sign)
+        return
     copies = state.copies_LE[layer, e]
     steps = data.weight_B.size
     for b in range(steps):
@@ -249,9 +264,9 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
             e = rows.experts_MK[m, k]
             if e < 0:
                 break
-            copies = state.copies_LE[layer, e]
+            where, copies = takers(data, state, layer, e, source)
             for i in range(copies):
-                book(out, source, state.hold_LED[layer, e, i], weight / copies, node_D)
+                book(out, source, where[i], weight / copies, node_D)
         state.work[0] += top_k
         return
     missed = np.ones(devices)
@@ -259,9 +274,9 @@ def _book_row(data, state, layer, m, sign):  # type: ignore[no-untyped-def]
         e = rows.experts_MK[m, k]
         if e < 0:
             break
-        copies = state.copies_LE[layer, e]
+        where, copies = takers(data, state, layer, e, source)
         for i in range(copies):
-            missed[state.hold_LED[layer, e, i]] *= 1.0 - 1.0 / copies
+            missed[where[i]] *= 1.0 - 1.0 / copies
     state.work[0] += 3 * (top_k + devices)
     if data.flow == NODE_DEDUP and data.machine.size_N.size > 1:
         _book_nodes(data, state, layer, m, missed, weight)
@@ -303,10 +318,10 @@ def _book_nodes(data, state, layer, m, missed, weight):  # type: ignore[no-untyp
         e = rows.experts_MK[m, k]
         if e < 0:
             break
-        copies = state.copies_LE[layer, e]
+        where, copies = takers(data, state, layer, e, source)
         share[:] = 0.0
         for i in range(copies):
-            share[data.machine.node_D[state.hold_LED[layer, e, i]]] += 1.0 / copies
+            share[data.machine.node_D[where[i]]] += 1.0 / copies
         for n in range(nodes):
             node_missed[n] *= 1.0 - share[n]
     home_node = data.machine.node_D[source]
@@ -342,7 +357,7 @@ def layer_seconds(data: Data, state: State, layer: int) -> float:
     state.work[0] += data.weight_B.size * machine.speed_D.size
     homes_PD = np.empty((4, 0 if data.has_tokens else machine.speed_D.size))
     for b in range(data.weight_B.size):
-        if not data.has_tokens:
+        if not (data.has_tokens or data.near):
             book_even_homes(homes_PD, state.tokens_LBD[layer, b], machine)
             port = exchange_seconds(fullest_ports(homes_PD, machine), machine)
         elif data.flow == STAY:
