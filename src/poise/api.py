@@ -18,6 +18,7 @@ from poise.machine.model import ModelSpec
 from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
+from poise.planning.homes import BAND, POLICIES
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.problem import deal_slots as deal_slots
@@ -26,6 +27,7 @@ from poise.planning.solve.solve import METHODS
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry
 from poise.replay.compare import compare as compare_entries
 from poise.replay.elastic import carried_row, elastic_notes
+from poise.replay.homes import HomeStudy, study_homes
 from poise.replay.rows import (
     Traffics,
     fast_rows,
@@ -448,3 +450,56 @@ def compare(
         batches, entries, pricing=problem.pricing, slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints,
         defaults=defaults, engine=problem.engine,
     )  # fmt: skip
+
+
+def homes(
+    trace: TrafficSource | Sequence[TrafficSource],
+    cluster: str | Path | Cluster,
+    *,
+    redundant: int = 0,
+    slots: Sequence[int] | None = None,
+    model: str | ModelSpec | None = None,
+    traffic: DataFlow | None = None,
+    split: Split | None = None,
+    engine: str = "any",
+    tokens_per_step: int | None = None,
+    policy: str | None = None,
+    band: float = BAND,
+    time_limit_s: Limit = 60.0,
+    work: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HomeStudy:
+    """Whether it pays to choose which rank serves which request, planned on half of the requests, judged on the others.
+
+    Parameters
+    ----------
+    policy : one of :data:`poise.planning.homes.POLICIES`; default: the better one on the fitted requests.
+    band : a rank takes requests while it has less than so much more than the mean tokens of all.
+    time_limit_s, work : seconds or units of work for all placements together.
+
+    Other parameters as in :func:`plan`.
+
+    Raises
+    ------
+    InputError : the input is wrong, or has no requests. NoResultError : no placement was found.
+    """
+    found = load(trace)
+    if not isinstance(found, RoutingTrace):
+        raise OptionError(f"homes are chosen for requests, and {found.name} has loads only", hint="give a routing trace")
+    if policy is not None and policy not in POLICIES:
+        raise OptionError(f"unknown policy {policy!r}", hint=f"one of {', '.join(POLICIES)}")
+    if not 0 <= band < np.inf:
+        raise OptionError(f"the band must be at least 0 and finite, got {band}")
+    model = ModelSpec.parse(model) if isinstance(model, str) else model
+
+    def batched(part: RoutingTrace) -> RoutingBatch:
+        return make_batch(part, tokens_per_step=tokens_per_step, seed=seed)
+
+    def problem_of(batch: RoutingBatch) -> PlacementProblem:
+        return _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
+
+    fit, held_out = found.split_requests()
+    out = study_homes(fit, held_out, batched, problem_of, Budget.of(time_limit_s, work), policy=policy, band=band, seed=seed,
+                      progress=progress)  # fmt: skip
+    return replace(out, defaults=silent_defaults(found, model, tokens_per_step, batched(held_out)))

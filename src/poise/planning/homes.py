@@ -6,7 +6,7 @@ where its signature scores most, among those that have few tokens (:func:`route`
 
 ``affine``   scores are what a pick costs from that rank to the holders of its expert: nothing on the rank itself, the
              node's fabric, or the network. Placement and homes are planned in turn: homes for the placement, then the
-             placement for the traffic with these homes (:func:`plan_homes`).
+             placement for the traffic with these homes (:mod:`poise.planning.solve.with_homes`).
 ``grouped``  scores are centroids of groups of requests of alike signatures, as many as ranks and of as many tokens;
              nothing of the placement is known. So ELDR (arXiv 2607.00466) routes decode requests.
 
@@ -17,20 +17,30 @@ any other, or one more, and what has no room goes elsewhere (:meth:`poise.routin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.machine.cluster import Cluster
-from poise.planning.placement import Placement
-from poise.routing.trace import NO_EXPERT, RoutingTrace
-from poise.util.errors import OptionError, TraceError
+from poise.cost.pricing import Pricing
+from poise.planning.placement import MAX_CELLS, MAX_NAME, Placement
+from poise.routing.npz import open_npz
+from poise.routing.trace import NO_EXPERT, RoutingTrace, kept
+from poise.util.errors import PlacementError, TraceError
+from poise.util.files import replacing
+from poise.util.room import require
 
+POLICIES = ("affine", "grouped")
 BAND = 0.1
 """A rank takes requests while it has less than so much more than the mean of the tokens of all ranks."""
 ROUNDS = 20
 """Of grouping at most."""
+STARTS = 5
+"""Groupings that are tried."""
+FORMAT = 1
+FIELDS = ("format", "score", "layer_ids", "policy", "band")
 
 
 class Signatures(NamedTuple):
@@ -41,15 +51,22 @@ class Signatures(NamedTuple):
     request_R : int64 [R], ids of the trace.
     share_RLE : float32 [R, L, E], picks of each expert / picks of the layer.
     tokens_R : int64 [R], all tokens.
+    known_R : int64 [R], those that the signature is made of.
     """
 
     request_R: NDArray[np.int64]
     share_RLE: NDArray[np.float32]
     tokens_R: NDArray[np.int64]
+    known_R: NDArray[np.int64]
 
 
 def signatures(trace: RoutingTrace) -> Signatures:
-    """Of all requests of a trace: from prefill, or from all tokens of a request that has none."""
+    """Of all requests of a trace: from prefill, or from all tokens of a request that has none.
+
+    Raises
+    ------
+    TraceError : they do not fit into memory.
+    """
     assert trace.request is not None and trace.is_decode is not None
     ids, first, own_T = np.unique(trace.request, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
@@ -57,12 +74,15 @@ def signatures(trace: RoutingTrace) -> Signatures:
     tokens_R = np.bincount(place_T)
     prefill_R = np.bincount(place_T, weights=~trace.is_decode) > 0
     used_T = ~trace.is_decode | ~prefill_R[place_T]
-    share = np.zeros((len(ids), trace.num_layers, trace.num_experts), np.float32)
+    shape = (len(ids), trace.num_layers, trace.num_experts)
+    require(4 * prod(shape) + 8 * shape[0] * shape[2], f"signatures {list(shape)} of requests, layers, experts", TraceError)
+    share = np.empty(shape, np.float32)
     for layer in range(trace.num_layers):
-        token, pick = np.nonzero(used_T[:, None] & (trace.experts[:, layer] != NO_EXPERT))
-        np.add.at(share[:, layer], (place_T[token], trace.experts[token, layer, pick]), 1.0)
-    share /= np.maximum(share.sum(axis=2, keepdims=True), 1.0)
-    return Signatures(ids[order].astype(np.int64), share, tokens_R)
+        picks_TK = trace.experts[:, layer]
+        at = (place_T[:, None] * trace.num_experts + picks_TK)[used_T[:, None] & (picks_TK != NO_EXPERT)]
+        count_RE = np.bincount(at, minlength=shape[0] * shape[2]).reshape(shape[0], shape[2])
+        share[:, layer] = count_RE / np.maximum(count_RE.sum(axis=1, keepdims=True), 1)
+    return Signatures(ids[order].astype(np.int64), share, tokens_R, np.bincount(place_T, weights=used_T).astype(np.int64))
 
 
 def at_ranks(trace: RoutingTrace, known: Signatures, rank_R: NDArray[Any]) -> RoutingTrace:
@@ -91,12 +111,19 @@ class HomeTable:
     band: float = BAND
 
     def __post_init__(self) -> None:
-        if self.score_DLE.ndim != 3 or self.score_DLE.shape[1] != self.layer_ids_L.size:
-            raise OptionError(
-                f"scores must be [D, L, E] for {self.layer_ids_L.size} layers, got {self.score_DLE.shape}"
-            )
-        if not (np.isfinite(self.score_DLE).all() and 0 <= self.band < np.inf):
-            raise OptionError(f"scores must be finite and the band at least 0, got a band of {self.band}")
+        score, ids = np.asarray(self.score_DLE), np.asarray(self.layer_ids_L)
+        if score.ndim != 3 or 0 in score.shape or ids.shape != score.shape[1:2]:
+            raise PlacementError(f"scores must be [D, L, E] for {ids.size} layers, got {score.shape}")
+        if score.dtype.kind != "f" or not np.isfinite(score).all():
+            raise PlacementError(f"scores must be finite floats, got {score.dtype}", hint="were they planned by poise?")
+        if ids.dtype.kind not in "iu" or ids[0] < 0 or (np.diff(ids.astype(np.int64)) <= 0).any():
+            raise PlacementError(f"layer ids must ascend from 0 or more, got {ids.tolist()[:8]}")
+        if not 0 <= self.band < np.inf:
+            raise PlacementError(f"the band must be at least 0 and finite, got {self.band}")
+        if len(self.policy) > MAX_NAME or not self.policy.isprintable():
+            raise PlacementError(f"a policy's name has at most {MAX_NAME} printable characters, got {self.policy!r:.80}")
+        object.__setattr__(self, "score_DLE", kept(score, np.float32))
+        object.__setattr__(self, "layer_ids_L", kept(ids, np.int32))
 
     @property
     def num_devices(self) -> int:
@@ -116,71 +143,158 @@ class HomeTable:
         flat = share_RLE.reshape(len(share_RLE), -1) @ self.score_DLE.reshape(self.num_devices, -1).T
         return np.asarray(flat, np.float32)
 
+    def home(self, trace: RoutingTrace, known: Signatures | None = None) -> RoutingTrace:
+        """The trace with its requests at home where a router with this table would have sent them, in order of
+        appearance; of each it knows the tokens of the signature alone.
+
+        Parameters
+        ----------
+        known : the signatures of the trace, where they are there already.
+
+        Raises
+        ------
+        TraceError : the trace is of other layers or experts.
+        """
+        if not np.array_equal(trace.layer_ids, self.layer_ids_L):
+            assert trace.layer_ids is not None
+            raise TraceError(f"the table is of decoder layers {self.layer_ids_L.tolist()[:8]}, the traffic of "
+                             f"{trace.layer_ids.tolist()[:8]}")  # fmt: skip
+        known = known or signatures(trace)
+        return at_ranks(trace, known, route(self.scores(known.share_RLE), known.known_R, self.band))
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.npz`` without pickles (docs/formats.md); the file appears whole or not at all.
+
+        Raises
+        ------
+        PlacementError : as :func:`poise.util.files.replacing`.
+        """
+        with replacing(path, PlacementError) as stream:
+            np.savez_compressed(stream, format=np.int32(FORMAT), score=self.score_DLE, layer_ids=self.layer_ids_L,
+                                policy=np.array(self.policy), band=np.float64(self.band))  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> HomeTable:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        PlacementError : the file is missing, damaged, pickled, too large, of another format, or no table.
+        """
+        try:
+            with open_npz(Path(path)) as archive:
+                headers = {name: archive.header(name) for name in FIELDS}
+                for name, shape, kinds in (
+                    ("format", (), "iu"), ("score", (None, None, None), "f"), ("layer_ids", (None,), "iu"),
+                    ("policy", (), "U"), ("band", (), "f"),
+                ):  # fmt: skip
+                    headers[name].require(shape, kinds=kinds)
+                if prod(headers["score"].shape) > MAX_CELLS:
+                    raise PlacementError(f"scores {list(headers['score'].shape)} are more than {MAX_CELLS}")
+                arrays = {name: archive.read(header) for name, header in headers.items()}
+        except TraceError as error:
+            raise PlacementError(error.message, hint=error.hint or "is it a poise home table?") from None
+        if int(arrays["format"]) != FORMAT:
+            raise PlacementError(f"{path} has format {int(arrays['format'])}, this version reads {FORMAT}")
+        try:
+            return cls(arrays["score"], arrays["layer_ids"], str(arrays["policy"]), float(arrays["band"]))
+        except PlacementError as error:
+            raise PlacementError(f"{path}: {error.message}", hint=error.hint) from None
+
 
 def route(score_RD: NDArray[Any], tokens_R: NDArray[Any], band: float) -> NDArray[np.int64]:
     """Rank of each request, int64 [R], one after another as they come: the best among those with room.
 
-    Room has a rank whose tokens stay within (1 + band) times the mean of all, the new request's counted, or that has
-    least. Ties go to the rank with least.
+    Room has a rank whose tokens are within (1 + band) times the mean of all, the new request's counted in the mean: so it
+    never has more than that and one request. Ties go to the rank with least, then to the first.
     """
     requests, devices = score_RD.shape
     load_D = np.zeros(devices)
     out = np.zeros(requests, np.int64)
     for r in range(requests):
-        most = (1.0 + band) * (load_D.sum() + tokens_R[r]) / devices
-        room_D = (load_D + tokens_R[r] <= most) | (load_D == load_D.min())
-        order = np.lexsort((load_D, -score_RD[r], ~room_D))
-        out[r] = order[0]
+        full_D = load_D > (1.0 + band) * (load_D.sum() + tokens_R[r]) / devices
+        out[r] = np.lexsort((load_D, -score_RD[r], full_D))[0]
         load_D[out[r]] += tokens_R[r]
     return out
 
 
-def affine(placement: Placement, cluster: Cluster, pair_s: tuple[float, float], *, near: bool) -> HomeTable:
-    """Scores from what a pick costs from a rank to the holders of its expert.
+def _inside_between(pricing: Pricing) -> tuple[float, float]:
+    cluster, model = pricing.cluster, pricing.model
+    ways = (model.dispatch_bytes_per_token, cluster.dispatch_wire), (model.combine_bytes_per_token, cluster.combine_wire)
+    inside_s = sum(size / wire.intra_bytes_per_s for size, wire in ways)
+    return inside_s, sum(size / wire.inter_bytes_per_s for size, wire in ways)
 
-    Parameters
-    ----------
-    pair_s : seconds of a pair over a port inside the node, and between nodes.
-    near : tokens go to the own rank, else the own node, where those hold the expert; else to any slot alike.
+
+def pair_seconds(pricing: Pricing) -> NDArray[np.float64]:
+    """Seconds of a port for a pair from device to device, out and back, float64 [D, D]; none where it stays."""
+    node_D = pricing.cluster.node_D
+    cost_DD = np.where(node_D[:, None] == node_D[None, :], *_inside_between(pricing))
+    np.fill_diagonal(cost_DD, 0.0)
+    return cost_DD
+
+
+def affine(placement: Placement, pricing: Pricing, band: float = BAND) -> HomeTable:
+    """Scores from what a pick costs from a rank to the holders of its expert, in seconds of a port, out and back.
+
+    Under the split ``near`` tokens go to the own rank, else the own node, where those hold the expert; under the others
+    to any slot alike.
     """
     assert placement.layer_ids_L is not None
+    cost_DD = pair_seconds(pricing)
     count_LED = placement.count_LED().astype(np.float64)
-    share_LED = count_LED / np.maximum(count_LED.sum(axis=2, keepdims=True), 1)
-    devices = cluster.num_devices
-    same_DD = cluster.node_D[:, None] == cluster.node_D[None, :]
-    cost_DD = np.where(same_DD, pair_s[0], pair_s[1]) * (1 - np.eye(devices))
-    cost_LED = share_LED @ cost_DD
-    if near:
-        held_LED = count_LED > 0
-        inside_LED = held_LED @ same_DD > 0
-        cost_LED = np.where(held_LED, 0.0, np.where(inside_LED, pair_s[0], cost_LED))
-    return HomeTable(np.ascontiguousarray(-cost_LED.transpose(2, 0, 1), dtype=np.float32), placement.layer_ids_L, "affine")
+    cost_LED = count_LED / np.maximum(count_LED.sum(axis=2, keepdims=True), 1) @ cost_DD
+    if pricing.split == "near":
+        node_D, held_LED = pricing.cluster.node_D, count_LED > 0
+        inside_LED = held_LED @ (node_D[:, None] == node_D[None, :]).astype(np.float64) > 0
+        inside_s = _inside_between(pricing)[0]
+        cost_LED = np.where(held_LED, 0.0, np.where(inside_LED, inside_s, cost_LED))
+    score_DLE = np.ascontiguousarray(-cost_LED.transpose(2, 0, 1), dtype=np.float32)
+    return HomeTable(score_DLE, placement.layer_ids_L, "affine", band)
 
 
-def grouped(known: Signatures, layer_ids_L: NDArray[np.int32], num_devices: int, seed: int = 0) -> HomeTable:
+def grouped(
+    known: Signatures, layer_ids_L: NDArray[np.int32], num_devices: int, *, seed: int = 0, band: float = BAND
+) -> HomeTable:
     """Centroids of as many groups as ranks, of about equal tokens: k-means on signatures of length 1, whose groups take
-    requests only while they have room, those first that would lose most elsewhere.
+    requests only while they have room, those first that would lose most elsewhere. The best of :data:`STARTS` counts.
     """
     rng = np.random.default_rng(seed)
     flat = known.share_RLE.reshape(len(known.share_RLE), -1).astype(np.float64)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
-    centre = flat[_apart(flat, num_devices, rng)]
+    tried = [_grouped_once(flat, known.tokens_R, num_devices, band, rng) for _ in range(STARTS)]
+    centre = max(tried, key=lambda found: found[0])[1]
+    shape = (num_devices, *known.share_RLE.shape[1:])
+    return HomeTable(centre.reshape(shape).astype(np.float32), layer_ids_L, "grouped", band)
+
+
+def _grouped_once(
+    flat: NDArray[np.float64], tokens_R: NDArray[np.int64], groups: int, band: float, rng: np.random.Generator
+) -> tuple[float, NDArray[np.float64]]:
+    """Likeness of requests to the centroid of their group, and centroids [D, L * E], from one start."""
+    centre = flat[_apart(flat, groups, rng)]
     group = np.full(len(flat), -1)
     for _ in range(ROUNDS):
-        score = flat @ centre.T
-        best = np.sort(score, axis=1)
-        order = np.argsort(-(best[:, -1] - best[:, -2] if num_devices > 1 else best[:, -1]), kind="stable")
-        now = np.empty(len(flat), np.int64)
-        now[order] = route(score[order], known.tokens_R[order], BAND)
+        now = _packed(flat @ centre.T, tokens_R, (1.0 + band) * tokens_R.sum() / groups)
         if (now == group).all():
             break
         group = now
         sums = np.zeros_like(centre)
-        np.add.at(sums, group, flat * known.tokens_R[:, None])
+        np.add.at(sums, group, flat * tokens_R[:, None])
         length = np.linalg.norm(sums, axis=1, keepdims=True)
         centre = np.where(length > 0, sums / np.maximum(length, 1e-12), centre)
-    shape = (num_devices, *known.share_RLE.shape[1:])
-    return HomeTable(centre.reshape(shape).astype(np.float32), layer_ids_L, "grouped")
+    return float(tokens_R @ (flat * centre[group]).sum(axis=1)), centre
+
+
+def _packed(score_RG: NDArray[np.float64], tokens_R: NDArray[np.int64], most: float) -> NDArray[np.int64]:
+    """Group of each request, int64 [R]: the best that stays within ``most`` tokens, else the one with fewest."""
+    load_G, out = np.zeros(score_RG.shape[1]), np.empty(len(score_RG), np.int64)
+    best = np.sort(score_RG, axis=1)
+    regret_R = best[:, -1] - best[:, max(-2, -best.shape[1])]
+    for r in np.argsort(-regret_R, kind="stable"):
+        room_G = load_G + tokens_R[r] <= most
+        out[r] = np.argmax(np.where(room_G, score_RG[r], -np.inf)) if room_G.any() else np.argmin(load_G)
+        load_G[out[r]] += tokens_R[r]
+    return out
 
 
 def _apart(flat: NDArray[np.float64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
