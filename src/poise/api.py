@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,9 +46,11 @@ from poise.replay.windows import (
     PHASES,
     check_unseen,
     check_windows,
+    much,
     phase_traffic,
     recorded_phases,
     refuse_frequencies,
+    some_of,
     split_in_time,
     verdict_notes,
     with_top_k,
@@ -64,8 +65,6 @@ from poise.version import VERSION
 
 TrafficSource = str | Path | Traffics
 VERDICT_STEPS = 20
-LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
-"""Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
 READ, JUDGE = 0.3, 0.3
 """Shares of a verdict's budget: for its traffic, and of any budget that is for more than planning for judging."""
 PREFILL_A_RANK, DECODE_A_RANK = 1024, 64
@@ -221,8 +220,8 @@ def planning_verdict(
     if isinstance(limit, Budget):
         if limit.over("verdict"):
             return None
-        some = _some_of(whole, READ * limit.seconds)
-        said = "" if some is whole else f"This is of a part of the traffic, {_much(some)} of {_much(whole)}. "
+        some = some_of(whole, READ * limit.seconds)
+        said = "" if some is whole else f"This is of a part of the traffic, {much(some)} of {much(whole)}. "
         whole = some
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
@@ -330,23 +329,6 @@ def verdict(
     spec = model if isinstance(model, str) else sizes.name
     want = EplbSetting(best.method == "eplb", best.redundant, machine.num_devices, sizes.num_experts, spec)
     return replace(out, flags=eplb_flags(engine, want))
-
-
-def _much(traffic: Traffics) -> str:
-    many, what = (traffic.num_tokens, "tokens") if isinstance(traffic, RoutingTrace) else (traffic.num_steps, "steps")
-    return f"{many:,} {what}"
-
-
-def _some_of(traffic: Traffics, seconds: float) -> Traffics:
-    """As much of the traffic, spread evenly, as takes nominal ``seconds`` to be halved, batched and fingerprinted."""
-    if isinstance(traffic, LoadProfile):
-        every = ceil(traffic.load_BLE.size * LOAD_SECONDS / seconds)
-        return traffic if every < 2 else traffic.steps(slice(0, None, min(every, traffic.num_steps // 2)))
-    every, requests = ceil(traffic.experts.size * PICK_SECONDS / seconds), traffic.requests()
-    assert traffic.request is not None
-    if every < 2 or len(requests) < 4 or len(traffic.domain_names) > 1:  # a domain needs two requests to be halved
-        return traffic
-    return traffic.rows(np.isin(traffic.request, requests[:: min(every, len(requests) // 2)]))
 
 
 def compare(
@@ -486,7 +468,9 @@ def homes(
     """
     found = load(trace)
     if not isinstance(found, RoutingTrace):
-        raise OptionError(f"homes are chosen for requests, and {found.name} has loads only", hint="give a routing trace")
+        raise OptionError(
+            f"homes are chosen for requests, and {found.name} has loads only", hint="give a routing trace"
+        )
     if policy is not None and policy not in POLICIES:
         raise OptionError(f"unknown policy {policy!r}", hint=f"one of {', '.join(POLICIES)}")
     if not 0 <= band < np.inf:
@@ -500,6 +484,8 @@ def homes(
         return _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
 
     fit, held_out = found.split_requests()
-    out = study_homes(fit, held_out, batched, problem_of, Budget.of(time_limit_s, work), policy=policy, band=band, seed=seed,
-                      progress=progress)  # fmt: skip
+    budget = Budget.of(time_limit_s, work)
+    out = study_homes(
+        fit, held_out, batched, problem_of, budget, policy=policy, band=band, seed=seed, progress=progress
+    )
     return replace(out, defaults=silent_defaults(found, model, tokens_per_step, batched(held_out)))

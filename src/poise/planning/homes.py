@@ -40,6 +40,7 @@ ROUNDS = 20
 STARTS = 5
 """Groupings that are tried."""
 FORMAT = 1
+MAX_LAYER = 65_535
 FIELDS = ("format", "score", "layer_ids", "policy", "band")
 
 
@@ -75,14 +76,18 @@ def signatures(trace: RoutingTrace) -> Signatures:
     prefill_R = np.bincount(place_T, weights=~trace.is_decode) > 0
     used_T = ~trace.is_decode | ~prefill_R[place_T]
     shape = (len(ids), trace.num_layers, trace.num_experts)
-    require(4 * prod(shape) + 8 * shape[0] * shape[2], f"signatures {list(shape)} of requests, layers, experts", TraceError)
+    require(
+        4 * prod(shape) + 8 * shape[0] * shape[2], f"signatures {list(shape)} of requests, layers, experts", TraceError
+    )
     share = np.empty(shape, np.float32)
     for layer in range(trace.num_layers):
         picks_TK = trace.experts[:, layer]
         at = (place_T[:, None] * trace.num_experts + picks_TK)[used_T[:, None] & (picks_TK != NO_EXPERT)]
         count_RE = np.bincount(at, minlength=shape[0] * shape[2]).reshape(shape[0], shape[2])
         share[:, layer] = count_RE / np.maximum(count_RE.sum(axis=1, keepdims=True), 1)
-    return Signatures(ids[order].astype(np.int64), share, tokens_R, np.bincount(place_T, weights=used_T).astype(np.int64))
+    return Signatures(
+        ids[order].astype(np.int64), share, tokens_R, np.bincount(place_T, weights=used_T).astype(np.int64)
+    )
 
 
 def at_ranks(trace: RoutingTrace, known: Signatures, rank_R: NDArray[Any]) -> RoutingTrace:
@@ -114,14 +119,16 @@ class HomeTable:
         score, ids = np.asarray(self.score_DLE), np.asarray(self.layer_ids_L)
         if score.ndim != 3 or 0 in score.shape or ids.shape != score.shape[1:2]:
             raise PlacementError(f"scores must be [D, L, E] for {ids.size} layers, got {score.shape}")
-        if score.dtype.kind != "f" or not np.isfinite(score).all():
+        if score.dtype.kind != "f" or not (np.abs(score) <= np.finfo(np.float32).max).all():
             raise PlacementError(f"scores must be finite floats, got {score.dtype}", hint="were they planned by poise?")
-        if ids.dtype.kind not in "iu" or ids[0] < 0 or (np.diff(ids.astype(np.int64)) <= 0).any():
-            raise PlacementError(f"layer ids must ascend from 0 or more, got {ids.tolist()[:8]}")
+        if ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() <= MAX_LAYER or (ids[1:] <= ids[:-1]).any():
+            raise PlacementError(f"layer ids must ascend within 0..{MAX_LAYER}, got {ids.tolist()[:8]}")
         if not 0 <= self.band < np.inf:
             raise PlacementError(f"the band must be at least 0 and finite, got {self.band}")
         if len(self.policy) > MAX_NAME or not self.policy.isprintable():
-            raise PlacementError(f"a policy's name has at most {MAX_NAME} printable characters, got {self.policy!r:.80}")
+            raise PlacementError(
+                f"a policy's name has at most {MAX_NAME} printable characters, got {self.policy!r:.80}"
+            )
         object.__setattr__(self, "score_DLE", kept(score, np.float32))
         object.__setattr__(self, "layer_ids_L", kept(ids, np.int32))
 
@@ -155,8 +162,8 @@ class HomeTable:
         ------
         TraceError : the trace is of other layers or experts.
         """
+        assert trace.layer_ids is not None
         if not np.array_equal(trace.layer_ids, self.layer_ids_L):
-            assert trace.layer_ids is not None
             raise TraceError(f"the table is of decoder layers {self.layer_ids_L.tolist()[:8]}, the traffic of "
                              f"{trace.layer_ids.tolist()[:8]}")  # fmt: skip
         known = known or signatures(trace)
@@ -205,8 +212,8 @@ class HomeTable:
 def route(score_RD: NDArray[Any], tokens_R: NDArray[Any], band: float) -> NDArray[np.int64]:
     """Rank of each request, int64 [R], one after another as they come: the best among those with room.
 
-    Room has a rank whose tokens are within (1 + band) times the mean of all, the new request's counted in the mean: so it
-    never has more than that and one request. Ties go to the rank with least, then to the first.
+    Room has a rank whose tokens are within (1 + band) times the mean of all, the new request's counted in the mean: so
+    it never has more than that and one request. Ties go to the rank with least, then to the first.
     """
     requests, devices = score_RD.shape
     load_D = np.zeros(devices)
@@ -220,7 +227,10 @@ def route(score_RD: NDArray[Any], tokens_R: NDArray[Any], band: float) -> NDArra
 
 def _inside_between(pricing: Pricing) -> tuple[float, float]:
     cluster, model = pricing.cluster, pricing.model
-    ways = (model.dispatch_bytes_per_token, cluster.dispatch_wire), (model.combine_bytes_per_token, cluster.combine_wire)
+    ways = (
+        (model.dispatch_bytes_per_token, cluster.dispatch_wire),
+        (model.combine_bytes_per_token, cluster.combine_wire),
+    )
     inside_s = sum(size / wire.intra_bytes_per_s for size, wire in ways)
     return inside_s, sum(size / wire.inter_bytes_per_s for size, wire in ways)
 

@@ -1,7 +1,7 @@
 """What it gains to choose which rank serves which request, on requests that the plan has not seen.
 
-Tokens stay even in every row, as attention data parallelism keeps them: what has no room on the rank of its request runs
-elsewhere, and how much that is is told. Recorded homes alone are priced as they are.
+Tokens stay even in every row, as attention data parallelism keeps them: what has no room on the rank of its request
+runs elsewhere, and how much that is is told. Recorded homes alone are priced as they are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class HomeRow:
     step_s, exchange_s : mean seconds of a step, of all recorded MoE layers, and what of it are all-to-alls.
     fitted_step_s : the same on the fitted requests.
     off_device, off_node : shares of pairs computed on another device, another node than their token's home.
-    active : experts with tokens on a rank, mean over ranks, steps and layers; one that gets n < 1 tokens in the mean counts n.
+    active : experts with tokens on a rank, mean over ranks, steps and layers; one that gets n < 1 tokens in the mean
+        counts n.
     imbalance : max / mean tokens over devices.
     kept : share of tokens at home on the rank that their request was given; None where none was.
     fullest : tokens of the fullest home rank over the mean, before they are evened out.
@@ -65,7 +66,7 @@ class HomeRow:
     @property
     def name(self) -> str:
         """As tables call it."""
-        return self.homes + (", experts re-planned" if self.replanned else "")
+        return self.homes + (", re-planned" if self.replanned else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,15 +112,15 @@ class HomeStudy:
         """What planned homes save, or that they are not worth it."""
         equal = self.rows[0]
         tail = (
-            f"pairs off device {percent(self.judged.off_device)}, equal homes {percent(equal.off_device)}; active experts a "
-            f"rank and step {self.judged.active:.2f}, {equal.active:.2f}."
+            f"pairs off device {percent(self.judged.off_device)}, equal homes {percent(equal.off_device)}; active "
+            f"experts a rank and step {self.judged.active:.2f}, {equal.active:.2f}."
         )
         if self.defaults:
             return f"No verdict on time: {'; '.join(self.defaults)}. By tokens alone: {tail}"
         text = (
-            f"planned homes ({self.policy}) save {percent(self.share)} of the step on requests never seen (95 % interval "
-            f"{percent(self.low)} to {percent(self.high)}; {percent(self.within.least_share)} at the least while constants "
-            "are off by their errors)"
+            f"planned homes ({self.policy}) save {percent(self.share)} of the step on requests never seen (95 % "
+            f"interval {percent(self.low)} to {percent(self.high)}; {percent(self.within.least_share)} at the least "
+            "while constants are off by their errors)"
         )
         return f"{text[0].upper() + text[1:] if self.worth_it else 'Not worth it: ' + text}; {tail}"
 
@@ -127,9 +128,10 @@ class HomeStudy:
         """Everything that is printed."""
         return {
             "rows": [{"name": row.name, **asdict(row)} for row in self.rows],
-            "policy": self.policy, "worth_it": self.worth_it, "saved_share": self.share, "interval": [self.low, self.high],
-            "least_share": self.within.least_share, "most_share": self.within.most_share, "sentence": self.sentence(),
-            "order": self.order, "constants": self.constants, "defaults": list(self.defaults), "notes": list(self.notes),
+            "policy": self.policy, "worth_it": self.worth_it, "saved_share": self.share,
+            "interval": [self.low, self.high], "least_share": self.within.least_share,
+            "most_share": self.within.most_share, "sentence": self.sentence(), "order": self.order,
+            "constants": self.constants, "defaults": list(self.defaults), "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -179,7 +181,11 @@ def study_homes(
     within = gain_range(equal[1], plans.equal.count_LED(), best.placement.count_LED(), pricing, after=homed[chosen])
     return HomeStudy(
         tuple(rows), chosen, best.table, best.placement, *saved_share(*seconds), within, equal[1].order,
-        ground(problem.cluster),
+        ground(problem.cluster), notes=(
+            *(f"{batch.sampled} are priced" for batch in equal if batch.sampled),
+            *((f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same plans each time",)
+              if budget.cuts else ()),
+        ),
     )  # fmt: skip
 
 
@@ -212,14 +218,16 @@ def _row(
         homes, replanned, float(weight_B @ cost.seconds_BL.sum(axis=1)),
         float(weight_B @ (cost.dispatch_BL + cost.combine_BL).sum(axis=1)),
         float(batches[0].weight_B @ fitted.seconds_BL.sum(axis=1)), float(cost.cross_device_BL.sum()) / pairs,
-        float(cost.cross_node_BL.sum()) / pairs, _active(judged, count_LED, pricing), float(np.nanmean(cost.imbalance_BL())),
-        kept, (wished or judged).fullest_home(devices),
+        float(cost.cross_node_BL.sum()) / pairs, _active(judged, count_LED, pricing),
+        float(np.nanmean(cost.imbalance_BL())), kept, (wished or judged).fullest_home(devices),
     )  # fmt: skip
 
 
 def _active(batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing) -> float:
     """Experts with tokens on a rank, mean over ranks, steps and layers."""
     total = 0.0
-    for (steps, _), work in layer_works(batch, count_LED, pricing.cluster, traffic=pricing.traffic, split=pricing.split):
+    for (steps, _), work in layer_works(
+        batch, count_LED, pricing.cluster, traffic=pricing.traffic, split=pricing.split
+    ):
         total += float(batch.weight_B[steps] @ np.minimum(work.tokens_BH, 1.0).sum(axis=1))
     return total / (batch.num_layers * pricing.cluster.num_devices)

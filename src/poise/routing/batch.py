@@ -186,8 +186,9 @@ class RoutingBatch:
         return out
 
     def evened(self, num_devices: int) -> RoutingBatch:
-        """The batch with recorded home ranks as wishes: in every step all ranks have as many tokens, or one more. A rank
-        takes tokens that want it first; those that find no room go to the rank with most.
+        """The batch with recorded home ranks as wishes: in every step all ranks have as many tokens, or one more.
+
+        A rank takes tokens that want it first; those that find no room go to the rank with most.
 
         Raises
         ------

@@ -31,8 +31,8 @@ def kinds_trace(
     *, kinds: int, num_requests: int, num_layers: int, num_experts: int, top_k: int = 1, purity: float = 0.9,
     prefill: int = 8, decode: int = 24, seed: int = 0,
 ) -> RoutingTrace:  # fmt: skip
-    """Requests of a few kinds, in random order, each with its own experts: with odds ``purity`` a token takes an expert of its
-    kind's (experts are dealt evenly to kinds, anew in every layer), else any. Domains name the kinds.
+    """Requests of a few kinds, in random order: with odds ``purity`` a token takes experts of its request's kind (they
+    are dealt evenly to kinds, anew in every layer), else any. Domains name the kinds.
     """
     rng = np.random.default_rng(seed)
     tokens = num_requests * (prefill + decode)

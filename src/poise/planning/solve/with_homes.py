@@ -2,8 +2,8 @@
 
 A placement that was planned for equal homes has the experts of like requests all over the machine, and homes for it
 gain little, so the next placement stays as it is: a local optimum. So there are two starts, the placement for equal
-homes and the one for homes by groups of like requests (which know nothing of any placement). The latter is searched from one more start: every
-expert where the tokens at home near it choose it most (:func:`at_home`).
+homes and the one for homes by groups of like requests, which know nothing of any placement. The latter is searched from
+one more start: every expert where the tokens at home near it choose it most (:func:`at_home`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from poise.cost.pricing import Pricing
 from poise.planning.budget import Budget
 from poise.planning.homes import BAND, POLICIES, HomeTable, affine, grouped, pair_seconds, signatures
 from poise.planning.placement import Placement
@@ -85,26 +84,28 @@ def plan_homes(
         raise OptionError(f"the band must be at least 0, got {band}")
     known, done = signatures(trace), 0
 
-    def placed(batch: RoutingBatch, start: Placement | None) -> tuple[Placement, float]:
+    def placed(batch: RoutingBatch, start: Placement | None) -> Placement:
         nonlocal done
         if progress:
             progress(f"placement {done + 1} of {PLANS}", done / PLANS)
         done += 1
         asked = replace(problem, batch=batch, current=start, migration_steps=0.0)
-        found = solve(asked, time_limit_s=budget.part(1 / PLANS, until=done / PLANS), seed=seed)
-        return found.placement, found.objective
+        return solve(asked, time_limit_s=budget.part(1 / PLANS, until=done / PLANS), seed=seed).placement
+
+    def seconds(batch: RoutingBatch, placement: Placement) -> float:  # of all steps, which solve may have no time for
+        cost = problem.pricing.cost(batch, placement.count_LED())
+        return float(batch.weight_B @ cost.seconds_BL.mean(axis=1))
 
     def priced(table: HomeTable, placement: Placement) -> HomePlan:
         batch = batched(table.home(trace, known)).evened(problem.num_devices)
-        seconds_BL = problem.pricing.cost(batch, placement.count_LED()).seconds_BL
-        return HomePlan(table, batch, placement, float(batch.weight_B @ seconds_BL.mean(axis=1)))
+        return HomePlan(table, batch, placement, seconds(batch, placement))
 
     def planned(plan: HomePlan, start: Placement) -> HomePlan:
-        placement, seconds = placed(plan.batch, start)
-        return plan._replace(placement=placement, seconds=seconds)
+        placement = placed(plan.batch, start)
+        return plan._replace(placement=placement, seconds=seconds(plan.batch, placement))
 
-    equal, _ = placed(problem.batch, problem.current)
-    equal, _ = placed(problem.batch, equal)  # as much search as homes get
+    equal = placed(problem.batch, problem.current)
+    equal = placed(problem.batch, equal)  # as much search as homes get
     groups = grouped(known, problem.batch.layer_ids_L, problem.num_devices, seed=seed, band=band)
     alone = priced(groups, equal), priced(affine(equal, problem.pricing, band), equal)
     starts = equal, at_home(replace(problem, batch=alone[0].batch))
@@ -121,8 +122,8 @@ def plan_homes(
 
 
 def at_home(problem: PlacementProblem) -> Placement:
-    """Every expert once, on the device from whose neighbourhood its tokens come: the least seconds of ports in all, as an
-    assignment of experts to slots. How even loads are is not looked at.
+    """Every expert once, on the device from whose neighbourhood its tokens come: the least seconds of ports in all, as
+    an assignment of experts to slots. How even loads are is not looked at.
     """
     batch, devices = problem.batch, problem.num_devices
     assert batch.experts_TLK is not None
