@@ -78,6 +78,7 @@ class HomeStudy:
     rows : the first has equal homes.
     policy : the one that was asked for, or that is best on the fitted requests; its re-planned row is judged.
     table, placement : of that row.
+    equal : the placement for equal homes.
     share, low, high : of a step that it saves on requests never seen, and a 95 % interval over steps.
     within : the same while every constant of the machine is off by its error.
     order, constants : how steps were made, and what prices them, in words.
@@ -89,6 +90,7 @@ class HomeStudy:
     policy: str
     table: HomeTable
     placement: Placement
+    equal: Placement
     share: float
     low: float
     high: float
@@ -180,7 +182,7 @@ def study_homes(
     ]
     within = gain_range(equal[1], plans.equal.count_LED(), best.placement.count_LED(), pricing, after=homed[chosen])
     return HomeStudy(
-        tuple(rows), chosen, best.table, best.placement, *saved_share(*seconds), within, equal[1].order,
+        tuple(rows), chosen, best.table, best.placement, plans.equal, *saved_share(*seconds), within, equal[1].order,
         ground(problem.cluster), notes=(
             *(f"{batch.sampled} are priced" for batch in equal if batch.sampled),
             *((f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same plans each time",)
