@@ -12,6 +12,8 @@ from poise.cost.perturb import gain_range
 from poise.planning.budget import Budget
 from poise.planning.homes import HomeTable
 from poise.planning.placement import Placement
+from poise.planning.solve import with_homes
+from poise.planning.solve.solve import solve
 from poise.planning.solve.with_homes import at_home, plan_homes
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import kinds_trace
@@ -118,14 +120,25 @@ def test_experts_are_at_home_where_their_tokens_are():
     np.testing.assert_array_equal(at_home(more).count_LED(), at_home(problem).count_LED())
 
 
-def test_the_best_plan_on_the_fitted_requests_is_kept():
-    trace = kinds(0.9)
+def test_the_best_plan_on_the_fitted_requests_is_kept(monkeypatch):
+    trace, every = kinds(0.9), []
+
+    def recorded(asked, **more):
+        found = solve(asked, **more)
+        cost = asked.pricing.cost(asked.batch, found.placement.count_LED()).seconds_BL
+        every.append(asked.batch.weight_B @ cost.mean(axis=1))
+        return found
+
+    monkeypatch.setattr(with_homes, "solve", recorded)
 
     def batched(part):
         return make_batch(part, tokens_per_step=512)
 
     problem = api._problem(batched(trace), CLUSTER, 0, None, None, None, None, "any")
     plans = plan_homes(problem, trace, batched, Budget.of(1.0, 2.0), band=0.3)
+    assert len(every) == with_homes.PLANS
+    assert plans.best["grouped"].seconds == pytest.approx(min(every[2:4]))
+    assert plans.best["affine"].seconds == pytest.approx(min(every[4:]))
     for plan in plans.best.values():
         cost = problem.pricing.cost(plan.batch, plan.placement.count_LED()).seconds_BL
         assert plan.seconds == pytest.approx(plan.batch.weight_B @ cost.mean(axis=1))

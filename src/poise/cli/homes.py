@@ -92,10 +92,10 @@ def _show(study: HomeStudy) -> None:
     o.out.print(table)
     o.out.print(
         "re-planned: experts are placed for these homes, else for equal ones; step ms: modelled, all recorded MoE "
-        "layers of a forward pass; off device, off node: shares of (token, expert) pairs; active experts: of a rank, step "
-        "and layer; imbalance: max / mean tokens over ranks; on its rank: tokens that run where their request was sent, "
-        "the others find no room, as every rank has as many in a step; fullest: tokens of the fullest rank over the mean "
-        "before they are evened out"
+        "layers of a forward pass; off device, off node: shares of (token, expert) pairs; active experts: of a rank, "
+        "step and layer; imbalance: max / mean tokens over ranks; on its rank: tokens that run where their request was "
+        "sent, the others find no room, as every rank has as many in a step; fullest: tokens of the fullest rank over "
+        "the mean before they are evened out"
     )
     o.out.print(f"Constants: {study.constants}.")
     for note in study.notes:
