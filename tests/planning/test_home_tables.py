@@ -137,6 +137,14 @@ def test_groups_are_the_planted_kinds(seed):
     assert sorted(kinds.values(), key=min) == [{kind} for kind in range(6)]
 
 
+def test_one_unlucky_start_of_the_grouping_splits_no_kind():
+    trace = kinds_trace(kinds=16, num_requests=64, num_layers=1, num_experts=64, top_k=2, purity=0.8)
+    known = signatures(trace)
+    best_R = grouped(known, trace.layer_ids, 16, band=0.2).scores(known.share_RLE).argmax(axis=1)
+    kind_R = np.array([trace.domain[trace.request == request][0] for request in known.request_R])
+    assert len({*zip(kind_R.tolist(), best_R.tolist(), strict=True)}) == 16
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=few_or(200, 40), deadline=None)
 def test_groups_take_what_they_have_room_for_those_first_that_lose_most(seed):
