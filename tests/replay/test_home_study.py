@@ -125,8 +125,7 @@ def test_the_best_plan_on_the_fitted_requests_is_kept(monkeypatch):
 
     def recorded(asked, **more):
         found = solve(asked, **more)
-        cost = asked.pricing.cost(asked.batch, found.placement.count_LED()).seconds_BL
-        every.append(asked.batch.weight_B @ cost.mean(axis=1))
+        every.append((asked.batch, found.placement))
         return found
 
     monkeypatch.setattr(with_homes, "solve", recorded)
@@ -136,9 +135,19 @@ def test_the_best_plan_on_the_fitted_requests_is_kept(monkeypatch):
 
     problem = api._problem(batched(trace), CLUSTER, 0, None, None, None, None, "any")
     plans = plan_homes(problem, trace, batched, Budget.of(1.0, 2.0), band=0.3)
+
+    def seconds(batch, placement):
+        return batch.weight_B @ problem.pricing.cost(batch, placement.count_LED()).seconds_BL.mean(axis=1)
+
     assert len(every) == with_homes.PLANS
-    assert plans.best["grouped"].seconds == pytest.approx(min(every[2:4]))
-    assert plans.best["affine"].seconds == pytest.approx(min(every[4:]))
+    for batch, placement in (
+        (problem.batch, plans.equal),
+        (plans.best["grouped"].batch, plans.best["grouped"].placement),
+    ):
+        assert seconds(batch, placement) == min(
+            seconds(batch, other) for _, other in every
+        )  # also one found for others
+    assert plans.best["affine"].seconds == pytest.approx(min(seconds(*pair) for pair in every[4:]))
     for plan in plans.best.values():
         cost = problem.pricing.cost(plan.batch, plan.placement.count_LED()).seconds_BL
         assert plan.seconds == pytest.approx(plan.batch.weight_B @ cost.mean(axis=1))

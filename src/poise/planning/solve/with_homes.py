@@ -52,7 +52,7 @@ class HomePlans(NamedTuple):
 
     Parameters
     ----------
-    equal : the placement for equal homes.
+    equal : the best placement for equal homes.
     best : by policy, the plan with the least seconds on the fitted traffic.
     alone : by policy, homes with the placement for equal homes.
     """
@@ -68,6 +68,9 @@ def plan_homes(
 ) -> HomePlans:  # fmt: skip
     """Homes of every policy of :data:`poise.planning.homes.POLICIES`, each with a placement.
 
+    A placement that was found for other homes counts for equal ones and groups too, where it is better there: else
+    homes would be praised for what is merely more search.
+
     Parameters
     ----------
     problem : its batch has equal homes.
@@ -82,15 +85,16 @@ def plan_homes(
     """
     if not 0 <= band < np.inf:
         raise OptionError(f"the band must be at least 0, got {band}")
-    known, done = signatures(trace), 0
+    known = signatures(trace)
+    every: list[Placement] = []
 
     def placed(batch: RoutingBatch, start: Placement | None) -> Placement:
-        nonlocal done
         if progress:
-            progress(f"placement {done + 1} of {PLANS}", done / PLANS)
-        done += 1
+            progress(f"placement {len(every) + 1} of {PLANS}", len(every) / PLANS)
         asked = replace(problem, batch=batch, current=start, migration_steps=0.0)
-        return solve(asked, time_limit_s=budget.part(1 / PLANS, until=done / PLANS), seed=seed).placement
+        own = budget.part(1 / PLANS, until=(len(every) + 1) / PLANS)
+        every.append(solve(asked, time_limit_s=own, seed=seed).placement)
+        return every[-1]
 
     def seconds(batch: RoutingBatch, placement: Placement) -> float:  # of all steps, which solve may have no time for
         cost = problem.pricing.cost(batch, placement.count_LED())
@@ -100,22 +104,29 @@ def plan_homes(
         batch = batched(table.home(trace, known)).evened(problem.num_devices)
         return HomePlan(table, batch, placement, seconds(batch, placement))
 
-    def planned(plan: HomePlan, start: Placement) -> HomePlan:
-        placement = placed(plan.batch, start)
+    def moved(plan: HomePlan, placement: Placement) -> HomePlan:
         return plan._replace(placement=placement, seconds=seconds(plan.batch, placement))
 
-    equal = placed(problem.batch, problem.current)
-    equal = placed(problem.batch, equal)  # as much search as homes get
+    def planned(plan: HomePlan, start: Placement) -> HomePlan:
+        return moved(plan, placed(plan.batch, start))
+
+    first = placed(problem.batch, problem.current)
+    first = placed(problem.batch, first)
     groups = grouped(known, problem.batch.layer_ids_L, problem.num_devices, seed=seed, band=band)
-    alone = priced(groups, equal), priced(affine(equal, problem.pricing, band), equal)
-    starts = equal, at_home(replace(problem, batch=alone[0].batch))
-    by_group = min((planned(alone[0], start) for start in starts), key=lambda plan: plan.seconds)
+    by_group = priced(groups, first)
+    starts = first, at_home(replace(problem, batch=by_group.batch))
+    near_group = min((planned(by_group, start) for start in starts), key=lambda plan: plan.seconds)
     tried = []
-    for start in (equal, by_group.placement):
+    for start in (first, near_group.placement):
         for _ in range(ROUNDS):
             tried.append(planned(priced(affine(start, problem.pricing, band), start), start))
             start = tried[-1].placement
-    best = by_group, min(tried, key=lambda plan: plan.seconds)
+    equal = min(every, key=lambda placement: seconds(problem.batch, placement))
+    alone = priced(groups, equal), priced(affine(equal, problem.pricing, band), equal)
+    best = (
+        min((moved(by_group, placement) for placement in every), key=lambda plan: plan.seconds),
+        min((*tried, alone[1]), key=lambda plan: plan.seconds),
+    )
     names = [plan.table.policy for plan in alone]
     assert sorted(names) == sorted(POLICIES)
     return HomePlans(equal, dict(zip(names, best, strict=True)), dict(zip(names, alone, strict=True)))
