@@ -70,6 +70,19 @@ def test_routing_is_the_best_rank_within_the_band(seed, band):
         assert load_D[rank] <= (1 + band) * sums[r] / devices + tokens_R[r] + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_router_does_not_know_how_long_a_request_will_be(seed):
+    """Only what its signature is made of counts, in order of appearance."""
+    rng = np.random.default_rng(seed)
+    trace = small_trace(rng)
+    known = signatures(trace)
+    assert known.known_R.tolist() != known.tokens_R.tolist()
+    table = HomeTable(rng.normal(size=(2, 2, 5)).astype(np.float32), trace.layer_ids, "affine", 0.0)
+    rank_R = routed_slowly(table.scores(known.share_RLE), known.known_R, 0.0)
+    want = dict(zip(known.request_R.tolist(), rank_R, strict=True))
+    assert table.home(trace).home.tolist() == [want[request] for request in trace.request.tolist()]
+
+
 def test_an_endless_band_gives_every_request_its_best_rank():
     score_RD = np.random.default_rng(0).random((50, 4))
     assert route(score_RD, np.ones(50, int), 100.0).tolist() == score_RD.argmax(axis=1).tolist()
