@@ -61,7 +61,7 @@ def rows(data: Path, setting: Setting, only: str = "") -> Iterator[list[object]]
             yield [words, *_row(fit if own else subjects[other], judge, cluster, tokens, setting)]
 
 
-def _some_layers(trace: RoutingTrace, layers: int) -> RoutingTrace:
+def some_layers(trace: RoutingTrace, layers: int) -> RoutingTrace:
     """Evenly spaced layers of a trace."""
     keep = np.unique(np.linspace(0, trace.experts.shape[1] - 1, layers).round().astype(int))
     assert trace.layer_ids is not None
@@ -71,8 +71,8 @@ def _some_layers(trace: RoutingTrace, layers: int) -> RoutingTrace:
 
 def _row(fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, setting: Setting) -> list[object]:
     scale = 1e3 * judge.experts.shape[1] / setting.layers
-    seen = make_batch(_some_layers(fit, setting.layers), tokens_per_step=tokens, steps=setting.steps)
-    later = make_batch(_some_layers(judge, setting.layers), tokens_per_step=tokens, steps=setting.steps)
+    seen = make_batch(some_layers(fit, setting.layers), tokens_per_step=tokens, steps=setting.steps)
+    later = make_batch(some_layers(judge, setting.layers), tokens_per_step=tokens, steps=setting.steps)
     asked = {"even": problem(seen, cluster, 8 * int(cluster[0]), model=MODEL)}
     asked["near"] = replace(asked["even"], split="near")
 

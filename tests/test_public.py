@@ -33,6 +33,8 @@ OPTIONS = {
                       "--verdict", "--engine", "--homes", "--executor", "--json"},
     "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
                          "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--homes", "--json"},
+    "homes": {"--cluster", "--output", "--placement-out", "--redundant", "--model", "--traffic", "--split", "--engine", "--tokens-per-step",
+              "--policy", "--band", "--time-limit", "--work", "--seed", "--json"},
     "machines": {"--json"},
     "verdict": {"--cluster", "--model", "--current", "--redundant", "--phase", "--tokens-per-step", "--prefill-tokens",
                 "--decode-tokens", "--engine", "--split", "--context", "--homes", "--time-limit", "--work", "--seed", "--output", "--html", "--json"},

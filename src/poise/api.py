@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
-from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from poise.machine.model import ModelSpec
 from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
+from poise.planning.homes import BAND, POLICIES
 from poise.planning.losses import lost_together
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, Risk, Solution
@@ -31,6 +31,7 @@ from poise.planning.solve.survive import COST, hardened
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry
 from poise.replay.compare import compare as compare_entries
 from poise.replay.elastic import carried_row, elastic_notes
+from poise.replay.homes import HomeStudy, study_homes
 from poise.replay.losses import loss_rows
 from poise.replay.rows import (
     Traffics,
@@ -51,9 +52,11 @@ from poise.replay.windows import (
     PHASES,
     check_unseen,
     check_windows,
+    much,
     phase_traffic,
     recorded_phases,
     refuse_frequencies,
+    some_of,
     split_in_time,
     verdict_notes,
     with_top_k,
@@ -71,8 +74,6 @@ TrafficSource = str | Path | Traffics
 VERDICT_STEPS = 20
 BOUND_SHARE = 0.15
 """Share of a plan's seconds, after the search, for a joint bound."""
-LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
-"""Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
 READ, JUDGE = 0.3, 0.3
 """Shares of a verdict's budget: for its traffic, and of any budget that is for more than planning for judging."""
 PREFILL_A_RANK, DECODE_A_RANK = 1024, 64
@@ -284,8 +285,8 @@ def planning_verdict(
     if isinstance(limit, Budget):
         if limit.over("verdict"):
             return None
-        some = _some_of(whole, READ * limit.seconds)
-        said = "" if some is whole else f"This is of a part of the traffic, {_much(some)} of {_much(whole)}. "
+        some = some_of(whole, READ * limit.seconds)
+        said = "" if some is whole else f"This is of a part of the traffic, {much(some)} of {much(whole)}. "
         whole = some
     base: str | Placement = "contiguous" if current is None else replace(_placement(current), method="current")
     if isinstance(base, Placement) and base.num_devices != (devices := _machine(cluster).num_devices):
@@ -395,23 +396,6 @@ def verdict(
     return replace(out, flags=eplb_flags(engine, want))
 
 
-def _much(traffic: Traffics) -> str:
-    many, what = (traffic.num_tokens, "tokens") if isinstance(traffic, RoutingTrace) else (traffic.num_steps, "steps")
-    return f"{many:,} {what}"
-
-
-def _some_of(traffic: Traffics, seconds: float) -> Traffics:
-    """As much of the traffic, spread evenly, as takes nominal ``seconds`` to be halved, batched and fingerprinted."""
-    if isinstance(traffic, LoadProfile):
-        every = ceil(traffic.load_BLE.size * LOAD_SECONDS / seconds)
-        return traffic if every < 2 else traffic.steps(slice(0, None, min(every, traffic.num_steps // 2)))
-    every, requests = ceil(traffic.experts.size * PICK_SECONDS / seconds), traffic.requests()
-    assert traffic.request is not None
-    if every < 2 or len(requests) < 4 or len(traffic.domain_names) > 1:  # a domain needs two requests to be halved
-        return traffic
-    return traffic.rows(np.isin(traffic.request, requests[:: min(every, len(requests) // 2)]))
-
-
 def compare(
     trace: TrafficSource | Sequence[TrafficSource],
     cluster: str | Path | Cluster,
@@ -513,3 +497,60 @@ def compare(
         batches, entries, pricing=problem.pricing, slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints,
         defaults=defaults, engine=problem.engine,
     )  # fmt: skip
+
+
+def homes(
+    trace: TrafficSource | Sequence[TrafficSource],
+    cluster: str | Path | Cluster,
+    *,
+    redundant: int = 0,
+    slots: Sequence[int] | None = None,
+    model: str | ModelSpec | None = None,
+    traffic: DataFlow | None = None,
+    split: Split | None = None,
+    engine: str = "any",
+    tokens_per_step: int | None = None,
+    policy: str | None = None,
+    band: float = BAND,
+    time_limit_s: Limit = 60.0,
+    work: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HomeStudy:
+    """Whether it pays to choose which rank serves which request, planned on half of the requests, judged on the others.
+
+    Parameters
+    ----------
+    policy : one of :data:`poise.planning.homes.POLICIES`; default: the better one on the fitted requests.
+    band : a rank takes requests while it has less than so much more than the mean tokens of all.
+    time_limit_s, work : seconds or units of work for all placements together.
+
+    Other parameters as in :func:`plan`.
+
+    Raises
+    ------
+    InputError : the input is wrong, or has no requests. NoResultError : no placement was found.
+    """
+    found = load(trace)
+    if not isinstance(found, RoutingTrace):
+        raise OptionError(
+            f"homes are chosen for requests, and {found.name} has loads only", hint="give a routing trace"
+        )
+    if policy is not None and policy not in POLICIES:
+        raise OptionError(f"unknown policy {policy!r}", hint=f"one of {', '.join(POLICIES)}")
+    if not 0 <= band < np.inf:
+        raise OptionError(f"the band must be at least 0 and finite, got {band}")
+    model = ModelSpec.parse(model) if isinstance(model, str) else model
+
+    def batched(part: RoutingTrace) -> RoutingBatch:
+        return make_batch(part, tokens_per_step=tokens_per_step, seed=seed)
+
+    def problem_of(batch: RoutingBatch) -> PlacementProblem:
+        return _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
+
+    fit, held_out = found.split_requests()
+    budget = Budget.of(time_limit_s, work)
+    out = study_homes(
+        fit, held_out, batched, problem_of, budget, policy=policy, band=band, seed=seed, progress=progress
+    )
+    return replace(out, defaults=silent_defaults(found, model, tokens_per_step, batched(held_out)))

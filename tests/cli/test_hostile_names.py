@@ -39,6 +39,7 @@ def commands(at):
             [at("t.npz"), "-c", "1x4", "-p", at("p.npz"), "--json"],
         ],
         "breakeven": [["-c", at("c.yaml"), "-m", "mixtral-8x7b", "--placement", at("p.npz"), "--sizes", 8, "--steps", 1, "--step-slots", 0, at("t.npz")]],
+        "homes": [[at("t.npz"), "-c", at("c.yaml"), "-m", at("config.json"), "--work", 0.1, "-o", at("h.npz"), "--placement-out", at("q.npz"), *more] for more in ([], ["--json"])],
         "diff": [[at("p.npz"), at("p.npz"), "-c", at("c.yaml")]],
         "export": [
             [at("p.npz"), "--to", target, "--num-hidden-layers", 3, "-o", at(f"{target}.json")] for target in ("sglang", "tensorrt-llm", "vllm-ascend")

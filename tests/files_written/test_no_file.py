@@ -73,7 +73,7 @@ def test_what_is_mounted_is_refused_before_the_work(tmp_path):
 WRITES = {
     "demo": ["--html"], "plan": ["--output"], "compare": ["--html"], "convert": ["--output"], "export": ["--output"],
     "record": ["--output"], "calibrate": ["--output"], "watch": ["--output", "--export"],
-    "verdict": ["--output", "--html"],
+    "verdict": ["--output", "--html"], "homes": ["--output", "--placement-out"],
 }  # fmt: skip
 READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--losses", "--curve", "--dump-dir",
          "--from-tables"}  # fmt: skip
@@ -81,6 +81,7 @@ NEEDS = {
     "plan": ["missing.npz", "-c", "1x4"], "compare": ["missing.npz", "-c", "1x4"], "convert": ["missing"], "demo": [],
     "export": ["missing.npz", "--to", "sglang"], "record": ["missing", "missing.txt"], "calibrate": [],
     "watch": ["missing.npz", "-c", "1x4"], "verdict": ["missing.npz", "-c", "1x4", "-m", "deepseek-v3"],
+    "homes": ["missing.npz", "-c", "1x4"],
 }  # fmt: skip
 
 

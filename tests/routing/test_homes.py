@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import few_or
 
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
-from poise.util.errors import OptionError
+from poise.util.errors import OptionError, TraceError
 
 
 def batch_of(rng, sizes, requests, homes="equal"):
@@ -66,3 +67,35 @@ def test_recorded_homes_are_kept_unless_others_are_asked_for():
     assert make_batch(trace, tokens_per_step=100, homes="equal").fullest_home(4) == 1.0
     with pytest.raises(OptionError, match="unknown homes"):
         make_batch(trace, homes="random")
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
+@settings(max_examples=few_or(200, 30), deadline=None)
+def test_evened_homes_are_equal_and_wishes_with_room_are_kept(seed, devices):
+    rng = np.random.default_rng(seed)
+    batch = batch_of(rng, rng.integers(0, 30, rng.integers(1, 6)), 5)
+    wish_T = rng.choice(devices, size=len(batch.experts_TLK), p=rng.dirichlet(np.ones(devices))).astype(np.int32)
+    even = replace(batch, home_T=wish_T).evened(devices)
+    home_T, total = even.home_of_tokens(devices), np.zeros(devices, np.int64)
+    for b in range(batch.num_steps):
+        rows = slice(*batch.start_B[b : b + 2])
+        count = np.bincount(home_T[rows], minlength=devices)
+        assert count.max() - count.min() <= 1
+        for rank in range(devices):
+            wants = wish_T[rows] == rank
+            kept = wants & (home_T[rows] == rank)
+            assert kept.sum() == min(wants.sum(), count[rank])
+            assert kept[wants][: kept.sum()].all()  # those that come first
+        total += count
+    assert total.max() - total.min() <= 1  # the rest of steps that do not divide goes to ranks in turn
+    again = even.evened(devices)
+    np.testing.assert_array_equal(again.home_of_tokens(devices), home_T)
+    np.testing.assert_array_equal(even.experts_TLK, batch.experts_TLK)
+
+
+def test_only_recorded_homes_can_be_evened():
+    batch = batch_of(np.random.default_rng(0), [6], 3)
+    with pytest.raises(TraceError, match="no home ranks are recorded"):
+        batch.evened(2)
+    with pytest.raises(TraceError, match="reach 2"):
+        replace(batch, home_T=np.full(6, 2, np.int32)).evened(2)

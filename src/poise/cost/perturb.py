@@ -60,7 +60,7 @@ def constant_errors(cluster: Cluster) -> ConstantErrors:
 
 def gain_range(
     batch: RoutingBatch, before_LED: NDArray[Any], after_LED: NDArray[Any], pricing: Pricing, *,
-    errors: ConstantErrors | None = None,
+    errors: ConstantErrors | None = None, after: RoutingBatch | None = None,
 ) -> GainRange:  # fmt: skip
     """What ``after_LED`` saves over ``before_LED`` on a batch.
 
@@ -69,14 +69,16 @@ def gain_range(
     batch, pricing : the traffic, and what prices a step of it.
     before_LED, after_LED : int [L, E, D], slots.
     errors : default :func:`constant_errors`.
+    after : what ``after_LED`` runs, where that is not the same: the same steps with other homes.
 
     Raises
     ------
     OptionError : see :func:`poise.cost.step.batch_cost`.
     """
     levels = [(1.0, 1.0 - error, 1.0 + error) for error in errors or constant_errors(pricing.cluster)]
-    before, after = (_seconds(batch, count, pricing, levels) for count in (before_LED, after_LED))
-    saved, share = before - after, 1.0 - after / before
+    first = _seconds(batch, before_LED, pricing, levels)
+    second = _seconds(batch if after is None else after, after_LED, pricing, levels)
+    saved, share = first - second, 1.0 - second / first
     return GainRange(*(float(x) for x in (saved[0], saved.min(), saved.max(), share[0], share.min(), share.max())))
 
 

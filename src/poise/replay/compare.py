@@ -185,12 +185,7 @@ class Comparison:
     def gain(self, name: str, over: str, part: str | None = None) -> tuple[float, float, float]:
         """Share of step time that ``name`` saves over ``over``: mean and a 95 % interval (bootstrap over steps)."""
         part = part or self.judged_on
-        new, old = (self.replays[which, part].step_seconds_B for which in (name, over))
-        rng = np.random.default_rng(0)
-        pick = rng.integers(len(new), size=(2000, len(new)))
-        boot = 1.0 - new[pick].mean(axis=1) / old[pick].mean(axis=1)
-        low, high = np.percentile(boot, [2.5, 97.5])
-        return float(1.0 - new.mean() / old.mean()), float(low), float(high)
+        return saved_share(*(self.replays[which, part].step_seconds_B for which in (name, over)))
 
     def verdict(self) -> str:
         """One sentence or two: what the best placement gains on the judged traffic, or that it is not worth it.
@@ -322,6 +317,15 @@ class Comparison:
         for note in self.notes:
             console.print(f"note: {note}")
         console.print(self.verdict())
+
+
+def saved_share(new_B: NDArray[np.float64], old_B: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Share of step time that is saved: mean and a 95 % interval (bootstrap over steps)."""
+    rng = np.random.default_rng(0)
+    pick = rng.integers(len(new_B), size=(2000, len(new_B)))
+    boot = 1.0 - new_B[pick].mean(axis=1) / old_B[pick].mean(axis=1)
+    low, high = np.percentile(boot, [2.5, 97.5])
+    return float(1.0 - new_B.mean() / old_B.mean()), float(low), float(high)
 
 
 def left_out(name: str, error: PoiseError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 
@@ -18,6 +19,8 @@ Windows = tuple[RoutingTrace | LoadProfile, RoutingTrace | LoadProfile]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MOST_STEPS = 64
 """Steps of a window that are priced at most."""
+LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
+"""Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
 SAME = 0.5
 """Share of a window in the other one from which on they are the same traffic."""
 
@@ -202,3 +205,21 @@ def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int]) -
     if any(isinstance(one, RoutingTrace) and one.top_k < model.top_k for one in windows):
         notes.append(f"{windows[0].top_k} experts a token were recorded, {model.name} has {model.top_k}")
     return notes
+
+
+def much(traffic: RoutingTrace | LoadProfile) -> str:
+    """How large it is, in words."""
+    many, what = (traffic.num_tokens, "tokens") if isinstance(traffic, RoutingTrace) else (traffic.num_steps, "steps")
+    return f"{many:,} {what}"
+
+
+def some_of(traffic: RoutingTrace | LoadProfile, seconds: float) -> RoutingTrace | LoadProfile:
+    """As much of the traffic, spread evenly, as takes nominal ``seconds`` to be halved, batched and fingerprinted."""
+    if isinstance(traffic, LoadProfile):
+        every = ceil(traffic.load_BLE.size * LOAD_SECONDS / seconds)
+        return traffic if every < 2 else traffic.steps(slice(0, None, min(every, traffic.num_steps // 2)))
+    every, requests = ceil(traffic.experts.size * PICK_SECONDS / seconds), traffic.requests()
+    assert traffic.request is not None
+    if every < 2 or len(requests) < 4 or len(traffic.domain_names) > 1:  # a domain needs two requests to be halved
+        return traffic
+    return traffic.rows(np.isin(traffic.request, requests[:: min(every, len(requests) // 2)]))

@@ -185,6 +185,20 @@ class RoutingBatch:
         out: NDArray[np.int32] = _equal_homes(request_T, self.start_B, num_devices)
         return out
 
+    def evened(self, num_devices: int) -> RoutingBatch:
+        """The batch with recorded home ranks as wishes: in every step all ranks have as many tokens, or one more.
+
+        A rank takes tokens that want it first; those that find no room go to the rank with most.
+
+        Raises
+        ------
+        TraceError : no home ranks are recorded, or one is not below ``num_devices``.
+        """
+        if self.home_T is None or self.start_B is None:
+            raise TraceError("no home ranks are recorded that could be evened out")
+        wish_T = self.home_of_tokens(num_devices)
+        return replace(self, home_T=_evened(wish_T, self.start_B, num_devices))
+
     def at_home(self, num_devices: int) -> RoutingBatch:
         """The batch with its home ranks fixed for so many devices, so that parts of it have those of the whole."""
         return replace(self, home_T=self.home_of_tokens(num_devices)) if self.has_tokens else self
@@ -213,6 +227,35 @@ def count_loads(experts_TLK: NDArray[np.int16], size_B: NDArray[Any], num_expert
 
 
 @compiled
+def _rooms(size, turn, room_D):  # type: ignore[no-untyped-def]
+    """Tokens that each rank takes of a step; the rest of a step that does not divide goes to ranks in turn."""
+    devices = room_D.size
+    room_D[:] = size // devices
+    for i in range(size % devices):
+        room_D[(turn + i) % devices] += 1
+    return (turn + size) % devices
+
+
+@compiled
+def _evened(rank_T, start_B, num_devices):  # type: ignore[no-untyped-def]
+    """Home ranks of :meth:`RoutingBatch.evened`."""
+    out = np.full(rank_T.size, -1, np.int32)
+    room_D = np.empty(num_devices, np.int64)
+    turn = 0
+    for b in range(start_B.size - 1):
+        turn = _rooms(start_B[b + 1] - start_B[b], turn, room_D)
+        for t in range(start_B[b], start_B[b + 1]):
+            if room_D[rank_T[t]] > 0:
+                room_D[rank_T[t]] -= 1
+                out[t] = rank_T[t]
+        for t in range(start_B[b], start_B[b + 1]):
+            if out[t] < 0:
+                out[t] = np.argmax(room_D)
+                room_D[out[t]] -= 1
+    return out
+
+
+@compiled
 def _equal_homes(request_T, start_B, num_devices):  # type: ignore[no-untyped-def]
     """Home ranks of :meth:`RoutingBatch.home_of_tokens` under ``equal``; steps that do not divide give their rest to
     ranks in turn.
@@ -222,11 +265,7 @@ def _equal_homes(request_T, start_B, num_devices):  # type: ignore[no-untyped-de
     room_D = np.empty(num_devices, np.int64)
     turn = 0
     for b in range(start_B.size - 1):
-        size = start_B[b + 1] - start_B[b]
-        room_D[:] = size // num_devices
-        for i in range(size % num_devices):
-            room_D[(turn + i) % num_devices] += 1
-        turn = (turn + size) % num_devices
+        turn = _rooms(start_B[b + 1] - start_B[b], turn, room_D)
         for t in range(start_B[b], start_B[b + 1]):
             request = request_T[t]
             rank = rank_R[request]

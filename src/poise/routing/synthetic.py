@@ -25,3 +25,28 @@ def zipf_trace(
         experts[:, layer] = np.argsort(-score, axis=1)[:, :top_k]
     request = np.arange(num_tokens) // tokens_per_request
     return RoutingTrace(experts, num_experts, request=request.astype(np.int32), name=f"synthetic zipf {exponent:g}")
+
+
+def kinds_trace(
+    *, kinds: int, num_requests: int, num_layers: int, num_experts: int, top_k: int = 1, purity: float = 0.9,
+    prefill: int = 8, decode: int = 24, seed: int = 0,
+) -> RoutingTrace:  # fmt: skip
+    """Requests of a few kinds, in random order: with odds ``purity`` a token takes experts of its request's kind (they
+    are dealt evenly to kinds, anew in every layer), else any. Domains name the kinds.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = num_requests * (prefill + decode)
+    kind_R = rng.permutation(np.arange(num_requests) % kinds)
+    kind_T = np.repeat(kind_R, prefill + decode)
+    experts = np.empty((tokens, num_layers, top_k), np.int16)
+    for layer in range(num_layers):
+        kind_E = rng.permutation(np.arange(num_experts) % kinds)
+        score = rng.gumbel(size=(tokens, num_experts))
+        own_T = rng.random(tokens) < purity
+        score[own_T] += 50.0 * (kind_E[None, :] == kind_T[own_T, None])
+        experts[:, layer] = np.argsort(-score, axis=1)[:, :top_k]
+    return RoutingTrace(
+        experts, num_experts, np.repeat(np.arange(num_requests), prefill + decode).astype(np.int32),
+        np.tile(np.arange(prefill + decode) >= prefill, num_requests), domain=kind_T.astype(np.int16),
+        domain_names=tuple(f"kind {kind}" for kind in range(kinds)), name=f"synthetic {kinds} kinds, purity {purity:g}",
+    )  # fmt: skip

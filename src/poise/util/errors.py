@@ -8,7 +8,7 @@
     │   │   └── NoTrafficError         nothing wrong, and no token in it
     │   ├── ClusterError               a cluster spec, preset or YAML file
     │   ├── ModelError                 a model preset, config or module
-    │   ├── PlacementError             a placement or placement file
+    │   ├── PlacementError             a placement or home table, or a file of one
     │   ├── OptionError                an option of a call or of the command line
     │   └── PluginError                what another package offers is not what it should be
     ├── CommunicationError             a rank was lost or a collective failed
@@ -60,7 +60,7 @@ class ModelError(InputError):
 
 
 class PlacementError(InputError):
-    """A placement breaks an invariant, or its file is malformed."""
+    """A placement or home table breaks an invariant, or its file is malformed."""
 
 
 class OptionError(InputError):
