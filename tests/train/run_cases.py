@@ -332,7 +332,7 @@ def runs_given_up_in_backward(options) -> dict:
             model, mesh=h.MESH(world), policy="hecate", rematerialise=True, cluster=machine(world)
         )
         group = run.schedule.deployment.weights_group
-        assert wires._timeout(group) == wires._timeout(run.schedule.deployment.tokens_group)
+        assert wires.timeout_of(group) == wires.timeout_of(run.schedule.deployment.tokens_group)
         loss = h.loss_of(model, h.batch("hot-expert-a-rank", number, world, 2, rank, torch.float64))
         assert run.schedule.moved_bytes["gather"] > 0
         dist.barrier()
