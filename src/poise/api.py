@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +20,16 @@ from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.homes import BAND, POLICIES
-from poise.planning.losses import lost_together
 from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress, Risk, Solution
+from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.problem import deal_slots as deal_slots
 from poise.planning.provenance import Provenance
-from poise.planning.solve.repair import check_room, prepared
-from poise.planning.solve.solve import METHODS, evaluate
-from poise.planning.solve.survive import COST, hardened
+from poise.planning.solve.solve import METHODS
+from poise.planning.solve.survive import COST
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry
 from poise.replay.compare import compare as compare_entries
 from poise.replay.elastic import carried_row, elastic_notes
 from poise.replay.homes import HomeStudy, study_homes
-from poise.replay.losses import loss_rows
 from poise.replay.rows import (
     Traffics,
     fast_rows,
@@ -46,6 +43,7 @@ from poise.replay.rows import (
     uneven_homes,
 )
 from poise.replay.serving import WARM_UP
+from poise.replay.surviving import Survival
 from poise.replay.trial import TrialSetting, judge_phase
 from poise.replay.verdict import Verdict
 from poise.replay.windows import (
@@ -192,10 +190,10 @@ def plan(
     running = None if current is None else hold(_placement(current), parse_engine(engine))[0]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
-    losses = () if survive is None else _losses(problem, survive, survive_cost, survive_copies)
+    goal = None if survive is None else Survival(problem, survive, survive_cost, survive_copies)
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress, BOUND_SHARE)
-    if survive is not None:
-        solution = _surviving(problem, solution, survive, losses, survive_cost, survive_copies)
+    if goal is not None:
+        solution = goal.of(solution)
     details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else []),
@@ -222,37 +220,6 @@ def plan(
     named = replace(solution.placement, fitted=kept)
     held_losses = None if solution.losses is None else replace(solution.losses, before=named)
     return replace(solution, placement=named, details=details, losses=held_losses)
-
-
-def _losses(problem: PlacementProblem, unit: str, cost: float, copies: float | None) -> list[tuple[int, ...]]:
-    """Devices of each loss; raises where they cannot be survived, or a number is out of range."""
-    if problem.pooled:
-        raise OptionError("what is left after a loss is counted layer by layer", hint="leave --pooled out")
-    if not cost >= 0 or (copies is not None and not copies >= 0):
-        raise OptionError(f"cost and copies must be at least 0, got {cost} and {copies}")
-    losses = lost_together(unit, problem.cluster.node_D)
-    for lost in losses:
-        check_room(problem.slots_D, problem.batch.num_experts, lost)
-    return losses
-
-
-def _surviving(
-    problem: PlacementProblem, found: Solution, unit: str, losses: Sequence[tuple[int, ...]], cost: float,
-    copies: float | None,
-) -> Solution:  # fmt: skip
-    """The plan changed so that a loss takes few experts, priced again, and what follows each loss."""
-    unit_D = np.zeros(problem.num_devices, np.int64)
-    for number, lost in enumerate(losses):
-        unit_D[list(lost)] = number
-    made = hardened(problem, found.placement, unit_D, most_cost=cost)
-    load_LE, speed_D = problem.batch.load_LE(), problem.cluster.speed_D
-    kept = prepared(made.placement, unit, problem.cluster.node_D, load_LE, speed_D, copies=copies)
-    about = {"unit": unit, "cost": made.cost, "most_cost": cost, "most_copies_a_read": copies,
-             "orphans_before": made.alone_before, "orphans": made.alone, "fewest_orphans": made.fewest,
-             "losses": [asdict(row) for row in loss_rows(kept, load_LE, speed_D)]}  # fmt: skip
-    result = MethodResult(made.placement, {**found.details, "survive": about})
-    again = evaluate(problem, result, method=found.method, seconds=found.seconds)
-    return replace(again, losses=kept)
 
 
 def _placement(item: str | Path | Placement) -> Placement:
