@@ -54,7 +54,8 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
     losses = prepared(old, unit, m.machine().node_D, load, np.ones(4))
     assert list(map(list, lost_together(unit, m.machine().node_D))).count(gone) == 1
     dist.barrier()
-    served = Engine(copy.deepcopy(plain(FAMILY)), old, m.machine(), traffic=traffic, budget=6,
+    split = "near" if traffic == "home" else "even"
+    served = Engine(copy.deepcopy(plain(FAMILY)), old, m.machine(), traffic=traffic, split=split, budget=6,
                     group=dist.new_group(timeout=timedelta(seconds=TIMEOUT_S)))  # fmt: skip
     dies = dist.get_rank() in gone
 
@@ -81,7 +82,7 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
     requests = [served.submit(prompt, NEW) for prompt in prompts]
     timeline = []
     while served.busy:
-        if when == "between steps":
+        if when in ("between steps", "a wrong read"):
             die()
         start = time.time()
         try:
@@ -89,7 +90,10 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
         except CommunicationError as error:
             print(f"after {time.time() - start:.2f} s: {error}", flush=True)
             held = {r.number: r.cached for r in requests}
+            if when == "a wrong read":
+                refused(served, losses, gone)
             served = recover(served, losses, read, gone=gone if when != "between steps" else ())
+            assert served.split == split
             moved = [r.number for r in requests if r.cached == 0 < held[r.number]]
             seen = {"ranks": served.ranks, "again": moved, "cached": [r.cached for r in requests],
                     "reads": len(losses.of(gone).reads_R3(old)), "copies": losses.of(gone).copies}  # fmt: skip
@@ -102,6 +106,16 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
     more = served.generate(prompts, NEW) == answers(FAMILY, new=NEW)
     print(json.dumps({"right": right, "more": more, "timeline": timeline, **(seen or {})}))
     leave_group(served)
+
+
+def refused(served: Engine, losses, gone: list[int]) -> None:
+    """What one rank reads is wrong: every rank that is left says so, and ends."""
+    try:
+        recover(served, losses, lambda *a: {name: weight + 1 for name, weight in read(*a).items()}, gone=gone)
+    except CommunicationError as error:
+        print(json.dumps({"refused": str(error)}), flush=True)
+        os._exit(0)
+    raise AssertionError("a wrong expert was taken")
 
 
 def leave_group(served: Engine) -> None:

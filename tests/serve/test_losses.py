@@ -15,6 +15,18 @@ CASES = [
 ]
 
 
+def test_all_refuse_what_one_reads_wrong(tmp_path):
+    """An expert that is read anew as another: who reads it and who does not raise alike, and nobody waits."""
+    with Ranks(4, "tests/serve/losing.py", "home", "1", "a wrong read", "device", folder=tmp_path) as ranks:
+        for process in ranks.running:
+            process.wait(120)
+        codes, said = ranks.codes(), [ranks.said(rank) for rank in (0, 2, 3)]
+    assert [codes[rank] for rank in (0, 2, 3)] == [0, 0, 0], said
+    told = [json.loads(one.splitlines()[-1])["refused"] for one in said]
+    assert all("was read anew and is not what was served" in one for one in told)
+    assert any(one.startswith("rank ") for one in told), "the case needs a rank that reads nothing"
+
+
 @pytest.mark.parametrize(("traffic", "gone", "when", "unit"), CASES)
 def test_serving_goes_on_and_no_token_is_wrong(tmp_path, traffic, gone, when, unit):
     dead = [int(rank) for rank in gone.split(",")]

@@ -124,7 +124,7 @@ class Engine:
             placement.slot_expert_LS.tolist(), placement.slot_device_S.tolist()
         ):  # fmt: skip
             raise OptionError("the parts were read for another placement", hint="give both the same one")
-        self.placement, self.cluster, self.traffic = placement, cluster, traffic
+        self.placement, self.cluster, self.traffic, self.split = placement, cluster, traffic, split
         self.temperature, self.seed, self.eos, self.fast, self.clock = temperature, seed, eos, fast, clock
         self.book = Book(self.ranks, budget, most_live)
         self.kinds = parts.kinds

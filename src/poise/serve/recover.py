@@ -5,7 +5,7 @@ Step 1  Every rank that is left says in the store that it is there, and waits fo
         long enough writes down who is left: that holds.
 Step 2  They make a process group of their own.
 Step 3  Experts without a holder are read anew, each by the one rank that the loss names, and compared with what they
-        were when they were loaded. All others lie where they lay: serving can go on.
+        were when they were loaded. Where one rank cannot, all raise. All others lie where they lay: serving can go on.
 Step 4  Books are made one: ranks may be a step apart. A request keeps its keys and values where all agree that its home
         has them; what was at home on a lost rank runs again from its prompt, with the tokens it had, on the rank that
         has fewest. Tokens that were sampled stay.
@@ -30,7 +30,7 @@ from poise.runtime.experts import Bank, ExpertKind
 from poise.serve.engine import Engine
 from poise.serve.model import Parts
 from poise.serve.requests import Book, Request
-from poise.util.errors import CommunicationError, PlacementError
+from poise.util.errors import CommunicationError, PlacementError, PoiseError
 
 ExpertSource = Callable[[int, int, ExpertKind], Bank]
 """(decoder layer, expert, kind) -> weights of one expert, as they were loaded."""
@@ -74,10 +74,10 @@ def recover(
     group = dist.new_group([ranks[rank] for rank in here], backend=dist.get_backend(engine.group),
                            use_local_synchronization=True, timeout=engine.timeout)  # fmt: skip
     first = loss.first_on_rest
-    parts = Parts(engine.model.model, engine.kinds, _banks(engine, loss, source), first)
+    parts = Parts(engine.model.model, engine.kinds, _agreed(lambda: _banks(engine, loss, source), here, group), first)
     new = Engine(
-        parts, first, engine.cluster.without(lost), traffic=engine.traffic, fast=engine.fast, group=group,
-        budget=engine.book.budget, most_live=engine.book.most_live, temperature=engine.temperature, seed=engine.seed,
+        parts, first, engine.cluster.without(lost), traffic=engine.traffic, split=engine.split, fast=engine.fast,
+        group=group, budget=engine.book.budget, most_live=engine.book.most_live, temperature=engine.temperature, seed=engine.seed,
         eos=engine.eos, clock=engine.clock,
     )  # fmt: skip
     new.model.cache = engine.model.cache
@@ -101,6 +101,24 @@ def _left(engine: Engine, store: Any, gone: Sequence[int], wait_s: float) -> lis
     if engine.rank not in agreed:
         raise CommunicationError(f"rank {engine.rank} came too late: ranks {agreed} went on without it")
     return agreed
+
+
+def _agreed(made: Callable[[], dict[int, Bank]], here: list[int], group: Any) -> dict[int, Bank]:
+    """What is made on this rank, once all others have made theirs; else all raise the error of one."""
+    out: dict[int, Bank] = {}
+    problem: PoiseError | None = None
+    try:
+        out = made()
+    except PoiseError as error:
+        problem = error
+    words: list[str | None] = [None] * len(here)
+    dist.all_gather_object(words, None if problem is None else problem.message, group=group)
+    if problem is not None:
+        raise problem
+    for rank, said in zip(here, words, strict=True):
+        if said is not None:
+            raise CommunicationError(f"rank {rank} cannot go on: {said}")
+    return out
 
 
 def _banks(engine: Engine, loss: Loss, source: ExpertSource) -> dict[int, Bank]:
