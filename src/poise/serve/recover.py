@@ -77,8 +77,8 @@ def recover(
     parts = Parts(engine.model.model, engine.kinds, _agreed(lambda: _banks(engine, loss, source), here, group), first)
     new = Engine(
         parts, first, engine.cluster.without(lost), traffic=engine.traffic, split=engine.split, fast=engine.fast,
-        group=group, budget=engine.book.budget, most_live=engine.book.most_live, temperature=engine.temperature, seed=engine.seed,
-        eos=engine.eos, clock=engine.clock,
+        group=group, budget=engine.book.budget, most_live=engine.book.most_live, temperature=engine.temperature,
+        seed=engine.seed, eos=engine.eos, clock=engine.clock,
     )  # fmt: skip
     new.model.cache = engine.model.cache
     new.book = _book(engine, new, here)
