@@ -26,7 +26,7 @@ POLICIES = {
 }  # fmt: skip
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {
-    "demo": {"--html", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
+    "demo": {"--html", "--output", "--domain", "--all", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
     "inspect": {"--executor", "--json"},
     "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
                       "--survive", "--survive-cost", "--survive-copies",

@@ -181,12 +181,33 @@ def test_a_real_process_keeps_stdout_for_data(tmp_path):
 
 
 def test_demo(tmp_path):
-    got = run("demo", "--html", tmp_path / "r.html", "--redundant", 0, "--time-limit", 0.1, "--json")
+    files_ = "--html", tmp_path / "r.html", "-o", tmp_path / "p.npz"
+    data = json.loads(run("demo", *files_, "--work", 10, "--json").stdout)
+    assert {row["judged_on"] for row in data["rows"]} == {"in-sample", "held-out", "dictionary text"}
+    rows = data["summary"]["parts"]["held-out"]
+    assert [row["name"] for row in rows] == ["contiguous", "eplb", "poise", "poise + poise-near", "bound"]
+    ms = [row["ms_per_step"] for row in rows]
+    assert ms[-1] == min(ms) and rows[0]["saved"] is None and rows[2]["saved"][0] == pytest.approx(1 - ms[2] / ms[0])
+    assert (tmp_path / "r.html").stat().st_size < 2e6
+    assert Placement.load(tmp_path / "p.npz").num_slots == 40
+    assert data["summary"]["slot_bytes_per_rank"] > 0, "EPLB off has no redundant slot"
+
+
+def test_demo_of_all_methods_and_of_other_text(tmp_path):
+    got = run("demo", "--html", tmp_path / "r.html", "--all", "--domain", "dictionary", "--work", 10, "--json")
     data = json.loads(got.stdout)
     names = {row["name"] for row in data["rows"]}
     assert {"contiguous", "round-robin", "lpt", "eplb", "moetuner-equal", "poise", "bound"} <= names
-    assert {row["judged_on"] for row in data["rows"]} == {"in-sample", "held-out", "other domain (python)"}
-    assert (tmp_path / "r.html").stat().st_size < 2e6
+    assert "python text" in {row["judged_on"] for row in data["rows"]}
+    assert "one of english" in run("demo", "--domain", "latin").stderr
+
+
+def test_the_first_screen(tmp_path):
+    got = run("demo", "--html", tmp_path / "r.html", "--work", 10).stdout
+    for words in ("EPLB off: contiguous blocks", "bound: nothing can be faster", "when traffic turns to dictionary text",
+                  "Price of poise's map", "paid back after", "at least", "Nothing here ran on a GPU", "By batch",
+                  "POISE_STATIC_MAP"):  # fmt: skip
+        assert words in got, words
 
 
 def test_the_shipped_trace_is_good_enough():

@@ -71,7 +71,7 @@ def test_what_is_mounted_is_refused_before_the_work(tmp_path):
 
 
 WRITES = {
-    "demo": ["--html"], "plan": ["--output"], "compare": ["--html"], "convert": ["--output"], "export": ["--output"],
+    "demo": ["--html", "--output"], "plan": ["--output"], "compare": ["--html"], "convert": ["--output"], "export": ["--output"],
     "record": ["--output"], "calibrate": ["--output"], "watch": ["--output", "--export"],
     "verdict": ["--output", "--html"], "homes": ["--output", "--placement-out"],
 }  # fmt: skip

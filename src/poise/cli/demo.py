@@ -2,51 +2,167 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
+import typer
+from rich.table import Table
+
 from poise import api
 from poise.cli import options as o
 from poise.cli.compare import show
+from poise.engines.flags import EplbSetting, eplb_flags
+from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.planning.engine_rules import parse_engine
+from poise.planning.placement import Placement
+from poise.planning.provenance import Provenance
+from poise.replay.breakeven import contiguous_blocks
+from poise.replay.compare import IN_SAMPLE, Comparison
+from poise.replay.summary import BOUND, Summary, summarise
+from poise.replay.trial import TrialSetting
+from poise.replay.verdict import MS
+from poise.report import write_report
+from poise.routing.batch import RoutingBatch
+from poise.routing.batching import make_batch
+from poise.routing.fingerprint import NO_TRAFFIC
 from poise.routing.trace import RoutingTrace
+from poise.util.errors import OptionError
+from poise.util.words import percent
 
-OTHER = "python"
-"""The domain that methods never see."""
-CLUSTER, REDUNDANT, WORK = "2x4:h100", 8, 300.0
-"""No clock unless one is asked for: the demo's table is the same on every machine."""
-MODEL = ModelSpec(
-    "experts of OLMoE-1B-7B's size", 8, tuple(range(8)), 32, 4, 2048, 1024, kv_bytes_per_token_layer=2048.0
-)
-"""The recorded model itself is too small to serve: its layers, experts and top-k, with the sizes of its big sister."""
+DOMAIN, TURNED = "python", "dictionary"
+"""The traffic that maps are made for, and what it turns to later."""
+ALL = "all"
+CLUSTER, MODEL, ENGINE, REDUNDANT = "2x4:h100", "gpt-oss-20b", "vllm", 8
+"""The recorded model itself is too small to serve: its routing stands for that of a preset with as many experts."""
+FAST, STEP_SLOTS = "poise-near", 2
+WORK = 60.0
+"""No clock unless one is asked for: the figures are the same on every machine."""
+STEPS, WARM_UP = 8, 3
+SIZES, SIZE_STEPS = (64, 256, 1024, 4096, 16384), 4
+METHODS = ("eplb", "poise")
+LABELS = {
+    "contiguous": "EPLB off: contiguous blocks",
+    "eplb": "EPLB, the engine's own",
+    "poise": "poise, as {engine} will load it",
+    f"poise + {FAST}": "the same with poise's fast loop",
+    BOUND: "bound: nothing can be faster",
+}
 
 
 def demo(
     html: Annotated[Path, o.flag("html", "Where the report goes.")] = Path("report.html"),
+    output: Annotated[Path | None, o.flag("output", "Write the map of poise there.")] = None,
+    domain: Annotated[
+        str, typer.Option(help=f"Text that the map is made for, or '{ALL}': even by training, little to gain.")
+    ] = DOMAIN,
+    all_tables: Annotated[bool, typer.Option("--all", help="Every method and every column.")] = False,
     cluster: o.ClusterSpec = CLUSTER,
     redundant: o.Redundant = REDUNDANT,
-    tokens_per_step: o.TokensPerStep = 2048,
+    tokens_per_step: o.TokensPerStep = 4096,
     time_limit: Annotated[float | None, o.flag("time_limit", "Seconds a method may take, instead of --work.")] = None,
     work: o.Work = None,
     json: o.Json = False,
 ) -> None:
-    """Plan and compare on the trace that ships with poise: a small MoE language model on five kinds of text.
+    """What a map gains on the trace that ships with poise: a small MoE language model that writes Python.
 
-    Methods are fitted on half of the requests of four domains, and judged on the other half and on the fifth domain.
+    Maps are made from half of the requests and judged on the other half, and on the text that traffic turns to then.
     """
     with o.errors():
-        o.writable(html)
+        for path in (html, output):
+            if path is not None:
+                o.writable(path)
         with as_file(files("poise") / "data" / "demo_trace.npz") as path:
             trace = api.load(path)
         assert isinstance(trace, RoutingTrace)
-        seen = trace.select(domains=[name for name in trace.domain_names if name != OTHER])
-        fit, held_out = seen.split_requests()
+        names = trace.domain_names
+        if domain not in (*names, ALL):
+            raise OptionError(f"unknown domain {domain!r}", hint=f"one of {', '.join(names)} or {ALL}")
+        other = TURNED if domain != TURNED else DOMAIN
+        own = [name for name in names if name != other] if domain == ALL else [domain]
+        fit, held_out = trace.select(domains=own).split_requests()
+        methods = api.DEFAULT_ROWS[1:] if all_tables else METHODS
         with o.progress() as report:
-            result = api.compare(
-                held_out, cluster, fit=fit, others={f"other domain ({OTHER})": trace.select(domains=[OTHER])},
-                redundant=redundant, model=MODEL, tokens_per_step=tokens_per_step,
+            found = api.compare(
+                held_out, cluster, fit=fit, others={f"{other} text": trace.select(domains=[other])},
+                placements=(_blocks(fit, cluster), *methods), redundant=redundant, model=MODEL, engine=ENGINE,
+                tokens_per_step=tokens_per_step, steps=STEPS, warm_up=WARM_UP, fast=(FAST,), step_slots=STEP_SLOTS,
                 work=WORK if work is None and time_limit is None else work, progress=report,
                 time_limit_s=10.0 if time_limit is None else time_limit,
             )  # fmt: skip
-        show(result, html, json)
+        plan = next(entry.placement for entry in found.entries if entry.name == "poise")
+        if output is not None:
+            plan.save(output)
+        if all_tables:
+            show(found, html, json)
+        else:
+            write_report(found, html, command="poise demo")
+            _first_screen(found, _summary(found, held_out, cluster), domain, json)
+            o.talk.print(f"wrote {html}")
+        if output is not None:
+            o.talk.print(f"wrote {output}")
+
+
+def _blocks(fit: RoutingTrace, cluster: str) -> Placement:
+    """What runs with EPLB off: no redundant slot."""
+    placed = contiguous_blocks(make_batch(fit, steps=1), Cluster.parse(cluster))
+    return replace(placed, fitted=Provenance(NO_TRAFFIC, {}))
+
+
+def _summary(found: Comparison, held_out: RoutingTrace, cluster: str) -> Summary:
+    setting = TrialSetting(Cluster.parse(cluster), ModelSpec.parse(MODEL), parse_engine(ENGINE), split=found.split)
+
+    def batch_of(tokens: int) -> RoutingBatch:
+        return make_batch(held_out, tokens_per_step=tokens, steps=SIZE_STEPS).at_home(found.cluster.num_devices)
+
+    return summarise(found, "poise", setting, batch_of, SIZES)
+
+
+def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) -> None:
+    if json:
+        o.print_json({**found.to_json(), "summary": summary.to_json()})
+        return
+    model, cluster = found.model, found.cluster
+    text = "all five kinds of text" if domain == ALL else f"{domain} text"
+    tokens = found.batches[found.judged_on].mean_tokens()
+    o.out.print(
+        f"{model.num_moe_layers} MoE layers of {model.name} ({model.num_experts} experts, top-{model.top_k}) on "
+        f"{cluster.num_devices} GPUs in {cluster.num_nodes} nodes, vLLM, {tokens:,.0f} tokens a step. Routing: {text} "
+        "through the small model whose trace ships with poise; the maps know half of the requests."
+    )
+    for part, rows in summary.parts.items():
+        if part == IN_SAMPLE:
+            continue
+        title = (
+            "The other half of the requests"
+            if part == found.judged_on
+            else f"The same maps when traffic turns to {part}"
+        )
+        table = Table(title=title, title_justify="left", header_style="bold")
+        table.add_column("map")
+        for head in ("fullest GPU", "MoE ms a step", "saved", f"95 % over {summary.steps} steps"):
+            table.add_column(head, justify="right")
+        for row in rows:
+            mean = 1.0 - row.seconds / rows[0].seconds
+            between = "" if row.saved is None else f"{percent(row.saved[1])} to {percent(row.saved[2])}"
+            name = LABELS.get(row.name, row.name).format(engine="vLLM")
+            table.add_row(name, f"{row.imbalance:.2f} x mean", f"{MS * row.seconds:.2f}",
+                          "" if row is rows[0] else percent(mean), between,
+                          style="dim" if row.name == BOUND else "bold" if row.name == "poise" else None)  # fmt: skip
+        o.out.print(table)
+    slots = int(found.slots_D.sum()) - model.num_experts
+    launch = eplb_flags(ENGINE, EplbSetting(False, slots, cluster.num_devices, model.num_experts, MODEL))
+    o.out.print(f"Price of poise's map: {summary.price_words()}.")
+    o.out.print(f"Trust: {summary.trust_words()}.")
+    o.out.print(
+        f"The fast loop needs {STEP_SLOTS} more slots a GPU. What it fetches is priced, its planning beside the steps "
+        "is not. It runs in poise.serve, not in vLLM."
+    )
+    o.out.print(f"By batch: {summary.batches_words()}.")
+    o.out.print("Load it: poise demo -o placement.npz, then " + "; ".join(launch))
+    o.out.print(
+        f"More: every method and column: poise demo --all; load that is even by training: poise demo --domain {ALL}; "
+        "your own traffic: poise compare, poise verdict."
+    )

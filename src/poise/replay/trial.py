@@ -194,7 +194,7 @@ def judge_phase(
     least, sizes = _break_even(traffic, chosen[0], current, setting)
     verdict = PhaseVerdict(
         traffic.phase, advice, reason, tokens, best, tuple(tried), layers, layer_s, rest, worst_s,
-        _price(current, chosen[1], cluster, setting), least, sizes, None, ground(cluster),
+        map_price(current, chosen[1], cluster, model), least, sizes, None, ground(cluster),
         _with_provenance(chosen[1], traffic, best.method, setting), tuple(notes),
     )  # fmt: skip
     return JudgedPhase(traffic, batches, cluster, current, maps, verdict)
@@ -296,8 +296,10 @@ def _worst(maps: Maps, batches: Batches, current: Placement, cluster: Cluster, s
     return sum(least) / 2.0
 
 
-def _price(current: Placement, after: Placement, cluster: Cluster, setting: TrialSetting) -> MapPrice:
-    model = setting.model
+def map_price(current: Placement, after: Placement, cluster: Cluster, model: ModelSpec) -> MapPrice:
+    """What going from one map to another costs on a cluster, for all MoE layers of a model: those of the maps are taken
+    for all.
+    """
     moves, scale = moving(current, after, cluster.node_D), model.num_moe_layers / after.num_layers
     more_D = _slots(after) - _slots(current)
     slot_bytes = float(more_D.max()) * model.num_moe_layers * model.expert_bytes
@@ -316,18 +318,19 @@ def _break_even(
 ) -> tuple[int | None, tuple[int, ...]]:
     """Least batch from which on the first window's map gains on the second one at every larger size; sizes tried."""
     sizes = _sizes(traffic, setting)
-    gains = []
-    for tokens in sizes:
-        batch = traffic.batch(1, tokens, BREAK_EVEN_STEPS)
-        cluster = settle(setting.cluster, setting.model, batch.mean_tokens(), engine=setting.engine.kernels)
-        now, then = (_seconds(batch, placed, cluster, setting).mean() for placed in (current, after))
-        gains.append(now - then)
     least = None
-    for tokens, gain in zip(reversed(sizes), reversed(gains), strict=True):
-        if gain <= 0:
+    for tokens in reversed(sizes):
+        if saved_at(traffic.batch(1, tokens, BREAK_EVEN_STEPS), current, after, setting) <= 0:
             break
         least = tokens
     return least, tuple(sizes)
+
+
+def saved_at(batch: RoutingBatch, current: Placement, after: Placement, setting: TrialSetting) -> float:
+    """Share of the MoE time that one map saves over another, with the constants for the size of this batch."""
+    cluster = settle(setting.cluster, setting.model, batch.mean_tokens(), engine=setting.engine.kernels)
+    now, then = (_seconds(batch, placed, cluster, setting).mean() for placed in (current, after))
+    return float(1.0 - then / now)
 
 
 def _sizes(traffic: PhaseTraffic, setting: TrialSetting) -> list[int]:
