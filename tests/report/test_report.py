@@ -30,7 +30,7 @@ from poise.stepwise.registry import POLICIES
 EVIL = "<script>window.hacked = 1</script>{{STYLE}}</script>"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
-SECTIONS = ["load", "time", "shift", "links", "flow", "timeline", "moves", "numbers", "facts"]
+SECTIONS = ["wait", "load", "time", "shift", "links", "flow", "timeline", "moves", "numbers", "facts"]
 MADE = Made("2026-01-01 00:00 UTC", "poise 0", EVIL)
 
 
@@ -87,7 +87,7 @@ def test_it_opens_without_errors_or_network_and_names_are_inert(browser, report,
     assert page.evaluate("window.hacked") is None
     assert EVIL in page.locator("#numbers table").first.inner_text()
     assert EVIL in page.locator("footer").inner_text() and "numpy" in page.locator("footer").inner_text()
-    assert [page.locator("section[id]").nth(i).get_attribute("id") for i in range(9)] == SECTIONS
+    assert [page.locator("section[id]").nth(i).get_attribute("id") for i in range(len(SECTIONS))] == SECTIONS
     links = page.locator("nav a").all()
     assert [link.get_attribute("href") for link in links] == [f"#{key}" for key in SECTIONS]
     assert page.title().startswith(f"poise: {EVIL} and contiguous, generic on")
@@ -172,7 +172,7 @@ def test_without_scripts_numbers_and_pictures_are_there(browser, report):
     page = open_page(browser, report, java_script_enabled=False)
     for key in SECTIONS:
         assert page.locator(f"#{key} h2").is_visible()
-    for key in ("load", "time", "shift", "links", "flow", "timeline", "moves"):
+    for key in ("wait", "load", "time", "shift", "links", "flow", "timeline", "moves"):
         assert page.locator(f"#{key} svg").first.is_visible()
     assert not page.locator("#flow-pair").is_visible() and page.locator("noscript p").is_visible()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -40,7 +40,7 @@ CLUSTER, MODEL, ENGINE, REDUNDANT = "2x4:h100", "gpt-oss-20b", "vllm", 8
 FAST, STEP_SLOTS = "poise-near", 2
 WORK = 60.0
 """No clock unless one is asked for: the figures are the same on every machine."""
-STEPS, WARM_UP = 8, 3
+TOKENS, STEPS, WARM_UP = 4096, 8, 3
 SIZES, SIZE_STEPS = (64, 256, 1024, 4096, 16384), 4
 METHODS = ("eplb", "poise")
 LABELS = {
@@ -61,7 +61,7 @@ def demo(
     all_tables: Annotated[bool, typer.Option("--all", help="Every method and every column.")] = False,
     cluster: o.ClusterSpec = CLUSTER,
     redundant: o.Redundant = REDUNDANT,
-    tokens_per_step: o.TokensPerStep = 4096,
+    tokens_per_step: o.TokensPerStep = TOKENS,
     time_limit: Annotated[float | None, o.flag("time_limit", "Seconds a method may take, instead of --work.")] = None,
     work: o.Work = None,
     json: o.Json = False,
@@ -74,23 +74,11 @@ def demo(
         for path in (html, output):
             if path is not None:
                 o.writable(path)
-        with as_file(files("poise") / "data" / "demo_trace.npz") as path:
-            trace = api.load(path)
-        assert isinstance(trace, RoutingTrace)
-        names = trace.domain_names
-        if domain not in (*names, ALL):
-            raise OptionError(f"unknown domain {domain!r}", hint=f"one of {', '.join(names)} or {ALL}")
-        other = TURNED if domain != TURNED else DOMAIN
-        own = [name for name in names if name != other] if domain == ALL else [domain]
-        fit, held_out = trace.select(domains=own).split_requests()
-        methods = api.DEFAULT_ROWS[1:] if all_tables else METHODS
         with o.progress() as report:
-            found = api.compare(
-                held_out, cluster, fit=fit, others={f"{other} text": trace.select(domains=[other])},
-                placements=(_blocks(fit, cluster), *methods), redundant=redundant, model=MODEL, engine=ENGINE,
-                tokens_per_step=tokens_per_step, steps=STEPS, warm_up=WARM_UP, fast=(FAST,), step_slots=STEP_SLOTS,
-                work=WORK if work is None and time_limit is None else work, progress=report,
-                time_limit_s=10.0 if time_limit is None else time_limit,
+            found, held_out = compared(
+                domain, cluster=cluster, redundant=redundant, tokens_per_step=tokens_per_step, all_methods=all_tables,
+                work=WORK if work is None and time_limit is None else work,
+                time_limit_s=10.0 if time_limit is None else time_limit, progress=report,
             )  # fmt: skip
         plan = next(entry.placement for entry in found.entries if entry.name == "poise")
         if output is not None:
@@ -103,6 +91,35 @@ def demo(
             o.talk.print(f"wrote {html}")
         if output is not None:
             o.talk.print(f"wrote {output}")
+
+
+def compared(
+    domain: str = DOMAIN, *, cluster: str = CLUSTER, redundant: int = REDUNDANT, tokens_per_step: int | None = TOKENS,
+    all_methods: bool = False, work: float | None = WORK, **more: Any,
+) -> tuple[Comparison, RoutingTrace]:  # fmt: skip
+    """The demo's comparison, and the requests of the domain that it judges on.
+
+    Raises
+    ------
+    OptionError : the trace has no such domain.
+    """
+    with as_file(files("poise") / "data" / "demo_trace.npz") as path:
+        trace = api.load(path)
+    assert isinstance(trace, RoutingTrace)
+    names = trace.domain_names
+    if domain not in (*names, ALL):
+        raise OptionError(f"unknown domain {domain!r}", hint=f"one of {', '.join(names)} or {ALL}")
+    other = TURNED if domain != TURNED else DOMAIN
+    own = [name for name in names if name != other] if domain == ALL else [domain]
+    fit, held_out = trace.select(domains=own).split_requests()
+    methods = api.DEFAULT_ROWS[1:] if all_methods else METHODS
+    found = api.compare(
+        held_out, cluster, fit=fit, others={f"{other} text": trace.select(domains=[other])},
+        placements=(_blocks(fit, cluster), *methods), redundant=redundant, model=MODEL, engine=ENGINE,
+        tokens_per_step=tokens_per_step, steps=STEPS, warm_up=WARM_UP, fast=(FAST,), step_slots=STEP_SLOTS, work=work,
+        **more,
+    )  # fmt: skip
+    return found, held_out
 
 
 def _blocks(fit: RoutingTrace, cluster: str) -> Placement:

@@ -10,13 +10,14 @@ from pathlib import Path
 from poise.replay.compare import Comparison
 from poise.replay.verdict import Verdict
 from poise.report import charts
-from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict
+from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict, wait
 from poise.report.view import Made, View
 from poise.util.errors import PlacementError
 from poise.util.files import replacing
 from poise.util.words import harmless
 
 SECTIONS = (
+    wait.section,
     load.section,
     times.section,
     links.section,
