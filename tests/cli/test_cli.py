@@ -1,8 +1,10 @@
 """The command line as a user meets it: streams, exit codes, files, JSON."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,12 +204,23 @@ def test_demo_of_all_methods_and_of_other_text(tmp_path):
     assert "one of english" in run("demo", "--domain", "latin").stderr
 
 
-def test_the_first_screen(tmp_path):
-    got = run("demo", "--html", tmp_path / "r.html", "--work", 10).stdout
+def test_the_first_screen_and_the_readme_say_the_same(tmp_path):
+    got = run("demo", "--html", tmp_path / "r.html").stdout
     for words in ("EPLB off: contiguous blocks", "bound: nothing can be faster", "when traffic turns to dictionary text",
-                  "Price of poise's map", "paid back after", "at least", "Nothing here ran on a GPU", "By batch",
-                  "POISE_STATIC_MAP"):  # fmt: skip
+                  "Price of poise's map", "at least", "Nothing here ran on a GPU", "By batch", "POISE_STATIC_MAP"):  # fmt: skip
         assert words in got, words
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("\u2502")[1:-1]] for line in got.splitlines() if line.startswith("\u2502")
+    ]
+    assert len(rows) == 10, "five maps on two kinds of traffic"
+    for (_, _, ms, saved, _), (_, _, _, turned, _) in zip(rows[:5], rows[5:], strict=True):
+        table = next(line for line in readme.splitlines() if line.startswith("|") and ms in line)
+        assert saved in table and turned in table, (ms, saved, turned)
+    for figure in re.findall(
+        r"at least ([\d.]+)%|([\d.]+) GiB to move|after (\d+) steps|take ([\d.]+) GiB a GPU|-([\d.]+)% at 64", got
+    ):
+        assert any(figure) and "".join(figure) in readme, figure
 
 
 def test_the_shipped_trace_is_good_enough():
