@@ -27,9 +27,18 @@ MANY = (
     "tests/planning/test_home_tables.py", "tests/stepwise/test_poise_near.py",
     "tests/engines/test_readers_hostile.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
     "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
-    "tests/lab/calibrate/test_run.py",
+    "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
+
+
+def properties() -> list[str]:
+    """The other files with properties, which are tried on a third of their random examples in ``make test`` (tests/conftest.py)."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = [str(path.relative_to(ROOT)) for path in files if "from hypothesis import" in path.read_text("utf-8")]
+    return [file for file in found if file not in MANY]
+
+
 CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py")
 """Files whose cases run on several processes, and do less in ``make test``."""
 
@@ -62,6 +71,8 @@ def pieces() -> list[Piece]:
         Piece("many-steps", ("-m", "pytest", "-q", *CASES), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
+        *(Piece(f"properties-{first}", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *properties()[first::2]),
+                {"POISE_MANY": "1"}) for first in range(2)),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests import journal
+from tests import journal, proven
 from tests.launch import Ranks, leave
 
 DELAYS = "POISE_TEST_DELAYS"
@@ -45,6 +45,7 @@ def run_cases(cases: Mapping[str, Callable[[], Any]], given: argparse.Namespace,
     book = journal.keep(out.with_suffix(f".rank-{rank}"))
     warnings.simplefilter("error", UserWarning)
     warnings.filterwarnings("ignore", "experts of a list: one that gets no token")
+    proven.remember()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     if os.environ.get(DELAYS):

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import is_hypothesis_test, settings
 from tests.cases import Launched, chunks
+from tests.helpers import few_or
 from tests.kernels import compile_all
 
 SGLANG = "sglang==0.5.23"
@@ -33,9 +35,22 @@ LONGEST = tuple(
 """Tests that start several processes, the longest first."""
 
 
+FEWEST = 6
+"""Random examples that a property is tried on at least, if it asks for as many."""
+
+
+def fewer_examples(items):
+    """A third of the random examples that properties ask for; with POISE_MANY=1 (pieces ``properties``) all of them."""
+    for function in {item.obj for item in items if is_hypothesis_test(getattr(item, "obj", None))}:
+        asked = function._hypothesis_internal_use_settings
+        examples = few_or(asked.max_examples, max(min(asked.max_examples, FEWEST), asked.max_examples // 3))
+        function._hypothesis_internal_use_settings = settings(asked, max_examples=examples)
+
+
 def pytest_collection_modifyitems(items):
     """The longest first on two workers: each gets one half of the items, and what is stolen comes from the end. Cases
     that are launched together stay together."""
+    fewer_examples(items)
     long = []
     for file in LONGEST:
         mine = [item for item in items if item.nodeid.startswith(file)]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 JOB_BYTES = 1 << 20
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 LOADED = (
-    "tests.serve.models", "tests.train.harness", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES)
+    "tests.serve.run_cases", "tests.train.support", "tests.train.run_cases", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES)
 )  # fmt: skip
 _servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 

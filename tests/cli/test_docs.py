@@ -125,7 +125,7 @@ def test_every_command_of_the_page_runs_as_written(tmp_path, monkeypatch):
                 assert words[0] == "poise", command
                 if "--time-limit" in words:  # as written but for how long is searched
                     at = words.index("--time-limit")
-                    words[at : at + 2] = ["--work", "6"]
+                    words[at : at + 2] = ["--work", "2"]
                 done = CliRunner().invoke(app, words[1:])
                 # the traffic here is so even that other maps explain the same balance: 1, undecided
                 undecided = (

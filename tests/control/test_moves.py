@@ -291,7 +291,7 @@ def between(before, after, slots, most, full):
 def test_bounded_against_every_plan_between(traffic, engine):
     """An engine that knows no empty slot gets none on the way either."""
     shares, full = [], engine is ANY
-    for seed in range(40):
+    for seed in range(few_or(40, 15)):
         problem, before, after = drawn_problem(seed, traffic, engine)
         if not 0 < int((before.count_LED() != after.count_LED()).sum()) <= 9:
             continue
@@ -308,7 +308,7 @@ def test_bounded_against_every_plan_between(traffic, engine):
             assert best - 1e-9 <= then <= now + 1e-9
             if best < now * (1 - 1e-6):
                 shares.append((now - then) / (now - best))
-    assert len(shares) > 20 and np.mean(shares) > 0.8
+    assert len(shares) > few_or(20, 5) and np.mean(shares) > 0.8, shares
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["home", "stay"]), st.integers(1, 3), st.sampled_from([NONE, ANY]))

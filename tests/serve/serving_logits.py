@@ -79,5 +79,12 @@ def logits_case(family: str) -> None:
     CASES[f"logits_{family.replace('-', '_')}"] = run
 
 
+LIKE = {
+    "logits_mixtral": "logits_mixtral_window",
+    "logits_olmoe": "logits_qwen2_moe",
+    "logits_qwen3_moe": "logits_qwen2_moe",
+}
+"""Cases of ``make test-all`` alone, and the case that ``make test`` runs for each; the others have every pair of flow and placement."""
+
 for each in m.CONFIGS:
     logits_case(each)

@@ -192,7 +192,7 @@ def wrong_copies_serve_no_token() -> dict:
 
     Weights are scaled before, so that there is an old version. Fails if a copy is taken unseen.
     """
-    out = {}
+    out, new = {}, few_or(8, 4)
     for number, kind in enumerate(
         ("another expert", "half a tensor", "a stale one", "two elements changed places", "a bit")
     ):
@@ -204,7 +204,7 @@ def wrong_copies_serve_no_token() -> dict:
             for weight in bank.values():
                 weight.mul_(1.5)
         served.remember_weights()
-        want = served.generate(m.prompts(), 8)
+        want = served.generate(m.prompts(), new)
         before = served.placement
         shifted = Placement.from_counts(np.roll(before.count_LED(), 1, axis=2), method="shifted")
 
@@ -222,11 +222,11 @@ def wrong_copies_serve_no_token() -> dict:
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert served.generate(m.prompts(), 8, before_step=swap) == want, kind
+            assert served.generate(m.prompts(), new, before_step=swap) == want, kind
         assert sum("given up" in str(one.message) for one in said) == 1, kind
         assert served.placement is before and not served.swapping and served.swaps[0].wrong is not None
         served.swap(shifted)
-        assert served.generate(m.prompts(), 8) == want and served.swaps[1].wrong is None
+        assert served.generate(m.prompts(), new) == want and served.swaps[1].wrong is None
         assert (served.placement.count_LED() == shifted.count_LED()).all()
         out[kind] = list(served.swaps[0].wrong)
     return out

@@ -1,8 +1,10 @@
 """Serving on four processes equals the plain transformers model (run_cases.py)."""
 
 import pytest
+from tests.helpers import few_or
 from tests.serve.models import dense, moe_layers, placement
 from tests.serve.run_cases import CASES
+from tests.serve.serving_logits import LIKE
 from torch import nn
 
 from poise.machine.cluster import Cluster
@@ -11,9 +13,13 @@ from poise.serve.model import block_of, take_apart
 from poise.util.errors import ModelError, OptionError
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few_or(list(CASES), [name for name in CASES if name not in LIKE]))
 def test_case(case, launched):
     launched("tests/serve/run_cases.py")
+
+
+def test_what_is_left_out_is_like_a_case_that_is_not():
+    assert set(LIKE) < set(CASES) and set(LIKE.values()) <= set(CASES) - set(LIKE)
 
 
 def test_without_a_process_group_it_is_refused():

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests import proven
 from tests.helpers import few_or
 from tests.launch import leave
 from tests.train import harness as h
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64", help="float64, float32, bfloat16, or several separated by commas")
     options = parser.parse_args()
     warnings.simplefilter("error", UserWarning)
+    proven.remember()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     cells = all_cells()

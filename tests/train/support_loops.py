@@ -127,17 +127,17 @@ def a_model_and_its_frozen_reference() -> dict:
 
     dense, reference = h.build(), reference_of()
     theirs = torch.optim.AdamW(dense.parameters(), lr=0.02)
-    for step in range(4):
+    for step in range(few_or(4, 3)):
         theirs.zero_grad()
         preference(dense, reference, *batches(step, None)).backward()
         theirs.step()
-    for policy, again in (("poise", True), ("hecate", False), ("expert-parallelism", False)):
+    for policy, again in (("poise", True), ("hecate", False), ("expert-parallelism", False))[: few_or(3, 2)]:
         model, frozen = h.build(), reference_of()
         run = shard(model, policy=policy, rematerialise=again)
         run.set_gradient_divide_factor(1.0)
         shard(frozen, policy="full-replication")
         ours = torch.optim.AdamW(model.parameters(), lr=0.02)
-        for step in range(4):
+        for step in range(few_or(4, 3)):
             ours.zero_grad()
             preference(model, frozen, *batches(step, dist.get_rank())).backward()
             h.reduce_dense(model, run)
@@ -175,7 +175,7 @@ def router_loss_model() -> nn.Module:
 def auxiliary_losses_accumulated() -> dict:
     """Routers' gradients under accumulation and checkpointing, with the balancing loss of each rank's own tokens."""
     errors, world, rank = {}, dist.get_world_size(), dist.get_rank()
-    for policy in few_or(MOVING, MOVING[:2]):
+    for policy in few_or(MOVING, MOVING[:1]):
         model = router_loss_model()
         model.gradient_checkpointing_enable()
         run = shard(model, policy=policy)
@@ -218,7 +218,7 @@ def a_rank_whose_sequences_count_nothing() -> dict:
     def out_of_memory(*_: Any) -> None:
         raise MemoryError("pretended")
 
-    for policy in few_or(MOVING, MOVING[:2]):
+    for policy in few_or(MOVING, MOVING[:1]):
         model = c.hf_model("olmoe")
         run = shard(model, policy=policy)
         run.set_gradient_divide_factor(1.0)
@@ -252,7 +252,7 @@ def the_same_run_again_bit_for_bit() -> dict:
             model = h.build(dtype=torch.float32, layers=3)
             run = shard(model, policy=policy)
             optimizer, kept = torch.optim.AdamW(model.parameters(), lr=0.01), []
-            for step in range(12):
+            for step in range(few_or(12, 6)):
                 if turn:
                     time.sleep(0.02 * clock.random())
                 optimizer.zero_grad()

@@ -53,7 +53,7 @@ def optimizers_move() -> dict:
         "Rprop": lambda p: torch.optim.Rprop(p, lr=0.001),
         "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
     }
-    for name in few_or(list(makers), ["SGD with momentum", "Adam, amsgrad", "NAdam", "Adagrad", "ASGD"]):
+    for name in few_or(list(makers), ["SGD with momentum", "Adam, amsgrad", "ASGD"]):
         make = makers[name]
         dense, model = h.build(), h.build()
         run = shard(model, owners=some_owners(9), policy="expert-parallelism")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
-from tests.train.support_models import case
+from tests.train.support_models import case, case_like
 from tests.train.support_runs import EXACT, fsdp, record_of_dense, shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -160,7 +160,7 @@ def pipelined(make: Any, *, wrap: bool = False, told: bool = False, layers: int 
     return c.agreed(worst)
 
 
-@case
+@case_like("pipeline_1f1b")
 def pipeline_gpipe() -> dict:
     """Four micro-batches, forward passes all before backward passes."""
     errors = {

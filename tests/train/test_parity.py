@@ -1,7 +1,7 @@
 """Sharded training equals one dense process, for every policy. ``make test-all`` runs all cells.
 
-A pairwise sample: a third of it on two ranks, another third on four, some of the last on eight. With POISE_MANY=1 half of it
-on two ranks, the other half on four.
+A pairwise sample: a third of it on four ranks, with every policy, smaller parts on two and on eight. With POISE_MANY=1 half of it on
+two ranks, the other half on four.
 """
 
 import json
@@ -25,9 +25,9 @@ def cells(world, tmp_path, *arguments):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_policy_equals_the_dense_reference(world, tmp_path):
-    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (3, 1), 4: (3, 0), 8: (12, 2)})[world]
+    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (6, 3), 4: (3, 0), 8: (24, 2)})[world]
     found = cells(world, tmp_path, "--every", str(every), "--first", str(first))
-    assert {cell["policy"] for cell in found} == set(POLICIES) or world == 8
+    assert {cell["policy"] for cell in found} == set(POLICIES) or world in few_or({8}, {2, 8})
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
     if world == 4:
         moved = set(POLICIES) - STILL - few_or(set(), {"lplb"})  # which sees no need of it in three steps
