@@ -1,6 +1,6 @@
 """Routing groups whole: planned so, against a free plan repaired afterwards, on recorded loads and on drawn tokens.
 
-    python benchmarks/groups.py DATA [--work 60] [--layers 12] [--no-report]
+    python benchmarks/groups.py DATA [--work 10] [--layers 6] [--no-report]
 
 Ids: groups whole in blocks of new expert ids (``--engine checkpoint``). *Repaired* is the plan without the rule, then the
 nearest placement that keeps groups (``keep_groups``), priced the same. Nodes: the same on nodes, beside hierarchical
@@ -32,8 +32,8 @@ from poise.routing.trace import LoadProfile, RoutingTrace
 
 MODEL = ModelSpec.parse("deepseek-r1")
 GROUPS, TOKENS = MODEL.num_expert_groups, {"prefill": 16384, "decode": 4096}
-IDS = ("1x4", "1x8", "2x8", "4x8", "8x8")
-NODES = (("2x8", 0), ("2x8", 32), ("4x8", 0), ("4x8", 32), ("8x8", 0), ("8x8", 64))
+IDS = ("1x4", "1x8", "4x8", "8x8")
+NODES = (("4x8", 0), ("4x8", 32))
 
 
 def files(data: Path) -> list[Path]:
@@ -149,16 +149,16 @@ def of_tokens(paths: list[Path], layers: int, work: float, tokens: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
-    parser.add_argument("--work", type=float, default=60)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--drawn-layers", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8192, help="Tokens that plans of drawn tokens are made on.")
+    parser.add_argument("--work", type=float, default=10)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--drawn-layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096, help="Tokens that plans of drawn tokens are made on.")
     parser.add_argument("--no-report", action="store_true")
     given = parser.parse_args()
     paths = files(given.data)
     parts = [
         in_ids(paths, given.layers, given.work), on_nodes(paths, given.layers, given.work),
-        of_tokens(paths[:1] + paths[-1:], given.drawn_layers, given.work, given.tokens),
+        of_tokens(paths[-1:], given.drawn_layers, given.work, given.tokens),
     ]  # fmt: skip
     print("\n\n".join(parts)) if given.no_report else write("groups", parts)
 

@@ -39,7 +39,7 @@ MOST_PATTERNS = 62
 """Groups up to which a token's groups are told apart."""
 
 
-class _Sums(NamedTuple):
+class _LayerSums(NamedTuple):
     """What an assignment of a layer is judged by. ``hit_XG``: groups that go together, ``count_X``: how many copies."""
 
     work_BG: NDArray[np.float64]
@@ -53,7 +53,7 @@ class _Sums(NamedTuple):
 
 
 @compiled(nogil=True)
-def assignment_seconds(sums: _Sums, place_G: NDArray[np.int64]) -> float:
+def assignment_seconds(sums: _LayerSums, place_G: NDArray[np.int64]) -> float:
     """Step 1."""
     places, groups = sums.speed_P.size, place_G.size
     out, at_P = 0.0, np.zeros(places)
@@ -76,7 +76,7 @@ def assignment_seconds(sums: _Sums, place_G: NDArray[np.int64]) -> float:
 
 
 @compiled(nogil=True)
-def _improve(sums: _Sums, place_G: NDArray[np.int64]) -> float:
+def _improve(sums: _LayerSums, place_G: NDArray[np.int64]) -> float:
     """Step 2 from one assignment, in place."""
     places, groups = sums.speed_P.size, place_G.size
     count_P = np.zeros(places, np.int64)
@@ -112,7 +112,7 @@ def _improve(sums: _Sums, place_G: NDArray[np.int64]) -> float:
             return best
 
 
-def _dealt(sums: _Sums, order_G: NDArray[np.int64]) -> NDArray[np.int64]:
+def _dealt(sums: _LayerSums, order_G: NDArray[np.int64]) -> NDArray[np.int64]:
     """Place of each group, int64 [G]: in the given order to the place with least work, each place its least first."""
     work_G = sums.weight_B @ sums.work_BG
     place_G, count_P, work_P = (
@@ -130,7 +130,7 @@ def _dealt(sums: _Sums, order_G: NDArray[np.int64]) -> NDArray[np.int64]:
     return place_G
 
 
-def group_sums(problem: PlacementProblem, whole: WholeGroups) -> list[_Sums]:
+def group_sums(problem: PlacementProblem, whole: WholeGroups) -> list[_LayerSums]:
     """What step 1 knows of each layer."""
     batch, cluster, model = problem.batch, problem.cluster, problem.model
     work_BLE, weight_B = scenarios(problem)
@@ -155,7 +155,7 @@ def group_sums(problem: PlacementProblem, whole: WholeGroups) -> list[_Sums]:
     for layer in range(batch.num_layers):
         hit_XG, count_X = _patterns(batch, layer, whole) if together else (alone, load_LG[layer])
         work_BG = np.ascontiguousarray(work_BLG[:, layer])
-        out.append(_Sums(work_BG, weight_B, hit_XG, count_X, speed_P, copy_s_P, least_P, most_P))
+        out.append(_LayerSums(work_BG, weight_B, hit_XG, count_X, speed_P, copy_s_P, least_P, most_P))
     return out
 
 
@@ -172,7 +172,7 @@ def _patterns(
     return hit_XG, np.bincount(which_T, weights=weight_T).astype(np.float64)
 
 
-def assigned(sums: _Sums, seed: int = 0) -> NDArray[np.int64]:
+def assigned(sums: _LayerSums, seed: int = 0) -> NDArray[np.int64]:
     """Distinct results of step 2, int64 [at most 1 + RESTARTS, G], the one with least seconds first."""
     rng = np.random.default_rng(seed)
     groups = sums.work_BG.shape[1]
