@@ -9,6 +9,7 @@ from tests.helpers import few_or, tiny_cluster, tiny_model
 
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
+from poise.planning.budget import Budget
 from poise.planning.engine_rules import ENGINES, NONE
 from poise.planning.groups import WholeGroups, gathered, groups_of
 from poise.planning.placement import Placement
@@ -169,6 +170,14 @@ def test_every_method_has_its_groups_gathered(engine):
         assert best.objective <= other.objective * (1 + 1e-9), name
     near = solve(replace(some, split="near"), work=3)
     assert near.details["groups"]["whole_layers"] == 2
+
+
+def test_the_search_itself_tears_no_group():
+    """Before anything is gathered: no move that it makes takes an expert out of its place."""
+    for seed in range(3):
+        some = problem(seed, (2, 2), (3, 3, 3, 3), 4, 2)
+        found = METHODS["poise"].plan(some, time_limit_s=Budget(1.0, work=0.02), seed=seed)
+        assert not some.whole.torn_LG(found.placement.count_LED()).any()
 
 
 def test_a_move_of_groups_keeps_them_whole_and_slots_filled():
