@@ -19,6 +19,7 @@ from poise.machine.model import ModelSpec
 from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
+from poise.planning.groups import Keep, groups_of
 from poise.planning.homes import BAND, POLICIES
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
@@ -34,6 +35,7 @@ from poise.replay.rows import (
     Traffics,
     fast_rows,
     free_name,
+    groups_unseen,
     held_row,
     judged_steps,
     plan_and_fewer,
@@ -103,7 +105,8 @@ def _machine(cluster: str | Path | Cluster) -> Cluster:
 
 def _problem(
     batch: RoutingBatch, cluster: str | Path | Cluster, redundant: int, slots: Sequence[int] | None,
-    model: str | ModelSpec | None, traffic: DataFlow | None, split: Split | None, engine: str, **more: Any,
+    model: str | ModelSpec | None, traffic: DataFlow | None, split: Split | None, engine: str,
+    keep_groups: Keep | None = None, **more: Any,
 ) -> PlacementProblem:  # fmt: skip
     """What :func:`plan` and :func:`compare` are asked, with what was not said filled in; ``more``: other fields."""
     machine, rules = _machine(cluster), parse_engine(engine)
@@ -115,7 +118,9 @@ def _problem(
         slots_D = np.asarray(slots, dtype=np.int64)
     machine = settle(machine, sizes, batch.mean_tokens(), engine=rules.kernels)
     flow = traffic or (cast(DataFlow, flow_of(machine)) if batch.has_tokens else "home")
-    return PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), engine=rules, **more)
+    whole = groups_of(keep_groups, batch.num_experts, sizes.num_expert_groups, machine.node_D)
+    return PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), engine=rules, whole=whole,
+                            **more)  # fmt: skip
 
 
 def plan(
@@ -129,6 +134,7 @@ def plan(
     traffic: DataFlow | None = None,
     split: Split | None = None,
     engine: str = "any",
+    keep_groups: Keep | None = None,
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
     homes: Homes | None = None,
@@ -158,6 +164,9 @@ def plan(
     split : how tokens of replicas are split; default: as the engine does, else ``even``.
     engine : what the plan must be held by (:data:`poise.planning.engine_rules.ENGINES`): by default every slot is
         filled, as no released engine knows an empty one; ``none`` lets the method leave slots empty.
+    keep_groups : the model's routing groups (:mod:`poise.planning.groups`): ``nodes``, each whole on one node; ``ids``,
+        whole in blocks of new expert ids, as always for an engine that takes those; ``pays``, whole on nodes in the
+        layers where that is faster. The plan is made so, and a method that tears groups has them gathered.
     tokens_per_step, order, homes, seed : how the trace is batched (:func:`poise.routing.batching.make_batch`).
     pooled : count slots over all layers together.
     current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
@@ -188,7 +197,7 @@ def plan(
         batch = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, homes=homes)
         seen = fingerprint(found)
     running = None if current is None else hold(_placement(current), parse_engine(engine))[0]
-    problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, pooled=pooled,
+    problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, keep_groups, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
     goal = None if survive is None else Survival(problem, survive, survive_cost, survive_copies)
     solution, fewer = plan_and_fewer(problem, method, budget, seed, progress, BOUND_SHARE)
@@ -197,7 +206,7 @@ def plan(
     details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else []),
-             *uneven_homes(batch, problem.num_devices)]  # fmt: skip
+             *uneven_homes(batch, problem.num_devices), *groups_unseen(problem)]  # fmt: skip
     if notes:
         details["notes"] = notes
     if defaults := silent_defaults(found, None if model is None else problem.model, tokens_per_step, batch):
@@ -214,6 +223,8 @@ def plan(
         about["cut_by_clock"] = ", ".join(solution.details["cut_by_clock"])
     if problem.split != "even":
         about["split"] = problem.split
+    if keep_groups is not None:
+        about["keep_groups"] = keep_groups
     if budget.work is not None:
         about["work"] = f"{budget.work:g}"
     kept = Provenance(seen if METHODS[method].fitted else NO_TRAFFIC, about)
@@ -376,6 +387,7 @@ def compare(
     traffic: DataFlow | None = None,
     split: Split | None = None,
     engine: str = "any",
+    keep_groups: Keep | None = None,
     tokens_per_step: int | None = None,
     order: Order = "interleaved",
     homes: Homes | None = None,
@@ -428,11 +440,11 @@ def compare(
         prints[name] = fingerprint(found)
         del found  # one part at a time
     batch = batches[IN_SAMPLE]
-    problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine)
+    problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, keep_groups)
     entries: list[Entry] = []
     caveat = problem.engine.caveat(problem.split)
     said = [*notes, *([caveat] if caveat else []),
-            *uneven_homes(batch, problem.num_devices)]  # fmt: skip
+            *uneven_homes(batch, problem.num_devices), *groups_unseen(problem)]  # fmt: skip
     named = None if model is None else problem.model
     defaults = silent_defaults(whole, named, tokens_per_step, batch)
     for index, item in enumerate(placements):
@@ -443,7 +455,7 @@ def compare(
             if file.num_devices != problem.num_devices:
                 entries.append(carried_row(name, file, problem, prints[IN_SAMPLE], entries, said))
             else:
-                entries.append(held_row(free_name(name, entries), file, problem.engine, problem.slots_D, said))
+                entries.append(held_row(free_name(name, entries), file, problem, said))
         elif item in METHODS:
             if isinstance(time_limit_s, Budget):
                 own = time_limit_s.part(1 - JUDGE)

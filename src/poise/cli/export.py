@@ -31,7 +31,12 @@ def export(
     ] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
     groups: Annotated[
-        bool, typer.Option("--keep-groups", help="The nearest placement that keeps the model's routing groups whole.")
+        bool,
+        typer.Option(
+            "--keep-groups",
+            help="Of a placement that tears the model's routing groups, the nearest one that does not. A plan for "
+            "--engine checkpoint, megatron or deepspeed never does.",
+        ),
     ] = False,
     losses: Annotated[
         Path | None,

@@ -28,6 +28,7 @@ from poise.cli.ending import Ended
 from poise.cost.split import SPLITS
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.engine_rules import ENGINES
+from poise.planning.groups import KEEP
 from poise.planning.problem import Progress as Report
 from poise.routing.batch import HOMES
 from poise.routing.batching import ORDERS
@@ -117,6 +118,14 @@ EngineName = Annotated[
         help=f"Who holds the plan: {', '.join(ENGINES)}. Engines fill every slot, and so does a plan, but with none.",
     ),
 ]
+KeepGroups = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-groups",
+        help="The model's routing groups: whole on nodes; whole in ids, blocks of new expert ids (always so for an "
+        "engine that takes those); or pays: on nodes in the layers where the modelled time is less.",
+    ),
+]
 TokensPerStep = Annotated[int | None, flag("tokens_per_step", "N, tokens of one forward pass.")]
 HomesRule = Annotated[
     str | None,
@@ -182,6 +191,7 @@ class StepOptions(PricingOptions):
     """How a step is priced, who holds the plan, and how traffic is batched into steps."""
 
     engine: EngineName = "any"
+    keep_groups: KeepGroups = None
     tokens_per_step: TokensPerStep = None
     order: StepOrder = "interleaved"
     homes: HomesRule = None
@@ -189,7 +199,8 @@ class StepOptions(PricingOptions):
     def checked(self) -> dict[str, Any]:
         """See :meth:`PricingOptions.checked`."""
         return PricingOptions.checked(self) | {
-            "engine": self.engine, "tokens_per_step": self.tokens_per_step,
+            "engine": self.engine, "keep_groups": one_of("way to keep groups", self.keep_groups, KEEP),
+            "tokens_per_step": self.tokens_per_step,
             "order": one_of("order", self.order, ORDERS), "homes": one_of("homes", self.homes, HOMES),
         }  # fmt: skip
 

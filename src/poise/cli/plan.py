@@ -219,6 +219,19 @@ def _show_losses(solution: Solution, each: float | None) -> None:
         o.out.print(f"{len(rows) - SHOWN} more losses: --json")
 
 
+def _groups(about: dict[str, Any]) -> str:
+    """A sentence on routing groups, whole on nodes or in ids."""
+    place = "a node" if about["where"] == "nodes" else "a block of ids"
+    text = f"Each of {about['groups']} routing groups lies whole on {place} in {about['whole_layers']} of "
+    text += f"{about['layers']} layers"
+    if "whole_s" not in about:
+        return f"{text}."
+    return (
+        f"{text}: {1e6 * about['taken_s']:.2f} us, in none {1e6 * about['without_s']:.2f}, in all "
+        f"{1e6 * about['whole_s']:.2f}."
+    )
+
+
 def _json(solution: Solution) -> dict[str, object]:
     return {
         "method": solution.method,
@@ -258,6 +271,8 @@ def _show(solution: Solution) -> None:
         o.out.print("The lower bound of all terms is of one placement for all of them, so it is more than their sum.")
     for note in (*solution.details.get("notes", ()), *shortened(solution)):
         o.out.print(f"note: {note}")
+    if about := solution.details.get("groups"):
+        o.out.print(_groups(about))
     fewer = solution.details.get("fewer_redundant")
     if fewer is not None:
         saves, defaults = 1 - fewer["objective"] / solution.objective, solution.details.get("defaults", ())

@@ -45,6 +45,7 @@ class ModelSpec:
     kv_bytes_per_token_layer : key/value cache bytes per token and layer (for ``stay`` traffic and for
         pricing redundant slots).
     num_expert_groups : routing groups that limit which experts a token may take together (DeepSeek), 1 if none do.
+    groups_per_token : of those, how many the router takes the experts of a token from; 0: not known.
     num_zero_experts : identity experts, ids from E on, which return a token as it is and compute nothing (LongCat).
     expert_hidden_size : width of what experts take and give, and of what is sent to them, where it is narrower than the
         residual stream (latent experts: Nemotron-H, Kimi-K3); 0: ``hidden_size``.
@@ -77,6 +78,7 @@ class ModelSpec:
     attention_parameters: int = 0
     score_size: int = 0
     cached_score_size: int = 0
+    groups_per_token: int = 0
 
     def __post_init__(self) -> None:
         for attr in (
@@ -99,7 +101,13 @@ class ModelSpec:
             raise ModelError(
                 f"kv_bytes_per_token_layer must be finite and at least 0, got {self.kv_bytes_per_token_layer!r}"
             )
-        for attr in ("num_zero_experts", "expert_hidden_size", "expert_bias_parameters", *REST_SIZES):
+        for attr in (
+            "num_zero_experts",
+            "groups_per_token",
+            "expert_hidden_size",
+            "expert_bias_parameters",
+            *REST_SIZES,
+        ):
             if not 0 <= getattr(self, attr) < float("inf"):
                 raise ModelError(f"{attr} must be finite and at least 0, got {getattr(self, attr)!r}")
         ids = self.moe_layer_ids
@@ -217,7 +225,7 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
         name, sizes.layers, sizes.moe, sizes.experts, sizes.top_k, sizes.hidden, sizes.inner, sizes.matrices, weight,
         1.0 if sends_fp8(config) and weight < SIXTEEN_BIT else 2.0, 2.0, _kv_bytes(config, sizes.hidden),
         _expert_groups(config), sizes.zeros, sizes.expert_hidden, sizes.bias, rest.shared, rest.dense, rest.vocabulary,
-        rest.attention, rest.score, rest.cached_score,
+        rest.attention, rest.score, rest.cached_score, _groups_per_token(config),
     )  # fmt: skip
 
 
@@ -239,3 +247,8 @@ def _expert_groups(config: dict[str, Any]) -> int:
     groups = number(config, "n_group", "num_expert_group", default=1) or 1
     chosen = number(config, "topk_group", default=0)
     return 1 if chosen >= groups or config.get("topk_method") == "greedy" else groups
+
+
+def _groups_per_token(config: dict[str, Any]) -> int:
+    """Groups of a token where they limit it, else 0."""
+    return number(config, "topk_group", default=0) if _expert_groups(config) > 1 else 0

@@ -78,7 +78,7 @@ FP8 = {"quantization_config": {"quant_method": "fp8"}}
 MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 LLAMA4 = {"num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size_mlp": 16384,
           "shared_expert_intermediate_size": 8192, "vocab_size": 202048}  # fmt: skip
-DEEPSEEK = _config(61, 256, 8, 7168, 2048, first_k_dense_replace=3, n_group=8, num_attention_heads=128,
+DEEPSEEK = _config(61, 256, 8, 7168, 2048, first_k_dense_replace=3, n_group=8, topk_group=4, num_attention_heads=128,
                    intermediate_size=18432, n_shared_experts=1, vocab_size=129280, **MLA, **FP8)  # fmt: skip
 
 # From each model's config.json on its publisher's page (keys as there, but for Llama 4's shared expert, which is of the

@@ -32,6 +32,7 @@ class EngineRules:
     equal_slots : every rank has as many slots.
     replicas : an expert may have more than one slot.
     splits : how the engine can split an expert's tokens over its replicas, its default first; none: as asked.
+    ids : a placement is new expert ids, so that a model's routing groups must stay whole.
     kernels : whose measured expert kernels price its plans (:data:`poise.machine.constants.ENGINES`); None: any's.
     caveats : what of the engine is priced otherwise than it runs, one sentence for a split.
     """
@@ -40,6 +41,7 @@ class EngineRules:
     empty_slots: bool = False
     equal_slots: bool = True
     replicas: bool = True
+    ids: bool = False
     splits: tuple[Split, ...] = ("even",)
     kernels: str | None = None
     caveats: tuple[tuple[Split, str], ...] = ()
@@ -124,9 +126,9 @@ ENGINES: dict[str, EngineRules] = {
         EngineRules("vllm", kernels="vllm"),
         EngineRules("tensorrt-llm", kernels="trtllm"),
         EngineRules("vllm-ascend"),
-        EngineRules("megatron", replicas=False),
-        EngineRules("deepspeed", replicas=False),
-        EngineRules("checkpoint", replicas=False),
+        EngineRules("megatron", replicas=False, ids=True),
+        EngineRules("deepspeed", replicas=False, ids=True),
+        EngineRules("checkpoint", replicas=False, ids=True),
         NONE,
     )
 }

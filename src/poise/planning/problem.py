@@ -37,6 +37,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.settle import settle
 from poise.planning.engine_rules import ANY, NONE, EngineRules
+from poise.planning.groups import WholeGroups
 from poise.planning.losses import Losses
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
@@ -71,11 +72,13 @@ class PlacementProblem:
         worst quarter.
     engine : what the engine can hold (:mod:`poise.planning.engine_rules`). No engine counts slots over all layers
         together: a ``pooled`` problem has the rules ``none``.
+    whole : routing groups that lie whole (:mod:`poise.planning.groups`); None: they need not. Under an engine that
+        takes new expert ids, those of a model with routing groups always do.
 
     Raises
     ------
-    OptionError : the engine cannot have these slots, slots do not hold the experts, the traffic model needs tokens that
-        the batch has not, or the split knows no sources under it.
+    OptionError : the engine cannot have these slots, slots do not hold the experts, or not with groups whole, the
+        traffic model needs tokens that the batch has not, or the split knows no sources under it.
     """
 
     batch: RoutingBatch
@@ -89,6 +92,7 @@ class PlacementProblem:
     migration_steps: float = 0.0
     risk: Risk = "mean"
     engine: EngineRules = ANY
+    whole: WholeGroups | None = None
 
     def __post_init__(self) -> None:
         slots = np.array(self.slots_D, dtype=np.int64)
@@ -109,6 +113,10 @@ class PlacementProblem:
         if self.pooled:
             object.__setattr__(self, "engine", NONE)
         self.engine.check_slots(slots, experts)
+        if self.engine.ids and self.model.num_expert_groups > 1 and (self.whole is None or self.whole.where != "ids"):
+            object.__setattr__(self, "whole", self._groups_in_ids())
+        if self.whole is not None:
+            self._check_groups(self.whole, slots)
         if self.traffic not in DATA_FLOWS:
             raise OptionError(f"unknown traffic model {self.traffic!r}", hint=f"one of {', '.join(DATA_FLOWS)}")
         if self.split not in SPLITS:
@@ -131,6 +139,29 @@ class PlacementProblem:
         object.__setattr__(self, "cluster", machine)
         slots.flags.writeable = False
         object.__setattr__(self, "slots_D", slots)
+
+    def _groups_in_ids(self) -> WholeGroups:
+        """What an engine that takes new expert ids asks for."""
+        if self.whole is not None:
+            raise OptionError(
+                f"{self.engine.name} takes new expert ids, which keep groups whole in blocks of ids, not on nodes",
+                hint="leave --keep-groups out",
+            )
+        return WholeGroups.in_ids(self.batch.num_experts, self.model.num_expert_groups, self.num_devices)
+
+    def _check_groups(self, whole: WholeGroups, slots_D: NDArray[np.int64]) -> None:
+        if self.pooled:
+            raise OptionError("groups are kept whole layer by layer, not with slots over all layers together")
+        have, want = (whole.num_experts, len(whole.place_D)), (self.batch.num_experts, self.num_devices)
+        if have != want:
+            raise OptionError(f"groups of [experts, devices] {have}, the problem has {want}")
+        whole.room(slots_D, filled=not self.engine.empty_slots)
+
+    @property
+    def place_D(self) -> NDArray[np.int64]:
+        """Place of each device that a group must not leave, int64 [D]: all are one where none has to be whole."""
+        free = self.whole is None or not self.whole.must
+        return np.zeros(self.num_devices, np.int64) if free or self.whole is None else self.whole.place_D
 
     @property
     def pricing(self) -> Pricing:
@@ -191,6 +222,18 @@ class PlacementProblem:
         if (used > room).any():
             d = int(np.argmax(used - room))
             raise PlacementError(f"device {d} holds {used[d]} experts in {room[d]} slots")
+
+    def check_groups(self, placement: Placement) -> None:
+        """Raise PlacementError if a group that must lie whole does not."""
+        if self.whole is None or not self.whole.must:
+            return
+        torn = np.argwhere(self.whole.torn_LG(placement.count_LED()))
+        if torn.size:
+            assert placement.layer_ids_L is not None
+            raise PlacementError(
+                f"layer {placement.layer_ids_L[torn[0, 0]]}: routing group {torn[0, 1]} lies in several places, and "
+                f"{len(torn)} of {placement.num_layers * self.whole.num_groups} groups of all layers do"
+            )
 
 
 @dataclass(frozen=True, slots=True)

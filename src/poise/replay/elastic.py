@@ -8,7 +8,7 @@ from poise.machine.model import ModelSpec
 from poise.planning.methods.carry import carried
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
-from poise.planning.solve.complete import complete
+from poise.planning.solve.complete import as_held
 from poise.replay.compare import Entry
 from poise.replay.rows import free_name
 from poise.routing.fingerprint import Fingerprint
@@ -30,9 +30,7 @@ def carried_row(
     OptionError : its layers or experts differ from the traffic's.
     """
     name = free_name(f"{name} mapped to {problem.num_devices}", entries)
-    placement = carried(old, problem)
-    if not problem.engine.empty_slots:
-        placement = complete(problem, placement)
+    placement = as_held(problem, carried(old, problem))
     if old.fitted is None:
         said.append(f"{name} does not say what it was fitted on: whether this traffic is held out for it is not known")
     before = fitted if old.fitted is None else old.fitted.traffic.joined(fitted)

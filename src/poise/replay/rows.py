@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
-from poise.planning.engine_rules import EngineRules, hold
+from poise.planning.engine_rules import hold
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Solution
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
@@ -82,14 +79,18 @@ def silent_defaults(
 
 
 def held_row(
-    name: str, placement: Placement, rules: EngineRules, slots_D: NDArray[np.int64], said: list[str]
+    name: str, placement: Placement, problem: PlacementProblem, said: list[str]
 ) -> Entry:  # fmt: skip
     """The row of a placement that was given, as the engine holds it."""
-    held, filled = hold(placement, rules)
+    held, filled = hold(placement, problem.engine)
+    slots = int(problem.slots_D.sum())
+    if problem.whole is not None and problem.whole.must and held.num_experts == problem.batch.num_experts:
+        torn = int(problem.whole.torn_LG(held.count_LED()).any(axis=1).sum())
+        said += [f"{name} tears routing groups in {torn} of {held.num_layers} layers"] * bool(torn)
     if filled:
         said.append(f"{name}: {filled} empty slots were filled as 'poise export' fills them")
-    if placement.num_slots != int(slots_D.sum()):
-        said.append(f"{name} has {placement.num_slots} slots a layer, other rows {int(slots_D.sum())}")
+    if placement.num_slots != slots:
+        said.append(f"{name} has {placement.num_slots} slots a layer, other rows {slots}")
     if placement.fitted is None:
         said.append(f"{name} does not say what it was fitted on: whether this traffic is held out for it is not known")
     return Entry(name, held, fitted=None if placement.fitted is None else placement.fitted.traffic)
@@ -227,6 +228,19 @@ def free_name(name: str, entries: Sequence[Entry]) -> str:
     taken = {entry.name for entry in entries} | {"bound"}
     options: Any = (name if index == 1 else f"{name}-{index}" for index in range(1, 1000))
     return str(next(option for option in options if option not in taken))
+
+
+def groups_unseen(problem: PlacementProblem) -> list[str]:
+    """What a price of loads does not say of routing groups that are kept whole on nodes, one sentence or none."""
+    whole, model = problem.whole, problem.model
+    if whole is None or whole.where != "nodes" or whole.num_places == 1 or problem.batch.has_tokens:
+        return []
+    most = min(model.groups_per_token or model.top_k, whole.num_places)
+    return [
+        f"loads do not show which experts a token takes together: a copy is priced for each of its {model.top_k}, "
+        f"wherever they lie, and with groups whole a token goes to at most {most} of {whole.num_places} nodes, which "
+        "'pays' does not count: a trace shows it"
+    ]
 
 
 UNEVEN_HOMES = 1.1

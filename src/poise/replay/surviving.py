@@ -29,7 +29,7 @@ class Survival:
 
     Raises
     ------
-    OptionError : slots are pooled, the unit is unknown, or a number is below 0.
+    OptionError : slots are pooled, groups are kept whole, the unit is unknown, or a number is below 0.
     InfeasibleError : the slots that are left after a loss do not hold all experts.
     """
 
@@ -42,6 +42,11 @@ class Survival:
     def __post_init__(self) -> None:
         if self.problem.pooled:
             raise OptionError("what is left after a loss is counted layer by layer", hint="leave --pooled out")
+        if self.problem.whole is not None:
+            raise OptionError(
+                f"{self.problem.whole.num_groups} routing groups lie whole, and a plan that survives the loss of a "
+                f"{self.unit} spreads experts over others", hint="leave --keep-groups or --survive out",
+            )  # fmt: skip
         if not self.cost >= 0 or (self.copies is not None and not self.copies >= 0):
             raise OptionError(f"cost and copies must be at least 0, got {self.cost} and {self.copies}")
         losses = lost_together(self.unit, self.problem.cluster.node_D)

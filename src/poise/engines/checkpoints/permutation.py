@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
+from poise.planning.groups import WholeGroups, gathered
 from poise.planning.placement import MAX_NAME, MAX_SIZE, Placement
 from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed
-from poise.util.errors import PlacementError, TraceError
+from poise.util.errors import OptionError, PlacementError, TraceError
 from poise.util.jsonfile import read_json
 
 RELABELLING_FILE = "poise-relabelling.json"
@@ -60,21 +60,16 @@ def permutation(placement: Placement, *, num_groups: int = 1) -> NDArray[np.int3
     return order_LE
 
 
-def _group_size(placement: Placement, num_groups: int) -> int:
-    """Experts a group, if groups and devices line up."""
-    experts, devices = placement.num_experts, placement.num_devices
-    if experts % num_groups:
-        raise PlacementError(f"{experts} experts cannot be {num_groups} equal routing groups")
-    if num_groups % devices and devices % num_groups:
-        raise PlacementError(
-            f"devices of {experts // devices} experts and routing groups of {experts // num_groups} do not line up",
-            hint=f"plan for a number of devices that divides {num_groups} or is a multiple of it",
-        )
-    return experts // num_groups
+def _whole(placement: Placement, num_groups: int) -> WholeGroups:
+    """The groups, if they and devices line up."""
+    try:
+        return WholeGroups.in_ids(placement.num_experts, num_groups, placement.num_devices)
+    except OptionError as error:
+        raise PlacementError(error.message, hint=error.hint) from None
 
 
 def _check_groups(placement: Placement, order_LE: NDArray[np.int32], num_groups: int) -> None:
-    size = _group_size(placement, num_groups)
+    size = _whole(placement, num_groups).size
     group_LGS = order_LE.reshape(len(order_LE), num_groups, size) // size
     torn = np.argwhere(group_LGS != group_LGS[:, :, :1])
     if torn.size:
@@ -87,44 +82,30 @@ def _check_groups(placement: Placement, order_LE: NDArray[np.int32], num_groups:
             f"layer {placement.layer_ids_L[layer]}: {who} a part of routing group {group_LGS[layer, block, 0]} and of "
             f"group {group_LGS[layer, block, at]}; the router picks among {num_groups} groups of {size} ids, so new "
             f"ids must keep each group whole ({len(set(torn[:, 0].tolist()))} of {len(order_LE)} layers break this)",
-            hint=f"'poise export --keep-groups', or keep_groups(placement, {num_groups}), takes the nearest placement "
-            "that does; or export a map (sglang, tensorrt-llm), which has no such limit",
+            hint="'poise plan --engine checkpoint' with --model plans so that they do; of a placement made elsewhere "
+            f"'poise export --keep-groups', or keep_groups(placement, {num_groups}), takes the nearest one that does; "
+            "or export a map (sglang, tensorrt-llm), which has no such limit",
         )
 
 
 def keep_groups(placement: Placement, num_groups: int) -> Placement:
     """The nearest placement that keeps routing groups whole: the fewest experts change their device.
 
-    In every layer either each device holds whole groups, or a run of devices holds one. Which group goes where is an
-    assignment problem, solved exactly. It knows no loads: judge the result with ``poise compare``.
+    In every layer either each device holds whole groups, or a run of devices holds one
+    (:func:`poise.planning.groups.gathered`). It is for placements that were made elsewhere, and knows no loads: a plan
+    for an engine that takes new ids keeps groups from its start on, and is faster.
 
     Raises
     ------
     PlacementError : as :func:`permutation`, but for torn groups; or groups and devices do not line up.
     """
-    order_LE = permutation(placement)
-    size = _group_size(placement, num_groups)
-    experts, devices = placement.num_experts, placement.num_devices
-    per_device = experts // devices
-    unit = max(size, per_device)  # a bin is a device, or a run of devices that share one group
-    old_LE = np.argsort(order_LE, axis=1) // per_device
-    new_LE = np.empty_like(old_LE)
-    group_E = np.arange(experts) // size
-    for old_E, new_E in zip(old_LE, new_LE, strict=True):
-        bin_E = old_E * per_device // unit
-        overlap = np.zeros((num_groups, experts // unit), np.int64)
-        np.add.at(overlap, (group_E, bin_E), 1)
-        _, column = linear_sum_assignment(np.repeat(overlap, unit // size, axis=1), maximize=True)
-        goal_E = (column // (unit // size))[group_E]
-        stays_E = goal_E == bin_E
-        new_E[stays_E] = old_E[stays_E]
-        for bin_ in range(experts // unit):
-            free = np.full(devices, 0)
-            free[bin_ * unit // per_device : (bin_ + 1) * unit // per_device] = per_device
-            free -= np.bincount(old_E[stays_E & (goal_E == bin_)], minlength=devices)
-            new_E[~stays_E & (goal_E == bin_)] = np.repeat(np.arange(devices), free)
+    permutation(placement)
+    if num_groups == 1:
+        return placement
+    slots_D = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    count_LED = gathered(placement.count_LED(), _whole(placement, num_groups), slots_D, filled=True)
     method = f"{placement.method}, groups kept"[:MAX_NAME]
-    return Placement.from_devices(new_LE, devices, layer_ids_L=placement.layer_ids_L, method=method)
+    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=placement.layer_ids_L, method=method)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

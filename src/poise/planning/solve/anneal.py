@@ -195,37 +195,53 @@ def scenarios(problem: PlacementProblem) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def annealed(
-    problem: PlacementProblem, *, proposals: int = PROPOSALS, seed: int = 0, budget: Budget | None = None
-) -> Placement:
+    problem: PlacementProblem, *, proposals: int = PROPOSALS, seed: int = 0, budget: Budget | None = None,
+    place_LE: NDArray[np.int64] | None = None,
+) -> Placement:  # fmt: skip
     """A placement balanced for every scenario alike; slots are counted by layer. Layers that the clock of a budget cuts
     stay as step 1 has them.
+
+    Where routing groups must lie whole, ``place_LE`` int64 [L, E] has the place of each expert. Devices of different
+    places then share no expert, so that the sum is one of places, each annealed for its part of the proposals.
     """
     stop = np.zeros(1, np.int64)
+    place_LE = (
+        np.zeros((problem.batch.num_layers, problem.batch.num_experts), np.int64) if place_LE is None else place_LE
+    )
     with nullcontext() if budget is None else budget.stops(stop):
-        found = _annealed(problem, proposals, seed, stop, cores() if budget is not None and budget.spread else 1)
+        threads = cores() if budget is not None and budget.spread else 1
+        found = _annealed(problem, place_LE, proposals, seed, stop, threads)
     if stop[0] and budget is not None:
         budget.over("annealing")
     return found
 
 
-def _annealed(problem: PlacementProblem, proposals: int, seed: int, stop: NDArray[np.int64], threads: int) -> Placement:
+def _annealed(
+    problem: PlacementProblem, place_LE: NDArray[np.int64], proposals: int, seed: int, stop: NDArray[np.int64],
+    threads: int,
+) -> Placement:  # fmt: skip
     batch, devices = problem.batch, problem.num_devices
     work_BLE, weight_B = scenarios(problem)
-    slots_D = problem.layer_slots_D
-    slot_device = np.repeat(np.arange(devices), slots_D)
-    speed_D = problem.cluster.speed_D
+    slots_D, place_D, speed_D = problem.layer_slots_D, problem.place_D, problem.cluster.speed_D
+    places = int(place_D[-1]) + 1
     rate_D = speed_D.sum() / speed_D
     out = np.zeros((batch.num_layers, batch.num_experts, devices), np.int32)
 
     def anneal(layer: int) -> None:  # random numbers are a thread's own, and seeded by the layer
         load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
         load /= np.maximum(load.sum(axis=1, keepdims=True), 1e-300)
-        slot_expert = _start(np.sqrt(weight_B @ load[:, :-1] ** 2), slots_D, speed_D)
-        first = slot_expert.copy()
-        anneal_slots(load, weight_B, slot_expert, slot_device, rate_D, proposals, seed + layer, stop)
-        slot_expert = first if stop[0] else slot_expert
-        used = slot_expert >= 0
-        out[layer, slot_expert[used], slot_device[used]] = 1
+        for place in range(places):
+            on, here = np.flatnonzero(place_LE[layer] == place), np.flatnonzero(place_D == place)
+            if not on.size:
+                continue
+            own, room_D = np.ascontiguousarray(load[:, [*on, -1]]), np.minimum(slots_D[here], on.size)
+            slot_device = np.repeat(np.arange(here.size), room_D)
+            slot_expert = _start(np.sqrt(weight_B @ own[:, :-1] ** 2), room_D, speed_D[here])
+            first = slot_expert.copy()
+            anneal_slots(own, weight_B, slot_expert, slot_device, rate_D[here], proposals // places, seed + layer, stop)
+            slot_expert = first if stop[0] else slot_expert
+            used = slot_expert >= 0
+            out[layer, on[slot_expert[used]], here[slot_device[used]]] = 1
 
     if threads > 1:
         with ThreadPoolExecutor(threads, "poise-annealing") as pool:

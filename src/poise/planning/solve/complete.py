@@ -1,13 +1,16 @@
-"""Fill the slots that a method leaves empty, knowing the traffic: what an engine without empty slots will run.
+"""What a method plans as it will be held: routing groups whole where they must be, and the slots that it leaves empty
+filled, knowing the traffic.
 
 Step 1  An expert that lies twice on a device keeps one slot there.
-Step 2  Every slot that is free then gets an expert that its device lacks, in two ways: *relief*, the expert with most
+Step 2  Every slot that is free then gets an expert that its device lacks, of the groups of its place where these
+        are whole, in two ways: *relief*, the expert with most
         load a replica, which takes tokens off full devices, and *cheap*, the expert with least load, which draws the
         fewest tokens and weight reads.
 Step 3  Of the two, layer by layer, the one that the independent evaluator finds faster; under ``stay``, where layers
         depend on each other, the faster whole.
 
-A device never holds more slots than there are experts, so step 2 always finds one it lacks, up to full replication.
+A device never holds more slots than there are experts (in its place), so step 2 always finds one it lacks, up to
+full replication.
 """
 
 from __future__ import annotations
@@ -16,9 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.step import batch_cost
+from poise.planning.groups import gathered
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.util.compiled import compiled
+
+
+def as_held(problem: PlacementProblem, placement: Placement) -> Placement:
+    """The placement with groups whole where they must be (:func:`poise.planning.groups.gathered`), and with slots
+    filled unless the engine may leave some empty; itself where it is so.
+    """
+    whole = problem.whole
+    if whole is not None and whole.must:
+        before = placement.count_LED()
+        after = gathered(before, whole, problem.layer_slots_D, load_LE=problem.batch.load_LE(),
+                         filled=not problem.engine.empty_slots)  # fmt: skip
+        if ((before > 0) != (after > 0)).any():
+            placement = Placement.from_counts(after, slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L,
+                                              method=placement.method)  # fmt: skip
+    return placement if problem.engine.empty_slots else complete(problem, placement)
 
 
 def complete(problem: PlacementProblem, placement: Placement) -> Placement:
@@ -31,7 +50,7 @@ def complete(problem: PlacementProblem, placement: Placement) -> Placement:
     if (held_LED.sum(axis=1) == room_D).all() and not placement.has_duplicates:
         return placement
     load_LE = problem.batch.load_LE()
-    ways = [_filled(held_LED, room_D, load_LE, relief) for relief in (True, False)]
+    ways = [_filled(held_LED, room_D, load_LE, relief, problem.place_D) for relief in (True, False)]
     seconds_WL = np.stack([_seconds_L(problem, way) for way in ways])
     if problem.traffic == "stay":
         seconds_WL = np.broadcast_to(seconds_WL.sum(axis=1, keepdims=True), seconds_WL.shape)
@@ -49,24 +68,27 @@ def _seconds_L(problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> NDArra
 
 
 def _filled(
-    held_LED: NDArray[np.bool_], room_D: NDArray[np.int64], load_LE: NDArray[np.float64], relief: bool
-) -> NDArray[np.bool_]:
+    held_LED: NDArray[np.bool_], room_D: NDArray[np.int64], load_LE: NDArray[np.float64], relief: bool,
+    place_D: NDArray[np.int64],
+) -> NDArray[np.bool_]:  # fmt: skip
     """Step 2, bool [L, E, D]: free slots of the device with least load come first."""
     out = held_LED.copy()
     for layer, held_ED in enumerate(out):
-        _fill_layer(held_ED, room_D - held_ED.sum(axis=0), load_LE[layer], relief)
+        fill_layer(held_ED, room_D - held_ED.sum(axis=0), load_LE[layer], relief, place_D)
     return out
 
 
 @compiled
-def _fill_layer(
-    held_ED: NDArray[np.bool_], free_D: NDArray[np.int64], load_E: NDArray[np.float64], relief: bool
-) -> None:
+def fill_layer(
+    held_ED: NDArray[np.bool_], free_D: NDArray[np.int64], load_E: NDArray[np.float64], relief: bool,
+    place_D: NDArray[np.int64],
+) -> None:  # fmt: skip
     """One layer, in place. Loads are summed anew where they change, so that equal ones stay equal."""
     experts, devices = held_ED.shape
-    copies_E = np.zeros(experts, np.int64)
+    copies_E, place_E = np.zeros(experts, np.int64), np.zeros(experts, np.int64)
     for e in range(experts):
         copies_E[e] = held_ED[e].sum()
+        place_E[e] = place_D[np.argmax(held_ED[e])]
     each_E = load_E / copies_E
     load_D, changed_D = np.zeros(devices), np.ones(devices, np.bool_)
     while True:
@@ -83,7 +105,9 @@ def _fill_layer(
             return
         best = -1
         for e in range(experts):
-            if not held_ED[e, to] and (best < 0 or (each_E[e] > each_E[best] if relief else each_E[e] < each_E[best])):
+            if held_ED[e, to] or place_E[e] != place_D[to]:
+                continue
+            if best < 0 or (each_E[e] > each_E[best] if relief else each_E[e] < each_E[best]):
                 best = e
         held_ED[best, to] = True
         copies_E[best] += 1

@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.problem import PlacementProblem, Progress
+from poise.planning.solve.group_first import expected_work, moved_groups
 from poise.planning.solve.records import Data, State
-from poise.planning.solve.state import STAY, change, layer_seconds, rebuild
+from poise.planning.solve.state import STAY, change, layer_seconds, put_layer, rebuild
 from poise.util.compiled import compiled
 
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""
+GROUP_KICKS = 0.25
+"""Share of perturbations that move groups, where groups lie whole in several places."""
 BETTER = 1.0 - 1e-9
 
 
@@ -69,6 +72,7 @@ def _room(state, layer, d):  # type: ignore[no-untyped-def]
 def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untyped-def]
     """All changes that involve device a; returns the score."""
     experts, devices = state.held_LED.shape[1], data.machine.speed_D.size
+    place_D, place = data.place_D, data.place_D[a]
     one_e, one_d = np.empty(1, np.int64), np.empty(1, np.int64)
     two_e, two_d = np.empty(2, np.int64), np.empty(2, np.int64)
     four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
@@ -76,12 +80,12 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
         if state.work[0] > limit or data.stop[0]:
             return best
         if not state.held_LED[layer, e, a]:
-            if _room(state, layer, a):  # add a replica
+            if place_D[state.hold_LED[layer, e, 0]] == place and _room(state, layer, a):  # add a replica
                 one_e[0], one_d[0] = e, a
                 best = _try(data, state, layer, one_e, one_d, best)
             continue
         for c in range(devices):
-            if c == a or state.held_LED[layer, e, c]:
+            if c == a or place_D[c] != place or state.held_LED[layer, e, c]:
                 continue
             if _room(state, layer, c):  # move
                 two_e[0], two_e[1] = e, e
@@ -105,7 +109,7 @@ def _descend_from(data, state, layer, a, best, limit):  # type: ignore[no-untype
             for f in range(experts):  # replace it by another expert
                 if not state.held_LED[layer, e, a] or state.copies_LE[layer, e] < 2:
                     break
-                if not state.held_LED[layer, f, a]:
+                if not state.held_LED[layer, f, a] and place_D[state.hold_LED[layer, f, 0]] == place:
                     two_e[0], two_e[1] = e, f
                     two_d[0], two_d[1] = a, a
                     best = _try(data, state, layer, two_e, two_d, best)
@@ -135,7 +139,9 @@ def _kick(data, state, layer, draws):  # type: ignore[no-untyped-def]
             e, f = int(u[0] * experts), int(u[1] * experts)
             a = state.hold_LED[layer, e, int(u[2] * state.copies_LE[layer, e])]
             c = state.hold_LED[layer, f, int(u[3] * state.copies_LE[layer, f])]
-            if a != c and not state.held_LED[layer, e, c] and not state.held_LED[layer, f, a]:
+            if a == c or data.place_D[a] != data.place_D[c]:
+                continue
+            if not state.held_LED[layer, e, c] and not state.held_LED[layer, f, a]:
                 four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
                 four_d[0], four_d[1], four_d[2], four_d[3] = a, c, c, a
                 change(data, state, layer, four_e, four_d, np.inf)
@@ -231,7 +237,8 @@ def descents(
         local = [descend(turn) for turn in range(len(states))]
     state, local_L = _merge(data, problem, states, np.stack(local))
     state.work[0] = sum(int(each.work[0]) for each in states)
-    rng = np.random.default_rng(seed)
+    rng, places = np.random.default_rng(seed), int(problem.place_D[-1]) + 1
+    work_LE = expected_work(problem) if places > 1 else np.zeros((layers, 0))
     kicks, helped = 0, 0
     while state.work[0] < updates and not data.stop[0] and problem.num_devices > 1:
         layer = int(rng.integers(layers))
@@ -239,7 +246,13 @@ def descents(
         saved = _snapshot(data, state, layer)
         before = float(_score(data, state, layer))
         if local_L[layer]:
-            _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
+            moved = None
+            if places > 1 and rng.random() < GROUP_KICKS:
+                moved = moved_groups(problem, state.held_LED[layer], work_LE[layer], rng)
+            if moved is None:
+                _kick(data, state, layer, rng.random((int(rng.integers(1, 4)), 50, 4)))
+            else:
+                put_layer(data, state, layer, moved)
         after = float(_descend(data, state, layer, updates))
         local_L[layer] = True
         if after < before * BETTER:

@@ -28,7 +28,7 @@ from poise.cost.machine import exchange_seconds, fullest_ports, token_work
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
-from poise.planning.solve.complete import complete
+from poise.planning.solve.complete import as_held
 from poise.planning.solve.effort import some_steps
 from poise.planning.solve.node_first import node_first
 from poise.planning.solve.records import Data, State
@@ -103,6 +103,8 @@ def _anneal(data: Data, state: State, layer: int, proposals: int, draws_seed: in
         c = state.hold_LED[layer, f, np.random.randint(state.copies_LE[layer, f])] if swap else a
         if e == f or state.held_LED[layer, f, a]:
             continue
+        if data.place_D[state.hold_LED[layer, f, 0]] != data.place_D[a]:
+            continue
         if (a == c or state.held_LED[layer, e, c]) if swap else state.copies_LE[layer, e] < 2:
             continue
         four_e[0], four_e[1], four_e[2], four_e[3] = e, f, e, f
@@ -133,8 +135,7 @@ def near_starts(
     """Node-first, and annealed from there, with all slots filled where engines want them so; ``problem`` has the steps
     that the search looks at.
     """
-    first = node_first(whole)
-    first = first if whole.engine.empty_slots else complete(problem, first)
+    first = as_held(problem, node_first(whole))
     yield first
     if whole.risk == "mean" and can_be_drawn(whole.batch):
         problem = replace(whole, batch=drawn_steps(whole.batch, SCENARIOS, seed + 2))

@@ -44,8 +44,8 @@ class Sources(NamedTuple):
 
 class Data(NamedTuple):
     """Constants of a problem in the form compiled code reads. ``reach_L``: last layer that a change in one alters;
-    ``keep_full``: no change may leave a slot empty; ``near``: the split, else ``even``; ``stop`` [1]: not 0 once the
-    clock has run out.
+    ``keep_full``: no change may leave a slot empty; ``place_D``: places, of which no change takes an expert to another;
+    ``near``: the split, else ``even``; ``stop`` [1]: not 0 once the clock has run out.
     """
 
     rows: Rows
@@ -57,6 +57,7 @@ class Data(NamedTuple):
     flow: int
     has_tokens: bool
     keep_full: bool
+    place_D: NDArray[np.int64]
     near: bool
     sources: Sources
     stop: NDArray[np.int64]

@@ -2,15 +2,16 @@
 
 Step 1  Starts: the placements of all other methods, one annealed for balance in every scenario
         (:mod:`poise.planning.solve.anneal`), under the split ``near`` two with nodes before devices
-        (:mod:`poise.planning.solve.node_first`, :mod:`poise.planning.solve.near_anneal`), and, where traffic is
-        linear, affinity assignments. Under the
-        home data flows layers do not depend on each other, so the best start of each layer is taken; under ``stay``
-        the best whole one. With replicas, the best start without them goes beside it through step 2.
+        (:mod:`poise.planning.solve.node_first`, :mod:`poise.planning.solve.near_anneal`), where routing groups must lie
+        whole one with groups before devices (:mod:`poise.planning.solve.group_first`; others are gathered), and, where
+        traffic is linear, affinity assignments. Under the home data flows layers do not depend on each other, so the
+        best start of each layer is taken; under ``stay`` the best whole one. With replicas, the best start without them
+        goes beside it through step 2.
 Step 2  Descent, layer by layer, first improvement: swap two experts of two devices; move one to a free slot; replace a
         redundant replica by another expert; where the engine may have empty slots, drop one or add one. Devices that
-        decide a maximum come first.
-Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, descent again, and back if
-        that did not help, until the work budget is spent.
+        decide a maximum come first. No move takes an expert out of the place of its group.
+Step 3  Perturbation: a few random swaps in the layer with the largest gap to its bound, or two groups that change
+        places, descent again, and back if that did not help, until the work budget is spent.
 Step 4  Of the result and all starts that are at least as good as every other method's placement under
         :func:`poise.cost.step.batch_cost`, the independent evaluator, the best; or, where that is 3 % better, the one
         that costs least when the expected loads shift at random. The plan is never worse than a rival's on the fitted
@@ -42,10 +43,11 @@ from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.planning.solve.affinity import affinity_start
 from poise.planning.solve.anneal import PROPOSALS, annealed
-from poise.planning.solve.complete import complete
+from poise.planning.solve.complete import as_held
 from poise.planning.solve.descent import descents
 from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.fill import filled
+from poise.planning.solve.group_first import group_first
 from poise.planning.solve.near_anneal import BALANCE, near_starts, proposals_within
 from poise.planning.solve.records import Data, State
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
@@ -169,8 +171,12 @@ def _own_starts(
     """Step 1: starts beside those of other methods; ``problem`` has some of the steps of the ``whole``."""
     yield plain_start(whole)
     yield from affinity_start(problem)
+    place_LE = None
+    if whole.whole is not None and whole.whole.must:
+        yield (first := group_first(whole, seed=seed))
+        place_LE = whole.whole.place_LE(first.count_LED())
     if problem.num_devices > 1 and not problem.pooled:
-        yield annealed(whole, proposals=proposals, seed=seed, budget=budget)
+        yield annealed(whole, proposals=proposals, seed=seed, budget=budget, place_LE=place_LE)
         if problem.split == "exact" and problem.spare_slots > 0:
             yield filled(whole, seed=seed)
         if problem.split == "near" and problem.cluster.num_nodes > 1:
@@ -210,7 +216,7 @@ def search(
         if pool and budget.over("starts"):
             break
         plain.append(int(start.replicas_LE().max()) == 1)
-        pool.append(start if problem.engine.empty_slots else complete(problem, start))
+        pool.append(as_held(problem, start))
         prices.append(_price(problem, pool[-1]))
     score_OL = np.stack([price.score_L for price in prices])
     states = [_best_start(data, problem, pool, score_OL)]

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +33,10 @@ from poise.planning.placement import Placement
 from poise.planning.problem import Method, MethodResult, PlacementProblem, Progress, Solution, Term
 from poise.planning.solve import exact, fill, search, small, stay
 from poise.planning.solve.checked import checked_method
-from poise.planning.solve.complete import complete
+from poise.planning.solve.complete import as_held
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps, start_seconds
 from poise.planning.solve.joint import ClosedBounds, has_joint_bound, joint_bound
+from poise.planning.solve.pays import where_it_pays
 from poise.util.errors import NoResultError
 from poise.util.executors import Given, Serial, begun, taken
 from poise.util.registry import Registry
@@ -54,6 +57,15 @@ def _plan_poise(
     the risk's envelope. The best plan of all rounds under :meth:`PlacementProblem.risk_seconds` counts.
     """
     budget = Budget.of(time_limit_s)
+    if problem.whole is not None and not problem.whole.must:
+        return where_it_pays(problem, partial(_plan_once, seed=seed, progress=progress), budget)
+    return _plan_once(problem, budget, seed=seed, progress=progress)
+
+
+def _plan_once(
+    problem: PlacementProblem, budget: Budget, *, seed: int, progress: Progress | None
+) -> MethodResult:  # fmt: skip
+    """One plan, groups whole or not as the problem says."""
     if problem.risk == "mean":
         return _search_once(problem, budget=budget, seed=seed, progress=progress)
     best: tuple[float, MethodResult] | None = None
@@ -186,8 +198,8 @@ def solve(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Solution:
-    """Plan a placement and price it, for all methods alike as the problem's engine will hold it: slots that a method
-    leaves empty are filled first (:mod:`poise.planning.solve.complete`).
+    """Plan a placement and price it, for all methods alike as it will be held: routing groups that a method tears where
+    they must lie whole are gathered, and slots that it leaves empty filled (:mod:`poise.planning.solve.complete`).
 
     Parameters
     ----------
@@ -205,9 +217,12 @@ def solve(
     ------
     OptionError : unknown method, or a time limit or work that is not above 0.
     PluginError : another package's method is not what it should be, or failed.
-    InfeasibleError, NoResultError : the method proved that there is no placement, or found none.
+    InfeasibleError, NoResultError : the method proved that there is no placement, or found none; or it counts slots
+        over all layers together, and groups must lie whole.
     """
     chosen = METHODS.ask(method)
+    if chosen.pooled and problem.whole is not None:
+        raise NoResultError(f"{method} counts slots over all layers together, groups are kept whole layer by layer")
     budget = Budget.of(time_limit_s, work)
     if chosen.pooled and not problem.pooled:
         problem = replace(problem, pooled=True)
@@ -216,10 +231,12 @@ def solve(
     search = budget if budget.work is not None or not joint else budget.part(1 - joint)
     result = chosen.plan(problem, time_limit_s=search, seed=seed, progress=progress)
     problem.check(result.placement)
-    if not problem.engine.empty_slots:
-        some = some_steps(problem, PRICE_SHARE * budget.seconds, 2 * price_seconds(problem))
-        result = replace(result, placement=complete(some, result.placement))
-        problem.engine.check(result.placement, problem.slots_D)
+    some = some_steps(problem, PRICE_SHARE * budget.seconds, 2 * price_seconds(problem))
+    result = replace(result, placement=as_held(some, result.placement))
+    problem.engine.check(result.placement, problem.slots_D)
+    problem.check_groups(result.placement)
+    if problem.whole is not None:
+        result = replace(result, details={**result.details, "groups": _groups(problem, result)})
     seconds = time.monotonic() - began
     needed = price_seconds(problem) + bound_seconds(problem)
     most = budget.afford(min(needed, PRICE_SHARE * budget.seconds), "price")
@@ -227,6 +244,16 @@ def solve(
     found = evaluate(problem, result, method=method, seconds=seconds, most_seconds=most, joint=left)
     cut = sorted(budget.cuts - before)
     return replace(found, details={**found.details, "cut_by_clock": cut}) if cut else found
+
+
+def _groups(problem: PlacementProblem, result: MethodResult) -> dict[str, Any]:
+    """In how many layers every routing group lies whole, beside what the method says of them."""
+    whole = problem.whole
+    assert whole is not None
+    kept = int((~whole.torn_LG(result.placement.count_LED()).any(axis=1)).sum())
+    return {"where": whole.where, "must": whole.must, "groups": whole.num_groups, "places": whole.num_places,
+            "whole_layers": kept, "layers": result.placement.num_layers,
+            **result.details.get("groups", {})}  # fmt: skip
 
 
 def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
@@ -238,7 +265,10 @@ def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
     fewest = -(-problem.batch.num_experts // problem.num_devices)
     if problem.engine.empty_slots or problem.slots_D.min() <= fewest:
         return None
-    return replace(problem, slots_D=np.full(problem.num_devices, fewest))
+    slots_D = np.full(problem.num_devices, fewest)
+    if problem.whole is not None and not problem.whole.fits(slots_D, filled=True):
+        return None
+    return replace(problem, slots_D=slots_D)
 
 
 def evaluate(

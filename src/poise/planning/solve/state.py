@@ -62,6 +62,7 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
         flow=DATA_FLOWS.index(problem.traffic),
         has_tokens=batch.has_tokens,
         keep_full=not problem.engine.empty_slots,
+        place_D=problem.place_D.copy(),
         near=near,
         sources=make_sources(rows, load_LBE if near else load_LBE[:0], problem.num_devices),
         stop=np.zeros(1, np.int64),
@@ -351,6 +352,18 @@ def _toggle(state, layer, e, d):  # type: ignore[no-untyped-def]
         state.held_LED[layer, e, d] = True
         state.used_LD[layer, d] += 1
         state.room_GD[group, d] -= 1
+
+
+@compiled(nogil=True)
+def put_layer(data: Data, state: State, layer: int, held_ED: NDArray[np.bool_]) -> None:
+    """Make a layer hold bool [E, D], whatever it held, with all sums that depend on it."""
+    for e in range(held_ED.shape[0]):
+        for d in range(held_ED.shape[1]):
+            if state.held_LED[layer, e, d] != held_ED[e, d]:
+                _toggle(state, layer, e, d)
+    for later in range(layer, data.reach_L[layer] + 1):
+        rebuild(data, state, later)
+    state.work[0] += held_ED.size
 
 
 @compiled(nogil=True)
