@@ -62,6 +62,7 @@ def pieces() -> list[Piece]:
         Piece("many-steps", ("-m", "pytest", "-q", *CASES), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
+        Piece("package", ("benchmarks/package.py",)),
     ]  # fmt: skip
 
 

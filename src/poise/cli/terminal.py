@@ -138,10 +138,10 @@ def _lines() -> Iterator[Report]:
 
 
 def print_json(kind: str, value: Mapping[str, Any]) -> None:
-    """JSON on stdout, which begins with what it is and the version of that (:data:`SCHEMAS`)."""
+    """JSON on stdout, which begins with the version of its form (:data:`SCHEMAS`)."""
     sys.stdout.write(json.dumps(named(kind, value), indent=2, allow_nan=False) + "\n")
 
 
 def named(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """A value with its ``schema`` before it."""
-    return {"schema": f"poise.{kind}/{SCHEMAS[kind]}", **value}
+    return {"schema": SCHEMAS[kind], **value}
