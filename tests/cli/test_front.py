@@ -108,7 +108,7 @@ MISSES = [
     (["plan", "trace.npz", "-c", "1x4", "-o", "o.npz", "--current", "{folder}/paln.npz"], "did you mean {folder}/plan.npz?"),
     (["compare", "trace.npz", "-c", "1x4", "-p", "contigous"], "did you mean contiguous?"),
     (["compare", "trace.npz", "-c", "1x4", "-p", "contiguous", "--fast", "poise-nearr"], "did you mean poise-near?"),
-    (["compare", "trace.npz", "-c", "1x4", "-p", "contiguous", "--fast", "hecate:tau_=1"], "did you mean tau?"),
+    (["compare", "trace.npz", "-c", "1x4", "-p", "contiguous", "--fast", "hecate:overlp=1"], "did you mean overlap?"),
     (["compare", "trace.npz", "-c", "1x4", "-p", "contiguous", "--fast", "split", "--predictor", "means"], "did you mean mean?"),
     (["convert", "loads.json", "-o", "o.npz", "--format", "sglan"], "did you mean sglang"),
     (["export", "plan.npz", "--to", "sglng", "-o", "o.json"], "did you mean sglang?"),
@@ -204,11 +204,11 @@ def test_vllm_needs_no_export(files, tmp_path):
 KEYS = {  # of version 1: what goes or means something else makes it 2, and is changed here; what is new is added
     "inspect": "name layers experts tokens requests top_k decode_share domains per_layer",
     "plan": "method objective lower_bound gap seconds imbalance cut_by_clock interrupted terms details moves verdict",
-    "convert": "engine kind wrote file loads layers experts notes",
-    "diff": "",
+    "convert": "engine kind wrote file recorded_layers profile notes",
+    "diff": "fetched dropped moved_bytes links link_seconds most_on_device rounds ranks layers most",
     "export": "engine file filled_slots slots redundant devices unplanned_layers command notes",
     "machines": "source fitted presets kernels links",
-    "compare": "",
+    "compare": "rows verdict judged cluster ground model traffic split engine defaults slots notes",
     "watch": "event",
 }  # fmt: skip
 
