@@ -18,6 +18,7 @@ def for_index(text: str, source: str = "") -> str:
 
     def instead(found: re.Match[str]) -> str:
         picture, words, place = found.groups()
+        words = LINK.sub(instead, words)  # a picture that is a link
         if not source:
             return "" if picture else words
         return f"{picture}[{words}]({source.rstrip('/')}/{'raw' if picture else 'blob'}/HEAD/{place})"
