@@ -19,7 +19,7 @@ from poise.util.files import check_new_folder
 
 NO_FILE = {
     "vllm": "poise's plugin for it reads the placement itself: POISE_STATIC_MAP={file} vllm serve MODEL "
-    "--enable-expert-parallel --enable-eplb (docs/engines.md)",
+    "--enable-expert-parallel --enable-eplb (docs/engines.md); vllm-34811 and vllm-49572 are files of open proposals",
 }
 """Engines that need no export, and what to do."""
 
