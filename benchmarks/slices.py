@@ -73,6 +73,7 @@ def pieces() -> list[Piece]:
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
         *(Piece(f"properties-{first}", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *properties()[first::2]),
                 {"POISE_MANY": "1"}) for first in range(2)),
+        Piece("package", ("benchmarks/package.py",)),
     ]  # fmt: skip
 
 

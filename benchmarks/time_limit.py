@@ -55,7 +55,7 @@ else:
     traffic = LoadProfile(load, top_k=8)
 options = {"redundant": case["redundant"], "seed": 0}
 try:
-    from poise.util.compiled import COMPILATION
+    from poise.util.compilation import COMPILATION
     spent = COMPILATION.spent
 except (ImportError, AttributeError):
     spent = lambda: 0.0

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from poise.cli.main import VERBS
+
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src"
 TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.lab.emulate.probe", "poise.lab.calibrate.compute",
@@ -26,7 +28,7 @@ ALIAS = re.compile("_?[A-Z][A-Za-z]*[a-z][A-Za-z]*")
 def room_of(module: str) -> int:
     """Its number; KeyError for a module that no room has."""
     parts = module.split(".")
-    if parts == ["poise"]:
+    if parts in (["poise"], ["poise", "__main__"]):
         return len(ROOMS)
     if parts[0] != "poise" or parts[1] not in ROOMS:
         raise KeyError(module)
@@ -63,10 +65,14 @@ def imports(tree: ast.AST, known: set[str]) -> set[str]:
 
 MODULES = modules()
 GRAPH = {name: imports(tree, set(MODULES)) for name, (_, tree) in MODULES.items()}
+GRAPH["poise.cli.main"] |= {f"poise.cli.{name}" for name in VERBS}  # by names that are made when a verb is called
+NAMES_MADE = {"poise", "poise.moved", "poise.cli.main", "poise.util.extras", "poise.util.executors",
+              "poise.engines.plugins.sglang_hook", "poise.engines.plugins.vllm_policy"}  # fmt: skip
+"""Modules that import by a name which is no constant: those of :data:`GRAPH`, of what callers name, of other packages."""
 
 
 def test_every_module_has_a_room():
-    assert {name for name in MODULES if room_of(name) == len(ROOMS)} == {"poise"}
+    assert {name for name in MODULES if room_of(name) == len(ROOMS)} == {"poise", "poise.__main__"}
     with pytest.raises(KeyError):
         room_of("poise.somewhere")
 
@@ -83,6 +89,22 @@ def test_no_upward_import():
         some = {room: next(name for name in MODULES if name.split(".")[1:2] == [room]) for room in (low, high)}
         assert upward({some[low]: {some[high]}}), "the test sees nothing"
     assert upward({"poise.planning.problem": {"poise.planning.solve.search"}})
+
+
+def by_made_names(tree: ast.AST) -> list[ast.Call]:
+    """Imports that the graph cannot see."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = [(call, getattr(call.func, "attr", getattr(call.func, "id", ""))) for call in calls]
+    return [call for call, name in named if name in ("import_module", "__import__")
+            and not (call.args and isinstance(call.args[0], ast.Constant))]  # fmt: skip
+
+
+def test_no_import_hides_from_the_graph():
+    assert {name for name, (_, tree) in MODULES.items() if by_made_names(tree)} == NAMES_MADE
+    assert by_made_names(ast.parse('importlib.import_module(f"poise.{x}")')) and not by_made_names(
+        ast.parse('import_module("poise.api")')
+    )
+    assert "poise.cli.plan" in GRAPH["poise.cli.main"] and {f"poise.cli.{name}" for name in VERBS} <= set(MODULES)
 
 
 def test_what_is_beside_the_package_uses_it_by_its_names_of_today():
@@ -186,9 +208,26 @@ def test_poise_is_never_imported_inside_a_function():
                 assert not any(module.startswith("poise") for module in imports(node, set(MODULES))), name
 
 
-def test_import_poise_is_free_of_torch():
-    """Nor do its commands before they are asked for what needs it: it takes seconds, and may be missing or broken."""
-    code = "import sys, poise.cli.main; "
-    code += "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+HEAVY = {"torch", "transformers", "numba", "llvmlite", "scipy", "highspy", "asyncio", "multiprocessing"}
+LISTING = (
+    "from poise.cli import main\ntry:\n    main.app({words!r})\nexcept SystemExit as end:\n    assert not end.code"
+)
+INSPECT = ["inspect", str(SRC / "poise" / "data" / "demo_trace.npz"), "--json"]
+LOADED = {  # what is run -> heavy modules that are then there, and may not be
+    "import poise": HEAVY | {"numpy", "rich", "typer"},
+    "import poise.cli.main": HEAVY | {"numpy", "rich"},
+    LISTING.format(words=["--help"]): HEAVY | {"numpy", "rich", "poise.cli.plan"},
+    LISTING.format(words=INSPECT): HEAVY | {"poise.api", "poise.cli.plan"},
+    "import poise.cli.plan, poise.cli.compare, poise.cli.watch": {"torch", "transformers"},
+}
+
+
+@pytest.mark.parametrize("code", LOADED, ids=["package", "command", "help", "inspect", "planning"])
+def test_what_takes_seconds_is_loaded_by_what_needs_it(code):
+    """It may also be missing or broken: PyTorch is none of the core's."""
+    code += "\nimport sys; print(sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.returncode == 0, done.stderr
+    loaded = set(ast.literal_eval(done.stderr.splitlines()[-1]))
+    assert not loaded & LOADED[code.partition("\nimport sys; print")[0]]
+    assert "poise.version" in loaded

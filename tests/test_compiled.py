@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from poise.util.compiled import COMPILATION
+from poise.util.compilation import COMPILATION
 
 INNER = "from poise.util.compiled import compiled\nFACTOR = {factor}\n@compiled\ndef inner(x):\n    return x + {add}\n"
 OUTER = (

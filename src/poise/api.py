@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -63,14 +62,14 @@ from poise.replay.windows import (
 )
 from poise.routing.batch import Homes, RoutingBatch
 from poise.routing.batching import Order, make_batch
-from poise.routing.files import join, read
 from poise.routing.fingerprint import NO_TRAFFIC, fingerprint
-from poise.routing.folder import folder_profile
+from poise.routing.sources import TrafficSource
+from poise.routing.sources import load as load
 from poise.routing.trace import LoadProfile, Phase, RoutingTrace
 from poise.util.errors import NoResultError, OptionError
+from poise.util.words import close_to
 from poise.version import VERSION
 
-TrafficSource = str | Path | Traffics
 VERDICT_STEPS = 20
 BOUND_SHARE = 0.15
 """Share of a plan's seconds, after the search, for a joint bound."""
@@ -80,18 +79,6 @@ PREFILL_A_RANK, DECODE_A_RANK = 1024, 64
 """Tokens of a step on each rank where a verdict is asked for and none are said: on eight ranks 8,192 and 512."""
 A_RANK = {"prefill": PREFILL_A_RANK, "decode": DECODE_A_RANK}
 DEFAULT_ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner", "moetuner-equal", "poise")
-
-
-def load(source: TrafficSource | Sequence[TrafficSource], executor: Executor | None = None) -> Traffics:
-    """A trace or profile from paths or objects; several are joined. Of a folder, the loads of its shards
-    (:func:`poise.routing.folder.folder_profile`), counted on the executor.
-    """
-    many = [source] if isinstance(source, str | Path | RoutingTrace | LoadProfile) else list(source)
-    return join([_read(item, executor) if isinstance(item, str | Path) else item for item in many])
-
-
-def _read(path: str | Path, executor: Executor | None) -> Traffics:
-    return folder_profile(path, executor) if os.path.isdir(path) else read(path)
 
 
 def _of_model(traffic: Traffics, model: ModelSpec | None) -> Traffics:
@@ -213,6 +200,8 @@ def plan(
         details["defaults"] = defaults
     if budget.cuts:
         details["cut_by_clock"] = sorted(budget.cuts)
+    if budget.stopped:
+        details["interrupted"] = True
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
@@ -221,6 +210,8 @@ def plan(
              "batch": batch.order}  # fmt: skip
     if "cut_by_clock" in solution.details:
         about["cut_by_clock"] = ", ".join(solution.details["cut_by_clock"])
+    if budget.stopped:
+        about["interrupted"] = "yes"
     if problem.split != "even":
         about["split"] = problem.split
     if keep_groups is not None:
@@ -463,7 +454,7 @@ def compare(
                 own = Budget(time_limit_s, work=work)
             entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults)
         else:
-            raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=f"methods: {', '.join(METHODS)}")
+            raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=close_to(str(item), METHODS))
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
     said += elastic_notes(entries, named)
@@ -516,7 +507,7 @@ def homes(
             f"homes are chosen for requests, and {found.name} has loads only", hint="give a routing trace"
         )
     if policy is not None and policy not in POLICIES:
-        raise OptionError(f"unknown policy {policy!r}", hint=f"one of {', '.join(POLICIES)}")
+        raise OptionError(f"unknown policy {policy!r}", hint=close_to(policy, POLICIES))
     if not 0 <= band < np.inf:
         raise OptionError(f"the band must be at least 0 and finite, got {band}")
     model = ModelSpec.parse(model) if isinstance(model, str) else model

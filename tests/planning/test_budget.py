@@ -13,7 +13,7 @@ from tests.helpers import load_batch, tiny_batch, tiny_cluster, tiny_model
 from typer.testing import CliRunner
 
 import poise
-from poise.cli import options
+from poise.cli import terminal
 from poise.cli.main import app
 from poise.machine.cluster import from_preset
 from poise.machine.model import ModelSpec
@@ -29,7 +29,7 @@ from poise.planning.solve.search import search
 from poise.planning.solve.solve import METHODS, solve
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
-from poise.util.compiled import Compilation
+from poise.util.compilation import Compilation
 from poise.util.errors import NoResultError, OptionError
 
 TRACE = zipf_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2, tokens_per_request=8, stickiness=0.3, seed=1)
@@ -286,9 +286,9 @@ def test_none_of_equal_weight_is_lost_where_weights_are_zero():
 
 def test_compiling_is_said_and_not_charged(monkeypatch, capsys):
     mine = Compilation()
-    monkeypatch.setattr(options, "COMPILATION", mine)
+    monkeypatch.setattr(terminal, "COMPILATION", mine)
     monkeypatch.setattr(module, "COMPILATION", mine)
-    with options.compiling():
+    with terminal.compiling():
         before = module._now()
         mine.start("who")
         mine._open[0] = ("who", mine._open[0][1] - 50.0)  # it began 50 s ago

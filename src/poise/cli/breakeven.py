@@ -52,7 +52,7 @@ def breakeven(
             control_s=None if control_us is None else 1e-6 * control_us,
         )  # fmt: skip
         if json:
-            o.print_json(result.to_json())
+            o.print_json("breakeven", result.to_json())
         else:
             _show(result, trace is not None)
 

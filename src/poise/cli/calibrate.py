@@ -99,7 +99,7 @@ def calibrate(
         with replacing(output, OptionError) as stream:
             stream.write(result.to_yaml().encode())
         if json:
-            o.print_json(result.to_json())
+            o.print_json("calibrate", result.to_json())
         else:
             _show(result)
         for note in result.notes:

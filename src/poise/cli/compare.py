@@ -12,6 +12,7 @@ import typer
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.pricing import StepOptions
 from poise.replay.compare import Comparison
 from poise.report import write_report
 from poise.util.errors import OptionError
@@ -46,7 +47,7 @@ def compare(
         list[str] | None, typer.Option("--judge", help="More traffic to judge on, NAME=FILE; repeat.")
     ] = None,
     redundant: o.Redundant = 0,
-    priced: o.StepOptions,
+    priced: StepOptions,
     loops: FastOptions,
     time_limit: o.TimeLimit = 10.0,
     work: o.Work = None,
@@ -84,7 +85,7 @@ def show(result: Comparison, html: Path | None, json: bool) -> None:
     if html is not None:
         write_report(result, html, command=shlex.join(["poise", *sys.argv[1:]]))
     if json:
-        o.print_json(result.to_json())
+        o.print_json("compare", result.to_json())
     else:
         result.table(o.out)
     if html is not None:

@@ -82,8 +82,10 @@ def convert(
         else:
             wrote = _write_traffic(dump, output)
         if json:
-            o.print_json({"engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
-                          "notes": list(dump.notes)})  # fmt: skip
+            o.print_json("convert", {
+                "engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
+                "notes": list(dump.notes),
+            })  # fmt: skip
         else:
             o.out.print(repr(dump))
         o.talk.print(f"wrote {output}")

@@ -59,7 +59,7 @@ def diff(
             spec.matches(num_experts=old.num_experts, layer_ids=change.moves.layer_ids_L)
         facts = _facts(change, spec, staging)
         if json:
-            o.print_json(facts)
+            o.print_json("diff", facts)
         else:
             _show(old, new, facts)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -61,6 +62,39 @@ def _end(number: int, frame: FrameType | None) -> None:
             return
         handled = handled.__context__
     raise Ended(number)
+
+
+@contextmanager
+def first_interrupt(ask: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile the first control-C calls ``ask``, in a thread of its own, and the second does what it did before.
+
+    Compiled code holds back what Python does on a signal, not what the system writes on one: the thread reads that.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def listen() -> None:
+        while number := ours.recv(1):
+            if number[0] == signal.SIGINT:
+                ask()
+                return
+
+    listener = threading.Thread(target=listen, name="poise-interrupt", daemon=True)
+    listener.start()
+    written = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda number, frame: signal.signal(signal.SIGINT, before))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(written)
+        theirs.close()
+        listener.join()
+        ours.close()
 
 
 class WatchEnding:

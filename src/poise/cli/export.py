@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,12 @@ from poise.planning.losses import Loss, Losses
 from poise.planning.placement import Placement
 from poise.util.errors import OptionError
 from poise.util.files import check_new_folder
+
+NO_FILE = {
+    "vllm": "poise's plugin for it reads the placement itself: POISE_STATIC_MAP={file} vllm serve MODEL "
+    "--enable-expert-parallel --enable-eplb (docs/engines.md); vllm-34811 and vllm-49572 are files of open proposals",
+}
+"""Engines that need no export, and what to do."""
 
 
 def export(
@@ -49,6 +56,8 @@ def export(
     Example: poise export placement.npz --to sglang --model deepseek-v3 -o experts.json
     """
     with o.errors():
+        if to in NO_FILE:
+            raise OptionError(f"{to} loads no file of a map", hint=NO_FILE[to].format(file=shlex.quote(str(placement))))
         target = TARGETS[o.one_of("target", to, tuple(TARGETS))]
         if target.folder:
             check_new_folder(output, OptionError)
@@ -73,10 +82,12 @@ def export(
                       "command": target.write(loss.after_on_rest, path, options).command}
                      for loss, path in after]  # fmt: skip
         if json:
-            o.print_json({"engine": to, "file": str(output), "filled_slots": made.filled, "slots": plan.num_slots,
-                          "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices,
-                          "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
-                          **({"losses": later} if losses is not None else {}), **made.facts})  # fmt: skip
+            o.print_json("export", {
+                "engine": to, "file": str(output), "filled_slots": made.filled, "slots": plan.num_slots,
+                "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices,
+                "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
+                **({"losses": later} if losses is not None else {}), **made.facts,
+            })  # fmt: skip
         else:
             o.out.print(repr(plan))
         if made.filled:

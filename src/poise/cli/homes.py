@@ -10,6 +10,7 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.pricing import EngineName, PricingOptions
 from poise.planning.homes import BAND, POLICIES
 from poise.replay.homes import HomeRow, HomeStudy
 
@@ -26,8 +27,8 @@ def homes(
         Path | None, typer.Option("--placement-out", help="Placement to write (.npz), planned for these homes.")
     ] = None,
     redundant: o.Redundant = 0,
-    priced: o.PricingOptions,
-    engine: o.EngineName = "any",
+    priced: PricingOptions,
+    engine: EngineName = "any",
     tokens_per_step: o.TokensPerStep = None,
     policy: Annotated[
         str | None,
@@ -52,7 +53,7 @@ def homes(
     with o.errors():
         for path in (output, placement_out):
             if path is not None:
-                o.writable(path)
+                o.writable(path, ".npz")
         with o.progress() as report:
             study = api.homes(
                 list(traces), cluster, redundant=redundant, engine=engine, tokens_per_step=tokens_per_step,
@@ -64,7 +65,7 @@ def homes(
         if placement_out is not None:
             study.placement.save(placement_out)
         if json:
-            o.print_json(study.to_json())
+            o.print_json("homes", study.to_json())
         else:
             _show(study)
         for path in (output, placement_out):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from poise import api
 from poise.cli import options as o
+from poise.routing import sources
 from poise.routing.profile import dead_share_L, load_LE, mutual_information, skew_L
 from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 from poise.util.executors import executor_of
@@ -21,7 +21,7 @@ def inspect(traces: o.Traces, executor: o.Executor = "serial", json: o.Json = Fa
     """
     with o.errors():
         with executor_of(executor) as workers:
-            found = api.load(list(traces), workers)
+            found = sources.load(list(traces), workers)
         facts: dict[str, Any] = {"name": found.name, "layers": found.num_layers, "experts": found.num_experts}
         if isinstance(found, RoutingTrace):
             load = load_LE(found.experts, found.num_experts)
@@ -54,7 +54,7 @@ def inspect(traces: o.Traces, executor: o.Executor = "serial", json: o.Json = Fa
             for index in range(found.num_layers)
         ]
         if json:
-            o.print_json(facts)
+            o.print_json("inspect", facts)
         else:
             _show(facts)
 

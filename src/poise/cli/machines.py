@@ -30,8 +30,9 @@ def machines(
         links = [row for row in found.links if gpu in (None, row["gpu"])]
         presets = {name: rates for name, rates in DEVICES.items() if preset in (None, name)}
         if json:
-            o.print_json({"source": found.source, "fitted": found.fitted, "presets": presets, "kernels": kernels,
-                          "links": links})  # fmt: skip
+            o.print_json("machines", {
+                "source": found.source, "fitted": found.fitted, "presets": presets, "kernels": kernels, "links": links,
+            })  # fmt: skip
             return
         _show_presets(presets)
         if not kernels and not links:

@@ -1,35 +1,86 @@
-"""The ``poise`` command: one file a verb."""
+"""The ``poise`` command: one file a verb, imported when it is called."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from poise.cli import (
-    breakeven,
-    calibrate,
-    compare,
-    convert,
-    demo,
-    diff,
-    export,
-    homes,
-    inspect,
-    machines,
-    plan,
-    record,
-    verdict,
-    verify,
-    watch,
-)
 from poise.cli.ending import signals_end
-from poise.cli.options import compiling
+from poise.util.words import printable
 from poise.version import VERSION
 
+VERBS = {
+    "demo": "Compare placements on the trace that ships with poise.",
+    "inspect": "Say what recorded traffic holds and how skewed it is.",
+    "plan": "Plan an expert placement and write it to a file.",
+    "compare": "Judge placements side by side, with the bound.",
+    "verdict": "Say whether turning EPLB on is worth it.",
+    "breakeven": "Say from which batch size step-wise balancing pays.",
+    "homes": "Say whether it pays to choose the rank of each request.",
+    "diff": "Say what moves between two placements.",
+    "export": "Write a placement in an engine's format.",
+    "convert": "Turn an engine's dump into a trace or loads.",
+    "record": "Record which experts a model chooses on your text.",
+    "verify": "Say from a dump whether an engine took the map.",
+    "watch": "Watch traffic, and plan anew when it pays.",
+    "calibrate": "Measure links and experts, and write a cluster file.",
+    "machines": "List presets, measured kernels and all-to-alls.",
+}
+"""Verbs, each the function of that name in the module of that name; the list of all does not import them."""
+HELP = {"help_option_names": ["-h", "--help"]}
+USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+"""Of click or of typer's own copy of it, by typer's version."""
+
+
+class Verbs(TyperGroup):
+    """The list of verbs; one that is called is imported then."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        self.commands = {name: TyperCommand(name, help=text) for name, text in VERBS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """The verb itself for its entry in the list."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, command(found.name) if found is not None and found.name else found, rest
+
+    def make_context(self, *words: Any, **more: Any) -> Any:
+        """As typer does, of words that a terminal may act on."""
+        with _harmless():
+            return super().make_context(*words, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        """See :meth:`make_context`: here the words of a verb are read."""
+        with _harmless():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """What is wrong with the words of a command line is told without what a terminal would act on."""
+    try:
+        yield
+    except USAGE as error:
+        error.message = printable(error.message)
+        raise
+
+
+def command(name: str) -> Any:
+    """A verb, imported, with its options."""
+    one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    one.command(name, context_settings=HELP)(getattr(import_module(f"poise.cli.{name}"), name))
+    return typer.main.get_command(one)
+
+
 app = typer.Typer(
-    name="poise", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+    name="poise", cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings=HELP,
+)  # fmt: skip
 
 
 def _version(value: bool) -> None:
@@ -51,27 +102,7 @@ def root(
     """
 
 
-for verb in (
-    demo.demo,
-    inspect.inspect,
-    plan.plan,
-    compare.compare,
-    verdict.verdict,
-    breakeven.breakeven,
-    homes.homes,
-    diff.diff,
-    export.export,
-    convert.convert,
-    record.record,
-    verify.verify,
-    watch.watch,
-    calibrate.calibrate,
-    machines.machines,
-):
-    app.command()(verb)
-
-
 def main() -> None:
     """Entry point."""
-    with signals_end(), compiling():
-        app()
+    with signals_end():
+        app(prog_name="poise")

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.ending import first_interrupt
+from poise.cli.pricing import StepOptions
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
@@ -43,7 +45,7 @@ def plan(
     output: Annotated[Path, o.flag("output", "Placement file to write (.npz).")],
     redundant: o.Redundant = 0,
     method: Annotated[str, typer.Option(help="poise, or a method of 'poise compare'.")] = "poise",
-    priced: o.StepOptions,
+    priced: StepOptions,
     pooled: Annotated[bool, typer.Option("--pooled", help="Count slots over all layers together (MoETuner).")] = False,
     current: Annotated[
         Path | None,
@@ -82,7 +84,7 @@ def plan(
     Example: poise plan trace.npz --cluster 2x8:h100 --redundant 16 --model deepseek-v3 -o placement.npz
     """
     with o.errors():
-        o.writable(output)
+        o.writable(output, ".npz")
         unit = None if survive is None else SURVIVE[o.one_of("survive", survive, tuple(SURVIVE))]
         beside = output.with_suffix(".losses.npz")
         if unit is not None:
@@ -94,16 +96,17 @@ def plan(
             share = VERDICT_SHARE if verdict and not pooled else 0.0
             whole = Budget(time_limit, work=work, executor=workers)
             shared = {**priced.checked(), "redundant": redundant, "method": method, "seed": seed, "progress": report}
-            solution = api.plan(
-                found, cluster, pooled=pooled, current=now, migration_steps=migration_steps,
-                risk=o.one_of("risk", risk, RISKS), survive=unit, survive_cost=survive_cost,
-                survive_copies=survive_copies, time_limit_s=whole.part(1 - share), **shared,
-            )  # fmt: skip
-            said = None
-            if share:
-                said = api.planning_verdict(
-                    found, cluster, current=now, time_limit_s=whole.part(share, until=1.0), **shared
-                )
+            with first_interrupt(lambda: _stop(whole)):
+                solution = api.plan(
+                    found, cluster, pooled=pooled, current=now, migration_steps=migration_steps,
+                    risk=o.one_of("risk", risk, RISKS), survive=unit, survive_cost=survive_cost,
+                    survive_copies=survive_copies, time_limit_s=whole.part(1 - share), **shared,
+                )  # fmt: skip
+                said = None
+                if share and not whole.stopped:
+                    said = api.planning_verdict(
+                        found, cluster, current=now, time_limit_s=whole.part(share, until=1.0), **shared
+                    )
         if late := whole.beyond():
             o.talk.print(late)
         _with_command(solution.placement).save(output)
@@ -111,7 +114,9 @@ def plan(
             solution.losses.save(beside)
         moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
         if json:
-            o.print_json({**_json(solution), "moves": moves, "verdict": said, **_losses(solution, priced.model)})
+            o.print_json(
+                "plan", {**_json(solution), "moves": moves, "verdict": said, **_losses(solution, priced.model)}
+            )
         else:
             _show(solution)
             if not said:
@@ -125,6 +130,12 @@ def plan(
         o.talk.print(f"wrote {output}")
         if solution.losses is not None:
             o.talk.print(f"wrote {beside}: what follows each loss")
+
+
+def _stop(budget: Budget) -> None:
+    """End the search of a plan, and say so."""
+    budget.stop()
+    o.talk.print("interrupted: writing the best plan so far; control-C again ends at once")
 
 
 def _with_command(placement: Placement) -> Placement:
@@ -240,7 +251,8 @@ def _json(solution: Solution) -> dict[str, object]:
         "gap": solution.gap,
         "seconds": solution.seconds,
         "imbalance": solution.imbalance,
-        "cut_by_clock": "cut_by_clock" in solution.details,
+        "cut_by_clock": "cut_by_clock" in solution.details and not solution.details.get("interrupted"),
+        "interrupted": bool(solution.details.get("interrupted")),
         "terms": {name: {"seconds": t.seconds, "lower_bound": t.lower_bound} for name, t in solution.terms.items()},
         "details": solution.details,
     }

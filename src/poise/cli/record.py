@@ -29,7 +29,7 @@ def record(
     """
     with o.errors():
         capture = with_torch("poise.runtime.capture", "recording", "PyTorch and transformers")
-        o.writable(output)
+        o.writable(output, ".npz")
         prompts = capture.read_prompts(texts, per_domain=requests_per_domain)
         net, tokenizer = capture.load_model(model)
         with o.progress() as report:
@@ -39,8 +39,10 @@ def record(
             )  # fmt: skip
         trace.save(output)
         if json:
-            o.print_json({"tokens": trace.num_tokens, "requests": len(trace.requests()), "layers": trace.num_layers,
-                          "experts": trace.num_experts, "top_k": trace.top_k, "file": str(output)})  # fmt: skip
+            o.print_json("record", {
+                "tokens": trace.num_tokens, "requests": len(trace.requests()), "layers": trace.num_layers,
+                "experts": trace.num_experts, "top_k": trace.top_k, "file": str(output),
+            })  # fmt: skip
         else:
             o.out.print(repr(trace))
         o.talk.print(f"wrote {output}")

@@ -63,7 +63,7 @@ def calibrate_from_tables(folder: Path, output: Path, wanted: Wanted, *, as_json
         with replacing(output, OptionError) as stream:
             stream.write(text.encode())
         if as_json:
-            o.print_json(shown)
+            o.print_json("calibrate-tables", shown)
         o.talk.print(f"wrote {output}")
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.pricing import EngineName
 from poise.cost.split import SPLITS
 from poise.replay.verdict import COLUMNS, PhaseVerdict, Verdict
 from poise.replay.windows import PHASES
@@ -53,7 +54,7 @@ def verdict(
         int | None,
         typer.Option(help=f"N of decode. Default: as recorded, else {api.DECODE_A_RANK} a rank."),
     ] = None,
-    engine: o.EngineName = "any",
+    engine: EngineName = "any",
     split: o.SplitRule = None,
     context: Annotated[
         int,
@@ -78,9 +79,10 @@ def verdict(
     Example: poise verdict monday.json tuesday.json --cluster 2x8:h200 --model deepseek-v3 --engine sglang
     """
     with o.errors():
-        for path in (output, html):
-            if path is not None:
-                o.writable(path)
+        if output is not None:
+            o.writable(output, ".npz")
+        if html is not None:
+            o.writable(html)
         if len(windows) > 2:
             raise OptionError(
                 f"a verdict takes one or two windows, got {len(windows)}", hint="poise convert joins files"
@@ -97,7 +99,7 @@ def verdict(
         if html is not None:
             write_verdict(found, html, command=shlex.join(["poise", *sys.argv[1:]]))
         if json:
-            o.print_json(found.to_json())
+            o.print_json("verdict", found.to_json())
         else:
             _show(found)
         for path in (output, html):

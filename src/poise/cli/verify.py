@@ -71,7 +71,7 @@ def verify(
             against={str(path): _placement(path, plan) for path in against or []}, balancer_off=balancer_off,
         )  # fmt: skip
         if json:
-            o.print_json(_facts(found))
+            o.print_json("verify", _facts(found))
         else:
             _show(found)
         for note in (*dump.notes, *found.notes):

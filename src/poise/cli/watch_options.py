@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from poise.cli import options as o
+from poise.cli.pricing import PricingOptions
 from poise.control.controller import ControlSettings
 from poise.engines import sglang as sglang_file
 from poise.engines.dump import ReadOptions
@@ -75,7 +76,7 @@ class OutputOptions:
 
     def outputs(self) -> list[Output]:
         """The files; OptionError for one that cannot be written."""
-        own = [] if self.output is None else [Output("npz", o.writable(self.output))]
+        own = [] if self.output is None else [Output("npz", o.writable(self.output, ".npz"))]
         return own + [_output(spec) for spec in self.export or []]
 
 
@@ -162,7 +163,7 @@ class WatchOptions:
     redundant: Annotated[
         int | None, o.flag("redundant", "Redundant slots a layer, without --placement. Default: 0.")
     ] = None
-    priced: o.PricingOptions
+    priced: PricingOptions
     tokens_per_step: o.TokensPerStep = None
     control: ControlOptions
     follow: Annotated[bool, typer.Option("--follow/--once", help="Wait for more, or end at the file's end.")] = True

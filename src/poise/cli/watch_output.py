@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.cli import options as o
+from poise.cli.terminal import named
 from poise.control.controller import Decision, Look
 from poise.control.restart import Restart
 from poise.util.words import percent
@@ -123,5 +124,5 @@ def _restart(restart: Restart | None) -> dict[str, Any] | None:
 
 
 def _line(value: dict[str, Any]) -> None:
-    sys.stdout.write(jsonlib.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.write(jsonlib.dumps(named("watch", value), allow_nan=False) + "\n")
     sys.stdout.flush()

@@ -37,6 +37,7 @@ from poise.routing.files import join, read
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
 from poise.util.executors import Serial, in_order
+from poise.util.words import close_to
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_dump", "read_slot_map"]
 
@@ -136,7 +137,7 @@ def read_dump(
     if relabelling is not None and options.experts is None:
         options = replace(options, num_experts=relabelling.num_experts)
     if options.format is not None and options.format not in FORMATS:
-        raise OptionError(f"unknown format {options.format!r}", hint=f"one of {', '.join(FORMATS)}")
+        raise OptionError(f"unknown format {options.format!r}", hint=close_to(options.format, FORMATS))
     parts, name, notes = _sorted_out([paths] if isinstance(paths, str | Path) else list(paths), options, executor)
     if options.ranks is not None and name not in RANKS_ASKED:
         raise OptionError(f"{name} says itself which records are of one pass", hint="leave --ranks out")

@@ -17,6 +17,7 @@ from poise.machine.kernel import UNKNOWN_ERROR, AllToAllLinks, ExchangeWay, Expe
 from poise.machine.presets import DEVICES, PEAKS
 from poise.util.errors import ClusterError
 from poise.util.jsonfile import parse_json
+from poise.util.words import close_to
 
 ENGINES = ("vllm", "sglang", "trtllm")
 """In this order where none is named."""
@@ -148,7 +149,7 @@ def links_of(preset: str, library: str, *, many_nodes: bool) -> AllToAllLinks:
     if row is None:
         known = sorted({row["library"] for row in tables().links})
         if library not in known:
-            raise ClusterError(f"unknown library {library!r}", hint=f"one of {', '.join(known)}")
+            raise ClusterError(f"unknown library {library!r}", hint=close_to(library, known))
         return _derated_links(preset, library)
     port = DEVICES[preset]["inter_bytes_per_s"] / DEVICES[gpu]["inter_bytes_per_s"]
     ways = [_way(row[way], port) for way in ("dispatch", "combine")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.machine.hfconfig.beside import with_quantization
+from poise.machine.hfconfig.cached import cached_config, is_model_id
 from poise.machine.hfconfig.fields import number
 from poise.machine.hfconfig.names import ExpertNames
 from poise.machine.hfconfig.read import read_sizes, text_part
@@ -19,6 +19,7 @@ from poise.machine.hfconfig.weights import SIXTEEN_BIT, sends_fp8, weight_bytes
 from poise.machine.presets import MODELS
 from poise.util.errors import ModelError
 from poise.util.jsonfile import read_json
+from poise.util.words import closest
 
 MAX_CONFIG_BYTES = 2**22
 REST_SIZES = (
@@ -174,17 +175,19 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, spec: str) -> ModelSpec:
-        """A preset name (:mod:`poise.machine.presets`), or a Hugging Face ``config.json`` or the folder it lies in.
+        """A preset name (:mod:`poise.machine.presets`), a Hugging Face ``config.json`` or the folder it lies in, or
+        the id of a model, ``org/name``, in Hugging Face's cache (:mod:`poise.machine.hfconfig.cached`).
 
         How weights are quantised may also stand in a file beside it (:mod:`poise.machine.hfconfig.beside`).
 
         Raises
         ------
-        ModelError : unknown preset, unreadable file, or a config that is not of an MoE model.
+        ModelError : unknown preset, unreadable file, an id that is not in the cache, or a config that is not of an MoE
+            model.
         """
         if spec in MODELS:
             return from_hf_config(dict(MODELS[spec]), name=spec)
-        path = Path(spec)
+        path, named = Path(spec), ""
         try:
             folder = bool(spec) and path.is_dir()
         except OSError as error:  # a name too long
@@ -192,15 +195,17 @@ class ModelSpec:
         if folder:
             path = path / "config.json"
         elif not spec.endswith(".json"):
-            close = difflib.get_close_matches(spec, MODELS, 1)
-            hint = f"did you mean {close[0]}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
-            raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
+            if not is_model_id(spec):
+                close = closest(spec, MODELS)
+                hint = f"did you mean {close}?" if close else f"a config.json, or one of {', '.join(MODELS)}"
+                raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
+            named, path = spec, cached_config(spec, MODELS)
         data = read_json(path, MAX_CONFIG_BYTES, ModelError, infinite=True)
         if not isinstance(data, dict):
             raise ModelError(f"{path} is not a model config: it holds a {type(data).__name__}")
         if path.name == "config.json":
             data = with_quantization(data, path.parent)
-        return from_hf_config(data, name=path.parent.name or path.name)
+        return from_hf_config(data, name=named or path.parent.name or path.name)
 
 
 def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:

@@ -4,6 +4,8 @@ A budget has *nominal* seconds. Each stage turns its own into what it counts (up
 rates, so that what it does depends on the problem, the limit and the seed alone. A clock, if there is one, ends a stage
 that takes longer; then another run may end elsewhere, and :attr:`Budget.cuts` says which stage was cut.
 
+Somebody who waits may stop it too (:meth:`Budget.stop`): then all stages end as if the clock had run out.
+
 ``work`` units instead of seconds leave the clock out: one unit is a million elementary updates of the search, 1/30 of a
 nominal second.
 """
@@ -20,7 +22,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from poise.util.compiled import COMPILATION
+from poise.util.compilation import COMPILATION
 from poise.util.errors import OptionError
 from poise.util.executors import Serial
 
@@ -36,6 +38,31 @@ TICK_S = 0.01
 def _now() -> float:
     """Seconds of a clock that stands still while functions are compiled or loaded."""
     return time.monotonic() - COMPILATION.spent()
+
+
+class Wish:
+    """That a plan under way be ended, shared by a budget and its parts; flags of compiled code learn of it."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._flags: list[NDArray[Any]] = []
+
+    def end(self) -> None:
+        """It came."""
+        self.came = True
+        for flag in list(self._flags):
+            flag[0] = 1
+
+    @contextmanager
+    def told(self, flag: NDArray[Any]) -> Iterator[None]:
+        """Meanwhile ``flag[0]`` turns 1 with it."""
+        self._flags.append(flag)
+        if self.came:
+            flag[0] = 1
+        try:
+            yield
+        finally:
+            self._flags = [one for one in self._flags if one is not flag]
 
 
 class Budget:
@@ -70,7 +97,7 @@ class Budget:
         self.seconds = seconds if work is None else work * UNIT / UPDATES_PER_SECOND
         self.work, self.cuts, self.executor = work, set[str](), executor
         self._clock = None if work is not None else now
-        self._held = [0.0]
+        self._held, self._wish = [0.0], Wish()
         self._began = self._now()
         self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + self.seconds if self._clock else math.inf
@@ -86,7 +113,7 @@ class Budget:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.seconds, self.work, self.cuts, self.executor = state["seconds"], state["work"], set(), None
         self._clock = None if math.isinf(state["left"]) else _now
-        self._held = [0.0]
+        self._held, self._wish = [0.0], Wish()
         self._began = self._now()
         self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + state["left"]
@@ -96,6 +123,7 @@ class Budget:
         out = object.__new__(Budget)
         out.seconds, out.work, out.cuts, out.executor = share * self.seconds, self.work, self.cuts, self.executor
         out._clock, out._held, out._start, out._began = self._clock, self._held, self._start, self._now()
+        out._wish = self._wish
         out._ends = self._began + (share if until is None else until) * (self._ends - self._began)
         return out
 
@@ -104,8 +132,19 @@ class Budget:
         """Whether there is more than one piece of a plan under way at a time."""
         return self.executor is not None and not isinstance(self.executor, Serial)
 
+    def stop(self) -> None:
+        """End it and all its parts as if the clock ran out, clock or none; from any thread."""
+        self._wish.end()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody wished so (:meth:`stop`)."""
+        return self._wish.came
+
     def left(self) -> float:
-        """Seconds until the clock ends it, at least 0; infinite without a clock."""
+        """Seconds until the clock ends it, at least 0; infinite without a clock. 0 once it was stopped."""
+        if self._wish.came:
+            return 0.0
         return max(0.0, self._ends - self._now()) if self._clock else math.inf
 
     def afford(self, seconds: float, stage: str) -> float:
@@ -114,7 +153,7 @@ class Budget:
         The share of a core that this process has had so far is what it is thought to get, and a tenth of its seconds
         it may take beyond its end. A stage that gets less is cut.
         """
-        if self._clock is None:
+        if self._clock is None and not self._wish.came:
             return seconds
         passed, worked = self._now() - self._start[0], time.process_time() - self._start[1]
         pace = min(1.0, max(LEAST_PACE, worked / passed)) if self._clock is _now and passed > TICK_S else 1.0
@@ -155,9 +194,13 @@ class Budget:
     @contextmanager
     def stops(self, flag: NDArray[Any]) -> Iterator[None]:
         """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it."""
-        if self._clock is None:
-            yield
-            return
+        with self._wish.told(flag):
+            if self._clock is None:
+                yield
+                return
+            yield from self._watched(flag)
+
+    def _watched(self, flag: NDArray[Any]) -> Iterator[None]:
         done = threading.Event()
 
         def look() -> None:

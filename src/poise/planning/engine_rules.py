@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from poise.planning.placement import EMPTY, Placement
 from poise.util.errors import OptionError, PlacementError
+from poise.util.words import close_to
 
 if TYPE_CHECKING:  # it compiles, and a plugin with a static map does not
     from poise.cost.split import Split
@@ -142,7 +143,7 @@ def parse_engine(name: str) -> EngineRules:
     OptionError : unknown name.
     """
     if name not in ENGINES:
-        raise OptionError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
+        raise OptionError(f"unknown engine {name!r}", hint=close_to(name, ENGINES))
     return ENGINES[name]
 
 

@@ -42,6 +42,7 @@ from poise.planning.losses import Losses
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError, PlacementError
+from poise.util.notebook import lines_html, table_html
 from poise.util.words import percent
 
 Risk = Literal["mean", "worst", "cvar"]
@@ -315,6 +316,19 @@ class Solution:
         return (
             f"Solution({self.method}: {1e6 * self.objective:.1f} us a layer ({terms}), gap {percent(self.gap)}, "
             f"imbalance {self.imbalance:.3f}, {self.seconds:.2f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each term beside its bound."""
+        named = [(name, term.seconds, term.lower_bound) for name, term in self.terms.items() if term.seconds > 0]
+        rows = [
+            [name, f"{1e6 * seconds:.2f}", f"{1e6 * bound:.2f}", percent(1 - bound / seconds if seconds else 0.0)]
+            for name, seconds, bound in (*named, ("all", self.objective, self.lower_bound))
+        ]
+        said = f"imbalance {self.imbalance:.3f} (max / mean tokens, in-sample), planned in {self.seconds:.2f} s"
+        caption = f"{self.method}: modelled time of one MoE layer and step"
+        return table_html(caption, ("term", "us", "lower bound us", "gap"), rows) + lines_html(
+            [said, repr(self.placement)]
         )
 
 

@@ -27,12 +27,15 @@ from poise.routing.batch import RoutingBatch
 from poise.routing.fingerprint import FITTED, Fingerprint
 from poise.stepwise.checked import failed
 from poise.util.errors import NoResultError, OptionError, PluginError, PoiseError
+from poise.util.notebook import lines_html, table_html
 from poise.util.words import percent
 
 IN_SAMPLE = "in-sample"
 ON_FITTED = "fitted on this traffic"
 NOT_WORTH = 0.01
 """A gain below this share of a step is called not worth it."""
+COLUMNS = ("imbalance", "p99", "off device", "off node", "step ms", "p99 ms", "efficiency", "speedup")
+"""Of a table, behind the name of the placement."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,6 +292,19 @@ class Comparison:
             "notes": list(self.notes),
         }
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a table a part, the notes and the verdict."""
+        rows = self.rows()
+        tables = [
+            table_html(
+                f"{self.title(part)}: {batch.order}", ("placement", *COLUMNS),
+                [_cells(row, self.title(part)) for row in rows if row["part"] == part],
+            )
+            for part, batch in self.batches.items()
+        ]  # fmt: skip
+        notes = [f"note: {note}" for note in self.notes]
+        return "".join(tables) + lines_html([f"Constants: {ground(self.cluster)}.", *notes, self.verdict()])
+
     def table(self, console: Console) -> None:
         """Print one table a part, best values bold, and the notes."""
         rows = self.rows()
@@ -299,7 +315,7 @@ class Comparison:
                 title=f"{self.title(part)}: {batch.order}{left_out}", title_justify="left", header_style="bold"
             )
             table.add_column("placement")
-            for head in ("imbalance", "p99", "off device", "off node", "step ms", "p99 ms", "efficiency", "speedup"):
+            for head in COLUMNS:
                 table.add_column(head, justify="right")
             best = min(row["step_seconds"]["mean"] for row in mine[:-1])
             for row in mine:

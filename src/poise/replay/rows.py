@@ -21,7 +21,7 @@ from poise.routing.predict import PREDICTORS
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.registry import parse_policy
 from poise.util.errors import InfeasibleError, NoResultError, OptionError, PluginError
-from poise.util.words import percent
+from poise.util.words import close_to, percent
 
 Traffics = RoutingTrace | LoadProfile
 LazyTraffic = Callable[[], Traffics]
@@ -176,7 +176,9 @@ def shortened(plan: Solution) -> list[str]:
         out.append(f"the bound is {details['bound']}: the time was short for more")
     if "starts_left_out" in details:
         out.append(f"starts left out as the limit is short for them: {', '.join(details['starts_left_out'])}")
-    if "cut_by_clock" in details:
+    if details.get("interrupted"):
+        out.append("interrupted: this is the best plan so far, another run may end elsewhere")
+    elif "cut_by_clock" in details:
         out.append(
             f"the clock cut the search ({', '.join(details['cut_by_clock'])}): another run may end elsewhere; --work "
             "gives the same plan each time"
@@ -205,10 +207,10 @@ def fast_rows(
     if not fast:
         return []
     if predictor not in PREDICTORS:
-        raise OptionError(f"unknown predictor {predictor!r}", hint=f"one of {', '.join(PREDICTORS)}")
+        raise OptionError(f"unknown predictor {predictor!r}", hint=close_to(predictor, PREDICTORS))
     names = {entry.name: entry for entry in entries}
     if over is not None and over not in names:
-        raise OptionError(f"--fast-over names {over!r}", hint=f"one of {', '.join(names)}")
+        raise OptionError(f"--fast-over names {over!r}", hint=close_to(over, names))
     base = names[over] if over is not None else entries[-1]
     out: list[Entry] = []
     for spec in fast:

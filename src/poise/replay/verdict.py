@@ -28,6 +28,7 @@ from poise.cost.rest import RestSeconds
 from poise.planning.placement import Placement
 from poise.replay.compare import NOT_WORTH
 from poise.routing.trace import Phase
+from poise.util.notebook import lines_html, table_html
 from poise.util.words import percent
 
 Advice = Literal["recommend_trial", "not_recommended_now", "insufficient_evidence"]
@@ -296,6 +297,13 @@ class Verdict:
         others = [one for one in self.phases if one is not lead]
         said += "".join(f"; {one.phase}: {one.reason}" for one in others) + "."
         return said + (f" {self._together()}" if others and self.advice == "recommend_trial" else "")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the advice, a table a phase with what its figures mean, the notes and what it rests on."""
+        parts = [lines_html([self.sentence()])]
+        for one in self.phases:
+            parts += [table_html(one.title(), COLUMNS, one.cells()), lines_html([*one.lines(), *one.notes])]
+        return "".join(parts) + lines_html([*self.flags, *self.notes, self.basis()])
 
     def basis(self) -> str:
         """What all of it rests on."""

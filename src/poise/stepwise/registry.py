@@ -25,6 +25,7 @@ from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import StepPolicy
 from poise.util.errors import OptionError
 from poise.util.registry import Registry
+from poise.util.words import close_to
 
 OWN: dict[str, StepPolicy] = {
     policy.name: policy
@@ -54,7 +55,9 @@ def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
     for item in filter(None, rest.split(",")):
         key, _, text = item.partition("=")
         if key not in known:
-            raise OptionError(f"policy {name} has no setting {key!r}", hint=f"it has {', '.join(known) or 'none'}")
+            raise OptionError(
+                f"policy {name} has no setting {key!r}", hint=close_to(key, known) if known else "it has none"
+            )
         given[key] = _value(f"{name}:{key}", text, known[key])
     if isinstance(policy, Poise) and not model_named:
         given.setdefault("objective", "tokens")

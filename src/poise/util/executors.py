@@ -7,10 +7,10 @@ they are the same bit for bit.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -77,14 +77,26 @@ def executor_of(spec: str) -> Iterator[Executor]:
         yield Serial()
         return
     workers = int(where) if where else cores()
-    made = (
-        ThreadPoolExecutor(workers, "poise")
-        if kind == "threads"
-        # A fork of a process with threads may hang: workers begin anew.
-        else ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    )
+    made = ThreadPoolExecutor(workers, "poise") if kind == "threads" else _processes(workers)
     with made:
-        yield made
+        try:
+            yield made
+        except BaseException:
+            made.shutdown(wait=False, cancel_futures=True)  # nobody wants the rest
+            raise
+
+
+def _processes(workers: int) -> Executor:
+    """Processes of this machine. Control-C at a terminal comes to all of them: what it ends is for the first to say."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    # A fork of a process with threads may hang: workers begin anew.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_deaf)
+
+
+def _deaf() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def checked_executor(spec: str) -> str:

@@ -15,15 +15,19 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from poise.util.errors import InputError
+from poise.util.words import closest
 
 READ_BYTES = 1 << 20
 KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))  # fmt: skip
 MAX_LINKS = 40
+MAX_NAMES = 10_000
+"""Files of a folder among which a name that is not there is looked for."""
 ACL = "system.posix_acl_access"
 NEW_FILE, NEW_FOLDER = "name a file in a folder that exists", "name a new folder"
 
@@ -100,7 +104,20 @@ def _opened(path: str | Path, error: type[InputError], hint: str) -> BinaryIO:
 
 def _cannot(path: str | Path, problem: Exception, error: type[InputError], hint: str) -> InputError:
     why = "no such file" if isinstance(problem, FileNotFoundError) else getattr(problem, "strerror", None) or problem
+    if isinstance(problem, FileNotFoundError):
+        hint = _near(path) or hint
     return error(f"cannot read {str(path)[:200]!r}: {why}", hint=hint)
+
+
+def _near(path: str | Path) -> str:
+    """The hint on a name that is not there: what lies in its folder under one that is close to it."""
+    folder, name = os.path.split(path)
+    try:
+        with os.scandir(folder or ".") as held:
+            close = closest(name, [one.name for one in islice(held, MAX_NAMES)])
+    except (OSError, ValueError):  # no such folder; a zero byte in the name
+        return ""
+    return f"did you mean {os.path.join(folder, close)}?" if close else ""
 
 
 @contextmanager

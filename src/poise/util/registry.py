@@ -9,6 +9,7 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any, Generic, TypeVar
 
 from poise.util.errors import OptionError, PluginError, told
+from poise.util.words import close_to
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         self._scan()  # says which of poise's own names a package claims
         if name not in self:
-            raise OptionError(f"unknown {self._what} {name!r}", hint=f"one of {', '.join(self)}")
+            raise OptionError(f"unknown {self._what} {name!r}", hint=close_to(name, self))
         return self[name]
 
     def __getitem__(self, name: str) -> T:

@@ -10,8 +10,17 @@ from collections.abc import Iterable
 def close_to(word: str, known: Iterable[str]) -> str:
     """The hint on an unknown word: the known one that it is close to, or all of them."""
     every = list(known)
-    close = difflib.get_close_matches(word, every, 1)
-    return f"did you mean {close[0]}?" if close else f"one of {', '.join(every)}"
+    close = closest(word, every)
+    return f"did you mean {close}?" if close else f"one of {', '.join(every)}"
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word that one is close to, in letters of any case, or ``""``."""
+    lower: dict[str, str] = {}
+    for one in known:
+        lower.setdefault(one.lower(), one)
+    close = difflib.get_close_matches(word.lower(), lower, 1)
+    return lower[close[0]] if close else ""
 
 
 def percent(share: float) -> str:

@@ -1,0 +1,5 @@
+"""``python -m poise``."""
+
+from poise.cli.main import main
+
+main()
