@@ -37,6 +37,12 @@ def capped(bound, slack):
 
 
 @triton.jit
+def turned(index):
+    """Part of a key: the first index is the largest."""
+    return -index + (KEYS - 1)
+
+
+@triton.jit
 def flow(quota, expert, held, bound, slack, most_rounds, room_ptr, E: tl.constexpr, E_PAD: tl.constexpr):
     """Quotas at the optimum (slack: near it), the lower bound and the rounds.
 
@@ -90,14 +96,14 @@ def flow(quota, expert, held, bound, slack, most_rounds, room_ptr, E: tl.constex
             leaves = held & (quota > 0) & over[:, None] & (far_entry == distance[:, None] - 1)
             takes = held & (far_entry == distance[:, None])
             could = tl.minimum(excess[:, None], quota).to(tl.int64)
-            tl.atomic_max(source_ptr + expert, could * KEYS + (KEYS - 1 - device), mask=leaves)
+            tl.atomic_max(source_ptr + expert, could * KEYS + turned(device), mask=leaves)
             wide = room[:, None].to(tl.int64) + tl.zeros(quota.shape, tl.int64)
-            tl.atomic_max(target_ptr + expert, wide * KEYS + (KEYS - 1 - device), mask=takes)
+            tl.atomic_max(target_ptr + expert, wide * KEYS + turned(device), mask=takes)
             tl.debug_barrier()
             source_key = tl.load(source_ptr + expert, mask=held, other=-1)
             target_key = tl.load(target_ptr + expert, mask=held, other=-1)
-            leaves = leaves & (KEYS - 1 - source_key % KEYS == device)
-            takes = takes & (target_key >= 0) & (KEYS - 1 - target_key % KEYS == device)
+            leaves = leaves & (source_key % KEYS == turned(device))
+            takes = takes & (target_key >= 0) & (target_key % KEYS == turned(device))
             fits = target_key // KEYS
             most = tl.where(leaves, quota, 0).to(tl.int64)
             most = tl.where(fits > 0, tl.minimum(most, fits), most).to(tl.int32)
