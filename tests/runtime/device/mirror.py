@@ -216,3 +216,42 @@ def filled_once(quota, load, expert_DS, turn_DS, mean, experts):
     quota = quota + np.where(held & (index == home[expert]), back[expert], 0)
     quota = quota - np.where(slot == give_slot[:, None], taken[:, None], 0)
     return np.where(lands, amount[:, None], quota), np.where(lands, wants[:, None], expert_DS), bool((amount > 0).any())
+
+
+class Decision(NamedTuple):
+    leave: bool
+    planned_ps: int
+    passive_ps: int
+
+
+def decide(load_E, expert_DS, turn_DS, quota_DS, node_D, price) -> Decision:
+    """``price``: the numbers of poise.runtime.device.decide.PRICES."""
+    load_E, quota_DS = load_E.astype(np.int64), quota_DS.astype(np.int64)
+    slots = slots_of(expert_DS)
+    planned = layer_ps(quota_DS, load_E, slots, node_D, price) + price["control"]
+    passive = layer_ps(even(load_E, slots, turn_DS), load_E, slots, node_D, price)
+    below = passive * (1000 - price["margin"]) - price["margin"] * price["wire_start"]
+    return Decision(planned * 1000 > below, planned, passive)
+
+
+def layer_ps(quota, load_E, slots, node_D, price) -> int:
+    devices, nodes = len(quota), int(node_D.max()) + 1
+    work = np.maximum(quota * price["compute"], np.minimum(quota, 1) * price["read"]) + quota * price["activation"]
+    compute = int(work.sum(axis=1).max()) + price["start"]
+    if devices == 1:
+        return compute
+    amount = quota * devices
+    stay = np.minimum(amount, np.where(slots.held, load_E[slots.expert], 0)).sum(axis=1)
+    leaves, comes = load_E.sum() - stay, amount.sum(axis=1) - stay
+    inside = between = 0
+    for n in range(nodes):
+        at = node_D == n
+        size = int(at.sum())
+        place = scattered(np.add, len(load_E), slots, slots.held & at[:, None], amount, 0)
+        kept = np.minimum(load_E * size, place)
+        away = [int((load_E * size - kept).sum()), int((place - kept).sum())] if nodes > 1 else [0, 0]
+        between = max(between, *(each // (1 if price["nic_shared"] else size) for each in away))
+        for passes, gone in zip((leaves[at], comes[at]), away, strict=True):
+            inside = max(inside, int(passes.max()) * (int(passes.sum()) - gone) // max(int(passes.sum()), 1))
+    there = max(inside * price["out_intra"], between * price["out_inter"])
+    return compute + (there + max(inside * price["back_intra"], between * price["back_inter"])) // devices

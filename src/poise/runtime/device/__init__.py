@@ -1,4 +1,6 @@
-"""The fast loop on the device: Triton kernels, one launch each, no word to the host. docs/device.md says what is proven.
+"""The fast loop on the device: Triton kernels, one launch each, no word to the host.
+
+What is proven of them: docs/device.md.
 
 ==========  ===========================================================================
 ``flow``    the exact flow of tokens from full devices to others (used by the next two)

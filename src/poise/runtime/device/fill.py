@@ -6,8 +6,8 @@ in turns, until the fullest device is within 2 thousandths of the mean or nothin
 Step 1  Devices above the mean each offer the expert that they have most work of, up to what they have too much. Devices
         below it with a step slot to spare (free; else one whose replica does less than half as much) have room; those
         with much less room than the roomiest wait, so that no slot is spent on a rest.
-Step 2  Offers and rooms, each from the largest on, lie on one line: a receiver takes from the offer that its room begins
-        in, or, where it holds that expert, the largest offer that it can. What an offer has not left is not taken.
+Step 2  Offers and rooms, each from the largest on, lie on one line: a receiver takes from the offer in which its room
+        begins, or, where it holds that expert, the largest offer that it can. No offer gives more than it has.
 Step 3  The work moves with the replicas, that of replaced ones to a static holder, and is split anew.
 
 Greedy, as :func:`poise.stepwise.poise.surplus.surplus_fill` is, but in few turns and not one replica at a time.
@@ -59,20 +59,67 @@ def sum_of(ptr, value, expert, among, E: tl.constexpr, E_PAD: tl.constexpr):
 
 
 @triton.jit
-def in_columns(ptr, value, D_PAD: tl.constexpr):
-    """A vector of the devices, int64, as what lies along the columns of a matrix of devices: [1, D_PAD]."""
+def met(gives, gift, room, expert_ptr, line_ptr, D: tl.constexpr, S: tl.constexpr, D_PAD: tl.constexpr,
+        COLUMNS: tl.constexpr):  # fmt: skip
+    """Step 2: the expert each receiver takes, its giver (-1: none) and how much, int32 [D_PAD] each.
+
+    Givers pass by a few columns at a time: a matrix of all pairs would not fit into registers.
+    """
     each = tl.arange(0, D_PAD)
-    tl.store(ptr + each, value.to(tl.int64))
+    key, room_key = gives * KEYS + turned(each), room.to(tl.int64) * KEYS + turned(each)
     tl.debug_barrier()
-    return tl.load(ptr + each)[None, :]
+    tl.store(line_ptr + each, gives)
+    tl.store(line_ptr + D_PAD + each, gift.to(tl.int64))
+    tl.store(line_ptr + 2 * D_PAD + each, room.to(tl.int64))
+    tl.debug_barrier()
+    start, place = tl.zeros((D_PAD,), tl.int64), tl.zeros((D_PAD,), tl.int64)
+    for column in range(0, D_PAD, COLUMNS):
+        other = column + tl.arange(0, COLUMNS)
+        their_gives, their_room = tl.load(line_ptr + other), tl.load(line_ptr + 2 * D_PAD + other)
+        more = (their_gives * KEYS + turned(other))[None, :] > key[:, None]
+        start += tl.sum(tl.where(more, their_gives[None, :], 0), axis=1)
+        roomier = (their_room * KEYS + turned(other))[None, :] > room_key[:, None]
+        place += tl.sum(tl.where(roomier, their_room[None, :], 0), axis=1)
+    tl.store(line_ptr + 3 * D_PAD + each, start)
+    tl.debug_barrier()
+    worth, giver = tl.full((D_PAD,), -1, tl.int64), tl.full((D_PAD,), -1, tl.int32)
+    wants, left = tl.full((D_PAD,), -1, tl.int32), tl.zeros((D_PAD,), tl.int64)
+    for column in range(0, D_PAD, COLUMNS):
+        other = column + tl.arange(0, COLUMNS)
+        their_gives, their_gift = tl.load(line_ptr + other)[None, :], tl.load(line_ptr + D_PAD + other)[None, :]
+        their_start = tl.load(line_ptr + 3 * D_PAD + other)[None, :]
+        lacks = (their_gives > 0) & (room > 0)[:, None]
+        for s in range(S):
+            lacks = lacks & (tl.load(expert_ptr + each * S + s, mask=each < D, other=-1)[:, None] != their_gift)
+        meets = lacks & (their_start <= place[:, None]) & (place[:, None] < their_start + their_gives)
+        value = tl.where(meets, MOST, their_gives * KEYS + turned(other)[None, :])
+        value = tl.where(lacks, value, -1)
+        best = tl.max(value, axis=1)
+        chosen = lacks & (value == best[:, None])
+        better = best > worth
+        giver = tl.where(better, tl.max(tl.where(chosen, other[None, :], -1), axis=1), giver)
+        wants = tl.where(better, tl.max(tl.where(chosen, their_gift, -1), axis=1).to(tl.int32), wants)
+        left = tl.where(better, tl.max(tl.where(chosen, their_gives, 0), axis=1), left)
+        worth = tl.maximum(worth, best)
+    tl.store(line_ptr + 4 * D_PAD + each, giver.to(tl.int64))
+    tl.debug_barrier()
+    for column in range(0, D_PAD, COLUMNS):
+        other = column + tl.arange(0, COLUMNS)
+        their_room, their_giver = tl.load(line_ptr + 2 * D_PAD + other), tl.load(line_ptr + 4 * D_PAD + other)
+        roomier = (their_room * KEYS + turned(other))[None, :] > room_key[:, None]
+        same = their_giver[None, :] == giver[:, None]
+        left -= tl.sum(tl.where(roomier & same, their_room[None, :], 0), axis=1)
+    amount = tl.where(giver >= 0, tl.minimum(tl.maximum(left, 0), room), 0).to(tl.int32)
+    return wants, giver, amount
 
 
 @triton.jit
 def fill_kernel(
     work_ptr, given_ptr, turn_ptr, room_ptr, expert_ptr, quota_ptr, status_ptr, most_turns, most_rounds,
     D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, S_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DevicePlanner.fill`."""
+    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DeviceKernels.fill`."""
     sums_ptr, other_ptr = room_ptr + FLOW_ROOM * E, room_ptr + (FLOW_ROOM + 1) * E
     line_ptr = room_ptr + (FLOW_ROOM + 2) * E
     shape: tl.constexpr = (D_PAD, S_PAD)
@@ -111,30 +158,8 @@ def fill_kernel(
         gift = tl.sum(tl.where(slot == give_slot[:, None], holds, 0), axis=1)
         gift = tl.where(gives > 0, gift, -1)
 
-        tl.debug_barrier()
-        gives_c = in_columns(line_ptr, gives, D_PAD)
-        gift_c = in_columns(line_ptr + D_PAD, gift, D_PAD)
-        room_c = in_columns(line_ptr + 2 * D_PAD, room, D_PAD)
-        key_c = gives_c * KEYS + turned(each)[None, :]
-        room_key_c = room_c * KEYS + turned(each)[None, :]
-        room_key = room.to(tl.int64) * KEYS + turned(each)
-        later = key_c > (gives * KEYS + turned(each))[:, None]
-        start_c = in_columns(line_ptr + 3 * D_PAD, tl.sum(tl.where(later, gives_c, 0), axis=1), D_PAD)
-        roomier = room_key_c > room_key[:, None]
-        place = tl.sum(tl.where(roomier, room_c, 0), axis=1)
-        lacks = (gives_c > 0) & (room > 0)[:, None]
-        for s in range(S):
-            lacks = lacks & (tl.load(expert_ptr + each * S + s, mask=each < D, other=-1)[:, None] != gift_c)
-        meets = lacks & (start_c <= place[:, None]) & (place[:, None] < start_c + gives_c)
-        worth = tl.where(lacks, tl.where(meets, MOST, key_c), -1)
-        chosen = lacks & (worth == tl.max(worth, axis=1)[:, None])
-        giver = tl.max(tl.where(chosen, each[None, :], -1), axis=1)
-        wants = tl.max(tl.where(chosen, gift_c, -1), axis=1).to(tl.int32)
-        giver_c = in_columns(line_ptr + 4 * D_PAD, giver, D_PAD)
-        taken_first = tl.where(roomier & (giver_c == giver[:, None]), room_c, 0)
-        left = tl.sum(tl.where(chosen, gives_c, 0), axis=1) - tl.sum(taken_first, axis=1)
-        amount = tl.where(wants >= 0, tl.minimum(tl.maximum(left, 0), room), 0)
-        amount = tl.where(amount * 4 >= tl.max(amount, axis=0) * MUCH, amount, 0)
+        wants, giver, amount = met(gives, gift, room, expert_ptr, line_ptr, D, S, D_PAD, COLUMNS)
+        amount = tl.where(amount.to(tl.int64) * 4 >= tl.max(amount, axis=0).to(tl.int64) * MUCH, amount, 0)
         evicts = (first_free == KEYS) & (2 * (least // KEYS) < amount)
         to = tl.where(first_free < KEYS, first_free, tl.where(evicts, (least % KEYS).to(tl.int32), KEYS))
         amount = tl.where(to < KEYS, amount, 0)
@@ -142,8 +167,9 @@ def fill_kernel(
         lands = (slot == to[:, None]) & (amount > 0)[:, None]
         home = least_of(other_ptr, index, expert, held & (turn >= 0), FAR, E, E_PAD)
         returns = sum_of(sums_ptr, quota, expert, lands & held, E, E_PAD)
-        taken_c = tl.sum(tl.where(chosen, amount[:, None], 0), axis=0)
-        tl.store(line_ptr + 5 * D_PAD + each, taken_c)
+        tl.store(line_ptr + 5 * D_PAD + each, tl.zeros((D_PAD,), tl.int64))
+        tl.debug_barrier()
+        tl.atomic_add(line_ptr + 5 * D_PAD + giver, amount.to(tl.int64), mask=amount > 0)
         tl.debug_barrier()
         taken = tl.load(line_ptr + 5 * D_PAD + each)
         moved = quota + tl.where(held & (index == home), returns, 0)

@@ -1,6 +1,7 @@
 """Min-max flow of whole tokens in one program: what :func:`poise.cost.quota.balance` does, in steps that are vectors.
 
-State: ``quota`` int32 [D, S], tokens in every slot. ``bound`` is a lower bound of the fullest device, at first the mean.
+State: ``quota`` int32 [D, S], tokens in every slot. ``bound``, at first the mean: a lower bound of the fullest
+device.
 
 Step 1  Distances, from the devices with room under the cap backwards: an expert is as far as the nearest of its
         holders, a device one more than the nearest expert that it has tokens of.

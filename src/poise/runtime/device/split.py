@@ -83,11 +83,11 @@ def even(expert, held, turn, room_ptr, E: tl.constexpr):
 
 @triton.jit
 def split_kernel(
-    load_ptr, expert_ptr, turn_ptr, leave_ptr, node_of_ptr, first_ptr, size_ptr, room_ptr, ticket_ptr, quota_ptr,
-    dense_ptr, status_ptr, slack, most_rounds, D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    load_ptr, expert_ptr, turn_ptr, leave_ptr, node_of_ptr, first_ptr, size_ptr, room_ptr, ticket_ptr, dense_ptr,
+    status_ptr, slack, most_rounds, D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
     D_PAD: tl.constexpr, S_PAD: tl.constexpr, E_PAD: tl.constexpr, W_PAD: tl.constexpr, E_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DevicePlanner.split`."""
+    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DeviceKernels.split`."""
     count_block(load_ptr, first_ptr, size_ptr, room_ptr, D, E, N, W_PAD, E_BLOCK)
     each = tl.program_id(0) * E_BLOCK + tl.arange(0, E_BLOCK)
     across = tl.arange(0, D_PAD)
@@ -115,7 +115,6 @@ def split_kernel(
             quota, bound, rounds = flow(
                 quota, expert, held, (total + D - 1) // D, slack, most_rounds, room_ptr, E, E_PAD
             )
-        tl.store(quota_ptr + device * S + slot, quota, mask=inside)
         tl.store(dense_ptr + expert * D + device, quota, mask=held)
         tl.store(status_ptr, tl.max(tl.sum(quota, axis=1), axis=0))
         tl.store(status_ptr + 1, bound)
