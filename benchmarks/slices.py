@@ -27,7 +27,7 @@ MANY = (
     "tests/planning/test_home_tables.py", "tests/stepwise/test_poise_near.py",
     "tests/engines/test_readers_hostile.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
     "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
-    "tests/lab/calibrate/test_run.py",
+    "tests/lab/calibrate/test_run.py", "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
 CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py")
@@ -62,6 +62,7 @@ def pieces() -> list[Piece]:
         Piece("many-steps", ("-m", "pytest", "-q", *CASES), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
+        Piece("gpu-interpreted", ("benchmarks/gpu.py", "--no-report"), {"TRITON_INTERPRET": "1"}),
     ]  # fmt: skip
 
 

@@ -19,15 +19,15 @@ from triton.runtime import interpreter
 from poise.runtime.device.planner import DeviceKernels
 from poise.stepwise.kernels import PRICES, prices
 
-MUTANTS = {"KEYS": 2048, "MUCH": 1, "capped": lambda bound, slack: bound + bound * slack // 1000 + 1}
-"""Of the mirror: what a kernel would be with other ties, other rooms, another cap."""
+MUTANTS = {"capped": lambda bound, slack: bound + bound * slack // 1000 + 1}
+"""Of the mirror: what a kernel with another cap would be."""
 NAMES = ("fill", "split", "status", "leave", "seconds", "rows", "left")
 PLAIN = interpreter.interpreter_builder.set_grid_idx, interpreter.interpreter_builder.set_grid_dim
 WIDE = ((64, (8,)), (96, (4, 4, 3)), (128, (8, 8)), (256, (8, 8, 8, 8)), (256, (4, 4)))
 
 
-def tensor(array) -> torch.Tensor:
-    return torch.from_numpy(np.array(array, np.int32, order="C"))
+def tensor(array, where="cpu") -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.int32, order="C")).to(where)
 
 
 def shuffled(rng):
@@ -44,28 +44,28 @@ def shuffled(rng):
     interpreter.interpreter_builder.set_grid_dim, interpreter.interpreter_builder.set_grid_idx = set_dim, set_idx
 
 
-def run(case: Case, source: int, blocks: tuple[int, int]):
+def run(case: Case, source: int, blocks: tuple[int, int], where="cpu"):
     """All four kernels in the order of a step; what each returned, as numpy."""
     kernels = DeviceKernels(
         case.table,
         case.price,
         max(1, case.pairs),
-        "cpu",
+        where,
         expert_block=blocks[0],
         row_block=blocks[1],
         slack=case.pairs % 2 * 10,
     )
     for poisoned in ("_split_room", "_fill_room", "_decide_room", "_dense", "_row", "_filled", "_leave"):
         getattr(kernels, poisoned).fill_(-77)
-    load, given = tensor(case.load_SE), tensor(case.expert_DS)
-    filled = kernels.fill(tensor(case.load_E), given).clone()
+    load, given = tensor(case.load_SE, where), tensor(case.expert_DS, where)
+    filled = kernels.fill(tensor(case.load_E, where), given).clone()
     plan = kernels.split(load, filled, kernels.none).clone()
     status = kernels.status.clone()
-    leave = kernels.decide(tensor(case.load_E), filled, plan).clone()
+    leave = kernels.decide(tensor(case.load_E, where), filled, plan).clone()
     row = kernels.rows(load, plan, source).clone()
     left = kernels.split(load, filled, leave + 1 - leave).clone()
     out = (filled, plan, status[:3], leave, kernels.seconds_ps, row, left, kernels.fill_status)
-    return [np.array(each.numpy(), np.int64) for each in out]
+    return [np.array(each.cpu().numpy(), np.int64) for each in out]
 
 
 def expected(case: Case, source: int):
