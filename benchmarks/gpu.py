@@ -117,25 +117,31 @@ def timings(rng, seconds: float) -> list[dict[str, Any]]:
     for experts, devices in SIZES:
         if time.monotonic() - began > seconds:
             break
-        case = layer(rng, experts, devices)
-        load_SE, load_E = tensor(case.load_SE, "cuda"), tensor(case.load_E, "cuda")
-        row: dict[str, Any] = {"E": experts, "D": devices}
-        for slack in (0, 10):
-            kernels = DeviceKernels(case.table, case.price, max(1, case.pairs), "cuda", slack=slack)
-            plan, _ = step(kernels, load_SE, load_E)
-            slots = kernels.fill(load_E, kernels.expert_DS)
-            row[f"split_{slack}"] = microseconds(lambda k=kernels, s=slots: k.split(load_SE, s, k.none), 100)
-            row[f"rounds_{slack}"] = int(kernels.status[2])
-        row["rows"] = microseconds(lambda k=kernels, p=plan: k.rows(load_SE, p, 1), 100)
-        row["decide"] = microseconds(lambda k=kernels, s=slots, p=plan: k.decide(load_E, s, p), 100)
-        row["fill"] = microseconds(lambda k=kernels: k.fill(load_E, k.expert_DS), 50)
-        row["turns"] = int(kernels.fill_status[3])
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step(kernels, load_SE, load_E)
-        row["graph"] = microseconds(graph.replay, 100)
-        rows.append(row)
+        rows.append({"E": experts, "D": devices, **timed(layer(rng, experts, devices))})
     return rows
+
+
+def timed(case: Case) -> dict[str, Any]:
+    """Of one size: each kernel alone, the split also with slack, and the graph."""
+    load_SE, load_E = tensor(case.load_SE, "cuda"), tensor(case.load_E, "cuda")
+    row: dict[str, Any] = {}
+    loose, kernels = (
+        DeviceKernels(case.table, case.price, max(1, case.pairs), "cuda", slack=slack) for slack in (10, 0)
+    )
+    plan, _ = step(kernels, load_SE, load_E)
+    slots = kernels.fill(load_E, kernels.expert_DS)
+    for name, each in (("split", kernels), ("split_1%", loose)):
+        row[name] = microseconds(lambda each=each: each.split(load_SE, slots, each.none), 100)
+        row[f"{name}_rounds"] = int(each.status[2])
+    row["rows"] = microseconds(lambda: kernels.rows(load_SE, plan, 1), 100)
+    row["decide"] = microseconds(lambda: kernels.decide(load_E, slots, plan), 100)
+    row["fill"] = microseconds(lambda: kernels.fill(load_E, kernels.expert_DS), 50)
+    row["fill_turns"] = int(kernels.fill_status[3])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(kernels, load_SE, load_E)
+    row["graph"] = microseconds(graph.replay, 100)
+    return row
 
 
 def grouped(rng, gpu: str, seconds: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from poise.cost.quota import make_holders, make_scratch
 from poise.cost.route import locality_rows
 from poise.cost.weights import StepPrice
-from poise.stepwise.kernels import SlotTable
+from poise.stepwise.kernels import LayerSlots
 from poise.stepwise.methods.split import even_quota, exact_split
 from poise.stepwise.poise.surplus import surplus_fill
 from poise.stepwise.poise.work_split import passive_seconds, split_seconds
@@ -30,7 +30,7 @@ class HostKernels:
     margin : least predicted gain, as a share of the passive time, for which a layer is not left alone.
     """
 
-    def __init__(self, table: SlotTable, price: StepPrice, margin: float = 0.03) -> None:
+    def __init__(self, table: LayerSlots, price: StepPrice, margin: float = 0.03) -> None:
         self.table, self.price, self.margin = table, price, margin
         self._static_ED = table.holders(table.expert_DS)
         self._slots = int((table.turn_DS == -1).sum(axis=1).max())

@@ -60,7 +60,7 @@ class StepKernels(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SlotTable:
+class LayerSlots:
     """One layer's slots on the host, where they are checked once.
 
     Parameters
@@ -94,7 +94,7 @@ class SlotTable:
             raise PlacementError("devices of a node must lie together")
 
     @classmethod
-    def of(cls, static_ED: NDArray[np.bool_], step_slots: int, node_D: NDArray[Any]) -> SlotTable:
+    def of(cls, static_ED: NDArray[np.bool_], step_slots: int, node_D: NDArray[Any]) -> LayerSlots:
         """The table of a static placement, bool [E, D], with so many step slots a device."""
         experts, devices = static_ED.shape
         used_D = static_ED.sum(axis=0)

@@ -8,13 +8,13 @@ from tests.helpers import tiny_cluster
 
 from poise.cost.weights import StepPrice, step_price
 from poise.machine.model import ModelSpec
-from poise.stepwise.kernels import SlotTable
+from poise.stepwise.kernels import LayerSlots
 
 
 class Case(NamedTuple):
     """A layer with its step slots partly filled, counts of every source, and a price."""
 
-    table: SlotTable
+    table: LayerSlots
     expert_DS: np.ndarray
     load_SE: np.ndarray
     price: StepPrice
@@ -38,7 +38,7 @@ def random_case(rng, *, experts=None, nodes=None, step_slots=None, most=400, fil
     cluster = tiny_cluster(rng, nodes, equal=True)
     rates = {"flops_per_s": 8e14, "memory_bytes_per_s": 3e12, "intra_bytes_per_s": 3e11, "inter_bytes_per_s": 4e10}
     cluster = replace(cluster, **rates, memory_bytes=8e10, intra_latency_s=5e-6, inter_latency_s=2e-5)
-    table = SlotTable.of(static_ED, step_slots, cluster.node_D)
+    table = LayerSlots.of(static_ED, step_slots, cluster.node_D)
     expert_DS = table.expert_DS.copy()
     for device, slot in zip(*np.nonzero(table.turn_DS == -1), strict=True):
         expert = int(rng.integers(experts))

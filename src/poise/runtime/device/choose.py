@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poise.cost.weights import StepPrice
 from poise.stepwise.host_kernels import HostKernels
-from poise.stepwise.kernels import MOST_PAIRS, SlotTable, StepKernels, unsaid
+from poise.stepwise.kernels import MOST_PAIRS, LayerSlots, StepKernels, unsaid
 
 
 class OnHost:
@@ -43,7 +43,7 @@ class OnHost:
 
 
 def kernels_for(
-    like: Tensor, table: SlotTable, price: StepPrice, most_pairs: int, *, margin: float = 0.03
+    like: Tensor, table: LayerSlots, price: StepPrice, most_pairs: int, *, margin: float = 0.03
 ) -> StepKernels:
     """The kernels that plan where a tensor lies: Triton's on a GPU, numba's on the host and for what those do not know.
 

@@ -20,7 +20,7 @@ from poise.runtime.device.decide import decide_kernel
 from poise.runtime.device.fill import fill_kernel
 from poise.runtime.device.rows import rows_kernel
 from poise.runtime.device.split import split_kernel
-from poise.stepwise.kernels import MOST_PAIRS, PICO, SlotTable, prices
+from poise.stepwise.kernels import MOST_PAIRS, PICO, LayerSlots, prices
 from poise.util.errors import OptionError
 
 MOST_ROUNDS = 4096
@@ -57,7 +57,7 @@ class DeviceKernels:
     """
 
     def __init__(
-        self, table: SlotTable, price: StepPrice, most_pairs: int, where: torch.device | str, *, margin: float = 0.03,
+        self, table: LayerSlots, price: StepPrice, most_pairs: int, where: torch.device | str, *, margin: float = 0.03,
         slack: int = 0, most_turns: int = 32, expert_block: int = 64, row_block: int = 4,
     ) -> None:  # fmt: skip
         devices, width = table.expert_DS.shape
