@@ -12,6 +12,13 @@ from poise.cost.weights import StepPrice
 from poise.stepwise.host_kernels import HostKernels
 from poise.stepwise.kernels import MOST_PAIRS, LayerSlots, StepKernels, unsaid
 
+DEVICE: Any
+"""The module of the device's kernels; None: it cannot be loaded, and :data:`WHY_NONE` says why."""
+try:
+    DEVICE, WHY_NONE = import_module("poise.runtime.device.planner"), ""
+except ImportError as error:
+    DEVICE, WHY_NONE = None, f"no Triton: {error}"
+
 
 class OnHost:
     """The host's kernels for tensors wherever they lie: what is on a GPU is copied, and waited for.
@@ -52,14 +59,11 @@ def kernels_for(
     why = f"tensors lie on {like.device.type}" if not like.is_cuda else unsaid(price)
     if why is None and most_pairs * len(table.expert_DS) > MOST_PAIRS:
         why = f"{most_pairs} pairs on {len(table.expert_DS)} devices are more than {MOST_PAIRS} in all"
+    if why is None and DEVICE is None:
+        why = WHY_NONE
     if why is None:
-        try:
-            device = import_module("poise.runtime.device.planner")
-        except ImportError as error:
-            why = f"no Triton: {error}"
-        else:
-            kernels: StepKernels = device.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
-            return kernels
+        kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
+        return kernels
     return OnHost(HostKernels(table, price, margin), why)
 
 
