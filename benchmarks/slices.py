@@ -28,6 +28,7 @@ MANY = (
     "tests/engines/test_readers_hostile.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
     "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
     "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
+    "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
 
@@ -74,6 +75,7 @@ def pieces() -> list[Piece]:
         *(Piece(f"properties-{first}", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *properties()[first::2]),
                 {"POISE_MANY": "1"}) for first in range(2)),
         Piece("package", ("benchmarks/package.py",)),
+        Piece("gpu-interpreted", ("benchmarks/gpu.py", "--no-report"), {"TRITON_INTERPRET": "1"}),
     ]  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def _summary(found: Comparison, held_out: RoutingTrace, cluster: str) -> Summary
 
 def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) -> None:
     if json:
-        o.print_json({**found.to_json(), "summary": summary.to_json()})
+        o.print_json("compare", {**found.to_json(), "summary": summary.to_json()})
         return
     model, cluster = found.model, found.cluster
     text = "all five kinds of text" if domain == ALL else f"{domain} text"

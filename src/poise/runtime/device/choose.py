@@ -1,0 +1,75 @@
+"""Which kernels plan a layer's steps: chosen by the device of its tensors."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.cost.weights import StepPrice
+from poise.stepwise.host_kernels import HostKernels
+from poise.stepwise.kernels import MOST_PAIRS, LayerSlots, StepKernels, unsaid
+
+DEVICE: Any
+"""The module of the device's kernels; None: it cannot be loaded, and :data:`WHY_NONE` says why."""
+try:
+    DEVICE, WHY_NONE = import_module("poise.runtime.device.planner"), ""
+except ImportError as error:
+    DEVICE, WHY_NONE = None, f"no Triton: {error}"
+
+
+class OnHost:
+    """The host's kernels for tensors wherever they lie: what is on a GPU is copied, and waited for.
+
+    Parameters
+    ----------
+    host : numba's.
+    why : why the device's kernels do not run.
+    """
+
+    def __init__(self, host: HostKernels, why: str) -> None:
+        self.host, self.why = host, why
+
+    def fill(self, work_E: Tensor, expert_DS: Tensor) -> Tensor:
+        """As :meth:`poise.stepwise.kernels.StepKernels.fill`, int32 [D, S]."""
+        return _back(self.host.fill(_numpy(work_E), _numpy(expert_DS)), work_E)
+
+    def split(self, load_SE: Tensor, expert_DS: Tensor, leave: Tensor) -> Tensor:
+        """As :meth:`poise.stepwise.kernels.StepKernels.split`, int32 [E, D]."""
+        return _back(self.host.split(_numpy(load_SE), _numpy(expert_DS), _numpy(leave)), load_SE)
+
+    def rows(self, load_SE: Tensor, quota_ED: Tensor, source: int) -> Tensor:
+        """As :meth:`poise.stepwise.kernels.StepKernels.rows`, int32 [E, D]."""
+        return _back(self.host.rows(_numpy(load_SE), _numpy(quota_ED), source), load_SE)
+
+    def decide(self, load_E: Tensor, expert_DS: Tensor, quota_ED: Tensor) -> Tensor:
+        """As :meth:`poise.stepwise.kernels.StepKernels.decide`, int32 [1]."""
+        return _back(self.host.decide(_numpy(load_E), _numpy(expert_DS), _numpy(quota_ED)), load_E)
+
+
+def kernels_for(
+    like: Tensor, table: LayerSlots, price: StepPrice, most_pairs: int, *, margin: float = 0.03
+) -> StepKernels:
+    """The kernels that plan where a tensor lies: Triton's on a GPU, numba's on the host and for what those do not know.
+
+    ``most_pairs``: (token, expert) pairs that a step of the layer can have on all devices together.
+    """
+    why = f"tensors lie on {like.device.type}" if not like.is_cuda else unsaid(price)
+    if why is None and most_pairs * len(table.expert_DS) > MOST_PAIRS:
+        why = f"{most_pairs} pairs on {len(table.expert_DS)} devices are more than {MOST_PAIRS} in all"
+    if why is None and DEVICE is None:
+        why = WHY_NONE
+    if why is None:
+        kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
+        return kernels
+    return OnHost(HostKernels(table, price, margin), why)
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
+
+
+def _back(array: Any, like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device)

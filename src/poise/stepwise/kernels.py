@@ -1,0 +1,170 @@
+"""The four calls of a fast loop that engines make in every layer, whatever computes them; all whole numbers.
+
+A layer's holders are a *slot table*: ``expert_DS`` int32 [D, S], the expert of every slot, -1 where it is empty. The
+same inputs give the same plan on every rank, bit for bit.
+
+=========================================  ===================================================
+:class:`poise.stepwise.host_kernels`       numpy arrays, numba
+:class:`poise.runtime.device.planner`      tensors of a GPU, Triton
+=========================================  ===================================================
+
+:func:`poise.runtime.device.choose.kernels_for` chooses by the device of a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.cost.weights import StepPrice, compiled_price
+from poise.util.errors import OptionError, PlacementError
+
+EMPTY = -1
+"""An expert of no slot."""
+STEP, ABSENT = -1, -2
+"""Turns of slots that are no static ones: those for step replicas, and those that a device does not have."""
+MOST_PAIRS = 1 << 30
+"""Most (token, expert) pairs of a layer's step times devices: prices of whole numbers then fit 64 bits."""
+PICO = 1e12
+PRICES = (
+    "compute", "read", "activation", "start", "out_intra", "out_inter", "back_intra", "back_inter", "control",
+    "wire_start", "margin", "nic_shared",
+)  # fmt: skip
+"""What :func:`prices` returns, in order: picoseconds, but ``margin`` in thousandths and a flag."""
+
+
+class StepKernels(Protocol):
+    """One layer's calls. ``Any`` is a numpy array or a tensor, int32 unless said otherwise."""
+
+    def fill(self, work_E: Any, expert_DS: Any) -> Any:
+        """The slot table with replicas in step slots for predicted whole units of work [E]."""
+        ...
+
+    def split(self, load_SE: Any, expert_DS: Any, leave: Any) -> Any:
+        """Quotas [E, D] of exact counts [D, E] over the slot table's holders, the fullest device as low as it can be.
+
+        Where ``leave`` [1] is not 0: the engine's even split over the static slots.
+        """
+        ...
+
+    def rows(self, load_SE: Any, quota_ED: Any, source: int) -> Any:
+        """Where a source's tokens go [E, D]: own device, own node, anywhere (:func:`poise.cost.route.rows_into`)."""
+        ...
+
+    def decide(self, load_E: Any, expert_DS: Any, quota_ED: Any) -> Any:
+        """Whether to leave the layer alone [1], from expected whole loads [E] and their split."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSlots:
+    """One layer's slots on the host, where they are checked once.
+
+    Parameters
+    ----------
+    expert_DS : int32 [D, S], static experts, :data:`EMPTY` elsewhere.
+    turn_DS : int32 [D, S], which of its expert's static slots this is, from 0 by device; :data:`STEP`, :data:`ABSENT`.
+    num_experts : E.
+    node_D : int32 [D], ascending.
+
+    Raises
+    ------
+    PlacementError : an expert without a slot or twice on a device, or nodes that do not lie together.
+    """
+
+    expert_DS: NDArray[np.int32]
+    turn_DS: NDArray[np.int32]
+    num_experts: int
+    node_D: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        held = self.expert_DS >= 0
+        device, _ = np.nonzero(held)
+        count_ED = np.zeros((self.num_experts, len(self.expert_DS)), np.int64)
+        np.add.at(count_ED, (self.expert_DS[held], device), 1)
+        if not count_ED.any(axis=1).all():
+            raise PlacementError(f"expert {int(np.argmin(count_ED.any(axis=1)))} has no slot")
+        if count_ED.max() > 1:
+            expert, where = np.unravel_index(np.argmax(count_ED), count_ED.shape)
+            raise PlacementError(f"expert {expert} lies {count_ED.max()} times on device {where}, slot tables need 1")
+        if (np.diff(self.node_D) < 0).any():
+            raise PlacementError("devices of a node must lie together")
+
+    @classmethod
+    def of(cls, static_ED: NDArray[np.bool_], step_slots: int, node_D: NDArray[Any]) -> LayerSlots:
+        """The table of a static placement, bool [E, D], with so many step slots a device."""
+        experts, devices = static_ED.shape
+        used_D = static_ED.sum(axis=0)
+        width = int(used_D.max()) + step_slots
+        expert_DS = np.full((devices, width), EMPTY, np.int32)
+        turn_DS = np.full((devices, width), ABSENT, np.int32)
+        turn_ED = np.cumsum(static_ED, axis=1) - 1
+        for device in range(devices):
+            held = np.flatnonzero(static_ED[:, device])
+            expert_DS[device, : len(held)] = held
+            turn_DS[device, : len(held)] = turn_ED[held, device]
+            turn_DS[device, len(held) : len(held) + step_slots] = STEP
+        return cls(expert_DS, turn_DS, experts, np.asarray(node_D, np.int32))
+
+    @property
+    def size_N(self) -> NDArray[np.int64]:
+        """Devices of each node, int64 [N]."""
+        return np.bincount(self.node_D)
+
+    def holders(self, expert_DS: NDArray[Any]) -> NDArray[np.bool_]:
+        """Bool [E, D] of a slot table."""
+        device, slot = np.nonzero(expert_DS >= 0)
+        out = np.zeros((self.num_experts, len(expert_DS)), np.bool_)
+        out[expert_DS[device, slot], device] = True
+        return out
+
+    def with_holders(self, expert_DS: NDArray[Any], holders_ED: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """The table whose step slots hold what ``holders_ED`` bool [E, D] has; what is there already stays.
+
+        Raises
+        ------
+        PlacementError : a device holds more than it has slots.
+        """
+        out = np.where(self.turn_DS >= 0, self.expert_DS, EMPTY).astype(np.int32)
+        for device in range(len(out)):
+            room = np.flatnonzero(self.turn_DS[device] == STEP)
+            kept = {int(expert_DS[device, s]): s for s in room if expert_DS[device, s] >= 0}
+            wanted = set(np.flatnonzero(holders_ED[:, device]).tolist()) - set(out[device].tolist())
+            free = [s for s in room if int(expert_DS[device, s]) not in wanted]
+            new = sorted(wanted - set(kept))
+            if len(new) > len(free):
+                raise PlacementError(f"device {device} is to hold {len(wanted)} step replicas in {len(room)} slots")
+            for expert, slot in [*((e, s) for e, s in kept.items() if e in wanted), *zip(new, free, strict=False)]:
+                out[device, slot] = expert
+        return out
+
+
+def prices(price: StepPrice, margin: float) -> NDArray[np.int64]:
+    """A price in whole numbers, int64: see :data:`PRICES`. ``margin``: least gain, as a share of the passive time.
+
+    Raises
+    ------
+    OptionError : the price is of a kind that whole numbers here cannot say (:func:`unsaid`).
+    """
+    if (why := unsaid(price)) is not None:
+        raise OptionError(f"no device kernels: {why}", hint="the host's kernels take every price")
+    machine = compiled_price(price).machine
+    times = (
+        machine.compute_s, machine.read_s, machine.activation_s, machine.start_s, machine.out_intra_s,
+        machine.out_inter_s, machine.back_intra_s, machine.back_inter_s, price.control_s,
+        price.cluster.dispatch_wire.start_s,
+    )  # fmt: skip
+    return np.array([*(round(each * PICO) for each in times), round(margin * 1000), int(machine.nic_shared)], np.int64)
+
+
+def unsaid(price: StepPrice) -> str | None:
+    """What of a price the device's kernels do not know; None: nothing."""
+    machine = compiled_price(price).machine
+    if (machine.speed_D != machine.speed_D[0]).any() or machine.speed_D[0] != 1.0:
+        return f"devices have speeds of {machine.speed_D.min():g} to {machine.speed_D.max():g}, and only 1 is known"
+    if machine.curve_tokens_X.size:
+        return f"experts are priced by a curve of {machine.curve_tokens_X.size} knots"
+    return None
