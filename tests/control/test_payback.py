@@ -10,7 +10,7 @@ from tests.helpers import few_or
 from poise.control import payback
 from poise.control.moves import move_list
 from poise.control.payback import Leg, _in_order, way
-from poise.control.price import PortTraffic
+from poise.control.price import PortTraffic, share_of
 from poise.cost.links import PortLoad
 from poise.cost.step import layer_works
 from poise.machine.cluster import Cluster, from_preset
@@ -142,7 +142,9 @@ def test_what_pays_most_comes_first(seed):
     for ordered in (made, None):
         moves = move_list(before, after, expert_bytes=1.0, node_D=problem.cluster.node_D, way=ordered)
         states = [before.slot_expert_LS, *simulate(before, moves, 1)]
-        over = [step_seconds(problem, _counts(state, before)) - step_seconds(problem, after.count_LED()) for state in states]
+        over = [
+            step_seconds(problem, _counts(state, before)) - step_seconds(problem, after.count_LED()) for state in states
+        ]
         late.append(sum(over))
         rounds.append(len(moves.rounds))
     assert late[0] < 0.85 * late[1] and rounds[0] <= 1.3 * rounds[1] + 1
@@ -216,7 +218,7 @@ def test_the_price_is_that_of_a_port_that_both_share(busy, exchange, rest):
     cluster = Cluster.uniform(1, 2)
     busy_PD, longer_PD = np.zeros((2, 4, 2))
     busy_PD[0, 0], longer_PD[0, 0] = busy, max(0, 2 * busy - exchange)
-    traffic = PortTraffic(cluster, exchange + rest, busy_PD, longer_PD)
+    traffic = PortTraffic(cluster, share_of(exchange + rest, busy_PD, longer_PD))
     moved = np.array([0.3, 0.9, 2.5])
     load = np.zeros((4, 3, 2))
     load[0, :, 0] = moved * cluster.intra_bytes_per_s
@@ -232,13 +234,14 @@ def test_busy_ports_are_those_of_the_tokens(seed):
     problem, before, _ = drawn_problem(seed, FLOWS[seed % 2], NONE)
     cluster = problem.cluster
     traffic = PortTraffic.of(problem.batch, before, problem.pricing)
-    assert traffic.step_s == pytest.approx(step_seconds(problem, before.count_LED()))
     busy_PD, longer_PD = np.zeros((2, 4, cluster.num_devices))
     works = layer_works(problem.batch, before.count_LED(), cluster, traffic=problem.traffic, split="even")
     ways = [(problem.model.dispatch_bytes_per_token, cluster.dispatch_wire, "out", (0, 1, 2, 3)),
             (problem.model.combine_bytes_per_token, cluster.combine_wire, "back", (1, 0, 3, 2))]  # fmt: skip
     for (steps, _), work in works:
-        for (size, wire, name, order), (at, b) in product(ways, enumerate(range(*steps.indices(len(problem.batch.weight_B))))):
+        for (size, wire, name, order), (at, b) in product(
+            ways, enumerate(range(*steps.indices(len(problem.batch.weight_B))))
+        ):
             load, weight = getattr(work, name), problem.batch.weight_B[b]
             port = [load.intra_out_BD, load.intra_in_BD, load.net_out_BD, load.net_in_BD]
             seconds = np.zeros((4, cluster.num_devices))
@@ -248,6 +251,6 @@ def test_busy_ports_are_those_of_the_tokens(seed):
                 seconds[order[p], d] = port[p][at, mine].sum() * size / rate
             busy_PD += weight * seconds
             longer_PD += weight * np.maximum(0, 2 * seconds - seconds.max())
-    np.testing.assert_allclose(traffic.busy_PD, busy_PD)
-    np.testing.assert_allclose(traffic.longer_PD, longer_PD, atol=1e-12)
+    passes_PD = step_seconds(problem, before.count_LED()) + longer_PD - busy_PD
+    np.testing.assert_allclose(traffic.share_PD, longer_PD / passes_PD, atol=1e-12)
     assert (busy_PD > 0).any() and (longer_PD > 0).any()

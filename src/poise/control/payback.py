@@ -217,9 +217,7 @@ def _placed(count_LED: NDArray[Any], before: Placement, after: Placement) -> Pla
     return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=after.method)
 
 
-def _legs(
-    before: Placement, after: Placement, problem: PlacementProblem, max_moves: int | None
-) -> Iterator[Leg]:
+def _legs(before: Placement, after: Placement, problem: PlacementProblem, max_moves: int | None) -> Iterator[Leg]:
     """Step 1; errors of :func:`bounded`."""
     slots_D = same_slots(before, after)
     problem.check(before)
@@ -251,7 +249,7 @@ def _best_leg(
     layer: int, count_LED: NDArray[Any], want_LED: NDArray[Any], slots_D: NDArray[np.int64], problem: PlacementProblem,
     left: int, fine: bool,
 ) -> Leg | None:  # fmt: skip
-    """The layer's best leg, of ``left`` fetches at most; None if none saves anything. Not ``fine``: all that is left."""
+    """The layer's best leg of ``left`` fetches at most, None if none saves anything. Not ``fine``: all of its rest."""
     have, found = count_LED[layer], None
     if (have == want_LED[layer]).all():
         return None

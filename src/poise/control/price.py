@@ -1,6 +1,6 @@
 """What moves cost while tokens are served: how long steps wait for what a round sends through each port.
 
-An exchange of tokens (dispatch or combine of one layer) lasts ``X`` seconds, and one port is busy with it for ``x <= X``.
+An exchange of tokens (dispatch or combine of one layer) lasts ``X`` seconds, one port is busy with it for ``x <= X``.
 While weights pass through that port too, tokens and weights have half of it each, as if either were one flow. So the
 exchange then lasts max(X, 2 x), of which max(X, 2 x) - x is left to weights. In the rest of the step all of the port is
 theirs. With sums over the exchanges of a step of ``T`` seconds
@@ -33,21 +33,17 @@ from poise.routing.batch import RoutingBatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PortTraffic:
-    """How busy tokens keep the ports in a step, in the mean of a batch.
+    """How much tokens wait for weights at every port, in the mean of a batch.
 
     Parameters
     ----------
     cluster : the machine.
-    step_s : seconds of a step's MoE layers.
-    busy_PD : seconds of them in which a port sends or receives tokens, float64 [4, D]: out and in inside a node, out and
-        in between nodes (where a node shares a port, the port of each of its devices).
-    longer_PD : seconds by which a step is longer while weights pass through a port, float64 [4, D].
+    share_PD : seconds that steps are longer in all for a second in which weights pass through a port, float64 [4, D]:
+        out and in inside a node, out and in between nodes (where a node shares a port, that of each of its devices).
     """
 
     cluster: Cluster
-    step_s: float
-    busy_PD: NDArray[np.float64]
-    longer_PD: NDArray[np.float64]
+    share_PD: NDArray[np.float64]
 
     @classmethod
     def of(cls, batch: RoutingBatch, placement: Placement, pricing: Pricing) -> PortTraffic:
@@ -65,7 +61,7 @@ class PortTraffic:
                 busy_PD += np.einsum("b,pbd->pd", batch.weight_B[steps], busy_PBD)
                 longer_PD += np.einsum("b,pbd->pd", batch.weight_B[steps], np.maximum(0.0, 2.0 * busy_PBD - all_B1))
         step_s = float(batch.weight_B @ pricing.cost(batch, count_LED).seconds_BL.sum(axis=1))
-        return cls(cluster, step_s, busy_PD, longer_PD)
+        return cls(cluster, share_of(step_s, busy_PD, longer_PD))
 
     def delay_s(self, load: PortLoad, expert_bytes: float) -> NDArray[np.float64]:
         """Seconds that steps are longer in all while these experts pass, float64 [B]; formula: module docstring.
@@ -75,10 +71,14 @@ class PortTraffic:
         load : experts through every port, [B, D] each: B rounds, or lists of moves.
         """
         port_s = np.stack(_ports(load, self.cluster)) * expert_bytes / _rate_P11(self.cluster.plain_wire)
-        passes_PD = self.step_s + self.longer_PD - self.busy_PD
-        share_PD = np.divide(self.longer_PD, passes_PD, out=np.zeros_like(passes_PD), where=self.longer_PD > 0)
-        delay: NDArray[np.float64] = (port_s * share_PD[:, None, :]).max(axis=(0, 2))
+        delay: NDArray[np.float64] = (port_s * self.share_PD[:, None, :]).max(axis=(0, 2))
         return delay
+
+
+def share_of(step_s: float, busy_PD: NDArray[np.float64], longer_PD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The formula of the module docstring: T, sum of x, sum of max(0, 2 x - X)."""
+    passes_PD = step_s + longer_PD - busy_PD
+    return np.divide(longer_PD, passes_PD, out=np.zeros_like(passes_PD), where=longer_PD > 0)
 
 
 def _ports(load: PortLoad, cluster: Cluster) -> list[NDArray[np.float64]]:
