@@ -137,6 +137,7 @@ def test_what_pays_most_comes_first(seed):
     made = way(before, after, problem)
     assert made.gain_K[-1] > 0 and len(made.legs) > 12
     half = np.interp(0.5 * made.gain_K[-1], np.maximum.accumulate(made.gain_K), made.fetched_K)
+    assert made.fetched_K[np.searchsorted(made.gain_K, 0.5 * made.gain_K[-1])] == made.fetches_for(0.5)
     assert half < 0.35 * made.fetched_K[-1], "half of the gain comes with few fetches"
     late, rounds = [], []
     for ordered in (made, None):
@@ -189,10 +190,14 @@ def test_a_way_of_few_fetches_ends_where_bounded_does():
 
 
 def test_after_the_fine_legs_layers_go_as_a_whole(monkeypatch):
-    monkeypatch.setattr(payback, "FINE", 3)
     problem, before, after = skewed(2)
+    many = len(way(before, after, problem).legs)
+    monkeypatch.setattr(payback, "FINE", 2 * before.diff(after).fetched * 24 * 8)
+    some = way(before, after, problem)
+    assert 4 < len(some.legs) < many
+    monkeypatch.setattr(payback, "FINE", 1)
     made = way(before, after, problem)
-    assert len(made.legs) <= 3 + 4
+    assert len(made.legs) <= 4
     assert made.gain_K[-1] == pytest.approx(
         step_seconds(problem, before.count_LED()) - step_seconds(problem, after.count_LED())
     )

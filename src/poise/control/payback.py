@@ -11,7 +11,7 @@ Step 3  What lowers nothing is left for last, a change a layer.
 Step 4  Moves take ports from tokens (:mod:`poise.control.price`). The way is gone as far as steps of a horizon save
         most beyond what they then wait.
 
-Chains are tried one by one for :data:`FINE` legs at most, layers as a whole after that: pricing takes time.
+Chains are tried one by one as far as :data:`FINE` goes, layers as a whole after that: trying takes time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SHORTLIST = 8
 """Chains of a layer that are priced in full at a time; the rest are behind them by their effect on device loads."""
 MOST_LEAVERS = 4
 """Leavers of a full device that are tried for each arrival."""
-FINE = 256
-"""Changes of a way that may be single chains."""
+FINE = 4e7
+"""Slots of experts on devices, over all chains that are looked at, until layers go as a whole: seconds of one core."""
 
 
 class Leg(NamedTuple):
@@ -125,6 +125,11 @@ class Way:
             have_LED[each.layer] = each.count_ED > 0
         return traffic.delay_s(PortLoad(*np.cumsum(port, axis=1)), expert_bytes)
 
+    def fetches_for(self, share: float) -> int:
+        """Fewest fetches after which this share of what the whole way saves is saved; all where it saves nothing."""
+        enough = self.gain_K >= share * self.gain_K[-1]
+        return int(self.fetched_K[np.argmax(enough)]) if self.gain_K[-1] > 0 else int(self.fetched_K[-1])
+
     def pays(self, traffic: PortTraffic, expert_bytes: float, horizon_steps: float) -> int:
         """Changes to make: so many that ``horizon_steps`` steps save most beyond what they wait (step 4)."""
         net_K = horizon_steps * self.gain_K - self.delay_K(traffic, expert_bytes)
@@ -142,6 +147,27 @@ def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
         d = int(np.argmax(mine != theirs))
         raise PlacementError(f"device {d} has {mine[d]} slots before and {theirs[d]} after")
     return mine
+
+
+def same_shape(before: Placement, after: Placement) -> bool:
+    """Whether there is a way: as many devices, with the same slots."""
+    return before.num_slots == after.num_slots and bool((before.slot_device_S == after.slot_device_S).all())
+
+
+def paid_back(problem: PlacementProblem, before: Placement, after: Placement, *, named: bool) -> dict[str, Any]:
+    """What ``poise plan --current`` says of the way: fetches, seconds of a step saved and waited for, leg by leg.
+
+    ``named``: sizes are those of a model. Else what steps wait for moves is not known, nor how far the way pays.
+    """
+    made = way(before, after, problem)
+    traffic = PortTraffic.of(problem.batch, before, problem.pricing)
+    steps, size = problem.migration_steps, problem.model.expert_bytes
+    return {
+        "fetched": made.fetched_K.tolist(), "gain_seconds": made.gain_K.tolist(),
+        "delay_seconds": made.delay_K(traffic, size).tolist() if named else None,
+        "half": made.fetches_for(0.5), "most": made.fetches_for(0.9), "steps": steps,
+        "pays": int(made.fetched_K[made.pays(traffic, size, steps)]) if named else None,
+    }  # fmt: skip
 
 
 def way(before: Placement, after: Placement, problem: PlacementProblem, *, max_moves: int | None = None) -> Way:
@@ -225,17 +251,18 @@ def _legs(before: Placement, after: Placement, problem: PlacementProblem, max_mo
     count_LED, want_LED = before.count_LED().copy(), after.count_LED()
     left, layers = before.diff(after).fetched if max_moves is None else max_moves, range(before.num_layers)
     best: dict[int, Leg | None] = {}
-    stale, taken = set(layers), 0
+    stale, work = set(layers), np.inf if max_moves is not None else FINE
     while True:
-        fine = max_moves is not None or taken < FINE
         stale |= {layer for layer, step in best.items() if step is not None and step.fetched > left}
-        stale = set(layers) if max_moves is None and taken == FINE else stale
-        best |= {each: _best_leg(each, count_LED, want_LED, slots_D, problem, left, fine) for each in sorted(stale)}
+        if work > 0:
+            work -= sum(_fetched(count_LED[each], want_LED[each]) for each in stale) * count_LED[0].size
+            stale = stale if work > 0 else set(layers)
+        best |= {each: _best_leg(each, count_LED, want_LED, slots_D, problem, left, work > 0) for each in sorted(stale)}
         able = {layer: step for layer, step in best.items() if step is not None}
         if not able:
             return
         layer = max(able, key=lambda each: (able[each].rate, able[each].gain_s, -each))
-        left, count_LED[layer], taken = left - able[layer].fetched, able[layer].count_ED, taken + 1
+        left, count_LED[layer] = left - able[layer].fetched, able[layer].count_ED
         yield able[layer]
         stale = {layer} | ({layer - 1, layer + 1} & set(layers) if problem.traffic == "stay" else set())
         stale = set(layers) if _skips(problem) else stale

@@ -1,8 +1,9 @@
 """From one placement to another while steps go on: weights come in rounds, then all layers switch at one step boundary.
 
 Step 1  Every rank works out the same list: who lacks which expert of which layer, and from whom it comes (a holder in
-        the same node first, then the one that has sent least; experts with the fewest holders choose first). In a round a rank sends to one peer and receives from
-        one (:mod:`poise.control.peers`), an expert each; a step has one round, or as many as fit ``bytes_per_step``.
+        the same node first, then the one that has sent least; experts with the fewest holders choose first). In a round
+        a rank sends to one peer and receives from one (:mod:`poise.control.peers`), an expert each; a step has one
+        round, or as many as fit ``bytes_per_step``.
 Step 2  Between two steps a rank waits for the round before and posts the next one, over a process group of its own. So
         a transfer has one whole step to run in, and only what is left of it then stalls the step.
         What the round before brought is compared with what its experts were when they were loaded
