@@ -1,7 +1,7 @@
 """Moving to another placement while tokens are served, on emulated links: in rounds in which a rank talks to one peer,
 and all at once.
 
-    python benchmarks/moves.py [--repeats 12] [--keep FOLDER]
+    python benchmarks/moves.py [--repeats 12] [--minutes 15] [--keep FOLDER]
 
 Needs root, ip and tc (docs/emulation.md). All ways run in one process group, in every repeat, in an order that turns; so
 what others do on the machine meets all of them. Ways are compared repeat by repeat. A difference whose sign test over the
@@ -36,13 +36,13 @@ from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
 from poise.serve.swap import fetches
 
-NODES, DEVICES, LAYERS, EXPERTS, SLOTS = 2, 2, 3, 16, 5
+NODES, DEVICES, LAYERS, EXPERTS, SLOTS = 2, 2, 2, 16, 5
 WIDTH, TOKENS, EXPERT_BYTES = 512, 256, 768 * 1024
 INTRA, INTER = 40e6, 10e6
 """Ports, bytes a second of this machine's clock."""
 WINDOW_S, TOKEN_S = 0.04, 0.0002
 """Attention of a layer; an expert's seconds a token."""
-BEFORE, STEPS, BATCH_STEPS = 4, 30, 4
+BEFORE, STEPS, BATCH_STEPS = 4, 22, 4
 PARTS = 3
 
 
@@ -94,6 +94,7 @@ def main() -> None:
     """Plan, run, report."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--repeats", type=int, default=12)
+    options.add_argument("--minutes", type=float, default=15.0, help="after which no repeat begins")
     options.add_argument("--keep", type=Path, help="folder for what is measured")
     given = options.parse_args()
     batch = traffic_of()
@@ -113,7 +114,7 @@ def main() -> None:
         ]
         job = {
             "shape": [NODES, DEVICES], "width": WIDTH, "expert_bytes": EXPERT_BYTES, "token_s": TOKEN_S,
-            "window_s": WINDOW_S, "steps": STEPS, "before": BEFORE, "batch_steps": BATCH_STEPS, "repeats": given.repeats,
+            "window_s": WINDOW_S, "steps": STEPS, "before": BEFORE, "batch_steps": BATCH_STEPS, "repeats": given.repeats, "minutes": given.minutes,
             "placements": [str(folder / f"place{number}.npz") for number in range(len(places))], "ways": ways,
         }  # fmt: skip
         emulation = Emulation(EmulatedCluster(NODES, DEVICES, INTRA, INTER), folder, folder / "curve.csv")
@@ -121,11 +122,10 @@ def main() -> None:
         got = emulation.measure("moves_rank.py", job, arrays, timeout=1800, again=False)
     if not got["shaped"]:
         raise SystemExit("the links were not shaped: nothing was measured (root, ip and tc are needed)")
-    write("Moves while tokens are served, emulated", report(got, ways, problem, made, ends, given.repeats))
+    write("Moves while tokens are served, emulated", report(got, ways, problem, made, ends))
 
 
-def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementProblem, made: Way, ends: list[int],
-           repeats: int) -> list[str]:  # fmt: skip
+def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementProblem, made: Way, ends: list[int]) -> list[str]:  # fmt: skip
     """Tables."""
     seconds, state = got["steps"][..., 0], got["steps"][..., 1]
     quiet = np.median(seconds[0], axis=1)  # of the same repeat
@@ -160,7 +160,7 @@ def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementPr
     return [
         f"{NODES} nodes of {DEVICES} ranks, ports {INTRA / 1e6:g} and {INTER / 1e6:g} MB/s, {LAYERS} layers of {EXPERTS} experts "
         f"of {EXPERT_BYTES / 2**20:.2f} MiB, {TOKENS} tokens a rank and step. {len(pairs)} fetches, in {fewest_rounds(pairs, world())} "
-        f"rounds of a swap (the fewest for these senders), {STEPS} steps a run, the move begins with step {BEFORE + 1}; {repeats} repeats. "
+        f"rounds of a swap (the fewest for these senders), {STEPS} steps a run, the move begins with step {BEFORE + 1}; {seconds.shape[1]} repeats. "
         f"Arithmetic that took longer than its device: {int(got['overruns'])} times.",
         "Milliseconds of steps with weights on their way (of the slowest rank, waiting and the switch included); their worst, "
         "the median of the repeats; what they took beyond as many steps without a move in the same repeat; the median step "

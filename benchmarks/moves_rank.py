@@ -126,12 +126,18 @@ def work(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     shape = (len(job["ways"]), job["repeats"], job["steps"], 2)
     out = np.zeros(shape)
     served.run(job["ways"][0])  # connections and pages
+    began = time.monotonic()
     for repeat in range(job["repeats"]):
         for turn in range(len(job["ways"])):
             which = (turn + repeat) % len(job["ways"])
             out[which, repeat] = served.run(job["ways"][which])
         if dist.get_rank() == 0:
             print(f"repeat {repeat + 1}/{job['repeats']}", flush=True)
+        late = torch.tensor([int(time.monotonic() - began > 60 * job["minutes"])])
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        if late:
+            out = out[:, : repeat + 1]
+            break
     return {"steps": out, "overruns": served.clock.report()["overruns"]}
 
 
