@@ -21,7 +21,7 @@ from common import table, write
 from measured import Emulation, workplace
 
 from poise.control.moves import move_list
-from poise.control.payback import Way, way
+from poise.control.payback import Migration, migration
 from poise.control.peers import fewest_rounds
 from poise.control.price import PortTraffic
 from poise.lab.emulate import EmulatedCluster
@@ -60,7 +60,7 @@ def traffic_of() -> RoutingBatch:
     return replace(batch, home_T=(np.arange(len(batch.experts_TLK)) % world()).astype(np.int32))
 
 
-def planned(batch: RoutingBatch) -> tuple[PlacementProblem, Way]:
+def planned(batch: RoutingBatch) -> tuple[PlacementProblem, Migration]:
     """The problem with the emulated links' rates, and the way from contiguous blocks to a balanced placement."""
     curve = MeasuredCurve(np.array([1.0, 1000.0]), np.array([TOKEN_S, 1000 * TOKEN_S]), 2.0 * WIDTH * 384)
     cluster = replace(Cluster.uniform(NODES, DEVICES), intra_bytes_per_s=INTRA, inter_bytes_per_s=INTER,
@@ -69,10 +69,10 @@ def planned(batch: RoutingBatch) -> tuple[PlacementProblem, Way]:
     model = ModelSpec("replayed", LAYERS, ids, EXPERTS, 1, WIDTH, 384, 2, 2.0, 2.0 + 8.0 / WIDTH, 2.0, 512.0)
     problem = PlacementProblem(batch, cluster, model, np.full(world(), SLOTS), "home", engine=NONE)
     before, after = (solve(problem, method=name, time_limit_s=4).placement for name in ("contiguous", "lpt"))
-    return problem, way(before, after, problem)
+    return problem, migration(before, after, problem)
 
 
-def stages(made: Way) -> list[int]:
+def stages(made: Migration) -> list[int]:
     """Legs after which the parts of the way end: equal numbers of fetches, the most gain first."""
     goal = made.fetched_K[-1] * np.arange(1, PARTS + 1) / PARTS
     ends = [int(np.searchsorted(made.fetched_K, each - 1e-9)) for each in goal]
@@ -125,7 +125,7 @@ def main() -> None:
     write("Moves while tokens are served, emulated", report(got, ways, problem, made, ends))
 
 
-def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementProblem, made: Way, ends: list[int]) -> list[str]:  # fmt: skip
+def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementProblem, made: Migration, ends: list[int]) -> list[str]:  # fmt: skip
     """Tables."""
     seconds, state = got["steps"][..., 0], got["steps"][..., 1]
     quiet = np.median(seconds[0], axis=1)  # of the same repeat
@@ -147,7 +147,7 @@ def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementPr
     for staging in (1, 2):
         for ordered in (made, None):
             moves = move_list(made.before, made.after, expert_bytes=float(EXPERT_BYTES), staging=staging,
-                              node_D=problem.cluster.node_D, way=ordered)  # fmt: skip
+                              node_D=problem.cluster.node_D, migration=ordered)  # fmt: skip
             lists.append([f"{staging}, {'by pay-back' if ordered else 'fewest rounds'}", len(moves.rounds), moves.turns,
                           moves.fewest_turns, f"{1e3 * moves.delay_R(price).sum():.0f}"])  # fmt: skip
     delay = made.delay_K(price, float(EXPERT_BYTES))[-1]

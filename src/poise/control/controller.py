@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from poise.control.align import aligned
 from poise.control.drift import DriftTest, DriftVerdict, permutations_for
 from poise.control.moves import MoveList, move_list
-from poise.control.payback import Way, way
+from poise.control.payback import Migration, migration
 from poise.control.price import PortTraffic
 from poise.control.restart import Restart, imbalance_of
 from poise.control.steps import join_steps, one_step, steps_of
@@ -374,7 +374,7 @@ class Controller:
         for plan in plans:
             for road, aim, left_out in self._roads(current, plan, problem, traffic):
                 moves = move_list(current, road.after, expert_bytes=problem.model.expert_bytes, staging=s.staging,
-                                  node_D=cluster.node_D, way=road)  # fmt: skip
+                                  node_D=cluster.node_D, migration=road)  # fmt: skip
                 after = self._seconds(judged, road.after)
                 cost = (
                     float(moves.delay_R(traffic).sum())
@@ -392,18 +392,22 @@ class Controller:
 
     def _roads(
         self, current: Placement, plan: Placement, problem: PlacementProblem, traffic: PortTraffic
-    ) -> list[tuple[Way, Placement, int]]:
+    ) -> list[tuple[Migration, Placement, int]]:
         """Ways towards a plan that may be gone: where they aim at, and fetches of the plan that are left out.
 
         All of it, and as far as it pays on the traffic that the plan was made for.
         """
-        s, whole = self.settings, way(current, plan, problem)
+        s, whole = self.settings, migration(current, plan, problem)
         count = whole.pays(traffic, problem.model.expert_bytes, s.horizon_steps)
         aims = [(whole, 0)]
         if 0 < count < len(whole.legs):
             aims.append((whole.upto(count), int(whole.fetched_K[-1] - whole.fetched_K[count])))
         return [
-            (road if s.max_moves is None else way(current, road.after, problem, max_moves=s.max_moves), road.after, out)
+            (
+                road if s.max_moves is None else migration(current, road.after, problem, max_moves=s.max_moves),
+                road.after,
+                out,
+            )
             for road, out in aims
         ]
 

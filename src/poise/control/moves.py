@@ -12,8 +12,8 @@ Step 1  A device with more to come than empty slots must give one up. Its *leave
 Step 2  A round takes chains, devices with most to come first, until no staging buffer is left that helps. There
         always is a chain while something is to come: without one, the devices reached by the search would be full,
         each with as many leavers as arrivals, none of them held elsewhere, so following leavers would close a cycle,
-        and a cycle is a chain of its own arrivals. Hence it ends, and nothing is fetched twice. Where a way is given
-        (:mod:`poise.control.payback`), a round takes the chains of its first legs first, and of later ones what then
+        and a cycle is a chain of its own arrivals. Hence it ends, and nothing is fetched twice. With a migration
+        (:mod:`poise.control.payback`) a round takes the chains of its first legs first, and of later ones what then
         still finds a buffer.
 Step 3  Senders: holders at the start of the round; the receiver's own node first, then the one that has sent least.
 Step 4  A round has turns (:mod:`poise.control.peers`), as few as can be: in a turn a device sends to one peer at most
@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from poise.control.chains import ChainMove, LayerMoves
 from poise.control.common import CHECKPOINT, STAYS, common
-from poise.control.payback import Way
+from poise.control.payback import Migration
 from poise.control.peers import fewest_rounds, peer_rounds
 from poise.control.price import PortTraffic
 from poise.cost.links import PortLoad, port_seconds
@@ -156,7 +156,7 @@ def _turns(rounds: Sequence[Round]) -> int:
 
 def move_list(
     before: Placement, after: Placement, *, expert_bytes: float, staging: int = 1, node_D: NDArray[Any] | None = None,
-    lost: Sequence[int] = (), way: Way | None = None,
+    lost: Sequence[int] = (), migration: Migration | None = None,
 ) -> MoveList:  # fmt: skip
     """Rounds of moves that turn one placement into the other; what holds throughout: module docstring.
 
@@ -167,8 +167,8 @@ def move_list(
     staging : buffers a device, each of one expert, shared by all layers.
     node_D : int [D], node of each device of the larger placement; senders of the same node are preferred.
     lost : devices that are gone with what they held.
-    way : from ``before`` to ``after``: its legs come in their order, so that every state on the way has made the best
-        of its fetches that buffers allow. None: the fewest rounds that are found.
+    migration : from ``before`` to ``after``: its legs come in their order, so that every state on the way has made the
+        best of its fetches that buffers allow. None: the fewest rounds that are found.
 
     Raises
     ------
@@ -177,17 +177,19 @@ def move_list(
     """
     if staging < 1 or not (np.isfinite(expert_bytes) and expert_bytes > 0):
         raise OptionError(f"staging must be at least 1 and expert_bytes above 0, got {staging}, {expert_bytes}")
-    if way is not None and (lost or any(
-        (one.count_LED() != other.count_LED()).any() for one, other in ((way.before, before), (way.after, after))
-    )):  # fmt: skip
-        raise OptionError(f"the way goes from {way.before!r} to {way.after!r}, the moves from {before!r} to {after!r}")
+    if migration is not None:
+        ends = (migration.before, before), (migration.after, after)
+        if lost or any((one.count_LED() != other.count_LED()).any() for one, other in ends):
+            raise OptionError(
+                f"the way goes from {migration.before!r} to {migration.after!r}, the moves from {before!r} to {after!r}"
+            )
     both = common(before, after, lost)
     before, devices, real = both.before, len(both.kind_D), both.real
     node = np.zeros(real, np.int64) if node_D is None else np.asarray(node_D)
     if node.shape != (real,):
         raise OptionError(f"node_D names {node.size} devices, the placements have {real}")
     node = np.append(node, [-1] * (devices - real))
-    legs = [[] for _ in range(before.num_layers)] if way is None else way.by_layer()
+    legs = [[] for _ in range(before.num_layers)] if migration is None else migration.by_layer()
     works = [_LayerLegs(*three) for three in zip(before.count_LED(), both.after.count_LED(), legs, strict=True)]
     slots_of_D = [np.flatnonzero(before.slot_device_S == d).tolist() for d in range(devices)]
     slots_D = np.array([len(slots) for slots in slots_of_D])

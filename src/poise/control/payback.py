@@ -66,7 +66,7 @@ class Leg(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Way:
+class Migration:
     """Changes from ``before`` to ``after``, in the order in which they pay back.
 
     Parameters
@@ -106,9 +106,9 @@ class Way:
             out[each.layer].append((number, each.count_ED))
         return out
 
-    def upto(self, count: int) -> Way:
+    def upto(self, count: int) -> Migration:
         """The way as far as its first ``count`` legs."""
-        return Way(self.before, self.placement(count), self.legs[:count])
+        return Migration(self.before, self.placement(count), self.legs[:count])
 
     def delay_K(self, traffic: PortTraffic, expert_bytes: float) -> NDArray[np.float64]:
         """Seconds that steps wait in all for the moves of none, one, ... all legs, each sent on its own; [K + 1]."""
@@ -159,7 +159,7 @@ def paid_back(problem: PlacementProblem, before: Placement, after: Placement, *,
 
     ``named``: sizes are those of a model. Else what steps wait for moves is not known, nor how far the way pays.
     """
-    made = way(before, after, problem)
+    made = migration(before, after, problem)
     traffic = PortTraffic.of(problem.batch, before, problem.pricing)
     steps, size = problem.migration_steps, problem.model.expert_bytes
     return {
@@ -170,7 +170,9 @@ def paid_back(problem: PlacementProblem, before: Placement, after: Placement, *,
     }  # fmt: skip
 
 
-def way(before: Placement, after: Placement, problem: PlacementProblem, *, max_moves: int | None = None) -> Way:
+def migration(
+    before: Placement, after: Placement, problem: PlacementProblem, *, max_moves: int | None = None
+) -> Migration:
     """The legs from ``before`` to ``after``, priced on the problem's traffic.
 
     Parameters
@@ -197,7 +199,7 @@ def way(before: Placement, after: Placement, problem: PlacementProblem, *, max_m
             count_LED[layer] = want_ED
             gain = now - _seconds(problem, count_LED, layer, layer + 1)
             legs.append(Leg(layer, fetched, gain, want_ED))
-    return Way(before, after, tuple(legs))
+    return Migration(before, after, tuple(legs))
 
 
 def _in_order(legs: list[Leg]) -> list[Leg]:
