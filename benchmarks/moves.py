@@ -11,6 +11,7 @@ repeats does not reach 5 % is called inconclusive.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from math import comb
 from pathlib import Path
@@ -162,6 +163,7 @@ def report(got: dict[str, Any], ways: list[dict[str, Any]], problem: PlacementPr
         f"of {EXPERT_BYTES / 2**20:.2f} MiB, {TOKENS} tokens a rank and step. {len(pairs)} fetches, in {fewest_rounds(pairs, world())} "
         f"rounds of a swap (the fewest for these senders), {STEPS} steps a run, the move begins with step {BEFORE + 1}; {seconds.shape[1]} repeats. "
         f"Arithmetic that took longer than its device: {int(got['overruns'])} times.",
+        f"Load average {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores at the end.",
         "Milliseconds of steps with weights on their way (of the slowest rank, waiting and the switch included); their worst, "
         "the median of the repeats; what they took beyond as many steps without a move in the same repeat; the median step "
         "afterwards; seconds of all steps from the beginning of the move on.",
