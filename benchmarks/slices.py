@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 3600.0
 PROBLEMS = 10_000
 MANY = (
-    "tests/control/test_moves.py", "tests/control/test_peers.py", "tests/cost/test_bound_compute.py", "tests/cost/test_bounds.py",
+    "tests/control/test_moves.py", "tests/control/test_payback.py", "tests/control/test_peers.py", "tests/cost/test_bound_compute.py", "tests/cost/test_bounds.py",
     "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py", "tests/planning/test_joint.py", "tests/routing/test_homes.py",
     "tests/planning/test_home_tables.py", "tests/stepwise/test_poise_near.py",
     "tests/engines/test_readers_hostile.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from poise.control.payback import paid_back, same_shape
 from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.engines.flags import EplbSetting, eplb_flags
@@ -202,6 +203,8 @@ def plan(
         details["cut_by_clock"] = sorted(budget.cuts)
     if budget.stopped:
         details["interrupted"] = True
+    if running is not None and same_shape(running, solution.placement) and not pooled:
+        details["payback"] = paid_back(problem, running, solution.placement, named=model is not None)
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}

@@ -52,7 +52,8 @@ def test_json_has_every_number(files):
     )
     assert near["bytes"] + far["bytes"] == pytest.approx(data["moved_bytes"])
     rounds = move_list(before, after, expert_bytes=spec.expert_bytes, staging=2, node_D=cluster.node_D)
-    assert data["rounds"] == {"count": len(rounds.rounds), "seconds": rounds.seconds(cluster), "staging": 2}
+    assert data["rounds"] == {"count": len(rounds.rounds), "seconds": rounds.seconds(cluster), "staging": 2,
+                              "turns": rounds.turns, "fewest_turns": rounds.fewest_turns}  # fmt: skip
     assert 0 < data["link_seconds"] <= data["rounds"]["seconds"]
     most = [data["layers"][layer]["arrive"] for layer in data["most"]]
     assert most == sorted(most, reverse=True) and set(data["most"]) == {*range(3, 9), 20}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import few_or, load_batch, random_slots, tiny_batch, tiny_cluster, tiny_model
 
-from poise.control.moves import FROM_CHECKPOINT, Move, MoveList, Round, bounded, move_list, same_slots
+from poise.control.moves import FROM_CHECKPOINT, Move, MoveList, Round, move_list
+from poise.control.payback import bounded, same_slots
 from poise.cost.step import batch_cost
 from poise.machine.cluster import Cluster
 from poise.planning.engine_rules import ANY, NONE, hold

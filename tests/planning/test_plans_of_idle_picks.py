@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests.helpers import no_experts, tiny_cluster, tiny_model, token_batch
 
-from poise.control.moves import _seconds, bounded
+from poise.control.payback import _seconds, bounded
 from poise.cost.step import batch_cost
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.problem import PlacementProblem

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from poise.planning.losses import lost_together
 from poise.planning.placement import Placement
 from poise.planning.solve.repair import prepared
 from poise.serve import Engine
+from poise.serve.load import expert_source
 from poise.serve.recover import recover
 from poise.util.errors import CommunicationError
 
@@ -43,6 +45,16 @@ def placement(slots: int) -> Placement:
 def read(layer: int, expert: int, kind) -> dict:
     experts = m.block_of(plain(FAMILY), layer).experts
     return {name: getattr(experts, name)[expert].detach().clone() for name in kind.shapes}
+
+
+def stored():
+    """The same from a checkpoint on disk."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder, src=0)
+    if dist.get_rank() == 0:
+        plain(FAMILY).save_pretrained(folder[0], max_shard_size="60KB")
+    dist.barrier()
+    return expert_source(folder[0])
 
 
 def main(traffic: str, victims: str, when: str, unit: str) -> None:
@@ -78,6 +90,7 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
             return tokens
 
         served._agree = late
+    source = stored() if when == "between steps" else read
     prompts, seen = m.prompts(), None
     requests = [served.submit(prompt, NEW) for prompt in prompts]
     timeline = []
@@ -92,7 +105,7 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
             held = {r.number: r.cached for r in requests}
             if when == "a wrong read":
                 refused(served, losses, gone)
-            served = recover(served, losses, read, gone=gone if when != "between steps" else ())
+            served = recover(served, losses, source, gone=gone if when != "between steps" else ())
             assert served.split == split
             moved = [r.number for r in requests if r.cached == 0 < held[r.number]]
             seen = {"ranks": served.ranks, "again": moved, "cached": [r.cached for r in requests],
@@ -109,13 +122,31 @@ def main(traffic: str, victims: str, when: str, unit: str) -> None:
 
 
 def refused(served: Engine, losses, gone: list[int]) -> None:
-    """What one rank reads is wrong: every rank that is left says so, and ends."""
-    try:
-        recover(served, losses, lambda *a: {name: weight + 1 for name, weight in read(*a).items()}, gone=gone)
-    except CommunicationError as error:
-        print(json.dumps({"refused": str(error)}), flush=True)
-        os._exit(0)
-    raise AssertionError("a wrong expert was taken")
+    """What one rank reads is wrong, or it cannot read: every rank that is left says so, and none waits for another."""
+    told = {}
+    for kind, source in SOURCES.items():
+        try:
+            recover(served, losses, source, gone=gone)
+        except (CommunicationError, OSError, RuntimeError, KeyError) as error:
+            told[kind] = f"{type(error).__name__}: {error}"
+    print(json.dumps({"refused": told}), flush=True)
+    os._exit(0)
+
+
+def broken(error: Exception):
+    def source(*_):
+        raise error
+
+    return source
+
+
+SOURCES = {
+    "wrong": lambda *a: {name: weight + 1 for name, weight in read(*a).items()},
+    "half": lambda *a: {name: weight[: len(weight) // 2] for name, weight in read(*a).items()},
+    "lacks a weight": lambda *a: dict(list(read(*a).items())[:1]),
+    "OSError": broken(OSError("the disk is gone")),
+    "RuntimeError": broken(RuntimeError("no memory")),
+}
 
 
 def leave_group(served: Engine) -> None:

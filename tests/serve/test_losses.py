@@ -17,15 +17,21 @@ CASES = [
 
 
 def test_all_refuse_what_one_reads_wrong(tmp_path):
-    """An expert that is read anew as another: who reads it and who does not raise alike, and nobody waits."""
+    """An expert that is read anew as another, in part, or not at all, for whatever reason: all ranks raise, none waits."""
     with Ranks(4, "tests/serve/losing.py", "home", "1", "a wrong read", "device", folder=tmp_path) as ranks:
         for process in ranks.running:
             process.wait(120)
         codes, said = ranks.codes(), [ranks.said(rank) for rank in (0, 2, 3)]
     assert [codes[rank] for rank in (0, 2, 3)] == [0, 0, 0], said
     told = [json.loads(one.splitlines()[-1])["refused"] for one in said]
-    assert all("was read anew and is not what was served" in one for one in told)
-    assert any(one.startswith("rank ") for one in told), "the case needs a rank that reads nothing"
+    words = {"wrong": "was read anew and is not what was served", "half": "is not what was served", "lacks a weight": "KeyError",
+             "OSError": "the disk is gone", "RuntimeError": "no memory"}  # fmt: skip
+    for kind, text in words.items():
+        every = [one[kind] for one in told]
+        assert all(text in one for one in every), every
+        mine = [one for one in every if "CommunicationError: rank " not in one]
+        assert 0 < len(mine) < len(every), "the case needs a rank that reads, and one that reads nothing"
+        assert kind not in ("OSError", "RuntimeError") or all(one.startswith(kind) for one in mine), "its own error"
 
 
 @pytest.mark.parametrize(("traffic", "gone", "when", "unit"), CASES)

@@ -80,7 +80,8 @@ def _facts(change: Change, spec: ModelSpec | None, staging: int | None) -> dict[
         links = {"inside_node": part(near), "between_nodes": part(far)}
     if machine is not None and each is not None and staging is not None:
         planned = change.rounds(each, staging)
-        rounds = {"count": len(planned.rounds), "seconds": planned.seconds(machine), "staging": staging}
+        rounds = {"count": len(planned.rounds), "seconds": planned.seconds(machine), "staging": staging,
+                  "turns": planned.turns, "fewest_turns": planned.fewest_turns}  # fmt: skip
     arrive_LD, fetches = change.arrive_LD, change.fetches()
     layers = [
         {"layer": int(name), "arrive": int(arrive.sum()), "leave": int(leave.sum()), "bytes": size(int(arrive.sum())),
@@ -135,6 +136,8 @@ def _show(old: Placement, new: Placement, facts: dict[str, Any]) -> None:
     if facts["rounds"] is not None:
         r = facts["rounds"]
         o.out.print(f"{r['count']} rounds with {r['staging']} buffers a device take {r['seconds']:.3g} s of the links.")
+        text = f"In each of {r['turns']} turns a device sends to one peer and receives from one"
+        o.out.print(f"{text}; with buffers for all it takes {r['fewest_turns']}.")
     table = Table(title="layers in which most arrives", title_justify="left", header_style="bold")
     for head in ("layer", "arrive", "leave", "size", "most on one device"):
         table.add_column(head, justify="right")

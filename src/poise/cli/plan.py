@@ -122,7 +122,7 @@ def plan(
             if not said:
                 for text in solution.details.get("defaults", ()):
                     o.out.print(f"note: {text}")
-            _show_moves(moves)
+            _show_moves(moves, solution.details.get("payback"))
             _show_losses(solution, None if priced.model is None else ModelSpec.parse(priced.model).expert_bytes)
             if said:
                 over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
@@ -171,7 +171,7 @@ def _moves(running: tuple[Placement, RankMap] | None, solution: Solution, model:
     }  # fmt: skip
 
 
-def _show_moves(moves: dict[str, Any] | None) -> None:
+def _show_moves(moves: dict[str, Any] | None, payback: dict[str, Any] | None) -> None:
     if moves is None:
         return
     size, only = moves["moved_bytes"], moves["held_by_none_that_stays"]
@@ -183,6 +183,13 @@ def _show_moves(moves: dict[str, Any] | None) -> None:
         text += f". Onto ranks that stay {moves['fetched'] - join}, onto ranks that join {join}"
         text += f"; {only} experts lie on no rank that stays" if only else ""
     o.out.print(f"{text}. Who fetches what from whom: poise diff.")
+    if payback is None or payback["gain_seconds"][-1] <= 0 or not payback["fetched"][-1]:
+        return
+    text = f"In the order in which they pay back, half of the gain comes with {payback['half']} of them, "
+    text += f"90 % with {payback['most']}."
+    if payback["pays"] is not None:
+        text += f" Over {payback['steps']:,.0f} steps {payback['pays']} pay for what steps wait for them."
+    o.out.print(text)
 
 
 def _losses(solution: Solution, model: str | None) -> dict[str, Any]:

@@ -98,14 +98,16 @@ def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -
         _line({"event": "plan", "step": decision.step, "reason": decision.reason, "accepted": decision.accepted,
                "predicted_gain": decision.predicted_gain, "gain_seconds": decision.gain_seconds,
                "cost_seconds": decision.cost_seconds, "moves": moves.fetched, "bytes": moves.moved_bytes,
-               "rounds": len(moves.rounds), "left": decision.left, "verdict": verdict, "restart": _restart(restart),
+               "rounds": len(moves.rounds), "turns": moves.turns, "left": decision.left, "left_out": decision.left_out,
+               "verdict": verdict, "restart": _restart(restart),
                "file": str(output) if output in event.written else None, "files": files})  # fmt: skip
         return
     o.out.print(
         f"step {decision.step:>6}  plan ({decision.reason}): gain {percent(decision.predicted_gain)} of a step{sizes}, "
         f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
-        f"{1e3 * decision.cost_seconds:.2f} ms of links: {verdict}"
-        + (f", {decision.left} moves left" if decision.accepted and decision.left else ""),
+        f"steps wait {1e3 * decision.cost_seconds:.2f} ms: {verdict}"
+        + (f", {decision.left} moves left" if decision.accepted and decision.left else "")
+        + (f", {decision.left_out} that do not pay left out" if decision.accepted and decision.left_out else ""),
     )  # fmt: skip
     if restart is not None:
         o.out.print(f"{'':13}{restart.sentence()}")

@@ -8,13 +8,16 @@ Step 3  Alarm: a plan is made on the window, at once. Part of it may still be tr
 
 A plan is judged on steps it was not fitted on (every fourth of those at hand; fewer than eight steps are used for
 both). Devices of equal speed and slots are interchangeable up to where tokens happen to come from, so the new plan is
-also tried with its devices renumbered to fetch least (:func:`aligned`). The better one, after migration, is taken if
+also tried with its devices renumbered to fetch least (:func:`aligned`), and either as far as the way there pays
+(:mod:`poise.control.payback`). The best one, after migration, is taken if
 
-    horizon_steps * (seconds of a step now - then)  >  exposed_share * link seconds of its moves
+    horizon_steps * (seconds of a step now - then)  >  seconds that steps wait for its moves
 
-on modelled seconds of the MoE layers; ``exposed_share`` 1 lets serving stand still while weights move. With
-``max_moves`` only the best part of the way is gone at a time (:func:`poise.control.moves.bounded`), the rest at the
-next looks, each part judged anew on the traffic of its time. While it plans or moves, no test is made.
+on modelled seconds of the MoE layers. What steps wait is priced against the traffic on every port
+(:mod:`poise.control.price`), or told as ``exposed_share`` of the link seconds: 1 lets serving stand still while weights
+move. With ``max_moves`` only the best part of the way is gone at a time (:func:`poise.control.payback.bounded`), the
+rest at the next looks, each part judged anew on the traffic of its time. Moves are listed in the order in which they
+pay back. While it plans or moves, no test is made.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from numpy.typing import NDArray
 
 from poise.control.align import aligned
 from poise.control.drift import DriftTest, DriftVerdict, permutations_for
-from poise.control.moves import MoveList, bounded, move_list
+from poise.control.moves import MoveList, move_list
+from poise.control.payback import Migration, migration
+from poise.control.price import PortTraffic
 from poise.control.restart import Restart, imbalance_of
 from poise.control.steps import join_steps, one_step, steps_of
 from poise.cost.step import BatchCost
@@ -58,7 +63,7 @@ class ControlSettings:
     false_alarm_rate, looks : of :class:`poise.control.drift.DriftTest`.
     max_moves : most experts fetched at a time; None: no limit.
     horizon_steps : steps that a plan is expected to serve.
-    exposed_share : share of the link seconds of a migration that serving feels.
+    exposed_share : share of the link seconds of a migration that serving feels; None: priced against the traffic.
     staging : staging buffers a device.
     method, time_limit_s, seed : of :func:`poise.planning.solve.solve.solve`.
     background : plan beside :meth:`Controller.observe`; else that waits for the plan.
@@ -73,7 +78,7 @@ class ControlSettings:
     looks: int = 1
     max_moves: int | None = None
     horizon_steps: float = 10_000.0
-    exposed_share: float = 1.0
+    exposed_share: float | None = None
     staging: int = 1
     method: str = "poise"
     time_limit_s: float = 10.0
@@ -87,7 +92,8 @@ class ControlSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} must be at least 1, got {value}")
-        if not (0 < self.horizon_steps < float("inf") and 0 <= self.exposed_share < float("inf")):
+        share = 0.0 if self.exposed_share is None else self.exposed_share
+        if not (0 < self.horizon_steps < float("inf") and 0 <= share < float("inf")):
             got = f"{self.horizon_steps} and {self.exposed_share}"
             raise OptionError(f"horizon_steps must be above 0 and exposed_share at least 0, got {got}")
         if self.restart_seconds is not None and not 0 <= self.restart_seconds < float("inf"):
@@ -110,11 +116,12 @@ class Decision:
     reason : ``first`` plan, ``drift``, ``settled`` (on the reference after a drift), ``continued`` (a further part).
     accepted : the gain over the horizon exceeds the cost.
     seconds_before, seconds_after : modelled seconds of a step's MoE layers on the judged steps.
-    cost_seconds : exposed link seconds of the moves.
+    cost_seconds : that steps wait for the moves.
     moves : what to do; ``moves.result`` is the placement they lead to.
-    target : the whole plan, of which ``moves`` may be a part.
+    target : the plan as far as it pays, of which ``moves`` may be a part.
     restart : from what the engine runs to ``moves.result``, on the judged steps; None: accepted ones serve at once, or
         this one was not accepted.
+    left_out : experts that the plan would have fetched too, and that would not have paid.
     """
 
     step: int
@@ -126,6 +133,7 @@ class Decision:
     moves: MoveList
     target: Placement
     restart: Restart | None = None
+    left_out: int = 0
 
     @property
     def left(self) -> int:
@@ -361,21 +369,54 @@ class Controller:
             count_LED, ids = found.count_LED(), found.layer_ids_L
             found = Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=ids, method=found.method)
             plans = [found, aligned(current, found, cluster, whole=problem.traffic == "stay")]
-        before = self._seconds(judged, current)
+        before, traffic = self._seconds(judged, current), self._traffic(judged, current)
         best: tuple[float, Decision] | None = None
         for plan in plans:
-            there = plan if s.max_moves is None else bounded(current, plan, problem, s.max_moves)
-            moves = move_list(current, there, expert_bytes=problem.model.expert_bytes, staging=s.staging,
-                              node_D=cluster.node_D)  # fmt: skip
-            after, cost = self._seconds(judged, there), s.exposed_share * moves.seconds(cluster)
-            net = s.horizon_steps * (before - after) - cost
-            if best is None or net > best[0]:
-                best = net, Decision(step, reason, net > 0, before, after, cost, moves, plan)
+            for road, aim, left_out in self._roads(current, plan, problem, traffic):
+                moves = move_list(current, road.after, expert_bytes=problem.model.expert_bytes, staging=s.staging,
+                                  node_D=cluster.node_D, migration=road)  # fmt: skip
+                after = self._seconds(judged, road.after)
+                cost = (
+                    float(moves.delay_R(traffic).sum())
+                    if s.exposed_share is None
+                    else s.exposed_share * moves.seconds(cluster)
+                )
+                net = s.horizon_steps * (before - after) - cost
+                if best is None or net > best[0]:
+                    best = net, Decision(step, reason, net > 0, before, after, cost, moves, aim, left_out=left_out)
         assert best is not None
         chosen = best[1]
         if not (chosen.accepted and s.at_start):
             return chosen
         return replace(chosen, restart=self._restart(judged, self._cost(judged, running), chosen.moves.result))
+
+    def _roads(
+        self, current: Placement, plan: Placement, problem: PlacementProblem, traffic: PortTraffic
+    ) -> list[tuple[Migration, Placement, int]]:
+        """Ways towards a plan that may be gone: where they aim at, and fetches of the plan that are left out.
+
+        All of it, and as far as it pays on the traffic that the plan was made for.
+        """
+        s, whole = self.settings, migration(current, plan, problem)
+        count = whole.pays(traffic, problem.model.expert_bytes, s.horizon_steps)
+        aims = [(whole, 0)]
+        if 0 < count < len(whole.legs):
+            aims.append((whole.upto(count), int(whole.fetched_K[-1] - whole.fetched_K[count])))
+        return [
+            (
+                road if s.max_moves is None else migration(current, road.after, problem, max_moves=s.max_moves),
+                road.after,
+                out,
+            )
+            for road, out in aims
+        ]
+
+    def _traffic(self, batch: RoutingBatch, placement: Placement) -> PortTraffic:
+        """What tokens do to ports, or, where the share is told, what is said to be."""
+        cluster, share = self._problem.cluster, self.settings.exposed_share
+        if share is not None:
+            return PortTraffic(cluster, np.full((4, cluster.num_devices), share))
+        return PortTraffic.of(batch, placement, self._problem.pricing)
 
     def _restart(self, batch: RoutingBatch, running: BatchCost, newest: Placement) -> Restart:
         s = self.settings

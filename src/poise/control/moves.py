@@ -1,4 +1,4 @@
-"""From one placement to another: rounds of moves that serve correctly throughout, and the best part under a budget.
+"""From one placement to another: rounds of moves that serve correctly throughout, those that pay most first.
 
 A round: every move of it copies an expert from a device that holds it to a slot that is empty, or into one of the
 receiver's ``staging`` buffers when the slot is in use. The old slots serve all the while. Then all devices flip at
@@ -12,21 +12,28 @@ Step 1  A device with more to come than empty slots must give one up. Its *leave
 Step 2  A round takes chains, devices with most to come first, until no staging buffer is left that helps. There
         always is a chain while something is to come: without one, the devices reached by the search would be full,
         each with as many leavers as arrivals, none of them held elsewhere, so following leavers would close a cycle,
-        and a cycle is a chain of its own arrivals. Hence it ends, and nothing is fetched twice.
+        and a cycle is a chain of its own arrivals. Hence it ends, and nothing is fetched twice. With a migration
+        (:mod:`poise.control.payback`) a round takes the chains of its first legs first, and of later ones what then
+        still finds a buffer.
 Step 3  Senders: holders at the start of the round; the receiver's own node first, then the one that has sent least.
+Step 4  A round has turns (:mod:`poise.control.peers`), as few as can be: in a turn a device sends to one peer at most
+        and receives from one at most, so no two of its transfers meet at a port.
 
 Devices may join and leave, and have other slots after than before (:mod:`poise.control.common`): one that leaves keeps
 what it holds to the last round, so it can send throughout, after others equally near. Devices that are lost cannot:
 what only they held is read from the checkpoint, before all else.
 
-Rounds are few, not proven fewest. An expert twice on a device is copied there without a fetch.
-:func:`bounded` takes the chains, one by one, that lower the modelled seconds most per fetched expert.
+Rounds are few, not proven fewest: buffers decide. Turns of a round are the fewest, those of all rounds may be more than
+:attr:`MoveList.fewest_turns`, which needs as many buffers as experts come. An expert twice on a device is copied there
+without a fetch.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,19 +41,14 @@ from numpy.typing import NDArray
 
 from poise.control.chains import ChainMove, LayerMoves
 from poise.control.common import CHECKPOINT, STAYS, common
+from poise.control.payback import Migration
+from poise.control.peers import fewest_rounds, peer_rounds
+from poise.control.price import PortTraffic
 from poise.cost.links import PortLoad, port_seconds
-from poise.cost.split import even_share
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
-from poise.planning.problem import PlacementProblem
-from poise.routing.batch import RoutingBatch
-from poise.routing.trace import NO_EXPERT
-from poise.util.errors import OptionError, PlacementError
+from poise.util.errors import OptionError
 
-SHORTLIST = 8
-"""Chains of a layer that are priced in full at a time; the rest are behind them by their effect on device loads."""
-MOST_LEAVERS = 4
-"""Leavers of a full device that are tried for each arrival."""
 FROM_CHECKPOINT = -1
 """Sender of an expert that no device holds any more."""
 
@@ -67,6 +69,17 @@ class Round(NamedTuple):
 
     moves: tuple[Move, ...]
     drops: tuple[tuple[int, int], ...]
+
+    @property
+    def fetches(self) -> list[Move]:
+        """Moves from a device to another."""
+        return [move for move in self.moves if move.from_device not in (move.to_device, FROM_CHECKPOINT)]
+
+    def turns(self, num_devices: int) -> list[list[Move]]:
+        """Fetches, so that in a turn a device sends to one peer and receives from one; the fewest turns."""
+        every = self.fetches
+        pairs = [(move.from_device, move.to_device) for move in every]
+        return [[every[number] for number in one] for one in peer_rounds(pairs, num_devices)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,40 +109,54 @@ class MoveList:
         """Bytes that go from a device to another."""
         return self.fetched * self.expert_bytes
 
+    @property
+    def turns(self) -> int:
+        """Turns of all rounds."""
+        return sum(_turns([each]) for each in self.rounds)
+
+    @property
+    def fewest_turns(self) -> int:
+        """Turns that these fetches would take if all could wait in buffers: what one device sends, or receives."""
+        return _turns(self.rounds)
+
     def seconds(self, cluster: Cluster) -> float:
         """Link seconds of all rounds, one after the other: latency and the fullest port of each; reading costs none."""
+        return float(self.seconds_R(cluster).sum())
+
+    def seconds_R(self, cluster: Cluster) -> NDArray[np.float64]:
+        """Link seconds of each round if links do nothing else."""
+        load, wire = self._ports(cluster), cluster.plain_wire
+        busy = np.stack([load.intra_out_BD, load.net_out_BD]).any(axis=(0, 2))
+        ports = port_seconds(load, self.expert_bytes, cluster, wire) if busy.any() else np.zeros(busy.size)
+        return ports + busy * wire.start_s
+
+    def delay_R(self, traffic: PortTraffic) -> NDArray[np.float64]:
+        """Seconds that steps are longer in all for each round, while tokens are served (:mod:`poise.control.price`)."""
+        return traffic.delay_s(self._ports(traffic.cluster), self.expert_bytes)
+
+    def _ports(self, cluster: Cluster) -> PortLoad:
+        """Experts through every port, a row a round."""
         port = np.zeros((4, len(self.rounds), cluster.num_devices))
         for at, each in enumerate(self.rounds):
-            for _, _, _, source, target, _ in each.moves:
-                if source not in (target, FROM_CHECKPOINT):
-                    kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
-                    port[[kind, kind + 1], at, [source, target]] += 1
-        busy = port.any(axis=(0, 2))
-        wire = cluster.plain_wire
-        ports = port_seconds(PortLoad(*port), self.expert_bytes, cluster, wire) if busy.any() else np.zeros(busy.size)
-        return float((ports + busy * wire.start_s).sum())
+            for move in each.fetches:
+                source, target = move.from_device, move.to_device
+                kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
+                port[[kind, kind + 1], at, [source, target]] += 1
+        return PortLoad(*port)
 
     def __repr__(self) -> str:
         size = f"{self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB"
         return f"MoveList({len(self.rounds)} rounds, {size}, at most {self.staging} staged a device and round)"
 
 
-def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
-    """Slots of each device, int [D]; PlacementError if the placements differ in shape or in the slots of a device."""
-    before.diff(after)
-    if before.num_devices != after.num_devices:
-        raise PlacementError(f"{before.num_devices} devices before and {after.num_devices} after")
-    mine = np.bincount(before.slot_device_S, minlength=before.num_devices)
-    theirs = np.bincount(after.slot_device_S, minlength=after.num_devices)
-    if (mine != theirs).any():
-        d = int(np.argmax(mine != theirs))
-        raise PlacementError(f"device {d} has {mine[d]} slots before and {theirs[d]} after")
-    return mine
+def _turns(rounds: Sequence[Round]) -> int:
+    pairs = [(move.from_device, move.to_device) for each in rounds for move in each.fetches]
+    return fewest_rounds(pairs, 1 + max((max(pair) for pair in pairs), default=0))
 
 
 def move_list(
     before: Placement, after: Placement, *, expert_bytes: float, staging: int = 1, node_D: NDArray[Any] | None = None,
-    lost: Sequence[int] = (),
+    lost: Sequence[int] = (), migration: Migration | None = None,
 ) -> MoveList:  # fmt: skip
     """Rounds of moves that turn one placement into the other; what holds throughout: module docstring.
 
@@ -140,30 +167,39 @@ def move_list(
     staging : buffers a device, each of one expert, shared by all layers.
     node_D : int [D], node of each device of the larger placement; senders of the same node are preferred.
     lost : devices that are gone with what they held.
+    migration : from ``before`` to ``after``: its legs come in their order, so that every state on the way has made the
+        best of its fetches that buffers allow. None: the fewest rounds that are found.
 
     Raises
     ------
     PlacementError : the placements differ in layers or experts.
-    OptionError : no staging buffer, or expert bytes that are not above 0.
+    OptionError : no staging buffer, expert bytes that are not above 0, or a way between other placements.
     """
     if staging < 1 or not (np.isfinite(expert_bytes) and expert_bytes > 0):
         raise OptionError(f"staging must be at least 1 and expert_bytes above 0, got {staging}, {expert_bytes}")
+    if migration is not None:
+        ends = (migration.before, before), (migration.after, after)
+        if lost or any((one.count_LED() != other.count_LED()).any() for one, other in ends):
+            raise OptionError(
+                f"the way goes from {migration.before!r} to {migration.after!r}, the moves from {before!r} to {after!r}"
+            )
     both = common(before, after, lost)
     before, devices, real = both.before, len(both.kind_D), both.real
     node = np.zeros(real, np.int64) if node_D is None else np.asarray(node_D)
     if node.shape != (real,):
         raise OptionError(f"node_D names {node.size} devices, the placements have {real}")
     node = np.append(node, [-1] * (devices - real))
-    works = [LayerMoves(*pair) for pair in zip(before.count_LED(), both.after.count_LED(), strict=True)]
+    legs = [[] for _ in range(before.num_layers)] if migration is None else migration.by_layer()
+    works = [_LayerLegs(*three) for three in zip(before.count_LED(), both.after.count_LED(), legs, strict=True)]
     slots_of_D = [np.flatnonzero(before.slot_device_S == d).tolist() for d in range(devices)]
     slots_D = np.array([len(slots) for slots in slots_of_D])
     slot_expert = before.slot_expert_LS.tolist()
     staying = np.flatnonzero(both.kind_D == STAYS).tolist()
     sent_D = np.zeros(devices, np.int64)
     rounds = []
-    while any(any(work.comers_D) or any(work.leavers_D) for work in works):
+    while not all(work.done for work in works):
         held = [work.have_ED.copy() for work in works]
-        links = _fill_round(works, held, slots_D, staging, real)
+        links, gone = _fill_round(works, held, slots_D, staging, real)
         done = not any(any(work.comers_D) for work in works)
         arrivals, drops = [], []
         for layer, row in enumerate(slot_expert):
@@ -172,10 +208,11 @@ def move_list(
                 slot = next(s for s in slots_of_D[link.device] if old[s] == link.leaver and row[s] == link.leaver)
                 row[slot] = link.expert
                 arrivals.append((layer, link.expert, slot, link.device, link.leaver != EMPTY))
-            for expert, d in works[layer].surplus(range(devices) if done else staying):
+            for expert, d in gone[layer] + works[layer].surplus(range(devices) if done else staying):
                 slot = next(s for s in slots_of_D[d] if row[s] == expert and old[s] == expert)
                 row[slot] = EMPTY
                 drops += [(layer, slot)] * (d < real)
+            works[layer].go_on()
         rounds.append(Round(_senders(arrivals, held, node, both.kind_D, sent_D), tuple(drops)))
     last = int(slots_D[:real].sum())
     result = replace(after, slot_expert_LS=np.array(slot_expert, np.int32)[:, :last], num_devices=real,
@@ -183,36 +220,98 @@ def move_list(
     return MoveList(tuple(rounds), result, expert_bytes, staging)
 
 
+class _LayerLegs(LayerMoves):
+    """One layer that goes through some placements to the last.
+
+    Parameters
+    ----------
+    have_ED, want_ED : as in :class:`LayerMoves`, of the whole.
+    legs : number and slots [E, D] of each placement on the way, ``want_ED`` the last; none: the whole is one, number 0.
+    """
+
+    def __init__(self, have_ED: NDArray[Any], want_ED: NDArray[Any], legs: list[tuple[int, NDArray[Any]]]) -> None:
+        self._later = deque(legs or [(0, want_ED)])
+        self.number, first_ED = self._later.popleft()
+        super().__init__(have_ED, first_ED)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the leg is done."""
+        return not (any(self.comers_D) or any(self.leavers_D))
+
+    @property
+    def done(self) -> bool:
+        """Whether all legs are."""
+        return self.arrived and not self._later
+
+    def between_legs(self) -> list[tuple[int, int]]:
+        """What nothing replaces leaves at once where another leg follows; (expert, device) of each."""
+        return self.surplus(range(len(self.comers_D))) if self._later else []
+
+    def go_on(self) -> bool:
+        """To the next leg, if this one is done and there is another."""
+        if not (self.arrived and self._later):
+            return False
+        self.number, want_ED = self._later.popleft()
+        super().__init__(self.have_ED, want_ED)
+        return True
+
+
 def _fill_round(
-    works: list[LayerMoves], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int, real: int
-) -> list[list[ChainMove]]:
-    """Step 2: the links of each layer in this round; ``works`` are as after it. Experts without a device come first."""
+    works: list[_LayerLegs], held: list[NDArray[np.int64]], slots_D: NDArray[np.int64], staging: int, real: int
+) -> tuple[list[list[ChainMove]], list[list[tuple[int, int]]]]:
+    """Step 2: of each layer, the links in this round and what drops between two legs; ``works`` are as after it.
+
+    Legs in their order; of one, experts without a device come first.
+    """
     budget = [staging] * len(slots_D)
     rooms = [(slots_D - have.sum(axis=0)).tolist() for have in held]
     links: list[list[ChainMove]] = [[] for _ in works]
+    gone: list[list[tuple[int, int]]] = [[] for _ in works]
     dead = [set(np.flatnonzero(~have[:, :real].any(axis=1)).tolist()) for have in held]
     every = [set(range(len(have))) for have in held]
-    for some in filter(any, (dead, every)):
-        again = True
-        while again:
-            again = False
-            to_come = np.array([[len(comers) for comers in work.comers_D] for work in works]).sum(axis=0)
-            for d in np.argsort(-to_come, kind="stable").tolist():
-                for layer, work in enumerate(works):
-                    for expert in sorted(work.comers_D[d] & some[layer]):
-                        if budget[d] < 1 and rooms[layer][d] < 1:
-                            break
-                        # A second copy on a device is made from the first, which must have been there.
-                        twice = work.have_ED[expert, d] > 0 and held[layer][expert, d] == 0
-                        if expert not in work.comers_D[d] or twice:
-                            continue
-                        chain = work.chain(expert, d, rooms[layer], budget)
-                        for link in chain:
-                            (rooms[layer] if link.leaver == EMPTY else budget)[link.device] -= 1
-                        work.apply(chain)
-                        links[layer] += chain
-                        again = again or bool(chain)
-    return links
+    turn = [(work.number, layer) for layer, work in enumerate(works) if not work.arrived]
+    heapify(turn)
+    while turn and (any(budget) or any(map(any, rooms))):
+        group = [heappop(turn)]
+        while turn and turn[0][0] == group[0][0]:
+            group.append(heappop(turn))
+        layers = [layer for _, layer in group]
+        for some in filter(any, (dead, every)):
+            _take_chains(works, layers, some, held, rooms, budget, links)
+        for layer in layers:
+            if not any(works[layer].comers_D):
+                gone[layer] += works[layer].between_legs()
+                if works[layer].go_on():
+                    heappush(turn, (works[layer].number, layer))
+    return links, gone
+
+
+def _take_chains(
+    works: list[_LayerLegs], layers: list[int], some: list[set[int]], held: list[NDArray[np.int64]],
+    rooms: list[list[int]], budget: list[int], links: list[list[ChainMove]],
+) -> None:  # fmt: skip
+    """Chains of ``layers`` that begin with ``some`` of their experts, until no buffer and no slot helps any more."""
+    again = True
+    while again:
+        again = False
+        to_come = np.array([[len(comers) for comers in works[layer].comers_D] for layer in layers]).sum(axis=0)
+        for d in np.argsort(-to_come, kind="stable").tolist():
+            for layer in layers:
+                work = works[layer]
+                for expert in sorted(work.comers_D[d] & some[layer]):
+                    if budget[d] < 1 and rooms[layer][d] < 1:
+                        break
+                    # A second copy on a device is made from the first, which must have been there.
+                    twice = work.have_ED[expert, d] > 0 and held[layer][expert, d] == 0
+                    if expert not in work.comers_D[d] or twice:
+                        continue
+                    chain = work.chain(expert, d, rooms[layer], budget)
+                    for link in chain:
+                        (rooms[layer] if link.leaver == EMPTY else budget)[link.device] -= 1
+                    work.apply(chain)
+                    links[layer] += chain
+                    again = again or bool(chain)
 
 
 def _senders(
@@ -236,126 +335,3 @@ def _senders(
             source = FROM_CHECKPOINT if kind_D[source] == CHECKPOINT else source
         moves.append(Move(layer, expert, slot, source, device, staged))
     return tuple(moves)
-
-
-def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_moves: int) -> Placement:
-    """A placement on the way from one to the other that at most ``max_moves`` fetched experts lead to.
-
-    Greedy: again and again the chain, drop or whole rest of a layer that lowers the objective on the problem's traffic
-    (:func:`poise.cost.step.batch_cost`) most per fetched expert, until none lowers it or fits. Layers are independent
-    but for ``stay``, where a change counts in the next layer too. Called again from its result it goes on; ``after``
-    itself is returned where it fits and is as good. Without free slots experts change places in circles: a budget
-    below the shortest circle leads nowhere, one that holds a layer's moves always to where no layer gains. Steps that
-    empty a slot are taken only where the problem's engine may have empty slots.
-
-    Raises
-    ------
-    PlacementError : the placements differ in shape or slots, or do not fit the problem.
-    OptionError : ``max_moves`` is negative.
-    """
-    if max_moves < 0:
-        raise OptionError(f"max_moves must be at least 0, got {max_moves}")
-    slots_D = same_slots(before, after)
-    problem.check(before)
-    problem.check(after)
-    count_LED, want_LED = before.count_LED(), after.count_LED()
-    left, layers = max_moves, range(before.num_layers)
-    best: dict[int, tuple[float, int, NDArray[Any]] | None] = {}
-    stale = set(layers)
-    while True:
-        stale |= {layer for layer, step in best.items() if step is not None and step[1] > left}
-        best |= {each: _best_step(each, count_LED, want_LED, slots_D, problem, left) for each in sorted(stale)}
-        able = {layer: step for layer, step in best.items() if step is not None}
-        if not able:
-            break
-        layer = max(able, key=lambda each: (able[each][0], -each))
-        left, count_LED[layer] = left - able[layer][1], able[layer][2]
-        stale = {layer} | ({layer - 1, layer + 1} & set(layers) if problem.traffic == "stay" else set())
-        stale = set(layers) if _skips(problem) else stale
-    if before.diff(after).fetched <= max_moves:
-        if _seconds(problem, want_LED, 0, len(layers)) <= _seconds(problem, count_LED, 0, len(layers)):
-            return after
-    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=after.method)
-
-
-def _best_step(
-    layer: int, count_LED: NDArray[Any], want_LED: NDArray[Any], slots_D: NDArray[np.int64], problem: PlacementProblem,
-    left: int,
-) -> tuple[float, int, NDArray[Any]] | None:  # fmt: skip
-    """Seconds saved per fetched expert, experts fetched and counts [E, D] after the layer's best step; None if none."""
-    have, found = count_LED[layer], None
-    load_E = problem.batch.weight_B @ problem.batch.load_BLE[:, layer]
-
-    def roughness(count_ED: NDArray[Any]) -> float:
-        return float(np.linalg.norm((load_E @ even_share(count_ED)) / problem.cluster.speed_D, 8))
-
-    rough = roughness(have)
-    steps = _options(LayerMoves(have, want_LED[layer]), slots_D, load_E)
-    if not problem.engine.empty_slots:  # the engine would fill what a step leaves empty
-        steps = [each for each in steps if (each.sum(axis=0) >= have.sum(axis=0)).all()]
-    every = [(int(((each > 0) & (have == 0)).sum()), each) for each in steps]
-    options = [each for each in every if each[0] <= left]
-    whole = [each for each in options[:1] if each[1] is steps[0]]  # if it fits, it is priced whatever its rank
-    options.sort(key=lambda each: (roughness(each[1]) - rough) / max(each[0], 0.5))
-    now = _seconds(problem, count_LED, layer, layer + 1)
-    for fetched, option in options[:SHORTLIST] + whole:
-        changed = count_LED.copy()
-        changed[layer] = option
-        gain = now - _seconds(problem, changed, layer, layer + 1)
-        if gain > 1e-12 * now and (found is None or gain / max(fetched, 1e-9) > found[0]):
-            found = (gain / max(fetched, 1e-9), fetched, option)
-    return found
-
-
-def _options(work: LayerMoves, slots_D: NDArray[np.int64], load_E: NDArray[np.float64]) -> list[NDArray[Any]]:
-    """Counts [E, D] after every chain, with and without the copies it makes needless, every drop, and all of it."""
-    have, want, room = work.have_ED, work.want_ED, (slots_D - work.have_ED.sum(axis=0)).tolist()
-    chains = []
-    for d, comers in enumerate(work.comers_D):
-        leavers: list[int | None] = [None]
-        if room[d] < 1 and work.leavers_D[d]:
-            by_load = sorted(work.leavers_D[d], key=lambda x: (load_E[x] / work.copies_E[x], x))
-            picks = np.unique(np.linspace(0, len(by_load) - 1, MOST_LEAVERS).round().astype(int))
-            leavers = [by_load[i] for i in picks]
-        chains += [work.chain(e, d, room, [1] * len(room), leaver=x) for e in sorted(comers) for x in leavers]
-    if (have == want).all():
-        return []
-    options = [want]
-    for links in filter(None, chains):
-        after = have.copy()
-        for link in links:
-            after[link.expert, link.device] += 1
-            if link.leaver != EMPTY:
-                after[link.leaver, link.device] -= 1
-        options.append(after)
-        trimmed = after.copy()
-        for link in links:
-            for at in np.flatnonzero(trimmed[link.expert] > want[link.expert]):
-                trimmed[link.expert, at] -= int(trimmed[link.expert].sum() > 1)
-        if (trimmed != after).any():
-            options.append(trimmed)
-    for d, gone in enumerate(work.leavers_D):
-        for x in (each for each in sorted(gone) if work.copies_E[each] > 1):
-            options.append(have.copy())
-            options[-1][x, d] -= 1
-    return options
-
-
-def _skips(problem: PlacementProblem) -> bool:
-    """Whether tokens stay where they are over more than one layer, so that a change reaches further than the next."""
-    ids = problem.batch.experts_TLK
-    return problem.traffic == "stay" and ids is not None and bool((ids[:, :, 0] == NO_EXPERT).any())
-
-
-def _seconds(problem: PlacementProblem, count_LED: NDArray[Any], first: int, last: int) -> float:
-    """Expected seconds of a step in layers first to last - 1, and in the one behind them where it depends on them."""
-    batch, stay = problem.batch, problem.traffic == "stay"
-    part = slice(max(0, first - 1) if stay else first, min(batch.num_layers, last + 1) if stay else last)
-    part = slice(0, batch.num_layers) if _skips(problem) else part
-    experts = None if batch.experts_TLK is None else np.ascontiguousarray(batch.experts_TLK[:, part])
-    some = RoutingBatch(
-        batch.load_BLE[:, part], batch.weight_B, batch.top_k, batch.layer_ids_L[part], experts, batch.start_B,
-        batch.request_T, batch.home_T, homes=batch.homes,
-    )  # fmt: skip
-    cost = problem.pricing.cost(some, count_LED[part])
-    return float(batch.weight_B @ cost.seconds_BL[:, first - part.start :].sum(axis=1))

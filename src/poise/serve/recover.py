@@ -30,7 +30,7 @@ from poise.runtime.experts import Bank, ExpertKind
 from poise.serve.engine import Engine
 from poise.serve.model import Parts
 from poise.serve.requests import Book, Request
-from poise.util.errors import CommunicationError, PlacementError, PoiseError
+from poise.util.errors import CommunicationError, PlacementError, told
 
 ExpertSource = Callable[[int, int, ExpertKind], Bank]
 """(decoder layer, expert, kind) -> weights of one expert, as they were loaded."""
@@ -59,6 +59,7 @@ def recover(
     CommunicationError : no rank is lost, this one was given up by the others, or what was read is not what was served.
     OptionError : nothing was prepared for these ranks.
     PlacementError : another placement serves than the losses are for.
+    Whatever ``source`` raises on a rank, on that rank; CommunicationError with its words on the others.
     """
     ranks = dist.get_process_group_ranks(engine.group)
     engine.stop()
@@ -104,15 +105,17 @@ def _left(engine: Engine, store: Any, gone: Sequence[int], wait_s: float) -> lis
 
 
 def _agreed(made: Callable[[], dict[int, Bank]], here: list[int], group: Any) -> dict[int, Bank]:
-    """What is made on this rank, once all others have made theirs; else all raise the error of one."""
+    """What is made on this rank, once all others have made theirs; else all raise: one its own error, whatever that is,
+    the others what it says.
+    """
     out: dict[int, Bank] = {}
-    problem: PoiseError | None = None
+    problem: Exception | None = None
     try:
         out = made()
-    except PoiseError as error:
+    except Exception as error:  # also what a source raises that is not poise's: a file that is gone, no memory
         problem = error
     words: list[str | None] = [None] * len(here)
-    dist.all_gather_object(words, None if problem is None else problem.message, group=group)
+    dist.all_gather_object(words, None if problem is None else told(problem), group=group)
     if problem is not None:
         raise problem
     for rank, said in zip(here, words, strict=True):

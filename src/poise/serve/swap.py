@@ -1,8 +1,9 @@
 """From one placement to another while steps go on: weights come in rounds, then all layers switch at one step boundary.
 
 Step 1  Every rank works out the same list: who lacks which expert of which layer, and from whom it comes (a holder in
-        the same node first, then the one that has sent least). In a round a rank sends to one peer and receives from
-        one (:mod:`poise.control.peers`), an expert each; a step has one round, or as many as fit ``bytes_per_step``.
+        the same node first, then the one that has sent least; experts with the fewest holders choose first). In a round
+        a rank sends to one peer and receives from one (:mod:`poise.control.peers`), an expert each; a step has one
+        round, or as many as fit ``bytes_per_step``.
 Step 2  Between two steps a rank waits for the round before and posts the next one, over a process group of its own. So
         a transfer has one whole step to run in, and only what is left of it then stalls the step.
         What the round before brought is compared with what its experts were when they were loaded
@@ -21,7 +22,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from poise.control.peers import peer_rounds
 from poise.planning.placement import EMPTY, Placement
+from poise.replay.moving import moving
 from poise.runtime.canary import Canary
 from poise.runtime.collectives import Batch, next_tag
 from poise.runtime.experts import Bank, ExpertKind
@@ -102,16 +104,9 @@ def align(before: Placement, after: Placement) -> Placement:
 
 
 def fetches(before: Placement, after: Placement, node_D: NDArray[np.int32]) -> list[ExpertTransfer]:
-    """Step 1: what each rank lacks, and a holder that sends it."""
-    have_LED, want_LED = before.count_LED() > 0, after.count_LED() > 0
-    sent_D = np.zeros(before.num_devices, np.int64)
-    out = []
-    for layer, expert, target in np.argwhere(want_LED & ~have_LED).tolist():
-        holders = np.flatnonzero(have_LED[layer, expert]).tolist()
-        source = min(holders, key=lambda d: (node_D[d] != node_D[target], sent_D[d], d))
-        sent_D[source] += 1
-        out.append(ExpertTransfer(layer, expert, source, target))
-    return out
+    """Step 1: what each rank lacks, and a holder that sends it (:func:`poise.replay.moving.moving`)."""
+    plan = moving(before, after, node_D)
+    return [ExpertTransfer(layer, *astuple(one)) for layer, each in enumerate(plan.transfers) for one in each]
 
 
 def fill_rounds(
