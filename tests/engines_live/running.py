@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -11,8 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.engines_live.environment import Engine
 
@@ -24,7 +27,7 @@ GRACE_S = 45.0
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_CACHE_ROOT": "", "GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1",
 }  # fmt: skip
 
 
@@ -40,7 +43,9 @@ class Asked:
     eplb : vLLM's ``--eplb-config``; None: no load balancer.
     max_tokens : of an answer.
     environ, environ_of : variables of all ranks, and of one rank beside.
+    poise : whether it is installed.
     stand_in : whether what the CPU platform lacks is put in.
+    forked : from a process that has imported the engine; else every rank is a Python of its own.
     """
 
     model: Path
@@ -50,7 +55,9 @@ class Asked:
     max_tokens: int = 16
     environ: Mapping[str, str] = field(default_factory=dict)
     environ_of: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    poise: bool = True
     stand_in: bool = True
+    forked: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,20 +118,16 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     }))  # fmt: skip
     logs = tuple(folder / f"rank-{rank}.log" for rank in range(asked.ranks))
     began = time.monotonic()
-    port, processes = free_port(), []
+    port, processes = free_port(), list[Process]()
     try:
         for rank, log in enumerate(logs):
-            with log.open("wb") as out:
-                processes.append(subprocess.Popen(
-                    [str(engine.python), str(HERE / "one_run.py"), str(given)], cwd=folder, stdin=subprocess.DEVNULL,
-                    stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                    env=environment(engine, asked, folder, rank, port),
-                ))  # fmt: skip
+            words = [str(HERE / "one_run.py"), str(given)]
+            start = server(engine).start if asked.forked else Popened
+            processes.append(start([str(engine.python), *words], environment(engine, asked, folder, rank, port), folder, log))
         codes = _wait(processes, logs, began + limit_s, kill)
     finally:
         for process in processes:
-            _kill(process)
-        forget_shared_memory()
+            process.kill()
     seconds = time.monotonic() - began
     return Ran(
         codes, logs, tuple(_lines(folder / f"answers.rank-{rank}", "answers") for rank in range(asked.ranks)),
@@ -132,14 +135,125 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     )  # fmt: skip
 
 
+class Process(Protocol):
+    """A rank that was started."""
+
+    def poll(self) -> int | None: ...
+    def signal(self, number: int) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Popened:
+    """A Python of its own."""
+
+    def __init__(self, words: list[str], env: Mapping[str, str], cwd: Path, log: Path) -> None:
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                words, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        self.poll = self._process.poll
+
+    def signal(self, number: int) -> None:
+        if self.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """With all that it started."""
+        _kill_group(self._process.pid)
+        self._process.wait()
+
+
+class Forked:
+    """A process of a :class:`Server`."""
+
+    def __init__(self, parent: Server, pid: int) -> None:
+        self._parent, self.pid = parent, pid
+
+    def poll(self) -> int | None:
+        self._parent.hear(0.0)
+        return self._parent.ended.get(self.pid)
+
+    def signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """With all that it started."""
+        _kill_group(self.pid)
+        while self.poll() is None:
+            time.sleep(0.1)
+
+
+class Server:
+    """A process that has imported the engine (forker.py), for this session."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._process = subprocess.Popen(
+            [str(engine.python), str(HERE / "forker.py")], env=plain_environment(engine), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self.ended: dict[int, int] = {}
+        self._started: list[int] = []
+        atexit.register(self.close)
+        until = time.monotonic() + LIMIT_S
+        while not self.hear(1.0):
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the engine cannot be imported")
+
+    def start(self, words: list[str], env: Mapping[str, str], cwd: Path, log: Path) -> Forked:
+        """``words`` begin with the Python that it is anyway."""
+        job = {"words": words[1:], "env": dict(env), "cwd": str(cwd), "log": str(log)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        self._process.stdin.flush()
+        while not self._started:
+            self.hear(1.0)
+        return Forked(self, self._started.pop())
+
+    def hear(self, wait_s: float) -> bool:
+        """What it has said meanwhile; whether that was anything."""
+        stream = self._process.stdout
+        assert stream is not None
+        heard = False
+        while select.select([stream], [], [], wait_s)[0]:
+            line = os.read(stream.fileno(), 1 << 16)
+            if not line:
+                raise RuntimeError("the process that others are forked from has ended")
+            for one in line.splitlines():  # far less than a pipe takes at once
+                said = json.loads(one)
+                if "started" in said:
+                    self._started.append(said["started"])
+                if "ended" in said:
+                    self.ended[said["ended"]] = said["code"]
+            heard, wait_s = True, 0.0
+        return heard
+
+    def close(self) -> None:
+        _kill_group(self._process.pid)
+        self._process.wait()
+
+
+@cache
+def server(engine: Engine) -> Server:
+    """Of this session."""
+    return Server(engine)
+
+
+def plain_environment(engine: Engine) -> dict[str, str]:
+    """This process's, but for what bears on what an engine runs."""
+    out = {name: value for name, value in os.environ.items() if not name.startswith(("POISE_", "VLLM_", "PYTEST_", "PYTHON"))}
+    return {**out, **SETTINGS, "VLLM_CACHE_ROOT": str(engine.folder / "cache")}
+
+
 def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int) -> dict[str, str]:
-    """Variables of a rank: none of this process's that bear on what it runs."""
-    out = {name: value for name, value in os.environ.items() if not name.startswith(("POISE_", "VLLM_", "PYTEST_"))}
-    path = [str(engine.installed())]
+    """Variables of a rank."""
+    out = plain_environment(engine)
+    path = [str(engine.installed())] if asked.poise else []
     if asked.stand_in:
         path.append(str(HERE / "site"))
         out["STAND_IN_MAPS"] = str(folder / f"maps.rank-{rank}")
-    out |= {**SETTINGS, "VLLM_CACHE_ROOT": str(engine.folder / "cache"), "PYTHONPATH": os.pathsep.join(path)}
+    out |= {"PYTHONPATH": os.pathsep.join(path)}
     if asked.ranks > 1:
         out |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(asked.ranks),
                 "LOCAL_WORLD_SIZE": str(asked.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
@@ -147,39 +261,36 @@ def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int
 
 
 def _wait(
-    processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], until: float, kill: int | None
+    processes: Sequence[Process], logs: Sequence[Path], until: float, kill: int | None
 ) -> tuple[int | None, ...]:
     """Exit codes, when all have ended or there is nothing to wait for."""
     trouble = 0.0
     while None in (codes := tuple(process.poll() for process in processes)):
         now = time.monotonic()
         if kill is not None and "ROUND 1" in logs[kill].read_text(errors="replace"):
-            _kill(processes[kill])
+            processes[kill].kill()
             kill = None
         if any(codes):
             trouble = trouble or now
         if now > until or (trouble and now - trouble > GRACE_S):
             for process in processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGUSR1)
+                process.signal(signal.SIGUSR1)
             time.sleep(3.0)
             break
         time.sleep(0.2)
     return codes
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With all that it started."""
+def _kill_group(pid: int) -> None:
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
 
 
-def forget_shared_memory() -> None:
-    """Blocks that vLLM's ranks on CPU share: those of a rank that was killed are found, and believed, by the next run."""
-    for left in Path("/dev/shm").glob("*-cpushm_*"):
+def forget_shared_memory(port: int) -> None:
+    """Blocks that vLLM's ranks on CPU share, where they were killed before they could."""
+    for left in Path("/dev/shm").glob(f"poise-test-{port}-*"):
         left.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -140,7 +141,23 @@ def streams_and_events_are_missing() -> None:
     eplb_state.EplbState.__init__ = with_number
 
 
+def shared_memory_has_one_name() -> None:
+    """v1/worker/cpu_worker.py:148: with ``external_launcher`` the ranks of every run share memory of the same name.
+
+    What a killed run left there is believed by the next one, and runs side by side meet in it.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    name = _CPUSHMDistributed.make_group_name
+
+    def own_name(communicator: Any) -> str:
+        os.environ["VLLM_DIST_IDENT"] = f"poise-test-{os.environ.get('MASTER_PORT', os.getpid())}"
+        return name(communicator)
+
+    _CPUSHMDistributed.make_group_name = staticmethod(own_name)
+
+
 ALL = (
     switch_is_refused, experts_ignore_where_they_are, ids_stay_logical, models_are_not_registered,
-    streams_and_events_are_missing,
+    streams_and_events_are_missing, shared_memory_has_one_name,
 )  # fmt: skip
