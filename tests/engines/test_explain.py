@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engines import runs
+from tests.helpers import few_or
 
 from poise.engines.dump import BalanceLog
 from poise.engines.explain import measures_of
@@ -38,7 +39,7 @@ class World:
         self.plan = placement(self.tables["plan"])
 
     def ran(self, runs_map, size, measure="ranks", kind="trace"):
-        sizes = self.rng.integers(max(1, size // 2), 2 * size, SIZES[size])
+        sizes = self.rng.integers(max(1, size // 2), 2 * size, SIZES.get(size, 4))
         table = self.tables.get(runs_map, TRIVIAL)
         mean, most, chosen = runs.passes(self.rng, self.share, TOP_K, sizes, table, DEVICES, measure)
         if runs_map == "noise":
@@ -66,6 +67,18 @@ def test_a_plan_that_runs_is_called_live_where_maps_differ_a_lot(size, measure):
     found = [verify(world.plan, world.ran("plan", size, measure)) for world in worlds]
     assert sum(one.live is True for one in found) >= (1 if size == 8 else 4)
     assert all(one.verdict != "not-live" for one in found)
+
+
+@pytest.mark.parametrize(("running", "right", "wrong"), [("plan", "live", "not-live"), ("trivial", "not-live", "live")])
+def test_forty_runs_with_and_without_the_plan(running, right, wrong):
+    """No false word; the right one in three of four, as plan and trivial map differ by 5 % or more."""
+    words = []
+    for seed in range(few_or(40, 4)):
+        world = World(1000 + seed, (0.6, 1.0, 1.4)[seed % 3])
+        found = verify(world.plan, world.ran(running, (64, 512, 4096, 8192)[seed % 4]))
+        assert abs(found.predicted / found.trivial - 1) >= 0.05
+        words.append(found.verdict)
+    assert wrong not in words and words.count(right) >= 0.75 * len(words)
 
 
 def test_a_plan_that_runs_is_not_said_not_to():

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, EXPERTS, TOP_K, WORDS = 4, 16, 2, 1024
 SHAPE = dict(
@@ -31,6 +34,16 @@ def olmoe(folder: Path) -> Path:
 def _saved(family: type, config: object, folder: Path) -> Path:
     torch.manual_seed(0)
     family(config).to(torch.float32).eval().save_pretrained(folder)
+    return folder
+
+
+def with_words(folder: Path) -> Path:
+    """The checkpoint with a tokenizer, which a server wants: token n is the word ``wn``."""
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w3"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w2").save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -85,7 +85,8 @@ class Ran:
     def tail(self, characters: int = 3000) -> str:
         """Of all ranks, with how they ended."""
         return "\n".join(
-            f"--- rank {rank}, exit code {code}\n{self.said(rank)[-characters:]}" for rank, code in enumerate(self.codes)
+            f"--- rank {rank}, exit code {code}\n{self.said(rank)[-characters:]}"
+            for rank, code in enumerate(self.codes)
         )
 
     @property
@@ -123,7 +124,9 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
         for rank, log in enumerate(logs):
             words = [str(HERE / "one_run.py"), str(given)]
             start = server(engine).start if asked.forked else Popened
-            processes.append(start([str(engine.python), *words], environment(engine, asked, folder, rank, port), folder, log))
+            processes.append(
+                start([str(engine.python), *words], environment(engine, asked, folder, rank, port), folder, log)
+            )
         codes = _wait(processes, logs, began + limit_s, kill)
     finally:
         for process in processes:
@@ -242,7 +245,11 @@ def server(engine: Engine) -> Server:
 
 def plain_environment(engine: Engine) -> dict[str, str]:
     """This process's, but for what bears on what an engine runs."""
-    out = {name: value for name, value in os.environ.items() if not name.startswith(("POISE_", "VLLM_", "PYTEST_", "PYTHON"))}
+    out = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("POISE_", "VLLM_", "PYTEST_", "PYTHON"))
+    }
     return {**out, **SETTINGS, "VLLM_CACHE_ROOT": str(engine.folder / "cache")}
 
 
@@ -260,9 +267,7 @@ def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int
     return {**out, **asked.environ, **asked.environ_of.get(rank, {})}
 
 
-def _wait(
-    processes: Sequence[Process], logs: Sequence[Path], until: float, kill: int | None
-) -> tuple[int | None, ...]:
+def _wait(processes: Sequence[Process], logs: Sequence[Path], until: float, kill: int | None) -> tuple[int | None, ...]:
     """Exit codes, when all have ended or there is nothing to wait for."""
     trouble = 0.0
     while None in (codes := tuple(process.poll() for process in processes)):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from poise.cli.main import app
-from poise.runtime.capture import Prompt, record
 from poise.routing.trace import RoutingTrace
+from poise.runtime.capture import Prompt, record
 
 RANKS, REDUNDANT = 2, 4
 ROUNDS, DRIFT = 8, 4
@@ -25,7 +25,12 @@ ROUNDS, DRIFT = 8, 4
 PROMPTS, WORDS, NEW = 8, 60, 16
 INTERVAL = 8
 """Steps of the engine from one rearrangement to the next: two a round."""
-EPLB = {"num_redundant_experts": REDUNDANT, "window_size": INTERVAL, "step_interval": INTERVAL, "log_balancedness": True}
+EPLB = {
+    "num_redundant_experts": REDUNDANT,
+    "window_size": INTERVAL,
+    "step_interval": INTERVAL,
+    "log_balancedness": True,
+}
 SYNC, ASYNC = {**EPLB, "use_async": False}, {**EPLB, "use_async": True}
 
 
@@ -141,5 +146,9 @@ def poise(*words: Any, codes: tuple[int, ...] = (0,)) -> str:
 def near(ran: Ran, reference: Ran) -> float:
     """The largest difference of a token's log-probability."""
     ours, theirs = ran.rounds[0], reference.rounds[0]
-    pairs = [(a["logprobs"], b["logprobs"]) for one, other in zip(ours, theirs, strict=False) for a, b in zip(one, other, strict=True)]
+    pairs = [
+        (a["logprobs"], b["logprobs"])
+        for one, other in zip(ours, theirs, strict=False)
+        for a, b in zip(one, other, strict=True)
+    ]
     return float(max(np.abs(np.subtract(*pair)).max() for pair in pairs))

@@ -23,7 +23,9 @@ def said_of(runs: Runs, log, plan, rounds) -> str:
     traffic = runs.folder / f"traffic-{rounds.start}-{rounds.stop}.npz"
     if not traffic.exists():
         runs.traffic(rounds).save(traffic)
-    out = poise("verify", plan, log, "--traffic", traffic, "--model", runs.model / "config.json", "--json", codes=(0, 1))
+    out = poise(
+        "verify", plan, log, "--traffic", traffic, "--model", runs.model / "config.json", "--json", codes=(0, 1)
+    )
     found = json.loads(out)
     assert found["evidence"] == "balance"
     return found["verdict"]
@@ -74,5 +76,11 @@ def test_parts_of_logs(runs, row):
         for name in names for log, rounds in islice(parts_of(runs, run_of(runs, name)), ceil(40 / len(names)))
     ) for kind, names in (("with", WITH), ("without", WITHOUT))}  # fmt: skip
     assert all(count.total() >= 40 for count in words.values())
-    row(0, "; ".join(f"{kind} the plan: " + ", ".join(f"{n} {word}" for word, n in sorted(count.items())) for kind, count in words.items()))
+    row(
+        0,
+        "; ".join(
+            f"{kind} the plan: " + ", ".join(f"{n} {word}" for word, n in sorted(count.items()))
+            for kind, count in words.items()
+        ),
+    )
     assert not words["with"]["not-live"] and not words["without"]["live"], words

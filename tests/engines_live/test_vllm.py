@@ -18,7 +18,10 @@ def same_tokens(runs: Runs, ran, row, more=""):
     for rank in range(len(ran.codes)):
         assert ran.tokens(rank) == runs.reference.tokens(), f"rank {rank}\n{ran.tail()}"
     count = sum(len(answer) for answers in ran.tokens() for answer in answers)
-    row(ran.seconds, f"{count} tokens equal on {len(ran.codes)} rank(s), log-probabilities within {near(ran, runs.reference):.1g}{more}")
+    row(
+        ran.seconds,
+        f"{count} tokens equal on {len(ran.codes)} rank(s), log-probabilities within {near(ran, runs.reference):.1g}{more}",
+    )
 
 
 def maps_of(ran):
@@ -69,7 +72,9 @@ def test_online(runs, row, mode):
     assert ran.planned(0) == ran.planned(1)
     assert len(ran.planned(0)) >= 9 or mode == "online_async", ran.planned(0)
     assert len(maps) > 2, "it never moved"
-    same_tokens(runs, ran, row, f"; {mode}; {len(ran.planned(0))} rearrangements, {len(maps) - 1} changes of the live map")
+    same_tokens(
+        runs, ran, row, f"; {mode}; {len(ran.planned(0))} rearrangements, {len(maps) - 1} changes of the live map"
+    )
 
 
 def test_drift_moves(runs, row):
@@ -86,7 +91,9 @@ def test_drift_moves(runs, row):
 
 
 def loads_of(trace):
-    return np.stack([np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in range(models.LAYERS)])
+    return np.stack(
+        [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in range(models.LAYERS)]
+    )
 
 
 def imbalance(map_LS, load_LE):
@@ -118,10 +125,14 @@ def test_relabelled_olmoe(runs, row):
     """OLMoE, which vLLM does not balance: relabelled, the same tokens; recorded, the same traffic in the original's ids"""
     model, placed, order = runs.folder / "olmoe", runs.folder / "olmoe-placed", runs.folder / "olmoe.npz"
     models.olmoe(model)
-    rows = np.stack([np.random.default_rng(n).permutation(models.EXPERTS) for n in range(models.LAYERS)]).astype(np.int32)
+    rows = np.stack([np.random.default_rng(n).permutation(models.EXPERTS) for n in range(models.LAYERS)]).astype(
+        np.int32
+    )
     Placement(rows, np.repeat([0, 1], models.EXPERTS // 2), models.EXPERTS, RANKS, np.arange(models.LAYERS)).save(order)
     poise("export", order, "--to", "checkpoint", "--checkpoint", model, "-o", placed)
-    one, other = (runs.run(f"olmoe-{path.name}", runs.one(model=path, rounds=runs.rounds[:2])) for path in (model, placed))
+    one, other = (
+        runs.run(f"olmoe-{path.name}", runs.one(model=path, rounds=runs.rounds[:2])) for path in (model, placed)
+    )
     assert one.fine and other.fine, one.tail() + other.tail()
     assert one.tokens() == other.tokens()
     texts = [[*prompt, *answer[:-1]] for prompt, answer in zip(runs.rounds[0], one.tokens()[0], strict=True)]
@@ -129,7 +140,10 @@ def test_relabelled_olmoe(runs, row):
     back = json.loads((placed / "poise-relabelling.json").read_text())
     order_LE = np.stack([np.sort(row.reshape(RANKS, -1), axis=1).ravel() for row in rows])
     assert back and np.array_equal(np.sort(order_LE[np.arange(models.LAYERS)[None, :, None], theirs]), np.sort(ours))
-    row(one.seconds + other.seconds, f"{2 * PROMPTS} answers equal, {ours.shape[0] * ours.shape[1]} (token, layer) rows equal")
+    row(
+        one.seconds + other.seconds,
+        f"{2 * PROMPTS} answers equal, {ours.shape[0] * ours.shape[1]} (token, layer) rows equal",
+    )
 
 
 def test_slots(runs):
