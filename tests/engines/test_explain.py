@@ -10,7 +10,7 @@ from tests.engines import runs
 from tests.helpers import few_or
 
 from poise.engines.dump import BalanceLog
-from poise.engines.explain import measures_of
+from poise.engines.explain import copies_of, measures_of
 from poise.engines.verify import verify
 from poise.planning.methods.eplb import rebalance_experts
 from poise.planning.placement import Placement
@@ -158,3 +158,16 @@ def test_what_the_mean_of_a_log_is_of():
     found = measures_of(tokens * top_k * layers / devices, layers, devices, top_k)
     np.testing.assert_allclose(found["ranks"], tokens * top_k)
     assert set(measures_of(np.array([0.37, 1.91]), layers, devices, top_k)) == {"ranks", "layers"}
+
+
+@pytest.mark.parametrize("copies", [2, 4])
+def test_tokens_that_every_rank_of_a_tensor_parallel_group_counts_are_not_more_tokens(copies):
+    """vLLM counts on each rank; ranks that have the same tokens make passes look that much longer than they are."""
+    for seed in range(3):
+        dump = World(seed, 1.0).ran("plan", 8)
+        counted = replace(dump, log=replace(dump.log, most_B=dump.log.most_B * copies, mean_B=dump.log.mean_B * copies))
+        plan = World(seed, 1.0).plan
+        assert verify(plan, counted).explanations == verify(plan, dump).explanations
+    few = np.array([8.0, 12.0, 16.0])
+    assert copies_of(few, 4) == 1 and copies_of(np.tile(few, 8), 4) == 4 and copies_of(np.tile(few, 8), 2) == 2
+    assert copies_of(np.tile([8.0, 9.0], 20), 4) == 1
