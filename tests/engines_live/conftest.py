@@ -1,4 +1,7 @@
-"""Runs that several rows look at, and the table of rows (``POISE_ENGINES_REPORT=FILE``)."""
+"""Runs that several rows look at, and the table of rows.
+
+``POISE_ENGINES_REPORT=FILE`` writes the table; ``POISE_ENGINES_RUNS=FOLDER`` keeps the runs, and judges those that it has.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The engine's runs by name, each made when a row asks for it first."""
     if not ENGINE.made:
         pytest.fail(f"{ENGINE.folder} is not there: make test-engines, or python -m tests.engines_live.environment")
-    return Runs(ENGINE, tmp_path_factory.mktemp("engines"))
+    kept = os.environ.get("POISE_ENGINES_RUNS")
+    return Runs(ENGINE, Path(kept) if kept else tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture

@@ -131,10 +131,18 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     finally:
         for process in processes:
             process.kill()
-    seconds = time.monotonic() - began
+    (folder / "ended.json").write_text(json.dumps({"codes": codes, "seconds": time.monotonic() - began}))
+    return read(folder)
+
+
+def read(folder: Path) -> Ran:
+    """A run that is over."""
+    ended = json.loads((folder / "ended.json").read_text())
+    ranks = range(len(ended["codes"]))
     return Ran(
-        codes, logs, tuple(_lines(folder / f"answers.rank-{rank}", "answers") for rank in range(asked.ranks)),
-        tuple(_lines(folder / f"maps.rank-{rank}", "map") for rank in range(asked.ranks)), seconds,
+        tuple(ended["codes"]), tuple(folder / f"rank-{rank}.log" for rank in ranks),
+        tuple(_lines(folder / f"answers.rank-{rank}", "answers") for rank in ranks),
+        tuple(_lines(folder / f"maps.rank-{rank}", "map") for rank in ranks), ended["seconds"],
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from tests.engines_live import models
 from tests.engines_live.environment import Engine
-from tests.engines_live.running import Asked, Ran, run
+from tests.engines_live.running import Asked, Ran, read, run
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -44,7 +45,7 @@ class Ids:
 
 
 class Runs:
-    """Runs of an engine on one checkpoint; each is made once."""
+    """Runs of an engine on one checkpoint; each is made once, and read where the folder has it."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
@@ -52,7 +53,8 @@ class Runs:
 
     @cached_property
     def model(self) -> Path:
-        return models.qwen3_moe(self.folder / "qwen3_moe")
+        folder = self.folder / "qwen3_moe"
+        return folder if folder.exists() else models.qwen3_moe(folder)
 
     @cached_property
     def rounds(self) -> list[list[list[int]]]:
@@ -61,7 +63,11 @@ class Runs:
     def run(self, name: str, asked: Asked, *, kill: int | None = None) -> Ran:
         """The run of a name, made now if it was not."""
         if name not in self._made:
-            self._made[name] = run(self.engine, asked, self.folder / name, kill=kill)
+            folder = self.folder / name
+            over = (folder / "ended.json").exists()
+            if not over:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._made[name] = read(folder) if over else run(self.engine, asked, folder, kill=kill)
         return self._made[name]
 
     def one(self, **more: Any) -> Asked:
@@ -123,6 +129,8 @@ class Runs:
     def plan(self) -> Path:
         """A plan for the first rounds: ``poise plan``."""
         trace, out = self.folder / "fitted.npz", self.folder / "plan.npz"
+        if out.exists():
+            return out
         self.traffic(range(DRIFT)).save(trace)
         poise("plan", trace, "--cluster", f"1x{RANKS}:h100", "--redundant", REDUNDANT, "--model", self.model / "config.json",
               "--engine", "vllm", "--time-limit", "1", "--no-verdict", "-o", out)  # fmt: skip

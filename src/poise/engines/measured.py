@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from poise.engines.candidates import PLAN, TRIVIAL, could_run
 from poise.engines.dump import EngineDump
 from poise.engines.explain import (
-    PARTS, Explanation, Measure, MeasuredTraffic, Reported, copies_of, explained, measures_of, steady,
+    PARTS,
+    Explanation,
+    Measure,
+    MeasuredTraffic,
+    Reported,
+    copies_of,
+    explained,
+    measures_of,
+    steady,
 )  # fmt: skip
 from poise.engines.verdict import LayerFinding, Verification
 from poise.planning.placement import Placement
