@@ -132,9 +132,14 @@ class Runs:
         if out.exists():
             return out
         self.traffic(range(DRIFT)).save(trace)
-        poise("plan", trace, "--cluster", f"1x{RANKS}:h100", "--redundant", REDUNDANT, "--model", self.model / "config.json",
-              "--engine", "vllm", "--time-limit", "1", "--no-verdict", "-o", out)  # fmt: skip
+        planned(self, trace, out)
         return out
+
+
+def planned(runs: Runs, trace: Path, out: Path) -> None:
+    """``poise plan`` of a trace for these two ranks."""
+    poise("plan", trace, "--cluster", f"1x{RANKS}:h100", "--redundant", REDUNDANT, "--model", runs.model / "config.json",
+          "--engine", "vllm", "--time-limit", "1", "--no-verdict", "-o", out)  # fmt: skip
 
 
 def recorded(model: Path, texts: list[list[int]]) -> RoutingTrace:

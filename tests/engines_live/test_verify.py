@@ -9,7 +9,8 @@ from itertools import islice
 from math import ceil
 
 import pytest
-from tests.engines_live.runs import ROUNDS, SYNC, Runs, poise
+from tests.engines_live import models
+from tests.engines_live.runs import ROUNDS, SYNC, Runs, planned, poise, recorded
 
 WITH = ("static", "static_async")
 WITHOUT = ("stock", "online", "online_async", "unmoved")
@@ -29,6 +30,33 @@ def said_of(runs: Runs, log, plan, rounds) -> str:
     found = json.loads(out)
     assert found["evidence"] == "balance"
     return found["verdict"]
+
+
+@pytest.mark.parametrize(("runs_it", "word"), [(True, "live"), (False, "not-live")])
+def test_decided_where_the_plan_matters(runs, row, runs_it, word):
+    """verify where four words make few experts hot, so that plan and no plan differ by more than 5 %: live, and not-live"""
+    skewed = [models.prompts(8, 200, seed=300, words=4)] * 6
+    one = runs.run("skewed-reference", runs.one(rounds=skewed, max_tokens=2))
+    assert one.fine, one.tail()
+    traffic, plan = runs.folder / "skewed.npz", runs.folder / "skewed-plan.npz"
+    if not plan.exists():
+        texts = [[*prompt, *answer[:-1]] for prompt, answer in zip(skewed[0], one.tokens()[0], strict=True)]
+        recorded(runs.model, texts).save(traffic)
+        planned(runs, traffic, plan)
+    eplb = SYNC if runs_it else {**SYNC, "step_interval": 100_000}
+    asked = runs.two(rounds=skewed, max_tokens=2, eplb=eplb, environ={"POISE_STATIC_MAP": str(plan)})
+    ran = runs.run(f"skewed-{word}", asked)
+    assert ran.fine and ran.tokens(0) == ran.tokens(1) == one.tokens(), ran.tail()
+    found = json.loads(poise("verify", plan, ran.logs[0], "--traffic", traffic, "--model", runs.model / "config.json",
+                             *(() if runs_it else ("--balancer-off",)), "--json", codes=(0, 1)))  # fmt: skip
+    balance = found["balance"]
+    row(
+        ran.seconds,
+        f"{found['verdict']}: measured {balance['measured']:.3f}, plan {balance['predicted']:.3f}, none {balance['without_plan']:.3f}",
+    )
+    assert abs(balance["predicted"] / balance["without_plan"] - 1) >= 0.05 and found["verdict"] == word, found[
+        "sentence"
+    ]
 
 
 def run_of(runs: Runs, name):
@@ -55,15 +83,15 @@ def parts_of(runs: Runs, ran):
 
 @pytest.mark.parametrize("name", WITH)
 def test_whole_log_with_the_plan(runs, row, name):
-    """verify on the whole log of a run with the plan ({name}): live"""
+    """verify on the whole log of a run with the plan, no better balanced there than no plan: never not-live"""
     word = said_of(runs, run_of(runs, name).logs[0], runs.plan, range(ROUNDS))
     row(0, f"{name}: {word}")
-    assert word == "live"
+    assert word != "not-live"
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_whole_log_without_the_plan(runs, row, name):
-    """verify on the whole log of a run without the plan ({name}): not live"""
+    """verify on the whole log of a run without the plan: never live"""
     word = said_of(runs, run_of(runs, name).logs[0], runs.plan, range(ROUNDS))
     row(0, f"{name}: {word}")
     assert word != "live"
