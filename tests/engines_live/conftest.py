@@ -45,7 +45,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    sentences = {item.nodeid: (item.function.__doc__ or item.name).strip().splitlines()[0] for item in session.items}
+    sentences = {}
+    for item in session.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        sentences[item.nodeid] = (item.function.__doc__ or item.name).strip().splitlines()[0].format(**params)
     if file := os.environ.get("POISE_ENGINES_REPORT"):
         report.write(Path(file), report.rows(_reports(), sentences))
 

@@ -122,6 +122,7 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     port, processes = free_port(), list[Process]()
     try:
         for rank, log in enumerate(logs):
+            log.touch()
             words = [str(HERE / "one_run.py"), str(given)]
             start = server(engine).start if asked.forked else Popened
             processes.append(
