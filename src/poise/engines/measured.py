@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from poise.engines.candidates import PLAN, TRIVIAL, could_run
 from poise.engines.dump import EngineDump
-from poise.engines.explain import PARTS, Explanation, Measure, MeasuredTraffic, Reported, explained, measures_of, steady
+from poise.engines.explain import (
+    PARTS,
+    Explanation,
+    Measure,
+    MeasuredTraffic,
+    Reported,
+    copies_of,
+    explained,
+    measures_of,
+    steady,
+)  # fmt: skip
 from poise.engines.verdict import LayerFinding, Verification
 from poise.planning.placement import Placement
 from poise.routing.profile import load_LE
@@ -145,7 +155,8 @@ def _readings(
         names: tuple[Measure, ...] = ("ranks", "layers")
         whole = replace(whole, passes_BLE=many)
         return [(Reported(name, 1.0 / balance_B, np.ones(len(balance_B))), whole) for name in names]
-    most_B, mean_B = dump.log.most_B[late], dump.log.mean_B[late]
+    copies = copies_of(dump.log.most_B, devices)
+    most_B, mean_B = dump.log.most_B[late] / copies, dump.log.mean_B[late] / copies
     out = []
     for name, pairs_B in measures_of(mean_B, layers, devices, loads.top_k).items():
         same = many is not None and np.allclose(many.sum(axis=2).mean(axis=1), pairs_B, rtol=0.01)

@@ -1,0 +1,153 @@
+"""vLLM serves the same tokens whatever map runs, and runs the map that it was given."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tests.engines_live import models
+from tests.engines_live.runs import DRIFT, PROMPTS, RANKS, REDUNDANT, ROUNDS, Runs, near, poise, recorded
+
+from poise.planning.placement import Placement
+
+
+def same_tokens(runs: Runs, ran, row, more=""):
+    """All rounds on all ranks, token for token."""
+    assert ran.fine, ran.tail()
+    for rank in range(len(ran.codes)):
+        assert ran.tokens(rank) == runs.reference.tokens(), f"rank {rank}\n{ran.tail()}"
+    count = sum(len(answer) for answers in ran.tokens() for answer in answers)
+    row(
+        ran.seconds,
+        f"{count} tokens equal on {len(ran.codes)} rank(s), log-probabilities within {near(ran, runs.reference):.1g}{more}",
+    )
+
+
+def maps_of(ran):
+    """Maps that ran, int [N, L, S], the same on all ranks."""
+    assert len(ran.maps[0]) and all(maps == ran.maps[0] for maps in ran.maps), "ranks ran different maps"
+    return np.array(ran.maps[0])
+
+
+def test_reference(runs, row):
+    """One process without poise: the reference"""
+    ran = runs.reference
+    assert [len(answers) for answers in ran.tokens()] == [PROMPTS] * ROUNDS
+    assert len({token for answers in ran.tokens() for answer in answers for token in answer}) > 100
+    row(ran.seconds, f"{ROUNDS} rounds of {PROMPTS} prompts")
+
+
+def test_merely_installed(runs, row):
+    """One process beside poise installed and not asked, in a Python of its own: starts, and the same tokens"""
+    ran = runs.run("installed", runs.one(forked=False))
+    same_tokens(runs, ran, row)
+    assert "poise plans" not in ran.said() and not ran.planned(0)
+
+
+def test_stock(runs, row):
+    """Two ranks, vLLM's own load balancer, poise installed and not asked"""
+    ran = runs.stock
+    changes = len(maps_of(ran)) - 1
+    assert changes >= 2 and not ran.planned(0)
+    same_tokens(runs, ran, row, f"; {changes} maps of its own")
+
+
+@pytest.mark.parametrize("mode", ["static", "static_async"])
+def test_static(runs, row, mode):
+    """Two ranks under a plan's file, moved {mode}: the live map of both is the plan"""
+    ran = getattr(runs, mode)
+    maps, plan = maps_of(ran), Placement.load(runs.plan)
+    assert np.array_equal(maps[-1], plan.slot_expert_LS)
+    assert (maps[0] == np.arange(maps.shape[2]) % models.EXPERTS).all() and not np.array_equal(maps[0], maps[-1])
+    assert len(set(ran.planned(0)) | set(ran.planned(1))) == len({line.split(" for ")[1] for line in ran.planned(0)})
+    same_tokens(runs, ran, row, f"; {mode}; plan = live map, {len(ran.planned(0))} rearrangements")
+
+
+@pytest.mark.parametrize("mode", ["online", "online_async"])
+def test_online(runs, row, mode):
+    """Two ranks, poise plans {mode}: both come to the same maps, and move when prompts change"""
+    ran = getattr(runs, mode)
+    maps = maps_of(ran)
+    assert ran.planned(0) == ran.planned(1)
+    assert len(ran.planned(0)) >= 9 or mode == "online_async", ran.planned(0)
+    assert len(maps) > 2, "it never moved"
+    same_tokens(
+        runs, ran, row, f"; {mode}; {len(ran.planned(0))} rearrangements, {len(maps) - 1} changes of the live map"
+    )
+
+
+def test_drift_moves(runs, row):
+    """Other words from round 4 on: the online planner moves, and is better balanced on them than the map it left"""
+    maps, said = maps_of(runs.online), runs.online.said()
+    before = len([line for line in said.partition(f"ROUND {DRIFT}")[0].splitlines() if "poise: map " in line])
+    hashes = [line.split(" for ")[0] for line in runs.online.planned(0)]
+    assert len(set(hashes[before:])) > 1 or hashes[before] != hashes[before - 1], hashes
+    load_LE = loads_of(runs.traffic(range(DRIFT, ROUNDS)))
+    at = max(1, len(set(hashes[:before])))
+    old, new = imbalance(maps[at], load_LE), imbalance(maps[-1], load_LE)
+    assert new < old
+    row(0, f"imbalance on the new prompts {old:.3f} under the map before them, {new:.3f} under the last")
+
+
+def loads_of(trace):
+    return np.stack(
+        [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in range(models.LAYERS)]
+    )
+
+
+def imbalance(map_LS, load_LE):
+    """Fullest over mean rank, mean over layers."""
+    out = []
+    for row, load in zip(map_LS, load_LE, strict=True):
+        share = load[row] / np.bincount(row, minlength=len(load))[row]
+        ranks = share.reshape(RANKS, -1).sum(axis=1)
+        out.append(ranks.max() / ranks.mean())
+    return float(np.mean(out))
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_relabelled(runs, row, ranks):
+    """The same model under other expert ids, {ranks} rank(s), no load balancer"""
+    placed = runs.folder / "placed"
+    if not placed.exists():
+        order = runs.folder / "order.npz"
+        poise("plan", runs.plan.with_name("fitted.npz"), "--cluster", f"1x{RANKS}:h100", "--model", runs.model / "config.json",
+              "--engine", "checkpoint", "--time-limit", "1", "--no-verdict", "-o", order)  # fmt: skip
+        poise("export", order, "--to", "checkpoint", "--checkpoint", runs.model, "-o", placed)
+        moved = Placement.load(order).slot_expert_LS
+        assert not np.array_equal(moved, np.tile(np.arange(models.EXPERTS), (models.LAYERS, 1)))
+    asked = runs.one(model=placed) if ranks == 1 else runs.two(model=placed)
+    same_tokens(runs, runs.run(f"relabelled-{ranks}", asked), row, f"; {ranks} rank(s)")
+
+
+def test_relabelled_olmoe(runs, row):
+    """OLMoE, which vLLM does not balance: relabelled, the same tokens; recorded, the same traffic in the original's ids"""
+    model, placed, order = runs.folder / "olmoe", runs.folder / "olmoe-placed", runs.folder / "olmoe.npz"
+    if not model.exists():
+        models.olmoe(model)
+    rows = np.stack([np.random.default_rng(n).permutation(models.EXPERTS) for n in range(models.LAYERS)]).astype(
+        np.int32
+    )
+    Placement(rows, np.repeat([0, 1], models.EXPERTS // 2), models.EXPERTS, RANKS, np.arange(models.LAYERS)).save(order)
+    if not placed.exists():
+        poise("export", order, "--to", "checkpoint", "--checkpoint", model, "-o", placed)
+    one, other = (
+        runs.run(f"olmoe-{path.name}", runs.one(model=path, rounds=runs.rounds[:2])) for path in (model, placed)
+    )
+    assert one.fine and other.fine, one.tail() + other.tail()
+    assert one.tokens() == other.tokens()
+    texts = [[*prompt, *answer[:-1]] for prompt, answer in zip(runs.rounds[0], one.tokens()[0], strict=True)]
+    ours, theirs = recorded(model, texts).experts, recorded(placed, texts).experts
+    back = json.loads((placed / "poise-relabelling.json").read_text())
+    order_LE = np.stack([np.sort(row.reshape(RANKS, -1), axis=1).ravel() for row in rows])
+    assert back and np.array_equal(np.sort(order_LE[np.arange(models.LAYERS)[None, :, None], theirs]), np.sort(ours))
+    row(
+        one.seconds + other.seconds,
+        f"{2 * PROMPTS} answers equal, {ours.shape[0] * ours.shape[1]} (token, layer) rows equal",
+    )
+
+
+def test_slots(runs):
+    """The engine has the slots that the plan is for"""
+    assert maps_of(runs.static).shape[1:] == (models.LAYERS, models.EXPERTS + REDUNDANT)
