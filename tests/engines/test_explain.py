@@ -168,6 +168,7 @@ def test_tokens_that_every_rank_of_a_tensor_parallel_group_counts_are_not_more_t
         counted = replace(dump, log=replace(dump.log, most_B=dump.log.most_B * copies, mean_B=dump.log.mean_B * copies))
         plan = World(seed, 1.0).plan
         assert verify(plan, counted).explanations == verify(plan, dump).explanations
+    many = 4.0 * np.arange(5, 25)
+    assert copies_of(many, 4) == 4 and copies_of(many, 2) == 2 and copies_of(many + (many == 40), 4) == 1
     few = np.array([8.0, 12.0, 16.0])
-    assert copies_of(few, 4) == 1 and copies_of(np.tile(few, 8), 4) == 4 and copies_of(np.tile(few, 8), 2) == 2
-    assert copies_of(np.tile([8.0, 9.0], 20), 4) == 1
+    assert copies_of(few, 4) == 1 and copies_of(np.tile(few, 20), 4) == 1, "batches that repeat tell nothing more"

@@ -182,9 +182,10 @@ def measures_of(
 
 def copies_of(most_B: NDArray[np.float64], devices: int) -> int:
     """How often the engine counted each pair: ranks that share tokens by tensor parallelism count all of them, each
-    (vLLM 0.32 on two ranks did), so that every number is a multiple of how many they are.
+    (vLLM 0.32 on two ranks did), so that every number is a multiple of how many they are. The same number again tells
+    nothing: a few batches that repeat have a common divisor by chance.
     """
-    if len(most_B) < FEWEST_COUNTED:
+    if len(np.unique(most_B)) < FEWEST_COUNTED:
         return 1
     return int(np.gcd(np.gcd.reduce(np.rint(most_B).astype(np.int64)), devices))
 

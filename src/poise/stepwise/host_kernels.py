@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from poise.cost.quota import make_holders, make_scratch
 from poise.cost.route import locality_rows
 from poise.cost.weights import StepPrice
-from poise.stepwise.kernels import LayerSlots
+from poise.stepwise.kernels import LayerSlots, check_source
 from poise.stepwise.methods.split import even_quota, exact_split
 from poise.stepwise.poise.surplus import surplus_fill
 from poise.stepwise.poise.work_split import passive_seconds, split_seconds
@@ -53,6 +53,7 @@ class HostKernels:
 
     def rows(self, load_SE: NDArray[Any], quota_ED: NDArray[Any], source: int) -> NDArray[np.int32]:
         """Nearest first (:func:`poise.cost.route.locality_rows`)."""
+        check_source(source, len(self.table.expert_DS))
         loads, quotas = np.ascontiguousarray(load_SE, np.int64), np.ascontiguousarray(quota_ED, np.int64)
         return locality_rows(loads, quotas, self.table.node_D, source)[0].astype(np.int32)
 

@@ -72,7 +72,8 @@ class LayerSlots:
 
     Raises
     ------
-    PlacementError : an expert without a slot or twice on a device, or nodes that do not lie together.
+    PlacementError : an expert without a slot, twice on a device or out of range, or nodes that do not lie together or
+        are not counted from 0.
     """
 
     expert_DS: NDArray[np.int32]
@@ -82,6 +83,12 @@ class LayerSlots:
 
     def __post_init__(self) -> None:
         held = self.expert_DS >= 0
+        if self.expert_DS.max(initial=EMPTY) >= self.num_experts:
+            raise PlacementError(f"slot of expert {self.expert_DS.max()}, and there are {self.num_experts}")
+        if len(self.node_D) != len(self.expert_DS):
+            raise PlacementError(f"nodes of {len(self.node_D)} devices, slots of {len(self.expert_DS)}")
+        if not np.array_equal(np.unique(self.node_D), np.arange(self.node_D.max() + 1)):
+            raise PlacementError(f"nodes {np.unique(self.node_D).tolist()}, they are counted from 0 without gaps")
         device, _ = np.nonzero(held)
         count_ED = np.zeros((self.num_experts, len(self.expert_DS)), np.int64)
         np.add.at(count_ED, (self.expert_DS[held], device), 1)
@@ -158,6 +165,12 @@ def prices(price: StepPrice, margin: float) -> NDArray[np.int64]:
         price.cluster.dispatch_wire.start_s,
     )  # fmt: skip
     return np.array([*(round(each * PICO) for each in times), round(margin * 1000), int(machine.nic_shared)], np.int64)
+
+
+def check_source(source: int, devices: int) -> None:
+    """OptionError for a source rank that is none."""
+    if not 0 <= source < devices:
+        raise OptionError(f"source {source} of {devices} devices", hint="0 to one less than there are devices")
 
 
 def unsaid(price: StepPrice) -> str | None:

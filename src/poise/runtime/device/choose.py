@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poise.cost.weights import StepPrice
 from poise.stepwise.host_kernels import HostKernels
-from poise.stepwise.kernels import MOST_PAIRS, LayerSlots, StepKernels, unsaid
+from poise.stepwise.kernels import LayerSlots, StepKernels
 
 DEVICE: Any
 """The module of the device's kernels; None: it cannot be loaded, and :data:`WHY_NONE` says why."""
@@ -56,14 +56,15 @@ def kernels_for(
 
     ``most_pairs``: (token, expert) pairs that a step of the layer can have on all devices together.
     """
-    why = f"tensors lie on {like.device.type}" if not like.is_cuda else unsaid(price)
-    if why is None and most_pairs * len(table.expert_DS) > MOST_PAIRS:
-        why = f"{most_pairs} pairs on {len(table.expert_DS)} devices are more than {MOST_PAIRS} in all"
-    if why is None and DEVICE is None:
+    if not like.is_cuda:
+        why = f"tensors lie on {like.device.type}"
+    elif DEVICE is None:
         why = WHY_NONE
-    if why is None:
-        kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
-        return kernels
+    else:
+        why = DEVICE.refusal(table, price, most_pairs, margin)
+        if why is None:
+            kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
+            return kernels
     return OnHost(HostKernels(table, price, margin), why)
 
 

@@ -20,7 +20,7 @@ from poise.runtime.device.decide import decide_kernel
 from poise.runtime.device.fill import fill_kernel
 from poise.runtime.device.rows import rows_kernel
 from poise.runtime.device.split import split_kernel
-from poise.stepwise.kernels import MOST_PAIRS, PICO, LayerSlots, prices
+from poise.stepwise.kernels import MOST_PAIRS, PICO, LayerSlots, check_source, prices, unsaid
 from poise.util.errors import OptionError
 
 MOST_ROUNDS = 4096
@@ -29,6 +29,25 @@ MOST_PICOSECONDS = 1 << 52
 """Of all pairs of a step times devices: a thousand times as much fits 64 bits."""
 MOST_DEVICES = 1024
 """Of what keys of :mod:`poise.runtime.device.flow` tell apart, a quarter; more have not been tried."""
+
+
+def refusal(table: LayerSlots, price: StepPrice, most_pairs: int, margin: float = 0.03) -> str | None:
+    """Why the device's kernels cannot plan a layer, whose steps have at most so many pairs; None: they can."""
+    if (why := unsaid(price)) is not None:
+        return why
+    devices, width = table.expert_DS.shape
+    if most_pairs * devices > MOST_PAIRS:
+        return f"{most_pairs} pairs of a step on {devices} devices are more than {MOST_PAIRS} in all"
+    compute, read, activation, start, *ports = (int(each) for each in prices(price, margin)[:8])
+    longest = most_pairs * devices * max(compute, activation, *ports) + devices * (start + width * read)
+    if longest > MOST_PICOSECONDS:
+        return (
+            f"{most_pairs} pairs of a step on {devices} devices could take {longest / PICO:.0f} s in all, and whole "
+            f"numbers end at {MOST_PICOSECONDS / PICO:.0f}"
+        )
+    if devices > MOST_DEVICES:
+        return f"{devices} devices, and the kernels tell {MOST_DEVICES} apart"
+    return None
 
 
 class DeviceKernels:
@@ -60,22 +79,10 @@ class DeviceKernels:
         self, table: LayerSlots, price: StepPrice, most_pairs: int, where: torch.device | str, *, margin: float = 0.03,
         slack: int = 0, most_turns: int = 32, expert_block: int = 64, row_block: int = 4,
     ) -> None:  # fmt: skip
+        if (why := refusal(table, price, most_pairs, margin)) is not None:
+            raise OptionError(f"no device kernels: {why}", hint="the host's kernels have no such limit")
         devices, width = table.expert_DS.shape
-        if most_pairs * devices > MOST_PAIRS:
-            raise OptionError(
-                f"{most_pairs} pairs of a step on {devices} devices could overflow whole numbers: {MOST_PAIRS} in all",
-                hint="the host's kernels have no such limit",
-            )
         numbers = prices(price, margin)
-        longest = most_pairs * devices * int(numbers[:8].max())
-        if longest > MOST_PICOSECONDS:
-            raise OptionError(
-                f"{most_pairs} pairs of a step could take {longest / PICO:.0f} s, and whole numbers end at"
-                f" {MOST_PICOSECONDS / PICO:.0f}",
-                hint="the host's kernels have no such limit",
-            )
-        if devices > MOST_DEVICES:
-            raise OptionError(f"{devices} devices, and the kernels tell {MOST_DEVICES} apart")
         self.table, self.slack, self.most_turns = table, slack, most_turns
         experts, nodes = table.num_experts, len(table.size_N)
         self._sizes = {"D": devices, "E": experts}
@@ -126,6 +133,7 @@ class DeviceKernels:
 
     def rows(self, load_SE: Tensor, quota_ED: Tensor, source: int) -> Tensor:
         """Kernel (b): where a source's tokens go, int32 [E, D]."""
+        check_source(source, self._sizes["D"])
         self._check(SE=load_SE, ED=quota_ED)
         block = self._blocks[1]
         rows_kernel[(triton.cdiv(self._sizes["E"], block),)](
