@@ -64,7 +64,7 @@ OF_EXTRA = {
     "dask": "from poise.util.executors import executor_of\n"
     "if __name__ == '__main__':\n    with executor_of('dask://local:1') as e:\n        assert e.submit(abs, -1).result() == 1",
     "ray": "from poise.util.executors import executor_of\nwith executor_of('ray://local:1') as e:\n    assert e.submit(abs, -1).result() == 1",
-    "device": "import triton",
+    "device": "from poise.runtime.device.choose import kernels_for",
     "docs": "import material, mkdocstrings",
     "torch": "import poise.train, poise.serve, poise.runtime.capture",
 }

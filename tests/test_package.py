@@ -53,7 +53,8 @@ def test_the_hook_is_what_the_build_takes(hook):
 def test_types_and_versions_are_said():
     assert (Path(poise.__file__).parent / "py.typed").is_file() and "Typing :: Typed" in PROJECT["classifiers"]
     said = {one.rsplit(" ", 1)[1] for one in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", one)}
-    assert said == {"3.11", "3.12", "3.13"} and PROJECT["requires-python"] == ">=3.11"
+    assert said == {"3.11"}, "what was run"
+    assert PROJECT["requires-python"] == ">=3.11"
     assert not [one for one in PROJECT["classifiers"] if "License ::" in one], (
         "the licence is an expression, and index refuse both"
     )

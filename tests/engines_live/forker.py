@@ -6,21 +6,28 @@ number, and how each ended. What a library reads of the environment while it is 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
 import os
 import runpy
 import select
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 LOADED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3_moe",
           "vllm.model_executor.models.olmoe")  # fmt: skip
+told = sys.stdout
+"""Where answers go."""
 
 
 def main() -> None:
+    global told
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print while they are imported is no answer
     for name in LOADED:
         importlib.import_module(name)
     assert "numba" not in sys.modules, "vLLM's CPU build would not start beside it: its own imports should not have it"
@@ -32,6 +39,9 @@ def main() -> None:
         if select.select([sys.stdin], [], [], 0.2)[0]:
             line = sys.stdin.readline()
             if not line:
+                for pid in running:  # each leads a group of its own
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
                 os._exit(0)
             pid = os.fork()
             if not pid:
@@ -47,12 +57,13 @@ def main() -> None:
 
 
 def tell(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+    print(json.dumps(what), file=told, flush=True)
 
 
 def become(job: dict[str, Any]) -> None:
     """The process that was asked for."""
     os.setsid()
+    os.close(told.fileno())
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((nothing, log, log)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def write(path: Path, made: Sequence[Row]) -> None:
     lines = [
         f"# Engines that ran, {datetime.date.today().isoformat()}", "",
         f"`make test-engines`: {passed} of {len(made)} rows as asked. {versions}; Python {platform.python_version()}. Seconds are of the",
-        "engine's run, start included, on a shared machine of two cores; a row without any looks at the run of another.", "",
+        f"engine's run, start included, on {os.cpu_count()} cores; a row without any looks at the run of another.", "",
         "| row | result | seconds | seen |", "|---|---|---|---|",
         *(f"| {row.asked} | {row.result} | {row.seconds or ''} | {row.seen} |" for row in made), "",
     ]  # fmt: skip

@@ -132,6 +132,7 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     finally:
         for process in processes:
             process.kill()
+        forget_shared_memory(port)
     (folder / "ended.json").write_text(json.dumps({"codes": codes, "seconds": time.monotonic() - began}))
     return read(folder)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -43,7 +45,10 @@ def server(tmp_path):
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
-            process.kill()
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the server has processes of its own
             process.wait()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -86,7 +88,7 @@ def demo(
         if all_tables:
             show(found, html, json)
         else:
-            write_report(found, html, command="poise demo")
+            write_report(found, html, command=_command())
             _first_screen(found, _summary(found, held_out, cluster), domain, json)
             o.talk.print(f"wrote {html}")
         if output is not None:
@@ -122,6 +124,10 @@ def compared(
     return found, held_out
 
 
+def _command() -> str:
+    return shlex.join(["poise", *sys.argv[1:]])
+
+
 def _blocks(fit: RoutingTrace, cluster: str) -> Placement:
     """What runs with EPLB off: no redundant slot."""
     placed = contiguous_blocks(make_batch(fit, steps=1), Cluster.parse(cluster))
@@ -142,7 +148,7 @@ def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) 
         o.print_json("compare", {**found.to_json(), "summary": summary.to_json()})
         return
     model, cluster = found.model, found.cluster
-    text = "all five kinds of text" if domain == ALL else f"{domain} text"
+    text = "four kinds of text" if domain == ALL else f"{domain} text"
     tokens = found.batches[found.judged_on].mean_tokens()
     o.out.print(
         f"{model.num_moe_layers} MoE layers of {model.name} ({model.num_experts} experts, top-{model.top_k}) on "
@@ -178,7 +184,7 @@ def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) 
         "is not. It runs in poise.serve, not in vLLM."
     )
     o.out.print(f"By batch: {summary.batches_words()}.")
-    o.out.print("Load it: poise demo -o placement.npz, then " + "; ".join(launch))
+    o.out.print(f"Load it: {_command()} -o placement.npz, then " + "; ".join(launch))
     o.out.print(
         f"More: every method and column: poise demo --all; load that is even by training: poise demo --domain {ALL}; "
         "your own traffic: poise compare, poise verdict."

@@ -107,11 +107,13 @@ def plan(
                     said = api.planning_verdict(
                         found, cluster, current=now, time_limit_s=whole.part(share, until=1.0), **shared
                     )
+                if whole.stopped:  # a verdict of plans that were cut short would be of no plan that is written
+                    said = None
+                if solution.losses is not None:
+                    solution.losses.save(beside)
+                _with_command(solution.placement).save(output)
         if late := whole.beyond():
             o.talk.print(late)
-        _with_command(solution.placement).save(output)
-        if solution.losses is not None:
-            solution.losses.save(beside)
         moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
         if json:
             o.print_json(

@@ -36,9 +36,9 @@ def test_in_the_interpreter_they_equal_the_mirror_in_any_order_and_mutants_do_no
 
 
 def test_they_compile_for_a_gpu_that_is_not_here():
-    assert "cubins" in ran(
-        "tests.runtime.device.compiled", *few_or(("split", "rows", "fill", "decide"), ("rows", "decide"))
-    )
+    kernels = few_or(("split", "rows", "fill", "decide"), ("rows", "decide"))
+    said = ran("tests.runtime.device.compiled", *kernels)
+    assert int(said.split(" cubins")[0].split()[-1]) >= len(kernels), said
 
 
 class NoWord(TorchDispatchMode):
