@@ -28,6 +28,10 @@ STEP, ABSENT = -1, -2
 """Turns of slots that are no static ones: those for step replicas, and those that a device does not have."""
 MOST_PAIRS = 1 << 30
 """Most (token, expert) pairs of a layer's step times devices: prices of whole numbers then fit 64 bits."""
+MOST_PICOSECONDS = 1 << 52
+"""Of all pairs of a step times devices: a thousand times as much fits 64 bits."""
+MOST_DEVICES = 1024
+"""Of what keys of the device's flow tell apart, a quarter; more have not been tried."""
 PICO = 1e12
 PRICES = (
     "compute", "read", "activation", "start", "out_intra", "out_inter", "back_intra", "back_inter", "control",
@@ -180,4 +184,23 @@ def unsaid(price: StepPrice) -> str | None:
         return f"devices have speeds of {machine.speed_D.min():g} to {machine.speed_D.max():g}, and only 1 is known"
     if machine.curve_tokens_X.size:
         return f"experts are priced by a curve of {machine.curve_tokens_X.size} knots"
+    return None
+
+
+def refusal(table: LayerSlots, price: StepPrice, most_pairs: int, margin: float = 0.03) -> str | None:
+    """Why the device's kernels cannot plan a layer, whose steps have at most so many pairs; None: they can."""
+    if (why := unsaid(price)) is not None:
+        return why
+    devices, width = table.expert_DS.shape
+    if most_pairs * devices > MOST_PAIRS:
+        return f"{most_pairs} pairs of a step on {devices} devices are more than {MOST_PAIRS} in all"
+    compute, read, activation, start, *ports = (int(each) for each in prices(price, margin)[:8])
+    longest = most_pairs * devices * max(compute, activation, *ports) + devices * (start + width * read)
+    if longest > MOST_PICOSECONDS:
+        return (
+            f"{most_pairs} pairs of a step on {devices} devices could take {longest / PICO:.0f} s in all, and whole "
+            f"numbers end at {MOST_PICOSECONDS / PICO:.0f}"
+        )
+    if devices > MOST_DEVICES:
+        return f"{devices} devices, and the kernels tell {MOST_DEVICES} apart"
     return None

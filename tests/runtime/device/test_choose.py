@@ -8,7 +8,10 @@ import pytest
 from tests.runtime.device import mirror
 from tests.runtime.device.cases import random_case
 
-from poise.stepwise.kernels import ABSENT, EMPTY, STEP, LayerSlots, prices, unsaid
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
+from poise.stepwise.kernels import ABSENT, EMPTY, STEP, LayerSlots, prices, refusal, unsaid
 from poise.util.errors import OptionError, PlacementError
 
 torch = pytest.importorskip("torch")
@@ -55,6 +58,26 @@ def test_a_gpu_gets_triton_and_numba_where_triton_or_the_price_will_not_do(monke
     assert choose.kernels_for(on_gpu, case.table, case.price, 4096).why == "no Triton: here"
     with pytest.raises(OptionError, match="speeds"):
         prices(uneven, 0.03)
+
+
+def test_steps_of_real_models_go_to_the_device_and_longer_ones_to_the_host():
+    """Reading weights and starting are paid once, and not for each of a step's pairs."""
+    model, machine = ModelSpec.parse("deepseek-v3"), Cluster.parse("8x8:h100")
+    case = random_case(np.random.default_rng(1))
+    static_ED = np.arange(256)[:, None] // 4 == np.arange(64)
+    table = LayerSlots.of(static_ED, 2, machine.node_D)
+    for tokens, fits in ((256, True), (8192, True), (1 << 20, False)):
+        price = replace(case.price, cluster=settle(machine, model, 64 * tokens), model=model)
+        assert (refusal(table, price, 64 * tokens * model.top_k) is None) == fits, tokens
+
+
+@pytest.mark.parametrize("source", [-1, 4, 99])
+def test_a_source_that_is_none_is_refused(source):
+    case = random_case(np.random.default_rng(1), nodes=[2, 2])
+    kernels = choose.kernels_for(NONE, case.table, case.price, case.pairs)
+    plan = kernels.split(torch.from_numpy(case.load_SE), torch.from_numpy(case.expert_DS), NONE)
+    with pytest.raises(OptionError, match=f"source {source} of 4"):
+        kernels.rows(torch.from_numpy(case.load_SE), plan, source)
 
 
 def test_slot_tables_of_placements():

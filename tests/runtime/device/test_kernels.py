@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from poise.runtime.device import planner  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
-CASES, LARGE = few_or((300, 40), (2, 0))
+CASES, LARGE = few_or((300, 40), (1, 0))
 
 
 def ran(*words: str, **environment: str) -> str:
@@ -31,12 +31,12 @@ def ran(*words: str, **environment: str) -> str:
 
 
 def test_in_the_interpreter_they_equal_the_mirror_in_any_order_and_mutants_do_not():
-    words = ("tests.runtime.device.interpreted", str(CASES), "--large", str(LARGE), "--mutants")
+    words = ("tests.runtime.device.interpreted", str(CASES), "--large", str(LARGE), *few_or(("--mutants",), ()))
     assert "all bits equal" in ran(*words, TRITON_INTERPRET="1")
 
 
 def test_they_compile_for_a_gpu_that_is_not_here():
-    kernels = few_or(("split", "rows", "fill", "decide"), ("rows", "decide"))
+    kernels = few_or(("split", "rows", "fill", "decide"), ("rows",))
     said = ran("tests.runtime.device.compiled", *kernels)
     assert int(said.split(" cubins")[0].split()[-1]) >= len(kernels), said
 
@@ -117,5 +117,5 @@ def test_other_types_shapes_and_strides_are_refused(layer):
 
 def test_numbers_that_could_overflow_are_refused():
     case = random_case(np.random.default_rng(0), experts=12, nodes=[2, 2])
-    with pytest.raises(OptionError, match="overflow"):
+    with pytest.raises(OptionError, match="pairs of a step on 4 devices are more than"):
         planner.DeviceKernels(case.table, case.price, 1 << 29, "cpu")

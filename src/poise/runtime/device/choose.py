@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poise.cost.weights import StepPrice
 from poise.stepwise.host_kernels import HostKernels
-from poise.stepwise.kernels import LayerSlots, StepKernels
+from poise.stepwise.kernels import LayerSlots, StepKernels, refusal
 
 DEVICE: Any
 """The module of the device's kernels; None: it cannot be loaded, and :data:`WHY_NONE` says why."""
@@ -56,15 +56,12 @@ def kernels_for(
 
     ``most_pairs``: (token, expert) pairs that a step of the layer can have on all devices together.
     """
-    if not like.is_cuda:
-        why = f"tensors lie on {like.device.type}"
-    elif DEVICE is None:
+    why = f"tensors lie on {like.device.type}" if not like.is_cuda else refusal(table, price, most_pairs, margin)
+    if why is None and DEVICE is None:
         why = WHY_NONE
-    else:
-        why = DEVICE.refusal(table, price, most_pairs, margin)
-        if why is None:
-            kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
-            return kernels
+    if why is None:
+        kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
+        return kernels
     return OnHost(HostKernels(table, price, margin), why)
 
 

@@ -20,34 +20,11 @@ from poise.runtime.device.decide import decide_kernel
 from poise.runtime.device.fill import fill_kernel
 from poise.runtime.device.rows import rows_kernel
 from poise.runtime.device.split import split_kernel
-from poise.stepwise.kernels import MOST_PAIRS, PICO, LayerSlots, check_source, prices, unsaid
+from poise.stepwise.kernels import LayerSlots, check_source, prices, refusal
 from poise.util.errors import OptionError
 
 MOST_ROUNDS = 4096
 """Rounds of a flow after which its split, whole in any case, is no longer improved: ``status`` says how many."""
-MOST_PICOSECONDS = 1 << 52
-"""Of all pairs of a step times devices: a thousand times as much fits 64 bits."""
-MOST_DEVICES = 1024
-"""Of what keys of :mod:`poise.runtime.device.flow` tell apart, a quarter; more have not been tried."""
-
-
-def refusal(table: LayerSlots, price: StepPrice, most_pairs: int, margin: float = 0.03) -> str | None:
-    """Why the device's kernels cannot plan a layer, whose steps have at most so many pairs; None: they can."""
-    if (why := unsaid(price)) is not None:
-        return why
-    devices, width = table.expert_DS.shape
-    if most_pairs * devices > MOST_PAIRS:
-        return f"{most_pairs} pairs of a step on {devices} devices are more than {MOST_PAIRS} in all"
-    compute, read, activation, start, *ports = (int(each) for each in prices(price, margin)[:8])
-    longest = most_pairs * devices * max(compute, activation, *ports) + devices * (start + width * read)
-    if longest > MOST_PICOSECONDS:
-        return (
-            f"{most_pairs} pairs of a step on {devices} devices could take {longest / PICO:.0f} s in all, and whole "
-            f"numbers end at {MOST_PICOSECONDS / PICO:.0f}"
-        )
-    if devices > MOST_DEVICES:
-        return f"{devices} devices, and the kernels tell {MOST_DEVICES} apart"
-    return None
 
 
 class DeviceKernels:
