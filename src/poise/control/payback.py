@@ -182,7 +182,7 @@ def paid_back(
     traffic = PortTraffic.of(some.batch, before, some.pricing)
     steps, size, whole = problem.migration_steps, problem.model.expert_bytes, problem.whole
     torn = whole is not None and whole.must and bool(whole.torn_LG(before.count_LED()).any())
-    out = {
+    out: dict[str, Any] = {
         "fetched": made.fetched_K.tolist(), "gain_seconds": made.gain_K.tolist(),
         "delay_seconds": made.delay_K(traffic, size).tolist() if named else None,
         "half": made.fetches_for(0.5), "most": made.fetches_for(0.9), "steps": steps,
