@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from poise.control.payback import paid_back, same_shape
+from poise.control.payback import paid_back
 from poise.cost.split import Split
 from poise.cost.traffic import DataFlow
 from poise.engines.flags import EplbSetting, eplb_flags
@@ -74,6 +74,8 @@ from poise.version import VERSION
 VERDICT_STEPS = 20
 BOUND_SHARE = 0.15
 """Share of a plan's seconds, after the search, for a joint bound."""
+PAYBACK_SHARE = 0.1
+"""Share of its seconds for the way from what runs now, by the clock; with work that comes on top."""
 READ, JUDGE = 0.3, 0.3
 """Shares of a verdict's budget: for its traffic, and of any budget that is for more than planning for judging."""
 PREFILL_A_RANK, DECODE_A_RANK = 1024, 64
@@ -188,10 +190,16 @@ def plan(
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, keep_groups, pooled=pooled,
                        current=running, migration_steps=migration_steps, risk=risk)  # fmt: skip
     goal = None if survive is None else Survival(problem, survive, survive_cost, survive_copies)
-    solution, fewer = plan_and_fewer(problem, method, budget, seed, progress, BOUND_SHARE)
+    moves = running is not None and running.num_devices == problem.num_devices and not (pooled or problem.engine.ids)
+    search = budget.part(1 - PAYBACK_SHARE) if moves and budget.work is None else budget
+    solution, fewer = plan_and_fewer(problem, method, search, seed, progress, BOUND_SHARE)
     if goal is not None:
-        solution = goal.of(solution)
+        with budget.held():  # it comes on top
+            solution = goal.of(solution)
     details = {**solution.details, "cluster": repr(problem.cluster), "ground": ground(problem.cluster)}
+    rest = budget.part(PAYBACK_SHARE, until=1.0)
+    if running is not None and (way := paid_back(problem, running, solution.placement, rest, named=model is not None)):
+        details["payback"] = way
     notes = [*(found.notes if isinstance(found, LoadProfile) else ()),
              *([f"planned and priced on {batch.sampled}"] if batch.sampled else []),
              *uneven_homes(batch, problem.num_devices), *groups_unseen(problem)]  # fmt: skip
@@ -203,8 +211,6 @@ def plan(
         details["cut_by_clock"] = sorted(budget.cuts)
     if budget.stopped:
         details["interrupted"] = True
-    if running is not None and same_shape(running, solution.placement) and not pooled:
-        details["payback"] = paid_back(problem, running, solution.placement, named=model is not None)
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}

@@ -137,6 +137,20 @@ def test_a_plan_is_gone_as_far_as_it_pays():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("share", [None, 1.0])
+def test_a_map_for_the_next_start_is_all_of_the_plan(share):
+    """Nothing passes ports while tokens flow: no step waits and nothing is left out, over however few steps."""
+    whole = controller(horizon_steps=1e6, exposed_share=1.0)
+    _, (all_of_it,) = feed(whole, stream(24, 1))
+    for horizon in (1e-3, 1.0):
+        control = controller(horizon_steps=horizon, exposed_share=share, at_start=True, restart_seconds=1e9)
+        control.observe(stream(24, 1))
+        decision = control.collect()
+        assert decision.accepted and decision.cost_seconds == 0 and decision.left == decision.left_out == 0
+        assert decision.seconds_after == pytest.approx(all_of_it.seconds_after)
+        assert decision.moves.result.diff(decision.target).fetched == 0 and decision.restart.pays is False
+
+
 def test_the_gain_is_that_of_steps_the_plan_was_not_fitted_on(monkeypatch):
     control, batch, problems = controller(), stream(24, 1), []
     before = control.current

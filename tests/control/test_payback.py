@@ -1,26 +1,33 @@
 """The way in the order of pay-back: what each leg saves, no better order, rounds that do not collide, where it ends."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from tests.control.test_moves import drawn_problem, random_placement, simulate, step_seconds
 from tests.helpers import few_or
+from tests.planning.test_groups import problem as grouped_problem
 
+from poise import api
 from poise.control import payback
 from poise.control.moves import move_list
-from poise.control.payback import Leg, _in_order, migration
+from poise.control.payback import Leg, _in_order, bounded, migration, paid_back
 from poise.control.price import PortTraffic, share_of
 from poise.cost.links import PortLoad
 from poise.cost.step import layer_works
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
-from poise.planning.engine_rules import ANY, NONE
+from poise.planning.budget import Budget
+from poise.planning.engine_rules import ANY, ENGINES, NONE
+from poise.planning.groups import groups_of
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
+from poise.planning.solve.complete import as_held
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
-from poise.util.errors import OptionError
+from poise.routing.trace import LoadProfile
+from poise.util.errors import OptionError, PlacementError
 
 FLOWS = ("home", "home_node_dedup", "stay")
 
@@ -211,6 +218,129 @@ def test_after_the_fine_legs_layers_go_as_a_whole(monkeypatch):
     )
 
 
+def grouped_way(seed, engine="any"):
+    """Two placements that keep groups whole on two nodes, replicas or none."""
+    keep = "nodes" if engine == "any" else None
+    problem = grouped_problem(
+        seed, (2, 2), (2 + seed % 2,) * 4, 4, 2, keep=keep or "ids", engine=ENGINES[engine], layers=3
+    )
+    rng = np.random.default_rng(seed)
+    return problem, *(as_held(problem, random_placement(rng, 3, 8, problem.slots_D)) for _ in range(2))
+
+
+@pytest.mark.parametrize("seed", range(few_or(60, 8)))
+def test_where_groups_must_lie_whole_they_do_at_every_stop(seed):
+    problem, before, after = grouped_way(seed)
+    made = migration(before, after, problem)
+    for count in range(len(made.legs) + 1):
+        problem.check_groups(made.placement(count))
+    for most in (2, 5, 9):
+        problem.check_groups(got := bounded(before, after, problem, most))
+        assert before.diff(got).fetched <= most
+    free = replace(problem, whole=None)
+    torn = as_held(free, random_placement(np.random.default_rng(seed), 3, 8, problem.slots_D))
+    with pytest.raises(PlacementError, match="several places"):
+        problem.check_groups(torn)
+    clock = Budget(1e3, now=lambda: 0.0)
+    assert paid_back(problem, before, after, clock, named=True)["pays"] is None  # moving is free
+    problem = replace(problem, migration_steps=1e3)
+    assert paid_back(problem, before, after, clock, named=True)["pays"] is not None
+    told = paid_back(problem, torn, after, clock, named=True)
+    assert told["pays"] is None and told["fetched"][-1] == torn.diff(after).fetched
+
+
+def test_new_expert_ids_are_no_way_of_a_running_engine():
+    problem, before, after = grouped_way(0, "checkpoint")
+    clock = Budget(1e3, now=lambda: 0.0)
+    assert paid_back(problem, before, after, clock, named=True) is None
+    any_engine = replace(problem, engine=ANY, whole=groups_of("nodes", 8, 4, problem.cluster.node_D))
+    before, after = (as_held(any_engine, each) for each in (before, after))
+    assert paid_back(any_engine, before, after, clock, named=True) is not None
+
+
+@pytest.fixture
+def priced(monkeypatch):
+    """Steps and layers of every pricing, as they come."""
+    out, real = [], payback._seconds
+
+    def seconds(problem, count_LED, first, last):
+        out.append((problem.batch.num_steps, last - first))
+        return real(problem, count_LED, first, last)
+
+    monkeypatch.setattr(payback, "_seconds", seconds)
+    return out
+
+
+def test_what_is_said_of_the_way_keeps_to_a_budget(priced, monkeypatch):
+    problem, before, after = skewed(0)
+    now = [0.0]
+    whole = paid_back(problem, before, after, Budget(1e3, now=lambda: now[0]), named=True)
+    many = len(priced)
+    assert "priced_on" not in whole and "cut_by_clock" not in whole and many > 100
+    priced.clear()
+    some = paid_back(problem, before, after, Budget(1e-4, now=lambda: now[0]), named=True)
+    assert {steps for steps, _ in priced} == {1} and some["priced_on"] == "1 of 4 steps"
+    priced.clear()
+    late = Budget(1e3, now=lambda: now[0])
+    now[0] = 2e3
+    coarse = paid_back(problem, before, after, late, named=True)
+    assert coarse["cut_by_clock"] and len(coarse["fetched"]) <= 5 and len(priced) <= 5 * 4
+    assert coarse["gain_seconds"][-1] == pytest.approx(whole["gain_seconds"][-1])
+
+    priced.clear()
+    asked, real = Budget(1e3, now=lambda: 0.0), payback._seconds
+
+    def interrupted(*args):
+        if len(priced) == 30:
+            asked.stop()
+        return real(*args)
+
+    monkeypatch.setattr(payback, "_seconds", interrupted)
+    assert paid_back(problem, before, after, asked, named=True)["fetched"][-1] == whole["fetched"][-1]
+    assert 30 < len(priced) < many / 2
+    priced.clear()
+    assert paid_back(problem, before, after, asked, named=True) is None and not priced
+
+
+def test_under_stay_a_budget_that_is_over_leaves_layers_in_their_order(priced):
+    problem, before, after = next(found for seed in range(99) if (found := drawn_problem(seed, "stay", NONE)) and
+                                  (found[1].count_LED() != found[2].count_LED()).any(axis=(1, 2)).all())  # fmt: skip
+    over = Budget(1.0, now=lambda: 0.0)
+    over.stop()
+    made = migration(before, after, problem, budget=over)
+    assert [leg.layer for leg in made.legs] == [0, 1] and len(priced) == 4
+    assert made.fetched_K[-1] == before.diff(after).fetched
+
+
+@pytest.mark.parametrize("steps", [float("inf"), float("nan"), -1.0])
+def test_migration_steps_that_are_no_number_of_steps_are_refused(steps):
+    problem, before, _ = skewed(0)
+    with pytest.raises(OptionError, match="migration steps must be at least 0 and finite"):
+        replace(problem, current=before, migration_steps=steps)
+
+
+def test_a_plan_tells_the_way_by_its_own_budget(monkeypatch):
+    """A tenth of it, which the search has not; with work it comes on top. Nothing once it was stopped."""
+    problem, before, _ = skewed(0)
+    loads = LoadProfile(problem.batch.load_BLE, top_k=2)
+    seen, searches = [], []
+    real, real_search = api.paid_back, api.plan_and_fewer
+    monkeypatch.setattr(api, "paid_back", lambda *args, **more: seen.append(args[3]) or real(*args, **more))
+    monkeypatch.setattr(api, "plan_and_fewer", lambda *args: searches.append(args[2]) or real_search(*args))
+
+    def planned(budget, **more):
+        return api.plan(loads, problem.cluster, redundant=8, method="lpt", current=before, time_limit_s=budget, **more)
+
+    budget = Budget(10.0)
+    told = planned(budget).details["payback"]
+    assert told["fetched"][-1] > 0 and told["pays"] is None  # no model was named
+    assert seen[0].seconds == pytest.approx(1.0) and searches[0].seconds == pytest.approx(9.0)
+    searches[0].stop()
+    assert seen[0].stopped and "payback" not in planned(budget).details
+    planned(counted := Budget(1.0, work=10.0))
+    assert searches[2] is counted and seen[2].seconds == pytest.approx(0.1 * counted.seconds)
+
+
 def fluid(moved_s, busy_s, exchange_s, rest_s, cycles=400):
     """Seconds that steps are longer while so much passes, by small turns of computing and exchange on one port."""
     left, longer = moved_s, 0.0
@@ -242,15 +372,30 @@ def test_the_price_is_that_of_a_port_that_both_share(busy, exchange, rest):
     np.testing.assert_array_equal(got, traffic.delay_s(PortLoad(*load), 1.0))
 
 
+def test_under_stay_results_come_to_the_first_expert():
+    """A token at home on rank 0, its experts on ranks 1 and 2: sent 0 to 1 and 2, joined 2 to 1; nothing else is full."""
+    first, one = np.zeros(2, np.int64), np.ones(1)
+    experts = np.array([[[1, 2]]], np.int16)
+    batch = RoutingBatch(np.array([[[0.0, 1, 1]]]), one, 2, np.arange(1, dtype=np.int32), experts, np.arange(2), None,
+                         first[:1])  # fmt: skip
+    cluster = from_preset([3], "h100", flops_per_s=1e10, intra_latency_s=0.0)
+    problem = PlacementProblem(batch, cluster, ModelSpec.generic(3, 2, batch.layer_ids_L), np.ones(3), "stay")
+    place = Placement.from_devices(np.arange(3)[None], 3)
+    share_PD = PortTraffic.of(batch, place, problem.pricing).share_PD
+    assert {(p, d) for p, d in np.argwhere(share_PD > 0).tolist()} == {(0, 0), (0, 2), (1, 1)}
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_busy_ports_are_those_of_the_tokens(seed):
-    problem, before, _ = drawn_problem(seed, FLOWS[seed % 2], NONE)
+    problem, before, _ = drawn_problem(seed, FLOWS[seed % 3], NONE)
+    there = (0, 1, 2, 3)
+    again = there if problem.traffic == "stay" else (1, 0, 3, 2)
     cluster = problem.cluster
     traffic = PortTraffic.of(problem.batch, before, problem.pricing)
     busy_PD, longer_PD = np.zeros((2, 4, cluster.num_devices))
     works = layer_works(problem.batch, before.count_LED(), cluster, traffic=problem.traffic, split="even")
-    ways = [(problem.model.dispatch_bytes_per_token, cluster.dispatch_wire, "out", (0, 1, 2, 3)),
-            (problem.model.combine_bytes_per_token, cluster.combine_wire, "back", (1, 0, 3, 2))]  # fmt: skip
+    ways = [(problem.model.dispatch_bytes_per_token, cluster.dispatch_wire, "out", there),
+            (problem.model.combine_bytes_per_token, cluster.combine_wire, "back", again)]  # fmt: skip
     for (steps, _), work in works:
         for (size, wire, name, order), (at, b) in product(
             ways, enumerate(range(*steps.indices(len(problem.batch.weight_B))))

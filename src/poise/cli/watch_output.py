@@ -50,7 +50,8 @@ class Teller:
             _say_look(event.look, self._at_start, self._json)
         else:
             self._no_plan = ""
-            _say_decision(event, self._output, self._json, " of generic sizes" if self._generic else "")
+            sizes = " of generic sizes" if self._generic else ""
+            _say_decision(event, self._output, self._at_start, self._json, sizes)
 
     def _say_problem(self, message: str) -> None:
         if self._json:
@@ -89,7 +90,7 @@ def _say_look(look: Look, at_start: bool, json: bool) -> None:
     o.out.print(line)
 
 
-def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -> None:
+def _say_decision(event: Planned, output: Path | None, at_start: bool, json: bool, sizes: str) -> None:
     decision: Decision = event.decision
     moves, restart = decision.moves, decision.restart
     verdict = "not worth it" if not decision.accepted else "moving" if restart is None else "for the next start"
@@ -102,10 +103,10 @@ def _say_decision(event: Planned, output: Path | None, json: bool, sizes: str) -
                "verdict": verdict, "restart": _restart(restart),
                "file": str(output) if output in event.written else None, "files": files})  # fmt: skip
         return
+    waits = "" if at_start else f", steps wait {1e3 * decision.cost_seconds:.2f} ms"
     o.out.print(
         f"step {decision.step:>6}  plan ({decision.reason}): gain {percent(decision.predicted_gain)} of a step{sizes}, "
-        f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds, "
-        f"steps wait {1e3 * decision.cost_seconds:.2f} ms: {verdict}"
+        f"{moves.fetched} moves, {moves.moved_bytes / 2**20:.1f} MiB, {len(moves.rounds)} rounds{waits}: {verdict}"
         + (f", {decision.left} moves left" if decision.accepted and decision.left else "")
         + (f", {decision.left_out} that do not pay left out" if decision.accepted and decision.left_out else ""),
     )  # fmt: skip

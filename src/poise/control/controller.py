@@ -18,6 +18,10 @@ on modelled seconds of the MoE layers. What steps wait is priced against the tra
 move. With ``max_moves`` only the best part of the way is gone at a time (:func:`poise.control.payback.bounded`), the
 rest at the next looks, each part judged anew on the traffic of its time. Moves are listed in the order in which they
 pay back. While it plans or moves, no test is made.
+
+With ``at_start`` nothing moves while tokens flow: all of the plan comes with the engine's next start, so that no step
+waits and whatever lowers the seconds of a step is taken. Whether it is worth a restart is another question
+(:mod:`poise.control.restart`).
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ class ControlSettings:
     max_moves : most experts fetched at a time; None: no limit.
     horizon_steps : steps that a plan is expected to serve.
     exposed_share : share of the link seconds of a migration that serving feels; None: priced against the traffic.
+        With ``at_start`` nothing is felt.
     staging : staging buffers a device.
     method, time_limit_s, seed : of :func:`poise.planning.solve.solve.solve`.
     background : plan beside :meth:`Controller.observe`; else that waits for the plan.
@@ -116,7 +121,7 @@ class Decision:
     reason : ``first`` plan, ``drift``, ``settled`` (on the reference after a drift), ``continued`` (a further part).
     accepted : the gain over the horizon exceeds the cost.
     seconds_before, seconds_after : modelled seconds of a step's MoE layers on the judged steps.
-    cost_seconds : that steps wait for the moves.
+    cost_seconds : that steps wait for the moves; 0 with ``at_start``.
     moves : what to do; ``moves.result`` is the placement they lead to.
     target : the plan as far as it pays, of which ``moves`` may be a part.
     restart : from what the engine runs to ``moves.result``, on the judged steps; None: accepted ones serve at once, or
@@ -376,11 +381,12 @@ class Controller:
                 moves = move_list(current, road.after, expert_bytes=problem.model.expert_bytes, staging=s.staging,
                                   node_D=cluster.node_D, migration=road)  # fmt: skip
                 after = self._seconds(judged, road.after)
-                cost = (
-                    float(moves.delay_R(traffic).sum())
-                    if s.exposed_share is None
-                    else s.exposed_share * moves.seconds(cluster)
-                )
+                if s.at_start:
+                    cost = 0.0
+                elif s.exposed_share is None:
+                    cost = float(moves.delay_R(traffic).sum())
+                else:
+                    cost = s.exposed_share * moves.seconds(cluster)
                 net = s.horizon_steps * (before - after) - cost
                 if best is None or net > best[0]:
                     best = net, Decision(step, reason, net > 0, before, after, cost, moves, aim, left_out=left_out)
@@ -395,10 +401,10 @@ class Controller:
     ) -> list[tuple[Migration, Placement, int]]:
         """Ways towards a plan that may be gone: where they aim at, and fetches of the plan that are left out.
 
-        All of it, and as far as it pays on the traffic that the plan was made for.
+        All of it, and as far as it pays on the traffic that the plan was made for, where its moves cost anything.
         """
         s, whole = self.settings, migration(current, plan, problem)
-        count = whole.pays(traffic, problem.model.expert_bytes, s.horizon_steps)
+        count = 0 if s.at_start else whole.pays(traffic, problem.model.expert_bytes, s.horizon_steps)
         aims = [(whole, 0)]
         if 0 < count < len(whole.legs):
             aims.append((whole.upto(count), int(whole.fetched_K[-1] - whole.fetched_K[count])))

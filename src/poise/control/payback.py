@@ -11,7 +11,8 @@ Step 3  What lowers nothing is left for last, a change a layer.
 Step 4  Moves take ports from tokens (:mod:`poise.control.price`). The way is gone as far as steps of a horizon save
         most beyond what they then wait.
 
-Chains are tried one by one as far as :data:`FINE` goes, layers as a whole after that: trying takes time.
+Chains are tried one by one as far as :data:`FINE` and the clock of a budget go, layers as a whole after that: trying
+takes time. Where routing groups must lie whole, layers always go as a whole: a chain could tear a group.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from poise.control.chains import LayerMoves
 from poise.control.price import PortTraffic
 from poise.cost.links import PortLoad
 from poise.cost.split import even_share
+from poise.planning.budget import Budget
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
+from poise.planning.solve.effort import price_seconds, some_steps
 from poise.replay.moving import moving
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
@@ -154,30 +157,54 @@ def same_shape(before: Placement, after: Placement) -> bool:
     return before.num_slots == after.num_slots and bool((before.slot_device_S == after.slot_device_S).all())
 
 
-def paid_back(problem: PlacementProblem, before: Placement, after: Placement, *, named: bool) -> dict[str, Any]:
+def paid_back(
+    problem: PlacementProblem, before: Placement, after: Placement, budget: Budget, *, named: bool
+) -> dict[str, Any] | None:
     """What ``poise plan --current`` says of the way: fetches, seconds of a step saved and waited for, leg by leg.
 
-    ``named``: sizes are those of a model. Else what steps wait for moves is not known, nor how far the way pays.
+    None where there is no way that a running engine goes (other slots, or placements that are new expert ids), or
+    where the budget was stopped. How far the way pays is left out where moves are free, and where what runs now tears
+    routing groups that must lie whole: a stop would leave some torn.
+
+    Parameters
+    ----------
+    budget : where all steps would take more than its nominal seconds, some are priced (``priced_on``); where its clock
+        runs out, layers go as a whole (``cut_by_clock``).
+    named : sizes are those of a model. Else what steps wait for moves is not known, nor how far the way pays.
     """
-    made = migration(before, after, problem)
-    traffic = PortTraffic.of(problem.batch, before, problem.pricing)
-    steps, size = problem.migration_steps, problem.model.expert_bytes
-    return {
+    if budget.stopped or problem.pooled or problem.engine.ids or not same_shape(before, after):
+        return None
+    layers = before.num_layers
+    reach = layers if _skips(problem) else 3 if _depend(problem) else 1  # layers priced, and tried anew, after a leg
+    tried = (SHORTLIST + 2) * reach * (before.diff(after).fetched * reach / layers + 1) + 2
+    some = some_steps(problem, budget.seconds, tried * price_seconds(problem))
+    made, late = migration(before, after, some, budget=budget), budget.left() <= 0
+    traffic = PortTraffic.of(some.batch, before, some.pricing)
+    steps, size, whole = problem.migration_steps, problem.model.expert_bytes, problem.whole
+    torn = whole is not None and whole.must and bool(whole.torn_LG(before.count_LED()).any())
+    out: dict[str, Any] = {
         "fetched": made.fetched_K.tolist(), "gain_seconds": made.gain_K.tolist(),
         "delay_seconds": made.delay_K(traffic, size).tolist() if named else None,
         "half": made.fetches_for(0.5), "most": made.fetches_for(0.9), "steps": steps,
-        "pays": int(made.fetched_K[made.pays(traffic, size, steps)]) if named else None,
+        "pays": int(made.fetched_K[made.pays(traffic, size, steps)]) if named and steps > 0 and not torn else None,
     }  # fmt: skip
+    if some is not problem:
+        out["priced_on"] = some.batch.sampled
+    if late:
+        out["cut_by_clock"] = True
+    return out
 
 
 def migration(
-    before: Placement, after: Placement, problem: PlacementProblem, *, max_moves: int | None = None
-) -> Migration:
+    before: Placement, after: Placement, problem: PlacementProblem, *, max_moves: int | None = None,
+    budget: Budget | None = None,
+) -> Migration:  # fmt: skip
     """The legs from ``before`` to ``after``, priced on the problem's traffic.
 
     Parameters
     ----------
     max_moves : most experts fetched; the way then ends at :func:`bounded`.
+    budget : once it is over, layers go as a whole; under ``stay`` in their own order.
 
     Raises
     ------
@@ -186,7 +213,7 @@ def migration(
     if max_moves is not None:
         after = bounded(before, after, problem, max_moves)
     count_LED = before.count_LED().copy()
-    legs = list(_legs(before, after, problem, None))
+    legs = list(_legs(before, after, problem, None, budget))
     for each in legs:
         count_LED[each.layer] = each.count_ED
     if not _depend(problem):
@@ -221,7 +248,8 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
     fits. Layers are independent but for ``stay``, where a change counts in the next layer too. Called again from its
     result it goes on; ``after`` itself is returned where it fits and is as good. Without free slots experts change
     places in circles: a budget below the shortest circle leads nowhere, one that holds a layer's moves always to where
-    no layer gains. Steps that empty a slot are taken only where the problem's engine may have empty slots.
+    no layer gains. Steps that empty a slot are taken only where the problem's engine may have empty slots, and parts of
+    a layer only where no routing group must lie whole.
 
     Raises
     ------
@@ -245,7 +273,9 @@ def _placed(count_LED: NDArray[Any], before: Placement, after: Placement) -> Pla
     return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=after.method)
 
 
-def _legs(before: Placement, after: Placement, problem: PlacementProblem, max_moves: int | None) -> Iterator[Leg]:
+def _legs(
+    before: Placement, after: Placement, problem: PlacementProblem, max_moves: int | None, budget: Budget | None = None
+) -> Iterator[Leg]:
     """Step 1; errors of :func:`bounded`."""
     slots_D = same_slots(before, after)
     problem.check(before)
@@ -254,12 +284,16 @@ def _legs(before: Placement, after: Placement, problem: PlacementProblem, max_mo
     left, layers = before.diff(after).fetched if max_moves is None else max_moves, range(before.num_layers)
     best: dict[int, Leg | None] = {}
     stale, work = set(layers), np.inf if max_moves is not None else FINE
-    while True:
+    if problem.whole is not None and problem.whole.must:
+        work = 0
+    while not (_depend(problem) and budget is not None and budget.left() <= 0):
         stale |= {layer for layer, step in best.items() if step is not None and step.fetched > left}
         if work > 0:
             work -= sum(_fetched(count_LED[each], want_LED[each]) for each in stale) * count_LED[0].size
             stale = stale if work > 0 else set(layers)
-        best |= {each: _best_leg(each, count_LED, want_LED, slots_D, problem, left, work > 0) for each in sorted(stale)}
+        for each in sorted(stale):
+            work = 0 if budget is not None and budget.left() <= 0 else work
+            best[each] = _best_leg(each, count_LED, want_LED, slots_D, problem, left, work > 0)
         able = {layer: step for layer, step in best.items() if step is not None}
         if not able:
             return

@@ -51,12 +51,12 @@ class PortTraffic:
         cluster, model, count_LED = pricing.cluster, pricing.model, placement.count_LED()
         busy_PD, longer_PD = np.zeros((2, 4, cluster.num_devices))
         for (steps, _), work in layer_works(batch, count_LED, cluster, traffic=pricing.traffic, split=pricing.split):
-            for load, size, wire, back in (
+            for load, size, wire, mirrored in (
                 (work.out, model.dispatch_bytes_per_token, cluster.dispatch_wire, False),
-                (work.back, model.combine_bytes_per_token, cluster.combine_wire, True),
+                (work.back, model.combine_bytes_per_token, cluster.combine_wire, work.mirrored),
             ):
                 busy_PBD = np.stack(_ports(load, cluster)) * size / _rate_P11(wire)
-                busy_PBD = busy_PBD[[1, 0, 3, 2]] if back else busy_PBD  # the other way
+                busy_PBD = busy_PBD[[1, 0, 3, 2]] if mirrored else busy_PBD
                 all_B1 = port_seconds(load, size, cluster, wire)[:, None]
                 busy_PD += np.einsum("b,pbd->pd", batch.weight_B[steps], busy_PBD)
                 longer_PD += np.einsum("b,pbd->pd", batch.weight_B[steps], np.maximum(0.0, 2.0 * busy_PBD - all_B1))

@@ -117,7 +117,7 @@ class PlacedWork:
     device_H : device of each (expert, device) with a slot, ascending; int [H].
     tokens_BH : tokens of the expert on it, float64 [B, H].
     tokens_BD : of all experts of a device, float64 [B, D].
-    out, back : token copies through every port.
+    out, back : token copies through every port; ``back`` where :attr:`mirrored` as they went out.
     leave_B, cross_B : pairs computed on another device and on another node than their token came from, float64 [B].
     """
 
@@ -128,6 +128,11 @@ class PlacedWork:
     back: PortLoad
     leave_B: NDArray[np.float64]
     cross_B: NDArray[np.float64]
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether copies come back the way they went out, so that ``back`` is ``out`` and sends where that receives."""
+        return self.back is self.out
 
     def by_device(self, value_BH: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum over the experts of each device, float64 [B, D]."""

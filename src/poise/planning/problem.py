@@ -129,8 +129,8 @@ class PlacementProblem:
             )
         if self.risk not in RISKS:
             raise OptionError(f"unknown risk {self.risk!r}", hint=f"one of {', '.join(RISKS)}")
-        if not self.migration_steps >= 0:
-            raise OptionError(f"migration steps must be at least 0, got {self.migration_steps}")
+        if not 0 <= self.migration_steps < np.inf:
+            raise OptionError(f"migration steps must be at least 0 and finite, got {self.migration_steps}")
         self.model.matches(num_experts=experts, layer_ids=self.batch.layer_ids_L)
         if self.current is not None:
             have, want = (self.current.num_layers, self.current.num_experts), (self.batch.num_layers, experts)
