@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poise.control.payback import paid_back
 from poise.cost.split import Split
@@ -21,6 +22,7 @@ from poise.planning.budget import Budget, Limit
 from poise.planning.engine_rules import NONE, hold, parse_engine
 from poise.planning.groups import Keep, groups_of
 from poise.planning.homes import BAND, POLICIES
+from poise.planning.methods.contiguous import deal
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Risk, Solution
 from poise.planning.problem import deal_slots as deal_slots
@@ -36,6 +38,7 @@ from poise.replay.rows import (
     fast_rows,
     free_name,
     groups_unseen,
+    groups_unweighed,
     held_row,
     judged_steps,
     plan_and_fewer,
@@ -102,15 +105,17 @@ def _problem(
     machine, rules = _machine(cluster), parse_engine(engine)
     sizes = ModelSpec.parse(model) if isinstance(model, str) else model
     sizes = sizes or ModelSpec.generic(batch.num_experts, batch.top_k, batch.layer_ids_L)
-    if slots is None:
-        slots_D = deal_slots(batch.num_experts, redundant, machine.num_devices)
-    else:
-        slots_D = np.asarray(slots, dtype=np.int64)
+    slots_D = _slots(batch.num_experts, redundant, slots, machine.num_devices)
     machine = settle(machine, sizes, batch.mean_tokens(), engine=rules.kernels)
     flow = traffic or (cast(DataFlow, flow_of(machine)) if batch.has_tokens else "home")
     whole = groups_of(keep_groups, batch.num_experts, sizes.num_expert_groups, machine.node_D)
     return PlacementProblem(batch, machine, sizes, slots_D, flow, rules.choose_split(split), engine=rules, whole=whole,
                             **more)  # fmt: skip
+
+
+def _slots(num_experts: int, redundant: int, slots: Sequence[int] | None, num_devices: int) -> NDArray[np.int64]:
+    """Slots of each device, int64 [D], as they were asked for."""
+    return deal_slots(num_experts, redundant, num_devices) if slots is None else np.asarray(slots, dtype=np.int64)
 
 
 def plan(
@@ -156,7 +161,8 @@ def plan(
         filled, as no released engine knows an empty one; ``none`` lets the method leave slots empty.
     keep_groups : the model's routing groups (:mod:`poise.planning.groups`): ``nodes``, each whole on one node; ``ids``,
         whole in blocks of new expert ids, as always for an engine that takes those; ``pays``, whole on nodes in the
-        layers where that is faster. The plan is made so, and a method that tears groups has them gathered.
+        layers where that is faster, which ``poise`` alone weighs. The plan is made so, and a method that tears groups
+        has them gathered.
     tokens_per_step, order, homes, seed : how the trace is batched (:func:`poise.routing.batching.make_batch`).
     pooled : count slots over all layers together.
     current, migration_steps : the placement that runs now; fetches from it are written off over so many steps. It may
@@ -180,6 +186,11 @@ def plan(
     InputError : the input is wrong. NoResultError : the method found no placement, or no slots are left for some
         experts when a device or node is lost.
     """
+    if keep_groups == "pays" and method != "poise" and method in METHODS:
+        raise OptionError(
+            f"whether whole routing groups pay is weighed by poise alone, the method asked for is {method}",
+            hint="--method poise; --keep-groups nodes gathers the groups of any method",
+        )
     model = ModelSpec.parse(model) if isinstance(model, str) else model
     found = _of_model(load(trace, executor), model)
     budget = Budget.of(time_limit_s, work, executor)
@@ -250,7 +261,7 @@ def planning_verdict(
     in :func:`compare`.
 
     A current placement for another number of devices cannot be replayed on the cluster: contiguous stands for it, and
-    the sentence says so.
+    the sentence says so. What runs now stays as it is where the plan must keep routing groups whole.
     """
     whole = load(trace)
     if isinstance(whole, LoadProfile) and whole.num_steps < 2:
@@ -273,9 +284,21 @@ def planning_verdict(
         base = "contiguous"
     if base == method:
         return said.strip() or None
+    if base == "contiguous" and options.get("keep_groups") in ("nodes", "ids"):
+        base = _contiguous(whole, cluster, options.get("redundant", 0), options.get("slots"))
     if isinstance(whole, RoutingTrace) and options.get("order", "interleaved") == "interleaved":
         options = {"steps": VERDICT_STEPS, **options}
     return said + compare(whole, cluster, placements=(base, method), **options).verdict()
+
+
+def _contiguous(
+    traffic: Traffics, cluster: str | Path | Cluster, redundant: int, slots: Sequence[int] | None
+) -> Placement:  # fmt: skip
+    """Contiguous blocks as engines start with them, groups whole or not."""
+    slots_D = _slots(traffic.num_experts, redundant, slots, _machine(cluster).num_devices)
+    count_LED = np.repeat(deal(traffic.num_experts, slots_D, in_turn=False)[None], traffic.num_layers, axis=0)
+    made = Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=traffic.layer_ids, method="contiguous")
+    return replace(made, fitted=Provenance(NO_TRAFFIC))
 
 
 def verdict(
@@ -467,7 +490,9 @@ def compare(
     if not entries:
         raise NoResultError("no method has a placement for these shapes: " + "; ".join(said))
     said += elastic_notes(entries, named)
-    entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None, said)
+    if keep_groups == "pays":
+        said += groups_unweighed([item for item in placements if isinstance(item, str) and item in METHODS])
+    entries += fast_rows(entries, fast, fast_over, step_slots, predictor, batch, model is not None, said, problem.whole)
     if isinstance(time_limit_s, Budget) and not fast:
         share = JUDGE * time_limit_s.seconds / len(batches)
         batches = {name: judged_steps(problem, part, len(entries), share) for name, part in batches.items()}

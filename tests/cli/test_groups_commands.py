@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from poise import api
 from poise.cli.main import app
 from poise.planning.groups import WholeGroups
+from poise.planning.methods.contiguous import deal
 from poise.planning.placement import Placement
 from poise.routing.synthetic import grouped_trace
 
@@ -71,6 +73,7 @@ def test_wrong_groups_exit_with_2(files):
         (["--keep-groups", "nodes", "--pooled"], "layer by layer"),
         (["--keep-groups", "nodes", "--survive", "1", "-r", "4"], "4 routing groups lie whole"),
         (["--keep-groups", "nodes", "--engine", "checkpoint"], "blocks of ids, not on nodes"),
+        (["--keep-groups", "pays", "--method", "lpt"], "weighed by poise alone, the method asked for is lpt"),
     ):
         got = planned(files, *words)
         assert got.exit_code == 2 and text in " ".join(got.stderr.split()) and not got.stdout, got.output
@@ -79,3 +82,52 @@ def test_wrong_groups_exit_with_2(files):
     assert not (files / "p.npz").exists()
     (files / "config.json").write_text(json.dumps({**SIZES, "n_group": 1}))
     assert "nothing to keep whole" in " ".join(planned(files, "--keep-groups", "pays").stderr.split())
+
+
+def test_what_keeps_no_groups_in_a_comparison_is_said(files):
+    words = ["compare", files / "t.npz", "-c", "2x2:h100", "-m", files / "config.json", "-n", 64, "--work", 0.05,
+             "-p", "contiguous", "-p", "lpt"]  # fmt: skip
+    hard = run(*words, "--keep-groups", "nodes", "--fast", "poise", "--json")
+    assert hard.exit_code == 0, hard.output
+    notes = json.loads(hard.stdout)["notes"]
+    assert any(note.startswith("lpt is gathered: ") for note in notes), notes
+    assert not any(note.startswith("contiguous is gathered") for note in notes), "it keeps four groups on two nodes"
+    assert any(note.startswith("lpt + poise keeps no routing groups whole") for note in notes), notes
+    soft = json.loads(run(*words, "--keep-groups", "pays", "--fast", "poise", "--json").stdout)["notes"]
+    assert any(note.startswith("contiguous, lpt: planned as without --keep-groups pays") for note in soft), soft
+    assert not any("gathered" in note or "keeps no" in note for note in soft), soft
+
+
+def test_what_runs_now_is_not_gathered_for_a_verdict(files, monkeypatch):
+    rows = {}
+
+    def compared(whole, cluster, placements, **options):
+        found = compare(whole, cluster, placements=placements, **options)
+        rows.update({entry.name: entry.placement for entry in found.entries})
+        return found
+
+    compare = api.compare
+    monkeypatch.setattr(api, "compare", compared)
+    sizes = {"model": str(files / "config.json"), "tokens_per_step": 64, "redundant": 8}
+    said = api.planning_verdict(files / "t.npz", "2x2:h100", method="lpt", keep_groups="nodes", work=0.05, **sizes)
+    whole = WholeGroups.on_nodes(16, 4, np.array([0, 0, 1, 1], np.int32))
+    first = deal(16, np.full(4, 6), in_turn=False)
+    assert whole.torn_LG(first[None]).any() and "contiguous" in said
+    assert (rows["contiguous"].count_LED() == first).all() and not whole.torn_LG(rows["lpt"].count_LED()).any()
+
+
+@pytest.mark.parametrize("devices", ["2x4:h100", "1x2:h100"])
+def test_a_watch_for_new_ids_plans_with_groups_whole(files, devices):
+    """lpt tears groups, renumbering tears them, and parts of the way: the file follows the plan all the same."""
+    out = files / "order.json"
+    got = run("watch", files / "t.npz", "-c", devices, "-m", files / "config.json", "-n", 4, "--window", 4, "--every", 4,
+              "--method", "lpt", "--once", "--json", "--export", f"megatron:{out}", "-o", files / "now.npz")  # fmt: skip
+    assert got.exit_code == 0, got.output
+    plans = [line for line in map(json.loads, got.stdout.splitlines()) if line["event"] == "plan"]
+    assert any(plan["accepted"] for plan in plans), "or nothing is shown"
+    assert all(str(out) in plan["files"] for plan in plans if plan["accepted"])
+    for row in json.loads(out.read_text())["layers"].values():
+        assert all(len(set(block)) == 1 for block in (np.array(row).reshape(4, 4) // 4).tolist())
+    refused = run("watch", files / "t.npz", "-c", "3x1:h100", "-m", files / "config.json", "-n", 4, "-r", 2, "--once",
+                  "--export", f"megatron:{out}")  # fmt: skip
+    assert refused.exit_code == 2 and refused.stderr

@@ -15,8 +15,8 @@ from poise.planning.groups import WholeGroups, gathered, groups_of
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.group_first import assigned, assignment_seconds, group_first, group_sums, moved_groups
-from poise.planning.solve.solve import METHODS, solve
-from poise.replay.rows import groups_unseen
+from poise.planning.solve.solve import METHODS, solve, without_redundant
+from poise.replay.rows import groups_unseen, plan_and_fewer
 from poise.replay.surviving import Survival
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import grouped_trace
@@ -291,3 +291,32 @@ def test_what_loads_cannot_show_is_said():
     (said,) = groups_unseen(loads)
     assert "a copy is priced for each of its 2" in said and "at most 2 of 2 nodes" in said
     assert groups_unseen(replace(loads, whole=None)) == []
+
+
+def test_groups_that_only_may_lie_whole_need_not_fit():
+    """Three nodes of 8 slots have no room for 4 groups of 6: the plan is the one without the rule, and says why."""
+    free = problem(0, (2, 2, 2), (4,) * 6, 4, 6, keep=None)
+    whole = groups_of("pays", 24, 4, free.cluster.node_D)
+    soft = replace(free, whole=whole)
+    assert "room for 1 each, 3 in all" in groups_unseen(soft)[0]
+    with pytest.raises(OptionError, match="3 in all"):
+        replace(free, whole=replace(whole, must=True))
+    one, other = solve(free, work=0.05), solve(soft, work=0.05)
+    assert (one.placement.count_LED() == other.placement.count_LED()).all()
+    assert "whole_s" not in other.details["groups"]
+    wide = replace(free, slots_D=np.full(6, 6))
+    assert without_redundant(replace(wide, whole=whole)).slots_D.sum() == 24, "fewer slots, in which groups do not fit"
+    assert without_redundant(replace(wide, whole=replace(whole, must=True))) is None
+    fewer = plan_and_fewer(replace(wide, whole=whole), "poise", Budget(1.0, work=0.05), 0)[1]
+    assert fewer is None or fewer.placement.num_slots == 24
+
+
+def test_what_gathering_takes_away_is_counted():
+    some = problem(3, (2, 2), (4, 4, 4, 4), 4, 3, layers=2)
+    found = solve(some, method="round-robin", work=0.05)
+    made = METHODS["round-robin"].plan(some, time_limit_s=1.0).placement
+    stayed = (made.count_LED() > 0) & (found.placement.count_LED() > 0)
+    assert found.details["groups"]["gathered"] == (made.count_LED() > 0).sum() - stayed.sum() > 0
+    again = solve(replace(some, current=found.placement), method="contiguous", work=0.05)
+    torn = some.whole.torn_LG(METHODS["contiguous"].plan(some, time_limit_s=1.0).placement.count_LED())
+    assert (again.details["groups"]["gathered"] > 0) == torn.any()

@@ -378,6 +378,8 @@ class Controller:
         best: tuple[float, Decision] | None = None
         for plan in plans:
             for road, aim, left_out in self._roads(current, plan, problem, traffic):
+                if not problem.keeps_groups(road.after):  # a part of the way, or renumbered; all of the plan does
+                    continue
                 moves = move_list(current, road.after, expert_bytes=problem.model.expert_bytes, staging=s.staging,
                                   node_D=cluster.node_D, migration=road)  # fmt: skip
                 after = self._seconds(judged, road.after)
@@ -390,7 +392,8 @@ class Controller:
                 net = s.horizon_steps * (before - after) - cost
                 if best is None or net > best[0]:
                     best = net, Decision(step, reason, net > 0, before, after, cost, moves, aim, left_out=left_out)
-        assert best is not None
+        if best is None:
+            raise NoResultError(f"no way of at most {s.max_moves} moves keeps routing groups whole")
         chosen = best[1]
         if not (chosen.accepted and s.at_start):
             return chosen

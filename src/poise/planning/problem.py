@@ -74,7 +74,8 @@ class PlacementProblem:
     engine : what the engine can hold (:mod:`poise.planning.engine_rules`). No engine counts slots over all layers
         together: a ``pooled`` problem has the rules ``none``.
     whole : routing groups that lie whole (:mod:`poise.planning.groups`); None: they need not. Under an engine that
-        takes new expert ids, those of a model with routing groups always do.
+        takes new expert ids, those of a model with routing groups always do. Groups that only may lie whole need not
+        fit.
 
     Raises
     ------
@@ -156,7 +157,8 @@ class PlacementProblem:
         have, want = (whole.num_experts, len(whole.place_D)), (self.batch.num_experts, self.num_devices)
         if have != want:
             raise OptionError(f"groups of [experts, devices] {have}, the problem has {want}")
-        whole.room(slots_D, filled=not self.engine.empty_slots)
+        if whole.must:
+            whole.room(slots_D, filled=not self.engine.empty_slots)
 
     @property
     def place_D(self) -> NDArray[np.int64]:
@@ -224,17 +226,25 @@ class PlacementProblem:
             d = int(np.argmax(used - room))
             raise PlacementError(f"device {d} holds {used[d]} experts in {room[d]} slots")
 
+    def keeps_groups(self, placement: Placement) -> bool:
+        """Whether every group that must lie whole does."""
+        return not self._torn(placement).size
+
     def check_groups(self, placement: Placement) -> None:
         """Raise PlacementError if a group that must lie whole does not."""
-        if self.whole is None or not self.whole.must:
-            return
-        torn = np.argwhere(self.whole.torn_LG(placement.count_LED()))
+        torn = self._torn(placement)
         if torn.size:
-            assert placement.layer_ids_L is not None
+            assert placement.layer_ids_L is not None and self.whole is not None
             raise PlacementError(
                 f"layer {placement.layer_ids_L[torn[0, 0]]}: routing group {torn[0, 1]} lies in several places, and "
                 f"{len(torn)} of {placement.num_layers * self.whole.num_groups} groups of all layers do"
             )
+
+    def _torn(self, placement: Placement) -> NDArray[np.int64]:
+        """Layer and group of those that must lie whole and do not, int64 [n, 2]."""
+        if self.whole is None or not self.whole.must:
+            return np.empty((0, 2), np.int64)
+        return np.argwhere(self.whole.torn_LG(placement.count_LED()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.engine_rules import hold
+from poise.planning.groups import WholeGroups
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Solution
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
@@ -127,6 +128,8 @@ def planned_rows(
         out.insert(0, Entry(f"{method}, {redundant} redundant", fewer.placement, pooled, fewer.seconds, fitted=seen))
         said += [f"{out[0].name}: {text}" for text in shortened(fewer)]
     said += [f"{method}: {text}" for text in shortened(found)]
+    if moved := found.details.get("groups", {}).get("gathered", 0):
+        said.append(f"{method} is gathered: {moved} of its slots gave way so that routing groups lie whole")
     return out
 
 
@@ -201,9 +204,11 @@ def fewer_words(redundant: int, saves: float, defaults: Sequence[str] = ()) -> s
 
 def fast_rows(
     entries: Sequence[Entry], fast: Sequence[str], over: str | None, step_slots: int, predictor: str,
-    fitted: RoutingBatch, model_named: bool, said: list[str],
+    fitted: RoutingBatch, model_named: bool, said: list[str], whole: WholeGroups | None = None,
 ) -> list[Entry]:  # fmt: skip
-    """A row for each step-wise policy over one of the placements, none where another package's is broken."""
+    """A row for each step-wise policy over one of the placements, none where another package's is broken. Policies know
+    no ``whole`` routing groups: what must be so, and is not where they place experts, is said.
+    """
     if not fast:
         return []
     if predictor not in PREDICTORS:
@@ -222,6 +227,8 @@ def fast_rows(
         loop = FastLoop(policy, step_slots, PREDICTORS[predictor])
         name = free_name(f"{base.name} + {spec}", [*entries, *out])
         out.append(Entry(name, base.placement, fast=loop, prior_LE=fitted.load_LE(), fitted=base.fitted))
+        if whole is not None and whole.must:
+            said.append(f"{name} keeps no routing groups whole: it places experts step by step, wherever they help")
     return out
 
 
@@ -233,8 +240,15 @@ def free_name(name: str, entries: Sequence[Entry]) -> str:
 
 
 def groups_unseen(problem: PlacementProblem) -> list[str]:
-    """What a price of loads does not say of routing groups that are kept whole on nodes, one sentence or none."""
+    """What a price of loads does not say of routing groups that are kept whole on nodes, or that those that may be so
+    do not fit; one sentence or none.
+    """
     whole, model = problem.whole, problem.model
+    if whole is not None and not whole.must:
+        try:
+            whole.room(problem.layer_slots_D, filled=not problem.engine.empty_slots)
+        except OptionError as error:
+            return [f"planned as without --keep-groups pays: {error.message}"]
     if whole is None or whole.where != "nodes" or whole.num_places == 1 or problem.batch.has_tokens:
         return []
     most = min(model.groups_per_token or model.top_k, whole.num_places)
@@ -243,6 +257,13 @@ def groups_unseen(problem: PlacementProblem) -> list[str]:
         f"wherever they lie, and with groups whole a token goes to at most {most} of {whole.num_places} nodes, which "
         "'pays' does not count: a trace shows it"
     ]
+
+
+def groups_unweighed(methods: Sequence[str]) -> list[str]:
+    """Methods that do not weigh where whole routing groups pay, one sentence or none."""
+    rivals = [name for name in methods if name != "poise"]
+    said = "planned as without --keep-groups pays: whether whole groups pay is weighed by poise alone"
+    return [f"{', '.join(rivals)}: {said}"] * bool(rivals)
 
 
 UNEVEN_HOMES = 1.1

@@ -23,7 +23,7 @@ from poise.engines.dump import SlotRecord
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.planning.engine_rules import ANY, hold
+from poise.planning.engine_rules import ANY, ENGINES, hold
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
@@ -32,6 +32,9 @@ from poise.util.errors import OptionError, PlacementError, PoiseError, TraceErro
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
 from poise.watch.sources import Arrival, Polled, Source
+
+NEW_IDS = frozenset(name for name, rules in ENGINES.items() if rules.ids)
+"""Engines for which a plan is new expert ids: exports that only some plans can have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -270,7 +273,9 @@ class Service:
             raise OptionError(f"the placement is for {placement.num_devices} devices, the cluster has {devices}")
         placement = hold(rows_of(placement, steps.layer_ids_L), ANY)[0]  # as the engine that serves it holds it
         slots_D = np.bincount(placement.slot_device_S, minlength=devices)
-        self._problem = PlacementProblem(steps, s.cluster, sizes, slots_D, flow, s.split, current=placement)
+        rules = next((ENGINES[one.target] for one in self.outputs if one.target in NEW_IDS), ANY)
+        self._problem = PlacementProblem(steps, s.cluster, sizes, slots_D, flow, s.split, current=placement,
+                                         engine=rules)  # fmt: skip
         self._first = placement
         self.controller = Controller(self._problem, s.settings)
         for output in self.outputs:  # what cannot be written at all is said before anything is planned

@@ -3,7 +3,8 @@
 Both are priced on the problem's own traffic as they will be held. Where layers depend on each other (``stay``), and
 under another risk than the mean, one of the two is taken whole. So the plan is never slower there than the one without
 the rule; how that one is found is not changed by asking for this: by work it has all of it and the second plan comes on
-top, by the clock the second one has its :data:`SHARE`.
+top, by the clock the second one has its :data:`SHARE`. Where groups cannot lie whole in these slots there is no second
+plan.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def where_it_pays(
     """The better of ``plan`` without the rule and under it, layer by layer where that can be."""
     whole = problem.whole
     assert whole is not None
-    loose, strict = replace(problem, whole=None), replace(problem, whole=replace(whole, must=True))
-    clock = budget.work is None
+    loose = replace(problem, whole=None)
+    if not whole.fits(problem.layer_slots_D, filled=not problem.engine.empty_slots):
+        return plan(loose, budget)
+    strict, clock = replace(problem, whole=replace(whole, must=True)), budget.work is None
     found = [plan(loose, budget.part(1 - SHARE) if clock else budget)]
     if whole.num_places == 1 or (clock and budget.over("groups whole")):
         return found[0]

@@ -231,12 +231,13 @@ def solve(
     search = budget if budget.work is not None or not joint else budget.part(1 - joint)
     result = chosen.plan(problem, time_limit_s=search, seed=seed, progress=progress)
     problem.check(result.placement)
+    made = result.placement
     some = some_steps(problem, PRICE_SHARE * budget.seconds, 2 * price_seconds(problem))
     result = replace(result, placement=as_held(some, result.placement))
     problem.engine.check(result.placement, problem.slots_D)
     problem.check_groups(result.placement)
     if problem.whole is not None:
-        result = replace(result, details={**result.details, "groups": _groups(problem, result)})
+        result = replace(result, details={**result.details, "groups": _groups(problem, made, result)})
     seconds = time.monotonic() - began
     needed = price_seconds(problem) + bound_seconds(problem)
     most = budget.afford(min(needed, PRICE_SHARE * budget.seconds), "price")
@@ -246,13 +247,16 @@ def solve(
     return replace(found, details={**found.details, "cut_by_clock": cut}) if cut else found
 
 
-def _groups(problem: PlacementProblem, result: MethodResult) -> dict[str, Any]:
-    """In how many layers every routing group lies whole, beside what the method says of them."""
-    whole = problem.whole
+def _groups(problem: PlacementProblem, made: Placement, result: MethodResult) -> dict[str, Any]:
+    """In how many layers every routing group lies whole, and how many slots of what was ``made`` gave way for it
+    (``gathered``), beside what the method says of them.
+    """
+    whole, count_LED = problem.whole, result.placement.count_LED()
     assert whole is not None
-    kept = int((~whole.torn_LG(result.placement.count_LED()).any(axis=1)).sum())
+    kept = int((~whole.torn_LG(count_LED).any(axis=1)).sum())
+    left = int(((made.count_LED() > 0) & (count_LED == 0)).sum())  # filling takes none away
     return {"where": whole.where, "must": whole.must, "groups": whole.num_groups, "places": whole.num_places,
-            "whole_layers": kept, "layers": result.placement.num_layers,
+            "whole_layers": kept, "layers": result.placement.num_layers, "gathered": left,
             **result.details.get("groups", {})}  # fmt: skip
 
 
@@ -266,7 +270,8 @@ def without_redundant(problem: PlacementProblem) -> PlacementProblem | None:
     if problem.engine.empty_slots or problem.slots_D.min() <= fewest:
         return None
     slots_D = np.full(problem.num_devices, fewest)
-    if problem.whole is not None and not problem.whole.fits(slots_D, filled=True):
+    whole = problem.whole
+    if whole is not None and whole.must and not whole.fits(slots_D, filled=True):
         return None
     return replace(problem, slots_D=slots_D)
 
