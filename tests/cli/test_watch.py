@@ -220,7 +220,7 @@ def test_the_first_few_rows_do_not_settle_what_a_step_is(parts, cluster, tmp_pat
     assert got.notes[0].startswith("steps of 160 tokens, chosen by the first 2560 rows") and tail.poll().notes == ()
     words = ["-c", cluster, "--once", "--method", "lpt"]
     said = run(path, *words, "--json")
-    assert lines(said, "note") == [{"event": "note", "message": got.notes[0], "files": []}]
+    assert lines(said, "note") == [{"schema": 1, "event": "note", "message": got.notes[0], "files": []}]
     assert "steps of 160 tokens" in run(path, *words).stderr
 
 

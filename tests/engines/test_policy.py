@@ -235,7 +235,7 @@ def test_no_clock_and_no_threads_decide(monkeypatch):
     ):
         tree = ast.parse(Path(importlib.import_module(f"poise.{module}").__file__).read_text())
         products = [ast.unparse(node) for node in ast.walk(tree) if isinstance(getattr(node, "op", None), ast.MatMult)]
-        assert products in ([], ["weight_B @ load[:, :-1] ** 2"]), module  # one step: nothing is added up
+        assert products in ([], ["weight_B @ own[:, :-1] ** 2"]), module  # one step: nothing is added up
 
 
 def test_logical_maps():

@@ -39,9 +39,9 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
     groups: Annotated[
         bool,
-        typer.Option(
-            "--keep-groups",
-            help="Of a placement that tears the model's routing groups, the nearest one that does not. A plan for "
+        o.flag(
+            "keep_groups",
+            "Of a placement that tears the model's routing groups, the nearest one that does not. A plan for "
             "--engine checkpoint, megatron or deepspeed never does.",
         ),
     ] = False,

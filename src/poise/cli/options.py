@@ -34,6 +34,7 @@ FLAGS = {
     "cluster": ("--cluster", "-c"),
     "html": ("--html",),
     "json": ("--json",),
+    "keep_groups": ("--keep-groups",),
     "model": ("--model", "-m"),
     "output": ("--output", "-o"),
     "placement": ("--placement", "-p"),

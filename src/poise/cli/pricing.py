@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from poise.cli.options import HomesRule, Model, SplitRule, StepOrder, TokensPerStep, TrafficModel, one_of
+from poise.cli.options import HomesRule, Model, SplitRule, StepOrder, TokensPerStep, TrafficModel, flag, one_of
 from poise.cost.split import SPLITS
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.engine_rules import ENGINES
@@ -24,9 +24,9 @@ EngineName = Annotated[
 ]
 KeepGroups = Annotated[
     str | None,
-    typer.Option(
-        "--keep-groups",
-        help="The model's routing groups: whole on nodes; whole in ids, blocks of new expert ids (always so for an "
+    flag(
+        "keep_groups",
+        "The model's routing groups: whole on nodes; whole in ids, blocks of new expert ids (always so for an "
         "engine that takes those); or pays: on nodes in the layers where the modelled time is less.",
     ),
 ]

@@ -93,11 +93,13 @@ def _warnings_told() -> Iterator[None]:
 def compiling() -> Iterator[None]:
     """Say on stderr that functions are compiled, and at the end how many and in what time."""
     COMPILATION.on_first = lambda: talk.print("compiling, which is done once ...")
+    count, seconds = COMPILATION.count, COMPILATION.seconds
     try:
         yield
     finally:
-        if COMPILATION.count:
-            talk.print(f"compiled {COMPILATION.count} functions in {COMPILATION.seconds:.0f} s, once")
+        if COMPILATION.count > count:
+            took = COMPILATION.seconds - seconds
+            talk.print(f"compiled {COMPILATION.count - count} functions in {took:.0f} s, once")
 
 
 @contextmanager
