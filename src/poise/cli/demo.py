@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +35,7 @@ from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.fingerprint import NO_TRAFFIC
 from poise.routing.trace import RoutingTrace
+from poise.util.compilation import COMPILATION
 from poise.util.errors import OptionError
 from poise.util.words import percent
 
@@ -76,7 +81,7 @@ def demo(
         for path in (html, output):
             if path is not None:
                 o.writable(path)
-        with o.progress() as report:
+        with o.progress() as report, _fast_loop_compiled_beside():
             found, held_out = compared(
                 domain, cluster=cluster, redundant=redundant, tokens_per_step=tokens_per_step, all_methods=all_tables,
                 work=WORK if work is None and time_limit is None else work,
@@ -105,9 +110,7 @@ def compared(
     ------
     OptionError : the trace has no such domain.
     """
-    with as_file(files("poise") / "data" / "demo_trace.npz") as path:
-        trace = api.load(path)
-    assert isinstance(trace, RoutingTrace)
+    trace = _trace()
     names = trace.domain_names
     if domain not in (*names, ALL):
         raise OptionError(f"unknown domain {domain!r}", hint=f"one of {', '.join(names)} or {ALL}")
@@ -122,6 +125,45 @@ def compared(
         **more,
     )  # fmt: skip
     return found, held_out
+
+
+def compile_fast_loop() -> None:
+    """One step of the fast loop over blocks: all that the demo's fast loop compiles, and no planner."""
+    trace = _trace().select(domains=[DOMAIN])
+    api.compare(
+        trace, CLUSTER, fit=trace, placements=(_blocks(trace, CLUSTER),), redundant=REDUNDANT, model=MODEL, engine=ENGINE,
+        tokens_per_step=TOKENS, steps=1, warm_up=1, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
+    )  # fmt: skip
+
+
+@contextmanager
+def _fast_loop_compiled_beside() -> Iterator[None]:
+    """Where this process has to compile, a second one compiles the fast loop while this one compiles the planners."""
+    said = COMPILATION.on_first
+    beside: list[subprocess.Popen[bytes]] = []
+
+    def first() -> None:
+        if said is not None:
+            said()
+        command = [sys.executable, "-W", "ignore", "-c", f"from {__name__} import compile_fast_loop as f; f()"]
+        with suppress(OSError):  # this process compiles it all then
+            beside.append(subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL))
+
+    COMPILATION.on_first = first
+    try:
+        yield
+    finally:
+        COMPILATION.on_first = said
+        for one in beside:
+            one.kill()
+            one.wait()
+
+
+def _trace() -> RoutingTrace:
+    with as_file(files("poise") / "data" / "demo_trace.npz") as path:
+        trace = api.load(path)
+    assert isinstance(trace, RoutingTrace)
+    return trace
 
 
 def _command() -> str:
