@@ -131,8 +131,8 @@ def compile_fast_loop() -> None:
     """One step of the fast loop over blocks: all that the demo's fast loop compiles, and no planner."""
     trace = _trace().select(domains=[DOMAIN])
     api.compare(
-        trace, CLUSTER, fit=trace, placements=(_blocks(trace, CLUSTER),), redundant=REDUNDANT, model=MODEL, engine=ENGINE,
-        tokens_per_step=TOKENS, steps=1, warm_up=1, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
+        trace, CLUSTER, fit=trace, placements=(_blocks(trace, CLUSTER),), redundant=REDUNDANT, model=MODEL,
+        engine=ENGINE, tokens_per_step=TOKENS, steps=1, warm_up=1, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
     )  # fmt: skip
 
 
