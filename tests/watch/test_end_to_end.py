@@ -176,7 +176,12 @@ def check_page(url):
             and any("drift" in row and "taken" in row for row in rows)
             and any("first" in row for row in rows)
         )
-        assert page.locator("#chart-imbalance .plan-mark").count() == sum(plan["accepted"] for plan in state["plans"])
+
+        def accepted():
+            return sum(plan["accepted"] for plan in json.loads(get(url + "state.json"))["plans"])
+
+        marks = page.locator("#chart-imbalance .plan-mark")
+        until(lambda: marks.count() == accepted(), "a mark for each accepted plan")  # the watch goes on meanwhile
         assert page.locator("#chart-drift .alarm-mark").count() >= 1 and page.locator("polyline").count() == 2
         assert float(page.locator("#imbalance").inner_text()) >= 1 and "%" in page.locator("#gap").inner_text()
         size = page.locator("#heat").evaluate("c => [c.width, c.height]")
