@@ -169,7 +169,6 @@ def check_page(url):
         page.on("request", lambda request: request.url.startswith(url) or problems.append(request.url))
         page.goto(url)
         until(lambda: page.locator("#plans tr").count() > 1, "the plans on the page")
-        state = json.loads(get(url + "state.json"))
         rows = page.locator("#plans tr").all_inner_texts()
         assert (
             len(rows) >= 3
