@@ -19,7 +19,7 @@ TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.lab.emulate.probe
 PLUGINS = {f"poise.engines.plugins.{name}" for name in ("vllm_plugin", "sglang_plugin", "policy")}
 OLD_NAMES = {"test_moved.py"}
 ROOMS = ("version", "moved", "util", "machine", "routing", "cost", "planning", "stepwise", "replay", "simulate", "report", "control",
-         "runtime", "serve", "train", "engines", "api", "watch", "lab", "cli")  # fmt: skip
+         "runtime", "serve", "train", "engines", "api", "bench", "watch", "lab", "cli")  # fmt: skip
 """From the ground up: docs/vocabulary.md says what lies in each. Every module is in one of them, or is ``poise`` itself, on top."""
 MOST_ARGUMENTS = 8
 ALIAS = re.compile("_?[A-Z][A-Za-z]*[a-z][A-Za-z]*")
