@@ -213,11 +213,13 @@ LISTING = (
     "from poise.cli import main\ntry:\n    main.app({words!r})\nexcept SystemExit as end:\n    assert not end.code"
 )
 INSPECT = ["inspect", str(SRC / "poise" / "data" / "demo_trace.npz"), "--json"]
+RESOURCES = {"importlib.abc", "importlib.resources", "tempfile"}
+"""What abstract finders and loaders come with."""
 LOADED = {  # what is run -> heavy modules that are then there, and may not be
-    "import poise": HEAVY | {"numpy", "rich", "typer"},
+    "import poise": HEAVY | RESOURCES | {"numpy", "rich", "typer"},
     "import poise.cli.main": HEAVY | {"numpy", "rich"},
     LISTING.format(words=["--help"]): HEAVY | {"numpy", "rich", "poise.cli.plan"},
-    LISTING.format(words=INSPECT): HEAVY | {"poise.api", "poise.cli.plan"},
+    LISTING.format(words=INSPECT): HEAVY | {"poise.api", "poise.cli.plan", "rich.table", "rich.progress"},
     "import poise.cli.plan, poise.cli.compare, poise.cli.watch": {"torch", "transformers"},
 }
 

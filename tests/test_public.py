@@ -32,7 +32,7 @@ OPTIONS = {
                       "--survive", "--survive-cost", "--survive-copies",
                       "--verdict", "--engine", "--keep-groups", "--homes", "--executor", "--json"},
     "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
-                         "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--keep-groups", "--homes", "--json"},
+                         "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--keep-groups", "--homes", "--what-if", "--json"},
     "homes": {"--cluster", "--output", "--placement-out", "--redundant", "--model", "--traffic", "--split", "--engine", "--tokens-per-step",
               "--policy", "--band", "--time-limit", "--work", "--seed", "--json"},
     "machines": {"--json"},

@@ -158,13 +158,13 @@ def _results(data: Any) -> BenchResults:
 
 def _case(data: Any) -> CaseResult:
     found = _object(data, "a case")
-    texts = {key: _text(found, key) for key in ("name", "hash", "machine", "ground", "model")}
-    if not HASH.fullmatch(texts["hash"]):
-        raise OptionError(f"case {texts['name']!r} has hash {texts['hash'][:80]!r}, which is no sha256")
-    whole = {key: _whole(found, key) for key in ("tokens", "redundant", "seed", "steps")}
+    name, digest, machine, ground, model = (_text(found, key) for key in ("name", "hash", "machine", "ground", "model"))
+    if not HASH.fullmatch(digest):
+        raise OptionError(f"case {name!r} has hash {digest[:80]!r}, which is no sha256")
+    tokens, redundant, seed, steps = (_whole(found, key) for key in ("tokens", "redundant", "seed", "steps"))
     rows = tuple(_row(one) for one in _list(found, "rows", MOST_ROWS))
-    notes = [note for note in _list(found, "notes", MOST_ROWS) if isinstance(note, str)]
-    return CaseResult(**texts, **whole, rows=rows, notes=tuple(notes))
+    notes = tuple(note for note in _list(found, "notes", MOST_ROWS) if isinstance(note, str))
+    return CaseResult(name, digest, machine, ground, model, tokens, redundant, seed, steps, rows, notes)
 
 
 def _row(data: Any) -> BenchRow:

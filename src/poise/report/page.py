@@ -9,8 +9,9 @@ from pathlib import Path
 
 from poise.replay.compare import Comparison
 from poise.replay.verdict import Verdict
+from poise.replay.what_if import WhatIf
 from poise.report import charts
-from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict, wait
+from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict, wait, what_if
 from poise.report.view import Made, View
 from poise.util.errors import PlacementError
 from poise.util.files import replacing
@@ -29,18 +30,21 @@ SECTIONS = (
 )
 
 
-def write_report(comparison: Comparison, path: str | Path, *, command: str | None = None) -> None:
+def write_report(
+    comparison: Comparison, path: str | Path, *, command: str | None = None, what: WhatIf | None = None
+) -> None:
     """Write one self-contained HTML file; it appears whole or not at all.
 
     Parameters
     ----------
     command : command line that made it, for the footer.
+    what : other settings, for the panel that shows them.
 
     Raises
     ------
     PlacementError : the file cannot be written.
     """
-    write_page(render(comparison, Made.now(command)), path)
+    write_page(render(comparison, Made.now(command), what), path)
 
 
 def write_verdict(found: Verdict, path: str | Path, *, command: str | None = None) -> None:
@@ -59,10 +63,11 @@ def write_page(page: str, path: str | Path) -> None:
         stream.write(page.encode())
 
 
-def render(comparison: Comparison, made: Made) -> str:
+def render(comparison: Comparison, made: Made, what: WhatIf | None = None) -> str:
     """The page as a string."""
     view = View.of(comparison)
-    sections = "\n".join(section(view) for section in SECTIONS)
+    first, *others = (section(view) for section in SECTIONS)
+    sections = "\n".join([first, *([] if what is None else [what_if.section(what)]), *others])
     title = f"poise: {view.best.name} and {view.base.name}, {comparison.model.name} on {comparison.cluster!r}"
     return page_of(
         title, comparison.verdict(), f"Best placement on {view.where(view.best)}", _cards(view), sections, made

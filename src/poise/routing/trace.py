@@ -231,6 +231,7 @@ class RoutingTrace:
 
     def every_second_request(self) -> tuple[RoutingTrace, RoutingTrace]:
         """Every second request in order of appearance, beginning with the first, and the others."""
+        assert self.request is not None
         mask = np.isin(self.request, self.requests()[::2])
         return self.rows(mask), self.rows(~mask)
 
