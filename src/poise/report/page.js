@@ -169,17 +169,16 @@ if (flowData) {
 const whatIf = document.getElementById("what-if");
 if (whatIf) {
   const data = JSON.parse(whatIf.querySelector("script").textContent);
-  const bars = [...whatIf.querySelectorAll("rect")], words = [...whatIf.querySelectorAll("text.figure")];
+  const bars = [...whatIf.querySelectorAll(".track i")], words = [...whatIf.querySelectorAll(".figure")];
   const said = whatIf.querySelector("output");
   const chosen = (key) => Number(whatIf.querySelector(`input[name=what-if-${key}]:checked`).value);
   const update = () => {
     const figures = data.figures[chosen("redundant")][chosen("tokens")][chosen("machine")];
     const most = Math.max(...figures.map(([ms]) => ms ?? 0));
     figures.forEach(([ms, even], row) => {
-      const wide = (data.width * (ms ?? 0)) / most, isBound = row === figures.length - 1;
-      bars[row].setAttribute("width", wide.toFixed(1));
-      words[row].setAttribute("x", (Number(bars[row].getAttribute("x")) + wide + 8).toFixed(1));
-      words[row].textContent = ms === null ? "no such map" : `${ms.toFixed(2)} ms` + (isBound ? "" : `, ${even.toFixed(2)} × mean`);
+      bars[row].style.width = `${((100 * (ms ?? 0)) / most).toFixed(2)}%`;
+      const more = row === figures.length - 1 ? "" : `, ${even?.toFixed(2)} × mean`;
+      words[row].textContent = ms === null ? "no such map" : `${ms.toFixed(2)} ms${more}`;
     });
     const base = figures[0][0];
     let best = 0;

@@ -13,7 +13,6 @@ from poise.replay.what_if import WhatIf
 from poise.report import charts
 from poise.util.words import percent
 
-ROW, BAR, RIGHT = 30.0, 16.0, 150.0
 BOUND = "bound"
 
 
@@ -21,8 +20,8 @@ def section(found: WhatIf) -> str:
     """Three groups of choices, a bar a map, and what the best one saves; without a script the report's own setting."""
     lead = (
         "Maps planned anew for other redundant slots; at other batches and on other machines of this shape the same "
-        "maps, priced again. Bars are milliseconds of the recorded MoE layers of a step of the judged traffic; the "
-        "longest is the slowest map of the setting, whatever it takes."
+        "maps, priced again. Milliseconds are those of the recorded MoE layers of a step of the judged traffic; beside "
+        "them the tokens of the fullest device over the mean."
     )
     choices = (
         ("redundant", "redundant slots", [f"{many:,}" for many in found.redundant]),
@@ -30,15 +29,14 @@ def section(found: WhatIf) -> str:
         ("machine", "machine", list(found.machines)),
     )
     groups = "".join(_choice(*one, at) for one, at in zip(choices, found.here, strict=True))
-    names = (*found.maps, BOUND)
     figures = _figures(found)
     r, n, m = found.here
     here = figures[r][n][m]
-    data = {"figures": figures, "width": _width(names), "worth": NOT_WORTH, "maps": list(found.maps)}
+    data = {"figures": figures, "worth": NOT_WORTH, "maps": list(found.maps)}
     body = (
         f'<figure class="panel what-if" id="what-if"><div class="choices needs-js">{groups}</div>'
-        f'<div class="sideways">{_bars(names, here)}</div><output aria-live="polite">{escape(_said(found.maps, here))}'
-        f"</output>{charts.as_script(data)}</figure>"
+        f'{_bars((*found.maps, BOUND), here)}<output aria-live="polite">{escape(_said(found.maps, here))}</output>'
+        f"{charts.as_script(data)}</figure>"
     )
     return charts.section("whatif", "What if", escape(lead), body)
 
@@ -62,23 +60,18 @@ def _figures(found: WhatIf) -> list[list[list[list[list[float | None]]]]]:
              for by_m in by_n] for by_n in every.tolist()]  # fmt: skip
 
 
-def _width(names: Sequence[str]) -> float:
-    """Of the longest bar."""
-    return charts.FULL - charts.margin(names) - RIGHT
-
-
 def _bars(names: Sequence[str], figures: Sequence[Sequence[float | None]]) -> str:
-    left, most = charts.margin(names), max(pair[0] or 0.0 for pair in figures)
-    body = []
+    """A row a map, the bound last: its name, a bar, its figures. Nothing is told by colour alone."""
+    most = max(ms or 0.0 for ms, _ in figures)
+    rows = []
     for row, (name, (ms, even)) in enumerate(zip(names, figures, strict=True)):
-        y, wide = ROW * row + 6, _width(names) * (ms or 0.0) / most
-        kind = "idle" if name == BOUND and row == len(names) - 1 else "map"
-        body.append(
-            charts.text(left - 10, y + 13, charts.shorten(name), "", "end")
-            + f'<rect class="{kind}" x="{left:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{BAR}"/>'
-            + charts.text(left + wide + 8, y + 13, _words(ms, even, bound=kind == "idle"), "figure")
+        bound = row == len(names) - 1
+        rows.append(
+            f'<tr><th scope="row">{escape(charts.shorten(name))}</th><td class="track">'
+            f'<i class="{"bound" if bound else "map"}" style="width:{100 * (ms or 0.0) / most:.2f}%"></i></td>'
+            f'<td class="figure">{_words(ms, even, bound=bound)}</td></tr>'
         )
-    return charts.svg(charts.FULL, ROW * len(names) + 6, "Milliseconds of a step, by map", "".join(body))
+    return f'<table class="bars"><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _words(ms: float | None, even: float | None, *, bound: bool) -> str:
