@@ -6,7 +6,7 @@ import pytest
 import poise
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.machine.settle import settle
+from poise.machine.settle import flow_of, settle
 from poise.planning.engine_rules import parse_engine
 from poise.planning.problem import PlacementProblem, deal_slots
 from poise.planning.solve.solve import solve
@@ -60,7 +60,7 @@ def test_a_cell_is_the_map_planned_here_and_priced_there(asked, r, n, m):
     batch = found.batches[found.judged_on] if grid.tokens[n] == SIZE else batch_of(grid.tokens[n])
     machine = settle(Cluster.parse(f"1x4:{grid.machines[m]}"), found.model, batch.mean_tokens(), engine="vllm")
     for a, placed in enumerate((found.entries[0].placement, made)):
-        got = replay(batch, placed, machine, found.model, traffic="home_node_dedup", split=found.split)
+        got = replay(batch, placed, machine, found.model, traffic=flow_of(machine), split=found.split)
         assert grid.seconds_RNMA[r, n, m, a] == pytest.approx(got.step_seconds_B.mean(), rel=1e-12)
 
 

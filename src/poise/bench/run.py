@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,8 @@ from poise.version import VERSION
 
 PACKAGES = ("numpy", "scipy", "highspy", "numba")
 """What computes, beside poise."""
+BEGINNING = re.compile(r"[0-9a-f]{6,64}")
+"""Of a hash, as cases are asked for."""
 WORK = 60.0
 """Units of work for each plan; no clock, so that figures are the same on every machine."""
 
@@ -37,12 +40,15 @@ def chosen_cases(only: Sequence[str]) -> list[FrozenCase]:
     every = frozen_cases()
     if not only:
         return list(every.values())
-    hashes = {name: case.digest() for name, case in every.items()}
-    wanted = {text: {name for name in every if text in name or hashes[name].startswith(text)} for text in only}
+    wanted = {text: {name for name, case in every.items() if text in name or _begins(case, text)} for text in only}
     for text, names in wanted.items():
         if not (text and names):
             raise OptionError(f"no case has {text!r} in its name", hint=f"{close_to(text, every)[:400]} (--list)")
     return [case for name, case in every.items() if any(name in names for names in wanted.values())]
+
+
+def _begins(case: FrozenCase, text: str) -> bool:
+    return BEGINNING.fullmatch(text) is not None and case.digest().startswith(text)
 
 
 def run_case(
