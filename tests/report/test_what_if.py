@@ -65,6 +65,7 @@ def test_keys_choose_a_setting(opened, grid):
         ["15.00 ms, 1.00 × mean", "10.50 ms, 1.25 × mean", "5.00 ms"],
         f"{EVIL} saves 30.0% over contiguous.",
     )
+    assert max(row.bounding_box()["height"] for row in page.locator("#what-if tr").all()) < 50, "a name is in one line"
     page.locator("#what-if input[name=what-if-redundant]:checked").focus()
     page.keyboard.press("ArrowRight")  # 8 redundant slots
     page.keyboard.press("Tab")

@@ -46,7 +46,7 @@ WORK = 60.0
 """No clock unless one is asked for: the figures are the same on every machine."""
 TOKENS, STEPS, WARM_UP = 4096, 8, 3
 SIZES, SIZE_STEPS = (64, 256, 1024, 4096, 16384), 4
-WHAT_IF_SIZES, WHAT_IF_PRESETS, WHAT_IF_WORK = (256, 1024, 16384), ("a100", "h200", "b200"), 20.0
+WHAT_IF_SIZES, WHAT_IF_PRESETS, WHAT_IF_WORK = (256, 16384), ("a100", "b200"), 10.0
 """Of the report's panel; maps for other slots are planned with less work than those of the first screen."""
 METHODS = ("eplb", "poise")
 LABELS = {

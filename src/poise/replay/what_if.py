@@ -111,7 +111,9 @@ def what_if(
             bound[r, n, m] = bound_terms(batch, price.cluster, price.model, traffic=price.traffic, slots_D=slots_D,
                                          blind=price.split != "near").seconds_BL.sum(axis=1).mean()  # fmt: skip
             for a, placed in enumerate(maps):
-                if placed is not None:
+                if r and _stays(entries[a]):
+                    seconds[r, n, m, a], imbalance[r, n, m, a] = seconds[0, n, m, a], imbalance[0, n, m, a]
+                elif placed is not None:
                     cost = price.cost(batch, placed.count_LED())
                     seconds[r, n, m, a] = cost.seconds_BL.sum(axis=1).mean()
                     imbalance[r, n, m, a] = np.nanmean(cost.imbalance_BL())
@@ -164,9 +166,14 @@ def _machines(own: Cluster, presets: Sequence[str]) -> dict[str, Cluster]:
     return {own.name: own, **others}
 
 
+def _stays(entry: Entry) -> bool:
+    """Whether the map was given, and is the same for other slots."""
+    return entry.seconds is None or entry.name not in METHODS
+
+
 def _planned(entry: Entry, problem: PlacementProblem, budget: Budget) -> Placement | None:
     """The map of a method for these slots; one that was given stays as it is; None: the method has none."""
-    if entry.seconds is None or entry.name not in METHODS:
+    if _stays(entry):
         return entry.placement
     try:
         return solve(problem, method=entry.name, time_limit_s=budget).placement
