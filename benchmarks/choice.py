@@ -1,4 +1,4 @@
-"""Is poise beaten on traffic that it has not seen, on measured machines? Cases are frozen: see the commit that adds them.
+"""Is poise beaten on traffic that it has not seen, on measured machines? Cases are frozen (poise.bench.cases).
 
 python benchmarks/choice.py DATA [--only TEXT] [--no-report]
 
@@ -7,22 +7,19 @@ subject, a workload that was left out), by the kernel and the all-to-alls measur
 map priced as an engine holds it. Lost: cases in which the step of the best of all rivals, chosen when the result is known,
 is more than 0.5 % shorter. Nobody can choose so: a second table says of every method how often, and by how much, the
 best of all others beats it. Beside it the least that poise gains over the best rival within the errors of constants
-(poise.cost.perturb).
+(poise.cost.perturb). Unlike ``poise bench``, loads whose file says no K count a token once (DeepSeek's cases).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
-from importlib.resources import files
-from itertools import product
 from pathlib import Path
 
-import numpy as np
 from common import problem, table, write
 
-from poise import api
+from poise.bench.cases import FrozenCase, cases_of_files
+from poise.bench.results import LOST, standings
 from poise.cost.perturb import gain_range
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -30,63 +27,20 @@ from poise.planning.solve.solve import METHODS, solve
 from poise.replay.static import replay
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
-from poise.routing.files import read
-from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import NoResultError
 
 RIVALS = [name for name in METHODS if not METHODS[name].pooled and not name.startswith(("poise", "exact", "surplus"))]
 WORK, RIVAL_WORK = 600.0, 150.0
-LOST = 0.005
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One fit and one judgement."""
-
-    name: str
-    fit: RoutingTrace | LoadProfile
-    judge: RoutingTrace | LoadProfile
-    cluster: str
-    model: str | None
-    tokens: int | None
-    redundant: int
+def cases() -> list[FrozenCase]:
+    """The first cases of ``poise bench``."""
+    return list(cases_of_files())
 
 
-def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
-    """Every second request, and the others."""
-    assert trace.request is not None
-    first = np.isin(trace.request, trace.requests()[::2])
-    return trace.rows(first), trace.rows(~first)
-
-
-def cases(data: Path) -> list[Case]:
-    """All of them; only appended to."""
-    out: list[Case] = []
-    subjects = {path.stem: read(path) for path in sorted((data / "llama4-maverick").glob("*.npz"))}
-    pairs = [(f"{a} -> {b}", subjects[a], subjects[b]) for a, b in product(subjects, repeat=2) if a != b]
-    pairs += [(f"{name}, other requests", *halves(trace)) for name, trace in subjects.items()]
-    for (name, fit, judge), (cluster, devices), tokens, each in product(
-        pairs, (("1x8:h200", 8), ("2x4:h200", 8), ("2x8:h100", 16)), (512, 4096), (0, 1)
-    ):
-        where = f"llama-4 {name}, {cluster}, N = {tokens}, R = {each * devices}"
-        out.append(Case(where, fit, judge, cluster, "llama-4-maverick", tokens, each * devices))
-    loads = {path.stem: path for path in sorted((data / "deepseek-r1").glob("*.json"))}
-    for name, each in product(loads, (0, 1)):
-        others = api.load([path for other, path in loads.items() if other != name])
-        for cluster, tokens in (("8x8:h200", 8192), ("4x8:b200", 65536)):
-            redundant = each * (64 if cluster.startswith("8") else 32)
-            where = f"deepseek, {name} left out, {cluster}, N = {tokens}, R = {redundant}"
-            out.append(Case(where, others, read(loads[name]), cluster, "deepseek-r1", tokens, redundant))
-    demo = read(str(files("poise") / "data" / "demo_trace.npz"))
-    for cluster, tokens, redundant in product(("2x4:h100", "1x8:a100"), (1024, 8192), (0, 8)):
-        where = f"demo, other requests, {cluster}, N = {tokens}, R = {redundant}"
-        out.append(Case(where, *halves(demo), cluster, None, tokens, redundant))
-    return out
-
-
-def run(case: Case) -> tuple[list[object], dict[str, float]]:
+def run(case: FrozenCase, data: Path) -> tuple[list[object], dict[str, float]]:
     """A row (the case, poise, the best rival, and what lies between), and seconds of a step under every method."""
-    fit, judge = (make_batch(part, tokens_per_step=case.tokens) for part in (case.fit, case.judge))
+    fit, judge = (make_batch(part.load(data), tokens_per_step=case.tokens) for part in (case.fit, case.judge))
     asked = problem(fit, case.cluster, case.redundant, model=case.model)
     began = time.monotonic()
     ours = solve(asked, method="poise", work=WORK).placement
@@ -110,16 +64,8 @@ def run(case: Case) -> tuple[list[object], dict[str, float]]:
 
 
 def by_method(times: list[dict[str, float]]) -> list[list[object]]:
-    """Of each method: cases it has a map for, those lost by more than :data:`LOST`, mean and worst lead."""
-    rows = []
-    for name in ("poise", *RIVALS):
-        leads = np.array(
-            [1 - one[name] / min(one[other] for other in one if other != name) for one in times if name in one]
-        )
-        if leads.size:
-            lost = int((leads < -LOST).sum())
-            rows.append([name, leads.size, lost, f"{leads.mean():+.2%}", f"{leads.min():+.2%}"])
-    return sorted(rows, key=lambda row: (row[2], -float(row[3].rstrip("%"))))
+    """Of each method: cases it has a map for, those lost, mean and worst lead."""
+    return [[one.name, one.cases, one.lost, f"{one.lead:+.2%}", f"{one.worst:+.2%}"] for one in standings(times)]
 
 
 def judged(asked: PlacementProblem, batch: RoutingBatch, placement: Placement) -> tuple[float, float]:
@@ -135,9 +81,9 @@ def main() -> None:
     parser.add_argument("--no-report", action="store_true")
     options = parser.parse_args()
     rows, times = [], []
-    for case in cases(options.data):
+    for case in cases():
         if options.only in case.name:
-            row, seconds = run(case)
+            row, seconds = run(case, options.data)
             rows.append(row)
             times.append(seconds)
             print(*rows[-1], sep=" | ", flush=True)

@@ -17,7 +17,6 @@ from importlib.resources import files
 from itertools import product
 from pathlib import Path
 
-from choice import halves
 from common import table, write
 from static_near import some_layers
 
@@ -85,7 +84,7 @@ def rows(case: Case, work: float, steps: int) -> Iterator[list[object]]:
         slots_D = deal_slots(batch.num_experts, case.redundant, cluster.num_devices)
         return PlacementProblem(batch, cluster, case.model, slots_D, "home_node_dedup", case.split)
 
-    fit, later = halves(case.trace)
+    fit, later = case.trace.every_second_request()
     study = study_homes(fit, later, batched, problem_of, Budget(1.0, work=work), band=BAND)
     machine = problem_of(batched(fit)).cluster
     homed = batched(study.table.home(later)).evened(machine.num_devices)

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from choice import RIVALS, halves, judged
+from choice import RIVALS, judged
 from common import problem, table, write
 
 from poise.planning.placement import Placement
@@ -55,7 +55,7 @@ def rows(data: Path, setting: Setting, only: str = "") -> Iterator[list[object]]
     for (name, other), cluster, tokens, own in product(
         zip(subjects, list(subjects)[::-1], strict=True), ("2x8:h200", "4x8:h200"), (2048, 16384), (True, False)
     ):
-        fit, judge = halves(subjects[name])
+        fit, judge = subjects[name].every_second_request()
         words = f"{name}, fitted on {'other requests' if own else other}, {cluster}, N = {tokens}"
         if only in words:
             yield [words, *_row(fit if own else subjects[other], judge, cluster, tokens, setting)]

@@ -19,7 +19,7 @@ TORCH = ("poise.runtime", "poise.train", "poise.serve", "poise.lab.emulate.probe
 PLUGINS = {f"poise.engines.plugins.{name}" for name in ("vllm_plugin", "sglang_plugin", "policy")}
 OLD_NAMES = {"test_moved.py"}
 ROOMS = ("version", "moved", "util", "machine", "routing", "cost", "planning", "stepwise", "replay", "simulate", "report", "control",
-         "runtime", "serve", "train", "engines", "api", "watch", "lab", "cli")  # fmt: skip
+         "runtime", "serve", "train", "engines", "api", "bench", "watch", "lab", "cli")  # fmt: skip
 """From the ground up: docs/vocabulary.md says what lies in each. Every module is in one of them, or is ``poise`` itself, on top."""
 MOST_ARGUMENTS = 8
 ALIAS = re.compile("_?[A-Z][A-Za-z]*[a-z][A-Za-z]*")
@@ -213,11 +213,13 @@ LISTING = (
     "from poise.cli import main\ntry:\n    main.app({words!r})\nexcept SystemExit as end:\n    assert not end.code"
 )
 INSPECT = ["inspect", str(SRC / "poise" / "data" / "demo_trace.npz"), "--json"]
+RESOURCES = {"importlib.abc", "importlib.resources", "tempfile"}
+"""What abstract finders and loaders come with."""
 LOADED = {  # what is run -> heavy modules that are then there, and may not be
-    "import poise": HEAVY | {"numpy", "rich", "typer"},
+    "import poise": HEAVY | RESOURCES | {"numpy", "rich", "typer"},
     "import poise.cli.main": HEAVY | {"numpy", "rich"},
     LISTING.format(words=["--help"]): HEAVY | {"numpy", "rich", "poise.cli.plan"},
-    LISTING.format(words=INSPECT): HEAVY | {"poise.api", "poise.cli.plan"},
+    LISTING.format(words=INSPECT): HEAVY | {"poise.api", "poise.cli.plan", "rich.table", "rich.progress"},
     "import poise.cli.plan, poise.cli.compare, poise.cli.watch": {"torch", "transformers"},
 }
 

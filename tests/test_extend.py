@@ -1,5 +1,6 @@
 """Methods and policies of other packages: the package of docs/extend.md as written there, and broken ones."""
 
+import json
 import os
 import re
 import shlex
@@ -63,7 +64,7 @@ def save_trace(folder: Path) -> None:
 
 def test_the_package_of_the_page_works_as_written(folder):
     install_page(folder / "site")
-    assert {words[1] for words in COMMANDS} == {"plan", "compare"}
+    assert {words[1] for words in COMMANDS} == {"plan", "bench", "compare"}
     for name, text in FILES.items():
         assert len(text.splitlines()) <= 40, name
     for words in COMMANDS:
@@ -74,6 +75,8 @@ def test_the_package_of_the_page_works_as_written(folder):
         assert re.search(rf"^│ {row}", done.stdout, re.M), row
     assert "hottest:most=2" in done.stdout
     assert (folder / "placement.npz").exists()
+    rows = json.loads((folder / "results.json").read_text())["cases"][0]["rows"]
+    assert [row["method"] for row in rows] == ["contiguous", "snake", "snake + hottest"]
     named = python(folder, "-c", "import poise; print(list(poise.METHODS)[-1], list(poise.POLICIES)[-1])")
     assert named.stdout.split() == ["snake", "hottest"]
 

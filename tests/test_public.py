@@ -26,12 +26,13 @@ POLICIES = {
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {
     "demo": {"--html", "--output", "--domain", "--all", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
+    "bench": {"--list", "--only", "--data", "--method", "--fast", "--fast-over", "--work", "--output", "--compare", "--html", "--json"},
     "inspect": {"--executor", "--json"},
     "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
                       "--survive", "--survive-cost", "--survive-copies",
                       "--verdict", "--engine", "--keep-groups", "--homes", "--executor", "--json"},
     "compare": TRAFFIC | {"--work", "--cluster", "--placement", "--fit", "--judge", "--html", "--fast", "--fast-over",
-                         "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--keep-groups", "--homes", "--json"},
+                         "--step-slots", "--predictor", "--steps", "--warm-up", "--engine", "--keep-groups", "--homes", "--what-if", "--json"},
     "homes": {"--cluster", "--output", "--placement-out", "--redundant", "--model", "--traffic", "--split", "--engine", "--tokens-per-step",
               "--policy", "--band", "--time-limit", "--work", "--seed", "--json"},
     "machines": {"--json"},

@@ -203,6 +203,7 @@ def test_vllm_needs_no_export(files, tmp_path):
 
 KEYS = {  # of version 1: what goes or means something else makes it 2, and is changed here; what is new is added
     "inspect": "name layers experts tokens requests top_k decode_share domains per_layer",
+    "bench": "command made versions host work cases skipped",
     "plan": "method objective lower_bound gap seconds imbalance cut_by_clock interrupted terms details moves verdict",
     "convert": "engine kind wrote file recorded_layers profile notes",
     "diff": "fetched dropped moved_bytes links link_seconds most_on_device rounds ranks layers most",
@@ -216,6 +217,7 @@ KEYS = {  # of version 1: what goes or means something else makes it 2, and is c
 def test_every_json_says_what_it_is_and_its_version(files, tmp_path):
     of_verb = {
         "inspect": [files / "trace.npz"],
+        "bench": ["--only", "W0 balanced, 1x8", "--method", "contiguous", "--work", 1],
         "plan": [files / "trace.npz", "-c", "1x4", *PLAN, "-o", tmp_path / "p.npz"],
         "convert": [files / "loads.json", "-o", tmp_path / "l.npz"],
         "diff": [files / "plan.npz", files / "plan.npz"],

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from poise import api
+from poise.bench.results import BenchResults, BenchRow, CaseResult, SkippedCase
 from poise.cli.main import VERBS, app
 from poise.routing.synthetic import zipf_trace
 from poise.util.words import harmless, printable
@@ -16,7 +17,7 @@ from poise.util.words import harmless, printable
 EVIL = os.fsdecode(b"[red]a[/][/]\\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\xff\xc2\x9b\xe2\x80\xae")
 SHOWN = r"[red]a[/][/]\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\udcff\x9b\u202e"
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
-GOOD = {"t.npz", "l.json", "p.npz", "c.yaml", "config.json"}
+GOOD = {"t.npz", "l.json", "p.npz", "c.yaml", "config.json", "r.json"}
 
 
 def test_what_a_terminal_would_act_on_becomes_an_escape():
@@ -38,6 +39,7 @@ def commands(at):
             [at("t.npz"), "-c", at("c.yaml"), "-p", "contiguous", "-p", at("p.npz"), "--html", at("r.html"), "--judge", f"{EVIL.replace('=', '')}={at('t.npz')}"],
             [at("t.npz"), "-c", "1x4", "-p", at("p.npz"), "--json"],
         ],
+        "bench": [["--compare", at("r.json"), at("r.json"), *more] for more in ([], ["--json"], ["--html", at("b.html")])],
         "breakeven": [["-c", at("c.yaml"), "-m", "mixtral-8x7b", "--placement", at("p.npz"), "--sizes", 8, "--steps", 1, "--step-slots", 0, at("t.npz")]],
         "homes": [[at("t.npz"), "-c", at("c.yaml"), "-m", at("config.json"), "--work", 0.1, "-o", at("h.npz"), "--placement-out", at("q.npz"), *more] for more in ([], ["--json"])],
         "diff": [[at("p.npz"), at("p.npz"), "-c", at("c.yaml")]],
@@ -65,6 +67,11 @@ def files(tmp_path_factory):
     trace.save(good / "t.npz")
     (good / "l.json").write_text(json.dumps({"logical_count": np.arange(24).reshape(3, 8).tolist()}))
     api.plan(trace, "1x4", method="contiguous").placement.save(good / "p.npz")
+    row = BenchRow(EVIL, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, None)
+    case = CaseResult(EVIL, "0" * 64, EVIL, EVIL, EVIL, 1, 0, 0, 1, (row,), (EVIL,))
+    BenchResults(EVIL, EVIL, {EVIL: EVIL}, {EVIL: EVIL}, 1.0, (case,), (SkippedCase(EVIL, EVIL, EVIL),)).save(
+        good / "r.json"
+    )
     (good / "c.yaml").write_text("nodes: 1\ndevices_per_node: 4\n")
     sizes = {
         "num_hidden_layers": 3,

@@ -72,15 +72,15 @@ def test_what_is_mounted_is_refused_before_the_work(tmp_path):
 WRITES = {
     "demo": ["--html", "--output"], "plan": ["--output"], "compare": ["--html"], "convert": ["--output"], "export": ["--output"],
     "record": ["--output"], "calibrate": ["--output"], "watch": ["--output", "--export"],
-    "verdict": ["--output", "--html"], "homes": ["--output", "--placement-out"],
+    "verdict": ["--output", "--html"], "homes": ["--output", "--placement-out"], "bench": ["--output", "--html"],
 }  # fmt: skip
 READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--losses", "--curve", "--dump-dir",
-         "--from-tables"}  # fmt: skip
+         "--from-tables", "--data"}  # fmt: skip
 NEEDS = {
     "plan": ["missing.npz", "-c", "1x4"], "compare": ["missing.npz", "-c", "1x4"], "convert": ["missing"], "demo": [],
     "export": ["missing.npz", "--to", "sglang"], "record": ["missing", "missing.txt"], "calibrate": [],
     "watch": ["missing.npz", "-c", "1x4"], "verdict": ["missing.npz", "-c", "1x4", "-m", "deepseek-v3"],
-    "homes": ["missing.npz", "-c", "1x4"],
+    "homes": ["missing.npz", "-c", "1x4"], "bench": ["--compare", "missing.json", "missing.json"],
 }  # fmt: skip
 
 

@@ -6,14 +6,19 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from poise import api
 from poise.cli import options as o
 from poise.cli.pricing import StepOptions
+from poise.machine.cluster import Cluster
+from poise.planning.engine_rules import parse_engine
 from poise.replay.compare import Comparison
+from poise.replay.trial import TrialSetting
+from poise.replay.what_if import WhatIf, judged_batches
+from poise.replay.what_if import what_if as price_grid
 from poise.report import write_report
 from poise.util.errors import OptionError
 
@@ -53,6 +58,9 @@ def compare(
     work: o.Work = None,
     seed: o.Seed = 0,
     html: Annotated[Path | None, o.flag("html", "Write the report with pictures to this file.")] = None,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="In the report: other slots, batches and machines; methods plan anew.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Judge placements on traffic they were not fitted on, in one table with the bound.
@@ -64,6 +72,8 @@ def compare(
     with o.errors():
         if html is not None:
             o.writable(html)
+        elif what_if:
+            raise OptionError("--what-if is a panel of the report", hint="--html report.html")
         others: dict[str, str] = {}
         for item in judge or []:
             name, equals, path = item.partition("=")
@@ -77,13 +87,29 @@ def compare(
                 work=work, seed=seed, progress=report, **priced.checked(),
                 **{**asdict(loops), "fast": tuple(loops.fast or ())},
             )  # fmt: skip
-        show(result, html, json)
+            grid = None
+            if what_if:
+                grid = _grid(result, list(traces), cluster, fit=bool(fit), priced=priced, seed=seed,
+                             time_limit_s=time_limit, work=work, progress=report)  # fmt: skip
+        show(result, html, json, grid)
 
 
-def show(result: Comparison, html: Path | None, json: bool) -> None:
+def _grid(
+    found: Comparison, traces: list[str], cluster: str, *, fit: bool, priced: StepOptions, seed: int, **more: Any
+) -> WhatIf:  # fmt: skip
+    setting = TrialSetting(Cluster.parse(cluster), found.model, parse_engine(found.engine), split=found.split)
+    options = priced.checked()
+    batch_of = judged_batches(
+        found, traces, fit=fit, named=options["model"] is not None, order=options["order"], homes=options["homes"],
+        seed=seed,
+    )  # fmt: skip
+    return price_grid(found, setting, batch_of, **more)
+
+
+def show(result: Comparison, html: Path | None, json: bool, grid: WhatIf | None = None) -> None:
     """Print a comparison and write its report."""
     if html is not None:
-        write_report(result, html, command=shlex.join(["poise", *sys.argv[1:]]))
+        write_report(result, html, command=shlex.join(["poise", *sys.argv[1:]]), what=grid)
     if json:
         o.print_json("compare", result.to_json())
     else:

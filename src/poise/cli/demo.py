@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import as_file, files
@@ -30,6 +30,7 @@ from poise.replay.compare import IN_SAMPLE, Comparison
 from poise.replay.summary import BOUND, Summary, summarise
 from poise.replay.trial import TrialSetting
 from poise.replay.verdict import MS
+from poise.replay.what_if import what_if
 from poise.report import write_report
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
@@ -49,6 +50,8 @@ WORK = 60.0
 """No clock unless one is asked for: the figures are the same on every machine."""
 TOKENS, STEPS, WARM_UP = 4096, 8, 3
 SIZES, SIZE_STEPS = (64, 256, 1024, 4096, 16384), 4
+WHAT_IF_SIZES, WHAT_IF_PRESETS, WHAT_IF_WORK = (256, 16384), ("a100", "b200"), 10.0
+"""Of the report's panel; maps for other slots are planned with less work than those of the first screen."""
 METHODS = ("eplb", "poise")
 LABELS = {
     "contiguous": "EPLB off: contiguous blocks",
@@ -93,8 +96,12 @@ def demo(
         if all_tables:
             show(found, html, json)
         else:
-            write_report(found, html, command=_command())
-            _first_screen(found, _summary(found, held_out, cluster), domain, json)
+            setting, batch_of = _asked(found, held_out, cluster)
+            with o.progress() as report:
+                what = what_if(found, setting, batch_of, sizes=WHAT_IF_SIZES, presets=WHAT_IF_PRESETS,
+                               work=WHAT_IF_WORK, progress=report)  # fmt: skip
+            write_report(found, html, command=_command(), what=what)
+            _first_screen(found, summarise(found, "poise", setting, batch_of, SIZES), domain, json)
             o.talk.print(f"wrote {html}")
         if output is not None:
             o.talk.print(f"wrote {output}")
@@ -176,13 +183,16 @@ def _blocks(fit: RoutingTrace, cluster: str) -> Placement:
     return replace(placed, fitted=Provenance(NO_TRAFFIC, {}))
 
 
-def _summary(found: Comparison, held_out: RoutingTrace, cluster: str) -> Summary:
+def _asked(
+    found: Comparison, held_out: RoutingTrace, cluster: str
+) -> tuple[TrialSetting, Callable[[int], RoutingBatch]]:  # fmt: skip
+    """The demo's machine and model, and the judged requests in steps of any size."""
     setting = TrialSetting(Cluster.parse(cluster), ModelSpec.parse(MODEL), parse_engine(ENGINE), split=found.split)
 
     def batch_of(tokens: int) -> RoutingBatch:
         return make_batch(held_out, tokens_per_step=tokens, steps=SIZE_STEPS).at_home(found.cluster.num_devices)
 
-    return summarise(found, "poise", setting, batch_of, SIZES)
+    return setting, batch_of
 
 
 def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from poise.cli import options as o
 from poise.routing import sources
@@ -80,6 +79,8 @@ def _show(facts: dict[str, Any]) -> None:
             o.out.print("domains: " + ", ".join(f"{name} {count} tokens" for name, count in value.items()))
         elif key not in ("per_layer", "domains"):
             o.out.print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
+    from rich.table import Table  # not for --json
+
     table = Table(title="per layer", title_justify="left")
     for head in ("layer", "max / mean load", "dead experts", "information to next, nats", "shuffled"):
         table.add_column(head, justify="right")

@@ -20,6 +20,7 @@ VERBS = {
     "plan": "Plan an expert placement and write it to a file.",
     "compare": "Judge placements side by side, with the bound.",
     "verdict": "Say whether turning EPLB on is worth it.",
+    "bench": "Run any method on frozen cases, compare results.",
     "breakeven": "Say from which batch size step-wise balancing pays.",
     "homes": "Say whether it pays to choose the rank of each request.",
     "diff": "Say what moves between two placements.",

@@ -26,8 +26,8 @@ Report = Callable[[str, float], None]
 EVERY_S = 5.0
 """Where stderr is no terminal, how often a line says how far the work is."""
 SCHEMAS = {
-    "breakeven": 1, "calibrate": 1, "calibrate-tables": 1, "compare": 1, "convert": 1, "diff": 1, "export": 1,
-    "homes": 1, "inspect": 1, "machines": 1, "plan": 1, "record": 1, "verdict": 1, "verify": 1, "watch": 1,
+    "bench": 1, "breakeven": 1, "calibrate": 1, "calibrate-tables": 1, "compare": 1, "convert": 1, "diff": 1,
+    "export": 1, "homes": 1, "inspect": 1, "machines": 1, "plan": 1, "record": 1, "verdict": 1, "verify": 1, "watch": 1,
 }  # fmt: skip
 """Versions of what ``--json`` prints: one more where a key goes or means something else, none where one is new."""
 

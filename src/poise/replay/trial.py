@@ -326,9 +326,15 @@ def _break_even(
     return least, tuple(sizes)
 
 
+def pricing_at(batch: RoutingBatch, setting: TrialSetting) -> Pricing:
+    """What prices a batch: the constants for its size."""
+    cluster = settle(setting.cluster, setting.model, batch.mean_tokens(), engine=setting.engine.kernels)
+    return _pricing(batch, cluster, setting)
+
+
 def saved_at(batch: RoutingBatch, current: Placement, after: Placement, setting: TrialSetting) -> float:
     """Share of the MoE time that one map saves over another, with the constants for the size of this batch."""
-    cluster = settle(setting.cluster, setting.model, batch.mean_tokens(), engine=setting.engine.kernels)
+    cluster = pricing_at(batch, setting).cluster
     now, then = (_seconds(batch, placed, cluster, setting).mean() for placed in (current, after))
     return float(1.0 - then / now)
 

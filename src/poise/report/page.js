@@ -164,3 +164,30 @@ if (flowData) {
   slider.addEventListener("input", update);
   update();
 }
+
+// What if: figures of every setting are in the page, radio buttons choose one.
+const whatIf = document.getElementById("what-if");
+if (whatIf) {
+  const data = JSON.parse(whatIf.querySelector("script").textContent);
+  const bars = [...whatIf.querySelectorAll(".track i")], words = [...whatIf.querySelectorAll(".figure")];
+  const said = whatIf.querySelector("output");
+  const chosen = (key) => Number(whatIf.querySelector(`input[name=what-if-${key}]:checked`).value);
+  const update = () => {
+    const figures = data.figures[chosen("redundant")][chosen("tokens")][chosen("machine")];
+    const most = Math.max(...figures.map(([ms]) => ms ?? 0));
+    figures.forEach(([ms, even], row) => {
+      bars[row].style.width = `${((100 * (ms ?? 0)) / most).toFixed(2)}%`;
+      const more = row === figures.length - 1 ? "" : `, ${even?.toFixed(2)} × mean`;
+      words[row].textContent = ms === null ? "no such map" : `${ms.toFixed(2)} ms${more}`;
+    });
+    const base = figures[0][0];
+    let best = 0;
+    data.maps.forEach((_, row) => { if (figures[row][0] !== null && figures[row][0] < figures[best][0]) best = row; });
+    const saved = 1 - figures[best][0] / base;
+    said.textContent = base === null ? `${data.maps[0]} does not exist with these slots.`
+      : saved < data.worth ? `Not worth it: nothing saves 1 % over ${data.maps[0]}.`
+      : `${data.maps[best]} saves ${(100 * saved).toFixed(1)}% over ${data.maps[0]}.`;
+  };
+  whatIf.addEventListener("change", update);
+  update();
+}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from poise.replay.compare import Comparison
 from poise.replay.verdict import Verdict
+from poise.replay.what_if import WhatIf
 from poise.report import charts
-from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict, wait
+from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict, wait, what_if
 from poise.report.view import Made, View
 from poise.util.errors import PlacementError
 from poise.util.files import replacing
@@ -29,36 +30,46 @@ SECTIONS = (
 )
 
 
-def write_report(comparison: Comparison, path: str | Path, *, command: str | None = None) -> None:
+def write_report(
+    comparison: Comparison, path: str | Path, *, command: str | None = None, what: WhatIf | None = None
+) -> None:
     """Write one self-contained HTML file; it appears whole or not at all.
 
     Parameters
     ----------
     command : command line that made it, for the footer.
+    what : other settings, for the panel that shows them.
 
     Raises
     ------
     PlacementError : the file cannot be written.
     """
-    _write(render(comparison, Made.now(command)), path)
+    write_page(render(comparison, Made.now(command), what), path)
 
 
 def write_verdict(found: Verdict, path: str | Path, *, command: str | None = None) -> None:
     """The same of a verdict; parameters and errors of :func:`write_report`."""
-    _write(render_verdict(found, Made.now(command)), path)
+    write_page(render_verdict(found, Made.now(command)), path)
 
 
-def _write(page: str, path: str | Path) -> None:
+def write_page(page: str, path: str | Path) -> None:
+    """Write a page; it appears whole or not at all.
+
+    Raises
+    ------
+    PlacementError : the file cannot be written.
+    """
     with replacing(path, PlacementError) as stream:
         stream.write(page.encode())
 
 
-def render(comparison: Comparison, made: Made) -> str:
+def render(comparison: Comparison, made: Made, what: WhatIf | None = None) -> str:
     """The page as a string."""
     view = View.of(comparison)
-    sections = "\n".join(section(view) for section in SECTIONS)
+    first, *others = (section(view) for section in SECTIONS)
+    sections = "\n".join([first, *([] if what is None else [what_if.section(what)]), *others])
     title = f"poise: {view.best.name} and {view.base.name}, {comparison.model.name} on {comparison.cluster!r}"
-    return _page(
+    return page_of(
         title, comparison.verdict(), f"Best placement on {view.where(view.best)}", _cards(view), sections, made
     )
 
@@ -67,12 +78,19 @@ def render_verdict(found: Verdict, made: Made) -> str:
     """The page of a verdict as a string."""
     sections = "\n".join(verdict.section(one) for one in found.phases) + verdict.basis(found)
     title = f"poise verdict: {found.advice}, {found.model} on {found.cluster}"
-    return _page(
+    return page_of(
         title, found.sentence(), f"Figures of {found.leading.phase}", verdict.cards(found.leading), sections, made
     )
 
 
-def _page(title: str, said: str, judged: str, cards: str, sections: str, made: Made) -> str:
+def page_of(title: str, said: str, judged: str, cards: str, sections: str, made: Made) -> str:
+    """A page as a string.
+
+    Parameters
+    ----------
+    title : of the browser's tab. said : a sentence on top, and more behind it.
+    judged : what the cards are of. cards, sections : HTML.
+    """
     folder, (head, end, more) = files("poise.report"), said.partition("). ")
     head += end.rstrip()
     parts = {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from poise.routing.json_tables import Ragged, read_tables
 from poise.routing.npz import Archive, open_npz
 from poise.routing.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
-from poise.routing.trace import MAX_EXPERTS, NO_EXPERT, LoadProfile, RoutingTrace, integers, sealed
+from poise.routing.trace import FORMAT, MAX_EXPERTS, NO_EXPERT, LoadProfile, RoutingTrace, integers, sealed
 from poise.util.errors import OptionError, TraceError
 from poise.util.files import open_regular
 from poise.util.jsonfile import strict_decoder
@@ -23,7 +23,7 @@ MAX_JSON_BYTES = 8 << 30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
 IDLE = "identity_count"
 """Key of the picks that compute nothing, beside the loads of a profile."""
-SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second"
+SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second|even|odd"
 
 
 def read(path: str | Path) -> RoutingTrace | LoadProfile:
@@ -186,6 +186,8 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
             found = found.select(phase=value)  # type: ignore[arg-type]
         elif key == "half" and value in ("first", "second"):
             found = found.split_requests()[value == "second"]
+        elif key == "half" and value in ("even", "odd"):
+            found = found.every_second_request()[value == "odd"]
         else:
             raise OptionError(f"unknown selection {item!r}", hint=SELECTORS)
     return replace(found, name=f"{found.name}#{selection}")
@@ -216,14 +218,12 @@ def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
             return _read_counts(archive, path.name)
         if "experts" not in archive and "cross" in archive:
             return _read_cross(archive, path.name)
+        _check_format(archive)
         header = archive.header("experts")
         experts = archive.read_integers(header, NO_EXPERT, MAX_EXPERTS - 1, np.int16)
         optional = {name: _array(archive, name) for name in OPTIONAL if name in archive}
         if "num_experts" in archive:
-            number = _array(archive, "num_experts")
-            if number.size != 1 or number.dtype.kind not in "iu":
-                raise TraceError(f"num_experts must be one whole number, got {number.dtype} {number.shape}")
-            num_experts = int(number.reshape(-1)[0])
+            num_experts = _whole(archive, "num_experts")
         elif experts.size and header.dtype.kind in "iu":
             num_experts = int(experts.max()) + 1
         else:
@@ -236,6 +236,21 @@ def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
         except ValueError:
             raise TraceError("domain_names holds bytes that are no text") from None
         return RoutingTrace(experts, num_experts, domain_names=texts, name=path.name, **optional)
+
+
+def _check_format(archive: Archive) -> None:
+    """A file that does not say its format is of the first one."""
+    if "format" in archive and (form := _whole(archive, "format")) != FORMAT:
+        raise TraceError(
+            f"the trace is of format {form}, this poise reads format {FORMAT}", hint="a newer poise reads it"
+        )
+
+
+def _whole(archive: Archive, name: str) -> int:
+    number = _array(archive, name)
+    if number.size != 1 or number.dtype.kind not in "iu":
+        raise TraceError(f"{name} must be one whole number, got {number.dtype} {number.shape}")
+    return int(number.reshape(-1)[0])
 
 
 def _array(archive: Archive, name: str) -> NDArray[Any]:

@@ -14,6 +14,8 @@ from poise.util.errors import NoTrafficError, OptionError, TraceError
 from poise.util.files import replacing
 from poise.util.room import blocks
 
+FORMAT = 1
+"""Of a trace file (docs/trace-format.md): one more where an array goes or means something else."""
 MAX_EXPERTS = 32_767
 MAX_LOAD = 1e15
 FEW_PICKS = 16
@@ -227,6 +229,12 @@ class RoutingTrace:
         mask = self.first_requests(share)
         return self.rows(mask), self.rows(~mask)
 
+    def every_second_request(self) -> tuple[RoutingTrace, RoutingTrace]:
+        """Every second request in order of appearance, beginning with the first, and the others."""
+        assert self.request is not None
+        mask = np.isin(self.request, self.requests()[::2])
+        return self.rows(mask), self.rows(~mask)
+
     def first_requests(self, share: float = 0.5) -> NDArray[np.bool_]:
         """Which tokens are of the first part of :meth:`split_requests`, bool [T]."""
         assert self.request is not None
@@ -253,7 +261,10 @@ class RoutingTrace:
         small: Any = np.uint8 if self.num_experts <= 256 else np.int16
         if int(self.experts.min()) == NO_EXPERT:
             small = np.int8 if self.num_experts <= 128 else np.int16
-        arrays: dict[str, Any] = {"experts": self.experts.astype(small), "num_experts": np.int32(self.num_experts)}
+        arrays: dict[str, Any] = {
+            "format": np.int32(FORMAT), "experts": self.experts.astype(small),
+            "num_experts": np.int32(self.num_experts),
+        }  # fmt: skip
         for name in ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)

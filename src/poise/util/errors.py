@@ -10,7 +10,8 @@
     │   ├── ModelError                 a model preset, config or module
     │   ├── PlacementError             a placement or home table, or a file of one
     │   ├── OptionError                an option of a call or of the command line
-    │   └── PluginError                what another package offers is not what it should be
+    │   ├── PluginError                what another package offers is not what it should be
+    │   └── UnavailableError           the traffic of a frozen case is not here, or is another one
     ├── CommunicationError             a rank was lost or a collective failed
     └── NoResultError                  the input is fine, no answer exists or was found; the CLI exits with 1
         └── InfeasibleError            proven: no placement meets the constraints
@@ -69,6 +70,10 @@ class OptionError(InputError):
 
 class PluginError(InputError):
     """What another package offers by an entry point cannot be used; the message names the package."""
+
+
+class UnavailableError(InputError):
+    """The traffic of a frozen case is not here, or is not what the case was frozen on."""
 
 
 class CommunicationError(PoiseError):

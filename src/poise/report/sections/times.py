@@ -38,6 +38,12 @@ def section(view: View) -> str:
 
 def steps_chart(samples: Sequence[tuple[str, Sequence[float]]]) -> str:
     """One row a placement: every step a dot, the mean a bar. Values are milliseconds."""
+    axis = "modelled ms a step, all MoE layers"
+    return dots_chart(samples, axis, "ms", "Modelled milliseconds of each step, by placement")
+
+
+def dots_chart(samples: Sequence[tuple[str, Sequence[float]]], axis: str, unit: str, title: str) -> str:
+    """One row a name: every value a dot, the mean a bar; ``axis`` is what the values are, in ``unit``."""
     low = min(min(values) for _, values in samples)
     high = max(max(values) for _, values in samples)
     pad = max((high - low) * 0.05, high * 1e-3)
@@ -59,10 +65,10 @@ def steps_chart(samples: Sequence[tuple[str, Sequence[float]]]) -> str:
         mean = left + (float(np.mean(values)) - low) * scale
         body.append(
             f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 9:.1f}" y2="{y + 9:.1f}">'
-            f"<title>{escape(name)}: mean {np.mean(values):.3f} ms</title></line>"
+            f"<title>{escape(name)}: mean {np.mean(values):.3f} {unit}</title></line>"
         )
-    body.append(charts.text(charts.FULL - 14, bottom + 32, "modelled ms a step, all MoE layers", "small", "end"))
-    return charts.svg(charts.FULL, bottom + 38, "Modelled milliseconds of each step, by placement", "".join(body))
+    body.append(charts.text(charts.FULL - 14, bottom + 32, axis, "small", "end"))
+    return charts.svg(charts.FULL, bottom + 38, title, "".join(body))
 
 
 def shift_chart(parts: Sequence[str], entries: Sequence[tuple[str, Sequence[float]]]) -> str:
