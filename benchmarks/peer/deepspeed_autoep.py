@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from peer import model as shared
 from peer.protocol import Peer, Settings
 from peer.usage import held_bytes
-from torch import Tensor
 
 PEER = Peer(
     "deepspeed",
@@ -21,7 +22,7 @@ PEER = Peer(
 
 
 def start() -> None:
-    """gloo through DeepSpeed's own set-up."""
+    """Gloo through DeepSpeed's own set-up."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 

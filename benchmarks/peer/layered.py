@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
 from peer import model as shared
 from peer.protocol import Settings
 from peer.usage import held_bytes
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 class LayeredTrainer:

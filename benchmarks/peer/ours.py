@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from peer import model as shared
 from peer.protocol import Settings
 from peer.usage import held_bytes
-from torch import Tensor, nn
-
 from poise.machine.cluster import Cluster
 from poise.train import fully_shard_experts, parameter_groups
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from peer.layered import LayeredTrainer
 from peer.protocol import Peer, Settings
-from torch import Tensor, nn
 
 PEER = Peer(
     "torchtitan",
