@@ -60,10 +60,12 @@ class Result:
 
     @property
     def parity(self) -> dict[str, dict[str, float]]:
+        """Of every row: error, held and grown (benchmarks/peers_rank.py)."""
         return json.loads(str(self.got["parity"]))
 
     @property
     def names(self) -> list[str]:
+        """Rows that were timed."""
         return [str(name) for name in self.got["names"]]
 
     def ratios(self, kind: str, name: str) -> np.ndarray:

@@ -107,18 +107,17 @@ class Bench:
         return from_first(losses)
 
     def step(self, name: str, number: int, bias_LE: np.ndarray) -> float:
+        """One step of a row on the tokens of a number; its loss on this rank."""
         row = self.rows[name]
         shared.set_biases(row.gates(), bias_LE)
         return row.step(shared.tokens(self.shape, number, self.ranks, self.rank))
 
     def build(self, name: str) -> None:
+        """A row, of poise's or the peer's own."""
         if name in ours.ROWS:
             self.rows[name] = ours.PoiseTrainer(self.settings, ours.ROWS[name], self.cluster)
         else:
-            self.rows[name] = self.job_adapter().build(self.settings)
-
-    def job_adapter(self) -> Any:
-        return importlib.import_module(f"peer.{self.job['module']}")
+            self.rows[name] = importlib.import_module(f"peer.{self.job['module']}").build(self.settings)
 
     def parity(self, steps: int) -> dict[str, dict[str, float]]:
         """Of every row: largest relative error of a loss, bytes held, largest growth within one more step."""

@@ -64,16 +64,16 @@ class AutoEp:
         for layer in self.layers:
             layer.experts.forward = _clocked(layer.experts.forward, settings.clock)
 
-    def gates(self) -> list[Tensor]:
+    def gates(self) -> list[Tensor]:  # noqa: D102
         return [layer.router.gate.weight for layer in self.layers]
 
-    def step(self, ids: Tensor) -> float:
+    def step(self, ids: Tensor) -> float:  # noqa: D102
         loss = shared.loss_of(self.engine, ids)
         self.engine.backward(loss)
         self.engine.step()
         return loss.item()
 
-    def held(self) -> int:
+    def held(self) -> int:  # noqa: D102
         return held_bytes(self.engine.module, self.optimizer)
 
 

@@ -30,10 +30,10 @@ class LayeredTrainer:
         rest = [weight for name, weight in self.model.named_parameters() if ".experts." not in name]
         self.optimizer = torch.optim.AdamW([{"params": rest}, {"params": self.owned}], lr=settings.rate)
 
-    def gates(self) -> list[Tensor]:
+    def gates(self) -> list[Tensor]:  # noqa: D102
         return [layer.mlp.gate.weight for layer in self.model.model.layers]
 
-    def step(self, ids: Tensor) -> float:
+    def step(self, ids: Tensor) -> float:  # noqa: D102
         self.optimizer.zero_grad()
         loss = shared.loss_of(self.dense, ids)
         loss.backward()
@@ -44,5 +44,5 @@ class LayeredTrainer:
         self.optimizer.step()
         return loss.item()
 
-    def held(self) -> int:
+    def held(self) -> int:  # noqa: D102
         return held_bytes(self.model, self.optimizer)

@@ -66,5 +66,5 @@ class NemoExperts(nn.Module):
 
         return run
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # noqa: D102
         return self.grouped(x, torch.ones(len(x), dtype=torch.bool), weights, ids)

@@ -56,17 +56,17 @@ class PoiseTrainer:
         self.dense = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=settings.rate)
 
-    def gates(self) -> list[Tensor]:
+    def gates(self) -> list[Tensor]:  # noqa: D102
         return [layer.mlp.gate.weight for layer in self.model.model.layers]
 
-    def step(self, ids: Tensor) -> float:
+    def step(self, ids: Tensor) -> float:  # noqa: D102
         self.optimizer.zero_grad()
         loss = shared.loss_of(self.dense, ids)
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
-    def held(self) -> int:
+    def held(self) -> int:  # noqa: D102
         return held_bytes(self.model, self.optimizer)
 
     def overload(self) -> tuple[float, float]:

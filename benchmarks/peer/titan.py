@@ -51,7 +51,7 @@ class TitanExperts(nn.Module):
         self.dispatcher = config.build()
         self.dispatcher.wire_meshes(ep_mesh=settings.mesh)
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # noqa: D102
         counts = torch.bincount(ids.view(-1), minlength=self.count)
         sent, arrived, way = self.dispatcher.dispatch(x, weights, ids, counts)
         each = arrived.tolist()
