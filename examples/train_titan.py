@@ -1,11 +1,10 @@
-"""torchtitan's model, optimizer hook and mesh with poise's experts: its train loop, and the lines that change in it.
+"""torchtitan's model, balancing hook and mesh with poise's experts: a loop as its trainer's, and what changes in it.
 
-    torchrun --nproc-per-node 2 examples/train_titan.py [--policy poise] [--steps 10]          # torchtitan 0.3, CPU or GPUs
+    torchrun --nproc-per-node 2 examples/train_titan.py [--policy poise] [--steps 10]     # torchtitan 0.3; CPU or GPUs
 
-Lines marked ``poise`` are the patch. The rest stands where torchtitan's own trainer has it (``trainer.py``: build, initialise,
-parallelize, build optimizers and their hooks, step); the trainer itself asks for CUDA. On a CPU two more things of it do
-not run and are left out: attention with masks (its kernels have no backward pass there), and experts without replicas in
-bfloat16 are as slow as a CPU makes them.
+Lines marked ``poise`` are the patch; the rest stands where torchtitan's ``trainer.py`` has it: build, initialise,
+shard, build the optimizer and its hooks, step. The trainer itself asks for CUDA, and so does the backward pass of its
+attention with masks: on a CPU its plain causal attention runs in their place.
 """
 
 from __future__ import annotations
@@ -85,13 +84,10 @@ def main() -> None:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         if rank == 0:
-            bias = max(float(layer.moe.expert_bias_E.to_local().abs().max()) if hasattr(layer.moe.expert_bias_E, "to_local")
-                       else float(layer.moe.expert_bias_E.abs().max()) for layer in model.layers.values())  # fmt: skip
+            bias = max(float(layer.moe.expert_bias_E.abs().max()) for layer in model.layers.values())
             overload = max(one.overload for one in run.metrics)
-            print(
-                f"step {step} loss {mean.item() / world:.4f} norm {float(norm):.3f} max/mean {overload:.2f} bias {bias:.4f}",
-                flush=True,
-            )
+            said = f"loss {mean.item() / world:.4f} norm {float(norm):.3f} max/mean {overload:.2f} bias {bias:.4f}"
+            print(f"step {step} {said}", flush=True)
     dist.destroy_process_group()
 
 

@@ -84,7 +84,7 @@ def set_biases(gates: Sequence[Tensor], bias_LE: Any) -> None:
 
 
 @torch.no_grad()
-def fitted(model: Any, shape: Shape, share_LE: Any, ranks: int, rounds: int = 400) -> np.ndarray:
+def fitted(model: Any, shape: Shape, share_LE: Any, ranks: int, rounds: int = 150) -> np.ndarray:
     """Biases float64 [L, E] with which the model's tokens choose experts by shares [L, E] (of tokens that no step has).
 
     Layer by layer, as what a layer chooses changes what the next one sees. The model's routers are left with them.
@@ -106,7 +106,7 @@ def fitted(model: Any, shape: Shape, share_LE: Any, ranks: int, rounds: int = 40
         for turn in range(rounds):
             logits_TE = rest_TE + x_Td[:, :1] * bias_E.float()
             got_E = torch.bincount(logits_TE.topk(shape.top_k).indices.view(-1), minlength=shape.experts)
-            bias_E += 0.5 * 0.99**turn * ((wanted_E + 1).log() - (got_E + 1).log())
+            bias_E += 0.5 * 0.97**turn * ((wanted_E + 1).log() - (got_E + 1).log())
             bias_E -= bias_E.mean()
         out[number] = bias_E.numpy()
         gate.weight[:, 0] = bias_E.float()
