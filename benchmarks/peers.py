@@ -115,7 +115,8 @@ def measure(peer: Peer, asked: argparse.Namespace, folder: Path) -> Result:
            "kinds": asked.kinds.split(","), "warm_up": WARM_UP, "repeats": 0 if asked.parity_only else asked.repeats}  # fmt: skip
     paths = [folder / name for name in (f"{peer.name}.json", f"{peer.name}-in.npz", f"{peer.name}-out.npz")]
     paths[0].write_text(json.dumps(job))
-    np.savez(paths[1], **targets(shape, asked.data))
+    wanted = {"skewed"} | set(() if asked.parity_only else job["kinds"])  # parity is under skew
+    np.savez(paths[1], **{kind: share for kind, share in targets(shape, asked.data).items() if kind in wanted})
     meter = Meter()
     done = run(spec, Path(__file__).with_name("peers_rank.py"), [str(path) for path in paths],
                python=environments.python(peer), timeout=asked.timeout)  # fmt: skip

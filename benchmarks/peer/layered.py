@@ -34,7 +34,6 @@ class LayeredTrainer:
         return [layer.mlp.gate.weight for layer in self.model.model.layers]
 
     def step(self, ids: Tensor) -> float:  # noqa: D102
-        self.optimizer.zero_grad()
         loss = shared.loss_of(self.dense, ids)
         loss.backward()
         for weight in self.owned:  # summed over all ranks' tokens by the exchange; DDP's rest is a mean
@@ -42,6 +41,7 @@ class LayeredTrainer:
                 grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
                 grad.div_(dist.get_world_size())
         self.optimizer.step()
+        self.optimizer.zero_grad()  # after the step, as DeepSpeed's engine does
         return loss.item()
 
     def held(self) -> int:  # noqa: D102

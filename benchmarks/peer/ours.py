@@ -60,10 +60,10 @@ class PoiseTrainer:
         return [layer.mlp.gate.weight for layer in self.model.model.layers]
 
     def step(self, ids: Tensor) -> float:  # noqa: D102
-        self.optimizer.zero_grad()
         loss = shared.loss_of(self.dense, ids)
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # after the step, as DeepSpeed's engine does
         return loss.item()
 
     def held(self) -> int:  # noqa: D102

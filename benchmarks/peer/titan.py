@@ -18,7 +18,7 @@ from peer.protocol import Peer, Settings
 PEER = Peer(
     "torchtitan",
     ("torchtitan==0.3.0", "transformers==5.18.0", "triton"),
-    2.0,
+    3.0,
     "titan",
     "its dispatch alone: AllToAllTokenDispatcher around experts in float32, as its own compute in bfloat16",
 )

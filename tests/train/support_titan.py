@@ -38,7 +38,7 @@ def titan_layout() -> dict:
     for policy, again in (("hecate", False), ("poise", True)):
         model = titan.build()
         run = shard(model, policy=policy, rematerialise=again)
-        assert run.owners.shape == (2, 6) and run.schedule.top_k == 2
+        assert run.owners.shape == (2, 6) and run.schedule.planner.top_k == 2
         assert isinstance(model.layers["0"].moe.routed_experts.token_dispatcher, PassThrough)
         model.layers["0"].moe.init_buffers()
         errors[policy] = c.follow(
