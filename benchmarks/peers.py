@@ -112,7 +112,7 @@ def measure(peer: Peer, asked: argparse.Namespace, folder: Path) -> Result:
     job = {"peer": peer.name, "module": peer.module, "rows": [name for name in ROWS if name in rows], "shape": asdict(shape),
            "clock": {"start_s": START_S, "token_s": TOKEN_S, "attention_s": ATTENTION_S}, "rate": RATE,
            "cluster": str(folder / "cluster.yaml"), "parity_steps": PARITY_STEPS, "limit": LIMIT, "not_compared": NOT_COMPARED,
-           "kinds": asked.kinds.split(","), "warm_up": WARM_UP, "repeats": 0 if asked.parity_only else asked.repeats}  # fmt: skip
+           "kinds": asked.kinds.split(","), "warm_up": asked.warm_up, "repeats": 0 if asked.parity_only else asked.repeats}  # fmt: skip
     paths = [folder / name for name in (f"{peer.name}.json", f"{peer.name}-in.npz", f"{peer.name}-out.npz")]
     paths[0].write_text(json.dumps(job))
     wanted = {"skewed"} | set(() if asked.parity_only else job["kinds"])  # parity is under skew
@@ -197,7 +197,7 @@ def about(asked: argparse.Namespace, results: list[Result]) -> str:
         f"{shape.tokens} tokens a rank, float32, AdamW. Emulated {asked.cluster} devices, {INTRA / 1e6:g} MB/s a device inside a node, "
         f"{INTER / 1e6:g} MB/s between nodes; an expert takes {START_S * 1e3:g} ms and {TOKEN_S * 1e6:g} us a token forward, twice that backward, attention "
         f"of a layer {ATTENTION_S * 1e3:g} ms: slept, no evidence of computing. All rows of a table run in the same processes, a step of each in every repeat, in "
-        f"an order that turns; {asked.repeats} repeats after {WARM_UP} that are not counted. Routing: the first column of every router is a bias on its experts, since "
+        f"an order that turns; {asked.repeats} repeats after {asked.warm_up} that are not counted. Routing: the first column of every router is a bias on its experts, since "
         f"coordinate 0 of the residual stream is the same for all tokens; biases are fitted to {skew} on tokens of no step, and set alike in all rows before a "
         "step. poise's rows: M = 2, owners even. Bytes are those of the devices' interfaces, with headers.\n\n"
         + table(["peer", "installed", "GB on disk", "what of it runs on CPU"],
@@ -212,6 +212,7 @@ def main() -> None:
     options.add_argument("--peers", default=",".join(PEERS))
     options.add_argument("--cluster", default="2x4")
     options.add_argument("--repeats", type=int, default=20)
+    options.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of each row that are not counted")
     options.add_argument("--kinds", default=",".join(KINDS))
     options.add_argument(
         "--all-rows", action="store_true", help="all of poise's rows beside every peer, not the first alone"

@@ -18,7 +18,7 @@ from peer.protocol import Peer, Settings
 PEER = Peer(
     "nemo-automodel",
     ("nemo-automodel==0.7.0", "transformers==5.18.0"),
-    4.0,
+    3.5,
     "nemo",
     "its layer: GroupedExperts under ExpertParallel, all-gather dispatch; its model class asks for a CUDA device",
 )
