@@ -114,14 +114,19 @@ def measure(peer: Peer, asked: argparse.Namespace, folder: Path) -> Result:
            "cluster": str(folder / "cluster.yaml"), "parity_steps": PARITY_STEPS, "limit": LIMIT, "not_compared": NOT_COMPARED,
            "kinds": asked.kinds.split(","), "warm_up": asked.warm_up, "repeats": 0 if asked.parity_only else asked.repeats}  # fmt: skip
     paths = [folder / name for name in (f"{peer.name}.json", f"{peer.name}-in.npz", f"{peer.name}-out.npz")]
+    kept = folder / f"{peer.name}-about.json"
+    if kept.exists() and paths[2].exists():  # of an earlier run that --keep named
+        with np.load(paths[2], allow_pickle=False) as z:
+            return Result(peer, {name: z[name] for name in z.files}, **json.loads(kept.read_text()))
     paths[0].write_text(json.dumps(job))
     wanted = {"skewed"} | set(() if asked.parity_only else job["kinds"])  # parity is under skew
     np.savez(paths[1], **{kind: share for kind, share in targets(shape, asked.data).items() if kind in wanted})
     meter = Meter()
     done = run(spec, Path(__file__).with_name("peers_rank.py"), [str(path) for path in paths],
                python=environments.python(peer), timeout=asked.timeout)  # fmt: skip
+    kept.write_text(json.dumps({"others": meter.others(), "shaped": done.shaped}))
     with np.load(paths[2], allow_pickle=False) as z:
-        return Result(peer, {name: z[name] for name in z.files}, meter.others(), done.shaped)
+        return Result(peer, {name: z[name] for name in z.files}, **json.loads(kept.read_text()))
 
 
 def middle(values: np.ndarray, digits: int = 2) -> str:
@@ -221,7 +226,9 @@ def main() -> None:
     options.add_argument("--make-only", action="store_true", help="make the environments and end")
     options.add_argument("--timeout", type=float, default=1500.0, help="seconds for one peer")
     options.add_argument("--note", default="", help="a sentence for the head of the report")
-    options.add_argument("--keep", type=Path, help="folder for what is measured")
+    options.add_argument(
+        "--keep", type=Path, help="folder for what is measured; a peer whose results lie there is not run again"
+    )
     options.add_argument("--dry", action="store_true", help="print the report, write nothing")
     asked = options.parse_args()
     chosen = [PEERS[name] for name in asked.peers.split(",")]
