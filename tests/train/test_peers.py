@@ -19,8 +19,12 @@ SHAPE = model.Shape(hidden=32, inner=32, experts=8, layers=2, length=16)
 def chosen(made, ids):
     """Pairs of each expert, [L, E], and tokens before the routers, by layer."""
     seen, inputs = [], []
-    hooks = [layer.mlp.gate.register_forward_hook(lambda _, given, out: (inputs.append(given[0]), seen.append(out[2])))
-             for layer in made.model.layers]  # fmt: skip
+
+    def look(_, given, out):
+        inputs.append(given[0])
+        seen.append(out[2])
+
+    hooks = [layer.mlp.gate.register_forward_hook(look) for layer in made.model.layers]
     model.loss_of(made, ids)
     for hook in hooks:
         hook.remove()
