@@ -228,7 +228,7 @@ def local_rows(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]
     """Of full tensors, what this rank has: rows of owned experts, the rest whole; a list of experts is stacked."""
     out = {}
     for name, _ in model.named_parameters():
-        if ".experts." not in name:
+        if ".experts." not in name and ".inner_experts." not in name:
             out[name] = values[name]
             continue
         prefix, _, attribute = name.rpartition(".")

@@ -16,6 +16,7 @@ from tests.train import (  # noqa: F401
     support_routing,
     support_states,
     support_steps,
+    support_titan,
 )
 from tests.train.support_models import LIKE, MINE
 

@@ -115,7 +115,8 @@ def recognise(module: nn.Module, *, like: ExpertKind | None = None, probe: bool 
 
     Fused modules are those of Hugging Face's ``use_experts_implementation``, whose flags say how weights lie, or any
     with ``gate_up_proj`` or ``up_proj``, ``down_proj`` and ``act_fn``. Experts of a list must have one code and the
-    same constants. A few tokens through the module's own forward show that it computes what the kind does
+    same constants. Those that take sorted tokens and counts (torchtitan's, behind a dispatcher) run their own code with
+    the weights that are here. A few tokens through the module's own forward show that it computes what the kind does
     (:mod:`poise.runtime.probe`).
 
     Parameters
@@ -130,7 +131,7 @@ def recognise(module: nn.Module, *, like: ExpertKind | None = None, probe: bool 
     """
     name = type(module).__name__
     _check_plain(module, name)
-    read = _module_list if isinstance(module, nn.ModuleList) else _stacked
+    read = _module_list if isinstance(module, nn.ModuleList) else _sorted if takes_counts(module) else _stacked
     wrong: ModelError | None = None
     for kind, subject, doubtful in read(module, name):
         if not probe:
@@ -180,7 +181,7 @@ def _check_plain(module: nn.Module, name: str) -> None:
     if type(module).__call__ is not nn.Module.__call__:
         raise ModelError(f"{name} has a __call__ of its own, which would not run", hint="override forward")
     inputs = inputs_of(module)
-    if len(inputs) != 3:
+    if len(inputs) != 3 and not takes_counts(module):
         raise ModelError(
             f"{name} takes {len(inputs)} inputs ({', '.join(inputs)}), experts 3",
             hint="experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])",
@@ -191,6 +192,12 @@ def inputs_of(module: nn.Module) -> list[str]:
     """Names of what an experts module is called with; of a bare list, which is not, the usual ones."""
     takes = type(module).forward if type(module).forward is not nn.Module.forward else _called
     return list(inspect.signature(takes).parameters)[1:]
+
+
+def takes_counts(module: nn.Module) -> bool:
+    """Whether it is called with tokens sorted by expert and how many each expert has: by what a dispatcher gives it."""
+    inputs = inputs_of(module)
+    return len(inputs) == 2 and "tokens_per_expert" in inputs[1]
 
 
 def _called(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
@@ -242,6 +249,45 @@ def _stacked(module: nn.Module, name: str) -> list[Candidate]:
             hint="gate_up_proj [E, 2h, d] and down_proj [E, d, h]; up_proj [E, h, d] and down_proj; or equal modules",
         )
     return out
+
+
+def _sorted(module: nn.Module, name: str) -> list[Candidate]:
+    """Stacked weights of any names, and code that takes sorted tokens [n, d] and tokens per expert [E]."""
+    weights = dict(module.named_parameters(recurse=False))
+    for deeper, _ in module.named_parameters():
+        if "." in deeper:
+            raise ModelError(f"{name} has a weight {deeper} in a module of its own", hint="stack it: [E, ...]")
+    shapes = {key: tuple(weight.shape[1:]) for key, weight in weights.items()}
+    matrices = [shape for shape in shapes.values() if len(shape) >= 2]
+    if not matrices:
+        raise ModelError(f"{name} has weights {shapes or 'none of its own'}, none of them a matrix an expert")
+    experts, code = _rows(module, name, weights), shell(module, {})
+
+    def run(bank: NamedTensors, x: Tensor, counts: Tensor) -> Tensor:
+        out: Tensor = filled(code, bank).forward(x, counts)
+        return out
+
+    def one(weights: Bank, x: Tensor) -> Tensor:
+        return run({key: weight[None] for key, weight in weights.items()}, x, torch.tensor([len(x)], device=x.device))
+
+    def grouped(bank: Bank, x: Tensor, ends: Tensor) -> Tensor:
+        return run(bank, x, ends.diff(prepend=ends.new_zeros(1)))
+
+    def own(weights: NamedTensors, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        if ids.min() < 0 or ids.max() >= experts:
+            raise ModelError(f"{name} knows no expert {ids.max()}")
+        order = ids.flatten().argsort(stable=True)
+        token = order // ids.shape[1]
+        y = run(weights, x[token], ids.flatten().bincount(minlength=experts))
+        return torch.zeros_like(x).index_add(0, token, y * w.flatten()[order, None])
+
+    total = sum(torch.Size(shape).numel() for shape in matrices)
+    width = min(min(shape) for shape in matrices)
+    hidden = list(dict.fromkeys(side for shape in matrices for side in shape[::-1]))
+    kind = ExpertKind("sorted", shapes, one, grouped, len(matrices), max(1, total // (len(matrices) * width)), width,
+                      follow(code))  # fmt: skip
+    device = next(iter(weights.values())).device
+    return [(kind, Subject(name, own, one, shapes, experts, hidden, [code], device), [])]
 
 
 def _rows(module: nn.Module, name: str, weights: Mapping[str, Tensor]) -> int:

@@ -25,7 +25,7 @@ NamedTensors = Mapping[str, Tensor]
 MAGNITUDES = (1.0, 50.0, 1e-3, 1e6)
 LIMITS = {torch.float64: (1e-9, 1e-7), torch.float32: (3e-5, 1e-3), torch.bfloat16: (3e-2, 1e-1)}
 """Largest relative difference of a token's output and of a gradient. The second where a module computes in float32
-whatever it is given, or cannot compute in float64; the third of kernels that know nothing but bfloat16.
+whatever it is given, or cannot compute in float64; the third of those that do in bfloat16, or can do nothing else.
 """
 SMALL = 2**22
 """Weights (in numbers) that are made for all experts."""
@@ -195,9 +195,9 @@ class _Trial:
                 raise ModelError(f"{self.subject.name} changes its input in place", hint="work on a copy")
             if not _apart(self._own(x, self.w, self.weights), y).max() <= self.limit:  # GPUs add in any order
                 return y, "gives another result the second time"
-        if types.short:
+        if types.shortest is not None:
             self.limit, self.gradient_limit = (max(two) for two in zip(
-                LIMITS[torch.float32], (self.limit, self.gradient_limit), strict=True))  # fmt: skip
+                LIMITS[types.shortest], (self.limit, self.gradient_limit), strict=True))  # fmt: skip
         return y, ""
 
     def _ours(self, x: Tensor, w: Tensor, weights: NamedTensors, ids: Tensor | None = None) -> Tensor:
@@ -282,15 +282,16 @@ def _apart(ours: Tensor, own: Tensor) -> Tensor:
 
 
 class _Types(TorchDispatchMode):
-    """Notes whether anything is computed in float32 or shorter."""
+    """Notes whether anything is computed in float32, or in less (as bfloat16)."""
 
-    short = False
+    shortest: torch.dtype | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(one, Tensor) and one.is_floating_point() and one.dtype != torch.float64 and one.numel() > 1:
-                self.short = True
+                less = one.dtype.itemsize < torch.float32.itemsize or self.shortest == torch.bfloat16
+                self.shortest = torch.bfloat16 if less else torch.float32
         return out
 
 

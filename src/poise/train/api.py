@@ -33,6 +33,7 @@ from poise.stepwise.registry import as_policy
 from poise.stepwise.sharding import ShardingPolicy
 from poise.train.checkpoint import speak_of_experts
 from poise.train.checks import flattened, ready
+from poise.train.dispatched import pass_tokens_on
 from poise.train.gradients import clip_grad_norm_
 from poise.train.hooks import GRADIENT_HOOKS
 from poise.train.machine import warn_of_rates
@@ -218,8 +219,9 @@ def fully_shard_experts(
 
     Parameters
     ----------
-    model : a Hugging Face MoE model (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, gpt-oss kind) or any module with a child
-        ``experts`` called as ``experts(tokens, ids, weights)`` (:mod:`poise.runtime.moe`); may be on the meta device.
+    model : a Hugging Face MoE model (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, gpt-oss kind), torchtitan's (before its
+        ``parallelize``), or any module with a child ``experts`` called as ``experts(tokens, ids, weights)``
+        (:mod:`poise.runtime.moe`); may be on the meta device.
     mesh : 1-D, or 2-D (node, device in the node). Every rank has its own tokens.
     policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.stepwise`.
     step_slots : M, replicas a rank may hold of a layer beside the experts it owns; 2 without ``replica_bytes``.
@@ -275,6 +277,8 @@ def fully_shard_experts(
         for place in (name, *checked.again[name]):
             parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
+            if kinds[name].name == "sorted":
+                pass_tokens_on(model, place)
         for kind_of_hook in HOOKS:
             getattr(new, kind_of_hook).update(getattr(module, kind_of_hook))
         new._is_full_backward_hook = module._is_full_backward_hook

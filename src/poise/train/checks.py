@@ -17,6 +17,7 @@ from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.registry import as_policy
 from poise.stepwise.sharding import Balanced, Even, Heterogeneous, ShardingPolicy, even_sharding
 from poise.train.agree import agree
+from poise.train.dispatched import SEAM, lies_behind_dispatcher
 from poise.train.machine import device_name, presumed, unknown
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
@@ -172,7 +173,8 @@ def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedExperts):
             raise ModelError(f"{name} is sharded already")
-        if name.rpartition(".")[2] == "experts" and next(module.parameters(), None) is not None:
+        named = name.rpartition(".")[2] == "experts" and next(module.parameters(), None) is not None
+        if lies_behind_dispatcher(model, name, module) or named:
             if type(module) is nn.ModuleList:
                 raise ModelError(
                     f"{name} is a bare ModuleList, which cannot be called",
@@ -228,7 +230,7 @@ def _count(module: nn.Module) -> int:
 
 def _top_k(model: nn.Module, experts: str) -> int:
     parent = model.get_submodule(experts.rpartition(".")[0])
-    for owner in (parent, getattr(parent, "gate", None), getattr(parent, "router", None)):
+    for owner in (parent, *(getattr(parent, key, None) for key in ("gate", "router", SEAM))):
         for name in ("top_k", "num_experts_per_tok"):
             value = getattr(owner, name, None)
             if isinstance(value, int) and value > 0:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.runtime.experts import ExpertKind, inputs_of
+from poise.train.dispatched import Routed
 from poise.train.owned import OwnedExperts
 from poise.train.rows import Ownership
 from poise.train.schedule import Schedule
@@ -62,8 +63,11 @@ class ShardedExperts(OwnedExperts):
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
         """Tokens [T, d] (or [..., d]), expert ids and weights [T, K]; the weighted sum of the experts, [T, d].
 
-        By name they are called as in the module before sharding.
+        By name they are called as in the module before sharding; behind a dispatcher, with tokens and
+        :class:`~poise.train.dispatched.Routed`.
         """
+        if len(given) == 2 and isinstance(given[1], Routed):
+            given = (given[0], *given[1])
         if len(given) + len(named) != 3 or set(named) != set(self._inputs[len(given) :]):
             raise ModelError(
                 f"experts called with {len(given)} inputs and {sorted(named)}, not with {', '.join(self._inputs)}"

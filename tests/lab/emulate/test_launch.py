@@ -44,6 +44,17 @@ def test_every_rank_is_told_who_it_is_and_rank_0_streams_through():
     assert out == done.ranks[0].stdout and err == done.ranks[0].stderr
 
 
+def test_ranks_run_on_the_interpreter_that_is_named(tmp_path):
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nOTHER=yes exec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ.get('OTHER'), os.environ['RANK'])\n")
+    for python, wanted in ((other, "yes"), (sys.executable, "None")):
+        done = run(SPEC, script, python=python, out=io.StringIO())
+        assert [rank.stdout.split() for rank in done.ranks] == [[wanted, str(rank)] for rank in range(4)]
+
+
 @shaping
 @pytest.mark.parametrize(
     "how, says", [("fail", "rank 2 of 4 ended with code 3"), ("die", "rank 2 of 4 was killed by signal 9")]

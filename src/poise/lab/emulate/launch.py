@@ -54,6 +54,7 @@ def run(
     script: str | Path,
     args: Sequence[str] = (),
     *,
+    python: str | Path = sys.executable,
     timeout: float = 600.0,
     out: TextIO | None = None,
     err: TextIO | None = None,
@@ -68,8 +69,8 @@ def run(
     Parameters
     ----------
     spec : the cluster.
-    script, args : what every rank runs, with this interpreter, in this folder; as script ``-m``, args begin with a
-        module's name.
+    script, args : what every rank runs in this folder; as script ``-m``, args begin with a module's name.
+    python : the interpreter of the ranks: one of another environment sees the same links.
     timeout : seconds from the first rank's start.
 
     Raises
@@ -86,7 +87,7 @@ def run(
     reason = network.why_not()
     if reason:
         print(f"emulation: links are NOT shaped ({reason}); ranks share the loopback interface", file=sys.stderr)
-    job = _job(spec, [sys.executable, str(script), *args], timeout, shaped=not reason)
+    job = _job(spec, [str(python), str(script), *args], timeout, shaped=not reason)
     answer = _talk([] if reason else network.ISOLATE, job, out or sys.stdout, err or sys.stderr)
     if "error" in answer:
         raise CommunicationError(f"the emulated network could not be built: {answer['error']}")
