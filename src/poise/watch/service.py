@@ -29,6 +29,7 @@ from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError, PlacementError, PoiseError, TraceError, told
+from poise.watch.effect import Effect, MapEffects
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
 from poise.watch.sources import Arrival, Polled, Source
@@ -150,7 +151,7 @@ class Told:
     replaced: bool = False
 
 
-ServiceEvent = Polled | Seen | Planned | Trouble | Told
+ServiceEvent = Polled | Seen | Planned | Trouble | Told | Effect
 
 
 class Service:
@@ -163,6 +164,7 @@ class Service:
     outputs : files to write whenever a plan is accepted.
     measured : judge placements on the window at every look and plan, for metrics and the page.
     whole : held while files are written: who ends the watch from outside waits for its end.
+    effects : what the engine's own metrics say of each map; where one hurt, the watch goes back. None: not asked.
 
     Attributes
     ----------
@@ -171,9 +173,9 @@ class Service:
 
     def __init__(
         self, source: Source, setup: Setup, outputs: Sequence[Output] = (), *, measured: bool = False,
-        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext, effects: MapEffects | None = None,
     ) -> None:  # fmt: skip
-        self._whole = whole
+        self._whole, self._effects = whole, effects
         self.source, self.setup, self.outputs = source, setup, tuple(outputs)
         self.controller: Controller | None = None
         self._measured = measured
@@ -219,6 +221,7 @@ class Service:
                             raise
                         yield Trouble(f"a dump was left out: {told(error)}", bad_dump=True)
                 yield from self._carry_out(once)
+                yield from self._hear(once)
                 if got.more:
                     continue
                 if once:
@@ -383,6 +386,25 @@ class Service:
             if failures and once:
                 raise failures[0]
             yield from _retried(failures)
+
+    def _hear(self, once: bool) -> Iterator[ServiceEvent]:
+        """What the engine's metrics say of the map that runs; where it hurt, the map before it is decided on."""
+        follow, control = self._effects, self.controller
+        if follow is None:
+            return
+        try:
+            effects, problems = follow.look(None if control is None else control.running)
+            yield from effects
+            yield from (Trouble(message) for message in problems)
+            back = follow.back
+            if control is None or back is None or not control.go_back(back.older, back.now_s, back.then_s):
+                return
+            follow.back = None
+            yield from self._carry_out(once)
+        except Exception as error:
+            if once:
+                raise
+            yield Trouble(f"the engine's metrics were not judged: {told(error)}")
 
     def _write(self, outputs: Sequence[Output]) -> tuple[tuple[Path, ...], list[PlacementError]]:
         """Write all that can be: a full disk under one file must not keep the engine's map back."""
