@@ -156,7 +156,7 @@ class EffectOptions:
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Address of the engine's own /metrics (vLLM or SGLang), or a folder of saved ones (SECONDS.prom): says "
+            help="Address of the engine's own /metrics (vLLM, SGLang), or a folder of saved ones (SECONDS.prom): says "
             "whether a map helped, and goes back to the one before it where it hurt."
         ),
     ] = None

@@ -101,7 +101,12 @@ def read_scrape(text: bytes, at_s: float) -> Scrape:
     engine = found[0]
     known = NAMES[engine]
     gap = next((one for one in known.gap if f"{one}_count" in sums), known.gap[0])
-    sources = {"generated": known.generated, "prompt": known.prompt, "gap_sum": f"{gap}_sum", "gap_count": f"{gap}_count"}
+    sources = {
+        "generated": known.generated,
+        "prompt": known.prompt,
+        "gap_sum": f"{gap}_sum",
+        "gap_count": f"{gap}_count",
+    }
     if known.balance:
         sources |= {"balance_sum": f"{known.balance}_sum", "balance_count": f"{known.balance}_count"}
     counters = {name: sums[source] for name, source in sources.items() if source in sums}

@@ -29,7 +29,7 @@ from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError, PlacementError, PoiseError, TraceError, told
-from poise.watch.effect import Effect, MapEffects
+from poise.watch.effect import Effect, MapEffects, WayBack
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
 from poise.watch.sources import Arrival, Polled, Source
@@ -176,6 +176,7 @@ class Service:
         whole: Callable[[], AbstractContextManager[None]] = nullcontext, effects: MapEffects | None = None,
     ) -> None:  # fmt: skip
         self._whole, self._effects = whole, effects
+        self._back: WayBack | None = None
         self.source, self.setup, self.outputs = source, setup, tuple(outputs)
         self.controller: Controller | None = None
         self._measured = measured
@@ -377,6 +378,7 @@ class Service:
             files: tuple[Path, ...] = ()
             failures: list[PlacementError] = []
             if decision.accepted:
+                self._back = self._back if decision.reason == "hurt" else None
                 control.moved()
                 self._decided = control.current
                 files, failures = self._write(self.outputs)
@@ -396,11 +398,14 @@ class Service:
             effects, problems = follow.look(None if control is None else control.running)
             yield from effects
             yield from (Trouble(message) for message in problems)
-            back = follow.back
+            self._back, follow.back = follow.back or self._back, None
+            back = self._back
             if control is None or back is None or not control.go_back(back.older, back.now_s, back.then_s):
                 return
-            follow.back = None
+            before = control.current
             yield from self._carry_out(once)
+            if control.current is before or (control.current.count_LED() == back.older.count_LED()).all():
+                self._back = None
         except Exception as error:
             if once:
                 raise
