@@ -75,7 +75,7 @@ WRITES = {
     "verdict": ["--output", "--html"], "homes": ["--output", "--placement-out"],
 }  # fmt: skip
 READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--losses", "--curve", "--dump-dir",
-         "--from-tables"}  # fmt: skip
+         "--from-tables", "--recipe"}  # fmt: skip
 NEEDS = {
     "plan": ["missing.npz", "-c", "1x4"], "compare": ["missing.npz", "-c", "1x4"], "convert": ["missing"], "demo": [],
     "export": ["missing.npz", "--to", "sglang"], "record": ["missing", "missing.txt"], "calibrate": [],

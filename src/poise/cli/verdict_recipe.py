@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from poise import api
 from poise.cli import options as o
 from poise.engines.recipes.launches import read_launches
 from poise.engines.recipes.settings import ExpertSettings, expert_settings
-from poise.engines.slots import trivial_row
+from poise.engines.slots import trivial_placement
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -114,9 +112,7 @@ def _judged(
     if current is None and many and not settings.own:  # slot p holds expert p mod E, as SGLang starts
         ids = traffic[0].layer_ids
         assert ids is not None
-        table = np.tile(trivial_row(model.num_experts, model.num_experts + many), (len(ids), 1))
-        device = np.repeat(np.arange(ranks, dtype=np.int32), table.shape[1] // ranks)
-        current = Placement(table, device, model.num_experts, ranks, ids, method="trivial")
+        current = trivial_placement(model.num_experts, model.num_experts + many, ranks, ids)
     engine = settings.engine if asked.engine == "any" else asked.engine
     phases = [one for one in EVERY_PHASE if settings.role in ("", one) and asked.phase in (None, one)]
     return [

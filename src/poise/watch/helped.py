@@ -29,6 +29,8 @@ from poise.watch.metric_windows import MetricWindow
 
 Answer = Literal["helped", "did not help", "hurt", "cannot tell yet"]
 ALPHA, MARGIN, TOLERANCE = 0.05, 0.01, 0.05
+EVEN = 1e-6
+"""Logarithm of a ratio that counts as none: sums of histograms are rounded."""
 MOST_WINDOWS = 240
 """On either side that are kept, the newest: four hours of minutes."""
 
@@ -93,7 +95,7 @@ class _Bet:
     def fortune(self, shift: float, *, faster: bool) -> float:
         """Of betting that the later window takes less than ``exp(-shift)`` times the earlier one, or more."""
         moved = [ratio + shift for ratio in self.log_ratios]
-        return won(sum(one < 0 if faster else one > 0 for one in moved), len(moved))
+        return won(sum(one < -EVEN if faster else one > EVEN for one in moved), len(moved))
 
 
 @dataclass(frozen=True, slots=True)

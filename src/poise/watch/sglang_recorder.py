@@ -20,10 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from poise.engines import sglang
-from poise.engines.slots import trivial_row
+from poise.engines.slots import trivial_placement
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import CommunicationError, InputError, OptionError, PlacementError
@@ -173,12 +171,7 @@ class SGLangRecorder:
                     f"the engine was started with --init-expert-location {location:.80}: {error.message}",
                     hint="name what it runs with --placement",
                 ) from None
-        slots = experts + self.settings.redundant
-        if slots % num_devices:
-            raise OptionError(f"{slots} slots cannot be shared evenly by {num_devices} devices")
-        table = np.tile(trivial_row(experts, slots), (steps.num_layers, 1))
-        device = np.repeat(np.arange(num_devices, dtype=np.int32), slots // num_devices)
-        return Placement(table, device, experts, num_devices, steps.layer_ids_L, method="trivial")
+        return trivial_placement(experts, experts + self.settings.redundant, num_devices, steps.layer_ids_L)
 
     def close(self) -> None:
         """Stop recording, if the engine still answers and its settings still allow it."""
