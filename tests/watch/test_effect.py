@@ -5,7 +5,9 @@ import json
 import pytest
 from tests.watch.test_engine_metrics import Engine
 from tests.watch.test_service import CLUSTER, Script, dumps, of, run, settings
+from typer.testing import CliRunner
 
+from poise.cli.main import app
 from poise.planning.placement import Placement
 from poise.util.errors import OptionError
 from poise.watch.board import Board
@@ -28,7 +30,7 @@ class Scraped:
     def scrapes(self):
         self.at += 60.0
         tpot = self.tpot_of(self.maps.controller and self.maps.controller.running)
-        self.engine.serve(0, 100, 200, tpot)
+        self.engine.serve(0, 100, 100, tpot)
         return [read_scrape(self.engine.text(), self.at)], []
 
 
@@ -45,23 +47,34 @@ def watched(tmp_path, dumps, slower, **more):
 
     source = Scraped(tpot)
     service = Service(
-        Script(Polled(), *[Polled((one,)) for one in dumps[:1]], *[Polled()] * 25, *[Polled((one,)) for one in dumps[1:8]],
+        Script(Polled(), *[Polled((one,)) for one in dumps[:1]], *[Polled()] * 10, *[Polled((one,)) for one in dumps[1:6]],
                Polled()),
         Setup(CLUSTER, settings(**more), redundant=4), [Output("npz", tmp_path / "map.npz")],
         effects=MapEffects(source, window_s=50.0),
     )  # fmt: skip
     source.maps = service
-    events, _ = run(service, times=90)
+    events, _ = run(service, times=32)
     return service, first[0], events
 
 
-def test_a_map_that_hurt_is_left(tmp_path, dumps):
-    service, first, events = watched(tmp_path, dumps, lambda first, now: (first != now).any())
+@pytest.fixture(scope="module")
+def hurt(dumps, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hurt")
+    return folder, *watched(folder, dumps, lambda first, now: (first != now).any())
+
+
+@pytest.fixture(scope="module")
+def helped(dumps, tmp_path_factory):
+    return watched(tmp_path_factory.mktemp("helped"), dumps, lambda first, now: not (first != now).any())[2]
+
+
+def test_a_map_that_hurt_is_left(hurt):
+    tmp_path, service, first, events = hurt
     plans = [one.decision for one in of(events, Planned)]
     assert [one.reason for one in plans] == ["first", "hurt"] and all(one.accepted for one in plans)
-    hurt = plans[1]
-    assert hurt.seconds_before == pytest.approx(0.022) and hurt.seconds_after == pytest.approx(0.02)
-    assert hurt.cost_seconds > 0 and hurt.moves.fetched > 0
+    back = plans[1]
+    assert back.seconds_before == pytest.approx(0.022) and back.seconds_after == pytest.approx(0.02)
+    assert back.cost_seconds > 0 and back.moves.fetched > 0
     assert (service.controller.running.count_LED() == first).all()
     assert (Placement.load(tmp_path / "map.npz").count_LED() == first).all()
     words = [one.judgement.answer for one in of(events, Effect) if one.news]
@@ -71,10 +84,9 @@ def test_a_map_that_hurt_is_left(tmp_path, dumps):
     assert later in ("helped", "cannot tell yet")  # the way back is judged too
 
 
-def test_a_map_that_helped_stays(tmp_path, dumps):
-    _, _, events = watched(tmp_path, dumps, lambda first, now: not (first != now).any())
-    assert [one.decision.reason for one in of(events, Planned)] == ["first"]
-    assert of(events, Effect)[-1].judgement.answer == "helped"
+def test_a_map_that_helped_stays(helped):
+    assert [one.decision.reason for one in of(helped, Planned)] == ["first"]
+    assert of(helped, Effect)[-1].judgement.answer == "helped"
 
 
 def test_no_change_goes_nowhere(tmp_path, dumps):
@@ -83,20 +95,30 @@ def test_no_change_goes_nowhere(tmp_path, dumps):
     assert "helped" not in {one.judgement.answer for one in of(events, Effect)}
 
 
-def test_a_way_back_that_does_not_pay_is_told_and_not_gone(tmp_path, dumps):
-    """The price rule of any plan, with measured seconds: a horizon too short for its moves."""
-    slower = lambda first, now: (first != now).any()  # noqa: E731
-    _, _, events = watched(tmp_path, dumps, slower)
-    cost = of(events, Planned)[1].decision.cost_seconds
-    _, _, events = watched(tmp_path, dumps, slower, horizon_steps=max(1e-9, 0.5 * cost / 0.002))
-    taken = [(one.decision.reason, one.decision.accepted) for one in of(events, Planned)]
-    assert ("hurt", True) not in taken
+def test_a_way_back_is_gone_if_it_pays(hurt):
+    """The price rule of any plan, with measured seconds: on both sides of where it turns."""
+    _, service, first, events = hurt
+    was = of(events, Planned)[1].decision
+    control = service.controller
+    assert was.moves.result is control.current
+    older = of(events, Planned)[0].decision.moves.result
+    gains = []
+    for share in (0.5, 2.0):  # of what the steps of the horizon must save
+        assert control.go_back(older, 1.0, 1.0)  # nothing saved: the price is what is asked for
+        price = control.collect()
+        assert not price.accepted and price.cost_seconds > 0
+        saved = share * price.cost_seconds / control.settings.horizon_steps
+        assert control.go_back(older, 1.0, 1.0 - saved)
+        got = control.collect()
+        gains.append(got.accepted)
+        assert got.reason == "hurt" and got.cost_seconds == price.cost_seconds
+    control.moved(done=False)
+    assert gains == [False, True] and (control.current.count_LED() == first).all()
 
 
-def test_parts_of_the_way_back_go_on_until_it_is_gone(tmp_path, dumps):
-    _, _, whole = watched(tmp_path, dumps, lambda first, now: (first != now).any())
-    many = of(whole, Planned)[-1].decision.moves.fetched
-    service, first, events = watched(tmp_path, dumps, lambda first, now: (first != now).sum() > 2, max_moves=many - 1)
+def test_parts_of_the_way_back_go_on_until_it_is_gone(tmp_path, dumps, hurt):
+    many = of(hurt[3], Planned)[-1].decision.moves.fetched
+    service, first, events = watched(tmp_path, dumps, lambda first, now: (first != now).any(), max_moves=many - 1)
     back = [one.decision for one in of(events, Planned) if one.decision.reason == "hurt" and one.decision.accepted]
     assert len(back) > 1 and all(one.moves.fetched < many for one in back)
     assert (service.controller.running.count_LED() == first).all()
@@ -105,7 +127,7 @@ def test_parts_of_the_way_back_go_on_until_it_is_gone(tmp_path, dumps):
 def test_a_restart_is_where_a_map_begins(tmp_path, dumps):
     """With maps for the next start nothing is judged before the engine was started anew, and going back is written."""
     source = Scraped(lambda runs: 0.02)
-    script = Script(*[Polled((one,)) for one in dumps[:8]], *[Polled()] * 20, Polled(restarted=True), Polled())
+    script = Script(*[Polled((one,)) for one in dumps[:5]], *[Polled()] * 10, Polled(restarted=True), Polled())
     service = Service(script, Setup(CLUSTER, settings(at_start=True, restart_seconds=5.0), redundant=4),
                       [Output("npz", tmp_path / "map.npz")], effects=MapEffects(source, window_s=50.0))  # fmt: skip
     source.maps = service
@@ -123,7 +145,7 @@ def test_a_restart_is_where_a_map_begins(tmp_path, dumps):
         return got
 
     script.poll = poll
-    events, _ = run(service, times=60)
+    events, _ = run(service, times=28)
     reasons = [one.decision.reason for one in of(events, Planned) if one.decision.accepted]
     assert reasons[-1] == "hurt"
     effects = of(events, Effect)
@@ -173,14 +195,27 @@ def test_scrapes_over_http_and_from_a_folder(tmp_path):
     assert folder.scrapes() == ([], [])
 
 
-def test_the_board_and_metrics_have_it(tmp_path, dumps):
+def test_the_board_and_metrics_have_it(helped):
     board, metrics = Board({}, window=4), Metrics()
     assert b"poise_map_effect NaN" in metrics.text()
-    _, _, events = watched(tmp_path, dumps, lambda first, now: not (first != now).any())
-    for event in events:
+    for event in helped:
         board.note(event)
         metrics.note(event)
     state = json.loads(json.dumps(board.state()["effect"], allow_nan=False))
-    assert state["answer"] == "helped" and state["sentence"].startswith("helped: faster in 9 pairs")
+    assert state["answer"] == "helped" and state["sentence"].startswith("helped: faster in 8 pairs")
     text = metrics.text().decode()
-    assert "poise_map_effect 1.0" in text and "poise_map_effect_pairs 9.0" in text
+    assert "poise_map_effect 1.0" in text and "poise_map_effect_pairs 8.0" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--metrics", "no/such/folder"], "is no folder of scrapes, and no address of an engine"),
+        (["--metrics", "ftp://here"], "is no address of an engine"),
+        (["--metrics-window", "5"], "--metrics-window is of --metrics"),
+        (["--metrics", ".", "--metrics-window", "0"], "must be above 0 s"),
+    ],
+)
+def test_options_that_go_nowhere(words, said):
+    got = CliRunner().invoke(app, ["watch", "src/poise/data/demo_trace.npz", "-c", "1x4", "--once", *words])
+    assert got.exit_code == 2 and said in " ".join(got.stderr.split()), got.output

@@ -226,7 +226,7 @@ class Controller:
         """Decide on a placement that ran before, because the engine was measured to be slower since.
 
         It comes as any other decision does, and is priced so: taken if the steps of the horizon save more, as measured,
-        than they wait for its moves; of many moves a part at a time.
+        than they wait for its moves. With ``max_moves`` whole layers at a time, as many as fit and at least one.
 
         Parameters
         ----------
@@ -238,10 +238,8 @@ class Controller:
         if self.state != "idle" or self._decisions or self._running is not None or not self._recent:
             return False
         batch, s = join_steps(list(self._recent)), self.settings
-        problem = replace(self._problem, batch=batch, current=self.current)
-        road = migration(self.current, older, problem, max_moves=s.max_moves)
-        if not problem.keeps_groups(road.after):
-            road = migration(self.current, older, problem)
+        road = migration(self.current, _layers_of(older, self.current, s.max_moves),
+                         replace(self._problem, batch=batch, current=self.current))  # fmt: skip
         moves = self._moves(self.current, road)
         cost = self._waits(moves, self._traffic(batch, self.current))
         accepted = s.horizon_steps * (now_s - then_s) > cost
@@ -423,3 +421,16 @@ class Controller:
 
     def _seconds(self, batch: RoutingBatch, placement: Placement) -> float:
         return float(batch.weight_B @ self._cost(batch, placement).seconds_BL.sum(axis=1))
+
+
+def _layers_of(older: Placement, current: Placement, max_moves: int | None) -> Placement:
+    """The older placement, or its layers that so many fetches lead to, and at least one."""
+    count_LED, want_LED = current.count_LED().copy(), older.count_LED()
+    fetched_L = np.maximum(want_LED - count_LED, 0).sum(axis=(1, 2))
+    changed = np.flatnonzero((want_LED != count_LED).any(axis=(1, 2)))
+    fit = len(changed) if max_moves is None else int((np.cumsum(fetched_L[changed]) <= max_moves).sum())
+    if fit == len(changed):
+        return older
+    count_LED[changed[: max(1, fit)]] = want_LED[changed[: max(1, fit)]]
+    slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
+    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=older.layer_ids_L, method=older.method)

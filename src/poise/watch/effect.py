@@ -1,7 +1,9 @@
 """What the engine's own metrics say of each map, one after the other: scrapes in, a judgement of the map that runs out.
 
 A map is judged against the one that ran before it (:mod:`poise.watch.helped`). The windows under a map are those before
-the next one. The first window after a change is left out: caches are empty then, and requests of before run out.
+the next one. The first window after a change is left out: caches are empty then, and requests of before run out. Maps
+that follow each other before FEW windows were seen (a way gone in parts, a plan that is settled soon) are one change:
+the last of them is judged against the map before them all.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ TIMEOUT_S = 5.0
 MAX_SCRAPE = 16 * 2**20
 SCRAPES_A_LOOK = 64
 WINDOW_S = 60.0
+FEW = 8
+"""Windows under a map below which nothing can be said against it."""
 _SECONDS = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)\.(?:prom|txt)")
 
 
@@ -144,6 +148,7 @@ class MapEffects:
         self._era: deque[MetricWindow] = deque(maxlen=MOST_WINDOWS)
         self._runs: Placement | None = None
         self._older: Placement | None = None
+        self._before: tuple[MetricWindow, ...] = ()
         self._judge: MapJudge | None = None
         self._warm = True
         self.back: WayBack | None = None
@@ -168,8 +173,10 @@ class MapEffects:
         if before is None or (before.count_LED() == runs.count_LED()).all():
             return []
         self._windows.cut()
-        self._warm, self.back, self._older = False, None, before
-        self._judge = MapJudge(tuple(self._era), self._settings)
+        self._warm, self.back = False, None
+        if self._older is None or len(self._era) >= FEW:
+            self._older, self._before = before, tuple(self._era)
+        self._judge = MapJudge(self._before, self._settings)
         self._era.clear()
         return [Effect(self._judge.judgement, True)]
 
