@@ -25,7 +25,7 @@ from poise.routing.trace import LoadProfile
 DOCS = Path(__file__).parents[1] / "docs" / "recipes"
 LAYERS, STEPS, EXPONENT, DRIFT, WORK = 4, 6, 0.4, 0.2, 1.0
 HEADS = ("phase", "cluster", "ranks", "tokens a step", "verdict", "map", "saves a step", "of the step",
-         "GiB of slots a rank", "tokens of cache", "paid back after")  # fmt: skip
+         "more GiB of slots a rank", "fewer tokens of cache", "paid back after")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def files(tmp_path_factory):
         rows = np.zeros((61, EXPERTS), int)
         rows[3 : 3 + LAYERS] = np.round(load / load.sum(1, keepdims=True) * 8 * 32768)
         (folder / f"{name}.json").write_text(json.dumps({"logical_count": rows.tolist()}))
-    (folder / "r.yaml").write_text(yaml.safe_dump(SRT))
+    (folder / "r.yaml").write_text(yaml.safe_dump(SRT, sort_keys=False))
     return folder
 
 

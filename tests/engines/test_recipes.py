@@ -45,7 +45,7 @@ trtllm-serve Qwen/Qwen3-30B-A3B --tp_size 4 --ep_size $EP
 
 def read(tmp_path, recipe, name="r.yaml"):
     path = tmp_path / name
-    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
     return [expert_settings(one) for one in read_launches(path)]
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tests.helpers import few_or
 from tests.watch.test_engine_metrics import Engine
 from tests.watch.test_service import CLUSTER, Script, dumps, of, run, settings
 from typer.testing import CliRunner
@@ -89,12 +90,6 @@ def test_a_map_that_helped_stays(helped):
     assert of(helped, Effect)[-1].judgement.answer == "helped"
 
 
-def test_no_change_goes_nowhere(tmp_path, dumps):
-    _, _, events = watched(tmp_path, dumps, lambda first, now: False)
-    assert [one.decision.reason for one in of(events, Planned)] == ["first"]
-    assert "helped" not in {one.judgement.answer for one in of(events, Effect)}
-
-
 def test_a_way_back_is_gone_if_it_pays(hurt):
     """The price rule of any plan, with measured seconds: on both sides of where it turns."""
     _, service, first, events = hurt
@@ -116,6 +111,7 @@ def test_a_way_back_is_gone_if_it_pays(hurt):
     assert gains == [False, True] and (control.current.count_LED() == first).all()
 
 
+@pytest.mark.skipif(few_or(False, True), reason="long: POISE_MANY=1")
 def test_parts_of_the_way_back_go_on_until_it_is_gone(tmp_path, dumps, hurt):
     many = of(hurt[3], Planned)[-1].decision.moves.fetched
     service, first, events = watched(tmp_path, dumps, lambda first, now: (first != now).any(), max_moves=many - 1)
