@@ -43,12 +43,17 @@ def test_without_a_recording_it_says_what_is_set(files):
     assert f"take {slots:.2f} GiB a rank" in out
 
 
+def answered(files, *words):
+    """The one instance that was asked about."""
+    got = CliRunner().invoke(app, [*map(str, ["verdict", files / "a.json", files / "b.json", "--recipe", files / "r.yaml",
+                                              "--work", 0.2, "--json", *words])])  # fmt: skip
+    assert got.exit_code == 0, got.stderr
+    (one,) = json.loads(got.stdout)["recipe"]
+    return one, " ".join(one["lines"])
+
+
 def test_what_it_leaves_is_the_verdict_from_what_runs(files):
-    words = (files / "a.json", files / "b.json", "--recipe", files / "r.yaml", "--work", 0.2, "--cluster")
-    code, out, error = say(*words, "2x4:h200", "--phase", "prefill", "--prefill-tokens", 8192, "--json")
-    assert code == 0, error
-    (one,) = json.loads(CliRunner().invoke(app, [*map(str, ["verdict", *words]), "2x4:h200", "--phase", "prefill",
-                                                "--prefill-tokens", "8192", "--json"]).stdout)["recipe"]  # fmt: skip
+    one, out = answered(files, "-c", "2x4:h200", "--phase", "prefill", "--prefill-tokens", 8192)
     first = api.load(files / "a.json")
     start = trivial_placement(EXPERTS, EXPERTS + 32, 8, first.layer_ids)
     want = api.verdict(files / "a.json", files / "b.json", cluster="2x4:h200", model="deepseek-r1", current=start,
@@ -58,11 +63,7 @@ def test_what_it_leaves_is_the_verdict_from_what_runs(files):
 
 
 def test_with_its_own_eplb_it_says_what_that_leaves(files):
-    words = (files / "a.json", files / "b.json", "--recipe", files / "r.yaml", "--work", 0.2)
-    code, out, error = say(*words, "--phase", "decode", "--decode-tokens", 4096, "--cluster", "12x4:h200", "--json")
-    assert code == 0, error
-    (one,) = json.loads(CliRunner().invoke(app, [*map(str, ["verdict", *words]), "--phase", "decode", "--decode-tokens", "4096",
-                                                "--cluster", "12x4:h200", "--json"]).stdout)["recipe"]  # fmt: skip
+    one, out = answered(files, "-c", "12x4:h200", "--phase", "decode", "--decode-tokens", 4096)
     phase = one["verdicts"][0]["phases"][0]
     by = {tried["method"]: tried["ms_per_step"] for tried in phase["tried"]}
     assert {tried["redundant"] for tried in phase["tried"]} == {32}

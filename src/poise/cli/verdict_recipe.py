@@ -48,16 +48,33 @@ def say_recipe(path: Path, asked: RecipeQuestion, report: Any, *, json: bool) ->
     mine = [one for one in every if asked.phase is None or one.role in ("", asked.phase)]
     if not mine:
         raise OptionError(f"the recipe has {len(every)} instances, none of {asked.phase}")
-    out = [_answer(one, asked, report, alone=len(mine) == 1) for one in mine]
+    if asked.windows:
+        for one in mine:  # before minutes are spent on the first
+            _check_cluster(one, asked.cluster or one.cluster, alone=len(mine) == 1)
+    out = [_answer(one, asked, report) for one in mine]
     if json:
         o.print_json("verdict", {"recipe": out})
         return
-    for one in out:
-        for line in one["lines"]:
-            o.out.print(line)
+    for line in (line for answer in out for line in answer["lines"]):
+        o.out.print(line)
 
 
-def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any, *, alone: bool) -> dict[str, Any]:
+def _check_cluster(settings: ExpertSettings, spec: str, *, alone: bool) -> None:
+    if settings.ranks == 1:
+        return
+    if not spec:
+        raise OptionError("the recipe does not say on what it runs",
+                          hint=f"--cluster, of {settings.ranks or 'its'} devices")  # fmt: skip
+    devices = Cluster.parse(spec).num_devices
+    if settings.ranks not in (None, devices):
+        raise OptionError(
+            f"the {settings.role or 'recipe'} spreads experts over {settings.ranks} ranks, the cluster has {devices} "
+            "devices",
+            hint="" if alone else "--phase names one of its instances",
+        )
+
+
+def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any) -> dict[str, Any]:
     lines = [f"{settings.sentence()}."]
     lines += [f"note: {note}" for note in settings.notes]
     if settings.unknown:
@@ -78,14 +95,14 @@ def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any, *, alo
     verdicts: list[Verdict] = []
     if ranks == 1:
         pass
-    elif not asked.windows:
+    elif not asked.windows or ranks is None:
         lines.append("What that leaves in time is a matter of traffic: name a recording, or two.")
     else:
         if model is None:
             raise OptionError(
                 f"the recipe's model {settings.model[:60]!r} is no preset", hint="--model says what it is"
             )
-        verdicts = _judged(settings, asked, model, spec, ranks, many, report, alone=alone)
+        verdicts = _judged(settings, asked, model, spec, ranks, many, report)
         lines += [line for found in verdicts for one in found.phases for line in _left(settings, one)]
     return {
         **asdict(settings), "redundant": many if many is not None else settings.redundant, "preset": settings.preset,
@@ -94,17 +111,9 @@ def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any, *, alo
 
 
 def _judged(
-    settings: ExpertSettings, asked: RecipeQuestion, model: ModelSpec, spec: str, ranks: int | None, many: int | None,
-    report: Callable[[str, float], None] | None, *, alone: bool,
+    settings: ExpertSettings, asked: RecipeQuestion, model: ModelSpec, spec: str, ranks: int, many: int | None,
+    report: Callable[[str, float], None] | None,
 ) -> list[Verdict]:  # fmt: skip
-    if not spec or ranks is None:
-        raise OptionError("the recipe does not say on what it runs", hint=f"--cluster, of {ranks or 'its'} devices")
-    devices = Cluster.parse(spec).num_devices
-    if devices != ranks:
-        raise OptionError(
-            f"the {settings.role or 'recipe'} spreads experts over {ranks} ranks, the cluster has {devices} devices",
-            hint="" if alone else "--phase names one of its instances",
-        )
     current: Path | Placement | None = asked.current
     if current is None and settings.map_file:
         raise OptionError(f"the recipe loads the map {settings.map_file[:80]!r}", hint="--current says what is in it")
