@@ -29,7 +29,7 @@ MANY = (
     "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
     "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
     "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
-    "tests/planning/test_groups.py",
+    "tests/planning/test_groups.py", "tests/watch/test_effect.py", "tests/test_cookbook.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
 

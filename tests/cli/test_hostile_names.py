@@ -17,7 +17,7 @@ from poise.util.words import harmless, printable
 EVIL = os.fsdecode(b"[red]a[/][/]\\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\xff\xc2\x9b\xe2\x80\xae")
 SHOWN = r"[red]a[/][/]\[b] :smile: <img src=x>&\x1b[31m\x07\r\nb\udcff\x9b\u202e"
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
-GOOD = {"t.npz", "l.json", "p.npz", "c.yaml", "config.json", "r.json"}
+GOOD = {"t.npz", "l.json", "p.npz", "c.yaml", "config.json", "r.json", "r.yaml"}
 
 
 def test_what_a_terminal_would_act_on_becomes_an_escape():
@@ -54,6 +54,7 @@ def commands(at):
         "verdict": [
             [at("t.npz"), "-c", at("c.yaml"), "-m", at("config.json"), "--current", at("p.npz"), "-r", 0, "--work", 0.1, "--html", at("v.html"), "-o", at("v.npz")],
             [at("t.npz"), "-c", "1x4", "-m", at("config.json"), "-r", 0, "--work", 0.1, "--json"],
+            ["--recipe", at("r.yaml")], ["--recipe", at("r.yaml"), "--json"],
         ],
         "calibrate": [["--cluster", at("c.yaml"), "--curve", at("no.csv"), "-o", at("o.yaml")]],
     }  # fmt: skip
@@ -66,6 +67,10 @@ def files(tmp_path_factory):
     trace = zipf_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2)
     trace.save(good / "t.npz")
     (good / "l.json").write_text(json.dumps({"logical_count": np.arange(24).reshape(3, 8).tolist()}))
+    flags = {"moe_expert_parallel_size": 4, "tensor_parallel_size": 4, "moe_config": {"load_balancer": printable(EVIL)},
+             "expert\x1b[31m\u202e": 1}  # fmt: skip
+    recipe = {"model": {"path": "[red]\x1b[31m"}, "backend": {"trtllm_config": {"decode": flags}}}
+    (good / "r.yaml").write_text(json.dumps(recipe))
     api.plan(trace, "1x4", method="contiguous").placement.save(good / "p.npz")
     row = BenchRow(EVIL, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, None)
     case = CaseResult(EVIL, "0" * 64, EVIL, EVIL, EVIL, 1, 0, 0, 1, (row,), (EVIL,))

@@ -75,7 +75,7 @@ WRITES = {
     "verdict": ["--output", "--html"], "homes": ["--output", "--placement-out"], "bench": ["--output", "--html"],
 }  # fmt: skip
 READS = {"--against", "--traffic", "--current", "--placement", "--relabelling", "--checkpoint", "--losses", "--curve", "--dump-dir",
-         "--from-tables", "--data"}  # fmt: skip
+         "--from-tables", "--data", "--recipe"}  # fmt: skip
 NEEDS = {
     "plan": ["missing.npz", "-c", "1x4"], "compare": ["missing.npz", "-c", "1x4"], "convert": ["missing"], "demo": [],
     "export": ["missing.npz", "--to", "sglang"], "record": ["missing", "missing.txt"], "calibrate": [],

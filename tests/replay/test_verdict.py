@@ -419,7 +419,7 @@ def test_sizes_beside_the_experts_are_read_by_family():
 PUBLISHED = {
     "mixtral-8x7b": 46.7, "mixtral-8x22b": 140.6, "olmoe-1b-7b": 6.9, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1,
     "llama-4-maverick": 400.7, "llama-4-scout": 107.8, "deepseek-v3": 671.0, "kimi-k2": 1026.0, "gpt-oss-20b": 20.9,
-    "gpt-oss-120b": 116.8,
+    "gpt-oss-120b": 116.8, "glm-4.5": 355.0,
 }  # fmt: skip
 """Parameters in billions, as publishers state them (model cards)."""
 

@@ -68,6 +68,10 @@ ClusterSpec = Annotated[
         "a .yaml file.",
     ),
 ]
+MaybeCluster = Annotated[
+    str | None,
+    flag("cluster", "NxD, NxD:preset as in 2x8:h100, or a .yaml file. With --recipe default: what that says."),
+]
 Redundant = Annotated[int, flag("redundant", "Redundant slots a layer, in all.")]
 Model = Annotated[str | None, flag("model", MODEL_TEXT)]
 NamedModel = Annotated[str, flag("model", MODEL_TEXT)]

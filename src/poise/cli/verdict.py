@@ -13,6 +13,7 @@ from rich.table import Table
 from poise import api
 from poise.cli import options as o
 from poise.cli.pricing import EngineName
+from poise.cli.verdict_recipe import RecipeQuestion, say_recipe
 from poise.cost.split import SPLITS
 from poise.replay.verdict import COLUMNS, PhaseVerdict, Verdict
 from poise.replay.windows import PHASES
@@ -23,15 +24,22 @@ from poise.util.errors import OptionError
 
 def verdict(
     windows: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="One or two recordings made with EPLB off, the earlier first; one is split in time. Routing traces or "
-            "load profiles.",
+            "load profiles. With --recipe none is needed.",
             show_default=False,
         ),
-    ],
-    cluster: o.ClusterSpec,
-    model: o.NamedModel,
+    ] = None,
+    cluster: o.MaybeCluster = None,
+    model: Annotated[str | None, o.flag("model", f"{o.MODEL_TEXT} With --recipe default: what that says.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public recipe (YAML of srt-slurm or InferenceX, options of TensorRT-LLM, a script that starts "
+            "SGLang, vLLM or TensorRT-LLM): what its expert settings are, and what they leave on these recordings."
+        ),
+    ] = None,
     current: Annotated[
         Path | None, typer.Option(help="Placement that runs now. Default: contiguous, which is EPLB off.")
     ] = None,
@@ -83,13 +91,27 @@ def verdict(
             o.writable(output, ".npz")
         if html is not None:
             o.writable(html)
-        if len(windows) > 2:
-            raise OptionError(
-                f"a verdict takes one or two windows, got {len(windows)}", hint="poise convert joins files"
-            )
+        given = windows or []
+        if len(given) > 2:
+            raise OptionError(f"a verdict takes one or two windows, got {len(given)}", hint="poise convert joins files")
+        if recipe is not None:
+            if output is not None or html is not None or redundant is not None or split is not None:
+                raise OptionError("--recipe says what a recipe leaves, and writes no map and no page",
+                                  hint="the verdict without --recipe does")  # fmt: skip
+            asked = RecipeQuestion(given, cluster, model, engine, current, o.one_of("phase", phase, PHASES), context,
+                                   o.one_of("homes", homes, HOMES), time_limit, work, seed,
+                                   {"prefill": prefill_tokens or tokens_per_step,
+                                    "decode": decode_tokens or tokens_per_step})  # fmt: skip
+            with o.progress() as report:
+                say_recipe(recipe, asked, report, json=json)
+            return
+        if not given or cluster is None or model is None:
+            missing = [name for name, value in (("a recording", given), ("--cluster", cluster), ("--model", model))
+                       if not value]  # fmt: skip
+            raise OptionError(f"a verdict needs {' and '.join(missing)}", hint="or --recipe FILE")
         with o.progress() as report:
             found = api.verdict(
-                *windows, cluster=cluster, model=model, current=current, redundant=redundant,
+                *given, cluster=cluster, model=model, current=current, redundant=redundant,
                 phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step, prefill_tokens=prefill_tokens,
                 decode_tokens=decode_tokens, engine=engine, split=o.one_of("split", split, SPLITS), context=context,
                 homes=o.one_of("homes", homes, HOMES), time_limit_s=time_limit, work=work, seed=seed, progress=report,

@@ -36,9 +36,11 @@ def watch(*, asked: WatchOptions) -> None:
     with o.errors():
         outputs = asked.written.outputs()
         setup = asked.setup()
+        effects = asked.heard.effects()
         source = asked.source(setup)
         ending, generic = WatchEnding(), setup.model is None
-        service = Service(source, setup, outputs, measured=asked.shown.listen is not None, whole=ending.later)
+        service = Service(source, setup, outputs, measured=asked.shown.listen is not None, whole=ending.later,
+                          effects=effects)  # fmt: skip
         with ending, ExitStack() as stack:
             listeners: list[Board | Metrics] = []
             if asked.shown.listen is not None:

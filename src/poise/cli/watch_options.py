@@ -21,6 +21,7 @@ from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.solve.solve import METHODS
 from poise.util.errors import OptionError, TraceError
+from poise.watch.effect import WINDOW_S, MapEffects, MetricsUrl, ScrapeFolder
 from poise.watch.service import Output, Setup
 from poise.watch.sglang_recorder import SGLangRecorder
 from poise.watch.sources import DumpFolder, Source, Tail
@@ -148,6 +149,31 @@ class RecorderOptions:
         return Tail(trace, tokens_per_step)
 
 
+@dataclass(frozen=True, slots=True)
+class EffectOptions:
+    """The engine's own metrics, by which maps are judged once they run."""
+
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the engine's own /metrics (vLLM, SGLang), or a folder of saved ones (SECONDS.prom): says "
+            "whether a map helped, and goes back to the one before it where it hurt."
+        ),
+    ] = None
+    metrics_window: Annotated[
+        float, typer.Option(help="With --metrics: seconds of a window; some tens of windows a map tell.")
+    ] = WINDOW_S
+
+    def effects(self) -> MapEffects | None:
+        """What judges maps; OptionError for an address or folder that is none."""
+        if self.metrics is None:
+            if self.metrics_window != WINDOW_S:
+                raise OptionError("--metrics-window is of --metrics, which is not there")
+            return None
+        source = MetricsUrl(self.metrics) if "://" in self.metrics else ScrapeFolder(Path(self.metrics))
+        return MapEffects(source, window_s=self.metrics_window)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchOptions:
     """All of them."""
@@ -173,6 +199,7 @@ class WatchOptions:
     written: OutputOptions
     shown: PageOptions
     recorded: RecorderOptions
+    heard: EffectOptions
     time_limit: o.TimeLimit = 10.0
     seed: o.Seed = 0
     json: Annotated[bool, o.flag("json", "Print one JSON object a line.")] = False

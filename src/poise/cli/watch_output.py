@@ -12,6 +12,7 @@ from poise.cli.terminal import named
 from poise.control.controller import Decision, Look
 from poise.control.restart import Restart
 from poise.util.words import percent
+from poise.watch.effect import Effect
 from poise.watch.service import Planned, Seen, ServiceEvent, Told, Trouble
 from poise.watch.sources import Polled
 
@@ -46,6 +47,8 @@ class Teller:
                 self._troubles[1].append(event.message)
         elif isinstance(event, Told):
             self._say_note(event)
+        elif isinstance(event, Effect):
+            _say_effect(event, self._json)
         elif isinstance(event, Seen):
             _say_look(event.look, self._at_start, self._json)
         else:
@@ -88,6 +91,13 @@ def _say_look(look: Look, at_start: bool, json: bool) -> None:
         runs += f" running, {look.imbalance_after_restart:.3f} after a restart"
     line = f"step {look.step:>6}  imbalance {runs}  {drift}{'  ALARM' if alarm else ''}"
     o.out.print(line)
+
+
+def _say_effect(event: Effect, json: bool) -> None:
+    if json:
+        _line({"event": "effect", "news": event.news, **event.judgement.to_json()})
+    elif event.news:
+        o.out.print(f"map that runs  {event.judgement.sentence()}")
 
 
 def _say_decision(event: Planned, output: Path | None, at_start: bool, json: bool, sizes: str) -> None:

@@ -29,13 +29,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.control.align import aligned
-from poise.control.drift import DriftTest, DriftVerdict, permutations_for
+from poise.control.decision import ControllerState, Decision, Look, Reason
+from poise.control.drift import DriftTest, permutations_for
 from poise.control.moves import MoveList, move_list
 from poise.control.payback import Migration, migration
 from poise.control.price import PortTraffic
@@ -52,8 +53,6 @@ __all__ = ["ControlSettings", "Controller", "Decision", "Look", "aligned", "join
 
 MOST_REFERENCES = 16
 """Most references that pass between a plan that failed and the next try."""
-ControllerState = Literal["idle", "planning", "moving"]
-Reason = Literal["first", "drift", "settled", "continued"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,70 +110,6 @@ class ControlSettings:
         return self.reference or 4 * self.window
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
-    """What came of a plan.
-
-    Parameters
-    ----------
-    step : steps that were observed when planning began.
-    reason : ``first`` plan, ``drift``, ``settled`` (on the reference after a drift), ``continued`` (a further part).
-    accepted : the gain over the horizon exceeds the cost.
-    seconds_before, seconds_after : modelled seconds of a step's MoE layers on the judged steps.
-    cost_seconds : that steps wait for the moves; 0 with ``at_start``.
-    moves : what to do; ``moves.result`` is the placement they lead to.
-    target : the plan as far as it pays, of which ``moves`` may be a part.
-    restart : from what the engine runs to ``moves.result``, on the judged steps; None: accepted ones serve at once, or
-        this one was not accepted.
-    left_out : experts that the plan would have fetched too, and that would not have paid.
-    """
-
-    step: int
-    reason: Reason
-    accepted: bool
-    seconds_before: float
-    seconds_after: float
-    cost_seconds: float
-    moves: MoveList
-    target: Placement
-    restart: Restart | None = None
-    left_out: int = 0
-
-    @property
-    def left(self) -> int:
-        """Experts still to be fetched towards the plan after these moves."""
-        return self.moves.result.diff(self.target).fetched
-
-    @property
-    def gain_seconds(self) -> float:
-        """Modelled seconds saved in a step."""
-        return self.seconds_before - self.seconds_after
-
-    @property
-    def predicted_gain(self) -> float:
-        """The same as a share of the seconds before."""
-        return self.gain_seconds / self.seconds_before if self.seconds_before > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Look:
-    """What was seen after ``step`` steps: imbalance of what runs (max / mean tokens over the window), the drift test,
-    and what a restart would change, where another placement than the newest runs.
-    """
-
-    step: int
-    imbalance: float
-    verdict: DriftVerdict | None
-    state: ControllerState
-    learning: bool
-    restart: Restart | None = None
-
-    @property
-    def imbalance_after_restart(self) -> float:
-        """The same of the newest placement, which may be the one that runs."""
-        return self.imbalance if self.restart is None else self.restart.imbalance_after
-
-
 class Controller:
     """Keeps a placement fit for the traffic it sees. Rules: module docstring.
 
@@ -215,6 +150,8 @@ class Controller:
         self._moving: Decision | None = None
         self._running: Placement | None = None
         self._accepted = False
+        self._measured: tuple[float, float] | None = None  # seconds of a step of what runs and of the newest
+        self._hold = False
 
     @property
     def running(self) -> Placement:
@@ -280,7 +217,39 @@ class Controller:
             if self.settings.at_start:
                 self.runs(before)
             self.target = self._moving.target if self._moving.left else None
+            self._measured = None
+            if self._moving.reason == "hurt":
+                self._measured = self._moving.seconds_before, self._moving.seconds_after
         self._moving, self.state = None, "idle"
+
+    def go_back(self, older: Placement, now_s: float, then_s: float) -> bool:
+        """Decide on a placement that ran before, because the engine was measured to be slower since.
+
+        It comes as any other decision does, and is priced so: taken if the steps of the horizon save more, as measured,
+        than they wait for its moves. With ``max_moves`` whole layers at a time, as many as fit and at least one.
+
+        Parameters
+        ----------
+        older : what ran before.
+        now_s, then_s : measured seconds of a step, of what runs and of that one.
+
+        Returns whether it was decided on: not while a plan is made or carried out, nor if what runs is not the newest.
+        """
+        if self.state != "idle" or self._decisions or self._running is not None or not self._recent:
+            return False
+        batch, s = join_steps(list(self._recent)), self.settings
+        road = migration(self.current, _layers_of(older, self.current, s.max_moves),
+                         replace(self._problem, batch=batch, current=self.current))  # fmt: skip
+        moves = self._moves(self.current, road)
+        cost = self._waits(moves, self._traffic(batch, self.current))
+        accepted = s.horizon_steps * (now_s - then_s) > cost
+        restart = None
+        if accepted and s.at_start:
+            restart = self._restart(batch, self._cost(batch, self.current), road.after, (now_s, then_s))
+        self._hold = self.test is None  # the plan that settles this traffic would be the one that hurt
+        self._outcome = Decision(self.step, "hurt", accepted, now_s, then_s, cost, moves, road.after, restart)
+        self._reap(wait=False)
+        return True
 
     def _batch(self, steps: RoutingBatch | NDArray[Any]) -> RoutingBatch:
         like = self._problem.batch
@@ -302,12 +271,15 @@ class Controller:
         s = self.settings
         self.test = DriftTest.fit(reference, s.window, s.false_alarm_rate, looks=s.looks, seed=s.seed)
         self._since = 0
-        self._plan(reference, "settled" if self._planned else "first", None)
+        if self._hold:
+            self._hold = False
+        else:
+            self._plan(reference, "settled" if self._planned else "first", None)
 
     def _look(self) -> Look:
         window = join_steps(list(self._recent))
         cost = self._cost(window, self.running)
-        restart = None if self._running is None else self._restart(window, cost, self.current)
+        restart = None if self._running is None else self._restart(window, cost, self.current, self._measured)
         verdict = None
         if self.test is not None and self._since >= self.settings.window and self.state == "idle":
             verdict = self.test.check(window)
@@ -380,15 +352,9 @@ class Controller:
             for road, aim, left_out in self._roads(current, plan, problem, traffic):
                 if not problem.keeps_groups(road.after):  # a part of the way, or renumbered; all of the plan does
                     continue
-                moves = move_list(current, road.after, expert_bytes=problem.model.expert_bytes, staging=s.staging,
-                                  node_D=cluster.node_D, migration=road)  # fmt: skip
+                moves = self._moves(current, road)
                 after = self._seconds(judged, road.after)
-                if s.at_start:
-                    cost = 0.0
-                elif s.exposed_share is None:
-                    cost = float(moves.delay_R(traffic).sum())
-                else:
-                    cost = s.exposed_share * moves.seconds(cluster)
+                cost = self._waits(moves, traffic)
                 net = s.horizon_steps * (before - after) - cost
                 if best is None or net > best[0]:
                     best = net, Decision(step, reason, net > 0, before, after, cost, moves, aim, left_out=left_out)
@@ -420,6 +386,20 @@ class Controller:
             for road, out in aims
         ]
 
+    def _moves(self, current: Placement, road: Migration) -> MoveList:
+        p = self._problem
+        return move_list(current, road.after, expert_bytes=p.model.expert_bytes, staging=self.settings.staging,
+                         node_D=p.cluster.node_D, migration=road)  # fmt: skip
+
+    def _waits(self, moves: MoveList, traffic: PortTraffic) -> float:
+        """Seconds that steps wait for moves."""
+        s = self.settings
+        if s.at_start:
+            return 0.0
+        if s.exposed_share is None:
+            return float(moves.delay_R(traffic).sum())
+        return s.exposed_share * moves.seconds(self._problem.cluster)
+
     def _traffic(self, batch: RoutingBatch, placement: Placement) -> PortTraffic:
         """What tokens do to ports, or, where the share is told, what is said to be."""
         cluster, share = self._problem.cluster, self.settings.exposed_share
@@ -427,12 +407,30 @@ class Controller:
             return PortTraffic(cluster, np.full((4, cluster.num_devices), share))
         return PortTraffic.of(batch, placement, self._problem.pricing)
 
-    def _restart(self, batch: RoutingBatch, running: BatchCost, newest: Placement) -> Restart:
+    def _restart(
+        self, batch: RoutingBatch, running: BatchCost, newest: Placement, measured: tuple[float, float] | None = None
+    ) -> Restart:
         s = self.settings
-        return Restart.of(running, self._cost(batch, newest), batch, s.horizon_steps, s.restart_seconds)
+        found = Restart.of(running, self._cost(batch, newest), batch, s.horizon_steps, s.restart_seconds)
+        if measured is None:
+            return found
+        return replace(found, seconds_running=measured[0], seconds_after=measured[1], measured=True)
 
     def _cost(self, batch: RoutingBatch, placement: Placement) -> BatchCost:
         return self._problem.pricing.cost(batch, placement.count_LED())
 
     def _seconds(self, batch: RoutingBatch, placement: Placement) -> float:
         return float(batch.weight_B @ self._cost(batch, placement).seconds_BL.sum(axis=1))
+
+
+def _layers_of(older: Placement, current: Placement, max_moves: int | None) -> Placement:
+    """The older placement, or its layers that so many fetches lead to, and at least one."""
+    count_LED, want_LED = current.count_LED().copy(), older.count_LED()
+    fetched_L = np.maximum(want_LED - count_LED, 0).sum(axis=(1, 2))
+    changed = np.flatnonzero((want_LED != count_LED).any(axis=(1, 2)))
+    fit = len(changed) if max_moves is None else int((np.cumsum(fetched_L[changed]) <= max_moves).sum())
+    if fit == len(changed):
+        return older
+    count_LED[changed[: max(1, fit)]] = want_LED[changed[: max(1, fit)]]
+    slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
+    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=older.layer_ids_L, method=older.method)

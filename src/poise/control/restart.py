@@ -25,6 +25,7 @@ class Restart:
     seconds_running, seconds_after : modelled seconds of a step's MoE layers.
     horizon_steps : steps that the newest placement is expected to serve.
     restart_seconds : without serving, that a restart costs; None: not known.
+    measured : the seconds are of a whole step, as the engine's own metrics say, not modelled.
     """
 
     imbalance_running: float
@@ -33,6 +34,7 @@ class Restart:
     seconds_after: float
     horizon_steps: float
     restart_seconds: float | None = None
+    measured: bool = False
 
     @classmethod
     def of(
@@ -77,7 +79,8 @@ class Restart:
         head = f"imbalance {self.imbalance_running:.3f} running, {self.imbalance_after:.3f} after a restart"
         if self.gain_seconds <= 0:
             return f"{head}, which saves nothing of a step: not worth a restart"
-        head += f", which saves {percent(self.gain)} of a step's MoE layers, {1e3 * self.gain_seconds:,.2f} ms"
+        of = "step as measured" if self.measured else "step's MoE layers"
+        head += f", which saves {percent(self.gain)} of a {of}, {1e3 * self.gain_seconds:,.2f} ms"
         steps = self.steps_to_win_back
         if steps is None:
             return f"{head}; price of a restart not known: give --restart-seconds"

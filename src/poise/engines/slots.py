@@ -49,6 +49,20 @@ def trivial_row(num_experts: int, num_slots: int) -> NDArray[np.int32]:
     return np.arange(num_slots, dtype=np.int32) % np.int32(num_experts)
 
 
+def trivial_placement(num_experts: int, num_slots: int, num_devices: int, layer_ids_L: NDArray[np.int32]) -> Placement:
+    """What SGLang starts with: slot p holds expert p mod E, slots in even blocks on devices.
+
+    Raises
+    ------
+    OptionError : devices cannot share the slots evenly.
+    """
+    if num_slots % num_devices:
+        raise OptionError(f"{num_slots} slots cannot be shared evenly by {num_devices} devices")
+    table = np.tile(trivial_row(num_experts, num_slots), (len(layer_ids_L), 1))
+    device = np.repeat(np.arange(num_devices, dtype=np.int32), num_slots // num_devices)
+    return Placement(table, device, num_experts, num_devices, layer_ids_L, method="trivial")
+
+
 def rows_for(
     placement: Placement, layer_ids: tuple[int, ...] | None, *, engine: str
 ) -> tuple[dict[int, NDArray[np.int32]], int, int]:

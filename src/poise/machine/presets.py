@@ -94,6 +94,12 @@ MODELS: dict[str, dict[str, Any]] = {
                              vocab_size=151936),
     "qwen3-235b-a22b": _config(94, 128, 8, 4096, 1536, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
                                vocab_size=151936),
+    # Qwen/Qwen3-Next-80B-A3B-Instruct: three of four layers have linear attention, which is not counted here
+    "qwen3-next-80b-a3b": _config(48, 512, 10, 2048, 512, shared_expert_intermediate_size=512, num_key_value_heads=2,
+                                  head_dim=256, vocab_size=151936),
+    # zai-org/GLM-4.5, GLM-4.6 and GLM-4.7: 16-bit weights
+    "glm-4.5": _config(92, 160, 8, 5120, 1536, first_k_dense_replace=3, n_shared_experts=1, num_attention_heads=96,
+                       num_key_value_heads=8, head_dim=128, intermediate_size=12288, vocab_size=151552),
     # meta-llama/Llama-4-Maverick-17B-128E (every second layer), Llama-4-Scout-17B-16E (every layer)
     "llama-4-maverick": _config(48, 128, 1, 5120, 8192, interleave_moe_layer_step=2, **LLAMA4),
     "llama-4-scout": _config(48, 16, 1, 5120, 8192, **LLAMA4),

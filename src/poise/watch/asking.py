@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from poise.util.errors import CommunicationError
+from poise.util.errors import CommunicationError, OptionError
 
 MAX_ANSWER = 16 * 2**20
 """Bytes of an answer."""
@@ -33,6 +33,23 @@ class EngineResponse:
 
     status: int
     body: bytes
+
+
+def engine_address(url: str) -> str:
+    """An address of an engine without the slash at its end.
+
+    Raises
+    ------
+    OptionError : it is none.
+    """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good or parts.username or parts.query or parts.fragment:
+        raise OptionError(f"{url:.80} is no address of an engine", hint="as in http://127.0.0.1:30000")
+    return url.rstrip("/")
 
 
 class Asker:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from poise.watch.effect import Effect
 from poise.watch.service import Planned, Seen, ServiceEvent, Told, Trouble
 from poise.watch.sources import Polled
 
@@ -41,6 +42,7 @@ class Board:
         self._plans: deque[dict[str, Any]] = deque(maxlen=PLANS)
         self._problems: deque[dict[str, Any]] = deque(maxlen=PROBLEMS)
         self._heat: dict[str, Any] | None = None
+        self._effect: dict[str, Any] | None = None
         self._noted_at = ticks()
         self._up: bool | None = None
         self._count = {"steps": 0, "dumps": 0, "dump_errors": 0, "plans": 0, "moves": 0, "moved_bytes": 0.0}
@@ -63,6 +65,9 @@ class Board:
                 self._note_look(at, event)
             elif isinstance(event, Told):
                 self._note_told(event)
+            elif isinstance(event, Effect):
+                found = event.judgement
+                self._effect = {"at": at, "sentence": found.sentence(), **found.to_json()}
             else:
                 self._note_plan(at, event)
 
@@ -74,7 +79,7 @@ class Board:
                 "started": self._started, "now": self._clock(), "about": self._about, "up": self._up,
                 "state": self._state, "learning": self._learning, **self._count, "newest": self._number - 1,
                 "looks": looks, "plans": [dict(plan) for plan in self._plans],
-                "problems": list(self._problems), "heat": self._heat if looks else None,
+                "effect": self._effect, "problems": list(self._problems), "heat": self._heat if looks else None,
             }  # fmt: skip
 
     def idle_seconds(self) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from poise.util.errors import NoResultError
+from poise.watch.effect import Effect
+from poise.watch.measure import Judged
 from poise.watch.service import Planned, Seen, ServiceEvent, Trouble
 from poise.watch.sources import Polled
 
@@ -16,6 +18,8 @@ except ImportError:
     prometheus_client = None  # type: ignore[assignment]
 
 NAN = float("nan")
+EFFECTS = {"helped": 1, "did not help": 0, "hurt": -1}
+"""Values of ``poise_map_effect``; NaN: it cannot be told yet."""
 
 
 class Metrics:
@@ -54,6 +58,9 @@ class Metrics:
         self._p_value = gauge("drift_p_value", "p value of the last drift test")
         self._alarm = gauge("drift_alarm", "1 if the last drift test alarmed")
         self._seconds = gauge("step_seconds_modelled", "Modelled seconds of a step's MoE layers", ("of",))
+        self._effect = gauge("map_effect", "By the engine's own metrics: 1 the map helped, 0 it did not, -1 it hurt")
+        self._pairs = gauge("map_effect_pairs", "Pairs of windows of like load that this rests on")
+        self._ratio = gauge("map_tpot_ratio", "TPOT under the map over TPOT under the one before it, at like load")
         self._gap = gauge("last_plan_gap", "Modelled seconds of the last plan over the lower bound, minus 1")
         self._gain = gauge("last_plan_gain_ratio", "Share of a step that the last plan was to save on held-back steps")
         self._steps = counter("steps", "Steps watched")
@@ -66,6 +73,7 @@ class Metrics:
         for accepted in ("true", "false"):
             self._plans.labels(accepted)
         self._step = 0
+        self._now: Judged | None = None
         self.content_type = prometheus_client.CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Any]:
@@ -84,6 +92,18 @@ class Metrics:
         """What a scrape gets."""
         return bytes(prometheus_client.generate_latest(self._registry))
 
+    def details(self) -> bytes:
+        """What only who asks for it gets: a series for every layer and device, of the last window."""
+        registry, now = prometheus_client.CollectorRegistry(), self._now
+        load = prometheus_client.Gauge(
+            "poise_device_load_ratio", "Tokens of a device over the layer's mean, in the window", ("layer", "device"),
+            registry=registry,
+        )  # fmt: skip
+        for layer, row in [] if now is None else zip(now.layer_ids_L.tolist(), now.relative_LD.tolist(), strict=True):
+            for device, value in enumerate(row):
+                load.labels(layer, device).set(value)
+        return bytes(prometheus_client.generate_latest(registry))
+
     def note(self, event: ServiceEvent) -> None:
         """Take in what happened."""
         if isinstance(event, Polled):
@@ -97,6 +117,11 @@ class Metrics:
             self._note_look(event)
         elif isinstance(event, Planned):
             self._note_plan(event)
+        elif isinstance(event, Effect):
+            found = event.judgement
+            self._effect.set(EFFECTS.get(found.answer, NAN))
+            self._pairs.set(found.pairs)
+            self._ratio.set(NAN if found.ratio is None else found.ratio)
 
     def _note_look(self, event: Seen) -> None:
         look = event.look
@@ -116,6 +141,7 @@ class Metrics:
         if event.first is not None:
             self._first.set(event.first.imbalance)
         if event.now is not None:
+            self._now = event.now
             self._seconds.labels("current").set(event.now.seconds)
             for layer, value in zip(event.now.layer_ids_L.tolist(), event.now.imbalance_L.tolist(), strict=True):
                 self._layer.labels(layer).set(value)

@@ -150,6 +150,17 @@ function status(state, look) {
   return state.learning ? `Learning this traffic, ${state.steps} steps watched` : `Watching, ${state.steps} steps, no drift`;
 }
 
+function waits(state, look) {
+  if (state.up === false) return "It waits for the source to answer, and asks again by itself.";
+  if (!look && !state.dumps) return "It waits for the first recorded traffic.";
+  if (!look) return "It waits for enough steps for a first look.";
+  if (state.state === "planning") return "It waits for the plan that is being made; the running map serves meanwhile.";
+  if (state.learning) return "It waits for a reference of this traffic; then the drift test begins.";
+  if (look.restart) return "A newer map is written: the engine takes it at its next start.";
+  if (state.effect && state.effect.answer === "cannot tell yet") return "It waits for windows of like load, to tell whether the map helped.";
+  return "It waits for nothing: the newest map runs, and a new plan comes when the traffic drifts.";
+}
+
 function show(state) {
   if (state.started !== known.started) Object.assign(known, { started: state.started, newest: -1, looks: [], heat: null });
   const fresh = state.looks.filter((look) => look.n > known.newest);
@@ -167,6 +178,11 @@ function show(state) {
   say("imbalance-was", look && look.first !== null ? `placement at the engine's start: ${number(look.first, 3)}` : "");
   say("after-restart", look ? number(look.after_restart, 3) : "–");
   say("after-restart-was", look && look.restart ? look.restart.split("; ").pop() : "the newest map runs");
+  say("waits", waits(state, look));
+  const effect = state.effect;
+  say("effect", effect ? effect.answer : "–");
+  say("effect-was", effect ? `${effect.pairs} pairs of windows of like load` : "no metrics of the engine, or one map so far");
+  say("effect-sentence", effect ? `By the engine's own metrics the map that runs ${effect.sentence}` : "");
   say("restart", look && look.restart ? look.restart : "");
   say("predicted", taken ? number(taken.predicted, 3) : "–");
   say("predicted-was", taken ? `measured after it: ${number(taken.measured, 3)}` : "no plan taken yet");
@@ -202,13 +218,27 @@ async function ask() {
   setTimeout(ask, EVERY_MS);
 }
 
+function tell(layer, device) {
+  const row = known.heat.relative[layer];
+  if (row && row[device] !== undefined) say("cell", `layer ${known.heat.layers[layer]}, device ${device}: ${row[device].toFixed(2)} times the mean`);
+}
+
 at("heat").addEventListener("pointermove", (event) => {
   if (!known.heat) return;
   const box = at("heat").getBoundingClientRect();
   const device = Math.floor(((event.clientX - box.left) / box.width) * known.heat.relative[0].length);
   const layer = Math.floor(((event.clientY - box.top) / box.height) * known.heat.relative.length);
-  const row = known.heat.relative[layer];
-  if (row && row[device] !== undefined) say("cell", `layer ${known.heat.layers[layer]}, device ${device}: ${row[device].toFixed(2)} times the mean`);
+  tell(layer, device);
+});
+const cell = { layer: 0, device: 0 };
+at("heat").addEventListener("keydown", (event) => {
+  const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+  if (!known.heat || !step) return;
+  event.preventDefault();
+  const rows = known.heat.relative;
+  cell.layer = Math.min(rows.length - 1, Math.max(0, cell.layer + step[0]));
+  cell.device = Math.min(rows[0].length - 1, Math.max(0, cell.device + step[1]));
+  tell(cell.layer, cell.device);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawHeat);
 ask();

@@ -1,4 +1,4 @@
-"""The page and the metrics over HTTP: read only, five paths, no framework."""
+"""The page and the metrics over HTTP: read only, seven paths, no framework."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ def answers(board: Board, metrics: Metrics, *, stale_s: float) -> Callable[[str]
             )
         if parts.path == "/metrics":
             return PageResponse(HTTPStatus.OK, metrics.content_type, metrics.text())
+        if parts.path == "/metrics/details":
+            return PageResponse(HTTPStatus.OK, metrics.content_type, metrics.details())
         if parts.path == "/healthz":
             idle = board.idle_seconds()
             if idle > stale_s:

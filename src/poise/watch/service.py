@@ -29,6 +29,7 @@ from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError, PlacementError, PoiseError, TraceError, told
+from poise.watch.effect import Effect, MapEffects, WayBack
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
 from poise.watch.sources import Arrival, Polled, Source
@@ -150,7 +151,7 @@ class Told:
     replaced: bool = False
 
 
-ServiceEvent = Polled | Seen | Planned | Trouble | Told
+ServiceEvent = Polled | Seen | Planned | Trouble | Told | Effect
 
 
 class Service:
@@ -163,6 +164,7 @@ class Service:
     outputs : files to write whenever a plan is accepted.
     measured : judge placements on the window at every look and plan, for metrics and the page.
     whole : held while files are written: who ends the watch from outside waits for its end.
+    effects : what the engine's own metrics say of each map; where one hurt, the watch goes back. None: not asked.
 
     Attributes
     ----------
@@ -171,9 +173,10 @@ class Service:
 
     def __init__(
         self, source: Source, setup: Setup, outputs: Sequence[Output] = (), *, measured: bool = False,
-        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext, effects: MapEffects | None = None,
     ) -> None:  # fmt: skip
-        self._whole = whole
+        self._whole, self._effects = whole, effects
+        self._back: WayBack | None = None
         self.source, self.setup, self.outputs = source, setup, tuple(outputs)
         self.controller: Controller | None = None
         self._measured = measured
@@ -219,6 +222,7 @@ class Service:
                             raise
                         yield Trouble(f"a dump was left out: {told(error)}", bad_dump=True)
                 yield from self._carry_out(once)
+                yield from self._hear(once)
                 if got.more:
                     continue
                 if once:
@@ -374,6 +378,7 @@ class Service:
             files: tuple[Path, ...] = ()
             failures: list[PlacementError] = []
             if decision.accepted:
+                self._back = self._back if decision.reason == "hurt" else None
                 control.moved()
                 self._decided = control.current
                 files, failures = self._write(self.outputs)
@@ -383,6 +388,28 @@ class Service:
             if failures and once:
                 raise failures[0]
             yield from _retried(failures)
+
+    def _hear(self, once: bool) -> Iterator[ServiceEvent]:
+        """What the engine's metrics say of the map that runs; where it hurt, the map before it is decided on."""
+        follow, control = self._effects, self.controller
+        if follow is None:
+            return
+        try:
+            effects, problems = follow.look(None if control is None else control.running)
+            yield from effects
+            yield from (Trouble(message) for message in problems)
+            self._back, follow.back = follow.back or self._back, None
+            back = self._back
+            if control is None or back is None or not control.go_back(back.older, back.now_s, back.then_s):
+                return
+            before = control.current
+            yield from self._carry_out(once)
+            if control.current is before or (control.current.count_LED() == back.older.count_LED()).all():
+                self._back = None
+        except Exception as error:
+            if once:
+                raise
+            yield Trouble(f"the engine's metrics were not judged: {told(error)}")
 
     def _write(self, outputs: Sequence[Output]) -> tuple[tuple[Path, ...], list[PlacementError]]:
         """Write all that can be: a full disk under one file must not keep the engine's map back."""

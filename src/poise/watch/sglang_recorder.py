@@ -19,17 +19,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
-
-import numpy as np
 
 from poise.engines import sglang
-from poise.engines.slots import trivial_row
+from poise.engines.slots import trivial_placement
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import CommunicationError, InputError, OptionError, PlacementError
 from poise.util.jsonfile import parse_json
-from poise.watch.asking import Asker, RefusedError
+from poise.watch.asking import Asker, RefusedError, engine_address
 from poise.watch.sources import DumpFolder, Polled
 
 TIMEOUT_S = 60.0
@@ -117,7 +114,7 @@ class SGLangRecorder:
         self, url: str, folder: DumpFolder, *, num_devices: int, api_key: str | None = None,
         admin_api_key: str | None = None, timeout_s: float = TIMEOUT_S,
     ) -> None:  # fmt: skip
-        self.url = _address(url)
+        self.url = engine_address(url)
         self._folder, self._devices = folder, num_devices
         self._key, self._admin_key = _key("API key", api_key), _key("admin API key", admin_api_key) or api_key
         self._timeout_s, self._until = timeout_s, 0.0
@@ -174,12 +171,7 @@ class SGLangRecorder:
                     f"the engine was started with --init-expert-location {location:.80}: {error.message}",
                     hint="name what it runs with --placement",
                 ) from None
-        slots = experts + self.settings.redundant
-        if slots % num_devices:
-            raise OptionError(f"{slots} slots cannot be shared evenly by {num_devices} devices")
-        table = np.tile(trivial_row(experts, slots), (steps.num_layers, 1))
-        device = np.repeat(np.arange(num_devices, dtype=np.int32), slots // num_devices)
-        return Placement(table, device, experts, num_devices, steps.layer_ids_L, method="trivial")
+        return trivial_placement(experts, experts + self.settings.redundant, num_devices, steps.layer_ids_L)
 
     def close(self) -> None:
         """Stop recording, if the engine still answers and its settings still allow it."""
@@ -272,14 +264,3 @@ def _key(name: str, key: str | None) -> str | None:
             f"the {name} has a character that no HTTP header can carry", hint="does it end with a line break?"
         )
     return key
-
-
-def _address(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-    except ValueError:
-        good = False
-    if not good or parts.username or parts.query or parts.fragment:
-        raise OptionError(f"{url:.80} is no address of an engine", hint="as in http://127.0.0.1:30000")
-    return url.rstrip("/")

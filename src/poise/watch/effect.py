@@ -1,0 +1,195 @@
+"""What the engine's own metrics say of each map, one after the other: scrapes in, a judgement of the map that runs out.
+
+A map is judged against the one that ran before it (:mod:`poise.watch.helped`). The windows under a map are those before
+the next one. The first window after a change is left out: caches are empty then, and requests of before run out. Maps
+that follow each other before FEW windows were seen (a way gone in parts, a plan that is settled soon) are one change:
+the last of them is judged against the map before them all.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from poise.planning.placement import Placement
+from poise.util.errors import CommunicationError, OptionError, TraceError
+from poise.util.files import read_bounded
+from poise.watch.asking import Asker, engine_address
+from poise.watch.engine_metrics import Scrape, read_scrape
+from poise.watch.helped import MOST_WINDOWS, HelpedSettings, Judgement, MapJudge
+from poise.watch.metric_windows import MetricWindow, MetricWindows
+
+TIMEOUT_S = 5.0
+MAX_SCRAPE = 16 * 2**20
+SCRAPES_A_LOOK = 64
+WINDOW_S = 60.0
+FEW = 8
+"""Windows under a map below which nothing can be said against it."""
+_SECONDS = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)\.(?:prom|txt)")
+
+
+class MetricSource(Protocol):
+    """Anything that knows an engine's metrics."""
+
+    def scrapes(self) -> tuple[list[Scrape], list[str]]:
+        """What is new, oldest first, and what went wrong, for people."""
+        ...
+
+
+class MetricsUrl:
+    """An engine's ``/metrics``.
+
+    Parameters
+    ----------
+    url : ``http://host:port``, or with the path.
+    clock : seconds since 1970.
+
+    Raises
+    ------
+    OptionError : the address is none.
+    """
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+        base = engine_address(url)
+        self._asker = Asker(base.removesuffix("/metrics"), most=MAX_SCRAPE)
+        self._clock = clock
+
+    def scrapes(self) -> tuple[list[Scrape], list[str]]:
+        """The metrics as they are now."""
+        headers = {"Accept": "text/plain", "User-Agent": "poise", "Connection": "close"}
+        try:
+            answer = self._asker.ask("GET", "/metrics", headers, until=time.monotonic() + TIMEOUT_S)
+            if answer.status != 200:
+                return [], [f"{self._asker.url}/metrics answers {answer.status}: SGLang needs --enable-metrics"]
+            return [read_scrape(answer.body, self._clock())], []
+        except (CommunicationError, TraceError) as error:
+            return [], [f"the engine's metrics were not read: {error.message}"]
+
+
+class ScrapeFolder:
+    """Saved answers of ``/metrics``: files named by the second they are of, ``1700000000.prom``.
+
+    As ``curl -s URL/metrics > new && mv new $(date +%s).prom`` leaves them. Each is read once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise OptionError(f"{str(folder)[:80]!r} is no folder of scrapes, and no address of an engine")
+        self.folder, self._last = folder, -1.0
+
+    def scrapes(self) -> tuple[list[Scrape], list[str]]:
+        """Files that came since the last look, at most SCRAPES_A_LOOK."""
+        try:
+            named = [(float(found[1]), one) for one in self.folder.iterdir() if (found := _SECONDS.fullmatch(one.name))]
+        except OSError as error:
+            return [], [f"cannot look into {self.folder}: {error.strerror}"]
+        out, problems = [], []
+        for at, path in sorted(one for one in named if one[0] > self._last)[:SCRAPES_A_LOOK]:
+            self._last = at
+            try:
+                out.append(read_scrape(read_bounded(path, MAX_SCRAPE, TraceError), at))
+            except TraceError as error:
+                problems.append(f"{path.name} was left out: {error.message}")
+        return out, problems
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Effect:
+    """What is known of the map that runs.
+
+    Parameters
+    ----------
+    judgement : by the engine's own metrics.
+    news : the word is another than at the last look.
+    """
+
+    judgement: Judgement
+    news: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WayBack:
+    """A map that was measured to be faster than the one that runs.
+
+    Parameters
+    ----------
+    older : what ran before.
+    now_s, then_s : measured seconds between two tokens, under the one that runs and under the older one.
+    """
+
+    older: Placement
+    now_s: float
+    then_s: float
+
+
+class MapEffects:
+    """Follows maps and metrics.
+
+    Parameters
+    ----------
+    source : where scrapes come from.
+    settings, window_s : how maps are judged, and seconds of a window.
+
+    Attributes
+    ----------
+    back : where to go, because the map that runs hurt; None: nowhere.
+    """
+
+    def __init__(
+        self, source: MetricSource, settings: HelpedSettings | None = None, *, window_s: float = WINDOW_S
+    ) -> None:
+        self._source, self._settings = source, settings or HelpedSettings()
+        self._windows = MetricWindows(window_s)
+        self._era: deque[MetricWindow] = deque(maxlen=MOST_WINDOWS)
+        self._runs: Placement | None = None
+        self._older: Placement | None = None
+        self._before: tuple[MetricWindow, ...] = ()
+        self._judge: MapJudge | None = None
+        self._warm = True
+        self.back: WayBack | None = None
+
+    def look(self, runs: Placement | None) -> tuple[list[Effect], list[str]]:
+        """New scrapes under the map that runs (None: not known yet), and what went wrong.
+
+        A map that came since the last look is met first: scrapes from now on are its own.
+        """
+        effects = [] if runs is None else self._meet(runs)
+        scrapes, problems = self._source.scrapes()
+        for scrape in scrapes:
+            window, restarted = self._windows.add(scrape)
+            if restarted:
+                self._warm = False
+            if window is not None and runs is not None:
+                effects += self._take(window)
+        return effects, problems
+
+    def _meet(self, runs: Placement) -> list[Effect]:
+        before, self._runs = self._runs, runs
+        if before is None or (before.count_LED() == runs.count_LED()).all():
+            return []
+        self._windows.cut()
+        self._warm, self.back = False, None
+        if self._older is None or len(self._era) >= FEW:
+            self._older, self._before = before, tuple(self._era)
+        self._judge = MapJudge(self._before, self._settings)
+        self._era.clear()
+        return [Effect(self._judge.judgement, True)]
+
+    def _take(self, window: MetricWindow) -> list[Effect]:
+        if not self._warm:
+            self._warm = True
+            return []
+        self._era.append(window)
+        if self._judge is None or self._judge.judgement.final:
+            return []
+        word = self._judge.judgement.answer
+        found = self._judge.add(window)
+        if found.answer == "hurt" and found.tpot_s[1] is not None and found.ratio is not None:
+            assert self._older is not None
+            self.back = WayBack(self._older, found.tpot_s[1], found.tpot_s[1] / found.ratio)
+        return [Effect(found, found.answer != word)]
