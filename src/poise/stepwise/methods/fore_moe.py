@@ -1,4 +1,4 @@
-"""ForeMoE's idea (arXiv 2606.11867): in RL post-training each micro-step is balanced by the routing its rollout recorded.
+"""ForeMoE's idea (arXiv 2606.11867): in RL post-training every micro-step is balanced by what its rollout recorded.
 
 Read was the abstract, not the paper. What it says
 
@@ -10,8 +10,8 @@ Not known to us: the objective, what the levels are, whether experts are relocat
 tokens are split, and the transfer engine's schedule. Chosen here
 
     Step 1  Loads of the record (:attr:`poise.stepwise.protocol.LayerView.foreseen`); without one, predicted loads.
-    Step 2a Nodes: the fullest node gives tokens of the expert it computes most of to the idlest one that holds it or has
-            a free slot, until the fullest is within ``tolerance`` of the mean.
+    Step 2a Nodes: the fullest node gives tokens of the expert it computes most of to the idlest one that holds it or
+            has a free slot, until the fullest is within ``tolerance`` of the mean.
     Step 2b Devices of a node: an expert that is new there lands on the least loaded device with a free slot, heaviest
             first; then as step 2a.
     Step 3  Replicas are gathered before the gate and live for the micro-step, within the step slots that every policy

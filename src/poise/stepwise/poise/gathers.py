@@ -292,9 +292,7 @@ def calibrate(layer: OwnedLayer, held_ED: NDArray[np.bool_], extra: int) -> Gath
     for _ in range(extra):
         found = False
         for kind in range(2):
-            e, d = (
-                replica_of_fullest(layer, best, free_D) if kind == 0 else replica_in_short_node(layer, best, free_D)
-            )
+            e, d = replica_of_fullest(layer, best, free_D) if kind == 0 else replica_in_short_node(layer, best, free_D)
             if e < 0:
                 continue
             wider = best.holders_ED.copy()
