@@ -155,7 +155,7 @@ class FssdpExperts:
     def foresee(
         self, rollout: Rollout, micro_batches: Sequence[NDArray[np.int64]], *, replay: bool = True
     ) -> Iterator[int]:
-        """Micro-batches whose routing a rollout has recorded: numbers of them, each while its own passes run. Collective.
+        """Numbers of micro-batches whose routing a rollout has recorded, each while its own passes run. Collective.
 
         With ``policy="recorded"`` replicas and token splits of every micro-batch and layer are planned at once, on a
         thread; any other policy takes the record for its prediction. Owners, where the sharding policy moves them, are

@@ -53,7 +53,8 @@ class MicroBatch:
         tokens, top_k = ids_TK.shape
         if tokens != self.tokens:
             return ModelError(
-                f"micro-batch {self.number} of the rollout has {self.tokens} tokens on this rank, layer {layer} gets {tokens}",
+                f"micro-batch {self.number} of the rollout has {self.tokens} tokens on this rank, layer {layer} gets "
+                f"{tokens}",
                 hint="what else the model runs (an evaluation) belongs outside of the loop over run.foresee(...)",
             )
         if top_k != self.top_k:
@@ -68,8 +69,8 @@ class MicroBatch:
         if not other:
             return None
         return ModelError(
-            f"layer {layer}: the router sends {other} of {int(known_T.sum())} recorded tokens to other experts than the "
-            "rollout did, and was not made to replay it",
+            f"layer {layer}: the router sends {other} of {int(known_T.sum())} recorded tokens to other experts than "
+            "the rollout did, and was not made to replay it",
             hint="replayed is a torch.topk over all experts in the forward of the module that holds them; replay=False "
             "takes the record as a forecast",
         )

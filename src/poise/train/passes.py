@@ -49,7 +49,7 @@ class Pass:
     micro_batch: MicroBatch | None = None
 
     def out_of_turn(self, now: MicroBatch | None) -> ModelError | None:
-        """What to say where it is computed again while another micro-batch runs: the router would not replay its own."""
+        """What to say where it is computed again while another micro-batch runs, whose routing would be replayed."""
         mine = self.micro_batch
         if mine is None or mine is now or mine.experts_TLK is None:
             return None

@@ -198,7 +198,7 @@ class Schedule:
         return self._turns(found)
 
     def _own_ahead(self, found: Sequence[MicroBatch]) -> None:
-        """Owners by the sharding policy from the loads to come, as often as it plans, where nothing stands against it."""
+        """Owners by the sharding policy from the loads to come, as often as it plans, unless a backward is to come."""
         sharding = self.settings.sharding
         if sharding is None or not sharding.interval:
             return
