@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.cases import read_options, run_cases
 from tests.helpers import few_or
 from tests.ranks import everywhere, registry
+from tests.ranks import folder as shared_folder
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.matrix import machine
@@ -331,6 +332,44 @@ def a_router_that_cannot_be_told() -> dict:
     model(torch.zeros(3, WIDTH, dtype=torch.float64)).sum().backward()
     assert run.metrics[0].view.foreseen is None
     return {"said": said}
+
+
+@case
+def as_the_guide_says() -> dict:
+    """The example of docs/training.md, as it stands there, is a step of the dense run."""
+    rank, world, model = dist.get_rank(), dist.get_world_size(), build()
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    text = next(part for part in guide.split("```python")[1:] if "run.foresee" in part).partition("```")[0]
+    step = step_of(0, world)
+    record = dense(True, "sgd", True)
+    with shared_folder() as folder:
+        if rank == 0:
+            step.rollout.trace.save(folder / "rollout.npz")
+        dist.barrier()
+        text = text.replace('"rollout.npz"', repr(str(folder / "rollout.npz"))).replace("optimizer.zero_grad()", "")
+        sharded = shard(model)
+        optimizer = h.make_optimizer("sgd", model)
+        optimizer.register_step_pre_hook(lambda *_: h.reduce_dense(model, sharded))
+
+        def batch_of(requests: list[int]) -> np.ndarray:
+            width = max(step.lengths[r] for r in requests)
+            return step.rollout.rows(requests, [step.lengths[r] for r in requests], width)
+
+        def loss_of(model: nn.Module, rows: np.ndarray) -> Tensor:
+            out = model(step.x[rows.reshape(-1)])[rows.reshape(-1) >= 0]
+            return (out - step.target[rows[rows >= 0]]).square().sum() / len(step.x)
+
+        names: dict[str, Any] = {
+            "fully_shard_experts": lambda *_, **options: sharded, "model": model, "mesh": None, "groups": step.groups,
+            "lengths": step.lengths, "rank": rank, "loss_of": loss_of, "batch_of": batch_of, "optimizer": optimizer,
+        }  # fmt: skip
+        exec(text, names)
+    assert names["groups"] != step.groups and sharded.metrics[0].view.foreseen is not None
+    error = c.agreed(
+        h.worst({name: w.grad for name, w in model.named_parameters()}, h.local_rows(model, record.grads[0]))
+    )
+    assert error <= EXACT, error
+    return {"error": error}
 
 
 if __name__ == "__main__":
