@@ -62,7 +62,8 @@ class Muon(torch.optim.Optimizer):
             raise OptionError(f"unknown adjust_lr_fn {adjust_lr_fn!r}", hint="original or match_rms_adamw")
         super().__init__(params, {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "eps": eps,
-            "ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype,
+            "ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
+            "ns_dtype": ns_dtype,
         })  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -112,8 +113,9 @@ def _check(weight: Tensor) -> None:
             hint="give it run.parameters(), and the weights that FSDP2 shards to another optimizer",
         )
     if axes < 2 or (isinstance(weight, ExpertRows) and axes < 3):
+        of_all = " for all experts" if isinstance(weight, ExpertRows) else ""
         raise OptionError(
-            f"Muon needs matrices, got a weight of {axes} axes{' for all experts' if isinstance(weight, ExpertRows) else ''}",
+            f"Muon needs matrices, got a weight of {axes} axes{of_all}",
             hint="give biases and norms to another optimizer",
         )
 
