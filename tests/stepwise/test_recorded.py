@@ -156,7 +156,7 @@ def test_they_are_known_in_training_only():
     with pytest.raises(OptionError, match="unknown policy 'recorded'"):
         parse_policy("recorded")
     assert as_policy("recorded:changes=3") == Recorded(changes=3) and as_policy("fore-moe") == ForeMoe()
-    with pytest.raises(OptionError, match="tolerance of at least 1, got 0.5"):
+    with pytest.raises(OptionError, match=r"tolerance of at least 1, got 0\.5"):
         as_policy("fore-moe:tolerance=0.5")
 
 
