@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from poise.routing.trace import RoutingTrace
+from poise.runtime.capture import find_routers
 from poise.runtime.moe import GatedExperts, MoE
 from poise.stepwise.sharding import Heterogeneous
 from poise.train import Rollout, fully_shard_experts, regrouped
@@ -332,6 +333,48 @@ def a_router_that_cannot_be_told() -> dict:
     model(torch.zeros(3, WIDTH, dtype=torch.float64)).sum().backward()
     assert run.metrics[0].view.foreseen is None
     return {"said": said}
+
+
+def weights_of(router: nn.Module, hidden: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and weights of given experts, as each family of transformers has them: written down a second time."""
+    kind, x = type(router).__name__, hidden.reshape(-1, hidden.shape[-1])
+    if kind.startswith("GptOss"):
+        logits = x @ router.weight.T + router.bias
+        return logits, logits.gather(1, ids_TK).softmax(1)
+    if kind.startswith("DeepseekV3"):
+        logits = x.float() @ router.weight.float().T
+        chosen = logits.sigmoid().gather(1, ids_TK)
+        chosen = chosen / (chosen.sum(1, keepdim=True) + 1e-20) if router.norm_topk_prob else chosen
+        return logits, chosen * router.routed_scaling_factor
+    logits = x @ router.weight.T
+    chosen = logits.float().softmax(1).gather(1, ids_TK)
+    normed = getattr(router, "norm_topk_prob", True)
+    return logits, chosen / chosen.sum(1, keepdim=True) if normed else chosen.to(logits.dtype)
+
+
+@case
+def routers_of_hugging_face() -> dict:
+    """Softmax before and after the choice, sigmoid with groups: the recorded experts, with the router's own weights."""
+    rank, world, errors = dist.get_rank(), dist.get_world_size(), {}
+    for family in few_or(("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3"), ("gpt_oss", "deepseek_v3")):
+        dense, model = c.hf_model(family), c.hf_model(family)
+        batch, mine = c.hf_tokens(0, None, world), c.hf_tokens(0, rank, world)
+        score = np.random.default_rng(1).random((batch.numel(), 2, c.HF_EXPERTS))
+        picks = np.argsort(score, axis=2)[:, :, :2]
+        for layer, router in enumerate(find_routers(dense).values()):
+            ids_TK = torch.from_numpy(picks[:, layer].copy())
+            router.forward = lambda x, router=router, ids_TK=ids_TK: (*weights_of(router, x, ids_TK), ids_TK)
+        c.hf_loss(dense, batch).backward()
+        run = shard(model, cluster=machine(world))
+        first = rank * mine.numel()
+        rollout = Rollout(RoutingTrace(picks.astype(np.int16), c.HF_EXPERTS))
+        for _ in run.foresee(rollout, [np.arange(first, first + mine.numel()).reshape(mine.shape)]):
+            (c.hf_loss(model, mine) / world).backward()
+        h.reduce_dense(model, run)
+        wanted = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in dense.named_parameters()}
+        errors[family] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, wanted)))
+    assert max(errors.values()) <= 1e-6, errors  # their routers compute in float32
+    return errors
 
 
 @case
