@@ -32,11 +32,9 @@ from numpy.typing import NDArray
 from poise.cost.route import locality_rows
 from poise.cost.split import exact_quota
 from poise.stepwise.protocol import MAX_ROWS, LayerView, StepPlan, StepPolicy
-from poise.util.compiled import compiled
 from poise.util.errors import OptionError
 
 
-@compiled
 def level(
     quota_EX: NDArray[np.int64],
     holds_EX: NDArray[np.bool_],
@@ -44,40 +42,30 @@ def level(
     speed_X: NDArray[np.float64],
     tolerance: float,
 ) -> None:
-    """Steps 2a and 2b over parts X (nodes, or devices of one), in place."""
-    experts, parts = quota_EX.shape
+    """Steps 2a and 2b over parts X (nodes, or devices of one), in place: tokens, holders and free slots."""
     load_X = quota_EX.sum(axis=0).astype(np.float64)
-    mean = load_X.sum() / speed_X.sum()
-    for _ in range(4 * experts * parts):
-        a = np.argmax(load_X / speed_X)
-        if load_X[a] <= tolerance * mean * speed_X[a]:
+    mean_X = load_X.sum() / speed_X.sum() * speed_X
+    for _ in range(4 * quota_EX.size):
+        full = int(np.argmax(load_X / speed_X))
+        if load_X[full] <= tolerance * mean_X[full]:
             break
-        expert, to = -1, -1
-        for e in np.argsort(-quota_EX[:, a], kind="mergesort"):
-            if quota_EX[e, a] == 0:
-                break
-            for x in range(parts):
-                room = mean * speed_X[x] - load_X[x]
-                fits = x != a and room >= 1.0 and (holds_EX[e, x] or free_X[x] > 0)
-                if fits and (to < 0 or load_X[x] / speed_X[x] < load_X[to] / speed_X[to]):
-                    to = x
-            if to >= 0:
-                expert = e
-                break
-        if expert < 0:
+        roomy_X = mean_X - load_X >= 1.0
+        roomy_X[full] = False
+        fits_EX = roomy_X & (holds_EX | (free_X > 0)) & (quota_EX[:, full] > 0)[:, None]
+        givers = np.flatnonzero(fits_EX.any(axis=1))
+        if not len(givers):
             break
-        room, surplus = int(mean * speed_X[to] - load_X[to]), int(np.ceil(load_X[a] - mean * speed_X[a]))
-        amount = min(quota_EX[expert, a], max(1, min(room, surplus)))
-        if not holds_EX[expert, to]:
-            holds_EX[expert, to] = True
-            free_X[to] -= 1
-        quota_EX[expert, a] -= amount
-        quota_EX[expert, to] += amount
-        load_X[a] -= amount
-        load_X[to] += amount
+        e = int(givers[np.argmax(quota_EX[givers, full])])
+        to = int(np.argmin(np.where(fits_EX[e], load_X / speed_X, np.inf)))
+        room, surplus = int(mean_X[to] - load_X[to]), int(np.ceil(load_X[full] - mean_X[full]))
+        amount = min(int(quota_EX[e, full]), room, max(1, surplus))
+        free_X[to] -= not holds_EX[e, to]
+        holds_EX[e, to] = True
+        for array in (quota_EX[e], load_X):
+            array[full] -= amount
+            array[to] += amount
 
 
-@compiled
 def hierarchical(
     load_E: NDArray[np.int64],
     static_ED: NDArray[np.bool_],
@@ -87,46 +75,27 @@ def hierarchical(
     tolerance: float,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Step 2: holders, bool [E, D], and tokens, int64 [E, D], of loads int64 [E]."""
-    experts, devices = static_ED.shape
-    nodes = node_D.max() + 1
-    holds_EN, quota_EN = np.zeros((experts, nodes), np.bool_), np.zeros((experts, nodes), np.int64)
-    free_N, speed_N = np.zeros(nodes, np.int64), np.zeros(nodes)
-    for d in range(devices):
-        free_N[node_D[d]] += step_slots
-        speed_N[node_D[d]] += speed_D[d]
-        for e in range(experts):
-            holds_EN[e, node_D[d]] |= static_ED[e, d]
-    for e in range(experts):
-        quota_EN[e, np.argmax(holds_EN[e])] = load_E[e]
-    level(quota_EN, holds_EN, free_N, speed_N, tolerance)
-    out_ED, quota_ED = static_ED.copy(), np.zeros((experts, devices), np.int64)
-    for n in range(nodes):
-        here = np.flatnonzero(node_D == n)
-        holds_EX = np.zeros((experts, here.size), np.bool_)
-        quota_EX = np.zeros((experts, here.size), np.int64)
-        free_X, speed_X = np.full(here.size, step_slots), np.zeros(here.size)
-        for i in range(here.size):
-            holds_EX[:, i] = static_ED[:, here[i]]
-            speed_X[i] = speed_D[here[i]]
-        load_X = np.zeros(here.size)
-        for turn in range(2):  # those that are here already, then those that land
-            for e in np.argsort(-quota_EN[:, n], kind="mergesort"):
-                if quota_EN[e, n] == 0 or static_ED[e, here].any() == (turn == 1):
-                    continue
-                to = -1
-                for i in range(here.size):
-                    fits = holds_EX[e, i] if turn == 0 else free_X[i] > 0
-                    if fits and (to < 0 or load_X[i] / speed_X[i] < load_X[to] / speed_X[to]):
-                        to = i
-                if turn == 1:
-                    holds_EX[e, to] = True
-                    free_X[to] -= 1
+    nodes = int(node_D.max()) + 1
+    in_node_ND = node_D == np.arange(nodes)[:, None]
+    holds_EN = np.stack([static_ED[:, here].any(axis=1) for here in in_node_ND], axis=1)
+    quota_EN = np.zeros(holds_EN.shape, np.int64)
+    quota_EN[np.arange(len(load_E)), holds_EN.argmax(axis=1)] = load_E
+    level(quota_EN, holds_EN, step_slots * in_node_ND.sum(axis=1), in_node_ND @ speed_D, tolerance)
+    out_ED, quota_ED = static_ED.copy(), np.zeros(static_ED.shape, np.int64)
+    for n, here in enumerate(in_node_ND):
+        holds_EX, speed_X = static_ED[:, here].copy(), speed_D[here]
+        quota_EX, free_X = np.zeros(holds_EX.shape, np.int64), np.full(len(speed_X), step_slots)
+        lands_E = ~holds_EX.any(axis=1)
+        heaviest = np.argsort(-quota_EN[:, n], kind="stable")
+        for e in (*heaviest[~lands_E[heaviest]], *heaviest[lands_E[heaviest]]):
+            if quota_EN[e, n]:
+                fits_X = free_X > 0 if lands_E[e] else holds_EX[e]
+                to = int(np.argmin(np.where(fits_X, quota_EX.sum(axis=0) / speed_X, np.inf)))
+                free_X[to] -= lands_E[e]
+                holds_EX[e, to] = True
                 quota_EX[e, to] = quota_EN[e, n]
-                load_X[to] += quota_EN[e, n]
         level(quota_EX, holds_EX, free_X, speed_X, tolerance)
-        for i in range(here.size):
-            out_ED[:, here[i]] |= holds_EX[:, i]
-            quota_ED[:, here[i]] = quota_EX[:, i]
+        out_ED[:, here], quota_ED[:, here] = holds_EX, quota_EX
     return out_ED, quota_ED
 
 
