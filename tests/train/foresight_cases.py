@@ -47,7 +47,7 @@ class Routed(MoE):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         probabilities = self.gate(hidden_states).softmax(-1)
-        ids = probabilities.argsort(-1, descending=True, stable=True)[:, : self.top_k]
+        ids = probabilities.argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
         if self.recorded_TK is not None:
             ids = torch.where(self.recorded_TK < 0, ids, self.recorded_TK)
         weights = probabilities.gather(1, ids)
