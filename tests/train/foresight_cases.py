@@ -280,11 +280,11 @@ def what_does_not_fit() -> dict:
     run, step, said = shard(model), step_of(0, world), {}
     experts = step.rollout.trace.experts
     idle = experts.copy()
-    idle[3, 1, 1] = -1
+    idle[:, 1, 1] = -1
     wrong: dict[str, tuple[type[PoiseError], Rollout, Sequence[str], bool]] = {
         "layers": (ModelError, other(step, experts=experts[:, :1]), ("1 MoE layers", "the model 2"), True),
         "experts": (ModelError, other(step, num_experts=11), ("11 experts a layer", "the model 10"), False),
-        "picks": (OptionError, other(step, experts=idle), ("1 of", "compute nothing"), True),
+        "picks": (OptionError, other(step, experts=idle), ("recorded picks", "compute nothing"), True),
     }
     last = world - 1
     for name, (kind, record, words, replay) in wrong.items():
