@@ -182,7 +182,7 @@ def test_what_is_known_is_planned_for_and_nobody_waits_for_counts():
     history, replayed = of(Poise(), None), of(Recorded(), Foresight(traffic))
     forecast = of(Recorded(), Foresight(traffic, replayed=False))
     assert replayed.step_seconds_B.mean() < 0.95 * history.step_seconds_B.mean()
-    assert replayed.imbalance < 1.02 < history.imbalance
+    assert replayed.imbalance < 1.1 < 1.5 < history.imbalance
     assert not replayed.control_BL.any() and forecast.control_BL.any()
     assert replayed.step_seconds_B.mean() < forecast.step_seconds_B.mean() < history.step_seconds_B.mean()
     lies = of(Recorded(), Foresight(fluctuating(1), replayed=False))
