@@ -76,8 +76,8 @@ class Muon(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Any = None) -> Any:
         """One update of all weights that have gradients."""
         loss = None
         if closure is not None:
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight.grad, memory_format=torch.preserve_format)
-        value, grad, kept = plain(weight), plain(weight.grad), plain(state["momentum_buffer"])  # type: ignore[arg-type]
+        value, grad, kept = plain(weight), plain(weight.grad), plain(state["momentum_buffer"])
         kept.lerp_(grad, 1.0 - group["momentum"])
         update = grad.lerp(kept, group["momentum"]) if group["nesterov"] else kept
         if not update.numel():

@@ -76,7 +76,7 @@ def hierarchical(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Step 2: holders, bool [E, D], and tokens, int64 [E, D], of loads int64 [E]."""
     nodes = int(node_D.max()) + 1
-    in_node_ND = node_D == np.arange(nodes)[:, None]
+    in_node_ND: NDArray[np.bool_] = node_D == np.arange(nodes)[:, None]
     holds_EN = np.stack([static_ED[:, here].any(axis=1) for here in in_node_ND], axis=1)
     quota_EN = np.zeros(holds_EN.shape, np.int64)
     quota_EN[np.arange(len(load_E)), holds_EN.argmax(axis=1)] = load_E
