@@ -41,7 +41,8 @@ def properties() -> list[str]:
     return [file for file in found if file not in MANY]
 
 
-CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py")
+CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py", "tests/train/test_foresight.py",
+         "tests/train/test_muon.py")  # fmt: skip
 """Files whose cases run on several processes, and do less in ``make test``."""
 
 

@@ -29,7 +29,7 @@ LONGEST = tuple(
     f"tests/{name}.py"
     for name in (
         "train/test_support", "train/test_parity", "serve/test_serve", "serve/test_losses", "train/test_runs", "train/test_elastic",
-        "train/test_example",
+        "train/test_example", "train/test_foresight", "train/test_muon",
     )
 )  # fmt: skip
 """Tests that start several processes, the longest first."""

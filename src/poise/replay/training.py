@@ -11,7 +11,8 @@ states, exposed; its seconds are spread over the steps until the next one, so th
 
 Before the gate, policies know what ranks know (:mod:`poise.train.schedule`): as many pairs as the layer had in the step
 before, and in the first step one, so that modelled attention is that of one token. Owners are planned from the same
-steps as there (:func:`poise.stepwise.sharding.lasting_load`).
+steps as there (:func:`poise.stepwise.sharding.lasting_load`). With a record of the steps to come (:class:`Foresight`)
+both are planned from it instead.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from poise.replay.work import LayerWork, Rounds
 from poise.routing.batch import RoutingBatch
 from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.methods.split import spread_evenly
-from poise.stepwise.protocol import LayerView
+from poise.stepwise.protocol import Foreseen, LayerView
 from poise.stepwise.sharding import (
     Even,
     ShardingPolicy,
@@ -100,6 +101,29 @@ class SourceLoads:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Foresight:
+    """What a record tells of the steps before they run.
+
+    Parameters
+    ----------
+    loads : of every step, as recorded.
+    replayed : the router's choice is replaced by the record (:class:`poise.stepwise.protocol.Foreseen`).
+    """
+
+    loads: SourceLoads
+    replayed: bool = True
+
+    def of(self, step: int, layer: int) -> Foreseen:
+        """Of one layer in one step."""
+        return Foreseen(self.loads.load_BLSE[step, layer].astype(np.int64), self.replayed)
+
+    def coming(self, step: int, steps: int) -> NDArray[np.float64]:
+        """What owners are planned from: mean loads of so many steps from one on, float64 [L, E]."""
+        mean_LE: NDArray[np.float64] = self.loads.load_BLSE[step : step + steps].sum(axis=2).mean(axis=0)
+        return mean_LE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainingReplay:
     """What training costs under a policy; steps after the warm-up.
 
@@ -162,6 +186,7 @@ def replay_training(
     warm_up: int = WARM_UP,
     rest_s: float = 0.0,
     by_rank: bool = False,
+    foresight: Foresight | None = None,
 ) -> TrainingReplay:
     """Run a policy over a batch of training steps; the first ``warm_up`` steps run but are not judged.
 
@@ -175,6 +200,8 @@ def replay_training(
         None: even, for good.
     rest_s : seconds of the dense rest of a step.
     by_rank : keep what every rank does (``work_BL``): a few [D, D] arrays a layer and step.
+    foresight : a record of the steps; any policy's predicted loads are then those of the record, and owners are planned
+        from the ``interval`` steps to come. A record that is replayed must be the traffic.
 
     Raises
     ------
@@ -190,7 +217,18 @@ def replay_training(
         )
     if not 0 <= warm_up < steps:
         raise OptionError(f"{warm_up} warm-up steps cannot be left out of {steps}", hint="use more steps")
-    run = _TrainingRun(traffic, loop, price, sharding or Even(), even_sharding(layers, experts, sources), by_rank)
+    if foresight is not None:
+        recorded = foresight.loads.load_BLSE
+        if recorded.shape != traffic.load_BLSE.shape:
+            raise OptionError(f"the record has shape {recorded.shape}, the traffic {traffic.load_BLSE.shape}")
+        if foresight.replayed and not np.array_equal(recorded, traffic.load_BLSE):
+            pairs = int(np.abs(recorded.astype(np.int64) - traffic.load_BLSE).sum())
+            raise OptionError(
+                f"the record and the traffic differ by {pairs} of {int(traffic.load_BLSE.sum(dtype=np.int64))} pairs",
+                hint="routing that is replayed is the traffic; replayed=False for a forecast",
+            )
+    owners = even_sharding(layers, experts, sources)
+    run = _TrainingRun(traffic, loop, price, sharding or Even(), owners, by_rank, foresight)
     for step in range(steps):
         run.reshard(step, first_reshard)
         for layer in range(layers):
@@ -209,13 +247,14 @@ class _TrainingRun:
         sharding: ShardingPolicy,
         owner_LE: NDArray[np.int64],
         by_rank: bool,
+        foresight: Foresight | None = None,
     ) -> None:
         if loop.window_s is not None:
             price = replace(price, window_s=loop.window_s)
         if loop.control_s is not None:
             price = replace(price, control_s=loop.control_s)
         self.traffic, self.loop, self.price, self.sharding = traffic, loop, price, sharding
-        self.owner_LE, self.moved_owners = owner_LE, 0
+        self.owner_LE, self.moved_owners, self.foresight = owner_LE, 0, foresight
         self.keeps = loop.policy.keeps_in_training
         batch = traffic.batch()
         self.load_BLE = batch.load_BLE
@@ -240,7 +279,9 @@ class _TrainingRun:
         interval = self.sharding.interval
         if not interval or step < first or (step - first) % interval:
             return
-        new = self.sharding.plan(lasting_load(self.load_BLE[:step]), self.owner_LE, self.price)
+        ahead = self.foresight
+        load_LE = lasting_load(self.load_BLE[:step]) if ahead is None else ahead.coming(step, interval)
+        new = self.sharding.plan(load_LE, self.owner_LE, self.price)
         changed = moves(self.owner_LE, new)
         if not len(changed):
             return
@@ -259,8 +300,14 @@ class _TrainingRun:
                 none = np.zeros((cluster.num_devices,) * 2)
                 self.work[step].append(LayerWork(none, none[0]))
             return
-        early_ED = driver.choose(self._known(step, layer))
-        view = driver.view(step, self.predicted_BLE[step, layer], self.load_BLE[:step, layer], price)
+        if self.foresight is None:
+            early_ED = driver.choose(self._known(step, layer))
+            view = driver.view(step, self.predicted_BLE[step, layer], self.load_BLE[:step, layer], price)
+        else:
+            known = self.foresight.of(step, layer)
+            told_E = known.load_SE.sum(axis=0).astype(np.float64)
+            view = driver.view(step, told_E, self.load_BLE[:step, layer], price, known)
+            early_ED = driver.choose(view)
         done = driver.finish(view, early_ED, load_SE)
         transfers = self._weights(done)
         self.out["control"][step, layer] = done.control_s

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from poise.cost.weights import StepPrice, fetch_seconds
 from poise.routing.predict import WINDOW, mean_share
-from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
+from poise.stepwise.protocol import Foreseen, LayerView, StepPlan, StepPolicy
 from poise.util.errors import PlacementError
 
 
@@ -92,7 +92,12 @@ class LayerDriver:
         return mean_share(loads_HE, self._window, self._prior_E) * pairs
 
     def view(
-        self, step: int, predicted_E: NDArray[np.float64], loads_HE: NDArray[np.float64], price: StepPrice
+        self,
+        step: int,
+        predicted_E: NDArray[np.float64],
+        loads_HE: NDArray[np.float64],
+        price: StepPrice,
+        foreseen: Foreseen | None = None,
     ) -> LayerView:
         """What the policy sees of a step.
 
@@ -102,10 +107,11 @@ class LayerDriver:
         predicted_E : float64 [E], predicted tokens, of :meth:`predict` or of a predictor.
         loads_HE : float64 [H, E], exact tokens of the steps before, the newest last, as many as are known.
         price : machine, model, window and control time of this step.
+        foreseen : what a record tells of this step.
         """
         return LayerView(
             self.static_ED, self.held_ED.copy(), predicted_E, loads_HE[-self.policy.recent :], self.coming_ED.copy(),
-            self.step_slots, step, self.layer, price,
+            self.step_slots, step, self.layer, price, foreseen,
         )  # fmt: skip
 
     def choose(self, view: LayerView) -> NDArray[np.bool_]:

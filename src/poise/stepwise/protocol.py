@@ -29,6 +29,20 @@ MAX_ROWS = 2**25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Foreseen:
+    """What a record of the same tokens says of a layer's step before it runs.
+
+    Parameters
+    ----------
+    load_SE : int64 [D, E], tokens of each expert from each source device.
+    replayed : the router's choice is replaced by the record, so that these will be the loads; else a forecast.
+    """
+
+    load_SE: NDArray[np.int64]
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerView:
     """What is known of a layer when a step begins.
 
@@ -42,6 +56,7 @@ class LayerView:
     step_slots : M, slots a device beyond the static ones.
     step, layer : numbers from 0.
     price : machine, model, window and control time.
+    foreseen : loads that a record tells before the gate, or None; ``predicted_E`` is then their sum over sources.
     """
 
     static_ED: NDArray[np.bool_]
@@ -53,6 +68,7 @@ class LayerView:
     step: int
     layer: int
     price: StepPrice
+    foreseen: Foreseen | None = None
 
     @property
     def slots_D(self) -> NDArray[np.int64]:
@@ -76,7 +92,7 @@ class StepPlan:
     rows_SED : int64 [D, E, D] or None: tokens from each source. None: own device, own node, remote
         (:func:`poise.cost.route.locality_rows`).
     passive : no counts were exchanged. Without rows the engine's even split over the static placement was left alone;
-        with rows each source's depend on its own tokens only.
+        with rows each source's depend on its own tokens only, or on what was known of all before the gate.
     """
 
     holders_ED: NDArray[np.bool_]

@@ -12,6 +12,7 @@ from poise.stepwise.checked import checked_policy
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.faster_moe import FasterMoE
 from poise.stepwise.methods.flex_moe import FlexMoE
+from poise.stepwise.methods.fore_moe import ForeMoe
 from poise.stepwise.methods.full_replication import FullReplication
 from poise.stepwise.methods.hecate import Hecate, HecateCalibrated
 from poise.stepwise.methods.llep import Llep
@@ -22,6 +23,7 @@ from poise.stepwise.methods.split import ExactSplit
 from poise.stepwise.methods.ultra_ep import UltraEp
 from poise.stepwise.poise.near import PoiseNear
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.recorded import Recorded
 from poise.stepwise.protocol import StepPolicy
 from poise.util.errors import OptionError
 from poise.util.registry import Registry
@@ -34,11 +36,13 @@ OWN: dict[str, StepPolicy] = {
         Llep(), UltraEp(), MoonEp(), FullReplication(), Poise(), PoiseNear(),
     )
 }  # fmt: skip
+FORESIGHT: dict[str, StepPolicy] = {policy.name: policy for policy in (Recorded(), ForeMoe())}
+"""Policies of training that plan from recorded routing: in serving, and without a record, they have nothing to add."""
 POLICIES = Registry("policy", "poise.policies", OWN, checked_policy)
 
 
-def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
-    """The policy that ``spec`` names, with its settings.
+def parse_policy(spec: str, *, model_named: bool = True, foresight: bool = False) -> StepPolicy:
+    """The policy that ``spec`` names, with its settings; ``foresight``: one of :data:`FORESIGHT` too.
 
     ``poise`` minimises seconds where the model is named; generic sizes have no true seconds, so without a model it
     balances tokens, unless ``objective`` says otherwise.
@@ -49,7 +53,7 @@ def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
     PluginError : another package's policy is not what it should be.
     """
     name, _, rest = spec.partition(":")
-    policy: Any = POLICIES.ask(name)
+    policy: Any = FORESIGHT[name] if foresight and name in FORESIGHT else POLICIES.ask(name)
     known = asdict(policy)
     given: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
@@ -66,14 +70,14 @@ def parse_policy(spec: str, *, model_named: bool = True) -> StepPolicy:
 
 
 def as_policy(given: str | StepPolicy) -> StepPolicy:
-    """What a program gave as a policy: a name with settings, or an object of its own.
+    """What a program that trains gave as a policy: a name with settings, or an object of its own.
 
     Raises
     ------
     OptionError : it is neither, or as :func:`parse_policy`.
     """
     if isinstance(given, str):
-        return parse_policy(given)
+        return parse_policy(given, foresight=True)
     if StepPolicy not in type(given).__mro__:
         raise OptionError(
             f"a policy is a name or derives from poise.stepwise.protocol.StepPolicy, got {type(given).__name__}",

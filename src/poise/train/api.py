@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,11 +34,13 @@ from poise.stepwise.sharding import ShardingPolicy
 from poise.train.checkpoint import speak_of_experts
 from poise.train.checks import flattened, ready
 from poise.train.dispatched import pass_tokens_on
+from poise.train.foresight import replay_routers
 from poise.train.gradients import clip_grad_norm_
 from poise.train.hooks import GRADIENT_HOOKS
 from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
 from poise.train.owned import stacked
+from poise.train.rollout import Rollout
 from poise.train.rows import ExpertRows, Ownership
 from poise.train.schedule import Schedule
 from poise.train.settings import Deployment, Settings
@@ -65,6 +67,7 @@ class FssdpExperts:
 
     def __init__(self, model: nn.Module, schedule: Schedule, guessed: str = "") -> None:
         self.model, self.schedule, self.guessed = model, schedule, guessed
+        self._replays = False  # the hooks that replay routing are on
 
     @property
     def metrics(self) -> list[LayerMetrics]:
@@ -149,6 +152,36 @@ class FssdpExperts:
         if owners.min() < 0 or owners.max() >= ranks:
             raise OptionError(f"owner {owners.max()} among {ranks} ranks")
         return self.schedule.reshard(owners.astype(np.int64))
+
+    def foresee(
+        self, rollout: Rollout, micro_batches: Sequence[NDArray[np.int64]], *, replay: bool = True
+    ) -> Iterator[int]:
+        """Numbers of micro-batches whose routing a rollout has recorded, each while its own passes run. Collective.
+
+        With ``policy="recorded"`` replicas and token splits of every micro-batch and layer are planned at once, on a
+        thread; any other policy takes the record for its prediction. Owners, where the sharding policy moves them, are
+        planned from the record too, at the first call and then every ``interval`` optimizer steps. Results are exact,
+        whatever the record says.
+
+        Parameters
+        ----------
+        rollout : what this rank has of it.
+        micro_batches : of each, which recorded token every token of this rank is, int [T] or [B, S], -1: unknown
+            (:meth:`poise.train.rollout.Rollout.rows`); as many on every rank.
+        replay : the record replaces the router's choice of experts (``torch.topk`` over all of them, in the forward of
+            the module that holds the experts); gate weights are the router's own for these. Unknown tokens go where the
+            router sends them. False: the record is a forecast.
+
+        Raises
+        ------
+        PoiseError : on every rank, what is wrong on one (:func:`poise.train.known.known_ahead`); in forward passes
+            ModelError, on every rank, for tokens or experts a token that are not those of the record, and under
+            ``replay`` for a router that was not made to follow it.
+        """
+        if replay and not self._replays:
+            replay_routers(self.model)
+            self._replays = True
+        return self.schedule.foresee(rollout, micro_batches, replay=replay)
 
     def set_policy(self, policy: str | StepPolicy, step_slots: int | None = None) -> None:
         """Change the policy between steps; results stay the same.

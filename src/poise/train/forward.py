@@ -67,6 +67,8 @@ class ForwardSchedule:
         if recomputed:
             one = self._again(experts, ids_TK, region, problem)
         else:
+            now = self._run.planner.micro_batch
+            problem = problem or (None if now is None else now.problem(experts.number, ids_TK))
             self._run.passes.count()
             self.clock.enter(x_Td)
             one = self._planned(experts, x_Td, ids_TK, region, problem)
@@ -94,6 +96,7 @@ class ForwardSchedule:
         one: Pass | None = None
         try:
             one = self._run.passes.again(experts.number, ids_TK, region)
+            problem = problem or one.out_of_turn(self._run.planner.micro_batch)
         except ModelError as error:
             problem = problem or error
         number = -1 if one is None else one.number
@@ -116,6 +119,7 @@ class ForwardSchedule:
                 ("activation checkpointing", bool(region.frames)), ("experts a token", ids_TK.shape[1]),
                 ("width of tokens", x_Td.shape[1]), ("trained weights", experts.trainable),
                 ("options", run.meeting.options(run.settings)), ("iterations", run.planner.history.seen(layer)),
+                ("micro-batch of a rollout", None if run.planner.micro_batch is None else run.planner.micro_batch.key),
                 ("sum over owners and replicas", zlib.crc32(known, zlib.crc32(experts.owner_E.tobytes()))),
             ))  # fmt: skip
         with span("plan"):
@@ -125,7 +129,8 @@ class ForwardSchedule:
             weights.complete(plan.holders_ED, plan.quota_ED > 0)
             way = make_exchange(ids_TK, rows_SED, there.rank, weights.slots)
             step = LayerStep(experts.kind, way, ids_TK.shape[1], there.tokens_group, weights.counts(way.count_E))
-            one = Pass(layer, given_TK, step, weights, number, [weakref.ref(frame) for frame in region.frames])
+            one = Pass(layer, given_TK, step, weights, number, [weakref.ref(frame) for frame in region.frames],
+                       micro_batch=run.planner.micro_batch)  # fmt: skip
             self._note(weights, load_SE.sum(axis=0), plan.quota_ED.sum(axis=0), view)
             if recorded:
                 self._learn(weights, load_SE.sum(axis=0))

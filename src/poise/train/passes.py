@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poise.runtime.layer import LayerStep
 from poise.runtime.recompute import Region
+from poise.train.foresight import MicroBatch
 from poise.train.materialize import Materialised
 from poise.util.errors import ModelError
 
@@ -32,6 +33,7 @@ class Pass:
     kept_bytes : of its replicas, if they stay from the forward pass to the backward within a budget.
     done : its backward is over.
     node : its place in the graph.
+    micro_batch : whose routing was known ahead.
     """
 
     layer: int
@@ -44,6 +46,18 @@ class Pass:
     kept_bytes: float = 0.0
     done: bool = False
     node: Callable[[], Any] = lambda: None
+    micro_batch: MicroBatch | None = None
+
+    def out_of_turn(self, now: MicroBatch | None) -> ModelError | None:
+        """What to say where it is computed again while another micro-batch runs, whose routing would be replayed."""
+        mine = self.micro_batch
+        if mine is None or mine is now or mine.experts_TLK is None:
+            return None
+        other = "none" if now is None else f"micro-batch {now.number}"
+        return ModelError(
+            f"layer {self.layer} of micro-batch {mine.number} is computed again while {other} of the rollout runs",
+            hint="under activation checkpointing, call backward() inside of the loop over run.foresee(...)",
+        )
 
     @property
     def comes(self) -> bool:

@@ -18,6 +18,7 @@ from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView, StepPlan
 from poise.stepwise.sharding import owned_ED
 from poise.train.ahead import Plan, PlanAhead
+from poise.train.foresight import MicroBatch
 from poise.train.history import LoadHistory
 from poise.train.owned import OwnedExperts
 from poise.train.settings import Deployment, Settings
@@ -33,7 +34,8 @@ class RunPlanner:
     top_k : experts a token, until the first forward pass tells.
 
     ``history`` holds the loads, ``drivers`` the policy's state of every layer. ``window_s`` is the time of attention
-    that a gather can hide behind: given, or measured on the run, or None (modelled).
+    that a gather can hide behind: given, or measured on the run, or None (modelled). ``micro_batch`` is the one that
+    runs, where its routing is known ahead; ``foresees``: that of the last training pass was.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class RunPlanner:
         self.history = LoadHistory(len(layers), layers[0].num_experts)
         self.drivers = self._new_drivers()
         self._ahead, self._version = PlanAhead(), 0
+        self.micro_batch: MicroBatch | None = None
+        self.foresees = False
 
     def _new_drivers(self) -> list[LayerDriver]:
         """One a layer, from the present owners, policy and slots on."""
@@ -63,11 +67,18 @@ class RunPlanner:
         self.window_s = window_s
         self._version += 1
 
-    def view(self, layer: int, pairs: float | None = None) -> LayerView:
-        """What the policy may look at in a pass of so many (token, expert) pairs; default: as many as in the last."""
-        driver, loads_HE = self.drivers[layer], self.history.of(layer)
-        total = pairs if pairs is not None else float(self.history.pairs_L[layer])
-        return driver.view(self.history.seen(layer), driver.predict(loads_HE, total), loads_HE, self.price(total))
+    def view(self, layer: int, pairs: float | None = None, micro_batch: MicroBatch | None = None) -> LayerView:
+        """What the policy may look at in a pass of so many (token, expert) pairs; default: as many as in the last, or
+        as in the record of a micro-batch.
+        """
+        driver, loads_HE, step = self.drivers[layer], self.history.of(layer), self.history.seen(layer)
+        if micro_batch is None:
+            total = pairs if pairs is not None else float(self.history.pairs_L[layer])
+            return driver.view(step, driver.predict(loads_HE, total), loads_HE, self.price(total))
+        known = micro_batch.of(layer)
+        told_E = known.load_SE.sum(axis=0).astype(np.float64)
+        price = self.price(pairs if pairs is not None else float(told_E.sum()))
+        return driver.view(step, told_E, loads_HE, price, known)
 
     def price(self, pairs: float) -> StepPrice:
         """Machine, model and window; the tokens count in powers of two, so that it seldom changes."""
@@ -79,7 +90,9 @@ class RunPlanner:
 
     def early_plan(self, layer: int) -> Plan:
         """Replicas that are gathered before the gate, and how: planned ahead, or now."""
-        return self._ahead.get(layer, self._version) or self._early_task(layer)()
+        now = self.micro_batch
+        key = layer if now is None else (now.key, layer)
+        return self._ahead.get(key, self._version) or self._early_task(layer, now)()
 
     def finish(
         self, layer: int, early_ED: NDArray[np.bool_], load_SE: NDArray[np.int64], *, keep: bool
@@ -89,7 +102,7 @@ class RunPlanner:
         ``early_ED`` bool [E, D] are the holders before the gate, ``load_SE`` int64 [D, E] the counts; ``keep`` lets the
         policy keep its replicas for later passes.
         """
-        view = self.view(layer, load_SE.sum())
+        view = self.view(layer, load_SE.sum(), self.micro_batch)
         plan = self.drivers[layer].finish(view, early_ED, load_SE, keep=keep).plan
         rows = plan.rows_SED
         if rows is None:
@@ -99,20 +112,38 @@ class RunPlanner:
     def learn(self, layer: int, load_E: NDArray[np.int64]) -> None:
         """Loads of a training pass; the first of an iteration is planned from at once."""
         self.history.record(layer, load_E)
-        if self.history.passes(layer) == 1:  # of several micro-batches, the end of the iteration plans anew
+        self.foresees = self.micro_batch is not None
+        if self.history.passes(layer) == 1 and not self.foresees:  # of several, the end of the iteration plans anew
             self.plan_ahead(layer)
 
     def end_iteration(self) -> None:
         """No more passes belong to it."""
         for layer in self.history.close():
-            self.plan_ahead(layer)
+            if not self.foresees:
+                self.plan_ahead(layer)
 
     def plan_ahead(self, layer: int) -> None:
         """Begin, on a thread, to plan the replicas of the next forward pass: all is known that will be."""
         self._ahead.start(layer, self._version, self._early_task(layer))
 
-    def _early_task(self, layer: int) -> Callable[[], Plan]:
-        there, view, driver = self.deployment, self.view(layer), self.drivers[layer]
+    def foresee(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Begin, on a thread, to plan the replicas of all layers of micro-batches whose routing is known."""
+        if self.settings.policy.keeps_in_training:
+            return  # what is held by then is not known
+        for one in micro_batches:
+            for layer in range(len(self.layers)):
+                self._ahead.start((one.key, layer), self._version, self._early_task(layer, one))
+
+    def over(self, micro_batch: MicroBatch) -> None:
+        """No more passes are of it."""
+        for layer in range(len(self.layers)):
+            self._ahead.forget((micro_batch.key, layer))
+        if self.micro_batch is micro_batch:
+            self.micro_batch = None
+
+    def _early_task(self, layer: int, micro_batch: MicroBatch | None = None) -> Callable[[], Plan]:
+        there, driver = self.deployment, self.drivers[layer]
+        view = self.view(layer, micro_batch=micro_batch)
         route = partial(plan_transfers, self.layers[layer].owner_E, cluster=there.cluster,
                         expert_bytes=there.expert_bytes, form=there.form)  # fmt: skip
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,10 +31,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from poise.machine.model import ModelSpec
 from poise.runtime.recompute import checkpoint_region, in_backward
 from poise.train.backward import BackwardSchedule
+from poise.train.foresight import MicroBatch
 from poise.train.forward import ForwardSchedule
+from poise.train.known import known_ahead
 from poise.train.metrics import LayerMetrics
 from poise.train.moves import OwnerMoves
 from poise.train.owned import OwnedExperts
+from poise.train.rollout import Rollout
 from poise.train.rows import stepping
 from poise.train.run import new_run
 from poise.train.settings import Deployment, Settings
@@ -68,6 +71,8 @@ class Schedule:
         self._copies: list[Schedule] = []
         self._wrapped_well = False
         self._due: NDArray[np.int64] | None = None  # owners to move to before the next forward pass
+        self._known = 0  # micro-batches whose routing was known ahead, so far
+        self._planned_at: int | None = None  # optimizer steps when owners were last planned from these
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
         """A run of its own for a copy of the model, over the same groups: an average that is evaluated or trained."""
@@ -139,7 +144,7 @@ class Schedule:
             if least > 0:
                 self.planner.measured(float(least) / 1e9)
         sharding = self.settings.sharding
-        if sharding is None or not sharding.interval or self.steps % sharding.interval:
+        if sharding is None or not sharding.interval or self.steps % sharding.interval or self.planner.foresees:
             return
         load_LE = self.planner.history.mean_LE()
         if not load_LE.any():
@@ -179,6 +184,46 @@ class Schedule:
         self.moved_bytes["reshard"] += received
         self.restart()
         return received
+
+    def foresee(self, rollout: Rollout, micro_batches: Sequence[NDArray[np.int64]], *, replay: bool) -> Iterator[int]:
+        """The turns of micro-batches whose routing is known; owners and plans are made first. Collective.
+
+        See :meth:`poise.train.api.FssdpExperts.foresee`.
+        """
+        found = known_ahead(self._run, rollout, micro_batches, replay, self._known)
+        self._known += len(found)
+        if found:
+            self._own_ahead(found)
+        self.planner.foresee(found)
+        return self._turns(found)
+
+    def _own_ahead(self, found: Sequence[MicroBatch]) -> None:
+        """Owners by the sharding policy from the loads to come, as often as it plans, unless a backward is to come."""
+        sharding = self.settings.sharding
+        if sharding is None or not sharding.interval:
+            return
+        if self._planned_at is not None and self.steps - self._planned_at < sharding.interval:
+            return
+        busy = bool(self.passes.open()) or self.backward.replica_gradients.waiting
+        flag = torch.tensor([int(busy)], device=self.deployment.device)
+        if self._run.meeting.meet("owners known ahead", numbers_X=flag).any():
+            return
+        self._planned_at = self.steps
+        load_LE = np.mean([one.load_LSE.sum(axis=1) for one in found], axis=0)
+        current = np.array([experts.owner_E for experts in self.layers])
+        planned = sharding.plan(load_LE, current, self.planner.price(load_LE.sum(axis=1).mean()))
+        if (planned != current).any():
+            self._move(planned)
+
+    def _turns(self, found: Sequence[MicroBatch]) -> Iterator[int]:
+        try:
+            for one in found:
+                self.planner.micro_batch = one
+                yield one.number
+                self.planner.over(one)
+        finally:
+            for one in found:
+                self.planner.over(one)
 
     def follow(self, what: Schedule | Mapping[Any, Tensor] | list[Tensor]) -> None:
         """The run of a copy, or a mapping or list of rows: its owners, or they, move when owners do."""

@@ -225,7 +225,7 @@ def plan_layer(layer: OwnedLayer, counts: NDArray[np.int64]) -> tuple[GatherPlan
 
 
 @compiled
-def _left(layer: OwnedLayer, holders_ED: NDArray[np.bool_]) -> NDArray[np.int64]:
+def free_slots(layer: OwnedLayer, holders_ED: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Slots that replicas have left free, int64 [D]."""
     left = layer.free_D.copy()
     for e in range(holders_ED.shape[0]):
@@ -243,7 +243,7 @@ def _spare(layer: OwnedLayer, plan: GatherPlan) -> NDArray[np.bool_]:
     experts, devices = best_ED.shape
     gather = gather_seconds(layer.owned_ED, best_ED & ~layer.owned_ED, price)
     paid = exposed_seconds(gather, 0.0, price)
-    left = _left(layer, best_ED)
+    left = free_slots(layer, best_ED)
     each_EN = np.zeros((experts, machine.size_N.size))
     many_EN = np.zeros((experts, machine.size_N.size))
     load_D = np.zeros(devices)
@@ -286,15 +286,13 @@ def calibrate(layer: OwnedLayer, held_ED: NDArray[np.bool_], extra: int) -> Gath
     best = GatherPlan(least, held_ED.copy(), quota_ED)
     if extra == 0:
         return best
-    free_D = _left(layer, held_ED)
+    free_D = free_slots(layer, held_ED)
     early = gather_seconds(layer.owned_ED, held_ED & ~layer.owned_ED, price)
     paid = exposed_seconds(early, 0.0, price)
     for _ in range(extra):
         found = False
         for kind in range(2):
-            e, d = (
-                _replica_of_fullest(layer, best, free_D) if kind == 0 else _replica_in_short_node(layer, best, free_D)
-            )
+            e, d = replica_of_fullest(layer, best, free_D) if kind == 0 else replica_in_short_node(layer, best, free_D)
             if e < 0:
                 continue
             wider = best.holders_ED.copy()
@@ -315,7 +313,7 @@ def calibrate(layer: OwnedLayer, held_ED: NDArray[np.bool_], extra: int) -> Gath
 
 
 @compiled
-def _replica_of_fullest(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.int64]) -> tuple[int, int]:
+def replica_of_fullest(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.int64]) -> tuple[int, int]:
     """The fullest device's largest share, to the idlest device with a free slot, of its node if one lies below mean."""
     machine, quota_ED, held_ED = layer.price.machine, plan.quota_ED, plan.holders_ED
     experts, devices = quota_ED.shape
@@ -342,7 +340,7 @@ def _replica_of_fullest(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.
 
 
 @compiled
-def _replica_in_short_node(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.int64]) -> tuple[int, int]:
+def replica_in_short_node(layer: OwnedLayer, plan: GatherPlan, free_D: NDArray[np.int64]) -> tuple[int, int]:
     """The expert that a node sends most tokens away for, to the node's idlest device with a free slot."""
     machine, need_EN = layer.price.machine, layer.sources.need_EN
     quota_ED, held_ED = plan.quota_ED, plan.holders_ED

@@ -63,7 +63,7 @@ class PoiseTraining(StepPolicy):
         if near_s * (1.0 + self.margin) < exact_s + self.control_seconds(view):
             rows = nearest_rows(load_SE, holders_ED, view.price.cluster.node_D)
             return StepPlan(holders_ED, rows.sum(axis=0), rows, passive=True)
-        plan = calibrate(_layer(view, np.ascontiguousarray(load_SE)), holders_ED, self.extra)
+        plan = calibrate(layer_of(view, np.ascontiguousarray(load_SE)), holders_ED, self.extra)
         return StepPlan(plan.holders_ED, plan.quota_ED)
 
     def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
@@ -74,7 +74,7 @@ class PoiseTraining(StepPolicy):
         """Step 1: the best replicas, and what they cost and save beside the owners alone."""
         cluster = view.price.cluster
         counts = tried_counts(view.step_slots, int(cluster.devices_per_node_N.max()), len(view.before_ED))
-        plan, alone_s = plan_layer(_layer(view, _expected(view)), counts)
+        plan, alone_s = plan_layer(layer_of(view, _expected(view)), counts)
         if (plan.holders_ED == view.before_ED).all():
             return Weighed(view.before_ED, 0.0, 0.0)
         near_s, exact_s = self.dispatch_seconds(view, plan.holders_ED)
@@ -99,7 +99,8 @@ def _expected(view: LayerView) -> NDArray[np.int64]:
     return spread_evenly(np.rint(view.predicted_E).astype(np.int64), view.price.cluster.num_devices)
 
 
-def _layer(view: LayerView, load_SE: NDArray[np.int64]) -> OwnedLayer:
+def layer_of(view: LayerView, load_SE: NDArray[np.int64]) -> OwnedLayer:
+    """A layer to plan for tokens of each source, int64 [D, E]."""
     price = compiled_price(view.price)
     free_D = view.slots_D - view.before_ED.sum(axis=0)
     return OwnedLayer(source_tokens(load_SE, price.machine), view.before_ED, free_D, price)

@@ -1,0 +1,140 @@
+"""Micro-batches whose routing is known ahead, and the replacing of a router's choice by what was recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from poise.stepwise.protocol import Foreseen
+from poise.train.owned import OwnedExperts
+from poise.train.rollout import UNKNOWN
+from poise.util.errors import ModelError
+
+MAX_LOADS = 2**28
+"""Most numbers (micro-batches x layers x ranks x experts) that are known ahead at a time: 1 GB."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """One micro-batch, known before it runs.
+
+    Parameters
+    ----------
+    key : tells it from all others of the run.
+    number : its place among those that were given together.
+    load_LSE : int32 [L, D, E], recorded pairs of every layer, rank and expert; the same on all ranks.
+    sure : its routing is replayed and every token of every rank is known: these will be the loads.
+    tokens, top_k : of this rank as recorded, unknown ones counted, and experts of each.
+    experts_TLK : int64 [T, L, K], what this rank replays; -1: unknown. None: nothing is replayed.
+    """
+
+    key: int
+    number: int
+    load_LSE: NDArray[np.int32]
+    sure: bool
+    tokens: int
+    top_k: int
+    experts_TLK: Tensor | None = None
+
+    def of(self, layer: int) -> Foreseen:
+        """What is known of a layer."""
+        return Foreseen(self.load_LSE[layer].astype(np.int64), self.sure)
+
+    def problem(self, layer: int, ids_TK: Tensor) -> ModelError | None:
+        """What is wrong with a layer's tokens and experts on this rank; None: they are those of the record, or may
+        differ from it.
+        """
+        tokens, top_k = ids_TK.shape
+        if tokens != self.tokens:
+            return ModelError(
+                f"micro-batch {self.number} of the rollout has {self.tokens} tokens on this rank, layer {layer} gets "
+                f"{tokens}",
+                hint="what else the model runs (an evaluation) belongs outside of the loop over run.foresee(...)",
+            )
+        if top_k != self.top_k:
+            return ModelError(
+                f"the rollout has {self.top_k} experts a token, the router of layer {layer} names {top_k}"
+            )
+        if self.experts_TLK is None:
+            return None
+        recorded_TK = self.experts_TLK[:, layer]
+        known_T = recorded_TK[:, 0] != UNKNOWN
+        other = int(((recorded_TK.sort(1)[0] != ids_TK.sort(1)[0]).any(1) & known_T).sum())
+        if not other:
+            return None
+        return ModelError(
+            f"layer {layer}: the router sends {other} of {int(known_T.sum())} recorded tokens to other experts than "
+            "the rollout did, and was not made to replay it",
+            hint="replayed is a torch.topk over all experts in the forward of the module that holds them; replay=False "
+            "takes the record as a forecast",
+        )
+
+
+class _Chosen(TorchFunctionMode):
+    """``torch.topk`` over all experts gives recorded experts, and the scores that the router has for these.
+
+    Everything before and after it is the router's own: gradients flow into the scores.
+    """
+
+    def __init__(self, recorded_TK: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.recorded_TK, self.num_experts = recorded_TK, num_experts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        scores = args[0] if args else kwargs["input"]
+        tokens, top_k = self.recorded_TK.shape
+        across = scores.dim() > 0 and scores.shape[-1] == self.num_experts and found.indices.shape[-1] == top_k
+        if not across or scores.shape[:-1].numel() != tokens or found.indices.shape[:-1] != scores.shape[:-1]:
+            return found  # over groups of experts, or something else
+        recorded = self.recorded_TK.view(found.indices.shape)
+        ids = torch.where(recorded == UNKNOWN, found.indices, recorded)
+        return torch.return_types.topk((scores.gather(-1, ids), ids))
+
+
+class ReplaysRouting:
+    """Hooks of the module that has a router and sharded experts: while it runs, the record decides.
+
+    Parameters
+    ----------
+    experts : its sharded experts, of any run.
+    """
+
+    def __init__(self, experts: OwnedExperts) -> None:
+        self.experts = experts
+        self._entered: list[_Chosen | None] = []
+
+    def before(self, *_: Any) -> None:
+        """Its forward begins, or is computed again."""
+        schedule: Any = getattr(self.experts, "schedule", None)
+        now: MicroBatch | None = None if schedule is None else schedule.planner.micro_batch
+        mode = None
+        if now is not None and now.experts_TLK is not None:
+            mode = _Chosen(now.experts_TLK[:, self.experts.number], self.experts.num_experts)
+            mode.__enter__()
+        self._entered.append(mode)
+
+    def after(self, *_: Any) -> None:
+        """Its forward is over, or has failed."""
+        mode = self._entered.pop() if self._entered else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+def replay_routers(model: nn.Module) -> None:
+    """Put the hooks on every module of a model that holds sharded experts."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, OwnedExperts):
+                hooks = ReplaysRouting(child)
+                module.register_forward_pre_hook(hooks.before)
+                module.register_forward_hook(hooks.after, always_call=True)

@@ -1,0 +1,115 @@
+"""Routing known ahead: rollouts and their rows, micro-batches dealt anew, and sharded runs on two processes."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.train.foresight_cases import MINE
+
+from poise.routing.trace import LoadProfile, RoutingTrace
+from poise.stepwise.regroup import even_out
+from poise.train import Rollout, regrouped
+from poise.util.errors import ModelError, OptionError, TraceError
+
+
+@pytest.mark.parametrize("case", MINE)
+def test_case(case, launched):
+    launched("tests/train/foresight_cases.py", world=2)
+
+
+def rollout(lengths=(3, 1, 4), layers=2, experts=6, top_k=2, seed=0) -> Rollout:
+    """Requests 0, 1, ... whose tokens come mixed, as an engine's steps have them."""
+    rng = np.random.default_rng(seed)
+    request = rng.permutation(np.repeat(np.arange(len(lengths)), lengths))
+    picks = np.argsort(rng.random((len(request), layers, experts)), axis=2)[:, :, :top_k]
+    return Rollout(RoutingTrace(picks.astype(np.int16), experts, request=request.astype(np.int32)))
+
+
+def test_rows_of_whole_requests_in_a_padded_batch():
+    one = rollout()
+    rows = one.rows([2, 0], [5, 3], 6)  # the engine did not run the last token of request 2
+    mine = [np.flatnonzero(one.trace.request == r).tolist() for r in (2, 0)]
+    assert rows.tolist() == [[*mine[0], -1, -1], [*mine[1], -1, -1, -1]]
+    left = one.rows([2, 0], [4, 3], padding="left")
+    assert left.tolist() == [mine[0], [-1, *mine[1]]]
+    for requests, lengths, words in (([2], [6], ("4 recorded", "batch 6")), ([1], [3], ("1 recorded", "batch 3")),
+                                     ([7], [1], ("request 7", "0 recorded")), ([0], [3, 4], ("1 requests", "2 lengths"))):  # fmt: skip
+        with pytest.raises(OptionError) as error:
+            one.rows(requests, lengths)
+        assert all(word in str(error.value) for word in words)
+    with pytest.raises(OptionError, match="3 tokens, the batch a width of 2"):
+        one.rows([0], [3], 2)
+
+
+def test_counts_and_experts_of_tokens_one_by_one():
+    one = rollout()
+    rows = np.array([5, -1, 0, 5])
+    counts = np.zeros((2, 6), int)
+    for row, layer in itertools.product((5, 0, 5), range(2)):
+        counts[layer, one.trace.experts[row, layer]] += 1
+    assert (one.counts(rows) == counts).all()
+    told = one.experts(rows)
+    assert (told[[0, 2, 3]] == one.trace.experts[[5, 0, 5]]).all() and (told[1] == -1).all()
+
+
+def test_a_rollout_needs_tokens(tmp_path):
+    one = rollout()
+    one.trace.save(tmp_path / "rollout.npz")
+    assert (Rollout.load(tmp_path / "rollout.npz").trace.experts == one.trace.experts).all()
+    with pytest.raises(TraceError, match="profile has loads, a rollout needs every token"):
+        Rollout(LoadProfile(np.ones((2, 6))))
+    one.fits(2, 6)
+    with pytest.raises(ModelError, match="2 MoE layers, the model 3"):
+        one.fits(3, 6)
+    with pytest.raises(OptionError, match="whole numbers, got float64"):
+        one.within(np.zeros(3))
+
+
+def squares(load_QX, size_Q, rank_Q, micro_Q):
+    """What is to be even, by itself: loads of micro-batches, and tokens of ranks in them, over their means."""
+    micros, ranks = micro_Q.max() + 1, rank_Q.max() + 1
+    mean_X = load_QX.sum(axis=0) / micros
+    out = 0.0
+    for m in range(micros):
+        out += float((ranks * (load_QX[micro_Q == m].sum(axis=0) / mean_X) ** 2 * mean_X / mean_X.sum()).sum())
+        for d in range(ranks):
+            out += float((size_Q[(micro_Q == m) & (rank_Q == d)].sum() / (size_Q.sum() / micros / ranks)) ** 2)
+    return out
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_dealing_anew_keeps_cells_and_lowers_what_it_says(seed):
+    rng = np.random.default_rng(seed)
+    micros, ranks, each = (int(n) for n in rng.integers(2, 4, 3))
+    where = np.array(list(itertools.product(range(micros), range(ranks), range(each))))
+    micro_Q, rank_Q = where[:, 0], where[:, 1]
+    load_QX = rng.integers(1, 20, (len(where), 3)).astype(float)
+    size_Q = rng.integers(1, 9, len(where))
+    new_Q = even_out(load_QX, size_Q, rank_Q, micro_Q)
+    for m, d in itertools.product(range(micros), range(ranks)):
+        assert ((new_Q == m) & (rank_Q == d)).sum() == each
+    now = squares(load_QX, size_Q, rank_Q, new_Q)
+    assert now <= squares(load_QX, size_Q, rank_Q, micro_Q) + 1e-9
+    for q, r in itertools.combinations(range(len(where)), 2):  # no swap is left that would help
+        if rank_Q[q] == rank_Q[r] and new_Q[q] != new_Q[r]:
+            swapped = new_Q.copy()
+            swapped[[q, r]] = swapped[[r, q]]
+            assert squares(load_QX, size_Q, rank_Q, swapped) >= now - 1e-6
+
+
+def test_requests_that_share_experts_are_dealt_to_different_micro_batches():
+    """Four requests of one token, two for expert 0 and two for expert 1, one kind in each micro-batch at first."""
+    picks = np.array([0, 0, 1, 1], np.int16)[:, None, None]
+    one = Rollout(RoutingTrace(picks, 2, request=np.arange(4, dtype=np.int32)))
+    new = regrouped(one, [[[0, 1]], [[2, 3]]])
+    assert [sorted(int(picks[r, 0, 0]) for r in group[0]) for group in new] == [[0, 1], [0, 1]]
+    assert regrouped(one, [[[0, 1]], [[2, 3]]], np.zeros((1, 2), int)) == [[[0, 1]], [[2, 3]]], "one owner: all is even"
+    for groups, words in (([[[0, 1]], [[2], [3]]], "micro-batch 1 is of 2 ranks, the first of 1"),
+                          ([[[0, 1]], [[1, 2]]], "4 requests are named, 3 different"), ([[[0, 9]]], "request 9 is not")):  # fmt: skip
+        with pytest.raises(OptionError, match=words):
+            regrouped(one, groups)
+    with pytest.raises(OptionError, match=r"shape \(2, 2\), the rollout \(1, 2\)"):
+        regrouped(one, [[[0]]], np.zeros((2, 2), int))
