@@ -1,6 +1,7 @@
 """vLLM: reads the map files of open proposals (:mod:`poise.engines.vllm` writes them and names them).
 
-#49572 is a bare list: the expert of each slot, once for all layers, or a list a MoE layer.
+#49572 is a bare list: the expert of each slot, once for all layers, or a list a MoE layer. #53022 is one of every
+decoder layer, dense ones included, and of multi-token prediction behind them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ RANKS = "expert_to_ep_rank"
 def is_ranks(value: Any) -> bool:
     """#34811: rank of each expert."""
     return isinstance(value, dict) and RANKS in value
+
+
+def read_every_layer(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """#53022: what slots hold, a list a decoder layer by its number, or one list for all."""
+    found = table("the map", table_of(parts[0]), 1, 2, high=MAX_EXPERTS - 1) if len(parts) == 1 else None
+    if found is None or found.ndim == 1 or not found.size:
+        return read(parts, options)
+    num_experts(options, int(found.max()), "the map", most=found.shape[1])
+    rows, ids, notes = decoder_layers(len(found), options.model, "the map")
+    record = SlotRecord(ids, found[rows].astype(np.int32))
+    return EngineDump("vllm", "map", slots=record, recorded_layers=len(found), notes=tuple(notes))
 
 
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
