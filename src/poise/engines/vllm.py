@@ -71,8 +71,8 @@ def write_53022(
 
     Raises
     ------
-    PlacementError : as :func:`poise.engines.slots.rows_for`, or, without replicas, a block of slots holds experts of two
-        routing groups.
+    PlacementError : as :func:`poise.engines.slots.rows_for`, or, without replicas, a block of slots holds experts of
+        two routing groups.
     OptionError : the number of decoder layers is not known.
     """
     if num_hidden_layers is None:

@@ -96,7 +96,10 @@ class Turns:
         self._said = "" if isinstance(asked, Asked) else f"{type(asked).__name__}: {asked}"
         word, table = 0, None
         if ranks.rank == 0 and isinstance(asked, Asked):
-            word, table = self._first(asked, waits=waits)
+            try:
+                word, table = self._first(asked, waits=waits)
+            except Exception as error:  # no process can be started, say: the others wait for this rank's word
+                word, self._said = FAILED, f"{type(error).__name__}: {error}"
         shape = np.shape(in_use_LS)
         mine = np.zeros(4 + in_use_LS.size, np.int64)
         number = int(hashlib.sha256(np.ascontiguousarray(in_use_LS, np.int64).tobytes()).hexdigest(), 16) % NUMBERS
