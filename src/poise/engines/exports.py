@@ -232,6 +232,8 @@ def _ascend(placement: Placement, path: Path, options: ExportOptions) -> Written
         "with mix_placement the engine wants shared experts in the map too: leave it off",
         *_by_place(placement, options),
     ]
+    if not str(path).endswith(".json"):
+        notes.append("the engine takes no file unless its name ends in .json")
     if options.num_mtp_layers == 0:
         notes.append("with more than one layer of multi-token prediction give --num-mtp-layers: each needs a row")
     config = {"eplb_config": {"expert_map_path": str(path)}}
