@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,19 @@ class Anything(ModuleType):
         return type(name, (), {})
 
 
+class Rest(MetaPathFinder, Loader):
+    """Finds what nobody else does of the two engines."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.startswith(("vllm.", "vllm_ascend.")) else None
+
+    def create_module(self, spec):
+        return Anything(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
 @pytest.fixture
 def engine(ascend_wheel, monkeypatch):
     """Its loader (``eplb/core/eplb_utils.py``) and its recorder (``eplb/adaptor/vllm_adaptor.py``)."""
@@ -33,10 +48,6 @@ def engine(ascend_wheel, monkeypatch):
     with engine_stubs.borrowed("vllm"), engine_stubs.borrowed("vllm_ascend"), engine_stubs.borrowed("torch_npu"):
         log = SimpleNamespace(warning=lambda *_: None, info=lambda *_: None, debug=lambda *_: None)
         engine_stubs.put({"vllm": {}, "vllm.logger": {"logger": log}, "torch_npu": {}})
-        moe = "vllm.model_executor.layers.fused_moe"
-        for name in ("vllm.model_executor", "vllm.model_executor.layers", moe, f"{moe}.expert_map_manager"):
-            sys.modules[name] = Anything(name)
-            sys.modules[name].__path__ = []
         root = ascend_wheel / "vllm_ascend"
         engine_stubs.put(
             {"vllm_ascend": {}, "vllm_ascend.eplb": {}, "vllm_ascend.eplb.core": {}, "vllm_ascend.eplb.adaptor": {}},
@@ -45,10 +56,7 @@ def engine(ascend_wheel, monkeypatch):
                 "vllm_ascend.eplb.adaptor": root / "eplb" / "adaptor",
             },
         )
-        for name in ("ascend_config", "utils", "distributed", "distributed.parallel_state", "quantization",
-                     "quantization.methods", "quantization.methods.base", "ops"):  # fmt: skip
-            sys.modules[f"vllm_ascend.{name}"] = Anything(f"vllm_ascend.{name}")
-            sys.modules[f"vllm_ascend.{name}"].__path__ = []
+        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Rest()])
         yield importlib.import_module("vllm_ascend.eplb.core.eplb_utils")
 
 

@@ -163,7 +163,7 @@ def test_no_rank_ever_differs(events):
 def aside():
     one = Aside()
     yield one
-    one.end()
+    one.close()
 
 
 def test_the_process_plans_what_would_be_planned_here(aside):

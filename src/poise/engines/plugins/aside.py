@@ -64,6 +64,13 @@ class Aside:
         if process is not None:
             process.kill()
 
+    def close(self) -> None:
+        """End the process, and let go of what it held."""
+        self.end()
+        with self._turn:
+            if self._process is not None:
+                _over(self._process)
+
     def _wait(self, asked: Asked, future: Future[Answer]) -> None:
         with self._turn:
             try:
@@ -72,7 +79,10 @@ class Aside:
                 future.set_exception(error)
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            _over(self._process)
+            self._process = None
+        if self._process is None:
             path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
             environ = {**os.environ, **ENVIRON, "PYTHONPATH": os.pathsep.join(filter(None, path))}
             self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
@@ -86,15 +96,21 @@ class Aside:
             process.stdin.flush()
             answer = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            process.kill()
-            code = process.wait()
-            for pipe in (process.stdin, process.stdout):
-                try:
-                    pipe.close()
-                except OSError:  # what was not sent is lost with it
-                    pass
-            raise CommunicationError(f"the planner's process ended with exit code {code}") from error
+            raise CommunicationError(f"the planner's process ended with exit code {_over(process)}") from error
         assert isinstance(answer, Answer)
         if answer.table_LS is None:
             raise NoResultError(answer.said)
         return answer
+
+
+def _over(process: subprocess.Popen[bytes]) -> int:
+    """Kill a process; its exit code."""
+    process.kill()
+    code = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            if pipe is not None:
+                pipe.close()
+        except OSError:  # what was not sent is lost with it
+            pass
+    return code

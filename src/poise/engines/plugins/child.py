@@ -2,7 +2,7 @@
 
 ``python -m poise.engines.plugins.child`` reads pickles of :class:`poise.engines.plugins.policy.Asked` from stdin and
 answers each on stdout with a map, or with what went wrong. It ends with its input. It gives way to all that serves: it
-runs at the lowest priority, on one core, and sees no GPU.
+runs at a lower priority, on one core, and sees no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 ENVIRON = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
            "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
 """What the process has beside its parent's variables."""
-LOWEST = 19
+GIVES_WAY = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +34,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that is printed is an answer
     try:
-        os.nice(LOWEST)
+        os.nice(GIVES_WAY)
     except OSError:
         pass
     serve(sys.stdin.buffer, out)

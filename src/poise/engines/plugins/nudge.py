@@ -2,7 +2,8 @@
 
 Step 1  The fullest rank of a layer gives: it swaps an expert for a smaller one of another rank, has one of its experts
         copied to another rank in the place of a copy that others have too, or takes a small expert in the place of a
-        copy of its own. Of all such changes, that after which the fullest rank concerned is least full.
+        copy of its own. Of all such changes, that after which the fullest rank is least full; of equal ones, that after
+        which the ranks concerned are.
 Step 2  Until no change makes the fullest rank less full, or the limit. Ranks of another place (a node, where expert
         groups stay whole) are no partners.
 Step 3  Of all states on the way that with the least ``worth * fullest rank + price * most fetches of a rank``.
@@ -20,6 +21,8 @@ from poise.util.compiled import compiled
 
 LEAST = 1e-6
 """Part of its load by which the fullest rank must lose in a change."""
+TIE = 1e-7
+"""Part of the load of the ranks concerned that counts where changes are as good otherwise."""
 
 
 @compiled(nogil=True)
@@ -37,32 +40,27 @@ def _loads(
 @compiled(nogil=True)
 def _replaced(
     load_E: NDArray[np.float64], rate_D: NDArray[np.float64], copies_E: NDArray[np.int64],
-    held_ED: NDArray[np.int64], x_D: NDArray[np.float64], rank: int, out: int, into: int, top: float, hot: int,
+    held_ED: NDArray[np.int64], x_D: NDArray[np.float64], rank: int, out: int, into: int, top: float,
 ) -> float:  # fmt: skip
-    """The fullest of the ranks whose load rises, and of the hot one, if ``rank`` has ``into`` in the place of a copy of
-    ``out``; infinite once it reaches ``top``.
+    """What a change is worth in which ``rank`` has ``into`` in the place of a copy of ``out``: the fullest rank's load,
+    and a little of the fullest that is concerned; infinite once a rank reaches ``top``.
     """
     k, m = copies_E[out], copies_E[into]
     up = load_E[out] / (k - 1) - load_E[out] / k
     down = load_E[into] / m - load_E[into] / (m + 1)
-    after = x_D[rank] + (load_E[into] / (m + 1) - load_E[out] / k) * rate_D[rank]
-    after += ((held_ED[out, rank] - 1) * up - held_ED[into, rank] * down) * rate_D[rank]
-    if after >= top:
-        return np.inf
-    worst = after
-    left = k - held_ED[out, rank]
+    most = x_D[rank] + (load_E[into] / (m + 1) - load_E[out] / k) * rate_D[rank]
+    most += ((held_ED[out, rank] - 1) * up - held_ED[into, rank] * down) * rate_D[rank]
+    concerned = most
     for d in range(rate_D.size):
-        if left == 0:
-            break
-        if d != rank and held_ED[out, d] > 0:
-            left -= held_ED[out, d]
-            value = x_D[d] + (held_ED[out, d] * up - held_ED[into, d] * down) * rate_D[d]
-            if value >= top:
-                return np.inf
-            worst = max(worst, value)
-    if hot != rank and held_ED[out, hot] == 0:
-        worst = max(worst, x_D[hot] - held_ED[into, hot] * down * rate_D[hot])
-    return worst if worst < top else np.inf
+        if most >= top:
+            return np.inf
+        if d == rank:
+            continue
+        value = x_D[d] + (held_ED[out, d] * up - held_ED[into, d] * down) * rate_D[d]
+        most = max(most, value)
+        if held_ED[out, d] > 0:
+            concerned = max(concerned, value)
+    return most + TIE * concerned if most < top else np.inf
 
 
 @compiled(nogil=True)
@@ -115,6 +113,13 @@ def nudged(
     for step in range(1, most + 1):
         hot = int(np.argmax(x_D))
         top = x_D[hot] * (1.0 - LEAST)
+        next_one, next_two = -1, 0.0  # the fullest of the others, and what the fullest of the rest of them has
+        for d in range(devices):
+            if d != hot and (next_one < 0 or x_D[d] > x_D[next_one]):
+                next_one = d
+        for d in range(devices):
+            if d not in (hot, next_one):
+                next_two = max(next_two, x_D[d])
         best, best_i, best_j, kind = np.inf, -1, -1, 0
         for i in range(hot * each, (hot + 1) * each):
             a = slot_expert_S[i]
@@ -128,12 +133,13 @@ def nudged(
                     continue
                 other = load_E[c] / copies_E[c]
                 if held_ED[c, hot] == 0 and other < share:
-                    value = max(x_D[hot] + (other - share) * rate_D[hot], x_D[d] + (share - other) * rate_D[d])
-                    if value < min(best, top):
-                        best, best_i, best_j, kind = value, i, j, 0
+                    pair = max(x_D[hot] + (other - share) * rate_D[hot], x_D[d] + (share - other) * rate_D[d])
+                    value = max(pair, next_two if d == next_one else x_D[next_one])
+                    if value < top and value + TIE * pair < best:
+                        best, best_i, best_j, kind = value + TIE * pair, i, j, 0
                 if copies_E[c] > 1:
-                    value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, d, c, a, min(best, top), hot)
-                    if value < min(best, top):
+                    value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, d, c, a, min(best, top))
+                    if value < best:
                         best, best_i, best_j, kind = value, j, a, 1
             if copies_E[a] > 1:
                 for c in range(experts):
@@ -143,8 +149,8 @@ def nudged(
                     for d in range(devices):
                         near = near or (held_ED[c, d] > 0 and place_D[d] == place_D[hot])
                     if near:
-                        value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, hot, a, c, min(best, top), hot)
-                        if value < min(best, top):
+                        value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, hot, a, c, min(best, top))
+                        if value < best:
                             best, best_i, best_j, kind = value, i, c, 1
         if best == np.inf:
             break

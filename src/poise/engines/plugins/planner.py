@@ -335,14 +335,12 @@ def _renumbered(
     if (sizes != sizes[0]).any() or (cluster.speed_D != cluster.speed_D[0]).any():
         after = aligned(_placement(base_LS, problem), _placement(table_LS, problem), cluster, whole=False)
         return after.slot_expert_LS.astype(np.int64)
-    experts, each = problem.batch.num_experts, int(sizes[0])
-    have = (_counts(base_LS, experts, devices) > 0).astype(np.float32)
-    want = (_counts(table_LS, experts, devices) > 0).astype(np.float32)
-    shared_LDD = have.transpose(0, 2, 1) @ want  # small whole numbers: exact in any order
+    each = int(sizes[0])
+    shared_LDD = _shared(base_LS, table_LS, problem.batch.num_experts, devices)
     rows_LDK = table_LS.reshape(len(table_LS), devices, -1)
     out = np.empty_like(rows_LDK)
     nodes = cluster.num_nodes
-    for layer, shared in enumerate(shared_LDD.astype(np.float64)):
+    for layer, shared in enumerate(shared_LDD):
         of_nodes = shared.reshape(nodes, each, nodes, each).sum(axis=(1, 3))
         _, other = linear_sum_assignment(-of_nodes)
         for node, theirs in enumerate(other.tolist()):
@@ -350,6 +348,27 @@ def _renumbered(
             _, column = linear_sum_assignment(-mine)
             out[layer, node * each : (node + 1) * each] = rows_LDK[layer, theirs * each + column]
     return out.reshape(table_LS.shape)
+
+
+@compiled
+def _shared(
+    base_LS: NDArray[np.int64], table_LS: NDArray[np.int64], experts: int, devices: int
+) -> NDArray[np.int64]:  # fmt: skip
+    """Experts that rank a has in the base and rank b in the table, int64 [L, D, D]."""
+    layers, slots = base_LS.shape
+    each = slots // devices
+    out = np.zeros((layers, devices, devices), np.int64)
+    for layer in range(layers):
+        have_ED, seen_ED = np.zeros((experts, devices), np.bool_), np.zeros((experts, devices), np.bool_)
+        for s in range(slots):
+            have_ED[base_LS[layer, s], s // each] = True
+        for s in range(slots):
+            e, b = table_LS[layer, s], s // each
+            if not seen_ED[e, b]:
+                seen_ED[e, b] = True
+                for a in range(devices):
+                    out[layer, a, b] += have_ED[e, a]
+    return out
 
 
 @compiled

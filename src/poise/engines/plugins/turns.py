@@ -112,7 +112,8 @@ class Turns:
         if int(got[0]) ** 2 != ranks.size * int(got[1]):
             return Taken(kept, FAILED, "ranks have different maps in use; a restart mends that")
         if got[2]:
-            return Taken(kept, FAILED, self._said or f"{got[2]} ranks had an error of their own")
+            own = self._said if isinstance(asked, BaseException) else f"{got[2]} ranks had an error of their own"
+            return Taken(kept, FAILED, own)
         word = int(got[3])
         if word != NEW:
             return Taken(kept, word, self._said)
