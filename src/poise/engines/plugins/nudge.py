@@ -106,6 +106,9 @@ def nudged(
         copies_E[slot_expert_S[s]] += 1
         held_ED[slot_expert_S[s], s // each] += 1
     _loads(load_E, slot_expert_S, rate_D, copies_E, x_D)
+    here_EP = np.zeros((experts, place_D.max() + 1), np.bool_)
+    for s in range(slots):
+        here_EP[slot_expert_S[s], place_D[s // each]] = True
     first_ED = held_ED.copy()
     fetched_D = np.zeros(devices, np.int64)
     kept_S = slot_expert_S.copy()
@@ -145,10 +148,7 @@ def nudged(
                 for c in range(experts):
                     if held_ED[c, hot] > 0:
                         continue
-                    near = False  # an expert of another place would leave it
-                    for d in range(devices):
-                        near = near or (held_ED[c, d] > 0 and place_D[d] == place_D[hot])
-                    if near:
+                    if here_EP[c, place_D[hot]]:  # an expert of another place would leave it
                         value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, hot, a, c, min(best, top))
                         if value < best:
                             best, best_i, best_j, kind = value, i, c, 1

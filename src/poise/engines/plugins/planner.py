@@ -20,7 +20,7 @@ Nothing here looks at a clock, and no sum depends on the number of threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from poise.control.align import aligned
+from poise.cost.compute import expert_seconds
 from poise.cost.step import batch_cost
 from poise.engines.plugins.nudge import nudged
 from poise.engines.plugins.settings import PolicySettings
@@ -35,10 +36,10 @@ from poise.engines.slots import full_table
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
-from poise.planning.methods.eplb import balanced_packing, rebalance_experts
+from poise.planning.methods.eplb import rebalance_experts
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
-from poise.planning.solve.anneal import PROPOSALS, annealed
+from poise.planning.solve.anneal import PROPOSALS, anneal_slots
 from poise.planning.solve.near_anneal import near_annealed, proposals_within
 from poise.planning.solve.search import PROPOSALS_PER_SECOND
 from poise.routing.batch import RoutingBatch
@@ -51,7 +52,7 @@ LINEAR = 128.0
 ROUNDING = 1e-9
 
 
-NUDGES = 64
+NUDGES = 20
 """Most changes of a layer on the way from the map in use."""
 NEAR_SHARE = 0.5
 """Of the search, where it weighs what ranks keep."""
@@ -101,19 +102,21 @@ def plan(
         pairs, steps = float(settings.tokens_per_step * model.top_k), settings.horizon_steps
     load_LE = load_LE * (pairs / load_LE.sum(axis=1))[:, None]
     priced = _Priced(_problem(load_LE, cluster, model, base_LS.shape[1], settings), base_LS, known, steps)
-    found = [base_LS, *_candidates(priced, shape, settings)]
-    maps, _, _ = rebalance_experts(load_LE, base_LS.shape[1], shape.groups, shape.nodes, shape.ranks, sums="double")
-    found.append(maps)
+    near = settings.split == "near" and cluster.num_nodes > 1 and shape.nodes == 1
+    base_L = priced.seconds(base_LS[None])[0]
+    found = _candidates(priced, base_L, shape, settings, 1 - NEAR_SHARE * near)
     if known:  # step 5, before anything is priced
-        found[1:] = [_same_slots(base_LS, _renumbered(base_LS, one, priced.problem), shape.ranks) for one in found[1:]]
-    step_CL, moves_CL = priced.seconds(np.stack(found))
-    best_L = _cheapest(step_CL, moves_CL, np.stack(found), priced)
-    if settings.split == "near" and cluster.num_nodes > 1 and shape.nodes == 1:
-        found.append(_near(priced, np.stack(found)[best_L, np.arange(layers)], settings))
-        more = priced.seconds(found[-1][None])
-        step_CL, moves_CL = (np.vstack(pair) for pair in zip((step_CL, moves_CL), more, strict=True))
-        best_L = _cheapest(step_CL, moves_CL, np.stack(found), priced)
-    return _chosen(np.stack(found), step_CL, moves_CL, best_L, priced, settings)
+        found = [_same_slots(base_LS, _renumbered(base_LS, one, priced.problem), shape.ranks) for one in found]
+        found.insert(0, _from_base(priced, base_L, shape))
+    tables = np.stack([base_LS, *found])
+    step_CL = np.vstack([base_L[None], priced.seconds(tables[1:])])
+    best_L = _cheapest(step_CL, tables, priced)
+    if near:
+        one = _near(priced, tables[best_L, np.arange(layers)], settings)
+        tables = np.concatenate([tables, one[None]])
+        step_CL = np.vstack([step_CL, priced.seconds(one[None])])
+        best_L = _cheapest(step_CL, tables, priced)
+    return _chosen(tables, step_CL, best_L, priced, settings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,44 +128,46 @@ class _Priced:
     known: bool
     steps: float
 
-    def seconds(self, table_CLS: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Step 3: of a step, and of the moves before it, float64 [C, L] each. All maps are priced as layers of one."""
+    def seconds(self, table_CLS: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Step 3: of a step, float64 [C, L]. All maps are priced as layers of one."""
         problem = self.problem
-        cluster, model, batch = problem.cluster, problem.model, problem.batch
         maps, layers, slots = table_CLS.shape
-        count = _counts(table_CLS.reshape(-1, slots), batch.num_experts, cluster.num_devices)
-        many = RoutingBatch(np.tile(batch.load_BLE, (1, maps, 1)), np.ones(1), batch.top_k,
+        count = _counts(table_CLS.reshape(-1, slots), problem.batch.num_experts, problem.num_devices)
+        many = RoutingBatch(np.tile(problem.batch.load_BLE, (1, maps, 1)), np.ones(1), problem.batch.top_k,
                             np.arange(maps * layers, dtype=np.int32))  # fmt: skip
-        cost = batch_cost(many, count, cluster, model, traffic="home", split=problem.split)
-        step = cost.seconds_BL[0].reshape(maps, layers)
+        cost = batch_cost(many, count, problem.cluster, problem.model, traffic="home", split=problem.split)
+        return cost.seconds_BL[0].reshape(maps, layers)
+
+    def fetches(self, table_CLS: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Experts that each rank lacks in the base, int64 [C, L, D], and the seconds they take, float64 [C, L]."""
+        cluster, model = self.problem.cluster, self.problem.model
         if not self.known:
-            return step, np.zeros_like(step)
-        held = _counts(self.base_LS, batch.num_experts, cluster.num_devices) > 0
-        fetched = (count.reshape(maps, *held.shape) > 0) & ~held
-        near_LEN = np.stack([held[:, :, cluster.node_D == n].any(axis=2) for n in range(cluster.num_nodes)], axis=2)
-        inside = fetched & near_LEN[:, :, cluster.node_D]
-        wires = inside.sum(axis=2) / cluster.intra_bytes_per_s
-        wires = wires + (fetched & ~inside).sum(axis=2) / cluster.inter_bytes_per_s
-        return step, wires.max(axis=2) * model.expert_bytes
+            return np.zeros((*table_CLS.shape[:2], cluster.num_devices), np.int64), np.zeros(table_CLS.shape[:2])
+        inside, outside = _fetched(
+            self.base_LS, table_CLS, self.problem.batch.num_experts, cluster.node_D.astype(np.int64)
+        )
+        wires = inside / cluster.intra_bytes_per_s + outside / cluster.inter_bytes_per_s
+        return inside + outside, wires.max(axis=2) * model.expert_bytes
 
 
 def _cheapest(
-    step_CL: NDArray[np.float64], moves_CL: NDArray[np.float64], found_CLS: NDArray[np.int64], priced: _Priced
-) -> NDArray[np.int64]:
+    step_CL: NDArray[np.float64], table_CLS: NDArray[np.int64], priced: _Priced
+) -> NDArray[np.int64]:  # fmt: skip
     """The number of the best map of each layer."""
     problem = priced.problem
-    score = priced.steps * step_CL + moves_CL
-    if found_CLS.shape[2] // problem.num_devices <= problem.batch.num_experts:
-        for row, table in zip(score[1:], found_CLS[1:], strict=True):
-            row[(_counts(table, problem.batch.num_experts, problem.num_devices) > 1).any(axis=(1, 2))] = np.inf
+    score = priced.steps * step_CL + priced.fetches(table_CLS)[1]
+    if table_CLS.shape[2] // problem.num_devices <= problem.batch.num_experts:
+        twice_CL = np.stack([_twice(table, problem.num_devices) for table in table_CLS])
+        twice_CL[0] = False
+        score[twice_CL] = np.inf
     best: NDArray[np.int64] = np.argmin(score, axis=0)
     best[score.min(axis=0) >= score[0] * (1 - ROUNDING)] = 0
     return best
 
 
 def _chosen(
-    found_CLS: NDArray[np.int64], step_CL: NDArray[np.float64], moves_CL: NDArray[np.float64],
-    best_L: NDArray[np.int64], priced: _Priced, settings: PolicySettings,
+    found_CLS: NDArray[np.int64], step_CL: NDArray[np.float64], best_L: NDArray[np.int64], priced: _Priced,
+    settings: PolicySettings,
 ) -> Planned:  # fmt: skip
     """Steps 3 and 4: what of the best maps is gone to now."""
     base, every = priced.base_LS, np.arange(len(best_L))
@@ -171,12 +176,11 @@ def _chosen(
     if priced.known and best_L.any() and gain < settings.min_gain:
         why = f"the best map found gains {gain:.2%} of a step, POISE_MIN_GAIN asks for {settings.min_gain:.2%}"
         return Planned(base.copy(), 0.0, 0, 0, 0, why)
-    devices, experts = priced.problem.num_devices, priced.problem.batch.num_experts
-    out = found_CLS[best_L, every]
-    new_LD = ((_counts(out, experts, devices) > 0) & (_counts(base, experts, devices) == 0)).sum(axis=1)
-    left = 0
+    out, devices = found_CLS[best_L, every], priced.problem.num_devices
+    new_1LD, moves_1L = priced.fetches(out[None])
+    new_LD, left = new_1LD[0], 0
     if priced.known and settings.max_moves is not None:
-        worth = np.where(best_L > 0, priced.steps * saved_L - moves_CL[best_L, every], -np.inf)
+        worth = np.where(best_L > 0, priced.steps * saved_L - moves_1L[0], -np.inf)
         rate = worth / np.maximum(new_LD.max(axis=1), 1)
         sum_D = np.zeros(devices, np.int64)
         for layer in np.argsort(-rate, kind="stable").tolist():
@@ -211,10 +215,10 @@ def _placement(table_LS: NDArray[Any], problem: PlacementProblem) -> Placement:
 
 
 @compiled
-def _counts(table_LS: NDArray[np.int64], experts: int, devices: int) -> NDArray[np.int64]:
-    """Slots of each expert on each device, int64 [L, E, D]."""
+def _counts(table_LS: NDArray[np.int64], experts: int, devices: int) -> NDArray[np.int32]:
+    """Slots of each expert on each device, int32 [L, E, D]."""
     layers, slots = table_LS.shape
-    out = np.zeros((layers, experts, devices), np.int64)
+    out = np.zeros((layers, experts, devices), np.int32)
     each = slots // devices
     for layer in range(layers):
         for s in range(slots):
@@ -222,35 +226,163 @@ def _counts(table_LS: NDArray[np.int64], experts: int, devices: int) -> NDArray[
     return out
 
 
-def _candidates(priced: _Priced, shape: _Shape, settings: PolicySettings) -> list[NDArray[np.int64]]:
-    """A few moves from the base (if known) and annealing, node by node, [L, S] each."""
-    load, base = priced.problem.batch.load_LE(), priced.base_LS
-    packed_LNX = _packed(load, shape)
-    kept_LNX, whole_L = _kept(base, packed_LNX, shape)
-    groupings = [packed_LNX]
-    if priced.known and not np.array_equal(kept_LNX, packed_LNX):
-        groupings.insert(0, kept_LNX)
-    near = settings.split == "near" and priced.problem.cluster.num_nodes > 1 and shape.nodes == 1
-    proposals = settings.time_limit_s * PROPOSALS_PER_SECOND * (1 - NEAR_SHARE * near) / len(groupings)
-    out = [_by_node(priced.problem, base, grouping, settings, shape, proposals) for grouping in groupings]
-    if priced.known:
-        out.insert(0, _from_base(priced, shape, whole_L))
+@compiled
+def _twice(table_LS: NDArray[np.int64], devices: int) -> NDArray[np.bool_]:
+    """Whether a rank of the layer has an expert twice, bool [L]."""
+    layers, slots = table_LS.shape
+    each, out = slots // devices, np.zeros(layers, np.bool_)
+    for layer in range(layers):
+        for s in range(slots):
+            for t in range(s // each * each, s):
+                if table_LS[layer, s] == table_LS[layer, t]:
+                    out[layer] = True
     return out
 
 
-def _from_base(priced: _Priced, shape: _Shape, whole_L: NDArray[np.bool_]) -> NDArray[np.int64]:
+@compiled
+def _fetched(
+    base_LS: NDArray[np.int64], table_CLS: NDArray[np.int64], experts: int, node_D: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # fmt: skip
+    """Experts that each rank lacks in the base, int64 [C, L, D] each: those that a rank of its node has, and others."""
+    maps, layers, slots = table_CLS.shape
+    devices, nodes = node_D.size, node_D.max() + 1
+    each = slots // devices
+    inside, outside = np.zeros((2, maps, layers, devices), np.int64)
+    for layer in range(layers):
+        have_ED, have_EN = np.zeros((experts, devices), np.bool_), np.zeros((experts, nodes), np.bool_)
+        for s in range(slots):
+            have_ED[base_LS[layer, s], s // each] = True
+            have_EN[base_LS[layer, s], node_D[s // each]] = True
+        for c in range(maps):
+            for s in range(slots):
+                e, d = table_CLS[c, layer, s], s // each
+                again = have_ED[e, d]
+                for t in range(d * each, s):
+                    again = again or table_CLS[c, layer, t] == e
+                if not again:
+                    if have_EN[e, node_D[d]]:
+                        inside[c, layer, d] += 1
+                    else:
+                        outside[c, layer, d] += 1
+    return inside, outside
+
+
+def _candidates(
+    priced: _Priced, base_L: NDArray[np.float64], shape: _Shape, settings: PolicySettings, share: float
+) -> list[NDArray[np.int64]]:
+    """The engine's own map, and the least full of those annealed from it, and from the base where its groups are whole;
+    layer by layer, with no expert twice on a rank where that can be.
+    """
+    problem, base = priced.problem, priced.base_LS
+    load, cluster = problem.batch.load_LE(), problem.cluster
+    theirs, _, _ = rebalance_experts(load, base.shape[1], shape.groups, shape.nodes, shape.ranks, sums="double")
+    theirs = theirs.astype(np.int64)
+    starts = [theirs]
+    if priced.known and shape.nodes > 1:
+        kept = theirs.copy()
+        whole_L = _whole(base, problem.batch.num_experts, shape)
+        kept[whole_L] = base[whole_L]
+        starts.append(kept)
+    proposals = int(share * settings.time_limit_s * PROPOSALS_PER_SECOND / (len(starts) * len(load) * shape.nodes))
+    work_LE = expert_seconds(problem.batch.load_BLE, cluster, problem.model)[0]
+    rate_D = cluster.speed_D.sum() / cluster.speed_D
+    made = [
+        _annealed(work_LE, start, shape.nodes, rate_D, max(1, min(PROPOSALS, proposals)), settings.seed)
+        for start in starts
+    ]
+    fullest = np.stack([_fullest(load, one, 1 / cluster.speed_D, True) for one in made])
+    return [theirs, np.stack(made)[fullest.argmin(axis=0), np.arange(len(load))]]
+
+
+@compiled
+def _annealed(
+    load_LE: NDArray[np.float64], table_LS: NDArray[np.int64], nodes: int, rate_D: NDArray[np.float64], proposals: int,
+    seed: int,
+) -> NDArray[np.int64]:  # fmt: skip
+    """The table after annealing, node by node, each with the experts it has; second copies on a rank go first, and what
+    is empty in the end gets the least loaded expert that the rank lacks.
+    """
+    layers, slots = table_LS.shape
+    experts, devices = load_LE.shape[1], rate_D.size
+    of_node, ranks, each = slots // nodes, devices // nodes, slots // devices
+    out, stop, one = table_LS.copy(), np.zeros(1, np.int64), np.ones(1)
+    device_S = np.arange(of_node) // each
+    for layer in range(layers):
+        for node in range(nodes):
+            row = out[layer, node * of_node : (node + 1) * of_node]
+            here = np.unique(row)
+            place_E = np.zeros(experts, np.int64)
+            place_E[here] = np.arange(here.size)
+            own = np.zeros((1, here.size + 1))
+            own[0, :-1] = load_LE[layer][here]
+            own /= max(own.sum(), 1e-300)
+            mine = np.empty(of_node, np.int64)
+            for s in range(of_node):
+                mine[s] = place_E[row[s]]
+                for t in range(s // each * each, s):
+                    if mine[t] == mine[s]:
+                        mine[s] = -1
+                        break
+            rate = rate_D[node * ranks : (node + 1) * ranks] / nodes
+            anneal_slots(own, one, mine, device_S, rate, proposals, seed + layer, stop)
+            order = np.argsort(own[0, :-1], kind="mergesort")
+            for s in range(of_node):
+                if mine[s] < 0:
+                    first = s // each * each
+                    for e in order:
+                        if not (mine[first : first + each] == e).any():
+                            mine[s] = e
+                            break
+                    if mine[s] < 0:  # the rank has every expert of the node
+                        mine[s] = order[0]
+            row[:] = here[mine]
+    return out
+
+
+@compiled
+def _fullest(
+    load_LE: NDArray[np.float64], table_LS: NDArray[np.int64], rate_D: NDArray[np.float64], once: bool
+) -> NDArray[np.float64]:  # fmt: skip
+    """Tokens of the fullest rank, times its rate, of each layer, float64 [L]; infinite where experts must lie ``once``
+    on a rank and one does not.
+    """
+    layers, slots = table_LS.shape
+    each, out = slots // rate_D.size, np.zeros(layers)
+    for layer in range(layers):
+        count_E = np.bincount(table_LS[layer], minlength=load_LE.shape[1])
+        for d in range(rate_D.size):
+            x = 0.0
+            for s in range(d * each, (d + 1) * each):
+                e = table_LS[layer, s]
+                x += load_LE[layer, e] / count_E[e] * rate_D[d]
+                for t in range(d * each, s):
+                    if once and table_LS[layer, t] == e:
+                        x = np.inf
+            out[layer] = max(out[layer], x)
+    return out
+
+
+def _whole(base_LS: NDArray[np.int64], experts: int, shape: _Shape) -> NDArray[np.bool_]:
+    """In which layers the base has every group on one node, and as many groups on each, bool [L]."""
+    layers, slots = base_LS.shape
+    held_LGN = np.zeros((layers, shape.groups, shape.nodes), np.bool_)
+    group_LS = base_LS // (experts // shape.groups)
+    held_LGN[np.arange(layers)[:, None], group_LS, np.arange(slots) // (slots // shape.nodes)] = True
+    whole: NDArray[np.bool_] = (held_LGN.sum(axis=2) == 1).all(axis=1)
+    return whole & (held_LGN.sum(axis=1) == shape.groups // shape.nodes).all(axis=1)
+
+
+def _from_base(priced: _Priced, base_L: NDArray[np.float64], shape: _Shape) -> NDArray[np.int64]:
     """The map in use after the moves that pay; layers whose groups it tears stay."""
     problem, out = priced.problem, priced.base_LS.copy()
     cluster, load_LE = problem.cluster, problem.batch.load_LE()
     rate_D = cluster.speed_D.mean() / cluster.speed_D
     place_D = np.arange(shape.ranks) // (shape.ranks // shape.nodes)
-    step_L = priced.seconds(out[None])[0][0]
     price = problem.model.expert_bytes / cluster.slowest_bytes_per_s
-    count_LED = _counts(out, problem.batch.num_experts, shape.ranks)
-    share_LE = load_LE / count_LED.sum(axis=2)
-    most_L = (np.einsum("le,led->ld", share_LE, count_LED) * rate_D).max(axis=1)
-    for layer in np.flatnonzero(whole_L | (shape.nodes == 1)).tolist():
-        worth = priced.steps * step_L[layer] / most_L[layer]  # a step's time follows its fullest rank
+    most_L = _fullest(load_LE, out, rate_D, False)
+    whole_L = np.ones(len(out), np.bool_) if shape.nodes == 1 else _whole(out, load_LE.shape[1], shape)
+    for layer in np.flatnonzero(whole_L).tolist():
+        worth = priced.steps * base_L[layer] / most_L[layer]  # a step's time follows its fullest rank
         nudged(load_LE[layer], out[layer], rate_D, place_D, NUDGES, worth, price)
     return out
 
@@ -264,62 +396,6 @@ def _near(priced: _Priced, start_LS: NDArray[np.int64], settings: PolicySettings
                          budget=budget)  # fmt: skip
     full, _ = full_table(made, engine="the engine", price_LE=problem.batch.load_LE())
     return _same_slots(start_LS, full.astype(np.int64), problem.num_devices)
-
-
-def _by_node(
-    problem: PlacementProblem, base_LS: NDArray[np.int64], expert_LNX: NDArray[np.int64], settings: PolicySettings,
-    shape: _Shape, proposals: float,
-) -> NDArray[np.int64]:  # fmt: skip
-    """An annealed map, int64 [L, S], in which every node holds its ``expert_LNX``."""
-    load = problem.batch.load_LE()
-    layers, nodes, each = expert_LNX.shape
-    slots = base_LS.shape[1] // nodes
-    out = np.empty_like(base_LS)
-    each_layer = max(1, int(min(PROPOSALS, proposals / (layers * nodes))))
-    for node in range(nodes):
-        ids_LX, here = expert_LNX[:, node], slice(node * slots, (node + 1) * slots)
-        part = _problem(
-            np.take_along_axis(load, ids_LX, axis=1),
-            problem.cluster if nodes == 1 else _one_node(problem.cluster, node),
-            replace(problem.model, num_experts=each, top_k=min(problem.model.top_k, each)), slots, settings,
-        )  # fmt: skip
-        made = annealed(part, proposals=each_layer, seed=settings.seed)
-        full, _ = full_table(made, engine="the engine", price_LE=part.batch.load_LE())
-        out[:, here] = np.take_along_axis(ids_LX, full.astype(np.int64), axis=1)
-    return out
-
-
-def _one_node(cluster: Cluster, node: int) -> Cluster:
-    mine = cluster.node_D == node
-    return replace(cluster, node_D=np.zeros(int(mine.sum()), np.int32), speed_D=cluster.speed_D[mine])
-
-
-def _packed(load_LE: NDArray[np.float64], shape: _Shape) -> NDArray[np.int64]:
-    """Experts of each node, int64 [L, N, E / N]: groups packed by load."""
-    layers, experts = load_LE.shape
-    size = experts // shape.groups
-    node_LG, _ = balanced_packing(load_LE.reshape(layers, shape.groups, size).sum(axis=2), shape.nodes, "double")
-    return _experts_of(node_LG, size, shape.nodes)
-
-
-def _kept(
-    base_LS: NDArray[np.int64], packed_LNX: NDArray[np.int64], shape: _Shape
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The same with groups on the nodes that hold them in the base, and in which layers these hold them whole."""
-    layers, slots = base_LS.shape
-    size = packed_LNX[0].size // shape.groups
-    held_LGN = np.zeros((layers, shape.groups, shape.nodes), np.bool_)
-    held_LGN[np.arange(layers)[:, None], base_LS // size, np.arange(slots) // (slots // shape.nodes)] = True
-    whole_L = (held_LGN.sum(axis=2) == 1).all(axis=1)
-    whole_L &= (held_LGN.sum(axis=1) == shape.groups // shape.nodes).all(axis=1)
-    out = packed_LNX.copy()
-    out[whole_L] = _experts_of(held_LGN.argmax(axis=2)[whole_L], size, shape.nodes)
-    return out, whole_L
-
-
-def _experts_of(node_LG: NDArray[np.int64], size: int, nodes: int) -> NDArray[np.int64]:
-    node_LE = np.repeat(node_LG, size, axis=1)
-    return np.argsort(node_LE, axis=1, kind="stable").reshape(len(node_LG), nodes, node_LE.shape[1] // nodes)
 
 
 def _renumbered(

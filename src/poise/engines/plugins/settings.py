@@ -53,7 +53,7 @@ class PolicySettings:
     cluster: Cluster | None = None
     model: ModelSpec | None = None
     tokens_per_step: int | None = None
-    time_limit_s: float = 0.1
+    time_limit_s: float = 0.08
     horizon_steps: float = 1000.0
     static_map: StaticMap | None = None
     split: Split | None = None
