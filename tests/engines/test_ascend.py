@@ -19,13 +19,22 @@ from poise.machine.model import ModelSpec
 from poise.util.errors import PlacementError
 
 
+class Whatever(type):
+    """A class that has whatever is asked of it."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class Anything(ModuleType):
     """A module that has whatever is imported from it."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return Whatever(name, (), {})
 
 
 class Rest(MetaPathFinder, Loader):

@@ -58,6 +58,11 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     one = isinstance(value, dict) or map_LS.ndim == 1
     map_LS = np.atleast_2d(map_LS)
     num_experts(options, int(map_LS.max()), "the map", most=map_LS.shape[1])
+    model = options.model
+    if not one and options.format is None and model is not None:
+        dense = model.num_hidden_layers > len(model.moe_layer_ids)
+        if dense and len(map_LS) == model.num_hidden_layers:  # #49572 has no row of a dense layer
+            return read_every_layer(parts, options)
     if one:
         if options.model is None:
             raise TraceError("one list for all layers, whose number it does not say", hint="give --model")

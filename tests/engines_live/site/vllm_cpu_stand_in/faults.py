@@ -62,9 +62,7 @@ def _signal(number: signal.Signals) -> Callable[[Aside], None]:
 def _planner(first: int) -> None:
     from dataclasses import replace
 
-    from poise.machine.cluster import Cluster
-
-    _of_process(first, lambda aside: None, lambda one: replace(one, cluster=Cluster.uniform(1, 7)))
+    _of_process(first, lambda aside: None, lambda one: replace(one, slots=one.slots - 1))
 
 
 WHAT: dict[str, Callable[[int], None]] = {
