@@ -13,7 +13,7 @@ from tests.engines.test_vllm_plugin import OneMap, switch_on, their_maps
 from tests.engines.turn_cases import Planner
 
 from poise.engines.plugins import policy, vllm_hooks, vllm_plugin
-from poise.engines.plugins.vllm_hooks import Ledger
+from poise.engines.plugins.vllm_hooks import CommitLedger
 from poise.util.errors import CommunicationError, OptionError
 
 
@@ -188,7 +188,7 @@ def test_a_map_in_use_that_was_not_committed_is_said(engine, caplog):
 
 
 def test_a_ledger_without_plans_finds_nothing():
-    ledger, table = Ledger(), np.arange(6).reshape(2, 3)
+    ledger, table = CommitLedger(), np.arange(6).reshape(2, 3)
     assert ledger.found(table) == ""
     ledger.plan(table, table[:, ::-1])
     assert ledger.found(table[:, :2]) == ""  # ranks came or went

@@ -57,7 +57,7 @@ def test_every_decoder_layer_and_those_behind_have_a_row(tmp_path):
     )
     with pytest.raises(OptionError, match="every decoder layer"):
         TARGETS["vllm-53022"].write(SMALL, tmp_path / "no", ExportOptions())
-    once = Placement(np.array([[2, 0, 1, 3]] * 4), np.array([0, 0, 1, 1]), 4, 2)
+    once = Placement(np.array([[2, 0, 1, 3]] * 3), np.array([0, 0, 1, 1]), 4, 2, np.array([1, 2, 3]))
     assert "--enable-eplb" not in TARGETS["vllm-53022"].write(once, tmp_path / "map.json", ExportOptions(MODEL)).command
 
 
@@ -110,7 +110,7 @@ def test_of_a_recorded_file_the_model_is_taken_and_not_its_draft(tmp_path):
 @pytest.mark.parametrize("whole, said", [
     ({"format": hygon.FORMAT}, "no physical_to_logical_map"), ({"format": hygon.BY_MODEL, "model_maps": {}}, "model_maps"),
     ({"format": hygon.BY_MODEL, "model_maps": {"A": 3}}, "model_maps"),
-    ({"format": hygon.FORMAT, "physical_to_logical_map": [[0, 1], [1]]}, ""),
+    ({"format": hygon.FORMAT, "physical_to_logical_map": [[0, 1], [1]]}, "physical_to_logical_map"),
     ({"format": hygon.FORMAT, "physical_to_logical_map": [[0, 1, 2, 3]], "num_logical_experts": 5}, "num_logical_experts is 5"),
 ])  # fmt: skip
 def test_damaged_files_are_refused(tmp_path, whole, said):

@@ -1,4 +1,4 @@
-"""Ranks that take turns, as threads of one process, and a planner that does what a test says."""
+"""TurnRanks that take turns, as threads of one process, and a planner that does what a test says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from poise.engines.plugins.child import Answer
 from poise.engines.plugins.policy import asked
 from poise.engines.plugins.settings import PolicySettings
-from poise.engines.plugins.turns import Ranks, Turns
+from poise.engines.plugins.turns import TurnRanks, Turns
 
 RANKS, LAYERS, EXPERTS, SLOTS = 4, 2, 8, 12
 QUICK = PolicySettings(time_limit_s=0.002)
@@ -75,7 +75,7 @@ class Together:
         errors, maps = errors or {}, maps or {}
 
         def take(rank):
-            ranks = Ranks(rank, RANKS, self._total)
+            ranks = TurnRanks(rank, RANKS, self._total)
             return self.turns[rank].take(errors.get(rank, one), maps.get(rank, in_use), ranks, waits=waits)
 
         with ThreadPoolExecutor(RANKS) as pool:

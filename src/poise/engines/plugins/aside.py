@@ -20,7 +20,7 @@ from poise.engines.plugins.child import ENVIRON, Answer
 from poise.engines.plugins.policy import Asked
 from poise.util.errors import CommunicationError, NoResultError
 
-COMMAND = (sys.executable, "-m", "poise.engines.plugins.child")
+COMMAND = (sys.executable, "-c", "from poise.engines.plugins.child import main; main()")
 
 
 class Aside:

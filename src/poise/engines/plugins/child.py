@@ -1,6 +1,6 @@
 """The planner's own process: calls come in, maps go out, until whoever asks is gone.
 
-``python -m poise.engines.plugins.child`` reads pickles of :class:`poise.engines.plugins.policy.Asked` from stdin and
+The process reads pickles of :class:`poise.engines.plugins.policy.Asked` from stdin and
 answers each on stdout with a map, or with what went wrong. It ends with its input. It gives way to all that serves: it
 runs at a lower priority, on one core, and sees no GPU.
 """
@@ -56,9 +56,3 @@ def serve(asked: BinaryIO, answers: BinaryIO) -> None:
             answer = Answer(None, f"{type(error).__name__}: {error}"[:500])
         pickle.dump(answer, answers)
         answers.flush()
-
-
-if __name__ == "__main__":
-    from poise.engines.plugins import child  # so that pickles name this module, not __main__
-
-    child.main()

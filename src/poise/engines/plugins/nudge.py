@@ -40,11 +40,12 @@ def _loads(
 @compiled(nogil=True)
 def _replaced(
     load_E: NDArray[np.float64], rate_D: NDArray[np.float64], copies_E: NDArray[np.int64],
-    held_ED: NDArray[np.int64], x_D: NDArray[np.float64], rank: int, out: int, into: int, top: float,
+    held_ED: NDArray[np.int64], x_D: NDArray[np.float64], change: tuple[int, int, int], top: float,
 ) -> float:  # fmt: skip
-    """What a change is worth in which ``rank`` has ``into`` in the place of a copy of ``out``: the fullest rank's load,
-    and a little of the fullest that is concerned; infinite once a rank reaches ``top``.
+    """What a change (rank, out, into) is worth in which a rank has an expert in the place of a copy of another: the
+    fullest rank's load, and a little of the fullest that is concerned; infinite once a rank reaches ``top``.
     """
+    rank, out, into = change
     k, m = copies_E[out], copies_E[into]
     up = load_E[out] / (k - 1) - load_E[out] / k
     down = load_E[into] / m - load_E[into] / (m + 1)
@@ -141,7 +142,7 @@ def nudged(
                     if value < top and value + TIE * pair < best:
                         best, best_i, best_j, kind = value + TIE * pair, i, j, 0
                 if copies_E[c] > 1:
-                    value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, d, c, a, min(best, top))
+                    value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, (d, c, a), min(best, top))
                     if value < best:
                         best, best_i, best_j, kind = value, j, a, 1
             if copies_E[a] > 1:
@@ -149,7 +150,7 @@ def nudged(
                     if held_ED[c, hot] > 0:
                         continue
                     if here_EP[c, place_D[hot]]:  # an expert of another place would leave it
-                        value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, hot, a, c, min(best, top))
+                        value = _replaced(load_E, rate_D, copies_E, held_ED, x_D, (hot, a, c), min(best, top))
                         if value < best:
                             best, best_i, best_j, kind = value, i, c, 1
         if best == np.inf:

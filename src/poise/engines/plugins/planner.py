@@ -68,7 +68,7 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Planned:
+class NewMap:
     """A map, and what it is worth.
 
     Parameters
@@ -92,7 +92,7 @@ class Planned:
 def plan(
     load_LE: NDArray[np.float64], base_LS: NDArray[np.int64], known: bool, numbers: tuple[int, int, int],
     cluster: Cluster, settings: PolicySettings,
-) -> Planned:  # fmt: skip
+) -> NewMap:  # fmt: skip
     """The map of layers with load; ``known``: the base is the map in use."""
     shape = _Shape(*numbers)
     layers, experts = load_LE.shape
@@ -168,14 +168,14 @@ def _cheapest(
 def _chosen(
     found_CLS: NDArray[np.int64], step_CL: NDArray[np.float64], best_L: NDArray[np.int64], priced: _Priced,
     settings: PolicySettings,
-) -> Planned:  # fmt: skip
+) -> NewMap:  # fmt: skip
     """Steps 3 and 4: what of the best maps is gone to now."""
     base, every = priced.base_LS, np.arange(len(best_L))
     saved_L = step_CL[0] - step_CL[best_L, every]
     gain = float(saved_L.sum() / step_CL[0].sum())
     if priced.known and best_L.any() and gain < settings.min_gain:
         why = f"the best map found gains {gain:.2%} of a step, POISE_MIN_GAIN asks for {settings.min_gain:.2%}"
-        return Planned(base.copy(), 0.0, 0, 0, 0, why)
+        return NewMap(base.copy(), 0.0, 0, 0, 0, why)
     out, devices = found_CLS[best_L, every], priced.problem.num_devices
     new_1LD, moves_1L = priced.fetches(out[None])
     new_LD, left = new_1LD[0], 0
@@ -195,7 +195,7 @@ def _chosen(
     kept = "" if best_L.any() else "no layer gains what its moves cost"
     if left and not best_L.any():
         kept = f"each of {left} layers that gain takes more than POISE_MAX_MOVES, {settings.max_moves}"
-    return Planned(out, gain, int(new_LD.sum(axis=0).max()), int((best_L > 0).sum()), left, kept)
+    return NewMap(out, gain, int(new_LD.sum(axis=0).max()), int((best_L > 0).sum()), left, kept)
 
 
 def _problem(

@@ -45,7 +45,7 @@ WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class TurnRanks:
     """The ranks that plan together.
 
     Parameters
@@ -83,7 +83,9 @@ class Turns:
     _late: int = 0
     _said: str = field(default="", repr=False)
 
-    def take(self, asked: Asked | BaseException, in_use_LS: NDArray[np.int64], ranks: Ranks, *, waits: bool) -> Taken:
+    def take(
+        self, asked: Asked | BaseException, in_use_LS: NDArray[np.int64], ranks: TurnRanks, *, waits: bool
+    ) -> Taken:
         """The map from this turn on.
 
         Parameters

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.policy import Asked, asked, content, say_once, usable_map, warm_up
 from poise.engines.plugins.settings import PolicySettings
-from poise.engines.plugins.turns import WORDS, Ranks, Turns
+from poise.engines.plugins.turns import WORDS, TurnRanks, Turns
 from poise.util.errors import InputError
 
 LOG = logging.getLogger("vllm.poise")
@@ -113,7 +113,7 @@ class Planning:
         say_once(LOG, f"poise: {error}; {answer}")
         return kept
 
-    def _ranks(self, call: Call) -> Ranks | None:
+    def _ranks(self, call: Call) -> TurnRanks | None:
         """The ranks that plan together; None, on all of them, where each plans for itself."""
         if not self.settings.apart or self.settings.static_map is not None or call.ranks < 2:
             return None
@@ -135,7 +135,7 @@ class Planning:
             LOG.info("poise: %s", said)
 
 
-def ranks_of(group: Any) -> Ranks:
+def ranks_of(group: Any) -> TurnRanks:
     """The ranks of a process group of torch.distributed on CPUs."""
     torch = importlib.import_module("torch")
 
@@ -145,7 +145,7 @@ def ranks_of(group: Any) -> Ranks:
         out: NDArray[np.int64] = shared.numpy()
         return out
 
-    return Ranks(group.rank(), group.size(), total)
+    return TurnRanks(group.rank(), group.size(), total)
 
 
 def cpu_group() -> Any:

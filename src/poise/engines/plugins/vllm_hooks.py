@@ -83,7 +83,7 @@ def read(context: Any) -> Call:
 
 
 @dataclass(eq=False)
-class Ledger:
+class CommitLedger:
     """What was planned for one model, and what of it is in place.
 
     Parameters
@@ -135,11 +135,11 @@ class Ledger:
         )
 
 
-class State:
+class PolicyState:
     """A model's state as vLLM keeps it for a policy: the ledger, and what the policy class makes itself."""
 
     def __init__(self, theirs: Any = None) -> None:
-        self.theirs, self.ledger = theirs, Ledger()
+        self.theirs, self.ledger = theirs, CommitLedger()
 
 
 def make_policy(base: Any, planning: Planning, policies: ModuleType) -> Any:
@@ -181,14 +181,14 @@ def make_policy(base: Any, planning: Planning, policies: ModuleType) -> Any:
         if theirs is not None and ledger.planned_LS is None:
             theirs(*((state[0].theirs,) if state else ()), plan_made, layer)
 
-    def create_state(self: Any, num_moe_layers: int) -> State:
+    def create_state(self: Any, num_moe_layers: int) -> PolicyState:
         theirs = getattr(super(cls, self), "create_state", None)
-        return State(None if theirs is None else theirs(num_moe_layers))
+        return PolicyState(None if theirs is None else theirs(num_moe_layers))
 
-    def _own(self: Any) -> State:
+    def _own(self: Any) -> PolicyState:
         if not hasattr(self, "_poise_state"):
-            self._poise_state = State()
-        state: State = self._poise_state
+            self._poise_state = PolicyState()
+        state: PolicyState = self._poise_state
         return state
 
     body = {hook: plan, "on_layer_committed": on_layer_committed, "create_state": create_state,
