@@ -20,8 +20,7 @@ from tests.cases import read_options, run_cases
 from tests.engines import engine_stubs
 
 from poise.cli.main import app
-from poise.engines.plugins import vllm_call, vllm_policy
-from poise.engines.plugins.policy import PolicySettings, asked
+from poise.engines.plugins.policy import PolicySettings
 from poise.engines.plugins.sglang_hook import around
 from poise.engines.plugins.vllm_plugin import register
 from poise.planning.placement import Placement
@@ -155,55 +154,12 @@ def vllms_mover() -> None:
     assert moved > LAYERS * SLOTS
 
 
-def planned_aside() -> None:
-    """Four ranks over gloo, of which the first has a planner's process: all go to its map a turn later, weights too."""
-    engine_stubs.vllm(Path(os.environ["POISE_TEST_VLLM"]))
-    group = SimpleNamespace(cpu_group=dist.group.WORLD)
-    engine_stubs.put({"vllm.distributed.parallel_state": {"get_eplb_group": lambda: group}})
-    os.environ.update(POISE_EPLB="1", POISE_TIME_LIMIT_S="0.02")
-    made: list[vllm_call.Planning] = []
-    vllm_policy.Planning = lambda settings: made.append(vllm_call.Planning(settings)) or made[-1]
-    register()
-    policy = importlib.import_module("vllm.distributed.eplb.policy").EPLB_POLICIES["default"]
-    execute = importlib.import_module("vllm.distributed.eplb.rebalance_execute")
-    at = torch.tensor([TRIVIAL] * LAYERS)
-    held = [weights_of(TRIVIAL) for _ in range(LAYERS)]
-    load = torch.from_numpy(np.random.default_rng(0).integers(1, 100, (LAYERS, EXPERTS)) ** 2).to(torch.int32)
-    maps = []
-    for _ in range(2):
-        new = policy.rebalance_experts(load, RANKS * SLOTS, 1, 1, RANKS, at)
-        answers: list[object] = [None] * RANKS
-        dist.all_gather_object(answers, new.tolist())
-        assert answers == [new.tolist()] * RANKS
-        execute.rearrange_expert_weights_inplace(
-            at, new, held, [torch.empty_like(one) for one in held[0]], dist.group.WORLD, Gloo()
-        )
-        for row, mine in zip(new.tolist(), held, strict=True):
-            for got, want in zip(mine, weights_of(row), strict=True):
-                assert torch.equal(got, want), (dist.get_rank(), got[:, 0], want[:, 0])
-        maps.append(new.tolist())
-        at = new
-        (turns,) = made[0]._turns.values()
-        if dist.get_rank() == 0:
-            turns._coming.result(500)
-        else:
-            assert turns.aside.pid is None
-        dist.barrier()
-    made[0]._aside.close()
-    assert maps[0] == [TRIVIAL] * LAYERS and maps[1] != maps[0]
-    alone = asked(
-        load.numpy(), RANKS * SLOTS, 1, 1, RANKS, np.array(maps[0]), settings=PolicySettings(time_limit_s=0.02)
-    )
-    assert alone.answer().tolist() == maps[1]
-
-
 CASES = {
     "from the trivial map, one node": lambda: from_the_trivial_map(4),
     "from the trivial map, two nodes": lambda: from_the_trivial_map(2),
     "from map to map": lambda: from_map_to_map(2),
     "maps of the plugin": maps_of_the_plugin,
     "vLLM's mover": vllms_mover,
-    "planned aside": planned_aside,
 }
 
 if __name__ == "__main__":
