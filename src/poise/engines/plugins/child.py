@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, BinaryIO
 
 ENVIRON = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
@@ -42,9 +43,7 @@ def main() -> None:
 
 def serve(asked: BinaryIO, answers: BinaryIO) -> None:
     """Answer calls in their order; kernels are compiled before the first."""
-    from poise.engines.plugins.policy import warm_up
-
-    warm_up()
+    import_module("poise.engines.plugins.policy").warm_up()  # numba: whoever asks does not need it
     while True:
         try:
             call = pickle.load(asked)

@@ -13,7 +13,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.util.errors import OptionError
 
-Split = Literal["even", "near"]
+EngineSplit = Literal["even", "near"]
 Strategy = Literal["auto", "hierarchical", "global"]
 PHASES = ("", "prefill", "decode")
 
@@ -56,7 +56,7 @@ class PolicySettings:
     time_limit_s: float = 0.08
     horizon_steps: float = 1000.0
     static_map: StaticMap | None = None
-    split: Split | None = None
+    split: EngineSplit | None = None
     min_gain: float = 0.01
     max_moves: int | None = None
     strategy: Strategy = "auto"
@@ -121,7 +121,7 @@ class PolicySettings:
             number("POISE_TIME_LIMIT_S", DEFAULT.time_limit_s),
             number("POISE_HORIZON_STEPS", DEFAULT.horizon_steps),
             None if static is None else StaticMap.read(Path(static), spec),
-            split=one_of("POISE_SPLIT", get_args(Split), None),
+            split=one_of("POISE_SPLIT", get_args(EngineSplit), None),
             min_gain=number("POISE_MIN_GAIN", DEFAULT.min_gain),
             max_moves=whole("POISE_MAX_MOVES"),
             strategy=one_of("POISE_STRATEGY", get_args(Strategy), "global" if phase == "decode" else "auto"),
