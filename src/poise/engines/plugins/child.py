@@ -12,8 +12,9 @@ import pickle
 import signal
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, BinaryIO
+
+from poise.engines.plugins.policy import warm_up
 
 ENVIRON = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
            "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
@@ -43,7 +44,7 @@ def main() -> None:
 
 def serve(asked: BinaryIO, answers: BinaryIO) -> None:
     """Answer calls in their order; kernels are compiled before the first."""
-    import_module("poise.engines.plugins.policy").warm_up()  # numba: whoever asks does not need it
+    warm_up()
     while True:
         try:
             call = pickle.load(asked)
