@@ -3,7 +3,8 @@
     python benchmarks/engine_policy.py DATA
 
 A map is made for one workload, and then anew for another one, from the map in use: imbalance (max / mean tokens over
-ranks, mean over layers, in sample) and the share of slots whose expert a rank must fetch.
+ranks, mean over layers, in sample) and the share of slots whose expert a rank must fetch. Seconds are of this thread on
+one core (CPU time), the median and the largest of some plans.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,9 @@ from poise.engines.plugins.policy import PolicySettings, rebalance, warm_up
 from poise.planning.methods import eplb
 
 CASES = ((8, 288, 1), (16, 288, 2), (64, 320, 8))  # ranks, slots, nodes; the model has 8 expert groups
+OURS = {"groups whole": {}, "global": {"strategy": "global"}, "global, near": {"strategy": "global", "split": "near"}}
+"""Settings beside the defaults; of one node they are all the same."""
+REPEATS = 5
 FIRST, NEXT = "prefill_in1000out1000", "prefill_in4096"
 
 
@@ -45,27 +51,30 @@ def fetched(old: np.ndarray, new: np.ndarray, ranks: int) -> float:
 def main() -> None:
     first, later = (loads(Path(sys.argv[1]), name) for name in (FIRST, NEXT))
     warm_up()
-    head = ["ranks, slots, nodes", "map", "imbalance, first", "old map, next", "new map, next", "fetched", "seconds"]
+    head = ["ranks, slots, nodes", "map", "imbalance, first", "old map, next", "new map, next", "fetched", "seconds",
+            "at most"]  # fmt: skip
     rows = []
     for ranks, slots, nodes in CASES:
-
-        def ours(load, old=None, shape=(slots, 8, nodes, ranks)):
-            return rebalance(load, *shape, old, settings=PolicySettings())
-
-        def theirs(load, old=None, shape=(slots, 8, nodes, ranks)):
-            return eplb.rebalance_experts(load, *shape, sums="double")[0]
-
-        for name, make in (("poise", ours), ("EPLB", theirs)):
-            old = make(first)
-            began = time.perf_counter()
-            new = make(later, old)
-            took = time.perf_counter() - began
+        shape = (slots, 8, nodes, ranks)
+        makers = {
+            name: partial(rebalance, settings=replace(PolicySettings(), **more))
+            for name, more in (OURS if nodes > 1 else {"groups whole": {}}).items()
+        }
+        makers["EPLB"] = lambda load, *rest, **_: eplb.rebalance_experts(load, *rest[:4], sums="double")[0]
+        for name, make in makers.items():
+            old = make(first, *shape)
+            took = []
+            for _ in range(REPEATS):
+                began = time.thread_time()
+                new = make(later, *shape, old)
+                took.append(time.thread_time() - began)
             cells = (imbalance(first, old, ranks), imbalance(later, old, ranks), imbalance(later, new, ranks))
-            rows.append([f"{ranks}, {slots}, {nodes}", name, *(f"{cell:.4f}" for cell in cells),
-                         f"{fetched(old, new, ranks):.0%}", f"{took:.2f}"])  # fmt: skip
+            told = name if name == "EPLB" else f"poise, {name}" if nodes > 1 else "poise"
+            rows.append([f"{ranks}, {slots}, {nodes}", told, *(f"{cell:.4f}" for cell in cells),
+                         f"{fetched(old, new, ranks):.0%}", f"{np.median(took):.2f}", f"{max(took):.2f}"])  # fmt: skip
     words = (
-        f"DeepSeek-R1, 58 layers, 256 experts in 8 groups. First: {FIRST}; next: {NEXT}. Seconds of one plan, one run, "
-        "after compilation."
+        f"DeepSeek-R1, 58 layers, 256 experts in 8 groups. First: {FIRST}; next: {NEXT}. Seconds of one plan on one core, "
+        f"median and largest of {REPEATS}, after compilation. Imbalance counts tokens under an even split, on every row."
     )
     write("Planner behind engines' load balancers", [words, table(head, rows)])
 

@@ -18,6 +18,7 @@ from tests.helpers import few_or
 from tests.kernels import compile_all
 
 SGLANG = "sglang==0.5.23"
+ASCEND = "vllm-ascend==0.23.0"
 VLLM = "0.33.0"
 
 for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
@@ -93,13 +94,14 @@ def pytest_xdist_setupnodes(config, specs):
     compile_all()
 
 
-def unpacked(requirement: str, *folders: str) -> Path:
+def unpacked(requirement: str, *folders: str, options: tuple[str, ...] = ()) -> Path:
     """Folders of an engine's wheel; fetched once and kept in the temporary folder."""
     root = Path(tempfile.gettempdir()) / f"poise-{requirement.replace('==', '-')}"
     done = root / ("done-" + "+".join(folder.replace("/", ".") for folder in folders))
     if not done.exists():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check",
+                       *options]  # fmt: skip
             got = subprocess.run([*command, "-d", folder, requirement], capture_output=True, text=True)
             if got.returncode:
                 if os.environ.get("CI"):
@@ -111,6 +113,13 @@ def unpacked(requirement: str, *folders: str) -> Path:
                         wheel.extract(name, root)
         done.touch()
     return root
+
+
+@pytest.fixture(scope="session")
+def ascend_wheel() -> Path:
+    """vllm-ascend's load-balancer code, which is Python alone, from the wheel of one platform."""
+    one = ("--only-binary=:all:", "--platform", "manylinux_2_34_x86_64", "--python-version", "3.11")
+    return unpacked(ASCEND, "vllm_ascend/eplb", options=one)
 
 
 @pytest.fixture(scope="session")

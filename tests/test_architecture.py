@@ -67,7 +67,8 @@ MODULES = modules()
 GRAPH = {name: imports(tree, set(MODULES)) for name, (_, tree) in MODULES.items()}
 GRAPH["poise.cli.main"] |= {f"poise.cli.{name}" for name in VERBS}  # by names that are made when a verb is called
 NAMES_MADE = {"poise", "poise.moved", "poise.cli.main", "poise.util.extras", "poise.util.executors",
-              "poise.engines.plugins.sglang_hook", "poise.engines.plugins.vllm_policy"}  # fmt: skip
+              "poise.engines.plugins.sglang_hook", "poise.engines.plugins.vllm_call", "poise.engines.plugins.vllm_canary",
+              "poise.engines.plugins.vllm_policy"}  # fmt: skip
 """Modules that import by a name which is no constant: those of :data:`GRAPH`, of what callers name, of other packages."""
 
 

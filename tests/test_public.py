@@ -49,7 +49,7 @@ OPTIONS = {
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--against", "--error-rate", "--balancer-off", "--ranks",
                "--allow-missing-ranks", "--json"},
     "diff": {"--model", "--cluster", "--staging", "--rank-map", "--lost", "--json"},
-    "export": {"--to", "--output", "--model", "--num-hidden-layers", "--num-mtp-layers", "--checkpoint", "--keep-groups", "--losses", "--json"},
+    "export": {"--to", "--output", "--model", "--num-hidden-layers", "--num-mtp-layers", "--model-class", "--checkpoint", "--keep-groups", "--losses", "--json"},
     "record": {"--output", "--max-new-tokens", "--max-prompt-tokens", "--requests-per-domain", "--batch-size",
                "--temperature", "--seed", "--json"},
     "calibrate": {"--output", "--model", "--hidden", "--inner", "--matrices", "--curve", "--dilation", "--seconds",

@@ -23,7 +23,7 @@ from poise.util.errors import InputError, OptionError, PlacementError, TraceErro
 FILES = tuple(name for name, target in TARGETS.items() if not target.folder)
 ONCE = ("vllm-34811", "megatron", "deepspeed")  # they hold no replicas
 SAYS_DEVICES = ("vllm-ascend", "vllm-34811", "megatron", "deepspeed", "npz")
-BY_PLACE = ("vllm-34811", "vllm-ascend", "vllm-49572")  # they do not say which layers
+BY_PLACE = ("vllm-34811", "vllm-ascend", "vllm-49572", "vllm-hygon")  # they do not say which layers
 
 
 def run(*words):
@@ -77,12 +77,15 @@ def test_every_target_leads_back_to_the_placement(tmp_path_factory, drawn):
             continue
         assert TARGETS[name].write(plan, file, ExportOptions(model)).unplanned == 0
         devices = None if name in SAYS_DEVICES else plan.num_devices
-        said = {"format": name} if name == "vllm-49572" else {}  # few experts: a bare table that may be loads
-        for options in [ReadOptions(model, **said)] if name in BY_PLACE else [ReadOptions(model), ReadOptions()]:
+        said = (
+            {"format": name} if name in ("vllm-49572", "vllm-53022") else {}
+        )  # few experts: a bare table that may be loads
+        free = [] if name in BY_PLACE else [ReadOptions(**said)]
+        for options in [ReadOptions(model, **said), *free]:
             back = placement_of(read_dump(file, options=options), devices, options.experts)
             rows = np.isin(back.layer_ids_L, plan.layer_ids_L)  # without a model, SGLang's dense layers are there too
             assert back.layer_ids_L[rows].tolist() == plan.layer_ids_L.tolist(), name
-            assert rows.all() or (name == "sglang" and options.model is None)
+            assert rows.all() or (name in ("sglang", "vllm-53022") and options.model is None)
             np.testing.assert_array_equal(back.count_LED()[rows], plan.count_LED(), name)
     file.unlink()
 

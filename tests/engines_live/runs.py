@@ -102,13 +102,13 @@ class Runs:
 
     @property
     def online(self) -> Ran:
-        """poise plans."""
-        return self.run("online", self.two(eplb=SYNC, environ={"POISE_EPLB": "1"}))
+        """poise plans, in a process of its own, a rearrangement ahead; weights are looked at after each move."""
+        return self.run("online", self.two(eplb=SYNC, environ={"POISE_EPLB": "1", "POISE_CANARY": "1"}))
 
     @property
     def online_async(self) -> Ran:
-        """poise plans in vLLM's background thread."""
-        return self.run("online-async", self.two(eplb=ASYNC, environ={"POISE_EPLB": "1"}))
+        """poise plans in a process that vLLM's background thread waits for."""
+        return self.run("online-async", self.two(eplb=ASYNC, environ={"POISE_EPLB": "1", "POISE_CANARY": "1"}))
 
     @property
     def file(self) -> dict[str, str]:

@@ -72,9 +72,14 @@ def test_online(runs, row, mode):
     assert ran.planned(0) == ran.planned(1)
     assert len(ran.planned(0)) >= 9 or mode == "online_async", ran.planned(0)
     assert len(maps) > 2, "it never moved"
+    looked = [line for line in ran.said(1).splitlines() if "slots hold what their experts were" in line]
+    assert looked, "no weights were looked at"
+    waits = "the planner has the loads now" in ran.said(0)
+    assert waits == (mode == "online")  # on a thread beside serving the planner is waited for
     same_tokens(
-        runs, ran, row, f"; {mode}; {len(ran.planned(0))} rearrangements, {len(maps) - 1} changes of the live map"
-    )
+        runs, ran, row, f"; {mode}; {len(ran.planned(0))} rearrangements, {len(maps) - 1} changes of the live map, "
+        f"{len(looked)} moved layers looked at"
+    )  # fmt: skip
 
 
 def test_drift_moves(runs, row):

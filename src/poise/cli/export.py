@@ -19,7 +19,8 @@ from poise.util.files import check_new_folder
 
 NO_FILE = {
     "vllm": "poise's plugin for it reads the placement itself: POISE_STATIC_MAP={file} vllm serve MODEL "
-    "--enable-expert-parallel --enable-eplb (docs/engines.md); vllm-34811 and vllm-49572 are files of open proposals",
+    "--enable-expert-parallel --enable-eplb (docs/engines.md); vllm-34811, vllm-49572 and vllm-53022 are files of open "
+    "proposals",
 }
 """Engines that need no export, and what to do."""
 
@@ -37,6 +38,10 @@ def export(
         typer.Option(help="Layers of multi-token prediction that run (tensorrt-llm, vllm-ascend: they need a row)."),
     ] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder to relabel (--to checkpoint).")] = None,
+    model_class: Annotated[
+        str | None,
+        typer.Option(help="Class that the engine runs the model as, of architectures in its config (vllm-hygon)."),
+    ] = None,
     groups: Annotated[
         bool,
         o.flag(
@@ -76,7 +81,7 @@ def export(
         if groups and after:
             raise OptionError("the maps after a loss do not keep groups whole", hint="leave --keep-groups out")
         with o.progress() as report:
-            options = ExportOptions(sizes, num_hidden_layers, num_mtp_layers, checkpoint, report)
+            options = ExportOptions(sizes, num_hidden_layers, num_mtp_layers, checkpoint, report, model_class)
             made = target.write(plan, output, options)
             later = [{"lost": list(loss.lost), "file": str(path), "devices": plan.num_devices - len(loss.lost),
                       "command": target.write(loss.after_on_rest, path, options).command}

@@ -9,10 +9,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from poise.engines import ascend, sglang, tensorrt
+from poise.engines import ascend, hygon, sglang, tensorrt
 from poise.engines.checkpoints import checkpoint, megatron
 from poise.engines.dumps.mapping import MAX_MTP_LAYERS
-from poise.engines.proposals import PROPOSALS, Proposal
+from poise.engines.proposals import PROPOSALS, Layers, Proposal
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import Progress
@@ -37,6 +37,7 @@ class ExportOptions:
     num_mtp_layers : layers of multi-token prediction that the engine will run.
     checkpoint : folder of the Hugging Face checkpoint to relabel.
     progress : called by long work.
+    model_class : the class that the engine runs the model as, which a file may name.
 
     Raises
     ------
@@ -48,6 +49,7 @@ class ExportOptions:
     num_mtp_layers: int = 0
     checkpoint: Path | None = None
     progress: Progress | None = None
+    model_class: str | None = None
 
     def __post_init__(self) -> None:
         said = self.num_hidden_layers
@@ -230,6 +232,8 @@ def _ascend(placement: Placement, path: Path, options: ExportOptions) -> Written
         "with mix_placement the engine wants shared experts in the map too: leave it off",
         *_by_place(placement, options),
     ]
+    if not str(path).endswith(".json"):
+        notes.append("the engine takes no file unless its name ends in .json")
     if options.num_mtp_layers == 0:
         notes.append("with more than one layer of multi-token prediction give --num-mtp-layers: each needs a row")
     config = {"eplb_config": {"expert_map_path": str(path)}}
@@ -257,12 +261,14 @@ def _proposed(proposal: Proposal) -> Target:
     number = proposal.number
 
     def write(placement: Placement, path: Path, options: ExportOptions) -> Written:
-        filled = proposal.write(placement, path, options.moe_layers)
+        groups = 1 if options.model is None else options.model.num_expert_groups
+        layers = Layers(options.moe_layers, options.decoder_layers, options.num_mtp_layers, groups)
+        filled = proposal.write(placement, path, layers)
         instead = (
             f"vLLM's pull request #{number} is open: no release loads this file. What works today: --to checkpoint "
             f"(no replicas), or the plugin of poise with {STATIC_ENV} (docs/engines.md)"
         )
-        places = () if proposal.mtp else _by_place(placement, options)
+        places = _by_place(placement, options) if proposal.by_place else ()
         return Written(
             filled,
             command=f"{_on_ranks(placement)} {proposal.flags(placement, path)}",
@@ -270,9 +276,31 @@ def _proposed(proposal: Proposal) -> Target:
         )
 
     return Target(
-        f"the file of vLLM's open proposal #{number}; no release loads it", write, mtp=proposal.mtp or MTP_OWN_MAP,
+        f"the file of vLLM's open proposal #{number}; no release loads it", write,
+        mtp=MTP_OWN_MAP if proposal.mtp is None else proposal.mtp,
         unplanned=proposal.unplanned or TRIVIAL,
     )  # fmt: skip
+
+
+def _hygon(placement: Placement, path: Path, options: ExportOptions) -> Written:
+    filled, _ = hygon.write(
+        placement, path, layer_ids=options.moe_layers, model_class=options.model_class,
+        model_name="model" if options.model is None else options.model.name,
+    )  # fmt: skip
+    notes = [
+        _ranks_note(placement),
+        "read by HYGON's plugin for vLLM, before the checkpoint is; the map is fixed from then on",
+        *_by_place(placement, options),
+    ]
+    if options.model_class is None:
+        notes.append(
+            "without --model-class the file names no class of model: versions after pull request #69 want one "
+            "(architectures in the model's config)"
+        )
+    config = {"num_redundant_experts": _redundant(placement), "expert_map_path": str(path)}
+    return Written(
+        filled, command=f"{_on_ranks(placement)} --enable-eplb --eplb-config {_quoted(config)}", notes=tuple(notes)
+    )
 
 
 def _order(framework: megatron.Framework) -> Writer:
@@ -309,6 +337,7 @@ TARGETS: dict[str, Target] = {
     "sglang": Target("JSON for --init-expert-location", _sglang, mtp=MTP_OWN_MAP),
     "tensorrt-llm": Target("YAML for moe_config.load_balancer", _tensorrt),
     "vllm-ascend": Target("JSON for eplb_config.expert_map_path", _ascend),
+    "vllm-hygon": Target("JSON for expert_map_path of HYGON's vLLM plugin", _hygon, mtp=MTP_OWN_MAP),
     **{name: _proposed(one) for name, one in PROPOSALS.items()},
     "megatron": Target("order of experts for Megatron-LM", _order("megatron"), mtp=MTP_IDS, unplanned=IDS_STAY),
     "deepspeed": Target("order of experts for DeepSpeed-MoE", _order("deepspeed"), mtp=MTP_IDS, unplanned=IDS_STAY),

@@ -1,6 +1,7 @@
 """vLLM: reads the map files of open proposals (:mod:`poise.engines.vllm` writes them and names them).
 
-#49572 is a bare list: the expert of each slot, once for all layers, or a list a MoE layer.
+#49572 is a bare list: the expert of each slot, once for all layers, or a list a MoE layer. #53022 is one of every
+decoder layer, dense ones included, and of multi-token prediction behind them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,17 @@ def is_ranks(value: Any) -> bool:
     return isinstance(value, dict) and RANKS in value
 
 
+def read_every_layer(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
+    """#53022: what slots hold, a list a decoder layer by its number, or one list for all."""
+    found = table("the map", table_of(parts[0]), 1, 2, high=MAX_EXPERTS - 1) if len(parts) == 1 else None
+    if found is None or found.ndim == 1 or not found.size:
+        return read(parts, options)
+    num_experts(options, int(found.max()), "the map", most=found.shape[1])
+    rows, ids, notes = decoder_layers(len(found), options.model, "the map")
+    record = SlotRecord(ids, found[rows].astype(np.int32))
+    return EngineDump("vllm", "map", slots=record, recorded_layers=len(found), notes=tuple(notes))
+
+
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """What slots hold; a file with one list is of every MoE layer, so the model has to be known."""
     if len(parts) != 1:
@@ -46,6 +58,11 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     one = isinstance(value, dict) or map_LS.ndim == 1
     map_LS = np.atleast_2d(map_LS)
     num_experts(options, int(map_LS.max()), "the map", most=map_LS.shape[1])
+    model = options.model
+    if not one and options.format is None and model is not None:
+        dense = model.num_hidden_layers > len(model.moe_layer_ids)
+        if dense and len(map_LS) == model.num_hidden_layers:  # #49572 has no row of a dense layer
+            return read_every_layer(parts, options)
     if one:
         if options.model is None:
             raise TraceError("one list for all layers, whose number it does not say", hint="give --model")

@@ -8,7 +8,10 @@ one of two ways.
 - :func:`asked` refuses, with an InputError, numbers of the engine or settings that do not fit: all ranks have the same
   ones, so all may go on alike without poise.
 - :meth:`Asked.answer` fails for any other reason, memory say, that one rank alone may have. Nobody may go on from
-  there: whoever calls lets it raise.
+  there: whoever calls lets it raise, or has all ranks keep the map in use (:mod:`poise.engines.plugins.turns`).
+
+Ranks may be lost. A plan is then made for the ranks that are left, as if there were no others, and the slots of the
+lost ones are empty, -1.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -27,6 +30,7 @@ from numpy.typing import NDArray
 from poise.engines.plugins.settings import DEFAULT, PolicySettings
 from poise.engines.slots import trivial_row
 from poise.machine.cluster import Cluster
+from poise.planning.placement import EMPTY
 from poise.util.errors import NoResultError, OptionError
 
 GRAINS, SINGLE_GRAINS = 2.0**30, 2.0**16
@@ -42,11 +46,13 @@ class Asked:
     Parameters
     ----------
     load_LE : float64 [L, E], in grains.
-    slots, groups, nodes, ranks : S, expert groups to hold whole on nodes (1 node: none), nodes, ranks.
-    old_LS : the map in use, int64 [L, S], or None.
-    cluster : with the engine's ranks; None where the load plays no part.
+    slots, groups, nodes, ranks : S, expert groups to hold whole on nodes (1 node: none), nodes, ranks; of the ranks
+        that are left.
+    old_LS : the map in use, int64 [L, S], or None. Experts that only lost ranks held have been given slots.
+    cluster : with the ranks that are left; None where the load plays no part.
     given_LS : then the answer.
     settings : of the plugin.
+    active_D : the ranks that are left, bool of all of them; None: all are.
     """
 
     load_LE: NDArray[np.float64]
@@ -58,6 +64,7 @@ class Asked:
     cluster: Cluster | None
     given_LS: NDArray[np.int64] | None
     settings: PolicySettings
+    active_D: NDArray[np.bool_] | None = None
 
     def answer(self) -> NDArray[np.int64]:
         """Expert of each slot, int64 [L, S]: every expert at least once; the same for the same input on any rank.
@@ -66,20 +73,53 @@ class Asked:
         ------
         NoResultError : what was planned is no valid map; and whatever a rank may die of.
         """
+        return self.plan()[0]
+
+    def plan(self) -> tuple[NDArray[np.int64], str]:
+        """:meth:`answer`, and what it is worth, in words."""
         if self.given_LS is not None:
-            return self.given_LS.copy()
+            return self.given_LS.copy(), ""
         layers, experts = self.load_LE.shape
-        out = _base(self.old_LS, layers, experts, self.slots)
+        out, said = _base(self.old_LS, layers, experts, self.slots), "one rank, or nothing was computed"
         busy = np.flatnonzero(self.load_LE.sum(axis=1) > 0)
         if self.cluster is not None and self.ranks > 1 and busy.size:
             shape = (self.groups, self.nodes, self.ranks) if self.nodes > 1 else (1, 1, self.ranks)
             planner = import_module("poise.engines.plugins.planner")  # numba: a static map needs none
-            out[busy] = planner.plan(
+            made = planner.plan(
                 self.load_LE[busy], out[busy], self.old_LS is not None, shape, self.cluster, self.settings
             )
+            out[busy] = made.table_LS
+            said = f"the map in use stays: {made.kept}"
+            if not made.kept:
+                said = (
+                    f"gains {made.gain:.2%} of a step in {made.layers} of {layers} layers, a rank fetches at most "
+                    f"{made.fetches} experts"
+                )
+                said += f"; {made.left} layers wait" if made.left else ""
         if usable_map(out, layers, experts, self.slots) is None:
             raise NoResultError("the planned map lacks an expert")
+        return self.on_all(out), said
+
+    def kept(self) -> NDArray[np.int64] | None:
+        """The map in use, with every expert on a rank that is left; None where there is none."""
+        return None if self.old_LS is None else self.on_all(self.old_LS.copy())
+
+    def moved_on(self, table_LS: NDArray[np.int64]) -> Asked:
+        """The same call with another map in use, of all ranks."""
+        return replace(self, old_LS=table_LS if self.active_D is None else table_LS[:, self._left_S()])
+
+    def on_all(self, table_LS: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A map of the ranks that are left, as one of all ranks."""
+        if self.active_D is None:
+            return table_LS
+        left_S = self._left_S()
+        out = np.full((len(table_LS), left_S.size), EMPTY, np.int64)
+        out[:, left_S] = table_LS
         return out
+
+    def _left_S(self) -> NDArray[np.bool_]:
+        assert self.active_D is not None
+        return np.repeat(self.active_D, self.slots // self.ranks)
 
 
 def asked(
@@ -92,6 +132,7 @@ def asked(
     *,
     settings: PolicySettings = DEFAULT,
     single: bool = False,
+    active_D: NDArray[Any] | None = None,
 ) -> Asked:
     """Check a call. What it raises follows from the arguments alone, so that it is the same on all ranks.
 
@@ -105,10 +146,13 @@ def asked(
     old_map_LS : the map in use; one that is no valid map of these shapes counts as none.
     settings : :class:`PolicySettings`.
     single : the engine counts in floating point of single precision or less.
+    active_D : 1 or True for each of ``num_ranks`` ranks that is there, 0 for a lost one; None: all are. Then
+        ``num_replicas`` counts slots of lost ranks too, as ``old_map_LS`` does, where those may name any expert, or -1.
 
     Raises
     ------
-    OptionError : shapes or numbers do not fit. PlacementError : the static map does not fit.
+    OptionError : shapes or numbers do not fit, or the ranks that are left have fewer slots than there are experts.
+    PlacementError : the static map does not fit.
     """
     load = np.array(weight_LE, dtype=np.float64)
     if load.ndim != 2 or load.size == 0:
@@ -127,20 +171,115 @@ def asked(
         raise OptionError(f"{slots} slots do not divide over {ranks} ranks")
     if not experts <= slots <= MAX_SLOTS:
         raise OptionError(f"{slots} slots for {experts} experts: at least as many, and at most {MAX_SLOTS}")
+    active = _active(active_D, ranks)
     if ranks % nodes:
         nodes = 1
-    whole = nodes > 1 and groups % nodes == 0 and experts % groups == 0
+    cluster = None if settings.static_map is not None else settings.machine(nodes, ranks)
+    if active is not None:
+        return _of_the_rest(load, slots, groups, old_map_LS, active, cluster, settings)
+    whole = _whole_groups(settings.strategy, groups, nodes, experts)
     old = usable_map(old_map_LS, layers, experts, slots)
     if settings.static_map is not None:
         given = settings.static_map.rows(layers, experts, slots, ranks)
         return Asked(load, slots, groups, 1, ranks, old, None, given, settings)
-    cluster = settings.machine(nodes, ranks)
+    assert cluster is not None
     if whole and (cluster.devices_per_node_N != ranks // nodes).any():
         raise OptionError(
             f"the engine has {nodes} nodes of {ranks // nodes} ranks, POISE_CLUSTER "
             f"{cluster.devices_per_node_N.tolist()}"
         )
     return Asked(load, slots, groups, nodes if whole else 1, ranks, old, cluster, None, settings)
+
+
+def _whole_groups(strategy: str, groups: int, nodes: int, experts: int) -> bool:
+    """Whether expert groups stay whole on nodes."""
+    fits = nodes > 1 and groups % nodes == 0 and experts % groups == 0
+    if strategy == "hierarchical" and not fits:
+        raise OptionError(
+            f"POISE_STRATEGY=hierarchical: {groups} groups of {experts} experts do not divide over {nodes} nodes",
+            hint="POISE_STRATEGY=global, or auto",
+        )
+    return fits and strategy != "global"
+
+
+def _active(active_D: NDArray[Any] | None, ranks: int) -> NDArray[np.bool_] | None:
+    """Which ranks are left, None where all are."""
+    if active_D is None:
+        return None
+    active = np.asarray(active_D)
+    if active.shape != (ranks,) or not np.isin(active, (0, 1)).all():
+        raise OptionError(f"active ranks must be {ranks} numbers of 0 and 1, got {active.tolist()}"[:300])
+    if not active.any():
+        raise OptionError(f"none of {ranks} ranks is active")
+    return None if active.all() else active.astype(np.bool_)
+
+
+def _of_the_rest(
+    load_LE: NDArray[np.float64], slots: int, groups: int, old_map_LS: NDArray[Any] | None,
+    active_D: NDArray[np.bool_], cluster: Cluster | None, settings: PolicySettings,
+) -> Asked:  # fmt: skip
+    """The call of the ranks that are left; the machine's nodes count where they have as many of these each."""
+    layers, experts = load_LE.shape
+    each, ranks = slots // active_D.size, int(active_D.sum())
+    if cluster is None:
+        raise OptionError(
+            f"the static map is for {active_D.size} ranks, {ranks} are left",
+            hint="poise plan --survive makes a map for each loss; POISE_EPLB=1 without POISE_STATIC_MAP plans anew",
+        )
+    if ranks * each < experts:
+        raise OptionError(f"{ranks * each} slots on the {ranks} ranks that are left for {experts} experts")
+    rest = cluster.without(np.flatnonzero(~active_D).tolist())
+    sizes = rest.devices_per_node_N
+    even = bool((sizes == sizes[0]).all())
+    nodes = rest.num_nodes if even and settings.strategy != "global" else 1
+    whole = nodes > 1 and groups % nodes == 0 and experts % groups == 0
+    old = None
+    if old_map_LS is not None and np.shape(old_map_LS) == (layers, slots):
+        held = np.array(old_map_LS).astype(np.int64)[:, np.repeat(active_D, each)]
+        old = orphans_placed(held, load_LE, ranks)
+    return Asked(load_LE, ranks * each, groups, nodes if whole else 1, ranks, old, rest, None, settings, active_D)
+
+
+def orphans_placed(held_LS: NDArray[np.int64], load_LE: NDArray[np.float64], ranks: int) -> NDArray[np.int64]:
+    """The map with every expert in it, int64 [L, S].
+
+    Those that no slot holds, the most loaded first, come into an empty slot, else in the place of a copy, of the expert
+    whose copies have least to do, on the rank that has least.
+
+    Parameters
+    ----------
+    held_LS : expert of each slot; what names none is empty. As many slots as experts at least.
+    """
+    experts, each = load_LE.shape[1], held_LS.shape[1] // ranks
+    out = np.where((held_LS < 0) | (held_LS >= experts), EMPTY, held_LS)
+    for row, load_E in zip(out, load_LE, strict=True):
+        count_E = np.bincount(row[row >= 0], minlength=experts)
+        orphans = np.flatnonzero(count_E == 0)
+        for expert in orphans[np.argsort(-load_E[orphans], kind="stable")].tolist():
+            _place(row, expert, load_E, count_E, each)
+        for _ in range(int((row == EMPTY).sum())):  # engines have no empty slot on a rank that is there
+            _place(row, int(np.argmax(load_E / count_E)), load_E, count_E, each, empty=True)
+    return out
+
+
+def _place(
+    row_S: NDArray[np.int64], expert: int, load_E: NDArray[np.float64], count_E: NDArray[np.int64], each: int,
+    *, empty: bool = False,
+) -> None:  # fmt: skip
+    """One expert into the slot that suits best; counts are kept."""
+    share_E = np.append(load_E / np.maximum(count_E, 1), 0.0)  # the last: an empty slot's
+    rank_S = np.arange(row_S.size) // each
+    work_D = np.bincount(rank_S, weights=share_E[row_S])
+    free_S = row_S == EMPTY
+    if not (empty or free_S.any()):
+        free_S = count_E[row_S] > 1
+    there_S = np.isin(rank_S, rank_S[row_S == expert])
+    order = np.lexsort((np.arange(row_S.size), work_D[rank_S], share_E[row_S], there_S, ~free_S))
+    slot = int(order[0])
+    if row_S[slot] != EMPTY:
+        count_E[row_S[slot]] -= 1
+    row_S[slot] = expert
+    count_E[expert] += 1
 
 
 def rebalance(*arguments: Any, **named: Any) -> NDArray[np.int64]:

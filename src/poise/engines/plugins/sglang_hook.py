@@ -13,6 +13,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from poise.engines.plugins.policy import asked, content, logical_maps, say_once, warm_up
@@ -23,6 +24,7 @@ LOG = logging.getLogger("sglang.poise")
 TARGET = "sglang.srt.eplb.eplb_algorithms.rebalance_experts"
 LOCATION = "sglang.srt.eplb.expert_location"
 REGISTRY = "sglang.srt.plugins.hook_registry"
+CONTEXT = "sglang.srt.runtime_context"
 
 
 def install(environ: Mapping[str, str]) -> None:
@@ -32,7 +34,8 @@ def install(environ: Mapping[str, str]) -> None:
     ------
     InputError : a ``POISE_*`` variable is wrong, or this SGLang takes no hooks.
     """
-    settings = PolicySettings.from_environment({**environ, "POISE_STATIC_MAP": ""})
+    mine = {name: value for name, value in environ.items() if not name.startswith("POISE_STATIC_MAP")}
+    settings = PolicySettings.from_environment(mine)
     try:
         registry = importlib.import_module(REGISTRY)
     except ImportError:
@@ -61,7 +64,7 @@ def around(settings: PolicySettings) -> Callable[..., Any]:
             try:
                 made = asked(
                     loads.cpu().numpy(), num_physical_experts, groups, num_nodes,
-                    num_physical_experts // num_local_physical_experts, _map_in_use(), settings=settings,
+                    num_physical_experts // num_local_physical_experts, _map_in_use(), settings=_with_split(settings),
                     single=tokens_per_expert.is_floating_point() and tokens_per_expert.element_size() < 8,
                 )  # fmt: skip
             except InputError as error:
@@ -87,6 +90,17 @@ def _three_maps(tokens_per_expert: Any, table_LS: Any, loads: Any) -> Any:
         whole.new_tensor(slots[:, :, : int(replicas.max())]),
         whole.new_tensor(replicas),
     )
+
+
+def _with_split(settings: PolicySettings) -> PolicySettings:
+    """With the split that SGLang makes, the same on all ranks: where an all-to-all backend runs, a rank's own replicas
+    come first, then its node's (docs/engines.md).
+    """
+    if settings.split is not None:
+        return settings
+    context = getattr(sys.modules.get(CONTEXT), "get_exec", None)
+    backend = getattr(getattr(None if context is None else context(), "moe", None), "moe_a2a_backend", None)
+    return replace(settings, split="even" if backend in (None, "none") else "near")
 
 
 def _map_in_use() -> Any:

@@ -21,7 +21,7 @@ def register() -> None:
     SystemExit : a ``POISE_*`` variable is wrong, this SGLang takes no hooks, or anything else. SGLang logs a plugin's
         exceptions and starts this rank without it, while others may plan; this ends the start.
     """
-    if not switch.planning(os.environ):
+    if not switch.planning(switch.of_phase(os.environ)):
         return
     try:
         import_module("poise.engines.plugins.sglang_hook").install(os.environ)

@@ -18,5 +18,6 @@ def register() -> None:
     ------
     InputError : a ``POISE_*`` variable is wrong, or this vLLM's load balancer has another interface.
     """
-    if switch.planning(os.environ) or switch.static_map(os.environ):
+    environ = switch.of_phase(os.environ)
+    if switch.planning(environ) or switch.static_map(environ):
         import_module("poise.engines.plugins.vllm_policy").install(os.environ)

@@ -1,24 +1,73 @@
-"""Faults of one rank, by the word in ``STAND_IN_FAULT``."""
+"""Faults of one rank, by the word in ``STAND_IN_FAULT``: ``WHAT:N``, from the Nth call on, N from 1.
+
+``call``     the rank raises MemoryError before it comes to a plan.
+``planner``  the planner's process cannot answer.
+``killed``   the planner's process is killed as soon as it was asked.
+``late``     the planner's process is stopped for good: it is never there in time.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
+
+from poise.engines.plugins import vllm_call
+from poise.engines.plugins.aside import Aside
 
 
 def inject(word: str) -> None:
-    """``planner:N``: poise's planner raises MemoryError from its Nth call on, N from 1."""
+    """Break what the word says."""
     name, _, number = word.partition(":")
-    if name != "planner":
+    if name not in WHAT:
         raise ValueError(f"no fault is called {name!r}")
-    from poise.engines.plugins.policy import Asked
+    WHAT[name](int(number))
 
-    answer, calls, first = Asked.answer, [0], int(number)
 
-    def fails(self: Any) -> Any:
-        if self.load_LE.shape[1] > 8:  # not the small problems that warm it up
-            calls[0] += 1
-            if calls[0] >= first:
-                raise MemoryError(f"asked for by the test, call {calls[0]}")
-        return answer(self)
+def _call(first: int) -> None:
+    asked, calls = vllm_call.asked, [0]
 
-    Asked.answer = fails
+    def fails(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] >= first:
+            raise MemoryError(f"asked for by the test, call {calls[0]}")
+        return asked(*arguments, **named)
+
+    vllm_call.asked = fails
+
+
+def _of_process(first: int, then: Callable[[Aside], None], before: Callable[[Any], Any] = lambda asked: asked) -> None:
+    ask, calls = Aside.ask, [0]
+
+    def asked(self: Aside, one: Any) -> Any:
+        calls[0] += 1
+        if calls[0] < first:
+            return ask(self, one)
+        coming = ask(self, before(one))
+        then(self)
+        return coming
+
+    Aside.ask = asked
+
+
+def _signal(number: signal.Signals) -> Callable[[Aside], None]:
+    def send(aside: Aside) -> None:
+        if aside.pid is not None:
+            os.kill(aside.pid, number)
+
+    return send
+
+
+def _planner(first: int) -> None:
+    from dataclasses import replace
+
+    _of_process(first, lambda aside: None, lambda one: replace(one, slots=one.slots - 1))
+
+
+WHAT: dict[str, Callable[[int], None]] = {
+    "call": _call,
+    "planner": _planner,
+    "killed": lambda first: _of_process(first, _signal(signal.SIGKILL)),
+    "late": lambda first: _of_process(first, _signal(signal.SIGSTOP)),
+}

@@ -1,0 +1,116 @@
+"""A planner in a process of its own, so that no step of serving waits for it.
+
+A thread hands a call over and waits for the answer; while it waits others run. The process starts with the first call,
+and anew after it died. Python's own pools are of no use here: they start from the engine's main module, or fork a
+process with a device, and engines' workers may not have children by them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from poise.engines.plugins.child import ENVIRON, Answer
+from poise.engines.plugins.policy import Asked
+from poise.util.errors import CommunicationError, NoResultError
+
+COMMAND = (sys.executable, "-c", "from poise.engines.plugins.child import main; main()")
+
+
+class Aside:
+    """The process, and who asks it.
+
+    Parameters
+    ----------
+    command : what starts it; another one in tests.
+    """
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        self._command = tuple(command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._turn = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if there is one."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process if there is none, so that it compiles what it runs before it is asked."""
+        if self._process is None and self._turn.acquire(blocking=False):
+            try:
+                self._started()
+            finally:
+                self._turn.release()
+
+    def ask(self, asked: Asked) -> Future[Answer]:
+        """The answer, when it comes.
+
+        It raises NoResultError if the planner could not answer, CommunicationError if its process ended before it did.
+        """
+        future: Future[Answer] = Future()
+        threading.Thread(target=self._wait, args=(asked, future), name="poise-planner", daemon=True).start()
+        return future
+
+    def end(self) -> None:
+        """End the process, and with it what is waited for."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process, and let go of what it held."""
+        self.end()
+        with self._turn:
+            if self._process is not None:
+                _over(self._process)
+
+    def _wait(self, asked: Asked, future: Future[Answer]) -> None:
+        with self._turn:
+            try:
+                future.set_result(self._answer(asked))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:
+            _over(self._process)
+            self._process = None
+        if self._process is None:
+            path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
+            environ = {**os.environ, **ENVIRON, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+        return self._process
+
+    def _answer(self, asked: Asked) -> Answer:
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            pickle.dump(asked, process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise CommunicationError(f"the planner's process ended with exit code {_over(process)}") from error
+        assert isinstance(answer, Answer)
+        if answer.table_LS is None:
+            raise NoResultError(answer.said)
+        return answer
+
+
+def _over(process: subprocess.Popen[bytes]) -> int:
+    """Kill a process; its exit code."""
+    process.kill()
+    code = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            if pipe is not None:
+                pipe.close()
+        except OSError:  # what was not sent is lost with it
+            pass
+    return code

@@ -1,0 +1,166 @@
+"""Whose plan runs from when on: one rank has it planned aside; all take it at the same rearrangement, or none does.
+
+An engine calls its load balancer on every rank, at the same steps. At each call, a *turn*, the ranks share one array:
+the first rank's word and, if it has one, its map. So no rank can differ, whatever happened on the first one; ranks need
+no equal processors, and a plan is made once, not once a rank.
+
+A call that serving waits for never waits for the planner: the first rank takes the map that was asked for at the turn
+before, if it is there, and hands over the loads of this turn. Where the call is made on a thread beside serving (vLLM's
+asynchronous balancing), it waits, without a limit, and the map is of this turn's loads. No clock is looked at. If the
+map is not there, or its process died, or the planner raised, or the map in use is another than it was made from, or a
+rank has an error of its own, all ranks keep the map in use, and say why.
+
+Every rank checks beside that all have the same map in use: its number, and the square, are summed over ranks; they are
+all equal if, and only if, n times the sum of squares is the square of the sum, and then every rank sees that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.engines.plugins.aside import Aside
+from poise.engines.plugins.child import Answer
+from poise.engines.plugins.policy import Asked, usable_map
+
+MOST_LATE = 4
+"""Turns that a map may be late in a row, before its process is ended and started anew."""
+NUMBERS = 2**24
+NEW, STAYS, FIRST, LATE, FAILED, OTHER = range(1, 7)
+WORDS = {
+    NEW: "a new map",
+    STAYS: "the map in use stays: nothing pays",
+    FIRST: "the map in use stays: the planner has the loads now, its map comes at the next rearrangement",
+    LATE: "the map in use stays: the planner is late",
+    FAILED: "the map in use stays: the planner failed, see the log of the first rank",
+    OTHER: "the map in use stays: it is another than the one that was planned from",
+}
+"""What ranks say, by the first rank's word."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRanks:
+    """The ranks that plan together.
+
+    Parameters
+    ----------
+    rank, size : of this rank, and how many there are.
+    total : (int64 [X]) -> their sum over ranks; every rank calls it at every turn.
+    """
+
+    rank: int
+    size: int
+    total: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """What came of a turn: the map that all ranks have from now on, why, and what this rank alone can say of it."""
+
+    table_LS: NDArray[np.int64]
+    word: int
+    said: str
+
+
+@dataclass(eq=False)
+class Turns:
+    """The turns of one model's load balancer, on one rank.
+
+    Parameters
+    ----------
+    aside : the planner; it runs on the first rank alone.
+    """
+
+    aside: Aside
+    _coming: Future[Answer] | None = None
+    _from: Any = None
+    _late: int = 0
+    _said: str = field(default="", repr=False)
+
+    def take(
+        self, asked: Asked | BaseException, in_use_LS: NDArray[np.int64], ranks: TurnRanks, *, waits: bool
+    ) -> Taken:
+        """The map from this turn on.
+
+        Parameters
+        ----------
+        asked : the call, of which the map in use is known; or the error that this rank alone had with it.
+        in_use_LS : the map in use, int [L, S], as the engine gave it.
+        ranks : all of them.
+        waits : whether nothing waits for this call.
+        """
+        self._said = "" if isinstance(asked, Asked) else f"{type(asked).__name__}: {asked}"
+        word, table = 0, None
+        if ranks.rank == 0 and isinstance(asked, Asked):
+            try:
+                word, table = self._first(asked, waits=waits)
+            except Exception as error:  # no process can be started, say: the others wait for this rank's word
+                word, self._said = FAILED, f"{type(error).__name__}: {error}"
+        shape = np.shape(in_use_LS)
+        mine = np.zeros(4 + in_use_LS.size, np.int64)
+        number = int(hashlib.sha256(np.ascontiguousarray(in_use_LS, np.int64).tobytes()).hexdigest(), 16) % NUMBERS
+        mine[:4] = number, number**2, isinstance(asked, BaseException), word
+        if table is not None:
+            mine[4:] = table.ravel() + 1  # an empty slot, -1, is 0
+        got = ranks.total(mine)
+        stays = asked.kept() if isinstance(asked, Asked) else None
+        kept = in_use_LS.astype(np.int64) if stays is None else stays
+        if int(got[0]) ** 2 != ranks.size * int(got[1]):
+            return Taken(kept, FAILED, "ranks have different maps in use; a restart mends that")
+        if got[2]:
+            own = self._said if isinstance(asked, BaseException) else f"{got[2]} ranks had an error of their own"
+            return Taken(kept, FAILED, own)
+        word = int(got[3])
+        if word != NEW:
+            return Taken(kept, word, self._said)
+        table = got[4:].reshape(shape) - 1
+        if not isinstance(asked, Asked) or not valid(table, asked):
+            return Taken(kept, FAILED, "the planned map lacks an expert")
+        return Taken(table, word, self._said)
+
+    def _first(self, asked: Asked, *, waits: bool) -> tuple[int, NDArray[np.int64] | None]:
+        """The first rank's word, and its map; what is next is handed over."""
+        kept = asked.kept()
+        assert kept is not None
+        self.aside.start()
+        if waits:
+            return self._word(self.aside.ask(asked), kept)
+        word, table = FIRST, None
+        if self._coming is not None:
+            if not self._coming.done():
+                self._late += 1
+                if self._late >= MOST_LATE:
+                    self.aside.end()
+                return LATE, None
+            fits = self._from is not None and np.array_equal(self._from, kept)
+            word, table = self._word(self._coming, kept) if fits else (OTHER, None)
+        self._coming, self._late = None, 0
+        self._from = kept if table is None else table
+        if asked.load_LE.any():  # a call before anything was served has nothing to plan for
+            self._coming = self.aside.ask(asked.moved_on(self._from))
+        return word, table
+
+    def _word(self, coming: Future[Answer], kept: NDArray[np.int64]) -> tuple[int, NDArray[np.int64] | None]:
+        try:
+            answer = coming.result()
+        except BaseException as error:
+            self._said = f"{type(error).__name__}: {error}"
+            return FAILED, None
+        self._said = answer.said
+        table = np.asarray(answer.table_LS, np.int64)
+        if table.shape != kept.shape:
+            return OTHER, None
+        return (STAYS, None) if np.array_equal(table, kept) else (NEW, table)
+
+
+def valid(table_LS: NDArray[np.int64], asked: Asked) -> bool:
+    """Whether a map holds every expert on the ranks that are left."""
+    left = table_LS if asked.active_D is None else table_LS[:, np.repeat(asked.active_D, asked.slots // asked.ranks)]
+    layers, experts = asked.load_LE.shape
+    return usable_map(left, layers, experts, asked.slots) is not None

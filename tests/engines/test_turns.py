@@ -1,0 +1,200 @@
+"""One rank plans aside: all ranks take its map at the same turn, or none does, whatever happens to it."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engines.turn_cases import EXPERTS, RANKS, TRIVIAL, Together, call, same, shuffled
+
+from poise.engines.plugins.aside import Aside
+from poise.engines.plugins.policy import usable_map, warm_up
+from poise.engines.plugins.turns import FAILED, FIRST, LATE, MOST_LATE, NEW, OTHER, STAYS
+from poise.util.errors import CommunicationError, NoResultError
+
+
+def test_a_map_is_taken_at_the_turn_after_its_loads():
+    ranks, new = Together(), shuffled(TRIVIAL)
+    table, word = same(ranks.turn(call()))
+    assert word == FIRST and (table == TRIVIAL).all()
+    ranks.planner.answers(new)
+    table, word = same(ranks.turn(call(seed=1)))
+    assert word == NEW
+    np.testing.assert_array_equal(table, new)
+    assert len(ranks.planner.asked) == 2 and not any(one.asked or one.started for one in ranks.others)
+    np.testing.assert_array_equal(ranks.planner.asked[1].old_LS, new)  # moves are priced from what runs by then
+    np.testing.assert_array_equal(ranks.planner.asked[1].load_LE, call(seed=1).load_LE)
+
+
+def test_a_late_map_is_taken_when_it_is_there():
+    ranks, new = Together(), shuffled(TRIVIAL)
+    ranks.turn(call())
+    for _ in range(2):
+        table, word = same(ranks.turn(call(seed=1)))
+        assert word == LATE and (table == TRIVIAL).all()
+    assert len(ranks.planner.asked) == 1  # who is late is not asked again
+    ranks.planner.answers(new)
+    table, word = same(ranks.turn(call(seed=2)))
+    assert word == NEW and (table == new).all()
+
+
+def test_who_is_late_too_often_is_ended():
+    ranks = Together()
+    for _ in range(MOST_LATE):
+        ranks.turn(call())
+        assert ranks.planner.ended == 0
+    ranks.turn(call())
+    assert ranks.planner.ended == 1
+    ranks.planner.answers(error=CommunicationError("the planner's process ended with exit code -9"))
+    taken = ranks.turn(call())
+    assert same(taken)[1] == FAILED and "exit code -9" in taken[0].said
+    assert len(ranks.planner.asked) == 2
+
+
+def test_the_map_in_use_stays_where_the_planner_finds_nothing():
+    ranks = Together()
+    ranks.turn(call())
+    ranks.planner.answers(TRIVIAL.copy())
+    table, word = same(ranks.turn(call()))
+    assert word == STAYS and (table == TRIVIAL).all()
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_an_error_of_one_rank_keeps_the_map_on_all(rank):
+    """Without a turn together the others would wait for it, or move without it."""
+    ranks, new = Together(), shuffled(TRIVIAL)
+    ranks.turn(call())
+    ranks.planner.answers(new)
+    taken = ranks.turn(call(), errors={rank: MemoryError("here")})
+    table, word = same(taken)
+    assert word == FAILED and (table == TRIVIAL).all()
+    assert "MemoryError: here" in taken[rank].said and "1 ranks" in taken[rank - 1].said
+    table, word = same(ranks.turn(call()))
+    if rank == 0:  # its planner was not asked meanwhile: the map is as good as before
+        assert word == NEW and (table == new).all()
+    else:
+        assert word in (OTHER, LATE) and (table == TRIVIAL).all()
+
+
+def test_a_map_made_from_another_one_is_not_taken():
+    """The engine did not go where it was sent: #47206 skips small gains, an asynchronous move may stop half-way."""
+    ranks, now = Together(), shuffled(TRIVIAL, 5)
+    ranks.turn(call())
+    ranks.planner.answers(shuffled(TRIVIAL))
+    table, word = same(ranks.turn(call(now), now))
+    assert word == OTHER and (table == now).all()
+    ranks.planner.answers(shuffled(TRIVIAL, 3))
+    assert same(ranks.turn(call(now), now))[1] == NEW
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_ranks_with_different_maps_all_see_it(rank):
+    """Whatever they are: also where one rank's number is the mean of the others'."""
+    ranks, new = Together(), shuffled(TRIVIAL)
+    ranks.turn(call())
+    ranks.planner.answers(new)
+    taken = ranks.turn(call(), maps={rank: shuffled(TRIVIAL, 9)})
+    assert {one.word for one in taken} == {FAILED} and all("different maps" in one.said for one in taken)
+    ranks = Together()
+    three = {n: shuffled(TRIVIAL, n) for n in range(RANKS)}
+    assert {one.word for one in ranks.turn(call(), maps=three)} == {FAILED}
+
+
+def test_a_map_that_lacks_an_expert_is_nobodys():
+    ranks = Together()
+    ranks.turn(call())
+    ranks.planner.answers(TRIVIAL * 0)
+    table, word = same(ranks.turn(call()))
+    assert word == FAILED and (table == TRIVIAL).all()
+
+
+def test_before_anything_was_served_nobody_plans():
+    ranks = Together()
+    nothing = replace(call(), load_LE=np.zeros((2, EXPERTS)))
+    assert same(ranks.turn(nothing))[1] == FIRST
+    assert ranks.planner.started == 1 and not ranks.planner.asked
+
+
+def test_who_need_not_hurry_waits_for_the_map_of_these_loads():
+    ranks = Together()
+    new = shuffled(TRIVIAL)
+    ask = ranks.planner.ask
+
+    def soon(one):
+        coming = ask(one)
+        coming.set_result(type("Answer", (), {"table_LS": new, "said": ""})())
+        return coming
+
+    ranks.planner.ask = soon
+    table, word = same(ranks.turn(call(), waits=True))
+    assert word == NEW and (table == new).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.sampled_from(["answers", "late", "fails", "wrong"]), st.integers(-1, RANKS - 1), st.booleans()),
+                max_size=8))  # fmt: skip
+def test_no_rank_ever_differs(events):
+    ranks, now = Together(), TRIVIAL
+    for seed, (event, bad, refused) in enumerate(events):
+        errors = {} if bad < 0 else {bad: MemoryError("x")}
+        table, word = same(ranks.turn(call(now, seed), now, errors=errors))
+        assert usable_map(table, 2, EXPERTS, 12) is not None and (word == NEW or (table == now).all())
+        if not refused:  # else the engine stays where it is
+            now = table
+        if ranks.planner.coming and not ranks.planner.coming[-1].done():
+            if event == "answers":
+                ranks.planner.answers(shuffled(TRIVIAL, seed))
+            elif event == "wrong":
+                ranks.planner.answers(TRIVIAL * 0 + 1)
+            elif event == "fails":
+                ranks.planner.answers(error=NoResultError("x"))
+
+
+# ---- the process itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def aside():
+    warm_up()  # what is compiled here the process finds
+    one = Aside()
+    yield one
+    one.close()
+
+
+def test_the_process_plans_what_would_be_planned_here(aside):
+    for seed in range(3):
+        got = aside.ask(call(seed=seed)).result(300)
+        np.testing.assert_array_equal(got.table_LS, call(seed=seed).answer())
+        assert "gains" in got.said or "stays" in got.said
+
+
+def test_an_error_in_the_process_is_told_and_the_next_call_answered(aside):
+    with pytest.raises(NoResultError, match="lacks an expert"):
+        aside.ask(replace(call(), slots=11)).result(300)
+    assert aside.ask(call()).result(300).table_LS.shape == TRIVIAL.shape
+
+
+def test_a_killed_process_is_told_and_started_anew(aside):
+    aside.ask(call()).result(300)
+    first = aside.pid
+    os.kill(first, signal.SIGSTOP)
+    coming = aside.ask(call())
+    time.sleep(0.1)
+    assert not coming.done()
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(CommunicationError, match="exit code -9"):
+        coming.result(300)
+    assert aside.ask(call()).result(300).table_LS.shape == TRIVIAL.shape
+    assert aside.pid != first
+
+
+def test_a_process_that_never_answers(tmp_path):
+    """Not poise, not there, or gone at once."""
+    for command in ([sys.executable, "-c", "pass"], [sys.executable, "-c", "print('hello')"], [str(tmp_path / "none")]):
+        with pytest.raises((CommunicationError, FileNotFoundError)):
+            Aside(command).ask(call()).result(60)
