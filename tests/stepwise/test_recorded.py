@@ -18,7 +18,7 @@ from poise.stepwise.methods.fore_moe import ForeMoe, hierarchical
 from poise.stepwise.poise.early import improved, priced
 from poise.stepwise.poise.gathers import plan_layer, tried_counts
 from poise.stepwise.poise.policy import Poise
-from poise.stepwise.poise.recorded import Recorded
+from poise.stepwise.poise.recorded import KnownRouting
 from poise.stepwise.poise.training import layer_of
 from poise.stepwise.protocol import Foreseen, LayerView
 from poise.stepwise.registry import FORESIGHT, POLICIES, as_policy, parse_policy
@@ -77,7 +77,7 @@ def test_more_is_planned_for_known_loads_than_the_grid_finds(seed):
     trimmed = view.static_ED | (start.holders_ED & (priced(layer, start.holders_ED).quota_ED > 0))
     assert best.seconds <= priced(layer, trimmed).seconds * (1 + 1e-12)
     assert (best.holders_ED.sum(axis=0) <= view.slots_D).all()
-    mine = Recorded().before_gate(known(view, load_SE))
+    mine = KnownRouting().before_gate(known(view, load_SE))
     assert priced(layer, mine).seconds <= priced(layer, view.static_ED).seconds * (1 + 1e-12)
 
 
@@ -94,7 +94,7 @@ def test_small_layers_come_near_the_best_of_all_plans(seed):
             if expert >= 0:
                 held[expert, device] = True
         best = min(best, priced(layer, held).seconds)
-    mine = priced(layer, Recorded().before_gate(known(view, load_SE))).seconds
+    mine = priced(layer, KnownRouting().before_gate(known(view, load_SE))).seconds
     assert mine <= best * 1.05 + 1e-12, (mine, best)
 
 
@@ -109,18 +109,18 @@ def test_a_forecast_pays_its_control_and_a_replay_does_not():
     )
     dear = replace(price, control_s=2 * (alone - with_one))
     assert with_one < alone
-    assert Recorded().before_gate(replace(view, price=dear))[0, 1]
+    assert KnownRouting().before_gate(replace(view, price=dear))[0, 1]
     forecast = replace(view, price=dear, foreseen=Foreseen(load_SE, False))
-    assert not Recorded().before_gate(forecast)[0, 1]
-    assert Recorded().before_gate(replace(forecast, price=price))[0, 1]
+    assert not KnownRouting().before_gate(forecast)[0, 1]
+    assert KnownRouting().before_gate(replace(forecast, price=price))[0, 1]
 
 
 def test_without_a_record_it_is_poise():
     for seed in range(20):
         view, load_SE = case(seed)
-        mine, theirs = Recorded().before_gate(view), Poise().before_gate(view)
+        mine, theirs = KnownRouting().before_gate(view), Poise().before_gate(view)
         assert (mine == theirs).all()
-        plan, expected = Recorded().after_gate(view, mine, load_SE), Poise().after_gate(view, mine, load_SE)
+        plan, expected = KnownRouting().after_gate(view, mine, load_SE), Poise().after_gate(view, mine, load_SE)
         assert (plan.quota_ED == expected.quota_ED).all() and plan.passive == expected.passive
 
 
@@ -155,7 +155,7 @@ def test_they_are_known_in_training_only():
     assert not set(FORESIGHT) & set(POLICIES)
     with pytest.raises(OptionError, match="unknown policy 'recorded'"):
         parse_policy("recorded")
-    assert as_policy("recorded:changes=3") == Recorded(changes=3) and as_policy("fore-moe") == ForeMoe()
+    assert as_policy("recorded:changes=3") == KnownRouting(changes=3) and as_policy("fore-moe") == ForeMoe()
     with pytest.raises(OptionError, match=r"tolerance of at least 1, got 0\.5"):
         as_policy("fore-moe:tolerance=0.5")
 
@@ -179,20 +179,20 @@ def test_what_is_known_is_planned_for_and_nobody_waits_for_counts():
     traffic, cluster = fluctuating(), from_preset([2, 2], "h100")
     price = price_of(cluster)
     of = lambda policy, told: replay_training(traffic, FastLoop(policy, 2), price, warm_up=2, foresight=told)  # noqa: E731
-    history, replayed = of(Poise(), None), of(Recorded(), Foresight(traffic))
-    forecast = of(Recorded(), Foresight(traffic, replayed=False))
+    history, replayed = of(Poise(), None), of(KnownRouting(), Foresight(traffic))
+    forecast = of(KnownRouting(), Foresight(traffic, replayed=False))
     assert replayed.step_seconds_B.mean() < 0.95 * history.step_seconds_B.mean()
     assert replayed.imbalance < 1.1 < 1.5 < history.imbalance
     assert not replayed.control_BL.any() and forecast.control_BL.any()
     assert replayed.step_seconds_B.mean() < forecast.step_seconds_B.mean() < history.step_seconds_B.mean()
-    lies = of(Recorded(), Foresight(fluctuating(1), replayed=False))
+    lies = of(KnownRouting(), Foresight(fluctuating(1), replayed=False))
     assert (lies.tokens_BLD.sum(axis=2) == traffic.load_BLSE[2:].sum(axis=(2, 3))).all()
 
 
 def test_owners_are_planned_from_the_steps_to_come():
     traffic, cluster = fluctuating(), from_preset([2, 2], "h100")
     own = Heterogeneous(interval=4, overlap=1)
-    got = replay_training(traffic, FastLoop(Recorded(), 1), price_of(cluster), sharding=own, first_reshard=0, warm_up=0,
+    got = replay_training(traffic, FastLoop(KnownRouting(), 1), price_of(cluster), sharding=own, first_reshard=0, warm_up=0,
                           foresight=Foresight(traffic))  # fmt: skip
     coming = traffic.load_BLSE[4:8].sum(axis=2).mean(axis=0)
     assert (got.owner_LE == heterogeneous_sharding(coming, 1, cluster)).all() and got.moved_owners > 0
@@ -200,7 +200,7 @@ def test_owners_are_planned_from_the_steps_to_come():
 
 def test_a_record_that_cannot_be_the_traffic_is_refused():
     traffic, price = fluctuating(), price_of(from_preset([2, 2], "h100"))
-    run = lambda told: replay_training(traffic, FastLoop(Recorded(), 1), price, foresight=told)  # noqa: E731
+    run = lambda told: replay_training(traffic, FastLoop(KnownRouting(), 1), price, foresight=told)  # noqa: E731
     with pytest.raises(OptionError, match=r"shape \(7, 2, 4, 8\), the traffic \(8, 2, 4, 8\)"):
         run(Foresight(SourceLoads(traffic.load_BLSE[1:].copy(), 2)))
     other = traffic.load_BLSE.copy()

@@ -23,7 +23,7 @@ from poise.stepwise.methods.split import ExactSplit
 from poise.stepwise.methods.ultra_ep import UltraEp
 from poise.stepwise.poise.near import PoiseNear
 from poise.stepwise.poise.policy import Poise
-from poise.stepwise.poise.recorded import Recorded
+from poise.stepwise.poise.recorded import KnownRouting
 from poise.stepwise.protocol import StepPolicy
 from poise.util.errors import OptionError
 from poise.util.registry import Registry
@@ -36,7 +36,7 @@ OWN: dict[str, StepPolicy] = {
         Llep(), UltraEp(), MoonEp(), FullReplication(), Poise(), PoiseNear(),
     )
 }  # fmt: skip
-FORESIGHT: dict[str, StepPolicy] = {policy.name: policy for policy in (Recorded(), ForeMoe())}
+FORESIGHT: dict[str, StepPolicy] = {policy.name: policy for policy in (KnownRouting(), ForeMoe())}
 """Policies of training that plan from recorded routing: in serving, and without a record, they have nothing to add."""
 POLICIES = Registry("policy", "poise.policies", OWN, checked_policy)
 

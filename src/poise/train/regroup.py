@@ -12,11 +12,11 @@ from poise.stepwise.sharding import owned_ED
 from poise.train.rollout import Rollout
 from poise.util.errors import OptionError
 
-Groups = Sequence[Sequence[Sequence[int]]]
+MicroBatches = Sequence[Sequence[Sequence[int]]]
 """Requests of every micro-batch and rank: ``groups[micro_batch][rank]``."""
 
 
-def regrouped(rollout: Rollout, groups: Groups, owners: NDArray[np.int64] | None = None) -> list[list[list[int]]]:
+def regrouped(rollout: Rollout, groups: MicroBatches, owners: NDArray[np.int64] | None = None) -> list[list[list[int]]]:
     """The same requests in micro-batches that load the ranks alike.
 
     Every request stays on its rank, and every rank has as many requests in each micro-batch as before, so that only

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from poise.util.errors import OptionError
 from poise.watch.metric_windows import MetricWindow
 
-Answer = Literal["helped", "did not help", "hurt", "cannot tell yet"]
+HelpedWord = Literal["helped", "did not help", "hurt", "cannot tell yet"]
 ALPHA, MARGIN, TOLERANCE = 0.05, 0.01, 0.05
 EVEN = 1e-6
 """Logarithm of a ratio that counts as none: sums of histograms are rounded."""
@@ -112,7 +112,7 @@ class Judgement:
     tpot_s, tokens_per_s, balance : of all windows before and after, means; None: not known.
     """
 
-    answer: Answer
+    answer: HelpedWord
     why: str
     pairs: int
     before: int
@@ -197,7 +197,7 @@ class MapJudge:
                                     ("tpot_s", "tokens_per_s", "balance")),
         )  # fmt: skip
 
-    def _word(self, helped: float, hurt: float, none: float, pairs: int) -> tuple[Answer, str]:
+    def _word(self, helped: float, hurt: float, none: float, pairs: int) -> tuple[HelpedWord, str]:
         s, sure = self.settings, 2.0 / self.settings.alpha
         if self._restless:
             return "cannot tell yet", f"the {len(self._before)} windows before it differ among themselves at like load"

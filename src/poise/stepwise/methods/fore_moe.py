@@ -76,7 +76,7 @@ def hierarchical(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Step 2: holders, bool [E, D], and tokens, int64 [E, D], of loads int64 [E]."""
     nodes = int(node_D.max()) + 1
-    in_node_ND: NDArray[np.bool_] = node_D == np.arange(nodes)[:, None]
+    in_node_ND = np.equal.outer(np.arange(nodes), node_D)
     holds_EN = np.stack([static_ED[:, here].any(axis=1) for here in in_node_ND], axis=1)
     quota_EN = np.zeros(holds_EN.shape, np.int64)
     quota_EN[np.arange(len(load_E)), holds_EN.argmax(axis=1)] = load_E
@@ -85,7 +85,7 @@ def hierarchical(
     for n, here in enumerate(in_node_ND):
         holds_EX, speed_X = static_ED[:, here].copy(), speed_D[here]
         quota_EX, free_X = np.zeros(holds_EX.shape, np.int64), np.full(len(speed_X), step_slots)
-        lands_E = ~holds_EX.any(axis=1)
+        lands_E: NDArray[np.bool_] = ~np.asarray(holds_EX.any(axis=1))
         heaviest = np.argsort(-quota_EN[:, n], kind="stable")
         for e in (*heaviest[~lands_E[heaviest]], *heaviest[lands_E[heaviest]]):
             if quota_EN[e, n]:

@@ -34,7 +34,7 @@ from poise.stepwise.protocol import MAX_ROWS, LayerView, StepPlan, StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded(StepPolicy):
+class KnownRouting(StepPolicy):
     """See the module docstring.
 
     Parameters
