@@ -50,7 +50,8 @@ WORK = 60.0
 """No clock unless one is asked for: the figures are the same on every machine."""
 TOKENS, STEPS, WARM_UP = 4096, 8, 3
 SIZES, SIZE_STEPS = (64, 256, 1024, 4096, 16384), 4
-WHAT_IF_SIZES, WHAT_IF_PRESETS, WHAT_IF_WORK = (256, 16384), ("a100", "b200"), 10.0
+"""Batches, and steps of each; of larger ones than the first screen's fewer."""
+WHAT_IF_SIZES, WHAT_IF_PRESETS, WHAT_IF_WORK = (256, 16384), ("b200",), 10.0
 """Of the report's panel; maps for other slots are planned with less work than those of the first screen."""
 METHODS = ("eplb", "poise")
 LABELS = {
@@ -190,7 +191,8 @@ def _asked(
     setting = TrialSetting(Cluster.parse(cluster), ModelSpec.parse(MODEL), parse_engine(ENGINE), split=found.split)
 
     def batch_of(tokens: int) -> RoutingBatch:
-        return make_batch(held_out, tokens_per_step=tokens, steps=SIZE_STEPS).at_home(found.cluster.num_devices)
+        steps = SIZE_STEPS if tokens <= TOKENS else max(1, SIZE_STEPS * TOKENS // tokens)
+        return make_batch(held_out, tokens_per_step=tokens, steps=steps).at_home(found.cluster.num_devices)
 
     return setting, batch_of
 
