@@ -111,11 +111,14 @@ def measure(peer: Peer, asked: argparse.Namespace, folder: Path) -> Result:
     rows = MOST if peer is next(iter(PEERS.values())) or asked.all_rows else FEW
     job = {"peer": peer.name, "module": peer.module, "rows": [name for name in ROWS if name in rows], "shape": asdict(shape),
            "clock": {"start_s": START_S, "token_s": TOKEN_S, "attention_s": ATTENTION_S}, "rate": RATE,
-           "cluster": str(folder / "cluster.yaml"), "parity_steps": PARITY_STEPS, "limit": LIMIT, "not_compared": NOT_COMPARED,
+           "cluster": str(folder / "cluster.yaml"), "ranks": asked.cluster, "parity_steps": PARITY_STEPS, "limit": LIMIT, "not_compared": NOT_COMPARED,
            "kinds": asked.kinds.split(","), "warm_up": asked.warm_up, "repeats": 0 if asked.parity_only else asked.repeats}  # fmt: skip
     paths = [folder / name for name in (f"{peer.name}.json", f"{peer.name}-in.npz", f"{peer.name}-out.npz")]
     kept = folder / f"{peer.name}-about.json"
     if kept.exists() and paths[2].exists():  # of an earlier run that --keep named
+        before = json.loads(paths[0].read_text())
+        if other := sorted(key for key in job if before.get(key) != json.loads(json.dumps(job[key]))):
+            raise SystemExit(f"{folder} holds {peer.name} measured with other {', '.join(other)}: name another folder")
         with np.load(paths[2], allow_pickle=False) as z:
             return Result(peer, {name: z[name] for name in z.files}, **json.loads(kept.read_text()))
     paths[0].write_text(json.dumps(job))

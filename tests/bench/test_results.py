@@ -93,15 +93,15 @@ def test_a_file_is_read_as_it_was_written(tmp_path, case):
 
 WRONG = {
     "schema": (2, "this poise reads 1"), "command": (3, "command must be a text"), "versions": ([], "versions must be an object"),
-    "work": (-1, "work must be a finite number"), "cases": ({}, "cases must be a list"), "host": (None, "host must be an object"),
+    "work": (-1, "work must be a number from 0"), "cases": ({}, "cases must be a list"), "host": (None, "host must be an object"),
     "skipped": ([{}], "name must be a text"),
 }  # fmt: skip
 WRONG_CASE = {
     "name": ("x" * 3000, "name must be a text of at most"), "hash": ("abc", "is no sha256"), "tokens": (1.5, "whole number"),
     "steps": (True, "whole number"), "rows": ([3], "a row must be an object"), "notes": ("n", "notes must be a list"),
 }  # fmt: skip
-WRONG_ROW = {"seconds": ("1", "finite number"), "imbalance": (True, "finite number"), "plan_seconds": (-1, "finite number"),
-             "method": (None, "must be a text")}  # fmt: skip
+WRONG_ROW = {"seconds": ("1", "a number from"), "imbalance": (True, "a number from"), "plan_seconds": (-1, "a number from"),
+             "method": (None, "must be a text"), "seconds_p99": (10**400, "a number from"), "bound_seconds": (1e300, "a number from")}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,19 @@ def test_what_is_not_as_the_schema_says_is_refused(tmp_path, where, key):
         BenchResults.load(tmp_path / "r.json")
 
 
+def test_no_time_at_all_is_refused(tmp_path):
+    results(made_case("x", a=0.0, b=1.0)).save(tmp_path / "r.json")
+    with pytest.raises(OptionError, match="seconds must be a number from 1e-12"):
+        BenchResults.load(tmp_path / "r.json")
+
+
+def test_a_method_is_in_a_case_once(tmp_path):
+    case = made_case("x", a=1.0)
+    results(replace(case, rows=case.rows * 2)).save(tmp_path / "r.json")
+    with pytest.raises(OptionError, match="case 'x' has method 'a' twice"):
+        BenchResults.load(tmp_path / "r.json")
+
+
 def test_a_case_is_in_a_file_once(tmp_path):
     results(made_case("x", a=1.0), made_case("x", a=2.0)).save(tmp_path / "r.json")
     with pytest.raises(OptionError, match="case 'x' comes twice"):
@@ -126,7 +139,7 @@ def test_standings_by_hand():
     """b is best in two of three cases, by 10 and 20 %; c is beaten everywhere; d has one case, and none to beat it in."""
     found = standings([{"a": 1.0, "b": 0.9, "c": 2.0}, {"a": 1.0, "b": 0.8}, {"a": 1.0, "b": 1.25}, {"d": 1.0}])
     a, b, c = (next(one for one in found if one.name == name) for name in "abc")
-    assert [one.name for one in found] == ["b", "c", "a"]
+    assert [one.name for one in found] == ["b", "a", "c"]
     assert (a.cases, a.lost, b.cases, b.lost, c.cases, c.lost) == (3, 2, 3, 1, 1, 1)
     assert b.lead == pytest.approx((0.1 + 0.2 - 0.25) / 3) and b.worst == pytest.approx(-0.25)
     assert c.lead == pytest.approx(1 - 2.0 / 0.9)
@@ -151,6 +164,7 @@ def test_files_side_by_side():
     assert found.cases == ("x", "y") and list(found.rows("x")) == ["A: a", "A: b", "B: a"]
     assert found.changes() == [("B", "a", pytest.approx(0.3), pytest.approx(0.1))]
     assert found.sentence().startswith("B: a is lost least often: 0 of 2 cases")
+    assert found.sentence().endswith("1 methods have fewer cases and are not ranked with it.")
     assert found.notes == (
         "1 of 3 cases are not in every file: they are left out", "units of work a plan differ: A 1, B 2",
         "versions of poise differ: A 1, B 2",

@@ -242,9 +242,12 @@ def test_every_verb_prints_under_its_own_name():
             name = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", ""))
             if name in ("print_json", "named") and path.name != "terminal.py":
                 kinds[path.stem] = node.args[0].value
-    assert kinds == {"tables": "calibrate-tables", "watch_output": "watch", "demo": "compare"} | {
-        name: name for name in VERBS if name not in ("demo", "watch")
-    }
+    assert kinds == {
+        "tables": "calibrate-tables",
+        "watch_output": "watch",
+        "demo": "compare",
+        "verdict_recipe": "verdict",
+    } | {name: name for name in VERBS if name not in ("demo", "watch")}
     assert set(kinds.values()) == set(terminal.SCHEMAS)
 
 

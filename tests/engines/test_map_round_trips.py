@@ -97,7 +97,8 @@ def test_the_commands_lead_back_too(tmp_path):
         got = run("export", tmp_path / "p.npz", "--to", name, "--model", model, "-o", tmp_path / "map")
         assert got.exit_code == 0, got.output
         devices = () if name in SAYS_DEVICES else ("--devices", 2)
-        got = run("convert", tmp_path / "map", "--model", model, *devices, "-o", tmp_path / "q.npz", "--json")
+        said = ("--format", name) if name == "vllm-53022" else ()
+        got = run("convert", tmp_path / "map", "--model", model, *devices, *said, "-o", tmp_path / "q.npz", "--json")
         assert got.exit_code == 0 and json.loads(got.stdout)["wrote"] == "placement", (name, got.output)
         back = Placement.load(tmp_path / "q.npz")
         assert back.layer_ids_L.tolist() == [3, 5] and back.num_devices == 2
@@ -238,7 +239,7 @@ def test_rows_by_place_are_those_of_moe_layers_alone(tmp_path):
 def test_layers_of_multi_token_prediction_have_a_row_or_are_refused(tmp_path):
     trivial, planned = [0, 1, 2, 3], [0, 2, 1, 3]
     for name, target in TARGETS.items():
-        if name not in ("tensorrt-llm", "vllm-ascend"):
+        if name not in ("tensorrt-llm", "vllm-ascend", "vllm-53022"):
             with pytest.raises(OptionError, match="1 layers of multi-token prediction"):
                 target.write(STAGE, tmp_path / "no", ExportOptions(MODEL, num_mtp_layers=1, checkpoint=tmp_path))
     with pytest.raises(OptionError, match=r"0\.\.8"):

@@ -66,6 +66,7 @@ def same(dump, known):
 def test_every_format_has_a_maker():
     assert set(dumps.FORMAT) == set(dumps.MAKERS)
     own = {"poise", "placement", "expert-order", "relabelling"}  # test_map_round_trips.py
+    own |= {"vllm-53022", "hygon-map"}  # test_vllm_maps.py
     assert set(dumps.FORMAT.values()) | own == set(FORMATS)
 
 
@@ -329,8 +330,12 @@ def test_lists_of_moe_layers_alone_are_not_taken_for_decoder_layers(folder):
     layers = [{"layer_id": i, "device_list": [{"device_id": 0, "device_expert": row.tolist()}]}
               for i, row in enumerate(map_LS)]  # fmt: skip
     (other / "map.json").write_text(json.dumps({"layer_list": layers}))
-    for path in (place, other):
-        dump = read_dump(path, options=ReadOptions(model))
+    with pytest.raises(TraceError, match="5 lists: one dense has as many decoder layers, and 4 MoE layers"):
+        read_dump(place, options=ReadOptions(model))
+    every = read_dump(place, options=ReadOptions(model, format="vllm-53022"))
+    np.testing.assert_array_equal(every.slots.map_LS, map_LS[1:])
+    for path, said in ((place, "vllm-49572"), (other, None)):
+        dump = read_dump(path, options=ReadOptions(model, format=said))
         assert dump.slots.layer_ids_L.tolist() == [1, 2, 3, 4]
         np.testing.assert_array_equal(dump.slots.map_LS, map_LS[:4])
         assert "1 layers behind the model's own were left out" in dump.notes[0]

@@ -23,7 +23,7 @@ LAYERS = (1, 2, 4)
 MODEL = ModelSpec("small", 5, LAYERS, 8, 2, 2048, 1024)
 ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner-equal", "exflow", "grace-moe", "coactivation",
         "swift-balance", "flash-lb", "surplus-fill", "poise")  # fmt: skip
-ENGINE_OF = {"vllm-34811": "checkpoint", "vllm-49572": "vllm", "npz": "any"}
+ENGINE_OF = {"vllm-34811": "checkpoint", "vllm-49572": "vllm", "vllm-53022": "vllm", "vllm-hygon": "vllm", "npz": "any"}
 
 
 def traffic(seed=0, layers=LAYERS):
@@ -43,7 +43,8 @@ def back(placement, target, folder):
     TARGETS[target].write(placement, path, ExportOptions(MODEL))
     if target == "npz":
         return Placement.load(path)
-    slots = read_dump(path, options=ReadOptions(model=MODEL)).slots
+    said = target if target in ("vllm-49572", "vllm-53022") else None  # bare lists, of which layers they do not say
+    slots = read_dump(path, options=ReadOptions(model=MODEL, format=said)).slots
     return Placement(slots.map_LS, np.repeat(np.arange(4), slots.map_LS.shape[1] // 4), 8, 4, slots.layer_ids_L)
 
 

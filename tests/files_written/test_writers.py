@@ -161,6 +161,7 @@ OTHERWISE = {
     "train.checkpoint": "into the folder of a checkpoint that has no name yet",
     "lab.emulate.agent": "settings of its own network in /proc",
     "watch.service": "a trial in a folder of its own",
+    "engines.plugins.child": "its answers, into the pipe of who asks",
 }
 CALLS = {"write_text", "write_bytes", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkstemp", "mkdtemp", "rename",
          "renames", "save_file", "save_pretrained", "copyfile", "copy", "copytree", "tofile", "savetxt", "fdopen", "dump"}  # fmt: skip

@@ -1,5 +1,7 @@
 """What if: every cell of the grid against the map and the price by themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from poise.planning.solve.solve import solve
 from poise.replay.compare import IN_SAMPLE
 from poise.replay.static import replay
 from poise.replay.trial import TrialSetting
-from poise.replay.what_if import judged_batches, what_if
+from poise.replay.what_if import judged_batches, machines_beside, what_if
 from poise.routing.synthetic import zipf_trace
 from poise.util.errors import OptionError
 
@@ -39,6 +41,13 @@ def test_axes(asked):
     assert grid.machines == ("h100", "h200") and grid.maps == ("contiguous", "eplb")
     assert grid.here == (1, 1, 0) and grid.seconds_RNMA.shape == (3, 3, 2, 2)
     assert np.isfinite(grid.seconds_RNMA).all() and (grid.bound_RNM[..., None] <= grid.seconds_RNMA * (1 + 1e-9)).all()
+
+
+def test_a_machine_that_is_called_like_a_preset_stays_the_user_s():
+    mine = replace(Cluster.uniform(1, 4), name="b200")
+    assert {name: made is mine for name, made in machines_beside(mine, ("h200", "b200")).items()} == {
+        "b200": True, "h200": False,
+    }  # fmt: skip
 
 
 def test_its_own_setting_is_what_the_comparison_says(asked):

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ SCHEMA = 1
 """One more where a key goes or means something else; docs/trace-format.md has the keys."""
 MAX_BYTES = 64 << 20
 MOST_CASES, MOST_ROWS, MOST_TEXT = 10_000, 1_000, 2_000
+LEAST_SECONDS, MOST_NUMBER = 1e-12, 1e18
 LOST = 0.005
 """Lead of the best of all others from which a case is lost."""
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -163,6 +163,9 @@ def _case(data: Any) -> CaseResult:
         raise OptionError(f"case {name!r} has hash {digest[:80]!r}, which is no sha256")
     tokens, redundant, seed, steps = (_whole(found, key) for key in ("tokens", "redundant", "seed", "steps"))
     rows = tuple(_row(one) for one in _list(found, "rows", MOST_ROWS))
+    methods = [row.method for row in rows]
+    if twice := next((one for one in methods if methods.count(one) > 1), ""):
+        raise OptionError(f"case {name!r} has method {twice!r} twice")
     notes = tuple(note for note in _list(found, "notes", MOST_ROWS) if isinstance(note, str))
     return CaseResult(name, digest, machine, ground, model, tokens, redundant, seed, steps, rows, notes)
 
@@ -170,7 +173,7 @@ def _case(data: Any) -> CaseResult:
 def _row(data: Any) -> BenchRow:
     found = _object(data, "a row")
     keys = ("seconds", "seconds_p99", "imbalance", "imbalance_p99", "bound_seconds", "fitted_seconds")
-    numbers = {key: _number(found, key) for key in keys}
+    numbers = {key: _number(found, key, LEAST_SECONDS if key == "seconds" else 0.0) for key in keys}
     plan = None if found.get("plan_seconds") is None else _number(found, "plan_seconds")
     return BenchRow(_text(found, "method"), **numbers, plan_seconds=plan)
 
@@ -195,10 +198,11 @@ def _text(found: dict[str, Any], key: str) -> str:
     return value
 
 
-def _number(found: dict[str, Any], key: str) -> float:
+def _number(found: dict[str, Any], key: str, least: float = 0.0) -> float:
     value = found.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
-        raise OptionError(f"{key} must be a finite number of at least 0, got {str(value)[:40]!r}")
+    a_number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not a_number or not least <= value <= MOST_NUMBER:
+        raise OptionError(f"{key} must be a number from {least:g} to {MOST_NUMBER:g}, got {str(value)[:40]!r}")
     return float(value)
 
 
@@ -235,7 +239,7 @@ STANDING_HEADS = ("method", "cases", "lost to the best of all others", "lead ove
 
 
 def standings(times: Sequence[Mapping[str, float]]) -> list[Standing]:
-    """Every method of any case, fewest lost first.
+    """Every method of any case: those of the most cases first, and of them the fewest lost.
 
     Parameters
     ----------
@@ -253,7 +257,7 @@ def standings(times: Sequence[Mapping[str, float]]) -> list[Standing]:
         if leads.size:
             lost = int((leads < -LOST).sum())
             out.append(Standing(name, leads.size, lost, float(leads.mean()), float(leads.min())))
-    return sorted(out, key=lambda one: (one.lost, -one.lead))
+    return sorted(out, key=lambda one: (-one.cases, one.lost, -one.lead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,9 +336,11 @@ class ComparedResults:
         if not found:
             return f"{len(self.cases)} cases, and no two methods to compare."
         best = found[0]
+        fewer = sum(one.cases < best.cases for one in found)
+        left = f" {fewer} methods have fewer cases and are not ranked with it." if fewer else ""
         return (
             f"{best.name} is lost least often: {best.lost} of {best.cases} cases by more than {percent(LOST)} to the "
-            f"best of all others; lead over it {percent(best.lead)} in the mean, {percent(best.worst)} at worst."
+            f"best of all others; lead over it {percent(best.lead)} in the mean, {percent(best.worst)} at worst.{left}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _fast_loop_compiled_beside() -> Iterator[None]:
     def first() -> None:
         if said is not None:
             said()
-        command = [sys.executable, "-W", "ignore", "-c", f"from {__name__} import compile_fast_loop as f; f()"]
+        command = [sys.executable, "-P", "-W", "ignore", "-c", f"from {__name__} import compile_fast_loop as f; f()"]
         with suppress(OSError):  # this process compiles it all then
             beside.append(subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL))
 

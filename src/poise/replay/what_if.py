@@ -91,7 +91,7 @@ def what_if(
     held = [many for many in {*(each * devices for each in SLOTS_A_RANK), own} if many <= experts * (devices - 1)]
     slots = sorted(many for many in held if many == own or _holds(many, experts, devices, setting))
     tokens = sorted({*sizes, size})
-    machines = _machines(setting.cluster, presets)
+    machines = machines_beside(setting.cluster, presets)
     batches = {n: found.batches[found.judged_on] if n == size else batch_of(n) for n in tokens}
     shape = (len(slots), len(tokens), len(machines), len(entries))
     seconds, imbalance, bound = np.full(shape, np.nan), np.full(shape, np.nan), np.empty(shape[:3])
@@ -157,11 +157,13 @@ def _holds(many: int, experts: int, devices: int, setting: TrialSetting) -> bool
     return not many or setting.fits(int(slots_D.max()))
 
 
-def _machines(own: Cluster, presets: Sequence[str]) -> dict[str, Cluster]:
+def machines_beside(own: Cluster, presets: Sequence[str]) -> dict[str, Cluster]:
     """The machine, and others of its shape, by name."""
     counts = own.devices_per_node_N.tolist()
     others = {
-        name: from_words(counts, name, tensor_parallel=own.tensor_parallel) for name in presets if name != own.preset
+        name: from_words(counts, name, tensor_parallel=own.tensor_parallel)
+        for name in presets
+        if name not in (own.preset, own.name)
     }
     return {own.name: own, **others}
 
