@@ -63,8 +63,8 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         dense = model.num_hidden_layers > len(model.moe_layer_ids)
         if dense and len(map_LS) == model.num_hidden_layers:  # of #53022; of #49572 with layers that predict ahead
             raise TraceError(
-                f"{len(map_LS)} lists: {model.name} has as many decoder layers, and {len(model.moe_layer_ids)} MoE layers, "
-                "which #49572 numbers",
+                f"{len(map_LS)} lists: {model.name} has as many decoder layers, and {len(model.moe_layer_ids)} MoE "
+                "layers, which #49572 numbers",
                 hint="--format vllm-53022 (lists of decoder layers) or --format vllm-49572 (of MoE layers alone)",
             )
     if one:
