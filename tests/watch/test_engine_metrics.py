@@ -104,7 +104,7 @@ def test_an_idle_window_is_none_and_time_does_not_go_back():
         MetricWindows(0.0)
 
 
-counts = st.one_of(st.floats(0.0, 1e4), st.floats(0.0, allow_nan=True), st.sampled_from([5e-324, 1e-300, 1e308]))
+counts = st.one_of(st.floats(0.0, 1e4), st.floats(0.0), st.sampled_from([5e-324, 1e-300, 1e308, float("nan")]))
 
 
 @given(st.lists(st.tuples(counts, counts, counts, counts, counts), min_size=3, max_size=6))
