@@ -3,7 +3,7 @@
 A map is judged against the one that ran before it (:mod:`poise.watch.helped`). The windows under a map are those before
 the next one. The first window after a change is left out: caches are empty then, and requests of before run out. Maps
 that follow each other before FEW windows were seen (a way gone in parts, a plan that is settled soon) are one change:
-the last of them is judged against the map before them all.
+the last of them is judged against the map before them all; if it is that map, nothing has changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -118,13 +118,21 @@ class WayBack:
 
     Parameters
     ----------
+    judged : the map that hurt.
     older : what ran before.
-    now_s, then_s : measured seconds between two tokens, under the one that runs and under the older one.
+    now_s, then_s : measured seconds between two tokens, under the one that hurt and under the older one.
+    parts : placements on the way back that were decided on.
     """
 
+    judged: Placement
     older: Placement
     now_s: float
     then_s: float
+    parts: tuple[Placement, ...] = ()
+
+    def of(self, runs: Placement) -> bool:
+        """Whether it begins where the engine is: at the map that was judged, or at a part of the way."""
+        return any(_same(runs, one) for one in (self.judged, *self.parts))
 
 
 class MapEffects:
@@ -170,10 +178,14 @@ class MapEffects:
 
     def _meet(self, runs: Placement) -> list[Effect]:
         before, self._runs = self._runs, runs
-        if before is None or (before.count_LED() == runs.count_LED()).all():
+        if before is None or _same(before, runs):
             return []
         self._windows.cut()
         self._warm, self.back = False, None
+        if self._older is not None and len(self._era) < FEW and _same(self._older, runs):
+            self._era = deque(self._before, MOST_WINDOWS)  # it goes on as if nothing had been between
+            self._older, self._before, self._judge = None, (), None
+            return [Effect(replace(MapJudge((), self._settings).judgement, why="the map of before runs again"), True)]
         if self._older is None or len(self._era) >= FEW:
             self._older, self._before = before, tuple(self._era)
         self._judge = MapJudge(self._before, self._settings)
@@ -190,6 +202,10 @@ class MapEffects:
         word = self._judge.judgement.answer
         found = self._judge.add(window)
         if found.answer == "hurt" and found.tpot_s[1] is not None and found.ratio is not None:
-            assert self._older is not None
-            self.back = WayBack(self._older, found.tpot_s[1], found.tpot_s[1] / found.ratio)
+            assert self._older is not None and self._runs is not None
+            self.back = WayBack(self._runs, self._older, found.tpot_s[1], found.tpot_s[1] / found.ratio)
         return [Effect(found, found.answer != word)]
+
+
+def _same(one: Placement, other: Placement) -> bool:
+    return bool((one.count_LED() == other.count_LED()).all())

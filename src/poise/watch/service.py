@@ -9,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -398,14 +398,16 @@ class Service:
             effects, problems = follow.look(None if control is None else control.running)
             yield from effects
             yield from (Trouble(message) for message in problems)
-            self._back, follow.back = follow.back or self._back, None
-            back = self._back
-            if control is None or back is None or not control.go_back(back.older, back.now_s, back.then_s):
+            back, follow.back, self._back = follow.back or self._back, None, None
+            if control is None or back is None or not back.of(control.running):
+                return
+            self._back = back
+            if not control.go_back(back.older, back.now_s, back.then_s):
                 return
             before = control.current
             yield from self._carry_out(once)
-            if control.current is before or (control.current.count_LED() == back.older.count_LED()).all():
-                self._back = None
+            gone = control.current is before or (control.current.count_LED() == back.older.count_LED()).all()
+            self._back = None if gone else replace(back, parts=(*back.parts, control.current))
         except Exception as error:
             if once:
                 raise
