@@ -28,7 +28,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
-from poise.util.errors import OptionError, PlacementError, PoiseError, TraceError, told
+from poise.util.errors import NoResultError, OptionError, PlacementError, PoiseError, TraceError, told
 from poise.watch.effect import Effect, MapEffects, WayBack
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
@@ -401,8 +401,13 @@ class Service:
             back, follow.back, self._back = follow.back or self._back, None, None
             if control is None or back is None or not back.of(control.running):
                 return
+            try:
+                decided = control.go_back(back.older, back.now_s, back.then_s)
+            except NoResultError as error:
+                yield Trouble(f"the map that hurt stays: {error.message}")
+                return
             self._back = back
-            if not control.go_back(back.older, back.now_s, back.then_s):
+            if not decided:
                 return
             before = control.current
             yield from self._carry_out(once)
