@@ -7,7 +7,7 @@ import pytest
 from tests.watch.test_service import CLUSTER, Script, settings
 
 from poise.planning.placement import Placement
-from poise.watch.effect import Effect, MapEffects, WayBack
+from poise.watch.effect import MapEffects, WayBack
 from poise.watch.engine_metrics import Scrape
 from poise.watch.service import Service, Setup
 from poise.watch.sources import Polled
@@ -47,29 +47,78 @@ class Engine:
 
 def followed():
     engine = Engine()
-    return engine, MapEffects(engine, window_s=50.0)
+    return engine, MapEffects(engine, window_s=50.0, clock=lambda: engine.at)
 
 
-def judged(effects):
-    return [one.judgement for one in effects if isinstance(one, Effect)]
+def seen(engine, follow, runs, times, tpot=0.02):
+    """Effects of so many looks, a scrape each."""
+    out = []
+    for _ in range(times):
+        engine.serve(tpot)
+        out += follow.look(runs)[0]
+    return [one.judgement for one in out]
 
 
 def test_a_map_that_comes_back_soon_is_not_judged_against_itself():
     engine, follow = followed()
     follow.look(A)
-    for _ in range(12):
+    seen(engine, follow, A, 12)
+    seen(engine, follow, B, 4, 0.03)
+    assert [one.why for one in seen(engine, follow, A, 12)] == ["the map of before runs again"]
+    said = seen(engine, follow, C, 2)[0]
+    assert 20 <= said.before <= 24  # windows under A, before and after B
+
+
+def test_a_scrape_is_of_the_map_that_ran_when_it_was_made():
+    """A backlog that is read after a change is of before it, and what was saved before the watch is of no map."""
+    engine, follow = followed()
+    engine.serve(0.09, times=10)  # before the watch
+    assert follow.look(A) == ([], [])
+    engine.serve(0.02, times=80)
+    follow.look(A)  # reads 64 of them
+    assert len(follow._era) == 64
+    engine.serve(0.05)  # between the two looks: nobody knows of which map
+    engine.at += 1.0
+    said = [one.judgement for _ in range(2) for one in follow.look(B)[0]]
+    assert [(one.before, one.after) for one in said] == [(80, 0)] and said[0].tpot_s[0] == pytest.approx(0.02)
+    said = seen(engine, follow, B, 14, 0.03)
+    assert said[-1].answer == "hurt" and said[-1].tpot_s[1] == pytest.approx(0.03)
+    assert follow.back is not None and follow.back.of(B) and not follow.back.of(A)
+
+
+@pytest.mark.parametrize(("then", "told"), [(A, True), (C, True), (C, False)])
+def test_windows_after_a_restart_wait_for_what_the_engine_runs(then, told):
+    engine, follow = followed()
+    follow.look(A)
+    seen(engine, follow, A, 12)
+    engine.restart()
+    assert seen(engine, follow, A, 10, 0.03) == []
+    assert [one.tpot_s for one in follow._era] == pytest.approx([0.02] * 11)
+    said = [one.judgement for one in follow.look(then, told=told)[0]]
+    said += seen(engine, follow, then, 2, 0.03)
+    if then is A:  # the restart brought no map
+        assert said == [] and len(follow._era) == 11 + 9 - 1 + 2
+    else:  # what was held is of the new map, if that came with the restart
+        assert said[0].before == 11 and said[-1].after == (8 if told else 0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_restart_that_the_source_met_holds_nothing(late):
+    """The source tells of a restart, and of the same map, before or after the metrics show it."""
+    engine, follow = followed()
+    follow.look(A)
+    seen(engine, follow, A, 12)
+    engine.restart()
+    if late:
         engine.serve()
         follow.look(A)
-    follow.look(B)
-    engine.serve(0.03, times=4)
-    follow.look(B)
-    (said,), _ = follow.look(A)
-    assert said.judgement.why == "the map of before runs again"
-    for _ in range(12):
-        engine.serve()
-        assert follow.look(A) == ([], [])
-    (said,), _ = follow.look(C)
-    assert 20 <= said.judgement.before <= 24  # windows under A, before and after B
+    follow.look(A, started=True)
+    before = len(follow._era)
+    seen(engine, follow, A, 5)
+    assert len(follow._era) - before in (3, 4)
+    engine.restart()  # and one that it did not meet
+    seen(engine, follow, A, 5)
+    assert len(follow._era) - before in (3, 4)
 
 
 @pytest.mark.parametrize(("runs", "goes"), [(A, False), (B, True), (C, False), (placed(3), True)])

@@ -177,6 +177,7 @@ class Service:
     ) -> None:  # fmt: skip
         self._whole, self._effects = whole, effects
         self._back: WayBack | None = None
+        self._said, self._began = False, False  # since the metrics were looked at: what runs, and that it began anew
         self.source, self.setup, self.outputs = source, setup, tuple(outputs)
         self.controller: Controller | None = None
         self._measured = measured
@@ -301,7 +302,7 @@ class Service:
         except (PlacementError, OptionError, TraceError) as error:
             yield Trouble(f"the engine's map was left out: {error.message}")
             return
-        self._first = runs
+        self._first, self._said = runs, True
         changed = (runs.count_LED() != control.running.count_LED()).any()
         newest = (runs.count_LED() == control.current.count_LED()).all()
         control.runs(runs)
@@ -330,7 +331,7 @@ class Service:
         except (PlacementError, OptionError) as error:
             yield Trouble(f"the engine was started anew, start the watch anew too: {error.message}")
             return
-        self._first = runs
+        self._first, self._began = runs, True
         if self.setup.settings.at_start:
             self.controller.runs(runs)
         other = (runs.count_LED() != self.controller.current.count_LED()).any()
@@ -395,7 +396,9 @@ class Service:
         if follow is None:
             return
         try:
-            effects, problems = follow.look(None if control is None else control.running)
+            runs, said, began = None if control is None else control.running, self._said, self._began
+            self._said = self._began = False
+            effects, problems = follow.look(runs, told=said, started=began)
             yield from effects
             yield from (Trouble(message) for message in problems)
             back, follow.back, self._back = follow.back or self._back, None, None
