@@ -4,13 +4,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.watch.test_service import CLUSTER, Script, settings
+from tests.watch.test_service import CLUSTER, Script, dumps, run, settings
 
+from poise.engines.dump import SlotRecord
 from poise.planning.placement import Placement
+from poise.util.errors import NoResultError
 from poise.watch.effect import MapEffects, WayBack
 from poise.watch.engine_metrics import Scrape
-from poise.watch.service import Service, Setup
-from poise.watch.sources import Polled
+from poise.watch.service import Service, Setup, Trouble
+from poise.watch.sources import Arrival, Polled
+
+assert dumps  # a fixture of that file
 
 
 def placed(turn):
@@ -138,3 +142,40 @@ def test_a_way_back_is_of_the_map_that_was_judged(runs, goes):
     service.controller.running = B
     list(service._hear(False))
     assert len(asked) == 2 * goes  # what was dropped does not come again
+
+
+def test_the_service_passes_on_what_is_known_of_the_map(dumps):
+    """Said by the engine in a dump, met at a start, neither; and not where a start's map is not known."""
+    heard = []
+
+    def look(runs, *, told, started):
+        heard.append((told, started))
+        return [], []
+
+    ids, table = np.arange(9, dtype=np.int32), np.tile(np.arange(32, dtype=np.int32)[::-1], (9, 1))
+    slots = Arrival(None, SlotRecord(ids, table))
+    polls = Polled((dumps[0],)), Polled((slots,)), Polled(restarted=True), Polled(), Polled((slots,), restarted=True)
+    script = Script(*polls, Polled())
+    service = Service(script, Setup(CLUSTER, settings()), effects=SimpleNamespace(look=look, back=None))
+    original = script.poll
+
+    def poll(*, last=False):
+        got = original(last=last)
+        script.start = service.controller.current if got.restarted and not got.arrivals else None
+        return got
+
+    script.poll = poll
+    run(service, times=6)
+    assert heard == [(False, False), (True, False), (False, True), (False, False), (True, False), (False, False)]
+
+
+def test_a_way_back_that_fits_no_part_is_told_and_dropped():
+    def go_back(*way):
+        raise NoResultError("no part of the way back fetches at most max_moves = 1 experts: the shortest fetches 8")
+
+    service = Service(Script(Polled()), Setup(CLUSTER, settings()), effects=MapEffects(Engine()))
+    service.controller = SimpleNamespace(running=B, current=B, go_back=go_back)
+    service._back = WayBack(B, A, 0.03, 0.02)
+    (told,) = service._hear(False)
+    assert isinstance(told, Trouble) and "the map that hurt stays: no part" in told.message
+    assert list(service._hear(False)) == []

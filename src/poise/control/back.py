@@ -56,7 +56,7 @@ def _chains(
         work = LayerMoves(have_ED, want_ED)
         room_D, buffers_D = (slots_D - have_ED.sum(axis=0)).tolist(), [1] * len(slots_D)
         ways = [work.chain(e, d, room_D, buffers_D) for d, comers in enumerate(work.comers_D) for e in sorted(comers)]
-        steps = []
+        steps: list[tuple[int, int, NDArray[np.int64]]] = []
         for way in filter(None, ways):
             after = have_ED.copy()
             for link in way:
