@@ -51,7 +51,7 @@ def watched(tmp_path, dumps, slower, **more):
         Script(Polled(), *[Polled((one,)) for one in dumps[:1]], *[Polled()] * 10, *[Polled((one,)) for one in dumps[1:6]],
                Polled()),
         Setup(CLUSTER, settings(**more), redundant=4), [Output("npz", tmp_path / "map.npz")],
-        effects=MapEffects(source, window_s=50.0),
+        effects=MapEffects(source, window_s=50.0, clock=lambda: source.at),
     )  # fmt: skip
     source.maps = service
     events, _ = run(service, times=32)
@@ -125,7 +125,7 @@ def test_a_restart_is_where_a_map_begins(tmp_path, dumps):
     source = Scraped(lambda runs: 0.02)
     script = Script(*[Polled((one,)) for one in dumps[:5]], *[Polled()] * 10, Polled(restarted=True), Polled())
     service = Service(script, Setup(CLUSTER, settings(at_start=True, restart_seconds=5.0), redundant=4),
-                      [Output("npz", tmp_path / "map.npz")], effects=MapEffects(source, window_s=50.0))  # fmt: skip
+                      [Output("npz", tmp_path / "map.npz")], effects=MapEffects(source, window_s=50.0, clock=lambda: source.at))  # fmt: skip
     source.maps = service
     firsts = {}
     source.tpot_of = lambda runs: (
@@ -189,6 +189,7 @@ def test_scrapes_over_http_and_from_a_folder(tmp_path):
     scrapes, problems = folder.scrapes()
     assert [one.at_s for one in scrapes] == [10.5, 20.0] and len(problems) == 1 and "30.prom" in problems[0]
     assert folder.scrapes() == ([], [])
+    assert [one.at_s for one in ScrapeFolder(tmp_path, since_s=10.6).scrapes()[0]] == [20.0]
 
 
 def test_the_board_and_metrics_have_it(helped):
@@ -210,6 +211,7 @@ def test_the_board_and_metrics_have_it(helped):
         (["--metrics", "ftp://here"], "is no address of an engine"),
         (["--metrics-window", "5"], "--metrics-window is of --metrics"),
         (["--metrics", ".", "--metrics-window", "0"], "must be above 0 s"),
+        (["--metrics", "."], "--once waits for none"),
     ],
 )
 def test_options_that_go_nowhere(words, said):

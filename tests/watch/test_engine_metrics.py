@@ -1,5 +1,7 @@
 """Scrapes and windows: both engines' own text formats, written by Prometheus' own client; restarts; hostile text."""
 
+import json
+
 import prometheus_client
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from poise.util.errors import OptionError, TraceError
 from poise.watch.engine_metrics import Scrape, read_scrape
+from poise.watch.helped import MapJudge
 from poise.watch.metric_windows import LEAST_TOKENS, MetricWindows
 
 
@@ -101,11 +104,37 @@ def test_an_idle_window_is_none_and_time_does_not_go_back():
         MetricWindows(0.0)
 
 
+counts = st.one_of(st.floats(0.0, 1e4), st.floats(0.0), st.sampled_from([5e-324, 1e-300, 1e308, float("nan")]))
+
+
+@given(st.lists(st.tuples(counts, counts, counts, counts, counts), min_size=3, max_size=6))
+def test_whatever_numbers_come_a_window_can_be_judged(rows):
+    """Extremes of floats: no window, or one of which all that is said later can be computed."""
+    windows, made, names = MetricWindows(20.0), [], ("prompt", "generated", "gap_sum", "balance_sum", "balance_count")
+    total = dict.fromkeys(names, 0.0)
+    for at, row in enumerate(rows):
+        total = {name: total[name] + more for name, more in zip(names, row, strict=True)}
+        window, _ = windows.add(Scrape(30.0 * at, "vllm", row[0], {**total, "gap_count": 1e3 * at}))
+        made += [] if window is None else [window]
+    judge = MapJudge(made)
+    for one in made:
+        assert one.tpot_s > 0
+        json.dumps(judge.add(one).to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("gap_s", [5e-324, float("nan"), float("inf"), 1e300])
+def test_a_tpot_of_no_engine_is_no_window(gap_s):
+    windows = MetricWindows(20.0)
+    windows.add(Scrape(0.0, "vllm", 1.0, {"gap_sum": 0.0, "gap_count": 0.0}))
+    assert windows.add(Scrape(30.0, "vllm", 1.0, {"gap_sum": gap_s, "gap_count": 1e3})) == (None, False)
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"\xff", b"up 1\n", b"vllm:num_requests_running 1\nsglang:num_running_reqs 1\n", b"vllm:num_requests_running\n",
      b"vllm:num_requests_running NaN\n", b"vllm:num_requests_running -1\n", b"vllm:num_requests_running{a=\"b\" 1\n",
-     b"vllm:num_requests_running 1e999\n", b"\n" * 200_001],
+     b"vllm:num_requests_running 1e999\n", b"\n" * 200_001,
+     b'vllm:num_requests_running{engine="0"} 1e308\nvllm:num_requests_running{engine="1"} 1e308\n'],
 )  # fmt: skip
 def test_what_is_refused(text):
     with pytest.raises(TraceError):

@@ -36,7 +36,7 @@ def watch(*, asked: WatchOptions) -> None:
     with o.errors():
         outputs = asked.written.outputs()
         setup = asked.setup()
-        effects = asked.heard.effects()
+        effects = asked.heard.effects(follow=asked.follow)
         source = asked.source(setup)
         ending, generic = WatchEnding(), setup.model is None
         service = Service(source, setup, outputs, measured=asked.shown.listen is not None, whole=ending.later,

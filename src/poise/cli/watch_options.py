@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,14 +165,21 @@ class EffectOptions:
         float, typer.Option(help="With --metrics: seconds of a window; some tens of windows a map tell.")
     ] = WINDOW_S
 
-    def effects(self) -> MapEffects | None:
-        """What judges maps; OptionError for an address or folder that is none."""
+    def effects(self, *, follow: bool) -> MapEffects | None:
+        """What judges maps; OptionError for an address or folder that is none, or a watch that ends at once."""
         if self.metrics is None:
             if self.metrics_window != WINDOW_S:
                 raise OptionError("--metrics-window is of --metrics, which is not there")
             return None
-        source = MetricsUrl(self.metrics) if "://" in self.metrics else ScrapeFolder(Path(self.metrics))
-        return MapEffects(source, window_s=self.metrics_window)
+        address = "://" in self.metrics
+        source = MetricsUrl(self.metrics) if address else ScrapeFolder(Path(self.metrics), since_s=time.time())
+        effects = MapEffects(source, window_s=self.metrics_window)
+        if not follow:
+            raise OptionError(
+                "--metrics judges a map by windows that come while the engine serves, and --once waits for none",
+                hint="--follow, with a trace that grows, a folder of dumps or --sglang",
+            )
+        return effects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.control.align import aligned
+from poise.control.back import part_back
 from poise.control.decision import ControllerState, Decision, Look, Reason
 from poise.control.drift import DriftTest, permutations_for
 from poise.control.moves import MoveList, move_list
@@ -226,7 +227,8 @@ class Controller:
         """Decide on a placement that ran before, because the engine was measured to be slower since.
 
         It comes as any other decision does, and is priced so: taken if the steps of the horizon save more, as measured,
-        than they wait for its moves. With ``max_moves`` whole layers at a time, as many as fit and at least one.
+        than they wait for its moves. With ``max_moves`` in parts (:mod:`poise.control.back`), each told with the price
+        of all that is left of the way, since what was measured is saved at its end.
 
         Parameters
         ----------
@@ -234,19 +236,25 @@ class Controller:
         now_s, then_s : measured seconds of a step, of what runs and of that one.
 
         Returns whether it was decided on: not while a plan is made or carried out, nor if what runs is not the newest.
+
+        Raises
+        ------
+        NoResultError : no part of the way fits ``max_moves``.
         """
         if self.state != "idle" or self._decisions or self._running is not None or not self._recent:
             return False
         batch, s = join_steps(list(self._recent)), self.settings
-        road = migration(self.current, _layers_of(older, self.current, s.max_moves),
-                         replace(self._problem, batch=batch, current=self.current))  # fmt: skip
+        problem, groups = replace(self._problem, batch=batch, current=self.current), self._problem.whole
+        part = part_back(self.current, older, s.max_moves, whole=groups is not None and groups.must)
+        road = migration(self.current, part, problem)
         moves = self._moves(self.current, road)
-        cost = self._waits(moves, self._traffic(batch, self.current))
+        all_moves = moves if part is older else self._moves(self.current, migration(self.current, older, problem))
+        cost = self._waits(all_moves, self._traffic(batch, self.current))
         accepted = s.horizon_steps * (now_s - then_s) > cost
         restart = None
         if accepted and s.at_start:
             restart = self._restart(batch, self._cost(batch, self.current), road.after, (now_s, then_s))
-        self._hold = self.test is None  # the plan that settles this traffic would be the one that hurt
+        self._hold = accepted and self.test is None  # the plan that settles this traffic would be the one that hurt
         self._outcome = Decision(self.step, "hurt", accepted, now_s, then_s, cost, moves, road.after, restart)
         self._reap(wait=False)
         return True
@@ -421,16 +429,3 @@ class Controller:
 
     def _seconds(self, batch: RoutingBatch, placement: Placement) -> float:
         return float(batch.weight_B @ self._cost(batch, placement).seconds_BL.sum(axis=1))
-
-
-def _layers_of(older: Placement, current: Placement, max_moves: int | None) -> Placement:
-    """The older placement, or its layers that so many fetches lead to, and at least one."""
-    count_LED, want_LED = current.count_LED().copy(), older.count_LED()
-    fetched_L = np.maximum(want_LED - count_LED, 0).sum(axis=(1, 2))
-    changed = np.flatnonzero((want_LED != count_LED).any(axis=(1, 2)))
-    fit = len(changed) if max_moves is None else int((np.cumsum(fetched_L[changed]) <= max_moves).sum())
-    if fit == len(changed):
-        return older
-    count_LED[changed[: max(1, fit)]] = want_LED[changed[: max(1, fit)]]
-    slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
-    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=older.layer_ids_L, method=older.method)

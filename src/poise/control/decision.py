@@ -26,7 +26,8 @@ class Decision:
     accepted : the gain over the horizon exceeds the cost.
     seconds_before, seconds_after : modelled seconds of a step's MoE layers on the judged steps; with ``hurt`` measured
         ones of a step.
-    cost_seconds : that steps wait for the moves; 0 with ``at_start``.
+    cost_seconds : that steps wait for the moves (with ``hurt`` for all that is left of the way back, of which they may
+        be a part); 0 with ``at_start``.
     moves : what to do; ``moves.result`` is the placement they lead to.
     target : the plan as far as it pays, of which ``moves`` may be a part.
     restart : from what the engine runs to ``moves.result``, on the judged steps; None: accepted ones serve at once, or

@@ -3,18 +3,23 @@
 A map is judged against the one that ran before it (:mod:`poise.watch.helped`). The windows under a map are those before
 the next one. The first window after a change is left out: caches are empty then, and requests of before run out. Maps
 that follow each other before FEW windows were seen (a way gone in parts, a plan that is settled soon) are one change:
-the last of them is judged against the map before them all.
+the last of them is judged against the map before them all; if it is that map, nothing has changed.
+
+A scrape is of the map that ran when it was made, whenever it is read. Between the last look under one map and the first
+under the next it is of neither, and of before the first look of none. After a start of the engine windows are held
+until a source says what it runs, or starts it with.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from poise.planning.placement import Placement
 from poise.util.errors import CommunicationError, OptionError, TraceError
@@ -74,13 +79,14 @@ class MetricsUrl:
 class ScrapeFolder:
     """Saved answers of ``/metrics``: files named by the second they are of, ``1700000000.prom``.
 
-    As ``curl -s URL/metrics > new && mv new $(date +%s).prom`` leaves them. Each is read once.
+    As ``curl -s URL/metrics > new && mv new $(date +%s).prom`` leaves them. Each is read once, and those of before
+    ``since_s`` never.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, since_s: float = 0.0) -> None:
         if not folder.is_dir():
             raise OptionError(f"{str(folder)[:80]!r} is no folder of scrapes, and no address of an engine")
-        self.folder, self._last = folder, -1.0
+        self.folder, self._since_s, self._last = folder, since_s, -1.0
 
     def scrapes(self) -> tuple[list[Scrape], list[str]]:
         """Files that came since the last look, at most SCRAPES_A_LOOK."""
@@ -89,7 +95,9 @@ class ScrapeFolder:
         except OSError as error:
             return [], [f"cannot look into {self.folder}: {error.strerror}"]
         out, problems = [], []
-        for at, path in sorted(one for one in named if one[0] > self._last)[:SCRAPES_A_LOOK]:
+        for at, path in sorted(one for one in named if one[0] > self._last and one[0] >= self._since_s)[
+            :SCRAPES_A_LOOK
+        ]:
             self._last = at
             try:
                 out.append(read_scrape(read_bounded(path, MAX_SCRAPE, TraceError), at))
@@ -118,13 +126,32 @@ class WayBack:
 
     Parameters
     ----------
+    judged : the map that hurt.
     older : what ran before.
-    now_s, then_s : measured seconds between two tokens, under the one that runs and under the older one.
+    now_s, then_s : measured seconds between two tokens, under the one that hurt and under the older one.
+    parts : placements on the way back that were decided on.
     """
 
+    judged: Placement
     older: Placement
     now_s: float
     then_s: float
+    parts: tuple[Placement, ...] = ()
+
+    def of(self, runs: Placement) -> bool:
+        """Whether it begins where the engine is: at the map that was judged, or at a part of the way."""
+        return any(_same(runs, one) for one in (self.judged, *self.parts))
+
+
+class _Met(NamedTuple):
+    """A map that was met: the one before it was known to run until then, this one from then on; ``told``: by the
+    engine, not taken to run because it was decided on.
+    """
+
+    until_s: float
+    from_s: float
+    runs: Placement
+    told: bool
 
 
 class MapEffects:
@@ -134,6 +161,7 @@ class MapEffects:
     ----------
     source : where scrapes come from.
     settings, window_s : how maps are judged, and seconds of a window.
+    clock : seconds since 1970, as scrapes are told in.
 
     Attributes
     ----------
@@ -141,9 +169,10 @@ class MapEffects:
     """
 
     def __init__(
-        self, source: MetricSource, settings: HelpedSettings | None = None, *, window_s: float = WINDOW_S
-    ) -> None:
-        self._source, self._settings = source, settings or HelpedSettings()
+        self, source: MetricSource, settings: HelpedSettings | None = None, *, window_s: float = WINDOW_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._source, self._settings, self._clock = source, settings or HelpedSettings(), clock
         self._windows = MetricWindows(window_s)
         self._era: deque[MetricWindow] = deque(maxlen=MOST_WINDOWS)
         self._runs: Placement | None = None
@@ -151,29 +180,75 @@ class MapEffects:
         self._before: tuple[MetricWindow, ...] = ()
         self._judge: MapJudge | None = None
         self._warm = True
+        self._met: deque[_Met] = deque()
+        self._newest: Placement | None = None
+        self._looked_s = self._from_s = -math.inf
+        self._held: deque[MetricWindow] | None = None  # since a start of the engine with a map that is not known yet
+        self._started_s: float | None = None
         self.back: WayBack | None = None
 
-    def look(self, runs: Placement | None) -> tuple[list[Effect], list[str]]:
-        """New scrapes under the map that runs (None: not known yet), and what went wrong.
+    def look(
+        self, runs: Placement | None, *, told: bool = False, started: bool = False
+    ) -> tuple[list[Effect], list[str]]:
+        """New scrapes, each of the map that ran when it was made, and what went wrong.
 
-        A map that came since the last look is met first: scrapes from now on are its own.
+        Parameters
+        ----------
+        runs : the map that runs; None: not known yet, and what is read until then is of no map.
+        told : the engine has said so since the last look.
+        started : and it was started anew.
         """
-        effects = [] if runs is None else self._meet(runs)
+        now = self._clock()
+        if runs is not None and (self._newest is None or not _same(self._newest, runs)):
+            self._met.append(_Met(self._looked_s, now, runs, told or started))
+            self._newest = runs
+        self._looked_s = now
+        if started:
+            self._started_s = now
         scrapes, problems = self._source.scrapes()
+        effects = self._known() if (told or started) and not self._met else []
         for scrape in scrapes:
-            window, restarted = self._windows.add(scrape)
-            if restarted:
-                self._warm = False
-            if window is not None and runs is not None:
-                effects += self._take(window)
+            while self._met and scrape.at_s > self._met[0].until_s:
+                effects += self._meet(self._met.popleft())
+            if self._runs is not None and scrape.at_s >= self._from_s:
+                effects += self._add(scrape)
         return effects, problems
 
-    def _meet(self, runs: Placement) -> list[Effect]:
+    def _add(self, scrape: Scrape) -> list[Effect]:
+        window, restarted = self._windows.add(scrape)
+        if restarted:
+            self._warm = False
+            self._held = deque(maxlen=MOST_WINDOWS) if self._started_s is None else None
+        if self._started_s is not None and scrape.at_s >= self._started_s:
+            self._started_s = None
+        if window is None:
+            return []
+        if self._held is not None:
+            self._held.append(window)
+            return []
+        return self._take(window)
+
+    def _known(self) -> list[Effect]:
+        """What was held is of the map that runs."""
+        held, self._held = self._held or (), None
+        return [effect for window in held for effect in self._take(window)]
+
+    def _meet(self, met: _Met) -> list[Effect]:
+        self._from_s = met.from_s
+        if not met.told:
+            self._held = None
+        return [*self._turn(met.runs), *self._known()]
+
+    def _turn(self, runs: Placement) -> list[Effect]:
         before, self._runs = self._runs, runs
-        if before is None or (before.count_LED() == runs.count_LED()).all():
+        if before is None or _same(before, runs):
             return []
         self._windows.cut()
         self._warm, self.back = False, None
+        if self._older is not None and len(self._era) < FEW and _same(self._older, runs):
+            self._era = deque(self._before, MOST_WINDOWS)  # it goes on as if nothing had been between
+            self._older, self._before, self._judge = None, (), None
+            return [Effect(replace(MapJudge((), self._settings).judgement, why="the map of before runs again"), True)]
         if self._older is None or len(self._era) >= FEW:
             self._older, self._before = before, tuple(self._era)
         self._judge = MapJudge(self._before, self._settings)
@@ -190,6 +265,10 @@ class MapEffects:
         word = self._judge.judgement.answer
         found = self._judge.add(window)
         if found.answer == "hurt" and found.tpot_s[1] is not None and found.ratio is not None:
-            assert self._older is not None
-            self.back = WayBack(self._older, found.tpot_s[1], found.tpot_s[1] / found.ratio)
+            assert self._older is not None and self._runs is not None
+            self.back = WayBack(self._runs, self._older, found.tpot_s[1], found.tpot_s[1] / found.ratio)
         return [Effect(found, found.answer != word)]
+
+
+def _same(one: Placement, other: Placement) -> bool:
+    return bool((one.count_LED() == other.count_LED()).all())

@@ -138,4 +138,6 @@ def _sums(text: bytes) -> dict[str, float]:
         if not (math.isfinite(value) and value >= 0):
             raise TraceError(f"line {number}: {line[:80]!r} is no sample of a count")
         out[name] = out.get(name, 0.0) + value
+        if not math.isfinite(out[name]):
+            raise TraceError(f"line {number}: the samples of {name} add up to {out[name]}, beyond any count")
     return out

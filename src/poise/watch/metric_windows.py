@@ -14,6 +14,8 @@ from poise.watch.engine_metrics import Scrape
 
 LEAST_TOKENS = 100
 """Gaps between tokens that a window has at least: a mean of fewer says little."""
+MOST = 1e12
+"""Of any number of a window: what lies above is of no engine, and sums and ratios of such overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def _anew(before: Scrape, after: Scrape) -> bool:
 
 
 def _window(scrapes: list[Scrape]) -> MetricWindow | None:
+    """None where too little was served, or a number is of no engine: nan, above MOST, or a TPOT below its inverse."""
     first, last = scrapes[0], scrapes[-1]
     seconds = last.at_s - first.at_s
 
@@ -89,7 +92,8 @@ def _window(scrapes: list[Scrape]) -> MetricWindow | None:
     running = sum(now.running * (now.at_s - was.at_s) for was, now in pairwise(scrapes)) / seconds
     if gaps < LEAST_TOKENS or gap_s <= 0 or running <= 0:
         return None
-    return MetricWindow(
-        first.at_s, last.at_s, running, gained("prompt") / seconds, gained("generated") / seconds, gap_s / gaps,
-        gained("balance_sum") / counted if counted > 0 else None,
-    )  # fmt: skip
+    prompt, generated, tpot = gained("prompt") / seconds, gained("generated") / seconds, gap_s / gaps
+    balance = gained("balance_sum") / counted if counted > 0 else None
+    if tpot < 1 / MOST or not all(0 <= one <= MOST for one in (running, prompt, generated, tpot, balance or 0.0)):
+        return None
+    return MetricWindow(first.at_s, last.at_s, running, prompt, generated, tpot, balance)

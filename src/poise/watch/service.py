@@ -9,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
-from poise.util.errors import OptionError, PlacementError, PoiseError, TraceError, told
+from poise.util.errors import NoResultError, OptionError, PlacementError, PoiseError, TraceError, told
 from poise.watch.effect import Effect, MapEffects, WayBack
 from poise.watch.measure import Judged, bound_seconds, judge
 from poise.watch.rows import rows_of, served, unlike
@@ -177,6 +177,7 @@ class Service:
     ) -> None:  # fmt: skip
         self._whole, self._effects = whole, effects
         self._back: WayBack | None = None
+        self._said, self._began = False, False  # since the metrics were looked at: what runs, and that it began anew
         self.source, self.setup, self.outputs = source, setup, tuple(outputs)
         self.controller: Controller | None = None
         self._measured = measured
@@ -301,7 +302,7 @@ class Service:
         except (PlacementError, OptionError, TraceError) as error:
             yield Trouble(f"the engine's map was left out: {error.message}")
             return
-        self._first = runs
+        self._first, self._said = runs, True
         changed = (runs.count_LED() != control.running.count_LED()).any()
         newest = (runs.count_LED() == control.current.count_LED()).all()
         control.runs(runs)
@@ -330,7 +331,7 @@ class Service:
         except (PlacementError, OptionError) as error:
             yield Trouble(f"the engine was started anew, start the watch anew too: {error.message}")
             return
-        self._first = runs
+        self._first, self._began = runs, True
         if self.setup.settings.at_start:
             self.controller.runs(runs)
         other = (runs.count_LED() != self.controller.current.count_LED()).any()
@@ -395,17 +396,26 @@ class Service:
         if follow is None:
             return
         try:
-            effects, problems = follow.look(None if control is None else control.running)
+            runs, said, began = None if control is None else control.running, self._said, self._began
+            self._said = self._began = False
+            effects, problems = follow.look(runs, told=said, started=began)
             yield from effects
             yield from (Trouble(message) for message in problems)
-            self._back, follow.back = follow.back or self._back, None
-            back = self._back
-            if control is None or back is None or not control.go_back(back.older, back.now_s, back.then_s):
+            back, follow.back, self._back = follow.back or self._back, None, None
+            if control is None or back is None or not back.of(control.running):
+                return
+            try:
+                decided = control.go_back(back.older, back.now_s, back.then_s)
+            except NoResultError as error:
+                yield Trouble(f"the map that hurt stays: {error.message}")
+                return
+            self._back = back
+            if not decided:
                 return
             before = control.current
             yield from self._carry_out(once)
-            if control.current is before or (control.current.count_LED() == back.older.count_LED()).all():
-                self._back = None
+            gone = control.current is before or (control.current.count_LED() == back.older.count_LED()).all()
+            self._back = None if gone else replace(back, parts=(*back.parts, control.current))
         except Exception as error:
             if once:
                 raise

@@ -1,0 +1,77 @@
+"""A part of the way back to a placement, of a bounded number of fetches. No model of costs says which part is best: by
+it what runs is the better one. So whole layers come first, in their order, and where none fits, chains of one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.control.chains import LayerMoves
+from poise.planning.placement import EMPTY, Placement
+from poise.util.errors import NoResultError
+
+
+def part_back(current: Placement, older: Placement, max_moves: int | None, *, whole: bool = False) -> Placement:
+    """The older placement, or what at most ``max_moves`` fetched experts lead to on the way there.
+
+    Parameters
+    ----------
+    current, older : placements of one shape.
+    whole : layers only as a whole: routing groups must not be torn.
+
+    Raises
+    ------
+    NoResultError : the shortest step on the way fetches more.
+    """
+    count_LED, want_LED = current.count_LED().copy(), older.count_LED()
+    changed = np.flatnonzero((want_LED != count_LED).any(axis=(1, 2))).tolist()
+    fetched = {layer: _fetched(count_LED[layer], want_LED[layer]) for layer in changed}
+    left = sum(fetched.values()) if max_moves is None else max_moves
+    if sum(fetched.values()) <= left:
+        return older
+    moved, shortest = False, min(fetched.values())
+    for layer in changed:
+        if fetched[layer] <= left:
+            count_LED[layer], left, moved = want_LED[layer], left - fetched[layer], True
+    for layer in [] if moved or whole else changed:
+        slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
+        count_LED[layer], taken, least = _chains(count_LED[layer], want_LED[layer], slots_D, left)
+        left, moved, shortest = left - taken, moved or taken > 0, min(shortest, least)
+    if not moved:
+        raise NoResultError(
+            f"no part of the way back fetches at most max_moves = {max_moves} experts: the shortest fetches {shortest}",
+            hint="--max-moves with more",
+        )
+    slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
+    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=older.layer_ids_L, method=older.method)
+
+
+def _chains(
+    have_ED: NDArray[np.int64], want_ED: NDArray[np.int64], slots_D: NDArray[np.int64], left: int
+) -> tuple[NDArray[np.int64], int, int]:
+    """A layer after the chains that fit, the shortest first; fetches they took, and of the shortest of all."""
+    taken, least = 0, _fetched(have_ED, want_ED)
+    while True:
+        work = LayerMoves(have_ED, want_ED)
+        room_D, buffers_D = (slots_D - have_ED.sum(axis=0)).tolist(), [1] * len(slots_D)
+        ways = [work.chain(e, d, room_D, buffers_D) for d, comers in enumerate(work.comers_D) for e in sorted(comers)]
+        steps: list[tuple[int, int, NDArray[np.int64]]] = []
+        for way in filter(None, ways):
+            after = have_ED.copy()
+            for link in way:
+                after[link.expert, link.device] += 1
+                if link.leaver != EMPTY:
+                    after[link.leaver, link.device] -= 1
+            steps.append((_fetched(have_ED, after), len(steps), after))
+        if not steps:
+            return have_ED, taken, least
+        fetched, _, after = min(steps, key=lambda each: each[:2])
+        least = fetched if taken == 0 else least
+        if fetched > left - taken:
+            return have_ED, taken, least
+        have_ED, taken = after, taken + fetched
+
+
+def _fetched(have_ED: NDArray[np.int64], then_ED: NDArray[np.int64]) -> int:
+    return int(((then_ED > 0) & (have_ED == 0)).sum())
