@@ -62,7 +62,7 @@ def test_srt_slurm(tmp_path):
 
 def test_tensorrt(tmp_path):
     (one,) = read(tmp_path, TRT)
-    assert (one.engine, one.ranks, one.slots, one.own, one.preset) == ("tensorrt-llm", 16, 416, True, "kimi-k2")
+    assert (one.engine, one.ranks, one.slots, one.own, one.preset) == ("tensorrt-llm", 16, 416, True, "")
     assert one.redundant_of(384, 16) == 32 and one.cluster == ""
     with pytest.raises(OptionError, match="416 slots a layer cannot hold 512 experts"):
         one.redundant_of(512, 16)
@@ -119,7 +119,7 @@ REFUSED = [
     (VLLM + "--num-redundant-experts 4 --enable-expert-parallel --enable-eplb --eplb-config '{\"num_redundant_experts\": 8}'",
      "redundant experts are 4 by one flag and 8 by --eplb-config"),
     (VLLM + "--eplb-config '{'", "--eplb-config is no JSON"),
-    (VLLM + "--served-model-name 'x", "cannot be read: No closing quotation"),
+    (VLLM + "--served-model-name 'x", "cannot be read: 'x of its line 1 is not closed"),
     ("echo hello", "starts no engine that is known"),
     ("vllm serve m\n" * 17, "starts 17 engines, at most 16"),
     ({**TRT["backend"]["trtllm_config"]["decode"], "moe_config": {"load_balancer": [1]}}, "load_balancer is a list"),
