@@ -23,6 +23,7 @@ UNKNOWN = [
     "vllm serve m -tp 8 $(flags)",
     "vllm serve m -tp 8 `flags`",
     "vllm serve $FLAGS",
+    "vllm serve m -tp 8 --enable-sleep-mode $E",
     "trtllm-serve m --tp_size 8 --ep_size 8 --extra_llm_api_options e.yaml",
     "python -m sglang.launch_server --config a.yaml --ep-size 8 --tp 8",
 ]  # fmt: skip
@@ -46,6 +47,7 @@ KNOWN = [
     "ARGS=(--tp 8 --ep-size 8\n  # it's a comment\n  --enable-eplb --port $PORT)\npython3 -m sglang.launch_server \"${ARGS[@]}\"",
     'E="--enable-eplb --ep-size 8"\nMODEL=m\nCMD="python -m sglang.launch_server --model-path $MODEL --tp 8 $E"\neval "$CMD" > l 2>&1 &',
     "if x; then\n  sglang serve --model-path \"$M\" --tp 8 --ep-size 8 --enable-eplb --port $PORT\nfi",
+    "# no continuation \\\npython -m sglang.launch_server --tp 8 \\\n --ep-size \\\n8 --enable-eplb --model-path \"a\\\nb\"",
     "docker run i bash -lc 'python -m sglang.launch_server --tp=8 --ep=8 --enable_eplb'",
     "TP=${TP:-8}\ncat > s.sh <<EOF\npython -m sglang.launch_server --tp $TP --ep-size $TP --enable-eplb\nEOF\nbash s.sh",
     "for i in 1 2; do TP=4; done\nwait_for x || { echo no; exit 1; }\nnohup python -m sglang.launch_server --tp 8 --ep-size 8 --enable-eplb",
@@ -77,7 +79,7 @@ def test_what_names_an_engine_starts_none(tmp_path, line):
 
 
 PIECES = st.sampled_from(
-    ["$A", "${A}", '"$A"', '"${L[@]}"', "${L[@]}", "$L", "'$A'", "x", "-y", " ", "'a b'", '"q $A"', "\\ ", "${N:-d}", '"${L[*]}"', "''", "$N2"]
+    ["$A", "${A}", '"$A"', '"${L[@]}"', "${L[@]}", "$L", "'$A'", "x", "-y", " ", "'a b'", '"q $A"', "\\ ", "${N:-d}", '"${L[*]}"', "''", "$N2", "\\\n", '"\\\n"']
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ _NO_LAUNCH = {
 _FILES = {"config", "config-file", "extra-llm-api-options"}
 """Flags whose file holds flags."""
 _VALUED = re.compile(
-    r"(?:^|.*-)(?:size|len|length|seqs|requests|tokens|bs|fraction|utilization|dtype|type|backend|port|ports|addr|host|ip|path"
+    r"(?!enable-|disable-|no-|skip-|use-|return-|allow-)(?:^|.*-)(?:size|len|length|seqs|requests|tokens|bs|fraction|utilization|dtype|type|backend|port|ports|addr|host|ip|path"
     r"|model|name|rank|ranks|nodes|nnodes|mode|parser|template|level|tokenizer|quantization|seed|dir|iterations|location|experts"
     r"|size-local|config|address|algorithm|format|tp|dp|pp|q)"
 )

@@ -53,7 +53,7 @@ class _Reader:
 
     def __init__(self, text: str, *, nested: bool = False) -> None:
         self.nested, self.looked = nested, 0
-        self.text = text.replace("\r\n", "\n").replace("\\\n", " ")
+        self.text = text.replace("\r\n", "\n")
         self.out: list[Command] = []
         self.words: list[str] = []
         self.word: list[str] = []
@@ -74,7 +74,7 @@ class _Reader:
         if one in "'\"`" or text.startswith(("$(", "${", "$'"), at):
             return self._take(at, _closed(text, at))
         if one == "\\":
-            return self._take(at, at + 2)
+            return at + 2 if text.startswith("\n", at + 1) else self._take(at, at + 2)
         if one == "#" and not self.word:
             end = text.find("\n", at)
             return len(text) if end < 0 else end
@@ -180,8 +180,7 @@ def known_names(every: Sequence[Command]) -> dict[str, str | tuple[Word, ...]]:
 
 def _held(value: str, known: Known) -> str | tuple[Word, ...]:
     if value.startswith("("):
-        parts = commands(value[1:-1].replace("\n", " ") if "#" not in value else value[1:-1])
-        return tuple(one for part in parts for raw in part.words for one in expand(raw, known))
+        return tuple(one for part in commands(value[1:-1]) for raw in part.words for one in expand(raw, known))
     return " ".join(one.text for one in expand(value, known, split=False))
 
 
@@ -250,7 +249,9 @@ class _Expanded:
             self.begun = True
         at = 0
         while at < len(text):
-            if text[at] == "\\" and text[at + 1 : at + 2] in tuple('$`"\\'):
+            if text.startswith("\\\n", at):
+                at += 2
+            elif text[at] == "\\" and text[at + 1 : at + 2] in tuple('$`"\\'):
                 self._add(text[at + 1])
                 at += 2
             elif text[at] == "`" or _begins(text, at):
