@@ -148,10 +148,12 @@ def _of_script(text: str, outer: Known | None = None) -> Iterator[Launch]:
     total = 0
     for command in every:
         own, written = assignments(bare(command.words), known)
-        words = [one for raw in written for one in expand(raw, known)]
-        total += sum(len(one.text) for one in words)
-        if total > MOST:
-            raise OptionError(f"commands of the recipe have more than {MOST} characters with their variables filled in")
+        words: list[Word] = []
+        for raw in written:
+            words += (filled := expand(raw, known))
+            total += sum(len(one.text) for one in filled)
+            if total > MOST:
+                raise OptionError(f"commands of the recipe have more than {MOST} characters, variables filled in")
         texts = [one.text for one in words]
         if not texts or texts[0].rsplit("/", 1)[-1] in _NO_LAUNCH or texts[0].endswith(":"):
             continue

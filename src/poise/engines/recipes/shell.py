@@ -48,7 +48,7 @@ class Command:
     inside: bool
 
 
-class _Reader:
+class _Splitter:
     """A script from its beginning, a character or a quotation at a time."""
 
     def __init__(self, text: str, *, nested: bool = False) -> None:
@@ -135,7 +135,7 @@ class _Reader:
                 continue
             try:
                 body = "" if self.nested else text[at : at + end.start()]
-                self.out += [Command(one.words, True) for one in _Reader(body, nested=True).read()]
+                self.out += [Command(one.words, True) for one in _Splitter(body, nested=True).read()]
             except OptionError:
                 pass  # no script
             at += end.end()
@@ -150,7 +150,7 @@ def commands(text: str) -> list[Command]:
     ------
     OptionError : a quotation or a bracket that is not closed.
     """
-    return _Reader(text).read()
+    return _Splitter(text).read()
 
 
 def known_names(every: Sequence[Command]) -> dict[str, str | tuple[Word, ...]]:
@@ -210,10 +210,10 @@ def expand(raw: str, known: Known, *, split: bool = True) -> list[Word]:
     ------
     OptionError : a quotation that is not closed, or one word of more than :data:`LONGEST` characters by its variables.
     """
-    return _Expanded(known, split).of(raw)
+    return _Unfolding(known, split).of(raw)
 
 
-class _Expanded:
+class _Unfolding:
     def __init__(self, known: Known, split: bool) -> None:
         self.known, self.split = known, split
         self.out: list[Word] = []
