@@ -22,6 +22,7 @@ UNKNOWN = [
     "[ $X ] && E=\nvllm serve m -tp 8 $E",
     "vllm serve m -tp 8 $(flags)",
     "vllm serve m -tp 8 `flags`",
+    "E=--enable-eplb\nE=\nvllm serve m -tp 8 --enable-expert-parallel $E",
     "vllm serve $FLAGS",
     "vllm serve m -tp 8 --enable-sleep-mode $E",
     "trtllm-serve m --tp_size 8 --ep_size 8 --extra_llm_api_options e.yaml",
