@@ -41,6 +41,36 @@ def test_without_a_recording_it_says_what_is_set(files):
     assert "not read: --weird-expert-flag" in out
     slots = 32 / 8 * 58 * 3 * 7168 * 2048 / 2**30  # fp8
     assert f"take {slots:.2f} GiB a rank" in out
+    assert out.count("Its model deepseek-ai/DeepSeek-R1-0528 is taken for the preset deepseek-r1.") == 2
+
+
+def test_it_says_what_its_model_is_taken_for(files):
+    script = files / "r.sh"
+    script.write_text(
+        "vllm serve zai-org/GLM-4.5-Air -tp 8 --enable-expert-parallel --enable-eplb --num-redundant-experts 8"
+    )
+    _, out, _ = say("--recipe", script)
+    assert "Its model zai-org/GLM-4.5-Air is no preset: --model says what it is." in out and "GiB" not in out
+    _, out, _ = say("--recipe", script, "-m", "glm-4.5", "--json")
+    (one,) = json.loads(out)["recipe"]
+    assert (one["preset"], one["priced_as"]) == ("", "glm-4.5") and "is taken for glm-4.5." in one["lines"][1]
+    many = one["slot_bytes_per_rank"]
+    script.write_text(script.read_text() + " -pp 2")
+    assert (
+        json.loads(say("--recipe", script, "-m", "glm-4.5", "--json")[1])["recipe"][0]["slot_bytes_per_rank"]
+        == many / 2
+    )
+
+
+def test_of_unknown_settings_no_verdict_is_given(files):
+    script = files / "u.sh"
+    script.write_text(
+        "python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-R1 --tp 8 --trust-remote-code $E"
+    )
+    code, out, _ = say("--recipe", script)
+    assert code == 0 and "what it sets of experts is unknown, $E may hold any flag" in out and "GiB" not in out
+    code, _, error = say(files / "a.json", files / "b.json", "--recipe", script, "-c", "1x8:h200")
+    assert code == 2 and "what the recipe sets of experts is unknown: $E" in error
 
 
 def answered(files, *words):

@@ -62,7 +62,7 @@ def test_srt_slurm(tmp_path):
 
 def test_tensorrt(tmp_path):
     (one,) = read(tmp_path, TRT)
-    assert (one.engine, one.ranks, one.slots, one.own, one.preset) == ("tensorrt-llm", 16, 416, True, "kimi-k2")
+    assert (one.engine, one.ranks, one.slots, one.own, one.preset) == ("tensorrt-llm", 16, 416, True, "")
     assert one.redundant_of(384, 16) == 32 and one.cluster == ""
     with pytest.raises(OptionError, match="416 slots a layer cannot hold 512 experts"):
         one.redundant_of(512, 16)
@@ -119,7 +119,7 @@ REFUSED = [
     (VLLM + "--num-redundant-experts 4 --enable-expert-parallel --enable-eplb --eplb-config '{\"num_redundant_experts\": 8}'",
      "redundant experts are 4 by one flag and 8 by --eplb-config"),
     (VLLM + "--eplb-config '{'", "--eplb-config is no JSON"),
-    (VLLM + "--served-model-name 'x", "cannot be read: No closing quotation"),
+    (VLLM + "--served-model-name 'x", "cannot be read: 'x of its line 1 is not closed"),
     ("echo hello", "starts no engine that is known"),
     ("vllm serve m\n" * 17, "starts 17 engines, at most 16"),
     ({**TRT["backend"]["trtllm_config"]["decode"], "moe_config": {"load_balancer": [1]}}, "load_balancer is a list"),
@@ -172,3 +172,77 @@ def test_any_script_is_read_or_refused(tmp_path_factory, text):
         assert len([expert_settings(one) for one in read_launches(path)]) >= 1
     except PoiseError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [
+        ("deepseek-ai/DeepSeek-R1-0528", "deepseek-r1"), ("deepseek-ai/DeepSeek-R1", "deepseek-r1"),
+        ("/models/DeepSeek-V3-Base/", "deepseek-v3"), ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"), ("zai-org/GLM-4.5", "glm-4.5"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama-4-scout"), ("moonshotai/Kimi-K2-Instruct-0905", "kimi-k2"),
+        ("zai-org/GLM-4.5-Air", ""), ("zai-org/GLM-4.5V", ""), ("zai-org/GLM-4.5-FP8", ""), ("moonshotai/Kimi-K2-Thinking", ""),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", ""), ("deepseek-ai/DeepSeek-V3.1", ""),
+        ("nvidia/DeepSeek-R1-0528-FP4", ""), ("Qwen/Qwen3-235B-A22B-FP8", ""), ("Qwen/Qwen3-235B-A22B-Thinking-2507-FP8", ""),
+        ("DeepSeek-R1-0528-Qwen3-8B", ""), ("openai/gpt-oss-120b-bf16", ""), ("openai/gpt-oss-20b", "gpt-oss-20b"),
+    ],
+)  # fmt: skip
+def test_a_preset_is_of_just_its_model_and_weights(tmp_path, model, preset):
+    assert {one.preset for one in read(tmp_path, SRT | {"model": {"path": model}})} == {preset}
+
+
+def test_other_weights_than_the_presets_are_no_preset(tmp_path):
+    for precision, preset in (("fp8", "deepseek-r1"), ("fp4", ""), ("nvfp4", "")):
+        model = {"path": "deepseek-ai/DeepSeek-R1", "precision": precision}
+        assert read(tmp_path, SRT | {"model": model})[0].preset == preset
+    for flag, preset in (("", "qwen3-30b-a3b"), ("--quantization fp8", ""), ("--quantization $Q", "")):
+        assert read(tmp_path, f"vllm serve Qwen/Qwen3-30B-A3B -tp 2 {flag}", "r.sh")[0].preset == preset
+
+
+def test_a_pipeline_counts_in_gpus_alone(tmp_path):
+    scripts = {
+        "sglang": "python -m sglang.launch_server --tp-size 8 --ep-size 8 --pp-size 2",
+        "vllm": "vllm serve m -tp 8 -pp 2 --enable-expert-parallel",
+        "tensorrt-llm": "trtllm-serve m --tp_size 8 --ep_size 8 --pp_size 2",
+    }
+    for engine, script in scripts.items():
+        (one,) = read(tmp_path, script, "r.sh")
+        assert (one.engine, one.ranks, one.stages) == (engine, 8, 2) and "2 stages of a pipeline" in one.notes[0]
+    sizes = {"tp_size": 24, "ep_size": 24, "moe_a2a_backend": "none"}
+    (one,) = read(tmp_path, changed(**sizes, pp_size=2))
+    assert (one.ranks, one.stages) == (24, 2)
+    with pytest.raises(OptionError, match="has 48 GPUs and is started over 72"):
+        read(tmp_path, changed(**sizes, pp_size=3))
+    (one,) = read(tmp_path, changed(**sizes, pp_size="$PP"))
+    assert (one.ranks, one.stages) == (24, None)
+
+
+def test_data_parallel_copies_of_sglang_count_in_gpus_where_attention_is_not_within(tmp_path):
+    sizes = {"tp_size": 24, "ep_size": 24, "moe_a2a_backend": "none", "dp_size": 2}
+    assert read(tmp_path, changed(**sizes))[0].ranks == 24
+    with pytest.raises(OptionError, match="has 48 GPUs and is started over 24"):
+        read(tmp_path, changed(**sizes, enable_dp_attention=True))
+
+
+def test_a_size_that_is_not_known_is_not_one(tmp_path):
+    tail = "--data-parallel-size 1 --enable-expert-parallel --enable-eplb"
+    (one,) = read(tmp_path, f"vllm serve m -tp $TP {tail}", "r.sh")
+    assert (one.ranks, one.own, one.redundant) == (None, True, 0) and "$TP" in one.notes[0]
+    (one,) = read(tmp_path, f"vllm serve m -tp 8 --no-enable-eplb {tail}".replace(" --enable-eplb", ""), "r.sh")
+    assert (one.ranks, one.own) == (8, False)
+    (one,) = read(tmp_path, "python -m sglang.launch_server --tp $TP --ep 4 --moe-a2a-backend deepep", "r.sh")
+    assert one.ranks is None
+    (one,) = read(tmp_path, "python -m sglang.launch_server --tp 8 --moe-a2a-backend $B", "r.sh")
+    assert one.ranks is None and "$B" in one.notes[0]
+
+
+def test_resources_of_one_node_may_be_those_of_each(tmp_path):
+    recipe = changed(tp_size=8, ep_size=8)
+    recipe["resources"] = {"gpu_type": "gb200", "gpus_per_node": 4, "decode_nodes": 1, "decode_workers": 1}
+    (one,) = read(tmp_path, recipe)
+    assert one.ranks == 8 and one.notes == (
+        "its resources are 4 GPUs, as many as a node has, and it is started over 8: taken as 2 such nodes",
+    )
+    recipe["resources"]["gpus_per_node"] = 3
+    with pytest.raises(OptionError, match="has 3 GPUs and is started over 8"):
+        read(tmp_path, recipe)

@@ -83,11 +83,13 @@ def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any) -> dic
     model = ModelSpec.parse(named) if named else None
     spec = asked.cluster or settings.cluster
     ranks = settings.ranks or (Cluster.parse(spec).num_devices if spec else None)
+    if settings.ranks != 1:
+        lines += _priced(settings, asked.model)
     many = None if model is None or ranks is None else settings.redundant_of(model.num_experts, ranks)
     slot_bytes = None
-    if model is not None and ranks is not None and many:
-        slot_bytes = many / ranks * model.num_moe_layers * model.expert_bytes
-        cache = model.kv_bytes_per_token_layer * model.num_hidden_layers
+    if model is not None and ranks is not None and many and settings.stages is not None:
+        slot_bytes = many / ranks * model.num_moe_layers * model.expert_bytes / settings.stages
+        cache = model.kv_bytes_per_token_layer * model.num_hidden_layers / settings.stages
         lines.append(
             f"Its {many} redundant slots a layer take {slot_bytes / 2**30:.2f} GiB a rank"
             + (f", {slot_bytes / cache:,.0f} tokens of key/value cache." if cache > 0 else ".")
@@ -102,12 +104,28 @@ def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any) -> dic
             raise OptionError(
                 f"the recipe's model {settings.model[:60]!r} is no preset", hint="--model says what it is"
             )
+        if settings.own is None or (settings.redundant is None and settings.slots is None and not settings.map_file):
+            raise OptionError(
+                "what the recipe sets of experts is unknown: " + ", ".join((*settings.doubtful, *settings.notes)),
+                hint="put values in the place of its variables",
+            )
         verdicts = _judged(settings, asked, model, spec, ranks, many, report)
         lines += [line for found in verdicts for one in found.phases for line in _left(settings, one)]
     return {
         **asdict(settings), "redundant": many if many is not None else settings.redundant, "preset": settings.preset,
+        "priced_as": named,
         "slot_bytes_per_rank": slot_bytes, "lines": lines, "verdicts": [one.to_json() for one in verdicts],
     }  # fmt: skip
+
+
+def _priced(settings: ExpertSettings, model: str | None) -> list[str]:
+    """What its model is taken for."""
+    if model or settings.preset:
+        return [f"Its model {settings.model[:80]} is taken for {model or f'the preset {settings.preset}'}."]
+    if not settings.model:
+        return []
+    weights = f" with weights of {settings.precision[:40]}" if settings.precision else ""
+    return [f"Its model {settings.model[:80]}{weights} is no preset: --model says what it is."]
 
 
 def _judged(

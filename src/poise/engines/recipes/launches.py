@@ -2,19 +2,20 @@
 
 Read are srt-slurm's and InferenceX's YAML (``backend`` with ``sglang_config``, ``vllm_config`` or ``trtllm_config`` a
 role), llm-d's (``prefill`` and ``decode`` with ``extra-args``), an options file of TensorRT-LLM, and shell scripts with
-``sglang.launch_server``, ``vllm serve`` or ``trtllm-serve``. Variables of a script are known where it sets them to a
-plain text; what another one holds is not.
+``sglang.launch_server``, ``vllm serve`` or ``trtllm-serve``. Variables of a script are known where it sets them
+once; a word of another one may hold any flag: it is doubtful, and whoever reads a launch says so.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from poise.engines.recipes.shell import MOST, Known, Word, assignments, bare, commands, expand, known_names
 from poise.util.errors import OptionError
 from poise.util.files import read_bounded
 from poise.util.yamlfile import parse_yaml
@@ -23,13 +24,40 @@ MAX_RECIPE = 1 << 20
 MOST_LAUNCHES = 16
 ROLES = ("prefill", "decode", "aggregated", "agg")
 CONFIGS = {"sglang_config": "sglang", "vllm_config": "vllm", "trtllm_config": "tensorrt-llm"}
-_ASSIGNED = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([^\s;&|`$()]*)[ \t]*(?:#.*)?")
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}$]*))?\})")
-_COMMANDS = (
-    (re.compile(r"sglang\.launch_server|(?:^|[\s/])sglang[ \t]+serve"), "sglang"),
-    (re.compile(r"vllm\.entrypoints\S*|(?:^|[\s/])vllm[ \t]+serve"), "vllm"),
-    (re.compile(r"(?:^|[\s/])trtllm-serve(?:[ \t]+serve)?"), "tensorrt-llm"),
+_NO_LAUNCH = {
+    *(
+        "awk",
+        "cat",
+        "command",
+        "cp",
+        "curl",
+        "echo",
+        "grep",
+        "egrep",
+        "fgrep",
+        "head",
+        "kill",
+        "killall",
+        "ls",
+        "mkdir",
+    ),
+    *("mv", "pgrep", "pip", "pip3", "pkill", "printf", "ps", "rm", "sed", "sleep", "tail", "test", "touch", "type"),
+    *("wait", "wget", "which", "[", "[["),
+}
+"""Commands that start nothing, whatever they name."""
+_FILES = {"config", "config-file", "extra-llm-api-options"}
+"""Flags whose file holds flags."""
+_VALUED = re.compile(
+    r"(?!enable-|disable-|no-|skip-|use-|return-|allow-)(?:^|.*-)(?:size|len|length|seqs|requests|tokens|bs|fraction|utilization|dtype|type|backend|port|ports|addr|host|ip|path"
+    r"|model|name|rank|ranks|nodes|nnodes|mode|parser|template|level|tokenizer|quantization|seed|dir|iterations|location|experts"
+    r"|size-local|config|address|algorithm|format|tp|dp|pp|q)"
 )
+"""Flags that are followed by one value."""
+_SCRIPT = re.compile(r"-[a-z]*c|eval")
+"""What a script in one word comes after."""
+_ENGINE = re.compile(r"sglang|vllm|trtllm")
+_MODEL = re.compile(r"model|path|name|repo|weights|checkpoint|ckpt", re.IGNORECASE)
+"""Variables that are one word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +74,8 @@ class Launch:
     gpus : GPUs of one instance by the recipe's resources; None: not said.
     gpu : what a GPU is called there; "": not said.
     gpus_per_node : None: not said.
+    precision : of the weights, as the recipe calls it; "": not said.
+    doubtful : words that may hold any flag: variables that the recipe does not set once, files of flags.
     """
 
     engine: str
@@ -56,6 +86,8 @@ class Launch:
     gpus: int | None = None
     gpu: str = ""
     gpus_per_node: int | None = None
+    precision: str = ""
+    doubtful: tuple[str, ...] = ()
 
 
 def read_launches(path: str | Path) -> tuple[Launch, ...]:
@@ -99,74 +131,99 @@ def _of_yaml(recipe: dict[Any, Any]) -> Iterator[Launch]:
             yield Launch(
                 engine, role if role in ("prefill", "decode") else "", _dashed(flags), environment, shown,
                 _gpus(resources, role), str(resources.get("gpu_type", "")), _count(resources.get("gpus_per_node")),
+                _precision(_dashed(flags)) or str(_part(recipe, "model").get("precision") or ""),
             )  # fmt: skip
     for role in ("prefill", "decode"):
         words = _part(recipe, role).get("extra-args")
         if isinstance(words, str):
-            yield Launch("vllm", role, _flags(_words(words)), _part(_part(recipe, role), "env"), named)
+            flags, doubtful = _flags([one for part in commands(words) for raw in part.words for one in expand(raw, {})])
+            yield Launch("vllm", role, flags, _part(_part(recipe, role), "env"), named, doubtful=doubtful)
     if "moe_config" in recipe or "moe_expert_parallel_size" in recipe:
         yield Launch("tensorrt-llm", "", _dashed(recipe), model=str(recipe.get("model", "")))
 
 
-def _of_script(text: str) -> Iterator[Launch]:
-    known: dict[str, str] = {}
-    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
-        if found := _ASSIGNED.fullmatch(line.strip()):
-            known[found[1]] = found[2].strip("\"'")
+def _of_script(text: str, outer: Known | None = None) -> Iterator[Launch]:
+    every = commands(text)
+    known: Known = {**(outer or {}), **known_names(every)}
+    total = 0
+    for command in every:
+        own, written = assignments(bare(command.words), known)
+        words: list[Word] = []
+        for raw in written:
+            words += (filled := expand(raw, known))
+            total += sum(len(one.text) for one in filled)
+            if total > MOST:
+                raise OptionError(f"commands of the recipe have more than {MOST} characters, variables filled in")
+        texts = [one.text for one in words]
+        if not texts or texts[0].rsplit("/", 1)[-1] in _NO_LAUNCH or texts[0].endswith(":"):
             continue
-        if line.lstrip().startswith("#"):
-            continue
-        for pattern, engine in _COMMANDS:
-            if start := pattern.search(line):
-                before, words = line[: start.start()], _words(_filled(line[start.end() :], known))
-                environment = known | {
-                    name: value for name, eq, value in (word.partition("=") for word in before.split()) if eq
-                }
-                flags = _flags(words)
-                named = flags.get("model-path") or flags.get("model")
-                if named is None and words and not words[0].startswith("-"):
-                    named = words[0]
-                role = str(flags.get("disaggregation-mode", ""))
-                yield Launch(
-                    engine, role if role in ("prefill", "decode") else "", flags, environment, str(named or "")
-                )
-                break
+        for script in (two for one, two in pairwise(texts) if outer is None and _SCRIPT.fullmatch(one)):
+            if _ENGINE.search(script):
+                yield from _of_script(script, known)
+        if found := _started(texts):
+            engine, at = found
+            yield _launch(
+                engine, words[at:], {**{name: one for name, one in known.items() if isinstance(one, str)}, **own}
+            )
 
 
-def _filled(line: str, known: Mapping[str, str]) -> str:
-    def value(found: re.Match[str]) -> str:
-        return known.get(found[1] or found[2], found[0] if found[3] is None else found[3])
-
-    return _VARIABLE.sub(value, line)
-
-
-def _words(line: str) -> list[str]:
-    """The words of a command up to where another begins."""
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError as error:
-        raise OptionError(f"a command of the recipe cannot be read: {error}") from None
-    end = next(
-        (at for at, word in enumerate(words) if word in ("&", "|", "||", "&&", ";", ">", "2>&1", "2>")), len(words)
-    )
-    return words[:end]
+def _started(words: list[str]) -> tuple[str, int] | None:
+    """The engine that a command starts, and the place of its first argument."""
+    for at, (word, after) in enumerate(pairwise([*words, ""])):
+        name = word.rsplit("/", 1)[-1]
+        if (word == "-m" and after == "sglang.launch_server") or (name == "sglang" and after == "serve"):
+            return "sglang", at + 2
+        if (word == "-m" and re.fullmatch(r"vllm\.entrypoints\.[\w.]+", after)) or (
+            name == "vllm" and after == "serve"
+        ):
+            return "vllm", at + 2
+        if name == "trtllm-serve":
+            return "tensorrt-llm", at + 1 + (after == "serve")
+    return None
 
 
-def _flags(words: list[str]) -> dict[str, Any]:
+def _launch(engine: str, words: list[Word], environment: Mapping[str, str]) -> Launch:
+    first = next((one for one in words[:1] if not one.text.startswith("-")), None)
+    if first and first.many and not _MODEL.search(first.text):
+        first = None  # its flags, for all that is known
+    flags, doubtful = _flags(words[1:] if first else words)
+    named = flags.get("model-path") or flags.get("model") or (first.text if first else "")
+    role = str(flags.get("disaggregation-mode", ""))
+    return Launch(
+        engine, role if role in ("prefill", "decode") else "", flags, environment, str(named),
+        precision=_precision(flags), doubtful=doubtful,
+    )  # fmt: skip
+
+
+def _precision(flags: Mapping[str, Any]) -> str:
+    return str(flags.get("quantization") or flags.get("q") or "")
+
+
+def _flags(words: list[Word]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Flags by name, and words that may hold others."""
     out: dict[str, Any] = {}
+    doubtful: list[str] = []
     at = 0
     while at < len(words):
         word = words[at]
         at += 1
-        if not re.fullmatch(r"--?[A-Za-z][\w.-]*(?:=.*)?", word, re.DOTALL):
+        if not re.fullmatch(r"--?[A-Za-z][\w.-]*(?:=.*)?", word.text, re.DOTALL):
+            if "$" in word.text:
+                doubtful.append(word.text[:60])
             continue
-        name, eq, value = word.lstrip("-").partition("=")
+        name, eq, value = word.text.lstrip("-").partition("=")
+        name = name.replace("_", "-")
         given: str | None = value if eq else None
-        if not eq and at < len(words) and not re.fullmatch(r"--?[A-Za-z].*", words[at], re.DOTALL):
-            given = words[at]
+        if not eq and at < len(words) and not re.fullmatch(r"--?[A-Za-z].*", words[at].text, re.DOTALL):
+            if words[at].many and not _VALUED.fullmatch(name):
+                doubtful.append(words[at].text[:60])  # a flag without a value, and more flags
+            else:
+                given = words[at].text
             at += 1
-        _put(out, name.replace("_", "-"), given)
-    return out
+        if name in _FILES:
+            doubtful.append(f"--{name} {given or ''}".strip()[:60])
+        _put(out, name, given)
+    return out, tuple(doubtful)
 
 
 def _put(out: dict[str, Any], name: str, value: Any) -> None:

@@ -17,16 +17,19 @@ SPELLED: dict[str, dict[str, tuple[str, ...]]] = {
         "redundant": ("ep-num-redundant-experts",), "eplb": ("enable-eplb",), "map": ("init-expert-location",),
         "backend": ("moe-a2a-backend",), "steps": ("eplb-rebalance-num-iterations",),
         "dispatch": ("ep-dispatch-algorithm",), "deepep": ("enable-deepep-moe",),
+        "pp": ("pipeline-parallel-size", "pp-size", "pp"), "dp": ("data-parallel-size", "dp-size", "dp"),
+        "attention": ("enable-dp-attention",),
     },
     "vllm": {
         "tp": ("tensor-parallel-size", "tp"), "dp": ("data-parallel-size", "dp"),
         "on": ("enable-expert-parallel", "ep"),
         "redundant": ("num-redundant-experts",), "eplb": ("enable-eplb",), "config": ("eplb-config",),
-        "backend": ("all2all-backend",),
+        "backend": ("all2all-backend",), "pp": ("pipeline-parallel-size", "pp"),
+        "off": ("no-enable-expert-parallel",), "eplb-off": ("no-enable-eplb",),
     },
     "tensorrt-llm": {
         "tp": ("tensor-parallel-size", "tp-size"), "ep": ("moe-expert-parallel-size", "ep-size"),
-        "moe": ("moe-config",),
+        "moe": ("moe-config",), "pp": ("pipeline-parallel-size", "pp-size"),
     },
 }  # fmt: skip
 """Every spelling of the flags that are read, by engine."""
@@ -37,6 +40,13 @@ ALSO = {
     "eplb-rebalance-layers-per-chunk", "eplb-min-rebalancing-utilization-threshold", "enable-return-routed-experts",
 }  # fmt: skip
 """Flags of experts that decide nothing of where they lie."""
+ALLOWED = {"instruct", "base", "thinking", "chat", "hf", "v0.1", "preview"}
+"""What a model's name may say beyond its preset's: the same layers and the same weights' type. Dates beside."""
+MORE = {"llama-4-maverick": {"17b", "128e"}, "llama-4-scout": {"17b", "16e"}}
+OTHER = {"kimi-k2": {"thinking"}}  # published in 4 bits
+TYPES = {"fp8": {"fp8"}, "mxfp4": {"mxfp4", "fp4"}, "": {"bf16", "bfloat16", "auto", "fp16", "float16"}}
+"""What recipes call the weights' types, by ``quant_method`` of a preset."""
+PARALLEL = {"tp": "tensor", "dp": "data", "pp": "pipeline"}
 _EXPERTS = re.compile(r"expert|eplb|redundan|(?:^|-)(?:moe|ep)(?:-|$)")
 
 
@@ -50,11 +60,14 @@ class ExpertSettings:
     ranks : that experts are spread over; 1: they are not; None: the recipe does not say.
     redundant : slots a layer beyond one an expert; None: only the map file, or an unknown variable, says.
     slots : slots a layer in all, where the recipe says that instead (TensorRT-LLM).
-    own : the engine's own EPLB rearranges.
+    own : the engine's own EPLB rearranges; None: the recipe does not say.
     map_file : a map that is loaded; "": none.
     backend : all-to-all; "": not said.
     gpu, gpus_per_node : what it runs on, as far as it is said.
     unknown : flags of experts that are not read here. notes : for the reader.
+    stages : of a pipeline, each with layers and ranks of its own; None: the recipe does not say.
+    precision : as in :class:`poise.engines.recipes.launches.Launch`.
+    doubtful : words that may hold any flag.
     """
 
     engine: str
@@ -63,19 +76,29 @@ class ExpertSettings:
     ranks: int | None
     redundant: int | None
     slots: int | None
-    own: bool
+    own: bool | None
     map_file: str
     backend: str
     gpu: str
     gpus_per_node: int | None
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    stages: int | None = 1
+    precision: str = ""
+    doubtful: tuple[str, ...] = ()
 
     @property
     def preset(self) -> str:
-        """The model preset whose name its model's begins with; "": none."""
+        """The preset of just its model, with weights of just its type; "": none."""
         name = re.split(r"[/\\]", self.model.lower().rstrip("/"))[-1]
-        return max((one for one in MODELS if name.startswith(one)), key=len, default="")
+        near = (one for one in MODELS if name == one or name.startswith(f"{one}-"))
+        found = max(near, key=len, default="")
+        own = TYPES[MODELS[found].get("quantization_config", {}).get("quant_method", "")] if found else set()
+        allowed = (ALLOWED | MORE.get(found, set()) | own) - OTHER.get(found, set())
+        words = name[len(found) :].split("-")[1:]
+        if any(word not in allowed and not re.fullmatch(r"[0-9]{4}", word) for word in words):
+            return ""
+        return found if self.precision.lower() in own | {""} else ""
 
     @property
     def cluster(self) -> str:
@@ -108,17 +131,29 @@ class ExpertSettings:
     def sentence(self) -> str:
         """What it sets, and what that leaves to chance."""
         where = f"{self.role or 'both phases'}, {self.engine}, {self.ranks or '?'} expert-parallel ranks"
+        if self.doubtful:
+            return (
+                f"{where}: what it sets of experts is unknown, {', '.join(self.doubtful)} may hold any flag and is not "
+                "set once in the recipe"
+            )
         if self.ranks == 1:
             return f"{where}: no expert moves, and no map matters"
-        many = "as many slots as its map has" if self.redundant is None and self.slots is None else (
-            f"{self.redundant} redundant slots a layer" if self.slots is None else f"{self.slots} slots a layer"
-        )  # fmt: skip
-        if self.map_file:
+        if self.slots is not None:
+            many = f"{self.slots} slots a layer"
+        elif self.redundant is not None:
+            many = f"{self.redundant} redundant slots a layer"
+        else:
+            many = "as many slots as its map has" if self.map_file else "an unknown number of slots"
+        if self.own is None:
+            how = "whether EPLB is on is not said"
+        elif self.map_file:
             how = f"the map {self.map_file} is loaded"
         elif self.own:
             how = "EPLB on, no planned map: it starts with none and rearranges by what it counts"
         elif self.redundant:
             how = f"EPLB off and no map: they hold experts 0 to {self.redundant - 1} again, whatever is used"
+        elif self.redundant is None and self.slots is None:
+            how = "EPLB off and no map"
         else:
             how = "EPLB off and no map: experts lie in blocks by their numbers"
         return f"{where}, {many}, {how}"
@@ -140,38 +175,54 @@ def expert_settings(launch: Launch) -> ExpertSettings:
         if role in given and given[role] != value:
             raise OptionError(f"{role} is given as {given[role]!r:.40} and as {value!r:.40}", hint="keep one of them")
         given[role] = value
-    others = (flag for flag in launch.flags if flag not in names and flag not in ALSO)
+    inner = _dotted(launch, given)
+    others = (flag for flag in launch.flags if flag not in names and flag not in ALSO and flag not in inner)
     unknown = tuple(sorted(flag for flag in others if _EXPERTS.search(flag)))
     notes: list[str] = []
-    tp, dp = _number("tensor parallel size", given, "tp", notes), _number("data parallel size", given, "dp", notes)
-    ranks: int | None = 1
-    own, map_file, slots = _on(given.get("eplb", False)), str(given.get("map") or ""), None
+    sizes = {key: _size(f"{what} parallel size", given, key, notes) for key, what in PARALLEL.items()}
+    tp, dp, pp = (sizes[key] for key in ("tp", "dp", "pp"))
+    if (
+        launch.engine == "sglang"
+        and (within := _said("attention of data parallelism", given, "attention", notes)) is not False
+    ):
+        dp = 1 if within else None  # within the tensor parallel group
+    ranks: int | None
+    own, map_file, slots = _said("EPLB", given, "eplb", notes), str(given.get("map") or ""), None
     redundant = _number("redundant experts", given, "redundant", notes, least=0)
     if launch.engine == "vllm":
-        settings = _json(given.get("config"))
-        inner = _number("num_redundant_experts", settings, "num_redundant_experts", notes, least=0)
-        if None not in (redundant, inner) and redundant != inner:
-            raise OptionError(f"redundant experts are {redundant} by one flag and {inner} by --eplb-config")
-        redundant = inner if redundant is None else redundant
-        ranks = (tp or 1) * (dp or 1) if _on(given.get("on", False)) else 1
-        if tp is None and dp is None and (own or "on" in given):
+        settings = _json(given.get("config"), notes)
+        there = _number("num_redundant_experts", settings, "num_redundant_experts", notes, least=0)
+        if None not in (redundant, there) and redundant != there:
+            raise OptionError(f"redundant experts are {redundant} by one flag and {there} by --eplb-config")
+        redundant = there if redundant is None else redundant
+        if "$" in str(settings.get("num_redundant_experts", "")) or settings.get("$"):
+            given.setdefault("redundant", None)
+        on = _said("expert parallelism", given, "on", notes)
+        if "eplb-off" in given or "off" in given:
+            own, on = (own if "eplb-off" not in given else False), (on if "off" not in given else False)
+        ranks = 1 if on is False else None if on is None or tp is None or dp is None else tp * dp
+        if "tp" not in given and "dp" not in given and (own or on):
             ranks = launch.gpus
             notes += ["the recipe does not say over how many ranks"] if ranks is None else []
         map_file = str(launch.environment.get("POISE_STATIC_MAP", ""))
-        if not own and redundant:
+        if own is False and redundant and not launch.doubtful:
             raise OptionError(
                 f"{redundant} redundant experts with EPLB off: vLLM does not start", hint="--enable-eplb, or 0"
             )
-        if own and ranks == 1:
+        if own and ranks == 1 and not launch.doubtful:
             raise OptionError(
-                f"EPLB on 1 expert-parallel rank, {tp or 1} x {dp or 1} GPUs: vLLM does not start",
+                f"EPLB on 1 expert-parallel rank, {tp or '?'} x {dp or '?'} GPUs: vLLM does not start",
                 hint="--enable-expert-parallel, over more than one",
             )
     elif launch.engine == "sglang":
         ranks = _ranks(given, notes)
         spread = given.get("backend") not in (None, "none") or _on(given.get("deepep", False))
-        if spread and tp and ranks != tp:
-            notes.append(f"an all-to-all backend makes the expert-parallel size {tp} (it says {ranks})")
+        if "$" in str(given.get("backend") or ""):
+            notes.append(f"the all-to-all backend is {str(given['backend'])[:40]}, which the recipe does not set")
+            ranks = ranks if ranks == tp else None
+        elif spread and "tp" in given and ranks != tp:
+            says = f" (it says {ranks})" if ranks else ""
+            notes += [f"an all-to-all backend makes the expert-parallel size {tp}{says}"] if tp else []
             ranks = tp
         map_file = "" if map_file == "trivial" else map_file
     else:
@@ -182,27 +233,81 @@ def expert_settings(launch: Launch) -> ExpertSettings:
             slots = _number("num_slots", balancer, "num_slots", notes)
             own = bool(balancer.get("layer_updates_per_iter"))
             map_file = "initial_global_assignments" if balancer.get("initial_global_assignments") else ""
+            if slots is None and "num_slots" in balancer:
+                given["redundant"] = None
+        elif "$" in str(given.get("moe") or ""):
+            notes.append(f"moe_config is {str(given['moe'])[:40]}, which the recipe does not set")
+            own, given["redundant"] = None, None
+    if "$" in map_file:
+        notes.append(f"the map is {map_file[:60]}, which the recipe does not set")
+    if any("redundan" in flag for flag in unknown):
+        given.setdefault("redundant", None)
     if map_file == "" and redundant is None and slots is None and "redundant" not in given:
         redundant = 0
-    devices = (tp or 1) * (dp or 1)
-    if launch.gpus is not None and tp is not None and devices != launch.gpus:
-        raise OptionError(
-            f"the {launch.role or 'engine'} has {launch.gpus} GPUs and is started over {devices}",
-            hint="resources and parallel sizes of the recipe disagree",
+    group = None if tp is None or dp is None else tp * (dp if launch.engine == "vllm" else 1)
+    devices = None if tp is None or dp is None or pp is None else tp * dp * pp
+    if launch.gpus is not None and "tp" in given and devices not in (None, launch.gpus) and not launch.doubtful:
+        assert devices is not None
+        if launch.gpus != launch.gpus_per_node or devices % launch.gpus:
+            raise OptionError(
+                f"the {launch.role or 'engine'} has {launch.gpus} GPUs and is started over {devices}",
+                hint="resources and parallel sizes of the recipe disagree",
+            )
+        notes.append(
+            f"its resources are {launch.gpus} GPUs, as many as a node has, and it is started over {devices}: taken as "
+            f"{devices // launch.gpus} such nodes"
         )
-    if tp is not None and ranks is not None and ranks > devices:
-        raise OptionError(f"{ranks} expert-parallel ranks on {devices} GPUs")
+    if "tp" in given and group is not None and ranks is not None and ranks > group and not launch.doubtful:
+        raise OptionError(f"{ranks} expert-parallel ranks on {group} GPUs")
     if own and map_file and launch.engine == "sglang":
         notes.append("the map is a start only: --enable-eplb replaces it")
+    if pp is not None and pp > 1:
+        notes.append(f"{pp} stages of a pipeline: each spreads the experts of its own layers over its own ranks")
+    cache = str(launch.flags.get("kv-cache-dtype") or "auto")
+    if cache not in ("auto", "bfloat16", "bf16", "float16", "fp16"):
+        notes.append(f"the key/value cache is of {cache[:40]}: more tokens than those of 16 bits counted here fit")
+    if launch.doubtful:
+        ranks = redundant = slots = own = None
+        map_file = ""
     return ExpertSettings(
         launch.engine, launch.role, launch.model, ranks, redundant, slots, own, map_file,
-        str(given.get("backend") or ""), launch.gpu.lower(), launch.gpus_per_node, unknown, tuple(notes),
+        str(given.get("backend") or ""), launch.gpu.lower(), launch.gpus_per_node, unknown, tuple(notes), pp,
+        launch.precision, launch.doubtful,
     )  # fmt: skip
 
 
-def _ranks(given: dict[str, Any], notes: list[str]) -> int | None:
+def _dotted(launch: Launch, given: dict[str, Any]) -> set[str]:
+    """Put ``--eplb-config.KEY VALUE`` of vLLM beside what ``--eplb-config`` has; the flags that were."""
+    found = {flag for flag in launch.flags if launch.engine == "vllm" and flag.startswith("eplb-config.")}
+    if found:
+        settings = dict(_json(given.get("config"), []))
+        for flag in found:
+            key, value = flag.partition(".")[2].replace("-", "_"), launch.flags[flag]
+            if str(settings.get(key, value)) != str(value):
+                raise OptionError(
+                    f"{key:.60} is {settings[key]!r:.40} in --eplb-config and {value!r:.40} by --{flag:.60}"
+                )
+            settings[key] = value
+        given["config"] = settings
+    return found
+
+
+def _size(what: str, given: dict[str, Any], key: str, notes: list[str]) -> int | None:
     """1 where nothing is said; None where it cannot be read."""
-    return _number("expert parallel size", given, "ep", notes) if given.get("ep") is not None else 1
+    return _number(what, given, key, notes) if given.get(key) is not None else 1
+
+
+def _ranks(given: dict[str, Any], notes: list[str]) -> int | None:
+    return _size("expert parallel size", given, "ep", notes)
+
+
+def _said(what: str, given: dict[str, Any], key: str, notes: list[str]) -> bool | None:
+    """Whether a flag is on; None where a variable says."""
+    value = given.get(key, False)
+    if "$" in str(value):
+        notes.append(f"{what} is {str(value)[:40]}, which the recipe does not set")
+        return None
+    return _on(value)
 
 
 def _on(value: Any) -> bool:
@@ -223,9 +328,12 @@ def _number(what: str, given: Any, key: str, notes: list[str], *, least: int = 1
     return int(text)
 
 
-def _json(value: Any) -> dict[Any, Any]:
+def _json(value: Any, notes: list[str]) -> dict[Any, Any]:
     if value is None or isinstance(value, dict):
         return value or {}
+    if "$" in str(value):
+        notes.append(f"--eplb-config is {str(value)[:60]}, which the recipe does not set")
+        return {"$": True}
     try:
         got = parse_json(str(value), InputError)
     except InputError as error:
