@@ -125,11 +125,11 @@ def orthogonalised(
 ) -> Tensor:
     """Each matrix of a stack [..., a, b] with its singular values driven towards 1 (Newton-Schulz), in ``dtype``."""
     a, b, c = coefficients
-    x = matrices.to(dtype)
+    x = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.flatten(-2).norm(dim=-1).clamp(min=eps)[..., None, None]
-    for _ in range(steps):
+    for _ in range(steps):  # as ``torch.optim.Muon``: sums that are rounded between products double the error
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
