@@ -255,6 +255,20 @@ def computed_again() -> dict:
               run.foresee(step.rollout, [step.rows(m, rank) for m in range(MICRO)])]  # fmt: skip
     said = c.raised(ModelError, losses[0].backward)
     assert "micro-batch 0 is computed again while none" in said, said
+    rows = [step.rows(m, rank) for m in range(MICRO)]
+    outside = loss_of(model, step, rows[0])
+    for _ in run.foresee(step.rollout, rows[:1]):
+        late = c.raised(ModelError, outside.backward)
+    assert "a pass outside of the loop is computed again while micro-batch 0" in late, late
+    for _ in run.foresee(step.rollout, rows[:1], replay=False):
+        forecast = loss_of(model, step, rows[0])
+    for _ in run.foresee(step.rollout, rows):
+        late = c.raised(ModelError, forecast.backward)
+        break
+    assert "micro-batch 0 is computed again while micro-batch 0" in late, late
+    for _ in run.foresee(step.rollout, rows[:1], replay=False):
+        outside = loss_of(model, step, rows[0])
+    outside.backward()  # no record is replayed, then or now
     return {"error": error, "said": said}
 
 

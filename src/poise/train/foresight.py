@@ -42,6 +42,11 @@ class MicroBatch:
     top_k: int
     experts_TLK: Tensor | None = None
 
+    @property
+    def replays(self) -> bool:
+        """Whether the record replaces the router's choice."""
+        return self.experts_TLK is not None
+
     def of(self, layer: int) -> Foreseen:
         """What is known of a layer."""
         return Foreseen(self.load_LSE[layer].astype(np.int64), self.sure)
