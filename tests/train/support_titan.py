@@ -6,9 +6,11 @@ import copy
 import tempfile
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train import titan_model as titan
 from tests.train.support_models import case
@@ -17,6 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from poise.routing.trace import RoutingTrace
+from poise.train import Rollout
 from poise.train.dispatched import PassThrough
 from poise.util.errors import ModelError, OptionError
 
@@ -105,6 +109,38 @@ def titan_checkpoints() -> dict:
     dcp.load(again, checkpoint_id=f"{folder[0]}/ours")
     assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
     return {"tensors": len(again)}
+
+
+def told(router: nn.Module, ids_BLK: torch.Tensor) -> Any:
+    """The router's forward with given experts, written down a second time."""
+
+    def forward(x_BLD: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores_BLE = torch.sigmoid(router.gate(x_BLD))
+        scores_BLK = scores_BLE.gather(-1, ids_BLK)
+        return scores_BLK / (scores_BLK.sum(-1, keepdim=True) + 1e-20), ids_BLK, scores_BLE
+
+    return forward
+
+
+@case
+def titan_replay() -> dict:
+    """A record is replayed though the router lies one module above the experts: losses and gradients of a dense run."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dense, model = titan.build(), titan.build()
+    batch = titan.tokens(0, world)[0].shape[:2]
+    picks = np.argsort(np.random.default_rng(3).random((batch.numel(), 2, 6)), axis=2)[:, :, :2]
+    for layer, block in enumerate(dense.layers.values()):
+        block.moe.router.forward = told(block.moe.router, torch.from_numpy(picks[:, layer].copy()).view(*batch, 2))
+    titan.loss_of(dense, 0, world).backward()
+    run = shard(model)
+    mine = np.arange(batch.numel()).reshape(world, -1)[rank]
+    for _ in run.foresee(Rollout(RoutingTrace(picks.astype(np.int16), 6)), [mine]):
+        titan.loss_of(model, 0, world, rank).backward()
+    c.average_dense(model, run)
+    wanted = {name: weight.grad for name, weight in dense.named_parameters()}
+    error = c.agreed(h.worst(c.of_all(model), h.local_rows(model, wanted)))
+    assert error <= EXACT, error
+    return {"error": error}
 
 
 @case

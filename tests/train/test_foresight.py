@@ -1,9 +1,13 @@
 """Routing known ahead: rollouts and their rows, micro-batches dealt anew, and sharded runs on two processes."""
 
+import copy
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.train.foresight_cases import MINE
@@ -11,6 +15,8 @@ from tests.train.foresight_cases import MINE
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.regroup import even_out
 from poise.train import Rollout, regrouped
+from poise.train.foresight import MicroBatch, replay_routers
+from poise.train.owned import OwnedExperts
 from poise.util.errors import ModelError, OptionError, TraceError
 
 
@@ -65,6 +71,45 @@ def test_a_rollout_needs_tokens(tmp_path):
         one.fits(3, 6)
     with pytest.raises(OptionError, match="whole numbers, got float64"):
         one.within(np.zeros(3))
+
+
+class Interrupted(torch.nn.Module):
+    """A router beside experts; it is interrupted where it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = OwnedExperts.__new__(OwnedExperts)
+        torch.nn.Module.__init__(self.experts)
+        self.experts.number, self.experts.num_experts = 0, 6
+        self.now = False
+
+    def forward(self, scores: torch.Tensor, **options: Any) -> Any:
+        chosen = torch.topk(scores, 2, **options)
+        if self.now:
+            raise KeyboardInterrupt
+        return chosen
+
+
+def replayed(experts_TLK: torch.Tensor) -> Interrupted:
+    """Its record replayed, as in the turn of a micro-batch."""
+    model = Interrupted()
+    now = MicroBatch(0, 0, np.zeros((1, 1, 6), np.int32), True, len(experts_TLK), 2, experts_TLK)
+    object.__setattr__(model.experts, "schedule", SimpleNamespace(planner=SimpleNamespace(micro_batch=now)))
+    replay_routers(model)
+    return model
+
+
+def test_an_interrupt_ends_the_replay():
+    recorded = torch.tensor([[[4, 5]], [[5, 4]], [[4, 5]]])
+    scores = torch.arange(18.0).reshape(3, 6).flip(1)
+    model = replayed(recorded)
+    assert model(scores).indices.sort(1)[0].tolist() == [[4, 5]] * 3
+    twin = copy.deepcopy(model)
+    assert twin.forward.__wrapped__.__self__ is twin and twin.forward.experts is twin.experts
+    model.now = True
+    with pytest.raises(KeyboardInterrupt):
+        model(scores)
+    assert torch.topk(scores, 2).indices.tolist() == [[0, 1]] * 3, "the record goes on deciding"
 
 
 def squares(load_QX, size_Q, rank_Q, micro_Q):

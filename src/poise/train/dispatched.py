@@ -80,3 +80,10 @@ def pass_tokens_on(model: nn.Module, name: str) -> None:
     """Let the dispatcher beside these experts hand on tokens and routing."""
     parent = model.get_submodule(name.rpartition(".")[0])
     setattr(parent, SEAM, PassThrough(getattr(parent, SEAM)))
+
+
+def router_place(model: nn.Module, name: str) -> str:
+    """The module whose forward has the router of these sharded experts: what holds them, or them and a dispatcher."""
+    parent = name.rpartition(".")[0]
+    behind = isinstance(getattr(model.get_submodule(parent), SEAM, None), PassThrough)
+    return parent.rpartition(".")[0] if behind else parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from poise.stepwise.protocol import Foreseen
+from poise.train.dispatched import router_place
 from poise.train.owned import OwnedExperts
 from poise.train.rollout import UNKNOWN
 from poise.util.errors import ModelError
@@ -76,8 +78,8 @@ class MicroBatch:
         return ModelError(
             f"layer {layer}: the router sends {other} of {int(known_T.sum())} recorded tokens to other experts than "
             "the rollout did, and was not made to replay it",
-            hint="replayed is a torch.topk over all experts in the forward of the module that holds them; replay=False "
-            "takes the record as a forecast",
+            hint="replayed is a torch.topk over all experts in the forward of the module that holds them (behind a "
+            "dispatcher: the module around both); replay=False takes the record as a forecast",
         )
 
 
@@ -106,40 +108,35 @@ class _Chosen(TorchFunctionMode):
         return torch.return_types.topk((scores.gather(-1, ids), ids))
 
 
-class ReplaysRouting:
-    """Hooks of the module that has a router and sharded experts: while it runs, the record decides.
+class _Replaying:
+    """Stands for the forward of the module that has a router and sharded experts: while it runs, the record decides.
+
+    A ``with``, and no hooks of the module: those are not called after a KeyboardInterrupt, and the record would go on
+    deciding.
 
     Parameters
     ----------
+    forward : of the module.
     experts : its sharded experts, of any run.
     """
 
-    def __init__(self, experts: OwnedExperts) -> None:
+    def __init__(self, forward: Callable[..., Any], experts: OwnedExperts) -> None:
+        self.__wrapped__ = forward  # where ``inspect.signature`` looks
         self.experts = experts
-        self._entered: list[_Chosen | None] = []
 
-    def before(self, *_: Any) -> None:
-        """Its forward begins, or is computed again."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, or its recomputation."""
         schedule: Any = getattr(self.experts, "schedule", None)
         now: MicroBatch | None = None if schedule is None else schedule.planner.micro_batch
-        mode = None
-        if now is not None and now.experts_TLK is not None:
-            mode = _Chosen(now.experts_TLK[:, self.experts.number], self.experts.num_experts)
-            mode.__enter__()
-        self._entered.append(mode)
-
-    def after(self, *_: Any) -> None:
-        """Its forward is over, or has failed."""
-        mode = self._entered.pop() if self._entered else None
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        if now is None or now.experts_TLK is None:
+            return self.__wrapped__(*args, **kwargs)
+        with _Chosen(now.experts_TLK[:, self.experts.number], self.experts.num_experts):
+            return self.__wrapped__(*args, **kwargs)
 
 
 def replay_routers(model: nn.Module) -> None:
-    """Put the hooks on every module of a model that holds sharded experts."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, OwnedExperts):
-                hooks = ReplaysRouting(child)
-                module.register_forward_pre_hook(hooks.before)
-                module.register_forward_hook(hooks.after, always_call=True)
+    """Let the record decide in every module of a model that holds sharded experts, itself or behind a dispatcher."""
+    for name, experts in list(model.named_modules()):
+        if isinstance(experts, OwnedExperts):
+            module: Any = model.get_submodule(router_place(model, name))
+            module.forward = _Replaying(module.forward, experts)
