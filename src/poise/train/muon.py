@@ -93,6 +93,10 @@ class Muon(torch.optim.Optimizer):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight.grad, memory_format=torch.preserve_format)
+        if isinstance(weight, ExpertRows):
+            for rows in (weight.grad, state["momentum_buffer"]):
+                if isinstance(rows, ExpertRows):  # what follows is on plain tensors, which know no experts
+                    weight.ownership.check(rows.ownership)
         value, grad, kept = plain(weight), plain(weight.grad), plain(state["momentum_buffer"])
         kept.lerp_(grad, 1.0 - group["momentum"])
         update = grad.lerp(kept, group["momentum"]) if group["nesterov"] else kept
