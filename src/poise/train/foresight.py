@@ -33,7 +33,7 @@ class MicroBatch:
     load_LSE : int32 [L, D, E], recorded pairs of every layer, rank and expert; the same on all ranks.
     sure : its routing is replayed and every token of every rank is known: these will be the loads.
     tokens, top_k : of this rank as recorded, unknown ones counted, and experts of each.
-    experts_TLK : int64 [T, L, K], what this rank replays; -1: unknown. None: nothing is replayed.
+    experts_TLK : int16 [T, L, K], what this rank replays; -1: unknown. None: nothing is replayed.
     """
 
     key: int
@@ -70,7 +70,7 @@ class MicroBatch:
             )
         if self.experts_TLK is None:
             return None
-        recorded_TK = self.experts_TLK[:, layer]
+        recorded_TK = self.experts_TLK[:, layer].long()
         known_T = recorded_TK[:, 0] != UNKNOWN
         other = int(((recorded_TK.sort(1)[0] != ids_TK.sort(1)[0]).any(1) & known_T).sum())
         if not other:
@@ -130,7 +130,7 @@ class _Replaying:
         now: MicroBatch | None = None if schedule is None else schedule.planner.micro_batch
         if now is None or now.experts_TLK is None:
             return self.__wrapped__(*args, **kwargs)
-        with _Chosen(now.experts_TLK[:, self.experts.number], self.experts.num_experts):
+        with _Chosen(now.experts_TLK[:, self.experts.number].long(), self.experts.num_experts):
             return self.__wrapped__(*args, **kwargs)
 
 
