@@ -18,6 +18,8 @@ from poise.train.owned import OwnedExperts
 from poise.train.rollout import UNKNOWN
 from poise.util.errors import ModelError
 
+SORTED = 4
+"""Place of ``sorted`` among the arguments of ``torch.topk``."""
 MAX_LOADS = 2**28
 """Most numbers (micro-batches x layers x ranks x experts) that are known ahead at a time: 1 GB."""
 
@@ -84,7 +86,7 @@ class MicroBatch:
 
 
 class _Chosen(TorchFunctionMode):
-    """``torch.topk`` over all experts gives recorded experts, and the scores that the router has for these.
+    """``torch.topk`` over all experts gives recorded experts, and the scores that the router has for these, in order.
 
     Everything before and after it is the router's own: gradients flow into the scores.
     """
@@ -105,7 +107,11 @@ class _Chosen(TorchFunctionMode):
             return found  # over groups of experts, or something else
         recorded = self.recorded_TK.view(found.indices.shape)
         ids = torch.where(recorded == UNKNOWN, found.indices, recorded)
-        return torch.return_types.topk((scores.gather(-1, ids), ids))
+        values = scores.gather(-1, ids)
+        if kwargs.get("sorted", args[SORTED] if len(args) > SORTED else True):
+            values, order = values.sort(dim=-1, descending=True, stable=True)
+            ids = ids.gather(-1, order)
+        return torch.return_types.topk((values, ids))
 
 
 class _Replaying:
@@ -136,7 +142,10 @@ class _Replaying:
 
 def replay_routers(model: nn.Module) -> None:
     """Let the record decide in every module of a model that holds sharded experts, itself or behind a dispatcher."""
-    for name, experts in list(model.named_modules()):
+    done: set[tuple[int, int]] = set()
+    for name, experts in list(model.named_modules(remove_duplicate=False)):
         if isinstance(experts, OwnedExperts):
             module: Any = model.get_submodule(router_place(model, name))
-            module.forward = _Replaying(module.forward, experts)
+            if (pair := (id(module), id(experts))) not in done:  # layers may share experts, or be one under two names
+                done.add(pair)
+                module.forward = _Replaying(module.forward, experts)
