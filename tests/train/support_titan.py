@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import tempfile
 from typing import Any
 
@@ -111,7 +112,7 @@ def titan_checkpoints() -> dict:
     return {"tensors": len(again)}
 
 
-def told(router: nn.Module, ids_BLK: torch.Tensor) -> Any:
+def follows(router: nn.Module, ids_BLK: torch.Tensor) -> Any:
     """The router's forward with given experts, written down a second time."""
 
     def forward(x_BLD: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,7 +131,7 @@ def titan_replay() -> dict:
     batch = titan.tokens(0, world)[0].shape[:2]
     picks = np.argsort(np.random.default_rng(3).random((batch.numel(), 2, 6)), axis=2)[:, :, :2]
     for layer, block in enumerate(dense.layers.values()):
-        block.moe.router.forward = told(block.moe.router, torch.from_numpy(picks[:, layer].copy()).view(*batch, 2))
+        block.moe.router.forward = follows(block.moe.router, torch.from_numpy(picks[:, layer].copy()).view(*batch, 2))
     titan.loss_of(dense, 0, world).backward()
     run = shard(model)
     mine = np.arange(batch.numel()).reshape(world, -1)[rank]
@@ -160,6 +161,14 @@ def titan_refusals() -> dict:
 
     bare = c.raised(ModelError, lambda: shard(Bare()))
     assert "token_dispatcher" in bare and f"{dist.get_world_size()} ranks" in said
+    early = titan.build()
+    for place in ("moe.routed_experts.token_dispatcher", "moe.routed_experts", "moe"):
+        owner = operator.attrgetter(place)(early.layers["0"])
+        owner.score_before_experts = True
+        told = c.raised(ModelError, lambda: shard(early))
+        assert "weights tokens before its experts" in told, told
+        owner.score_before_experts = False
+    shard(early)
     twin = copy.deepcopy(model)
     losses = [titan.loss_of(m, 0, dist.get_world_size(), dist.get_rank()) for m in (model, twin)]
     assert torch.equal(*losses)

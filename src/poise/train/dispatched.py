@@ -15,6 +15,8 @@ from poise.runtime.experts import takes_counts
 from poise.util.errors import ModelError, OptionError
 
 SEAM = "token_dispatcher"
+EARLY = "score_before_experts"
+"""Of a dispatcher, or what lies around it: gate weights go to the experts' inputs, which is another function."""
 
 
 class Routed(NamedTuple):
@@ -59,7 +61,7 @@ def lies_behind_dispatcher(model: nn.Module, name: str, module: nn.Module) -> bo
 
     Raises
     ------
-    ModelError : it takes sorted tokens, is named ``experts``, and there is none.
+    ModelError : it takes sorted tokens, is named ``experts``, and there is none; or tokens are weighted before it.
     """
     parent, _, leaf = name.rpartition(".")
     seam = getattr(model.get_submodule(parent), SEAM, None) if name else None
@@ -72,6 +74,12 @@ def lies_behind_dispatcher(model: nn.Module, name: str, module: nn.Module) -> bo
         raise ModelError(
             f"{name} takes tokens sorted by expert, and {parent or 'the model'} has no {SEAM}",
             hint="experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])",
+        )
+    around = (seam, model.get_submodule(parent), model.get_submodule(parent.rpartition(".")[0]))
+    if any(getattr(one, EARLY, False) for one in around):
+        raise ModelError(
+            f"{parent} weights tokens before its experts ({EARLY} = True), and poise weights what they give",
+            hint=f"{EARLY} = False, where the model was trained so",
         )
     return True
 
