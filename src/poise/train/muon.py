@@ -33,7 +33,8 @@ class Muon(torch.optim.Optimizer):
     params : weights or groups; biases, norms and embeddings belong to another optimizer.
     lr, weight_decay, momentum, nesterov, eps : as in ``torch.optim.Muon``.
     ns_coefficients, ns_steps : of the Newton-Schulz iteration.
-    adjust_lr_fn : ``original`` scales by sqrt(max(1, a / b)), ``match_rms_adamw`` by 0.2 sqrt(max(a, b)).
+    adjust_lr_fn : ``original`` scales by sqrt(max(1, a / b)) of matrices as they are stored, [a, b], as PyTorch does:
+        [in, out] in gpt-oss, [out, in] elsewhere; ``match_rms_adamw`` by 0.2 sqrt(max(a, b)), the same both ways.
     ns_dtype : what the iteration computes in.
 
     Raises
