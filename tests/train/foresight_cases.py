@@ -255,6 +255,20 @@ def computed_again() -> dict:
               run.foresee(step.rollout, [step.rows(m, rank) for m in range(MICRO)])]  # fmt: skip
     said = c.raised(ModelError, losses[0].backward)
     assert "micro-batch 0 is computed again while none" in said, said
+    rows = [step.rows(m, rank) for m in range(MICRO)]
+    outside = loss_of(model, step, rows[0])
+    for _ in run.foresee(step.rollout, rows[:1]):
+        late = c.raised(ModelError, outside.backward)
+    assert "a pass outside of the loop is computed again while micro-batch 0" in late, late
+    for _ in run.foresee(step.rollout, rows[:1], replay=False):
+        forecast = loss_of(model, step, rows[0])
+    for _ in run.foresee(step.rollout, rows):
+        late = c.raised(ModelError, forecast.backward)
+        break
+    assert "micro-batch 0 is computed again while micro-batch 0" in late, late
+    for _ in run.foresee(step.rollout, rows[:1], replay=False):
+        outside = loss_of(model, step, rows[0])
+    outside.backward()  # no record is replayed, then or now
     return {"error": error, "said": said}
 
 
@@ -310,11 +324,19 @@ def what_does_not_fit() -> dict:
         OptionError, lambda: run.foresee(step.rollout, beyond if rank == last else [beyond[0] * 0] * MICRO)
     )
     assert f"row {len(step.x)} of a rollout of {len(step.x)} tokens" in said["rows"], said
+    unread = {"ragged": [[0, [1, 2]]] * MICRO, "a generator": (one for one in beyond), "none": None}
+    for name, bad in unread.items():
+        given = bad if rank == last else [step.rows(m, rank) for m in range(MICRO)]
+        said[name] = c.raised(OptionError, lambda given=given: run.foresee(step.rollout, given))
+        assert "cannot be read: " in said[name], said
     said["numbers"] = c.raised(
         CommunicationError, lambda: run.foresee(step.rollout, [np.zeros(1, int)] * (1 + (rank == last)))
     )
-    assert run.schedule.planner.micro_batch is None
+    planner = run.schedule.planner
+    run.foresee(step.rollout, [step.rows(m, rank) for m in range(MICRO)])
+    assert planner.micro_batch is None and not [key for key in planner._ahead._found if isinstance(key, tuple)]
     turns(model, run, step)
+    assert planner.micro_batch is None and not [key for key in planner._ahead._found if isinstance(key, tuple)]
     forced = shard(build(), force_balance=True)
     said["forced"] = c.raised(OptionError, lambda: turns(model, forced, step))
     return said

@@ -23,7 +23,10 @@ from tests.train import support_models as c
 from tests.train.support_runs import fsdp, mine, shard, some_owners
 
 from poise.train import Muon, full_optimizer_state_dict, full_state_dict
-from poise.util.errors import OptionError
+from poise.train.hf import ShardedExpertsMixin
+from poise.train.rows import plain
+from poise.train.states import speak_of_experts
+from poise.util.errors import ModelError, OptionError
 
 EXACT = 1e-11
 MINE, case = registry()
@@ -85,6 +88,43 @@ def owned_experts() -> dict:
                     assert torch.allclose(got, theirs.state[weight]["momentum_buffer"], rtol=1e-10, atol=1e-14)
     assert max(errors.values()) <= EXACT, errors
     return errors
+
+
+class Trainer:
+    """What the mixin needs of Hugging Face's Trainer: it loads an optimizer's states."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        self.optimizer, self.state = optimizer, state
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.optimizer.load_state_dict(self.state)
+
+
+class Resumes(ShardedExpertsMixin, Trainer):
+    """As a user writes it."""
+
+
+@case
+def owners_that_move_before_the_first_step() -> dict:
+    """A momentum that Trainer has loaded goes with owners that move at once; left behind, Muon refuses it."""
+    model, run, before = sharded_run("gated")
+    told = [full_optimizer_state_dict(before)]
+    dist.broadcast_object_list(told, 0)
+    weights = [weight for weight in in_order(model) if len(weight.shape) == 3]
+    after = Muon(weights, lr=0.05, ns_dtype=torch.float64)
+    Resumes(after, told[0])._load_optimizer_and_scheduler(None)
+    stray = Muon(weights, lr=0.05, ns_dtype=torch.float64)
+    for weight in weights:
+        stray.state[weight]["momentum_buffer"] = torch.zeros_like(weight).detach()
+    speak_of_experts(stray)
+    run.reshard(some_owners(9))
+    for weight in weights:
+        mine, theirs = (plain(one.state[weight]["momentum_buffer"]) for one in (after, before))
+        assert mine.shape == plain(weight).shape and torch.equal(mine, theirs), "it stayed with the old owner"
+    said = c.raised(ModelError, stray.step)
+    assert "before and after a move of owners" in said, said
+    after.step()
+    return {"said": said}
 
 
 @case

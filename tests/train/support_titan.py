@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import operator
 import tempfile
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train import titan_model as titan
 from tests.train.support_models import case
@@ -17,6 +20,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from poise.routing.trace import RoutingTrace
+from poise.train import Rollout
 from poise.train.dispatched import PassThrough
 from poise.util.errors import ModelError, OptionError
 
@@ -107,6 +112,38 @@ def titan_checkpoints() -> dict:
     return {"tensors": len(again)}
 
 
+def follows(router: nn.Module, ids_BLK: torch.Tensor) -> Any:
+    """The router's forward with given experts, written down a second time."""
+
+    def forward(x_BLD: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores_BLE = torch.sigmoid(router.gate(x_BLD))
+        scores_BLK = scores_BLE.gather(-1, ids_BLK)
+        return scores_BLK / (scores_BLK.sum(-1, keepdim=True) + 1e-20), ids_BLK, scores_BLE
+
+    return forward
+
+
+@case
+def titan_replay() -> dict:
+    """A record is replayed though the router lies one module above the experts: losses and gradients of a dense run."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dense, model = titan.build(), titan.build()
+    batch = titan.tokens(0, world)[0].shape[:2]
+    picks = np.argsort(np.random.default_rng(3).random((batch.numel(), 2, 6)), axis=2)[:, :, :2]
+    for layer, block in enumerate(dense.layers.values()):
+        block.moe.router.forward = follows(block.moe.router, torch.from_numpy(picks[:, layer].copy()).view(*batch, 2))
+    titan.loss_of(dense, 0, world).backward()
+    run = shard(model)
+    mine = np.arange(batch.numel()).reshape(world, -1)[rank]
+    for _ in run.foresee(Rollout(RoutingTrace(picks.astype(np.int16), 6)), [mine]):
+        titan.loss_of(model, 0, world, rank).backward()
+    c.average_dense(model, run)
+    wanted = {name: weight.grad for name, weight in dense.named_parameters()}
+    error = c.agreed(h.worst(c.of_all(model), h.local_rows(model, wanted)))
+    assert error <= EXACT, error
+    return {"error": error}
+
+
 @case
 def titan_refusals() -> dict:
     """A mesh of torchtitan's own expert parallelism; sorted tokens without a dispatcher; a copy trains on its own."""
@@ -124,6 +161,14 @@ def titan_refusals() -> dict:
 
     bare = c.raised(ModelError, lambda: shard(Bare()))
     assert "token_dispatcher" in bare and f"{dist.get_world_size()} ranks" in said
+    early = titan.build()
+    for place in ("moe.routed_experts.token_dispatcher", "moe.routed_experts", "moe"):
+        owner = operator.attrgetter(place)(early.layers["0"])
+        owner.score_before_experts = True
+        told = c.raised(ModelError, lambda: shard(early))
+        assert "weights tokens before its experts" in told, told
+        owner.score_before_experts = False
+    shard(early)
     twin = copy.deepcopy(model)
     losses = [titan.loss_of(m, 0, dist.get_world_size(), dist.get_rank()) for m in (model, twin)]
     assert torch.equal(*losses)

@@ -1,9 +1,14 @@
 """Routing known ahead: rollouts and their rows, micro-batches dealt anew, and sharded runs on two processes."""
 
+import copy
 import itertools
+import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.train.foresight_cases import MINE
@@ -11,6 +16,9 @@ from tests.train.foresight_cases import MINE
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.regroup import even_out
 from poise.train import Rollout, regrouped
+from poise.train.foresight import MicroBatch, replay_routers
+from poise.train.owned import OwnedExperts
+from poise.train.schedule import Schedule
 from poise.util.errors import ModelError, OptionError, TraceError
 
 
@@ -65,6 +73,75 @@ def test_a_rollout_needs_tokens(tmp_path):
         one.fits(3, 6)
     with pytest.raises(OptionError, match="whole numbers, got float64"):
         one.within(np.zeros(3))
+
+
+class Interrupted(torch.nn.Module):
+    """A router beside experts; it is interrupted where it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = OwnedExperts.__new__(OwnedExperts)
+        torch.nn.Module.__init__(self.experts)
+        self.experts.number, self.experts.num_experts = 0, 6
+        self.now = False
+
+    def forward(self, scores: torch.Tensor, *given: Any, **options: Any) -> Any:
+        chosen = torch.topk(scores, 2, *given, **options)
+        if self.now:
+            raise KeyboardInterrupt
+        return chosen
+
+
+def micro_batch(number: int, experts_TLK: torch.Tensor) -> MicroBatch:
+    return MicroBatch(number, number, np.zeros((1, 1, 6), np.int32), True, len(experts_TLK), 2, experts_TLK)
+
+
+def replayed(experts_TLK: torch.Tensor) -> Interrupted:
+    """Its record replayed, as in the turn of a micro-batch."""
+    model = Interrupted()
+    now = micro_batch(0, experts_TLK.to(torch.int16))
+    object.__setattr__(model.experts, "schedule", SimpleNamespace(planner=SimpleNamespace(micro_batch=now)))
+    replay_routers(model)
+    return model
+
+
+def test_an_interrupt_ends_the_replay():
+    recorded = torch.tensor([[[4, 5]], [[5, 4]], [[4, 5]]])
+    scores = torch.arange(18.0).reshape(3, 6).flip(1)
+    model = replayed(recorded)
+    assert model(scores).indices.sort(1)[0].tolist() == [[4, 5]] * 3
+    twin = copy.deepcopy(model)
+    assert twin.forward.__wrapped__.__self__ is twin and twin.forward.experts is twin.experts
+    model.now = True
+    with pytest.raises(KeyboardInterrupt):
+        model(scores)
+    assert torch.topk(scores, 2).indices.tolist() == [[0, 1]] * 3, "the record goes on deciding"
+
+
+def test_a_topk_comes_in_the_order_it_was_asked_for():
+    """Of the router's scores, largest first, unless ``sorted=False``; a token unknown stays the router's."""
+    recorded = torch.tensor([[[4, 5]], [[5, 4]], [[-1, -1]]])
+    scores = torch.arange(18.0).reshape(3, 6).requires_grad_()
+    model = replayed(recorded)
+    for options in ({}, {"sorted": True}):
+        found = model(scores, **options)
+        assert found.indices.tolist() == [[5, 4]] * 3 and torch.equal(found.values, scores.gather(1, found.indices))
+    assert model(scores, sorted=False).indices[:2].tolist() == [[4, 5], [5, 4]]
+    assert model(scores, 1, True, False).indices[:2].tolist() == [[4, 5], [5, 4]]
+    (grad,) = torch.autograd.grad(model(scores).values[0, 0], scores)
+    assert grad.nonzero().tolist() == [[0, 5]]
+
+
+def test_micro_batches_are_let_go_and_planned_at_the_first_turn():
+    planned = []
+    planner = SimpleNamespace(foresee=lambda found: planned.append(len(found)), over=lambda _: None, micro_batch=None)
+    record = torch.zeros((3, 1, 2), dtype=torch.int16)
+    seen = weakref.ref(record)
+    turns = Schedule._turns(SimpleNamespace(planner=planner), [micro_batch(0, record), micro_batch(1, record.clone())])
+    del record
+    assert not planned and next(turns) == 0 and planned == [2] and seen() is not None
+    assert next(turns) == 1 and seen() is None, "it is over, and held"
+    assert list(turns) == []
 
 
 def squares(load_QX, size_Q, rank_Q, micro_Q):

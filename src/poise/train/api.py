@@ -45,8 +45,7 @@ from poise.train.rows import ExpertRows, Ownership
 from poise.train.schedule import Schedule
 from poise.train.settings import Deployment, Settings
 from poise.train.sharding import Begin, ShardedExperts
-from poise.train.states import speak_of_experts as states_of_experts
-from poise.train.steps import watch_optimizers
+from poise.train.steps import attach, watch_optimizers
 from poise.util.errors import OptionError
 
 IDLE = (
@@ -97,8 +96,7 @@ class FssdpExperts:
                 f"{type(optimizer).__name__} holds none of the {len(owned)} sharded weights",
                 hint="build the optimizer after fully_shard_experts",
             )
-        states_of_experts(optimizer)
-        self.schedule.moves.know(optimizer)
+        attach(optimizer)
 
     def follow(self, tensors: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
         """Name tensors that move with owners as optimizer states do: averages (EMA, SWA, Polyak), snapshots.

@@ -15,6 +15,8 @@ from poise.runtime.experts import takes_counts
 from poise.util.errors import ModelError, OptionError
 
 SEAM = "token_dispatcher"
+EARLY = "score_before_experts"
+"""Of a dispatcher, or what lies around it: gate weights go to the experts' inputs, which is another function."""
 
 
 class Routed(NamedTuple):
@@ -59,7 +61,7 @@ def lies_behind_dispatcher(model: nn.Module, name: str, module: nn.Module) -> bo
 
     Raises
     ------
-    ModelError : it takes sorted tokens, is named ``experts``, and there is none.
+    ModelError : it takes sorted tokens, is named ``experts``, and there is none; or tokens are weighted before it.
     """
     parent, _, leaf = name.rpartition(".")
     seam = getattr(model.get_submodule(parent), SEAM, None) if name else None
@@ -73,6 +75,12 @@ def lies_behind_dispatcher(model: nn.Module, name: str, module: nn.Module) -> bo
             f"{name} takes tokens sorted by expert, and {parent or 'the model'} has no {SEAM}",
             hint="experts are called as experts(tokens [T, d], ids [T, K], weights [T, K])",
         )
+    around = (seam, model.get_submodule(parent), model.get_submodule(parent.rpartition(".")[0]))
+    if any(getattr(one, EARLY, False) for one in around):
+        raise ModelError(
+            f"{parent} weights tokens before its experts ({EARLY} = True), and poise weights what they give",
+            hint=f"{EARLY} = False, where the model was trained so",
+        )
     return True
 
 
@@ -80,3 +88,10 @@ def pass_tokens_on(model: nn.Module, name: str) -> None:
     """Let the dispatcher beside these experts hand on tokens and routing."""
     parent = model.get_submodule(name.rpartition(".")[0])
     setattr(parent, SEAM, PassThrough(getattr(parent, SEAM)))
+
+
+def router_place(model: nn.Module, name: str) -> str:
+    """The module whose forward has the router of these sharded experts: what holds them, or them and a dispatcher."""
+    parent = name.rpartition(".")[0]
+    behind = isinstance(getattr(model.get_submodule(parent), SEAM, None), PassThrough)
+    return parent.rpartition(".")[0] if behind else parent

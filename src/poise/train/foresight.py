@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from poise.stepwise.protocol import Foreseen
+from poise.train.dispatched import router_place
 from poise.train.owned import OwnedExperts
 from poise.train.rollout import UNKNOWN
 from poise.util.errors import ModelError
 
+SORTED = 4
+"""Place of ``sorted`` among the arguments of ``torch.topk``."""
 MAX_LOADS = 2**28
 """Most numbers (micro-batches x layers x ranks x experts) that are known ahead at a time: 1 GB."""
 
@@ -31,7 +35,7 @@ class MicroBatch:
     load_LSE : int32 [L, D, E], recorded pairs of every layer, rank and expert; the same on all ranks.
     sure : its routing is replayed and every token of every rank is known: these will be the loads.
     tokens, top_k : of this rank as recorded, unknown ones counted, and experts of each.
-    experts_TLK : int64 [T, L, K], what this rank replays; -1: unknown. None: nothing is replayed.
+    experts_TLK : int16 [T, L, K], what this rank replays; -1: unknown. None: nothing is replayed.
     """
 
     key: int
@@ -41,6 +45,11 @@ class MicroBatch:
     tokens: int
     top_k: int
     experts_TLK: Tensor | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the record replaces the router's choice."""
+        return self.experts_TLK is not None
 
     def of(self, layer: int) -> Foreseen:
         """What is known of a layer."""
@@ -63,7 +72,7 @@ class MicroBatch:
             )
         if self.experts_TLK is None:
             return None
-        recorded_TK = self.experts_TLK[:, layer]
+        recorded_TK = self.experts_TLK[:, layer].long()
         known_T = recorded_TK[:, 0] != UNKNOWN
         other = int(((recorded_TK.sort(1)[0] != ids_TK.sort(1)[0]).any(1) & known_T).sum())
         if not other:
@@ -71,13 +80,13 @@ class MicroBatch:
         return ModelError(
             f"layer {layer}: the router sends {other} of {int(known_T.sum())} recorded tokens to other experts than "
             "the rollout did, and was not made to replay it",
-            hint="replayed is a torch.topk over all experts in the forward of the module that holds them; replay=False "
-            "takes the record as a forecast",
+            hint="replayed is a torch.topk over all experts in the forward of the module that holds them (behind a "
+            "dispatcher: the module around both); replay=False takes the record as a forecast",
         )
 
 
 class _Chosen(TorchFunctionMode):
-    """``torch.topk`` over all experts gives recorded experts, and the scores that the router has for these.
+    """``torch.topk`` over all experts gives recorded experts, and the scores that the router has for these, in order.
 
     Everything before and after it is the router's own: gradients flow into the scores.
     """
@@ -98,43 +107,45 @@ class _Chosen(TorchFunctionMode):
             return found  # over groups of experts, or something else
         recorded = self.recorded_TK.view(found.indices.shape)
         ids = torch.where(recorded == UNKNOWN, found.indices, recorded)
-        return torch.return_types.topk((scores.gather(-1, ids), ids))
+        values = scores.gather(-1, ids)
+        if kwargs.get("sorted", args[SORTED] if len(args) > SORTED else True):
+            values, order = values.sort(dim=-1, descending=True, stable=True)
+            ids = ids.gather(-1, order)
+        return torch.return_types.topk((values, ids))
 
 
-class ReplaysRouting:
-    """Hooks of the module that has a router and sharded experts: while it runs, the record decides.
+class _Replaying:
+    """Stands for the forward of the module that has a router and sharded experts: while it runs, the record decides.
+
+    A ``with``, and no hooks of the module: those are not called after a KeyboardInterrupt, and the record would go on
+    deciding.
 
     Parameters
     ----------
+    forward : of the module.
     experts : its sharded experts, of any run.
     """
 
-    def __init__(self, experts: OwnedExperts) -> None:
+    def __init__(self, forward: Callable[..., Any], experts: OwnedExperts) -> None:
+        self.__wrapped__ = forward  # where ``inspect.signature`` looks
         self.experts = experts
-        self._entered: list[_Chosen | None] = []
 
-    def before(self, *_: Any) -> None:
-        """Its forward begins, or is computed again."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, or its recomputation."""
         schedule: Any = getattr(self.experts, "schedule", None)
         now: MicroBatch | None = None if schedule is None else schedule.planner.micro_batch
-        mode = None
-        if now is not None and now.experts_TLK is not None:
-            mode = _Chosen(now.experts_TLK[:, self.experts.number], self.experts.num_experts)
-            mode.__enter__()
-        self._entered.append(mode)
-
-    def after(self, *_: Any) -> None:
-        """Its forward is over, or has failed."""
-        mode = self._entered.pop() if self._entered else None
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        if now is None or now.experts_TLK is None:
+            return self.__wrapped__(*args, **kwargs)
+        with _Chosen(now.experts_TLK[:, self.experts.number].long(), self.experts.num_experts):
+            return self.__wrapped__(*args, **kwargs)
 
 
 def replay_routers(model: nn.Module) -> None:
-    """Put the hooks on every module of a model that holds sharded experts."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, OwnedExperts):
-                hooks = ReplaysRouting(child)
-                module.register_forward_pre_hook(hooks.before)
-                module.register_forward_hook(hooks.after, always_call=True)
+    """Let the record decide in every module of a model that holds sharded experts, itself or behind a dispatcher."""
+    done: set[tuple[int, int]] = set()
+    for name, experts in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(experts, OwnedExperts):
+            module: Any = model.get_submodule(router_place(model, name))
+            if (pair := (id(module), id(experts))) not in done:  # layers may share experts, or be one under two names
+                done.add(pair)
+                module.forward = _Replaying(module.forward, experts)

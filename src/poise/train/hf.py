@@ -16,7 +16,8 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from poise.train.checkpoint import full_state_dict
-from poise.train.states import full_optimizer_state_dict, speak_of_experts
+from poise.train.states import full_optimizer_state_dict
+from poise.train.steps import attach
 
 
 class ShardedExpertsMixin:
@@ -47,7 +48,7 @@ class ShardedExpertsMixin:
         one.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        speak_of_experts(getattr(self.optimizer, "optimizer", self.optimizer))
+        attach(getattr(self.optimizer, "optimizer", self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,39 +33,63 @@ def known_ahead(
     Raises
     ------
     PoiseError : on every rank, what is wrong on one: a record of other layers or experts, rows that it does not have,
-        picks that cannot be replayed, a forced balance, or too much to know at a time.
+        picks that cannot be replayed, a forced balance, too much to know at a time, or whatever else fails while they
+        are read.
     CommunicationError : ranks give different numbers of micro-batches, or do not agree on replaying.
     """
-    layers, experts = len(run.layers), run.layers[0].num_experts
-    ranks, device = run.deployment.cluster.num_devices, run.deployment.device
+    ranks, layers, experts = run.deployment.cluster.num_devices, len(run.layers), run.layers[0].num_experts
     problem: PoiseError | None = None
-    rows: list[NDArray[np.int64]] = []
-    replayed: list[torch.Tensor | None] = []
+    mine: list[_Mine] = []
     try:
-        if not isinstance(rollout, Rollout):
-            raise ModelError(f"a rollout is a poise.train.Rollout, got {type(rollout).__name__}")
-        rollout.fits(layers, experts)
-        if run.settings.force_balance:
-            raise OptionError("a forced balance leaves no routing to know ahead", hint="force_balance=False")
-        if (numbers := len(micro_batches) * layers * ranks * experts) > MAX_LOADS:
-            raise OptionError(
-                f"{numbers} loads of {len(micro_batches)} micro-batches, at most {MAX_LOADS} are known at a time",
-                hint="give those of one optimizer step",
-            )
-        rows = [rollout.within(given) for given in micro_batches]
-        replayed = [torch.from_numpy(rollout.experts(rows_T)).to(device) if replay else None for rows_T in rows]
+        mine = _counted(run, rollout, micro_batches, replay)
     except PoiseError as error:
         problem = error
-    run.meeting.meet(DOING, problem=problem, more=(("micro-batches", len(micro_batches)), ("replay", replay)))
+    except Exception as error:  # whatever it is: the others wait for this rank
+        problem = OptionError(
+            f"what was given to foresee cannot be read: {type(error).__name__}: {error}",
+            hint="micro_batches is a list of int arrays on the CPU, one number a token",
+        )
+        problem.__cause__ = error
+    run.meeting.meet(DOING, problem=problem, more=(("micro-batches", len(mine)), ("replay", replay)))
     out = []
-    for number, (rows_T, experts_TLK) in enumerate(zip(rows, replayed, strict=True)):
-        counts_LE, unknown = rollout.counts(rows_T), int((rows_T == UNKNOWN).sum())
-        mine = torch.from_numpy(np.append(counts_LE.reshape(-1), unknown)).to(device)
-        told = run.meeting.meet(DOING, number=number, numbers_X=mine)
+    for number, one in enumerate(mine):
+        told = run.meeting.meet(DOING, number=number, numbers_X=one.counts_X)
         load_LSE = told[:, :-1].reshape(ranks, layers, experts).transpose(1, 0, 2).astype(np.int32)
         load_LSE.flags.writeable = False
         sure = replay and not told[:, -1].any()
         out.append(
-            MicroBatch(first_key + number, number, load_LSE, sure, len(rows_T), rollout.trace.top_k, experts_TLK)
+            MicroBatch(first_key + number, number, load_LSE, sure, one.tokens, rollout.trace.top_k, one.experts_TLK)
         )
+    return out
+
+
+class _Mine(NamedTuple):
+    """What this rank knows of one micro-batch: recorded pairs [L * E] with unknown tokens, and what it replays."""
+
+    tokens: int
+    counts_X: torch.Tensor
+    experts_TLK: torch.Tensor | None
+
+
+def _counted(
+    run: RunState, rollout: Rollout, micro_batches: Sequence[NDArray[np.int64]], replay: bool
+) -> list[_Mine]:  # fmt: skip
+    layers, experts = len(run.layers), run.layers[0].num_experts
+    ranks, device = run.deployment.cluster.num_devices, run.deployment.device
+    if not isinstance(rollout, Rollout):
+        raise ModelError(f"a rollout is a poise.train.Rollout, got {type(rollout).__name__}")
+    rollout.fits(layers, experts)
+    if run.settings.force_balance:
+        raise OptionError("a forced balance leaves no routing to know ahead", hint="force_balance=False")
+    if (numbers := len(micro_batches) * layers * ranks * experts) > MAX_LOADS:
+        raise OptionError(
+            f"{numbers} loads of {len(micro_batches)} micro-batches, at most {MAX_LOADS} are known at a time",
+            hint="give those of one optimizer step",
+        )
+    out = []
+    for given in micro_batches:
+        rows_T = rollout.within(given)
+        counts_X = np.append(rollout.counts(rows_T).reshape(-1), (rows_T == UNKNOWN).sum())
+        replayed = torch.from_numpy(rollout.experts(rows_T)).to(device) if replay else None
+        out.append(_Mine(len(rows_T), torch.from_numpy(counts_X).to(device), replayed))
     return out

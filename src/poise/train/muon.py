@@ -33,7 +33,8 @@ class Muon(torch.optim.Optimizer):
     params : weights or groups; biases, norms and embeddings belong to another optimizer.
     lr, weight_decay, momentum, nesterov, eps : as in ``torch.optim.Muon``.
     ns_coefficients, ns_steps : of the Newton-Schulz iteration.
-    adjust_lr_fn : ``original`` scales by sqrt(max(1, a / b)), ``match_rms_adamw`` by 0.2 sqrt(max(a, b)).
+    adjust_lr_fn : ``original`` scales by sqrt(max(1, a / b)) of matrices as they are stored, [a, b], as PyTorch does:
+        [in, out] in gpt-oss, [out, in] elsewhere; ``match_rms_adamw`` by 0.2 sqrt(max(a, b)), the same both ways.
     ns_dtype : what the iteration computes in.
 
     Raises
@@ -93,6 +94,10 @@ class Muon(torch.optim.Optimizer):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight.grad, memory_format=torch.preserve_format)
+        if isinstance(weight, ExpertRows):
+            for rows in (weight.grad, state["momentum_buffer"]):
+                if isinstance(rows, ExpertRows):  # what follows is on plain tensors, which know no experts
+                    weight.ownership.check(rows.ownership)
         value, grad, kept = plain(weight), plain(weight.grad), plain(state["momentum_buffer"])
         kept.lerp_(grad, 1.0 - group["momentum"])
         update = grad.lerp(kept, group["momentum"]) if group["nesterov"] else kept
@@ -125,11 +130,11 @@ def orthogonalised(
 ) -> Tensor:
     """Each matrix of a stack [..., a, b] with its singular values driven towards 1 (Newton-Schulz), in ``dtype``."""
     a, b, c = coefficients
-    x = matrices.to(dtype)
+    x = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.flatten(-2).norm(dim=-1).clamp(min=eps)[..., None, None]
-    for _ in range(steps):
+    for _ in range(steps):  # as ``torch.optim.Muon``: sums that are rounded between products double the error
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)

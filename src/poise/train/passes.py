@@ -49,14 +49,18 @@ class Pass:
     micro_batch: MicroBatch | None = None
 
     def out_of_turn(self, now: MicroBatch | None) -> ModelError | None:
-        """What to say where it is computed again while another micro-batch runs, whose routing would be replayed."""
-        mine = self.micro_batch
-        if mine is None or mine is now or mine.experts_TLK is None:
+        """What to say where it is computed again and would not be routed as before: a record was replayed only then, or
+        is replayed only now, or another one.
+        """
+        then = self.micro_batch if self.micro_batch is not None and self.micro_batch.replays else None
+        if then is (now if now is not None and now.replays else None):
             return None
+        whose = "a pass outside of the loop" if self.micro_batch is None else f"micro-batch {self.micro_batch.number}"
         other = "none" if now is None else f"micro-batch {now.number}"
         return ModelError(
-            f"layer {self.layer} of micro-batch {mine.number} is computed again while {other} of the rollout runs",
-            hint="under activation checkpointing, call backward() inside of the loop over run.foresee(...)",
+            f"layer {self.layer} of {whose} is computed again while {other} of the rollout runs",
+            hint="under activation checkpointing, call backward() where the forward pass ran: in the same turn of "
+            "run.foresee(...), or outside of its loop",
         )
 
     @property

@@ -20,9 +20,11 @@ def regrouped(rollout: Rollout, groups: MicroBatches, owners: NDArray[np.int64] 
     """The same requests in micro-batches that load the ranks alike.
 
     Every request stays on its rank, and every rank has as many requests in each micro-batch as before, so that only
-    *when* a request runs changes: gradients that are accumulated over the step are the same sum. Give all requests to
-    one rank to leave open who trains on which, and deal each micro-batch to ranks after it. A pure function: ranks
-    that hold the same rollout find the same groups (:func:`poise.stepwise.regroup.even_out`).
+    *when* a request runs changes: gradients that are accumulated over the step are the same sum where the loss is
+    normalised by the tokens (or requests) of the whole step. A loss that is a mean over each micro-batch's own tokens
+    weighs requests by their neighbours, which are others then. Give all requests to one rank to leave open who trains
+    on which, and deal each micro-batch to ranks after it. A pure function: ranks that hold the same rollout find the
+    same groups (:func:`poise.stepwise.regroup.even_out`).
 
     Parameters
     ----------

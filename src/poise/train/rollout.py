@@ -125,14 +125,14 @@ class Rollout:
         return loads[0].astype(np.int64)
 
     def experts(self, rows_T: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Recorded experts of tokens int64 [T], int64 [T, L, K]; -1 throughout for tokens unknown.
+        """Recorded experts of tokens int64 [T], int16 [T, L, K]; -1 throughout for tokens unknown.
 
         Raises
         ------
         OptionError : picks of known tokens that compute nothing, which no router of E experts can be made to choose.
         """
         known_T = rows_T != UNKNOWN
-        out = np.full((len(rows_T), *self.trace.experts.shape[1:]), UNKNOWN, np.int64)
+        out = np.full((len(rows_T), *self.trace.experts.shape[1:]), UNKNOWN, np.int16)
         out[known_T] = self.trace.experts[rows_T[known_T]]
         idle = int((out[known_T] == NO_EXPERT).sum())
         if idle:

@@ -194,7 +194,6 @@ class Schedule:
         self._known += len(found)
         if found:
             self._own_ahead(found)
-        self.planner.foresee(found)
         return self._turns(found)
 
     def _own_ahead(self, found: Sequence[MicroBatch]) -> None:
@@ -215,15 +214,18 @@ class Schedule:
         if (planned != current).any():
             self._move(planned)
 
-    def _turns(self, found: Sequence[MicroBatch]) -> Iterator[int]:
+    def _turns(self, found: list[MicroBatch]) -> Iterator[int]:
+        """Plans begin with the first turn, so that none stay where nobody asks for one; what is over is let go."""
+        one: MicroBatch | None = None
         try:
-            for one in found:
-                self.planner.micro_batch = one
+            self.planner.foresee(found)
+            while found:
+                self.planner.micro_batch = one = found.pop(0)
                 yield one.number
                 self.planner.over(one)
         finally:
-            for one in found:
-                self.planner.over(one)
+            for left in (*found, *([] if one is None else [one])):
+                self.planner.over(left)
 
     def follow(self, what: Schedule | Mapping[Any, Tensor] | list[Tensor]) -> None:
         """The run of a copy, or a mapping or list of rows: its owners, or they, move when owners do."""

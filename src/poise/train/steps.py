@@ -36,6 +36,24 @@ def watch_optimizers(run: Schedule, replaced: Sequence[weakref.ref[nn.Parameter]
         _WATCHED.append(register_optimizer_step_post_hook(_stepped))
 
 
+def attach(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer speak of all experts, and its states move with the owners of every run whose experts it holds.
+
+    Raises
+    ------
+    OptionError, ModelError : as :func:`poise.train.states.speak_of_experts`.
+    """
+    speak_of_experts(optimizer)
+    for run in _held_by(optimizer):
+        run.moves.know(optimizer)
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> list[Schedule]:
+    """The runs whose experts it holds."""
+    held = {id(weight) for weight in weights_of(optimizer)}
+    return [run for run in list(_RUNS) if any(id(one) in held for layer in run.layers for one in layer.parameters())]
+
+
 def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepping[:] = []
     if any(isinstance(weight, ExpertRows) for weight in weights_of(optimizer)):
@@ -54,7 +72,5 @@ def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepping[:] = []
-    held = {id(weight) for weight in weights_of(optimizer)}
-    for run in list(_RUNS):
-        if any(id(weight) in held for experts in run.layers for weight in experts.parameters()):
-            run.stepped(optimizer)
+    for run in _held_by(optimizer):
+        run.stepped(optimizer)
