@@ -97,7 +97,8 @@ class Aside:
             answer = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise CommunicationError(f"the planner's process ended with exit code {_over(process)}") from error
-        assert isinstance(answer, Answer)
+        if not isinstance(answer, Answer):
+            raise CommunicationError(f"the planner's process answered with {type(answer).__name__}, not with a map")
         if answer.table_LS is None:
             raise NoResultError(answer.said)
         return answer

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.child import Answer
 from poise.engines.plugins.policy import Asked, usable_map
+from poise.util.errors import NoResultError
 
 MOST_LATE = 4
 """Turns that a map may be late in a row, before its process is ended and started anew."""
@@ -109,13 +110,14 @@ class Turns:
         if table is not None:
             mine[4:] = table.ravel() + 1  # an empty slot, -1, is 0
         got = ranks.total(mine)
+        in_use = in_use_LS.astype(np.int64)
         stays = asked.kept() if isinstance(asked, Asked) else None
-        kept = in_use_LS.astype(np.int64) if stays is None else stays
+        kept = in_use if stays is None else stays
         if int(got[0]) ** 2 != ranks.size * int(got[1]):
-            return Taken(kept, FAILED, "ranks have different maps in use; a restart mends that")
+            return Taken(in_use, FAILED, "ranks have different maps in use; a restart mends that")
         if got[2]:
             own = self._said if isinstance(asked, BaseException) else f"{got[2]} ranks had an error of their own"
-            return Taken(kept, FAILED, own)
+            return Taken(in_use, FAILED, own)  # who had the error could place no orphans: nobody does
         word = int(got[3])
         if word != NEW:
             return Taken(kept, word, self._said)
@@ -127,7 +129,8 @@ class Turns:
     def _first(self, asked: Asked, *, waits: bool) -> tuple[int, NDArray[np.int64] | None]:
         """The first rank's word, and its map; what is next is handed over."""
         kept = asked.kept()
-        assert kept is not None
+        if kept is None:
+            raise NoResultError(f"the map in use is none of {asked.slots} slots for {asked.load_LE.shape[1]} experts")
         self.aside.start()
         if waits:
             return self._word(self.aside.ask(asked), kept)

@@ -83,7 +83,7 @@ class Planning:
         except Exception as error:
             made = error
         ranks = self._ranks(call)
-        if ranks is None:
+        if ranks is None or call.old_LS is None:
             if not isinstance(made, Asked):
                 raise made
             if made.given_LS is None:
@@ -94,7 +94,6 @@ class Planning:
         key = (*np.shape(call.load_LE), call.replicas, call.ranks)
         turns = self._turns.setdefault(key, Turns(self._aside))
         waits = threading.current_thread() is not threading.main_thread()
-        assert call.old_LS is not None
         taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=waits)
         self._say(call, taken.table_LS, WORDS[taken.word] + (f" ({taken.said})" if taken.said else ""))
         return taken.table_LS
@@ -108,7 +107,8 @@ class Planning:
     def _refused(self, call: Call, error: InputError) -> NDArray[np.int64] | None:
         """Numbers that poise does not take: the same on all ranks, so all may go on alike without it."""
         load, static = call.load_LE, self.settings.static_map is not None
-        kept = usable_map(call.old_LS, len(load), load.shape[1], call.replicas) if static else None
+        there = call.active_D is None or bool(np.all(call.active_D))  # else the map in use counts on lost ranks
+        kept = usable_map(call.old_LS, len(load), load.shape[1], call.replicas) if static and there else None
         answer = "vLLM's own algorithm answers" if kept is None else "the map in use stays"
         say_once(LOG, f"poise: {error}; {answer}")
         return kept
