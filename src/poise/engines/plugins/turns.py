@@ -5,10 +5,10 @@ the first rank's word and, if it has one, its map. So no rank can differ, whatev
 no equal processors, and a plan is made once, not once a rank.
 
 A call that serving waits for never waits for the planner: the first rank takes the map that was asked for at the turn
-before, if it is there, and hands over the loads of this turn. Where the call is made on a thread beside serving (vLLM's
-asynchronous balancing), it waits, without a limit, and the map is of this turn's loads. No clock is looked at. If the
-map is not there, or its process died, or the planner raised, or the map in use is another than it was made from, or a
-rank has an error of its own, all ranks keep the map in use, and say why.
+before, if it is there, and hands over the loads of this turn. Where the call is made beside serving (by the worker of
+vLLM's asynchronous balancing), it waits, without a limit, and the map is of this turn's loads. No clock is looked at.
+If the map is not there, or its process died, or the planner raised, or the map in use is another than it was made from,
+or a rank has an error of its own, all ranks keep the map in use, and say why.
 
 Every rank checks beside that all have the same map in use: its number, and the square, are summed over ranks; they are
 all equal if, and only if, n times the sum of squares is the square of the sum, and then every rank sees that.

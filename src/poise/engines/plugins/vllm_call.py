@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.policy import Asked, asked, content, say_once, usable_map, warm_up
 from poise.engines.plugins.settings import PolicySettings
 from poise.engines.plugins.turns import WORDS, TurnRanks, Turns
+from poise.engines.plugins.vllm_caller import caller
 from poise.util.errors import InputError
 
 LOG = logging.getLogger("vllm.poise")
@@ -40,6 +40,7 @@ class Call:
     single : loads are of single precision.
     active_D : which ranks are there; None: all.
     group : the ranks' process group on CPUs, if the call names it.
+    state : what vLLM keeps for this model's policy, if the call names it.
     """
 
     load_LE: NDArray[Any]
@@ -51,6 +52,7 @@ class Call:
     single: bool
     active_D: NDArray[Any] | None = None
     group: Any = None
+    state: Any = None
 
 
 class Planning:
@@ -91,10 +93,10 @@ class Planning:
             table, said = made.plan()
             self._say(call, table, said)
             return table
-        key = (*np.shape(call.load_LE), call.replicas, call.ranks)
-        turns = self._turns.setdefault(key, Turns(self._aside))
-        waits = threading.current_thread() is not threading.main_thread()
-        taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=waits)
+        asks = caller()
+        model = asks.model if call.state is None else id(call.state)
+        turns = self._turns.setdefault((model, *np.shape(call.load_LE), call.replicas, call.ranks), Turns(self._aside))
+        taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=asks.beside)
         self._say(call, taken.table_LS, WORDS[taken.word] + (f" ({taken.said})" if taken.said else ""))
         return taken.table_LS
 
