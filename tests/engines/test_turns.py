@@ -56,6 +56,17 @@ def test_who_is_late_too_often_is_ended():
     assert len(ranks.planner.asked) == 2
 
 
+def test_who_never_answered_is_left_to_compile():
+    """Ended, it would begin again, and never come to a map where rearrangements are seconds apart."""
+    ranks, new = Together(), shuffled(TRIVIAL)
+    ranks.planner.answered = False
+    for _ in range(3 * MOST_LATE):
+        ranks.turn(call())
+    assert ranks.planner.ended == 0 and len(ranks.planner.asked) == 1
+    ranks.planner.answers(new)
+    assert same(ranks.turn(call()))[1] == NEW
+
+
 def test_the_map_in_use_stays_where_the_planner_finds_nothing():
     ranks = Together()
     ranks.turn(call())
@@ -206,8 +217,10 @@ def test_a_killed_process_is_told_and_started_anew(aside):
     os.kill(first, signal.SIGKILL)
     with pytest.raises(CommunicationError, match="exit code -9"):
         coming.result(300)
-    assert aside.ask(call()).result(300).table_LS.shape == TRIVIAL.shape
-    assert aside.pid != first
+    coming = aside.ask(call())
+    assert coming.result(300).table_LS.shape == TRIVIAL.shape
+    assert aside.pid != first and aside.answered
+    assert not Aside().answered
 
 
 def test_a_process_that_never_answers(tmp_path):

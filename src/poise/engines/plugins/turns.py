@@ -31,7 +31,8 @@ from poise.engines.plugins.policy import Asked, usable_map
 from poise.util.errors import NoResultError
 
 MOST_LATE = 4
-"""Turns that a map may be late in a row, before its process is ended and started anew."""
+"""Turns that a map may be late in a row, before its process is ended and started anew. One that never answered is left
+alone: it compiles, and would have to begin again."""
 NUMBERS = 2**24
 NEW, STAYS, FIRST, LATE, FAILED, OTHER = range(1, 7)
 WORDS = {
@@ -138,7 +139,7 @@ class Turns:
         if self._coming is not None:
             if not self._coming.done():
                 self._late += 1
-                if self._late >= MOST_LATE:
+                if self._late >= MOST_LATE and self.aside.answered:
                     self.aside.end()
                 return LATE, None
             fits = self._from is not None and np.array_equal(self._from, kept)
