@@ -120,6 +120,14 @@ def test_what_is_wrong_at_the_start_ends_the_start(engine, monkeypatch):
         sglang_plugin.register()
 
 
+@pytest.mark.parametrize("name", ["POISE_CANARY", "POISE_CANARY_DECODE"])
+def test_a_canary_that_would_look_at_nothing_is_refused(engine, monkeypatch, name):
+    for key, value in {"POISE_EPLB": "1", "POISE_PHASE": "decode", name: "1"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit, match="POISE_CANARY: nothing looks at weights under SGLang"):
+        sglang_plugin.register()
+
+
 def test_an_sglang_without_hooks_is_named(monkeypatch):
     monkeypatch.setenv("POISE_EPLB", "1")
     with engine_stubs.borrowed("sglang"):

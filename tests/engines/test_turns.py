@@ -56,6 +56,17 @@ def test_who_is_late_too_often_is_ended():
     assert len(ranks.planner.asked) == 2
 
 
+def test_who_never_answered_is_left_to_compile():
+    """Ended, it would begin again, and never come to a map where rearrangements are seconds apart."""
+    ranks, new = Together(), shuffled(TRIVIAL)
+    ranks.planner.answered = False
+    for _ in range(3 * MOST_LATE):
+        ranks.turn(call())
+    assert ranks.planner.ended == 0 and len(ranks.planner.asked) == 1
+    ranks.planner.answers(new)
+    assert same(ranks.turn(call()))[1] == NEW
+
+
 def test_the_map_in_use_stays_where_the_planner_finds_nothing():
     ranks = Together()
     ranks.turn(call())
@@ -79,6 +90,23 @@ def test_an_error_of_one_rank_keeps_the_map_on_all(rank):
         assert word == NEW and (table == new).all()
     else:
         assert word in (OTHER, LATE) and (table == TRIVIAL).all()
+
+
+@pytest.mark.parametrize("bad", [{}, {1: MemoryError("here")}, {0: MemoryError("here")}])
+def test_lost_ranks_and_an_error_of_one_that_is_left(bad):
+    """Who had it cannot place what the lost rank held: then nobody does."""
+    lost = TRIVIAL.copy()
+    lost[:, 3:6] = [5, 4, 3]
+    one = call(lost, active_D=np.array([1, 0, 1, 1]))
+    table, word = same(Together().turn(one, lost, errors=bad))
+    assert word == (FAILED if bad else FIRST)
+    assert (table == lost).all() if bad else (table[:, 3:6] == -1).all() and (table != lost)[:, [0, 1, 2]].any()
+
+
+def test_a_map_in_use_that_is_none_is_named():
+    one = replace(call(), old_LS=None)
+    taken = Together().turn(one)
+    assert same(taken)[1] == FAILED and "none of 12 slots for 8 experts" in taken[0].said
 
 
 def test_a_map_made_from_another_one_is_not_taken():
@@ -189,8 +217,10 @@ def test_a_killed_process_is_told_and_started_anew(aside):
     os.kill(first, signal.SIGKILL)
     with pytest.raises(CommunicationError, match="exit code -9"):
         coming.result(300)
-    assert aside.ask(call()).result(300).table_LS.shape == TRIVIAL.shape
-    assert aside.pid != first
+    coming = aside.ask(call())
+    assert coming.result(300).table_LS.shape == TRIVIAL.shape
+    assert aside.pid != first and aside.answered
+    assert not Aside().answered
 
 
 def test_a_process_that_never_answers(tmp_path):
@@ -198,3 +228,9 @@ def test_a_process_that_never_answers(tmp_path):
     for command in ([sys.executable, "-c", "pass"], [sys.executable, "-c", "print('hello')"], [str(tmp_path / "none")]):
         with pytest.raises((CommunicationError, FileNotFoundError)):
             Aside(command).ask(call()).result(60)
+    other = Aside(
+        [sys.executable, "-c", "import pickle, sys; sys.stdout.buffer.write(pickle.dumps(3)); sys.stdin.read()"]
+    )
+    with pytest.raises(CommunicationError, match="answered with int, not with a map"):
+        other.ask(call()).result(60)
+    other.close()

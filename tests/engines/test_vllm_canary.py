@@ -1,5 +1,6 @@
 """Weights are looked at after a move: what arrived must be what was loaded."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tests.engines import engine_stubs
 
 from poise.engines.plugins import vllm_canary
+from poise.engines.plugins.turns import TurnRanks
 from poise.util.errors import CommunicationError, OptionError
 
 STATE = "vllm.distributed.eplb.eplb_state"
@@ -64,8 +66,21 @@ def engine(monkeypatch):
             model_state.physical_to_logical_map[layer].copy_(new_physical_to_logical_map)
 
         monkeypatch.setattr(vllm_canary, "cpu_group", Group)
+        monkeypatch.setattr(vllm_canary, "ranks_of", lambda group: TurnRanks(1, 2, total))
+        monkeypatch.setattr("tests.engines.test_vllm_canary.OTHER", [0, 0])
+        TOTALS.clear()
         monkeypatch.setattr("poise.runtime.canary.gather", lambda mine, group: other_rank(mine))
         yield make
+
+
+OTHER = [0, 0]
+"""What the other rank has: new weights, a wrong expert."""
+TOTALS = []
+
+
+def total(mine):
+    TOTALS.append(mine.tolist())
+    return mine + OTHER
 
 
 def other_rank(mine):
@@ -130,6 +145,75 @@ def test_all_layers_at_once(engine):
     moved(one, NEW, [(0, 0)])
     with pytest.raises(CommunicationError, match="layer 0: slot 0"):
         module._commit_eplb_maps(one, new_physical_to_logical_map=torch.tensor(NEW))
+    assert TOTALS == [[0, 1]]  # once for all layers, also where the first is wrong
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_what_one_rank_finds_raises_on_all(engine, monkeypatch, hook):
+    """Who found nothing would go on into the next collective alone."""
+    module = engine(hook)
+    vllm_canary.install()
+    state, one = module.EplbState(), a_model(OLD)
+    state.add_model(one)
+    moved(one, NEW)
+    in_place(module, state, one, 0, hook=hook)
+    monkeypatch.setattr("tests.engines.test_vllm_canary.OTHER", [0, 1])
+    with pytest.raises(CommunicationError, match="1 ranks found experts with other weights"):
+        in_place(module, state, one, 1, hook=hook)
+    assert TOTALS == [[0, 0]] * 2
+
+
+def test_an_error_of_one_rank_is_told_to_all_before_it_raises(engine, monkeypatch):
+    module = engine(True)
+    vllm_canary.install()
+    state, one = module.EplbState(), a_model(OLD)
+    state.add_model(one)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("poise.runtime.canary.Canary.wrong", fail)
+    moved(one, NEW)
+    with pytest.raises(CommunicationError, match="MemoryError"):
+        in_place(module, state, one, 0, hook=True)
+    assert TOTALS == [[0, 1]]
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("wrong", [(), [(1, 1)]])
+def test_new_weights_are_numbered_anew(engine, monkeypatch, caplog, here, wrong):
+    """A trainer's weight sync, seen by this rank or by the other one: the next move is not judged by old numbers."""
+    module = engine(True)
+    vllm_canary.install()
+    state, one = module.EplbState(), a_model(OLD)
+    one.model.load_weights = lambda weights: [t.mul_(2) for layer in one.model.expert_weights for t in layer]
+    state.add_model(one)
+    monkeypatch.setattr(
+        "tests.engines.test_vllm_canary.weights", lambda held, plain=weights: [2 * t for t in plain(held)]
+    )
+    if here:
+        one.model.load_weights(None)
+    else:
+        for layer in one.model.expert_weights:
+            for tensor in layer:
+                tensor.mul_(2)
+        monkeypatch.setattr("tests.engines.test_vllm_canary.OTHER", [1, 0])
+    moved(one, [NEW[0], OLD[1]])
+    in_place(module, state, one, 0, hook=True)
+    assert "this move goes unlooked" in caplog.text
+    monkeypatch.setattr("tests.engines.test_vllm_canary.OTHER", [0, 0])
+    moved(one, NEW, wrong)
+    with nullcontext() if not wrong else pytest.raises(CommunicationError, match="layer 1: slot 1"):
+        in_place(module, state, one, 1, hook=True)
+
+
+def test_ranks_that_come_and_go_have_no_canary(engine):
+    state_class = engine(True).EplbState
+    vllm_canary.install()
+    state = state_class()
+    state.parallel_config = SimpleNamespace(enable_elastic_ep=True)
+    with pytest.raises(OptionError, match="POISE_CANARY: ranks of elastic"):
+        state.add_model(a_model(OLD))
 
 
 def test_slots_whose_expert_stays_are_not_looked_at_again(engine, monkeypatch):

@@ -14,6 +14,7 @@ from tests.engines.turn_cases import Planner
 
 from poise.engines.plugins import policy, vllm_hooks, vllm_plugin
 from poise.engines.plugins.vllm_hooks import CommitLedger
+from poise.planning.placement import Placement
 from poise.util.errors import CommunicationError, OptionError
 
 
@@ -281,6 +282,51 @@ def test_masks_that_do_not_fit(active, said):
         policy.asked(load, 20, 1, 1, 4, OLD.numpy(), active_D=np.array(active))
 
 
+def test_a_rank_that_came_back_is_planned_for(engine, monkeypatch, caplog):
+    """Its slots are empty in the map in use: they are filled at once, and the planner has the call."""
+    planner, made = together(monkeypatch), engine(WithState)
+    old = torch.arange(32).remainder(16).repeat(3, 1)
+    old[:, 16:24] = -1
+    context = context_of(
+        torch.from_numpy(loads_of(3, 16)), old, kind=WithActive, active_ranks=torch.ones(4), cpu_group=Group()
+    )
+    model = Model(made)
+    with caplog.at_level("INFO", "vllm.poise"):
+        table = model.plan(context).physical_to_logical_map
+    assert "the planner has the loads now" in caplog.text and len(planner.asked) == 1
+    assert table.min() >= 0 and torch.equal(table[:, :16], old[:, :16]) and torch.equal(table[:, 24:], old[:, 24:])
+    assert all(len(set(row.tolist())) == 8 for row in table[:, 16:24])  # no copy twice on it
+    planner.answers(planner.asked[0].answer())
+    model.plan(context_of(context.load_window_cpu, table, cpu_group=Group()))
+    assert len(planner.asked) == 2
+
+
+@pytest.mark.parametrize("lost", [(0,), (1, 2)])
+def test_a_static_map_puts_nothing_on_lost_ranks(engine, tmp_path, caplog, lost):
+    rows = np.stack([np.random.default_rng(n).permutation(np.arange(32) % 16) for n in range(3)])
+    Placement(rows, np.repeat(np.arange(4), 8), 16, 4, np.arange(3)).save(tmp_path / "p.npz")
+    model = Model(engine(WithState, POISE_STATIC_MAP=str(tmp_path / "p.npz")))
+    load, active = torch.from_numpy(loads_of(3, 16)), [rank not in lost for rank in range(4)]
+    with caplog.at_level("INFO", "vllm.poise"):
+        plan = model.plan(context_of(load, torch.from_numpy(rows), kind=WithActive, active_ranks=active))
+    on = plan.physical_to_logical_map.numpy().reshape(3, 4, 8)
+    assert (on[:, list(lost)] == -1).all() and all(
+        set(layer.ravel().tolist()) == set(range(16)) for layer in on[:, active]
+    )
+    kept = on[:, active] == rows.reshape(3, 4, 8)[:, active]
+    assert kept.mean() > 0.5 and f"counts on {len(lost)} ranks that are not there" in caplog.text
+    back = context_of(load, plan.physical_to_logical_map, kind=WithActive, active_ranks=[True] * 4)
+    assert (model.plan(back).physical_to_logical_map.numpy() == rows).all()
+
+
+def test_a_static_map_on_too_few_ranks_leaves_the_answer_to_the_engine(engine, monkeypatch, tmp_path):
+    rows = np.tile(np.arange(20) % 16, (3, 1))
+    Placement(rows, np.repeat(np.arange(4), 5), 16, 4, np.arange(3)).save(tmp_path / "p.npz")
+    model = Model(engine(WithState, POISE_STATIC_MAP=str(tmp_path / "p.npz")))
+    context = context_of(torch.from_numpy(loads_of(3, 16)), OLD, kind=WithActive, active_ranks=[1, 1, 1, 0])
+    assert torch.equal(model.plan(context).physical_to_logical_map, theirs(context))
+
+
 class Group:
     """A process group of which this is the first rank; it counts how often it is talked over."""
 
@@ -294,17 +340,23 @@ class Group:
         return 2
 
 
-def test_where_a_group_is_named_the_plan_comes_a_turn_later(engine, monkeypatch, caplog):
-    """The context's group is talked over once a call; the first call keeps the map in use."""
+def together(monkeypatch):
+    """The planner of this rank, of two that talk to each other; the other one has the same map in use, and no word."""
     call = importlib.import_module("poise.engines.plugins.vllm_call")
 
-    def twice(tensor, group):  # the other rank has the same map in use, and no word
+    def twice(tensor, group):
         group.calls += 1
         tensor[:2] *= 2
 
     monkeypatch.setattr(torch.distributed, "all_reduce", twice)
     planner = Planner()
     monkeypatch.setattr(call, "Aside", lambda: planner)
+    return planner
+
+
+def test_where_a_group_is_named_the_plan_comes_a_turn_later(engine, monkeypatch, caplog):
+    """The context's group is talked over once a call; the first call keeps the map in use."""
+    planner = together(monkeypatch)
     model, group = Model(engine(WithState)), Group()
     load = torch.from_numpy(loads_of(3, 16))
     with caplog.at_level("INFO", "vllm.poise"):

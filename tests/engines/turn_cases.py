@@ -31,7 +31,7 @@ class Planner:
     """Answers when it is told to."""
 
     def __init__(self):
-        self.asked, self.coming, self.ended, self.started = [], [], 0, 0
+        self.asked, self.coming, self.ended, self.started, self.answered = [], [], 0, 0, True
 
     def start(self):
         self.started += 1

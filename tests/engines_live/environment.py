@@ -84,6 +84,7 @@ class Engine:
             half = place.with_name(f"{place.name}-made")
             self._pip("install", "-q", "--no-deps", "--target", str(half), str(ROOT))
             half.rename(place)
+            self._compile(place)
         return place
 
     def versions(self, *names: str) -> dict[str, str]:
@@ -91,6 +92,12 @@ class Engine:
         code = "import importlib.metadata as m, sys; print(*(m.version(n) for n in sys.argv[1:]))"
         said = subprocess.run([str(self.python), "-c", code, *names], check=True, capture_output=True, text=True)
         return dict(zip(names, said.stdout.split(), strict=True))
+
+    def _compile(self, place: Path) -> None:
+        """What the planner compiles once: runs of seconds, with rearrangements of half a second, would end before."""
+        code = "from poise.engines.plugins.policy import warm_up; warm_up()"
+        environ = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+        subprocess.run([str(self.python), "-c", code], check=True, env=environ)
 
     def _pip(self, *words: str) -> None:
         command = [str(self.python), "-m", "pip", *words]

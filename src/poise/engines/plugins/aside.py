@@ -29,10 +29,15 @@ class Aside:
     Parameters
     ----------
     command : what starts it; another one in tests.
+
+    Attributes
+    ----------
+    answered : the process that runs has answered before.
     """
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = tuple(command)
+        self.answered = False
         self._process: subprocess.Popen[bytes] | None = None
         self._turn = threading.Lock()
 
@@ -85,6 +90,7 @@ class Aside:
         if self._process is None:
             path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
             environ = {**os.environ, **ENVIRON, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+            self.answered = False
             self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
         return self._process
 
@@ -97,7 +103,9 @@ class Aside:
             answer = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise CommunicationError(f"the planner's process ended with exit code {_over(process)}") from error
-        assert isinstance(answer, Answer)
+        if not isinstance(answer, Answer):
+            raise CommunicationError(f"the planner's process answered with {type(answer).__name__}, not with a map")
+        self.answered = True
         if answer.table_LS is None:
             raise NoResultError(answer.said)
         return answer

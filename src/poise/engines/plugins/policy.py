@@ -50,7 +50,7 @@ class Asked:
         that are left.
     old_LS : the map in use, int64 [L, S], or None. Experts that only lost ranks held have been given slots.
     cluster : with the ranks that are left; None where the load plays no part.
-    given_LS : then the answer.
+    given_LS : then the answer, of the ranks that are left.
     settings : of the plugin.
     active_D : the ranks that are left, bool of all of them; None: all are.
     """
@@ -78,7 +78,12 @@ class Asked:
     def plan(self) -> tuple[NDArray[np.int64], str]:
         """:meth:`answer`, and what it is worth, in words."""
         if self.given_LS is not None:
-            return self.given_LS.copy(), ""
+            lost = 0 if self.active_D is None else int((~self.active_D).sum())
+            said = (
+                f"the static map counts on {lost} ranks that are not there: the map in use stays, with every expert "
+                "on the ranks that are left; poise plan --survive makes a map for each loss"
+            )
+            return self.on_all(self.given_LS.copy()), said if lost else ""
         layers, experts = self.load_LE.shape
         out, said = _base(self.old_LS, layers, experts, self.slots), "one rank, or nothing was computed"
         busy = np.flatnonzero(self.load_LE.sum(axis=1) > 0)
@@ -143,7 +148,8 @@ def asked(
     num_groups : expert groups that a node should hold whole; None or 0: the model has none. Groups that do not divide
         over nodes are ignored, as the engines do.
     num_nodes, num_ranks : of the engine. Nodes that do not divide the ranks count as one, as in vLLM.
-    old_map_LS : the map in use; one that is no valid map of these shapes counts as none.
+    old_map_LS : the map in use; one that is no valid map of these shapes counts as none. With ``active_D`` only the
+        shape counts: a rank that came back has empty slots, which are filled.
     settings : :class:`PolicySettings`.
     single : the engine counts in floating point of single precision or less.
     active_D : 1 or True for each of ``num_ranks`` ranks that is there, 0 for a lost one; None: all are. Then
@@ -179,6 +185,8 @@ def asked(
         return _of_the_rest(load, slots, groups, old_map_LS, active, cluster, settings)
     whole = _whole_groups(settings.strategy, groups, nodes, experts)
     old = usable_map(old_map_LS, layers, experts, slots)
+    if old is None and active_D is not None and old_map_LS is not None and np.shape(old_map_LS) == (layers, slots):
+        old = orphans_placed(np.array(old_map_LS).astype(np.int64), load, ranks)
     if settings.static_map is not None:
         given = settings.static_map.rows(layers, experts, slots, ranks)
         return Asked(load, slots, groups, 1, ranks, old, None, given, settings)
@@ -221,22 +229,24 @@ def _of_the_rest(
     """The call of the ranks that are left; the machine's nodes count where they have as many of these each."""
     layers, experts = load_LE.shape
     each, ranks = slots // active_D.size, int(active_D.sum())
-    if cluster is None:
-        raise OptionError(
-            f"the static map is for {active_D.size} ranks, {ranks} are left",
-            hint="poise plan --survive makes a map for each loss; POISE_EPLB=1 without POISE_STATIC_MAP plans anew",
-        )
     if ranks * each < experts:
         raise OptionError(f"{ranks * each} slots on the {ranks} ranks that are left for {experts} experts")
+    old = None
+    if old_map_LS is not None and np.shape(old_map_LS) == (layers, slots):
+        held = np.array(old_map_LS).astype(np.int64)[:, np.repeat(active_D, each)]
+        old = orphans_placed(held, load_LE, ranks)
+    if cluster is None:
+        if old is None:
+            raise OptionError(
+                f"the static map is for {active_D.size} ranks, {ranks} are left",
+                hint="poise plan --survive makes a map for each loss; POISE_EPLB=1 without POISE_STATIC_MAP plans anew",
+            )
+        return Asked(load_LE, ranks * each, groups, 1, ranks, old, None, old, settings, active_D)
     rest = cluster.without(np.flatnonzero(~active_D).tolist())
     sizes = rest.devices_per_node_N
     even = bool((sizes == sizes[0]).all())
     nodes = rest.num_nodes if even and settings.strategy != "global" else 1
     whole = nodes > 1 and groups % nodes == 0 and experts % groups == 0
-    old = None
-    if old_map_LS is not None and np.shape(old_map_LS) == (layers, slots):
-        held = np.array(old_map_LS).astype(np.int64)[:, np.repeat(active_D, each)]
-        old = orphans_placed(held, load_LE, ranks)
     return Asked(load_LE, ranks * each, groups, nodes if whole else 1, ranks, old, rest, None, settings, active_D)
 
 
@@ -258,7 +268,13 @@ def orphans_placed(held_LS: NDArray[np.int64], load_LE: NDArray[np.float64], ran
         for expert in orphans[np.argsort(-load_E[orphans], kind="stable")].tolist():
             _place(row, expert, load_E, count_E, each)
         for _ in range(int((row == EMPTY).sum())):  # engines have no empty slot on a rank that is there
-            _place(row, int(np.argmax(load_E / count_E)), load_E, count_E, each, empty=True)
+            there_ED = np.zeros((experts, ranks), np.bool_)
+            held = row >= 0
+            there_ED[row[held], np.flatnonzero(held) // each] = True
+            free_D = (~held).reshape(ranks, each).any(axis=1)
+            full_E = there_ED[:, free_D].all(axis=1)  # a second copy on a rank saves nothing
+            worth_E = np.where(full_E, -1.0, load_E / count_E)
+            _place(row, int(np.argmax(worth_E)), load_E, count_E, each, empty=True)
     return out
 
 

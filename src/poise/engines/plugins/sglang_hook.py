@@ -36,6 +36,8 @@ def install(environ: Mapping[str, str]) -> None:
     """
     mine = {name: value for name, value in environ.items() if not name.startswith("POISE_STATIC_MAP")}
     settings = PolicySettings.from_environment(mine)
+    if settings.canary:
+        raise OptionError("POISE_CANARY: nothing looks at weights under SGLang", hint="unset POISE_CANARY")
     try:
         registry = importlib.import_module(REGISTRY)
     except ImportError:

@@ -5,10 +5,10 @@ the first rank's word and, if it has one, its map. So no rank can differ, whatev
 no equal processors, and a plan is made once, not once a rank.
 
 A call that serving waits for never waits for the planner: the first rank takes the map that was asked for at the turn
-before, if it is there, and hands over the loads of this turn. Where the call is made on a thread beside serving (vLLM's
-asynchronous balancing), it waits, without a limit, and the map is of this turn's loads. No clock is looked at. If the
-map is not there, or its process died, or the planner raised, or the map in use is another than it was made from, or a
-rank has an error of its own, all ranks keep the map in use, and say why.
+before, if it is there, and hands over the loads of this turn. Where the call is made beside serving (by the worker of
+vLLM's asynchronous balancing), it waits, without a limit, and the map is of this turn's loads. No clock is looked at.
+If the map is not there, or its process died, or the planner raised, or the map in use is another than it was made from,
+or a rank has an error of its own, all ranks keep the map in use, and say why.
 
 Every rank checks beside that all have the same map in use: its number, and the square, are summed over ranks; they are
 all equal if, and only if, n times the sum of squares is the square of the sum, and then every rank sees that.
@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.child import Answer
 from poise.engines.plugins.policy import Asked, usable_map
+from poise.util.errors import NoResultError
 
 MOST_LATE = 4
-"""Turns that a map may be late in a row, before its process is ended and started anew."""
+"""Turns that a map may be late in a row, before its process is ended and started anew. One that never answered is left
+alone: it compiles, and would have to begin again."""
 NUMBERS = 2**24
 NEW, STAYS, FIRST, LATE, FAILED, OTHER = range(1, 7)
 WORDS = {
@@ -109,13 +111,14 @@ class Turns:
         if table is not None:
             mine[4:] = table.ravel() + 1  # an empty slot, -1, is 0
         got = ranks.total(mine)
+        in_use = in_use_LS.astype(np.int64)
         stays = asked.kept() if isinstance(asked, Asked) else None
-        kept = in_use_LS.astype(np.int64) if stays is None else stays
+        kept = in_use if stays is None else stays
         if int(got[0]) ** 2 != ranks.size * int(got[1]):
-            return Taken(kept, FAILED, "ranks have different maps in use; a restart mends that")
+            return Taken(in_use, FAILED, "ranks have different maps in use; a restart mends that")
         if got[2]:
             own = self._said if isinstance(asked, BaseException) else f"{got[2]} ranks had an error of their own"
-            return Taken(kept, FAILED, own)
+            return Taken(in_use, FAILED, own)  # who had the error could place no orphans: nobody does
         word = int(got[3])
         if word != NEW:
             return Taken(kept, word, self._said)
@@ -127,7 +130,8 @@ class Turns:
     def _first(self, asked: Asked, *, waits: bool) -> tuple[int, NDArray[np.int64] | None]:
         """The first rank's word, and its map; what is next is handed over."""
         kept = asked.kept()
-        assert kept is not None
+        if kept is None:
+            raise NoResultError(f"the map in use is none of {asked.slots} slots for {asked.load_LE.shape[1]} experts")
         self.aside.start()
         if waits:
             return self._word(self.aside.ask(asked), kept)
@@ -135,7 +139,7 @@ class Turns:
         if self._coming is not None:
             if not self._coming.done():
                 self._late += 1
-                if self._late >= MOST_LATE:
+                if self._late >= MOST_LATE and self.aside.answered:
                     self.aside.end()
                 return LATE, None
             fits = self._from is not None and np.array_equal(self._from, kept)

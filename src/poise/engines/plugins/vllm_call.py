@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.policy import Asked, asked, content, say_once, usable_map, warm_up
 from poise.engines.plugins.settings import PolicySettings
 from poise.engines.plugins.turns import WORDS, TurnRanks, Turns
+from poise.engines.plugins.vllm_caller import caller
 from poise.util.errors import InputError
 
 LOG = logging.getLogger("vllm.poise")
@@ -40,6 +40,7 @@ class Call:
     single : loads are of single precision.
     active_D : which ranks are there; None: all.
     group : the ranks' process group on CPUs, if the call names it.
+    state : what vLLM keeps for this model's policy, if the call names it.
     """
 
     load_LE: NDArray[Any]
@@ -51,6 +52,7 @@ class Call:
     single: bool
     active_D: NDArray[Any] | None = None
     group: Any = None
+    state: Any = None
 
 
 class Planning:
@@ -83,7 +85,7 @@ class Planning:
         except Exception as error:
             made = error
         ranks = self._ranks(call)
-        if ranks is None:
+        if ranks is None or call.old_LS is None:
             if not isinstance(made, Asked):
                 raise made
             if made.given_LS is None:
@@ -91,11 +93,10 @@ class Planning:
             table, said = made.plan()
             self._say(call, table, said)
             return table
-        key = (*np.shape(call.load_LE), call.replicas, call.ranks)
-        turns = self._turns.setdefault(key, Turns(self._aside))
-        waits = threading.current_thread() is not threading.main_thread()
-        assert call.old_LS is not None
-        taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=waits)
+        asks = caller()
+        model = asks.model if call.state is None else id(call.state)
+        turns = self._turns.setdefault((model, *np.shape(call.load_LE), call.replicas, call.ranks), Turns(self._aside))
+        taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=asks.beside)
         self._say(call, taken.table_LS, WORDS[taken.word] + (f" ({taken.said})" if taken.said else ""))
         return taken.table_LS
 
@@ -108,7 +109,8 @@ class Planning:
     def _refused(self, call: Call, error: InputError) -> NDArray[np.int64] | None:
         """Numbers that poise does not take: the same on all ranks, so all may go on alike without it."""
         load, static = call.load_LE, self.settings.static_map is not None
-        kept = usable_map(call.old_LS, len(load), load.shape[1], call.replicas) if static else None
+        there = call.active_D is None or bool(np.all(call.active_D))  # else the map in use counts on lost ranks
+        kept = usable_map(call.old_LS, len(load), load.shape[1], call.replicas) if static and there else None
         answer = "vLLM's own algorithm answers" if kept is None else "the map in use stays"
         say_once(LOG, f"poise: {error}; {answer}")
         return kept

@@ -18,7 +18,7 @@ go on with a map that nobody made; a map in use that is none of those committed 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -160,8 +160,8 @@ def make_policy(base: Any, planning: Planning, policies: ModuleType) -> Any:
         raise OptionError(f"{policies.__name__} has no EplbPlan", hint=HINT)
 
     def plan(self: Any, context: Any, *state: Any) -> Any:
-        call = read(context)
-        ledger = state[0].ledger if state else _own(self).ledger
+        mine = state[0] if state else _own(self)
+        call, ledger = replace(read(context), state=mine), mine.ledger
         before = np.array(call.old_LS, np.int64)
         if strange := ledger.found(before):
             LOG.error("poise: %s; planning from what runs", strange)

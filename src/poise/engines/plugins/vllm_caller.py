@@ -1,0 +1,45 @@
+"""Who in vLLM asks its policy: for which model, and whether serving waits for the answer.
+
+Releases tell a policy neither. The frames above the call do: vLLM's modules for its load balancer have the model's
+record under one of two names, and the module of its asynchronous worker is there if, and only if, the call is made
+beside serving. A thread says nothing: an engine may serve on any.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+BALANCER = "vllm.distributed.eplb."
+WORKER = BALANCER + "async_worker"
+RECORDS = ("eplb_model_state", "model_state")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks.
+
+    Parameters
+    ----------
+    model : number of the model's record in this process; 0: it cannot be told.
+    beside : the call is made beside serving.
+    """
+
+    model: int = 0
+    beside: bool = False
+
+
+def caller() -> Caller:
+    """Whoever is above in this thread."""
+    model, beside = 0, False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if name.startswith(BALANCER):
+            beside = beside or name == WORKER
+            if not model:
+                records = [frame.f_locals[one] for one in RECORDS if one in frame.f_locals]
+                model = id(records[0]) if records else 0
+        frame = frame.f_back
+    return Caller(model, beside)
