@@ -191,3 +191,13 @@ def test_nodes_that_lost_as_many_ranks_each_stay_nodes():
     uneven = asked(load, 128, 4, 2, 8, settings=PolicySettings(cluster=Cluster.uniform(2, 4)),
                    active_D=np.array([1, 1, 0, 0, 1, 1, 1, 0]))  # fmt: skip
     assert (uneven.nodes, uneven.ranks) == (1, 5)
+
+
+def test_warming_up_runs_the_few_moves_too(monkeypatch):
+    """Else the first plan of an engine compiles them, and is late for seconds."""
+    from poise.engines.plugins import planner, policy
+
+    nudged, calls = planner.nudged, []
+    monkeypatch.setattr(planner, "nudged", lambda *given: calls.append(given) or nudged(*given))
+    policy.warm_up.__wrapped__()
+    assert calls

@@ -332,7 +332,8 @@ def warm_up() -> None:
     """Compile, or load, what :func:`rebalance` runs: seconds that serving should not wait for."""
     load, quick = np.arange(1.0, 17.0).reshape(2, 8), PolicySettings(time_limit_s=1e-6)
     first = rebalance(load, 12, 1, 1, 4, settings=quick)
-    rebalance(load[:, ::-1], 12, 2, 2, 4, first, settings=quick)
+    for groups, nodes in ((2, 2), (1, 1)):  # few moves from a map start where groups lie whole in it
+        rebalance(load[:, ::-1], 12, groups, nodes, 4, first, settings=quick)
 
 
 def usable_map(map_LS: NDArray[Any] | None, layers: int, experts: int, slots: int) -> NDArray[np.int64] | None:
