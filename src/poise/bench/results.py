@@ -200,8 +200,7 @@ def _text(found: dict[str, Any], key: str) -> str:
 
 def _number(found: dict[str, Any], key: str, least: float = 0.0) -> float:
     value = found.get(key)
-    a_number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not a_number or not least <= value <= MOST_NUMBER:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= MOST_NUMBER:
         raise OptionError(f"{key} must be a number from {least:g} to {MOST_NUMBER:g}, got {str(value)[:40]!r}")
     return float(value)
 
