@@ -52,7 +52,7 @@ LINEAR = 128.0
 ROUNDING = 1e-9
 
 
-NUDGES = 20
+NUDGES = 128
 """Most changes of a layer on the way from the map in use."""
 NEAR_SHARE = 0.5
 """Of the search, where it weighs what ranks keep."""
