@@ -20,6 +20,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,9 +71,10 @@ class Forked:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Unless it has ended."""
+        """Unless it has ended; how is told a moment after it is gone."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it."""
