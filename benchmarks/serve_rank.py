@@ -39,9 +39,9 @@ def scaled_rows(width: int, numel: int) -> ExpertKind:
 class Routing:
     """The tokens of all steps."""
 
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.experts = torch.from_numpy(arrays["experts"].astype(np.int64))
-        self.home, self.start = arrays["home"], arrays["start"]
+    def __init__(self, arrays: dict[str, np.ndarray], prefix: str = "") -> None:
+        self.experts = torch.from_numpy(arrays[f"{prefix}experts"].astype(np.int64))
+        self.home, self.start = arrays[f"{prefix}home"], arrays[f"{prefix}start"]
         self.top_k = self.experts.shape[2]
         weight = torch.arange(self.top_k, 0, -1, dtype=torch.float32)
         self.weight = weight / weight.sum()
@@ -80,7 +80,8 @@ class Run:
             bank[:, 0] = scale_of(torch.tensor(held, dtype=torch.int64))
             self.banks.append({"w": bank})
             self.layers.append(ServedLayer(index, self.kind, self.banks[-1], self.placement, cluster,
-                                           traffic=job["traffic"], weights_group=weights, fast=fast,
+                                           traffic=job["traffic"], split=row.get("split", "even"),
+                                           weights_group=weights, fast=fast,
                                            clock=self.clock))  # fmt: skip
         self.fast = fast
         self.spans: dict[str, list[tuple[float, float]]] = {}
@@ -164,9 +165,8 @@ def scale_of(expert: torch.Tensor) -> torch.Tensor:
 
 def work(job: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """All rows on this rank."""
-    routing, cluster = Routing(arrays), Cluster.parse(job["cluster"])
-    weights = twin(dist.group.WORLD)
-    runs = [Run(job, row, routing, cluster, weights) for row in job["rows"]]
+    cluster, weights = Cluster.parse(job["cluster"]), twin(dist.group.WORLD)
+    runs = [Run(job, row, Routing(arrays, row.get("routing", "")), cluster, weights) for row in job["rows"]]
     shape = (len(runs), job["repeats"], job["steps"], runs[0].placement.num_layers)
     marks, tokens = np.zeros((*shape, len(ServingMark))), np.zeros(shape, np.int64)
     for which, repeat, step in in_turn(runs, job):

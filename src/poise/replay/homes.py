@@ -220,13 +220,13 @@ def _row(
         homes, replanned, float(weight_B @ cost.seconds_BL.sum(axis=1)),
         float(weight_B @ (cost.dispatch_BL + cost.combine_BL).sum(axis=1)),
         float(batches[0].weight_B @ fitted.seconds_BL.sum(axis=1)), float(cost.cross_device_BL.sum()) / pairs,
-        float(cost.cross_node_BL.sum()) / pairs, _active(judged, count_LED, pricing),
+        float(cost.cross_node_BL.sum()) / pairs, active_experts(judged, count_LED, pricing),
         float(np.nanmean(cost.imbalance_BL())), kept, (wished or judged).fullest_home(devices),
     )  # fmt: skip
 
 
-def _active(batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing) -> float:
-    """Experts with tokens on a rank, mean over ranks, steps and layers."""
+def active_experts(batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing) -> float:
+    """Experts with tokens on a rank, mean over ranks, steps and layers; one that gets n < 1 tokens counts n."""
     total = 0.0
     for (steps, _), work in layer_works(
         batch, count_LED, pricing.cluster, traffic=pricing.traffic, split=pricing.split

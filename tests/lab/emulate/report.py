@@ -13,7 +13,10 @@ print(f"rank {rank} speaks", file=sys.stderr)
 if what == "fail" and rank == who:
     print("something broke here", file=sys.stderr)
     sys.exit(3)
-if what == "die" and rank == who:
+if what in ("die", "gone") and rank == who:
     os.kill(os.getpid(), 9)
+if what == "gone":
+    time.sleep(2.5)  # longer than ranks live after a failure
+    print("went on")
 if what in ("fail", "die") or (what == "hang" and who in (rank, -1)):
     time.sleep(600)

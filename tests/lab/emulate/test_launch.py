@@ -67,6 +67,14 @@ def test_a_failing_rank_ends_all_and_its_output_is_in_the_error(how, says, token
     assert not processes_with(token)
 
 
+def test_ranks_that_may_die_end_nobody(empty_path):
+    done, _, _ = report("gone", "2", may_die=(2,))
+    assert [rank.exit_code for rank in done.ranks] == [0, 0, -9, 0]
+    assert ["went on" in rank.stdout for rank in done.ranks] == [True, True, False, True]
+    with pytest.raises(RankError, match="rank 2 of 4 was killed"):
+        report("gone", "2", may_die=(1,))
+
+
 @shaping
 def test_a_hanging_rank_runs_out_of_time(token):
     for timeout in (1.5, 6.0, 24.0, 96.0):  # until the three others are over on a machine as busy as this one
@@ -83,6 +91,8 @@ def test_wrong_input_is_refused():
         run(SPEC, HERE / "none.py")
     with pytest.raises(OptionError, match="timeout"):
         run(SPEC, REPORT, timeout=0)
+    with pytest.raises(OptionError, match="no rank 4: there are 4"):
+        run(SPEC, REPORT, may_die=(3, 4))
 
 
 @pytest.fixture

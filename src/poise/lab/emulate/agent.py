@@ -175,7 +175,10 @@ def end(ranks: list[Rank]) -> None:
 
 
 def run(job: dict[str, Any], namespaces: list[int], ranks: list[Rank]) -> dict[str, Any]:
-    """Start every process of the job and wait: until all have ended well, one has not, or time is up."""
+    """Start every process of the job and wait: until all have ended well, one has not, or time is up.
+
+    Ranks of ``may_die`` may end as they like, and the others go on.
+    """
     started = time.monotonic()
     deadline: float = started + job["timeout"]
     failed: int | None = None
@@ -195,7 +198,8 @@ def run(job: dict[str, Any], namespaces: list[int], ranks: list[Rank]) -> dict[s
                     events.unregister(key.fd)
                     os.close(key.fd)
                     alive -= 1
-                    if rank.process.wait() and failed is None and not timed_out:
+                    code = rank.process.wait()
+                    if code and rank.number not in job["may_die"] and failed is None and not timed_out:
                         failed = rank.number
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                 elif not rank.read(what):

@@ -56,6 +56,7 @@ def run(
     *,
     python: str | Path = sys.executable,
     timeout: float = 600.0,
+    may_die: Sequence[int] = (),
     out: TextIO | None = None,
     err: TextIO | None = None,
 ) -> EmulatedRun:
@@ -72,10 +73,11 @@ def run(
     script, args : what every rank runs in this folder; as script ``-m``, args begin with a module's name.
     python : the interpreter of the ranks: one of another environment sees the same links.
     timeout : seconds from the first rank's start.
+    may_die : ranks whose end, however it comes, fails no run: the others go on (:mod:`poise.serve.recover`).
 
     Raises
     ------
-    OptionError : there is no such script, or the timeout is not above 0.
+    OptionError : there is no such script, the timeout is not above 0, or there is no such rank.
     RankError : a rank ended with a code other than 0 (all others are ended), or time ran out. Its text has the
         output of the rank that failed first.
     CommunicationError : the network could not be built.
@@ -84,10 +86,12 @@ def run(
         raise OptionError(f"no script {str(script)!r}", hint="a path to a Python file, or -m and a module")
     if not timeout > 0:
         raise OptionError(f"timeout must be above 0 seconds, got {timeout!r}")
+    if none := [rank for rank in may_die if not 0 <= rank < spec.num_devices]:
+        raise OptionError(f"no rank {none[0]}: there are {spec.num_devices}, from 0")
     reason = network.why_not()
     if reason:
         print(f"emulation: links are NOT shaped ({reason}); ranks share the loopback interface", file=sys.stderr)
-    job = _job(spec, [str(python), str(script), *args], timeout, shaped=not reason)
+    job = _job(spec, [str(python), str(script), *args], timeout, shaped=not reason) | {"may_die": list(may_die)}
     answer = _talk([] if reason else network.ISOLATE, job, out or sys.stdout, err or sys.stderr)
     if "error" in answer:
         raise CommunicationError(f"the emulated network could not be built: {answer['error']}")
