@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def main() -> None:
             every = []
             for _ in range(given.repeats):
                 done = run(EmulatedCluster(NODES, DEVICES, INTRA, INTER), Path(__file__).parent / "loss_rank.py",
-                           [str(folder / "job.json")], timeout=600, may_die=scene.gone)  # fmt: skip
+                           [str(folder / "job.json")], timeout=600, may_die=scene.gone, out=StringIO())  # fmt: skip
                 if not done.shaped:
                     raise SystemExit("the links were not shaped: nothing was measured (root, ip and tc are needed)")
                 every.append(judged(done.ranks, scene, want))

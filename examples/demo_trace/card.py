@@ -43,7 +43,8 @@ def card(trace: RoutingTrace, metrics: dict) -> tuple[str, list[str]]:
         "Only expert ids are shipped, no text and no weights.",
         "",
         f"- Model: OLMoE architecture, {metrics['parameters'] / 1e6:.1f} M parameters, hidden {options['hidden']}, "
-        f"expert {options['intermediate']}, vocabulary {corpus['vocab']}; balance loss per layer, weight {options['balance']}.",
+        f"expert {options['intermediate']}, vocabulary {corpus['vocab']}; balance loss per layer, weight {options['balance']}"
+        f"{'' if options['last_balance'] == options['balance'] else ' at first, ' + str(options['last_balance']) + ' at the end'}.",
         f"- Training: {metrics['tokens'] / 1e6:.1f} M tokens in {metrics['minutes']:.0f} minutes on {options['threads']} CPU "
         f"thread, torch {metrics['torch']}, seed {options['seed']}.",
         f"- Text: Debian packages {packages}; the standard library of Python {corpus['python']}. Split by whole chapters, "

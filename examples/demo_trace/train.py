@@ -1,5 +1,8 @@
 """Train the small mixture-of-experts language model of the demo trace on one CPU core.
 
+The balance loss keeps all experts alive at first and lets them specialise later: its weight falls, as DeepSeek-V3's
+does (arXiv 2412.19437, section 4.2: no balancing bias in the last part). With ``--last-balance 0.02`` loads stay even.
+
 The model is a stock ``OlmoeForCausalLM``. Two things differ from the library's own training path: the balance
 loss is taken for each layer alone (the stock one averages over layers, so a single layer can collapse while the
 loss reads as perfect), and experts run as a loop over contiguous slices, which is fastest for fp32 on a CPU.
@@ -44,6 +47,7 @@ class Options:
     learning_rate: float
     weight_decay: float
     balance: float
+    last_balance: float
     z_loss: float
 
 
@@ -291,7 +295,8 @@ def train(text: Path, out: Path, options: Options, experts: str, save_minutes: f
         got = model(input_ids=ids, use_cache=False, output_router_logits=True)
         language = F.cross_entropy(got.logits[:, :-1].reshape(-1, got.logits.shape[-1]), ids[:, 1:].reshape(-1))
         balance, z, shares = router_losses(got.router_logits, options.top_k)
-        (language + options.balance * balance + options.z_loss * z).backward()
+        weight = options.balance * (options.last_balance / options.balance) ** (elapsed / (options.minutes * 60))
+        (language + weight * balance + options.z_loss * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -343,7 +348,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--balance", type=float, default=0.02)
+    parser.add_argument("--balance", type=float, default=0.02, help="weight of the balance loss at the beginning")
+    parser.add_argument("--last-balance", type=float, default=0.0005, help="and at the end; it falls by equal factors")
     parser.add_argument("--z-loss", type=float, default=0.001)
     parser.add_argument("--experts-implementation", default="sliced", choices=("sliced", "eager"))
     parser.add_argument("--save-minutes", type=float, default=5.0)
