@@ -30,10 +30,10 @@ from poise.machine.curve import MeasuredCurve
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.engine_rules import NONE
-from poise.planning.methods.contiguous import contiguous_blocks
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, deal_slots
 from poise.planning.solve.with_homes import plan_homes
+from poise.replay.breakeven import contiguous_blocks
 from poise.replay.homes import active_experts
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch

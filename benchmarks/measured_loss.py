@@ -30,7 +30,7 @@ from poise.planning.placement import Placement
 from poise.planning.solve.repair import prepared
 from poise.serve.load import from_config
 
-NODES, DEVICES, LAYERS, EXPERTS, TOP_K, SLOTS = 2, 4, 4, 16, 2, 3
+NODES, DEVICES, LAYERS, EXPERTS, TOP_K, SLOTS = 2, 4, 4, 16, 2, 5
 INTRA, INTER = 20e6, 5e6
 """Ports, bytes a second of this machine's clock."""
 TOKEN_S = 0.001
