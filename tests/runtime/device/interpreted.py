@@ -21,7 +21,7 @@ from poise.stepwise.kernels import PRICES, prices
 
 MUTANTS = {"capped": lambda bound, slack: bound + bound * slack // 1000 + 1}
 """Of the mirror: what a kernel with another cap would be."""
-NAMES = ("fill", "split", "status", "leave", "seconds", "rows", "left")
+NAMES = ("fill", "leave", "seconds", "split", "status", "rows", "left")
 PLAIN = interpreter.interpreter_builder.set_grid_idx, interpreter.interpreter_builder.set_grid_dim
 WIDE = ((64, (8,)), (96, (4, 4, 3)), (128, (8, 8)), (256, (8, 8, 8, 8)), (256, (4, 4)))
 
@@ -45,7 +45,7 @@ def shuffled(rng):
 
 
 def run(case: Case, source: int, blocks: tuple[int, int], where="cpu"):
-    """All four kernels in the order of a step; what each returned, as numpy."""
+    """All kernels in the order of a step; what each returned, as numpy."""
     kernels = DeviceKernels(
         case.table,
         case.price,
@@ -55,16 +55,15 @@ def run(case: Case, source: int, blocks: tuple[int, int], where="cpu"):
         row_block=blocks[1],
         slack=case.pairs % 2 * 10,
     )
-    for poisoned in ("_split_room", "_fill_room", "_decide_room", "_dense", "_row", "_filled", "_leave"):
+    for poisoned in ("_split_room", "_fill_room", "_dense", "_row", "_filled", "_leave"):
         getattr(kernels, poisoned).fill_(-77)
     load, given = tensor(case.load_SE, where), tensor(case.expert_DS, where)
-    filled = kernels.fill(tensor(case.load_E, where), given).clone()
+    filled, leave = (each.clone() for each in kernels.prepare(tensor(case.load_E, where), given))
     plan = kernels.split(load, filled, kernels.none).clone()
     status = kernels.status.clone()
-    leave = kernels.decide(tensor(case.load_E, where), filled, plan).clone()
     row = kernels.rows(load, plan, source).clone()
     left = kernels.split(load, filled, leave + 1 - leave).clone()
-    out = (filled, plan, status[:3], leave, kernels.seconds_ps, row, left, kernels.fill_status)
+    out = (filled, leave, kernels.seconds_ps, plan, status[:3], row, left, kernels.fill_status)
     return [np.array(each.cpu().numpy(), np.int64) for each in out]
 
 
@@ -75,11 +74,11 @@ def expected(case: Case, source: int):
     split = mirror.split(case.load_SE, fill.expert_DS, table.turn_DS, table.node_D, slack=case.pairs % 2 * 10)
     plan = mirror.dense(split.quota_DS, fill.expert_DS, experts)
     price = dict(zip(PRICES, prices(case.price, 0.03).tolist(), strict=True))
-    decision = mirror.decide(case.load_E, fill.expert_DS, table.turn_DS, split.quota_DS, table.node_D, price)
+    decision = mirror.decide(case.load_E, fill.expert_DS, table.turn_DS, fill.quota_DS, table.node_D, price)
     left = mirror.split(case.load_SE, fill.expert_DS, table.turn_DS, table.node_D, leave=True)
     return [
-        fill.expert_DS, plan, [plan.sum(axis=0).max(), split.bound, split.rounds], [decision.leave],
-        [decision.planned_ps, decision.passive_ps], mirror.rows(case.load_SE, plan, table.node_D, source),
+        fill.expert_DS, [decision.leave], [decision.planned_ps, decision.passive_ps], plan,
+        [plan.sum(axis=0).max(), split.bound, split.rounds], mirror.rows(case.load_SE, plan, table.node_D, source),
         mirror.dense(left.quota_DS, fill.expert_DS, experts),
     ]  # fmt: skip
 
