@@ -16,6 +16,7 @@ from tests.runtime.device import mirror
 from tests.runtime.device.cases import Case, random_case
 from triton.runtime import interpreter
 
+from poise.runtime.device import gemm
 from poise.runtime.device.planner import DeviceKernels
 from poise.stepwise.kernels import PRICES, prices
 
@@ -97,6 +98,34 @@ def difference(case: Case, source: int, rng, wide: bool) -> str | None:
     return None if np.array_equal(runs[0][-1], runs[1][-1]) else "the order of programs is seen"
 
 
+def product_difference(rng) -> str | None:
+    """What differs between the grouped products and numpy, in any order of programs; None: nothing.
+
+    Rows after the last end are not numbers; some slots, or all, have no row.
+    """
+    slots, inner, out = int(rng.integers(1, 6)), int(rng.integers(1, 80)), int(rng.integers(1, 80))
+    count = rng.integers(0, 90, slots) * (rng.random(slots) < rng.choice([0.0, 0.6, 1.0]))
+    ends, rows = np.cumsum(count), int(count.sum() + rng.integers(0, 70))
+    if not rows:
+        return None
+    x, dy = rng.standard_normal((rows, inner)), rng.standard_normal((rows, out))
+    weight = rng.standard_normal((slots, inner, out))
+    x[ends[-1] :] = dy[ends[-1] :] = np.nan
+    want, want_w = np.zeros((rows, out)), np.zeros_like(weight)
+    for slot in range(slots):
+        at = slice(ends[slot] - count[slot], ends[slot])
+        want[at], want_w[slot] = x[at] @ weight[slot], x[at].T @ dy[at]
+    shuffled(rng)
+    turned = torch.from_numpy(weight.transpose(0, 2, 1).copy()).transpose(1, 2)
+    given = torch.from_numpy(x), tensor(ends)
+    for matrices in (torch.from_numpy(weight), turned):
+        if not np.allclose(gemm.product(given[0], matrices, given[1]).numpy(), want, rtol=0, atol=1e-11):
+            return f"rows of {count.tolist()} in {rows}, {inner} x {out}: another product"
+    if not np.allclose(gemm.outer(given[0], torch.from_numpy(dy), given[1]).numpy(), want_w, rtol=0, atol=1e-11):
+        return f"rows of {count.tolist()} in {rows}, {inner} x {out}: another gradient"
+    return None
+
+
 def drawn(rng, number: int, large: int) -> tuple[Case, int, bool]:
     experts, nodes = WIDE[number % len(WIDE)] if number < large else (None, ())
     case = random_case(rng, experts=experts, nodes=list(nodes), step_slots=2 if experts else None, most=2000)
@@ -115,6 +144,9 @@ def main() -> int:
         case, source, wide = drawn(rng, number, options.large)
         if found := difference(case, source, rng, wide):
             print(f"case {number}: {found}")
+            return 1
+        if found := product_difference(rng):
+            print(f"products {number}: {found}")
             return 1
     print(f"{options.cases} cases, {min(options.large, options.cases)} of them large: all bits equal")
     for name, value in MUTANTS.items() if options.mutants else ():

@@ -28,7 +28,7 @@ class ProductCode(NamedTuple):
     outer: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def slot_product(x_na: Tensor, weight_Sab: Tensor, ends_S: Tensor) -> Tensor:
+def slot_product(x_na: Tensor, weight_Sab: Tensor, ends_S: Tensor, code: ProductCode | None = None) -> Tensor:
     """Rows sorted by slot times the matrix of their slot, [n, b]; differentiable.
 
     Rows after the last end come out as 0, whatever is in them, and so do their gradients.
@@ -38,8 +38,9 @@ def slot_product(x_na: Tensor, weight_Sab: Tensor, ends_S: Tensor) -> Tensor:
     x_na : [n, a].
     weight_Sab : [S, a, b], however it lies.
     ends_S : int32 [S], where each slot's rows end.
+    code : what computes it, in place of :func:`code_for`.
     """
-    out: Tensor = _SlotProduct.apply(x_na, weight_Sab, ends_S, code_for(x_na, weight_Sab))
+    out: Tensor = _SlotProduct.apply(x_na, weight_Sab, ends_S, code or code_for(x_na, weight_Sab))
     return out
 
 
