@@ -23,9 +23,11 @@ def test_replicas_are_read_from_their_owners(tmp_path, subtests):
     judge(SCRIPT, INTERPRETED, tmp_path, subtests, world=2, env={"TRITON_INTERPRET": "1"})
 
 
-def test_a_training_step_needs_no_value():
-    assert "operations without a value" in ran("tests.runtime.device.faked")
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_a_training_step_needs_no_value(where):
+    assert "operations without a value" in ran("tests.runtime.device.faked", where)
 
 
-def test_a_step_that_looks_at_one_is_refused():
-    assert ran("tests.runtime.device.faked", "--mutant").startswith("refused")
+@pytest.mark.parametrize("where, looks", [("cpu", "counts"), ("meta", "copy")])
+def test_a_step_that_looks_at_one_is_refused(where, looks):
+    assert ran("tests.runtime.device.faked", where, looks).startswith("refused")

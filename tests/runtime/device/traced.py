@@ -22,9 +22,9 @@ class GraphRules(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             for index in args[1]:
                 assert index is None or index.dtype not in (torch.bool, torch.uint8), f"{func} by a mask"
-        devices = {each.device.type for each in flat([args, kwargs or {}])}
         out = func(*args, **(kwargs or {}))
-        assert {each.device.type for each in flat(out)} <= devices | {"cpu"}, f"{func} copies to another device"
+        devices = {each.device.type for each in flat([args, kwargs or {}, out]) if each.dim()}
+        assert len(devices) <= 1, f"{func} copies between {' and '.join(sorted(devices))}"
         self.seen.append((str(func), [tuple(each.shape) for each in flat(out)]))
         return out
 

@@ -93,6 +93,7 @@ class DeviceLayer:
         """
         expected_E = self.load_E if load_E is None else load_E
         filled_DS, leave = self.kernels.prepare(expected_E, self.expert_DS)
+        self.weights.ready()  # an earlier fetch reads the table
         self.expert_DS.copy_(filled_DS)
         self.leave.copy_(leave)
         self.weights.fetch(self.expert_DS)

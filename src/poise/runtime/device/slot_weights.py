@@ -91,6 +91,7 @@ class SlotWeights:
         self._experts = table.num_experts
         self._group = twin(group) if self.count and devices > 1 else None
         self._stream = torch.cuda.Stream(where) if where.type == "cuda" else None
+        self._coming = False  # what a stream is to wait for; in a graph only what the graph itself has begun
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def fetch(self, expert_DS: Tensor) -> None:
@@ -111,17 +112,18 @@ class SlotWeights:
                         self.rank,
                     )  # fmt: skip
             return
-        expert_DM = self._expert_DM(expert_DS)
-        from_M = self._owner_E.index_select(0, expert_DM[self.rank]) * self.count + self._turn_M
-        row_X = self._row_E.index_select(0, expert_DM.view(-1)).clamp(max=max(self.static - 1, 0))
-        with self._aside():
+        with self._aside():  # whatever it makes is made on that stream
+            expert_DM = self._expert_DM(expert_DS)
+            from_M = self._owner_E.index_select(0, expert_DM[self.rank]) * self.count + self._turn_M
+            row_X = self._row_E.index_select(0, expert_DM.view(-1)).clamp(max=max(self.static - 1, 0))
             for weight in self.bank.values():
                 came = exchange_equal(weight.index_select(0, row_X), self._group)
                 weight.index_copy_(0, self._step_DM[self.rank], came.index_select(0, from_M))
 
     def ready(self) -> Bank:
-        """The bank, once replicas are here."""
-        if self._stream is not None:
+        """The bank, once replicas are here. Before a graph is captured that has no :meth:`fetch`, call it once."""
+        if self._stream is not None and self._coming:
+            self._coming = False
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         return self.bank
 
@@ -164,6 +166,7 @@ class SlotWeights:
         if self._stream is None:
             yield
             return
+        self._coming = True
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             yield
