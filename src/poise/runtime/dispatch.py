@@ -6,6 +6,7 @@ sorted by (expert, source), so that an expert's tokens lie together and the orde
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,40 @@ NO_EXPERT = -1
 """An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
 
 
+class PairExchange(ABC):
+    """Pairs of this rank to their experts and back; n rows are computed here.
+
+    ====================================================  ======================================
+    :class:`Exchange`                                     exact sizes, which the host knows
+    :class:`poise.runtime.device.padded.PaddedExchange`   sizes that stay on the device, padded
+    ====================================================  ======================================
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def whole(self) -> bool:
+        """Whether it is known that every pair names an expert."""
+
+    @abstractmethod
+    def tokens_there(self, x_Td: Tensor) -> Tensor:
+        """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
+
+    @abstractmethod
+    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
+        """Rows of this rank's pairs [T * K, d] to where their experts are, [n, d].
+
+        ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
+        """
+
+    @abstractmethod
+    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
+        """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Exchange:
+class Exchange(PairExchange):
     """One rank's part of a dispatch; the sizes that its collectives take are on the host.
 
     Parameters

@@ -13,46 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from poise.runtime.dispatch import PairExchange
 from poise.runtime.experts import Bank
 from poise.runtime.spans import BACKWARD, span
 from poise.util.errors import ModelError
 
 RunExperts = Callable[[Sequence[Bank], Tensor], Tensor]
 """(banks, what arrived [n, d]) -> outputs [n, d]."""
-
-
-class PairExchange(Protocol):
-    """Pairs of this rank to their experts and back; n rows are computed here.
-
-    ====================================================  ======================================
-    :class:`poise.runtime.dispatch.Exchange`              exact sizes, which the host knows
-    :class:`poise.runtime.device.padded.PaddedExchange`   sizes that stay on the device, padded
-    ====================================================  ======================================
-    """
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is known that every pair names an expert."""
-        ...
-
-    def tokens_there(self, x_Td: Tensor) -> Tensor:
-        """Tokens of this rank to what is computed here, [n, d]."""
-        ...
-
-    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
-        """Rows of this rank's pairs [T * K, d] to where their experts are, [n, d]."""
-        ...
-
-    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
-        """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
-        ...
+RunBackward = Callable[[Tensor, Callable[[], bool]], Tensor]
+"""(gradients of the outputs [T * K, d], whether weights get gradients) -> gradients of the tokens [T, d]."""
 
 
 class _GraphEntry(torch.autograd.Function):
@@ -152,48 +128,31 @@ class LayerStep:
         return out.view(len(out) // self.top_k, self.top_k, out.shape[1]).sum(dim=1)
 
 
-class ForwardStages(Protocol):
-    """What runs a layer forward: the stages above, and what lies between them."""
-
-    def compute(self, one: Any, x_Td: Tensor, *, graph: bool, recomputed: bool) -> Tensor:
-        """Outputs of this rank's pairs, [T * K, d]."""
-        ...
-
-
-class BackwardStages(Protocol):
-    """What runs it backward."""
-
-    def layer(self, one: Any, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
-        """Gradients of this rank's tokens, [T, d]; those of the weights are added to ``.grad``, if asked for."""
-        ...
-
-
 class LayerFunction(torch.autograd.Function):
-    """``apply(forward, backward, pass, graph, recomputed, tokens [T, d], *weights)``: outputs of the pairs, [T * K, d].
+    """``apply(forward, backward, tokens [T, d], *weights)``: outputs of the pairs, [T * K, d].
 
-    All of a layer is one function, so that the order of its collectives is that of ``backward.layer``, and not the
-    order in which the engine visits nodes. The weights are named so that the graph reaches the layer; their gradients
-    are set by ``backward``. The empty tensor that is saved makes checkpointing compute the layer again before its
-    backward, tokens or not.
+    All of a layer is one function, so that the order of its collectives is that of ``backward``, and not the order in
+    which the engine visits nodes. The weights are named so that the graph reaches the layer; their gradients are set by
+    ``backward``. The empty tensor that is saved makes checkpointing compute the layer again before its backward, tokens
+    or not.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, forward: ForwardStages, backward: BackwardStages, one: Any, graph: bool, recomputed: bool,
-        x_Td: Tensor, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, forward: Callable[[Tensor], Tensor], backward: RunBackward, x_Td: Tensor, *weights: Tensor
+    ) -> Tensor:
         """Outputs of the pairs; the stages build the graph inside."""
-        ctx.back, ctx.one, ctx.given = backward, one, len(weights)
+        ctx.back, ctx.given = backward, len(weights)
         ctx.save_for_backward(x_Td.new_empty(0))
-        return forward.compute(one, x_Td, graph=graph, recomputed=recomputed)
+        return forward(x_Td)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of the tokens; None for all else."""
         ctx.saved_tensors  # noqa: B018
-        dx_Td = ctx.back.layer(ctx.one, grads[0], partial(_accumulates, ctx))
-        return (None, None, None, None, None, dx_Td, *[None] * ctx.given)
+        dx_Td = ctx.back(grads[0], partial(_accumulates, ctx))
+        return (None, None, dx_Td, *[None] * ctx.given)
 
 
 def _accumulates(ctx: Any) -> bool:

@@ -75,7 +75,10 @@ class ForwardSchedule:
         compute_dtype = self._run.deployment.compute_dtype
         tokens = x_Td.to(compute_dtype) if x_Td.dtype != compute_dtype else x_Td
         inside = graph and not region.later
-        y_Nd = LayerFunction.apply(self, self._backward, one, inside, recomputed, tokens, *trainable)
+        y_Nd = LayerFunction.apply(
+            partial(self.compute, one, graph=inside, recomputed=recomputed), partial(self._backward.layer, one), tokens,
+            *trainable,
+        )  # fmt: skip
         if not graph:
             one.weights.free()
             one.done = True

@@ -119,26 +119,28 @@ class DeviceLayer:
             LayerStep(way, self.top_k, partial(self._experts, way.ends_S)), way, {}, self.expert_DS.clone()
         )
         like = next(iter(self.weights.bank.values()))
-        y_Nd = LayerFunction.apply(self, self, one, graph, False, x_Td.to(like.dtype), *parameters)
+        y_Nd = LayerFunction.apply(
+            partial(self._forward, one, graph), partial(self._backward, one), x_Td.to(like.dtype), *parameters
+        )
         weights_TK = weights_TK.masked_fill(~named(ids_TK, len(self.load_E)), 0)
         y_TKd = y_Nd.view(self.tokens, self.top_k, y_Nd.shape[1])
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x.dtype)
 
-    def compute(self, one: _DevicePass, x_Td: Tensor, *, graph: bool, recomputed: bool) -> Tensor:
-        """Outputs of this rank's pairs, [T * K, d] (:class:`poise.runtime.layer.LayerFunction` calls it)."""
+    def _forward(self, one: _DevicePass, graph: bool, x_Td: Tensor) -> Tensor:
+        """Outputs of this rank's pairs, [T * K, d]."""
         x_in = one.step.dispatch(x_Td)
         bank = {name: weight.detach() for name, weight in self.weights.ready().items()}
         if graph:
             for name, weight in bank.items():
                 if self.weights.owned[name].requires_grad:
                     one.leaves[name] = weight.requires_grad_()
-        y_in, failed = one.step.compute(x_in, [bank], graph=graph, recomputed=recomputed)
+        y_in, failed = one.step.compute(x_in, [bank], graph=graph, recomputed=False)
         y_Nd = one.step.combine(y_in)
         if failed is not None:
             raise failed
         return y_Nd
 
-    def layer(self, one: _DevicePass, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
+    def _backward(self, one: _DevicePass, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
         """Gradients of this rank's tokens, [T, d]; those of weights go to ``.grad`` of their owners."""
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         leaves = one.leaves if accumulates() else {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from poise.runtime.collectives import exchange_equal
-from poise.runtime.dispatch import named
+from poise.runtime.dispatch import PairExchange, named
 from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
@@ -50,7 +50,7 @@ class RowCapacity:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PaddedExchange:
+class PaddedExchange(PairExchange):
     """One rank's part of a dispatch; all sizes are those of the capacity.
 
     Parameters
