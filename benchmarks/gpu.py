@@ -43,6 +43,7 @@ from tests.runtime.device.interpreted import NAMES, expected, run, tensor  # noq
 from poise.cost.compute import expert_times  # noqa: E402
 from poise.machine.cluster import Cluster  # noqa: E402
 from poise.machine.model import ModelSpec  # noqa: E402
+from poise.machine.settle import settle  # noqa: E402
 from poise.runtime.device.planner import DeviceKernels  # noqa: E402
 
 SIZES = [(experts, devices) for experts in (64, 128, 256, 512) for devices in (8, 32, 64, 256)]
@@ -154,10 +155,9 @@ def timed(case: Case) -> dict[str, Any]:
 
 def predicted(rng, gpu: str) -> dict[str, Any]:
     """What parts 3, 4 and 5 are held against, by the machine's constants."""
-    cluster = Cluster.parse(f"1x1:{gpu}+vllm.bf16")
-    times = expert_times(
-        cluster, ModelSpec("experts", 1, (0,), LOCAL, 8, HIDDEN, INTER, kv_bytes_per_token_layer=2048.0)
-    )
+    model = ModelSpec("experts", 1, (0,), LOCAL, 8, HIDDEN, INTER, kv_bytes_per_token_layer=2048.0)
+    cluster = settle(Cluster.parse(f"1x1:{gpu}+vllm.bf16"), model, BESIDE)  # links, which one device does not have
+    times = expert_times(cluster, model)
 
     def seconds(count) -> float:
         work = np.maximum(np.minimum(count, 1) * times.read_s, count * times.compute_s)

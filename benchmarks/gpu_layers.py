@@ -23,6 +23,7 @@ from poise.cost.compute import expert_times
 from poise.cost.weights import step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.machine.settle import settle
 from poise.runtime.device.layer import DeviceLayer
 from poise.runtime.device.planner import DeviceKernels
 from poise.runtime.device.products import slot_product, triton_code
@@ -70,7 +71,7 @@ def made(size: Size, where: str, group: Any) -> tuple[DeviceLayer, GatedExperts]
     dense = GatedExperts(size.experts, size.hidden, size.inner).to(size.dtype)
     table = LayerSlots.of(np.ones((size.experts, 1), bool), 0, np.zeros(1, np.int32))
     weights = {name: weight.detach().to(where).requires_grad_() for name, weight in dense.named_parameters()}
-    price = step_price(float(size.tokens), size.experts, Cluster.parse("1x1:h200"), spec(size))
+    price = step_price(float(size.tokens), size.experts, Cluster.parse("1x1:h200+datasheet"), spec(size))
     kernels = DeviceKernels(table, price, size.tokens * size.top_k, where)
     product = slot_product if where == "cuda" else partial(slot_product, code=triton_code())  # the interpreter
     held = SlotWeights(table, weights, group)
@@ -103,7 +104,7 @@ def predictions(gpu: str, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Part 5, before anything ran: experts alone by the machine's measured constants; the rest of a layer is not known."""
     rows = []
     for size in STEP_SIZES:
-        times = expert_times(Cluster.parse(f"1x1:{gpu}+vllm.bf16"), spec(size))
+        times = expert_times(settle(Cluster.parse(f"1x1:{gpu}+vllm.bf16"), spec(size), size.tokens), spec(size))
         ids = batch(rng, size._replace(hidden=1), "cpu", 1.0)[1]
         count_E = np.bincount(ids.numpy().ravel(), minlength=size.experts)
         work = np.maximum(np.minimum(count_E, 1) * times.read_s, count_E * times.compute_s)
@@ -222,7 +223,7 @@ def trained(rng: np.random.Generator, where: str) -> dict[str, Any]:
         size = TRAINED if where == "cuda" else SMALL
         before = torch.cuda.memory_allocated() if where == "cuda" else 0
         model = Tower(size).to(size.dtype).to(where)
-        run = fully_shard_experts(model, mesh=mesh, cluster=Cluster.parse("1x1:h200"))
+        run = fully_shard_experts(model, mesh=mesh, cluster=Cluster.parse("1x1:h200+datasheet"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         run.attach(optimizer)
         x = torch.from_numpy(rng.standard_normal((size.tokens, size.hidden))).to(size.dtype).to(where)
@@ -265,7 +266,7 @@ def parity(rng: np.random.Generator, where: str, mesh: Any) -> float:
     model = Tower(SMALL).double()
     model.load_state_dict(dense.state_dict())
     model = model.to(where)
-    run = fully_shard_experts(model, mesh=mesh, cluster=Cluster.parse("1x1:h200"))
+    run = fully_shard_experts(model, mesh=mesh, cluster=Cluster.parse("1x1:h200+datasheet"))
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, dense)]
     run.attach(optimizers[0])
     for _ in range(3):

@@ -36,7 +36,7 @@ class SlotWeights:
     table : the layer's slots; static ones of a device come first.
     weights : of the experts in this rank's static slots, in their order [n, ...].
     group : process group of the ranks; replicas travel over connections of their own.
-    share : how ranks come to read each other's memory; None: they do not.
+    share : how ranks come to read each other's memory, kept as long as these; None: they do not.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class SlotWeights:
                 raise ModelError(f"{len(weight)} experts in {name}, and rank {rank} has {self.static} static slots")
         self.bank: Bank = {}
         self.owned: dict[str, nn.Parameter] = {}
-        self._address: dict[str, Tensor] = {}
+        self._share, self._address = share, dict[str, Tensor]()
         for name, weight in weights.items():
             shape = torch.Size((width, *weight.shape[1:]))
             if share is None:
