@@ -2,15 +2,17 @@
 
     PYTHONPATH=src python benchmarks/gpu.py [--seconds 200] [--no-report] [--gpu h200]
 
-What it needs is in the repository, numpy, PyTorch and Triton. Without a GPU, ``TRITON_INTERPRET=1`` runs the first part at small
-sizes and says that the others were not run: no figure of a GPU is written. Ends with 1 where a number is wrong.
+What it needs is in the repository, and numpy, numba, scipy, PyTorch and Triton. Without a GPU, ``TRITON_INTERPRET=1`` runs parts 1, 5
+and 6 at small sizes and says that the others were not run: no figure of a GPU is written. Ends with 1 where a number is wrong.
 
-1. The four kernels against their mirrors on fresh random layers, bit for bit; on a GPU also from a captured graph.
-2. Median and 99th percentile of each kernel, alone, and of a decode step's five launches in a captured graph.
+1. The kernels against their mirrors on fresh random layers, bit for bit; on a GPU also from a captured graph.
+2. Median and 99th percentile of each kernel, alone, and of a decode step's three launches in a captured graph.
 3. Grouped GEMM at skewed loads, beside what the machine's measured constants said before it ran.
 4. A copy on a stream of its own beside that GEMM: what each loses.
+5. The layer without a host: against float64 on the CPU, forward and backward; from captured graphs, and its time.
+6. poise.train with a world of one: against the CPU, memory against the allocator's count, a timeline of streams.
 
-Parts stop where the seconds end, and say so.
+All predictions are made, and printed, before the first part runs. Parts stop where the seconds end, and say so.
 """
 
 from __future__ import annotations
@@ -22,25 +24,33 @@ import os
 import platform
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
 
+if find_spec("highspy") is None:  # not to be had on every machine, and nothing here solves a programme
+    sys.modules["highspy"] = MagicMock(Highs=object, kHighsInf=float("inf"))
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks import gpu_layers  # noqa: E402
 from tests.runtime.device.cases import Case, random_case  # noqa: E402
 from tests.runtime.device.interpreted import NAMES, expected, run, tensor  # noqa: E402
 
 from poise.cost.compute import expert_times  # noqa: E402
 from poise.machine.cluster import Cluster  # noqa: E402
 from poise.machine.model import ModelSpec  # noqa: E402
+from poise.machine.settle import settle  # noqa: E402
 from poise.runtime.device.planner import DeviceKernels  # noqa: E402
 
 SIZES = [(experts, devices) for experts in (64, 128, 256, 512) for devices in (8, 32, 64, 256)]
 HIDDEN, INTER, LOCAL = 4096, 1536, 32
 """Of the experts of a rank in part 3: Qwen3-235B's sizes, bf16."""
+COPIED, BESIDE = 16, 16384
+"""Part 4: experts that are copied, and tokens that are computed meanwhile."""
 
 
 def layer(rng, experts: int, devices: int) -> Case:
@@ -83,15 +93,15 @@ def captured(rng, where: str) -> dict[str, Any]:
     load_E.copy_(tensor(case.load_E, where))
     graph.replay()
     want = expected(case, 1)
-    leave = bool(want[3][0])
-    good = np.array_equal(plan.cpu().numpy(), want[6] if leave else want[1])
-    return {"equal": bool(good and (leave or np.array_equal(row.cpu().numpy(), want[5])))}
+    found = dict(zip(NAMES, want, strict=True))
+    leave = bool(found["leave"][0])
+    good = np.array_equal(plan.cpu().numpy(), found["left" if leave else "split"])
+    return {"equal": bool(good and (leave or np.array_equal(row.cpu().numpy(), found["rows"])))}
 
 
 def step(kernels: DeviceKernels, load_SE, load_E):
-    """A decode step's five launches."""
-    slots = kernels.fill(load_E, kernels.expert_DS)
-    leave = kernels.decide(load_E, slots, kernels.split(load_SE, slots, kernels.none))
+    """A decode step's three launches: one between steps, two after the gate."""
+    slots, leave = kernels.prepare(load_E, kernels.expert_DS)
     plan = kernels.split(load_SE, slots, leave)
     return plan, kernels.rows(load_SE, plan, 1)
 
@@ -129,13 +139,12 @@ def timed(case: Case) -> dict[str, Any]:
         DeviceKernels(case.table, case.price, max(1, case.pairs), "cuda", slack=slack) for slack in (10, 0)
     )
     plan, _ = step(kernels, load_SE, load_E)
-    slots = kernels.fill(load_E, kernels.expert_DS)
+    slots, _ = kernels.prepare(load_E, kernels.expert_DS)
     for name, each in (("split", kernels), ("split_1%", loose)):
         row[name] = microseconds(lambda each=each: each.split(load_SE, slots, each.none), 100)
         row[f"{name}_rounds"] = int(each.status[2])
     row["rows"] = microseconds(lambda: kernels.rows(load_SE, plan, 1), 100)
-    row["decide"] = microseconds(lambda: kernels.decide(load_E, slots, plan), 100)
-    row["fill"] = microseconds(lambda: kernels.fill(load_E, kernels.expert_DS), 50)
+    row["prepare"] = microseconds(lambda: kernels.prepare(load_E, kernels.expert_DS), 50)
     row["fill_turns"] = int(kernels.fill_status[3])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -144,18 +153,34 @@ def timed(case: Case) -> dict[str, Any]:
     return row
 
 
-def grouped(rng, gpu: str, seconds: float) -> list[dict[str, Any]]:
-    """Part 3: predictions of all rows first, then the measurements."""
+def predicted(rng, gpu: str) -> dict[str, Any]:
+    """What parts 3, 4 and 5 are held against, by the machine's constants."""
     model = ModelSpec("experts", 1, (0,), LOCAL, 8, HIDDEN, INTER, kv_bytes_per_token_layer=2048.0)
-    times = expert_times(Cluster.parse(f"1x1:{gpu}+vllm.bf16"), model)
+    cluster = settle(Cluster.parse(f"1x1:{gpu}+vllm.bf16"), model, BESIDE)  # links, which one device does not have
+    times = expert_times(cluster, model)
+
+    def seconds(count) -> float:
+        work = np.maximum(np.minimum(count, 1) * times.read_s, count * times.compute_s)
+        return times.start_s + float((work + count * times.activation_s).sum())
+
     rows: list[dict[str, Any]] = []
     for tokens in (64, 512, 4096, 32768):
         for skew in (0.0, 1.0, 2.0):
             weight = np.exp(skew * rng.standard_normal(LOCAL))
             count = rng.multinomial(tokens, weight / weight.sum())
-            work = np.maximum(np.minimum(count, 1) * times.read_s, count * times.compute_s)
-            predicted = times.start_s + float((work + count * times.activation_s).sum())
-            rows.append({"tokens": tokens, "skew": skew, "count": count.tolist(), "predicted_us": 1e6 * predicted})
+            rows.append({"tokens": tokens, "skew": skew, "count": count.tolist(), "predicted_us": 1e6 * seconds(count)})
+    copied = 2 * COPIED * 3 * INTER * HIDDEN * 2  # read and written, bf16
+    experts_s, copy_s = seconds(np.full(LOCAL, BESIDE // LOCAL)), copied / cluster.memory_bytes_per_s
+    beside = {
+        "experts_us": 1e6 * experts_s,
+        "device_copy_us": 1e6 * copy_s,
+        "device_both_us": 1e6 * max(experts_s, copy_s),
+    }
+    return {"grouped": rows, "overlap": beside, "layers": gpu_layers.predictions(gpu, rng)}
+
+
+def grouped(rows: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Part 3."""
     up = torch.randn(LOCAL, 2 * INTER, HIDDEN, dtype=torch.bfloat16, device="cuda") * 0.02
     down = torch.randn(LOCAL, HIDDEN, INTER, dtype=torch.bfloat16, device="cuda") * 0.02
     began = time.monotonic()
@@ -195,9 +220,11 @@ def overlap() -> dict[str, float]:
     """Part 4: microseconds of a copy and of experts, alone and beside each other."""
     up = torch.randn(LOCAL, 2 * INTER, HIDDEN, dtype=torch.bfloat16, device="cuda") * 0.02
     down = torch.randn(LOCAL, HIDDEN, INTER, dtype=torch.bfloat16, device="cuda") * 0.02
-    x = torch.randn(16384, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    experts = experts_call(x, up, down, torch.arange(1, LOCAL + 1, dtype=torch.int32, device="cuda") * (16384 // LOCAL))
-    source = torch.randn(16, 3 * INTER, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(BESIDE, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    experts = experts_call(
+        x, up, down, torch.arange(1, LOCAL + 1, dtype=torch.int32, device="cuda") * (BESIDE // LOCAL)
+    )
+    source = torch.randn(COPIED, 3 * INTER, HIDDEN, dtype=torch.bfloat16, device="cuda")
     host, target, stream = source.cpu().pin_memory(), torch.empty_like(source), torch.cuda.Stream()
     out = {"experts_us": microseconds(experts, 50)[0]}
     for name, weights in (("device", source), ("host", host)):
@@ -224,7 +251,7 @@ def overlap() -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]], leave_out: tuple[str, ...] = ()) -> str:
     """Rows of the same keys as markdown."""
-    keys = [key for key in rows[0] if key not in leave_out]
+    keys = [key for key in rows[0] if key not in leave_out] if rows else []
     shown = [[" / ".join(f"{x:.1f}" for x in v) if isinstance(v, list) else f"{v:.4g}" if isinstance(v, float) else str(v)
               for v in (row.get(key, "not run") for key in keys)] for row in rows]  # fmt: skip
     lines = [
@@ -241,21 +268,32 @@ def report(result: dict[str, Any], machine: str) -> str:
     parts = [f"# Kernels of the device\n\n{today}. {machine}."]
     right = result["correctness"]
     parts.append(f"**1. Against the mirrors, bit for bit**: {right['cases']} of {right.get('asked', '?')} random layers, wrong: {right['wrong'] or 'none'}.")  # fmt: skip
-    if "timings" not in result:
-        return (
-            "\n\n".join(
-                [*parts, "Parts 2 to 4 were not run: there is no GPU here, and the interpreter's time says nothing."]
-            )
-            + "\n"
+    if "timings" in result:
+        parts.append(f"From a captured graph, with other counts than it was captured with: {'equal' if result['captured']['equal'] else 'WRONG'}.")  # fmt: skip
+        parts.append(
+            "**2. Microseconds, median / 99th percentile**; `graph`: prepare, split, rows.\n\n"
+            + table(result["timings"])
         )
-    parts.append(f"From a captured graph, with other counts than it was captured with: {'equal' if result['captured']['equal'] else 'WRONG'}.")  # fmt: skip
-    parts.append(
-        "**2. Microseconds, median / 99th percentile**; `graph`: fill, split, decide, split, rows.\n\n"
-        + table(result["timings"])
-    )
-    parts.append("**3. Grouped GEMM**, predicted before it ran\n\n" + table(result["grouped"], ("count",)))
-    parts.append("**4. A copy beside it**\n\n" + table([result["overlap"]]))
+        parts.append("**3. Grouped GEMM**, predicted before it ran\n\n" + table(result["grouped"], ("count",)))
+        said = {f"predicted {key}": value for key, value in result["predicted"]["overlap"].items()}
+        parts.append("**4. A copy beside it**\n\n" + table([{**said, **result["overlap"]}]))
+    else:
+        parts.append("Parts 2 to 4 were not run: there is no GPU here, and the interpreter's time says nothing.")
+    layers, train = result["layers"], result["train"]
+    parts.append(f"**5. The layer without a host** ({verdict(layers)}), relative distance from float64 on the CPU:\n\n" + table([layers.get("parity", {})]))  # fmt: skip
+    if layers.get("sizes"):
+        parts.append("`predicted_us`: the experts alone; what the graph takes more is planning, sorting and padding.\n\n" + table(layers["sizes"]))  # fmt: skip
+    told = {key: value for key, value in train.items() if key not in ("streams", "right", "error", "seconds")}
+    parts.append(f"**6. poise.train with a world of one** ({verdict(train)})\n\n" + table([told]))
+    if gpu := train.get("streams"):
+        parts.append(
+            table(gpu if "timings" in result else [{k: v for k, v in row.items() if "us" not in k} for row in gpu])
+        )
     return "\n\n".join(parts) + "\n"
+
+
+def verdict(part: dict[str, Any]) -> str:
+    return "right" if part.get("right") else f"WRONG{': ' + part['error'] if 'error' in part else ''}"
 
 
 def main() -> int:
@@ -276,13 +314,19 @@ def main() -> int:
     triton = sys.modules["triton"].__version__
     machine = f"{name}, seed {seed}, Python {platform.python_version()}, torch {torch.__version__}, triton {triton}"
     cases = options.cases or (8 if interpreted else 400)
-    result: dict[str, Any] = {"machine": machine, "correctness": correctness(rng, where, cases, 0.4 * limit)}
+    result: dict[str, Any] = {"machine": machine, "predicted": predicted(rng, options.gpu)}
+    print(json.dumps(result), flush=True)
+    result["correctness"] = correctness(rng, where, cases, 0.3 * limit)
     good = result["correctness"]["wrong"] is None and result["correctness"]["cases"] > 0
     if not interpreted:
         result["captured"] = captured(rng, where)
         good = good and result["captured"]["equal"]
-        result["timings"] = timings(rng, 0.35 * limit)
-        result["grouped"] = grouped(rng, options.gpu, 0.1 * limit)
+    result["layers"] = gpu_layers.tried(gpu_layers.hostless, rng, where, result["predicted"]["layers"], microseconds)
+    result["train"] = gpu_layers.tried(gpu_layers.trained, rng, where)
+    good = good and result["layers"]["right"] and result["train"]["right"]
+    if not interpreted:
+        result["timings"] = timings(rng, 0.25 * limit)
+        result["grouped"] = grouped(result["predicted"]["grouped"], 0.1 * limit)
         result["overlap"] = overlap()
     text = report(result, machine)
     print(text)

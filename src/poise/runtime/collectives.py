@@ -140,6 +140,16 @@ def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: A
     return out
 
 
+def exchange_equal(x_nd: Tensor, group: Any) -> Tensor:
+    """All-to-all of equal parts: n / D rows to every rank, and as many from each, by rank; no size is told."""
+    out = torch.empty_like(x_nd, memory_format=torch.contiguous_format)
+    try:
+        dist.all_to_all_single(out, x_nd.contiguous(), group=group)
+    except RuntimeError as error:
+        raise CommunicationError(*lost(error)) from error
+    return out
+
+
 def gather_rows(mine_nd: Tensor, count_D: Sequence[int], group: Any) -> Tensor:
     """Rows of all ranks in their order, [sum, d]: everyone's own to every other, as in :func:`exchange`."""
     out = mine_nd.new_empty((sum(count_D), *mine_nd.shape[1:]))

@@ -6,6 +6,7 @@ sorted by (expert, source), so that an expert's tokens lie together and the orde
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,41 @@ NO_EXPERT = -1
 """An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
 
 
+class PairExchange(ABC):
+    """Pairs of this rank to their experts and back; n rows are computed here.
+
+    ====================================================  ======================================
+    :class:`Exchange`                                     exact sizes, which the host knows
+    :class:`poise.runtime.device.padded.PaddedExchange`   sizes that stay on the device, padded
+    ====================================================  ======================================
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def whole(self) -> bool:
+        """Whether it is known that every pair names an expert."""
+
+    @abstractmethod
+    def tokens_there(self, x_Td: Tensor) -> Tensor:
+        """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
+
+    @abstractmethod
+    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
+        """Rows of this rank's pairs [T * K, d] to where their experts are, [n, d].
+
+        ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
+        """
+
+    @abstractmethod
+    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
+        """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Exchange:
-    """One rank's part of a dispatch.
+class Exchange(PairExchange):
+    """One rank's part of a dispatch; the sizes that its collectives take are on the host.
 
     Parameters
     ----------
@@ -32,6 +65,7 @@ class Exchange:
     sent_D, got_D : pairs to and from each rank.
     arrange_n : int64 [n] what arrived, in the order the experts need it.
     count_E : pairs of each expert computed here, int64 [E] on the host.
+    pairs, top_k, group : T * K, K, and the process group of tokens.
     """
 
     send_N: Tensor
@@ -39,6 +73,42 @@ class Exchange:
     got_D: list[int]
     arrange_n: Tensor
     count_E: NDArray[np.int64]
+    pairs: int
+    top_k: int
+    group: Any
+
+    @property
+    def whole(self) -> bool:
+        """Whether every pair names an expert."""
+        return len(self.send_N) == self.pairs
+
+    def tokens_there(self, x_Td: Tensor) -> Tensor:
+        """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
+        return self._there(x_Td.index_select(0, self.send_N // self.top_k), "")
+
+    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
+        """Rows of this rank's pairs [T * K, d] to where their experts are, [n, d].
+
+        ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
+        """
+        return self._there(y_Nd.index_select(0, self.send_N), prefix)
+
+    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
+        """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
+        as_came = torch.empty_like(y_nd)
+        as_came[self.arrange_n] = y_nd
+        with span(f"{prefix}combine"):
+            sent_Nd = exchange(as_came, self.got_D, self.sent_D, self.group)
+        out = sent_Nd.new_empty if self.whole else sent_Nd.new_zeros
+        all_Nd = out((self.pairs, sent_Nd.shape[1]))
+        all_Nd[self.send_N] = sent_Nd
+        return all_Nd
+
+    def _there(self, sent_Nd: Tensor, prefix: str) -> Tensor:
+        with span(f"{prefix}dispatch"):
+            came = exchange(sent_Nd, self.sent_D, self.got_D, self.group)
+        with span(f"{prefix}arrange"):
+            return came.index_select(0, self.arrange_n)
 
 
 def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64]:
@@ -96,7 +166,9 @@ def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
     )
 
 
-def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots: list[int] | None = None) -> Exchange:
+def make_exchange(
+    ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, group: Any, slots: list[int] | None = None
+) -> Exchange:
     """One rank's exchange, from its expert ids int64 [T, K] and pairs by source, expert and device int64 [D, E, D].
 
     Pairs without an expert are not sent. ``slots`` are the experts held here in the order they are computed; without
@@ -119,23 +191,7 @@ def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots:
         here_SE.sum(axis=1).tolist(),
         torch.from_numpy(np.argsort(place_E[expert], kind="stable")).to(device),
         here_SE.sum(axis=0),
+        ids_TK.numel(),
+        ids_TK.shape[1],
+        group,
     )
-
-
-def there(x_Nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
-    """Send pairs, in sending order, to their ranks; those that are computed here, [n, d], sorted by expert.
-
-    ``prefix`` is put before the names of its spans (:mod:`poise.runtime.spans`).
-    """
-    with span(f"{prefix}dispatch"):
-        came = exchange(x_Nd, way.sent_D, way.got_D, group)
-    with span(f"{prefix}arrange"):
-        return came.index_select(0, way.arrange_n)
-
-
-def back(y_nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
-    """Send results back, the reverse of :func:`there`; those of this rank's pairs, [N, d], in sending order."""
-    out = torch.empty_like(y_nd)
-    out[way.arrange_n] = y_nd
-    with span(f"{prefix}combine"):
-        return exchange(out, way.got_D, way.sent_D, group)

@@ -20,6 +20,8 @@ from poise.runtime.shells import filled, follow, shell
 from poise.util.errors import ModelError
 
 Bank = dict[str, Tensor]
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [n, a] sorted by expert, matrices [E, a, b], end of each expert's rows int32 [E]) -> [n, b]."""
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "total_experts")
 """Attributes that tell how many experts a module has."""
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +40,7 @@ class ExpertKind:
     name : of the shape.
     shapes : per-expert shape of every weight, in the module's order.
     one : (weights of one expert, tokens [n, d]) -> [n, d].
-    grouped : (bank, tokens sorted by expert, end of each expert's tokens) -> [n, d], or None.
+    grouped : (bank, tokens sorted by expert, end of each expert's tokens, product) -> [n, d], or None.
     matrices : weight matrices an expert has.
     inner : its inner width.
     hidden : width of its tokens, d.
@@ -46,12 +48,13 @@ class ExpertKind:
     random : it draws random numbers in training: they would depend on the rank that computes it.
     leaves_out : it is known that the module takes id E for no expert.
     mark : a number that differs for other code or constants.
+    padded : ``grouped`` takes rows after the last end, and nothing in it looks at a number on the host.
     """
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     one: Callable[[Bank, Tensor], Tensor]
-    grouped: Callable[[Bank, Tensor, Tensor], Tensor] | None
+    grouped: Callable[[Bank, Tensor, Tensor, GroupedProduct], Tensor] | None
     matrices: int
     inner: int
     hidden: int
@@ -59,11 +62,16 @@ class ExpertKind:
     random: bool = False
     leaves_out: bool = False
     mark: float = 0.0
+    padded: bool = False
 
     @property
     def numel(self) -> int:
         """Parameters of one expert."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def run_counted(self, counts: Sequence[Sequence[int]], banks: Sequence[Bank], x_nd: Tensor) -> Tensor:
+        """As :meth:`run`, with the tokens of every row of every bank apart."""
+        return self.run(list(zip(banks, counts, strict=True)), x_nd)
 
     def run(self, banks: Sequence[tuple[Bank, Sequence[int]]], x_nd: Tensor) -> Tensor:
         """Outputs [n, d] of tokens sorted by bank, then row: each bank comes with the tokens of its rows."""
@@ -76,7 +84,7 @@ class ExpertKind:
             start += total
             if self.grouped is not None and _grouped_pays(x, self.shapes):
                 ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-                out.append(self.grouped(bank, x, ends))
+                out.append(self.grouped(bank, x, ends, _grouped_mm))
                 continue
             rows = {name: weight.unbind(0) for name, weight in bank.items()}
             for row, part in enumerate(x.split(list(counts))):
@@ -88,7 +96,12 @@ class ExpertKind:
 
 def _grouped_pays(x: Tensor, shapes: dict[str, tuple[int, ...]]) -> bool:
     """On a CPU a loop is as fast or faster, and float64 is refused; rows must begin at multiples of 16 bytes."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and all(shape[-1] % 8 == 0 for shape in shapes.values())
+    there = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    return there and all(shape[-1] % 8 == 0 for shape in shapes.values())
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight, offs=ends)
 
 
 def recognise_all(modules: Mapping[str, nn.Module]) -> dict[str, ExpertKind]:
@@ -239,7 +252,7 @@ def _stacked(module: nn.Module, name: str) -> list[Candidate]:
                 continue
             kind = ExpertKind(
                 "gated" if gated else "plain", shapes, _one(first, transposed, middle),
-                _grouped(first, transposed, middle), 2 + gated, inner, hidden, follow(code),
+                _grouped(first, transposed, middle), 2 + gated, inner, hidden, follow(code), padded=True,
             )  # fmt: skip
             device = weights[first].device
             out.append((kind, Subject(name, _own(code), kind.one, shapes, experts, [hidden], [code], device), []))
@@ -270,7 +283,7 @@ def _sorted(module: nn.Module, name: str) -> list[Candidate]:
     def one(weights: Bank, x: Tensor) -> Tensor:
         return run({key: weight[None] for key, weight in weights.items()}, x, torch.tensor([len(x)], device=x.device))
 
-    def grouped(bank: Bank, x: Tensor, ends: Tensor) -> Tensor:
+    def grouped(bank: Bank, x: Tensor, ends: Tensor, product: GroupedProduct) -> Tensor:
         return run(bank, x, ends.diff(prepend=ends.new_zeros(1)))
 
     def own(weights: NamedTensors, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
@@ -333,17 +346,18 @@ def _one(first: str, transposed: bool, middle: Any) -> Any:
 
 
 def _grouped(first: str, transposed: bool, middle: Any) -> Any:
-    def project(x: Tensor, bank: Bank, name: str, ends: Tensor) -> Tensor:
+    def project(x: Tensor, bank: Bank, name: str, ends: Tensor, product: GroupedProduct) -> Tensor:
         weight, bias = bank[name], bank.get(f"{name}_bias")
-        out = F.grouped_mm(x, weight if transposed else weight.transpose(-2, -1), offs=ends)
+        out = product(x, weight if transposed else weight.transpose(-2, -1), ends)
         if bias is None:
             return out
-        return out + bias.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), dim=0, output_size=len(x))
+        row = torch.arange(len(x), device=x.device, dtype=ends.dtype)
+        return out + bias.index_select(0, torch.searchsorted(ends, row, right=True).clamp_(max=len(bias) - 1))
 
-    def grouped(bank: Bank, x: Tensor, ends: Tensor) -> Tensor:
-        return project(middle(project(x, bank, first, ends)), bank, "down_proj", ends)
+    def grouped(bank: Bank, x: Tensor, ends: Tensor, product: GroupedProduct) -> Tensor:
+        return project(middle(project(x, bank, first, ends, product)), bank, "down_proj", ends, product)
 
-    return grouped if hasattr(F, "grouped_mm") else None
+    return grouped
 
 
 def _module_list(experts: nn.ModuleList, name: str) -> list[Candidate]:

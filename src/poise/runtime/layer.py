@@ -10,17 +10,25 @@ have tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from poise.runtime.dispatch import Exchange, back, there
-from poise.runtime.experts import Bank, ExpertKind
+from poise.runtime.dispatch import PairExchange
+from poise.runtime.experts import Bank
 from poise.runtime.spans import BACKWARD, span
+from poise.util.errors import ModelError
+
+RunExperts = Callable[[Sequence[Bank], Tensor], Tensor]
+"""(banks, what arrived [n, d]) -> outputs [n, d]."""
+RunBackward = Callable[[Tensor, Callable[[], bool]], Tensor]
+"""(gradients of the outputs [T * K, d], whether weights get gradients) -> gradients of the tokens [T, d]."""
 
 
 class _GraphEntry(torch.autograd.Function):
@@ -43,19 +51,18 @@ class LayerStep:
 
     Parameters
     ----------
-    kind, way, top_k, group : the experts, who sends what, K, and the process group of tokens.
-    counts : tokens of every row of every bank.
+    way, top_k, run : who sends what, K, and the experts.
     """
 
-    def __init__(self, kind: ExpertKind, way: Exchange, top_k: int, group: Any, counts: list[list[int]]) -> None:
-        self.kind, self.way, self.top_k, self.group, self.counts = kind, way, top_k, group, counts
+    def __init__(self, way: PairExchange, top_k: int, run: RunExperts) -> None:
+        self.way, self.top_k, self.run = way, top_k, run
         # the two ends of the experts' graph on this rank, None without tokens
         self._x_edge: GradientEdge | None = None
         self._y_edge: GradientEdge | None = None
 
     def dispatch(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d]."""
-        return there(x_Td.index_select(0, self.way.send_N // self.top_k), self.way, self.group)
+        return self.way.tokens_there(x_Td)
 
     def compute(
         self, x_in: Tensor, banks: Sequence[Bank], *, graph: bool, recomputed: bool
@@ -69,27 +76,26 @@ class LayerStep:
         graph : whether to build the graph inside.
         recomputed : whether activation checkpointing computes the layer again.
         """
-        rows = list(zip(banks, self.counts, strict=True))
         with span("experts"):
             try:
                 if not (graph and len(x_in)):
-                    return self.kind.run(rows, x_in), None
+                    return self.run(banks, x_in), None
                 as_is = saved_tensors_hooks(_same, _same) if recomputed else nullcontext()
                 with torch.enable_grad(), as_is:
                     x_work = _GraphEntry.apply(x_in.new_zeros((), requires_grad=True), x_in)
-                    y_in = self.kind.run(rows, x_work)
+                    y_in = self.run(banks, x_work)
                     self._x_edge, self._y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
                 return y_in, None
             except Exception as error:
                 return torch.full_like(x_in, torch.nan), error
 
-    def combine(self, y_in: Tensor, tokens: int) -> Tensor:
+    def combine(self, y_in: Tensor) -> Tensor:
         """Outputs of this rank's pairs, [T * K, d]; zeros where no expert was named."""
-        return self._of_pairs(back(y_in.detach(), self.way, self.group), tokens)
+        return self.way.back(y_in.detach())
 
     def dispatch_gradients(self, dy_Nd: Tensor) -> Tensor:
         """Gradients of this rank's pairs [T * K, d] to where their experts are, [n, d]."""
-        return there(dy_Nd.index_select(0, self.way.send_N), self.way, self.group, BACKWARD)
+        return self.way.pairs_there(dy_Nd, BACKWARD)
 
     def compute_gradients(
         self, dy_in: Tensor, leaves: Sequence[Tensor], *, keep: bool
@@ -116,18 +122,54 @@ class LayerStep:
             self._x_edge = self._y_edge = None
         return dx_in, grads, failed
 
-    def combine_gradients(self, dx_in: Tensor, tokens: int) -> Tensor:
+    def combine_gradients(self, dx_in: Tensor) -> Tensor:
         """Gradients of this rank's tokens, [T, d]."""
-        out = self._of_pairs(back(dx_in, self.way, self.group, BACKWARD), tokens)
-        return out.view(tokens, self.top_k, out.shape[1]).sum(dim=1)
+        out = self.way.back(dx_in, BACKWARD)
+        return out.view(len(out) // self.top_k, self.top_k, out.shape[1]).sum(dim=1)
 
-    def _of_pairs(self, sent_Nd: Tensor, tokens: int) -> Tensor:
-        """Rows in sending order as rows of all pairs, [T * K, d]; zeros where no expert was named."""
-        pairs = tokens * self.top_k
-        out = sent_Nd.new_empty if pairs == len(sent_Nd) else sent_Nd.new_zeros
-        all_Nd = out((pairs, sent_Nd.shape[1]))
-        all_Nd[self.way.send_N] = sent_Nd
-        return all_Nd
+
+class LayerFunction(torch.autograd.Function):
+    """``apply(forward, backward, tokens [T, d], *weights)``: outputs of the pairs, [T * K, d].
+
+    All of a layer is one function, so that the order of its collectives is that of ``backward``, and not the order in
+    which the engine visits nodes. The weights are named so that the graph reaches the layer; their gradients are set by
+    ``backward``. The empty tensor that is saved makes checkpointing compute the layer again before its backward, tokens
+    or not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Callable[[Tensor], Tensor], backward: RunBackward, x_Td: Tensor, *weights: Tensor
+    ) -> Tensor:
+        """Outputs of the pairs; the stages build the graph inside."""
+        ctx.back, ctx.given = backward, len(weights)
+        ctx.save_for_backward(x_Td.new_empty(0))
+        return forward(x_Td)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of the tokens; None for all else."""
+        ctx.saved_tensors  # noqa: B018
+        dx_Td = ctx.back(grads[0], partial(_accumulates, ctx))
+        return (None, None, dx_Td, *[None] * ctx.given)
+
+
+def _accumulates(ctx: Any) -> bool:
+    """Whether this pass adds to the weights' gradients: ``torch.autograd.grad`` by something else does not.
+
+    Raises
+    ------
+    ModelError : it is asked to return them.
+    """
+    leaves = [node for node, _ in ctx.next_functions[len(ctx.next_functions) - ctx.given :] if node is not None]
+    try:
+        return any([torch._C._will_engine_execute_node(node) for node in leaves])
+    except RuntimeError:
+        raise ModelError(
+            "gradients of sharded experts come into .grad of their owners, and cannot be returned",
+            hint="call backward() in place of torch.autograd.grad by expert weights",
+        ) from None
 
 
 def _same(tensor: Tensor) -> Tensor:

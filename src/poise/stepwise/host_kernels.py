@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from poise.cost.quota import make_holders, make_scratch
 from poise.cost.route import locality_rows
+from poise.cost.split import exact_quota
 from poise.cost.weights import StepPrice
 from poise.stepwise.kernels import LayerSlots, check_source
 from poise.stepwise.methods.split import even_quota, exact_split
@@ -34,6 +35,13 @@ class HostKernels:
         self.table, self.price, self.margin = table, price, margin
         self._static_ED = table.holders(table.expert_DS)
         self._slots = int((table.turn_DS == -1).sum(axis=1).max())
+
+    def prepare(self, load_E: NDArray[Any], expert_DS: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """:meth:`fill`, and :meth:`decide` on the exact split over what it filled."""
+        filled_DS = self.fill(load_E, expert_DS)
+        speed_D = np.asarray(self.price.cluster.speed_D, np.float64)
+        quota_ED = exact_quota(np.asarray(load_E, np.int64), self.table.holders(filled_DS), speed_D)
+        return filled_DS, self.decide(load_E, filled_DS, quota_ED)
 
     def fill(self, work_E: NDArray[Any], expert_DS: NDArray[Any]) -> NDArray[np.int32]:
         """Replicas one by one (:func:`poise.stepwise.poise.surplus.surplus_fill`)."""

@@ -1,4 +1,4 @@
-"""The four calls of a fast loop that engines make in every layer, whatever computes them; all whole numbers.
+"""The calls of a fast loop that engines make in every layer, whatever computes them; all whole numbers.
 
 A layer's holders are a *slot table*: ``expert_DS`` int32 [D, S], the expert of every slot, -1 where it is empty. The
 same inputs give the same plan on every rank, bit for bit.
@@ -43,8 +43,10 @@ PRICES = (
 class StepKernels(Protocol):
     """One layer's calls. ``Any`` is a numpy array or a tensor, int32 unless said otherwise."""
 
-    def fill(self, work_E: Any, expert_DS: Any) -> Any:
-        """The slot table with replicas in step slots for predicted whole units of work [E]."""
+    def prepare(self, load_E: Any, expert_DS: Any) -> tuple[Any, Any]:
+        """Between steps, for expected whole loads [E]: the slot table with replicas in step slots, and whether to leave
+        the layer alone [1]: the even split over static slots is about as fast as the exact one over these.
+        """
         ...
 
     def split(self, load_SE: Any, expert_DS: Any, leave: Any) -> Any:
@@ -56,10 +58,6 @@ class StepKernels(Protocol):
 
     def rows(self, load_SE: Any, quota_ED: Any, source: int) -> Any:
         """Where a source's tokens go [E, D]: own device, own node, anywhere (:func:`poise.cost.route.rows_into`)."""
-        ...
-
-    def decide(self, load_E: Any, expert_DS: Any, quota_ED: Any) -> Any:
-        """Whether to leave the layer alone [1], from expected whole loads [E] and their split."""
         ...
 
 

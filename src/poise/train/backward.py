@@ -49,7 +49,7 @@ class BackwardSchedule:
         """
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         accumulate = self._together(one, accumulates)
-        step, weights, tokens = one.step, one.weights, len(dy_Nd) // one.step.top_k
+        step, weights = one.step, one.weights
         leaves = weights.leaves() if accumulate else []
         with span(f"{BACKWARD}weights"):
             self._begin_layer(weights)
@@ -63,7 +63,7 @@ class BackwardSchedule:
                 self._add(one, gradients)
             one.done = True
             self._start_before(one)
-        dx_Td = step.combine_gradients(dx_in, tokens)
+        dx_Td = step.combine_gradients(dx_in)
         if failed is not None:
             raise failed
         return dx_Td

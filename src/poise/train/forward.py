@@ -11,16 +11,14 @@ from __future__ import annotations
 import weakref
 import zlib
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from poise.runtime.dispatch import evenly, make_exchange, named, routed
-from poise.runtime.layer import LayerStep
+from poise.runtime.layer import LayerFunction, LayerStep
 from poise.runtime.recompute import Region, in_backward, places
 from poise.runtime.spans import span
 from poise.stepwise.protocol import LayerView
@@ -77,7 +75,10 @@ class ForwardSchedule:
         compute_dtype = self._run.deployment.compute_dtype
         tokens = x_Td.to(compute_dtype) if x_Td.dtype != compute_dtype else x_Td
         inside = graph and not region.later
-        y_Nd = _LayerFunction.apply(self, self._backward, one, inside, recomputed, tokens, *trainable)
+        y_Nd = LayerFunction.apply(
+            partial(self.compute, one, graph=inside, recomputed=recomputed), partial(self._backward.layer, one), tokens,
+            *trainable,
+        )  # fmt: skip
         if not graph:
             one.weights.free()
             one.done = True
@@ -87,7 +88,7 @@ class ForwardSchedule:
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
         if region.frames:  # recorded now, so that the recomputation can put swapped experts back
             weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
-        if len(one.step.way.send_N) < one.ids_TK.numel():  # some name no expert: their weights count for nothing
+        if not one.step.way.whole:  # some name no expert: their weights count for nothing
             weights_TK = weights_TK.masked_fill(~named(one.ids_TK, experts.num_experts), 0)
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
 
@@ -127,8 +128,8 @@ class ForwardSchedule:
             weights = self._early.pop(layer, None) or self._materialise(layer)
             plan, rows_SED, view = run.planner.finish(layer, weights.early_ED, load_SE, keep=recorded)
             weights.complete(plan.holders_ED, plan.quota_ED > 0)
-            way = make_exchange(ids_TK, rows_SED, there.rank, weights.slots)
-            step = LayerStep(experts.kind, way, ids_TK.shape[1], there.tokens_group, weights.counts(way.count_E))
+            way = make_exchange(ids_TK, rows_SED, there.rank, there.tokens_group, weights.slots)
+            step = LayerStep(way, way.top_k, partial(experts.kind.run_counted, weights.counts(way.count_E)))
             one = Pass(layer, given_TK, step, weights, number, [weakref.ref(frame) for frame in region.frames],
                        micro_batch=run.planner.micro_batch)  # fmt: skip
             self._note(weights, load_SE.sum(axis=0), plan.quota_ED.sum(axis=0), view)
@@ -182,7 +183,7 @@ class ForwardSchedule:
         with span("weights"):
             banks = one.weights.banks()
         y_in, failed = one.step.compute(x_in, banks, graph=graph, recomputed=recomputed)
-        y_Nd = one.step.combine(y_in, len(x_Td))
+        y_Nd = one.step.combine(y_in)
         if failed is not None:
             raise failed
         if not recomputed:
@@ -194,46 +195,3 @@ class ForwardSchedule:
             if self._run.settings.prefetch:
                 self._fetch_early(one.layer + self._run.settings.prefetch)
         return y_Nd
-
-
-class _LayerFunction(torch.autograd.Function):
-    """``apply(forward, backward, pass, graph, recomputed, tokens [T, d], *weights)``: outputs of the pairs, [T * K, d].
-
-    All of a layer is one function, so that the order of its collectives is that of :meth:`BackwardSchedule.layer`, and
-    not the order in which the engine visits nodes. The weights are named so that the graph reaches the layer; their
-    gradients are set by ``backward``. The empty tensor that is saved makes checkpointing compute the layer again before
-    its backward, tokens or not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, forward: ForwardSchedule, backward: BackwardSchedule, one: Pass, graph: bool, recomputed: bool,
-        x_Td: Tensor, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.back, ctx.one, ctx.given = backward, one, len(weights)
-        ctx.save_for_backward(x_Td.new_empty(0))
-        return forward.compute(one, x_Td, graph=graph, recomputed=recomputed)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.saved_tensors  # noqa: B018
-        dx_Td = ctx.back.layer(ctx.one, grads[0], partial(_accumulates, ctx))
-        return (None, None, None, None, None, dx_Td, *[None] * ctx.given)
-
-
-def _accumulates(ctx: Any) -> bool:
-    """Whether this pass adds to the weights' gradients: ``torch.autograd.grad`` by something else does not.
-
-    Raises
-    ------
-    ModelError : it is asked to return them.
-    """
-    leaves = [node for node, _ in ctx.next_functions[len(ctx.next_functions) - ctx.given :] if node is not None]
-    try:
-        return any([torch._C._will_engine_execute_node(node) for node in leaves])
-    except RuntimeError:
-        raise ModelError(
-            "gradients of sharded experts come into .grad of their owners, and cannot be returned",
-            hint="call backward() in place of torch.autograd.grad by expert weights",
-        ) from None

@@ -13,6 +13,7 @@
     │   ├── PluginError                what another package offers is not what it should be
     │   └── UnavailableError           the traffic of a frozen case is not here, or is another one
     ├── CommunicationError             a rank was lost or a collective failed
+    ├── CapacityError                  a step needed more room than its layer was made with
     └── NoResultError                  the input is fine, no answer exists or was found; the CLI exits with 1
         └── InfeasibleError            proven: no placement meets the constraints
 
@@ -78,6 +79,10 @@ class UnavailableError(InputError):
 
 class CommunicationError(PoiseError):
     """A rank was lost, or a collective failed or ran out of time."""
+
+
+class CapacityError(PoiseError):
+    """A step needed more room than its layer was made with; its outputs were NaN."""
 
 
 class NoResultError(PoiseError):

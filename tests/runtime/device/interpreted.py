@@ -16,12 +16,13 @@ from tests.runtime.device import mirror
 from tests.runtime.device.cases import Case, random_case
 from triton.runtime import interpreter
 
+from poise.runtime.device import gemm
 from poise.runtime.device.planner import DeviceKernels
 from poise.stepwise.kernels import PRICES, prices
 
 MUTANTS = {"capped": lambda bound, slack: bound + bound * slack // 1000 + 1}
 """Of the mirror: what a kernel with another cap would be."""
-NAMES = ("fill", "split", "status", "leave", "seconds", "rows", "left")
+NAMES = ("fill", "leave", "seconds", "split", "status", "rows", "left")
 PLAIN = interpreter.interpreter_builder.set_grid_idx, interpreter.interpreter_builder.set_grid_dim
 WIDE = ((64, (8,)), (96, (4, 4, 3)), (128, (8, 8)), (256, (8, 8, 8, 8)), (256, (4, 4)))
 
@@ -45,7 +46,7 @@ def shuffled(rng):
 
 
 def run(case: Case, source: int, blocks: tuple[int, int], where="cpu"):
-    """All four kernels in the order of a step; what each returned, as numpy."""
+    """All kernels in the order of a step; what each returned, as numpy."""
     kernels = DeviceKernels(
         case.table,
         case.price,
@@ -55,16 +56,15 @@ def run(case: Case, source: int, blocks: tuple[int, int], where="cpu"):
         row_block=blocks[1],
         slack=case.pairs % 2 * 10,
     )
-    for poisoned in ("_split_room", "_fill_room", "_decide_room", "_dense", "_row", "_filled", "_leave"):
+    for poisoned in ("_split_room", "_fill_room", "_dense", "_row", "_filled", "_leave"):
         getattr(kernels, poisoned).fill_(-77)
     load, given = tensor(case.load_SE, where), tensor(case.expert_DS, where)
-    filled = kernels.fill(tensor(case.load_E, where), given).clone()
+    filled, leave = (each.clone() for each in kernels.prepare(tensor(case.load_E, where), given))
     plan = kernels.split(load, filled, kernels.none).clone()
     status = kernels.status.clone()
-    leave = kernels.decide(tensor(case.load_E, where), filled, plan).clone()
     row = kernels.rows(load, plan, source).clone()
     left = kernels.split(load, filled, leave + 1 - leave).clone()
-    out = (filled, plan, status[:3], leave, kernels.seconds_ps, row, left, kernels.fill_status)
+    out = (filled, leave, kernels.seconds_ps, plan, status[:3], row, left, kernels.fill_status)
     return [np.array(each.cpu().numpy(), np.int64) for each in out]
 
 
@@ -75,11 +75,11 @@ def expected(case: Case, source: int):
     split = mirror.split(case.load_SE, fill.expert_DS, table.turn_DS, table.node_D, slack=case.pairs % 2 * 10)
     plan = mirror.dense(split.quota_DS, fill.expert_DS, experts)
     price = dict(zip(PRICES, prices(case.price, 0.03).tolist(), strict=True))
-    decision = mirror.decide(case.load_E, fill.expert_DS, table.turn_DS, split.quota_DS, table.node_D, price)
+    decision = mirror.decide(case.load_E, fill.expert_DS, table.turn_DS, fill.quota_DS, table.node_D, price)
     left = mirror.split(case.load_SE, fill.expert_DS, table.turn_DS, table.node_D, leave=True)
     return [
-        fill.expert_DS, plan, [plan.sum(axis=0).max(), split.bound, split.rounds], [decision.leave],
-        [decision.planned_ps, decision.passive_ps], mirror.rows(case.load_SE, plan, table.node_D, source),
+        fill.expert_DS, [decision.leave], [decision.planned_ps, decision.passive_ps], plan,
+        [plan.sum(axis=0).max(), split.bound, split.rounds], mirror.rows(case.load_SE, plan, table.node_D, source),
         mirror.dense(left.quota_DS, fill.expert_DS, experts),
     ]  # fmt: skip
 
@@ -96,6 +96,34 @@ def difference(case: Case, source: int, rng, wide: bool) -> str | None:
             if not np.array_equal(one, other):
                 return f"{name} differs: {one.tolist()} and {np.asarray(other).tolist()}"[:2000]
     return None if np.array_equal(runs[0][-1], runs[1][-1]) else "the order of programs is seen"
+
+
+def product_difference(rng) -> str | None:
+    """What differs between the grouped products and numpy, in any order of programs; None: nothing.
+
+    Rows after the last end are not numbers; some slots, or all, have no row.
+    """
+    slots, inner, out = int(rng.integers(1, 6)), int(rng.integers(1, 80)), int(rng.integers(1, 80))
+    count = rng.integers(0, 90, slots) * (rng.random(slots) < rng.choice([0.0, 0.6, 1.0]))
+    ends, rows = np.cumsum(count), int(count.sum() + rng.integers(0, 70))
+    if not rows:
+        return None
+    x, dy = rng.standard_normal((rows, inner)), rng.standard_normal((rows, out))
+    weight = rng.standard_normal((slots, inner, out))
+    x[ends[-1] :] = dy[ends[-1] :] = np.nan
+    want, want_w = np.zeros((rows, out)), np.zeros_like(weight)
+    for slot in range(slots):
+        at = slice(ends[slot] - count[slot], ends[slot])
+        want[at], want_w[slot] = x[at] @ weight[slot], x[at].T @ dy[at]
+    shuffled(rng)
+    turned = torch.from_numpy(weight.transpose(0, 2, 1).copy()).transpose(1, 2)
+    given = torch.from_numpy(x), tensor(ends)
+    for matrices in (torch.from_numpy(weight), turned):
+        if not np.allclose(gemm.product(given[0], matrices, given[1]).numpy(), want, rtol=0, atol=1e-11):
+            return f"rows of {count.tolist()} in {rows}, {inner} x {out}: another product"
+    if not np.allclose(gemm.outer(given[0], torch.from_numpy(dy), given[1]).numpy(), want_w, rtol=0, atol=1e-11):
+        return f"rows of {count.tolist()} in {rows}, {inner} x {out}: another gradient"
+    return None
 
 
 def drawn(rng, number: int, large: int) -> tuple[Case, int, bool]:
@@ -116,6 +144,9 @@ def main() -> int:
         case, source, wide = drawn(rng, number, options.large)
         if found := difference(case, source, rng, wide):
             print(f"case {number}: {found}")
+            return 1
+        if found := product_difference(rng):
+            print(f"products {number}: {found}")
             return 1
     print(f"{options.cases} cases, {min(options.large, options.cases)} of them large: all bits equal")
     for name, value in MUTANTS.items() if options.mutants else ():

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from poise.stepwise.kernels import PRICES, prices
 
 FAR = 1 << 20
 KEYS = 4096
@@ -255,3 +258,29 @@ def layer_ps(quota, load_E, slots, node_D, price) -> int:
             inside = max(inside, int(passes.max()) * (int(passes.sum()) - gone) // max(int(passes.sum()), 1))
     there = max(inside * price["out_intra"], between * price["out_inter"])
     return compute + (there + max(inside * price["back_intra"], between * price["back_inter"])) // devices
+
+
+class MirrorKernels:
+    """The layer's calls (poise.stepwise.kernels.StepKernels) on tensors of the host, by the mirrors."""
+
+    def __init__(self, table, price, margin=0.03):
+        self.table, self.price = table, dict(zip(PRICES, prices(price, margin).tolist(), strict=True))
+
+    def prepare(self, load_E, expert_DS):
+        turn_DS, node_D = self.table.turn_DS, self.table.node_D
+        got = fill(load_E.numpy(), expert_DS.numpy(), turn_DS, most_turns=32)
+        found = decide(load_E.numpy(), got.expert_DS, turn_DS, got.quota_DS, node_D, self.price)
+        return whole(got.expert_DS), whole([found.leave])
+
+    def split(self, load_SE, expert_DS, leave):
+        table = self.table
+        given = load_SE.numpy(), expert_DS.numpy(), table.turn_DS, table.node_D
+        got = split(*given, leave=bool(leave.numpy()[0]))
+        return whole(dense(got.quota_DS, given[1], table.num_experts))
+
+    def rows(self, load_SE, quota_ED, source):
+        return whole(rows(load_SE.numpy(), quota_ED.numpy(), self.table.node_D, source))
+
+
+def whole(array):
+    return torch.from_numpy(np.array(array, np.int32, order="C"))

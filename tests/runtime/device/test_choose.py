@@ -8,9 +8,11 @@ import pytest
 from tests.runtime.device import mirror
 from tests.runtime.device.cases import random_case
 
+from poise.cost.split import exact_quota
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.settle import settle
+from poise.stepwise.host_kernels import HostKernels
 from poise.stepwise.kernels import ABSENT, EMPTY, STEP, LayerSlots, prices, refusal, unsaid
 from poise.util.errors import OptionError, PlacementError
 
@@ -27,7 +29,7 @@ def test_on_the_host_numba_plans_a_step_and_its_plan_is_whole():
         kernels = choose.kernels_for(NONE, case.table, case.price, case.pairs)
         assert isinstance(kernels, choose.OnHost) and "cpu" in kernels.why
         load_SE, load_E = torch.from_numpy(case.load_SE), torch.from_numpy(case.load_E)
-        slots = kernels.fill(load_E, torch.from_numpy(case.expert_DS))
+        slots, leave = kernels.prepare(load_E, torch.from_numpy(case.expert_DS))
         plan = kernels.split(load_SE, slots, NONE)
         held = case.table.holders(slots.numpy())
         assert plan.dtype == slots.dtype == torch.int32 and (held >= case.table.holders(case.table.expert_DS)).all()
@@ -37,7 +39,8 @@ def test_on_the_host_numba_plans_a_step_and_its_plan_is_whole():
         assert torch.equal(torch.stack([row.sum(dim=1) for row in rows]).int(), load_SE)
         best = mirror.split(case.load_SE, slots.numpy(), case.table.turn_DS, case.table.node_D).quota_DS
         assert best.sum(axis=1).max() == plan.sum(dim=0).max()
-        assert kernels.decide(load_E, slots, plan).tolist() in ([0], [1])
+        best = exact_quota(case.load_E, held, np.ones(len(load_SE)))
+        assert leave.tolist() == HostKernels(case.table, case.price).decide(case.load_E, slots.numpy(), best).tolist()
 
 
 def test_a_gpu_gets_triton_and_numba_where_triton_or_the_price_will_not_do(monkeypatch):

@@ -36,7 +36,7 @@ def test_in_the_interpreter_they_equal_the_mirror_in_any_order_and_mutants_do_no
 
 
 def test_they_compile_for_a_gpu_that_is_not_here():
-    kernels = few_or(("split", "rows", "fill", "decide"), ("rows",))
+    kernels = few_or(("split", "rows", "prepare", "product", "outer", "pull"), ("rows",))
     said = ran("tests.runtime.device.compiled", *kernels)
     assert int(said.split(" cubins")[0].split()[-1]) >= len(kernels), said
 
@@ -68,15 +68,14 @@ def layer(monkeypatch):
     """Kernels of a layer, whose launches are recorded and not run."""
     case = random_case(np.random.default_rng(0), experts=12, nodes=[2, 2], step_slots=2)
     launches = Launches()
-    for name in ("fill_kernel", "split_kernel", "decide_kernel", "rows_kernel"):
+    for name in ("prepare_kernel", "split_kernel", "rows_kernel"):
         monkeypatch.setattr(planner, name, launches)
     return planner.DeviceKernels(case.table, case.price, 1 << 16, "cpu"), launches
 
 
 def decode_step(kernels, load_SE, load_E):
     """Between two steps replicas for what is expected; after the gate, the plan and this rank's row."""
-    slots = kernels.fill(load_E, kernels.expert_DS)
-    leave = kernels.decide(load_E, slots, kernels.split(load_SE, slots, kernels.none))
+    slots, leave = kernels.prepare(load_E, kernels.expert_DS)
     return kernels.rows(load_SE, kernels.split(load_SE, slots, leave), 1)
 
 
@@ -90,19 +89,19 @@ def test_a_decode_step_launches_the_same_whatever_the_counts_and_touches_no_valu
     load_E += 7
     with NoWord():
         decode_step(kernels, load_SE, load_E)
-    assert launches.seen == first and len(first) == 5
+    assert launches.seen == first and len(first) == 3
 
 
 @pytest.mark.parametrize("word", ["item", "cpu", "clone", "nonzero"])
 def test_what_a_graph_does_not_allow_is_refused_here_too(layer, monkeypatch, word):
     kernels, _ = layer
-    whole = planner.DeviceKernels.decide
+    whole = planner.DeviceKernels.prepare
 
-    def asks(self, load_E, expert_DS, quota_ED):
+    def asks(self, load_E, expert_DS):
         getattr(load_E.sum() if word == "item" else load_E, word)()
-        return whole(self, load_E, expert_DS, quota_ED)
+        return whole(self, load_E, expert_DS)
 
-    monkeypatch.setattr(planner.DeviceKernels, "decide", asks)
+    monkeypatch.setattr(planner.DeviceKernels, "prepare", asks)
     with NoWord(), pytest.raises(AssertionError, match="inside a step"):
         decode_step(kernels, torch.zeros((4, 12), dtype=torch.int32), torch.zeros(12, dtype=torch.int32))
 

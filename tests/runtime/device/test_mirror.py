@@ -13,7 +13,7 @@ from poise.stepwise.host_kernels import HostKernels
 from poise.stepwise.kernels import PRICES, prices
 from poise.stepwise.methods.split import even_quota
 
-CASES = few_or(10_000, 60)
+CASES = few_or(10_000, 200)
 
 
 def checked_split(case, slack=0):

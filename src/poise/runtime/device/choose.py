@@ -32,9 +32,10 @@ class OnHost:
     def __init__(self, host: HostKernels, why: str) -> None:
         self.host, self.why = host, why
 
-    def fill(self, work_E: Tensor, expert_DS: Tensor) -> Tensor:
-        """As :meth:`poise.stepwise.kernels.StepKernels.fill`, int32 [D, S]."""
-        return _back(self.host.fill(_numpy(work_E), _numpy(expert_DS)), work_E)
+    def prepare(self, load_E: Tensor, expert_DS: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`poise.stepwise.kernels.StepKernels.prepare`, int32 [D, S] and [1]."""
+        filled_DS, leave = self.host.prepare(_numpy(load_E), _numpy(expert_DS))
+        return _back(filled_DS, load_E), _back(leave, load_E)
 
     def split(self, load_SE: Tensor, expert_DS: Tensor, leave: Tensor) -> Tensor:
         """As :meth:`poise.stepwise.kernels.StepKernels.split`, int32 [E, D]."""
@@ -43,10 +44,6 @@ class OnHost:
     def rows(self, load_SE: Tensor, quota_ED: Tensor, source: int) -> Tensor:
         """As :meth:`poise.stepwise.kernels.StepKernels.rows`, int32 [E, D]."""
         return _back(self.host.rows(_numpy(load_SE), _numpy(quota_ED), source), load_SE)
-
-    def decide(self, load_E: Tensor, expert_DS: Tensor, quota_ED: Tensor) -> Tensor:
-        """As :meth:`poise.stepwise.kernels.StepKernels.decide`, int32 [1]."""
-        return _back(self.host.decide(_numpy(load_E), _numpy(expert_DS), _numpy(quota_ED)), load_E)
 
 
 def kernels_for(

@@ -1,5 +1,6 @@
 """Kernel (d): whether to leave a layer alone: the engine's even split over the static placement is predicted to be as
-fast as the exact split over this step's holders and its control time. One program.
+fast as the exact split over this step's holders and its control time. It ends the program of
+:mod:`poise.runtime.device.fill`, which has that split.
 
 Both splits, in whole tokens of the expected loads, are priced as :func:`poise.stepwise.poise.work_split.split_seconds`
 prices them where sources are not known: the slowest device's compute, and dispatch and combine through the fullest
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from poise.runtime.device.slots import dealt, reset
 
 
 @triton.jit
@@ -39,9 +42,7 @@ def exchange_time(quota, tokens, expert, held, load_ptr, node_of_ptr, size_ptr, 
     inside, between = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     shared = tl.load(price_ptr + 11)
     for n in range(N):
-        tl.debug_barrier()
-        tl.store(room_ptr + each, tl.zeros((E_PAD,), tl.int64), mask=here)
-        tl.debug_barrier()
+        reset(room_ptr, 0, E, E_PAD)
         tl.atomic_add(room_ptr + expert, amount, mask=held & (node == n)[:, None])
         tl.debug_barrier()
         place = tl.load(room_ptr + each, mask=here, other=0)
@@ -64,33 +65,15 @@ def exchange_time(quota, tokens, expert, held, load_ptr, node_of_ptr, size_ptr, 
 
 
 @triton.jit
-def decide_kernel(
-    load_ptr, expert_ptr, turn_ptr, dense_ptr, node_of_ptr, size_ptr, price_ptr, room_ptr, leave_ptr, seconds_ptr,
-    D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, N: tl.constexpr, D_PAD: tl.constexpr, S_PAD: tl.constexpr,
-    E_PAD: tl.constexpr,
-):  # fmt: skip
-    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DeviceKernels.decide`."""
-    device = tl.arange(0, D_PAD)[:, None] + tl.zeros((D_PAD, S_PAD), tl.int32)
-    slot = tl.arange(0, S_PAD)[None, :] + tl.zeros((D_PAD, S_PAD), tl.int32)
-    inside = (device < D) & (slot < S)
-    expert = tl.load(expert_ptr + device * S + slot, mask=inside, other=-1)
-    held = expert >= 0
-    expert = tl.where(held, expert, 0)
-    turn = tl.load(turn_ptr + device * S + slot, mask=inside, other=-1)
-    planned = tl.load(dense_ptr + expert * D + device, mask=held, other=0)
-    static = held & (turn >= 0)
-    each = tl.arange(0, E_PAD)
-    tl.store(room_ptr + each, tl.zeros((E_PAD,), tl.int64), mask=each < E)
-    tl.debug_barrier()
-    tl.atomic_add(room_ptr + expert, tl.full((D_PAD, S_PAD), 1, tl.int64), mask=static)
-    tl.debug_barrier()
-    holders = tl.load(room_ptr + expert, mask=static, other=1)
+def decided(quota, expert, held, turn, load_ptr, node_of_ptr, size_ptr, price_ptr, room_ptr, leave_ptr, seconds_ptr,
+            D: tl.constexpr, E: tl.constexpr, N: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr):  # fmt: skip
+    """Price ``quota`` [D_PAD, S_PAD] and the even split, and say which; ``room_ptr`` int64 [E], working memory."""
     tokens = tl.load(load_ptr + expert, mask=held, other=0).to(tl.int64)
-    even = tl.where(static, tokens // holders + (turn < tokens % holders).to(tl.int64), 0)
-    planned_ps = compute_time(planned, price_ptr) + tl.load(price_ptr + 8)
+    even = dealt(room_ptr, tokens, expert, held, turn, E, E_PAD)
+    planned_ps = compute_time(quota, price_ptr) + tl.load(price_ptr + 8)
     passive_ps = compute_time(even, price_ptr)
     if D > 1:
-        planned_ps += exchange_time(planned, tokens, expert, held, load_ptr, node_of_ptr, size_ptr, price_ptr, room_ptr,
+        planned_ps += exchange_time(quota, tokens, expert, held, load_ptr, node_of_ptr, size_ptr, price_ptr, room_ptr,
                                     D, E, N, D_PAD, E_PAD)  # fmt: skip
         passive_ps += exchange_time(even, tokens, expert, held, load_ptr, node_of_ptr, size_ptr, price_ptr, room_ptr,
                                     D, E, N, D_PAD, E_PAD)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernel (c): replicas for step slots from predicted work. One program.
+"""Kernels (c) and (d) in one launch: replicas for step slots from predicted work, and whether to use them. One program.
 
 Work (whole units of each expert) is split exactly over the holders there are (:mod:`poise.runtime.device.flow`). Then,
 in turns, until the fullest device is within 2 thousandths of the mean or nothing helps:
@@ -10,7 +10,8 @@ Step 2  Offers and rooms, each from the largest on, lie on one line: a receiver 
         begins, or, where it holds that expert, the largest offer that it can. No offer gives more than it has.
 Step 3  The work moves with the replicas, that of replaced ones to a static holder, and is split anew.
 
-Greedy, as :func:`poise.stepwise.poise.surplus.surplus_fill` is, but in few turns and not one replica at a time.
+Greedy, as :func:`poise.stepwise.poise.surplus.surplus_fill` is, but in few turns and not one replica at a time. The
+split of the end is what :mod:`poise.runtime.device.decide` prices.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from poise.runtime.device.decide import decided
 from poise.runtime.device.flow import ARRAYS as FLOW_ARRAYS
 from poise.runtime.device.flow import FAR, KEYS, flow, turned
+from poise.runtime.device.slots import least_of, placed, sum_of
 
 FLOW_ROOM = tl.constexpr(FLOW_ARRAYS)
 ARRAYS = FLOW_ARRAYS + 2
@@ -29,33 +32,6 @@ LINES = 6
 MUCH = tl.constexpr(3)
 """Quarters of the largest room, and of the largest piece taken, that others must have."""
 MOST = tl.constexpr(1 << 40)
-
-
-@triton.jit
-def reset(ptr, value, E: tl.constexpr, E_PAD: tl.constexpr):
-    """An int64 [E] array of working memory, between two barriers."""
-    each = tl.arange(0, E_PAD)
-    tl.debug_barrier()
-    tl.store(ptr + each, tl.zeros((E_PAD,), tl.int64) + value, mask=each < E)
-    tl.debug_barrier()
-
-
-@triton.jit
-def least_of(ptr, value, expert, among, empty, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Least value of an expert's entries among some, at each entry, int64."""
-    reset(ptr, empty, E, E_PAD)
-    tl.atomic_min(ptr + expert, value.to(tl.int64), mask=among)
-    tl.debug_barrier()
-    return tl.load(ptr + expert)
-
-
-@triton.jit
-def sum_of(ptr, value, expert, among, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Sum of the values of an expert's entries among some, at each entry, int64."""
-    reset(ptr, 0, E, E_PAD)
-    tl.atomic_add(ptr + expert, value.to(tl.int64), mask=among)
-    tl.debug_barrier()
-    return tl.load(ptr + expert)
 
 
 @triton.jit
@@ -114,20 +90,17 @@ def met(gives, gift, room, expert_ptr, line_ptr, D: tl.constexpr, S: tl.constexp
 
 
 @triton.jit
-def fill_kernel(
-    work_ptr, given_ptr, turn_ptr, room_ptr, expert_ptr, quota_ptr, status_ptr, most_turns, most_rounds,
-    D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, S_PAD: tl.constexpr, E_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def prepare_kernel(
+    work_ptr, given_ptr, turn_ptr, node_of_ptr, size_ptr, price_ptr, room_ptr, expert_ptr, quota_ptr, status_ptr,
+    leave_ptr, seconds_ptr, most_turns, most_rounds, D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    D_PAD: tl.constexpr, S_PAD: tl.constexpr, E_PAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DeviceKernels.fill`."""
+    """See the module docstring; arrays as in :meth:`poise.runtime.device.planner.DeviceKernels.prepare`."""
     sums_ptr, other_ptr = room_ptr + FLOW_ROOM * E, room_ptr + (FLOW_ROOM + 1) * E
     line_ptr = room_ptr + (FLOW_ROOM + 2) * E
     shape: tl.constexpr = (D_PAD, S_PAD)
     each = tl.arange(0, D_PAD)
-    device = each[:, None] + tl.zeros(shape, tl.int32)
-    slot = tl.arange(0, S_PAD)[None, :] + tl.zeros(shape, tl.int32)
-    index = device * S + slot
-    inside = (device < D) & (slot < S)
+    device, slot, index, inside = placed(D_PAD, S_PAD, D, S)
     holds = tl.load(given_ptr + index, mask=inside, other=-1)
     turn = tl.load(turn_ptr + index, mask=inside, other=-2)
     tl.store(expert_ptr + index, holds, mask=inside)
@@ -191,3 +164,5 @@ def fill_kernel(
     tl.store(status_ptr + 1, bound)
     tl.store(status_ptr + 2, rounds)
     tl.store(status_ptr + 3, turns)
+    decided(quota, expert, held, turn, work_ptr, node_of_ptr, size_ptr, price_ptr, sums_ptr, leave_ptr, seconds_ptr,
+            D, E, N, D_PAD, E_PAD)  # fmt: skip

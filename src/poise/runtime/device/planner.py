@@ -16,8 +16,7 @@ from torch import Tensor
 
 from poise.cost.weights import StepPrice
 from poise.runtime.device import fill, split
-from poise.runtime.device.decide import decide_kernel
-from poise.runtime.device.fill import fill_kernel
+from poise.runtime.device.fill import prepare_kernel
 from poise.runtime.device.rows import rows_kernel
 from poise.runtime.device.split import split_kernel
 from poise.stepwise.kernels import LayerSlots, check_source, prices, refusal
@@ -44,8 +43,8 @@ class DeviceKernels:
     Attributes
     ----------
     status : int32 [4], of the last split: fullest device, proven bound, rounds.
-    fill_status : int32 [4], of the last fill: as that, and turns.
-    seconds_ps : int64 [2], of the last decision: planned and passive, picoseconds.
+    fill_status : int32 [4], of the last preparation: as that, and turns.
+    seconds_ps : int64 [2], of the last preparation: planned and passive, picoseconds.
 
     Raises
     ------
@@ -82,20 +81,22 @@ class DeviceKernels:
         self._price = torch.from_numpy(numbers).to(where)
         self._split_room = empty((split.ARRAYS + 3 * nodes) * experts, dtype=torch.int64)
         self._fill_room = empty(fill.ARRAYS * experts + fill.LINES * _pad(devices), dtype=torch.int64)
-        self._decide_room = empty(experts, dtype=torch.int64)
         self._ticket, self.none = empty(1), empty(1)
         self._dense, self._row = empty(experts, devices), empty(experts, devices)
         self._filled, self._filled_quota, self._leave = empty(devices, width), empty(devices, width), empty(1)
         self.status, self.fill_status, self.seconds_ps = empty(4), empty(4), empty(2, dtype=torch.int64)
 
-    def fill(self, work_E: Tensor, expert_DS: Tensor) -> Tensor:
-        """Kernel (c): the slot table int32 [D, S] with replicas for work int32 [E]."""
-        self._check(E=work_E, DS=expert_DS)
-        fill_kernel[(1,)](
-            work_E, expert_DS, self._turn, self._fill_room, self._filled, self._filled_quota, self.fill_status,
-            self.most_turns, MOST_ROUNDS, **self._slots, COLUMNS=min(16, _pad(self._slots["D"])), num_warps=8,
+    def prepare(self, load_E: Tensor, expert_DS: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernels (c) and (d): the slot table int32 [D, S] with replicas for expected loads int32 [E], and int32 [1],
+        whether to leave the layer alone.
+        """
+        self._check(E=load_E, DS=expert_DS)
+        prepare_kernel[(1,)](
+            load_E, expert_DS, self._turn, self._node_of, self._size, self._price, self._fill_room, self._filled,
+            self._filled_quota, self.fill_status, self._leave, self.seconds_ps, self.most_turns, MOST_ROUNDS,
+            **self._slots, N=self._nodes["N"], COLUMNS=min(16, _pad(self._slots["D"])), num_warps=8,
         )  # fmt: skip
-        return self._filled
+        return self._filled, self._leave
 
     def split(self, load_SE: Tensor, expert_DS: Tensor, leave: Tensor) -> Tensor:
         """Kernel (a): quotas int32 [E, D] of counts int32 [D, E]; the engine's even split where ``leave`` is set."""
@@ -118,15 +119,6 @@ class DeviceKernels:
             N_PAD=_pad(self._nodes["N"]), E_BLOCK=block, num_warps=4,
         )  # fmt: skip
         return self._row
-
-    def decide(self, load_E: Tensor, expert_DS: Tensor, quota_ED: Tensor) -> Tensor:
-        """Kernel (d): int32 [1], whether to leave the layer alone, from expected loads int32 [E] and their split."""
-        self._check(E=load_E, DS=expert_DS, ED=quota_ED)
-        decide_kernel[(1,)](
-            load_E, expert_DS, self._turn, quota_ED, self._node_of, self._size, self._price, self._decide_room,
-            self._leave, self.seconds_ps, **self._slots, N=self._nodes["N"], num_warps=8,
-        )  # fmt: skip
-        return self._leave
 
     def _check(self, **tensors: Tensor) -> None:
         """Raise OptionError unless kernels read these as they lie; looks at no value."""

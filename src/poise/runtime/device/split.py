@@ -14,6 +14,7 @@ import triton.language as tl
 
 from poise.runtime.device.flow import ARRAYS as FLOW_ARRAYS
 from poise.runtime.device.flow import flow
+from poise.runtime.device.slots import dealt, placed
 
 FLOW_ROOM = tl.constexpr(FLOW_ARRAYS)
 ARRAYS = FLOW_ARRAYS + 4
@@ -69,19 +70,6 @@ def started(load_ptr, node_of_ptr, expert, held, device, room_ptr, E: tl.constex
 
 
 @triton.jit
-def even(expert, held, turn, room_ptr, E: tl.constexpr):
-    """Tokens dealt in turn over the static holders, int32 [D_PAD, S_PAD]: the first ones get what is left."""
-    holders_ptr = room_ptr + (FLOW_ROOM + 2) * E
-    static = held & (turn >= 0)
-    tl.atomic_add(holders_ptr + expert, tl.full(expert.shape, 1, tl.int64), mask=static)
-    tl.debug_barrier()
-    tokens = tl.load(room_ptr + FLOW_ROOM * E + expert, mask=static, other=0)
-    holders = tl.load(holders_ptr + expert, mask=static, other=1)
-    quota = tokens // holders + (turn < tokens % holders).to(tl.int64)
-    return tl.where(static, quota, 0).to(tl.int32)
-
-
-@triton.jit
 def split_kernel(
     load_ptr, expert_ptr, turn_ptr, leave_ptr, node_of_ptr, first_ptr, size_ptr, room_ptr, ticket_ptr, dense_ptr,
     status_ptr, slack, most_rounds, D: tl.constexpr, S: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
@@ -98,17 +86,16 @@ def split_kernel(
     tl.debug_barrier()
     if turn_here == tl.num_programs(0) - 1:
         tl.store(ticket_ptr, 0)
-        device = tl.arange(0, D_PAD)[:, None] + tl.zeros((D_PAD, S_PAD), tl.int32)
-        slot = tl.arange(0, S_PAD)[None, :] + tl.zeros((D_PAD, S_PAD), tl.int32)
-        inside = (device < D) & (slot < S)
-        expert = tl.load(expert_ptr + device * S + slot, mask=inside, other=-1)
+        device, _slot, index, inside = placed(D_PAD, S_PAD, D, S)
+        expert = tl.load(expert_ptr + index, mask=inside, other=-1)
         held = expert >= 0
         expert = tl.where(held, expert, 0)
         bound = tl.zeros((), tl.int32)
         rounds = tl.zeros((), tl.int32)
         if tl.load(leave_ptr) != 0:
-            turn = tl.load(turn_ptr + device * S + slot, mask=inside, other=-1)
-            quota = even(expert, held, turn, room_ptr, E)
+            turn = tl.load(turn_ptr + index, mask=inside, other=-1)
+            tokens = tl.load(room_ptr + FLOW_ROOM * E + expert, mask=held, other=0)
+            quota = dealt(room_ptr, tokens, expert, held, turn, E, E_PAD).to(tl.int32)
         else:
             quota = started(load_ptr, node_of_ptr, expert, held, device, room_ptr, E, N)
             total = tl.sum(tl.sum(quota, axis=1), axis=0)

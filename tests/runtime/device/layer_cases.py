@@ -1,0 +1,402 @@
+"""The layer without a host on real processes: against one dense process and the path with sizes on the host."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from tests.cases import read_options, run_cases
+from tests.ranks import everywhere, folder
+from tests.runtime.device.mirror import MirrorKernels
+from tests.runtime.device.traced import GraphRules
+
+from poise.cost.route import rows_into
+from poise.cost.weights import step_price
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
+from poise.runtime.device import layer as code
+from poise.runtime.device.choose import kernels_for
+from poise.runtime.device.layer import DeviceLayer
+from poise.runtime.device.padded import RowCapacity
+from poise.runtime.device.slot_weights import SlotWeights
+from poise.runtime.dispatch import all_counts, make_exchange
+from poise.runtime.experts import recognise
+from poise.runtime.layer import LayerStep
+from poise.runtime.moe import GatedExperts, PlainExperts
+from poise.stepwise.kernels import LayerSlots
+from poise.util.errors import CapacityError, CommunicationError, ModelError, OptionError
+
+EXPERTS, WIDTH, INNER, TOKENS, TOP_K = 12, 8, 6, 10, 3
+LIMIT = 1e-11
+
+
+class Biased(GatedExperts):
+    """As gpt-oss: with biases."""
+
+    def __init__(self, num_experts, hidden_size, inner_size):
+        super().__init__(num_experts, hidden_size, inner_size)
+        self.gate_up_proj_bias = torch.nn.Parameter(torch.randn(num_experts, 2 * inner_size))
+        self.down_proj_bias = torch.nn.Parameter(torch.randn(num_experts, hidden_size))
+
+    def expert(self, e, x_nd):
+        gate, up = (x_nd @ self.gate_up_proj[e].T + self.gate_up_proj_bias[e]).chunk(2, dim=-1)
+        return (self.act_fn(gate) * up) @ self.down_proj[e].T + self.down_proj_bias[e]
+
+
+KINDS = {"plain": PlainExperts, "gated": GatedExperts, "biased": Biased}
+
+
+def dense(name: str):
+    """The same experts on every rank."""
+    torch.manual_seed(7)
+    return KINDS[name](EXPERTS, WIDTH, INNER).double()
+
+
+def table(seed: int, step_slots: int, doubled: bool = False) -> LayerSlots:
+    """Every expert once, on a device drawn at random; ``doubled``: some twice."""
+    make, world = np.random.default_rng(seed), dist.get_world_size()
+    static_ED = np.zeros((EXPERTS, world), bool)
+    static_ED[np.arange(EXPERTS), make.permutation(EXPERTS) % world] = True
+    if doubled:
+        static_ED |= make.random(static_ED.shape) < 0.3
+    return LayerSlots.of(static_ED, step_slots, np.arange(world) // 2)
+
+
+def tokens(seed: int, step: int, rank: int, skew: float):
+    """One rank's tokens; some name no expert, some twice the same, and one rank has none at all."""
+    make, world = np.random.default_rng([seed, step, rank]), dist.get_world_size()
+    law = (np.arange(EXPERTS) + step) % EXPERTS + 1.0
+    law = law**-skew / (law**-skew).sum()
+    ids = np.stack([make.choice(EXPERTS, TOP_K, replace=seed % 3 == 1, p=law) for _ in range(TOKENS)])
+    ids[make.random(ids.shape) < 0.1] = -1
+    ids[make.random(ids.shape) < 0.05] = EXPERTS
+    if rank == (seed + step) % (world + 1):
+        ids[:] = -1
+    x, router = make.normal(size=(TOKENS, WIDTH)), make.uniform(0.1, 1.0, size=(TOKENS, TOP_K))
+    return torch.from_numpy(x), torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(router)
+
+
+def made(
+    name: str,
+    seed: int,
+    step_slots: int,
+    *,
+    doubled: bool = False,
+    trained: bool = True,
+    mirrored: bool = True,
+    share=None,
+    **options,
+):
+    """A layer, its dense module, its slots."""
+    whole, slots, rank = dense(name), table(seed, step_slots, doubled), dist.get_rank()
+    mine = slots.expert_DS[rank][slots.turn_DS[rank] >= 0]
+    weights = SlotWeights(
+        slots,
+        {key: weight.detach()[mine].requires_grad_(trained) for key, weight in whole.named_parameters()},
+        dist.group.WORLD,
+        share,
+    )
+    world = dist.get_world_size()
+    price = step_price(200.0, EXPERTS, Cluster.uniform(world // 2, 2), ModelSpec.generic(EXPERTS, TOP_K, np.arange(1)))
+    pairs = world * TOKENS * TOP_K
+    kernels = MirrorKernels(slots, price) if mirrored else kernels_for(torch.zeros(1), slots, price, pairs)
+    options = {"tokens": TOKENS, "top_k": TOP_K, "group": dist.group.WORLD} | options
+    return DeviceLayer(recognise(whole), kernels, slots, weights, **options), whole, slots
+
+
+def mapped(folder):
+    """Memory in files that every rank maps: each addresses all of it in its own way, as GPUs do each other's."""
+    kept, world, rank = [], dist.get_world_size(), dist.get_rank()
+
+    def share(shape, like):
+        number = len(kept)
+        files = [str(folder / f"{number}-{other}") for other in range(world)]
+        room = max(everywhere(shape.numel()))
+        mine = torch.from_file(files[rank], shared=True, size=room, dtype=like.dtype)
+        dist.barrier()
+        theirs = [torch.from_file(file, shared=True, size=room, dtype=like.dtype) for file in files]
+        theirs[rank] = mine
+        kept.append(theirs)
+        return mine[: shape.numel()].view(shape), torch.tensor([each.data_ptr() for each in theirs])
+
+    return share
+
+
+def pulled() -> None:
+    """Replicas read from their owners' memory are those that the exchange brings, and train as they do."""
+    with folder() as place:
+        for seed in range(2):
+            (place / str(seed)).mkdir(exist_ok=True)
+            both = [made("biased", seed, 2, share=share) for share in (None, mapped(place / str(seed)))]
+            for step in range(2):
+                x, ids, router = tokens(seed, step, dist.get_rank(), 2.0)
+                outs = []
+                for layer, _, _ in both:
+                    layer.prepare(
+                        torch.from_numpy(np.random.default_rng([seed, step]).integers(0, 50, EXPERTS).astype(np.int32))
+                    )
+                    outs.append(layer(x, ids, router))
+                    for weight in layer.weights.owned.values():
+                        weight.grad = None
+                    loss_of(outs[-1]).backward()
+                    torch.optim.SGD(layer.weights.owned.values(), lr=0.1).step()
+                one, other = (layer.weights for layer, _, _ in both)
+                assert torch.equal(*outs) and int((both[0][0].expert_DS >= 0).sum()) > EXPERTS
+                for name, bank in one.bank.items():
+                    assert torch.equal(bank, other.bank[name]) and torch.equal(
+                        one.owned[name].grad, other.owned[name].grad
+                    ), name
+
+
+def close(got, want, what: str) -> None:
+    error = (got - want).abs().max().item() if want.numel() else 0.0
+    assert error <= LIMIT * max(1.0, want.abs().max().item() if want.numel() else 0.0), (what, error)
+
+
+def gradients_of_all(whole, batches, loss_of):
+    """Of the dense module, over the tokens of all ranks."""
+    whole.zero_grad()
+    for x, ids, router in batches:
+        backward(whole(x, ids, router))
+    return {key: weight.grad for key, weight in whole.named_parameters()}
+
+
+def loss_of(y):
+    return (y * torch.arange(1.0, y.numel() + 1, dtype=y.dtype).view(y.shape)).sum() + (y**2).sum()
+
+
+def backward(y) -> None:
+    if y.requires_grad:  # the dense module's does not where no token names an expert
+        loss_of(y).backward()
+
+
+def parity(name: str, step_slots: int, skew: float, capacity: RowCapacity | None = None) -> str:
+    """Three steps of a trainer: outputs, gradients of tokens, router weights and experts, and weights after SGD."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    replicas = 0
+    for seed in range(3):
+        layer, whole, slots = made(name, seed, step_slots, capacity=capacity)
+        mine = slots.expert_DS[rank][slots.turn_DS[rank] >= 0]
+        optimizers = [torch.optim.SGD(each, lr=0.05) for each in (layer.weights.owned.values(), whole.parameters())]
+        for step in range(3):
+            batches = [tokens(seed, step, other, skew) for other in range(world)]
+            x, ids, router = batches[rank]
+            if step:
+                layer.prepare()
+                replicas += int((layer.expert_DS.numpy() >= 0).sum() - (slots.expert_DS >= 0).sum())
+            ends = (
+                [each.clone().requires_grad_() for each in (x, router)],
+                [each.clone().requires_grad_() for each in (x, router)],
+            )
+            got, want = layer(ends[0][0], ids, ends[0][1]), whole(ends[1][0], ids, ends[1][1])
+            close(got, want, "outputs")
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss_of(got).backward()
+            backward(want)
+            for mine_end, their_end, what in zip(*ends, ("tokens", "router weights"), strict=True):
+                close(
+                    mine_end.grad,
+                    torch.zeros_like(their_end) if their_end.grad is None else their_end.grad,
+                    f"gradients of {what}",
+                )
+            wanted = gradients_of_all(whole, batches, loss_of)
+            for key, weight in layer.weights.owned.items():
+                close(weight.grad, wanted[key][mine], f"gradients of {key}")
+            for optimizer in optimizers:
+                optimizer.step()
+            for key, weight in whole.named_parameters():
+                close(layer.weights.owned[key].detach(), weight.detach()[mine], key)
+                close(layer.weights.bank[key][: len(mine)], weight.detach()[mine], f"{key} in slots")
+            layer.check()
+    assert bool(replicas) == bool(step_slots), replicas
+    return f"{replicas} replicas"
+
+
+def present_path(name: str, skew: float) -> None:
+    """The same rows over the exchange that the host knows: the same outputs, and gradients of tokens."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    layer, whole, slots = made(name, 3, 2, mirrored=False)
+    x, ids, router = tokens(3, 0, rank, skew)
+    layer.prepare(torch.from_numpy(np.random.default_rng(1).integers(0, 50, EXPERTS).astype(np.int32)))
+    y = layer(x.clone().requires_grad_(), ids, router)
+    load_SE = all_counts(torch.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS), EXPERTS + 1, dist.group.WORLD)[:, :-1]
+    quota_ED = layer.kernels.split(torch.from_numpy(load_SE.astype(np.int32)), layer.expert_DS, layer.leave).numpy()
+    rows_SED, work = np.zeros((world, EXPERTS, world), np.int64), np.zeros((2, world), np.int64)
+    rows_into(
+        np.ascontiguousarray(load_SE),
+        quota_ED.astype(np.int64),
+        slots.node_D.astype(np.int64),
+        -1,
+        work[0],
+        work[1],
+        rows_SED,
+    )
+    here = [int(e) for e in layer.expert_DS[rank] if e >= 0]
+    way = make_exchange(ids, rows_SED, rank, dist.group.WORLD, here)
+    bank = {key: weight.detach()[here] for key, weight in whole.named_parameters()}
+    counts = [way.count_E[here].tolist()]
+    stages = LayerStep(way, TOP_K, partial(layer.kind.run_counted, counts))
+    y_in, failed = stages.compute(stages.dispatch(x), [bank], graph=True, recomputed=False)
+    assert failed is None
+    out = stages.combine(y_in).view(TOKENS, TOP_K, WIDTH)
+    named = (ids >= 0) & (ids < EXPERTS)
+    close(y, (out * router.masked_fill(~named, 0)[..., None]).sum(1), "outputs")
+
+
+def too_little_room(which: str) -> None:
+    """Rows that do not fit are no rows that are left out: NaN on every rank, forward and backward, and an error."""
+    enough = RowCapacity.enough(TOKENS, TOP_K, dist.get_world_size())
+    room = RowCapacity(4, enough.computed) if which == "pair" else RowCapacity(enough.pair, 6)
+    layer, whole, _ = made("gated", 2, 1, capacity=room)
+    x, ids, router = tokens(2, 0, dist.get_rank(), 1.0)
+    x.requires_grad_()
+    y = layer(x, ids, router)
+    named = ((ids >= 0) & (ids < EXPERTS)).any(1)
+    assert y.isnan().any(1)[named].all(), "a step that had no room looks whole"
+    y.sum().backward()
+    assert x.grad.isnan().all() and all(weight.grad.isnan().all() for weight in layer.weights.owned.values())
+    needed = layer.need.tolist()
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, needed)
+    assert told == [needed] * len(told)
+    try:
+        layer.check()
+    except CapacityError as error:
+        assert str(needed[which != "pair"]) in error.message, error
+    else:
+        raise AssertionError("nobody is told")
+    layer.check()  # told once
+    fits = RowCapacity(*needed)
+    parity_once(made("gated", 2, 1, capacity=fits)[0], whole, (x.detach(), ids, router))
+
+
+def parity_once(layer, whole, batch) -> None:
+    close(layer(*batch), whole(*batch), "outputs")
+    layer.check()
+
+
+def just_enough() -> None:
+    """Room of the most that a step needs, of both kinds, and one row less of each."""
+    layer, whole, _ = made("plain", 4, 2)
+    batch = tokens(4, 1, dist.get_rank(), 1.5)
+    parity_once(layer, whole, batch)
+    layer(*batch)
+    pair, computed = layer.need.tolist()
+    parity_once(made("plain", 4, 2, capacity=RowCapacity(pair, computed))[0], whole, batch)
+    for room in (RowCapacity(pair - 1, computed), RowCapacity(pair, computed - 1)):
+        tight = made("plain", 4, 2, capacity=room)[0]
+        assert tight(*batch).isnan().any() or not ((batch[1] >= 0) & (batch[1] < EXPERTS)).any()
+        try:
+            tight.check()
+        except CapacityError:
+            continue
+        raise AssertionError(room)
+
+
+def served() -> None:
+    """Without gradients, with experts in several static slots, and left alone where that is as fast."""
+    left = []
+    for seed in range(4):
+        layer, whole, _ = made("gated", seed, 2, doubled=True, trained=False)
+        for step in range(3):
+            batch = tokens(seed, step, dist.get_rank(), 0.0 if step == 1 else 2.0)
+            with torch.no_grad():
+                parity_once(layer, whole, batch)
+            layer.prepare()
+            left.append(int(layer.leave))
+            layer.leave.fill_(step % 2)
+    assert set(left) <= {0, 1}
+
+
+def refused() -> None:
+    """What it does not do is said, on all ranks."""
+    layer, _whole, slots = made("plain", 0, 1)
+    for error, make, said in (
+        (ModelError, lambda: layer(*(each[:-1] for each in tokens(0, 0, 0, 1.0))), "the layer was made for"),
+        (CommunicationError, lambda: made("plain", 0, 1, capacity=RowCapacity(3 + dist.get_rank(), 9)), "has sizes"),
+        (ModelError, lambda: SlotWeights(slots, {"up": torch.zeros(EXPERTS + 1, 2)}, dist.group.WORLD), "static slots"),
+    ):
+        try:
+            make()
+        except error as told:
+            assert said in str(told), told
+        else:
+            raise AssertionError(said)
+    doubled = made("plain", 1, 1, doubled=True)[0]
+    try:
+        loss_of(doubled(*tokens(1, 0, dist.get_rank(), 1.0))).backward()
+    except OptionError as told:
+        assert "several static slots" in told.message
+    else:
+        raise AssertionError("copies that are trained apart")
+
+
+def changed_between() -> None:
+    """Replicas may not change between a forward pass and its backward."""
+    layer, _, _ = made("plain", 0, 2)
+    x, ids, router = tokens(0, 1, dist.get_rank(), 2.0)
+    y = layer(x.requires_grad_(), ids, router)
+    layer.prepare()
+    try:
+        loss_of(y).backward()
+    except RuntimeError as told:
+        assert "modified by an inplace operation" in str(told), told
+    else:
+        raise AssertionError("a backward pass over other weights")
+
+
+def traced() -> None:
+    """Whatever the routing, a step does the same operations in the same shapes, and none that a graph does not allow."""
+    layer, _, _ = made("biased", 5, 2)
+    rank, seen = dist.get_rank(), []
+    for step, skew in ((0, 0.0), (1, 3.0), (2, 1.0)):
+        x, ids, router = tokens(5, step, rank, skew)
+        x, router = x.requires_grad_(), router.requires_grad_()
+        for weight in layer.weights.owned.values():
+            weight.grad = None
+        with GraphRules() as rules:
+            layer.prepare()
+            y = layer(x, ids, router)
+            loss_of(y).backward()
+        layer.check()
+        seen.append(rules.seen)
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) > 100
+    whole = code.pairs_of
+    for asks in (lambda ids: ids[ids >= 0], lambda ids: ids.max().item(), lambda ids: ids.nonzero()):
+        code.pairs_of = lambda ids_TK, experts, asks=asks: (asks(ids_TK), whole(ids_TK, experts))[1]
+        try:
+            with GraphRules():
+                layer._planned(ids)
+        except AssertionError:
+            continue
+        finally:
+            code.pairs_of = whole
+        raise AssertionError("a step that asks the host is not seen")
+
+
+CASES = {
+    **{f"parity, {name}, {slots} step slots, skew {skew:g}": partial(parity, name, slots, skew)
+       for name, slots, skew in (("plain", 2, 1.5), ("gated", 3, 0.5), ("biased", 1, 2.5), ("gated", 0, 1.0))},
+    "present path": partial(present_path, "gated", 1.5),
+    "too little room for a pair of ranks": partial(too_little_room, "pair"),
+    "too little room on a device": partial(too_little_room, "computed"),
+    "just enough room": just_enough,
+    "served": served,
+    "refused": refused,
+    "changed between": changed_between,
+    "traced": traced,
+}  # fmt: skip
+
+INTERPRETED = {"replicas read from their owners' memory": pulled}
+"""With TRITON_INTERPRET=1."""
+
+if __name__ == "__main__":
+    run_cases({**CASES, **INTERPRETED}, read_options())
