@@ -283,8 +283,8 @@ class _TrainingRun:
         else:
             load_LE = ahead.coming(step, interval)
             samples = LoadSamples.of_record(ahead.loads.load_BLSE[step : step + interval], ahead.replayed)
-        seconds = OwnerSeconds(self.loop.policy, self.loop.step_slots, self.price, samples)
-        new = decided(self.sharding, load_LE, self.owner_LE, seconds)
+        price = OwnerSeconds(self.loop.policy, self.loop.step_slots, self.price, samples)
+        new = decided(self.sharding, load_LE, self.owner_LE, price)
         changed = moves(self.owner_LE, new)
         if not len(changed):
             return
@@ -322,7 +322,7 @@ class _TrainingRun:
             self.out[name][at] = value
         if self.work is not None:
             work_D = device_compute(plan.quota_ED.astype(np.float64), cluster, price.model)
-            bytes_DD = cost.pairs_DD * float(price.model.dispatch_bytes_per_token)
+            bytes_DD: NDArray[np.float64] = cost.pairs_DD * float(price.model.dispatch_bytes_per_token)
             before, after, back = (_rounds(moves, size, price) for moves, size in cost.transfers)
             self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, again))
 
