@@ -2,7 +2,7 @@
 
     python benchmarks/foresight.py DATA [CASE ...] [--quick]
 
-DATA holds olmoe/expert_counts/*.npz and llama4-maverick/*.npz. Writes reports/DATE-foresight.md.
+DATA holds olmoe/expert_counts/*.npz and llama4-maverick/*.npz. Writes reports/DATE-foresight.md; --quick prints, one step judged.
 """
 
 from __future__ import annotations
@@ -353,7 +353,9 @@ def main() -> None:
         texts.append(text)
         totals.append(summary)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
-        if not QUICK:
+        if QUICK:
+            print(text, flush=True)
+        else:
             write("foresight", [intro(), table(SUMMARY, totals), *texts])
 
 

@@ -1,4 +1,4 @@
-"""Gathers of fewer bits (``gather_dtype``) on ranks: bytes, checkpoints, plans that do not matter (test_wire.py).
+"""Gathers of fewer bits (``gather_dtype``) on ranks: bytes, checkpoints, plans that do not matter (test_packing.py).
 
 torchrun --standalone --nproc-per-node 4 tests/train/gather_cases.py --out results.jsonl [case ...]
 """
@@ -163,7 +163,7 @@ def mixed_precision_and_refusals() -> dict:
         losses[policy] = out.double().square().sum().item()
     assert c.agreed(abs(losses["expert-parallelism"] - losses["full-replication"])) == 0, losses
     same = shard(h.build(dtype=torch.float32), mp_policy=mixed, gather_dtype=BF16)
-    assert same.schedule.deployment.wire is None
+    assert same.schedule.deployment.packing is None
     said = []
     for gather, mp in ((torch.float16, None), ("fp8", None), (BF16, MixedPrecisionPolicy(param_dtype=torch.float16))):
         wrong = h.build()

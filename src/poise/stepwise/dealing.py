@@ -29,7 +29,7 @@ from poise.util.errors import OptionError
 
 ROUNDS = 24
 """Most turns of step 1."""
-Price = Callable[["Deal"], float]
+ModelledSeconds = Callable[["Deal"], float]
 """Modelled seconds of a step under a deal; what its owners cost to move is in."""
 
 
@@ -162,6 +162,6 @@ def deals(requests: Requests, given: Deal, cluster: Cluster, *, owners_move: boo
     return [*out, near(requests, given, cluster, owners_move=True)] if owners_move else out
 
 
-def cheapest(found: list[Deal], price: Price) -> Deal:
+def cheapest(found: list[Deal], seconds_of: ModelledSeconds) -> Deal:
     """Step 4: the first one of the least seconds, so that nothing changes for nothing."""
-    return min(found, key=price)
+    return min(found, key=seconds_of)

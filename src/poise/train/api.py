@@ -40,6 +40,7 @@ from poise.train.hooks import GRADIENT_HOOKS
 from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
 from poise.train.owned import stacked
+from poise.train.packing import Packing
 from poise.train.regroup import MicroBatches
 from poise.train.rollout import Rollout
 from poise.train.rows import ExpertRows, Ownership
@@ -47,7 +48,6 @@ from poise.train.schedule import Schedule
 from poise.train.settings import Deployment, Settings
 from poise.train.sharding import Begin, ShardedExperts
 from poise.train.steps import attach, watch_optimizers
-from poise.train.wire import Wire
 from poise.util.errors import OptionError
 
 IDLE = (
@@ -295,7 +295,7 @@ def fully_shard_experts(
     mp_policy : FSDP2's ``MixedPrecisionPolicy``: ``param_dtype`` of materialised weights, ``reduce_dtype`` on the wire.
     gather_dtype : of weights on the wire, ``torch.bfloat16`` or ``torch.float8_e4m3fn``, where it has fewer bits than
         what is computed with: owners keep their weights, and owners and replicas alike compute with the rounded ones
-        (:mod:`poise.train.wire`). None: as they are computed with.
+        (:mod:`poise.train.packing`). None: as they are computed with.
     offload : owned weights, gradients and states stay on the CPU.
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
     owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
@@ -354,8 +354,8 @@ def fully_shard_experts(
     kind, top_k = next(iter(kinds.values())), checked.top_k
     reduced = getattr(mp_policy, "reduce_dtype", None) or compute
     sizes = _model(kind, experts, top_k, len(layers), compute)
-    wire = None if gather_dtype in (None, compute) else Wire(gather_dtype)
-    packed = 0.0 if wire is None else float(sum(wire.nbytes((1, *shape)) for shape in kind.shapes.values()))
+    packing = None if gather_dtype in (None, compute) else Packing(gather_dtype)
+    packed = 0.0 if packing is None else float(sum(packing.nbytes((1, *shape)) for shape in kind.shapes.values()))
     slots = 2 if step_slots is None else step_slots
     if replica_bytes is not None:
         each = TrainingBytes(compute.itemsize + packed / kind.numel, float(reduced.itemsize), 0.0)
@@ -369,7 +369,7 @@ def fully_shard_experts(
     deployment = Deployment(
         cluster=checked.machine, tokens_group=tokens_group, weights_group=weights_group, device=device,
         compute_dtype=compute, reduce_dtype=reduced, form=form, expert_numel=kind.numel,
-        rank=dist.get_rank(tokens_group), wire=wire, packed_bytes=packed,
+        rank=dist.get_rank(tokens_group), packing=packing, packed_bytes=packed,
     )  # fmt: skip
     schedule = Schedule(list(layers), settings, deployment, sizes, top_k)
     for one in layers:

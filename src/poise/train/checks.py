@@ -20,8 +20,8 @@ from poise.stepwise.sharding import Balanced, Even, Heterogeneous, ShardingPolic
 from poise.train.agree import agree
 from poise.train.dispatched import SEAM, lies_behind_dispatcher
 from poise.train.machine import device_name, presumed, unknown
+from poise.train.packing import GATHER_DTYPES
 from poise.train.sharding import ShardedExperts
-from poise.train.wire import GATHER_DTYPES
 from poise.util.errors import ModelError, OptionError
 
 SHARDINGS: dict[str, ShardingPolicy] = {

@@ -19,8 +19,8 @@ from poise.cost.transfers import TransferPlan, plan_transfers
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
 from poise.train.owned import OwnedExperts
+from poise.train.packing import Packing
 from poise.train.settings import Deployment
-from poise.train.wire import Wire
 from poise.util.errors import ModelError
 
 
@@ -119,7 +119,7 @@ class Materialised:
         self.copies: Storage | None = None
         device, dtype = deployment.device, deployment.compute_dtype
         other = any(rows.dtype != dtype or rows.device != device for rows in own.values())
-        if other or deployment.wire is not None:
+        if other or deployment.packing is not None:
             like: dict[str, Any] = {"device": device, "dtype": dtype}
             bank = {name: torch.empty(rows.shape, **like).requires_grad_(name in self.trainable)
                     for name, rows in own.items()}  # fmt: skip
@@ -133,12 +133,12 @@ class Materialised:
     def _fill_copies(self) -> None:
         if self.copies is not None and not self.copies.here:
             self.copies.allocate()
-            wire = self.deployment.wire
+            packing = self.deployment.packing
             for name, rows in self.experts.rows().items():
-                if wire is None:
+                if packing is None:
                     self.copies.bank[name].data.copy_(rows)
                 else:
-                    wire.unpack(wire.pack(rows).to(self.deployment.device), self.copies.bank[name].data)
+                    packing.unpack(packing.pack(rows).to(self.deployment.device), self.copies.bank[name].data)
 
     def _add(self, plan: TransferPlan, holders_ED: NDArray[np.bool_]) -> None:
         if not plan.count:
@@ -282,8 +282,8 @@ class _Replicas:
                 for name, weight in own.bank.items()}  # fmt: skip
         self.storage = Storage(bank, ledger, "replicas")
         self.packed: _Packed | None = None
-        if deployment.wire is not None:
-            self.packed = _Packed(deployment.wire, own, deployment, ledger, plan, mine)
+        if deployment.packing is not None:
+            self.packed = _Packed(deployment.packing, own, deployment, ledger, plan, mine)
         self.gather: Pending | None = None
         self.here = False
         self.start()
@@ -329,19 +329,25 @@ class _Packed:
 
     Parameters
     ----------
-    wire : how.
+    packing : how.
     own : what this rank may send.
     deployment, ledger, plan, mine : as in :class:`_Replicas`.
     """
 
     def __init__(
-        self, wire: Wire, own: _OwnRows, deployment: Deployment, ledger: Ledger, plan: TransferPlan, mine: list[int]
+        self,
+        packing: Packing,
+        own: _OwnRows,
+        deployment: Deployment,
+        ledger: Ledger,
+        plan: TransferPlan,
+        mine: list[int],
     ) -> None:
-        self.wire, self.own, self.mine, self.device = wire, own, mine, deployment.device
+        self.packing, self.own, self.mine, self.device = packing, own, mine, deployment.device
         moves = [move for one in plan.rounds for move in one if move.source == deployment.rank]
         self.sent = sorted({move.expert for move in moves} - set(mine))
         self.banks = [
-            Storage({name: torch.empty(wire.shape((len(experts), *weight.shape[1:])), dtype=wire.element,
+            Storage({name: torch.empty(packing.shape((len(experts), *weight.shape[1:])), dtype=packing.element,
                                        device=self.device) for name, weight in own.bank.items()},
                     ledger, "weights on the wire")
             for experts in (self.sent, mine)
@@ -355,7 +361,7 @@ class _Packed:
             for name, into in self.banks[0].bank.items():
                 masters = self.own.masters[name].detach()
                 rows = torch.tensor([self.own.mine.index(e) for e in self.sent], device=masters.device)
-                into.copy_(self.wire.pack(masters[rows]))
+                into.copy_(self.packing.pack(masters[rows]))
 
     def rows(self, expert: int) -> list[Tensor]:
         """An expert's packed weights on this rank."""
@@ -366,7 +372,7 @@ class _Packed:
         """Fill replicas, and let go of what travelled."""
         for name, weight in bank.items():
             if len(weight):
-                self.wire.unpack(self.banks[1].bank[name], weight.data)
+                self.packing.unpack(self.banks[1].bank[name], weight.data)
         self.free()
 
     def free(self) -> None:

@@ -11,7 +11,7 @@ from poise.cost.transfers import Form
 from poise.machine.cluster import Cluster
 from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.sharding import ShardingPolicy
-from poise.train.wire import Wire
+from poise.train.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Deployment:
     form : how sparse collectives travel (:mod:`poise.cost.transfers`).
     expert_numel : parameters of one expert; all layers have the same.
     rank : this rank in both groups.
-    wire : how weights are packed to be gathered; None: as they are computed with.
+    packing : how weights are packed to be gathered; None: as they are computed with.
     packed_bytes : of one expert's weights, where they are packed.
     """
 
@@ -54,7 +54,7 @@ class Deployment:
     form: Form
     expert_numel: int
     rank: int
-    wire: Wire | None = None
+    packing: Packing | None = None
     packed_bytes: float = 0.0
 
     @property
@@ -65,7 +65,7 @@ class Deployment:
     @property
     def expert_bytes(self) -> float:
         """Bytes of one expert's weights on the wire."""
-        return self.held_bytes if self.wire is None else self.packed_bytes
+        return self.held_bytes if self.packing is None else self.packed_bytes
 
     @property
     def gradient_bytes(self) -> float:

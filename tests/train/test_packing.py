@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.train.gather_cases import MINE
 from tests.train.harness import as_gathered
 
-from poise.train.wire import BF16, E4M3, GATHER_DTYPES, Wire
+from poise.train.packing import BF16, E4M3, GATHER_DTYPES, Packing
 
 KINDS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
@@ -24,11 +24,11 @@ def some(seed: int, shape=(3, 4, 7), spread: float = 4.0, dtype=torch.float32) -
 
 
 def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    wire, out = Wire(dtype), torch.empty_like(weight)
-    packed = wire.pack(weight)
-    assert packed.shape == wire.shape(tuple(weight.shape)) and packed.dtype == wire.element
-    assert packed.nbytes == wire.nbytes(tuple(weight.shape))
-    wire.unpack(packed, out)
+    packing, out = Packing(dtype), torch.empty_like(weight)
+    packed = packing.pack(weight)
+    assert packed.shape == packing.shape(tuple(weight.shape)) and packed.dtype == packing.element
+    assert packed.nbytes == packing.nbytes(tuple(weight.shape))
+    packing.unpack(packed, out)
     return out
 
 
@@ -58,7 +58,7 @@ def test_it_is_the_nearest_value_of_the_type(seed, gather, dtype):
 def test_an_expert_alone_is_packed_as_among_others(seed, dtype):
     weight = some(seed, spread=1.0, dtype=dtype)
     for kind in GATHER_DTYPES:
-        whole, alone = Wire(kind).pack(weight), [Wire(kind).pack(one[None])[0] for one in weight]
+        whole, alone = Packing(kind).pack(weight), [Packing(kind).pack(one[None])[0] for one in weight]
         assert torch.equal(whole.view(torch.uint8), torch.stack(alone).view(torch.uint8))
 
 

@@ -27,7 +27,7 @@ GATHER_DTYPES = (BF16, E4M3)
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class Packing:
     """How weights are packed.
 
     Parameters
