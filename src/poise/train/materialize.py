@@ -335,14 +335,9 @@ class _Packed:
     """
 
     def __init__(
-        self,
-        packing: Packing,
-        own: _OwnRows,
-        deployment: Deployment,
-        ledger: Ledger,
-        plan: TransferPlan,
+        self, packing: Packing, own: _OwnRows, deployment: Deployment, ledger: Ledger, plan: TransferPlan,
         mine: list[int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.packing, self.own, self.mine, self.device = packing, own, mine, deployment.device
         moves = [move for one in plan.rounds for move in one if move.source == deployment.rank]
         self.sent = sorted({move.expert for move in moves} - set(mine))
