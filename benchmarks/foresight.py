@@ -38,6 +38,8 @@ SLOTS, LAYERS = 4, 6
 WINDOWS = (1, 5, 5 * MICRO)
 EXACT_AFTER = ("llep", "moon-ep", "ultra-ep")
 ADAM_BYTES = 28.0
+OWN = Balanced(interval=100 * MICRO)
+"""Owners by price, planned every 100 optimizer steps as on ranks; the replay counts micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Given:
     """Owners that are given, from the first micro-batch on."""
 
     owner_LE: np.ndarray
-    interval: int = Balanced().interval
+    interval: int = OWN.interval
     by_price = False
     gain = 0.0
     name = "given"
@@ -250,7 +252,7 @@ class Table:
 
     def rows(self) -> list[Row]:
         """All of them, each at its best setting."""
-        ep, poise, own = POLICIES["expert-parallelism"], POLICIES["poise"], (Even(), Balanced())
+        ep, poise, own = POLICIES["expert-parallelism"], POLICIES["poise"], (Even(), OWN)
         flat = Row(
             "force-balanced router, EP", "", self.run(ep, slots=0, loads=self.loads.force_balanced()), self.rest_s
         )
@@ -273,7 +275,7 @@ class Table:
         ahead = FORESIGHT["recorded"]
         for known in ("forecast", "replayed"):
             out.append(self.row(f"recorded, {known}", "even owners", ahead, known=known))
-        out.append(self.row("recorded, replayed", "owners ahead", ahead, known="replayed", sharding=Balanced()))
+        out.append(self.row("recorded, replayed", "owners ahead", ahead, known="replayed", sharding=OWN))
         for name, policy in (("poise", poise), ("fore-moe", fore), ("recorded, replayed", ahead)):
             known = "" if name == "poise" else "replayed"
             out.append(self.row(f"{name}, requests dealt anew", "even owners", policy, loads=self.anew, known=known))
@@ -336,9 +338,9 @@ def intro() -> str:
         f"last {', '.join(map(str, WINDOWS))}: the best is shown; llep, moon-ep and ultra-ep plan after the gate from exact loads) at the "
         "best of the first four settings of their published grids, hecate at t from its window and 8. `loads replayed` / `forecast`: poise itself, told the true loads before the gate. `recorded` "
         "plans from the tokens of every source; replayed, no counts are exchanged in the model (on ranks they still are, as a check). "
-        "`owners ahead` moves owners by price on the known loads, their move spread over 100 micro-batches. `dealt anew`: requests swapped between the micro-batches of a step "
+        "`owners ahead` moves owners by price on the known loads, their move spread over 100 optimizer steps. `dealt anew`: requests swapped between the micro-batches of a step "
         "on the same rank; `dealt to ranks`: to those ranks whose node owns what they use, with even owners or with owners that are planned with the first "
-        f"step's requests and stay, their move spread over {Balanced().interval} micro-batches. `fore-moe` is our rebuild from an abstract, without its second hardware path. MB are of all devices and layers, a step; shown: exposed."
+        f"step's requests and stay, their move spread over 100 steps. `fore-moe` is our rebuild from an abstract, without its second hardware path. MB are of all devices and layers, a step; shown: exposed."
     )  # fmt: skip
 
 
