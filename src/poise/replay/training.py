@@ -322,7 +322,7 @@ class _TrainingRun:
             self.out[name][at] = value
         if self.work is not None:
             work_D = device_compute(plan.quota_ED.astype(np.float64), cluster, price.model)
-            bytes_DD: NDArray[np.float64] = cost.pairs_DD * float(price.model.dispatch_bytes_per_token)
+            bytes_DD = np.multiply(cost.pairs_DD, float(price.model.dispatch_bytes_per_token))
             before, after, back = (_rounds(moves, size, price) for moves, size in cost.transfers)
             self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, again))
 

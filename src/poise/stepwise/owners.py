@@ -9,7 +9,8 @@ Step 1  Proposals: the policy's owners; even ones; the policy's own rule inside 
         many experts of the layer as it does now, in those layers in which that gains by itself.
 Step 2  Each is priced on samples of loads: a new driver plans every layer, as after a move.
 Step 3  The one with the least seconds, a share of its move's added (the move over ``interval`` steps), is taken if that
-        is less than ``gain`` below the present owners' seconds. Else nothing moves.
+        is less than the present owners' seconds: by more than ``gain`` of them where the loads are of steps that are
+        over, and the next ones a guess. Else nothing moves.
 
 A pure function of what all ranks know alike: they decide alike, and so that no decision raises the modelled time.
 """
@@ -150,7 +151,8 @@ def decided(
     now_s = seconds.step(current_LE)
     (layers, experts), devices = current_LE.shape, seconds.price.cluster.num_devices
     even_LE = even_sharding(layers, experts, devices)
-    best_LE, best_s = current_LE, now_s * (1.0 - sharding.gain)
+    guessed = seconds.samples.known is None
+    best_LE, best_s = current_LE, now_s * (1.0 - sharding.gain if guessed else 1.0)
     for other_LE in (proposed, even_LE, _layer_by_layer(load_LE, current_LE, seconds, sharding.interval)):
         moving = (other_LE != current_LE).any()
         if moving:
