@@ -2,7 +2,7 @@
 
     python benchmarks/foresight.py DATA [CASE ...] [--quick]
 
-DATA holds olmoe/expert_counts/*.npz and llama4-maverick/*.npz. Writes reports/DATE-foresight.md.
+DATA holds olmoe/expert_counts/*.npz and llama4-maverick/*.npz. Writes reports/DATE-foresight.md; --quick prints, one step judged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from poise.replay.serving import FastLoop
 from poise.replay.training import Foresight, SourceLoads, TrainingReplay, replay_training
 from poise.routing.predict import SlidingMean
 from poise.routing.trace import RoutingTrace
+from poise.stepwise import dealing
+from poise.stepwise.dealing import near
 from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.registry import FORESIGHT, POLICIES
 from poise.stepwise.regroup import even_out
@@ -36,6 +38,8 @@ SLOTS, LAYERS = 4, 6
 WINDOWS = (1, 5, 5 * MICRO)
 EXACT_AFTER = ("llep", "moon-ep", "ultra-ep")
 ADAM_BYTES = 28.0
+OWN = Balanced(interval=100 * MICRO)
+"""Owners by price, planned every 100 optimizer steps as on ranks; the replay counts micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,33 @@ def dealt_anew(case: Case, steps: list[Requests]) -> list[Requests]:
     return out
 
 
+def dealt_to_ranks(case: Case, steps: list[Requests], *, owners_move: bool) -> tuple[list[Requests], np.ndarray]:
+    """The same requests near their experts' owners: even ones, or those that are planned with the first step. And the owners."""
+    owner_LE = even_sharding(case.model.num_moe_layers, case.model.num_experts, case.cluster.num_devices)
+    out = []
+    for number, one in enumerate(steps):
+        deal = near(dealing.Requests(one.load_QLE, one.size_Q), dealing.Deal("", one.rank_Q, one.micro_Q, owner_LE),
+                    case.cluster, owners_move=owners_move and not number)  # fmt: skip
+        owner_LE = deal.owner_LE
+        out.append(replace(one, rank_Q=deal.rank_Q, micro_Q=deal.micro_Q))
+    return out, owner_LE
+
+
+@dataclass(frozen=True)
+class Given:
+    """Owners that are given, from the first micro-batch on."""
+
+    owner_LE: np.ndarray
+    interval: int = OWN.interval
+    by_price = False
+    gain = 0.0
+    name = "given"
+
+    def plan(self, load_LE: np.ndarray, current_LE: np.ndarray, price: StepPrice) -> np.ndarray:
+        """They."""
+        return self.owner_LE
+
+
 @dataclass(frozen=True)
 class Row:
     """A policy's replay; seconds of an optimizer step, all of its micro-batches."""
@@ -192,6 +223,10 @@ class Table:
         self.loads = traffic(case, self.steps)
         anew = dealt_anew(case, self.steps)
         self.anew = traffic(case, anew)
+        self.near = {}
+        for move in (False, True):
+            steps, owner_LE = dealt_to_ranks(case, self.steps, owners_move=move)
+            self.near["and owners that move" if move else "near even owners"] = traffic(case, steps), Given(owner_LE)
         tokens = sum(float(one.size_Q.sum()) for one in self.steps) / len(self.steps)
         self.price, self.rest_s = case.price(tokens / MICRO), case.rest_seconds(tokens)
         self.tokens = tokens / MICRO / case.cluster.num_devices
@@ -217,7 +252,7 @@ class Table:
 
     def rows(self) -> list[Row]:
         """All of them, each at its best setting."""
-        ep, poise, own = POLICIES["expert-parallelism"], POLICIES["poise"], (Even(), Balanced())
+        ep, poise, own = POLICIES["expert-parallelism"], POLICIES["poise"], (Even(), OWN)
         flat = Row(
             "force-balanced router, EP", "", self.run(ep, slots=0, loads=self.loads.force_balanced()), self.rest_s
         )
@@ -240,10 +275,15 @@ class Table:
         ahead = FORESIGHT["recorded"]
         for known in ("forecast", "replayed"):
             out.append(self.row(f"recorded, {known}", "even owners", ahead, known=known))
-        out.append(self.row("recorded, replayed", "owners ahead", ahead, known="replayed", sharding=Balanced()))
+        out.append(self.row("recorded, replayed", "owners ahead", ahead, known="replayed", sharding=OWN))
         for name, policy in (("poise", poise), ("fore-moe", fore), ("recorded, replayed", ahead)):
             known = "" if name == "poise" else "replayed"
             out.append(self.row(f"{name}, requests dealt anew", "even owners", policy, loads=self.anew, known=known))
+        for setting, (loads, owners) in self.near.items():
+            for name, policy in (("poise, loads replayed", poise), ("fore-moe", fore), ("recorded, replayed", ahead)):
+                out.append(
+                    self.row(f"{name}, dealt to ranks", setting, policy, loads=loads, known="replayed", sharding=owners)
+                )
         return out
 
 
@@ -298,8 +338,9 @@ def intro() -> str:
         f"last {', '.join(map(str, WINDOWS))}: the best is shown; llep, moon-ep and ultra-ep plan after the gate from exact loads) at the "
         "best of the first four settings of their published grids, hecate at t from its window and 8. `loads replayed` / `forecast`: poise itself, told the true loads before the gate. `recorded` "
         "plans from the tokens of every source; replayed, no counts are exchanged in the model (on ranks they still are, as a check). "
-        "`owners ahead` moves owners by the known loads, its price spread over 100 micro-batches. `dealt anew`: requests swapped between the micro-batches of a step "
-        "on the same rank. `fore-moe` is our rebuild from an abstract, without its second hardware path. MB are of all devices and layers, a step; shown: exposed."
+        "`owners ahead` moves owners by price on the known loads, their move spread over 100 optimizer steps. `dealt anew`: requests swapped between the micro-batches of a step "
+        "on the same rank; `dealt to ranks`: to those ranks whose node owns what they use, with even owners or with owners that are planned with the first "
+        f"step's requests and stay, their move spread over 100 steps. `fore-moe` is our rebuild from an abstract, without its second hardware path. MB are of all devices and layers, a step; shown: exposed."
     )  # fmt: skip
 
 
@@ -314,7 +355,9 @@ def main() -> None:
         texts.append(text)
         totals.append(summary)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
-        if not QUICK:
+        if QUICK:
+            print(text, flush=True)
+        else:
             write("foresight", [intro(), table(SUMMARY, totals), *texts])
 
 

@@ -29,11 +29,12 @@ from poise.lab.emulate.spec import parse_shape
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
-from poise.replay.training import SourceLoads, TrainingReplay, replay_training
+from poise.replay.training import Foresight, SourceLoads, TrainingReplay, replay_training
 from poise.routing.predict import SlidingMean
 from poise.simulate.perfetto import Event, write_perfetto
 from poise.simulate.training import Backward, Forward, RankStep, rank_step
-from poise.stepwise.registry import parse_policy
+from poise.stepwise.owners import LoadSamples, OwnerSeconds, decided
+from poise.stepwise.registry import as_policy
 from poise.stepwise.sharding import Balanced, Heterogeneous, even_sharding
 
 INTRA, INTER, DILATION = 100e6, 20e6, 100.0
@@ -59,6 +60,7 @@ class Fixed:
 
     owner_LE: np.ndarray
     interval: int = 10**9
+    by_price = False
 
     def plan(self, load_LE: Any, current_LE: Any, price: StepPrice) -> np.ndarray:
         """They."""
@@ -75,6 +77,8 @@ class Row:
     owners: np.ndarray | None = None
     rematerialise: bool = False
     forced: bool = False
+    traffic: str = "load"
+    foresee: bool = False
 
 
 def model_of(layers: int, experts: int) -> ModelSpec:
@@ -124,23 +128,30 @@ class Bench:
                               rematerialise=row.rematerialise)  # fmt: skip
 
     def replay(self, loads: SourceLoads, row: Row) -> TrainingReplay:
-        """The same steps by the cost model."""
+        """The same steps by the cost model; ``loads`` are of the row's traffic."""
         loads = loads.force_balanced() if row.forced else loads
         owners = even_sharding(self.layers, self.experts, self.devices) if row.owners is None else row.owners
-        return replay_training(loads, FastLoop(parse_policy(row.policy), row.slots, SlidingMean(5)), self.price(row),
-                               sharding=Fixed(owners), first_reshard=0, warm_up=WARM_UP, by_rank=True)  # fmt: skip
+        return replay_training(loads, FastLoop(as_policy(row.policy), row.slots, SlidingMean(5)), self.price(row),
+                               sharding=Fixed(owners), first_reshard=0, warm_up=WARM_UP, by_rank=True,
+                               foresight=Foresight(loads) if row.foresee else None)  # fmt: skip
 
-    def measure(self, loads: SourceLoads, rows: list[Row], steps: int, repeats: int) -> dict[str, np.ndarray]:
-        """Marks of all rows; raises if experts were not computed as in a dense run, or the clock was overrun."""
+    def measure(
+        self, loads: SourceLoads, rows: list[Row], steps: int, repeats: int, more: dict[str, SourceLoads] | None = None
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Marks of all rows; raises if experts were not computed as in a dense run, or the clock was overrun.
+
+        ``more``: traffic that rows name, beside ``load``.
+        """
         even = even_sharding(self.layers, self.experts, self.devices)
         job = {"cluster": str(self.folder / "policies.yaml"), "curve": str(self.emulation.curve), "window_s": WINDOW_S, "layers": self.layers,
                "experts": self.experts, "top_k": TOP_K, "width": WIDTH, "rows_per_expert": ROWS, "warm_up": WARM_UP,
                "steps": steps, "repeats": repeats, "stream": self.stream,
                "table": [{"name": row.name, "policy": row.policy, "step_slots": row.slots, "rematerialise": row.rematerialise,
                           "owners": (even if row.owners is None else row.owners).tolist(),
-                          "traffic": "forced" if row.forced else "load"} for row in rows]}  # fmt: skip
+                          "traffic": "forced" if row.forced else row.traffic, "foresee": row.foresee} for row in rows]}  # fmt: skip
         (self.folder / "policies.yaml").write_text(self.cluster.to_yaml())
-        arrays = {"load": loads.load_BLSE, "forced": loads.force_balanced().load_BLSE}
+        arrays = {"load": loads.load_BLSE, "forced": loads.force_balanced().load_BLSE,
+                  **{name: one.load_BLSE for name, one in (more or {}).items()}}  # fmt: skip
         out = self.emulation.measure("train_rank.py", job, arrays,
                                      timeout=300 + 20.0 * len(rows) * (repeats + 1) * (steps + 1))  # fmt: skip
         assert out["gaps"].max() < 1e-4, f"gradients differ from a dense run by {out['gaps'].max():.2g}"
@@ -227,7 +238,8 @@ def rows_of(bench: Bench, loads: SourceLoads, names: list[str] | None) -> list[R
 
     t, m = choose_hecate(bench, loads, "hecate", hecates)
     tc, mc = choose_hecate(bench, loads, "hecate-calibrated", hecates)
-    ours = Balanced().plan(mean_LE, even, price)
+    samples = LoadSamples.of_history(list(loads.load_BLSE[:WARM_UP].sum(axis=2).swapaxes(0, 1)), bench.devices)
+    ours = decided(Balanced(), mean_LE, even, OwnerSeconds(as_policy("poise"), SLOTS, price, samples))
     rows = [
         Row(FORCED, "expert-parallelism", 0, forced=True), Row("expert-parallelism", "expert-parallelism", 0),
         Row("full-replication (FSDP)", "full-replication", bench.experts), Row("lplb", "lplb"), Row("faster-moe", "faster-moe"),

@@ -1,7 +1,7 @@
 """The whole parity matrix of sharded training: policy x re-materialisation x K x workload x optimizer, and many steps.
 
-Usage: python benchmarks/parity.py [2 4 8 4:float32 4:bfloat16 steady | 8/4+1 ...]    (8/4+1: on 8 ranks every fourth
-cell, from number 1 on)
+Usage: python benchmarks/parity.py [2 4 8 4:float32 4:bfloat16 4:gathered-bfloat16 4:gathered-float8_e4m3fn steady | 8/4+1 ...]
+(8/4+1: on 8 ranks every fourth cell, from number 1 on; gathered-: float64, weights sent in that type)
 
 One launch per part. ``steady``: 1,000 steps on 4 ranks with a new plan in each and new owners every 100.
 """
@@ -25,7 +25,8 @@ from benchmarks.common import table, write
 ROOT = Path(__file__).parents[1]
 LIMIT, TIMES = 1e-11, 4.0
 STEPS = 1000
-WHOLE = ("2", "4", "8", "4:float32", "4:bfloat16", "steady")
+GATHERED = "gathered-"
+WHOLE = ("2", "4", "8", "4:float32", "4:bfloat16", f"4:{GATHERED}bfloat16", f"4:{GATHERED}float8_e4m3fn", "steady")
 
 
 def launch(world: int, script: str, *arguments: str) -> str:
@@ -48,10 +49,10 @@ def matrix(word: str) -> tuple[str, int]:
     world, every, first, dtype = part(word)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "cells.json"
-        launch(world, "tests/train/matrix.py", "--out", str(out), "--every", str(every), "--first", str(first), "--dtype",
-               dtype)  # fmt: skip
+        exact = dtype == "float64" or dtype.startswith(GATHERED)
+        types = ("--gather", dtype.removeprefix(GATHERED)) if dtype.startswith(GATHERED) else ("--dtype", dtype)
+        launch(world, "tests/train/matrix.py", "--out", str(out), "--every", str(every), "--first", str(first), *types)
         found = json.loads(out.read_text())
-    exact = dtype == "float64"
     cells = [{**cell, "value": cell["error"] if exact else cell["error"] / cell["dense"]} for cell in found["cells"]]
     failed = sum(not cell["value"] <= (LIMIT if exact else TIMES) for cell in cells)
     show = "{:.1e}" if exact else "{:.2f} times"
@@ -86,7 +87,8 @@ def steady() -> tuple[str, int]:
 
 INTRODUCTION = (
     f"float64: largest ||a - b|| / ||b|| of every loss, gradient, gradient norm and weight over 5 steps against one dense "
-    f"process on all tokens, limit {LIMIT:g}. float32, bfloat16 (mixed precision, float32 weights): that error over the most by "
+    f"process on all tokens, limit {LIMIT:g}; `gathered-`: the dense process rounds its experts' weights as they are rounded to be "
+    f"sent. float32, bfloat16 (mixed precision, float32 weights): that error over the most by "
     f"which dense runs differ that add up in 16 other orders, limit {TIMES:g} times. Every other cell starts on random owners; the form "
     "of the sparse collectives changes from cell to cell."
 )

@@ -1,6 +1,6 @@
 """Training: every policy on the same routing counts under the training price, beside Hecate's published figures.
 
-    python benchmarks/train.py DATA [table,sensitivity,memory,planner]
+    python benchmarks/train.py DATA [table,sensitivity,memory,planner,owners]
 
 DATA holds olmoe/expert_counts/*.npz (counts [3, 64] a domain). Writes reports/DATE-train.md. Modelled times.
 """
@@ -38,6 +38,7 @@ from poise.replay.serving import FastLoop
 from poise.replay.training import SourceLoads, TrainingReplay, replay_training
 from poise.routing.predict import SlidingMean
 from poise.stepwise.driver import LayerDriver
+from poise.stepwise.owners import SAMPLES, LoadSamples, OwnerSeconds
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.protocol import LayerView, StepPolicy
 from poise.stepwise.registry import POLICIES
@@ -369,9 +370,34 @@ def planner(data: Path) -> list[str]:
                    "charged (with exchange of counts)"], rows)]  # fmt: skip
 
 
+def owners(data: Path) -> list[str]:
+    """Owners by price against even ones, decided once, from the warm-up steps."""
+    rows = []
+    for key, cluster in clusters().items():
+        for name in MODELS:
+            for kind in TRAFFIC if cluster.num_nodes == 4 else ("traces",):
+                case = Case(name, cluster)
+                traffic = TRAFFIC[kind](data, case, STEPS + WARM_UP)
+                even, ours = (run(case, traffic, Poise(), SLOTS, sharding) for sharding in (Even(), Balanced()))
+                known = traffic.load_BLSE[:WARM_UP].sum(axis=2).astype(float)
+                samples = LoadSamples.of_history(list(known.swapaxes(0, 1)), cluster.num_devices)
+                seconds = OwnerSeconds(Poise(), SLOTS, case.price(), samples)
+                owner_LE = even_sharding(known.shape[1], known.shape[2], cluster.num_devices)
+                now_s, then_s = seconds.step(owner_LE), seconds.step(ours.owner_LE)
+                then_s += seconds.move(owner_LE, ours.owner_LE) / Balanced().interval
+                one, other = (1e3 * float(np.median(got.step_seconds_B)) for got in (even, ours))
+                rows.append([key, name, kind, f"{one:.1f}", f"{other:.1f}", f"{1 - other / one:+.1%}", ours.moved_owners,
+                             f"{1 - then_s / now_s:+.1%}"])  # fmt: skip
+                print(rows[-1], flush=True)
+    return ["## Owners by price",
+            f"poise, {SLOTS} slots, {STEPS} judged steps; owners are decided after {WARM_UP} steps, on the last {SAMPLES} of them, and a "
+            f"{Balanced().interval}th of their move is in every step. Expected: of the MoE layers, on the steps that were over.",
+            table(["cluster", "model", "traffic", "even owners ms", "by price ms", "gain", "owners moved", "expected"], rows)]  # fmt: skip
+
+
 def main() -> None:
     data = Path(sys.argv[1])
-    parts = {"table": tables, "sensitivity": sensitivity, "memory": memory, "planner": planner}
+    parts = {"table": tables, "sensitivity": sensitivity, "memory": memory, "planner": planner, "owners": owners}
     chosen = sys.argv[2].split(",") if len(sys.argv) > 2 else list(parts)
     start = time.time()
     text = [block for name in chosen for block in parts[name](data)]

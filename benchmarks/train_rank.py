@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Generator, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,12 +25,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from poise.lab.emulate import DeviceClock, ExpertCurve
 from poise.machine.cluster import Cluster
+from poise.routing.trace import RoutingTrace
 from poise.runtime import spans
 from poise.runtime.collectives import run_on_thread
 from poise.runtime.moe import ExpertList
 from poise.simulate.training import Backward, Forward
-from poise.stepwise.registry import parse_policy
-from poise.train import fully_shard_experts
+from poise.stepwise.registry import as_policy
+from poise.train import Rollout, fully_shard_experts
 from poise.train.history import LoadHistory
 
 
@@ -170,13 +172,20 @@ class Traffic:
         self.load_BLSE, self.top_k, self.width = load_BLSE, int(job["top_k"]), int(job["width"])
 
     def ids(self, step: int, rank: int) -> list[Tensor]:
-        """Experts of a rank's tokens in every layer, [T, K]."""
+        """Experts of a rank's tokens in every layer, [T, K]; those of a token differ, as a record has them."""
         out = []
         for layer, load_SE in enumerate(self.load_BLSE[step]):
-            ids = np.repeat(np.arange(load_SE.shape[1]), load_SE[rank])
-            np.random.default_rng([step, layer, rank]).shuffle(ids)
-            out.append(torch.from_numpy(ids.reshape(-1, self.top_k)))
+            ids_TK = np.repeat(np.arange(load_SE.shape[1]), load_SE[rank]).reshape(self.top_k, -1).T.copy()
+            np.random.default_rng([step, layer, rank]).shuffle(ids_TK)
+            out.append(torch.from_numpy(ids_TK))
         return out
+
+    def rollout(self, steps: range, rank: int) -> tuple[Rollout, list[np.ndarray]]:
+        """What a rank knows of steps to come: its tokens' experts, and which token is which row of the record."""
+        ids = [torch.stack(self.ids(step, rank), dim=1).numpy() for step in steps]
+        ends = np.cumsum([len(one) for one in ids])
+        rows = [np.arange(end - len(one), end) for end, one in zip(ends, ids, strict=True)]
+        return Rollout(RoutingTrace(np.concatenate(ids).astype(np.int16), self.load_BLSE.shape[3])), rows
 
     def tokens(self, step: int, rank: int) -> Tensor:
         """Inputs of a rank, [T, d]."""
@@ -194,7 +203,7 @@ class Row:
         self.rank = dist.get_rank()
         model = Model(job["layers"], job["experts"], job["rows_per_expert"], job["width"])
         self.run = fully_shard_experts(
-            model, mesh=mesh, policy=parse_policy(row["policy"]), step_slots=row["step_slots"], sharding=None,
+            model, mesh=mesh, policy=as_policy(row["policy"]), step_slots=row["step_slots"], sharding=None,
             rematerialise=row.get("rematerialise", False), cluster=Cluster.parse(job["cluster"]),
             window_s=job["window_s"], form=row.get("form", "auto"), owners=self.owners,
         )  # fmt: skip
@@ -203,6 +212,8 @@ class Row:
         self.planner.top_k = traffic.top_k
         if job["stream"]:
             run_on_thread(self.run.schedule.deployment.weights_group)
+        self.foresees = bool(row.get("foresee"))
+        self._turns: Iterator[int] = iter(())
         self._known: tuple[LoadHistory, list[np.ndarray], np.ndarray] | None = None
         self.tokens: list[np.ndarray] = []
         self.worst = 0.0
@@ -217,6 +228,9 @@ class Row:
         if (owners != self.run.owners).any():
             self.run.reshard(owners)
         self.run.schedule.restart()
+        if self.foresees:
+            self._foresee(range(warm_up, warm_up + self.job["steps"]))
+            return
         planner.history = copy.deepcopy(history)
         for driver, held_ED in zip(planner.drivers, held, strict=True):
             driver.held_ED = held_ED.copy()
@@ -224,6 +238,18 @@ class Row:
             planner.plan_ahead(layer)
         for layer in range(self.job["layers"]):
             planner.early_plan(layer)
+
+    def _foresee(self, steps: range) -> None:
+        """The steps to come are one optimizer step's micro-batches, whose routing is known; as with the other rows, the
+        first one is planned before it is timed.
+        """
+        self._turns.close() if isinstance(self._turns, Generator) else None
+        rollout, rows = self.traffic.rollout(steps, self.rank)
+        self._turns = self.run.foresee(rollout, rows)
+        next(self._turns)
+        self._at = steps.start
+        for layer in range(self.job["layers"]):
+            self.planner.early_plan(layer)
 
     def _rehearse(self, warm_up: int) -> tuple[LoadHistory, list[np.ndarray], np.ndarray]:
         planner, load = self.planner, self.traffic.load_BLSE
@@ -253,6 +279,9 @@ class Row:
         for weight in self.run.parameters():
             weight.grad = None
         Marks.at_LXM, Marks.spans = np.zeros((len(ids), 2, 11)), []
+        if self.foresees and step != self._at:
+            next(self._turns)
+            self._at = step
         dist.barrier()
         began = time.monotonic()
         self.model(x, ids).square().sum().backward()

@@ -28,6 +28,8 @@ from torchtitan.models.qwen3 import Qwen3Model, _build_qwen3_moe_layers, _qwen3_
 from poise.train import clip_grad_norm_, fully_shard_experts, parameter_groups  # poise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "partial_dtensor"
+"""Of torchtitan's ways to place what is not an expert: parameters as FSDP2 shards them."""
 INIT = {"weight": lambda weight: torch.nn.init.normal_(weight, std=0.02)}
 
 
@@ -56,9 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    set_spmd_backend("default")
+    set_spmd_backend(BACKEND)
     parallel_dims.device_type = DEVICE  # it is "cuda" where torchtitan finds no accelerator
-    dims = ParallelDims(dp_replicate=1, dp_shard=world, cp=1, tp=1, pp=1, ep=1, world_size=world)
+    dims = ParallelDims(dp_replicate=1, dp_shard=world, cp=1, tp=1, pp=1, ep=1, world_size=world, spmd_backend=BACKEND)
     dims.build_mesh()
 
     torch.manual_seed(0)

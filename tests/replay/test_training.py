@@ -13,14 +13,7 @@ from poise.cost.weights import STATE_RATIO, StepPrice, compiled_price, fetch_sec
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
-from poise.replay.training import (
-    SourceLoads,
-    compute_seconds,
-    exchange_seconds,
-    replay_training,
-    reshard_seconds,
-    sparse_gather_seconds,
-)
+from poise.replay.training import SourceLoads, replay_training
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.flex_moe import FlexMoE
 from poise.stepwise.methods.full_replication import FullReplication
@@ -32,6 +25,7 @@ from poise.stepwise.poise.work_split import split_seconds
 from poise.stepwise.poise.workspace import Desk, make_workspace
 from poise.stepwise.registry import POLICIES
 from poise.stepwise.sharding import Balanced, Heterogeneous, even_sharding, owned_ED
+from poise.stepwise.step_seconds import compute_seconds, exchange_seconds, reshard_seconds, sparse_gather_seconds
 from poise.util.errors import OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)

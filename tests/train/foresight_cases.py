@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from poise.routing.trace import RoutingTrace
 from poise.runtime.capture import find_routers
 from poise.runtime.moe import GatedExperts, MoE
-from poise.stepwise.sharding import Heterogeneous
+from poise.stepwise.sharding import Balanced, Heterogeneous
 from poise.train import Rollout, fully_shard_experts, regrouped
 from poise.util.errors import CommunicationError, ModelError, OptionError, PoiseError
 
@@ -151,7 +151,7 @@ def shard(model: nn.Module, **options: Any) -> Any:
 
 
 def foreseen(
-    replay: bool, *, optimizer: str = "sgd", known: bool = True, again: bool = False, regroup: bool = False,
+    replay: bool, *, optimizer: str = "sgd", known: bool = True, again: bool = False, regroup: bool | str = False,
     watch: Callable[[Any, int], None] | None = None, **options: Any,
 ) -> tuple[float, Any]:  # fmt: skip
     """Train with the routing known; the largest relative error of losses, gradients and weights; and the run."""
@@ -161,7 +161,8 @@ def foreseen(
     for number in range(STEPS):
         step = step_of(number, world)
         if regroup:
-            new = regrouped(step.rollout, step.groups, run.owners)
+            ranks = regroup == "ranks"
+            new = run.deal(step.rollout, step.groups) if ranks else regrouped(step.rollout, step.groups, run.owners)
             assert new != step.groups and everywhere(new) == [new] * world
             step = replace(step, groups=new)
         opt.zero_grad()
@@ -242,6 +243,27 @@ def dealt_anew() -> dict:
     other, _ = foreseen(False, regroup=True, step_slots=1)
     assert max(error, other) <= EXACT, (error, other)
     return {"error": max(error, other)}
+
+
+@case
+def dealt_to_ranks() -> dict:
+    """Requests that run on other ranks, owners planned with them or not: the same step, as many requests in each cell."""
+    owners: list[Any] = []
+    error, run = foreseen(True, regroup="ranks", sharding=Balanced(interval=1), optimizer="adamw",
+                          watch=lambda run, micro: owners.append(run.owners.tolist()))  # fmt: skip
+    other, still = foreseen(False, regroup="ranks", policy="poise", step_slots=1)
+    assert max(error, other) <= EXACT, (error, other)
+    assert still.schedule.moved_bytes["reshard"] == 0 and len({str(one) for one in everywhere(owners)}) == 1
+    world, step = dist.get_world_size(), step_of(0, dist.get_world_size())
+    dealt = run.deal(step.rollout, step.groups)
+    assert [[len(cell) for cell in micro] for micro in dealt] == [[REQUESTS] * world] * MICRO
+    assert sorted(r for micro in dealt for cell in micro for r in cell) == sorted(step.lengths)
+    said = [c.raised(OptionError, lambda: run.deal(step.rollout, [one[:1] for one in step.groups]))]
+    assert f"groups are of 1 ranks, the run of {world}" in said[0], said
+    mine = step if dist.get_rank() else step_of(1, world)
+    said.append(c.raised(CommunicationError, lambda: run.deal(mine.rollout, mine.groups)))
+    assert "the deal" in said[1], said
+    return {"error": max(error, other), "said": said, "moved": run.schedule.moved_bytes["reshard"]}
 
 
 @case

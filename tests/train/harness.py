@@ -156,17 +156,40 @@ class RunRecord:
     weights: dict[str, Tensor]
 
 
+def nearest_e4m3(value: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn, found among all of them; of two as near the one whose last bit is 0."""
+    codes = torch.arange(127, dtype=torch.uint8)  # the last one, 127, is NaN
+    table = codes.view(torch.float8_e4m3fn).double()
+    above = torch.searchsorted(table, value.abs().contiguous()).clamp(1, 126)
+    low, high = table[above - 1], table[above]
+    left, right = value.abs() - low, high - value.abs()
+    take_high = (right < left) | ((right == left) & (above % 2 == 0))
+    return torch.where(take_high, high, low).copysign(value)
+
+
+def as_gathered(weight: Tensor, gather: str) -> Tensor:
+    """What a weight [E, ...] is after it was sent in another type, written down a second time."""
+    if gather == "bfloat16":
+        return weight.bfloat16().to(weight.dtype)
+    most = weight.double().abs().amax(-1, keepdim=True)
+    scale = torch.where(most > 0, 2.0 ** (torch.floor(torch.log2(most / 448.0)) + 1), 1.0)
+    return (nearest_e4m3(weight.double() / scale) * scale).to(weight.dtype)
+
+
 @cache
 def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "gated", dtype: torch.dtype = torch.float64,
-          steps: int = STEPS, order: int = 0) -> RunRecord:  # fmt: skip
+          steps: int = STEPS, order: int = 0, gather: str = "") -> RunRecord:  # fmt: skip
     """The reference: all tokens at once. bfloat16: weights are float32, computed with in bfloat16.
+
+    ``gather``: experts are computed with as they are after they were sent in that type; gradients are the masters'.
 
     ``order`` above 0 adds up otherwise: tokens are shuffled and come in ``world`` parts, and if it is odd the experts
     are numbered backwards.
     """
     low = dtype == torch.bfloat16
     model = build(kind, torch.float32 if low else dtype)
-    computing = copy.deepcopy(model).to(dtype) if low else model
+    apart = low or bool(gather)
+    computing = copy.deepcopy(model).to(dtype) if apart else model
     backwards = order % 2 == 1
     if backwards:
         turn_experts(dict(model.named_parameters()))
@@ -184,15 +207,18 @@ def dense(workload: str, top_k: int, optimizer: str, world: int, kind: str = "ga
         model.zero_grad()
         loss = 0.0
         for part in parts:
-            if low:
+            if apart:
                 computing.zero_grad()
                 computing.load_state_dict(model.state_dict())
+            for name, weight in computing.named_parameters():
+                if gather and ".experts." in name:
+                    weight.data = as_gathered(dict(model.named_parameters())[name].detach(), gather).to(dtype)
             one = loss_of(computing, part)
             one.backward()
             loss += one.item()
             for weight, used in zip(model.parameters(), computing.parameters(), strict=True):
                 new = torch.zeros_like(weight) if used.grad is None else used.grad.to(weight.dtype)
-                if low:
+                if apart:
                     weight.grad = new if weight.grad is None else weight.grad + new
                 elif weight.grad is None:
                     weight.grad = new
@@ -270,7 +296,7 @@ def apart(mine: RunRecord, reference: RunRecord) -> float:
 
 def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, reference: RunRecord, *, rematerialise: bool | float = False,
                 kind: str = "gated", dtype: torch.dtype = torch.float64, steps: int = STEPS, change=None, slots: int = 2,
-                mutate: str = "", **options: object) -> tuple[float, int, int]:  # fmt: skip
+                mutate: str = "", gather: str = "", **options: object) -> tuple[float, int, int]:  # fmt: skip
     """Train sharded; the largest relative error of losses, gradients, norms and weights; bytes gathered; replica rows
     that a mutation lost on rank 0."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -279,7 +305,8 @@ def sharded_run(workload: str, top_k: int, optimizer: str, policy: str, referenc
     mesh = options.pop("mesh", None) or MESH(world)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else None
     run = fully_shard_experts(model, mesh=mesh, policy=policy, step_slots=slots, rematerialise=rematerialise,
-                              mp_policy=mixed, **options)  # fmt: skip
+                              mp_policy=mixed, gather_dtype=getattr(torch, gather) if gather else None,
+                              **options)  # fmt: skip
     if low:
         fully_shard(model, mesh=mesh, mp_policy=mixed)
         model.set_gradient_divide_factor(1.0)

@@ -69,7 +69,7 @@ def pairwise(cells: list[tuple]) -> list[tuple]:
     return out
 
 
-def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype) -> list[dict]:
+def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str = "") -> list[dict]:
     """A row for each cell."""
     rank, world = dist.get_rank(), dist.get_world_size()
     references: dict[tuple, h.RunRecord] = {}
@@ -78,7 +78,7 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype) -> list[dict]
     for number, (policy, again, top_k, workload, optimizer) in enumerate(cells):
         key = (workload, top_k, optimizer)
         if key not in references:
-            references[key] = h.dense(workload, top_k, optimizer, world, dtype=dtype)
+            references[key] = h.dense(workload, top_k, optimizer, world, dtype=dtype, gather=gather)
             if dtype != torch.float64:
                 others = [
                     h.dense(workload, top_k, optimizer, world, dtype=dtype, order=order)
@@ -94,9 +94,9 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype) -> list[dict]
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
         error, gathered, lost = h.sharded_run(
             workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
-            owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=mutate, dtype=dtype,
+            owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=mutate, dtype=dtype, gather=gather,
         )  # fmt: skip
-        rows.append({"mutate": mutate, "dtype": str(dtype).removeprefix("torch."), "policy": policy,
+        rows.append({"mutate": mutate, "dtype": str(dtype).removeprefix("torch."), "gather": gather, "policy": policy,
                      "rematerialise": again, "top_k": top_k, "workload": workload, "optimizer": optimizer,
                      "error": error, "dense": bounds.get(key), "gathered": gathered, "lost": lost})  # fmt: skip
         if rank == 0 and number % 50 == 49:
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--mutate", default="", help="one mutation, or several separated by commas")
     parser.add_argument("--dtype", default="float64", help="float64, float32, bfloat16, or several separated by commas")
+    parser.add_argument("--gather", default="", help="gather_dtype of float64 runs: a type, or several by commas")
     options = parser.parse_args()
     warnings.simplefilter("error", UserWarning)
     proven.remember()
@@ -125,8 +126,9 @@ def main() -> None:
     if options.mutate:
         cells = [cell for cell in cells if cell[4] == "sgd"]
     rows, start = [], time.time()
-    for mutate, dtype in itertools.product(options.mutate.split(","), options.dtype.split(",")):
-        rows += run_cells(cells, mutate, getattr(torch, dtype))
+    several = (options.mutate.split(","), options.dtype.split(","), options.gather.split(","))
+    for mutate, dtype, gather in itertools.product(*several):
+        rows += run_cells(cells, mutate, getattr(torch, dtype), gather)
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         Path(options.out).write_text(json.dumps({"world": world, "seconds": time.time() - start, "cells": rows}))

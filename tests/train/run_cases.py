@@ -33,7 +33,8 @@ from tests.train.matrix import machine
 from poise.cost.transfers import Transfer, TransferPlan, plan_transfers
 from poise.runtime import collectives as wires
 from poise.runtime.collectives import sparse_all_gather, sparse_reduce_scatter
-from poise.stepwise.sharding import Heterogeneous, check_sharding
+from poise.stepwise.owners import LoadSamples, OwnerSeconds
+from poise.stepwise.sharding import Balanced, Heterogeneous, check_sharding
 from poise.train import fully_shard_experts
 from poise.util.errors import ModelError, OptionError
 
@@ -138,6 +139,31 @@ def schedules(options) -> dict:
     assert worst <= 1e-11, worst
     same(seen)
     return {"worst": worst, "plans": moved_owners}
+
+
+@case
+def owners_by_price(options) -> dict:
+    """Owners that move by the modelled time: planned on a thread, the same on every rank to the last bit, and exact."""
+    world, out = dist.get_world_size(), {}
+    for policy, sharding in (("expert-parallelism", Balanced(interval=2)),
+                             ("hecate:overlap=1", Heterogeneous(interval=1, overlap=1, by_price=True))):  # fmt: skip
+        reference, seen = h.dense("hot-rank", 1, "adamw", world, steps=6), []
+
+        def watch(run, step, seen=seen):
+            check_sharding(run.owners, world)
+            pairs = run.schedule.planner.history.mean_LE()
+            price = run.schedule.planner.price(pairs.sum(axis=1).mean())
+            history = [run.schedule.planner.history.of(layer) for layer in range(h.LAYERS)]
+            seconds = OwnerSeconds(run.schedule.settings.policy, 2, price, LoadSamples.of_history(history, world))
+            seen.append([run.owners.tolist(), seconds.step(run.owners).hex()])
+
+        error, _, _ = h.sharded_run("hot-rank", 1, "adamw", policy, reference, steps=6, change=watch, sharding=sharding,
+                                    cluster=machine(world))  # fmt: skip
+        assert error <= 1e-11, (policy, error)
+        same(seen)
+        out[policy] = sum(a[0] != b[0] for a, b in itertools.pairwise(seen))
+    assert out["expert-parallelism"] > 0, out
+    return out
 
 
 @case

@@ -132,7 +132,7 @@ def one_rank_with_other_options() -> dict:
     differing: dict[str, Any] = {
         "policy": "poise", "step_slots": 3, "sharding": "balanced", "rematerialise": True, "prefetch": 2, "window": 7,
         "window_s": 0.5, "form": "direct", "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
-        "offload": True, "force_balance": True, "owners": owners, "replica_bytes": 1e6,
+        "gather_dtype": torch.bfloat16, "offload": True, "force_balance": True, "owners": owners, "replica_bytes": 1e6,
     }  # fmt: skip
     for name, value in differing.items():
         given = {name: value} if rank == 2 else {}

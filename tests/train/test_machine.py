@@ -66,7 +66,9 @@ def test_sharding_by_the_window_reckons_too():
     policy = parse_policy("expert-parallelism")
     with pytest.warns(UserWarning, match="cluster= sharding heterogeneous reckons"):
         warn_of_rates("cpu", policy, Heterogeneous())
+    with pytest.warns(UserWarning, match="cluster= sharding balanced reckons"):
+        warn_of_rates("cpu", policy, Balanced())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for sharding in (None, Even(), Balanced(), Heterogeneous(overlap=2)):
+        for sharding in (None, Even(), Heterogeneous(overlap=2)):
             warn_of_rates("cpu", policy, sharding)

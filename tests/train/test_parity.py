@@ -15,6 +15,7 @@ from poise.stepwise.registry import POLICIES
 STILL = {"expert-parallelism", "split"}
 """Policies that move no weights."""
 MUTATIONS, LOW = ("divisor", "replica", "token"), ("float32", "bfloat16")
+GATHERS = ("bfloat16", "float8_e4m3fn")
 
 
 def cells(world, tmp_path, *arguments):
@@ -51,3 +52,13 @@ def test_low_precision_differs_no_more_than_dense_runs_do(tmp_path, subtests):
             found = [cell for cell in all_found if cell["dtype"] == dtype]
             assert len(found) > 10 and len({cell["policy"] for cell in found}) > 6
             assert max(cell["error"] / cell["dense"] for cell in found) <= 4.0, found
+
+
+def test_gathers_of_fewer_bits_equal_a_dense_run_on_rounded_weights(tmp_path, subtests):
+    """Wherever a token is computed, it is with the same rounded weights; the masters get the gradients."""
+    found = cells(4, tmp_path, "--gather", ",".join(GATHERS), "--every", str(few_or(3, 9)))
+    for gather in GATHERS:
+        with subtests.test(gather):
+            mine = [cell for cell in found if cell["gather"] == gather]
+            assert len({cell["policy"] for cell in mine}) > 6 and sum(cell["gathered"] > 0 for cell in mine) > 6
+            assert max(cell["error"] for cell in mine) <= 1e-11, max(mine, key=lambda cell: cell["error"])

@@ -54,7 +54,8 @@ class StepPrice:
     exchange_passes : times that dispatch and combine are done in a step.
     training : the optimizer changes the weights after every step.
     rematerialise : training: replicas are freed after the forward pass and gathered again.
-    gradient_ratio : training: bytes of an expert's gradient over bytes of its weights.
+    gradient_ratio : training: bytes of an expert's gradient over bytes of its weights as they are sent.
+    gather_ratio : bytes of an expert's weights as they are sent over those they are computed with.
     fan_out : weights cross the network once per node and are passed on inside it (topology-aware gather).
     """
 
@@ -68,6 +69,12 @@ class StepPrice:
     rematerialise: bool = False
     gradient_ratio: float = 1.0
     fan_out: bool = False
+    gather_ratio: float = 1.0
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Bytes of one expert's weights on the wire."""
+        return self.model.expert_bytes * self.gather_ratio
 
     def exposed_seconds(self, early_s: float, late_s: float) -> float:
         """Seconds that weights add to a layer.
@@ -83,7 +90,7 @@ class StepPrice:
 
     def hidden_experts(self) -> int:
         """Hecate's overlap degree t: whole experts that the window can bring over the slowest link."""
-        return int(self.window_s * self.cluster.slowest_bytes_per_s / self.model.expert_bytes)
+        return int(self.window_s * self.cluster.slowest_bytes_per_s / self.gathered_bytes)
 
 
 class CompiledPrice(NamedTuple):
@@ -108,6 +115,7 @@ def compiled_price(price: StepPrice) -> CompiledPrice:
     machine = make_machine(
         price.cluster, price.model, compute_passes=price.compute_passes, exchange_passes=price.exchange_passes
     )
+    machine = machine._replace(expert_bytes=float(price.gathered_bytes))
     back = price.gradient_ratio + (1.0 if price.rematerialise else 0.0) if price.training else 0.0
     return CompiledPrice(machine, float(price.window_s), bool(price.fan_out), float(back))
 
@@ -170,13 +178,14 @@ def training_price(
     causal: bool = True,
     gradient_ratio: float = 1.0,
     fan_out: bool = True,
+    gather_ratio: float = 1.0,
 ) -> StepPrice:
     """The price of a training step of ``tokens`` tokens over all devices, spread evenly.
 
     Parameters
     ----------
     tokens, num_experts, cluster, model : what runs, and where.
-    rematerialise, gradient_ratio, fan_out : see :class:`StepPrice`.
+    rematerialise, gradient_ratio, fan_out, gather_ratio : see :class:`StepPrice`.
     window_s, control_s : measured seconds in place of the modelled ones.
     sequence_length, causal : for the attention scores in the window; 0 leaves them out.
     """
@@ -185,7 +194,7 @@ def training_price(
     control = control_seconds(num_experts, cluster)
     return StepPrice(
         cluster, model, window if window_s is None else window_s, control if control_s is None else control_s,
-        COMPUTE_PASSES, EXCHANGE_PASSES, True, rematerialise, gradient_ratio, fan_out,
+        COMPUTE_PASSES, EXCHANGE_PASSES, True, rematerialise, gradient_ratio, fan_out, gather_ratio,
     )  # fmt: skip
 
 

@@ -23,16 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import device_compute
-from poise.cost.links import port_seconds
-from poise.cost.route import count_sources, locality_rows
-from poise.cost.traffic import Copies, port_load
-from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
-from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds, window_seconds
+from poise.cost.route import count_sources
+from poise.cost.weights import StepPrice, window_seconds
 from poise.replay.serving import WARM_UP, FastLoop
 from poise.replay.work import LayerWork, Rounds
 from poise.routing.batch import RoutingBatch
-from poise.stepwise.driver import LayerDriver, Outcome
+from poise.stepwise.driver import LayerDriver
 from poise.stepwise.methods.split import spread_evenly
+from poise.stepwise.owners import LoadSamples, OwnerSeconds, decided
 from poise.stepwise.protocol import Foreseen, LayerView
 from poise.stepwise.sharding import (
     Even,
@@ -43,9 +41,8 @@ from poise.stepwise.sharding import (
     moves,
     owned_ED,
 )
+from poise.stepwise.step_seconds import Moves, layer_seconds, reshard_seconds
 from poise.util.errors import OptionError
-
-Moves = tuple[tuple[Transfer, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -279,13 +276,18 @@ class _TrainingRun:
         interval = self.sharding.interval
         if not interval or step < first or (step - first) % interval:
             return
-        ahead = self.foresight
-        load_LE = lasting_load(self.load_BLE[:step]) if ahead is None else ahead.coming(step, interval)
-        new = self.sharding.plan(load_LE, self.owner_LE, self.price)
+        ahead, devices = self.foresight, self.price.cluster.num_devices
+        if ahead is None:
+            load_LE = lasting_load(self.load_BLE[:step])
+            samples = LoadSamples.of_history(list(self.load_BLE[:step].swapaxes(0, 1)), devices)
+        else:
+            load_LE = ahead.coming(step, interval)
+            samples = LoadSamples.of_record(ahead.loads.load_BLSE[step : step + interval], ahead.replayed)
+        price = OwnerSeconds(self.loop.policy, self.loop.step_slots, self.price, samples)
+        new = decided(self.sharding, load_LE, self.owner_LE, price)
         changed = moves(self.owner_LE, new)
         if not len(changed):
             return
-        devices = self.price.cluster.num_devices
         check_sharding(new, devices)
         seconds = reshard_seconds(self.owner_LE, new, self.price)
         self.reshard_B[step : step + interval] += seconds / interval
@@ -309,21 +311,20 @@ class _TrainingRun:
             view = driver.view(step, told_E, self.load_BLE[:step, layer], price, known)
             early_ED = driver.choose(view)
         done = driver.finish(view, early_ED, load_SE)
-        transfers = self._weights(done)
-        self.out["control"][step, layer] = done.control_s
-        plan = done.plan
-        flow = plan.rows_SED
-        if flow is None:
-            flow = locality_rows(load_SE, plan.quota_ED, cluster.node_D)
-        self.tokens_BLD[step, layer] = plan.quota_ED.sum(axis=0)
-        self.out["compute"][step, layer] = compute_seconds(plan.quota_ED, price)
-        pairs_DD = flow.sum(axis=1)
-        self.out["exchange"][step, layer] = exchange_seconds(pairs_DD, price)
+        again = self._again(layer)
+        cost = layer_seconds(done, load_SE, price, again=again, keeps=self.keeps)
+        at, plan = (step, layer), done.plan
+        self.tokens_BLD[at], self.replicas_BLD[at] = plan.quota_ED.sum(axis=0), cost.replicas_ED.sum(axis=0)
+        for name, value in (
+            ("compute", cost.compute_s), ("exchange", cost.exchange_s), ("weights", cost.shown_s + cost.switch_s),
+            ("control", cost.control_s), ("switch", cost.switch_s), ("moved", cost.moved), ("exposed", cost.exposed),
+        ):  # fmt: skip
+            self.out[name][at] = value
         if self.work is not None:
             work_D = device_compute(plan.quota_ED.astype(np.float64), cluster, price.model)
-            bytes_DD = pairs_DD * float(price.model.dispatch_bytes_per_token)
-            before, after, back = (_rounds(moves, size, price) for moves, size in transfers)
-            self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, self._again(layer)))
+            bytes_DD = np.multiply(cost.pairs_DD, float(price.model.dispatch_bytes_per_token))
+            before, after, back = (_rounds(moves, size, price) for moves, size in cost.transfers)
+            self.work[step].append(LayerWork(bytes_DD, work_D, before, after, back, again))
 
     def _known(self, step: int, layer: int) -> LayerView:
         """What a policy may look at before the gate."""
@@ -333,41 +334,6 @@ class _TrainingRun:
             price = replace(price, window_s=min(price.window_s, window_seconds(1.0, price.cluster, price.model)))
         predicted_E = self.predicted_BLE[step, layer] * (pairs / load_BE[-1].sum())
         return self.drivers[layer].view(step, predicted_E, load_BE[:-1], price)
-
-    def _weights(self, done: Outcome) -> list[tuple[Moves, float]]:
-        """Book what moves; rounds of the early gather, the late one and the reduction, and bytes of one expert."""
-        view, plan, early_ED = done.view, done.plan, done.early_ED
-        price, at = self.price, (view.step, view.layer)
-        size = price.model.expert_bytes
-        again = self._again(view.layer)
-        passes = 1.0 + price.gradient_ratio + (1.0 if again else 0.0)
-        switch_s, new = 0.0, 0
-        if self.keeps:
-            base = view.static_ED & plan.holders_ED
-            moved_E = ~base.any(axis=1)
-            base[moved_E, plan.holders_ED[moved_E].argmax(axis=1)] = True
-            added = plan.holders_ED & ~view.before_ED
-            new = int(added.sum())
-            switch_s = STATE_RATIO * sparse_gather_seconds(view.before_ED, added, price)
-            parts = [plan.holders_ED & ~base]
-        else:
-            base = view.before_ED
-            parts = [early_ED & ~base, plan.holders_ED & ~early_ED & ~base]
-        gathers = [_transfers(base, part, price) for part in parts]
-        seconds = [gather.seconds(price.cluster, size) for gather in gathers]
-        replicas = plan.holders_ED & ~base
-        self.replicas_BLD[at] = replicas.sum(axis=0)
-        gradient_bytes = size * price.gradient_ratio
-        reduction = _transfers(base, replicas & (plan.quota_ED > 0), price, gradient_bytes)
-        back_s = (sum(seconds) if again else 0.0) + reduction.back_seconds(price.cluster, gradient_bytes)
-        shown_s = max(0.0, seconds[0] - price.window_s) + sum(seconds[1:]) + max(0.0, back_s - 2.0 * price.window_s)
-        self.out["weights"][at], self.out["switch"][at] = shown_s + switch_s, switch_s
-        synced = float(replicas.sum()) * size * passes
-        whole_s = sum(seconds) + back_s
-        self.out["moved"][at] = synced + new * size * STATE_RATIO
-        self.out["exposed"][at] = (synced * shown_s / whole_s if whole_s else 0.0) + new * size * STATE_RATIO
-        late: Moves = sum((gather.rounds for gather in gathers[1:]), ())
-        return [(gathers[0].rounds, size), (late, size), (reduction.backwards(), gradient_bytes)]
 
     def _again(self, layer: int) -> bool:
         """Replicas are freed and gathered again; not of the last layer, whose backward comes at once."""
@@ -384,14 +350,6 @@ class _TrainingRun:
         )  # fmt: skip
 
 
-def sparse_gather_seconds(held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice) -> float:
-    """Seconds of the runtime's sparse gather, round by round, from each expert's first holder; bool [E, D] both.
-
-    :func:`poise.cost.weights.fetch_seconds`, which policies plan with, is faster and less exact.
-    """
-    return _transfers(held_ED, new_ED, price).seconds(price.cluster, price.model.expert_bytes)
-
-
 def _rounds(rounds: Moves, size: float, price: StepPrice) -> Rounds:
     """Bytes of each round, float64 [D, D]."""
     out = []
@@ -401,38 +359,3 @@ def _rounds(rounds: Moves, size: float, price: StepPrice) -> Rounds:
             bytes_DD[move.source, move.target] += size
         out.append(bytes_DD)
     return tuple(out)
-
-
-def _transfers(
-    held_ED: NDArray[np.bool_], new_ED: NDArray[np.bool_], price: StepPrice, expert_bytes: float | None = None
-) -> TransferPlan:
-    form: Form = "auto" if price.fan_out else "direct"
-    size = price.model.expert_bytes if expert_bytes is None else expert_bytes
-    return plan_transfers(held_ED.argmax(axis=1), new_ED, price.cluster, expert_bytes=size, form=form)
-
-
-def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
-    """Expert compute of one layer in a step, all passes: the slowest device."""
-    seconds_D = device_compute(quota_ED.astype(np.float64), price.cluster, price.model)
-    return float(seconds_D.max() * price.compute_passes)
-
-
-def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
-    """All-to-alls of one layer in a step for (token, expert) pairs from device to device, int [D, D]."""
-    cluster, model = price.cluster, price.model
-    load = port_load(Copies(pairs_DD[None].astype(np.float64)), cluster)
-    both = sum(
-        float(port_seconds(load, bytes_, cluster, wire)[0]) + wire.start_s
-        for bytes_, wire in (
-            (model.dispatch_bytes_per_token, cluster.dispatch_wire),
-            (model.combine_bytes_per_token, cluster.combine_wire),
-        )
-    )
-    return both * price.exchange_passes
-
-
-def reshard_seconds(old_LE: NDArray[np.int64], new_LE: NDArray[np.int64], price: StepPrice) -> float:
-    """Seconds to move parameters and optimizer states from old to new owners, all layers at once, exposed."""
-    devices = price.cluster.num_devices
-    old = owned_ED(old_LE.ravel(), devices)
-    return STATE_RATIO * fetch_seconds(old, owned_ED(new_LE.ravel(), devices) & ~old, price)

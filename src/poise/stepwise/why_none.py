@@ -27,7 +27,7 @@ def why_none(policy: StepPolicy, view: LayerView) -> str:
         return "predicted loads are even"
     machine = f"by the rates of {view.price.cluster.name}"
     if isinstance(policy, Hecate) and policy.limits(view)[0] == 0:
-        one_s = view.price.model.expert_bytes / view.price.cluster.slowest_bytes_per_s
+        one_s = view.price.gathered_bytes / view.price.cluster.slowest_bytes_per_s
         return f"no gather hides: one takes {one_s:.2g} s, the window has {view.price.window_s:.2g} s, {machine}"
     if isinstance(policy, Poise) and policy.objective == "seconds":
         plan_ED, costs_s, saves_s = policy.training.weighed(view)

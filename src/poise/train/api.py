@@ -40,6 +40,8 @@ from poise.train.hooks import GRADIENT_HOOKS
 from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
 from poise.train.owned import stacked
+from poise.train.packing import Packing
+from poise.train.regroup import MicroBatches
 from poise.train.rollout import Rollout
 from poise.train.rows import ExpertRows, Ownership
 from poise.train.schedule import Schedule
@@ -181,6 +183,26 @@ class FssdpExperts:
             self._replays = True
         return self.schedule.foresee(rollout, micro_batches, replay=replay)
 
+    def deal(self, rollout: Rollout, groups: MicroBatches) -> list[list[list[int]]]:
+        """Requests of an optimizer step dealt anew to its micro-batches and ranks, by modelled time. Collective.
+
+        Gradient accumulation is a sum, so that where a request runs changes nothing where the loss is normalised by the
+        tokens (or requests) of the whole step. Chosen from: as given; evened out over micro-batches; dealt to the nodes
+        whose experts they use; and, where a sharding policy by price is due, the same with owners that move at once
+        (:mod:`poise.stepwise.dealing`). Every rank and micro-batch keeps its number of requests.
+
+        Parameters
+        ----------
+        rollout : the whole step's, the same on every rank.
+        groups : requests of every micro-batch and rank, ``groups[micro_batch][rank]``.
+
+        Raises
+        ------
+        PoiseError : on every rank, what is wrong on one: a rollout of another model, groups of other ranks, requests
+            named twice or not recorded. CommunicationError : ranks that hold different records find different deals.
+        """
+        return self.schedule.deal(rollout, groups)
+
     def set_policy(self, policy: str | StepPolicy, step_slots: int | None = None) -> None:
         """Change the policy between steps; results stay the same.
 
@@ -242,6 +264,7 @@ def fully_shard_experts(
     window_s: float | None = None,
     form: Form = "auto",
     mp_policy: Any = None,
+    gather_dtype: torch.dtype | None = None,
     offload: bool = False,
     force_balance: bool = False,
     owners: NDArray[np.int64] | None = None,
@@ -257,8 +280,9 @@ def fully_shard_experts(
     policy : name (with settings, ``hecate:overlap=8``) or object of :mod:`poise.stepwise`.
     step_slots : M, replicas a rank may hold of a layer beside the experts it owns; 2 without ``replica_bytes``.
     replica_bytes : memory a rank may spend on replicas of all layers and their gradients, in place of ``step_slots``.
-    sharding : ``even``, ``heterogeneous`` (Hecate's Algorithm 2, every 100 steps), ``balanced`` (the same where
-        it pays: poise's) or an object: who owns what.
+    sharding : ``even``, or owners that are planned every 100 steps and move where modelled steps are faster with them,
+        their move included: ``heterogeneous`` (Hecate's Algorithm 2), ``balanced`` (poise's), or an object
+        (``Heterogeneous()`` moves whatever the published algorithm says): who owns what.
     rematerialise : True frees replicas after the forward pass and gathers them again (Hecate-RM); a number keeps
         those that pay most within so many bytes.
     prefetch : layers ahead whose replicas are gathered; 0: their gather is exposed.
@@ -269,6 +293,9 @@ def fully_shard_experts(
     window_s : seconds of attention that a gather can hide behind; without it, modelled first and measured on the run.
     form : how sparse collectives travel (:mod:`poise.cost.transfers`).
     mp_policy : FSDP2's ``MixedPrecisionPolicy``: ``param_dtype`` of materialised weights, ``reduce_dtype`` on the wire.
+    gather_dtype : of weights on the wire, ``torch.bfloat16`` or ``torch.float8_e4m3fn``, where it has fewer bits than
+        what is computed with: owners keep their weights, and owners and replicas alike compute with the rounded ones
+        (:mod:`poise.train.packing`). None: as they are computed with.
     offload : owned weights, gradients and states stay on the CPU.
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
     owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
@@ -282,7 +309,7 @@ def fully_shard_experts(
     given = {
         "policy": policy, "step_slots": step_slots, "replica_bytes": replica_bytes, "sharding": sharding,
         "rematerialise": rematerialise, "prefetch": prefetch, "window": window, "cluster": cluster,
-        "window_s": window_s, "form": form, "mp_policy": mp_policy, "offload": offload,
+        "window_s": window_s, "form": form, "mp_policy": mp_policy, "gather_dtype": gather_dtype, "offload": offload,
         "force_balance": force_balance, "owners": owners,
     }  # fmt: skip
     flat = flattened(mesh)
@@ -327,9 +354,11 @@ def fully_shard_experts(
     kind, top_k = next(iter(kinds.values())), checked.top_k
     reduced = getattr(mp_policy, "reduce_dtype", None) or compute
     sizes = _model(kind, experts, top_k, len(layers), compute)
+    packing = None if gather_dtype in (None, compute) else Packing(gather_dtype)
+    packed = 0.0 if packing is None else float(sum(packing.nbytes((1, *shape)) for shape in kind.shapes.values()))
     slots = 2 if step_slots is None else step_slots
     if replica_bytes is not None:
-        each = TrainingBytes(float(compute.itemsize), float(reduced.itemsize), 0.0)
+        each = TrainingBytes(compute.itemsize + packed / kind.numel, float(reduced.itemsize), 0.0)
         keeps = 0.0 if isinstance(rematerialise, bool) else float(rematerialise)  # these come on top of the buffers
         slots = slots_that_fit(max(0.0, replica_bytes - keeps), sizes, rematerialise=rematerialise is not False,
                                in_flight=max(2, prefetch + 1), sizes=each)  # fmt: skip
@@ -340,7 +369,7 @@ def fully_shard_experts(
     deployment = Deployment(
         cluster=checked.machine, tokens_group=tokens_group, weights_group=weights_group, device=device,
         compute_dtype=compute, reduce_dtype=reduced, form=form, expert_numel=kind.numel,
-        rank=dist.get_rank(tokens_group),
+        rank=dist.get_rank(tokens_group), packing=packing, packed_bytes=packed,
     )  # fmt: skip
     schedule = Schedule(list(layers), settings, deployment, sizes, top_k)
     for one in layers:

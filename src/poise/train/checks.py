@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,10 +20,14 @@ from poise.stepwise.sharding import Balanced, Even, Heterogeneous, ShardingPolic
 from poise.train.agree import agree
 from poise.train.dispatched import SEAM, lies_behind_dispatcher
 from poise.train.machine import device_name, presumed, unknown
+from poise.train.packing import GATHER_DTYPES
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
 
-SHARDINGS: dict[str, ShardingPolicy] = {"even": Even(), "heterogeneous": Heterogeneous(), "balanced": Balanced()}
+SHARDINGS: dict[str, ShardingPolicy] = {
+    "even": Even(), "heterogeneous": Heterogeneous(by_price=True), "balanced": Balanced()
+}  # fmt: skip
+"""By name, none moves owners that the price does not let move; published: ``Heterogeneous()``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,7 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
         if owner_LE.shape != shape or owner_LE.min() < 0 or owner_LE.max() >= size:
             raise OptionError(f"owners have shape {owner_LE.shape}, not {shape}, or name no rank of {size}")
         trained = {name: _trained(name, module, kinds[name]) for name, module in found.items()}
+        _check_gathers(given["gather_dtype"], given["mp_policy"], next(next(iter(found.values())).parameters()).dtype)
         top_k = _top_k(model, next(iter(found)))
         guessed = unknown(devices) if given["cluster"] is None else ""
         out = Ready(found, again, kinds, trained, policy, sharding, machine, guessed, owner_LE, top_k)
@@ -163,6 +169,22 @@ def _check(
         raise OptionError(
             f"step_slots {step_slots}, prefetch {prefetch} and rematerialise {rematerialise} must be at least 0, "
             f"window {window} at least 1"
+        )
+
+
+def _check_gathers(gather_dtype: Any, mp_policy: Any, stored: torch.dtype) -> None:
+    """Whether weights can be sent in a type: one that is known, of fewer bytes than they are computed with."""
+    if gather_dtype is None:
+        return
+    if gather_dtype not in GATHER_DTYPES:
+        known = ", ".join(map(str, GATHER_DTYPES))
+        raise OptionError(f"unknown gather_dtype {gather_dtype!r}", hint=f"one of {known}, or None")
+    computed = getattr(mp_policy, "param_dtype", None) or stored
+    if gather_dtype != computed and gather_dtype.itemsize >= computed.itemsize:
+        raise OptionError(
+            f"weights are computed with in {computed} ({computed.itemsize} bytes) and would be gathered in "
+            f"{gather_dtype} ({gather_dtype.itemsize} bytes)",
+            hint="gather_dtype=None gathers them as they are computed with",
         )
 
 

@@ -72,7 +72,8 @@ def warn_of_rates(devices: str, policy: StepPolicy, sharding: ShardingPolicy | N
     policy, sharding : who may reckon.
     """
     asking = [policy.name] if _asks(policy) else []
-    asking += ["sharding heterogeneous"] if isinstance(sharding, Heterogeneous) and not sharding.overlap else []
+    by_window = isinstance(sharding, Heterogeneous) and not sharding.overlap
+    asking += [f"sharding {sharding.name}"] if sharding is not None and (by_window or sharding.by_price) else []
     if devices and asking:
         warnings.warn(
             f"without cluster= {' and '.join(asking)} reckons with the rates of an A100, and this runs on "

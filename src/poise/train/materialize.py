@@ -19,6 +19,7 @@ from poise.cost.transfers import TransferPlan, plan_transfers
 from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
 from poise.train.owned import OwnedExperts
+from poise.train.packing import Packing
 from poise.train.settings import Deployment
 from poise.util.errors import ModelError
 
@@ -117,12 +118,14 @@ class Materialised:
         own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
         self.copies: Storage | None = None
         device, dtype = deployment.device, deployment.compute_dtype
-        if any(rows.dtype != dtype or rows.device != device for rows in own.values()):
+        other = any(rows.dtype != dtype or rows.device != device for rows in own.values())
+        if other or deployment.packing is not None:
             like: dict[str, Any] = {"device": device, "dtype": dtype}
             bank = {name: torch.empty(rows.shape, **like).requires_grad_(name in self.trainable)
                     for name, rows in own.items()}  # fmt: skip
             self.copies = Storage(bank, ledger, "copies of owned experts")
-        self._held = _OwnRows(experts.mine, own if self.copies is None else self.copies.bank, self.trainable)
+        held = own if self.copies is None else self.copies.bank
+        self._held = _OwnRows(experts.mine, held, self.trainable, own)
         self.gathered_count = 0
         self._fill_copies()
         self._add(plan, early_ED)
@@ -130,8 +133,12 @@ class Materialised:
     def _fill_copies(self) -> None:
         if self.copies is not None and not self.copies.here:
             self.copies.allocate()
+            packing = self.deployment.packing
             for name, rows in self.experts.rows().items():
-                self.copies.bank[name].data.copy_(rows)
+                if packing is None:
+                    self.copies.bank[name].data.copy_(rows)
+                else:
+                    packing.unpack(packing.pack(rows).to(self.deployment.device), self.copies.bank[name].data)
 
     def _add(self, plan: TransferPlan, holders_ED: NDArray[np.bool_]) -> None:
         if not plan.count:
@@ -157,7 +164,7 @@ class Materialised:
         extra_D = np.zeros(self.deployment.cluster.num_devices, np.int64)
         for part in self.parts:
             extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
-        return float(extra_D.max() * self.deployment.expert_bytes)
+        return float(extra_D.max() * self.deployment.held_bytes)
 
     @property
     def gather_s(self) -> float:
@@ -239,11 +246,20 @@ class Materialised:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _OwnRows:
-    """Experts owned here as they are computed with and sent: numbers, stacked weights, names of those trained."""
+    """Experts owned here.
+
+    Parameters
+    ----------
+    mine : their numbers.
+    bank : stacked weights as they are computed with, and sent unless they are packed.
+    trainable : names of those that are trained.
+    masters : stacked weights as they are kept, from which they are packed.
+    """
 
     mine: list[int]
     bank: Bank
     trainable: list[str]
+    masters: Bank
 
 
 class _Replicas:
@@ -265,6 +281,9 @@ class _Replicas:
         bank = {name: torch.empty(len(mine), *weight.shape[1:], **like).requires_grad_(name in own.trainable)
                 for name, weight in own.bank.items()}  # fmt: skip
         self.storage = Storage(bank, ledger, "replicas")
+        self.packed: _Packed | None = None
+        if deployment.packing is not None:
+            self.packed = _Packed(deployment.packing, own, deployment, ledger, plan, mine)
         self.gather: Pending | None = None
         self.here = False
         self.start()
@@ -274,8 +293,11 @@ class _Replicas:
         if self.here or self.gather is not None:
             return
         self.storage.allocate()
-        there = self.deployment
-        self.gather = sparse_all_gather(self.plan, there.weights_group, self.rows, there.device)
+        there, rows = self.deployment, self.rows
+        if self.packed is not None:
+            self.packed.pack()
+            rows = self.packed.rows
+        self.gather = sparse_all_gather(self.plan, there.weights_group, rows, there.device)
 
     def rows(self, expert: int) -> list[Tensor]:
         """Weights of an expert on this rank, replica or owned."""
@@ -288,9 +310,67 @@ class _Replicas:
         if self.gather is not None:
             self.gather.wait()
             self.gather, self.here = None, True
+            if self.packed is not None:
+                self.packed.unpack(self.storage.bank)
 
     def free(self) -> None:
         """Give up the weights."""
-        self.wait()
+        if self.gather is not None:
+            self.gather.wait()  # nothing is unpacked that nobody computes with
+            self.gather = None
+            if self.packed is not None:
+                self.packed.free()
         self.storage.free()
         self.here = False
+
+
+class _Packed:
+    """Weights of one gather as they travel: packed from masters, passed on as they came, unpacked when all are here.
+
+    Parameters
+    ----------
+    packing : how.
+    own : what this rank may send.
+    deployment, ledger, plan, mine : as in :class:`_Replicas`.
+    """
+
+    def __init__(
+        self, packing: Packing, own: _OwnRows, deployment: Deployment, ledger: Ledger, plan: TransferPlan,
+        mine: list[int],
+    ) -> None:  # fmt: skip
+        self.packing, self.own, self.mine, self.device = packing, own, mine, deployment.device
+        moves = [move for one in plan.rounds for move in one if move.source == deployment.rank]
+        self.sent = sorted({move.expert for move in moves} - set(mine))
+        self.banks = [
+            Storage({name: torch.empty(packing.shape((len(experts), *weight.shape[1:])), dtype=packing.element,
+                                       device=self.device) for name, weight in own.bank.items()},
+                    ledger, "weights on the wire")
+            for experts in (self.sent, mine)
+        ]  # fmt: skip
+
+    def pack(self) -> None:
+        """What this rank sends first, and room for what comes."""
+        for bank in self.banks:
+            bank.allocate()
+        if self.sent:
+            for name, into in self.banks[0].bank.items():
+                masters = self.own.masters[name].detach()
+                rows = torch.tensor([self.own.mine.index(e) for e in self.sent], device=masters.device)
+                into.copy_(self.packing.pack(masters[rows]))
+
+    def rows(self, expert: int) -> list[Tensor]:
+        """An expert's packed weights on this rank."""
+        experts, storage = (self.mine, self.banks[1]) if expert in self.mine else (self.sent, self.banks[0])
+        return [weight[experts.index(expert)] for weight in storage.bank.values()]
+
+    def unpack(self, bank: Bank) -> None:
+        """Fill replicas, and let go of what travelled."""
+        for name, weight in bank.items():
+            if len(weight):
+                self.packing.unpack(self.banks[1].bank[name], weight.data)
+        self.free()
+
+    def free(self) -> None:
+        """Let go of what travelled."""
+        for bank in self.banks:
+            bank.free()

@@ -91,6 +91,7 @@ class RunMeeting:
         """What all ranks must have been told alike."""
         if self._options[0] is not settings:
             there = self.deployment
-            text = f"{settings!r}, {there.form}, {there.cluster!r}, {there.compute_dtype}, {there.reduce_dtype}"
+            types = f"{there.compute_dtype}, {there.reduce_dtype}, {there.packing}"
+            text = f"{settings!r}, {there.form}, {there.cluster!r}, {types}"
             self._options = settings, OptionsText(re.sub(r" at 0x[0-9a-f]+", "", text))
         return self._options[1]

@@ -86,7 +86,7 @@ class RunPlanner:
         tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.top_k)))
         ratio, again = there.gradient_bytes / there.expert_bytes, self.settings.rematerialise is not False
         return _price(tokens, self.layers[0].num_experts, there.cluster, self.model, again, self.window_s, ratio,
-                      there.form != "direct")  # fmt: skip
+                      there.form != "direct", there.expert_bytes / there.held_bytes)  # fmt: skip
 
     def early_plan(self, layer: int) -> Plan:
         """Replicas that are gathered before the gate, and how: planned ahead, or now."""
@@ -165,6 +165,7 @@ def _price(
     window_s: float | None,
     gradient_ratio: float,
     fan_out: bool,
+    gather_ratio: float,
 ) -> StepPrice:
     return training_price(tokens, num_experts, cluster, model, rematerialise=rematerialise, window_s=window_s,
-                          gradient_ratio=gradient_ratio, fan_out=fan_out)  # fmt: skip
+                          gradient_ratio=gradient_ratio, fan_out=fan_out, gather_ratio=gather_ratio)  # fmt: skip

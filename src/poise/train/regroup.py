@@ -1,12 +1,14 @@
-"""Requests of an optimizer step dealt anew to its micro-batches, from the routing that a rollout recorded."""
+"""Requests of an optimizer step dealt anew to its micro-batches and ranks, from the routing that a rollout recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.stepwise.dealing import Deal, Requests
 from poise.stepwise.regroup import even_out
 from poise.stepwise.sharding import owned_ED
 from poise.train.rollout import Rollout
@@ -20,11 +22,11 @@ def regrouped(rollout: Rollout, groups: MicroBatches, owners: NDArray[np.int64] 
     """The same requests in micro-batches that load the ranks alike.
 
     Every request stays on its rank, and every rank has as many requests in each micro-batch as before, so that only
-    *when* a request runs changes: gradients that are accumulated over the step are the same sum where the loss is
-    normalised by the tokens (or requests) of the whole step. A loss that is a mean over each micro-batch's own tokens
-    weighs requests by their neighbours, which are others then. Give all requests to one rank to leave open who trains
-    on which, and deal each micro-batch to ranks after it. A pure function: ranks that hold the same rollout find the
-    same groups (:func:`poise.stepwise.regroup.even_out`).
+    *when* a request runs changes (:meth:`poise.train.FssdpExperts.deal` changes *where*, too): gradients that are
+    accumulated over the step are the same sum where the loss is normalised by the tokens (or requests) of the whole
+    step. A loss that is a mean over each micro-batch's own tokens weighs requests by their neighbours, which are others
+    then. A pure function: ranks that hold the same rollout find the same groups
+    (:func:`poise.stepwise.regroup.even_out`).
 
     Parameters
     ----------
@@ -38,6 +40,47 @@ def regrouped(rollout: Rollout, groups: MicroBatches, owners: NDArray[np.int64] 
     OptionError : micro-batches of different numbers of ranks, a request that is named twice or not recorded, or owners
         of another shape.
     """
+    read = read_groups(rollout, groups)
+    shape = (rollout.trace.num_layers, rollout.trace.num_experts)
+    if owners is not None and owners.shape != shape:
+        raise OptionError(f"owners have shape {owners.shape}, the rollout {shape}")
+    load_QLE = read.requests.load_QLE.astype(np.float64)
+    if owners is not None:
+        ranks = int(owners.max()) + 1
+        load_QLE = np.stack([load_QLE[:, layer] @ owned_ED(own, ranks) for layer, own in enumerate(owners)], axis=1)
+    load_QX = load_QLE.reshape(len(read.named), -1)
+    new_Q = even_out(load_QX, read.requests.size_Q, read.rank_Q, read.micro_Q)
+    return read.groups(read.rank_Q, new_Q)
+
+
+class ReadGroups(NamedTuple):
+    """Groups as arrays over their requests: names, loads and sizes, rank and micro-batch of each; how many of these."""
+
+    named: list[int]
+    requests: Requests
+    rank_Q: NDArray[np.int64]
+    micro_Q: NDArray[np.int64]
+    shape: tuple[int, int]
+
+    def groups(self, rank_Q: NDArray[np.int64], micro_Q: NDArray[np.int64]) -> list[list[list[int]]]:
+        """The requests in other cells."""
+        out: list[list[list[int]]] = [[[] for _ in range(self.shape[1])] for _ in range(self.shape[0])]
+        for request, m, d in zip(self.named, micro_Q.tolist(), rank_Q.tolist(), strict=True):
+            out[m][d].append(request)
+        return out
+
+    def deal(self, owner_LE: NDArray[np.int64]) -> Deal:
+        """As they are given."""
+        return Deal("as given", self.rank_Q, self.micro_Q, owner_LE)
+
+
+def read_groups(rollout: Rollout, groups: MicroBatches) -> ReadGroups:
+    """Requests of micro-batches and ranks, with their loads.
+
+    Raises
+    ------
+    OptionError : micro-batches of different numbers of ranks, or a request that is named twice or not recorded.
+    """
     ranks = len(groups[0]) if groups else 0
     for number, group in enumerate(groups):
         if len(group) != ranks:
@@ -48,9 +91,6 @@ def regrouped(rollout: Rollout, groups: MicroBatches, owners: NDArray[np.int64] 
     trace, named = rollout.trace, [request for _, _, request in where]
     if len(set(named)) < len(named):
         raise OptionError(f"{len(named)} requests are named, {len(set(named))} different ones")
-    shape = (trace.num_layers, trace.num_experts)
-    if owners is not None and owners.shape != shape:
-        raise OptionError(f"owners have shape {owners.shape}, the rollout {shape}")
     request_T = np.asarray(trace.request)
     order_T = np.argsort(request_T, kind="stable")
     first_Q = np.searchsorted(request_T[order_T], named)
@@ -58,18 +98,9 @@ def regrouped(rollout: Rollout, groups: MicroBatches, owners: NDArray[np.int64] 
     size_Q = (last_Q - first_Q).astype(np.int64)
     if size_Q.size and not size_Q.all():
         raise OptionError(f"request {named[int(np.argmin(size_Q))]} is not among the {len(trace.requests())} recorded")
-    loads = []
-    for first, last in zip(first_Q, last_Q, strict=True):
-        load_LE = rollout.counts(order_T[first:last])
-        if owners is not None:
-            load_LE = np.stack(
-                [load @ owned_ED(own, int(owners.max()) + 1) for load, own in zip(load_LE, owners, strict=True)]
-            )
-        loads.append(load_LE.reshape(-1).astype(np.float64))
+    load_QLE = np.zeros((len(named), trace.num_layers, trace.num_experts), np.int32)
+    for q, (first, last) in enumerate(zip(first_Q, last_Q, strict=True)):
+        load_QLE[q] = rollout.counts(order_T[first:last])
     micro_Q = np.array([m for m, _, _ in where], np.int64)
     rank_Q = np.array([d for _, d, _ in where], np.int64)
-    new_Q = even_out(np.array(loads).reshape(len(where), -1), size_Q, rank_Q, micro_Q)
-    out: list[list[list[int]]] = [[[] for _ in range(ranks)] for _ in groups]
-    for request, m, d in zip(named, new_Q.tolist(), rank_Q.tolist(), strict=True):
-        out[m][d].append(request)
-    return out
+    return ReadGroups(named, Requests(load_QLE, size_Q), rank_Q, micro_Q, (len(groups), ranks))

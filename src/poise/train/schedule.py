@@ -37,12 +37,14 @@ from poise.train.known import known_ahead
 from poise.train.metrics import LayerMetrics
 from poise.train.moves import OwnerMoves
 from poise.train.owned import OwnedExperts
+from poise.train.owner_plans import OwnerPlans
+from poise.train.regroup import MicroBatches, read_groups
 from poise.train.rollout import Rollout
 from poise.train.rows import stepping
 from poise.train.run import new_run
 from poise.train.settings import Deployment, Settings
 from poise.train.wrappers import wrapped_well
-from poise.util.errors import ModelError, OptionError
+from poise.util.errors import ModelError, OptionError, PoiseError
 
 WINDOW_STEPS = (3, 10)
 """Optimizer steps after which ranks agree on the window that was measured."""
@@ -68,6 +70,7 @@ class Schedule:
         self.backward = BackwardSchedule(run)
         self.forward = ForwardSchedule(run, self.backward)
         self.moves = OwnerMoves(layers, deployment)
+        self._owners = OwnerPlans(self.planner)
         self._copies: list[Schedule] = []
         self._wrapped_well = False
         self._due: NDArray[np.int64] | None = None  # owners to move to before the next forward pass
@@ -144,14 +147,12 @@ class Schedule:
             if least > 0:
                 self.planner.measured(float(least) / 1e9)
         sharding = self.settings.sharding
-        if sharding is None or not sharding.interval or self.steps % sharding.interval or self.planner.foresees:
+        if sharding is None or not sharding.interval or self.planner.foresees:
             return
-        load_LE = self.planner.history.mean_LE()
-        if not load_LE.any():
-            return
-        current = np.array([experts.owner_E for experts in self.layers])
-        planned = sharding.plan(load_LE, current, self.planner.price(load_LE.sum(axis=1).mean()))
-        if (planned != current).any():
+        if self.steps % sharding.interval == 0:
+            self._owners.begin(sharding, self.steps)
+        planned = self._owners.take(self.steps)
+        if planned is not None and (planned != self._owners.current).any():
             self._due = planned
 
     def _gradients_dropped(self) -> bool:
@@ -196,23 +197,47 @@ class Schedule:
             self._own_ahead(found)
         return self._turns(found)
 
+    def _owners_due(self) -> bool:
+        """Whether owners are to be planned from loads to come, now. Collective where the interval is over."""
+        sharding = self.settings.sharding
+        if sharding is None or not sharding.interval:
+            return False
+        if self._planned_at is not None and self.steps - self._planned_at < sharding.interval:
+            return False
+        busy = bool(self.passes.open()) or self.backward.replica_gradients.waiting
+        flag = torch.tensor([int(busy)], device=self.deployment.device)
+        return not self._run.meeting.meet("owners known ahead", numbers_X=flag).any()
+
     def _own_ahead(self, found: Sequence[MicroBatch]) -> None:
         """Owners by the sharding policy from the loads to come, as often as it plans, unless a backward is to come."""
         sharding = self.settings.sharding
-        if sharding is None or not sharding.interval:
-            return
-        if self._planned_at is not None and self.steps - self._planned_at < sharding.interval:
-            return
-        busy = bool(self.passes.open()) or self.backward.replica_gradients.waiting
-        flag = torch.tensor([int(busy)], device=self.deployment.device)
-        if self._run.meeting.meet("owners known ahead", numbers_X=flag).any():
+        if sharding is None or not self._owners_due():
             return
         self._planned_at = self.steps
-        load_LE = np.mean([one.load_LSE.sum(axis=1) for one in found], axis=0)
-        current = np.array([experts.owner_E for experts in self.layers])
-        planned = sharding.plan(load_LE, current, self.planner.price(load_LE.sum(axis=1).mean()))
-        if (planned != current).any():
+        planned = self._owners.known(sharding, np.stack([one.load_LSE for one in found]), found[0].replays)
+        if (planned != self._owners.current).any():
             self._move(planned)
+
+    def deal(self, rollout: Rollout, groups: MicroBatches) -> list[list[list[int]]]:
+        """See :meth:`poise.train.api.FssdpExperts.deal`. Collective."""
+        sharding = self.settings.sharding
+        moving = sharding if sharding is not None and sharding.by_price and self._owners_due() else None
+        problem: PoiseError | None = None
+        try:
+            rollout.fits(len(self.layers), self.layers[0].num_experts)
+            read = read_groups(rollout, groups)
+            if read.shape[1] != (ranks := self.deployment.cluster.num_devices):
+                raise OptionError(f"groups are of {read.shape[1]} ranks, the run of {ranks}")
+            deal = self._owners.dealt(read, moving)
+        except PoiseError as error:
+            problem = error
+        told = b"" if problem else b"".join(part.tobytes() for part in (deal.rank_Q, deal.micro_Q, deal.owner_LE))
+        self._run.meeting.meet("dealing requests", problem=problem, more=(("the deal", zlib.crc32(told)),))
+        if moving is not None:
+            self._planned_at = self.steps
+            if (deal.owner_LE != self._owners.current).any():
+                self._move(deal.owner_LE)
+        return read.groups(deal.rank_Q, deal.micro_Q)
 
     def _turns(self, found: list[MicroBatch]) -> Iterator[int]:
         """Plans begin with the first turn, so that none stay where nobody asks for one; what is over is let go."""
@@ -237,5 +262,6 @@ class Schedule:
     def restart(self, settings: Settings | None = None) -> None:
         """Drop replicas that a policy keeps from step to step and plans made ahead; take other settings, if given."""
         self._run.settings = settings or self._run.settings
+        self._owners.forget()
         self.planner.restart(self._run.settings)
         self.forward.drop_early()

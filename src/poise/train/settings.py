@@ -11,6 +11,7 @@ from poise.cost.transfers import Form
 from poise.machine.cluster import Cluster
 from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.sharding import ShardingPolicy
+from poise.train.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Deployment:
     form : how sparse collectives travel (:mod:`poise.cost.transfers`).
     expert_numel : parameters of one expert; all layers have the same.
     rank : this rank in both groups.
+    packing : how weights are packed to be gathered; None: as they are computed with.
+    packed_bytes : of one expert's weights, where they are packed.
     """
 
     cluster: Cluster
@@ -51,11 +54,18 @@ class Deployment:
     form: Form
     expert_numel: int
     rank: int
+    packing: Packing | None = None
+    packed_bytes: float = 0.0
+
+    @property
+    def held_bytes(self) -> float:
+        """Bytes of one expert's weights as they are computed with."""
+        return float(self.expert_numel * self.compute_dtype.itemsize)
 
     @property
     def expert_bytes(self) -> float:
         """Bytes of one expert's weights on the wire."""
-        return float(self.expert_numel * self.compute_dtype.itemsize)
+        return self.held_bytes if self.packing is None else self.packed_bytes
 
     @property
     def gradient_bytes(self) -> float:

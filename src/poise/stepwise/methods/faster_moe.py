@@ -50,7 +50,7 @@ class FasterMoE(StepPolicy):
         def latency(holders: NDArray[np.bool_], shadows: int) -> tuple[float, NDArray[np.int64]]:
             rows = nearest_rows(load_SE, holders, node_D)
             fullest = float((rows.sum(axis=(0, 1)) / cluster.speed_D).max())
-            return per_token * fullest + shadows * model.expert_bytes / cluster.slowest_bytes_per_s, rows
+            return per_token * fullest + shadows * view.price.gathered_bytes / cluster.slowest_bytes_per_s, rows
 
         best, rows = latency(holders_ED, 0)
         held, shadows = holders_ED, 0
