@@ -12,9 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engines.turn_cases import EXPERTS, RANKS, TRIVIAL, Together, call, same, shuffled
 
+from poise.engines.plugins import turns
 from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.policy import usable_map, warm_up
-from poise.engines.plugins.turns import FAILED, FIRST, LATE, MOST_LATE, NEW, OTHER, STAYS
+from poise.engines.plugins.turns import (
+    FAILED,
+    FIRST,
+    GIVEN_UP,
+    LATE,
+    MOST_LATE,
+    MOST_SILENT,
+    MOST_TRIED,
+    NEW,
+    OTHER,
+    STAYS,
+)  # fmt: skip
 from poise.util.errors import CommunicationError, NoResultError
 
 
@@ -56,15 +68,47 @@ def test_who_is_late_too_often_is_ended():
     assert len(ranks.planner.asked) == 2
 
 
-def test_who_never_answered_is_left_to_compile():
+def test_who_never_answered_is_left_to_compile_for_longer():
     """Ended, it would begin again, and never come to a map where rearrangements are seconds apart."""
+    assert MOST_SILENT > 8 * MOST_LATE
     ranks, new = Together(), shuffled(TRIVIAL)
     ranks.planner.answered = False
-    for _ in range(3 * MOST_LATE):
+    for _ in range(MOST_SILENT):
         ranks.turn(call())
     assert ranks.planner.ended == 0 and len(ranks.planner.asked) == 1
     ranks.planner.answers(new)
     assert same(ranks.turn(call()))[1] == NEW
+    ranks.planner.answered = False
+    for late in range(1, MOST_SILENT + 1):
+        assert same(ranks.turn(call(new), new))[1] == LATE and ranks.planner.ended == (late == MOST_SILENT)
+
+
+HANGS = [sys.executable, "-c", "import sys; sys.stdin.buffer.read()"]
+"""Takes what it is asked, and never answers."""
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["while serving waits", "beside serving"])
+def test_processes_that_hang_in_their_first_call_are_given_up(monkeypatch, waits):
+    """Every turn ends, all ranks agree on each, and after the last one there is no process."""
+    monkeypatch.setattr(turns, "LONGEST_S", 0.2)
+    planner = Aside(HANGS)
+    ranks, words, said, pids = Together(planner), [], set(), set()
+    try:
+        while GIVEN_UP not in words and len(words) < 3 * MOST_TRIED * MOST_SILENT:
+            taken = ranks.turn(call(), waits=waits)
+            table, word = same(taken)
+            assert (table == TRIVIAL).all()
+            words.append(word)
+            said.add(taken[0].said)
+            pids.add(planner.pid)
+        assert words[-1] == GIVEN_UP and len(pids) == MOST_TRIED == planner.fruitless
+        assert any(("no answer in 0 s" if waits else "exit code -9") in one for one in said), said
+        assert waits or words.count(LATE) >= MOST_TRIED * MOST_SILENT
+        for _ in range(3):
+            assert same(ranks.turn(call(), waits=waits))[1] == GIVEN_UP
+        assert planner.pid in pids and planner.fruitless == MOST_TRIED
+    finally:
+        planner.close()
 
 
 def test_the_map_in_use_stays_where_the_planner_finds_nothing():
@@ -217,10 +261,26 @@ def test_a_killed_process_is_told_and_started_anew(aside):
     os.kill(first, signal.SIGKILL)
     with pytest.raises(CommunicationError, match="exit code -9"):
         coming.result(300)
+    assert aside.fruitless == 0  # it had answered before
     coming = aside.ask(call())
     assert coming.result(300).table_LS.shape == TRIVIAL.shape
     assert aside.pid != first and aside.answered
     assert not Aside().answered
+
+
+def test_processes_that_went_without_an_answer_are_counted(tmp_path):
+    """Each once; an answer of a later one, as where what they share was in the way, starts the count anew."""
+    now = tmp_path / "now"
+    code = f"import os, sys; os.path.exists({str(now)!r}) or sys.exit(3); from poise.engines.plugins.child import main; main()"
+    one = Aside([sys.executable, "-c", code])
+    for number in range(1, 4):
+        with pytest.raises(CommunicationError, match="exit code 3"):
+            one.ask(call()).result(60)
+        assert one.fruitless == one.fruitless == number
+    now.touch()
+    assert one.ask(call()).result(300).table_LS.shape == TRIVIAL.shape and one.fruitless == 0
+    one.close()
+    assert one.fruitless == 0
 
 
 def test_a_process_that_never_answers(tmp_path):

@@ -1,5 +1,6 @@
 """Who asks is read off vLLM's frames: serving never waits for a planner, whatever thread it is on, and models do not mix."""
 
+import logging
 import threading
 from types import ModuleType, SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from tests.engines.turn_cases import EXPERTS, LAYERS, RANKS, SLOTS, TRIVIAL, Planner, shuffled
 
-from poise.engines.plugins import vllm_call
+from poise.engines.plugins import policy, vllm_call
 from poise.engines.plugins.settings import PolicySettings
+from poise.engines.plugins.turns import GIVEN_UP, MOST_TRIED, WORDS
 from poise.engines.plugins.vllm_call import Call, Planning
 from poise.engines.plugins.vllm_caller import BALANCER, WORKER
 
@@ -91,3 +93,12 @@ def test_models_of_one_shape_do_not_take_each_others_maps(planning):
 
 def test_who_cannot_be_told_is_served(planning):
     assert (planning.table(call()) == TRIVIAL).all() and not planning._aside.coming[0].done()
+
+
+def test_a_planner_that_is_given_up_is_said_once(planning, monkeypatch, caplog):
+    monkeypatch.setattr(policy, "_said", set())
+    planning._aside.fruitless = MOST_TRIED
+    with caplog.at_level(logging.INFO, "vllm.poise"):
+        for _ in range(3):
+            assert (planning.table(call()) == TRIVIAL).all()
+    assert caplog.text.count(WORDS[GIVEN_UP]) == 1 and not planning._aside.asked

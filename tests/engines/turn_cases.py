@@ -31,7 +31,8 @@ class Planner:
     """Answers when it is told to."""
 
     def __init__(self):
-        self.asked, self.coming, self.ended, self.started, self.answered = [], [], 0, 0, True
+        self.asked, self.coming, self.ended, self.started = [], [], 0, 0
+        self.answered, self.fruitless = True, 0
 
     def start(self):
         self.started += 1
@@ -54,8 +55,8 @@ class Planner:
 class Together:
     """``RANKS`` ranks, each with turns of its own; the first one's planner is the test's."""
 
-    def __init__(self):
-        self.planner, others = Planner(), [Planner() for _ in range(RANKS - 1)]
+    def __init__(self, planner=None):
+        self.planner, others = planner or Planner(), [Planner() for _ in range(RANKS - 1)]
         self.turns = [Turns(one) for one in (self.planner, *others)]
         self.others = others
         self._lock, self._barrier, self._sum = threading.Lock(), threading.Barrier(RANKS, timeout=20), None

@@ -1,8 +1,9 @@
 """A planner in a process of its own, so that no step of serving waits for it.
 
 A thread hands a call over and waits for the answer; while it waits others run. The process starts with the first call,
-and anew after it died. Python's own pools are of no use here: they start from the engine's main module, or fork a
-process with a device, and engines' workers may not have children by them.
+and anew after it died; who asks may end it, and can see how many went without an answer. Python's own pools are of no
+use here: they start from the engine's main module, or fork a process with a device, and engines' workers may not have
+children by them.
 """
 
 from __future__ import annotations
@@ -32,19 +33,27 @@ class Aside:
 
     Attributes
     ----------
-    answered : the process that runs has answered before.
+    answered : the process that runs, or was the last to run, has answered.
     """
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = tuple(command)
         self.answered = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._fruitless = 0
         self._turn = threading.Lock()
 
     @property
     def pid(self) -> int | None:
         """Of the process, if there is one."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def fruitless(self) -> int:
+        """Processes in a row that are over, and never answered."""
+        process = self._process
+        over = process is not None and process.poll() is not None
+        return self._fruitless + (over and not self.answered)
 
     def start(self) -> None:
         """Start the process if there is none, so that it compiles what it runs before it is asked."""
@@ -85,6 +94,7 @@ class Aside:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
+            self._fruitless = self.fruitless
             _over(self._process)
             self._process = None
         if self._process is None:
@@ -105,7 +115,7 @@ class Aside:
             raise CommunicationError(f"the planner's process ended with exit code {_over(process)}") from error
         if not isinstance(answer, Answer):
             raise CommunicationError(f"the planner's process answered with {type(answer).__name__}, not with a map")
-        self.answered = True
+        self.answered, self._fruitless = True, 0
         if answer.table_LS is None:
             raise NoResultError(answer.said)
         return answer

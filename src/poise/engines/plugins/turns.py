@@ -6,9 +6,11 @@ no equal processors, and a plan is made once, not once a rank.
 
 A call that serving waits for never waits for the planner: the first rank takes the map that was asked for at the turn
 before, if it is there, and hands over the loads of this turn. Where the call is made beside serving (by the worker of
-vLLM's asynchronous balancing), it waits, without a limit, and the map is of this turn's loads. No clock is looked at.
-If the map is not there, or its process died, or the planner raised, or the map in use is another than it was made from,
-or a rank has an error of its own, all ranks keep the map in use, and say why.
+vLLM's asynchronous balancing), it waits, for minutes at most, and the map is of this turn's loads. That is the one
+clock that is looked at, by the first rank, whose word the others have. If the map is not there, or its process died, or
+the planner raised, or the map in use is another than it was made from, or a rank has an error of its own, all ranks
+keep the map in use, and say why. A planner whose processes end, or hang, one after the other without any answer is
+given up: the map in use stays for good.
 
 Every rank checks beside that all have the same map in use: its number, and the square, are summed over ranks; they are
 all equal if, and only if, n times the sum of squares is the square of the sum, and then every rank sees that.
@@ -31,10 +33,17 @@ from poise.engines.plugins.policy import Asked, usable_map
 from poise.util.errors import NoResultError
 
 MOST_LATE = 4
-"""Turns that a map may be late in a row, before its process is ended and started anew. One that never answered is left
-alone: it compiles, and would have to begin again."""
+"""Turns that a map may be late in a row, before its process is ended and started anew."""
+MOST_SILENT = 64
+"""The same of a process that never answered: it compiles, and an engine's turns may be half a second apart. What one
+compiled the next finds."""
+LONGEST_S = 600.0
+"""That the first rank waits, beside serving, before it ends the process: the others wait for its word meanwhile, and
+torch's process groups end that after half an hour."""
+MOST_TRIED = 3
+"""Processes in a row that ended, or were ended, without an answer, before the planner is given up."""
 NUMBERS = 2**24
-NEW, STAYS, FIRST, LATE, FAILED, OTHER = range(1, 7)
+NEW, STAYS, FIRST, LATE, FAILED, OTHER, GIVEN_UP = range(1, 8)
 WORDS = {
     NEW: "a new map",
     STAYS: "the map in use stays: nothing pays",
@@ -42,6 +51,8 @@ WORDS = {
     LATE: "the map in use stays: the planner is late",
     FAILED: "the map in use stays: the planner failed, see the log of the first rank",
     OTHER: "the map in use stays: it is another than the one that was planned from",
+    GIVEN_UP: f"the map in use stays from now on: {MOST_TRIED} processes of the planner, one after the other, gave no "
+    "answer; a restart of the engine tries again",
 }
 """What ranks say, by the first rank's word."""
 
@@ -132,6 +143,8 @@ class Turns:
         kept = asked.kept()
         if kept is None:
             raise NoResultError(f"the map in use is none of {asked.slots} slots for {asked.load_LE.shape[1]} experts")
+        if self.aside.fruitless >= MOST_TRIED:
+            return GIVEN_UP, None
         self.aside.start()
         if waits:
             return self._word(self.aside.ask(asked), kept)
@@ -139,7 +152,7 @@ class Turns:
         if self._coming is not None:
             if not self._coming.done():
                 self._late += 1
-                if self._late >= MOST_LATE and self.aside.answered:
+                if self._late >= (MOST_LATE if self.aside.answered else MOST_SILENT):
                     self.aside.end()
                 return LATE, None
             fits = self._from is not None and np.array_equal(self._from, kept)
@@ -152,7 +165,11 @@ class Turns:
 
     def _word(self, coming: Future[Answer], kept: NDArray[np.int64]) -> tuple[int, NDArray[np.int64] | None]:
         try:
-            answer = coming.result()
+            answer = coming.result(LONGEST_S)
+        except TimeoutError:
+            self.aside.end()
+            self._said = f"no answer in {LONGEST_S:.0f} s, the planner's process is ended"
+            return FAILED, None
         except BaseException as error:
             self._said = f"{type(error).__name__}: {error}"
             return FAILED, None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.policy import Asked, asked, content, say_once, usable_map, warm_up
 from poise.engines.plugins.settings import PolicySettings
-from poise.engines.plugins.turns import WORDS, TurnRanks, Turns
+from poise.engines.plugins.turns import GIVEN_UP, WORDS, TurnRanks, Turns
 from poise.engines.plugins.vllm_caller import caller
 from poise.util.errors import InputError
 
@@ -97,7 +97,10 @@ class Planning:
         model = asks.model if call.state is None else id(call.state)
         turns = self._turns.setdefault((model, *np.shape(call.load_LE), call.replicas, call.ranks), Turns(self._aside))
         taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=asks.beside)
-        self._say(call, taken.table_LS, WORDS[taken.word] + (f" ({taken.said})" if taken.said else ""))
+        said = WORDS[taken.word] + (f" ({taken.said})" if taken.said else "")
+        if taken.word == GIVEN_UP:
+            say_once(LOG, f"poise: {said}")
+        self._say(call, taken.table_LS, "" if taken.word == GIVEN_UP else said)
         return taken.table_LS
 
     def _asked(self, call: Call) -> Asked:
