@@ -11,10 +11,9 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from common import problem, table, write
+from common import DEMO_SIZES, problem, table, write
 
 from poise import api
-from poise.cli.demo import MODEL, OTHER
 from poise.planning.budget import UNIT, UPDATES_PER_SECOND, Budget
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.solve import evaluate, solve
@@ -23,19 +22,21 @@ from poise.routing.files import read
 from poise.routing.trace import RoutingTrace
 
 WORK = 150.0
+OTHER = "python"
+"""The demo trace's domain that these plans are not made for."""
 SECONDS = (3.0, 12.0)
 """Nominal, for all layers: a plan of 20 s has the first."""
 
 
 def cases(data: Path) -> list[tuple[str, PlacementProblem]]:
-    """As ``poise demo`` plans, recorded loads of all workloads as steps, Llama-4 on two and four nodes."""
+    """The demo trace, recorded loads of all workloads as steps, Llama-4 on two and four nodes."""
     trace = read(str(files("poise") / "data" / "demo_trace.npz"))
     assert isinstance(trace, RoutingTrace)
     seen, _ = trace.select(domains=[name for name in trace.domain_names if name != OTHER]).split_requests()
     demo = make_batch(seen, tokens_per_step=2048)
     out = []
     for flow, redundant in (("home_node_dedup", 8), ("home_node_dedup", 0), ("home_device_dedup", 8), ("home", 8)):
-        case = replace(problem(demo, "2x4:h100", redundant, traffic=flow), model=MODEL)
+        case = replace(problem(demo, "2x4:h100", redundant, traffic=flow), model=DEMO_SIZES)
         out.append((f"demo, 2x4:h100, {flow}, R = {redundant}", case))
     loads = sorted((data / "deepseek-r1").glob("*.json"))
     for tokens in (None, 8192):
@@ -68,15 +69,11 @@ def run(name: str, case: PlacementProblem) -> list[object]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name has this")
-    parser.add_argument("--no-report", action="store_true")
-    options = parser.parse_args()
+def section(data: Path, only: str = "") -> list[str]:
+    """The parts of a report; ``only``: cases whose name has this."""
     rows = []
-    for name, case in cases(options.data):
-        if options.only in name:
+    for name, case in cases(data):
+        if only in name:
             rows.append(run(name, case))
             print(*rows[-1], sep=" | ", flush=True)
     head = ["case", "plan us", "gap, per term", "s"]
@@ -87,8 +84,18 @@ def main() -> None:
         "far it can be from the best plan: (plan - bound) / plan. Seconds are of bound and price together; nominal ones "
         "are shared out over layers and decide how many rounds of cuts each has. No joint bound where only loads are known."
     )
+    return ["## Bounds", words, table(head, rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name has this")
+    parser.add_argument("--no-report", action="store_true")
+    options = parser.parse_args()
+    found = section(options.data, options.only)
     if not options.no_report:
-        write("Bounds", [words, table(head, rows)])
+        write("Bounds", found[1:])
 
 
 if __name__ == "__main__":

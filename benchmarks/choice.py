@@ -7,7 +7,7 @@ subject, a workload that was left out), by the kernel and the all-to-alls measur
 map priced as an engine holds it. Lost: cases in which the step of the best of all rivals, chosen when the result is known,
 is more than 0.5 % shorter. Nobody can choose so: a second table says of every method how often, and by how much, the
 best of all others beats it. Beside it the least that poise gains over the best rival within the errors of constants
-(poise.cost.perturb). Unlike ``poise bench``, loads whose file says no K count a token once (DeepSeek's cases).
+(poise.cost.perturb). Loads whose file says no K take the model's, as ``poise bench`` has it (DeepSeek's cases).
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from common import problem, table, write
 from poise.bench.cases import FrozenCase, cases_of_files
 from poise.bench.results import LOST, standings
 from poise.cost.perturb import gain_range
+from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.solve import METHODS, solve
 from poise.replay.static import replay
+from poise.replay.windows import with_top_k
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.util.errors import NoResultError
@@ -40,7 +42,11 @@ def cases() -> list[FrozenCase]:
 
 def run(case: FrozenCase, data: Path) -> tuple[list[object], dict[str, float]]:
     """A row (the case, poise, the best rival, and what lies between), and seconds of a step under every method."""
-    fit, judge = (make_batch(part.load(data), tokens_per_step=case.tokens) for part in (case.fit, case.judge))
+    top_k = None if case.model is None else ModelSpec.parse(case.model).top_k
+    parts = [part.load(data) for part in (case.fit, case.judge)]
+    if top_k is not None:
+        parts = [with_top_k(part, top_k) for part in parts]
+    fit, judge = (make_batch(part, tokens_per_step=case.tokens) for part in parts)
     asked = problem(fit, case.cluster, case.redundant, model=case.model)
     began = time.monotonic()
     ours = solve(asked, method="poise", work=WORK).placement

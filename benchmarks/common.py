@@ -18,6 +18,11 @@ from poise.planning.problem import PlacementProblem
 from poise.routing.batch import RoutingBatch
 
 REPORTS = Path(__file__).parent / "reports"
+DEMO_SIZES = ModelSpec(
+    "experts of OLMoE-1B-7B's size", 8, tuple(range(8)), 32, 4, 2048, 1024, kv_bytes_per_token_layer=2048.0
+)
+"""Sizes for the demo trace, whose own model is too small to serve: its layers, experts and top-k, the experts of its big
+sister."""
 
 
 def problem(

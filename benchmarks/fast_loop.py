@@ -1,13 +1,15 @@
-"""Time of the fast loop's kernels on one core, E = 256.
+"""Time of the fast loop's kernels on one core, E = 256, and of a look of poise-near.
 
-    python benchmarks/fast_loop.py
+    python benchmarks/fast_loop.py [looks]
 
 Loads: log-normal, redrawn 300 times; placements: LPT with greedy replicas for other loads of the same law.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from itertools import product
 
 import numpy as np
 from common import table, write
@@ -18,12 +20,16 @@ from poise.cost.weights import compiled_price, control_seconds, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.methods.lpt import pack_all
+from poise.planning.problem import deal_slots
 from poise.stepwise.driver import LayerDriver
+from poise.stepwise.poise.host import host_looks, look_seconds
+from poise.stepwise.poise.outlook import Site, best_sending
 from poise.stepwise.poise.policy import Poise
+from poise.stepwise.poise.ways import first_batch
 from poise.stepwise.poise.work_split import best_split
 from poise.stepwise.poise.workspace import Desk, make_workspace
 
-EXPERTS, DRAWS = 256, 300
+EXPERTS, DRAWS, LOOKS = 256, 300, 5
 
 
 def timed(call) -> str:
@@ -37,7 +43,42 @@ def timed(call) -> str:
     return f"{median:.0f} / {p99:.0f}"
 
 
+def looks() -> list[str]:
+    """Processor seconds of all that a look at one layer plans, for the holders before and after its batch."""
+    rows = []
+    for name, spec in product(("llama-4-maverick", "deepseek-v3"), ("1x8:h200", "2x8:h200", "4x8:h200", "8x8:h200")):
+        model, cluster = ModelSpec.parse(name), Cluster.parse(spec)
+        experts, devices = model.num_experts, cluster.num_devices
+        for tokens in (1024, 16384):
+            price, took = step_price(tokens, experts, cluster, model), []
+            for seed in range(LOOKS + 1):  # the first one compiles
+                rng = np.random.default_rng(seed)
+                law = rng.dirichlet(np.exp(1.5 * rng.standard_normal(experts)))
+                loads = rng.multinomial(tokens * model.top_k, law, 24).astype(float).tobytes()
+                held = pack_all(rng.permutation(law), deal_slots(experts, devices, devices), np.ones(devices)) > 0
+                site = Site(held.tobytes(), 2, price)
+                began = time.process_time()
+                batch = first_batch(site, held.tobytes(), loads, 200.0, 0.02)
+                after = held if batch is None else (held & ~batch.dropped_ED) | batch.coming_ED
+                for holders in (held, after):
+                    best_sending(site, holders.tobytes(), loads, 0.05)
+                took.append(1e3 * (time.process_time() - began))
+            charged = 1e3 * look_seconds(experts, devices)
+            low, mid, high = np.percentile(took[1:], [0, 50, 100])
+            rows.append([name, spec, tokens, f"{mid:.1f}", f"{low:.1f} to {high:.1f}", f"{charged:.1f}",
+                         *host_looks(price, experts, float(tokens * model.top_k), 8)])  # fmt: skip
+            print(rows[-1], flush=True)
+    return ["## A look of poise-near at one layer",
+            f"Ways to better holders, shares and how tokens are sent, one core; median and range of {LOOKS} random laws, CPU ms. "
+            "Charged: what the policy reckons with; steps between two looks at a layer where one core plans all, and steps "
+            "until what was found is in force.",
+            table(["model", "machine", "tokens a step", "ms", "range", "charged", "every", "late"], rows)]  # fmt: skip
+
+
 def main() -> None:
+    if sys.argv[1:] == ["looks"]:
+        write("Fast loop: looks", looks(), "-looks")
+        return
     rng, rows = np.random.default_rng(0), []
     model = ModelSpec.parse("deepseek-v3")
     for devices, slots in ((8, 264), (64, 320), (64, 448), (1024, 2048)):
@@ -84,6 +125,7 @@ def main() -> None:
         "step adds few). Control: what the cost model charges a layer, exchange of counts and synchronisation included.",
         table(["GPUs", "slots", "skew", "split us", "own row us", "after the gate us", "before the gate", "charged us"],
               rows),
+        *looks(),
     ])  # fmt: skip
 
 

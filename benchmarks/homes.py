@@ -17,10 +17,9 @@ from importlib.resources import files
 from itertools import product
 from pathlib import Path
 
-from common import table, write
+from common import DEMO_SIZES, table, write
 from static_near import some_layers
 
-from poise.cli.demo import MODEL as DEMO_MODEL
 from poise.cost.exchange import ExchangeModel
 from poise.cost.split import Split
 from poise.machine.cluster import Cluster
@@ -65,10 +64,10 @@ def cases(data: Path, layers: int) -> Iterator[Case]:
         yield Case(f"Llama-4 {path.stem}, {cluster}, {split}", trace, cluster, llama, 128 * devices, devices, split)
     demo = read(str(files("poise") / "data" / "demo_trace.npz"))
     for split in splits:
-        yield Case(f"demo, five domains, 2x4:h200, {split}", demo, "2x4:h200", DEMO_MODEL, 1024, 8, split)
+        yield Case(f"demo, five domains, 2x4:h200, {split}", demo, "2x4:h200", DEMO_SIZES, 1024, 8, split)
     for purity, split in product((0.5, 0.9), splits):
         made = kinds_trace(kinds=8, num_requests=400, num_layers=4, num_experts=32, top_k=4, purity=purity)
-        sizes = replace(DEMO_MODEL, name="planted", num_hidden_layers=4, moe_layer_ids=tuple(range(4)))
+        sizes = replace(DEMO_SIZES, name="planted", num_hidden_layers=4, moe_layer_ids=tuple(range(4)))
         yield Case(f"8 planted kinds, purity {purity}, 2x4:h200, {split}", made, "2x4:h200", sizes, 1024, 8, split)
 
 

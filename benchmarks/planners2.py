@@ -1,6 +1,7 @@
-"""Fast loops on several nodes, everything priced on machines as measured, beside a plan that knows each step.
+"""Planners on several nodes, everything priced on machines as measured: fast loops beside a plan that knows each step,
+static maps for the split near, bounds, and traffic that stays.
 
-    python benchmarks/planners2.py DATA [--only settled,sizes] [--layers 4] [--warm-up 200] [--steps 100]
+    python benchmarks/planners2.py DATA [--only settled,sizes,near,bounds,stay] [--layers 4] [--warm-up 200] [--steps 100]
 
 DATA holds llama4-maverick/*.npz (two subjects). The static map is EPLB's for the one, judged is the other. A section is a
 function that returns the parts of a report; ``SECTIONS`` names them. Writes reports/DATE-planners2.md.
@@ -14,7 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import bounds
+import held_out
 import numpy as np
+import static_near
 from common import problem, table, write
 from numpy.typing import NDArray
 
@@ -215,7 +219,22 @@ def sizes(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[st
                    "poise-near, settled"], rows)]  # fmt: skip
 
 
-SECTIONS = {"settled": settled, "sizes": sizes}
+def near(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[str]:
+    """benchmarks/static_near.py with its own settings."""
+    return static_near.section(given.data, static_near.Setting())
+
+
+def gaps(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[str]:
+    """benchmarks/bounds.py."""
+    return bounds.section(given.data)
+
+
+def stay(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[str]:
+    """The section of that name of benchmarks/held_out.py."""
+    return held_out.stay(traces)
+
+
+SECTIONS = {"settled": settled, "sizes": sizes, "near": near, "bounds": gaps, "stay": stay}
 
 
 def main() -> None:

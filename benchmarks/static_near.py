@@ -100,6 +100,17 @@ def _row(fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, sett
             f"{seconds:.0f}"]  # fmt: skip
 
 
+def section(data: Path, setting: Setting, only: str = "") -> list[str]:
+    """The parts of a report; ``only``: cases whose name has this."""
+    out = []
+    for row in rows(data, setting, only):
+        out.append(row)
+        print(*row, sep=" | ", flush=True)
+    words = (f"{setting.layers} of the model's MoE layers, evenly spaced, stand for all; {setting.steps} steps fitted, as many judged; "
+             f"work {setting.work:g}, other methods {setting.rival_work:g}; one redundant slot a GPU.")  # fmt: skip
+    return ["## Static maps on an engine that keeps tokens near", words, table(HEAD, out)]
+
+
 def main() -> None:
     usual, parser = Setting(), argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
@@ -111,14 +122,9 @@ def main() -> None:
     parser.add_argument("--no-report", action="store_true")
     options = parser.parse_args()
     setting = Setting(options.layers, options.work, options.rival_work, options.steps)
-    out = []
-    for row in rows(options.data, setting, options.only):
-        out.append(row)
-        print(*row, sep=" | ", flush=True)
-    words = (f"{setting.layers} of the model's MoE layers, evenly spaced, stand for all; {setting.steps} steps fitted, as many judged; "
-             f"work {setting.work:g}, other methods {setting.rival_work:g}; one redundant slot a GPU.")  # fmt: skip
+    found = section(options.data, setting, options.only)
     if not options.no_report and not options.only:
-        write("static maps near", ["## Static maps on an engine that keeps tokens near", words, table(HEAD, out)])
+        write("static maps near", found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Executors: the same result wherever pieces run, errors as the pieces raised them, and what names no executor refused."""
 
 import importlib.util
+import json
 import os
 import pickle
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from poise.util.executors import Serial, begun, checked_executor, cores, executo
 
 LOCAL = ["threads:2", "processes:2", "ray://local:2", "dask://local:2"]
 NEEDS = {"ray": "ray", "dask": "distributed"}
+TIMES = {"planning_seconds", "seconds", "plan_seconds"}
 
 
 def skip_without(spec):
@@ -250,6 +252,40 @@ def test_commands_say_the_same_on_an_executor(folder, tmp_path):
     np.testing.assert_array_equal(*traces)
     code, _, said = run("inspect", folder, "--executor", "thraeds")
     assert code == 2 and "did you mean threads?" in said
+
+
+def test_comparisons_and_verdicts_say_the_same_on_an_executor(folder, tmp_path, monkeypatch):
+    """Every budget of theirs has the executor that was named, and what they say does not depend on it."""
+    budgets, made = [], solving._plan_once
+
+    def seen(problem, budget, **named):
+        budgets.append(budget.spread)
+        return made(problem, budget, **named)
+
+    def run(*words):
+        budgets.clear()
+        got = CliRunner().invoke(app, [*map(str, words), "--work", "0.1", "--json"])
+        assert got.exit_code == 0, got.output
+        return got.stdout, set(budgets)
+
+    monkeypatch.setattr(solving, "_plan_once", seen)
+    windows = [tmp_path / "monday.npz", tmp_path / "tuesday.npz"]
+    for seed, path in enumerate(windows):
+        zipf_trace(num_tokens=300, num_layers=32, num_experts=8, top_k=2, seed=seed).save(path)
+    compare = ("compare", folder, "-c", "1x4", "-r", 4, "-p", "contiguous", "-p", "poise")
+    verdict = ("verdict", *windows, "-c", "1x4:h200", "-m", "mixtral-8x7b", "-r", 4, "--phase", "decode", "-n", 64)
+    for words in (compare, verdict):
+        (serial, here), (spread, there) = run(*words), run(*words, "--executor", "threads:2")
+        assert here == {False} and there == {True}
+        one, other = json.loads(serial), json.loads(spread)
+        assert without_times(one) == without_times(other)
+
+
+def without_times(said):
+    """What a command said, without the wall clock of its plans."""
+    if isinstance(said, dict):
+        return {key: without_times(value) for key, value in said.items() if key not in TIMES}
+    return [without_times(value) for value in said] if isinstance(said, list) else said
 
 
 def test_what_the_clock_cut_elsewhere_is_said_here():

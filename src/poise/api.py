@@ -321,6 +321,7 @@ def verdict(
     work: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Verdict:
     """Whether an engine should balance its experts, with how many redundant slots and by which map.
 
@@ -338,6 +339,7 @@ def verdict(
     split : how tokens of replicas are split; default: as the engine does, else ``even``.
     context : tokens that a decoded token attends to, or that a prompt has; for the rest of the step alone.
     time_limit_s, work : seconds or units of work for all plans together.
+    executor : as for :func:`plan`.
 
     Raises
     ------
@@ -352,7 +354,7 @@ def verdict(
         )
     machine, rules = _machine(cluster), parse_engine(engine)
     sizes = ModelSpec.parse(model) if isinstance(model, str) else model
-    parts = [with_top_k(load(item), sizes.top_k) for item in (window, later) if item is not None]
+    parts = [with_top_k(load(item, executor), sizes.top_k) for item in (window, later) if item is not None]
     windows = split_in_time(parts[0]) if len(parts) == 1 else (parts[0], parts[1])
     check_windows(windows, sizes)
     seen = check_unseen(windows) if len(parts) == 2 else []
@@ -371,7 +373,7 @@ def verdict(
         asked.update({name: A_RANK[name] * machine.num_devices for name in unsaid})
     placed = None if current is None else _placement(current)
     setting = TrialSetting(machine, sizes, rules, placed, redundant, context, seed, rules.choose_split(split))
-    budget = Budget.of(time_limit_s, work)
+    budget = Budget.of(time_limit_s, work, executor)
     judged = []
     for turn, name in enumerate(phases, 1):
         own = budget.part(1.0 / len(phases), until=turn / len(phases))
@@ -424,6 +426,7 @@ def compare(
     steps: int | None = None,
     warm_up: int | None = None,
     progress: Callable[[str, float], None] | None = None,
+    executor: Executor | None = None,
 ) -> Comparison:
     """Judge placements on traffic, side by side.
 
@@ -443,14 +446,15 @@ def compare(
     warm_up : steps before those that run but are not judged; default 5 with ``fast``, else none.
 
     time_limit_s, work : seconds or units of work for each method, as for :func:`plan`. A budget that was begun is for
-        all together, judging included.
+        all together, judging included, and has its own executor.
+    executor : as for :func:`plan`.
 
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
     """
     model = ModelSpec.parse(model) if isinstance(model, str) else model
-    whole = _of_model(load(trace), model)
-    given = None if fit is None else _of_model(load(fit), model)
-    more = {name: _of_model(load(source), model) for name, source in (others or {}).items()}
+    whole = _of_model(load(trace, executor), model)
+    given = None if fit is None else _of_model(load(fit, executor), model)
+    more = {name: _of_model(load(source, executor), model) for name, source in (others or {}).items()}
     fitted, judged, notes = split_traffic(whole, given, more)
     parts = {IN_SAMPLE: fitted, **judged}
     skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
@@ -483,7 +487,7 @@ def compare(
             if isinstance(time_limit_s, Budget):
                 own = time_limit_s.part(1 - JUDGE)
             else:
-                own = Budget(time_limit_s, work=work)
+                own = Budget(time_limit_s, work=work, executor=executor)
             entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=close_to(str(item), METHODS))

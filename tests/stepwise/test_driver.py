@@ -14,7 +14,7 @@ from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.registry import POLICIES
 
 ROOT = Path(__file__).parents[2]
-CALLS = {"before_gate", "leaves_alone", "after_gate", "in_background", "training_plan_seconds"}
+CALLS = {"before_gate", "leaves_alone", "after_gate", "in_background", "training_plan_seconds", "plans_beside"}
 FILES = [path for part in ("src/poise", "benchmarks") for path in sorted((ROOT / part).rglob("*.py"))
          if "stepwise" not in path.parts]  # fmt: skip
 

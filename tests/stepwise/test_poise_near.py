@@ -13,7 +13,8 @@ from tests.helpers import few_or, tiny_cluster
 from poise.cost.links import port_seconds
 from poise.cost.machine import expert_work, make_machine
 from poise.cost.traffic import Copies, port_load
-from poise.cost.weights import StepPrice, compiled_price, fetch_seconds
+from poise.cost.weights import StepPrice, compiled_price, fetch_seconds, step_price
+from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.replay.serving import FastLoop, replay_steps
@@ -23,6 +24,7 @@ from poise.stepwise.driver import LayerDriver
 from poise.stepwise.methods.split import spread_evenly
 from poise.stepwise.poise import near, outlook, ways
 from poise.stepwise.poise.batches import Way, next_batch, one_fetch_seconds
+from poise.stepwise.poise.host import look_seconds
 from poise.stepwise.poise.near import PoiseNear
 from poise.stepwise.poise.outlook import Site, descended, expected_loads, site_of
 from poise.stepwise.poise.shares import deal_rows, planned_shares
@@ -382,19 +384,74 @@ def test_counts_are_exchanged_where_loads_change_with_every_step():
     assert all(done.plan.passive for done, _ in runs(made, PoiseNear(refresh=1), load_BE, step_slots=0))
 
 
-def test_loads_are_looked_at_every_few_steps():
+def test_loads_are_those_of_the_look_in_force():
+    """Looks come so many steps apart, each is in force when it has ended, and knows no load of its own step or later."""
     made = case(2, experts=4, nodes=(2,))
     policy = PoiseNear(refresh=4)
-    recent = np.arange(1.0, 21.0)[:, None] * np.ones(4)
-    seen = []
-    for step in range(12, 20):
-        view = LayerView(made.static, made.static, np.full(4, 8.0), recent[:step], np.zeros_like(made.static), 2, step, 0,
-                         made.price)  # fmt: skip
-        seen.append(policy._loads(view))
-    assert [len(one) for one in seen] == [12] * 4 + [16] * 4
-    assert all(np.array_equal(a, b) for a, b in pairwise(seen[:4])) and seen[0].sum(axis=1).mean() == pytest.approx(
-        32.0
-    )
+    loads_HE = np.arange(1.0, 61.0)[:, None] * np.ones(4)
+    looks = policy.plans_beside(made.price, 4, 8.0)
+    driver = LayerDriver(policy, made.static, step_slots=2, layer=0)
+    newest = []
+    for step in range(60):
+        for _ in range(2):  # asked twice, as an evaluation does
+            view = driver.view(step, np.full(4, 2.0), loads_HE[:step], made.price)
+        newest.append(int(view.seen_HE[-1, 0]) if len(view.seen_HE) else 0)
+        assert len(view.seen_HE) <= policy.recent and newest[-1] <= max(0, step - looks.late)
+        if len(view.seen_HE):
+            assert policy._loads(view).sum(axis=1).mean() == pytest.approx(8.0)
+        else:
+            assert not len(policy._loads(view)) and not view.settled
+    change = np.flatnonzero(np.diff(newest)) + 1
+    assert [newest[step] for step in change] == [step - looks.late for step in change]
+    gaps, known = np.diff(change), change[:-1] - looks.late
+    assert looks.every == 4 > looks.soonest == 1 and len(change) > 8
+    np.testing.assert_array_equal(gaps, np.where(known >= looks.every, looks.every, looks.soonest))
+
+
+def test_being_told_of_a_look_takes_time():
+    made = case(2, experts=4, nodes=(2,))
+    made.static[:] = True
+    load_BE = np.tile(np.full(4, 20), (40, 1))
+    policy = PoiseNear(refresh=8)
+    told_s, late = policy.plans_beside(made.price, 4, 80.0).told_s, policy.plans_beside(made.price, 4, 80.0).late
+    control = [done.control_s for done, _ in runs(made, policy, load_BE, step_slots=0)]
+    told = np.flatnonzero(control)
+    assert set(control) == {0.0, told_s} and late < 8
+    assert (np.diff(told[told >= 9]) == 8).all() and len(told[told >= 9]) >= 3
+
+
+def test_a_rank_has_time_for_the_looks_at_its_layers():
+    """Between two looks at a layer no less passes than its rank needs for all of its layers, on any machine and batch."""
+    model, far = ModelSpec.parse("llama-4-maverick"), {}
+    for nodes, pairs in product((1, 2, 8), (64, 4096, 65536)):
+        price = step_price(pairs, 128, Cluster.parse(f"{nodes}x8:h200"), model)
+        devices, looks = 8 * nodes, PoiseNear().plans_beside(price, 128, pairs)
+        best_s = price.window_s + even_seconds(np.full(128, pairs / 128), np.ones((128, devices), bool),
+                                               compiled_price(price).machine)  # fmt: skip
+        step_s, own = model.num_moe_layers * best_s, -(-model.num_moe_layers // devices)
+        busy = own * look_seconds(128, devices) / (looks.every * step_s)
+        assert own * look_seconds(128, devices) <= 1.2 * looks.soonest * step_s
+        assert (
+            busy <= 1.2
+            and looks.every >= looks.soonest >= looks.late
+            and looks.every >= PoiseNear().refresh
+            and looks.late >= 1
+            and looks.told_s > 0
+        )
+        far[nodes, pairs] = looks
+    assert far[8, 64].every > 8 and far[8, 64].late > far[1, 65536].late == 1
+
+
+def test_a_way_goes_on_only_once_a_look_has_seen_its_batch_come():
+    """What comes within a step comes at most once a look, and the next look is one that began after that."""
+    made = case(11, experts=8, nodes=(2, 2))
+    made.static[:] = np.repeat(np.eye(4, dtype=bool), 2, axis=0)
+    made.price = replace(made.price, window_s=1e9)
+    load_BE = np.tile(np.array([4000, 900, 10, 10, 10, 10, 10, 10]), (90, 1))
+    starts = [step for step, (done, _) in enumerate(runs(made, PoiseNear(refresh=16), load_BE))
+              if done.started_ED is not None]  # fmt: skip
+    late = PoiseNear().plans_beside(made.price, 8, float(load_BE[0].sum())).late
+    assert len(starts) >= 2 and all(b - late > a for a, b in pairwise(starts))
 
 
 def test_sites_of_views_that_plan_alike_are_one():

@@ -21,6 +21,7 @@ from poise.replay.what_if import WhatIf, judged_batches
 from poise.replay.what_if import what_if as price_grid
 from poise.report import write_report
 from poise.util.errors import OptionError
+from poise.util.executors import executor_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ def compare(
     time_limit: o.TimeLimit = 10.0,
     work: o.Work = None,
     seed: o.Seed = 0,
+    executor: o.Executor = "serial",
     html: Annotated[Path | None, o.flag("html", "Write the report with pictures to this file.")] = None,
     what_if: Annotated[
         bool, typer.Option("--what-if", help="In the report: other slots, batches and machines; methods plan anew.")
@@ -80,17 +82,17 @@ def compare(
             if not (name and equals and path):
                 raise OptionError(f"--judge takes NAME=FILE, got {item!r}")
             others[name] = path
-        with o.progress() as report:
+        with executor_of(executor) as workers, o.progress() as report:
             result = api.compare(
                 list(traces), cluster, fit=list(fit) if fit else None, others=dict(others),
                 placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, time_limit_s=time_limit,
-                work=work, seed=seed, progress=report, **priced.checked(),
+                work=work, seed=seed, progress=report, executor=workers, **priced.checked(),
                 **{**asdict(loops), "fast": tuple(loops.fast or ())},
             )  # fmt: skip
             grid = None
             if what_if:
                 grid = _grid(result, list(traces), cluster, fit=bool(fit), priced=priced, seed=seed,
-                             time_limit_s=time_limit, work=work, progress=report)  # fmt: skip
+                             time_limit_s=time_limit, work=work, executor=workers, progress=report)  # fmt: skip
         show(result, html, json, grid)
 
 

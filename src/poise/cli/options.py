@@ -109,7 +109,7 @@ Executor = Annotated[
     str,
     typer.Option(
         "--executor",
-        help="Where files of a folder are read and starts of a plan made: serial, threads, processes (or :N of them), "
+        help="Where files of a folder are read and starts of plans made: serial, threads, processes (or :N of them), "
         "ray://local, dask://local or a cluster's address. The result is the same.",
     ),
 ]

@@ -19,7 +19,9 @@ from poise.replay.verdict import COLUMNS, PhaseVerdict, Verdict
 from poise.replay.windows import PHASES
 from poise.report import write_verdict
 from poise.routing.batch import HOMES
+from poise.routing.trace import Phase
 from poise.util.errors import OptionError
+from poise.util.executors import executor_of
 
 
 def verdict(
@@ -72,6 +74,7 @@ def verdict(
     time_limit: Annotated[float, o.flag("time_limit", "Seconds for all plans together.")] = 60.0,
     work: o.Work = None,
     seed: o.Seed = 0,
+    executor: o.Executor = "serial",
     output: Annotated[
         Path | None,
         o.flag("output", "Write the map there, planned on the later window: the one whose figures stand on top."),
@@ -98,23 +101,26 @@ def verdict(
             if output is not None or html is not None or redundant is not None or split is not None:
                 raise OptionError("--recipe says what a recipe leaves, and writes no map and no page",
                                   hint="the verdict without --recipe does")  # fmt: skip
-            asked = RecipeQuestion(given, cluster, model, engine, current, o.one_of("phase", phase, PHASES), context,
-                                   o.one_of("homes", homes, HOMES), time_limit, work, seed,
-                                   {"prefill": prefill_tokens or tokens_per_step,
-                                    "decode": decode_tokens or tokens_per_step})  # fmt: skip
-            with o.progress() as report:
+            tokens: dict[Phase, int | None] = {
+                "prefill": prefill_tokens or tokens_per_step, "decode": decode_tokens or tokens_per_step,
+            }  # fmt: skip
+            with executor_of(executor) as workers, o.progress() as report:
+                asked = RecipeQuestion(given, cluster, model, engine, current, o.one_of("phase", phase, PHASES),
+                                       context, o.one_of("homes", homes, HOMES), time_limit, work, seed, tokens,
+                                       workers)  # fmt: skip
                 say_recipe(recipe, asked, report, json=json)
             return
         if not given or cluster is None or model is None:
             missing = [name for name, value in (("a recording", given), ("--cluster", cluster), ("--model", model))
                        if not value]  # fmt: skip
             raise OptionError(f"a verdict needs {' and '.join(missing)}", hint="or --recipe FILE")
-        with o.progress() as report:
+        with executor_of(executor) as workers, o.progress() as report:
             found = api.verdict(
                 *given, cluster=cluster, model=model, current=current, redundant=redundant,
                 phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step, prefill_tokens=prefill_tokens,
                 decode_tokens=decode_tokens, engine=engine, split=o.one_of("split", split, SPLITS), context=context,
                 homes=o.one_of("homes", homes, HOMES), time_limit_s=time_limit, work=work, seed=seed, progress=report,
+                executor=workers,
             )  # fmt: skip
         if output is not None:
             found.leading.placement.save(output)

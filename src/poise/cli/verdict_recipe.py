@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class RecipeQuestion:
     work: float | None
     seed: int
     tokens: Mapping[Phase, int | None]
+    executor: Executor | None = None
 
 
 def say_recipe(path: Path, asked: RecipeQuestion, report: Any, *, json: bool) -> None:
@@ -135,7 +137,7 @@ def _judged(
     current: Path | Placement | None = asked.current
     if current is None and settings.map_file:
         raise OptionError(f"the recipe loads the map {settings.map_file[:80]!r}", hint="--current says what is in it")
-    traffic = [api.load(name) for name in asked.windows]
+    traffic = [api.load(name, asked.executor) for name in asked.windows]
     if current is None and many and not settings.own:  # slot p holds expert p mod E, as SGLang starts
         ids = traffic[0].layer_ids
         assert ids is not None
@@ -147,6 +149,7 @@ def _judged(
             *traffic, cluster=spec, model=model, current=current, redundant=many if settings.own else None, phase=phase,
             tokens_per_step=asked.tokens[phase], engine=engine, context=asked.context, homes=asked.homes,
             time_limit_s=asked.time_limit_s, work=asked.work, seed=asked.seed, progress=report,
+            executor=asked.executor,
         )
         for phase in phases
     ]  # fmt: skip

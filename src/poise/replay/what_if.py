@@ -7,7 +7,9 @@ the maps stay as they are and are priced again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -63,7 +65,8 @@ class WhatIf:
 def what_if(
     found: Comparison, setting: TrialSetting, batch_of: Callable[[int], RoutingBatch], *,
     sizes: Sequence[int] = SIZES, presets: Sequence[str] = PRESETS, time_limit_s: float = 10.0,
-    work: float | None = None, progress: Callable[[str, float], None] | None = None,
+    work: float | None = None, executor: Executor | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> WhatIf:  # fmt: skip
     """Price the grid.
 
@@ -73,7 +76,7 @@ def what_if(
     setting : its machine, with constants open where they depend on the batch, its model, engine and split.
     batch_of : judged traffic in steps of so many tokens.
     sizes, presets : tokens of a step, and machines of the same shape, beside its own.
-    time_limit_s, work : for each plan.
+    time_limit_s, work, executor : for each plan.
 
     Raises
     ------
@@ -88,6 +91,7 @@ def what_if(
     experts, devices = found.model.num_experts, found.cluster.num_devices
     own, size = int(found.slots_D.sum()) - experts, round(found.batches[found.judged_on].mean_tokens())
     rules = parse_engine(found.engine)
+    begin = partial(Budget, time_limit_s, work=work, executor=executor)
     held = [many for many in {*(each * devices for each in SLOTS_A_RANK), own} if many <= experts * (devices - 1)]
     slots = sorted(many for many in held if many == own or _holds(many, experts, devices, setting))
     tokens = sorted({*sizes, size})
@@ -104,7 +108,7 @@ def what_if(
         for turn, entry in enumerate(entries):
             if progress:
                 progress(f"what if, {many} redundant slots, {entry.name}", (r + turn / len(entries)) / len(slots))
-            maps.append(entry.placement if many == own else _planned(entry, problem, Budget(time_limit_s, work=work)))
+            maps.append(entry.placement if many == own else _planned(entry, problem, begin()))
         for (n, batch), (m, machine) in product(enumerate(batches.values()), enumerate(machines.values())):
             price = pricing_at(batch, replace(setting, cluster=machine))
             price = price if fixed is None else replace(price, traffic=fixed)

@@ -10,7 +10,7 @@ and serving and training on ranks. The replays price what it decides, the ranks 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from poise.cost.weights import StepPrice, fetch_seconds
 from poise.routing.predict import WINDOW, mean_share
+from poise.stepwise.beside import BesidePlanner
 from poise.stepwise.protocol import Foreseen, LayerView, StepPlan, StepPolicy
 from poise.util.errors import PlacementError
 
@@ -31,7 +32,8 @@ class Outcome:
     view : what the policy saw.
     early_ED : bool [E, D], the holders before the gate.
     plan : holders and token split.
-    control_s : seconds of the exchange of counts, of planning and of synchronisation; 0 where nobody waits for counts.
+    control_s : seconds of the exchange of counts, of planning and of synchronisation, where somebody waits for counts,
+        and of being told what was planned beside the steps.
     started_ED, landed_ED : bool [E, D], background fetches that start with this step, and that serve from the next
         step on; None: none.
     """
@@ -86,6 +88,7 @@ class LayerDriver:
         self.held_ED, self.coming_ED = static_ED.copy(), np.zeros_like(static_ED)
         self._window, self._prior_E = window, np.ones(len(static_ED)) if prior_E is None else prior_E
         self._left_s = 0.0
+        self._planner = BesidePlanner(layer, len(static_ED))
 
     def predict(self, loads_HE: NDArray[np.float64], pairs: float) -> NDArray[np.float64]:
         """Predicted tokens of a step of so many pairs, float64 [E], from exact tokens of the steps before [H, E]."""
@@ -109,10 +112,17 @@ class LayerDriver:
         price : machine, model, window and control time of this step.
         foreseen : what a record tells of this step.
         """
-        return LayerView(
+        view = LayerView(
             self.static_ED, self.held_ED.copy(), predicted_E, loads_HE[-self.policy.recent :], self.coming_ED.copy(),
             self.step_slots, step, self.layer, price, foreseen,
         )  # fmt: skip
+        looks = None if price.training else self.policy.plans_beside(price, len(predicted_E), float(predicted_E.sum()))
+        if looks is None:
+            return view
+        planner = self._planner
+        planner.passes(step, looks, view.recent_HE, self.held_ED)
+        told_s = looks.told_s if planner.since == step else 0.0
+        return replace(view, seen_HE=planner.seen_HE, settled=planner.settled(self.held_ED), told_s=told_s)
 
     def choose(self, view: LayerView) -> NDArray[np.bool_]:
         """The holders that the policy wants before the gate, bool [E, D]. Any thread may call it."""
@@ -145,9 +155,9 @@ class LayerDriver:
         policy, price = self.policy, view.price
         plan = policy.after_gate(view, early_ED, load_SE)
         plan.check(view, load_SE, unbounded=policy.unbounded)
-        control_s = 0.0
+        control_s = view.told_s
         if policy.exact and not plan.passive:
-            control_s = price.control_s
+            control_s += price.control_s
             if price.training:
                 control_s += policy.training_plan_seconds(*view.static_ED.shape)
         if not keep or not (policy.keeps_in_training if price.training else policy.keeps):

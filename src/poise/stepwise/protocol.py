@@ -16,7 +16,7 @@ One layer of one step goes like this, on every rank alike (same inputs, same pla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,23 @@ class Foreseen:
     replayed: bool
 
 
+class Looks(NamedTuple):
+    """When a planner that runs beside the steps looks at a layer's loads.
+
+    Parameters
+    ----------
+    every : steps between two looks, once as many have run.
+    soonest : steps between two looks until then.
+    late : steps from a look to what it found being in force.
+    told_s : seconds that telling all ranks of it takes the step from which on it is.
+    """
+
+    every: int
+    soonest: int
+    late: int
+    told_s: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerView:
     """What is known of a layer when a step begins.
@@ -57,6 +74,10 @@ class LayerView:
     step, layer : numbers from 0.
     price : machine, model, window and control time.
     foreseen : loads that a record tells before the gate, or None; ``predicted_E`` is then their sum over sources.
+    seen_HE : float64 [H, E], the newest loads that were known when the look in force began, of a policy that plans
+        beside the steps (:meth:`StepPolicy.plans_beside`); H is 0 before its first. None: as ``recent_HE``.
+    settled : no holder has come or gone since that look began.
+    told_s : seconds that this step takes longer because a look has come into force.
     """
 
     static_ED: NDArray[np.bool_]
@@ -69,6 +90,9 @@ class LayerView:
     layer: int
     price: StepPrice
     foreseen: Foreseen | None = None
+    seen_HE: NDArray[np.float64] | None = None
+    settled: bool = True
+    told_s: float = 0.0
 
     @property
     def slots_D(self) -> NDArray[np.int64]:
@@ -185,6 +209,12 @@ class StepPolicy(Protocol):
 
     def in_background(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> Fetch | None:
         """What to start fetching in the background, if nothing is on its way; only asked of policies that keep."""
+        return None
+
+    def plans_beside(self, price: StepPrice, num_experts: int, tokens: float) -> Looks | None:
+        """When a policy looks that plans beside the steps in serving, steps of so many (token, expert) pairs. None: it
+        plans within the step, at no seconds of its own.
+        """
         return None
 
     def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:

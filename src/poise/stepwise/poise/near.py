@@ -3,8 +3,9 @@
 For several nodes, where a replica takes tens of windows to come and the counts of a step long to go round. In serving:
 
 Loads
-    Those of the last steps, looked at anew every ``refresh`` steps
-    (:func:`poise.stepwise.poise.outlook.expected_loads`).
+    Those of 24 steps (:func:`poise.stepwise.poise.outlook.expected_loads`), looked at anew every ``refresh`` steps, or
+    as often as planning beside the steps allows; what that finds is in force when it has been found
+    (:mod:`poise.stepwise.poise.host`). A look plans one batch: the next one waits for a look that has seen it come.
 Before the gate, and in the background
     Step 1  The first batch of the best way to better holders (:mod:`poise.stepwise.poise.ways`), at once where what it
             exposes pays sooner than the batch would come in the background; else in the background, however many
@@ -26,14 +27,15 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.weights import compiled_price
+from poise.cost.weights import StepPrice, compiled_price
 from poise.stepwise.methods.split import even_quota
+from poise.stepwise.poise.host import host_looks
 from poise.stepwise.poise.outlook import Sending, best_sending, site_of
 from poise.stepwise.poise.shares import deal_rows
 from poise.stepwise.poise.training import PoiseTraining
 from poise.stepwise.poise.ways import FirstBatch, first_batch
 from poise.stepwise.poise.work_split import exact_quota_by_work
-from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
+from poise.stepwise.protocol import Fetch, LayerView, Looks, StepPlan, StepPolicy
 
 SLACK = 0.05
 """The exact split may exceed the best maximum by this share to keep tokens at home."""
@@ -47,14 +49,14 @@ class PoiseNear(StepPolicy):
     ----------
     horizon : steps over which a way to other holders has to pay; exposed fetches do so before a multiple of it ends.
     margin : least predicted gain of a way, as a share of the time without it.
-    refresh : steps between two looks at the loads.
+    refresh : least steps between two looks at the loads.
     """
 
     name: ClassVar[str] = "poise-near"
     summary: ClassVar[str] = "replicas along priced ways, tokens by planned shares where counts need no exchange"
     keeps: ClassVar[bool] = True
     exact: ClassVar[bool] = True
-    recent: ClassVar[int] = 32
+    recent: ClassVar[int] = 24
     horizon: float = 200.0
     margin: float = 0.02
     refresh: int = 8
@@ -101,9 +103,13 @@ class PoiseNear(StepPolicy):
         """What runs in training."""
         return PoiseTraining(margin=0.03, extra=4)
 
+    def plans_beside(self, price: StepPrice, num_experts: int, tokens: float) -> Looks:
+        """As ranks plan their layers beside the steps (:mod:`poise.stepwise.poise.host`)."""
+        return host_looks(price, num_experts, _size(tokens), self.refresh)
+
     def _first_batch(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> FirstBatch | None:
         loads = self._loads(view)
-        if not len(loads):
+        if not len(loads) or not view.settled or (holders_ED != view.before_ED).any():
             return None
         return first_batch(site_of(view), holders_ED.tobytes(), loads.tobytes(), self.horizon, self.margin)
 
@@ -117,14 +123,17 @@ class PoiseNear(StepPolicy):
         return self.horizon - view.step % self.horizon
 
     def _loads(self, view: LayerView) -> NDArray[np.float64]:
-        """Loads known at the last look, float64 [H, E], in the size of this step; before the first look all of them.
+        """Loads known at the look in force, float64 [H, E], in the size of this step.
 
         Sizes in steps of a quarter octave, so that what was found for one step serves the next ones too.
         """
-        since = (view.step + view.layer) % self.refresh
-        known_HE = view.recent_HE if since >= view.step else view.recent_HE[: len(view.recent_HE) - since]
-        known_HE = known_HE[known_HE.sum(axis=1) > 0][-(self.recent - self.refresh) :]
+        known_HE = view.recent_HE if view.seen_HE is None else view.seen_HE
+        known_HE = known_HE[known_HE.sum(axis=1) > 0]
         if not len(known_HE):
             return known_HE
-        size = 2.0 ** (np.rint(4.0 * np.log2(max(float(view.predicted_E.sum()), 1.0))) / 4.0)
-        return np.asarray(known_HE * (size / known_HE.sum(axis=1).mean()))
+        return np.asarray(known_HE * (_size(float(view.predicted_E.sum())) / known_HE.sum(axis=1).mean()))
+
+
+def _size(pairs: float) -> float:
+    """Pairs of a step, to a quarter octave."""
+    return float(2.0 ** (np.rint(4.0 * np.log2(max(pairs, 1.0))) / 4.0))
