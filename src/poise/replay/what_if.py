@@ -30,6 +30,7 @@ from poise.routing.batching import Order, make_batch
 from poise.routing.sources import TrafficSource, load
 from poise.routing.trace import RoutingTrace
 from poise.util.errors import InfeasibleError, NoResultError, OptionError
+from poise.util.wish import Wish
 
 SIZES, PRESETS, SLOTS_A_RANK = (256, 1024, 4096, 16384), ("a100", "h100", "h200", "b200"), (0, 1, 2)
 SHOWN, STEPS = ("eplb", "poise"), 4
@@ -63,7 +64,7 @@ class WhatIf:
 def what_if(
     found: Comparison, setting: TrialSetting, batch_of: Callable[[int], RoutingBatch], *,
     sizes: Sequence[int] = SIZES, presets: Sequence[str] = PRESETS, time_limit_s: float = 10.0,
-    work: float | None = None, progress: Callable[[str, float], None] | None = None,
+    work: float | None = None, progress: Callable[[str, float], None] | None = None, wish: Wish | None = None,
 ) -> WhatIf:  # fmt: skip
     """Price the grid.
 
@@ -77,7 +78,7 @@ def what_if(
 
     Raises
     ------
-    OptionError : no map of it can be shown beside what runs now.
+    OptionError : no map of it can be shown beside what runs now. NoResultError : the ``wish`` that it be ended came.
     """
     entries = [found.entries[0], *(one for one in found.entries[1:] if one.name in SHOWN and one.fast is None)]
     if len(entries) < 2:
@@ -104,8 +105,11 @@ def what_if(
         for turn, entry in enumerate(entries):
             if progress:
                 progress(f"what if, {many} redundant slots, {entry.name}", (r + turn / len(entries)) / len(slots))
-            maps.append(entry.placement if many == own else _planned(entry, problem, Budget(time_limit_s, work=work)))
+            budget = Budget(time_limit_s, work=work, wish=wish)
+            maps.append(entry.placement if many == own else _planned(entry, problem, budget))
         for (n, batch), (m, machine) in product(enumerate(batches.values()), enumerate(machines.values())):
+            if wish is not None and wish.came:
+                raise NoResultError("what if: interrupted before the last setting")
             price = pricing_at(batch, replace(setting, cluster=machine))
             price = price if fixed is None else replace(price, traffic=fixed)
             bound[r, n, m] = bound_terms(batch, price.cluster, price.model, traffic=price.traffic, slots_D=slots_D,
