@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import pickle
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +16,19 @@ from typer.testing import CliRunner
 from poise import api
 from poise.cli.main import app
 from poise.engines.readers import read_dump
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
 from poise.planning.solve import solve as solving
 from poise.planning.solve.solve import METHODS
+from poise.routing.batching import make_batch
 from poise.routing.folder import counted, folder_profile, shard_profile, shards_of
 from poise.routing.synthetic import zipf_trace
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import CommunicationError, NoResultError, OptionError, PoiseError, TraceError
-from poise.util.executors import Serial, begun, checked_executor, cores, executor_of, in_order, taken
+from poise.util.executors import Serial, begun, checked_executor, cores, executor_of, hears, in_order, taken
 
 LOCAL = ["threads:2", "processes:2", "ray://local:2", "dask://local:2"]
 NEEDS = {"ray": "ray", "dask": "distributed"}
@@ -69,6 +75,48 @@ def test_results_come_in_order_and_the_first_error_as_it_was_raised(workers):
     assert (caught.value.message, caught.value.hint) == ("2 is refused", "give another")
     with pytest.raises(ZeroDivisionError):
         taken(begun(workers, divide, 0))
+
+
+def until_stopped(budget, started):
+    """A piece of a plan whose work has no end."""
+    Path(started).touch()
+    while budget.left() > 0:
+        time.sleep(0.01)
+    return budget.stopped
+
+
+@pytest.mark.parametrize("spec", ["processes:1", "threads:1"])
+def test_a_piece_elsewhere_hears_that_its_plan_is_to_end(tmp_path, spec):
+    with executor_of(spec) as executor:
+        assert hears(executor)
+        budget = Budget(1.0, work=1e9, executor=executor)
+        first = begun(executor, until_stopped, budget.part(0.5), str(tmp_path / "started"))
+        while not (tmp_path / "started").exists():
+            assert not first.done(), taken(first)
+            time.sleep(0.01)
+        budget.stop()
+        assert first.result(timeout=60).taken()
+        late = begun(executor, until_stopped, budget.part(0.5), str(tmp_path / "late"))
+        assert late.result(timeout=60).taken()
+
+
+class Never(Executor):
+    """Workers that cannot be told anything, and do not end."""
+
+    def submit(self, fn, /, *args, **more):
+        return Future()
+
+
+def test_a_start_on_workers_that_do_not_hear_is_made_here():
+    batch = make_batch(zipf_trace(num_tokens=200, num_layers=2, num_experts=8, top_k=2), tokens_per_step=50).at_home(4)
+    problem = PlacementProblem(batch, Cluster.parse("1x4"), ModelSpec.generic(8, 2, batch.layer_ids_L), np.full(4, 2))
+    executor = Never()
+    assert not hears(executor)
+    budget = Budget(1.0, work=1, executor=executor)
+    starts = solving._Starts(problem, budget, 0)
+    starts.begin(["contiguous"], {"contiguous": 0.0}, 1.0)
+    budget.stop()
+    problem.check(starts.take("contiguous"))
 
 
 def test_a_dead_worker_is_named():

@@ -71,6 +71,7 @@ from poise.routing.sources import TrafficSource
 from poise.routing.sources import load as load
 from poise.routing.trace import LoadProfile, Phase, RoutingTrace
 from poise.util.errors import NoResultError, OptionError
+from poise.util.wish import Wish
 from poise.util.words import close_to
 from poise.version import VERSION
 
@@ -427,6 +428,7 @@ def compare(
     warm_up: int | None = None,
     progress: Callable[[str, float], None] | None = None,
     executor: Executor | None = None,
+    wish: Wish | None = None,
 ) -> Comparison:
     """Judge placements on traffic, side by side.
 
@@ -448,6 +450,8 @@ def compare(
     time_limit_s, work : seconds or units of work for each method, as for :func:`plan`. A budget that was begun is for
         all together, judging included, and has its own executor.
     executor : as for :func:`plan`.
+    wish : that it be ended (:class:`poise.util.wish.Wish`): plans under way and to come are the best so far then, and
+        fast loops that are not judged to their end are left out.
 
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
     """
@@ -487,7 +491,7 @@ def compare(
             if isinstance(time_limit_s, Budget):
                 own = time_limit_s.part(1 - JUDGE)
             else:
-                own = Budget(time_limit_s, work=work, executor=executor)
+                own = Budget(time_limit_s, work=work, executor=executor, wish=wish)
             entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults)
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=close_to(str(item), METHODS))
@@ -503,7 +507,7 @@ def compare(
     said += [f"{name}: {part.sampled} are priced" for name, part in batches.items() if part.sampled]
     return compare_entries(
         batches, entries, pricing=problem.pricing, slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints,
-        defaults=defaults, engine=problem.engine,
+        defaults=defaults, engine=problem.engine, wish=wish,
     )  # fmt: skip
 
 

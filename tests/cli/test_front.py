@@ -113,6 +113,8 @@ MISSES = [
     (["convert", "loads.json", "-o", "o.npz", "--format", "sglan"], "did you mean sglang"),
     (["export", "plan.npz", "--to", "sglng", "-o", "o.json"], "did you mean sglang?"),
     (["machines", "h10"], "did you mean h100?"),
+    (["demo", "--trace", "evn"], "did you mean even?"),
+    (["demo", "--domain", "pyton"], "did you mean python?"),
 ]  # fmt: skip
 
 
@@ -182,6 +184,7 @@ def test_the_cache_is_where_hugging_face_says(tmp_path, monkeypatch):
     ["verdict", "trace.npz", "-c", "1x4", "-m", "mixtral-8x7b", "-o"],
     ["watch", "trace.npz", "-c", "1x4", "-o"],
     ["record", "model", "prompts.jsonl", "-o"],
+    ["demo", "-o"],
 ])  # fmt: skip
 def test_a_file_of_the_wrong_ending_is_refused_before_the_work(files, monkeypatch, words):
     monkeypatch.chdir(files)

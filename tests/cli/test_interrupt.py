@@ -11,9 +11,17 @@ from typer.testing import CliRunner
 from poise import api
 from poise.cli import ending
 from poise.cli.main import app
+from poise.machine.cluster import Cluster
+from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
+from poise.replay.serving import FastLoop, replay_steps
+from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
+from poise.stepwise.driver import LayerDriver
+from poise.stepwise.registry import parse_policy
+from poise.util.errors import NoResultError
+from poise.util.wish import Wish
 
 FOR_EVER = ["--work", "1e8"]
 """A month of search: nothing but the interrupt ends it."""
@@ -61,6 +69,55 @@ def test_the_best_plan_so_far_is_written(trace, tmp_path, monkeypatch, limit):
     assert "interrupted: writing the best plan so far; control-C again ends at once" in " ".join(got.stderr.split())
     assert plan.fitted.about["interrupted"] == "yes" and said["gap"] >= 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+GOES_ON = "interrupted: going on with the best plans so far; control-C again ends at once"
+
+
+def test_compare_goes_on_with_the_best_plans_so_far(trace, tmp_path, monkeypatch):
+    sender = interrupted(monkeypatch)
+    words = ["compare", trace, "-c", "2x2:h100", "-r", "4", "-n", "64", "-p", "contiguous", "-p", "poise", "-p", "lpt",
+             "--fast", "poise-near", "--warm-up", "1", "--html", tmp_path / "r.html", "--what-if", *FOR_EVER, "--json"]  # fmt: skip
+    got = CliRunner().invoke(app, [*map(str, words)])
+    sender.join()
+    assert got.exit_code == 0, got.output
+    said, told = json.loads(got.stdout), " ".join(got.stderr.split())
+    assert said["interrupted"] and GOES_ON in told and "the panel 'what if' is left out: interrupted" in told
+    assert {row["name"] for row in said["rows"]} == {"contiguous", "poise", "lpt", "bound"}, "lpt takes no time"
+    cut = [note for note in said["notes"] if "interrupted" in note]
+    assert len(cut) == 2 and cut[0].startswith("poise: interrupted: this is the best plan so far"), cut
+    assert cut[1].startswith("lpt + poise-near left out: interrupted before step 1 of"), cut
+    assert not [note for note in said["notes"] if "the clock cut" in note] and (tmp_path / "r.html").exists()
+
+
+def test_the_demo_shows_what_it_has(tmp_path, monkeypatch):
+    sender = interrupted(monkeypatch)
+    got = CliRunner().invoke(app, ["demo", "--html", str(tmp_path / "r.html"), *FOR_EVER])
+    sender.join()
+    said = " ".join(got.stdout.split())
+    assert got.exit_code == 0 and GOES_ON in " ".join(got.stderr.split()), got.output
+    assert "Interrupted: these are the best plans so far" in said and "poise, as vLLM will load it" in said
+    assert "fast loop needs" not in said, "it was not judged"
+    assert 'id="whatif"' not in (tmp_path / "r.html").read_text()
+
+
+def test_a_fast_loop_is_left_between_two_of_its_steps():
+    trace, wish = zipf_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2, tokens_per_request=8), Wish()
+    batch = make_batch(trace, tokens_per_step=64).at_home(4)
+    took = LayerDriver.choose
+
+    class Stopped:
+        def choose(self, view):
+            wish.end()
+            return took(self, view)
+
+    loop = FastLoop(parse_policy("expert-parallelism"), 0)
+    placement = api.plan(trace, "1x4", method="contiguous").placement
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerDriver, "choose", Stopped.choose)
+        with pytest.raises(NoResultError, match=f"interrupted before step 2 of {batch.num_steps}"):
+            replay_steps(batch, placement, loop, Cluster.parse("1x4"), ModelSpec.generic(8, 2, trace.layer_ids),
+                         traffic="home", warm_up=0, wish=wish)  # fmt: skip
 
 
 def test_a_verdict_that_was_cut_short_is_not_told(trace, tmp_path, monkeypatch):
@@ -118,3 +175,10 @@ def test_a_budget_that_is_stopped_is_over_with_all_its_parts():
     assert part.stopped and part.left() == whole.left() == 0.0 and part.over("b") and whole.cuts == {"b"}
     with part.part(0.1).stops(late := [0]):
         assert late == [1]
+
+
+def test_budgets_of_one_wish_end_together():
+    wish = Wish()
+    one, other = Budget(1.0, wish=wish), Budget(1.0, work=5, wish=wish)
+    wish.end()
+    assert one.stopped and other.stopped and other.left() == 0.0 and not Budget(1.0).stopped

@@ -51,6 +51,23 @@ def test_every_figure_by_hand():
     assert got.steps == 3 and bound.seconds <= after.seconds
 
 
+def test_what_is_not_worth_it_is_said():
+    found, got = summary()
+    assert not got.not_worth_words()
+    part = got.judged_on
+    assert part == found.judged_on
+    row = next(one for one in got.parts[part] if one.name == got.name)
+
+    def saving(mean, low, high):
+        rows = tuple(replace(one, saved=(mean, low, high)) if one is row else one for one in got.parts[part])
+        return replace(got, parts={**got.parts, part: rows}).not_worth_words()
+
+    assert saving(0.004, 0.002, 0.006).startswith("Not worth it here: poise saves 0.4%, 0.2% to 0.6% over 3 steps")
+    assert "Not worth it" in saving(0.2, -0.01, 0.4) and not saving(0.01, 0.001, 0.02)
+    unsure = replace(got, within=got.within._replace(least_share=0.0))
+    assert unsure.not_worth_words().endswith(", and 0.0% at the least while every constant is off by its error.")
+
+
 def test_other_batches_are_judged_by_themselves():
     _, got = summary(sizes=(10, 100, 1000))
     assert [size for size, _ in got.by_tokens] == [10, 100, 1000]

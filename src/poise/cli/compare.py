@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.ending import best_so_far
 from poise.cli.pricing import StepOptions
 from poise.machine.cluster import Cluster
 from poise.planning.engine_rules import parse_engine
@@ -20,8 +22,9 @@ from poise.replay.trial import TrialSetting
 from poise.replay.what_if import WhatIf, judged_batches
 from poise.replay.what_if import what_if as price_grid
 from poise.report import write_report
-from poise.util.errors import OptionError
+from poise.util.errors import NoResultError, OptionError
 from poise.util.executors import executor_of
+from poise.util.wish import Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +85,44 @@ def compare(
             if not (name and equals and path):
                 raise OptionError(f"--judge takes NAME=FILE, got {item!r}")
             others[name] = path
-        with executor_of(executor) as workers, o.progress() as report:
+        with executor_of(executor) as workers, o.progress() as report, best_so_far(o.talk.print) as wish:
             result = api.compare(
                 list(traces), cluster, fit=list(fit) if fit else None, others=dict(others),
                 placements=tuple(placement or api.DEFAULT_ROWS), redundant=redundant, time_limit_s=time_limit,
-                work=work, seed=seed, progress=report, executor=workers, **priced.checked(),
+                work=work, seed=seed, progress=report, executor=workers, wish=wish, **priced.checked(),
                 **{**asdict(loops), "fast": tuple(loops.fast or ())},
             )  # fmt: skip
             grid = None
             if what_if:
                 grid = _grid(result, list(traces), cluster, fit=bool(fit), priced=priced, seed=seed,
-                             time_limit_s=time_limit, work=work, executor=workers, progress=report)  # fmt: skip
+                             time_limit_s=time_limit, work=work, executor=workers, progress=report, wish=wish)  # fmt: skip
         show(result, html, json, grid)
 
 
 def _grid(
-    found: Comparison, traces: list[str], cluster: str, *, fit: bool, priced: StepOptions, seed: int, **more: Any
-) -> WhatIf:  # fmt: skip
+    found: Comparison, traces: list[str], cluster: str, *, fit: bool, priced: StepOptions, seed: int, wish: Wish,
+    **more: Any,
+) -> WhatIf | None:  # fmt: skip
+    """The panel; None where control-C came before it was priced."""
     setting = TrialSetting(Cluster.parse(cluster), found.model, parse_engine(found.engine), split=found.split)
     options = priced.checked()
     batch_of = judged_batches(
         found, traces, fit=fit, named=options["model"] is not None, order=options["order"], homes=options["homes"],
         seed=seed,
     )  # fmt: skip
-    return price_grid(found, setting, batch_of, **more)
+    return unless_stopped(lambda: price_grid(found, setting, batch_of, wish=wish, **more), wish)
+
+
+def unless_stopped(make: Callable[[], WhatIf], wish: Wish) -> WhatIf | None:
+    """What is made; None, and a word, where somebody wished that it be ended."""
+    try:
+        if not wish.came:
+            return make()
+    except NoResultError:
+        if not wish.came:
+            raise
+    o.talk.print("the panel 'what if' is left out: interrupted")
+    return None
 
 
 def show(result: Comparison, html: Path | None, json: bool, grid: WhatIf | None = None) -> None:

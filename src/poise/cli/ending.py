@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from poise.util.wish import Wish
+
 ENDING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # the last is not everywhere
@@ -95,6 +97,19 @@ def first_interrupt(ask: Callable[[], None]) -> Iterator[None]:
         theirs.close()
         listener.join()
         ours.close()
+
+
+@contextmanager
+def best_so_far(say: Callable[[str], None]) -> Iterator[Wish]:
+    """Meanwhile the first control-C is a wish that work end with what it has, and is said; the second ends it."""
+    wish = Wish()
+
+    def ask() -> None:
+        wish.end()
+        say("interrupted: going on with the best plans so far; control-C again ends at once")
+
+    with first_interrupt(ask):
+        yield wish
 
 
 class WatchEnding:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from poise.util.compilation import COMPILATION
 from poise.util.errors import OptionError
-from poise.util.executors import Serial
+from poise.util.executors import Serial, tell_to_end
+from poise.util.wish import OF_PROCESS, Wish
 
 UPDATES_PER_SECOND = 30e6
 """Elementary updates in a nominal second."""
@@ -40,31 +41,6 @@ def _now() -> float:
     return time.monotonic() - COMPILATION.spent()
 
 
-class Wish:
-    """That a plan under way be ended, shared by a budget and its parts; flags of compiled code learn of it."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self._flags: list[NDArray[Any]] = []
-
-    def end(self) -> None:
-        """It came."""
-        self.came = True
-        for flag in list(self._flags):
-            flag[0] = 1
-
-    @contextmanager
-    def told(self, flag: NDArray[Any]) -> Iterator[None]:
-        """Meanwhile ``flag[0]`` turns 1 with it."""
-        self._flags.append(flag)
-        if self.came:
-            flag[0] = 1
-        try:
-            yield
-        finally:
-            self._flags = [one for one in self._flags if one is not flag]
-
-
 class Budget:
     """Nominal seconds, and a clock that ends them or none.
 
@@ -74,13 +50,14 @@ class Budget:
     work : units of work instead; no clock ends anything then.
     now : seconds of a clock, for tests.
     executor : where pieces of a plan that do not depend on each other run; None: here, one after the other.
+    wish : that ends it too, as :meth:`stop` does, shared with other budgets; None: one of its own.
 
     Attributes
     ----------
     work : as given, of the whole.
     cuts : stages that the clock cut short, shared with all parts.
 
-    In another process a budget has what was left of the clock, cuts of its own and no executor.
+    In another process a budget has what was left of the clock, cuts of its own, no executor, and that process's wish.
 
     Raises
     ------
@@ -89,7 +66,7 @@ class Budget:
 
     def __init__(
         self, seconds: float, *, work: float | None = None, now: Callable[[], float] = _now,
-        executor: Executor | None = None,
+        executor: Executor | None = None, wish: Wish | None = None,
     ) -> None:  # fmt: skip
         for what, value in (("the time limit", seconds), ("work", work)):
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -97,7 +74,7 @@ class Budget:
         self.seconds = seconds if work is None else work * UNIT / UPDATES_PER_SECOND
         self.work, self.cuts, self.executor = work, set[str](), executor
         self._clock = None if work is not None else now
-        self._held, self._wish = [0.0], Wish()
+        self._held, self._wish = [0.0], Wish() if wish is None else wish
         self._began = self._now()
         self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + self.seconds if self._clock else math.inf
@@ -113,7 +90,7 @@ class Budget:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.seconds, self.work, self.cuts, self.executor = state["seconds"], state["work"], set(), None
         self._clock = None if math.isinf(state["left"]) else _now
-        self._held, self._wish = [0.0], Wish()
+        self._held, self._wish = [0.0], OF_PROCESS
         self._began = self._now()
         self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + state["left"]
@@ -133,8 +110,14 @@ class Budget:
         return self.executor is not None and not isinstance(self.executor, Serial)
 
     def stop(self) -> None:
-        """End it and all its parts as if the clock ran out, clock or none; from any thread."""
+        """End it and all its parts as if the clock ran out, clock or none; from any thread.
+
+        Pieces of it on an executor of other processes end too where those can be told
+        (:func:`poise.util.executors.hears`).
+        """
         self._wish.end()
+        if self.executor is not None:
+            tell_to_end(self.executor)
 
     @property
     def stopped(self) -> bool:

@@ -28,6 +28,7 @@ from poise.routing.fingerprint import FITTED, Fingerprint
 from poise.stepwise.checked import failed
 from poise.util.errors import NoResultError, OptionError, PluginError, PoiseError
 from poise.util.notebook import lines_html, table_html
+from poise.util.wish import Wish
 from poise.util.words import percent
 
 IN_SAMPLE = "in-sample"
@@ -85,6 +86,7 @@ class Comparison:
     fitted_share : (entry name, part) -> share of the part's traffic that the entry was fitted on, where it is known.
     defaults : what was not said and decides the seconds, one sentence each; with any, no gain in time is claimed.
     engine : what every placement is held to (:mod:`poise.planning.engine_rules`).
+    interrupted : plans are the best so far, and fast loops that were not judged to their end are left out.
     """
 
     entries: tuple[Entry, ...]
@@ -98,6 +100,7 @@ class Comparison:
     fitted_share: Mapping[tuple[str, str], float] = field(default_factory=dict)
     defaults: tuple[str, ...] = ()
     engine: str = ANY.name
+    interrupted: bool = False
 
     @property
     def cluster(self) -> Cluster:
@@ -290,6 +293,7 @@ class Comparison:
             "defaults": list(self.defaults),
             "slots": self.slots_D.tolist(),
             "notes": list(self.notes),
+            "interrupted": self.interrupted,
         }
 
     def _repr_html_(self) -> str:
@@ -379,6 +383,7 @@ def compare(
     prints: Mapping[str, Fingerprint] | None = None,
     defaults: Sequence[str] = (),
     engine: EngineRules = ANY,
+    wish: Wish | None = None,
 ) -> Comparison:
     """Replay every entry on every part of the traffic; one whose policy is another package's and fails is a note.
 
@@ -391,6 +396,7 @@ def compare(
     warm_up : steps that run but are not judged; default 5 where an entry has a fast loop, else none.
     prints : part -> fingerprint of its traffic, to tell which entries were fitted on it.
     defaults, engine : as in :class:`Comparison`; placements are taken as they are.
+    wish : that it be ended: fast loops, which take most of the time, are left out then.
 
     Raises
     ------
@@ -408,7 +414,7 @@ def compare(
         slots_D + max((loop.step_slots for loop in loops), default=0), next(iter(batches.values())).num_experts
     )
     replays, bounds, judged = {}, {}, {}
-    broken: dict[str, PluginError] = {}
+    broken: dict[str, PoiseError] = {}
     blind = pricing.split != "near" and all(entry.fast is None for entry in entries)
     for part, batch in batches.items():
         if skip >= batch.num_steps:
@@ -426,10 +432,11 @@ def compare(
                     loop = replace(entry.fast, engine_split="near" if pricing.split == "near" else "even")
                     replays[entry.name, part] = replay_steps(
                         batch, entry.placement, loop, cluster, model, traffic=traffic, warm_up=skip,
-                        prior_LE=entry.prior_LE,
+                        prior_LE=entry.prior_LE, wish=wish,
                     )  # fmt: skip
                 except Exception as error:
-                    problem = failed(entry.fast.policy, error)
+                    stopped = isinstance(error, NoResultError) and wish is not None and wish.came
+                    problem = error if stopped else failed(entry.fast.policy, error)
                     if problem is None:
                         raise
                     broken[entry.name] = problem
@@ -463,5 +470,5 @@ def compare(
     ]
     return Comparison(
         tuple(entries), judged, replays, bounds, pricing, slots_D, (*notes, *said), skip, shares, tuple(defaults),
-        engine.name,
+        engine.name, wish is not None and wish.came,
     )  # fmt: skip

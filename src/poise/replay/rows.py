@@ -120,6 +120,8 @@ def planned_rows(
     except (InfeasibleError, NoResultError, PluginError) as error:
         said.append(left_out(method, error))
         return []
+    if budget.stopped:
+        found, fewer = _told(found), None if fewer is None else _told(fewer)
     seen = fitted if METHODS[method].fitted else NO_TRAFFIC
     out = [Entry(method, found.placement, pooled, found.seconds, fitted=seen)]
     if fewer is not None:
@@ -131,6 +133,12 @@ def planned_rows(
     if moved := found.details.get("groups", {}).get("gathered", 0):
         said.append(f"{method} is gathered: {moved} of its slots gave way so that routing groups lie whole")
     return out
+
+
+def _told(plan: Solution) -> Solution:
+    """A plan that knows that somebody cut it, and not the clock."""
+    cut = "cut_by_clock" in plan.details
+    return replace(plan, details={**plan.details, "interrupted": True}) if cut else plan
 
 
 def plan_and_fewer(

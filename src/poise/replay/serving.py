@@ -24,7 +24,8 @@ from poise.routing.batch import RoutingBatch
 from poise.routing.predict import Predictor, SlidingMean
 from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
-from poise.util.errors import OptionError
+from poise.util.errors import NoResultError, OptionError
+from poise.util.wish import Wish
 
 WARM_UP = 5
 """Steps that fill predictors and kept replicas before judging starts."""
@@ -66,6 +67,7 @@ def replay_steps(
     traffic: DataFlow,
     warm_up: int = WARM_UP,
     prior_LE: NDArray[np.float64] | None = None,
+    wish: Wish | None = None,
 ) -> Replay:
     """Run a fast loop over a batch; the first ``warm_up`` steps run but are not judged.
 
@@ -76,6 +78,7 @@ def replay_steps(
     Raises
     ------
     OptionError : shapes that disagree, or too few steps. PlacementError : a plan breaks an invariant.
+    NoResultError : the ``wish`` that it be ended came before the last step.
     """
     count_LED = placement.count_LED()
     check_inputs(batch, count_LED, cluster, traffic)
@@ -85,6 +88,8 @@ def replay_steps(
     run = _ServingRun(batch, count_LED, loop, price, traffic)
     predicted = loop.predictor.predict_BLE(batch, prior_LE)
     for step in range(batch.num_steps):
+        if wish is not None and wish.came:
+            raise NoResultError(f"interrupted before step {step + 1} of {batch.num_steps}")
         run.step(step, predicted[step])
     judged = batch.steps_from(warm_up)
     slots_D = np.minimum((count_LED > 0).sum(axis=1).max(axis=0) + loop.step_slots, batch.num_experts)

@@ -51,6 +51,7 @@ class Summary:
     within : what it saves within the errors of the constants; None: not known.
     by_tokens : (tokens of a step, share of the MoE time that it saves there), ascending.
     ground : what the times rest on.
+    judged_on : the part that says whether the map is worth it.
     """
 
     parts: Mapping[str, tuple[SummaryRow, ...]]
@@ -61,6 +62,23 @@ class Summary:
     within: GainRange | None
     by_tokens: tuple[tuple[int, float], ...]
     ground: str
+    judged_on: str
+
+    def not_worth_words(self) -> str:
+        """That the map is not worth it, by the rule of :meth:`poise.replay.compare.Comparison.verdict`, in a sentence;
+        ``""`` where it is.
+        """
+        row = next(one for one in self.parts[self.judged_on] if one.name == self.name)
+        assert row.saved is not None
+        mean, low, high = row.saved
+        least = None if self.within is None else self.within.least_share
+        if mean >= NOT_WORTH and low > 0 and (least is None or least > 0):
+            return ""
+        sure = "" if least is None else f", and {percent(least)} at the least while every constant is off by its error"
+        return (
+            f"Not worth it here: {self.name} saves {percent(mean)}, {percent(low)} to {percent(high)} over "
+            f"{self.steps} steps{sure}."
+        )
 
     def price_words(self) -> str:
         """What it costs, in a sentence."""
@@ -142,5 +160,5 @@ def summarise(
     by_tokens = tuple((size, saved_at(batch_of(size), base.placement, best.placement, setting)) for size in sizes)
     return Summary(
         parts, len(found.bounds_B[on]), name, price, math.ceil(price.seconds / earns) if earns > 0 else None,
-        found.within_errors(name, base.name), by_tokens, ground(found.cluster),
+        found.within_errors(name, base.name), by_tokens, ground(found.cluster), on,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from poise.routing.batching import Order, make_batch
 from poise.routing.sources import TrafficSource, load
 from poise.routing.trace import RoutingTrace
 from poise.util.errors import InfeasibleError, NoResultError, OptionError
+from poise.util.wish import Wish
 
 SIZES, PRESETS, SLOTS_A_RANK = (256, 1024, 4096, 16384), ("a100", "h100", "h200", "b200"), (0, 1, 2)
 SHOWN, STEPS = ("eplb", "poise"), 4
@@ -66,7 +67,7 @@ def what_if(
     found: Comparison, setting: TrialSetting, batch_of: Callable[[int], RoutingBatch], *,
     sizes: Sequence[int] = SIZES, presets: Sequence[str] = PRESETS, time_limit_s: float = 10.0,
     work: float | None = None, executor: Executor | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Callable[[str, float], None] | None = None, wish: Wish | None = None,
 ) -> WhatIf:  # fmt: skip
     """Price the grid.
 
@@ -80,7 +81,7 @@ def what_if(
 
     Raises
     ------
-    OptionError : no map of it can be shown beside what runs now.
+    OptionError : no map of it can be shown beside what runs now. NoResultError : the ``wish`` that it be ended came.
     """
     entries = [found.entries[0], *(one for one in found.entries[1:] if one.name in SHOWN and one.fast is None)]
     if len(entries) < 2:
@@ -91,7 +92,7 @@ def what_if(
     experts, devices = found.model.num_experts, found.cluster.num_devices
     own, size = int(found.slots_D.sum()) - experts, round(found.batches[found.judged_on].mean_tokens())
     rules = parse_engine(found.engine)
-    begin = partial(Budget, time_limit_s, work=work, executor=executor)
+    begin = partial(Budget, time_limit_s, work=work, executor=executor, wish=wish)
     held = [many for many in {*(each * devices for each in SLOTS_A_RANK), own} if many <= experts * (devices - 1)]
     slots = sorted(many for many in held if many == own or _holds(many, experts, devices, setting))
     tokens = sorted({*sizes, size})
@@ -110,6 +111,8 @@ def what_if(
                 progress(f"what if, {many} redundant slots, {entry.name}", (r + turn / len(entries)) / len(slots))
             maps.append(entry.placement if many == own else _planned(entry, problem, begin()))
         for (n, batch), (m, machine) in product(enumerate(batches.values()), enumerate(machines.values())):
+            if wish is not None and wish.came:
+                raise NoResultError("what if: interrupted before the last setting")
             price = pricing_at(batch, replace(setting, cluster=machine))
             price = price if fixed is None else replace(price, traffic=fixed)
             bound[r, n, m] = bound_terms(batch, price.cluster, price.model, traffic=price.traffic, slots_D=slots_D,

@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from poise.util.errors import CommunicationError, NoResultError, OptionError, told
+from poise.util.wish import OF_PROCESS
 from poise.util.words import close_to
 
 T = TypeVar("T")
@@ -92,11 +95,37 @@ def _processes(workers: int) -> Executor:
     from concurrent.futures import ProcessPoolExecutor
 
     # A fork of a process with threads may hang: workers begin anew.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_deaf)
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    made = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(theirs,))
+    _TELL[made] = ours.close  # an end of a pipe that is gone is seen at every copy of the other
+    return made
 
 
-def _deaf() -> None:
+_TELL: WeakKeyDictionary[Executor, Callable[[], None]] = WeakKeyDictionary()
+"""Executors whose workers can be told to end what they do, and how."""
+
+
+def _begin(theirs: Any) -> None:
+    """A worker: deaf to the terminal, but not to the process that it works for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_hear, args=(theirs,), name="poise-wish", daemon=True).start()
+
+
+def _hear(theirs: Any) -> None:
+    theirs.poll(None)
+    OF_PROCESS.end()
+
+
+def hears(executor: Executor) -> bool:
+    """Whether its pieces can be told to end: those of this process's own, here or in other processes."""
+    return isinstance(executor, Serial | ThreadPoolExecutor) or executor in _TELL
+
+
+def tell_to_end(executor: Executor) -> None:
+    """Tell all pieces of an executor of other processes to end, those to come too; nothing where none can hear it."""
+    if executor in _TELL:
+        _TELL[executor]()
 
 
 def checked_executor(spec: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,12 +38,14 @@ from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
 from poise.planning.solve.joint import ClosedBounds, has_joint_bound, joint_bound
 from poise.planning.solve.pays import where_it_pays
 from poise.util.errors import NoResultError
-from poise.util.executors import Given, Serial, begun, taken
+from poise.util.executors import Given, Serial, begun, hears, taken
 from poise.util.registry import Registry
 
 RISK_ROUNDS = 3
 STARTS_SHARE, SEARCH_SHARE, SLACK, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.32, 0.95, 0.1
 """Shares of a budget: at most for starts; search; what may be used before it is shortened; its end; the last price."""
+LISTEN_S = 0.1
+"""How often one that waits for a start elsewhere asks whether the plan is to end."""
 AFFINITY_SIZE = 4096
 """Layers * experts * devices up to which plans for ``stay`` traffic are starts under any other too."""
 
@@ -139,7 +141,12 @@ class _Starts:
 
     def take(self, name: str) -> Placement | None:
         """The placement of a start, or None where its method found none."""
-        placement, cuts = taken(self._futures.pop(name))
+        future = self._futures.pop(name)
+        while not wait((future,), timeout=LISTEN_S).done:
+            if self._early.stopped and not hears(self._executor):
+                future.cancel()  # made here it ends at once
+                future = begun(Serial(), _start, self._problem, name, self._early.part(0.5, until=1.0), self._seed)
+        placement, cuts = taken(future)
         self._early.cuts.update(cuts)
         found: Placement | None = placement
         return found
