@@ -95,7 +95,8 @@ def compare(
             grid = None
             if what_if:
                 grid = _grid(result, list(traces), cluster, fit=bool(fit), priced=priced, seed=seed,
-                             time_limit_s=time_limit, work=work, executor=workers, progress=report, wish=wish)  # fmt: skip
+                             time_limit_s=time_limit, work=work, executor=workers, progress=report,
+                             wish=wish)  # fmt: skip
         show(result, html, json, grid)
 
 
