@@ -142,17 +142,18 @@ def pulled() -> None:
                     layer.prepare(
                         torch.from_numpy(np.random.default_rng([seed, step]).integers(0, 50, EXPERTS).astype(np.int32))
                     )
+                    layer.leave.zero_()
                     outs.append(layer(x, ids, router))
                     for weight in layer.weights.owned.values():
                         weight.grad = None
                     loss_of(outs[-1]).backward()
                     torch.optim.SGD(layer.weights.owned.values(), lr=0.1).step()
                 one, other = (layer.weights for layer, _, _ in both)
+                filled = both[0][0].expert_DS[dist.get_rank()] >= 0
                 assert torch.equal(*outs) and int((both[0][0].expert_DS >= 0).sum()) > EXPERTS
                 for name, bank in one.bank.items():
-                    assert torch.equal(bank, other.bank[name]) and torch.equal(
-                        one.owned[name].grad, other.owned[name].grad
-                    ), name
+                    assert torch.equal(bank[filled], other.bank[name][filled]), name
+                    assert torch.equal(one.owned[name].grad, other.owned[name].grad), name
 
 
 def close(got, want, what: str) -> None:
@@ -190,6 +191,7 @@ def parity(name: str, step_slots: int, skew: float, capacity: RowCapacity | None
             x, ids, router = batches[rank]
             if step:
                 layer.prepare()
+                layer.leave.zero_()  # the price of so small a layer would leave it alone
                 replicas += int((layer.expert_DS.numpy() >= 0).sum() - (slots.expert_DS >= 0).sum())
             ends = (
                 [each.clone().requires_grad_() for each in (x, router)],
@@ -226,6 +228,7 @@ def present_path(name: str, skew: float) -> None:
     layer, whole, slots = made(name, 3, 2, mirrored=False)
     x, ids, router = tokens(3, 0, rank, skew)
     layer.prepare(torch.from_numpy(np.random.default_rng(1).integers(0, 50, EXPERTS).astype(np.int32)))
+    layer.leave.zero_()
     y = layer(x.clone().requires_grad_(), ids, router)
     load_SE = all_counts(torch.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS), EXPERTS + 1, dist.group.WORLD)[:, :-1]
     quota_ED = layer.kernels.split(torch.from_numpy(load_SE.astype(np.int32)), layer.expert_DS, layer.leave).numpy()

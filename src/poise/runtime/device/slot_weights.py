@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from poise.runtime.collectives import exchange_equal, twin
+from poise.runtime.device.needs_triton import HINT, PULL, WHY_NONE
 from poise.runtime.experts import Bank
 from poise.stepwise.kernels import STEP, LayerSlots
 from poise.util.errors import ModelError, OptionError
@@ -46,12 +46,14 @@ class SlotWeights:
     Raises
     ------
     ModelError : not as many rows as this rank has static slots.
-    OptionError : devices with different numbers of step slots.
+    OptionError : devices with different numbers of step slots; ``share`` without Triton.
     """
 
     def __init__(
         self, table: LayerSlots, weights: Mapping[str, Tensor], group: Any, share: ShareMemory | None = None
     ) -> None:
+        if share is not None and PULL is None:
+            raise OptionError(WHY_NONE, hint=HINT)
         rank, (devices, width) = dist.get_rank(group), table.expert_DS.shape
         step_D = (table.turn_DS == STEP).sum(axis=1)
         if (step_D != step_D[0]).any():
@@ -107,7 +109,7 @@ class SlotWeights:
                     self._owner_E.new_zeros(self.devices), self._group
                 )  # all ranks' weights are as they shall be
                 for name, weight in self.bank.items():
-                    import_module("poise.runtime.device.pull").pull(
+                    PULL.pull(
                         weight, self._address[name], expert_DS, self._owner_E, self._place_E, self._step_DM[self.rank],
                         self.rank,
                     )  # fmt: skip
