@@ -13,7 +13,6 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.cases import read_options, run_cases
-from tests.ranks import everywhere, folder
 from tests.runtime.device.mirror import MirrorKernels
 from tests.runtime.device.traced import GraphRules
 
@@ -91,7 +90,6 @@ def made(
     doubled: bool = False,
     trained: bool = True,
     mirrored: bool = True,
-    share=None,
     **options,
 ):
     """A layer, its dense module, its slots."""
@@ -101,7 +99,6 @@ def made(
         slots,
         {key: weight.detach()[mine].requires_grad_(trained) for key, weight in whole.named_parameters()},
         dist.group.WORLD,
-        share,
     )
     world = dist.get_world_size()
     price = step_price(200.0, EXPERTS, Cluster.uniform(world // 2, 2), ModelSpec.generic(EXPERTS, TOP_K, np.arange(1)))
@@ -109,51 +106,6 @@ def made(
     kernels = MirrorKernels(slots, price) if mirrored else kernels_for(torch.zeros(1), slots, price, pairs)
     options = {"tokens": TOKENS, "top_k": TOP_K, "group": dist.group.WORLD} | options
     return DeviceLayer(recognise(whole), kernels, slots, weights, **options), whole, slots
-
-
-def mapped(folder):
-    """Memory in files that every rank maps: each addresses all of it in its own way, as GPUs do each other's."""
-    kept, world, rank = [], dist.get_world_size(), dist.get_rank()
-
-    def share(shape, like):
-        number = len(kept)
-        files = [str(folder / f"{number}-{other}") for other in range(world)]
-        room = max(everywhere(shape.numel()))
-        mine = torch.from_file(files[rank], shared=True, size=room, dtype=like.dtype)
-        dist.barrier()
-        theirs = [torch.from_file(file, shared=True, size=room, dtype=like.dtype) for file in files]
-        theirs[rank] = mine
-        kept.append(theirs)
-        return mine[: shape.numel()].view(shape), torch.tensor([each.data_ptr() for each in theirs])
-
-    return share
-
-
-def pulled() -> None:
-    """Replicas read from their owners' memory are those that the exchange brings, and train as they do."""
-    with folder() as place:
-        for seed in range(2):
-            (place / str(seed)).mkdir(exist_ok=True)
-            both = [made("biased", seed, 2, share=share) for share in (None, mapped(place / str(seed)))]
-            for step in range(2):
-                x, ids, router = tokens(seed, step, dist.get_rank(), 2.0)
-                outs = []
-                for layer, _, _ in both:
-                    layer.prepare(
-                        torch.from_numpy(np.random.default_rng([seed, step]).integers(0, 50, EXPERTS).astype(np.int32))
-                    )
-                    layer.leave.zero_()
-                    outs.append(layer(x, ids, router))
-                    for weight in layer.weights.owned.values():
-                        weight.grad = None
-                    loss_of(outs[-1]).backward()
-                    torch.optim.SGD(layer.weights.owned.values(), lr=0.1).step()
-                one, other = (layer.weights for layer, _, _ in both)
-                filled = both[0][0].expert_DS[dist.get_rank()] >= 0
-                assert torch.equal(*outs) and int((both[0][0].expert_DS >= 0).sum()) > EXPERTS
-                for name, bank in one.bank.items():
-                    assert torch.equal(bank[filled], other.bank[name][filled]), name
-                    assert torch.equal(one.owned[name].grad, other.owned[name].grad), name
 
 
 def close(got, want, what: str) -> None:
@@ -398,8 +350,5 @@ CASES = {
     "traced": traced,
 }  # fmt: skip
 
-INTERPRETED = {"replicas read from their owners' memory": pulled}
-"""With TRITON_INTERPRET=1."""
-
 if __name__ == "__main__":
-    run_cases({**CASES, **INTERPRETED}, read_options())
+    run_cases(CASES, read_options())

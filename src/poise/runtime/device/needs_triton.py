@@ -7,14 +7,12 @@ from typing import Any
 
 PLANNER: Any
 GEMM: Any
-PULL: Any
 """Modules of these names; None: they cannot be loaded, and :data:`WHY_NONE` says why."""
 try:
     PLANNER = import_module("poise.runtime.device.planner")
     GEMM = import_module("poise.runtime.device.gemm")
-    PULL = import_module("poise.runtime.device.pull")
     WHY_NONE = ""
 except ImportError as error:
-    PLANNER = GEMM = PULL = None
+    PLANNER = GEMM = None
     WHY_NONE = f"no Triton: {error}"
 HINT = "pip install 'poise-moe[device]'"
