@@ -68,9 +68,10 @@ def one_rank(where: str) -> Iterator[Any]:
 
 def made(size: Size, where: str, group: Any) -> tuple[DeviceLayer, GatedExperts]:
     """A layer with all of its experts on this device, and the dense module of the same weights."""
-    dense = GatedExperts(size.experts, size.hidden, size.inner).to(size.dtype)
+    with torch.device(where):
+        dense = GatedExperts(size.experts, size.hidden, size.inner).to(size.dtype)
     table = LayerSlots.of(np.ones((size.experts, 1), bool), 0, np.zeros(1, np.int32))
-    weights = {name: weight.detach().to(where).requires_grad_() for name, weight in dense.named_parameters()}
+    weights = {name: weight.detach().requires_grad_() for name, weight in dense.named_parameters()}
     price = step_price(float(size.tokens), size.experts, Cluster.parse("1x1:h200+datasheet"), spec(size))
     kernels = DeviceKernels(table, price, size.tokens * size.top_k, where)
     product = slot_product if where == "cuda" else partial(slot_product, code=triton_code())  # the interpreter
@@ -122,7 +123,7 @@ def hostless(rng: np.random.Generator, where: str, rows: list[dict[str, Any]], t
         x = given[0].clone().requires_grad_()
         y = layer(x, *given[1:])
         y.square().sum().backward()
-        mine = given[0].cpu().clone().requires_grad_()
+        mine, dense = given[0].cpu().clone().requires_grad_(), dense.cpu()
         want = dense(mine, given[1].cpu(), given[2].cpu())
         want.square().sum().backward()
         layer.check()
@@ -141,7 +142,7 @@ def hostless(rng: np.random.Generator, where: str, rows: list[dict[str, Any]], t
 def captured(rng: np.random.Generator, size: Size, group: Any, timed: Any) -> dict[str, Any]:
     """Forward, and forward with backward, each in a graph; captured with one routing, replayed with another."""
     before = torch.cuda.memory_allocated()
-    layer, _ = made(size, "cuda", group)
+    layer = made(size, "cuda", group)[0]
     held = torch.cuda.memory_allocated() - before
     counted = sum(weight.nbytes for weight in layer.weights.bank.values())
     first, other = (batch(rng, size, "cuda", skew) for skew in (0.0, 1.0))
@@ -222,7 +223,8 @@ def trained(rng: np.random.Generator, where: str) -> dict[str, Any]:
         out["right"] = out["apart"] <= EXACT * 100  # three steps on each other's weights
         size = TRAINED if where == "cuda" else SMALL
         before = torch.cuda.memory_allocated() if where == "cuda" else 0
-        model = Tower(size).to(size.dtype).to(where)
+        with torch.device(where):
+            model = Tower(size).to(size.dtype)
         run = fully_shard_experts(model, mesh=mesh, cluster=Cluster.parse("1x1:h200+datasheet"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         run.attach(optimizer)

@@ -1,6 +1,6 @@
 """Compile the kernels for sm_90 (H100, H200), which needs no GPU, at the smallest and the widest layers.
 
-    python -m tests.runtime.device.compiled [split rows prepare product outer pull]
+    python -m tests.runtime.device.compiled [split rows prepare product outer]
 
 Without TRITON_INTERPRET. Prints one line; what the compiler refuses ends it with an error.
 """
@@ -14,7 +14,6 @@ from triton.compiler import ASTSource
 
 from poise.runtime.device.fill import prepare_kernel
 from poise.runtime.device.gemm import COLUMNS, INNER, ROWS, outer_kernel, product_kernel
-from poise.runtime.device.pull import BLOCK, pull_kernel
 from poise.runtime.device.rows import rows_kernel
 from poise.runtime.device.split import split_kernel
 
@@ -23,11 +22,10 @@ KERNELS = {
     "rows": (rows_kernel, ["*i32"] * 5 + ["i32"], {"E_BLOCK": 4}),
     "prepare": (prepare_kernel, ["*i32"] * 5 + ["*i64"] * 2 + ["*i32"] * 4 + ["*i64"] + ["i32", "i32"], {"COLUMNS": 8}),
 }
-TILES = {"ROWS": ROWS, "COLUMNS": COLUMNS, "INNER": INNER, "S_PAD": 32, "BLOCK": BLOCK}
+TILES = {"ROWS": ROWS, "COLUMNS": COLUMNS, "INNER": INNER, "S_PAD": 32}
 PRODUCTS = {
     "product": (product_kernel, ["*{0}", "*{0}", "*i32", "*{0}"] + ["i32"] * 9),
     "outer": (outer_kernel, ["*{0}", "*{0}", "*i32", "*{0}"] + ["i32"] * 6),
-    "pull": (pull_kernel, ["*i64", "*i32", "*i64", "*i64", "*i64", "*{0}", "i32", "i32"]),
 }
 WIDE = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
 LAYERS = (

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 from tests.cases import judge
-from tests.runtime.device.layer_cases import CASES, INTERPRETED
+from tests.runtime.device.layer_cases import CASES
 from tests.runtime.device.test_kernels import ran
 
 SCRIPT = "tests/runtime/device/layer_cases.py"
@@ -17,10 +17,6 @@ def test_case(case, launched):
 
 def test_on_two_processes(tmp_path, subtests):
     judge(SCRIPT, [case for case in CASES if case.startswith("parity")][:2], tmp_path, subtests, world=2)
-
-
-def test_replicas_are_read_from_their_owners(tmp_path, subtests):
-    judge(SCRIPT, INTERPRETED, tmp_path, subtests, world=2, env={"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])

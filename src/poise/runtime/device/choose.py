@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from poise.cost.weights import StepPrice
+from poise.runtime.device.needs_triton import PLANNER as DEVICE
+from poise.runtime.device.needs_triton import WHY_NONE
 from poise.stepwise.host_kernels import HostKernels
 from poise.stepwise.kernels import LayerSlots, StepKernels, refusal
-
-DEVICE: Any
-"""The module of the device's kernels; None: it cannot be loaded, and :data:`WHY_NONE` says why."""
-try:
-    DEVICE, WHY_NONE = import_module("poise.runtime.device.planner"), ""
-except ImportError as error:
-    DEVICE, WHY_NONE = None, f"no Triton: {error}"
 
 
 class OnHost:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from poise.runtime.device.needs_triton import GEMM, HINT, WHY_NONE
 from poise.util.errors import OptionError
 
 
@@ -65,11 +65,9 @@ def triton_code() -> ProductCode:
     ------
     OptionError : Triton is not installed.
     """
-    try:
-        gemm = import_module("poise.runtime.device.gemm")
-    except ImportError as error:
-        raise OptionError(f"no Triton: {error}", hint="pip install 'poise-moe[device]'") from error
-    return ProductCode(gemm.product, gemm.outer)
+    if GEMM is None:
+        raise OptionError(WHY_NONE, hint=HINT)
+    return ProductCode(GEMM.product, GEMM.outer)
 
 
 class _SlotProduct(torch.autograd.Function):

@@ -1,16 +1,14 @@
 """The weights behind one rank's slots: static ones for good, step slots from their owners, on a stream of its own.
 
-No host knows which expert a step slot is to hold. Where ranks can address each other's memory (``share``), each reads
-what it wants (:mod:`poise.runtime.device.pull`). Elsewhere every rank sends every other as many experts as that has
-step slots, whichever they are: what travels is D times what is wanted. Gradients of replicas always go back that way;
-they are added by rank, so that sums are the same in every run.
+Every rank sends every other as many experts as that has step slots, whichever they are: what travels is D times what is
+wanted, and no host needs to know what. Gradients of replicas go back the same way and are added by rank, so that sums
+are the same in every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,6 @@ from poise.runtime.experts import Bank
 from poise.stepwise.kernels import STEP, LayerSlots
 from poise.util.errors import ModelError, OptionError
 
-ShareMemory = Callable[[torch.Size, Tensor], tuple[Tensor, Tensor]]
-"""(shape, a tensor like it) -> memory that all ranks can read, and where theirs begin as this rank addresses it, int64
-[D]; called by all ranks together, for one weight after the other."""
-
 
 class SlotWeights:
     """Stacked weights [S, ...] by name, one row a slot of this rank.
@@ -36,7 +30,6 @@ class SlotWeights:
     table : the layer's slots; static ones of a device come first.
     weights : of the experts in this rank's static slots, in their order [n, ...].
     group : process group of the ranks; replicas travel over connections of their own.
-    share : how ranks come to read each other's memory, kept as long as these; None: they do not.
 
     Attributes
     ----------
@@ -49,9 +42,7 @@ class SlotWeights:
     OptionError : devices with different numbers of step slots.
     """
 
-    def __init__(
-        self, table: LayerSlots, weights: Mapping[str, Tensor], group: Any, share: ShareMemory | None = None
-    ) -> None:
+    def __init__(self, table: LayerSlots, weights: Mapping[str, Tensor], group: Any) -> None:
         rank, (devices, width) = dist.get_rank(group), table.expert_DS.shape
         step_D = (table.turn_DS == STEP).sum(axis=1)
         if (step_D != step_D[0]).any():
@@ -66,14 +57,9 @@ class SlotWeights:
                 raise ModelError(f"{len(weight)} experts in {name}, and rank {rank} has {self.static} static slots")
         self.bank: Bank = {}
         self.owned: dict[str, nn.Parameter] = {}
-        self._share, self._address = share, dict[str, Tensor]()
         for name, weight in weights.items():
             shape = torch.Size((width, *weight.shape[1:]))
-            if share is None:
-                self.bank[name] = weight.detach().new_zeros(shape)
-            else:
-                self.bank[name], self._address[name] = share(shape, weight.detach())
-                self.bank[name].zero_()
+            self.bank[name] = weight.detach().new_zeros(shape)
             self.bank[name][: self.static] = weight.detach()
             self.owned[name] = nn.Parameter(self.bank[name][: self.static], weight.requires_grad)
 
@@ -82,9 +68,7 @@ class SlotWeights:
         owner_E[table.expert_DS[device, slot]], place_E[table.expert_DS[device, slot]] = device, slot
         row_E = np.where(owner_E == rank, place_E, self.static)
         row_E[-1] = self.static
-        self._owner_E, self._place_E, self._row_E = (
-            torch.from_numpy(each).to(where) for each in (owner_E, place_E, row_E)
-        )
+        self._owner_E, self._row_E = (torch.from_numpy(each).to(where) for each in (owner_E, row_E))
         step_DM = np.nonzero(table.turn_DS == STEP)[1].reshape(devices, self.count)
         self._step_DM = torch.from_numpy(step_DM).to(where)
         self._turn_M = torch.arange(self.count, device=where)
@@ -100,17 +84,6 @@ class SlotWeights:
         Between a backward pass and the next forward: what a graph has saved must not change.
         """
         if self._group is None:
-            return
-        if self._address:
-            with self._aside():
-                exchange_equal(
-                    self._owner_E.new_zeros(self.devices), self._group
-                )  # all ranks' weights are as they shall be
-                for name, weight in self.bank.items():
-                    import_module("poise.runtime.device.pull").pull(
-                        weight, self._address[name], expert_DS, self._owner_E, self._place_E, self._step_DM[self.rank],
-                        self.rank,
-                    )  # fmt: skip
             return
         with self._aside():  # whatever it makes is made on that stream
             expert_DM = self._expert_DM(expert_DS)
