@@ -58,6 +58,7 @@ bench: setup
 	$(BIN)/python benchmarks/engine_policy.py $(DATA)
 	$(BIN)/python benchmarks/measured_serve.py $(DATA)
 	$(BIN)/python benchmarks/measured_train.py $(DATA)
+	$(BIN)/python benchmarks/measured_foresight.py $(DATA)
 
 clean:
 	rm -rf .venv build

@@ -24,6 +24,7 @@ from measured_train import (
     TOKENS,
     TOP_K,
     WARM_UP,
+    WINDOW_S,
     Bench,
     Row,
     added_seconds,
@@ -32,7 +33,7 @@ from measured_train import (
 from train_cases import shares
 
 from poise.replay.training import SourceLoads
-from poise.stepwise.dealing import Deal, Requests, near
+from poise.stepwise.dealing import Deal, Requests, near, priced_owners
 from poise.stepwise.owners import LoadSamples, OwnerSeconds, decided
 from poise.stepwise.registry import as_policy
 from poise.stepwise.regroup import even_out
@@ -82,10 +83,19 @@ class Step:
         owned_LED = np.stack([owned_ED(owner_E, self.bench.devices) for owner_E in self.given.owner_LE])
         load_QX = np.einsum("qle,led->qld", self.requests.load_QLE, owned_LED).reshape(len(self.requests.size_Q), -1)
         anew = even_out(load_QX.astype(float), self.requests.size_Q, self.given.rank_Q, self.given.micro_Q)
-        out = [("load", self.given), ("anew", replace(self.given, micro_Q=anew))]
+        price, ranks = self.bench.price(Row("", "")), self.bench.devices
+
+        def seconds_for(load_BLSE: np.ndarray) -> OwnerSeconds:
+            return OwnerSeconds(as_policy("recorded"), SLOTS, price, LoadSamples.of_record(load_BLSE, True), self.micro)
+
+        out = {"load": self.given, "anew": replace(self.given, micro_Q=anew)}
         for name, move in (("near", False), ("owners", True)):
-            out.append((name, near(self.requests, self.given, self.bench.cluster, owners_move=move)))
-        return dict(out)
+            out[name] = near(self.requests, self.given, self.bench.cluster, owners_move=move)
+        for name in ("load", "owners"):
+            out[f"{name}, priced"] = priced_owners(
+                out[name], self.requests, ranks, Balanced(interval=SPREAD), seconds_for
+            )
+        return out
 
 
 def rows_of(bench: Bench, step: Step, deals: dict[str, Deal]) -> list[Row]:
@@ -101,9 +111,11 @@ def rows_of(bench: Bench, step: Step, deals: dict[str, Deal]) -> list[Row]:
             Row("poise, loads known", "poise", foresee=True), Row("fore-moe", "fore-moe", foresee=True),
             Row("recorded", "recorded", foresee=True)]  # fmt: skip
     for name, words in (
+        ("load, priced", "owners by price"),
         ("anew", "dealt to micro-batches"),
         ("near", "dealt to ranks"),
         ("owners", "dealt to ranks, owners too"),
+        ("owners, priced", "dealt to ranks, owners by price"),
     ):
         for policy in AHEAD:
             rows.append(Row(f"{policy}, {words}", policy, SLOTS, deals[name].owner_LE, traffic=name, foresee=True))
@@ -156,13 +168,16 @@ def main() -> None:
     options.add_argument("--rows", default="")
     options.add_argument("--micro", type=int, default=4)
     options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--window-ms", type=float, default=1e3 * WINDOW_S)
+    options.add_argument("--experts-a-device", type=int, default=4)
     options.add_argument("--calibrate-seconds", type=float, default=90.0)
     options.add_argument("--calibrated", type=Path, help="folder that --keep left: nothing is calibrated")
     options.add_argument("--dry", action="store_true", help="print the report, write nothing")
     asked = options.parse_args()
     started = time.time()
     with workplace(asked.keep) as folder:
-        bench = Bench(asked.cluster, asked.layers, True, folder)
+        bench = Bench(asked.cluster, asked.layers, True, folder, window_s=asked.window_ms / 1e3,
+                      experts_a_device=asked.experts_a_device)  # fmt: skip
         if asked.calibrated:
             bench.take(asked.calibrated)
         else:

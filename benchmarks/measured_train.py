@@ -96,11 +96,14 @@ def traffic(data: Path, steps: int, layers: int, devices: int, experts: int, see
 class Bench:
     """The emulated cluster, its calibration, and runs on it."""
 
-    def __init__(self, shape: str, layers: int, stream: bool, folder: Path) -> None:
+    def __init__(
+        self, shape: str, layers: int, stream: bool, folder: Path, *, window_s: float = WINDOW_S,
+        experts_a_device: int = EXPERTS_A_DEVICE,
+    ) -> None:  # fmt: skip
         nodes, devices = parse_shape(shape)
         self.spec = EmulatedCluster(nodes, devices, INTRA, INTER, dilation=DILATION)
         self.layers, self.stream, self.folder = layers, stream, folder
-        self.devices, self.experts = nodes * devices, EXPERTS_A_DEVICE * nodes * devices
+        self.devices, self.experts, self.window_s = nodes * devices, experts_a_device * nodes * devices, window_s
         self.model = model_of(layers, self.experts)
         self.emulation = Emulation(self.spec, folder, folder / "curve.csv")
         knots = [1, 16, 128, 1024, 2048]
@@ -124,7 +127,7 @@ class Bench:
 
     def price(self, row: Row) -> StepPrice:
         """What the runtime's policies and the replay reckon with."""
-        return training_price(TOKENS * self.devices, self.experts, self.cluster, self.model, window_s=WINDOW_S,
+        return training_price(TOKENS * self.devices, self.experts, self.cluster, self.model, window_s=self.window_s,
                               rematerialise=row.rematerialise)  # fmt: skip
 
     def replay(self, loads: SourceLoads, row: Row) -> TrainingReplay:
@@ -143,7 +146,7 @@ class Bench:
         ``more``: traffic that rows name, beside ``load``.
         """
         even = even_sharding(self.layers, self.experts, self.devices)
-        job = {"cluster": str(self.folder / "policies.yaml"), "curve": str(self.emulation.curve), "window_s": WINDOW_S, "layers": self.layers,
+        job = {"cluster": str(self.folder / "policies.yaml"), "curve": str(self.emulation.curve), "window_s": self.window_s, "layers": self.layers,
                "experts": self.experts, "top_k": TOP_K, "width": WIDTH, "rows_per_expert": ROWS, "warm_up": WARM_UP,
                "steps": steps, "repeats": repeats, "stream": self.stream,
                "table": [{"name": row.name, "policy": row.policy, "step_slots": row.slots, "rematerialise": row.rematerialise,
@@ -196,7 +199,7 @@ def measured_terms(got: dict[str, np.ndarray], which: int) -> np.ndarray:
 
 def simulated_steps(bench: Bench, replay: TrainingReplay, counts_s: float, planning_s: float) -> list[RankStep]:
     """The judged steps by the cost model, rank by rank."""
-    return [rank_step(work, bench.cluster.node_D, bench.exchange, window_s=WINDOW_S, counts_s=counts_s,
+    return [rank_step(work, bench.cluster.node_D, bench.exchange, window_s=bench.window_s, counts_s=counts_s,
                       planning_s=planning_s) for work in replay.work_BL]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What every rank of an emulated cluster runs for benchmarks/measured_train.py: given routing through the real runtime.
+"""What every rank of an emulated cluster runs for benchmarks/measured_train.py and measured_foresight.py: given routing through the real runtime.
 
     train_rank.py JOB.json COUNTS.npz OUT.npz
 

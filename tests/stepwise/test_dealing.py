@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import tiny_cluster
 
+from poise.cost.weights import training_price
 from poise.machine.cluster import Cluster
-from poise.stepwise.dealing import Deal, Requests, assigned, at_home, cheapest, deals, near, place_near
+from poise.machine.model import ModelSpec
+from poise.stepwise.dealing import Deal, Requests, assigned, at_home, cheapest, deals, near, place_near, priced_owners
+from poise.stepwise.methods.expert_parallelism import ExpertParallelism
+from poise.stepwise.owners import LoadSamples, OwnerSeconds
 from poise.stepwise.regroup import even_cells
-from poise.stepwise.sharding import even_sharding
+from poise.stepwise.sharding import Balanced, even_sharding
 from poise.util.errors import OptionError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -131,3 +135,18 @@ def test_nothing_changes_for_nothing():
     assert cheapest(found, lambda deal: 1.0) is start
     wanted = found[2]
     assert cheapest(found, lambda deal: 0.0 if deal is wanted else 1.0) is wanted
+
+
+@given(SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_owners_by_price_are_no_slower_in_the_same_cells(seed):
+    requests, start, cluster = case_of(seed)
+    price = training_price(40_000, EXPERTS, cluster, ModelSpec.generic(EXPERTS, 2, np.arange(LAYERS)))
+    of = lambda load: OwnerSeconds(ExpertParallelism(), 0, price, LoadSamples.of_record(load, True), MICRO)  # noqa: E731
+    sharding = Balanced(interval=50)
+    deal = priced_owners(start, requests, cluster.num_devices, sharding, of)
+    seconds = of(start.sources(requests, cluster.num_devices))
+    assert deal.rank_Q is start.rank_Q and deal.micro_Q is start.micro_Q
+    if (deal.owner_LE != start.owner_LE).any():
+        moved_s = seconds.move(start.owner_LE, deal.owner_LE) / sharding.interval
+        assert seconds.step(deal.owner_LE) + moved_s < seconds.step(start.owner_LE)

@@ -10,8 +10,9 @@ Step 1  Nodes: requests go where most of their pairs have owners, as many to eac
 Step 2  Devices of a node: its experts by load, as many of the layer as before (:func:`place_near`).
 Step 3  Cells: requests of a node are swapped between its ranks and micro-batches until pairs on every owner and tokens
         of every rank are alike (:func:`poise.stepwise.regroup.even_cells`).
-Step 4  As given; as given but evened out over micro-batches; dealt near the owners; dealt with owners that move: of
-        these the one with the least modelled seconds, owners' move included (:mod:`poise.stepwise.owners`).
+Step 4  As given; as given but evened out over micro-batches; dealt near the owners; dealt with owners that move; the
+        second and the last with owners by price on their loads (:func:`priced_owners`): of these the one with the least
+        modelled seconds, owners' move included (:mod:`poise.stepwise.owners`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.machine.cluster import Cluster
+from poise.stepwise.owners import OwnerSeconds, decided
 from poise.stepwise.regroup import even_cells
-from poise.stepwise.sharding import owned_ED, place_within
+from poise.stepwise.sharding import ShardingPolicy, owned_ED, place_within
 from poise.util.errors import OptionError
 
 ROUNDS = 24
@@ -160,6 +162,20 @@ def deals(requests: Requests, given: Deal, cluster: Cluster, *, owners_move: boo
     out = [given, Deal("evened out over micro-batches", rank_Q, micro_Q, given.owner_LE),
            near(requests, given, cluster, owners_move=False)]  # fmt: skip
     return [*out, near(requests, given, cluster, owners_move=True)] if owners_move else out
+
+
+def priced_owners(
+    deal: Deal, requests: Requests, ranks: int, sharding: ShardingPolicy,
+    seconds_for: Callable[[NDArray[np.int32]], OwnerSeconds],
+) -> Deal:  # fmt: skip
+    """The same requests in the same cells with the owners that a sharding policy by price finds for their loads.
+
+    ``seconds_for``: the price of owners on loads of every micro-batch, int32 [M, L, D, E].
+    """
+    load_BLSE = deal.sources(requests, ranks)
+    load_LE = load_BLSE.sum(axis=2).mean(axis=0)
+    owner_LE = decided(sharding, load_LE, deal.owner_LE, seconds_for(load_BLSE))
+    return replace(deal, name=f"{deal.name}, owners by price", owner_LE=owner_LE)
 
 
 def cheapest(found: list[Deal], seconds_of: ModelledSeconds) -> Deal:

@@ -31,8 +31,8 @@ from poise.util.errors import OptionError, PlacementError
 
 MEAN_STEPS = 20
 """Steps whose mean load owners are planned from, on ranks and in the replay: what lasts, for owners stay for long."""
-LEAST_GAIN = 0.03
-"""Of the modelled seconds: up to two per cent that steps gone by promised did not come (docs/log.md, 2026-11-30)."""
+LEAST_GAIN = 0.01
+"""Of the modelled seconds: less is within what the next steps differ by from those that are known."""
 
 
 def even_sharding(num_layers: int, num_experts: int, num_devices: int) -> NDArray[np.int64]:

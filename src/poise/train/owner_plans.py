@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.runtime.spans import span
-from poise.stepwise.dealing import Deal, cheapest, deals
+from poise.stepwise.dealing import Deal, cheapest, deals, priced_owners
 from poise.stepwise.owners import LoadSamples, OwnerSeconds, decided
 from poise.stepwise.sharding import ShardingPolicy
 from poise.train.plans import RunPlanner
@@ -97,11 +97,17 @@ class OwnerPlans:
         some, times = replace(requests, load_QLE=requests.load_QLE[:, chosen]), layers / len(chosen)
         micro_batches = read.shape[0]
 
+        def seconds_for(load_BLSE: NDArray[np.int32]) -> OwnerSeconds:
+            pairs = float(load_BLSE.sum(axis=(2, 3)).mean())
+            return self._seconds(pairs, LoadSamples.of_record(load_BLSE, True), micro_batches)
+
         def seconds_of(deal: Deal) -> float:
-            load_BLSE = deal.sources(some, cluster.num_devices)
-            pairs = load_BLSE.sum(axis=(2, 3)).mean()
-            seconds = self._seconds(float(pairs), LoadSamples.of_record(load_BLSE, True), micro_batches)
+            seconds = seconds_for(deal.sources(some, cluster.num_devices))
             moved_s = 0.0 if sharding is None else seconds.move(given.owner_LE, deal.owner_LE) / sharding.interval
             return times * seconds.step(deal.owner_LE[chosen]) + moved_s
 
-        return cheapest(deals(requests, given, cluster, owners_move=sharding is not None), seconds_of)
+        found = deals(requests, given, cluster, owners_move=sharding is not None)
+        if sharding is not None:
+            found += [priced_owners(deal, requests, cluster.num_devices, sharding, seconds_for)
+                      for deal in (found[1], found[-1])]  # fmt: skip
+        return cheapest(found, seconds_of)

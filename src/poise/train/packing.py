@@ -58,6 +58,7 @@ class Packing:
         if self.dtype != E4M3:
             return rows.to(self.dtype)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide = wide.masked_fill(~wide.isfinite(), torch.nan)  # the cast makes 448 of an infinite one
         exponent = torch.frexp(wide.abs().amax(-1, keepdim=True) / E4M3_MAX).exponent
         exponent = exponent.clamp(LEAST_EXPONENT, MOST_EXPONENT)
         small = torch.ldexp(wide, -exponent).to(E4M3)
