@@ -4,7 +4,7 @@ A look at one layer plans the ways to better holders, shares and how tokens are 
 more than a step has for every layer on every host. So layers are dealt to ranks in turn; each plans its own on a core
 beside the steps, which do not wait, and tells the others. Looks at a layer are no closer than a rank needs for all of
 its layers, and as close as that only while few steps are known; what one finds is in force once all have been told, in
-a step that is known beforehand, so that nobody waits for it. Seconds of a look: benchmarks/fast_loop.py.
+a step that is known beforehand, so that nobody waits for it. Seconds of a look: benchmarks/fast_loop.py looks.
 """
 
 from __future__ import annotations
