@@ -70,9 +70,9 @@ def looks() -> list[str]:
             print(rows[-1], flush=True)
     return ["## A look of poise-near at one layer",
             f"Ways to better holders, shares and how tokens are sent, one core; median and range of {LOOKS} random laws, CPU ms. "
-            "Charged: what the policy reckons with; steps between two looks at a layer where one core plans all, and steps "
-            "until what was found is in force.",
-            table(["model", "machine", "tokens a step", "ms", "range", "charged", "every", "late"], rows)]  # fmt: skip
+            "Charged: what the policy reckons with; then steps between two looks at a layer, the same while few steps are known, and "
+            "steps until what was found is in force.",
+            table(["model", "machine", "tokens a step", "ms", "range", "charged", "every", "soonest", "late"], rows)]  # fmt: skip
 
 
 def main() -> None:

@@ -408,18 +408,6 @@ def test_loads_are_those_of_the_look_in_force():
     np.testing.assert_array_equal(gaps, np.where(known >= looks.every, looks.every, looks.soonest))
 
 
-def test_being_told_of_a_look_takes_time():
-    made = case(2, experts=4, nodes=(2,))
-    made.static[:] = True
-    load_BE = np.tile(np.full(4, 20), (40, 1))
-    policy = PoiseNear(refresh=8)
-    told_s, late = policy.plans_beside(made.price, 4, 80.0).told_s, policy.plans_beside(made.price, 4, 80.0).late
-    control = [done.control_s for done, _ in runs(made, policy, load_BE, step_slots=0)]
-    told = np.flatnonzero(control)
-    assert set(control) == {0.0, told_s} and late < 8
-    assert (np.diff(told[told >= 9]) == 8).all() and len(told[told >= 9]) >= 3
-
-
 def test_a_rank_has_time_for_the_looks_at_its_layers():
     """Between two looks at a layer no less passes than its rank needs for all of its layers, on any machine and batch."""
     model, far = ModelSpec.parse("llama-4-maverick"), {}
@@ -431,13 +419,7 @@ def test_a_rank_has_time_for_the_looks_at_its_layers():
         step_s, own = model.num_moe_layers * best_s, -(-model.num_moe_layers // devices)
         busy = own * look_seconds(128, devices) / (looks.every * step_s)
         assert own * look_seconds(128, devices) <= 1.2 * looks.soonest * step_s
-        assert (
-            busy <= 1.2
-            and looks.every >= looks.soonest >= looks.late
-            and looks.every >= PoiseNear().refresh
-            and looks.late >= 1
-            and looks.told_s > 0
-        )
+        assert busy <= 1.2 and looks.every >= looks.soonest >= looks.late >= 1 and looks.every >= PoiseNear().refresh
         far[nodes, pairs] = looks
     assert far[8, 64].every > 8 and far[8, 64].late > far[1, 65536].late == 1
 

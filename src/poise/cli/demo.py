@@ -244,8 +244,8 @@ def _first_screen(found: Comparison, summary: Summary, trace: str, domain: str, 
     o.out.print(f"Trust: {summary.trust_words()}.")
     if any(entry.fast is not None for entry in found.entries):
         o.out.print(
-            f"The fast loop needs {STEP_SLOTS} more slots a GPU. What it fetches is priced, its planning beside the "
-            "steps is not. It runs in poise.serve, not in vLLM."
+            f"The fast loop needs {STEP_SLOTS} more slots a GPU, and has begun {WARM_UP} steps before these. What it "
+            "fetches is priced, and so is its planning, which comes late. It runs in poise.serve, not in vLLM."
         )
     o.out.print(f"By batch: {summary.batches_words()}.")
     o.out.print(f"Load it: {_command()} -o placement.npz, then " + "; ".join(launch))

@@ -21,7 +21,6 @@ class BesidePlanner:
     Attributes
     ----------
     seen_HE : float64 [H, E], loads known when the look in force began; no step before the first one.
-    since : the step since which that is.
     """
 
     def __init__(self, layer: int, num_experts: int) -> None:
@@ -29,7 +28,6 @@ class BesidePlanner:
         self._part = (layer + 1) * GOLDEN % 1.0
         self._began: int | None = None
         self._next: int | None = None
-        self.since: int | None = None
         self._held_ED: NDArray[np.bool_] | None = None
         self._pending: tuple[int, NDArray[np.float64], NDArray[np.bool_]] | None = None
 
@@ -42,7 +40,7 @@ class BesidePlanner:
             self._began, self._next = step, step + int(self._part * looks.soonest)
         if self._pending is not None and step >= self._pending[0]:
             _, self.seen_HE, self._held_ED = self._pending
-            self._pending, self.since = None, step
+            self._pending = None
         if self._pending is None and step >= self._next and len(loads_HE):
             self._pending = step + looks.late, loads_HE.copy(), held_ED.copy()
             self._next = step + (looks.every if step - self._began >= looks.every else looks.soonest)

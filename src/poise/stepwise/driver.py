@@ -32,8 +32,7 @@ class Outcome:
     view : what the policy saw.
     early_ED : bool [E, D], the holders before the gate.
     plan : holders and token split.
-    control_s : seconds of the exchange of counts, of planning and of synchronisation, where somebody waits for counts,
-        and of being told what was planned beside the steps.
+    control_s : seconds of the exchange of counts, of planning and of synchronisation; 0 where nobody waits for counts.
     started_ED, landed_ED : bool [E, D], background fetches that start with this step, and that serve from the next
         step on; None: none.
     """
@@ -121,8 +120,7 @@ class LayerDriver:
             return view
         planner = self._planner
         planner.passes(step, looks, view.recent_HE, self.held_ED)
-        told_s = looks.told_s if planner.since == step else 0.0
-        return replace(view, seen_HE=planner.seen_HE, settled=planner.settled(self.held_ED), told_s=told_s)
+        return replace(view, seen_HE=planner.seen_HE, settled=planner.settled(self.held_ED))
 
     def choose(self, view: LayerView) -> NDArray[np.bool_]:
         """The holders that the policy wants before the gate, bool [E, D]. Any thread may call it."""
@@ -155,9 +153,9 @@ class LayerDriver:
         policy, price = self.policy, view.price
         plan = policy.after_gate(view, early_ED, load_SE)
         plan.check(view, load_SE, unbounded=policy.unbounded)
-        control_s = view.told_s
+        control_s = 0.0
         if policy.exact and not plan.passive:
-            control_s += price.control_s
+            control_s = price.control_s
             if price.training:
                 control_s += policy.training_plan_seconds(*view.static_ED.shape)
         if not keep or not (policy.keeps_in_training if price.training else policy.keeps):

@@ -50,13 +50,11 @@ class Looks(NamedTuple):
     every : steps between two looks, once as many have run.
     soonest : steps between two looks until then.
     late : steps from a look to what it found being in force.
-    told_s : seconds that telling all ranks of it takes the step from which on it is.
     """
 
     every: int
     soonest: int
     late: int
-    told_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +75,6 @@ class LayerView:
     seen_HE : float64 [H, E], the newest loads that were known when the look in force began, of a policy that plans
         beside the steps (:meth:`StepPolicy.plans_beside`); H is 0 before its first. None: as ``recent_HE``.
     settled : no holder has come or gone since that look began.
-    told_s : seconds that this step takes longer because a look has come into force.
     """
 
     static_ED: NDArray[np.bool_]
@@ -92,7 +89,6 @@ class LayerView:
     foreseen: Foreseen | None = None
     seen_HE: NDArray[np.float64] | None = None
     settled: bool = True
-    told_s: float = 0.0
 
     @property
     def slots_D(self) -> NDArray[np.int64]:

@@ -3,8 +3,8 @@
 A look at one layer plans the ways to better holders, shares and how tokens are sent: tens of milliseconds of a core,
 more than a step has for every layer on every host. So layers are dealt to ranks in turn; each plans its own on a core
 beside the steps, which do not wait, and tells the others. Looks at a layer are no closer than a rank needs for all of
-its layers, and as close as that only while few steps are known; what one finds is in force when it has ended, and being
-told of it is control time of that step. Seconds of a look: ``python benchmarks/fast_loop.py looks``.
+its layers, and as close as that only while few steps are known; what one finds is in force once all have been told, in
+a step that is known beforehand, so that nobody waits for it. Seconds of a look: benchmarks/fast_loop.py looks.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def host_looks(price: StepPrice, num_experts: int, pairs: float, least: int) -> 
     devices, layers = len(machine.speed_D), price.model.num_moe_layers
     work_s = num_experts * expert_work(pairs / num_experts, machine) / float(machine.speed_D.sum())
     step_s = layers * (price.window_s + machine.start_s + work_s)  # as if no device ever waited: no look has more time
-    look_s, mine = look_seconds(num_experts, devices), ceil(layers / devices)
-    plain = price.cluster.plain_wire
-    told_s = plain.start_s + 4.0 * num_experts * devices / price.cluster.slowest_bytes_per_s
-    soonest, late = ceil(mine * look_s / step_s), ceil(look_s / step_s)
-    return Looks(max(least, soonest), soonest, late, told_s)
+    told_s = price.cluster.plain_wire.start_s + 4.0 * num_experts * devices / price.cluster.slowest_bytes_per_s
+    look_s, mine = look_seconds(num_experts, devices) + told_s, ceil(layers / devices)
+    soonest = ceil(mine * look_s / step_s)
+    return Looks(max(least, soonest), soonest, ceil(look_s / step_s))
