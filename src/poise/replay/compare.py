@@ -339,6 +339,13 @@ class Comparison:
         console.print(self.verdict())
 
 
+def _why_none(loop: FastLoop, error: Exception, wish: Wish | None) -> PoiseError | None:
+    """Why a fast loop has no row, if that is a note: somebody ended it, or its policy is another package's."""
+    if wish is not None and wish.came and isinstance(error, NoResultError):
+        return error
+    return failed(loop.policy, error)
+
+
 def saved_share(new_B: NDArray[np.float64], old_B: NDArray[np.float64]) -> tuple[float, float, float]:
     """Share of step time that is saved: mean and a 95 % interval (bootstrap over steps)."""
     rng = np.random.default_rng(0)
@@ -435,8 +442,7 @@ def compare(
                         prior_LE=entry.prior_LE, wish=wish,
                     )  # fmt: skip
                 except Exception as error:
-                    stopped = isinstance(error, NoResultError) and wish is not None and wish.came
-                    problem = error if stopped else failed(entry.fast.policy, error)
+                    problem = _why_none(entry.fast, error, wish)
                     if problem is None:
                         raise
                     broken[entry.name] = problem

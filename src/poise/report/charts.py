@@ -147,6 +147,7 @@ class Grid:
     strength_RC : float64 [R, C], 0 (not coloured) to 1.
     value_RC : [R, C], what a cell says in place of ``{v}`` in ``said``; ``{r}`` and ``{c}`` are its row and column.
     said : the sentence.
+    down, across : what a row and a column are.
     """
 
     caption: str
@@ -157,6 +158,8 @@ class Grid:
     strength_RC: NDArray[np.float64]
     value_RC: NDArray[Any]
     said: str
+    down: str
+    across: str
 
 
 def grid(
@@ -165,8 +168,8 @@ def grid(
 ) -> str:  # fmt: skip
     """Draw cells; lines at breaks; ``digits`` writes values into cells where there is room."""
     count_R, count_C = cells.strength_RC.shape
-    left = 12 + 6.5 * max(len(name) for name in cells.rows)
-    up, right = 18.0, 4.0
+    left = 12 + 6.5 * max(len(name) for name in (*cells.rows, f"{cells.down} \u2193"))
+    up, right = 34.0, 4.0
     wide = min((HALF - left - right) / count_C, 52.0 if square else 64.0)
     high = wide if square else min(24.0, max(6.0, 330.0 / count_R))
     level_RC = np.ceil(np.clip(cells.strength_RC, 0, 1) * LEVELS - 1e-9).astype(int)
@@ -185,6 +188,8 @@ def grid(
         text(left - 6, up + (row + 0.5) * high + 4, cells.rows[row], "small", "end")
         for row in range(0, count_R, max(1, int(np.ceil(11 / high))))
     ]
+    labels += [text(left - 6, up - 5, f"{cells.down} \u2193", "small", "end"),
+               text(left, up - 21, f"{cells.across} \u2192", "small")]  # fmt: skip
     broad = 8 + 6.5 * max(len(name) for name in cells.columns)
     labels += [
         text(left + (column + 0.5) * wide, up - 5, cells.columns[column], "small", "middle")

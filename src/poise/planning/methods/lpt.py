@@ -60,7 +60,8 @@ def pack(
     """Capacity-constrained LPT, int32 [E, D] of 0 and 1; a replica that fits nowhere is left out."""
     each = np.asarray(load_E / replicas_E, dtype=np.float64)
     order, free = np.argsort(-each, kind="stable"), np.array(slots_D, dtype=np.int64)
-    out: NDArray[np.int32] = _pack(each, np.asarray(replicas_E, np.int64), order, free, np.asarray(speed_D, np.float64))
+    speed = np.array(speed_D, np.float64)  # not one that is read-only: that would be compiled apart
+    out: NDArray[np.int32] = _pack(each, np.asarray(replicas_E, np.int64), order, free, speed)
     return out
 
 

@@ -39,7 +39,7 @@ def _try(data, state, layer, experts, devices, best):  # type: ignore[no-untyped
     score = _score(data, state, layer)
     if score < best * BETTER:
         return score
-    change(data, state, layer, experts[::-1], devices[::-1], np.inf)
+    change(data, state, layer, experts[::-1].copy(), devices[::-1].copy(), np.inf)  # contiguous: compiled once
     return best
 
 

@@ -114,7 +114,7 @@ def _anneal(data: Data, state: State, layer: int, proposals: int, draws_seed: in
             continue
         after = _balanced(data, state, layer)
         if after > limit:
-            change(data, state, layer, these_e[::-1], these_d[::-1], np.inf)
+            change(data, state, layer, these_e[::-1].copy(), these_d[::-1].copy(), np.inf)  # as in descent
             continue
         now = after
         if now < best:

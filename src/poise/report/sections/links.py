@@ -73,7 +73,7 @@ def _matrix(entry: Entry, link: LinkBytes, columns: Columns, top: float) -> str:
     cells = charts.Grid(
         f"{entry.name}: {charts.size(moved)} a step over links", columns.names, columns.names, ("near", "far"),
         far.astype(np.int64), bytes_GG / max(top, 1e-300), bytes_GG / 1e6,
-        f"from {columns.word} {{r}} to {columns.word} {{c}}: {{v}} MB a step",
+        f"from {columns.word} {{r}} to {columns.word} {{c}}: {{v}} MB a step", "from", f"to {columns.word}",
     )  # fmt: skip
     return charts.grid(cells, row_breaks=columns.breaks, column_breaks=columns.breaks, square=True)
 
@@ -88,7 +88,8 @@ def _bars(entry: Entry, ports: tuple[Ports, ...], full: Fullest, top: float) -> 
         wide = min((charts.HALF - left - right) / many, 64.0)
         gap = min(4.0, 0.2 * wide)
         axis = y + STRIP + 10
-        body.append(charts.text(left, y, f"{each.kind}, a {each.owner}'s port", "small"))
+        words = f"{each.kind}: port of each {each.owner}; dashed: busy {charts.duration(top)} a step"
+        body.append(charts.text(left, y, words, "small"))
         for kind, row in (("dispatch", 0), ("combine", 1)):
             spots = []
             for values_2P, sign in ((each.out_2P, -1), (each.in_2P, 1)):
@@ -105,6 +106,9 @@ def _bars(entry: Entry, ports: tuple[Ports, ...], full: Fullest, top: float) -> 
                 f'height="{long + 2:.1f}"><title>{escape(_say(full, each.owner))}</title></rect>'
             )
         body.append(f'<line class="axis" x1="{left}" x2="{left + many * wide:.1f}" y1="{axis:.1f}" y2="{axis:.1f}"/>')
+        end = f'x1="{left}" x2="{left + many * wide:.1f}"'
+        for side in (axis - STRIP, axis + STRIP):
+            body.append(f'<line class="grid dashed" {end} y1="{side:.1f}" y2="{side:.1f}"/>')
         body.append(charts.text(left - 6, axis - 6, "out", "small", "end"))
         body.append(charts.text(left - 6, axis + 13, "in", "small", "end"))
         low = axis + STRIP + 14

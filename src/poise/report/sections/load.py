@@ -37,6 +37,6 @@ def _map(name: str, relative_LD: NDArray[np.float64], columns: Columns, layers: 
     cells = charts.Grid(
         f"{name}: fullest device {worst:.2f} × mean", layers, columns.names,
         ("cold", "hot"), hot.astype(np.int64), strength, value_LG,
-        f"layer {{r}}, {columns.word} {{c}}: {{v}} × mean",
+        f"layer {{r}}, {columns.word} {{c}}: {{v}} × mean", "layer", columns.word,
     )  # fmt: skip
     return charts.grid(cells, column_breaks=columns.breaks)

@@ -59,7 +59,7 @@ def _map(view: View, moves: Moving, columns: Columns) -> str:
     cells = charts.Grid(
         f"{moves.fetched:,} experts arrive, {moves.dropped:,} leave", view.layer_names, columns.names, ("arrive",),
         np.zeros(arrive_LG.shape, np.int64), arrive_LG / arrive_LG.max(), arrive_LG,
-        f"layer {{r}}, {columns.word} {{c}}: {{v}} experts arrive",
+        f"layer {{r}}, {columns.word} {{c}}: {{v}} experts arrive", "layer", columns.word,
     )  # fmt: skip
     return charts.grid(cells, column_breaks=columns.breaks, digits=True)
 

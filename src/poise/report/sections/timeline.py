@@ -48,7 +48,7 @@ def section(view: View) -> str:
 def _picture(
     view: View, entry: Entry, lanes: StepLanes, shown: list[int], columns: Columns, end: float
 ) -> str:  # fmt: skip
-    left, right, up = 40.0, 14.0, 20.0
+    left, right, up = 50.0, 14.0, 20.0
     scale = (charts.FULL - left - right) / max(end, 1e-300)
     device_G = _longest(lanes, columns)
     high = max(4.0, min(16.0, 260.0 / len(device_G)))
@@ -63,6 +63,7 @@ def _picture(
             for at, layer in enumerate(shown)
         ]
         body.append(charts.boxes(kind, spots))
+    body.append(charts.text(left - 6, up - 7, columns.word, "small", "end"))
     last = -1e9
     for at, layer in enumerate(shown):
         x = left + start_LP[at, 0] * scale
