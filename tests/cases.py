@@ -112,11 +112,14 @@ def _launch(
             ended = sum("ended" in line for line in lines)
             if ended > seen:
                 seen, since, trouble = ended, now, 0.0
+            done = ended == len(cases)
             alone = any(code is not None for code in ranks.codes()) or (
-                ended < len(cases) and any(line["case"] == cases[ended] for line in lines)
+                not done and any(line["case"] == cases[ended] for line in lines)
             )
             trouble = (trouble or now) if alone and ranks.waiting() else 0.0
             if now - since > limit_s or now > until or (trouble and now - trouble > grace_s):
+                if done:  # nothing is left but to end
+                    break
                 ranks.stacks([out.with_suffix(f".stacks-{rank}") for rank in range(world)])
                 break
         codes = ranks.codes()
@@ -152,7 +155,7 @@ def _last_of(out: Path, rank: int, said: str) -> str:
     return "\n".join(f"-- rank {rank}, {name}:\n" + "\n".join(text) for name, text in parts.items() if text)
 
 
-TOGETHER = 10
+TOGETHER = 20
 """Cases of a launch where each is a test of its own."""
 
 

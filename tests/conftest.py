@@ -1,5 +1,6 @@
 """Fixtures that several test packages share."""
 
+import collections
 import functools
 import itertools
 import os
@@ -92,6 +93,34 @@ def launched(request, _launches):
 def pytest_xdist_setupnodes(config, specs):
     """Before there are workers."""
     compile_all()
+
+
+SHOWN = 15
+"""Files that the report at the end of a run on workers names."""
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Where the time went: a run on workers tells the seconds of theirs that each of the slowest files took, and all."""
+    if not getattr(config.option, "numprocesses", None):
+        return
+    spent = seconds_of_files(report for reports in terminalreporter.stats.values() for report in reports)
+    terminalreporter.section(
+        "seconds of workers by file (waiting counts; benchmarks/slices.py is where longer things live)"
+    )
+    for file, seconds in sorted(spent.items(), key=lambda item: -item[1])[:SHOWN]:
+        terminalreporter.line(f"{seconds:7.1f} {file}")
+    terminalreporter.line(f"{sum(spent.values()):7.1f} in all")
+
+
+def seconds_of_files(reports):
+    """By file, of all its tests: set up, call and tear down."""
+    spent = collections.Counter()
+    for report in reports:
+        if isinstance(report, pytest.TestReport) and not hasattr(
+            report, "context"
+        ):  # a subtest is in its test's seconds
+            spent[report.nodeid.partition("::")[0]] += report.duration
+    return spent
 
 
 def unpacked(requirement: str, *folders: str, options: tuple[str, ...] = ()) -> Path:

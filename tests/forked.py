@@ -7,7 +7,9 @@ follows the order of a set is not the same on all ranks, as between any interpre
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -18,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +36,8 @@ FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_os
 LOADED = (
     "tests.serve.run_cases", "tests.train.support", "tests.train.run_cases", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES)
 )  # fmt: skip
-_servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+_servers: list[socket.socket] = []
+_started: list[subprocess.Popen[bytes]] = []
 
 
 class Forked:
@@ -88,25 +92,42 @@ class Forked:
 
 
 def _server(number: int) -> socket.socket:
-    """Where to ask one of the two for a process; both are started, and waited for, when one is asked for first."""
+    """Where to ask one of the two for a process; both are started, and waited for, when one is asked for first.
+
+    Workers of one run share them.
+    """
     if not _servers:
-        for _ in range(2):
-            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
-                env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-                process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()])
-            _servers.append((process, mine))
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        name = hashlib.sha256(f"{run} {ROOT}".encode()).hexdigest()[:16]
+        _servers.extend(_connected(Path(tempfile.gettempdir()) / f"poise-ranks-{name}-{one}") for one in range(2))
         atexit.register(_close)
-        for _, asked in _servers:  # a rank that began long before another would wait too long for it
+        for asked in _servers:  # a rank that began long before another would wait too long for it
             assert asked.recv(64), "what ranks are forked from cannot be imported"
-    return _servers[number][1]
+    return _servers[number]
+
+
+def _connected(path: Path) -> socket.socket:
+    """A connection to the process that listens there, which is started if there is none."""
+    mine = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            mine.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(str(path))
+                listener.listen()
+                mine.connect(str(path))
+                command = [sys.executable, "-m", "tests.forked", str(listener.fileno()), str(path)]
+                env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+                _started.append(subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[listener.fileno()]))
+    return mine
 
 
 def _close() -> None:
-    for process, asked in _servers:
+    for asked in _servers:
         asked.close()
-        process.wait()
     _servers.clear()
 
 
@@ -114,8 +135,8 @@ def _close() -> None:
 
 
 def main() -> None:
-    """Import, then fork until nobody is left who asks."""
-    asked = socket.socket(fileno=int(sys.argv[1]))
+    """Import, then fork for all who ask, until nobody is left who does."""
+    listener, path = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     for name in LOADED:
         importlib.import_module(name)
     with warnings.catch_warnings():
@@ -124,17 +145,29 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what all have is nothing that a rank's collections must go through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    asked.send(b"ready")
+    asking: list[socket.socket] = []
     while True:
-        job, files, _, _ = socket.recv_fds(asked, JOB_BYTES, 2)
-        if not job:
-            os._exit(0)
-        if not os.fork():
-            asked.close()
-            _watch(json.loads(job), *files)
-            return
-        for file in files:
-            os.close(file)
+        for one in select.select([listener, *asking], [], [])[0]:
+            if one is listener:
+                asking.append(listener.accept()[0])
+                asking[-1].send(b"ready")
+                continue
+            job, files, _, _ = socket.recv_fds(one, JOB_BYTES, 2)
+            if not job:
+                one.close()
+                asking.remove(one)
+                if not asking:
+                    for left in (path, path.with_suffix(".lock")):
+                        left.unlink(missing_ok=True)
+                    os._exit(0)
+                continue
+            if not os.fork():
+                for other in (listener, *asking):
+                    other.close()
+                _watch(json.loads(job), *files)
+                return
+            for file in files:
+                os.close(file)
 
 
 def _watch(job: dict[str, Any], told: int, said: int) -> None:

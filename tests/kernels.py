@@ -40,9 +40,10 @@ def training() -> None:
 
 
 def rest() -> None:
-    """Planning methods, and policies that serve."""
+    """Planning methods, what engines' plugins plan with, and policies that serve."""
     import numpy as np
 
+    from poise.engines.plugins.policy import warm_up
     from poise.machine.cluster import Cluster
     from poise.machine.model import ModelSpec
     from poise.planning.problem import PlacementProblem
@@ -67,6 +68,7 @@ def rest() -> None:
                 continue
     for unit_D in (np.arange(4), np.arange(4) // 2):
         hardened(problem, solution.placement, unit_D)
+    warm_up()
     prepared(solution.placement, "device", cluster.node_D, batch.load_LE(), np.ones(4))
     for policy in POLICIES.values():
         replay_steps(batch, solution.placement, FastLoop(policy, 2), cluster, model, traffic="home", warm_up=1)

@@ -67,15 +67,22 @@ class Ranks:
         return [process.poll() for process in self.running]
 
     def waiting(self) -> bool:
-        """Whether no thread of those that run has anything to do: on a busy machine a rank may be slow, and not wait."""
+        """Whether no thread of those that run has anything to do: on a busy machine a rank may be slow, and not wait.
+
+        One that has ended and is not told of yet (its threads are gone, or wait for who forked it) does not wait either.
+        """
         states = []
         for process in self.running:
+            if process.returncode is not None:
+                continue
+            mine = []
             for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
                 try:
-                    states.append(stat.read_text().rpartition(") ")[2][0])
-                except OSError:  # it has just ended
-                    states.append("R")
-        return not {"R", "D"} & set(states)
+                    mine.append(stat.read_text().rpartition(") ")[2][0])
+                except OSError:
+                    pass
+            states += mine or ["X"]
+        return not {"R", "D", "Z", "X"} & set(states)
 
     def stacks(self, files: list[Path], wait_s: float = 15.0) -> None:
         """Ask those that run for the stacks of all their threads (:func:`tests.journal.keep`), and wait for them."""

@@ -1,6 +1,13 @@
 """A case that fails, hangs or ends a rank is that case's failure alone, and names what every rank left undone."""
 
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
 from tests.cases import verdicts
+from tests.files_written.support import wait_for
+from tests.launch import Ranks
 
 SCRIPT = "tests/broken_cases.py"
 
@@ -35,3 +42,26 @@ def test_a_rank_that_is_silent(tmp_path):
 
 def test_what_was_not_begun_in_time_has_not_passed(tmp_path):
     assert verdicts(SCRIPT, ["fine"], tmp_path, world=2, timeout=0.0) == {"fine": "did not run"}
+
+
+def states(pid):
+    """Of the threads of a process."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            found.append(path.read_text().rpartition(") ")[2][0])
+    return found
+
+
+def test_a_rank_that_has_ended_and_is_not_told_of_yet_does_not_wait(tmp_path):
+    """What forked it is late: to take that for a rank that waits would end the launch."""
+    with Ranks(1, SCRIPT, "--out", str(tmp_path / "results.jsonl"), "fine", folder=tmp_path) as ranks:
+        (process,) = ranks.running
+        parent = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()[1])
+        os.kill(parent, signal.SIGSTOP)
+        try:
+            wait_for(lambda: states(process.pid) == ["Z"])
+            assert ranks.codes() == [None] and not ranks.waiting()
+        finally:
+            os.kill(parent, signal.SIGCONT)
+        assert process.wait(120) == 0

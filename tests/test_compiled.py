@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
 
+from poise.planning.solve.complete import fill_layer
 from poise.util.compilation import COMPILATION
 
 INNER = "from poise.util.compiled import compiled\nFACTOR = {factor}\n@compiled\ndef inner(x):\n    return x + {add}\n"
@@ -44,6 +46,18 @@ def run(load):
         return load("outer_of_cache_test", OUTER).outer(10), COMPILATION.count - before
 
     return once
+
+
+def test_a_constant_or_a_narrow_int_compiles_nothing_anew(load):
+    before = COMPILATION.count
+    load("inner_of_cache_test", INNER.format(factor=3, add=1))
+    outer = load(
+        "outer_of_cache_test",
+        "from poise.util.compiled import compiled\nfrom inner_of_cache_test import inner\n"
+        "@compiled\ndef outer(narrow, wide):\n    return inner(narrow[0]) + inner(wide[0]) + inner(2) + inner(x=4)\n",
+    ).outer
+    assert outer(np.array([10], np.int16), np.array([20])) == 11 + 21 + 3 + 5
+    assert COMPILATION.count - before == 2
 
 
 def files(tmp_path, suffix):
@@ -148,3 +162,18 @@ def test_a_cache_that_cannot_be_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "_open_for_write", full)
     assert run() == (33, 2)
     assert run() == (33, 2)
+
+
+def test_no_machine_code_tells_of_shapes():
+    """An array that is assigned to a slice brings the text of its error along, strings and all, into each function that calls the one
+    with it: seconds of compiling. Loops do the same.
+    """
+    fill_layer(np.eye(2, dtype=np.bool_), np.ones(2, np.int64), np.ones(2), True, np.zeros(2, np.int64))
+    named = []
+    for module in [module for name, module in sys.modules.items() if name.startswith("poise.")]:
+        for name, value in vars(module).items():
+            file = getattr(getattr(value, "_cache", None), "_cache_file", None)
+            for path in file._load_index().values() if file is not None else ():
+                found = Path(file._data_path(path))
+                named.append((name, found.exists() and b"raise_with_shape" in found.read_bytes()))
+    assert len(named) > 0 and not [name for name, told in named if told]

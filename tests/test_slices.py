@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks import parity, slices
 from benchmarks.slices import CASES, MANY, PROBLEMS, Piece, of_day, pieces, run
+from tests.conftest import seconds_of_files
 
 ROOT = Path(__file__).parents[1]
 OF_RANKS = ("tests/train/test_support.py", "tests/serve/test_serve.py")
@@ -89,6 +90,14 @@ def test_one_failure_of_many_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["slices.py", "--date", "2026-12-20"])
     assert slices.main() == (of_day(datetime.date(2026, 12, 20)).name == "b")
     assert "piece of 2026-12-20, one of 3" in capsys.readouterr().out
+
+
+def test_seconds_of_files_are_those_of_all_phases():
+    def report(name, when, duration):
+        return pytest.TestReport(name, ("", 0, ""), {}, "passed", None, when, duration=duration)
+
+    reports = [report("a.py::x", "setup", 1.0), report("a.py::y[1]", "call", 2.0), report("b.py::x", "teardown", 4.0)]
+    assert seconds_of_files([*reports, "a warning"]) == {"a.py": 3.0, "b.py": 4.0}
 
 
 def test_ci_stops_at_the_first_stage_that_fails(tmp_path):

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests import proven
 from tests.helpers import few_or
 from tests.launch import leave
+from tests.ranks import everywhere
 from tests.train import harness as h
 
 from poise.machine.cluster import Cluster
@@ -69,26 +70,31 @@ def pairwise(cells: list[tuple]) -> list[tuple]:
     return out
 
 
+def dense_runs(cells: list[tuple], dtype: torch.dtype, gather: str) -> dict[tuple, h.RunRecord]:
+    """The dense runs that cells are compared with, by workload, top-k and optimizer: every rank makes some of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    keys = list(dict.fromkeys((workload, top_k, optimizer) for _, _, top_k, workload, optimizer in cells))
+    mine = {key: h.dense(*key, world, dtype=dtype, gather=gather) for key in keys[rank::world]}
+    return {key: run for part in everywhere(mine) for key, run in part.items()}
+
+
 def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str = "") -> list[dict]:
     """A row for each cell."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    references: dict[tuple, h.RunRecord] = {}
+    references = dense_runs(cells, dtype, gather)
     bounds: dict[tuple, float] = {}
     rows, start = [], time.time()
     for number, (policy, again, top_k, workload, optimizer) in enumerate(cells):
         key = (workload, top_k, optimizer)
-        if key not in references:
-            references[key] = h.dense(workload, top_k, optimizer, world, dtype=dtype, gather=gather)
-            if dtype != torch.float64:
-                others = [
-                    h.dense(workload, top_k, optimizer, world, dtype=dtype, order=order)
-                    for order in ORDERS[rank::world]
-                ]
-                apart = torch.tensor(
-                    [max((h.apart(other, references[key]) for other in others), default=0.0)], dtype=torch.float64
-                )
-                dist.all_reduce(apart, op=dist.ReduceOp.MAX)
-                bounds[key] = apart.item()
+        if key not in bounds and dtype != torch.float64:
+            others = [
+                h.dense(workload, top_k, optimizer, world, dtype=dtype, order=order) for order in ORDERS[rank::world]
+            ]
+            apart = torch.tensor(
+                [max((h.apart(other, references[key]) for other in others), default=0.0)], dtype=torch.float64
+            )
+            dist.all_reduce(apart, op=dist.ReduceOp.MAX)
+            bounds[key] = apart.item()
         owners = None
         if number % 2:
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 from numba.core.caching import IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
@@ -53,7 +53,19 @@ def _compiled(function: Callable[..., Any], *, nogil: bool) -> Any:
     except RuntimeError:  # numba: no folder for a cache can be written
         dispatcher = njit(nogil=nogil)(function)
     dispatcher._cache = _Cache(dispatcher._cache, function)
+    dispatcher.get_call_template = partial(_call_template, dispatcher.get_call_template)
     return dispatcher
+
+
+def _call_template(known: Callable[..., Any], args: Any, kws: Any) -> Any:
+    """What a compiled caller gets: numba would compile once more for a constant, and for every width of int."""
+    return known(tuple(map(_wide, args)), {name: _wide(kind) for name, kind in kws.items()})
+
+
+def _wide(kind: Any) -> Any:
+    """The type of an argument without its value; whole numbers with a sign as int64, as numba computes with them."""
+    kind = types.unliteral(kind)
+    return types.int64 if isinstance(kind, types.Integer) and kind.signed and kind.bitwidth < 64 else kind
 
 
 class _Cache:

@@ -164,6 +164,8 @@ def nudged(
         value = worth * x_D.max() + price * fetched_D.max()
         if value < least:
             least, changes = value, step
-            kept_S[:] = slot_expert_S
-    slot_expert_S[:] = kept_S
+            for s in range(slots):
+                kept_S[s] = slot_expert_S[s]
+    for s in range(slots):
+        slot_expert_S[s] = kept_S[s]
     return changes

@@ -312,9 +312,10 @@ def _annealed(
             row = out[layer, node * of_node : (node + 1) * of_node]
             here = np.unique(row)
             place_E = np.zeros(experts, np.int64)
-            place_E[here] = np.arange(here.size)
             own = np.zeros((1, here.size + 1))
-            own[0, :-1] = load_LE[layer][here]
+            for i in range(here.size):
+                place_E[here[i]] = i
+                own[0, i] = load_LE[layer, here[i]]
             own /= max(own.sum(), 1e-300)
             mine = np.empty(of_node, np.int64)
             for s in range(of_node):
@@ -335,7 +336,8 @@ def _annealed(
                             break
                     if mine[s] < 0:  # the rank has every expert of the node
                         mine[s] = order[0]
-            row[:] = here[mine]
+            for s in range(of_node):
+                row[s] = here[mine[s]]
     return out
 
 

@@ -127,7 +127,8 @@ def anneal_slots(
             more = 1.0 / (copies[c] + 1) - 1.0 / copies[c]
             less = 1.0 / (copies[a] - 1) - 1.0 / copies[a] if a >= 0 else 0.0
             mark[di] = 1
-            after[di] = x[di]
+            for b in range(steps):
+                after[di, b] = x[di, b]
             for q in range(2):
                 e, change = (c, more) if q else (a, less)
                 if e < 0:
@@ -136,7 +137,8 @@ def anneal_slots(
                     d = slot_device[where[e, k]]
                     if mark[d] == 0:
                         mark[d] = 1
-                        after[d] = x[d]
+                        for b in range(steps):
+                            after[d, b] = x[d, b]
                     for b in range(steps):
                         after[d, b] += load_BE[b, e] * change * rate_D[d]
             for b in range(steps):
@@ -153,7 +155,8 @@ def anneal_slots(
                 if mark[d]:
                     mark[d] = 0
                     if taken:
-                        x[d] = after[d]
+                        for b in range(steps):
+                            x[d, b] = after[d, b]
             if not taken:
                 continue
             if a >= 0:
@@ -176,9 +179,11 @@ def anneal_slots(
                 value += weight_B[b] * most
             if value < best:
                 best = value
-                kept[:] = slot_expert
+                for s in range(slots):
+                    kept[s] = slot_expert[s]
     if best < np.inf:
-        slot_expert[:] = kept
+        for s in range(slots):
+            slot_expert[s] = kept[s]
     return best
 
 

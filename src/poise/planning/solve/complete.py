@@ -113,4 +113,5 @@ def fill_layer(
         copies_E[best] += 1
         each_E[best] = load_E[best] / copies_E[best]
         free_D[to] -= 1
-        changed_D[:] = held_ED[best]
+        for d in range(devices):
+            changed_D[d] = held_ED[best, d]

@@ -80,6 +80,15 @@ def _balanced(data: Data, state: State, layer: int) -> float:
 
 
 @compiled(nogil=True)
+def _keep(state: State, layer: int, best_ED: NDArray[np.bool_]) -> None:
+    """Copy who holds what in one layer."""
+    experts, devices = best_ED.shape
+    for e in range(experts):
+        for d in range(devices):
+            best_ED[e, d] = state.held_LED[layer, e, d]
+
+
+@compiled(nogil=True)
 def _anneal(data: Data, state: State, layer: int, proposals: int, draws_seed: int, best_ED: NDArray[np.bool_]) -> None:
     """Steps 2 and 3 in one layer; the best state in ``best_ED`` [E, D], the last one in ``state``."""
     np.random.seed(draws_seed)
@@ -87,7 +96,7 @@ def _anneal(data: Data, state: State, layer: int, proposals: int, draws_seed: in
     four_e, four_d = np.empty(4, np.int64), np.empty(4, np.int64)
     now = _balanced(data, state, layer)
     best = now
-    best_ED[:] = state.held_LED[layer]
+    _keep(state, layer, best_ED)
     for turn in range(proposals):
         if data.stop[0]:
             return
@@ -119,7 +128,7 @@ def _anneal(data: Data, state: State, layer: int, proposals: int, draws_seed: in
         now = after
         if now < best:
             best = now
-            best_ED[:] = state.held_LED[layer]
+            _keep(state, layer, best_ED)
 
 
 def proposals_within(problem: PlacementProblem, seconds: float) -> tuple[int, float]:

@@ -132,7 +132,7 @@ def export(domain: OneDomain, threshold: int, floor: int, keep: int) -> Exports:
                 if to < 0:
                     break
                 tokens = min(want, room_D[to])
-                made_X4[count] = e, source, to, tokens
+                made_X4[count, 0], made_X4[count, 1], made_X4[count, 2], made_X4[count, 3] = e, source, to, tokens
                 count += 1
                 held[e, to] = True
                 slots_D[to] -= 1

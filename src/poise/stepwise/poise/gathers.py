@@ -172,8 +172,11 @@ def fill_nodes(
         last = first + machine.size_N[n]
         inside = Filling(np.ascontiguousarray(holders_ED[:, first:last]), start.free_D[first:last].copy())
         tokens = tokens_of_node(sources, quota_EN, n, first, machine)
-        quota_ED[:, first:last] = fill_node(tokens, inside, tolerance)
-        holders_ED[:, first:last] = inside.holders_ED
+        quota_EX = fill_node(tokens, inside, tolerance)
+        for e in range(quota_EX.shape[0]):
+            for d in range(first, last):
+                quota_ED[e, d] = quota_EX[e, d - first]
+                holders_ED[e, d] = inside.holders_ED[e, d - first]
         first = last
     return holders_ED, quota_ED
 

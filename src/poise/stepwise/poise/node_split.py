@@ -134,7 +134,10 @@ def split_devices(
     for n in range(machine.size_N.size):
         last = first + machine.size_N[n]
         tokens = tokens_of_node(sources, quota_EN, n, first, machine)
-        _, quota_ED[:, first:last] = split_tokens(tokens, np.ascontiguousarray(holds_ED[:, first:last]), slack)
+        _, quota_EX = split_tokens(tokens, np.ascontiguousarray(holds_ED[:, first:last]), slack)
+        for e in range(quota_EX.shape[0]):
+            for d in range(first, last):
+                quota_ED[e, d] = quota_EX[e, d - first]
         first = last
     return quota_ED
 

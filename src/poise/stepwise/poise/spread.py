@@ -227,8 +227,8 @@ def norm_after(descent: Descent, move: TokenMove, apply: bool) -> float:
         if turn == 1 and n == nodes[0]:
             break
         first, last = descent.node_N2[n]
-        tokens_D[first:last] = row_D[first:last]
-        work_D[first:last] = spread.work_D[first:last]
+        for d in range(first, last):
+            tokens_D[d], work_D[d] = row_D[d], spread.work_D[d]
         if nodes[0] == n:
             tokens_D[a] -= amount
             work_D[a] += expert_work(tokens_D[a], machine) - expert_work(row_D[a], machine)
@@ -247,7 +247,8 @@ def norm_after(descent: Descent, move: TokenMove, apply: bool) -> float:
         compute += node_compute - descent.sum_2N[0, n]
         ports += node_ports - descent.sum_2N[1, n]
         if apply:
-            spread.work_D[first:last] = work_D[first:last]
+            for d in range(first, last):
+                spread.work_D[d] = work_D[d]
             descent.sum_2N[0, n], descent.sum_2N[1, n] = node_compute, node_ports
     if apply:
         row_D[a] -= amount

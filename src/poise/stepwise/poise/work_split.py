@@ -175,7 +175,8 @@ def best_split(load_SE: NDArray[np.int64], slack: float, layer: HeldLayer) -> fl
         seconds = split_seconds(space.tokens_H, load_SE, layer)
         if seconds < least:
             least = seconds
-            space.best_H[:count] = space.tokens_H[:count]
+            for h in range(count):
+                space.best_H[h] = space.tokens_H[h]
     return least
 
 
