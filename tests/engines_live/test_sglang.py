@@ -1,0 +1,110 @@
+"""SGLang serves the same tokens whatever map runs, runs the map of our file, and rebalances to our planner's maps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.engines_live import models
+from tests.engines_live.environment import SGLANG
+from tests.engines_live.runs import PROMPTS, RANKS, ROUNDS, near, poise
+from tests.engines_live.sglang_runs import EPLB, REDUNDANT_SLOTS, SglangRuns
+
+from poise.planning.placement import Placement
+from poise.routing import files
+
+
+@pytest.fixture(scope="session")
+def sglang(tmp_path_factory):
+    """SGLang's runs by name, each made when a row asks for it first."""
+    if not SGLANG.made:
+        pytest.fail(f"{SGLANG.folder} is not there: python -m tests.engines_live.environment {SGLANG.requirement}")
+    kept = os.environ.get("POISE_ENGINES_RUNS")
+    folder = Path(kept) / "sglang" if kept else tmp_path_factory.mktemp("sglang")
+    folder.mkdir(exist_ok=True)
+    return SglangRuns(SGLANG, folder)
+
+
+def same_tokens(sglang, ran, row, more=""):
+    """All rounds on all ranks, token for token."""
+    assert ran.fine, ran.tail()
+    for rank in range(len(ran.codes)):
+        assert ran.tokens(rank) == sglang.reference.tokens(), f"rank {rank}\n{ran.tail()}"
+    count = sum(len(answer) for answers in ran.tokens() for answer in answers)
+    row(
+        ran.seconds,
+        f"{count} tokens equal on {len(ran.codes)} rank(s), log-probabilities within {near(ran, sglang.reference):.1g}{more}",
+    )
+
+
+def maps_of(ran):
+    """Maps that ran, int [N, L, S], the same on all ranks."""
+    assert len(ran.maps[0]) and all(maps == ran.maps[0] for maps in ran.maps), "ranks ran different maps"
+    return np.array(ran.maps[0])
+
+
+def counts_of(sglang):
+    """Tokens of each expert [L, E], as ``poise record`` counts them."""
+    experts = sglang.traffic().experts
+    return np.stack(
+        [np.bincount(experts[:, layer].ravel(), minlength=models.EXPERTS) for layer in range(models.LAYERS)]
+    )
+
+
+def test_reference(sglang, row):
+    """SGLang, one process without poise: the reference of SGLang's rows"""
+    ran = sglang.reference
+    assert [len(answers) for answers in ran.tokens()] == [PROMPTS] * ROUNDS
+    row(ran.seconds, f"{ROUNDS} rounds of {PROMPTS} prompts")
+
+
+def test_two_engines_agree(sglang, runs, row):
+    """SGLang's one process gives the tokens of vLLM's"""
+    assert sglang.reference.tokens() == runs.reference.tokens()
+    row(0, f"log-probabilities within {near(sglang.reference, runs.reference):.1g}")
+
+
+def test_trivial(sglang, row):
+    """SGLang, two ranks, its first map; what its recorder dumps, read by `poise convert`, equals `poise record`"""
+    ran = sglang.trivial
+    assert len(maps_of(ran)) == 1 and not ran.planned(0)
+    loads = sglang.folder / "read.json"
+    poise("convert", sglang.dumps("trivial", "stat"), "-o", loads)
+    counted = files.read(loads).load_BLE.sum(axis=0)
+    assert np.array_equal(counted, RANKS * counts_of(sglang))  # every rank has every token, and counts it
+    same_tokens(sglang, ran, row, f"; {int(counted.sum())} picks recorded")
+
+
+def test_planned(sglang, row):
+    """SGLang, two ranks under our file by `--init-expert-location`: the live map of both is the plan"""
+    ran = sglang.served("planned", {**REDUNDANT_SLOTS, "init_expert_location": str(sglang.exported)}, record="per_pass")
+    maps, plan = maps_of(ran), Placement.load(sglang.plan)
+    assert len(maps) == 1 and np.array_equal(maps[0], plan.slot_expert_LS)
+    assert not np.array_equal(maps[0], np.array(sglang.trivial.maps[0][0]))
+    assert verdict(sglang, "planned") == "live"
+    same_tokens(sglang, ran, row, "; plan = live map; `poise verify` says live")
+
+
+def test_not_planned(sglang, row):
+    """SGLang, two ranks under its first map: `poise verify` says of the recorder's slots that the plan is not live"""
+    ran = sglang.served("not-planned", REDUNDANT_SLOTS, record="per_pass")
+    assert verdict(sglang, "not-planned") == "not-live"
+    same_tokens(sglang, ran, row, "; not-live")
+
+
+def verdict(sglang, name):
+    said = poise("verify", sglang.plan, sglang.dumps(name, "per_pass"), "--json", codes=(0, 1))
+    return json.loads(said)["verdict"]
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["its own", "poise"])
+def test_rebalances(sglang, row, asked):
+    """SGLang, two ranks, rebalanced by its EPLB manager, with poise asked: {asked}: ranks come to the same maps"""
+    ran = sglang.served("online" if asked else "stock", EPLB, **({"POISE_EPLB": "1"} if asked else {}))
+    changes = len(maps_of(ran)) - 1
+    assert changes >= 2
+    assert ran.planned(0) == ran.planned(1) and len(ran.planned(0)) == (ROUNDS - 1 if asked else 0)
+    same_tokens(sglang, ran, row, f"; {len(ran.planned(0))} maps of poise, {changes} changes of the live map")
