@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import exchange, gather
+from poise.runtime.collectives import Arriving, gather
 from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
@@ -32,6 +32,7 @@ class Exchange:
     sent_D, got_D : pairs to and from each rank.
     arrange_n : int64 [n] what arrived, in the order the experts need it.
     count_E : pairs of each expert computed here, int64 [E] on the host.
+    most : most pairs from any rank to another one.
     """
 
     send_N: Tensor
@@ -39,6 +40,7 @@ class Exchange:
     got_D: list[int]
     arrange_n: Tensor
     count_E: NDArray[np.int64]
+    most: int
 
 
 def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64]:
@@ -113,29 +115,35 @@ def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots:
     expert = np.repeat(np.tile(np.arange(here_SE.shape[1]), here_SE.shape[0]), here_SE.reshape(-1))
     place_E = np.zeros(here_SE.shape[1], np.int64)
     place_E[slots if slots is not None else slice(None)] = np.arange(len(place_E) if slots is None else len(slots))
+    pairs_SD = rows_SED.sum(axis=1)
+    np.fill_diagonal(pairs_SD, 0)
     return Exchange(
         by_expert[by_rank],
         mine_ED.sum(axis=0).tolist(),
         here_SE.sum(axis=1).tolist(),
         torch.from_numpy(np.argsort(place_E[expert], kind="stable")).to(device),
         here_SE.sum(axis=0),
+        int(pairs_SD.max()),
     )
 
 
-def there(x_Nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
-    """Send pairs, in sending order, to their ranks; those that are computed here, [n, d], sorted by expert.
+def there(coming: Arriving, way: Exchange, prefix: str = "") -> Tensor:
+    """Pairs that are computed here, [n, d], sorted by expert, once they have come.
 
     ``prefix`` is put before the names of its spans (:mod:`poise.runtime.spans`).
     """
     with span(f"{prefix}dispatch"):
-        came = exchange(x_Nd, way.sent_D, way.got_D, group)
+        came = coming.wait()
     with span(f"{prefix}arrange"):
         return came.index_select(0, way.arrange_n)
 
 
-def back(y_nd: Tensor, way: Exchange, group: Any, prefix: str = "") -> Tensor:
-    """Send results back, the reverse of :func:`there`; those of this rank's pairs, [N, d], in sending order."""
+def back(y_nd: Tensor, way: Exchange, coming: Arriving, prefix: str = "") -> Tensor:
+    """Send results back, the reverse of :func:`there`; those of this rank's pairs, [N, d], in sending order.
+
+    ``coming`` was made for what comes (``way.sent_D``).
+    """
     out = torch.empty_like(y_nd)
     out[way.arrange_n] = y_nd
     with span(f"{prefix}combine"):
-        return exchange(out, way.got_D, way.sent_D, group)
+        return coming.send(out, way.got_D).wait()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from poise.runtime.collectives import Arriving
 from poise.runtime.dispatch import Exchange, back, there
 from poise.runtime.experts import Bank, ExpertKind
 from poise.runtime.spans import BACKWARD, span
@@ -52,10 +53,14 @@ class LayerStep:
         # the two ends of the experts' graph on this rank, None without tokens
         self._x_edge: GradientEdge | None = None
         self._y_edge: GradientEdge | None = None
+        self._coming: Arriving | None = None
 
     def dispatch(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d]."""
-        return there(x_Td.index_select(0, self.way.send_N // self.top_k), self.way, self.group)
+        with span("dispatch"):
+            self._coming = Arriving(x_Td, self.way.got_D, self.group, self.way.most)
+            self._coming.send(x_Td.index_select(0, self.way.send_N // self.top_k), self.way.sent_D)
+        return self._there()
 
     def compute(
         self, x_in: Tensor, banks: Sequence[Bank], *, graph: bool, recomputed: bool
@@ -85,11 +90,17 @@ class LayerStep:
 
     def combine(self, y_in: Tensor, tokens: int) -> Tensor:
         """Outputs of this rank's pairs, [T * K, d]; zeros where no expert was named."""
-        return self._of_pairs(back(y_in.detach(), self.way, self.group), tokens)
+        return self._of_pairs(back(y_in.detach(), self.way, self._take()), tokens)
 
-    def dispatch_gradients(self, dy_Nd: Tensor) -> Tensor:
-        """Gradients of this rank's pairs [T * K, d] to where their experts are, [n, d]."""
-        return there(dy_Nd.index_select(0, self.way.send_N), self.way, self.group, BACKWARD)
+    def send_gradients(self, dy_Nd: Tensor) -> Arriving:
+        """Begin to send gradients of this rank's pairs [T * K, d] to where their experts are."""
+        with span(f"{BACKWARD}dispatch"):
+            self._coming = Arriving(dy_Nd, self.way.got_D, self.group, self.way.most)
+            return self._coming.send(dy_Nd.index_select(0, self.way.send_N), self.way.sent_D)
+
+    def dispatch_gradients(self) -> Tensor:
+        """Gradients of what is computed here, [n, d], once they have come."""
+        return self._there(BACKWARD)
 
     def compute_gradients(
         self, dy_in: Tensor, leaves: Sequence[Tensor], *, keep: bool
@@ -118,8 +129,19 @@ class LayerStep:
 
     def combine_gradients(self, dx_in: Tensor, tokens: int) -> Tensor:
         """Gradients of this rank's tokens, [T, d]."""
-        out = self._of_pairs(back(dx_in, self.way, self.group, BACKWARD), tokens)
+        out = self._of_pairs(back(dx_in, self.way, self._take(), BACKWARD), tokens)
         return out.view(tokens, self.top_k, out.shape[1]).sum(dim=1)
+
+    def _there(self, prefix: str = "") -> Tensor:
+        came = there(self._take(), self.way, prefix)
+        self._coming = Arriving(came, self.way.sent_D, self.group, self.way.most)  # asked for while experts compute
+        return came
+
+    def _take(self) -> Arriving:
+        """What this rank has asked for."""
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        return coming
 
     def _of_pairs(self, sent_Nd: Tensor, tokens: int) -> Tensor:
         """Rows in sending order as rows of all pairs, [T * K, d]; zeros where no expert was named."""
