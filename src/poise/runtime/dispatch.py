@@ -127,13 +127,14 @@ def make_exchange(ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, slots:
     )
 
 
-def there(coming: Arriving, way: Exchange, prefix: str = "") -> Tensor:
-    """Pairs that are computed here, [n, d], sorted by expert, once they have come.
+def there(x_Nd: Tensor | None, way: Exchange, coming: Arriving, prefix: str = "") -> Tensor:
+    """Send pairs, in sending order, to their ranks; those that are computed here, [n, d], sorted by expert.
 
-    ``prefix`` is put before the names of its spans (:mod:`poise.runtime.spans`).
+    ``coming`` was made for what comes (``way.got_D``); without ``x_Nd`` it has been sent. ``prefix`` is put before the
+    names of its spans (:mod:`poise.runtime.spans`).
     """
     with span(f"{prefix}dispatch"):
-        came = coming.wait()
+        came = (coming if x_Nd is None else coming.send(x_Nd, way.sent_D)).wait()
     with span(f"{prefix}arrange"):
         return came.index_select(0, way.arrange_n)
 

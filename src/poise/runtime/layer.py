@@ -57,10 +57,8 @@ class LayerStep:
 
     def dispatch(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d]."""
-        with span("dispatch"):
-            self._coming = Arriving(x_Td, self.way.got_D, self.group, self.way.most)
-            self._coming.send(x_Td.index_select(0, self.way.send_N // self.top_k), self.way.sent_D)
-        return self._there()
+        self._coming = Arriving(x_Td, self.way.got_D, self.group, self.way.most)
+        return self._there(x_Td.index_select(0, self.way.send_N // self.top_k))
 
     def compute(
         self, x_in: Tensor, banks: Sequence[Bank], *, graph: bool, recomputed: bool
@@ -94,13 +92,12 @@ class LayerStep:
 
     def send_gradients(self, dy_Nd: Tensor) -> Arriving:
         """Begin to send gradients of this rank's pairs [T * K, d] to where their experts are."""
-        with span(f"{BACKWARD}dispatch"):
-            self._coming = Arriving(dy_Nd, self.way.got_D, self.group, self.way.most)
-            return self._coming.send(dy_Nd.index_select(0, self.way.send_N), self.way.sent_D)
+        self._coming = Arriving(dy_Nd, self.way.got_D, self.group, self.way.most)
+        return self._coming.send(dy_Nd.index_select(0, self.way.send_N), self.way.sent_D)
 
     def dispatch_gradients(self) -> Tensor:
         """Gradients of what is computed here, [n, d], once they have come."""
-        return self._there(BACKWARD)
+        return self._there(None, BACKWARD)
 
     def compute_gradients(
         self, dy_in: Tensor, leaves: Sequence[Tensor], *, keep: bool
@@ -132,8 +129,8 @@ class LayerStep:
         out = self._of_pairs(back(dx_in, self.way, self._take(), BACKWARD), tokens)
         return out.view(tokens, self.top_k, out.shape[1]).sum(dim=1)
 
-    def _there(self, prefix: str = "") -> Tensor:
-        came = there(self._take(), self.way, prefix)
+    def _there(self, x_Nd: Tensor | None, prefix: str = "") -> Tensor:
+        came = there(x_Nd, self.way, self._take(), prefix)
         self._coming = Arriving(came, self.way.sent_D, self.group, self.way.most)  # asked for while experts compute
         return came
 
