@@ -33,6 +33,7 @@ from poise.lab.emulate import EmulatedCluster, run
 from poise.lab.emulate.quiet import Meter, settle, why_not
 from poise.lab.emulate.spec import parse_shape
 from poise.machine.cluster import Cluster
+from poise.machine.curve import MeasuredCurve
 
 PEERS = {module.PEER.name: module.PEER for module in (deepspeed_autoep, nemo, titan)}
 KINDS = ("balanced", "skewed", "drifting")
@@ -94,10 +95,11 @@ def targets(shape: Shape, data: Path | None) -> dict[str, np.ndarray]:
 
 def device_cluster(spec: EmulatedCluster, shape: Shape) -> Cluster:
     """The emulated machine as poise's policies reckon with it."""
-    flops_a_token = 6.0 * shape.hidden * shape.inner
+    knots = np.array([1.0, 4096.0])
+    curve = MeasuredCurve(knots, START_S + knots * TOKEN_S, 3.0 * shape.hidden * shape.inner, 4.0)
     return replace(
         Cluster.uniform(spec.nodes, spec.devices_per_node, "a100"), name="emulated", preset="", open=(),
-        flops_per_s=flops_a_token / TOKEN_S, intra_bytes_per_s=INTRA, inter_bytes_per_s=INTER, intra_latency_s=LATENCY_S,
+        expert_curve=curve, intra_bytes_per_s=INTRA, inter_bytes_per_s=INTER, intra_latency_s=LATENCY_S,
         inter_latency_s=LATENCY_S,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ class LayeredTrainer:
         names = [name for name, _ in self.model.named_parameters() if ".experts." in name]
         self.owned = [weight for name, weight in self.model.named_parameters() if ".experts." in name]
         self.model._ddp_params_and_buffers_to_ignore = names
-        self.dense = nn.parallel.DistributedDataParallel(self.model)
+        self.dense = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         # a group a kind: some optimizers' kernels do not mix DTensors with tensors
         rest = [weight for name, weight in self.model.named_parameters() if ".experts." not in name]
         self.optimizer = torch.optim.AdamW([{"params": rest}, {"params": self.owned}], lr=settings.rate)

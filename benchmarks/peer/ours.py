@@ -53,7 +53,7 @@ class PoiseTrainer:
         )
         for experts in self.run.schedule.layers:
             experts.kind = replace(experts.kind, one=_clocked(experts.kind.one, settings.clock))
-        self.dense = nn.parallel.DistributedDataParallel(self.model)
+        self.dense = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=settings.rate)
 
     def gates(self) -> list[Tensor]:  # noqa: D102

@@ -26,7 +26,15 @@ from poise.cost.machine import (
     weight_seconds,
 )
 from poise.cost.traffic import Copies, port_load
-from poise.cost.weights import StepPrice, compiled_price, exposed_seconds, fetch_seconds, gather_seconds
+from poise.cost.weights import (
+    StepPrice,
+    attention_parameters,
+    compiled_price,
+    dense_gradient_seconds,
+    exposed_seconds,
+    fetch_seconds,
+    gather_seconds,
+)
 from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -128,7 +136,8 @@ def fetched_by_the_rule(held_ED, fetched_ED, price):
 def test_one_price_of_a_fetch(seed, nodes, fan_out, training, again):
     rng, cluster, model, _ = make(seed, nodes)
     price = StepPrice(cluster, model, float(rng.choice([0.0, 2.0, 40.0])), 0.0, 1.0, 1.0, training, again,
-                      float(rng.choice([1.0, 2.0])), fan_out)  # fmt: skip
+                      float(rng.choice([1.0, 2.0])), fan_out, float(rng.choice([0.0, 0.25])),
+                      float(rng.choice([0.0, 3.0])))  # fmt: skip
     held = rng.random((5, cluster.num_devices)) < 0.4
     fetched = (rng.random(held.shape) < 0.4) & ~held
     compiled, got = compiled_price(price), fetch_seconds(held, fetched, price)
@@ -136,6 +145,23 @@ def test_one_price_of_a_fetch(seed, nodes, fan_out, training, again):
     assert gather_seconds(held, fetched, compiled) == got
     late = float(rng.choice([0.0, 3.0]))
     assert exposed_seconds(got, late, compiled) == pytest.approx(price.exposed_seconds(got, late), rel=1e-12)
+    assert price.exposed_seconds(got, late) == pytest.approx(seen_of_weights(got, late, price), rel=1e-12)
+
+
+def seen_of_weights(early, late, price):
+    """What does not fit its window, and a share of what does; gradients of the dense rest take their part of a window."""
+    passes = (price.gradient_ratio + price.rematerialise) * price.training
+    ways = [(early, price.window_s), ((early + late) * passes, max(0.0, 2.0 * price.window_s - price.dense_s))]
+    hidden = sum(min(seconds, window) for seconds, window in ways)
+    return late + sum(seconds for seconds, _ in ways) - hidden + price.hidden_share * hidden
+
+
+def test_gradients_of_the_dense_rest_take_a_ring_over_all_devices():
+    _, cluster, model, _ = make(0, (2, 2))
+    got = dense_gradient_seconds(cluster, model, 4.0)
+    layers = model.num_hidden_layers / model.num_moe_layers
+    sent = attention_parameters(model) * layers * 4.0 * 2 * 3 / 4  # reduce-scatter and all-gather, 3 of 4 parts each
+    assert got == pytest.approx(sent / cluster.inter_bytes_per_s, rel=1e-12)
 
 
 def test_a_price_is_compiled_once_and_anew_when_it_changes():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.stepwise.step_cases import random_case, view_of
 
 from poise.cost.split import exact_quota
-from poise.cost.weights import step_price
+from poise.cost.weights import HIDDEN_SHARE, step_price, training_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.stepwise.methods.faster_moe import FasterMoE
@@ -22,6 +22,7 @@ from poise.stepwise.poise.work_split import best_split, split_seconds
 from poise.stepwise.poise.workspace import desk_of
 from poise.stepwise.protocol import LayerView
 from poise.stepwise.registry import POLICIES
+from poise.stepwise.sharding import owned_ED
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -191,3 +192,35 @@ def test_flex_moe_expands_when_called_and_rests_when_balanced():
     calm = view_of(static, load, 1, recent_HE=np.ones((1, 4)))
     assert FlexMoE(horizon=1e6).before_gate(hot)[0].sum() > 1
     assert (FlexMoE().before_gate(calm) == static).all()
+
+
+@pytest.mark.parametrize("share", [0.0, HIDDEN_SHARE])
+def test_replicas_in_training_are_gathered_only_where_they_pay(share):
+    """On 2 x 4 slow devices: even loads ask for none once what hides has a price; skewed ones for some either way."""
+    cluster = replace(
+        Cluster.uniform(2, 4, "a100"),
+        preset="",
+        open=(),
+        flops_per_s=4e11,
+        intra_bytes_per_s=1e9,
+        inter_bytes_per_s=2e8,
+    )
+    price = training_price(
+        2048,
+        16,
+        cluster,
+        ModelSpec.generic(16, 1, np.arange(1)),
+        window_s=0.3,
+        hidden_share=share,
+        dense_s=0.1 * (share > 0),
+    )
+    static = owned_ED(np.repeat(np.arange(8), 2), 8)
+
+    def gathered(load_E):
+        view = LayerView(static, static.copy(), load_E, np.zeros((0, 16)), np.zeros_like(static), 2, 0, 0, price)
+        return Poise().training.before_gate(view) & ~static
+
+    nearly = 256.0 * np.array([1.1, 1.1, *[1.0] * 12, 0.9, 0.9])
+    skewed = 4096.0 / np.arange(1, 17) / (1.0 / np.arange(1, 17)).sum()
+    assert gathered(nearly).any() == (share == 0.0)
+    assert gathered(skewed).any()

@@ -3,6 +3,7 @@
 from tests.train import (  # noqa: F401
     support_cases,
     support_checkpoints,
+    support_exchanges,
     support_frozen,
     support_gradients,
     support_kinds,

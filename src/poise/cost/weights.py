@@ -9,7 +9,8 @@ Attention of the forward pass hides the gather, attention of the backward pass (
 replicas are freed after the forward pass and gathered again (re-materialisation), that gather too:
 
     exposed = max(0, gather before the gate - window) + gather after the gate
-              + max(0, reduce [+ second gather] - 2 * window)
+              + max(0, reduce [+ second gather] - (2 * window - gradients of the dense rest))
+              + a share of what hides
 """
 
 from __future__ import annotations
@@ -35,8 +36,18 @@ SYNC_SECONDS = 5e-6
 
 COMPUTE_PASSES, EXCHANGE_PASSES = 3.0, 2.0
 """Training: forward, gradient of the inputs, gradient of the weights; dispatch and combine forward and backward."""
+HIDDEN_SHARE = 0.25
+"""Of weights that hide, the share of seconds that a run sees all the same: its ranks are not at one place, and tokens
+and counts of some wait behind the weights of others. Measured on emulated devices (docs/training.md)."""
 STATE_RATIO = 7.0
 """Bytes that move with an owner over bytes of its 16-bit parameters: they and 12 bytes of Adam in mixed precision."""
+
+
+@compiled
+def _shown(seconds: float, window_s: float, share: float) -> float:
+    """What a run sees of weights of so many seconds beside a window: what does not fit, and a share of the rest."""
+    beyond = max(0.0, seconds - max(0.0, window_s))
+    return beyond + share * (seconds - beyond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,8 @@ class StepPrice:
     gradient_ratio : training: bytes of an expert's gradient over bytes of its weights as they are sent.
     gather_ratio : bytes of an expert's weights as they are sent over those they are computed with.
     fan_out : weights cross the network once per node and are passed on inside it (topology-aware gather).
+    hidden_share : of the seconds of weights that hide, the share that a run sees all the same.
+    dense_s : training: seconds for which gradients of the dense rest take the ports in a layer's backward window.
     """
 
     cluster: Cluster
@@ -70,6 +83,8 @@ class StepPrice:
     gradient_ratio: float = 1.0
     fan_out: bool = False
     gather_ratio: float = 1.0
+    hidden_share: float = 0.0
+    dense_s: float = 0.0
 
     @property
     def gathered_bytes(self) -> float:
@@ -82,11 +97,11 @@ class StepPrice:
         ``early_s``: gather of what is fetched before the gate; ``late_s``: gather of what is fetched after it. In
         training the way back of both (reduce, second gather) is in.
         """
-        exposed = max(0.0, early_s - self.window_s) + late_s
+        exposed = _shown(early_s, self.window_s, self.hidden_share) + late_s
         if self.training:
             back = (early_s + late_s) * (self.gradient_ratio + (1.0 if self.rematerialise else 0.0))
-            exposed += max(0.0, back - 2.0 * self.window_s)
-        return exposed
+            exposed += _shown(back, 2.0 * self.window_s - self.dense_s, self.hidden_share)
+        return float(exposed)
 
     def hidden_experts(self) -> int:
         """Hecate's overlap degree t: whole experts that the window can bring over the slowest link."""
@@ -101,12 +116,15 @@ class CompiledPrice(NamedTuple):
     machine : with all passes of a step in its seconds and bytes of a token.
     window_s, fan_out : of the price.
     back_passes : gathers and reduces that the backward pass makes of what was fetched, in gathers; 0 in serving.
+    back_window_s, hidden_share : seconds in which these hide, and the share of what hides that shows all the same.
     """
 
     machine: Machine
     window_s: float
     fan_out: bool
     back_passes: float
+    back_window_s: float
+    hidden_share: float
 
 
 @lru_cache(maxsize=64)
@@ -117,7 +135,10 @@ def compiled_price(price: StepPrice) -> CompiledPrice:
     )
     machine = machine._replace(expert_bytes=float(price.gathered_bytes))
     back = price.gradient_ratio + (1.0 if price.rematerialise else 0.0) if price.training else 0.0
-    return CompiledPrice(machine, float(price.window_s), bool(price.fan_out), float(back))
+    return CompiledPrice(
+        machine, float(price.window_s), bool(price.fan_out), float(back), float(2.0 * price.window_s - price.dense_s),
+        float(price.hidden_share),
+    )  # fmt: skip
 
 
 def attention_parameters(model: ModelSpec) -> float:
@@ -179,13 +200,15 @@ def training_price(
     gradient_ratio: float = 1.0,
     fan_out: bool = True,
     gather_ratio: float = 1.0,
+    hidden_share: float = 0.0,
+    dense_s: float = 0.0,
 ) -> StepPrice:
     """The price of a training step of ``tokens`` tokens over all devices, spread evenly.
 
     Parameters
     ----------
     tokens, num_experts, cluster, model : what runs, and where.
-    rematerialise, gradient_ratio, fan_out, gather_ratio : see :class:`StepPrice`.
+    rematerialise, gradient_ratio, fan_out, gather_ratio, hidden_share, dense_s : see :class:`StepPrice`.
     window_s, control_s : measured seconds in place of the modelled ones.
     sequence_length, causal : for the attention scores in the window; 0 leaves them out.
     """
@@ -194,8 +217,16 @@ def training_price(
     control = control_seconds(num_experts, cluster)
     return StepPrice(
         cluster, model, window if window_s is None else window_s, control if control_s is None else control_s,
-        COMPUTE_PASSES, EXCHANGE_PASSES, True, rematerialise, gradient_ratio, fan_out, gather_ratio,
+        COMPUTE_PASSES, EXCHANGE_PASSES, True, rematerialise, gradient_ratio, fan_out, gather_ratio, hidden_share,
+        dense_s,
     )  # fmt: skip
+
+
+def dense_gradient_seconds(cluster: Cluster, model: ModelSpec, bytes_each: float) -> float:
+    """Seconds that gradients of a layer's attention, of ``bytes_each``, take of a port: a ring over all devices."""
+    parameters = attention_parameters(model) * model.num_hidden_layers / model.num_moe_layers
+    passes = 2.0 * (cluster.num_devices - 1) / cluster.num_devices
+    return passes * parameters * bytes_each / cluster.slowest_bytes_per_s
 
 
 def attention_seconds(
@@ -244,8 +275,8 @@ def gather_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], pr
 @compiled
 def exposed_seconds(early_s: float, late_s: float, price: CompiledPrice) -> float:
     """:meth:`StepPrice.exposed_seconds` of a :class:`CompiledPrice`."""
-    back = max(0.0, (early_s + late_s) * price.back_passes - 2.0 * price.window_s)
-    return max(0.0, early_s - price.window_s) + late_s + back
+    share, back = price.hidden_share, (early_s + late_s) * price.back_passes
+    return _shown(early_s, price.window_s, share) + late_s + _shown(back, price.back_window_s, share)
 
 
 def fetch_seconds(held_ED: NDArray[np.bool_], fetched_ED: NDArray[np.bool_], price: StepPrice) -> float:

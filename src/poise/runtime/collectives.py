@@ -28,6 +28,9 @@ from poise.util.errors import CommunicationError
 ExpertTensors = Callable[[int], Sequence[Tensor]]
 """An expert's tensors on this rank, each contiguous: what is sent, or filled, or added to."""
 Count = Callable[[int], None]
+SHORT = 64 * 1024
+"""Bytes between two ranks up to which rows go by gloo's all-to-all: the host's own work on messages one by one is
+longer (docs/emulation.md)."""
 TAGS = 2**20
 """Tags are used again after so many; gloo's own collectives have theirs above 2**24, and plain sends 0."""
 
@@ -92,7 +95,7 @@ class Batch:
             _wait(line.held.pop(line.forgotten.pop(0), ([], []))[0])
         self._number = next(_numbers)
         try:
-            works = list(dist.batch_isend_irecv(operations)) if operations else []
+            works = _post(operations, group) if operations else []
         except RuntimeError as error:
             raise CommunicationError(*lost(error)) from error
         if works:
@@ -114,6 +117,21 @@ class Batch:
             del self._line.held[self._number]
 
 
+def _post(operations: list[dist.P2POp], group: Any) -> list[Any]:
+    """Works of all operations.
+
+    On gloo by the process group itself: the functions around it take a third of the host's time for short messages.
+    """
+    if dist.get_backend(group) != "gloo":
+        return list(dist.batch_isend_irecv(operations))
+    return [
+        group.send([one.tensor], one.group_peer, one.tag)
+        if one.op is dist.isend
+        else group.recv([one.tensor], one.group_peer, one.tag)
+        for one in operations
+    ]
+
+
 def _wait(works: Sequence[Any]) -> None:
     try:
         for work in works:
@@ -125,19 +143,70 @@ def _wait(works: Sequence[Any]) -> None:
 def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
     """All-to-all of rows: the first ``sent_D[0]`` go to rank 0 and so on; what came, by rank.
 
-    On gloo by :func:`point_to_point`.
+    On gloo by point-to-point messages (:func:`point_to_point`), as nothing is known of others' rows.
     """
-    out = x_nd.new_empty((sum(got_D), *x_nd.shape[1:]))
-    x_nd = x_nd.contiguous()
-    if dist.get_backend(group) != "gloo":
+    return Arriving(x_nd, got_D, group).send(x_nd, sent_D).wait()
+
+
+class Arriving:
+    """Rows that all ranks are about to send one another, as in :func:`exchange`, whose receives are posted first.
+
+    gloo sends nothing before the receiver has asked for it, so that asking while experts still compute saves each
+    exchange a way. Every rank that has made one calls :meth:`send` and :meth:`wait`.
+
+    Parameters
+    ----------
+    like : of their type, device and width; [.., d].
+    got_D : rows that come from each rank.
+    group : the ranks.
+    most : most rows from one rank to another, the same on all ranks; None: not known.
+    """
+
+    def __init__(self, like: Tensor, got_D: Sequence[int], group: Any, most: int | None = None) -> None:
+        self._got_D, self._group = list(got_D), group
+        self._out = like.new_empty((sum(self._got_D), *like.shape[1:]))
+        self._works: list[Any] = []
+        self._sent: Tensor | None = None
+        short = most is not None and most * like.element_size() * like.shape[1:].numel() <= SHORT
+        self._plain = dist.get_backend(group) == "gloo" and not short
+        if self._plain:
+            self._own, self._peers, self._tag = *_turns(group), next_tag(group)
+            self._into = self._out.split(self._got_D)
+            self._works.append(self._batch(dist.irecv, self._into))
+
+    def _batch(self, kind: Any, of: Sequence[Tensor]) -> Batch:
+        return Batch([_op(kind, of[p], p, self._group, self._tag) for p in self._peers if len(of[p])], self._group)
+
+    def send(self, x_nd: Tensor, sent_D: Sequence[int]) -> Arriving:
+        """Send rows, by the rank they go to; they may not change before :meth:`wait` returns."""
+        self._sent = x_nd = x_nd.contiguous()
+        if self._plain:
+            of = x_nd.split(list(sent_D))
+            self._works.append(self._batch(dist.isend, of))
+            self._into[self._own].copy_(of[self._own])
+            return self
         try:
-            work = dist.all_to_all_single(out, x_nd, list(got_D), list(sent_D), group=group, async_op=True)
+            self._works.append(
+                dist.all_to_all_single(self._out, x_nd, self._got_D, list(sent_D), group=self._group, async_op=True)
+            )
         except RuntimeError as error:
             raise CommunicationError(*lost(error)) from error
-        _wait([work])
-        return out
-    point_to_point(out.split(list(got_D)), x_nd.split(list(sent_D)), group)
-    return out
+        return self
+
+    def wait(self) -> Tensor:
+        """What came, by rank, [n, d]."""
+        _wait(self._works)
+        return self._out
+
+
+def _turns(group: Any) -> tuple[int, list[int]]:
+    """Own rank, and the others in the order in which messages to and from them are posted."""
+    own, world = dist.get_rank(group), dist.get_world_size(group)
+    return own, sorted(set(range(world)) - {own}, key=lambda peer: own ^ peer)
+
+
+def _op(kind: Any, row: Tensor, peer: int, group: Any, tag: int) -> dist.P2POp:
+    return dist.P2POp(kind, row, dist.get_global_rank(group, peer), group, tag)
 
 
 def exchange_equal(x_nd: Tensor, group: Any) -> Tensor:
@@ -158,17 +227,27 @@ def gather_rows(mine_nd: Tensor, count_D: Sequence[int], group: Any) -> Tensor:
 
 
 def gather(mine_X: Tensor, group: Any) -> Tensor:
-    """The same few numbers of every rank, [D, X].
+    """The same few numbers of every rank, [D, X]."""
+    return begin_gather(mine_X, group)()
+
+
+def begin_gather(mine_X: Tensor, group: Any) -> Callable[[], Tensor]:
+    """Begin :func:`gather`; what is returned waits for it.
 
     Called on the process group itself: the function of torch.distributed around it takes half as long again, and every
     layer waits for it.
     """
     out = mine_X.new_empty(dist.get_world_size(group) * len(mine_X))
     try:
-        group._allgather_base(out, mine_X).wait()
+        work = group._allgather_base(out, mine_X)
     except RuntimeError as error:
         raise CommunicationError(*lost(error)) from error
-    return out.view(-1, len(mine_X))
+
+    def wait() -> Tensor:
+        _wait([work])
+        return out.view(-1, len(mine_X))
+
+    return wait
 
 
 def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> None:
@@ -181,14 +260,12 @@ def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> 
     those of one node begin with different ranks of another. (In the order own + 1, own + 2, ... all of a node are done
     with their neighbours at once and meet at the next node's first rank.)
     """
-    own, world = dist.get_rank(group), dist.get_world_size(group)
+    own, peers = _turns(group)
     into[own].copy_(of[own])
-    peers = sorted(set(range(world)) - {own}, key=lambda peer: own ^ peer)
-    name = {peer: dist.get_global_rank(group, peer) for peer in peers}
     tag = next_tag(group)
     Batch(
-        [dist.P2POp(dist.irecv, into[p], name[p], group, tag) for p in peers if len(into[p])]
-        + [dist.P2POp(dist.isend, of[p], name[p], group, tag) for p in peers if len(of[p])],
+        [_op(dist.irecv, into[p], p, group, tag) for p in peers if len(into[p])]
+        + [_op(dist.isend, of[p], p, group, tag) for p in peers if len(of[p])],
         group,
     ).wait()
 
@@ -316,7 +393,7 @@ class Pending:
             self.count(nbytes)
 
     def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group, self.tag)
+        return _op(kind, row, peer, self.group, self.tag)
 
     def wait(self) -> None:
         """Until everything this rank sends and receives is done; may be called again."""

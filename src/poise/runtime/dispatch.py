@@ -8,19 +8,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import exchange, gather
+from poise.runtime.collectives import Arriving, gather
 from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
 NO_EXPERT = -1
 """An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
+
+
+class Sent(Protocol):
+    """Rows on their way."""
+
+    def wait(self) -> Tensor:
+        """What came, by rank; may be called again."""
+        ...
 
 
 class PairExchange(ABC):
@@ -44,14 +52,22 @@ class PairExchange(ABC):
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
 
     @abstractmethod
-    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
-        """Rows of this rank's pairs [T * K, d] to where their experts are, [n, d].
+    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
 
         ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
         """
 
     @abstractmethod
-    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
+    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+        """What comes of it is computed here, [n, d], sorted by expert."""
+
+    @abstractmethod
+    def ask_back(self, like_nd: Tensor) -> Arriving | None:
+        """Ask, before it is computed, for what :meth:`back` will bring; like rows that were computed here."""
+
+    @abstractmethod
+    def back(self, y_nd: Tensor, asked: Arriving | None, prefix: str = "") -> Tensor:
         """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
 
 
@@ -65,6 +81,7 @@ class Exchange(PairExchange):
     sent_D, got_D : pairs to and from each rank.
     arrange_n : int64 [n] what arrived, in the order the experts need it.
     count_E : pairs of each expert computed here, int64 [E] on the host.
+    most : most pairs from any rank to another one.
     pairs, top_k, group : T * K, K, and the process group of tokens.
     """
 
@@ -73,6 +90,7 @@ class Exchange(PairExchange):
     got_D: list[int]
     arrange_n: Tensor
     count_E: NDArray[np.int64]
+    most: int
     pairs: int
     top_k: int
     group: Any
@@ -84,31 +102,43 @@ class Exchange(PairExchange):
 
     def tokens_there(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
-        return self._there(x_Td.index_select(0, self.send_N // self.top_k), "")
+        coming = Arriving(x_Td, self.got_D, self.group, self.most)
+        sent_Nd = x_Td.index_select(0, self.send_N // self.top_k)
+        with span("dispatch"):
+            coming.send(sent_Nd, self.sent_D).wait()
+        return self._arranged(coming, "")
 
-    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
-        """Rows of this rank's pairs [T * K, d] to where their experts are, [n, d].
+    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
+        with span(f"{prefix}dispatch"):
+            coming = Arriving(y_Nd, self.got_D, self.group, self.most)
+            return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
 
-        ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
-        """
-        return self._there(y_Nd.index_select(0, self.send_N), prefix)
+    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+        """What comes of it is computed here, [n, d], sorted by expert."""
+        with span(f"{prefix}dispatch"):
+            sent.wait()
+        return self._arranged(sent, prefix)
 
-    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
+    def ask_back(self, like_nd: Tensor) -> Arriving | None:
+        """Ask, before it is computed, for what :meth:`back` will bring; like rows that were computed here."""
+        return Arriving(like_nd, self.sent_D, self.group, self.most)
+
+    def back(self, y_nd: Tensor, asked: Arriving | None, prefix: str = "") -> Tensor:
         """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
+        assert asked is not None
         as_came = torch.empty_like(y_nd)
         as_came[self.arrange_n] = y_nd
         with span(f"{prefix}combine"):
-            sent_Nd = exchange(as_came, self.got_D, self.sent_D, self.group)
+            sent_Nd = asked.send(as_came, self.got_D).wait()
         out = sent_Nd.new_empty if self.whole else sent_Nd.new_zeros
         all_Nd = out((self.pairs, sent_Nd.shape[1]))
         all_Nd[self.send_N] = sent_Nd
         return all_Nd
 
-    def _there(self, sent_Nd: Tensor, prefix: str) -> Tensor:
-        with span(f"{prefix}dispatch"):
-            came = exchange(sent_Nd, self.sent_D, self.got_D, self.group)
+    def _arranged(self, sent: Sent, prefix: str) -> Tensor:
         with span(f"{prefix}arrange"):
-            return came.index_select(0, self.arrange_n)
+            return sent.wait().index_select(0, self.arrange_n)
 
 
 def all_counts(ids_TK: Tensor, num_experts: int, group: Any) -> NDArray[np.int64]:
@@ -185,12 +215,15 @@ def make_exchange(
     expert = np.repeat(np.tile(np.arange(here_SE.shape[1]), here_SE.shape[0]), here_SE.reshape(-1))
     place_E = np.zeros(here_SE.shape[1], np.int64)
     place_E[slots if slots is not None else slice(None)] = np.arange(len(place_E) if slots is None else len(slots))
+    pairs_SD = rows_SED.sum(axis=1)
+    np.fill_diagonal(pairs_SD, 0)
     return Exchange(
         by_expert[by_rank],
         mine_ED.sum(axis=0).tolist(),
         here_SE.sum(axis=1).tolist(),
         torch.from_numpy(np.argsort(place_E[expert], kind="stable")).to(device),
         here_SE.sum(axis=0),
+        int(pairs_SD.max()),
         ids_TK.numel(),
         ids_TK.shape[1],
         group,

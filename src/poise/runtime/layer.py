@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from poise.runtime.dispatch import PairExchange
+from poise.runtime.collectives import Arriving
+from poise.runtime.dispatch import PairExchange, Sent
 from poise.runtime.experts import Bank
 from poise.runtime.spans import BACKWARD, span
 from poise.util.errors import ModelError
@@ -59,10 +60,13 @@ class LayerStep:
         # the two ends of the experts' graph on this rank, None without tokens
         self._x_edge: GradientEdge | None = None
         self._y_edge: GradientEdge | None = None
+        self._asked: Arriving | None = None
+        self._gradients: Sent | None = None
+        self._coming: Arriving | None = None
 
     def dispatch(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d]."""
-        return self.way.tokens_there(x_Td)
+        return self._asked_back(self.way.tokens_there(x_Td))
 
     def compute(
         self, x_in: Tensor, banks: Sequence[Bank], *, graph: bool, recomputed: bool
@@ -91,11 +95,18 @@ class LayerStep:
 
     def combine(self, y_in: Tensor) -> Tensor:
         """Outputs of this rank's pairs, [T * K, d]; zeros where no expert was named."""
-        return self.way.back(y_in.detach())
+        return self.way.back(y_in.detach(), self._take())
 
-    def dispatch_gradients(self, dy_Nd: Tensor) -> Tensor:
-        """Gradients of this rank's pairs [T * K, d] to where their experts are, [n, d]."""
-        return self.way.pairs_there(dy_Nd, BACKWARD)
+    def send_gradients(self, dy_Nd: Tensor) -> Sent:
+        """Begin to send gradients of this rank's pairs [T * K, d] to where their experts are."""
+        self._gradients = self.way.send_pairs(dy_Nd, BACKWARD)
+        return self._gradients
+
+    def dispatch_gradients(self) -> Tensor:
+        """Gradients of what is computed here, [n, d], once they have come."""
+        sent, self._gradients = self._gradients, None
+        assert sent is not None
+        return self._asked_back(self.way.arrived(sent, BACKWARD))
 
     def compute_gradients(
         self, dy_in: Tensor, leaves: Sequence[Tensor], *, keep: bool
@@ -124,8 +135,16 @@ class LayerStep:
 
     def combine_gradients(self, dx_in: Tensor) -> Tensor:
         """Gradients of this rank's tokens, [T, d]."""
-        out = self.way.back(dx_in, BACKWARD)
+        out = self.way.back(dx_in, self._take(), BACKWARD)
         return out.view(len(out) // self.top_k, self.top_k, out.shape[1]).sum(dim=1)
+
+    def _asked_back(self, came: Tensor) -> Tensor:
+        self._asked = self.way.ask_back(came)  # while experts compute
+        return came
+
+    def _take(self) -> Arriving | None:
+        asked, self._asked = self._asked, None
+        return asked
 
 
 class LayerFunction(torch.autograd.Function):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import gather, lost, twin
+from poise.runtime.collectives import begin_gather, lost, twin
 from poise.util.errors import CommunicationError, PoiseError
 
 SHOWN = 60
@@ -82,14 +82,15 @@ class Meeting:
         CommunicationError : on every rank, if one is elsewhere; names it and where it is.
         PoiseError : on every rank, the problem of one.
         """
+        return self.announce(place, numbers_X, problem).hold()
+
+    def announce(self, place: Place, numbers_X: Tensor | None = None, problem: PoiseError | None = None) -> Announced:
+        """Begin :meth:`meet`; its ranks may already send what they meet for."""
         parts = [self._zeros.new_tensor([place.sum(), problem is not None]), self._zeros]
         count = 0 if numbers_X is None else len(numbers_X)
         if numbers_X is not None:
             parts[1:] = [numbers_X, self._zeros[count:]]
-        told = gather(torch.cat(parts), self.group).cpu().numpy()
-        if told[:, 1].any() or (told[:, 0] != told[0, 0]).any():
-            self.settle(place, problem)
-        return np.asarray(told[:, 2 : 2 + count])
+        return Announced(self, place, problem, count, begin_gather(torch.cat(parts), self.group))
 
     def settle(self, place: Place, problem: PoiseError | None) -> NoReturn:
         """Every rank knows that something is wrong: all exchange places and problems in words, and raise."""
@@ -109,6 +110,27 @@ class Meeting:
             f"ranks are out of step: {_difference([where for where, _ in told])}",
             hint="every rank runs the same layers, passes and steps: what one leaves out, all leave out",
         )
+
+
+class Announced:
+    """A meeting that this rank has come to."""
+
+    def __init__(
+        self, meeting: Meeting, place: Place, problem: PoiseError | None, count: int, told: Callable[[], Tensor]
+    ) -> None:
+        self._meeting, self._place, self._problem, self._count, self._told = meeting, place, problem, count, told
+
+    def hold(self, beside: Callable[[], Any] | None = None) -> NDArray[np.int64]:
+        """As :meth:`Meeting.meet`. ``beside`` waits for what the ranks have begun to send meanwhile: if all are at the
+        same place and one has a problem, it is called before the error is raised, so that nothing stays on its way.
+        """
+        told = self._told().cpu().numpy()
+        together = bool((told[:, 0] == told[0, 0]).all())
+        if told[:, 1].any() or not together:
+            if together and beside is not None:
+                beside()
+            self._meeting.settle(self._place, self._problem)
+        return np.asarray(told[:, 2 : 2 + self._count])
 
 
 _meetings: weakref.WeakKeyDictionary[Any, Meeting] = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poise.runtime.collectives import exchanges
 from poise.runtime.dispatch import counted, out_of_range
-from poise.runtime.together import Place, meeting_of
+from poise.runtime.together import Announced, Place, meeting_of
 from poise.train.settings import Deployment, Settings
 from poise.util.errors import PoiseError
 
@@ -65,12 +65,19 @@ class RunMeeting:
         CommunicationError : on every rank, if one is about to do something else.
         PoiseError : on every rank, the problem of one.
         """
+        return self.announce(doing, layer, number, numbers_X=numbers_X, problem=problem, more=more).hold()
+
+    def announce(
+        self, doing: str, layer: int = -1, number: int = -1, *, numbers_X: Tensor | None = None,
+        problem: PoiseError | None = None, more: Facts = (),
+    ) -> Announced:  # fmt: skip
+        """Begin :meth:`meet`."""
         place = Place(doing, self._run, layer, number, (
             *more, ("optimizer steps", self.steps),
             ("exchanges of tokens", exchanges(self.deployment.tokens_group)),
             ("transfers of weights", exchanges(self.deployment.weights_group)),
         ))  # fmt: skip
-        return self._meeting.meet(place, numbers_X, problem)
+        return self._meeting.announce(place, numbers_X, problem)
 
     def loads(
         self, layer: int, number: int, ids_TK: Tensor, *, problem: PoiseError | None, more: Facts

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from poise.cost.route import locality_rows
 from poise.cost.transfers import plan_transfers
-from poise.cost.weights import StepPrice, training_price
+from poise.cost.weights import HIDDEN_SHARE, StepPrice, dense_gradient_seconds, training_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.runtime.spans import span
@@ -86,7 +86,8 @@ class RunPlanner:
         tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.top_k)))
         ratio, again = there.gradient_bytes / there.expert_bytes, self.settings.rematerialise is not False
         return _price(tokens, self.layers[0].num_experts, there.cluster, self.model, again, self.window_s, ratio,
-                      there.form != "direct", there.expert_bytes / there.held_bytes)  # fmt: skip
+                      there.form != "direct", there.expert_bytes / there.held_bytes,
+                      there.reduce_dtype.itemsize)  # fmt: skip
 
     def early_plan(self, layer: int) -> Plan:
         """Replicas that are gathered before the gate, and how: planned ahead, or now."""
@@ -166,6 +167,8 @@ def _price(
     gradient_ratio: float,
     fan_out: bool,
     gather_ratio: float,
+    gradient_bytes: int,
 ) -> StepPrice:
     return training_price(tokens, num_experts, cluster, model, rematerialise=rematerialise, window_s=window_s,
-                          gradient_ratio=gradient_ratio, fan_out=fan_out, gather_ratio=gather_ratio)  # fmt: skip
+                          gradient_ratio=gradient_ratio, fan_out=fan_out, gather_ratio=gather_ratio,
+                          hidden_share=HIDDEN_SHARE, dense_s=dense_gradient_seconds(cluster, model, gradient_bytes))  # fmt: skip

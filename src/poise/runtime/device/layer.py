@@ -144,7 +144,8 @@ class DeviceLayer:
         """Gradients of this rank's tokens, [T, d]; those of weights go to ``.grad`` of their owners."""
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         leaves = one.leaves if accumulates() else {}
-        dy_in = one.step.dispatch_gradients(dy_Nd)
+        one.step.send_gradients(dy_Nd)
+        dy_in = one.step.dispatch_gradients()
         dx_in, grads, failed = one.step.compute_gradients(dy_in, list(leaves.values()), keep=keep)
         if failed is None and leaves:
             got = zip(leaves.items(), grads, strict=True)

@@ -8,13 +8,13 @@ known to all ranks in the same step (:attr:`PaddedExchange.need`), and the layer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poise.runtime.collectives import exchange_equal
-from poise.runtime.dispatch import PairExchange, named
+from poise.runtime.collectives import Arriving, exchange_equal
+from poise.runtime.dispatch import PairExchange, Sent, named
 from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
@@ -49,6 +49,16 @@ class RowCapacity:
             raise OptionError(f"room for {self.pair} rows a pair of ranks and {self.computed} a device, at least 1")
 
 
+class _Came(NamedTuple):
+    """Rows that have come."""
+
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        """What came, by rank."""
+        return self.rows
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PaddedExchange(PairExchange):
     """One rank's part of a dispatch; all sizes are those of the capacity.
@@ -80,18 +90,24 @@ class PaddedExchange(PairExchange):
 
     def tokens_there(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [R, d]; padding is 0."""
-        return self.pairs_there(x_Td.repeat_interleave(self.top_k, dim=0))
+        return self.arrived(self.send_pairs(x_Td.repeat_interleave(self.top_k, dim=0)))
 
-    def pairs_there(self, y_Nd: Tensor, prefix: str = "") -> Tensor:
-        """Rows of this rank's pairs [T * K, d] to where their experts are, [R, d]; padding is 0."""
+    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
+        """Rows of this rank's pairs [T * K, d] to where their experts are: one collective, which has ended."""
         sent = y_Nd.new_zeros(self.devices * self.capacity.pair + 1, y_Nd.shape[1])
         sent.index_copy_(0, self.place_N, y_Nd)
         with span(f"{prefix}dispatch"):
-            came = exchange_equal(sent[:-1], self.group)
-        with span(f"{prefix}arrange"):
-            return came.index_select(0, self.order_R)
+            return _Came(exchange_equal(sent[:-1], self.group))
 
-    def back(self, y_nd: Tensor, prefix: str = "") -> Tensor:
+    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+        """What comes of it is computed here, [R, d], sorted by slot; padding is 0."""
+        with span(f"{prefix}arrange"):
+            return sent.wait().index_select(0, self.order_R)
+
+    def ask_back(self, like_nd: Tensor) -> None:
+        """Nothing: equal parts go by one collective of all ranks."""
+
+    def back(self, y_nd: Tensor, asked: Arriving | None, prefix: str = "") -> Tensor:
         """The reverse: rows of all this rank's pairs, [T * K, d]; 0 where no expert was named.
 
         NaN in every row where the plan needed more room than there is.
