@@ -38,7 +38,8 @@ COMPUTE_PASSES, EXCHANGE_PASSES = 3.0, 2.0
 """Training: forward, gradient of the inputs, gradient of the weights; dispatch and combine forward and backward."""
 HIDDEN_SHARE = 0.25
 """Of weights that hide, the share of seconds that a run sees all the same: its ranks are not at one place, and tokens
-and counts of some wait behind the weights of others. Measured on emulated devices (docs/training.md)."""
+and counts of some wait behind the weights of others. Chosen after one comparison on emulated devices (docs/log.md), not
+fitted."""
 STATE_RATIO = 7.0
 """Bytes that move with an owner over bytes of its 16-bit parameters: they and 12 bytes of Adam in mixed precision."""
 

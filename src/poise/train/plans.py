@@ -171,4 +171,5 @@ def _price(
 ) -> StepPrice:
     return training_price(tokens, num_experts, cluster, model, rematerialise=rematerialise, window_s=window_s,
                           gradient_ratio=gradient_ratio, fan_out=fan_out, gather_ratio=gather_ratio,
-                          hidden_share=HIDDEN_SHARE, dense_s=dense_gradient_seconds(cluster, model, gradient_bytes))  # fmt: skip
+                          hidden_share=HIDDEN_SHARE,
+                          dense_s=dense_gradient_seconds(cluster, model, gradient_bytes))  # fmt: skip
