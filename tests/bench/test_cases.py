@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from poise.bench import traffic
+import poise
 from poise.bench.cases import SHIPPED, FrozenCase, frozen_cases, machine_facts
 from poise.bench.run import chosen_cases
 from poise.bench.traffic import FileTraffic, MadeTraffic, content
 from poise.machine import settle
 from poise.machine.cluster import Cluster
 from poise.routing.files import read
-from poise.routing.shipped import EVEN, shipped
 from poise.routing.synthetic import WORKLOADS, workload_trace, zipf_trace
 from poise.util.errors import OptionError, UnavailableError
 
 FROZEN = dict(reversed(line.split(" ", 1)) for line in (Path(__file__).parent / "frozen.txt").read_text().splitlines())
-DEMO = str(shipped(EVEN).file)
+DEMO = str(Path(poise.__file__).parent / "data" / "demo_trace.npz")
 
 
 def test_no_case_changes():
@@ -71,16 +70,6 @@ def test_traffic_that_ships_is_that_of_the_file():
     assert even.num_tokens + odd.num_tokens == whole.num_tokens
     assert sorted([*even.requests(), *odd.requests()]) == sorted(whole.requests())
     assert list(even.requests()) == list(whole.requests()[::2])
-
-
-def test_traffic_that_ships_is_known_by_what_it_holds_whatever_its_name(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    shutil.copy(DEMO, tmp_path / "data" / "named anew.npz")
-    zipf_trace(num_tokens=8, num_layers=1, num_experts=4).save(tmp_path / "data" / SHIPPED[0])
-    monkeypatch.setattr(traffic, "files", lambda name: tmp_path)
-    assert FileTraffic((SHIPPED,), ships=True).load(None).num_tokens == read(DEMO).num_tokens
-    with pytest.raises(UnavailableError, match="the case was frozen on 0000"):
-        FileTraffic(((SHIPPED[0], "0" * 64),), ships=True).load(None)
 
 
 def test_a_file_that_is_another_one_or_not_there_is_refused(tmp_path):

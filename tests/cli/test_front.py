@@ -113,7 +113,6 @@ MISSES = [
     (["convert", "loads.json", "-o", "o.npz", "--format", "sglan"], "did you mean sglang"),
     (["export", "plan.npz", "--to", "sglng", "-o", "o.json"], "did you mean sglang?"),
     (["machines", "h10"], "did you mean h100?"),
-    (["demo", "--trace", "evn"], "did you mean even?"),
     (["demo", "--domain", "pyton"], "did you mean python?"),
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ class FileTraffic:
     ----------
     files : (path below the folder, sha256 of its bytes) each; several are joined.
     selection : as behind ``FILE#`` (:func:`poise.routing.files.read`), of a single file.
-    ships : they lie in poise itself, not in the reader's data folder, under whatever name they have by now.
+    ships : they lie in poise itself, not in the reader's data folder.
     """
 
     files: tuple[tuple[str, str], ...]
@@ -60,17 +60,12 @@ class FileTraffic:
         return self._from(data)
 
     def _from(self, folder: Path) -> RoutingTrace | LoadProfile:
+        for name, digest in self.files:
+            found = _sha256(folder / name)
+            if found != digest:
+                raise UnavailableError(f"{name} has sha256 {found[:12]}..., the case was frozen on {digest[:12]}...")
         behind = f"#{self.selection}" if self.selection else ""
-        return load([f"{self._path(folder, *file)}{behind}" for file in self.files])
-
-    def _path(self, folder: Path, name: str, digest: str) -> Path:
-        """Where a file lies."""
-        others = [path for path in sorted(folder.glob("*.npz")) if path.name != name] if self.ships else []
-        found = _sha256(folder / name)
-        for path in (folder / name, *others):
-            if (found if path.name == name else _sha256(path)) == digest:
-                return path
-        raise UnavailableError(f"{name} has sha256 {found[:12]}..., the case was frozen on {digest[:12]}...")
+        return load([f"{folder / name}{behind}" for name, _ in self.files])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""poise demo: the main job on the routing traces that ship with the package."""
+"""poise demo: the main job on the routing trace that ships with the package."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from poise.report import write_report
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.fingerprint import NO_TRAFFIC
-from poise.routing.shipped import EVEN, NAMES, SKEWED, shipped
+from poise.routing.shipped import TRACE, balance
 from poise.routing.trace import RoutingTrace
 from poise.util.compilation import COMPILATION
 from poise.util.errors import OptionError
 from poise.util.wish import Wish
 from poise.util.words import close_to, percent
 
+DOMAIN, TURNED = "python", "dictionary"
+"""The traffic that maps are made for, and what it turns to later."""
 ALL = "all"
-DOMAIN, TURNED = {SKEWED: "python", EVEN: ALL}, "dictionary"
-"""The traffic of each trace that maps are made for, and what it turns to later."""
 CLUSTER, MODEL, ENGINE, REDUNDANT = "2x4:h100", "gpt-oss-20b", "vllm", 8
 """The recorded model itself is too small to serve: its routing stands for that of a preset with as many experts."""
 FAST, STEP_SLOTS = "poise-near", 2
@@ -69,12 +69,9 @@ LABELS = {
 def demo(
     html: Annotated[Path, o.flag("html", "Where the report goes.")] = Path("report.html"),
     output: Annotated[Path | None, o.flag("output", "Write the map of poise there.")] = None,
-    trace: Annotated[
-        str, typer.Option("--trace", help=f"{SKEWED}, or {EVEN}: a model whose training evened its loads.")
-    ] = SKEWED,
     domain: Annotated[
-        str | None, typer.Option(help=f"Text that the map is made for, or '{ALL}' kinds of it. Default: by the trace.")
-    ] = None,
+        str, typer.Option(help=f"Text that the map is made for, or '{ALL}': even by training, little to gain.")
+    ] = DOMAIN,
     all_tables: Annotated[bool, typer.Option("--all", help="Every method and every column.")] = False,
     cluster: o.ClusterSpec = CLUSTER,
     redundant: o.Redundant = REDUNDANT,
@@ -83,7 +80,7 @@ def demo(
     work: o.Work = None,
     json: o.Json = False,
 ) -> None:
-    """What a map gains on a trace that ships with poise: a small MoE language model that writes Python.
+    """What a map gains on the trace that ships with poise: a small MoE language model that writes Python.
 
     Maps are made from half of the requests and judged on the other half, and on the text that traffic turns to then.
     """
@@ -91,12 +88,10 @@ def demo(
         o.writable(html)
         if output is not None:
             o.writable(output, ".npz")
-        o.one_of("trace", trace, NAMES)
-        domain = domain or DOMAIN[trace]
         with best_so_far(o.talk.print) as wish:
             with o.progress() as report, _fast_loop_compiled_beside():
                 found, held_out = compared(
-                    domain, trace=trace, cluster=cluster, redundant=redundant, tokens_per_step=tokens_per_step,
+                    domain, cluster=cluster, redundant=redundant, tokens_per_step=tokens_per_step,
                     all_methods=all_tables, work=WORK if work is None and time_limit is None else work,
                     time_limit_s=10.0 if time_limit is None else time_limit, progress=report, wish=wish,
                 )  # fmt: skip
@@ -106,13 +101,13 @@ def demo(
             if all_tables:
                 show(found, html, json)
             else:
-                _written(found, held_out, html, cluster, trace, domain, json, wish)
+                _written(found, held_out, html, cluster, domain, json, wish)
         if output is not None:
             o.talk.print(f"wrote {output}")
 
 
 def _written(
-    found: Comparison, held_out: RoutingTrace, html: Path, cluster: str, trace: str, domain: str, json: bool, wish: Wish
+    found: Comparison, held_out: RoutingTrace, html: Path, cluster: str, domain: str, json: bool, wish: Wish
 ) -> None:  # fmt: skip
     """The report, and the first screen."""
     setting, batch_of = _asked(found, held_out, cluster)
@@ -122,13 +117,13 @@ def _written(
                             progress=report, wish=wish), wish,
         )  # fmt: skip
     write_report(found, html, command=_command(), what=what)
-    _first_screen(found, summarise(found, "poise", setting, batch_of, SIZES), trace, domain, json)
+    _first_screen(found, summarise(found, "poise", setting, batch_of, SIZES), domain, json)
     o.talk.print(f"wrote {html}")
 
 
 def compared(
-    domain: str = DOMAIN[SKEWED], *, trace: str = SKEWED, cluster: str = CLUSTER, redundant: int = REDUNDANT,
-    tokens_per_step: int | None = TOKENS, all_methods: bool = False, work: float | None = WORK, **more: Any,
+    domain: str = DOMAIN, *, cluster: str = CLUSTER, redundant: int = REDUNDANT, tokens_per_step: int | None = TOKENS,
+    all_methods: bool = False, work: float | None = WORK, **more: Any,
 ) -> tuple[Comparison, RoutingTrace]:  # fmt: skip
     """The demo's comparison, and the requests of the domain that it judges on.
 
@@ -136,16 +131,16 @@ def compared(
     ------
     OptionError : the trace has no such domain.
     """
-    whole = _trace(trace)
-    names = whole.domain_names
+    trace = _trace()
+    names = trace.domain_names
     if domain not in (*names, ALL):
         raise OptionError(f"unknown domain {domain!r}", hint=close_to(domain, (*names, ALL)))
-    other = TURNED if domain != TURNED else DOMAIN[SKEWED]
+    other = TURNED if domain != TURNED else DOMAIN
     own = [name for name in names if name != other] if domain == ALL else [domain]
-    fit, held_out = whole.select(domains=own).split_requests()
+    fit, held_out = trace.select(domains=own).split_requests()
     methods = api.DEFAULT_ROWS[1:] if all_methods else METHODS
     found = api.compare(
-        held_out, cluster, fit=fit, others={f"{other} text": whole.select(domains=[other])},
+        held_out, cluster, fit=fit, others={f"{other} text": trace.select(domains=[other])},
         placements=(_blocks(fit, cluster), *methods), redundant=redundant, model=MODEL, engine=ENGINE,
         tokens_per_step=tokens_per_step, steps=STEPS, warm_up=WARM_UP, fast=(FAST,), step_slots=STEP_SLOTS, work=work,
         **more,
@@ -155,7 +150,7 @@ def compared(
 
 def compile_fast_loop() -> None:
     """One step of the fast loop over blocks: all that the demo's fast loop compiles, and no planner."""
-    trace = _trace(SKEWED).select(domains=[DOMAIN[SKEWED]])
+    trace = _trace().select(domains=[DOMAIN])
     api.compare(
         trace, CLUSTER, fit=trace, placements=(_blocks(trace, CLUSTER),), redundant=REDUNDANT, model=MODEL,
         engine=ENGINE, tokens_per_step=TOKENS, steps=1, warm_up=1, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
@@ -185,8 +180,8 @@ def _fast_loop_compiled_beside() -> Iterator[None]:
             one.wait()
 
 
-def _trace(name: str) -> RoutingTrace:
-    with as_file(shipped(name).file) as path:
+def _trace() -> RoutingTrace:
+    with as_file(TRACE) as path:
         trace = api.load(path)
     assert isinstance(trace, RoutingTrace)
     return trace
@@ -215,18 +210,18 @@ def _asked(
     return setting, batch_of
 
 
-def _first_screen(found: Comparison, summary: Summary, trace: str, domain: str, json: bool) -> None:
+def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) -> None:
     if json:
         o.print_json("compare", {**found.to_json(), "summary": summary.to_json()})
         return
     model, cluster = found.model, found.cluster
     text = "four kinds of text" if domain == ALL else f"{domain} text"
     tokens = found.batches[found.judged_on].mean_tokens()
-    balance = shipped(trace).balance
+    weight = balance()
     o.out.print(
         f"{model.num_moe_layers} MoE layers of {model.name} ({model.num_experts} experts, top-{model.top_k}) on "
         f"{cluster.num_devices} GPUs in {cluster.num_nodes} nodes, vLLM, {tokens:,.0f} tokens a step. Routing: {text} "
-        f"through a small model{f', trained with a balance loss of {balance},' if balance else ''} whose trace ships "
+        f"through a small model{f', trained with a balance loss of {weight},' if weight else ''} whose trace ships "
         "with poise; the maps know half of the requests."
     )
     for part, rows in summary.parts.items():
@@ -249,9 +244,9 @@ def _first_screen(found: Comparison, summary: Summary, trace: str, domain: str, 
         )
     o.out.print(f"By batch: {summary.batches_words()}.")
     o.out.print(f"Load it: {_command()} -o placement.npz, then " + "; ".join(launch))
-    other = f"where training evened the loads: poise demo --trace {EVEN}" if trace == SKEWED else "skewed: poise demo"
     o.out.print(
-        f"More: every method and column: poise demo --all; {other}; your own traffic: poise compare, poise verdict."
+        f"More: every method and column: poise demo --all; load that is even by training: poise demo --domain {ALL}; "
+        "your own traffic: poise compare, poise verdict."
     )
 
 
