@@ -32,7 +32,7 @@ def commands(at):
     limit = ["--time-limit", 0.1]
     plan = ["--method", "lpt", "--no-verdict", *limit]
     return {
-        "demo": [["--html", at("none/r.html"), *limit], ["--html", at("r.html"), "--domain", EVIL, *limit]]],
+        "demo": [["--html", at("none/r.html"), *limit], ["--html", at("r.html"), "--domain", EVIL, *limit]],
         "inspect": [[at("t.npz")], [at("l.json")], [at("t.npz"), "--json"]],
         "plan": [[at("t.npz"), "-c", at("c.yaml"), "-o", at("new.npz"), *plan]],
         "compare": [
