@@ -1,7 +1,7 @@
 """Train the small mixture-of-experts language model of the demo trace on one CPU core.
 
-The balance loss keeps all experts alive at first and lets them specialise later: its weight falls, as DeepSeek-V3's
-does (arXiv 2412.19437, section 4.2: no balancing bias in the last part). With ``--last-balance 0.02`` loads stay even.
+With ``--last-balance`` the weight of the balance loss falls, so that experts are kept alive at first and may specialise
+later, as DeepSeek-V3's do (arXiv 2412.19437, section 4.2: no balancing bias in the last part).
 
 The model is a stock ``OlmoeForCausalLM``. Two things differ from the library's own training path: the balance
 loss is taken for each layer alone (the stock one averages over layers, so a single layer can collapse while the
@@ -295,7 +295,8 @@ def train(text: Path, out: Path, options: Options, experts: str, save_minutes: f
         got = model(input_ids=ids, use_cache=False, output_router_logits=True)
         language = F.cross_entropy(got.logits[:, :-1].reshape(-1, got.logits.shape[-1]), ids[:, 1:].reshape(-1))
         balance, z, shares = router_losses(got.router_logits, options.top_k)
-        weight = options.balance * (options.last_balance / options.balance) ** (elapsed / (options.minutes * 60))
+        falls = options.last_balance / options.balance if options.balance else 1.0
+        weight = options.balance * falls ** (elapsed / (options.minutes * 60))
         (language + weight * balance + options.z_loss * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -348,13 +349,17 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--balance", type=float, default=0.02, help="weight of the balance loss at the beginning")
-    parser.add_argument("--last-balance", type=float, default=0.0005, help="and at the end; it falls by equal factors")
+    parser.add_argument("--balance", type=float, default=0.02, help="weight of the balance loss")
+    parser.add_argument(
+        "--last-balance", type=float, help="and at the end, to which it falls by equal factors; default: the same"
+    )
     parser.add_argument("--z-loss", type=float, default=0.001)
     parser.add_argument("--experts-implementation", default="sliced", choices=("sliced", "eager"))
     parser.add_argument("--save-minutes", type=float, default=5.0)
     parser.add_argument("--held-tokens", type=int, default=40_000, help="most held-out tokens measured per domain")
     args = vars(parser.parse_args())
+    if args["last_balance"] is None:
+        args["last_balance"] = args["balance"]
     own = {name: args.pop(name) for name in ("text", "out", "experts_implementation", "save_minutes", "held_tokens")}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     train(

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.control.chains import LayerMoves
-from poise.planning.placement import EMPTY, Placement
+from poise.control.chains import LayerMoves, after_chain, count_fetched
+from poise.planning.placement import Placement
 from poise.util.errors import NoResultError
 
 
@@ -26,7 +26,7 @@ def part_back(current: Placement, older: Placement, max_moves: int | None, *, wh
     """
     count_LED, want_LED = current.count_LED().copy(), older.count_LED()
     changed = np.flatnonzero((want_LED != count_LED).any(axis=(1, 2))).tolist()
-    fetched = {layer: _fetched(count_LED[layer], want_LED[layer]) for layer in changed}
+    fetched = {layer: count_fetched(count_LED[layer], want_LED[layer]) for layer in changed}
     left = sum(fetched.values()) if max_moves is None else max_moves
     if sum(fetched.values()) <= left:
         return older
@@ -51,27 +51,19 @@ def _chains(
     have_ED: NDArray[np.int64], want_ED: NDArray[np.int64], slots_D: NDArray[np.int64], left: int
 ) -> tuple[NDArray[np.int64], int, int]:
     """A layer after the chains that fit, the shortest first; fetches they took, and of the shortest of all."""
-    taken, least = 0, _fetched(have_ED, want_ED)
+    taken, least = 0, count_fetched(have_ED, want_ED)
     while True:
         work = LayerMoves(have_ED, want_ED)
         room_D, buffers_D = (slots_D - have_ED.sum(axis=0)).tolist(), [1] * len(slots_D)
         ways = [work.chain(e, d, room_D, buffers_D) for d, comers in enumerate(work.comers_D) for e in sorted(comers)]
         steps: list[tuple[int, int, NDArray[np.int64]]] = []
         for way in filter(None, ways):
-            after = have_ED.copy()
-            for link in way:
-                after[link.expert, link.device] += 1
-                if link.leaver != EMPTY:
-                    after[link.leaver, link.device] -= 1
-            steps.append((_fetched(have_ED, after), len(steps), after))
+            after = after_chain(have_ED, way)
+            steps.append((count_fetched(have_ED, after), len(steps), after))
         if not steps:
             return have_ED, taken, least
-        fetched, _, after = min(steps, key=lambda each: each[:2])
-        least = fetched if taken == 0 else least
-        if fetched > left - taken:
+        more, _, after = min(steps, key=lambda each: each[:2])
+        least = more if taken == 0 else least
+        if more > left - taken:
             return have_ED, taken, least
-        have_ED, taken = after, taken + fetched
-
-
-def _fetched(have_ED: NDArray[np.int64], then_ED: NDArray[np.int64]) -> int:
-    return int(((then_ED > 0) & (have_ED == 0)).sum())
+        have_ED, taken = after, taken + more

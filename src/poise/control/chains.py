@@ -20,6 +20,21 @@ class ChainMove(NamedTuple):
     leaver: int
 
 
+def after_chain(have_ED: NDArray[Any], chain: Sequence[ChainMove]) -> NDArray[Any]:
+    """Slots of each expert on each device after a chain, int [E, D]."""
+    after_ED = have_ED.copy()
+    for link in chain:
+        after_ED[link.expert, link.device] += 1
+        if link.leaver != EMPTY:
+            after_ED[link.leaver, link.device] -= 1
+    return after_ED
+
+
+def count_fetched(have_ED: NDArray[Any], then_ED: NDArray[Any]) -> int:
+    """Experts that come to a device that did not have them."""
+    return int(((then_ED > 0) & (have_ED == 0)).sum())
+
+
 class LayerMoves:
     """One layer: where experts are (``have_ED``) and shall be (``want_ED``), who comes and leaves on each device."""
 

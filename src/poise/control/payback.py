@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.control.chains import LayerMoves
+from poise.control.chains import LayerMoves, after_chain, count_fetched
 from poise.control.price import PortTraffic
 from poise.cost.links import PortLoad
 from poise.cost.split import even_share
 from poise.planning.budget import Budget
-from poise.planning.placement import EMPTY, Placement
+from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.planning.solve.effort import price_seconds, some_steps
 from poise.replay.moving import moving
@@ -222,7 +222,7 @@ def migration(
     for layer in every:
         want_ED = after.count_LED()[layer]
         if (count_LED[layer] != want_ED).any():
-            now, fetched = _seconds(problem, count_LED, layer, layer + 1), _fetched(count_LED[layer], want_ED)
+            now, fetched = _seconds(problem, count_LED, layer, layer + 1), count_fetched(count_LED[layer], want_ED)
             count_LED[layer] = want_ED
             gain = now - _seconds(problem, count_LED, layer, layer + 1)
             legs.append(Leg(layer, fetched, gain, want_ED))
@@ -289,7 +289,7 @@ def _legs(
     while not (_depend(problem) and budget is not None and budget.left() <= 0):
         stale |= {layer for layer, step in best.items() if step is not None and step.fetched > left}
         if work > 0:
-            work -= sum(_fetched(count_LED[each], want_LED[each]) for each in stale) * count_LED[0].size
+            work -= sum(count_fetched(count_LED[each], want_LED[each]) for each in stale) * count_LED[0].size
             stale = stale if work > 0 else set(layers)
         for each in sorted(stale):
             work = 0 if budget is not None and budget.left() <= 0 else work
@@ -302,10 +302,6 @@ def _legs(
         yield able[layer]
         stale = {layer} | ({layer - 1, layer + 1} & set(layers) if problem.traffic == "stay" else set())
         stale = set(layers) if _skips(problem) else stale
-
-
-def _fetched(have_ED: NDArray[Any], then_ED: NDArray[Any]) -> int:
-    return int(((then_ED > 0) & (have_ED == 0)).sum())
 
 
 def _best_leg(
@@ -325,7 +321,7 @@ def _best_leg(
     steps = [want_LED[layer]] if not fine else _options(LayerMoves(have, want_LED[layer]), slots_D, load_E)
     if not problem.engine.empty_slots:  # the engine would fill what a step leaves empty
         steps = [each for each in steps if (each.sum(axis=0) >= have.sum(axis=0)).all()]
-    every = [(_fetched(have, each), each) for each in steps]
+    every = [(count_fetched(have, each), each) for each in steps]
     options = [each for each in every if each[0] <= left]
     whole = [each for each in options[:1] if each[1] is steps[0]]  # if it fits, it is priced whatever its rank
     options.sort(key=lambda each: (roughness(each[1]) - rough) / max(each[0], 0.5))
@@ -352,11 +348,7 @@ def _options(work: LayerMoves, slots_D: NDArray[np.int64], load_E: NDArray[np.fl
         chains += [work.chain(e, d, room, [1] * len(room), leaver=x) for e in sorted(comers) for x in leavers]
     options = [want]
     for links in filter(None, chains):
-        after = have.copy()
-        for link in links:
-            after[link.expert, link.device] += 1
-            if link.leaver != EMPTY:
-                after[link.leaver, link.device] -= 1
+        after = after_chain(have, links)
         options.append(after)
         trimmed = after.copy()
         for link in links:
