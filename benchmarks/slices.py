@@ -78,6 +78,8 @@ def pieces() -> list[Piece]:
                 {"POISE_MANY": "1"}) for first in range(2)),
         Piece("package", ("benchmarks/package.py",)),
         Piece("gpu-interpreted", ("benchmarks/gpu.py", "--no-report"), {"TRITON_INTERPRET": "1"}),
+        *(Piece(f"parity-{word}", ("benchmarks/parity.py", word))
+          for word in (f"4/2+{first}:gathered-{sent}" for sent in ("bfloat16", "float8_e4m3fn") for first in range(2))),
     ]  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def compile_fast_loop() -> None:
     trace = _trace().select(domains=[DOMAIN])
     api.compare(
         trace, CLUSTER, fit=trace, placements=(_blocks(trace, CLUSTER),), redundant=REDUNDANT, model=MODEL,
-        engine=ENGINE, tokens_per_step=TOKENS, steps=1, warm_up=1, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
+        engine=ENGINE, tokens_per_step=TOKENS, steps=1, warm_up=WARM_UP, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
     )  # fmt: skip
 
 
