@@ -74,7 +74,7 @@ def ran(name: str, command: str, folder: Path, environment: dict[str, str]) -> S
     return Step(name, command, wall, cpu, done.returncode, "\n".join(lines))
 
 
-def path_of(clone: Path, python: str | None) -> list[tuple[str, str]]:
+def path_of(python: str | None) -> list[tuple[str, str]]:
     """(name, command) of every step behind the clone."""
     demo = "make demo" if python is None else "poise demo"
     dump = "answers.jsonl"
@@ -91,9 +91,8 @@ def path_of(clone: Path, python: str | None) -> list[tuple[str, str]]:
 
 def environment_of(clone: Path, python: str | None) -> dict[str, str]:
     """Of the commands: nothing of this checkout; ``poise`` is that of the clone."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "POISE", "VIRTUAL_ENV"))
-    }
+    own = ("PYTHON", "POISE", "VIRTUAL_ENV", "NUMBA")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     if python is None:
         return {**kept, "PATH": f"{clone / '.venv' / 'bin'}:{kept['PATH']}"}
     place = clone / "command"
@@ -113,7 +112,7 @@ def main() -> None:
         steps = [ran("clone", f"git clone --quiet {ROOT} poise", Path(made), dict(os.environ))]
         environment = environment_of(clone, python)
         write_dump(clone / "answers.jsonl")
-        for name, command in path_of(clone, python):
+        for name, command in path_of(python):
             steps.append(ran(name, command, clone, environment))
             if steps[-1].status:
                 break
@@ -123,6 +122,7 @@ def main() -> None:
         "compiled function is kept before the first one. "
         + ("`make demo` makes its environment from a package index." if python is None else
            "An environment that was there stands in for the one that `make demo` would make (`--python`).")
+        + f" Load average {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores at the end."
         + f" The dump: {REQUESTS} answers of SGLang's form, {PROMPT} + {ANSWER} tokens each, of a router with hot experts by topic, drawn."
     )  # fmt: skip
     screens = [f"## {one.name}\n\n```\n$ {shown(one)}\n{one.screen}\n```" for one in steps]
