@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
+from poise.planning.solve import solve as solving
 from poise.replay.serving import FastLoop, replay_steps
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
@@ -89,6 +91,40 @@ def test_compare_goes_on_with_the_best_plans_so_far(trace, tmp_path, monkeypatch
     assert len(cut) == 2 and cut[0].startswith("poise: interrupted: this is the best plan so far"), cut
     assert cut[1].startswith("lpt + poise-near left out: interrupted before step 1 of"), cut
     assert not [note for note in said["notes"] if "the clock cut" in note] and (tmp_path / "r.html").exists()
+
+
+def without_end(problem, name, budget, seed):
+    """A start that ends when its plan is to, and not before."""
+    while budget.left() > 0:
+        time.sleep(0.01)
+    return MADE_HERE(problem, "contiguous", budget, seed)
+
+
+MADE_HERE = solving._start
+
+
+def test_starts_in_other_processes_hear_the_control_c_of_compare(trace, monkeypatch):
+    waiting, ended, hung = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(solving, "_start", without_end)
+    take = solving._Starts.take
+    monkeypatch.setattr(solving._Starts, "take", lambda self, name: (waiting.set(), take(self, name))[1])
+
+    def send():
+        assert waiting.wait(120)
+        os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(120):  # nobody heard the first
+            hung.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    words = ["compare", trace, "-c", "2x2:h100", "-r", "4", "-n", "64", "-p", "contiguous", "-p", "poise",
+             "--executor", "processes:1", *FOR_EVER, "--json"]  # fmt: skip
+    got = CliRunner().invoke(app, [*map(str, words)])
+    ended.set()
+    sender.join()
+    assert not hung and got.exit_code == 0, got.output
+    assert json.loads(got.stdout)["interrupted"] and GOES_ON in " ".join(got.stderr.split())
 
 
 def test_the_demo_shows_what_it_has(tmp_path, monkeypatch):
