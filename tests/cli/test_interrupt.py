@@ -205,7 +205,7 @@ def test_the_map_of_the_demo_says_that_it_was_cut_short_or_why_it_is_not_there(t
     if there:
         about = Placement.load(tmp_path / "p.npz").fitted.about
         assert got.exit_code == 0 and about["interrupted"] == "yes" and about["method"] == "poise", got.output
-        assert about["command"].startswith("poise ")
+        assert about["command"].startswith("poise")
     else:
         assert got.exit_code == 1 and "there is no map of poise to show" in got.stderr, got.output
         assert not (tmp_path / "p.npz").exists()

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from poise.util.compilation import COMPILATION
 from poise.util.errors import OptionError
 from poise.util.executors import Serial, place_of
+from poise.util.processes import seen
 from poise.util.wish import Wish
 
 UPDATES_PER_SECOND = 30e6
@@ -91,8 +92,6 @@ class Budget:
         return {"seconds": self.seconds, "work": self.work, "left": self.left(), "wish": place}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from poise.util.processes import seen  # what starts processes, which few plans do
-
         self.seconds, self.work, self.cuts, self.executor = state["seconds"], state["work"], set(), None
         self._clock = None if math.isinf(state["left"]) else _now
         self._held, self.wish = [0.0], seen(state["wish"])

@@ -11,14 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from poise.util.errors import CommunicationError, NoResultError, OptionError, told
+from poise.util.processes import SeeingProcesses
 from poise.util.wish import Wish
 from poise.util.words import close_to
-
-if TYPE_CHECKING:
-    from poise.util.processes import Processes
 
 T = TypeVar("T")
 KINDS = ("serial", "threads", "processes", "ray", "dask")
@@ -81,7 +79,7 @@ def executor_of(spec: str) -> Iterator[Executor]:
         yield Serial()
         return
     workers = int(where) if where else cores()
-    made = ThreadPoolExecutor(workers, "poise") if kind == "threads" else _processes(workers)
+    made = ThreadPoolExecutor(workers, "poise") if kind == "threads" else SeeingProcesses(workers)
     with made:
         try:
             yield made
@@ -92,24 +90,14 @@ def executor_of(spec: str) -> Iterator[Executor]:
             raise
 
 
-def _processes(workers: int) -> Processes:
-    from poise.util.processes import Processes  # loads numpy, and what starts processes
-
-    return Processes(workers)
-
-
 def place_of(executor: Executor | None, wish: Wish) -> int | None:
     """Where workers of an executor of this machine's processes see a wish; None: they do not."""
-    from poise.util.processes import Processes
-
-    return executor.place_of(wish) if isinstance(executor, Processes) else None
+    return executor.place_of(wish) if isinstance(executor, SeeingProcesses) else None
 
 
 def hears(executor: Executor) -> bool:
     """Whether its pieces can be told to end: those of this process's own, here or in other processes."""
-    from poise.util.processes import Processes
-
-    return isinstance(executor, Serial | ThreadPoolExecutor | Processes)
+    return isinstance(executor, Serial | ThreadPoolExecutor | SeeingProcesses)
 
 
 def checked_executor(spec: str) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing.sharedctypes import RawArray
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,13 +24,17 @@ WISHES = 4096
 """Bytes that are shared with workers: one a wish that is alive."""
 
 
-class Processes(ProcessPoolExecutor):
+class SeeingProcesses(Executor):
     """Workers deaf to control-C at a terminal, which comes to all of its processes: what it ends is for the first to
     say. A piece sees its own plan's wish alone (:meth:`place_of`); :meth:`end` ends all pieces, those that look at no
     wish too.
     """
 
     def __init__(self, workers: int) -> None:
+        import multiprocessing  # which most commands do without
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing.sharedctypes import RawArray
+
         # A fork of a process with threads may hang: workers begin anew.
         context = multiprocessing.get_context("spawn")
         theirs, self._ours = context.Pipe(duplex=False)
@@ -40,12 +42,16 @@ class Processes(ProcessPoolExecutor):
         self._seen = np.frombuffer(shared, np.uint8)
         self._free, self._places = deque(range(WISHES)), WeakKeyDictionary[Wish, int]()
         self._one_asks = threading.Lock()
-        super().__init__(workers, context, initializer=_begin, initargs=(theirs, shared))
+        self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(theirs, shared))
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """As of any executor; a worker that it starts is deaf from its first instruction on."""
         with _deaf():
-            return super().submit(_piece, fn, args, kwargs)
+            return self._pool.submit(_piece, fn, args, kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As of any executor."""
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
 
     def place_of(self, wish: Wish) -> int:
         """Where workers see a wish (:func:`seen`).
@@ -100,7 +106,8 @@ def _begin(theirs: Any, shared: Any) -> None:
 
 
 def _hear(theirs: Any) -> None:
-    theirs.poll(None)
+    with suppress(OSError):  # so Windows says it
+        theirs.poll(None)
     _BETWEEN.acquire()
     os._exit(1)
 
