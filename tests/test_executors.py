@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import pickle
+import signal
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +31,7 @@ from poise.routing.synthetic import zipf_trace
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import CommunicationError, NoResultError, OptionError, PoiseError, TraceError
 from poise.util.executors import Serial, begun, checked_executor, cores, executor_of, hears, in_order, taken
+from poise.util.wish import Wish
 
 LOCAL = ["threads:2", "processes:2", "ray://local:2", "dask://local:2"]
 NEEDS = {"ray": "ray", "dask": "distributed"}
@@ -85,6 +88,28 @@ def until_stopped(budget, started):
     return budget.stopped
 
 
+def until_told(budget, started):
+    """The same of compiled code, which looks at a flag alone."""
+    flag = np.zeros(1, np.uint8)
+    with budget.stops(flag):
+        Path(started).touch()
+        while not flag[0]:
+            time.sleep(0.01)
+    return budget.stopped
+
+
+def until_ended(started):
+    """A piece that looks at no wish, as those that read files."""
+    Path(started).write_text(str(os.getpid()))
+    time.sleep(1e6)
+
+
+def wait_for(path, future):
+    while not path.exists():
+        assert not future.done(), taken(future)
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("spec", ["processes:1", "threads:1"])
 def test_a_piece_elsewhere_hears_that_its_plan_is_to_end(tmp_path, spec):
     with executor_of(spec) as executor:
@@ -98,6 +123,64 @@ def test_a_piece_elsewhere_hears_that_its_plan_is_to_end(tmp_path, spec):
         assert first.result(timeout=60).taken()
         late = begun(executor, until_stopped, budget.part(0.5), str(tmp_path / "late"))
         assert late.result(timeout=60).taken()
+
+
+@pytest.mark.parametrize("piece", [until_stopped, until_told])
+def test_a_wish_is_seen_elsewhere_whoever_had_it_and_ends_its_own_plans_alone(tmp_path, piece):
+    """As control-C comes to ``compare``: nobody asks a budget. The executor serves other plans, before and after."""
+    with executor_of("processes:2") as executor:
+        wishes = [Wish(), Wish()]
+        budgets = [Budget(1.0, work=1e9, executor=executor, wish=wish) for wish in wishes]
+        pieces = [begun(executor, piece, own.part(0.5), str(tmp_path / f"{at}")) for at, own in enumerate(budgets)]
+        for at, future in enumerate(pieces):
+            wait_for(tmp_path / f"{at}", future)
+        wishes[0].end()
+        assert pieces[0].result(timeout=60).taken()
+        after = begun(
+            executor, piece, Budget(1.0, work=1e9, executor=executor, wish=wishes[1]), str(tmp_path / "after")
+        )
+        wait_for(tmp_path / "after", after)
+        assert not pieces[1].done() and not after.done() and not budgets[1].stopped
+        wishes[1].end()
+        assert pieces[1].result(timeout=60).taken() and after.result(timeout=60).taken()
+
+
+def test_a_place_is_of_one_wish_that_is_alive():
+    with executor_of("processes:1") as executor:
+        wishes = [Wish() for _ in range(3)]
+        places = [executor.place_of(wish) for wish in wishes]
+        assert len({*places}) == 3 and [executor.place_of(wish) for wish in wishes] == places
+        wishes[1].end()
+        assert executor._seen[places].tolist() == [0, 1, 0]
+        executor._free.clear()
+        with pytest.raises(CommunicationError, match="room for one more"):
+            executor.place_of(Wish())
+        del wishes[1]
+        again = Wish()
+        assert executor.place_of(again) == places[1] and not executor._seen[places].any()
+
+
+def test_an_error_ends_pieces_that_look_at_no_wish(tmp_path):
+    with pytest.raises(KeyboardInterrupt), executor_of("processes:1") as executor:
+        running, late = (begun(executor, until_ended, str(tmp_path / name)) for name in ("running", "late"))
+        wait_for(tmp_path / "running", running)
+        (worker,) = multiprocessing.active_children()
+        raise KeyboardInterrupt
+    worker.join(60)
+    assert worker.exitcode is not None and running.exception(60) and not (tmp_path / "late").exists()
+    assert late.cancelled() or late.exception(60)
+
+
+def test_control_c_does_not_end_a_worker_that_is_not_yet_there():
+    """A terminal's comes to all processes, whatever they have loaded by then."""
+    with executor_of("processes:1") as executor:
+        first = begun(executor, square, 3)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGINT)
+        assert taken(first) == 9
+        os.kill(worker.pid, signal.SIGINT)
+        assert taken(begun(executor, square, 4)) == 16
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Never(Executor):

@@ -19,7 +19,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.settle import flow_of, ground, settle
 from poise.planning.budget import Budget, Limit
-from poise.planning.engine_rules import NONE, hold, parse_engine
+from poise.planning.engine_rules import hold, parse_engine
 from poise.planning.groups import Keep, groups_of
 from poise.planning.homes import BAND, POLICIES
 from poise.planning.methods.contiguous import deal
@@ -43,6 +43,7 @@ from poise.replay.rows import (
     judged_steps,
     plan_and_fewer,
     planned_rows,
+    provenance,
     silent_defaults,
     split_traffic,
     uneven_homes,
@@ -73,7 +74,6 @@ from poise.routing.trace import LoadProfile, Phase, RoutingTrace
 from poise.util.errors import NoResultError, OptionError
 from poise.util.wish import Wish
 from poise.util.words import close_to
-from poise.version import VERSION
 
 VERDICT_STEPS = 20
 BOUND_SHARE = 0.15
@@ -226,20 +226,7 @@ def plan(
     if fewer is not None:
         many = fewer.placement.num_slots - batch.num_experts
         details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
-    held = NONE.name if pooled or METHODS[method].pooled else engine  # no engine counts slots over all layers
-    about = {"traffic": found.name, "version": VERSION, "seed": str(seed), "engine": held, "method": method,
-             "batch": batch.order}  # fmt: skip
-    if "cut_by_clock" in solution.details:
-        about["cut_by_clock"] = ", ".join(solution.details["cut_by_clock"])
-    if budget.stopped:
-        about["interrupted"] = "yes"
-    if problem.split != "even":
-        about["split"] = problem.split
-    if keep_groups is not None:
-        about["keep_groups"] = keep_groups
-    if budget.work is not None:
-        about["work"] = f"{budget.work:g}"
-    kept = Provenance(seen if METHODS[method].fitted else NO_TRAFFIC, about)
+    kept = provenance(solution, problem, budget, seen, traffic=found.name, seed=seed, keep_groups=keep_groups)
     named = replace(solution.placement, fitted=kept)
     held_losses = None if solution.losses is None else replace(solution.losses, before=named)
     return replace(solution, placement=named, details=details, losses=held_losses)
@@ -448,13 +435,22 @@ def compare(
     warm_up : steps before those that run but are not judged; default 5 with ``fast``, else none.
 
     time_limit_s, work : seconds or units of work for each method, as for :func:`plan`. A budget that was begun is for
-        all together, judging included, and has its own executor.
+        all together, judging included; work, executor and wish are its own then.
     executor : as for :func:`plan`.
     wish : that it be ended (:class:`poise.util.wish.Wish`): plans under way and to come are the best so far then, and
-        fast loops that are not judged to their end are left out.
+        fast loops that are not judged to their end are left out. A budget that was begun brings its own.
 
     Other parameters as in :func:`plan`. A method that has no placement for these shapes becomes a note.
+
+    Raises
+    ------
+    InputError : the input is wrong, or a budget that was begun comes with a wish that is not its own.
+    NoResultError : no method has a placement.
     """
+    if isinstance(time_limit_s, Budget):
+        if wish not in (None, time_limit_s.wish):
+            raise OptionError("a budget that was begun has a wish of its own", hint="Budget(..., wish=wish)")
+        wish = time_limit_s.wish
     model = ModelSpec.parse(model) if isinstance(model, str) else model
     whole = _of_model(load(trace, executor), model)
     given = None if fit is None else _of_model(load(fit, executor), model)
@@ -462,13 +458,13 @@ def compare(
     fitted, judged, notes = split_traffic(whole, given, more)
     parts = {IN_SAMPLE: fitted, **judged}
     skip = (WARM_UP if fast else 0) if warm_up is None else warm_up
-    batches, prints = {}, {}
+    batches, prints, names = {}, {}, {}
     for name, part in parts.items():
         found = part()
         many = None if steps is None or (name == IN_SAMPLE and not fast) else steps + skip
         batches[name] = make_batch(found, tokens_per_step=tokens_per_step, order=order, seed=seed, steps=many,
                                    homes=homes, sample=not fast)  # fmt: skip
-        prints[name] = fingerprint(found)
+        prints[name], names[name] = fingerprint(found), found.name
         del found  # one part at a time
     batch = batches[IN_SAMPLE]
     problem = _problem(batch, cluster, redundant, slots, model, traffic, split, engine, keep_groups)
@@ -492,7 +488,8 @@ def compare(
                 own = time_limit_s.part(1 - JUDGE)
             else:
                 own = Budget(time_limit_s, work=work, executor=executor, wish=wish)
-            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults)
+            entries += planned_rows(str(item), problem, prints[IN_SAMPLE], own, seed, said, defaults,
+                                    traffic=names[IN_SAMPLE], keep_groups=keep_groups)  # fmt: skip
         else:
             raise OptionError(f"{item!r} is neither a method nor a .npz file", hint=close_to(str(item), METHODS))
     if not entries:

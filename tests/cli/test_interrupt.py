@@ -4,9 +4,13 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
+from html import unescape
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from poise import api
@@ -16,12 +20,15 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
+from poise.planning.solve import solve as solving
+from poise.replay.compare import INTERRUPTED
 from poise.replay.serving import FastLoop, replay_steps
+from poise.report import write_report
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
 from poise.stepwise.driver import LayerDriver
 from poise.stepwise.registry import parse_policy
-from poise.util.errors import NoResultError
+from poise.util.errors import NoResultError, OptionError
 from poise.util.wish import Wish
 
 FOR_EVER = ["--work", "1e8"]
@@ -91,6 +98,40 @@ def test_compare_goes_on_with_the_best_plans_so_far(trace, tmp_path, monkeypatch
     assert not [note for note in said["notes"] if "the clock cut" in note] and (tmp_path / "r.html").exists()
 
 
+def without_end(problem, name, budget, seed):
+    """A start that ends when its plan is to, and not before."""
+    while budget.left() > 0:
+        time.sleep(0.01)
+    return MADE_HERE(problem, "contiguous", budget, seed)
+
+
+MADE_HERE = solving._start
+
+
+def test_starts_in_other_processes_hear_the_control_c_of_compare(trace, monkeypatch):
+    waiting, ended, hung = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(solving, "_start", without_end)
+    take = solving._Starts.take
+    monkeypatch.setattr(solving._Starts, "take", lambda self, name: (waiting.set(), take(self, name))[1])
+
+    def send():
+        assert waiting.wait(120)
+        os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(120):  # nobody heard the first
+            hung.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    words = ["compare", trace, "-c", "2x2:h100", "-r", "4", "-n", "64", "-p", "contiguous", "-p", "poise",
+             "--executor", "processes:1", *FOR_EVER, "--json"]  # fmt: skip
+    got = CliRunner().invoke(app, [*map(str, words)])
+    ended.set()
+    sender.join()
+    assert not hung and got.exit_code == 0, got.output
+    assert json.loads(got.stdout)["interrupted"] and GOES_ON in " ".join(got.stderr.split())
+
+
 def test_the_demo_shows_what_it_has(tmp_path, monkeypatch):
     compare = api.compare
 
@@ -102,10 +143,72 @@ def test_the_demo_shows_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "compare", cut)
     got = CliRunner().invoke(app, ["demo", "--html", str(tmp_path / "r.html")])
     said = " ".join(got.stdout.split())
+    assert INTERRUPTED in unescape((tmp_path / "r.html").read_text())
     assert got.exit_code == 0 and "the panel 'what if' is left out: interrupted" in got.stderr, got.output
-    assert "Interrupted: these are the best plans so far" in said and "poise, as vLLM will load it" in said
-    assert "Not worth it here: poise saves 0.0%" in said and "fast loop" not in said, "it was not judged"
+    assert INTERRUPTED in said and "poise, as vLLM will load it" in said
+    assert "ot worth it" not in said and "fast loop" not in said, "it was not judged"
     assert 'id="whatif"' not in (tmp_path / "r.html").read_text()
+
+
+def stopped(trace, **more):
+    """A comparison that somebody ended before it began."""
+    wish = Wish()
+    wish.end()
+    return api.compare(trace, "2x2:h100", redundant=4, tokens_per_step=64, work=1, wish=wish, **more)
+
+
+def test_no_verdict_is_told_of_plans_that_were_cut_short(trace, tmp_path):
+    whole = api.compare(trace, "2x2:h100", redundant=4, tokens_per_step=64, work=1, placements=("contiguous", "poise"))
+    cut = stopped(trace, placements=("contiguous", "poise"))
+    for found, has in ((whole, False), (cut, True)):
+        found.table(console := Console(file=StringIO(), width=200))
+        write_report(found, tmp_path / "r.html")
+        page = unescape((tmp_path / "r.html").read_text())
+        shown = " ".join(console.file.getvalue().split())
+        for text in (shown, unescape(found._repr_html_()), page, found.to_json()["verdict"]):
+            assert (INTERRUPTED in text) == has and ("is most even on" in text) != has, text
+
+
+@pytest.mark.parametrize("limit", ["work", "wish", "budget"])
+def test_a_map_of_a_comparison_says_of_itself_what_that_of_a_plan_does(trace, limit):
+    wish, more = Wish(), {"redundant": 4, "tokens_per_step": 64, "engine": "vllm", "seed": 3}
+    if limit != "work":
+        wish.end()
+    whole = Budget(1.0, work=1, wish=wish)
+    named = {"time_limit_s": whole} if limit == "budget" else {"work": 1, "wish": wish}
+    found = api.compare(trace, "2x2:h100", fit=trace, placements=("contiguous", "poise"), **named, **more)
+    assert found.interrupted == wish.came
+    for entry in (found.entries[0], found.entries[-1]):
+        alone = api.plan(trace, "2x2:h100", method=entry.name, time_limit_s=Budget(1.0, work=1, wish=wish), **more)
+        mine, other = entry.placement.fitted, alone.placement.fitted
+        assert dict(mine.about) == dict(other.about) and ("interrupted" in mine.about) == wish.came
+        assert mine.traffic.share_of(other.traffic) == other.traffic.share_of(mine.traffic)
+
+
+def test_a_budget_has_a_wish_of_its_own(trace):
+    with pytest.raises(OptionError, match="a wish of its own"):
+        api.compare(trace, "2x2", placements=("lpt",), time_limit_s=Budget(1.0, work=1), wish=Wish())
+    whole = Budget(1.0, work=1)
+    assert not api.compare(trace, "2x2", placements=("lpt",), time_limit_s=whole, wish=whole.wish).interrupted
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_map_of_the_demo_says_that_it_was_cut_short_or_why_it_is_not_there(tmp_path, monkeypatch, there):
+    compare = api.compare
+
+    def cut(*words, wish, placements, **more):
+        wish.end()
+        return compare(*words, wish=wish, placements=placements if there else (placements[0],), **more)
+
+    monkeypatch.setattr(api, "compare", cut)
+    got = CliRunner().invoke(app, ["demo", "--html", str(tmp_path / "r.html"), "-o", str(tmp_path / "p.npz")])
+    if there:
+        about = Placement.load(tmp_path / "p.npz").fitted.about
+        assert got.exit_code == 0 and about["interrupted"] == "yes" and about["method"] == "poise", got.output
+        assert about["command"].startswith("poise")
+    else:
+        assert got.exit_code == 1 and "there is no map of poise to show" in got.stderr, got.output
+        assert not (tmp_path / "p.npz").exists()
 
 
 def test_a_fast_loop_is_left_between_two_of_its_steps():

@@ -20,6 +20,7 @@ from poise import api
 from poise.cli import options as o
 from poise.cli.compare import show, unless_stopped
 from poise.cli.ending import best_so_far
+from poise.cli.plan import with_command
 from poise.engines.flags import EplbSetting, eplb_flags
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -27,7 +28,7 @@ from poise.planning.engine_rules import parse_engine
 from poise.planning.placement import Placement
 from poise.planning.provenance import Provenance
 from poise.replay.breakeven import contiguous_blocks
-from poise.replay.compare import IN_SAMPLE, Comparison
+from poise.replay.compare import IN_SAMPLE, INTERRUPTED, Comparison
 from poise.replay.summary import BOUND, Summary, SummaryRow, summarise
 from poise.replay.trial import TrialSetting
 from poise.replay.verdict import MS
@@ -39,7 +40,7 @@ from poise.routing.fingerprint import NO_TRAFFIC
 from poise.routing.shipped import TRACE, balance
 from poise.routing.trace import RoutingTrace
 from poise.util.compilation import COMPILATION
-from poise.util.errors import OptionError
+from poise.util.errors import NoResultError, OptionError
 from poise.util.wish import Wish
 from poise.util.words import close_to, percent
 
@@ -95,15 +96,29 @@ def demo(
                     all_methods=all_tables, work=WORK if work is None and time_limit is None else work,
                     time_limit_s=10.0 if time_limit is None else time_limit, progress=report, wish=wish,
                 )  # fmt: skip
-            plan = next(entry.placement for entry in found.entries if entry.name == "poise")
+            plan = _map_of_poise(found)
             if output is not None:
-                plan.save(output)
+                with_command(plan).save(output)
             if all_tables:
                 show(found, html, json)
             else:
                 _written(found, held_out, html, cluster, domain, json, wish)
         if output is not None:
             o.talk.print(f"wrote {output}")
+
+
+def _map_of_poise(found: Comparison) -> Placement:
+    """What the demo is about.
+
+    Raises
+    ------
+    NoResultError : poise has no map here, as a note of the comparison says.
+    """
+    for entry in found.entries:
+        if entry.name == "poise":
+            return entry.placement
+    why = [note for note in found.notes if note.startswith("poise left out")]
+    raise NoResultError("; ".join(why) or "there is no map of poise to show")
 
 
 def _written(
@@ -232,7 +247,7 @@ def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) 
     slots = int(found.slots_D.sum()) - model.num_experts
     launch = eplb_flags(ENGINE, EplbSetting(False, slots, cluster.num_devices, model.num_experts, MODEL))
     if found.interrupted:
-        o.out.print("Interrupted: these are the best plans so far, and what was not judged to its end is left out.")
+        o.out.print(INTERRUPTED, style="bold")
     if said := summary.not_worth_words():
         o.out.print(said, style="bold")
     o.out.print(f"Price of poise's map: {summary.price_words()}.")

@@ -111,7 +111,7 @@ def plan(
                     said = None
                 if solution.losses is not None:
                     solution.losses.save(beside)
-                _with_command(solution.placement).save(output)
+                with_command(solution.placement).save(output)
         if late := whole.beyond():
             o.talk.print(late)
         moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
@@ -140,7 +140,7 @@ def _stop(budget: Budget) -> None:
     o.talk.print("interrupted: writing the best plan so far; control-C again ends at once")
 
 
-def _with_command(placement: Placement) -> Placement:
+def with_command(placement: Placement) -> Placement:
     """The placement, its file told what made it."""
     assert placement.fitted is not None
     about = {**placement.fitted.about, "command": shlex.join(["poise", *sys.argv[1:]])}

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from poise.util.compilation import COMPILATION
 from poise.util.errors import OptionError
-from poise.util.executors import Serial, tell_to_end
-from poise.util.wish import OF_PROCESS, Wish
+from poise.util.executors import Serial, place_of
+from poise.util.processes import seen
+from poise.util.wish import Wish
 
 UPDATES_PER_SECOND = 30e6
 """Elementary updates in a nominal second."""
@@ -56,8 +57,10 @@ class Budget:
     ----------
     work : as given, of the whole.
     cuts : stages that the clock cut short, shared with all parts.
+    wish : that ends it.
 
-    In another process a budget has what was left of the clock, cuts of its own, no executor, and that process's wish.
+    In another process a budget has what was left of the clock, cuts of its own, no executor, and the same wish where it
+    can be seen there (:func:`poise.util.executors.hears`).
 
     Raises
     ------
@@ -74,7 +77,7 @@ class Budget:
         self.seconds = seconds if work is None else work * UNIT / UPDATES_PER_SECOND
         self.work, self.cuts, self.executor = work, set[str](), executor
         self._clock = None if work is not None else now
-        self._held, self._wish = [0.0], Wish() if wish is None else wish
+        self._held, self.wish = [0.0], Wish() if wish is None else wish
         self._began = self._now()
         self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + self.seconds if self._clock else math.inf
@@ -85,12 +88,13 @@ class Budget:
         return limit if isinstance(limit, Budget) else cls(limit, work=work, executor=executor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "work": self.work, "left": self.left()}
+        place = place_of(self.executor, self.wish)
+        return {"seconds": self.seconds, "work": self.work, "left": self.left(), "wish": place}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.seconds, self.work, self.cuts, self.executor = state["seconds"], state["work"], set(), None
         self._clock = None if math.isinf(state["left"]) else _now
-        self._held, self._wish = [0.0], OF_PROCESS
+        self._held, self.wish = [0.0], seen(state["wish"])
         self._began = self._now()
         self._start = (self._began, time.process_time() if self._clock else 0.0)
         self._ends = self._began + state["left"]
@@ -100,7 +104,7 @@ class Budget:
         out = object.__new__(Budget)
         out.seconds, out.work, out.cuts, out.executor = share * self.seconds, self.work, self.cuts, self.executor
         out._clock, out._held, out._start, out._began = self._clock, self._held, self._start, self._now()
-        out._wish = self._wish
+        out.wish = self.wish
         out._ends = self._began + (share if until is None else until) * (self._ends - self._began)
         return out
 
@@ -115,18 +119,16 @@ class Budget:
         Pieces of it on an executor of other processes end too where those can be told
         (:func:`poise.util.executors.hears`).
         """
-        self._wish.end()
-        if self.executor is not None:
-            tell_to_end(self.executor)
+        self.wish.end()
 
     @property
     def stopped(self) -> bool:
         """Whether somebody wished so (:meth:`stop`)."""
-        return self._wish.came
+        return self.wish.came
 
     def left(self) -> float:
         """Seconds until the clock ends it, at least 0; infinite without a clock. 0 once it was stopped."""
-        if self._wish.came:
+        if self.wish.came:
             return 0.0
         return max(0.0, self._ends - self._now()) if self._clock else math.inf
 
@@ -136,7 +138,7 @@ class Budget:
         The share of a core that this process has had so far is what it is thought to get, and a tenth of its seconds
         it may take beyond its end. A stage that gets less is cut.
         """
-        if self._clock is None and not self._wish.came:
+        if self._clock is None and not self.wish.came:
             return seconds
         passed, worked = self._now() - self._start[0], time.process_time() - self._start[1]
         pace = min(1.0, max(LEAST_PACE, worked / passed)) if self._clock is _now and passed > TICK_S else 1.0
@@ -177,8 +179,8 @@ class Budget:
     @contextmanager
     def stops(self, flag: NDArray[Any]) -> Iterator[None]:
         """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it."""
-        with self._wish.told(flag):
-            if self._clock is None:
+        with self.wish.told(flag):
+            if self._clock is None and not self.wish.far:
                 yield
                 return
             yield from self._watched(flag)

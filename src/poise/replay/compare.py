@@ -33,6 +33,11 @@ from poise.util.words import percent
 
 IN_SAMPLE = "in-sample"
 ON_FITTED = "fitted on this traffic"
+INTERRUPTED = (
+    "Interrupted: these are the best plans so far, and what was not judged to its end is left out. No verdict: another "
+    "run may end elsewhere."
+)
+"""Instead of a verdict."""
 NOT_WORTH = 0.01
 """A gain below this share of a step is called not worth it."""
 COLUMNS = ("imbalance", "p99", "off device", "off node", "step ms", "p99 ms", "efficiency", "speedup")
@@ -197,8 +202,11 @@ class Comparison:
         """One sentence or two: what the best placement gains on the judged traffic, or that it is not worth it.
 
         Placements fitted on the judged traffic come second to those that were not: what they gain there says nothing of
-        other traffic. Without a model, or with loads of no stated step, no gain in time is claimed.
+        other traffic. Without a model, or with loads of no stated step, no gain in time is claimed, and none of plans
+        that somebody cut short: another run may end elsewhere.
         """
+        if self.interrupted:
+            return INTERRUPTED
         part, base = self.judged_on, self.entries[0].name
         if len(self.entries) < 2:
             return f"{base}: nothing to compare with."

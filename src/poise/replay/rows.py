@@ -8,10 +8,11 @@ from typing import Any
 
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
-from poise.planning.engine_rules import hold
-from poise.planning.groups import WholeGroups
+from poise.planning.engine_rules import NONE, hold
+from poise.planning.groups import Keep, WholeGroups
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress, Solution
+from poise.planning.provenance import Provenance
 from poise.planning.solve.effort import bound_seconds, price_seconds, some_steps
 from poise.planning.solve.solve import METHODS, lower_bound, solve, without_redundant
 from poise.replay.compare import Entry, left_out
@@ -23,6 +24,7 @@ from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.registry import parse_policy
 from poise.util.errors import InfeasibleError, NoResultError, OptionError, PluginError
 from poise.util.words import close_to, percent
+from poise.version import VERSION
 
 Traffics = RoutingTrace | LoadProfile
 LazyTraffic = Callable[[], Traffics]
@@ -99,10 +101,10 @@ def held_row(
 
 def planned_rows(
     method: str, problem: PlacementProblem, fitted: Fingerprint, budget: Budget, seed: int, said: list[str],
-    defaults: Sequence[str] = (),
+    defaults: Sequence[str] = (), *, traffic: str, keep_groups: Keep | None,
 ) -> list[Entry]:  # fmt: skip
     """The row of a method, and one more where ``poise`` is faster without redundant slots, none where it has
-    no plan, or is another package's and broken.
+    no plan, or is another package's and broken. ``traffic``, ``keep_groups``: as :func:`provenance`.
     """
     try:
         pooled = METHODS.ask(method).pooled
@@ -123,16 +125,50 @@ def planned_rows(
     if budget.stopped:
         found, fewer = _told(found), None if fewer is None else _told(fewer)
     seen = fitted if METHODS[method].fitted else NO_TRAFFIC
-    out = [Entry(method, found.placement, pooled, found.seconds, fitted=seen)]
+
+    def map_of(plan: Solution) -> Placement:
+        come = provenance(plan, problem, budget, fitted, traffic=traffic, seed=seed, keep_groups=keep_groups)
+        return replace(plan.placement, fitted=come)
+
+    out = [Entry(method, map_of(found), pooled, found.seconds, fitted=seen)]
     if fewer is not None:
         redundant = fewer.placement.num_slots - problem.batch.num_experts
         said.append(fewer_words(redundant, 1 - fewer.objective / found.objective, defaults))
-        out.insert(0, Entry(f"{method}, {redundant} redundant", fewer.placement, pooled, fewer.seconds, fitted=seen))
+        out.insert(0, Entry(f"{method}, {redundant} redundant", map_of(fewer), pooled, fewer.seconds, fitted=seen))
         said += [f"{out[0].name}: {text}" for text in shortened(fewer)]
     said += [f"{method}: {text}" for text in shortened(found)]
     if moved := found.details.get("groups", {}).get("gathered", 0):
         said.append(f"{method} is gathered: {moved} of its slots gave way so that routing groups lie whole")
     return out
+
+
+def provenance(
+    plan: Solution, problem: PlacementProblem, budget: Budget, fitted: Fingerprint, *, traffic: str, seed: int,
+    keep_groups: Keep | None,
+) -> Provenance:  # fmt: skip
+    """What the file of a plan says of it.
+
+    Parameters
+    ----------
+    plan, problem, budget, seed : the plan, what it was asked of, and what it was allowed.
+    fitted, traffic : fingerprint and name of the traffic that it was made for.
+    keep_groups : as it was asked for (:mod:`poise.planning.groups`).
+    """
+    kind = METHODS[plan.method]
+    held = NONE if problem.pooled or kind.pooled else problem.engine  # no engine counts slots over all layers
+    about = {"traffic": traffic, "version": VERSION, "seed": str(seed), "engine": held.name, "method": plan.method,
+             "batch": problem.batch.order}  # fmt: skip
+    if "cut_by_clock" in plan.details:
+        about["cut_by_clock"] = ", ".join(plan.details["cut_by_clock"])
+    if budget.stopped:
+        about["interrupted"] = "yes"
+    if problem.split != "even":
+        about["split"] = problem.split
+    if keep_groups is not None:
+        about["keep_groups"] = keep_groups
+    if budget.work is not None:
+        about["work"] = f"{budget.work:g}"
+    return Provenance(fitted if kind.fitted else NO_TRAFFIC, about)
 
 
 def _told(plan: Solution) -> Solution:

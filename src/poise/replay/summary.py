@@ -52,6 +52,7 @@ class Summary:
     by_tokens : (tokens of a step, share of the MoE time that it saves there), ascending.
     ground : what the times rest on.
     judged_on : the part that says whether the map is worth it.
+    interrupted : somebody cut the plans short: whether the map is worth it is not said.
     """
 
     parts: Mapping[str, tuple[SummaryRow, ...]]
@@ -63,11 +64,14 @@ class Summary:
     by_tokens: tuple[tuple[int, float], ...]
     ground: str
     judged_on: str
+    interrupted: bool = False
 
     def not_worth_words(self) -> str:
         """That the map is not worth it, by the rule of :meth:`poise.replay.compare.Comparison.verdict`, in a sentence;
-        ``""`` where it is.
+        ``""`` where it is, or nobody can say.
         """
+        if self.interrupted:
+            return ""
         row = next(one for one in self.parts[self.judged_on] if one.name == self.name)
         assert row.saved is not None
         mean, low, high = row.saved
@@ -102,7 +106,7 @@ class Summary:
         """What the map gains at other batches, in a sentence."""
         each = ", ".join(f"{percent(share)} at {size:,}" for size, share in self.by_tokens)
         said = f"{self.name} as planned here saves {each} tokens a step"
-        small = [f"{size:,}" for size, share in self.by_tokens if share < NOT_WORTH]
+        small = [f"{size:,}" for size, share in self.by_tokens if share < NOT_WORTH and not self.interrupted]
         return f"{said}: not worth it at {', '.join(small)}" if small else said
 
     def to_json(self) -> dict[str, Any]:
@@ -161,4 +165,5 @@ def summarise(
     return Summary(
         parts, len(found.bounds_B[on]), name, price, math.ceil(price.seconds / earns) if earns > 0 else None,
         found.within_errors(name, base.name), by_tokens, ground(found.cluster), on,
+        found.interrupted,
     )  # fmt: skip

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from poise.util.errors import CommunicationError, NoResultError, OptionError, told
-from poise.util.wish import OF_PROCESS
+from poise.util.processes import SeeingProcesses
+from poise.util.wish import Wish
 from poise.util.words import close_to
 
 T = TypeVar("T")
@@ -64,7 +62,8 @@ def cores() -> int:
 
 @contextmanager
 def executor_of(spec: str) -> Iterator[Executor]:
-    """The executor that a text names (:data:`FORMS`), shut down at the end.
+    """The executor that a text names (:data:`FORMS`), shut down at the end. An error ends pieces in processes of this
+    machine at once; those in threads go on to their own end or their plan's.
 
     Raises
     ------
@@ -80,52 +79,25 @@ def executor_of(spec: str) -> Iterator[Executor]:
         yield Serial()
         return
     workers = int(where) if where else cores()
-    made = ThreadPoolExecutor(workers, "poise") if kind == "threads" else _processes(workers)
+    made = ThreadPoolExecutor(workers, "poise") if kind == "threads" else SeeingProcesses(workers)
     with made:
         try:
             yield made
         except BaseException:
+            if not isinstance(made, ThreadPoolExecutor):
+                made.end()
             made.shutdown(wait=False, cancel_futures=True)  # nobody wants the rest
             raise
 
 
-def _processes(workers: int) -> Executor:
-    """Processes of this machine. Control-C at a terminal comes to all of them: what it ends is for the first to say."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    # A fork of a process with threads may hang: workers begin anew.
-    context = multiprocessing.get_context("spawn")
-    theirs, ours = context.Pipe(duplex=False)
-    made = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(theirs,))
-    _TELL[made] = ours.close  # an end of a pipe that is gone is seen at every copy of the other
-    return made
-
-
-_TELL: WeakKeyDictionary[Executor, Callable[[], None]] = WeakKeyDictionary()
-"""Executors whose workers can be told to end what they do, and how."""
-
-
-def _begin(theirs: Any) -> None:
-    """A worker: deaf to the terminal, but not to the process that it works for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_hear, args=(theirs,), name="poise-wish", daemon=True).start()
-
-
-def _hear(theirs: Any) -> None:
-    theirs.poll(None)
-    OF_PROCESS.end()
+def place_of(executor: Executor | None, wish: Wish) -> int | None:
+    """Where workers of an executor of this machine's processes see a wish; None: they do not."""
+    return executor.place_of(wish) if isinstance(executor, SeeingProcesses) else None
 
 
 def hears(executor: Executor) -> bool:
     """Whether its pieces can be told to end: those of this process's own, here or in other processes."""
-    return isinstance(executor, Serial | ThreadPoolExecutor) or executor in _TELL
-
-
-def tell_to_end(executor: Executor) -> None:
-    """Tell all pieces of an executor of other processes to end, those to come too; nothing where none can hear it."""
-    if executor in _TELL:
-        _TELL[executor]()
+    return isinstance(executor, Serial | ThreadPoolExecutor | SeeingProcesses)
 
 
 def checked_executor(spec: str) -> str:

@@ -14,36 +14,46 @@ if TYPE_CHECKING:  # the list of commands loads this, and no numpy
 class Wish:
     """Shared by whoever may have it and all that works meanwhile; flags of compiled code learn of it.
 
+    Parameters
+    ----------
+    seen : where another process says that it came (:mod:`poise.util.processes`); None: it is this process's own.
+
     Attributes
     ----------
-    came : whether somebody had it.
+    far : it is another process's: whoever waits for it must look.
     """
 
-    def __init__(self) -> None:
-        self.came = False
+    def __init__(self, seen: NDArray[Any] | None = None) -> None:
+        self.far = seen is not None
+        self._seen: Any = bytearray(1) if seen is None else seen
         self._flags: list[NDArray[Any]] = []
         self._lock = threading.Lock()
+
+    @property
+    def came(self) -> bool:
+        """Whether somebody had it."""
+        return bool(self._seen[0])
 
     def end(self) -> None:
         """It came; from any thread."""
         with self._lock:
-            self.came = True
+            self._seen[0] = 1
             for flag in self._flags:
+                flag[0] = 1
+
+    def tell(self, flag: NDArray[Any]) -> None:
+        """From now on ``flag[0]`` turns 1 with it."""
+        with self._lock:
+            self._flags.append(flag)
+            if self.came:
                 flag[0] = 1
 
     @contextmanager
     def told(self, flag: NDArray[Any]) -> Iterator[None]:
         """Meanwhile ``flag[0]`` turns 1 with it."""
-        with self._lock:
-            self._flags.append(flag)
-            if self.came:
-                flag[0] = 1
+        self.tell(flag)
         try:
             yield
         finally:
             with self._lock:
                 self._flags = [one for one in self._flags if one is not flag]
-
-
-OF_PROCESS = Wish()
-"""That all end which this process does for another one: what a worker of an executor hears."""
