@@ -52,15 +52,15 @@ class PairExchange(ABC):
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
 
     @abstractmethod
-    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
-        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
-
-        ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
-        """
+    def send_pairs(self, y_Nd: Tensor) -> Sent:
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
 
     @abstractmethod
     def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
-        """What comes of it is computed here, [n, d], sorted by expert."""
+        """What comes of it is computed here, [n, d], sorted by expert.
+
+        ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
+        """
 
     @abstractmethod
     def ask_back(self, like_nd: Tensor) -> Arriving | None:
@@ -108,11 +108,10 @@ class Exchange(PairExchange):
             coming.send(sent_Nd, self.sent_D).wait()
         return self._arranged(coming, "")
 
-    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
+    def send_pairs(self, y_Nd: Tensor) -> Sent:
         """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
-        with span(f"{prefix}dispatch"):
-            coming = Arriving(y_Nd, self.got_D, self.group, self.most)
-            return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
+        coming = Arriving(y_Nd, self.got_D, self.group, self.most)
+        return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
 
     def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [n, d], sorted by expert."""

@@ -62,7 +62,6 @@ class LayerStep:
         self._y_edge: GradientEdge | None = None
         self._asked: Arriving | None = None
         self._gradients: Sent | None = None
-        self._coming: Arriving | None = None
 
     def dispatch(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d]."""
@@ -99,7 +98,7 @@ class LayerStep:
 
     def send_gradients(self, dy_Nd: Tensor) -> Sent:
         """Begin to send gradients of this rank's pairs [T * K, d] to where their experts are."""
-        self._gradients = self.way.send_pairs(dy_Nd, BACKWARD)
+        self._gradients = self.way.send_pairs(dy_Nd)
         return self._gradients
 
     def dispatch_gradients(self) -> Tensor:

@@ -90,14 +90,15 @@ class PaddedExchange(PairExchange):
 
     def tokens_there(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [R, d]; padding is 0."""
-        return self.arrived(self.send_pairs(x_Td.repeat_interleave(self.top_k, dim=0)))
+        with span("dispatch"):
+            sent = self.send_pairs(x_Td.repeat_interleave(self.top_k, dim=0))
+        return self.arrived(sent)
 
-    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
+    def send_pairs(self, y_Nd: Tensor) -> Sent:
         """Rows of this rank's pairs [T * K, d] to where their experts are: one collective, which has ended."""
         sent = y_Nd.new_zeros(self.devices * self.capacity.pair + 1, y_Nd.shape[1])
         sent.index_copy_(0, self.place_N, y_Nd)
-        with span(f"{prefix}dispatch"):
-            return _Came(exchange_equal(sent[:-1], self.group))
+        return _Came(exchange_equal(sent[:-1], self.group))
 
     def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [R, d], sorted by slot; padding is 0."""
