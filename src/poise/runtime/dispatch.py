@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Arriving, gather
+from poise.runtime.collectives import Arriving, exchanges, gather
 from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
@@ -83,6 +83,7 @@ class Exchange(PairExchange):
     count_E : pairs of each expert computed here, int64 [E] on the host.
     most : most pairs from any rank to another one.
     pairs, top_k, group : T * K, K, and the process group of tokens.
+    number : exchanges of tokens that had begun before it was made: no other one of the group has the same.
     """
 
     send_N: Tensor
@@ -94,6 +95,7 @@ class Exchange(PairExchange):
     pairs: int
     top_k: int
     group: Any
+    number: int
 
     @property
     def whole(self) -> bool:
@@ -109,8 +111,11 @@ class Exchange(PairExchange):
         return self._arranged(coming, "")
 
     def send_pairs(self, y_Nd: Tensor) -> Sent:
-        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
-        coming = Arriving(y_Nd, self.got_D, self.group, self.most)
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
+
+        Before it is known whether all ranks do: they go by a number of their own.
+        """
+        coming = Arriving(y_Nd, self.got_D, self.group, number=self.number)
         return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
 
     def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
@@ -226,4 +231,5 @@ def make_exchange(
         ids_TK.numel(),
         ids_TK.shape[1],
         group,
+        exchanges(group),
     )
