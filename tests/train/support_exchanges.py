@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tests.helpers import few_or
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_models import case
-from tests.train.support_routing import alone, odd, said_by_all
+from tests.train.support_recompute import checkpoint_retained, checkpoint_same_layer_twice
+from tests.train.support_routing import alone, experts_that_fail_on_one_rank, odd, pairs_without_an_expert, said_by_all
 from tests.train.support_runs import EXACT, mine, record_of_dense, shard
 from torch import nn
 
 from poise.runtime import collectives
 from poise.util.errors import CommunicationError, ModelError
-
-
-@contextmanager
-def messages(most_bytes: int) -> Iterator[None]:
-    """Rows of more bytes between two ranks go by messages of their own; -1: all."""
-    short, collectives.SHORT = collectives.SHORT, most_bytes
-    try:
-        yield
-    finally:
-        collectives.SHORT = short
 
 
 @case
@@ -37,7 +27,7 @@ def rows_that_travel_as_long_and_as_short_messages() -> dict:
     group, world, rank = dist.new_group(), dist.get_world_size(), dist.get_rank()
     rng, errors = np.random.default_rng(7), {}
     for most_bytes in (-1, collectives.SHORT):
-        with messages(most_bytes):
+        with h.messages(most_bytes):
             for rows_DD in (
                 rng.integers(0, 5, (world, world)),
                 np.zeros((world, world), int),
@@ -78,7 +68,7 @@ def a_problem_of_one_rank_leaves_nothing_on_its_way() -> dict:
         h.loss_of(model, mine()).backward()
 
     for kind, wrong in ((ModelError, of_weights), (CommunicationError, unsynchronised)):
-        with messages(-1):
+        with h.messages(-1):
             model = h.build()
             run = shard(model, policy="expert-parallelism")
             said[wrong.__name__] = c.raised(kind, partial(wrong, model, run)).splitlines()[0]
@@ -109,7 +99,7 @@ def ranks_apart_begin_no_other_exchange() -> dict:
 
     for most_bytes in (-1, collectives.SHORT):
         for apart in (forward, another_layer):
-            with messages(most_bytes):
+            with h.messages(most_bytes):
                 model = h.build()
                 run = alone(model, "expert-parallelism")
                 group = run.schedule.deployment.tokens_group
@@ -128,7 +118,7 @@ def all_counts_of_exchanges_agree() -> dict:
     """Both ways count: a rank that leaves out an exchange of either is seen at the next meeting."""
     said = {}
     for most_bytes in (-1, collectives.SHORT):
-        with messages(most_bytes):
+        with h.messages(most_bytes):
             model = h.build()
             run = alone(model, "expert-parallelism")
             group = run.schedule.deployment.tokens_group
@@ -141,3 +131,11 @@ def all_counts_of_exchanges_agree() -> dict:
             expected = f"exchanges of tokens: {before} on rank 1, {before + 1} on rank 0"
             assert expected in said[str(most_bytes)], said
     return said
+
+
+@case
+def hard_cases_by_messages_of_their_own() -> dict:
+    """The models of the tests are small, so that their rows go by one collective: here every exchange is of messages."""
+    hard = (checkpoint_retained, experts_that_fail_on_one_rank, pairs_without_an_expert)
+    with h.messages(-1):
+        return {one.__name__: one() for one in few_or((*hard, checkpoint_same_layer_twice), hard)}
