@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -232,7 +233,15 @@ class PairMessages:
             batch.wait()
 
 
-class Arriving:
+class SentRows(ABC):
+    """Rows on their way."""
+
+    @abstractmethod
+    def wait(self) -> Tensor:
+        """What came, by rank, [n, d]; may be called again."""
+
+
+class Arriving(SentRows):
     """Rows that all ranks are about to send one another, as in :func:`exchange`, whose receives are posted first.
 
     gloo sends nothing before the receiver has asked for it, so that asking while experts still compute saves each

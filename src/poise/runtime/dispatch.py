@@ -8,27 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Arriving, exchanges, gather
+from poise.runtime.collectives import Arriving, SentRows, exchanges, gather
 from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
 NO_EXPERT = -1
 """An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
-
-
-class Sent(Protocol):
-    """Rows on their way."""
-
-    def wait(self) -> Tensor:
-        """What came, by rank; may be called again."""
-        ...
 
 
 class PairExchange(ABC):
@@ -52,11 +44,11 @@ class PairExchange(ABC):
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
 
     @abstractmethod
-    def send_pairs(self, y_Nd: Tensor) -> Sent:
+    def send_pairs(self, y_Nd: Tensor) -> SentRows:
         """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
 
     @abstractmethod
-    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+    def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [n, d], sorted by expert.
 
         ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
@@ -110,7 +102,7 @@ class Exchange(PairExchange):
             coming.send(sent_Nd, self.sent_D).wait()
         return self._arranged(coming, "")
 
-    def send_pairs(self, y_Nd: Tensor) -> Sent:
+    def send_pairs(self, y_Nd: Tensor) -> SentRows:
         """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
 
         Before it is known whether all ranks do: they go by a number of their own.
@@ -118,7 +110,7 @@ class Exchange(PairExchange):
         coming = Arriving(y_Nd, self.got_D, self.group, number=self.number)
         return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
 
-    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+    def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [n, d], sorted by expert."""
         with span(f"{prefix}dispatch"):
             sent.wait()
@@ -140,7 +132,7 @@ class Exchange(PairExchange):
         all_Nd[self.send_N] = sent_Nd
         return all_Nd
 
-    def _arranged(self, sent: Sent, prefix: str) -> Tensor:
+    def _arranged(self, sent: SentRows, prefix: str) -> Tensor:
         with span(f"{prefix}arrange"):
             return sent.wait().index_select(0, self.arrange_n)
 

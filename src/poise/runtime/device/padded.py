@@ -8,13 +8,13 @@ known to all ranks in the same step (:attr:`PaddedExchange.need`), and the layer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from poise.runtime.collectives import Arriving, exchange_equal
-from poise.runtime.dispatch import PairExchange, Sent, named
+from poise.runtime.collectives import Arriving, SentRows, exchange_equal
+from poise.runtime.dispatch import PairExchange, named
 from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
@@ -51,7 +51,8 @@ class RowCapacity:
             raise OptionError(f"room for {self.pair} rows a pair of ranks and {self.computed} a device, at least 1")
 
 
-class _Came(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Came(SentRows):
     """Rows that have come."""
 
     rows: Tensor
@@ -96,13 +97,13 @@ class PaddedExchange(PairExchange):
             sent = self.send_pairs(x_Td.repeat_interleave(self.top_k, dim=0))
         return self.arrived(sent)
 
-    def send_pairs(self, y_Nd: Tensor) -> Sent:
+    def send_pairs(self, y_Nd: Tensor) -> SentRows:
         """Rows of this rank's pairs [T * K, d] to where their experts are: one collective, which has ended."""
         sent = y_Nd.new_zeros(self.devices * self.capacity.pair + 1, y_Nd.shape[1])
         sent.index_copy_(0, self.place_N, y_Nd)
         return _Came(exchange_equal(sent[:-1], self.group))
 
-    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+    def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [R, d], sorted by slot; padding is 0."""
         with span(f"{prefix}arrange"):
             return sent.wait().index_select(0, self.order_R)
