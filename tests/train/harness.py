@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from poise.runtime import collectives
 from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
 from poise.stepwise.registry import POLICIES
 from poise.train import fully_shard_experts
@@ -37,6 +38,16 @@ WORKLOADS = (
     "moving-hot",
     "skewed-now-and-then",
 )
+
+
+@contextmanager
+def messages(most_bytes: int) -> Iterator[None]:
+    """Rows of more bytes between two ranks go by messages of their own; -1: all."""
+    short, collectives.SHORT = collectives.SHORT, most_bytes
+    try:
+        yield
+    finally:
+        collectives.SHORT = short
 
 
 def tokens_of(workload: str, step: int, world: int) -> list[int]:

@@ -4,7 +4,8 @@
 
 Each cell trains 3 steps (5 with POISE_MANY=1) sharded and compares losses, all gradients, the gradient norm and the weights with one dense
 process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
-owners and the form of the sparse collectives changes, so that these are covered too. In float32 and bfloat16 ``dense`` is
+owners and the form of the sparse collectives changes, and in every third tokens go by messages of their own, so that
+these are covered too. In float32 and bfloat16 ``dense`` is
 the most by which dense runs differ that add up in 4 other orders (16 with POISE_MANY=1).
 """
 
@@ -32,6 +33,7 @@ from tests.ranks import everywhere
 from tests.train import harness as h
 
 from poise.machine.cluster import Cluster
+from poise.runtime import collectives
 
 POLICIES = {
     "smart-moe": "smart-moe:interval=1,threshold=0.0",
@@ -98,10 +100,11 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str =
         owners = None
         if number % 2:
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
-        error, gathered, lost = h.sharded_run(
-            workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
-            owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=mutate, dtype=dtype, gather=gather,
-        )  # fmt: skip
+        with h.messages(-1 if number % 3 == 1 else collectives.SHORT):
+            error, gathered, lost = h.sharded_run(
+                workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
+                owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=mutate, dtype=dtype, gather=gather,
+            )  # fmt: skip
         rows.append({"mutate": mutate, "dtype": str(dtype).removeprefix("torch."), "gather": gather, "policy": policy,
                      "rematerialise": again, "top_k": top_k, "workload": workload, "optimizer": optimizer,
                      "error": error, "dense": bounds.get(key), "gathered": gathered, "lost": lost})  # fmt: skip

@@ -31,8 +31,8 @@ from tests.train import harness as h
 from tests.train.matrix import machine
 
 from poise.cost.transfers import Transfer, TransferPlan, plan_transfers
-from poise.runtime import collectives as wires
-from poise.runtime.collectives import sparse_all_gather, sparse_reduce_scatter
+from poise.runtime import sparse as wires
+from poise.runtime.sparse import sparse_all_gather, sparse_reduce_scatter
 from poise.stepwise.owners import LoadSamples, OwnerSeconds
 from poise.stepwise.sharding import Balanced, Heterogeneous, check_sharding
 from poise.train import fully_shard_experts

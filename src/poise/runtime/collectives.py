@@ -1,18 +1,18 @@
-"""SparseAllGather and SparseReduceScatter over one communicator, without copies: rows go straight from where they lie.
+"""Exchanges over one communicator, without copies: rows go straight from where they lie.
 
-A batch of point-to-point operations a round. Every exchange has a tag of its own (:func:`next_tag`), so that a message
-that one exchange left behind is never taken for one of another exchange. On a CPU, rounds after the first are posted in
-:meth:`Pending.wait`, or, after :func:`run_on_thread`, on a thread of their own; on CUDA all are queued at once on a
-stream of their own.
+Every exchange whose sizes a rank is told has a tag of its own (:func:`next_tag`), so that a message that one exchange
+left behind is never taken for one of another exchange; where it goes by a collective of the backend, which has no tag,
+the tag counts it (:func:`exchanges`). Ranks that have left different exchanges behind begin no other one
+(:func:`refuse`). Sparse collectives of weights: :mod:`poise.runtime.sparse`.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,18 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from poise.cost.transfers import Transfer, TransferPlan
-from poise.runtime.spans import ended
 from poise.util.errors import CommunicationError
 
-ExpertTensors = Callable[[int], Sequence[Tensor]]
-"""An expert's tensors on this rank, each contiguous: what is sent, or filled, or added to."""
-Count = Callable[[int], None]
 SHORT = 64 * 1024
 """Bytes between two ranks up to which rows go by gloo's all-to-all: the host's own work on messages one by one is
 longer (docs/emulation.md)."""
 TAGS = 2**20
-"""Tags are used again after so many; gloo's own collectives have theirs above 2**24, and plain sends 0."""
+"""Tags are used again after so many, and those of exchanges with a number of their own lie above; gloo's own
+collectives have theirs above 2**24, and plain sends 0."""
 
 
 @dataclass(slots=True)
@@ -45,12 +41,16 @@ class _InFlight:
     held : works, and the tensors that they read and fill, of every batch that nobody has waited for.
     forgotten : batches among these that nobody can wait for any more.
     thread : what runs sparse collectives of the group; None: who waits for them does.
+    refused : why no exchange begins any more; "": they do.
+    left : what then was on its way.
     """
 
     drawn: int = 0
     held: dict[int, tuple[list[Any], list[Tensor]]] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)
     thread: ThreadPoolExecutor | None = None
+    refused: str = ""
+    left: list[Any] = field(default_factory=list)
 
 
 _lines: weakref.WeakKeyDictionary[Any, _InFlight] = weakref.WeakKeyDictionary()
@@ -58,26 +58,68 @@ _numbers = itertools.count()
 
 
 def next_tag(group: Any) -> int:
-    """The tag of a new exchange: every rank of the group calls it for each, also where it sends nothing itself."""
+    """The tag of a new exchange: every rank of the group calls it for each, also where it sends nothing itself.
+
+    Raises
+    ------
+    CommunicationError : as :func:`not_refused`.
+    """
+    not_refused(group)
     line = _lines.setdefault(group, _InFlight())
     line.drawn += 1
     return (line.drawn - 1) % (TAGS - 1) + 1
 
 
 def exchanges(group: Any) -> int:
-    """How many exchanges of a group have begun: the same on all ranks, unless one has left an exchange out."""
+    """How many exchanges of a group have begun: the same on all ranks, unless one has left an exchange out.
+
+    Those of rows with sizes that ranks are told, and of weights. Collectives in which all sizes are equal
+    (:func:`gather`, :func:`exchange_equal`) are not among them.
+    """
     line = _lines.get(group)
     return 0 if line is None else line.drawn
+
+
+def refuse(group: Any, why: str, left: Any = None) -> None:
+    """Begin no exchange of a group any more, as its ranks have begun different ones; all ranks call it.
+
+    What one rank has begun and another has not would be taken for the other's next one. ``left`` is what this rank has
+    on its way: it is kept, as nobody may wait for it.
+    """
+    line = _lines.setdefault(group, _InFlight())
+    line.refused = line.refused or why
+    line.left.append(left)
+
+
+def not_refused(group: Any) -> None:
+    """Nothing, where exchanges of the group may begin.
+
+    Raises
+    ------
+    CommunicationError : :func:`refuse` was called.
+    """
+    line = _lines.get(group)
+    if line is not None and line.refused:
+        raise CommunicationError(
+            f"these ranks exchange nothing any more: {line.refused}",
+            hint="start the processes again, from the last checkpoint",
+        )
 
 
 def run_on_thread(group: Any) -> None:
     """Let sparse collectives of a group on CPUs run on a thread of their own, one after the other as they began.
 
-    So their later rounds do not wait for :meth:`Pending.wait`, as on a CUDA stream. An error is raised where it is
+    So their later rounds do not wait for :meth:`~poise.runtime.sparse.Pending.wait`, as on a CUDA stream. An error is
+    raised where it is
     waited for. All ranks of the group should do the same; from the next collective on.
     """
     line = _lines.setdefault(group, _InFlight())
     line.thread = line.thread or ThreadPoolExecutor(1, "poise-weights")
+
+
+def thread_of(group: Any) -> ThreadPoolExecutor | None:
+    """What runs sparse collectives of a group; None: who waits for them does."""
+    return _lines[group].thread if group in _lines else None
 
 
 class Batch:
@@ -143,12 +185,63 @@ def _wait(works: Sequence[Any]) -> None:
 def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
     """All-to-all of rows: the first ``sent_D[0]`` go to rank 0 and so on; what came, by rank.
 
-    On gloo by point-to-point messages (:func:`point_to_point`), as nothing is known of others' rows.
+    On gloo by a message a pair of ranks (:class:`PairMessages`), as nothing is known of others' rows.
     """
     return Arriving(x_nd, got_D, group).send(x_nd, sent_D).wait()
 
 
-class Arriving:
+class PairMessages:
+    """Parts that all ranks are about to send one another, a message a pair of ranks; empty parts are not sent.
+
+    gloo announces a receive to its sender over the connection that carries data the other way, and sends nothing
+    before. In ``all_to_all_single`` that announcement may queue behind megabytes of data, and the two directions then
+    run one after the other: half of what limited links carry, against 0.95 to 0.99 with all receives posted first
+    (docs/emulation.md); so on gloo they are posted here. On NCCL operations that wait for one another must be in one
+    batch: there :meth:`send` posts all. Peers are posted in the order of own XOR peer: at every turn ranks pair off,
+    and, ranks of a node being numbered one after the other, those of one node begin with different ranks of another.
+    (In the order own + 1, own + 2, ... all of a node are done with their neighbours at once and meet at the next node's
+    first rank.)
+
+    Parameters
+    ----------
+    into : what comes, by rank.
+    group : the ranks; every one that has made these calls :meth:`send` and :meth:`wait`.
+    number : as of :class:`Arriving`.
+    """
+
+    def __init__(self, into: Sequence[Tensor], group: Any, number: int | None = None) -> None:
+        self._into, self._group = into, group
+        self._own, self._peers, self._tag = *_turns(group), next_tag(group)
+        if number is not None:
+            self._tag = TAGS + number % TAGS
+        self._later, self._batches = self._operations(dist.irecv, into), list[Batch]()
+        if dist.get_backend(group) == "gloo":
+            self._batches.append(Batch(self._later, group))
+            self._later = []
+
+    def _operations(self, kind: Any, of: Sequence[Tensor]) -> list[dist.P2POp]:
+        return [operation(kind, of[p], p, self._group, self._tag) for p in self._peers if len(of[p])]
+
+    def send(self, of: Sequence[Tensor]) -> None:
+        """Part ``of[d]`` to every rank d; they may not change before :meth:`wait` returns."""
+        self._batches.append(Batch(self._later + self._operations(dist.isend, of), self._group))
+        self._into[self._own].copy_(of[self._own])
+
+    def wait(self) -> None:
+        """Until all has come and left; may be called again."""
+        for batch in self._batches:
+            batch.wait()
+
+
+class SentRows(ABC):
+    """Rows on their way."""
+
+    @abstractmethod
+    def wait(self) -> Tensor:
+        """What came, by rank, [n, d]; may be called again."""
+
+
+class Arriving(SentRows):
     """Rows that all ranks are about to send one another, as in :func:`exchange`, whose receives are posted first.
 
     gloo sends nothing before the receiver has asked for it, so that asking while experts still compute saves each
@@ -160,34 +253,34 @@ class Arriving:
     got_D : rows that come from each rank.
     group : the ranks.
     most : most rows from one rank to another, the same on all ranks; None: not known.
+    number : which exchange this is, where ranks may be in different ones: on gloo those with other numbers do not meet.
+        (A message that is longer than who receives it expects ends the process.)
     """
 
-    def __init__(self, like: Tensor, got_D: Sequence[int], group: Any, most: int | None = None) -> None:
+    def __init__(
+        self, like: Tensor, got_D: Sequence[int], group: Any, most: int | None = None, number: int | None = None
+    ) -> None:
         self._got_D, self._group = list(got_D), group
-        self._out = like.new_empty((sum(self._got_D), *like.shape[1:]))
-        self._works: list[Any] = []
-        self._sent: Tensor | None = None
-        short = most is not None and most * like.element_size() * like.shape[1:].numel() <= SHORT
-        self._plain = dist.get_backend(group) == "gloo" and not short
-        if self._plain:
-            self._own, self._peers, self._tag = *_turns(group), next_tag(group)
-            self._into = self._out.split(self._got_D)
-            self._works.append(self._batch(dist.irecv, self._into))
-
-    def _batch(self, kind: Any, of: Sequence[Tensor]) -> Batch:
-        return Batch([_op(kind, of[p], p, self._group, self._tag) for p in self._peers if len(of[p])], self._group)
+        self._width = like.shape[1:]
+        self._messages: PairMessages | None = None
+        self._work: Any = None
+        short = number is None and most is not None and most * like.element_size() * self._width.numel() <= SHORT
+        if dist.get_backend(group) == "gloo" and not short:
+            self._out = like.new_empty((sum(self._got_D), *self._width))
+            self._messages = PairMessages(self._out.split(self._got_D), group, number)
+        else:
+            next_tag(group)  # for :func:`exchanges`
 
     def send(self, x_nd: Tensor, sent_D: Sequence[int]) -> Arriving:
         """Send rows, by the rank they go to; they may not change before :meth:`wait` returns."""
         self._sent = x_nd = x_nd.contiguous()
-        if self._plain:
-            of = x_nd.split(list(sent_D))
-            self._works.append(self._batch(dist.isend, of))
-            self._into[self._own].copy_(of[self._own])
+        if self._messages is not None:
+            self._messages.send(x_nd.split(list(sent_D)))
             return self
+        self._out = x_nd.new_empty((sum(self._got_D), *self._width))
         try:
-            self._works.append(
-                dist.all_to_all_single(self._out, x_nd, self._got_D, list(sent_D), group=self._group, async_op=True)
+            self._work = dist.all_to_all_single(
+                self._out, x_nd, self._got_D, list(sent_D), group=self._group, async_op=True
             )
         except RuntimeError as error:
             raise CommunicationError(*lost(error)) from error
@@ -195,7 +288,10 @@ class Arriving:
 
     def wait(self) -> Tensor:
         """What came, by rank, [n, d]."""
-        _wait(self._works)
+        if self._messages is not None:
+            self._messages.wait()
+        else:
+            _wait([self._work])
         return self._out
 
 
@@ -205,7 +301,8 @@ def _turns(group: Any) -> tuple[int, list[int]]:
     return own, sorted(set(range(world)) - {own}, key=lambda peer: own ^ peer)
 
 
-def _op(kind: Any, row: Tensor, peer: int, group: Any, tag: int) -> dist.P2POp:
+def operation(kind: Any, row: Tensor, peer: int, group: Any, tag: int) -> dist.P2POp:
+    """A send to, or a receive from, a rank of the group."""
     return dist.P2POp(kind, row, dist.get_global_rank(group, peer), group, tag)
 
 
@@ -251,23 +348,10 @@ def begin_gather(mine_X: Tensor, group: Any) -> Callable[[], Tensor]:
 
 
 def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> None:
-    """Part ``of[d]`` to every rank d, what comes from it into ``into[d]``; empty parts are not sent.
-
-    gloo announces a receive to its sender over the connection that carries data the other way. In ``all_to_all_single``
-    that announcement may queue behind megabytes of data, and the two directions then run one after the other: half of
-    what limited links carry, against 0.95 to 0.99 with all receives posted first (docs/emulation.md). Peers are posted
-    in the order of own XOR peer: at every turn ranks pair off, and, ranks of a node being numbered one after the other,
-    those of one node begin with different ranks of another. (In the order own + 1, own + 2, ... all of a node are done
-    with their neighbours at once and meet at the next node's first rank.)
-    """
-    own, peers = _turns(group)
-    into[own].copy_(of[own])
-    tag = next_tag(group)
-    Batch(
-        [_op(dist.irecv, into[p], p, group, tag) for p in peers if len(into[p])]
-        + [_op(dist.isend, of[p], p, group, tag) for p in peers if len(of[p])],
-        group,
-    ).wait()
+    """Part ``of[d]`` to every rank d, what comes from it into ``into[d]``, by :class:`PairMessages`."""
+    messages = PairMessages(into, group)
+    messages.send(of)
+    messages.wait()
 
 
 def twin(group: Any) -> Any:
@@ -302,129 +386,3 @@ def timeout_of(group: Any) -> timedelta | None:
 def lost(error: RuntimeError) -> tuple[str]:
     """What to say of an error of a collective."""
     return (f"a collective failed on rank {dist.get_rank()}: {str(error).splitlines()[0][:300]}",)
-
-
-class Pending:
-    """A sparse collective on its way.
-
-    Parameters
-    ----------
-    plan, group : what moves, and over which process group (group ranks are the plan's ranks).
-    rows : this rank's tensors of an expert.
-    device : where what travels lies; rows that are added to may lie elsewhere.
-    wire : None: a gather. Else a reduction in this type: the plan is read backwards and what arrives is added;
-        temporary buffers are as large as what arrives in a round.
-    count : told of the bytes of buffers that come and (negative) go.
-    """
-
-    def __init__(
-        self,
-        plan: TransferPlan,
-        group: Any,
-        rows: ExpertTensors,
-        device: torch.device,
-        *,
-        wire: torch.dtype | None = None,
-        count: Count | None = None,
-    ) -> None:
-        self.group, self.rows, self.device, self.wire, self.count = group, rows, device, wire, count
-        self.reduce = wire is not None
-        self.rank = dist.get_rank(group)
-        self.rounds = list(plan.backwards() if self.reduce else plan.rounds)
-        self.tag = next_tag(group)
-        self.batch: Batch | None = None
-        self.arrived: list[tuple[Transfer, list[Tensor]]] = []
-        self._buffer_bytes = 0
-        self._done = not self.rounds
-        self._stream: Any = None
-        self._running: Future[None] | None = None
-        self._began = time.monotonic()
-        if self._done:
-            return
-        thread = _lines[group].thread
-        if device.type == "cuda":  # all rounds at once, on a stream of their own
-            self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(self._stream):
-                self._run()
-        elif thread is not None:
-            self._running = thread.submit(self._run)
-        else:
-            self._post()
-
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _run(self) -> None:
-        """All rounds, one after the other."""
-        self._began = time.monotonic()  # others may have been before it on the thread
-        while not self._done:
-            self._post()
-            self._land()
-
-    def _post(self) -> None:
-        operations = []
-        for move in self.rounds.pop(0):
-            if self.rank == move.source:
-                operations += [self._op(dist.isend, row, move.target) for row in self.rows(move.expert)]
-            elif self.rank == move.target:
-                rows = list(self.rows(move.expert))
-                if self.reduce:
-                    rows = [torch.empty(row.shape, dtype=self.wire, device=self.device) for row in rows]
-                    self.arrived.append((move, rows))
-                    self._counted(sum(row.nbytes for row in rows))
-                operations += [self._op(dist.irecv, row, move.source) for row in rows]
-        self.batch = Batch(operations, self.group)
-
-    def _land(self) -> None:
-        if self.batch is not None:
-            self.batch.wait()
-        self.batch = None
-        for move, rows in sorted(self.arrived, key=lambda item: (item[0].expert, item[0].source)):
-            for into, row in zip(self.rows(move.expert), rows, strict=True):
-                into.add_(row.to(into.device))
-        self.arrived = []
-        self._counted(-self._buffer_bytes)
-        self._done = not self.rounds
-        if self._done:
-            ended("reduce" if self.reduce else "gather", self._began)
-
-    def _counted(self, nbytes: int) -> None:
-        self._buffer_bytes += nbytes
-        if self.count is not None and nbytes:
-            self.count(nbytes)
-
-    def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
-        return _op(kind, row, peer, self.group, self.tag)
-
-    def wait(self) -> None:
-        """Until everything this rank sends and receives is done; may be called again."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            return
-        if self._running is not None:
-            self._running.result()
-            return
-        while not self._done:
-            self._land()
-            if self.rounds:
-                self._post()
-
-
-def sparse_all_gather(plan: TransferPlan, group: Any, rows: ExpertTensors, device: torch.device) -> Pending:
-    """Start SparseAllGather. After ``wait()``, ``rows(e)`` of every target of the plan equals the owner's."""
-    return Pending(plan, group, rows, device)
-
-
-def sparse_reduce_scatter(
-    plan: TransferPlan,
-    group: Any,
-    rows: ExpertTensors,
-    wire: torch.dtype,
-    device: torch.device,
-    count: Count | None = None,
-) -> Pending:
-    """Start SparseReduceScatter. After ``wait()``, the owner's ``rows(e)`` are the sum over it and all targets.
-
-    Replicas' rows are of type ``wire``; the owner's may be wider. The order of the sum is the plan's: what arrives in
-    a round is added by rank. Relays' rows hold partial sums after. ``count`` is told of bytes for what arrives.
-    """
-    return Pending(plan, group, rows, device, wire=wire, count=count)

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Arriving, gather
+from poise.runtime.collectives import Arriving, SentRows, exchanges, gather
 from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
 NO_EXPERT = -1
 """An id that names no expert (dropped by a capacity, or belonging to another rank); E means the same."""
-
-
-class Sent(Protocol):
-    """Rows on their way."""
-
-    def wait(self) -> Tensor:
-        """What came, by rank; may be called again."""
-        ...
 
 
 class PairExchange(ABC):
@@ -52,15 +44,15 @@ class PairExchange(ABC):
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
 
     @abstractmethod
-    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
-        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
+    def send_pairs(self, y_Nd: Tensor) -> SentRows:
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
+
+    @abstractmethod
+    def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
+        """What comes of it is computed here, [n, d], sorted by expert.
 
         ``prefix`` is put before the names of spans (:mod:`poise.runtime.spans`).
         """
-
-    @abstractmethod
-    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
-        """What comes of it is computed here, [n, d], sorted by expert."""
 
     @abstractmethod
     def ask_back(self, like_nd: Tensor) -> Arriving | None:
@@ -83,6 +75,7 @@ class Exchange(PairExchange):
     count_E : pairs of each expert computed here, int64 [E] on the host.
     most : most pairs from any rank to another one.
     pairs, top_k, group : T * K, K, and the process group of tokens.
+    number : exchanges of tokens that had begun before it was made: no other one of the group has the same.
     """
 
     send_N: Tensor
@@ -94,6 +87,7 @@ class Exchange(PairExchange):
     pairs: int
     top_k: int
     group: Any
+    number: int
 
     @property
     def whole(self) -> bool:
@@ -108,13 +102,15 @@ class Exchange(PairExchange):
             coming.send(sent_Nd, self.sent_D).wait()
         return self._arranged(coming, "")
 
-    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
-        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
-        with span(f"{prefix}dispatch"):
-            coming = Arriving(y_Nd, self.got_D, self.group, self.most)
-            return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
+    def send_pairs(self, y_Nd: Tensor) -> SentRows:
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
 
-    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+        Before it is known whether all ranks do: they go by a number of their own.
+        """
+        coming = Arriving(y_Nd, self.got_D, self.group, number=self.number)
+        return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
+
+    def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [n, d], sorted by expert."""
         with span(f"{prefix}dispatch"):
             sent.wait()
@@ -136,7 +132,7 @@ class Exchange(PairExchange):
         all_Nd[self.send_N] = sent_Nd
         return all_Nd
 
-    def _arranged(self, sent: Sent, prefix: str) -> Tensor:
+    def _arranged(self, sent: SentRows, prefix: str) -> Tensor:
         with span(f"{prefix}arrange"):
             return sent.wait().index_select(0, self.arrange_n)
 
@@ -227,4 +223,5 @@ def make_exchange(
         ids_TK.numel(),
         ids_TK.shape[1],
         group,
+        exchanges(group),
     )

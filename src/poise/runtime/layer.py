@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from poise.runtime.collectives import Arriving
-from poise.runtime.dispatch import PairExchange, Sent
+from poise.runtime.collectives import Arriving, SentRows
+from poise.runtime.dispatch import PairExchange
 from poise.runtime.experts import Bank
 from poise.runtime.spans import BACKWARD, span
 from poise.util.errors import ModelError
@@ -61,8 +61,7 @@ class LayerStep:
         self._x_edge: GradientEdge | None = None
         self._y_edge: GradientEdge | None = None
         self._asked: Arriving | None = None
-        self._gradients: Sent | None = None
-        self._coming: Arriving | None = None
+        self._gradients: SentRows | None = None
 
     def dispatch(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d]."""
@@ -97,9 +96,9 @@ class LayerStep:
         """Outputs of this rank's pairs, [T * K, d]; zeros where no expert was named."""
         return self.way.back(y_in.detach(), self._take())
 
-    def send_gradients(self, dy_Nd: Tensor) -> Sent:
+    def send_gradients(self, dy_Nd: Tensor) -> SentRows:
         """Begin to send gradients of this rank's pairs [T * K, d] to where their experts are."""
-        self._gradients = self.way.send_pairs(dy_Nd, BACKWARD)
+        self._gradients = self.way.send_pairs(dy_Nd)
         return self._gradients
 
     def dispatch_gradients(self) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from poise.cost.transfers import TransferPlan, nearest_transfers, plan_transfers
 from poise.machine.cluster import Cluster
-from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank, ExpertKind
+from poise.runtime.sparse import Pending, sparse_all_gather
 from poise.util.errors import PlacementError
 
 

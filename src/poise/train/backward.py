@@ -86,7 +86,7 @@ class BackwardSchedule:
         announced = self._run.meeting.announce("backward", one.layer, one.number, problem=problem, more=(
             ("layers still to come", coming), ("whether weights get gradients", accumulate),
             ("whether gradients are synchronised", self.sync), ("divide factor", self.divide_factor),
-        ))  # fmt: skip
+        ), sends=one.exchange)  # fmt: skip
         announced.hold(beside=one.step.send_gradients(dy_Nd).wait)
         return accumulate
 

@@ -130,8 +130,8 @@ class ForwardSchedule:
             weights.complete(plan.holders_ED, plan.quota_ED > 0)
             way = make_exchange(ids_TK, rows_SED, there.rank, there.tokens_group, weights.slots)
             step = LayerStep(way, way.top_k, partial(experts.kind.run_counted, weights.counts(way.count_E)))
-            one = Pass(layer, given_TK, step, weights, number, [weakref.ref(frame) for frame in region.frames],
-                       micro_batch=run.planner.micro_batch)  # fmt: skip
+            frames = [weakref.ref(frame) for frame in region.frames]
+            one = Pass(layer, given_TK, step, weights, number, way.number, frames, micro_batch=run.planner.micro_batch)
             self._note(weights, load_SE.sum(axis=0), plan.quota_ED.sum(axis=0), view)
             if recorded:
                 self._learn(weights, load_SE.sum(axis=0))

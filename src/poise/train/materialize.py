@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.cost.transfers import TransferPlan, plan_transfers
-from poise.runtime.collectives import Pending, sparse_all_gather
 from poise.runtime.experts import Bank
+from poise.runtime.sparse import Pending, sparse_all_gather
 from poise.train.owned import OwnedExperts
 from poise.train.packing import Packing
 from poise.train.settings import Deployment

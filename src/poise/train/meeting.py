@@ -69,14 +69,14 @@ class RunMeeting:
 
     def announce(
         self, doing: str, layer: int = -1, number: int = -1, *, numbers_X: Tensor | None = None,
-        problem: PoiseError | None = None, more: Facts = (),
+        problem: PoiseError | None = None, more: Facts = (), sends: int | None = None,
     ) -> Announced:  # fmt: skip
-        """Begin :meth:`meet`."""
+        """Begin :meth:`meet`; ``sends``: number of the pass whose rows the ranks begin to send meanwhile, if any."""
+        tokens = exchanges(self.deployment.tokens_group)
         place = Place(doing, self._run, layer, number, (
-            *more, ("optimizer steps", self.steps),
-            ("exchanges of tokens", exchanges(self.deployment.tokens_group)),
+            *more, ("optimizer steps", self.steps), ("exchanges of tokens", tokens),
             ("transfers of weights", exchanges(self.deployment.weights_group)),
-        ))  # fmt: skip
+        ), () if sends is None else (sends, tokens))  # fmt: skip
         return self._meeting.announce(place, numbers_X, problem)
 
     def loads(

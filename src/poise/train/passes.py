@@ -28,6 +28,7 @@ class Pass:
     step : the stages of the layer.
     weights : the experts that are held.
     number : of the forward pass.
+    exchange : number of its exchange of tokens: no other pass has the same.
     frames : the checkpoints around it.
     before : the layer before it in the same forward pass, whose backward comes next; the same on all ranks.
     kept_bytes : of its replicas, if they stay from the forward pass to the backward within a budget.
@@ -41,6 +42,7 @@ class Pass:
     step: LayerStep
     weights: Materialised
     number: int
+    exchange: int
     frames: list[weakref.ref[Any]]
     before: Pass | None = None
     kept_bytes: float = 0.0

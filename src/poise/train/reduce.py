@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.cost.transfers import plan_transfers
-from poise.runtime.collectives import sparse_reduce_scatter
+from poise.runtime.sparse import sparse_reduce_scatter
 from poise.train.materialize import LayerGradients, Ledger, Materialised
 from poise.train.owned import OwnedExperts
 from poise.train.settings import Deployment

@@ -24,6 +24,7 @@ from poise.runtime.device import layer as code
 from poise.runtime.device.choose import kernels_for
 from poise.runtime.device.layer import DeviceLayer
 from poise.runtime.device.padded import RowCapacity
+from poise.runtime.device.products import slot_product
 from poise.runtime.device.slot_weights import SlotWeights
 from poise.runtime.dispatch import all_counts, make_exchange
 from poise.runtime.experts import recognise
@@ -308,6 +309,78 @@ def changed_between() -> None:
         raise AssertionError("a backward pass over other weights")
 
 
+class _Fails(torch.autograd.Function):
+    """What rank 1 cannot go backward through once it is asked to."""
+
+    @staticmethod
+    def forward(ctx, x, trap):
+        ctx.trap = trap
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if ctx.trap["set"] and dist.get_rank() == 1:
+            raise FloatingPointError("backward")
+        return grads[0], None
+
+
+def failing_backward() -> None:
+    """Nobody waits for a rank whose experts fail: the others' sums have its NaN, it raises, and the next step is right."""
+    trap = {"set": True}
+    layer, whole, _ = made("gated", 1, 2, product=lambda *given: _Fails.apply(slot_product(*given), trap))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layer.load_E.copy_(torch.arange(EXPERTS) ** 2)
+    layer.prepare()
+    layer.leave.zero_()
+    batches = [tokens(1, 3, other, 1.0) for other in range(world)]
+    try:
+        loss_of(layer(batches[rank][0].requires_grad_(), *batches[rank][1:])).backward()
+        assert rank != 1, "an error that nobody sees"
+    except FloatingPointError:
+        assert rank == 1
+    grads = [weight.grad for weight in layer.weights.owned.values()]
+    hurt = [None] * world
+    dist.all_gather_object(hurt, any(grad.isnan().any().item() for grad in grads))
+    assert hurt[1] and sum(hurt) > 1, hurt  # rank 1 computed for an owner elsewhere, too
+    trap["set"] = False
+    for weight in layer.weights.owned.values():
+        weight.grad = None
+    loss_of(layer(*batches[rank])).backward()
+    wanted = gradients_of_all(whole, batches, loss_of)
+    mine = [int(e) for e in layer.expert_DS[rank]][: layer.weights.static]
+    for key, weight in layer.weights.owned.items():
+        close(weight.grad, wanted[key][mine], f"gradients of {key}")
+    layer.check()
+
+
+def prepared_apart() -> None:
+    """Ranks whose slots, or flags, differ: NaN on all of them, the same error, and the next step together is right."""
+    rank, apart = dist.get_rank(), []
+    for what in ("counts", "flag", "nothing"):
+        layer, whole, slots = made("plain", 2, 2, trained=False)
+        batch = tokens(2, 4, rank, 1.0)
+        with torch.no_grad():
+            for odd in (what, "nothing"):
+                load_E = torch.arange(EXPERTS, dtype=torch.int32)
+                layer.expert_DS.copy_(torch.from_numpy(slots.expert_DS))
+                layer.prepare(load_E.flip(0) if odd == "counts" and rank == 1 else load_E)
+                layer.leave.fill_(int(odd == "flag" and rank == 1))
+                y = layer(*batch)
+                if odd == "nothing":
+                    close(y, whole(*batch), "outputs")
+                    layer.check()
+                    continue
+                named = ((batch[1] >= 0) & (batch[1] < EXPERTS)).any(1)
+                assert y.isnan().any(1)[named].all(), "ranks that do not agree on what a slot is"
+                try:
+                    layer.check()
+                except CommunicationError as error:
+                    apart.append(error.message)
+                else:
+                    raise AssertionError("nobody is told")
+    assert len(apart) == 2
+
+
 def traced() -> None:
     """Whatever the routing, a step does the same operations in the same shapes, and none that a graph does not allow."""
     layer, _, _ = made("biased", 5, 2)
@@ -347,6 +420,8 @@ CASES = {
     "served": served,
     "refused": refused,
     "changed between": changed_between,
+    "failing backward": failing_backward,
+    "prepared apart": prepared_apart,
     "traced": traced,
 }  # fmt: skip
 

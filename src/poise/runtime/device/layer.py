@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poise.runtime.collectives import gather
-from poise.runtime.device.padded import LOST, PaddedExchange, RowCapacity, make_padded, pairs_of
+from poise.runtime.device.padded import APART, LOST, PaddedExchange, RowCapacity, make_padded, pairs_of
 from poise.runtime.device.products import slot_product
 from poise.runtime.device.slot_weights import SlotWeights
 from poise.runtime.dispatch import named, routed
@@ -89,7 +89,8 @@ class DeviceLayer:
     def prepare(self, load_E: Tensor | None = None) -> None:
         """Step slots for expected counts int32 [E] (default: the last step's), and whether to leave the layer alone.
 
-        Between steps; replicas begin to travel, and the next step waits for them where it needs them.
+        Between steps, with the same counts on all ranks (else the next steps are errors of
+        :meth:`check`); replicas begin to travel, and the next step waits for them where it needs them.
         """
         expected_E = self.load_E if load_E is None else load_E
         filled_DS, leave = self.kernels.prepare(expected_E, self.expert_DS)
@@ -147,7 +148,7 @@ class DeviceLayer:
         one.step.send_gradients(dy_Nd)
         dy_in = one.step.dispatch_gradients()
         dx_in, grads, failed = one.step.compute_gradients(dy_in, list(leaves.values()), keep=keep)
-        if failed is None and leaves:
+        if leaves:  # also after an error of this rank: the others wait for its part, which is NaN
             got = zip(leaves.items(), grads, strict=True)
             grad_S = {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in got}
             over = {name: grad.masked_fill(one.way.over, torch.nan) for name, grad in grad_S.items()}
@@ -163,11 +164,18 @@ class DeviceLayer:
         Raises
         ------
         CapacityError : one had not, and its outputs and gradients were NaN.
+        CommunicationError : so they were, as ranks had different slots.
         """
         pair, computed = self.need.tolist()
         self.need.zero_()
         if pair == LOST:
             raise CapacityError("a step was planned with other counts than its tokens had")
+        if pair == APART:
+            raise CommunicationError(
+                "ranks had different slots, or split a step otherwise: its outputs were NaN",
+                hint="prepare() with the same counts on all ranks, and the same flag in leave; once slots differ, make "
+                "expert_DS the same on all ranks, as new slots come from those there are",
+            )
         for needed, room, what in (
             (pair, self.capacity.pair, "from one rank to another"),
             (computed, self.capacity.computed, "on one device"),

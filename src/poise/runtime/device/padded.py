@@ -8,18 +8,20 @@ known to all ranks in the same step (:attr:`PaddedExchange.need`), and the layer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from poise.runtime.collectives import Arriving, exchange_equal
-from poise.runtime.dispatch import PairExchange, Sent, named
+from poise.runtime.collectives import Arriving, SentRows, exchange_equal
+from poise.runtime.dispatch import PairExchange, named
 from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
 LOST = (1 << 31) - 1
 """Rows that a plan of other counts than a rank has is said to need: more than any room."""
+APART = LOST - 1
+"""Rows that are said to be needed where ranks have different slot tables or quotas: more than any room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class RowCapacity:
             raise OptionError(f"room for {self.pair} rows a pair of ranks and {self.computed} a device, at least 1")
 
 
-class _Came(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Came(SentRows):
     """Rows that have come."""
 
     rows: Tensor
@@ -90,16 +93,17 @@ class PaddedExchange(PairExchange):
 
     def tokens_there(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [R, d]; padding is 0."""
-        return self.arrived(self.send_pairs(x_Td.repeat_interleave(self.top_k, dim=0)))
+        with span("dispatch"):
+            sent = self.send_pairs(x_Td.repeat_interleave(self.top_k, dim=0))
+        return self.arrived(sent)
 
-    def send_pairs(self, y_Nd: Tensor, prefix: str = "") -> Sent:
+    def send_pairs(self, y_Nd: Tensor) -> SentRows:
         """Rows of this rank's pairs [T * K, d] to where their experts are: one collective, which has ended."""
         sent = y_Nd.new_zeros(self.devices * self.capacity.pair + 1, y_Nd.shape[1])
         sent.index_copy_(0, self.place_N, y_Nd)
-        with span(f"{prefix}dispatch"):
-            return _Came(exchange_equal(sent[:-1], self.group))
+        return _Came(exchange_equal(sent[:-1], self.group))
 
-    def arrived(self, sent: Sent, prefix: str = "") -> Tensor:
+    def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [R, d], sorted by slot; padding is 0."""
         with span(f"{prefix}arrange"):
             return sent.wait().index_select(0, self.order_R)
@@ -133,7 +137,8 @@ def make_padded(
     """One rank's exchange, from what it sends where; one small collective, and no word to the host.
 
     Pairs leave in the order of :func:`poise.runtime.dispatch.make_exchange`: an expert's first tokens to the first
-    device. The small collective carries each row's slot, and how many rows the sender wanted to send.
+    device. The small collective carries each row's slot, how many rows the sender wanted to send, and a checksum of its
+    table and quotas: a slot means another expert where tables differ.
 
     Parameters
     ----------
@@ -161,12 +166,14 @@ def make_padded(
     slot_N = _slots(expert_DS, experts).view(-1).index_select(0, sorted_N * (devices + 1) + device_N)
     header = slot_N.new_full((devices * room + 1,), slots).index_copy_(0, there_N, slot_N)[:-1].view(devices, room)
     lost = (pairs_of(ids_TK, experts) != row_ED.sum(1, dtype=torch.int32)).any()  # a plan of other counts
-    wanted_D1 = torch.where(lost, LOST, sent_D.max()).to(torch.int32).expand(devices, 1)
+    wanted = torch.where(lost, LOST, sent_D.max()).to(torch.int32)
+    told_D2 = torch.stack([wanted, _checksum(expert_DS, quota_ED)]).expand(devices, 2)
     with span("counts"):
-        came = exchange_equal(torch.cat([header, wanted_D1], dim=1), group)
-    slot_n = came[:, :-1].reshape(-1).to(torch.int64)
+        came = exchange_equal(torch.cat([header, told_D2], dim=1), group)
+    slot_n = came[:, :-2].reshape(-1).to(torch.int64)
     count_S = slot_n.new_zeros(slots + 1).index_add_(0, slot_n, torch.ones_like(slot_n))
-    need = torch.stack([came[:, -1].max(), quota_ED.sum(0, dtype=torch.int32).max()])
+    pair = torch.where((came[:, -1] != came[0, -1]).any(), came[:, -2].clamp(min=APART), came[:, -2]).max()
+    need = torch.stack([pair, quota_ED.sum(0, dtype=torch.int32).max()])
     over = (need[0] > room) | (need[1] > capacity.computed)
     return PaddedExchange(
         torch.empty_like(order_N).scatter_(0, order_N, there_N),
@@ -185,6 +192,14 @@ def _by(key_N: Tensor, *others_N: Tensor) -> tuple[Tensor, ...]:
     """Others, then the key, in the stable order of the key."""
     order = torch.argsort(key_N, stable=True)
     return tuple(each.index_select(0, order) for each in (*others_N, key_N))
+
+
+def _checksum(*tables: Tensor) -> Tensor:
+    """int32 [], at least 0, of all values and their places; sums that pass 2**63 go on from below."""
+    value_X = torch.cat([table.reshape(-1) for table in tables]).to(torch.int64)
+    mixed_X = value_X * 0x9E3779B1 + torch.arange(len(value_X), device=value_X.device) * 0x85EBCA77
+    mixed_X = (mixed_X ^ (mixed_X >> 15)) * 0xC2B2AE3D
+    return ((mixed_X ^ (mixed_X >> 32)).sum() & LOST).to(torch.int32)
 
 
 def _slots(expert_DS: Tensor, experts: int) -> Tensor:
