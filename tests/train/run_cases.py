@@ -32,6 +32,7 @@ from tests.train.matrix import machine
 
 from poise.cost.transfers import Transfer, TransferPlan, plan_transfers
 from poise.runtime import sparse as wires
+from poise.runtime.collectives import timeout_of
 from poise.runtime.sparse import sparse_all_gather, sparse_reduce_scatter
 from poise.stepwise.owners import LoadSamples, OwnerSeconds
 from poise.stepwise.sharding import Balanced, Heterogeneous, check_sharding
@@ -358,7 +359,7 @@ def runs_given_up_in_backward(options) -> dict:
             model, mesh=h.MESH(world), policy="hecate", rematerialise=True, cluster=machine(world)
         )
         group = run.schedule.deployment.weights_group
-        assert wires.timeout_of(group) == wires.timeout_of(run.schedule.deployment.tokens_group)
+        assert timeout_of(group) == timeout_of(run.schedule.deployment.tokens_group)
         loss = h.loss_of(model, h.batch("hot-expert-a-rank", number, world, 2, rank, torch.float64))
         assert run.schedule.moved_bytes["gather"] > 0
         dist.barrier()
