@@ -202,6 +202,23 @@ def test_whatever_fails_on_a_rank_before_a_deal_is_told_to_the_others():
         assert told[-1][0] == "dealing requests" and told[-1][1].__cause__ is not None
 
 
+def test_ranks_that_name_other_groups_or_hold_other_records_tell_other_sums():
+    """Though the deal is the same numbers: the requests that it is about are others, or are recorded otherwise."""
+    told: list[Any] = []
+    plans = OwnerPlans(planner())
+    plans.dealt = lambda read, _: read.deal(plans.current)
+    run = schedule_of(plans, told)
+    groups = [[[0], [1], [2], [3]]]
+    sums = []
+    for seed, named in ((0, groups), (0, [[[1], [0], [2], [3]]]), (1, groups), (0, copy.deepcopy(groups))):
+        run.deal(rollout((2, 2, 2, 2), experts=8, seed=seed), named)
+        sums.append(dict(told[-1][2]))
+    first, shuffled, recorded, again = sums
+    assert first == again and len({one["the deal"] for one in sums}) == 1
+    assert first["requests by micro-batch and rank"] != shuffled["requests by micro-batch and rank"]
+    assert first["their recorded experts"] != recorded["their recorded experts"]
+
+
 def squares(load_QX, size_Q, rank_Q, micro_Q):
     """What is to be even, by itself: loads of micro-batches, and tokens of ranks in them, over their means."""
     micros, ranks = micro_Q.max() + 1, rank_Q.max() + 1
