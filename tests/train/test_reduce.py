@@ -20,7 +20,9 @@ def test_weights_frozen_amid_a_step_are_refused_and_leave_no_bytes_counted(wire)
     def add(*names: str) -> None:
         rows = {1: [torch.ones(5, dtype=torch.bfloat16) for _ in names]}
         nbytes = sum(row.nbytes for row in rows[1])
-        weights = SimpleNamespace(trainable=list(names), experts=SimpleNamespace(number=0), used_ED=np.eye(2, dtype=bool))
+        weights = SimpleNamespace(
+            trainable=list(names), experts=SimpleNamespace(number=0), used_ED=np.eye(2, dtype=bool)
+        )
         ledger.add("replica gradients", nbytes)  # as the layer's backward pass counts them
         kept.add(weights, LayerGradients({}, rows, nbytes), 1.0)
 
