@@ -73,7 +73,7 @@ def accumulation() -> dict:
 # ---- what a step tells ----------------------------------------------------------------------------------------------
 
 FORWARD = ["counts", "plan", "dispatch", "arrange", "weights", "experts", "combine"]
-BACKWARD = [f"backward {name}" for name in ("dispatch", "weights", "dispatch", "arrange", "reduce", "combine")]
+BACKWARD = [f"backward {name}" for name in ("weights", "dispatch", "arrange", "reduce", "combine")]
 
 
 @case

@@ -8,8 +8,7 @@ did it. Names of the parts:
   are put in the order of the experts), ``weights`` (the wait for replicas).
 - Training, backward, each after the word ``backward``: ``weights``, ``dispatch``, ``arrange``, ``experts`` (not where
   no token came), ``reduce`` (gradients are added or sent to their owners, and the gather for the layer before begins),
-  ``combine``. Gradients leave before ``weights``: that is a first ``dispatch``; the
-  second one is what of their way is left then.
+  ``combine``. Gradients leave before ``weights``; ``dispatch`` is what of their way is left then.
 - ``early plan``: replicas before the gate, on a thread of its own when they are planned ahead.
 - Sparse collectives: ``gather`` and ``reduce``, from the first message that is posted to the last that has arrived.
 

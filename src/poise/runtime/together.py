@@ -85,7 +85,7 @@ class Meeting:
         return self.announce(place, numbers_X, problem).hold()
 
     def announce(self, place: Place, numbers_X: Tensor | None = None, problem: PoiseError | None = None) -> Announced:
-        """Begin :meth:`meet`. What ranks meet for is sent after it: one that does not come would never take it."""
+        """Begin :meth:`meet`; its ranks may already send what they meet for."""
         parts = [self._zeros.new_tensor([place.sum(), problem is not None]), self._zeros]
         count = 0 if numbers_X is None else len(numbers_X)
         if numbers_X is not None:
@@ -120,10 +120,15 @@ class Announced:
     ) -> None:
         self._meeting, self._place, self._problem, self._count, self._told = meeting, place, problem, count, told
 
-    def hold(self) -> NDArray[np.int64]:
-        """As :meth:`Meeting.meet`."""
+    def hold(self, beside: Callable[[], Any] | None = None) -> NDArray[np.int64]:
+        """As :meth:`Meeting.meet`. ``beside`` waits for what the ranks have begun to send meanwhile: if all are at the
+        same place and one has a problem, it is called before the error is raised, so that nothing stays on its way.
+        """
         told = self._told().cpu().numpy()
-        if told[:, 1].any() or (told[:, 0] != told[0, 0]).any():
+        together = bool((told[:, 0] == told[0, 0]).all())
+        if told[:, 1].any() or not together:
+            if together and beside is not None:
+                beside()
             self._meeting.settle(self._place, self._problem)
         return np.asarray(told[:, 2 : 2 + self._count])
 

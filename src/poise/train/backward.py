@@ -49,8 +49,7 @@ class BackwardSchedule:
         """
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         step, weights = one.step, one.weights
-        accumulate = self._together(one, accumulates)
-        step.send_gradients(dy_Nd)  # now that all take them: nothing stays on its way to a rank that skips the pass
+        accumulate = self._together(one, accumulates, dy_Nd)
         leaves = weights.leaves() if accumulate else []
         with span(f"{BACKWARD}weights"):
             self._begin_layer(weights)
@@ -72,8 +71,11 @@ class BackwardSchedule:
             raise failed
         return dx_Td
 
-    def _together(self, one: Pass, accumulates: Callable[[], bool]) -> bool:
-        """All ranks go backward through this layer of this pass, and through as many after it, or all raise."""
+    def _together(self, one: Pass, accumulates: Callable[[], bool], dy_Nd: Tensor) -> bool:
+        """All ranks go backward through this layer of this pass, and through as many after it, or all raise.
+
+        The gradients are on their way meanwhile: one wait less.
+        """
         problem, accumulate = None, False
         try:
             one.weights.check_owners()
@@ -81,10 +83,11 @@ class BackwardSchedule:
         except ModelError as error:
             problem = error
         coming = sum(other.comes for other in self._run.passes.open() if other is not one)
-        self._run.meeting.meet("backward", one.layer, one.number, problem=problem, more=(
+        announced = self._run.meeting.announce("backward", one.layer, one.number, problem=problem, more=(
             ("layers still to come", coming), ("whether weights get gradients", accumulate),
             ("whether gradients are synchronised", self.sync), ("divide factor", self.divide_factor),
         ))  # fmt: skip
+        announced.hold(beside=one.step.send_gradients(dy_Nd).wait)
         return accumulate
 
     def _begin_layer(self, weights: Materialised) -> None:
