@@ -23,7 +23,7 @@ from measured import Emulation, by_term, calibration, parser, part_events, workp
 from train_cases import of_domains
 
 from poise.cost.exchange import ExchangeModel
-from poise.cost.weights import StepPrice, training_price
+from poise.cost.weights import HIDDEN_SHARE, StepPrice, dense_gradient_seconds, training_price
 from poise.lab.emulate import EmulatedCluster
 from poise.lab.emulate.spec import parse_shape
 from poise.machine.cluster import Cluster
@@ -128,7 +128,8 @@ class Bench:
     def price(self, row: Row) -> StepPrice:
         """What the runtime's policies and the replay reckon with."""
         return training_price(TOKENS * self.devices, self.experts, self.cluster, self.model, window_s=self.window_s,
-                              rematerialise=row.rematerialise)  # fmt: skip
+                              rematerialise=row.rematerialise, hidden_share=HIDDEN_SHARE,
+                              dense_s=dense_gradient_seconds(self.cluster, self.model, self.model.weight_bytes))  # fmt: skip
 
     def replay(self, loads: SourceLoads, row: Row) -> TrainingReplay:
         """The same steps by the cost model; ``loads`` are of the row's traffic."""

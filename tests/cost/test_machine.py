@@ -128,16 +128,17 @@ def fetched_by_the_rule(held_ED, fetched_ED, price):
             pairs_DD[min(have, key=lambda s: (node_D[s] != node_D[d], pairs_DD[s].sum(), s)), d] += 1
     load = port_load(Copies(pairs_DD[None]), price.cluster)
     wire = price.cluster.plain_wire
-    return port_seconds(load, price.model.expert_bytes, price.cluster, wire)[0] + wire.start_s
+    return port_seconds(load, price.gathered_bytes, price.cluster, wire)[0] + wire.start_s
 
 
 @given(SEEDS, NODES, st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_one_price_of_a_fetch(seed, nodes, fan_out, training, again):
     rng, cluster, model, _ = make(seed, nodes)
-    price = StepPrice(cluster, model, float(rng.choice([0.0, 2.0, 40.0])), 0.0, 1.0, 1.0, training, again,
-                      float(rng.choice([1.0, 2.0])), fan_out, float(rng.choice([0.0, 0.25])),
-                      float(rng.choice([0.0, 3.0])))  # fmt: skip
+    price = StepPrice(cluster, model, float(rng.choice([0.0, 2.0, 40.0])), 0.0, training=training, rematerialise=again,
+                      gradient_ratio=float(rng.choice([1.0, 2.0])), fan_out=fan_out,
+                      gather_ratio=float(rng.choice([0.5, 1.0])), hidden_share=float(rng.choice([0.0, 0.25])),
+                      dense_s=float(rng.choice([0.0, 3.0])))  # fmt: skip
     held = rng.random((5, cluster.num_devices)) < 0.4
     fetched = (rng.random(held.shape) < 0.4) & ~held
     compiled, got = compiled_price(price), fetch_seconds(held, fetched, price)

@@ -119,10 +119,12 @@ def test_owners_move_where_it_pays_and_stay_where_their_move_costs_more():
     new = decided(Balanced(), load_LE, even, seconds)
     assert (new[:, 0] != new[:, 1]).all() and seconds.step(new) < 0.6 * seconds.step(even)
     np.testing.assert_array_equal(decided(Balanced(), load_LE, new, seconds), new)  # nothing moves for nothing
-    gained, once = seconds.step(even) - seconds.step(new), seconds.move(even, new)
+    few = replace(seconds, samples=LoadSamples.of_record(load // 1000, True), _found={})
+    assert (decided(Balanced(interval=10**6), load_LE, even, few) != even).any()
+    gained, once = few.step(even) - few.step(new), few.move(even, new)
     hasty = Balanced(interval=max(1, int(0.1 * once / gained)))
-    if once / hasty.interval > gained:
-        np.testing.assert_array_equal(decided(hasty, load_LE, even, seconds), even)
+    assert once / hasty.interval > gained > 0
+    np.testing.assert_array_equal(decided(hasty, load_LE, even, few), even)
     past = replace(
         seconds, samples=LoadSamples.of_history(list(load.sum(axis=2).astype(float).swapaxes(0, 1)), 4), _found={}
     )

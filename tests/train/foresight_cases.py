@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 2 tests/train/foresight_cases.py --out re
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -158,12 +159,14 @@ def foreseen(
     rank, world, model = dist.get_rank(), dist.get_world_size(), build(again=again)
     run = shard(model, **options)
     record, opt, error = dense(replay, optimizer, known), h.make_optimizer(optimizer, model), 0.0
+    anew: list[bool] = []
     for number in range(STEPS):
         step = step_of(number, world)
         if regroup:
             ranks = regroup == "ranks"
             new = run.deal(step.rollout, step.groups) if ranks else regrouped(step.rollout, step.groups, run.owners)
-            assert new != step.groups and everywhere(new) == [new] * world
+            assert everywhere(new) == [new] * world
+            anew.append(new != step.groups)
             step = replace(step, groups=new)
         opt.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -180,6 +183,8 @@ def foreseen(
         error = max(error, abs(total.item() - record.losses[number]) / record.losses[number],
                     h.worst(grads, h.local_rows(model, record.grads[number])))  # fmt: skip
         opt.step()
+    # by modelled time a step may be best as it was given: not every one
+    assert any(anew) if regroup == "ranks" else all(anew), f"steps dealt anew: {anew}"
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     return c.agreed(max(error, h.worst(weights, h.local_rows(model, record.weights)))), run
 
@@ -260,9 +265,20 @@ def dealt_to_ranks() -> dict:
     assert sorted(r for micro in dealt for cell in micro for r in cell) == sorted(step.lengths)
     said = [c.raised(OptionError, lambda: run.deal(step.rollout, [one[:1] for one in step.groups]))]
     assert f"groups are of 1 ranks, the run of {world}" in said[0], said
-    mine = step if dist.get_rank() else step_of(1, world)
-    said.append(c.raised(CommunicationError, lambda: run.deal(mine.rollout, mine.groups)))
-    assert "the deal" in said[1], said
+    last = dist.get_rank() == world - 1
+    record = step_of(1, world).rollout if last else step.rollout
+    said.append(c.raised(CommunicationError, lambda: run.deal(record, step.groups)))
+    assert "their recorded experts: " in said[1], said
+    alike = other(step, experts=np.zeros_like(step.rollout.trace.experts) + np.arange(TOP_K, dtype=np.int16))
+    one, two = next(
+        pair for pair in itertools.combinations(step.lengths, 2) if len({step.lengths[r] for r in pair}) == 1
+    )
+    swap = {one: two, two: one} if last else {}
+    named = [[[swap.get(r, r) for r in cell] for cell in micro] for micro in step.groups]
+    said.append(c.raised(CommunicationError, lambda: run.deal(alike, named)))
+    assert "requests by micro-batch and rank: " in said[2], said
+    said.append(c.raised(OptionError, lambda: run.deal(step.rollout, None if last else step.groups)))
+    assert "given to deal cannot be read: TypeError" in said[3], said
     return {"error": max(error, other), "said": said, "moved": run.schedule.moved_bytes["reshard"]}
 
 

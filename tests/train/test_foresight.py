@@ -12,12 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.train.foresight_cases import MINE
+from tests.train.test_owner_plans import loaded, planner
 
+from poise.machine.cluster import from_preset
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.stepwise.regroup import even_out
+from poise.stepwise.sharding import Balanced
 from poise.train import Rollout, regrouped
 from poise.train.foresight import MicroBatch, replay_routers
 from poise.train.owned import OwnedExperts
+from poise.train.owner_plans import OwnerPlans
 from poise.train.schedule import Schedule
 from poise.util.errors import ModelError, OptionError, TraceError
 
@@ -142,6 +146,77 @@ def test_micro_batches_are_let_go_and_planned_at_the_first_turn():
     assert not planned and next(turns) == 0 and planned == [2] and seen() is not None
     assert next(turns) == 1 and seen() is None, "it is over, and held"
     assert list(turns) == []
+
+
+def schedule_of(plans: Any, told: list[Any]) -> Schedule:
+    """Between two steps of one rank; where it meets the others is written down, and their owners move at once."""
+
+    def meet(doing: str, *, numbers_X: Any = None, problem: Any = None, more: Any = ()) -> Any:
+        told.append((doing, problem, more))
+        if problem is not None:
+            raise problem
+        return np.zeros((1, 1), np.int64)
+
+    out, here = object.__new__(Schedule), SimpleNamespace(cluster=from_preset([2, 2], "v100"), device="cpu")
+    out._run = SimpleNamespace(
+        settings=SimpleNamespace(sharding=Balanced(interval=100)), meeting=SimpleNamespace(meet=meet, steps=105)
+    )
+    out.deployment, out._owners, out._planned_at, out._due = here, plans, None, np.zeros((2, 8), np.int64)
+    out.passes, out.layers = SimpleNamespace(open=list), [SimpleNamespace(num_experts=8)] * 2
+    out.backward = SimpleNamespace(replica_gradients=SimpleNamespace(waiting=False))
+    out._move = lambda owner_LE: told.append(owner_LE.tolist())
+    return out
+
+
+@pytest.mark.parametrize("dealt", [False, True])
+def test_owners_by_a_record_end_what_loads_of_the_past_have_begun(dealt):
+    """Those that were found are not moved to, those that a thread plans are never taken, though none move now."""
+    told: list[Any] = []
+    plans = OwnerPlans(loaded(planner()))
+    run = schedule_of(plans, told)
+    plans.begin(Balanced(interval=100), 100)
+    requests = rollout((2, 2, 2, 2), experts=8)
+    if dealt:
+        plans.dealt = lambda read, _: read.deal(plans.current)
+        run.deal(requests, [[[0], [1], [2], [3]]])
+    else:
+        plans.known = lambda *_: plans.current
+        run._own_ahead([micro_batch(0, torch.zeros((3, 2, 2)))])
+    assert run._planned_at == 105 and run._due is None and plans.take(10_000) is None
+    assert all(isinstance(one, tuple) for one in told), "owners that stay were moved"
+    run._own(plans.current[:, ::-1])
+    assert told[-1] == plans.current[:, ::-1].tolist()
+
+
+def test_whatever_fails_on_a_rank_before_a_deal_is_told_to_the_others():
+    told: list[Any] = []
+    run, requests = schedule_of(OwnerPlans(planner()), told), rollout((2, 2, 2, 2), experts=8)
+    groups = [[[0], [1], [2], [3]]]
+    for record, named, words in (
+        (None, groups, "Attribute"),
+        (requests, None, "Type"),
+        (requests, iter(groups), "Type"),
+    ):
+        with pytest.raises(OptionError, match=f"given to deal cannot be read: {words}Error"):
+            run.deal(record, named)
+        assert told[-1][0] == "dealing requests" and told[-1][1].__cause__ is not None
+
+
+def test_ranks_that_name_other_groups_or_hold_other_records_tell_other_sums():
+    """Though the deal is the same numbers: the requests that it is about are others, or are recorded otherwise."""
+    told: list[Any] = []
+    plans = OwnerPlans(planner())
+    plans.dealt = lambda read, _: read.deal(plans.current)
+    run = schedule_of(plans, told)
+    groups = [[[0], [1], [2], [3]]]
+    sums = []
+    for seed, named in ((0, groups), (0, [[[1], [0], [2], [3]]]), (1, groups), (0, copy.deepcopy(groups))):
+        run.deal(rollout((2, 2, 2, 2), experts=8, seed=seed), named)
+        sums.append(dict(told[-1][2]))
+    first, shuffled, recorded, again = sums
+    assert first == again and len({one["the deal"] for one in sums}) == 1
+    assert first["requests by micro-batch and rank"] != shuffled["requests by micro-batch and rank"]
+    assert first["their recorded experts"] != recorded["their recorded experts"]
 
 
 def squares(load_QX, size_Q, rank_Q, micro_Q):

@@ -22,6 +22,16 @@ def test_an_iteration_is_the_mean_of_its_micro_batches():
     np.testing.assert_array_equal(history.mean_LE(), [[1.5, 0, 4.5], [0, 0, 0]])  # the other layer never ran
 
 
+def test_passes_of_an_iteration_are_those_of_the_layer_that_runs_most():
+    history = LoadHistory(2, 3)
+    assert history.micro_batches() == 1
+    for passes in (4, 4, 2, 4):
+        for layer in [0] * passes + [1]:
+            history.record(layer, np.ones(3))
+        history.close()
+    assert history.micro_batches() == 4
+
+
 def test_only_recent_iterations_are_kept():
     history = LoadHistory(1, 1)
     for step in range(MEAN_STEPS + 5):

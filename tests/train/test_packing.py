@@ -41,6 +41,27 @@ def test_errors_are_within_the_stated_bounds(seed, spread, exponent):
     assert ((rounded(weight, E4M3) - weight).abs() <= torch.maximum(2.0**-4 * weight.abs(), 2.0**-17 * most)).all()
 
 
+@given(st.integers(0, 2**31), st.floats(0, 2), st.integers(-20, 12))
+@settings(max_examples=80, deadline=None)
+def test_float16_weights_are_within_the_stated_bound(seed, spread, exponent):
+    """Also where they are so small that float16 has few of them, and up to its largest number."""
+    weight = torch.ldexp(some(seed, spread=spread), torch.tensor(exponent)).clamp(-65504, 65504).half()
+    most, exact = weight.double().abs().amax(-1, keepdim=True), weight.double()
+    off = (rounded(weight, E4M3).double() - exact).abs()
+    assert (off <= torch.maximum(2.0**-4 * exact.abs(), 2.0**-17 * most) + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_weights_stay_finite(dtype):
+    most = torch.finfo(dtype).max
+    weight = torch.tensor([[[most, -most, 0.97 * most], [0.96 * most, 1.0, -0.5 * most]]], dtype=dtype)
+    got, exact = rounded(weight, E4M3), weight.double()
+    off, bound = (got.double() - exact).abs(), torch.maximum(2.0**-4 * exact.abs(), torch.tensor(2.0**-17 * most))
+    assert got.isfinite().all() and (off <= bound).all()
+    weight[0, 0, 0] = float("inf")
+    assert rounded(weight, E4M3)[0, 0, 0].isnan(), "what is not finite is not hidden"
+
+
 @given(
     st.integers(0, 2**31),
     st.sampled_from(["bfloat16", "float8_e4m3fn"]),

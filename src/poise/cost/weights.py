@@ -15,7 +15,7 @@ replicas are freed after the forward pass and gathered again (re-materialisation
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -79,6 +79,7 @@ class StepPrice:
     control_s: float
     compute_passes: float = 1.0
     exchange_passes: float = 1.0
+    _: KW_ONLY
     training: bool = False
     rematerialise: bool = False
     gradient_ratio: float = 1.0
@@ -98,11 +99,15 @@ class StepPrice:
         ``early_s``: gather of what is fetched before the gate; ``late_s``: gather of what is fetched after it. In
         training the way back of both (reduce, second gather) is in.
         """
-        exposed = _shown(early_s, self.window_s, self.hidden_share) + late_s
+        back_s = 0.0
         if self.training:
-            back = (early_s + late_s) * (self.gradient_ratio + (1.0 if self.rematerialise else 0.0))
-            exposed += _shown(back, 2.0 * self.window_s - self.dense_s, self.hidden_share)
-        return float(exposed)
+            back_s = (early_s + late_s) * (self.gradient_ratio + (1.0 if self.rematerialise else 0.0))
+        return self.shown_seconds(early_s, late_s, back_s)
+
+    def shown_seconds(self, early_s: float, late_s: float, back_s: float) -> float:
+        """The same where the way back is known: the one rule of what hides, for plans and for what is decided on."""
+        back = _shown(back_s, 2.0 * self.window_s - self.dense_s, self.hidden_share)
+        return float(_shown(early_s, self.window_s, self.hidden_share) + late_s + back)
 
     def hidden_experts(self) -> int:
         """Hecate's overlap degree t: whole experts that the window can bring over the slowest link."""
@@ -218,8 +223,8 @@ def training_price(
     control = control_seconds(num_experts, cluster)
     return StepPrice(
         cluster, model, window if window_s is None else window_s, control if control_s is None else control_s,
-        COMPUTE_PASSES, EXCHANGE_PASSES, True, rematerialise, gradient_ratio, fan_out, gather_ratio, hidden_share,
-        dense_s,
+        COMPUTE_PASSES, EXCHANGE_PASSES, training=True, rematerialise=rematerialise, gradient_ratio=gradient_ratio,
+        fan_out=fan_out, gather_ratio=gather_ratio, hidden_share=hidden_share, dense_s=dense_s,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class LayerSeconds:
     Parameters
     ----------
     compute_s, exchange_s : the slowest device's experts, and all-to-alls, of all passes.
-    shown_s : weights that the windows do not hide, there and back.
+    shown_s : weights that a run sees, there and back (:meth:`poise.cost.weights.StepPrice.shown_seconds`).
     switch_s : states that move to holders which stay, exposed.
     control_s : exchange of counts, planning, synchronisation.
     moved, exposed : bytes of weights, gradients and states, and the part of them that shows.
@@ -95,7 +95,7 @@ def layer_seconds(
     gradient_bytes = size * price.gradient_ratio
     reduction = _transfers(base, replicas & (plan.quota_ED > 0), price, gradient_bytes)
     back_s = (sum(seconds) if again else 0.0) + reduction.back_seconds(cluster, gradient_bytes)
-    shown_s = max(0.0, seconds[0] - price.window_s) + sum(seconds[1:]) + max(0.0, back_s - 2.0 * price.window_s)
+    shown_s = price.shown_seconds(seconds[0], sum(seconds[1:]), back_s)
     synced, states = float(replicas.sum()) * size * passes, new * price.model.expert_bytes * STATE_RATIO
     whole_s = sum(seconds) + back_s
     late: Moves = sum((gather.rounds for gather in gathers[1:]), ())

@@ -199,7 +199,8 @@ class FssdpExperts:
         Raises
         ------
         PoiseError : on every rank, what is wrong on one: a rollout of another model, groups of other ranks, requests
-            named twice or not recorded. CommunicationError : ranks that hold different records find different deals.
+            named twice or not recorded, or whatever else fails while they are read and dealt.
+        CommunicationError : ranks name other groups (shuffled with seeds of their own?) or hold other records of them.
         """
         return self.schedule.deal(rollout, groups)
 

@@ -18,6 +18,7 @@ class LoadHistory:
 
     def __init__(self, layers: int, experts: int) -> None:
         self.recent = [deque[NDArray[np.float64]](maxlen=MEAN_STEPS) for _ in range(layers)]
+        self._passes_each = [deque[int](maxlen=MEAN_STEPS) for _ in range(layers)]
         self.seen_L = np.zeros(layers, np.int64)
         self.pairs_L = np.ones(layers)
         self._open_LE, self._passes_L = np.zeros((layers, experts)), np.zeros(layers, np.int64)
@@ -34,6 +35,7 @@ class LoadHistory:
         several = np.flatnonzero(self._passes_L > 1).tolist()
         for layer in ran:
             self.recent[layer].append(self._open_LE[layer] / self._passes_L[layer])
+            self._passes_each[layer].append(int(self._passes_L[layer]))
         self.seen_L[ran] += 1
         self._open_LE[:], self._passes_L[:] = 0, 0
         return several
@@ -52,6 +54,10 @@ class LoadHistory:
         if self._passes_L[layer]:
             rows.append(self._open_LE[layer] / self._passes_L[layer])
         return np.array(rows).reshape(-1, self._open_LE.shape[1])
+
+    def micro_batches(self) -> int:
+        """Forward passes of an iteration: mean over the entries of the layer that ran most, rounded; 1 without any."""
+        return max([1, *(round(sum(passes) / len(passes)) for passes in self._passes_each if passes)])
 
     def mean_LE(self) -> NDArray[np.float64]:
         """Mean of all entries; zeros for a layer that never ran."""

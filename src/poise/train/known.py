@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from poise.train.foresight import MAX_LOADS, MicroBatch
+from poise.train.meeting import tried
 from poise.train.rollout import UNKNOWN, Rollout
 from poise.train.run import RunState
-from poise.util.errors import ModelError, OptionError, PoiseError
+from poise.util.errors import ModelError, OptionError
 
 DOING = "routing known ahead"
 
@@ -38,18 +39,9 @@ def known_ahead(
     CommunicationError : ranks give different numbers of micro-batches, or do not agree on replaying.
     """
     ranks, layers, experts = run.deployment.cluster.num_devices, len(run.layers), run.layers[0].num_experts
-    problem: PoiseError | None = None
-    mine: list[_Mine] = []
-    try:
-        mine = _counted(run, rollout, micro_batches, replay)
-    except PoiseError as error:
-        problem = error
-    except Exception as error:  # whatever it is: the others wait for this rank
-        problem = OptionError(
-            f"what was given to foresee cannot be read: {type(error).__name__}: {error}",
-            hint="micro_batches is a list of int arrays on the CPU, one number a token",
-        )
-        problem.__cause__ = error
+    found, problem = tried(lambda: _counted(run, rollout, micro_batches, replay), "foresee",
+                           "micro_batches is a list of int arrays on the CPU, one number a token")  # fmt: skip
+    mine = found or []
     run.meeting.meet(DOING, problem=problem, more=(("micro-batches", len(mine)), ("replay", replay)))
     out = []
     for number, one in enumerate(mine):

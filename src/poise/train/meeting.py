@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,28 @@ from poise.runtime.collectives import exchanges
 from poise.runtime.dispatch import counted, out_of_range
 from poise.runtime.together import Announced, Place, meeting_of
 from poise.train.settings import Deployment, Settings
-from poise.util.errors import PoiseError
+from poise.util.errors import OptionError, PoiseError
 
+T = TypeVar("T")
 Facts = tuple[tuple[str, Any], ...]
 """What else must be equal on all ranks, by name."""
+
+
+def tried(action: Callable[[], T], given_to: str, hint: str) -> tuple[T | None, PoiseError | None]:
+    """What a rank finds before it meets the others, or what is wrong: whatever that is, they wait for this rank.
+
+    ``given_to``: whose arguments they are that cannot be read; ``hint``: what they have to be.
+    """
+    try:
+        return action(), None
+    except PoiseError as error:
+        return None, error
+    except Exception as error:
+        problem = OptionError(
+            f"what was given to {given_to} cannot be read: {type(error).__name__}: {error}", hint=hint
+        )
+        problem.__cause__ = error
+        return None, problem
 
 
 class OptionsText(str):

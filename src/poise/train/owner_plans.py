@@ -56,7 +56,7 @@ class OwnerPlans:
             return
         samples = LoadSamples.of_history([history.of(layer) for layer in range(len(load_LE))],
                                          self._planner.deployment.cluster.num_devices)  # fmt: skip
-        task = self._task(sharding, load_LE, samples)
+        task = self._task(sharding, load_LE, samples, history.micro_batches())
 
         def plan() -> NDArray[np.int64]:
             with span("owners"):

@@ -4,10 +4,14 @@ Owners keep their weights as they are (masters; optimizers and checkpoints see n
 owner as on every replica, is the master packed and unpacked again: the same bits wherever a token goes, so that a plan
 never changes a result. Gradients are those of the rounded weights and are added to the masters' (straight through).
 
-``bfloat16``       the nearest one: off by at most 2^-8 of the weight (while it is a normal number).
+``bfloat16``       the nearest one: off by at most 2^-8 of the weight, while that is a normal number and at most
+                   3.39e38, bfloat16's largest (beyond it is infinite).
 ``float8_e4m3fn``  a row (all but the last axis) has one exponent, a byte: the power of two that brings its largest
                    entry into [224, 448). An entry is off by at most 2^-4 of itself or 2^-17 of the row's largest,
-                   whichever is more. Powers of two, so that scaling rounds nothing.
+                   whichever is more, where that largest is above 1e-30 and below 5e38 (less has no such exponent, nor
+                   has more). Powers of two, so that scaling rounds nothing but float16: its numbers are 2^-24 apart
+                   below 6.1e-5, so that 2^-25 comes to the bound. What would be rounded beyond the type of the
+                   weights (float16: above 63488) is the type's largest number, 65504, within the bound; never infinite.
 
 Other trainers' names: ``fp8_param_gather`` (Megatron-FSDP), ``enable_fsdp_float8_all_gather`` (torchao, which scales by
 tensor and multiplies in fp8: here only the wire is of fp8), ``zero_quantized_weights`` (ZeRO++, arXiv 2306.10209).
@@ -74,4 +78,5 @@ class Packing:
         wide = torch.promote_types(into.dtype, torch.float32)
         exponent = packed[..., -1:].contiguous().view(torch.int8).to(torch.int32)
         small = packed[..., :-1].contiguous().view(E4M3).to(wide)
-        rows.copy_(torch.ldexp(small, exponent))
+        most = torch.finfo(into.dtype).max  # a largest entry is rounded up to the next power of two at most
+        rows.copy_(torch.ldexp(small, exponent).clamp(-most, most))

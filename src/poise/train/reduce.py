@@ -62,16 +62,17 @@ class ReplicaGradients:
         if not weights.trainable:
             return
         wire, kept, nbytes = self.deployment.reduce_dtype, self._kept[weights.experts.number], gradients.nbytes
+        if kept.holders_ED is not None and kept.names != weights.trainable:
+            self.ledger.add("replica gradients", -nbytes)  # they are let go with the error
+            raise ModelError(
+                f"layer {weights.experts.number} trained {kept.names}, now {weights.trainable}, within one step",
+                hint="change requires_grad between steps",
+            )
         sent = {e: [_scaled(row, scale, wire) for row in rows] for e, rows in gradients.replicas.items()}
         if wire != self.deployment.compute_dtype:  # copies in the wider type took their place
             copied = sum(row.nbytes for rows in sent.values() for row in rows)
             self.ledger.add("replica gradients", copied - nbytes)
             nbytes = copied
-        if kept.holders_ED is not None and kept.names != weights.trainable:
-            raise ModelError(
-                f"layer {weights.experts.number} trained {kept.names}, now {weights.trainable}, within one step",
-                hint="change requires_grad between steps",
-            )
         for e, rows in sent.items():
             if e in kept.rows:
                 for into, row in zip(kept.rows[e], rows, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ class ReadGroups(NamedTuple):
         for request, m, d in zip(self.named, micro_Q.tolist(), rank_Q.tolist(), strict=True):
             out[m][d].append(request)
         return out
+
+    def sums(self) -> tuple[tuple[str, int], ...]:
+        """Checksums of what ranks that deal together have to hold alike: the groups, and what is recorded of them."""
+        where = repr((self.shape, self.named, self.rank_Q.tolist(), self.micro_Q.tolist()))
+        recorded = zlib.crc32(self.requests.load_QLE.tobytes(), zlib.crc32(self.requests.size_Q.tobytes()))
+        return ("requests by micro-batch and rank", zlib.crc32(where.encode())), ("their recorded experts", recorded)
 
     def deal(self, owner_LE: NDArray[np.int64]) -> Deal:
         """As they are given."""

@@ -30,21 +30,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from poise.machine.model import ModelSpec
 from poise.runtime.recompute import checkpoint_region, in_backward
+from poise.stepwise.dealing import Deal
 from poise.train.backward import BackwardSchedule
 from poise.train.foresight import MicroBatch
 from poise.train.forward import ForwardSchedule
 from poise.train.known import known_ahead
+from poise.train.meeting import Facts, tried
 from poise.train.metrics import LayerMetrics
 from poise.train.moves import OwnerMoves
 from poise.train.owned import OwnedExperts
 from poise.train.owner_plans import OwnerPlans
-from poise.train.regroup import MicroBatches, read_groups
+from poise.train.regroup import MicroBatches, ReadGroups, read_groups
 from poise.train.rollout import Rollout
 from poise.train.rows import stepping
 from poise.train.run import new_run
 from poise.train.settings import Deployment, Settings
 from poise.train.wrappers import wrapped_well
-from poise.util.errors import ModelError, OptionError, PoiseError
+from poise.util.errors import ModelError, OptionError
 
 WINDOW_STEPS = (3, 10)
 """Optimizer steps after which ranks agree on the window that was measured."""
@@ -213,30 +215,34 @@ class Schedule:
         sharding = self.settings.sharding
         if sharding is None or not self._owners_due():
             return
-        self._planned_at = self.steps
-        planned = self._owners.known(sharding, np.stack([one.load_LSE for one in found]), found[0].replays)
-        if (planned != self._owners.current).any():
-            self._move(planned)
+        self._own(self._owners.known(sharding, np.stack([one.load_LSE for one in found]), found[0].replays))
+
+    def _own(self, owner_LE: NDArray[np.int64]) -> None:
+        """Owners by loads to come, from now on: what loads of the past have found, or will, is not taken any more."""
+        self._planned_at, self._due = self.steps, None
+        self._owners.forget()
+        if (owner_LE != self._owners.current).any():
+            self._move(owner_LE)
 
     def deal(self, rollout: Rollout, groups: MicroBatches) -> list[list[list[int]]]:
         """See :meth:`poise.train.api.FssdpExperts.deal`. Collective."""
         sharding = self.settings.sharding
         moving = sharding if sharding is not None and sharding.by_price and self._owners_due() else None
-        problem: PoiseError | None = None
-        try:
+
+        def dealt() -> tuple[ReadGroups, Deal]:
             rollout.fits(len(self.layers), self.layers[0].num_experts)
             read = read_groups(rollout, groups)
             if read.shape[1] != (ranks := self.deployment.cluster.num_devices):
                 raise OptionError(f"groups are of {read.shape[1]} ranks, the run of {ranks}")
-            deal = self._owners.dealt(read, moving)
-        except PoiseError as error:
-            problem = error
-        told = b"" if problem else b"".join(part.tobytes() for part in (deal.rank_Q, deal.micro_Q, deal.owner_LE))
-        self._run.meeting.meet("dealing requests", problem=problem, more=(("the deal", zlib.crc32(told)),))
+            return read, self._owners.dealt(read, moving)
+
+        found, problem = tried(dealt, "deal", "groups[micro_batch][rank] is a list of the requests of a rollout")
+        more: Facts = () if found is None else (*found[0].sums(), ("the deal", found[1].sum()))
+        self._run.meeting.meet("dealing requests", problem=problem, more=more)
+        assert found is not None, "a problem of any rank is raised on all"
+        read, deal = found
         if moving is not None:
-            self._planned_at = self.steps
-            if (deal.owner_LE != self._owners.current).any():
-                self._move(deal.owner_LE)
+            self._own(deal.owner_LE)
         return read.groups(deal.rank_Q, deal.micro_Q)
 
     def _turns(self, found: list[MicroBatch]) -> Iterator[int]:

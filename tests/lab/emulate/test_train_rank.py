@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tests.lab.emulate.needs import shaping
 
-from poise.cost.weights import training_price
+from poise.cost.weights import HIDDEN_SHARE, dense_gradient_seconds, training_price
 from poise.lab.emulate import EmulatedCluster, run
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -69,7 +69,9 @@ def test_a_repeat_on_two_ranks(tmp_path):
     for number, row in enumerate(job["table"]):
         traffic = loads.force_balanced() if row["name"] == "forced" else loads
         loop = FastLoop(parse_policy(row["policy"]), 2, SlidingMean(5))
-        price = training_price(TOKENS * 2, EXPERTS, Cluster.uniform(1, 2), MODEL, window_s=WINDOW_S,
-                               rematerialise=row.get("rematerialise", False))  # fmt: skip
+        cluster = Cluster.uniform(1, 2)
+        price = training_price(TOKENS * 2, EXPERTS, cluster, MODEL, window_s=WINDOW_S,
+                               rematerialise=row.get("rematerialise", False), hidden_share=HIDDEN_SHARE,
+                               dense_s=dense_gradient_seconds(cluster, MODEL, MODEL.weight_bytes))  # fmt: skip
         got = replay_training(traffic, loop, price, warm_up=WARM_UP, by_rank=True)
         assert (got.tokens_BLD == out["tokens"][number]).all(), row["name"]

@@ -269,7 +269,7 @@ def served() -> None:
             layer.prepare()
             left.append(int(layer.leave))
             layer.leave.fill_(step % 2)
-    assert set(left) <= {0, 1}
+    assert set(left) == {0, 1}, left
 
 
 def refused() -> None:
