@@ -256,8 +256,8 @@ def dealt_to_ranks() -> dict:
     owners: list[Any] = []
     error, run = foreseen(True, regroup="ranks", sharding=Balanced(interval=1), optimizer="adamw",
                           watch=lambda run, micro: owners.append(run.owners.tolist()))  # fmt: skip
-    other, still = foreseen(False, regroup="ranks", policy="poise", step_slots=1)
-    assert max(error, other) <= EXACT, (error, other)
+    forecast, still = foreseen(False, regroup="ranks", policy="poise", step_slots=1)
+    assert max(error, forecast) <= EXACT, (error, forecast)
     assert still.schedule.moved_bytes["reshard"] == 0 and len({str(one) for one in everywhere(owners)}) == 1
     world, step = dist.get_world_size(), step_of(0, dist.get_world_size())
     dealt = run.deal(step.rollout, step.groups)
@@ -279,7 +279,7 @@ def dealt_to_ranks() -> dict:
     assert "requests by micro-batch and rank: " in said[2], said
     said.append(c.raised(OptionError, lambda: run.deal(step.rollout, None if last else step.groups)))
     assert "given to deal cannot be read: TypeError" in said[3], said
-    return {"error": max(error, other), "said": said, "moved": run.schedule.moved_bytes["reshard"]}
+    return {"error": max(error, forecast), "said": said, "moved": run.schedule.moved_bytes["reshard"]}
 
 
 @case
