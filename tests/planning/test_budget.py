@@ -19,6 +19,7 @@ from poise.machine.cluster import from_preset
 from poise.machine.model import ModelSpec
 from poise.planning import budget as module
 from poise.planning.budget import Budget
+from poise.planning.engine_rules import NONE
 from poise.planning.methods import exflow
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -157,6 +158,19 @@ def test_the_search_stops_between_two_changes():
     assert whole.details["updates"] > 1e6
     assert cut.details["kicks"] == 0 and cut.details["updates"] < 0.1 * whole.details["updates"]
     problem.check(cut.placement)
+
+
+@pytest.mark.parametrize("last", ["lpt", "eplb", "flash-lb"])
+def test_a_clock_that_runs_out_before_the_starts_are_priced_leaves_out_none(last):
+    """The best of them comes last: the plan is not worse than it is."""
+    batch = make_batch(zipf_trace(num_tokens=4000, num_layers=3, num_experts=8, top_k=2, exponent=1.2, seed=2), steps=2)
+    cluster = replace(tiny_cluster(np.random.default_rng(0), (2, 2), equal=True), memory_bytes_per_s=1e9)
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(4, 3), "home", engine=NONE)
+    starts = [METHODS[name].plan(problem, time_limit_s=1.0).placement for name in ("round-robin", "contiguous", last)]
+    seconds = [problem.pricing.cost(problem.batch, start.count_LED()).seconds_BL.sum() for start in starts]
+    assert seconds[-1] < 0.95 * min(seconds[:-1]), "the case needs a start that is much better"
+    cut = search(problem, starts, time_limit_s=Budget(1e3, now=Clock(1e3)), seed=0).placement
+    assert problem.pricing.cost(problem.batch, cut.count_LED()).seconds_BL.sum() <= seconds[-1] * (1 + 1e-9)
 
 
 def test_annealing_that_is_cut_leaves_its_start():

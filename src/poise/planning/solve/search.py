@@ -212,8 +212,10 @@ def search(
     pool: list[Placement] = []
     prices: list[_Price] = []
     plain: list[bool] = []
-    for start in chain(starts, _own_starts(whole, problem, proposals, near, budget.part(0.3, until=0.8), seed)):
-        if pool and budget.over("starts"):
+    own_starts = _own_starts(whole, problem, proposals, near, budget.part(0.3, until=0.8), seed)
+    for number, start in enumerate(chain(starts, own_starts)):
+        # what others have made is priced though the clock is over: a plan is never worse than any of them
+        if pool and (budget.stopped if number < len(starts) else budget.over("starts")):
             break
         plain.append(int(start.replicas_LE().max()) == 1)
         pool.append(as_held(problem, start))
