@@ -258,7 +258,7 @@ def just_enough() -> None:
 
 
 def served() -> None:
-    """Without gradients, with experts in several static slots, and left alone where that is as fast."""
+    """Without gradients, with experts in several static slots; so small a layer is left alone, and planned when told to."""
     left = []
     for seed in range(4):
         layer, whole, _ = made("gated", seed, 2, doubled=True, trained=False)
@@ -269,7 +269,7 @@ def served() -> None:
             layer.prepare()
             left.append(int(layer.leave))
             layer.leave.fill_(step % 2)
-    assert set(left) == {0, 1}, left
+    assert all(left), left
 
 
 def refused() -> None:
