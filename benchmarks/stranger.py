@@ -68,6 +68,7 @@ def ran(name: str, command: str, folder: Path, environment: dict[str, str]) -> S
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     lines = done.stdout.replace(str(folder), ".").rstrip().splitlines()
+    lines = [line for line in lines if "file://" not in line]  # where this machine keeps its packages
     if len(lines) > MOST_LINES:
         lines = [f"({len(lines) - MOST_LINES} lines above)", *lines[-MOST_LINES:]]
     print(f"{name}: {wall:.1f} s, exit code {done.returncode}", flush=True)
