@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from scipy.stats import binomtest
 
 from poise.cost.exchange import ExchangeModel
 from poise.lab.emulate import EmulatedCluster, run
@@ -112,6 +113,11 @@ def part_events(marks_DM: np.ndarray, names: Sequence[str]) -> list[Event]:
     """What each rank did between two marks, those parts left out that took no time."""
     return [Event(name, rank, float(a), float(b - a)) for rank, at in enumerate(marks_DM)
             for name, a, b in zip(names, at, at[1:], strict=False) if b > a]  # fmt: skip
+
+
+def told_apart(differences: np.ndarray) -> float:
+    """The p of a sign test over paired repeats: how often equal ways differ as one-sidedly."""
+    return float(binomtest(int((differences > 0).sum()), len(differences)).pvalue)
 
 
 class MeasuredRow(Protocol):

@@ -12,13 +12,12 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from common import table, write
-from measured import Emulation, workplace, write_curve
+from measured import Emulation, told_apart, workplace, write_curve
 from measured_serve import SHARE, WIDTH, Scene, curve_knots, links, model_of
 from static_near import some_layers
 
@@ -148,10 +147,8 @@ def measured(case: Case, repeats: int, folder: Path) -> list[list[object]]:
 
 def compared(gains: np.ndarray) -> str:
     """Median and quartiles of the repeats' savings; a sign test over them that does not reach 5 % is inconclusive."""
-    n, above = len(gains), int((gains > 0).sum())
-    p = min(1.0, 2 * sum(comb(n, k) for k in range(max(above, n - above), n + 1)) / 2**n)
     low, middle, high = np.percentile(gains, [25, 50, 75])
-    return f"{middle:+.1%} ({low:+.1%} to {high:+.1%}){'' if p <= 0.05 else ': inconclusive'}"
+    return f"{middle:+.1%} ({low:+.1%} to {high:+.1%}){'' if told_apart(gains) <= 0.05 else ': inconclusive'}"
 
 
 def main() -> None:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from math import comb
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import table, write
-from measured import Emulation, workplace
+from measured import Emulation, told_apart, workplace
 
 from poise.control.moves import move_list
 from poise.control.payback import Migration, migration
@@ -83,9 +82,7 @@ def stages(made: Migration) -> list[int]:
 def paired(one: np.ndarray, other: np.ndarray) -> str:
     """Medians of the repeats' differences, and whether a sign test tells them from none."""
     differences = one - other
-    n, above = len(differences), int((differences > 0).sum())
-    tail = sum(comb(n, k) for k in range(max(above, n - above), n + 1)) / 2**n
-    p = min(1.0, 2 * tail)
+    p = told_apart(differences)
     low, middle, high = np.percentile(differences, [25, 50, 75]) * 1e3
     said = f"{middle:+.0f} ms ({low:+.0f} to {high:+.0f}), p {p:.3f}"
     return said if p <= 0.05 else f"{said}: inconclusive"
