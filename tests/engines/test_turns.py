@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engines.turn_cases import EXPERTS, RANKS, TRIVIAL, Together, call, same, shuffled
 
+from poise.engines.plugins import aside as aside_module
 from poise.engines.plugins import turns
 from poise.engines.plugins.aside import Aside
 from poise.engines.plugins.policy import usable_map, warm_up
@@ -281,6 +282,28 @@ def test_processes_that_went_without_an_answer_are_counted(tmp_path):
     assert one.ask(call()).result(300).table_LS.shape == TRIVIAL.shape and one.fruitless == 0
     one.close()
     assert one.fruitless == 0
+
+
+def test_the_count_is_right_while_the_next_process_is_started(monkeypatch):
+    """A thread starts it while the next turn asks: neither counts twice, nor is there a moment without a process."""
+    one, seen = Aside([sys.executable, "-c", "raise SystemExit(3)"]), []
+
+    def looked(does):
+        def done(*args, **kwargs):
+            seen.append((one.pid is not None, one.fruitless, one.answered))
+            return does(*args, **kwargs)
+
+        return done
+
+    monkeypatch.setattr(aside_module.subprocess, "Popen", looked(aside_module.subprocess.Popen))
+    monkeypatch.setattr(aside_module, "_over", looked(aside_module._over))
+    for number in range(3):
+        seen.clear()
+        with pytest.raises(CommunicationError, match="exit code 3"):
+            one.ask(call()).result(60)
+        until_started = seen[: 2 if number else 1]  # the last one is let go, the next is started
+        assert until_started == [(number > 0, number, False)] * len(until_started)
+    one.close()
 
 
 def test_a_process_that_never_answers(tmp_path):

@@ -21,6 +21,22 @@ from poise.engines.plugins.child import ENVIRON, Answer
 from poise.engines.plugins.policy import Asked
 from poise.util.errors import CommunicationError, NoResultError
 
+
+class _Child:
+    """A process, how many before it went without an answer, and whether it has answered."""
+
+    def __init__(self, process: subprocess.Popen[bytes], before: int) -> None:
+        self.process, self.before, self.answered = process, before, False
+
+    @property
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def fruitless(self) -> int:
+        return 0 if self.answered else self.before + self.over
+
+
 COMMAND = (sys.executable, "-c", "from poise.engines.plugins.child import main; main()")
 
 
@@ -30,34 +46,31 @@ class Aside:
     Parameters
     ----------
     command : what starts it; another one in tests.
-
-    Attributes
-    ----------
-    answered : the process that runs, or was the last to run, has answered.
     """
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = tuple(command)
-        self.answered = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._fruitless = 0
+        self._child: _Child | None = None  # replaced whole: who asks looks at it while a thread starts the next
         self._turn = threading.Lock()
 
     @property
     def pid(self) -> int | None:
-        """Of the process, if there is one."""
-        return None if self._process is None else self._process.pid
+        """Of the process that runs, or was the last to run, if there was one."""
+        return None if self._child is None else self._child.process.pid
+
+    @property
+    def answered(self) -> bool:
+        """Whether the process that runs, or was the last to run, has answered."""
+        return self._child is not None and self._child.answered
 
     @property
     def fruitless(self) -> int:
         """Processes in a row that are over, and never answered."""
-        process = self._process
-        over = process is not None and process.poll() is not None
-        return self._fruitless + (over and not self.answered)
+        return 0 if self._child is None else self._child.fruitless
 
     def start(self) -> None:
         """Start the process if there is none, so that it compiles what it runs before it is asked."""
-        if self._process is None and self._turn.acquire(blocking=False):
+        if self._child is None and self._turn.acquire(blocking=False):
             try:
                 self._started()
             finally:
@@ -74,16 +87,15 @@ class Aside:
 
     def end(self) -> None:
         """End the process, and with it what is waited for."""
-        process = self._process
-        if process is not None:
-            process.kill()
+        if self._child is not None:
+            self._child.process.kill()
 
     def close(self) -> None:
         """End the process, and let go of what it held."""
         self.end()
         with self._turn:
-            if self._process is not None:
-                _over(self._process)
+            if self._child is not None:
+                _over(self._child.process)
 
     def _wait(self, asked: Asked, future: Future[Answer]) -> None:
         with self._turn:
@@ -92,20 +104,21 @@ class Aside:
             except BaseException as error:
                 future.set_exception(error)
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:
-            self._fruitless = self.fruitless
-            _over(self._process)
-            self._process = None
-        if self._process is None:
+    def _started(self) -> _Child:
+        last = self._child
+        if last is None or last.over:
+            if last is not None:
+                _over(last.process)
             path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
             environ = {**os.environ, **ENVIRON, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-            self.answered = False
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
-        return self._process
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+            self._child = _Child(process, 0 if last is None else last.fruitless)
+        assert self._child is not None
+        return self._child
 
     def _answer(self, asked: Asked) -> Answer:
-        process = self._started()
+        child = self._started()
+        process = child.process
         assert process.stdin is not None and process.stdout is not None
         try:
             pickle.dump(asked, process.stdin)
@@ -115,7 +128,7 @@ class Aside:
             raise CommunicationError(f"the planner's process ended with exit code {_over(process)}") from error
         if not isinstance(answer, Answer):
             raise CommunicationError(f"the planner's process answered with {type(answer).__name__}, not with a map")
-        self.answered, self._fruitless = True, 0
+        child.answered = True
         if answer.table_LS is None:
             raise NoResultError(answer.said)
         return answer
