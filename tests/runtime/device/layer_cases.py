@@ -91,6 +91,7 @@ def made(
     doubled: bool = False,
     trained: bool = True,
     mirrored: bool = True,
+    sent: int | None = None,
     **options,
 ):
     """A layer, its dense module, its slots."""
@@ -100,6 +101,7 @@ def made(
         slots,
         {key: weight.detach()[mine].requires_grad_(trained) for key, weight in whole.named_parameters()},
         dist.group.WORLD,
+        sent=sent,
     )
     world = dist.get_world_size()
     price = step_price(200.0, EXPERTS, Cluster.uniform(world // 2, 2), ModelSpec.generic(EXPERTS, TOP_K, np.arange(1)))
@@ -131,12 +133,14 @@ def backward(y) -> None:
         loss_of(y).backward()
 
 
-def parity(name: str, step_slots: int, skew: float, capacity: RowCapacity | None = None) -> str:
+def parity(
+    name: str, step_slots: int, skew: float, capacity: RowCapacity | None = None, sent: int | None = None
+) -> str:
     """Three steps of a trainer: outputs, gradients of tokens, router weights and experts, and weights after SGD."""
     world, rank = dist.get_world_size(), dist.get_rank()
     replicas = 0
     for seed in range(3):
-        layer, whole, slots = made(name, seed, step_slots, capacity=capacity)
+        layer, whole, slots = made(name, seed, step_slots, capacity=capacity, sent=sent)
         mine = slots.expert_DS[rank][slots.turn_DS[rank] >= 0]
         optimizers = [torch.optim.SGD(each, lr=0.05) for each in (layer.weights.owned.values(), whole.parameters())]
         for step in range(3):
@@ -146,6 +150,7 @@ def parity(name: str, step_slots: int, skew: float, capacity: RowCapacity | None
                 layer.prepare()
                 layer.leave.zero_()  # the price of so small a layer would leave it alone
                 replicas += int((layer.expert_DS.numpy() >= 0).sum() - (slots.expert_DS >= 0).sum())
+                assert sent is None or most_sent(layer, slots) == sent
             ends = (
                 [each.clone().requires_grad_() for each in (x, router)],
                 [each.clone().requires_grad_() for each in (x, router)],
@@ -173,6 +178,12 @@ def parity(name: str, step_slots: int, skew: float, capacity: RowCapacity | None
             layer.check()
     assert bool(replicas) == bool(step_slots), replicas
     return f"{replicas} replicas"
+
+
+def most_sent(layer: DeviceLayer, slots: LayerSlots) -> int:
+    """Experts in step slots of the owner that has most of them."""
+    step = np.unique(layer.expert_DS.numpy()[(slots.turn_DS == -1) & (layer.expert_DS.numpy() >= 0)])
+    return int(np.bincount(slots.holders(slots.expert_DS)[step].argmax(axis=1)).max())
 
 
 def present_path(name: str, skew: float) -> None:
@@ -278,6 +289,7 @@ def refused() -> None:
     for error, make, said in (
         (ModelError, lambda: layer(*(each[:-1] for each in tokens(0, 0, 0, 1.0))), "the layer was made for"),
         (CommunicationError, lambda: made("plain", 0, 1, capacity=RowCapacity(3 + dist.get_rank(), 9)), "has sizes"),
+        (CommunicationError, lambda: made("plain", 0, 1, sent=1 + dist.get_rank()), "experts an owner sends"),
         (ModelError, lambda: SlotWeights(slots, {"up": torch.zeros(EXPERTS + 1, 2)}, dist.group.WORLD), "static slots"),
     ):
         try:
@@ -413,6 +425,7 @@ def traced() -> None:
 CASES = {
     **{f"parity, {name}, {slots} step slots, skew {skew:g}": partial(parity, name, slots, skew)
        for name, slots, skew in (("plain", 2, 1.5), ("gated", 3, 0.5), ("biased", 1, 2.5), ("gated", 0, 1.0))},
+    "parity, gated, 3 step slots, owners send one expert": partial(parity, "gated", 3, 0.5, sent=1),
     "present path": partial(present_path, "gated", 1.5),
     "too little room for a pair of ranks": partial(too_little_room, "pair"),
     "too little room on a device": partial(too_little_room, "computed"),

@@ -95,7 +95,7 @@ class DeviceLayer:
         expected_E = self.load_E if load_E is None else load_E
         filled_DS, leave = self.kernels.prepare(expected_E, self.expert_DS)
         self.weights.ready()  # an earlier fetch reads the table
-        self.expert_DS.copy_(filled_DS)
+        self.expert_DS.copy_(self.weights.fitting(filled_DS, expected_E))
         self.leave.copy_(leave)
         self.weights.fetch(self.expert_DS)
 
@@ -202,7 +202,8 @@ class DeviceLayer:
         return self.kind.grouped(banks[0], x_nd, ends_S, self.product).to(x_nd.dtype)
 
     def _agree(self, devices: int, where: torch.device) -> None:
-        mine = [self.tokens, self.top_k, self.capacity.pair, self.capacity.computed, *self.expert_DS.shape]
+        room, sent = self.capacity, self.weights.sent
+        mine = [self.tokens, self.top_k, room.pair, room.computed, sent, *self.expert_DS.shape]
         told_DX = gather(torch.tensor(mine, device=where), self.group).tolist()
         if len(told_DX) != devices:
             raise CommunicationError(f"slots of {devices} devices, and the process group has {len(told_DX)} ranks")
@@ -210,5 +211,5 @@ class DeviceLayer:
             if theirs != told_DX[0]:
                 raise CommunicationError(
                     f"rank {rank} has sizes {theirs}, rank 0 {told_DX[0]} (tokens, experts a token, rows a pair of "
-                    "ranks, rows a device, devices, slots)"
+                    "ranks, rows a device, experts an owner sends, devices, slots)"
                 )

@@ -1,24 +1,23 @@
 """The weights behind one rank's slots: static ones for good, step slots from their owners, on a stream of its own.
 
-Every rank sends every other as many experts as that has step slots, whichever they are: what travels is D times what is
-wanted, and no host needs to know what. Gradients of replicas go back the same way and are added by rank, so that sums
-are the same in every run.
+How experts travel so that no host needs to know which: :mod:`poise.runtime.device.stripes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from poise.runtime.collectives import exchange_equal, twin
+from poise.runtime.device.stripes import Stripes, step_slots_of
 from poise.runtime.experts import Bank
-from poise.stepwise.kernels import STEP, LayerSlots
+from poise.stepwise.kernels import EMPTY, LayerSlots
 from poise.util.errors import ModelError, OptionError
 
 
@@ -29,7 +28,10 @@ class SlotWeights:
     ----------
     table : the layer's slots; static ones of a device come first.
     weights : of the experts in this rank's static slots, in their order [n, ...].
-    group : process group of the ranks; replicas travel over connections of their own.
+    group : process group of the ranks.
+    sent : O, experts that one owner can send for all step slots together, the same on every rank; by default enough for
+        every table. A rank sends O + M experts for its layer's step slots, whatever they hold.
+    weights_group : the same ranks, over whose connections replicas travel; default: connections of their own.
 
     Attributes
     ----------
@@ -42,15 +44,14 @@ class SlotWeights:
     OptionError : devices with different numbers of step slots.
     """
 
-    def __init__(self, table: LayerSlots, weights: Mapping[str, Tensor], group: Any) -> None:
+    def __init__(
+        self, table: LayerSlots, weights: Mapping[str, Tensor], group: Any, *, sent: int | None = None,
+        weights_group: Any = None,
+    ) -> None:  # fmt: skip
         rank, (devices, width) = dist.get_rank(group), table.expert_DS.shape
-        step_D = (table.turn_DS == STEP).sum(axis=1)
-        if (step_D != step_D[0]).any():
-            raise OptionError(
-                f"{step_D.min()} to {step_D.max()} step slots a device", hint="every device has the same number of them"
-            )
-        self.count, self.static = int(step_D[0]), int((table.turn_DS[rank] >= 0).sum())
-        self.rank, self.devices, self.single = rank, devices, bool((table.turn_DS <= 0).all())
+        step_DM = step_slots_of(table)
+        self.static, self.sent = int((table.turn_DS[rank] >= 0).sum()), Stripes.enough(table) if sent is None else sent
+        self.rank, self.single = rank, bool((table.turn_DS <= 0).all())
         where = next(iter(weights.values())).device
         for name, weight in weights.items():
             if len(weight) != self.static:
@@ -63,35 +64,38 @@ class SlotWeights:
             self.bank[name][: self.static] = weight.detach()
             self.owned[name] = nn.Parameter(self.bank[name][: self.static], weight.requires_grad)
 
-        owner_E, place_E = np.zeros((2, table.num_experts + 1), np.int64)
-        device, slot = np.nonzero(table.turn_DS == 0)
-        owner_E[table.expert_DS[device, slot]], place_E[table.expert_DS[device, slot]] = device, slot
-        row_E = np.where(owner_E == rank, place_E, self.static)
-        row_E[-1] = self.static
-        self._owner_E, self._row_E = (torch.from_numpy(each).to(where) for each in (owner_E, row_E))
-        step_DM = np.nonzero(table.turn_DS == STEP)[1].reshape(devices, self.count)
         self._step_DM = torch.from_numpy(step_DM).to(where)
-        self._turn_M = torch.arange(self.count, device=where)
         self._experts = table.num_experts
-        self._group = twin(group) if self.count and devices > 1 else None
+        self._stripes: Stripes | None = None
+        if step_DM.size and devices > 1:
+            own = twin(group) if weights_group is None else weights_group
+            self._stripes = Stripes(table, rank, where, self.sent, partial(exchange_equal, group=own))
         self._stream = torch.cuda.Stream(where) if where.type == "cuda" else None
         self._coming = False  # what a stream is to wait for; in a graph only what the graph itself has begun
 
+    def fitting(self, expert_DS: Tensor, load_E: Tensor) -> Tensor:
+        """A slot table int32 [D, S] without what owners have no room to send: of an owner, experts with most load
+        int32 [E] stay.
+        """
+        if self._stripes is None:
+            return expert_DS
+        expert_DM = self._expert_DM(expert_DS)
+        fits_DM = self._stripes.fitting(expert_DM, load_E)
+        return expert_DS.scatter(1, self._step_DM, torch.where(fits_DM, expert_DM, EMPTY).to(expert_DS.dtype))
+
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def fetch(self, expert_DS: Tensor) -> None:
-        """Fill this rank's step slots as the slot table int32 [D, S] says; :meth:`ready` waits for it.
+        """Fill this rank's step slots as the slot table int32 [D, S] says, of which all must be :meth:`fitting`;
+        :meth:`ready` waits for it.
 
         Between a backward pass and the next forward: what a graph has saved must not change.
         """
-        if self._group is None:
+        if self._stripes is None:
             return
         with self._aside():  # whatever it makes is made on that stream
-            expert_DM = self._expert_DM(expert_DS)
-            from_M = self._owner_E.index_select(0, expert_DM[self.rank]) * self.count + self._turn_M
-            row_X = self._row_E.index_select(0, expert_DM.view(-1)).clamp(max=max(self.static - 1, 0))
+            route = self._stripes.route(self._expert_DM(expert_DS))
             for weight in self.bank.values():
-                came = exchange_equal(weight.index_select(0, row_X), self._group)
-                weight.index_copy_(0, self._step_DM[self.rank], came.index_select(0, from_M))
+                weight.index_copy_(0, self._step_DM[self.rank], self._stripes.fetched(route, weight))
 
     def ready(self) -> Bank:
         """The bank, once replicas are here. Before a graph is captured that has no :meth:`fetch`, call it once."""
@@ -113,18 +117,12 @@ class SlotWeights:
                 "an expert has several static slots, and each would be trained alone",
                 hint="one static slot an expert in training; more copies in step slots",
             )
-        expert_DM = self._expert_DM(expert_DS)
-        own_M = self._owner_E.index_select(0, expert_DM[self.rank])
-        row_DM = self._row_E.index_select(0, expert_DM.view(-1)).view(self.devices, self.count)
+        route = None if self._stripes is None else self._stripes.route(self._expert_DM(expert_DS))
         for name, grad in grad_S.items():
             total = torch.cat([grad[: self.static], grad.new_zeros(1, *grad.shape[1:])])
-            if self._group is not None:
-                sent = grad.new_zeros(self.devices * self.count, *grad.shape[1:])
+            if self._stripes is not None and route is not None:
                 replicas = grad.index_select(0, self._step_DM[self.rank])
-                sent.index_copy_(0, own_M * self.count + self._turn_M, replicas)
-                came = exchange_equal(sent, self._group).view(self.devices, self.count, *grad.shape[1:])
-                for device in range(self.devices):  # no expert twice on one: the order of the sum is that of ranks
-                    total.index_add_(0, row_DM[device], came[device])
+                total.index_add_(0, route.row_O, self._stripes.summed(route, replicas))
             weight = self.owned[name]
             weight.grad = total[:-1] if weight.grad is None else weight.grad.add_(total[:-1])
 
