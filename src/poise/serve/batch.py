@@ -70,6 +70,11 @@ class StepBatch:
         """T."""
         return len(self.token_T)
 
+    @property
+    def fullest(self) -> int:
+        """Tokens of the rank that has most."""
+        return int(np.bincount(self.home_T).max(initial=0))
+
     def tags(self, rank: int) -> NDArray[np.int64]:
         """Tags whose home is ``rank``, ascending."""
         return np.flatnonzero(self.home_T == rank)

@@ -26,6 +26,8 @@ from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.runtime.canary import Canary
 from poise.runtime.collectives import lost, timeout_of, twin
+from poise.runtime.device.padded import RowCapacity
+from poise.serve.hostless import HostlessLayer, HostlessPolicy
 from poise.serve.layer import Clock, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
 from poise.serve.replicas import empty_bank
@@ -71,7 +73,8 @@ class Engine:
     cluster : which ranks share a node.
     traffic : ``home``, ``home_device_dedup``, ``home_node_dedup`` or ``stay``.
     split : how replicas share tokens: ``even``, or ``near``, own rank and node first.
-    fast : a step-wise policy with step replicas and its own token split; None: static.
+    fast : a step-wise policy with step replicas and its own token split; None: static. A :class:`HostlessPolicy` plans
+        where weights lie, without the host on a GPU.
     group : process group whose ranks are the cluster's devices; default: all.
     budget : most tokens of one rank in a step; longer prompts run in chunks.
     most_live : most requests of one rank that hold keys and values at a time.
@@ -94,7 +97,7 @@ class Engine:
         *,
         traffic: DataFlow = "home",
         split: Split = "even",
-        fast: ServingPolicy | None = None,
+        fast: ServingPolicy | HostlessPolicy | None = None,
         group: Any = None,
         budget: int = 512,
         most_live: int | None = None,
@@ -131,14 +134,29 @@ class Engine:
         like = next(iter(parts.banks[self.layers[0]].values()))
         kind = self.kinds[self.layers[0]]
         alike = all(other.shapes == kind.shapes for other in self.kinds.values())
-        step_bank = empty_bank(kind, fast.step_slots, like) if fast is not None and alike else None
         self._weights_group = None if fast is None else twin(self.group)
-        self.experts = {
-            layer: ServedLayer(row, self.kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
-                               split=split, group=self.group, weights_group=self._weights_group, fast=fast,
-                               step_bank=step_bank, clock=clock)
-            for row, layer in enumerate(self.layers)
-        }  # fmt: skip
+        config: Any = parts.model.config
+        self._hostless: list[HostlessLayer] = []
+        self.experts: dict[int, ServedLayer | HostlessLayer] = {}
+        if isinstance(fast, HostlessPolicy):
+            fast.check(traffic, split, clock is not None)
+        if isinstance(fast, HostlessPolicy) and fast.runs_on(like):
+            top_k = int(config.num_experts_per_tok)
+            self._hostless = [
+                HostlessLayer(row, self.kinds[layer], parts.banks[layer], placement, cluster, fast, tokens=budget,
+                              top_k=top_k, group=self.group, weights_group=self._weights_group)
+                for row, layer in enumerate(self.layers)
+            ]  # fmt: skip
+            self.experts = dict(zip(self.layers, self._hostless, strict=True))
+        else:
+            loop = fast.elsewhere() if isinstance(fast, HostlessPolicy) else fast
+            step_bank = empty_bank(kind, loop.step_slots, like) if loop is not None and alike else None
+            self.experts = {
+                layer: ServedLayer(row, self.kinds[layer], parts.banks[layer], placement, cluster, traffic=traffic,
+                                   split=split, group=self.group, weights_group=self._weights_group, fast=loop,
+                                   step_bank=step_bank, clock=clock)
+                for row, layer in enumerate(self.layers)
+            }  # fmt: skip
         self.model = ServedModel(parts, self.experts, traffic, self.group)
         self.steps: deque[StepRecord] = deque(maxlen=RECORDS)
         self.swaps: list[SwapRecord] = []
@@ -196,6 +214,8 @@ class Engine:
         ------
         CommunicationError : a rank was lost.
         OptionError : ranks were given different requests.
+        CapacityError : a layer without the host had no room, on all ranks; the step can be run again with more
+            (:meth:`give_room`).
         """
         start = time.perf_counter()
         swap = self._swap
@@ -217,7 +237,9 @@ class Engine:
         if swap is not None and swap.wrong:
             layer, expert = swap.wrong[0]
             mine[-1] = layer * self._num_experts + expert
-        *tokens, incomplete, wrong = self._agree(mine, batch.token_T)
+        *tokens, incomplete, wrong, pair, computed = self._agree(mine, batch.token_T)
+        if self._hostless:
+            self._hostless[0].layer.judge(pair, computed)
         sampled = {batch.chunks[i].request: token for i, token in zip(ends, tokens, strict=True)}
         for request in self.book.advance(batch, sampled, self.eos):
             if self.traffic == "stay" or request.home == self.rank:
@@ -234,9 +256,16 @@ class Engine:
         return record
 
     def _agree(self, mine: Tensor, token_T: Any) -> list[int]:
-        """The largest of each number over the ranks; ranks whose steps differ find out here."""
+        """The largest of each number over the ranks, then the rows that any layer without the host needed; ranks whose
+        steps differ find out here.
+        """
         check = zlib.crc32(token_T.tobytes())
-        both = torch.cat([mine, torch.tensor([check, -check])]).to(self.model.device)
+        both = torch.cat([mine, torch.zeros(2, dtype=torch.int64), torch.tensor([check, -check])]).to(self.model.device)
+        if self._hostless:  # read here, where the host waits in any case
+            needs_L2 = torch.stack([served.layer.need for served in self._hostless])
+            both[-4:-2] = needs_L2.amax(0)
+            for served in self._hostless:
+                served.layer.need.zero_()
         try:
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         except RuntimeError as error:
@@ -274,6 +303,14 @@ class Engine:
         self._swap = Swap(self.placement, align(self.placement, placement), banks, kinds, self.cluster.node_D,
                           self._weights_group, bytes_per_step, self.canary)  # fmt: skip
         self._setup_s = time.perf_counter() - start
+
+    def give_room(self, capacity: RowCapacity | None = None) -> None:
+        """Other room for rows of tokens in layers without the host, on all ranks alike, between two steps.
+
+        None: enough for every routing.
+        """
+        for served in self._hostless:
+            served.give_room(capacity)
 
     def remember_weights(self) -> None:
         """Take the weights as they are for right, on all ranks: copies must equal them. Called again after whoever

@@ -110,8 +110,11 @@ class ServedLayer:
         )
         self.split = PlannedSplit(self._fast, self.index, count_ED, own, flow, self._replicas)
 
-    def prefetch(self, tokens: int) -> None:
-        """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks."""
+    def prefetch(self, tokens: int, fullest: int = 0) -> None:
+        """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks.
+
+        ``fullest``, tokens of the rank that has most, is for layers without the host.
+        """
         self.split.prefetch(tokens)
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ same inputs give the same plan on every rank, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,18 +106,23 @@ class LayerSlots:
     @classmethod
     def of(cls, static_ED: NDArray[np.bool_], step_slots: int, node_D: NDArray[Any]) -> LayerSlots:
         """The table of a static placement, bool [E, D], with so many step slots a device."""
-        experts, devices = static_ED.shape
-        used_D = static_ED.sum(axis=0)
-        width = int(used_D.max()) + step_slots
-        expert_DS = np.full((devices, width), EMPTY, np.int32)
-        turn_DS = np.full((devices, width), ABSENT, np.int32)
-        turn_ED = np.cumsum(static_ED, axis=1) - 1
-        for device in range(devices):
-            held = np.flatnonzero(static_ED[:, device])
+        held = [np.flatnonzero(static_D).tolist() for static_D in static_ED.T]
+        return cls.in_order(held, len(static_ED), step_slots, node_D)
+
+    @classmethod
+    def in_order(
+        cls, expert_D: Sequence[Sequence[int]], num_experts: int, step_slots: int, node_D: NDArray[Any]
+    ) -> LayerSlots:
+        """The table whose devices have these experts for good, in this order, and then so many step slots."""
+        shape = (len(expert_D), max(map(len, expert_D)) + step_slots)
+        expert_DS, turn_DS = np.full(shape, EMPTY, np.int32), np.full(shape, ABSENT, np.int32)
+        turn_E = np.zeros(num_experts, np.int32)
+        for device, held in enumerate(expert_D):
             expert_DS[device, : len(held)] = held
-            turn_DS[device, : len(held)] = turn_ED[held, device]
+            turn_DS[device, : len(held)] = turn_E[list(held)]
             turn_DS[device, len(held) : len(held) + step_slots] = STEP
-        return cls(expert_DS, turn_DS, experts, np.asarray(node_D, np.int32))
+            np.add.at(turn_E, list(held), 1)
+        return cls(expert_DS, turn_DS, num_experts, np.asarray(node_D, np.int32))
 
     @property
     def size_N(self) -> NDArray[np.int64]:

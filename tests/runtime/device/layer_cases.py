@@ -283,11 +283,26 @@ def served() -> None:
     assert all(left), left
 
 
+def fewer_tokens() -> None:
+    """A step of fewer tokens than the layer was made for has less padding, the same outputs, and room for every routing."""
+    layer, whole, _ = made("gated", 1, 2, trained=False)
+    for count in (TOKENS, 4, 1):
+        batch = [each[:count] for each in tokens(1, count, dist.get_rank(), 3.0)]
+        with GraphRules() as rules, torch.no_grad():
+            y = layer(*batch)
+        close(y, whole(*batch), "outputs")
+        widest = max(
+            shape[0] for name, shapes in rules.seen for shape in shapes if len(shape) == 2 and shape[1] == WIDTH
+        )
+        assert widest <= dist.get_world_size() * count * TOP_K + 1, widest
+        layer.check()
+
+
 def refused() -> None:
     """What it does not do is said, on all ranks."""
     layer, _whole, slots = made("plain", 0, 1)
     for error, make, said in (
-        (ModelError, lambda: layer(*(each[:-1] for each in tokens(0, 0, 0, 1.0))), "the layer was made for"),
+        (ModelError, lambda: layer(*(each.repeat(2, 1) for each in tokens(0, 0, 0, 1.0))), "the layer was made for"),
         (CommunicationError, lambda: made("plain", 0, 1, capacity=RowCapacity(3 + dist.get_rank(), 9)), "has sizes"),
         (CommunicationError, lambda: made("plain", 0, 1, sent=1 + dist.get_rank()), "experts an owner sends"),
         (ModelError, lambda: SlotWeights(slots, {"up": torch.zeros(EXPERTS + 1, 2)}, dist.group.WORLD), "static slots"),
@@ -431,6 +446,7 @@ CASES = {
     "too little room on a device": partial(too_little_room, "computed"),
     "just enough room": just_enough,
     "served": served,
+    "fewer tokens": fewer_tokens,
     "refused": refused,
     "changed between": changed_between,
     "failing backward": failing_backward,

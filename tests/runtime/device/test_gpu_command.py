@@ -41,9 +41,27 @@ def test_a_part_that_fails_is_wrong_and_says_so():
 
 def test_without_a_gpu_no_figure_of_one_is_written():
     layers = {"right": True, "parity": {"outputs": 1e-16}, "sizes": [], "seconds": 1.0}
-    rows = [{"where": "CPU", "stream": 1, "events": 3, "busy_us": 5.0, "beside_another_us": 0.0}]
+    rows = gpu.timeless([{"where": "CPU", "stream": 1, "events": 3, "busy_us": 5.0, "beside_another_us": 0.0}])
     train = {"right": True, "apart": 1e-15, "counted_MB": 0.1, "streams": rows, "seconds": 2.0}
-    result = {"correctness": {"cases": 8, "asked": 8, "wrong": None}, "layers": layers, "train": train,
-              "predicted": {"overlap": {"experts_us": 1.0}}}  # fmt: skip
+    result = {"correctness": {"cases": 8, "asked": 8, "wrong": None}, "layers": layers, "train": train}
     said = gpu.report(result, "Triton's interpreter")
     assert "were not run" in said and "_us" not in said and "right" in said and "WRONG" not in said
+
+
+def test_the_interpreters_record_has_no_time_and_no_prediction(monkeypatch, tmp_path):
+    rows = [{"where": "CPU", "stream": 1, "events": 3, "busy_us": 5.0, "beside_another_us": 0.0}]
+    parts = {
+        "hostless": {"right": True, "parity": {"outputs": 0.0}, "sizes": []},
+        "trained": {"right": True, "apart": 0.0, "streams": rows},
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(gpu_layers, name, lambda *given, part=part: dict(part))
+    monkeypatch.setattr(gpu, "correctness", lambda *given: {"cases": 8, "asked": 8, "wrong": None})
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    (tmp_path / "benchmarks" / "reports").mkdir(parents=True)
+    assert gpu.main() == 0
+    (record,) = (tmp_path / "benchmarks" / "reports").glob("*-gpu.json")
+    assert "_us" not in record.read_text("utf-8") and "predicted" not in record.read_text("utf-8")
+    assert '"events": 3' in record.read_text("utf-8")

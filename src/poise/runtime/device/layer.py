@@ -46,7 +46,8 @@ class DeviceLayer:
     kind : how experts compute; one of those that can run grouped.
     kernels : the layer's calls (:func:`poise.runtime.device.choose.kernels_for`).
     table, weights : its slots, and what lies in this rank's.
-    tokens, top_k : T and K of every step, the same on all ranks: a rank with fewer tokens fills up with ids of -1.
+    tokens, top_k : most tokens of a step, and K. In a step all ranks give the same number of tokens, T: a rank with
+        fewer of them fills up with ids of -1.
     group : process group of tokens.
     capacity : room for rows; by default enough for every routing.
     product : what multiplies rows with the matrix of their slot.
@@ -104,14 +105,11 @@ class DeviceLayer:
 
         Raises
         ------
-        ModelError : other shapes than the layer was made for.
+        ModelError : more tokens, or another K, than the layer was made for.
         """
         x_Td, ids_TK, weights_TK = routed(x, ids, weights, self.kind.hidden)
-        if ids_TK.shape != (self.tokens, self.top_k):
-            raise ModelError(
-                f"ids of {list(ids_TK.shape)}, the layer was made for [{self.tokens}, {self.top_k}]",
-                hint="fill up with tokens whose ids are -1",
-            )
+        if len(ids_TK) > self.tokens or ids_TK.shape[1] != self.top_k:
+            raise ModelError(f"ids of {list(ids_TK.shape)}, the layer was made for [{self.tokens}, {self.top_k}]")
         with torch.no_grad():
             way = self._planned(ids_TK)
         parameters = [weight for weight in self.weights.owned.values() if weight.requires_grad]
@@ -124,7 +122,7 @@ class DeviceLayer:
             partial(self._forward, one, graph), partial(self._backward, one), x_Td.to(like.dtype), *parameters
         )
         weights_TK = weights_TK.masked_fill(~named(ids_TK, len(self.load_E)), 0)
-        y_TKd = y_Nd.view(self.tokens, self.top_k, y_Nd.shape[1])
+        y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x.dtype)
 
     def _forward(self, one: _DevicePass, graph: bool, x_Td: Tensor) -> Tensor:
@@ -168,6 +166,10 @@ class DeviceLayer:
         """
         pair, computed = self.need.tolist()
         self.need.zero_()
+        self.judge(pair, computed)
+
+    def judge(self, pair: int, computed: int) -> None:
+        """As :meth:`check`, of rows that were needed: by whoever has read ``need`` beside something else."""
         if pair == LOST:
             raise CapacityError("a step was planned with other counts than its tokens had")
         if pair == APART:
@@ -193,7 +195,9 @@ class DeviceLayer:
         self.load_E.copy_(load_SE.sum(0, dtype=torch.int32))
         quota_ED = self.kernels.split(load_SE, self.expert_DS, self.leave)
         row_ED = self.kernels.rows(load_SE, quota_ED, self.rank)
-        way = make_padded(ids_TK, row_ED, quota_ED, self.expert_DS, self.capacity, self.group)
+        most = RowCapacity.enough(len(ids_TK), self.top_k, len(self.expert_DS))
+        room = RowCapacity(min(self.capacity.pair, most.pair), min(self.capacity.computed, most.computed))
+        way = make_padded(ids_TK, row_ED, quota_ED, self.expert_DS, room, self.group)
         torch.maximum(self.need, way.need, out=self.need)
         return way
 
