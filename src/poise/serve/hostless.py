@@ -44,9 +44,10 @@ class HostlessPolicy:
     price : machine and model it plans with.
     step_slots : M, slots a device and layer beyond the static placement's; not shared between layers.
     window : steps whose mean load is the prediction.
-    every : steps from one look at a layer's replicas to the next. A look sends ``sent`` + M experts a rank.
+    every : steps from one look at a layer's replicas to the next. A look sends ``sent`` + M experts a rank, and on the
+        demo trace one slot in ten changes from step to step (benchmarks/fetches.py).
     margin : least predicted gain, as a share of the passive time, for which a layer is not left alone.
-    sent : O, experts that one owner can send in a look; default: enough for every plan.
+    sent : O, experts that one owner can send in a look; default: twice ``step_slots``.
     capacity : room for rows of tokens; default: enough for every routing.
     prior_LE : loads known before the first step, float64 [L, E]; default: none, and no replica before the second step.
     where : types of devices on which layers run so.
@@ -55,7 +56,7 @@ class HostlessPolicy:
     price: StepPrice
     step_slots: int = 1
     window: int = WINDOW
-    every: int = 1
+    every: int = 8
     margin: float = 0.03
     sent: int | None = None
     capacity: RowCapacity | None = None
@@ -145,7 +146,7 @@ class HostlessLayer:
         ``tokens``: pairs of this step over all ranks; ``fullest``: tokens of the rank that has most.
         """
         self._room = min(self.tokens, 1 << max(0, fullest - 1).bit_length())
-        if self.policy.step_slots and self._steps and self._steps % self.policy.every == 0:
+        if self.policy.step_slots and self._steps and (self._steps - 1) % self.policy.every == 0:
             mean_E = self._recent_WE.sum(0)
             expected_E = mean_E * tokens // mean_E.sum().clamp(min=1)
             self.layer.prepare(expected_E.clamp(max=self._most_pairs).to(torch.int32))

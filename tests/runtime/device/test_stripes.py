@@ -136,6 +136,7 @@ def test_room_for_every_table_drops_nothing():
     for seed in range(30):
         case = Drawn(seed)
         case.room = Stripes.enough(case.table)
+        assert 1 <= Stripes.usual(case.table) <= min(case.room, 2 * case.expert_DM.shape[1])
         np.testing.assert_array_equal(case.kept(), case.expert_DM)
 
 

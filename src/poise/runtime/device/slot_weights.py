@@ -29,8 +29,8 @@ class SlotWeights:
     table : the layer's slots; static ones of a device come first.
     weights : of the experts in this rank's static slots, in their order [n, ...].
     group : process group of the ranks.
-    sent : O, experts that one owner can send for all step slots together, the same on every rank; by default enough for
-        every table. A rank sends O + M experts for its layer's step slots, whatever they hold.
+    sent : O, experts that one owner can send for all step slots together, the same on every rank; default: 2 M. A rank
+        sends O + M experts for its layer's step slots, whatever they hold.
     weights_group : the same ranks, over whose connections replicas travel; default: connections of their own.
 
     Attributes
@@ -50,7 +50,7 @@ class SlotWeights:
     ) -> None:  # fmt: skip
         rank, (devices, width) = dist.get_rank(group), table.expert_DS.shape
         step_DM = step_slots_of(table)
-        self.static, self.sent = int((table.turn_DS[rank] >= 0).sum()), Stripes.enough(table) if sent is None else sent
+        self.static, self.sent = int((table.turn_DS[rank] >= 0).sum()), Stripes.usual(table) if sent is None else sent
         self.rank, self.single = rank, bool((table.turn_DS <= 0).all())
         where = next(iter(weights.values())).device
         for name, weight in weights.items():

@@ -77,6 +77,13 @@ class Stripes:
         owned = np.bincount(np.nonzero(table.turn_DS == 0)[0]).max()
         return max(1, min(int(owned), step_slots_of(table).size))
 
+    @classmethod
+    def usual(cls, table: LayerSlots) -> int:
+        """Room for twice as many as a rank has step slots: 3 M experts travel, and layers of the demo trace
+        were as even as with room for every table (benchmarks/fetches.py).
+        """
+        return min(cls.enough(table), max(1, 2 * step_slots_of(table).shape[1]))
+
     def fitting(self, expert_DM: Tensor, load_E: Tensor) -> Tensor:
         """Which of the step slots' experts, int64 [D, M] (E: empty), their owners have room to send: bool [D, M].
 
