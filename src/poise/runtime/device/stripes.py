@@ -79,8 +79,8 @@ class Stripes:
 
     @classmethod
     def usual(cls, table: LayerSlots) -> int:
-        """Room for twice as many as a rank has step slots: 3 M experts travel, and layers of the demo trace
-        were as even as with room for every table (benchmarks/fetches.py).
+        """Room for twice as many as a rank has step slots: 3 M experts travel, and layers of recorded
+        traffic were as even as with room for every table (benchmarks/fetches.py).
         """
         return min(cls.enough(table), max(1, 2 * step_slots_of(table).shape[1]))
 
