@@ -7,6 +7,7 @@ The two parts take about as long; what is compiled already is loaded in about a 
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -46,6 +47,7 @@ def rest() -> None:
     from poise.engines.plugins.policy import warm_up
     from poise.machine.cluster import Cluster
     from poise.machine.model import ModelSpec
+    from poise.planning.placement import Placement
     from poise.planning.problem import PlacementProblem
     from poise.planning.solve.repair import prepared
     from poise.planning.solve.solve import METHODS, solve
@@ -53,6 +55,7 @@ def rest() -> None:
     from poise.replay.serving import FastLoop, replay_steps
     from poise.routing.batching import make_batch
     from poise.routing.synthetic import zipf_trace
+    from poise.stepwise.poise.near import PoiseNear
     from poise.stepwise.registry import POLICIES
     from poise.util.errors import NoResultError
 
@@ -72,6 +75,12 @@ def rest() -> None:
     prepared(solution.placement, "device", cluster.node_D, batch.load_LE(), np.ones(4))
     for policy in POLICIES.values():
         replay_steps(batch, solution.placement, FastLoop(policy, 2), cluster, model, traffic="home", warm_up=1)
+    # a machine for which replicas pay even for these few tokens, and then other parts of a policy run, too
+    slow = Cluster(cluster.node_D, np.ones(4), 1e6, 1e6, 1e9, 1e12, 1e12, intra_latency_s=1e-9, inter_latency_s=1e-9)
+    placed = Placement.from_devices(np.arange(16).reshape(2, 8) % 8 // 2, 4)
+    for policy, window_s in itertools.product((POLICIES["poise"], PoiseNear(margin=0.0, refresh=2)), (1e-9, 1.0)):
+        loop = FastLoop(policy, 2, window_s=window_s, control_s=0.0, engine_split="near")
+        replay_steps(batch, placed, loop, slow, model, traffic="home", warm_up=1)
 
 
 if __name__ == "__main__":

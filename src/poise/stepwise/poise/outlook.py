@@ -146,7 +146,7 @@ def _splits(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64])
     yield nearest_quota(fine_SE, held_ED, machine.node_D).astype(np.float64)
     yield best_quotas(source_tokens(fine_SE, machine), held_ED, machine)[1].astype(np.float64)
     layer = site.desk.put(held_ED)
-    plan_seconds(load_E, 0.0, layer)
+    plan_seconds(load_E.copy(), 0.0, layer)  # to numba an array that may not be written is another type
     yield _on_devices(layer, layer.space.tokens_H)
 
 
