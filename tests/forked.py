@@ -144,7 +144,7 @@ def main() -> None:
         importlib.import_module(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kernels.training()
+        kernels.loops()
     gc.collect()
     gc.freeze()  # what all have is nothing that a rank's collections must go through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
