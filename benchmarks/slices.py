@@ -42,7 +42,7 @@ def properties() -> list[str]:
 
 
 CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py", "tests/train/test_foresight.py",
-         "tests/train/test_muon.py")  # fmt: skip
+         "tests/train/test_muon.py", "tests/runtime/test_flows.py")  # fmt: skip
 """Files whose cases run on several processes, and do less in ``make test``."""
 
 

@@ -56,9 +56,13 @@ def pytest_collection_modifyitems(items):
     long = []
     for file in LONGEST:
         mine = [item for item in items if item.nodeid.startswith(file)]
-        together = {name: number for number, chunk in enumerate(chunks(chosen_cases(mine))) for name in chunk}
-        groups = itertools.groupby(mine, key=lambda item: together.get(case_of(item), item.nodeid))
-        long += [list(group) for _, group in groups]
+        for _, of_one in itertools.groupby(mine, key=lambda item: item.nodeid.partition("[")[0]):
+            items_of_one = list(of_one)
+            together = {
+                name: number for number, chunk in enumerate(chunks(chosen_cases(items_of_one))) for name in chunk
+            }
+            groups = itertools.groupby(items_of_one, key=lambda item: together.get(case_of(item), item.nodeid))
+            long += [list(group) for _, group in groups]
     rest = [item for item in items if not item.nodeid.startswith(LONGEST)]
     first, second = ([item for group in part for item in group] for part in (long[::2], long[1::2]))
     half = max(0, len(items) // 2 - len(first))

@@ -36,6 +36,9 @@ FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_os
 LOADED = (
     "tests.serve.run_cases", "tests.train.support", "tests.train.run_cases", *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES)
 )  # fmt: skip
+KNOWN = {"tests/serve/": "tests.serve.harness"}
+"""Folders of scripts, and who remembers what all ranks of these compute alike; without a backward pass, after which none may be
+forked that has one."""
 _servers: list[socket.socket] = []
 _started: list[subprocess.Popen[bytes]] = []
 
@@ -141,7 +144,7 @@ def main() -> None:
         importlib.import_module(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kernels.training()
+        kernels.loops()
     gc.collect()
     gc.freeze()  # what all have is nothing that a rank's collections must go through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -161,6 +164,7 @@ def main() -> None:
                         left.unlink(missing_ok=True)
                     os._exit(0)
                 continue
+            _remember(json.loads(job)["words"][0])
             if not os.fork():
                 for other in (listener, *asking):
                     other.close()
@@ -168,6 +172,13 @@ def main() -> None:
                 return
             for file in files:
                 os.close(file)
+
+
+def _remember(script: str) -> None:
+    """What is known before ranks of this script are forked."""
+    for folder in [folder for folder in KNOWN if script.startswith(str(ROOT / folder))]:
+        importlib.import_module(KNOWN.pop(folder)).remember()
+        gc.freeze()
 
 
 def _watch(job: dict[str, Any], told: int, said: int) -> None:

@@ -1,19 +1,20 @@
 """Compile the kernels once, before there are workers and ranks of a launch that would each do it on their own.
 
-    python -m tests.kernels training | rest
+    python -m tests.kernels loops | rest
 
 The two parts take about as long; what is compiled already is loaded in about a second.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("training", "rest")
+PARTS = ("loops", "rest")
 
 
 def compile_all() -> None:
@@ -22,21 +23,42 @@ def compile_all() -> None:
     assert not any([one.wait() for one in running]), "the kernels do not compile"
 
 
-def training() -> None:
-    """What ``poise`` plans sharded training with."""
+def loops() -> None:
+    """What fast loops plan with where replicas pay: in sharded training, with its routing known or not, and in serving."""
     import numpy as np
 
-    from poise.cost.weights import training_price
+    from poise.cost.weights import compiled_price, training_price
     from poise.machine.cluster import Cluster
     from poise.machine.model import ModelSpec
-    from poise.replay.serving import FastLoop
+    from poise.planning.placement import Placement
+    from poise.replay.serving import FastLoop, replay_steps
     from poise.replay.training import SourceLoads, replay_training
+    from poise.routing.batching import make_batch
+    from poise.routing.synthetic import zipf_trace
+    from poise.stepwise.poise.early import improved
+    from poise.stepwise.poise.gathers import OwnedLayer
+    from poise.stepwise.poise.near import PoiseNear
+    from poise.stepwise.poise.node_split import source_tokens
+    from poise.stepwise.poise.shares import deal_rows
     from poise.stepwise.registry import POLICIES
 
-    price = training_price(4096, 8, Cluster.uniform(2, 2), ModelSpec.generic(8, 2, np.arange(2)))
+    model = ModelSpec.generic(8, 2, np.arange(2))
+    price = training_price(4096, 8, Cluster.uniform(2, 2), model)
     weight = np.random.default_rng(0).dirichlet(np.full(8, 0.4), size=(2, 4))
     loads = np.random.default_rng(1).multinomial(60_000, weight, size=(4, 2, 4)).astype(np.int32)
     replay_training(SourceLoads(loads, 2), FastLoop(POLICIES["poise"], 2), price, warm_up=2)
+    owned_ED, load_SE = np.arange(8)[:, None] // 2 == np.arange(4), loads[0, 0].astype(np.int64)
+    machine = compiled_price(price).machine
+    improved(OwnedLayer(source_tokens(load_SE, machine), owned_ED, np.full(4, 2), compiled_price(price)), owned_ED, 1)
+    deal_rows(load_SE, np.ones((8, 4)), owned_ED, machine)
+
+    trace = zipf_trace(num_tokens=96, num_layers=2, num_experts=8, top_k=2, tokens_per_request=8, seed=0)
+    placed = Placement.from_devices(np.stack([np.arange(8) // 2] * 2), 4)
+    slow = Cluster(np.array([0, 0, 1, 1], np.int32), np.ones(4), 1e6, 1e6, 1e9, 1e12, 1e12, intra_latency_s=1e-9,
+                   inter_latency_s=1e-9)  # fmt: skip
+    for policy, window_s in itertools.product((POLICIES["poise"], PoiseNear(margin=0.0, refresh=2)), (1e-9, 1.0)):
+        loop = FastLoop(policy, 2, window_s=window_s, control_s=0.0, engine_split="near")
+        replay_steps(make_batch(trace, tokens_per_step=24), placed, loop, slow, model, traffic="home", warm_up=1)
 
 
 def rest() -> None:
@@ -76,4 +98,4 @@ def rest() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    {"training": training, "rest": rest}[sys.argv[1]]()
+    {"loops": loops, "rest": rest}[sys.argv[1]]()

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from poise import api
+from poise.api import compared as compared_by
 from poise.cli.main import app
 from poise.planning.groups import WholeGroups
 from poise.planning.methods.contiguous import deal
@@ -107,7 +108,7 @@ def test_what_runs_now_is_not_gathered_for_a_verdict(files, monkeypatch):
         return found
 
     compare = api.compare
-    monkeypatch.setattr(api, "compare", compared)
+    monkeypatch.setattr(compared_by, "compare", compared)
     sizes = {"model": str(files / "config.json"), "tokens_per_step": 64, "redundant": 8}
     said = api.planning_verdict(files / "t.npz", "2x2:h100", method="lpt", keep_groups="nodes", work=0.05, **sizes)
     whole = WholeGroups.on_nodes(16, 4, np.array([0, 0, 1, 1], np.int32))

@@ -10,6 +10,7 @@ from tests.helpers import few_or
 from tests.planning.test_groups import problem as grouped_problem
 
 from poise import api
+from poise.api import planned as planned_by
 from poise.control import payback
 from poise.control.moves import move_list
 from poise.control.payback import Leg, _in_order, bounded, migration, paid_back
@@ -324,9 +325,9 @@ def test_a_plan_tells_the_way_by_its_own_budget(monkeypatch):
     problem, before, _ = skewed(0)
     loads = LoadProfile(problem.batch.load_BLE, top_k=2)
     seen, searches = [], []
-    real, real_search = api.paid_back, api.plan_and_fewer
-    monkeypatch.setattr(api, "paid_back", lambda *args, **more: seen.append(args[3]) or real(*args, **more))
-    monkeypatch.setattr(api, "plan_and_fewer", lambda *args: searches.append(args[2]) or real_search(*args))
+    real, real_search = planned_by.paid_back, planned_by.plan_and_fewer
+    monkeypatch.setattr(planned_by, "paid_back", lambda *args, **more: seen.append(args[3]) or real(*args, **more))
+    monkeypatch.setattr(planned_by, "plan_and_fewer", lambda *args: searches.append(args[2]) or real_search(*args))
 
     def planned(budget, **more):
         return api.plan(loads, problem.cluster, redundant=8, method="lpt", current=before, time_limit_s=budget, **more)

@@ -28,9 +28,26 @@ def plain(family: str) -> Any:
     return m.dense(family)
 
 
+NEW = {"olmoe": 12}
+"""Tokens that any case asks of a family; of the others :data:`USUAL`."""
+USUAL = 8
+
+
 @cache
-def answers(family: str, count: int = 5, new: int = 8) -> list[list[int]]:
-    return [m.plain_greedy(plain(family), prompt, new) for prompt in m.prompts(count)]
+def _longest(family: str) -> list[list[int]]:
+    return [m.plain_greedy(plain(family), prompt, NEW.get(family, USUAL)) for prompt in m.prompts()]
+
+
+def answers(family: str, new: int = USUAL) -> list[list[int]]:
+    """Of :func:`tests.serve.models.prompts`; the first tokens of a longer answer are a shorter one."""
+    assert new <= NEW.get(family, USUAL)
+    return [row[:new] for row in _longest(family)]
+
+
+def remember() -> None:
+    """Plain models and their answers, once for all ranks that are forked from this process: no gradient is needed."""
+    for family in m.CONFIGS:
+        _longest(family)
 
 
 def place(kind: str, family: str = "olmoe", seed: int = 0) -> Placement:

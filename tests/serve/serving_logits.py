@@ -58,9 +58,12 @@ def family_logits(family: str) -> dict:
     sequences = [prompt + answer[:2] for prompt, answer in zip(m.prompts(5), answers(family), strict=True)]
     truth = [m.plain_logits(plain(family), tokens) for tokens in sequences]
     # a router that multiplies in float32 (DeepSeek) gives other last bits for other numbers of tokens
-    bound = max(
-        float((m.stepwise_logits(plain(family), tokens) - full).norm(dim=1).div(full.norm(dim=1)).max())
-        for tokens, full in zip(sequences, truth, strict=True)
+    mine = list(zip(sequences, truth, strict=True))[dist.get_rank() :: dist.get_world_size()]
+    bound = agreed(
+        max(
+            float((m.stepwise_logits(plain(family), tokens) - full).norm(dim=1).div(full.norm(dim=1)).max())
+            for tokens, full in mine
+        )
     )
     errors, turn = {}, list(m.CONFIGS).index(family)
     for number, traffic in enumerate(DATA_FLOWS):

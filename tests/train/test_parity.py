@@ -1,6 +1,6 @@
 """Sharded training equals one dense process, for every policy. ``make test-all`` runs all cells.
 
-A pairwise sample: a third of it on four ranks, with every policy, smaller parts on two and on eight. With POISE_MANY=1 half of it on
+A pairwise sample: a fifth of it on four ranks, with every policy, smaller parts on two and on eight. With POISE_MANY=1 half of it on
 two ranks, the other half on four.
 """
 
@@ -26,7 +26,7 @@ def cells(world, tmp_path, *arguments):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_policy_equals_the_dense_reference(world, tmp_path):
-    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (6, 3), 4: (3, 0), 8: (24, 2)})[world]
+    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (6, 3), 4: (5, 2), 8: (24, 2)})[world]
     found = cells(world, tmp_path, "--every", str(every), "--first", str(first))
     assert {cell["policy"] for cell in found} == set(POLICIES) or world in few_or({8}, {2, 8})
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
@@ -36,11 +36,11 @@ def test_every_policy_equals_the_dense_reference(world, tmp_path):
 
 
 def test_a_mutation_fails_every_cell_it_touches(tmp_path, subtests):
-    found = cells(2, tmp_path, "--mutate", ",".join(MUTATIONS), "--every", "2")
+    found = cells(2, tmp_path, "--mutate", ",".join(MUTATIONS), "--every", str(few_or(2, 3)))
     for mutation in MUTATIONS:
         with subtests.test(mutation):
             touched = [cell for cell in found if cell["mutate"] == mutation and (mutation != "replica" or cell["lost"])]
-            assert len(touched) > 10
+            assert len(touched) > few_or(10, 5)
             assert min(cell["error"] for cell in touched) > 1e-6
 
 

@@ -59,7 +59,8 @@ def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[n
     holders = make_holders(count_ED)
     num_experts, num_devices = np.shape(count_ED)
     quota = np.zeros(holders.device_H.size, np.int64)
-    problem = QuotaProblem(load, np.asarray(speed_D, dtype=np.float64), NONE, NONE, 0.0)
+    speed = np.array(speed_D, dtype=np.float64)  # of its own: to numba an array that may not be written is another type
+    problem = QuotaProblem(load, speed, NONE, NONE, 0.0)
     balance(problem, holders, quota, make_scratch(num_experts, num_devices))
     out = np.zeros((num_experts, num_devices), np.int64)
     out[holders.expert_H, holders.device_H] = quota

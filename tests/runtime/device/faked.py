@@ -1,12 +1,14 @@
 """A training step of the layer without a host on tensors that have no values, as one of four ranks.
 
-    python -m tests.runtime.device.faked cpu|meta [counts|copy]
+    python -m tests.runtime.device.faked cpu|meta[:counts|copy] ...
 
 What looks at a value, or has a size that follows one, cannot run here at all: on fake tensors with a fake process
-group, and on the meta device, where what would copy to the host cannot either and collectives give a shape. Kernels are launched in name only: they are proven elsewhere. Prints one line. With
-another word: a step that looks at counts, or copies them, must not run.
+group, and on the meta device, where what would copy to the host cannot either and collectives give a shape. Kernels are launched in name only: they are proven elsewhere. With
+another word: a step that looks at counts, or copies them, must not run. Prints a line for each that is asked for, which runs in a
+process of its own.
 """
 
+import os
 import sys
 from contextlib import nullcontext
 
@@ -37,12 +39,11 @@ class InName:
         return lambda *tensors, **sizes: None
 
 
-def main() -> None:
+def main(where: str, *mutant: str) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=WORLD)
     for name in ("prepare_kernel", "split_kernel", "rows_kernel"):
         setattr(planner, name, InName())
     code.DeviceLayer._agree = lambda self, devices, where: None  # when it is made, the host may read
-    where, mutant = sys.argv[1], sys.argv[2:]
     if where == "meta":
         padded.exchange_equal = slot_weights.exchange_equal = lambda x, group: torch.empty_like(x)
         code.gather = lambda mine_X, group: mine_X.new_empty(WORLD, len(mine_X))
@@ -75,7 +76,7 @@ def main() -> None:
             NotImplementedError,
             AssertionError,
         ) as error:
-            print(f"refused: {str(error)[:200]}")
+            print(f"refused: {' '.join(str(error).split())[:200]}")
             return
         shapes = {tuple(each.grad.shape) for each in (x, router, *held.owned.values())}
     assert y.shape == x.shape and len(shapes) == 4
@@ -83,4 +84,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for one in sys.argv[1:]:
+        child = os.fork()
+        if not child:
+            print(f"{one} ", end="")
+            main(*one.split(":"))
+            sys.exit()
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{one} did not end well")

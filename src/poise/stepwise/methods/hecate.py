@@ -87,8 +87,9 @@ def _fill_rows(
     load_SE: NDArray[np.int64], holders_ED: NDArray[np.bool_], node_D: NDArray[Any], rows_SED: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     quota = np.zeros(holders_ED.shape, np.int64)
-    _nearest(np.ascontiguousarray(load_SE), np.ascontiguousarray(holders_ED), np.asarray(node_D, np.int64), rows_SED,
-             quota)  # fmt: skip
+    # copies: to numba an array that may not be written is another type
+    load, holders, nodes = load_SE.copy(), holders_ED.copy(), np.array(node_D, np.int64)
+    _nearest(load, holders, nodes, rows_SED, quota)
     return quota
 
 

@@ -160,5 +160,6 @@ class Llep(StepPolicy):
         mean = total // devices
         limit = max(1, int(self.alpha * mean) if mean else total)
         free_D = np.full(devices, view.step_slots, np.int64)
-        quota_ED = spill(load_E, view.static_ED, even_ED, free_D, limit, self.min_tokens)
+        static_ED = view.static_ED.copy()  # to numba an array that may not be written is another type
+        quota_ED = spill(load_E, static_ED, even_ED, free_D, limit, self.min_tokens)
         return StepPlan(view.static_ED | (quota_ED > 0), quota_ED)

@@ -35,7 +35,8 @@ def exact_split(
     local_H = np.zeros(holders.device_H.size, np.int64)
     near_start(load_SE, holders, np.arange(len(speed_D)) if node_D is None else node_D, local_H)
     quota_H = np.zeros(holders.device_H.size, np.int64)
-    balance(QuotaProblem(load_E, speed_D, local_H, NONE, slack), holders, quota_H, scratch)
+    speed = np.array(speed_D, dtype=np.float64)  # of its own: to numba an array that may not be written is another type
+    balance(QuotaProblem(load_E, speed, local_H, NONE, slack), holders, quota_H, scratch)
     out = np.zeros(holders_ED.shape, np.int64)
     out[holders.expert_H, holders.device_H] = quota_H
     return out

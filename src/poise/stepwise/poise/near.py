@@ -91,7 +91,8 @@ class PoiseNear(StepPolicy):
         if sending.how == "exact":
             return StepPlan(holders_ED, exact_quota_by_work(load_SE, SLACK, site_of(view).desk.put(holders_ED)))
         machine = compiled_price(view.price).machine
-        rows_SED = deal_rows(np.ascontiguousarray(load_SE), sending.tokens_ED, holders_ED, machine)
+        # a copy: to numba an array that may not be written is another type
+        rows_SED = deal_rows(np.ascontiguousarray(load_SE), sending.tokens_ED, holders_ED.copy(), machine)
         return StepPlan(holders_ED, rows_SED.sum(axis=0), rows_SED, passive=True)
 
     def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:

@@ -146,7 +146,7 @@ def _splits(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64])
     yield nearest_quota(fine_SE, held_ED, machine.node_D).astype(np.float64)
     yield best_quotas(source_tokens(fine_SE, machine), held_ED, machine)[1].astype(np.float64)
     layer = site.desk.put(held_ED)
-    plan_seconds(load_E, 0.0, layer)
+    plan_seconds(load_E.copy(), 0.0, layer)  # to numba an array that may not be written is another type
     yield _on_devices(layer, layer.space.tokens_H)
 
 
@@ -198,7 +198,7 @@ def best_sending(site: Site, held: bytes, loads: bytes, slack: float) -> Sending
     for load_E in judged_HE:
         spread = make_spread(share_ED * load_E[:, None], held_ED, machine)
         exact_SE = spread_evenly(np.rint(load_E).astype(np.int64), len(machine.speed_D))
-        seconds += (even_seconds(load_E, static_ED, machine), spread_seconds(spread, machine),
+        seconds += (even_seconds(load_E.copy(), static_ED, machine), spread_seconds(spread, machine),
                     best_split(exact_SE, slack, layer))  # fmt: skip
     even_s, planned_s, exact_s = (seconds / len(judged_HE) + (0.0, 0.0, site.price.control_s)).tolist()
     if held_ED.size * len(machine.speed_D) > MAX_ROWS:

@@ -110,7 +110,8 @@ class PoiseServing(StepPolicy):
 
     def _planned(self, view: LayerView, plan_ED: NDArray[np.bool_], desk: Desk) -> float:
         """Predicted seconds of a plan's split, control included."""
-        return plan_seconds(view.predicted_E, view.price.control_s, desk.put(plan_ED))
+        load_E = view.predicted_E.copy()  # to numba an array that may not be written is another type
+        return plan_seconds(load_E, view.price.control_s, desk.put(plan_ED))
 
     def _wake_below(self, view: LayerView, desk: Desk) -> float:
         """Predicted seconds below which the loop is worth its control time."""

@@ -81,7 +81,7 @@ def first_batch(site: Site, held: bytes, loads: bytes, horizon: float, margin: f
 def _seconds(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> float:
     """Predicted seconds of holders, or of the engine's split over the static ones."""
     planned_s = planned_tokens(site, held_ED.tobytes(), load_E.tobytes()).seconds
-    return min(planned_s, even_seconds(load_E, site.static_ED, site.machine))
+    return min(planned_s, even_seconds(load_E.copy(), site.static_ED, site.machine))
 
 
 def targets(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> Iterator[tuple[float, Spread]]:
@@ -111,7 +111,7 @@ def _price(
 ) -> tuple[FirstBatch | None, float]:
     """Step 2: the first batch of the best part of the way, and what the horizon takes."""
     window_s, price = site.price.window_s, compiled_price(site.price)
-    even_s = even_seconds(load_E, site.static_ED, site.machine)
+    even_s = even_seconds(load_E.copy(), site.static_ED, site.machine)
     way = Way(target.held_ED, target.tokens_ED, site.static_ED, site.slots_D)
     at_ED, tokens_ED = held_ED, planned_tokens(site, held_ED.tobytes(), load_E.tobytes()).tokens_ED
     spent_s, left, now_s = 0.0, horizon, _seconds(site, held_ED, load_E)

@@ -62,7 +62,8 @@ class Desk(NamedTuple):
 
     def put(self, holds_ED: NDArray[np.bool_]) -> HeldLayer:
         """A placement, bool [E, D], into the memory."""
-        return HeldLayer(compile_holders(np.ascontiguousarray(holds_ED), self.space.room), self.machine, self.space)
+        holds = holds_ED.copy()  # to numba an array that may not be written is another type
+        return HeldLayer(compile_holders(holds, self.space.room), self.machine, self.space)
 
 
 def make_workspace(num_experts: int, num_devices: int, num_entries: int) -> Workspace:
