@@ -15,14 +15,14 @@ from poise.routing.profile import dead_share_L, load_LE, mutual_information, ske
 from poise.routing.trace import RoutingTrace
 
 COMMANDS = """python examples/demo_trace/corpus.py
-python examples/demo_trace/train.py --minutes {minutes:.0f} --threads {threads}
+python examples/demo_trace/train.py --minutes {minutes:.0f} --threads {threads}{balance}
 python examples/demo_trace/prompts.py
 poise record build/demo_model build/demo_prompts.jsonl --max-prompt-tokens 128 --max-new-tokens 64 \\
-  --batch-size 20 -o src/poise/data/demo_trace.npz
-python examples/demo_trace/card.py"""
+  --batch-size 20 -o {trace}
+python examples/demo_trace/card.py --trace {trace}"""
 
 
-def card(trace: RoutingTrace, metrics: dict) -> tuple[str, list[str]]:
+def card(trace: RoutingTrace, metrics: dict, path: Path) -> tuple[str, list[str]]:
     """The card in markdown, and the reasons to refuse the trace."""
     load = load_LE(trace.experts, trace.num_experts)
     skew, dead = skew_L(load), dead_share_L(load)
@@ -44,7 +44,7 @@ def card(trace: RoutingTrace, metrics: dict) -> tuple[str, list[str]]:
         "",
         f"- Model: OLMoE architecture, {metrics['parameters'] / 1e6:.1f} M parameters, hidden {options['hidden']}, "
         f"expert {options['intermediate']}, vocabulary {corpus['vocab']}; balance loss per layer, weight {options['balance']}"
-        f"{'' if options['last_balance'] == options['balance'] else ' at first, ' + str(options['last_balance']) + ' at the end'}.",
+        f"{'' if options['last_balance'] == options['balance'] else ' at first, ' + str(options['last_balance']) + ' at the end, but in the first layer'}.",
         f"- Training: {metrics['tokens'] / 1e6:.1f} M tokens in {metrics['minutes']:.0f} minutes on {options['threads']} CPU "
         f"thread, torch {metrics['torch']}, seed {options['seed']}.",
         f"- Text: Debian packages {packages}; the standard library of Python {corpus['python']}. Split by whole chapters, "
@@ -80,7 +80,11 @@ def card(trace: RoutingTrace, metrics: dict) -> tuple[str, list[str]]:
     for name in trace.domain_names:
         part = skew_L(load_LE(trace.select(domains=[name]).experts, trace.num_experts))
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in part) + " |")
-    commands = COMMANDS.format(minutes=options["minutes"], threads=options["threads"])
+    falls = options["last_balance"] != options["balance"]
+    commands = COMMANDS.format(
+        minutes=options["minutes"], threads=options["threads"], trace=path,
+        balance=f" --balance {options['balance']} --last-balance {options['last_balance']}" if falls else "",
+    )  # fmt: skip
     lines += ["", "## Made with", "", "```", commands, "```", ""]
     return "\n".join(lines), refused
 
@@ -89,14 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trace", type=Path, default=Path("src/poise/data/demo_trace.npz"))
     parser.add_argument("--metrics", type=Path, default=Path("build/demo_model/metrics.json"))
-    parser.add_argument("--out", type=Path, default=Path("src/poise/data/demo_trace.md"))
     args = parser.parse_args()
     trace = read(args.trace)
     assert isinstance(trace, RoutingTrace)
-    text, refused = card(trace, json.loads(args.metrics.read_text("utf-8")))
+    text, refused = card(trace, json.loads(args.metrics.read_text("utf-8")), args.trace)
     if refused:
         sys.exit("refused: " + "; ".join(refused))
-    args.out.write_text(text, encoding="utf-8")
+    args.trace.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

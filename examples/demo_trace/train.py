@@ -1,7 +1,8 @@
 """Train the small mixture-of-experts language model of the demo trace on one CPU core.
 
 With ``--last-balance`` the weight of the balance loss falls, so that experts are kept alive at first and may specialise
-later, as DeepSeek-V3's do (arXiv 2412.19437, section 4.2: no balancing bias in the last part).
+later, as DeepSeek-V3's do (arXiv 2412.19437, section 4.2: no balancing bias in the last part). The first layer keeps
+the first weight: it routes by the token alone, and there experts that are once out of use never came back.
 
 The model is a stock ``OlmoeForCausalLM``. Two things differ from the library's own training path: the balance
 loss is taken for each layer alone (the stock one averages over layers, so a single layer can collapse while the
@@ -122,7 +123,7 @@ def held_out_windows(text: Path, tokenizer: object, length: int, most: int) -> d
 
 
 def router_losses(logits: tuple[Tensor, ...], top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over layers of the Switch balance loss and of the z-loss, and the shares [L, E] of the loads.
+    """The Switch balance loss [L] of each layer, the mean z-loss, and the shares [L, E] of the loads.
 
     The balance loss of one layer is E * sum_e share_e * mean_probability_e, which is 1 when even.
     """
@@ -135,7 +136,7 @@ def router_losses(logits: tuple[Tensor, ...], top_k: int) -> tuple[Tensor, Tenso
         balance.append(experts * (share * probabilities.mean(0)).sum())
         z.append(layer.float().logsumexp(-1).square().mean())
         shares.append(share)
-    return torch.stack(balance).mean(), torch.stack(z).mean(), torch.stack(shares)
+    return torch.stack(balance), torch.stack(z).mean(), torch.stack(shares)
 
 
 def schedule(done: float, peak: float) -> float:
@@ -296,8 +297,9 @@ def train(text: Path, out: Path, options: Options, experts: str, save_minutes: f
         language = F.cross_entropy(got.logits[:, :-1].reshape(-1, got.logits.shape[-1]), ids[:, 1:].reshape(-1))
         balance, z, shares = router_losses(got.router_logits, options.top_k)
         falls = options.last_balance / options.balance if options.balance else 1.0
-        weight = options.balance * falls ** (elapsed / (options.minutes * 60))
-        (language + weight * balance + options.z_loss * z).backward()
+        weight = torch.full_like(balance, options.balance)
+        weight[1:] *= falls ** (elapsed / (options.minutes * 60))
+        (language + (weight * balance).mean() + options.z_loss * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -307,7 +309,7 @@ def train(text: Path, out: Path, options: Options, experts: str, save_minutes: f
         loads = keep * loads + (1 - keep) * shares
         now = time.monotonic()
         if now - said > 15:
-            report(step + 1, tokens, now - start, smooth, (float(balance.detach()), float(z.detach())), loads)
+            report(step + 1, tokens, now - start, smooth, (float(balance.detach().mean()), float(z.detach())), loads)
             said = now
         if now - saved > save_minutes * 60:
             save(
@@ -351,7 +353,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--balance", type=float, default=0.02, help="weight of the balance loss")
     parser.add_argument(
-        "--last-balance", type=float, help="and at the end, to which it falls by equal factors; default: the same"
+        "--last-balance",
+        type=float,
+        help="and at the end, to which it falls by equal factors, but in the first layer; default: the same",
     )
     parser.add_argument("--z-loss", type=float, default=0.001)
     parser.add_argument("--experts-implementation", default="sliced", choices=("sliced", "eager"))

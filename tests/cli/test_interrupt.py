@@ -98,6 +98,30 @@ def test_compare_goes_on_with_the_best_plans_so_far(trace, tmp_path, monkeypatch
     assert not [note for note in said["notes"] if "the clock cut" in note] and (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize("command", ["verdict", "homes"])
+def test_what_was_cut_short_is_no_verdict(command, tmp_path, monkeypatch):
+    """It is judged and shown, and its map is written: but nothing is recommended, and nothing advised against."""
+    trace = tmp_path / "trace.npz"
+    zipf_trace(num_tokens=400, num_layers=3, num_experts=32, top_k=4, tokens_per_request=8, seed=1).save(trace)
+    sender, page, plan = interrupted(monkeypatch), tmp_path / "v.html", tmp_path / "p.npz"
+    more = {
+        "verdict": ["-m", "gpt-oss-20b", "--phase", "prefill", "-n", "64", "-r", "4", "-o", plan, "--html", page],
+        "homes": ["-n", "64", "--placement-out", plan],
+    }
+    words = [command, trace, "-c", "2x2:h100", *more[command], *FOR_EVER, "--json"]
+    got = CliRunner().invoke(app, [*map(str, words)])
+    sender.join()
+    assert got.exit_code == 0, got.output
+    said = json.loads(got.stdout)
+    assert said["interrupted"] and GOES_ON in " ".join(got.stderr.split())
+    assert Placement.load(plan).num_devices == 4
+    if command == "homes":
+        assert not said["worth_it"] and said["sentence"].startswith("No verdict: interrupted")
+    else:
+        assert said["verdict"] == "insufficient_evidence" and said["flags"] == []
+        assert "interrupted" in said["reason"] and "interrupted" in page.read_text()
+
+
 def without_end(problem, name, budget, seed):
     """A start that ends when its plan is to, and not before."""
     while budget.left() > 0:

@@ -76,7 +76,8 @@ def verdict(
     engine : who holds the maps, and whose measured kernels price them.
     split : how tokens of replicas are split; default: as the engine does, else ``even``.
     context : tokens that a decoded token attends to, or that a prompt has; for the rest of the step alone.
-    time_limit_s, work : seconds or units of work for all plans together.
+    time_limit_s, work : seconds or units of work for all plans together. A budget that was begun may be stopped: the
+        advice is ``insufficient_evidence`` then.
     executor : as for :func:`plan`.
 
     Raises
@@ -129,6 +130,8 @@ def verdict(
         tuple(found), engine, repr(machine), sizes.name,
         "contiguous blocks, EPLB off" if placed is None else placed.method, context, (), tuple(notes),
     )  # fmt: skip
+    if budget.stopped:
+        return out.as_interrupted()
     if out.advice != "recommend_trial":
         return out
     best = out.leading.chosen

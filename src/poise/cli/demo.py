@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib.resources import as_file
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Annotated, Any
@@ -37,7 +36,7 @@ from poise.report import write_report
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.fingerprint import NO_TRAFFIC
-from poise.routing.shipped import TRACE, balance
+from poise.routing.shipped import Shipped, balance, shipped
 from poise.routing.trace import RoutingTrace
 from poise.util.compilation import COMPILATION
 from poise.util.errors import NoResultError, OptionError
@@ -47,6 +46,8 @@ from poise.util.words import close_to, percent
 DOMAIN, TURNED = "python", "dictionary"
 """The traffic that maps are made for, and what it turns to later."""
 ALL = "all"
+TRACE: Shipped = "demo_skewed"
+EVEN: Shipped = "demo_trace"
 CLUSTER, MODEL, ENGINE, REDUNDANT = "2x4:h100", "gpt-oss-20b", "vllm", 8
 """The recorded model itself is too small to serve: its routing stands for that of a preset with as many experts."""
 FAST, STEP_SLOTS = "poise-near", 2
@@ -70,9 +71,10 @@ LABELS = {
 def demo(
     html: Annotated[Path, o.flag("html", "Where the report goes.")] = Path("report.html"),
     output: Annotated[Path | None, o.flag("output", "Write the map of poise there.")] = None,
-    domain: Annotated[
-        str, typer.Option(help=f"Text that the map is made for, or '{ALL}': even by training, little to gain.")
-    ] = DOMAIN,
+    domain: Annotated[str, typer.Option(help=f"Text that the map is made for, or '{ALL}'.")] = DOMAIN,
+    even: Annotated[
+        bool, typer.Option("--even", help="Routing of a model that was trained to be even: little to gain.")
+    ] = False,
     all_tables: Annotated[bool, typer.Option("--all", help="Every method and every column.")] = False,
     cluster: o.ClusterSpec = CLUSTER,
     redundant: o.Redundant = REDUNDANT,
@@ -92,8 +94,9 @@ def demo(
         with best_so_far(o.talk.print) as wish:
             with o.progress() as report, _fast_loop_compiled_beside():
                 found, held_out = compared(
-                    domain, cluster=cluster, redundant=redundant, tokens_per_step=tokens_per_step,
-                    all_methods=all_tables, work=WORK if work is None and time_limit is None else work,
+                    domain, EVEN if even else TRACE, cluster=cluster, redundant=redundant,
+                    tokens_per_step=tokens_per_step, all_methods=all_tables,
+                    work=WORK if work is None and time_limit is None else work,
                     time_limit_s=10.0 if time_limit is None else time_limit, progress=report, wish=wish,
                 )  # fmt: skip
             plan = _map_of_poise(found)
@@ -102,7 +105,7 @@ def demo(
             if all_tables:
                 show(found, html, json)
             else:
-                _written(found, held_out, html, cluster, domain, json, wish)
+                _written(found, held_out, html, cluster, domain, EVEN if even else TRACE, json, wish)
         if output is not None:
             o.talk.print(f"wrote {output}")
 
@@ -122,7 +125,8 @@ def _map_of_poise(found: Comparison) -> Placement:
 
 
 def _written(
-    found: Comparison, held_out: RoutingTrace, html: Path, cluster: str, domain: str, json: bool, wish: Wish
+    found: Comparison, held_out: RoutingTrace, html: Path, cluster: str, domain: str, source: Shipped, json: bool,
+    wish: Wish,
 ) -> None:  # fmt: skip
     """The report, and the first screen."""
     setting, batch_of = _asked(found, held_out, cluster)
@@ -132,13 +136,13 @@ def _written(
                             progress=report, wish=wish), wish,
         )  # fmt: skip
     write_report(found, html, command=_command(), what=what)
-    _first_screen(found, summarise(found, "poise", setting, batch_of, SIZES), domain, json)
+    _first_screen(found, summarise(found, "poise", setting, batch_of, SIZES), domain, source, json)
     o.talk.print(f"wrote {html}")
 
 
 def compared(
-    domain: str = DOMAIN, *, cluster: str = CLUSTER, redundant: int = REDUNDANT, tokens_per_step: int | None = TOKENS,
-    all_methods: bool = False, work: float | None = WORK, **more: Any,
+    domain: str = DOMAIN, source: Shipped = TRACE, *, cluster: str = CLUSTER, redundant: int = REDUNDANT,
+    tokens_per_step: int | None = TOKENS, all_methods: bool = False, work: float | None = WORK, **more: Any,
 ) -> tuple[Comparison, RoutingTrace]:  # fmt: skip
     """The demo's comparison, and the requests of the domain that it judges on.
 
@@ -146,7 +150,7 @@ def compared(
     ------
     OptionError : the trace has no such domain.
     """
-    trace = _trace()
+    trace = shipped(source)
     names = trace.domain_names
     if domain not in (*names, ALL):
         raise OptionError(f"unknown domain {domain!r}", hint=close_to(domain, (*names, ALL)))
@@ -165,7 +169,7 @@ def compared(
 
 def compile_fast_loop() -> None:
     """One step of the fast loop over blocks: all that the demo's fast loop compiles, and no planner."""
-    trace = _trace().select(domains=[DOMAIN])
+    trace = shipped(TRACE).select(domains=[DOMAIN])
     api.compare(
         trace, CLUSTER, fit=trace, placements=(_blocks(trace, CLUSTER),), redundant=REDUNDANT, model=MODEL,
         engine=ENGINE, tokens_per_step=TOKENS, steps=1, warm_up=WARM_UP, fast=(FAST,), step_slots=STEP_SLOTS, work=1.0,
@@ -195,13 +199,6 @@ def _fast_loop_compiled_beside() -> Iterator[None]:
             one.wait()
 
 
-def _trace() -> RoutingTrace:
-    with as_file(TRACE) as path:
-        trace = api.load(path)
-    assert isinstance(trace, RoutingTrace)
-    return trace
-
-
 def _command() -> str:
     return shlex.join(["poise", *sys.argv[1:]])
 
@@ -225,14 +222,14 @@ def _asked(
     return setting, batch_of
 
 
-def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) -> None:
+def _first_screen(found: Comparison, summary: Summary, domain: str, source: Shipped, json: bool) -> None:
     if json:
         o.print_json("compare", {**found.to_json(), "summary": summary.to_json()})
         return
     model, cluster = found.model, found.cluster
     text = "four kinds of text" if domain == ALL else f"{domain} text"
     tokens = found.batches[found.judged_on].mean_tokens()
-    weight = balance()
+    weight = balance(source)
     o.out.print(
         f"{model.num_moe_layers} MoE layers of {model.name} ({model.num_experts} experts, top-{model.top_k}) on "
         f"{cluster.num_devices} GPUs in {cluster.num_nodes} nodes, vLLM, {tokens:,.0f} tokens a step. Routing: {text} "
@@ -260,7 +257,7 @@ def _first_screen(found: Comparison, summary: Summary, domain: str, json: bool) 
     o.out.print(f"By batch: {summary.batches_words()}.")
     o.out.print(f"Load it: {_command()} -o placement.npz, then " + "; ".join(launch))
     o.out.print(
-        f"More: every method and column: poise demo --all; load that is even by training: poise demo --domain {ALL}; "
+        "More: every method and column: poise demo --all; a model that was trained to be even: poise demo --even; "
         "your own traffic: poise compare, poise verdict."
     )
 

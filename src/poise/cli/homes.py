@@ -10,7 +10,9 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.ending import best_so_far
 from poise.cli.pricing import EngineName, PricingOptions
+from poise.planning.budget import Budget
 from poise.planning.homes import BAND, POLICIES
 from poise.replay.homes import HomeRow, HomeStudy
 
@@ -54,11 +56,11 @@ def homes(
         for path in (output, placement_out):
             if path is not None:
                 o.writable(path, ".npz")
-        with o.progress() as report:
+        with o.progress() as report, best_so_far(o.talk.print) as wish:
             study = api.homes(
                 list(traces), cluster, redundant=redundant, engine=engine, tokens_per_step=tokens_per_step,
-                policy=o.one_of("policy", policy, POLICIES), band=band, time_limit_s=time_limit, work=work, seed=seed,
-                progress=report, **priced.checked(),
+                policy=o.one_of("policy", policy, POLICIES), band=band, seed=seed, progress=report,
+                time_limit_s=Budget(time_limit, work=work, wish=wish), **priced.checked(),
             )  # fmt: skip
         if output is not None:
             study.table.save(output)

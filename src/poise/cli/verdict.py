@@ -12,9 +12,11 @@ from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
+from poise.cli.ending import best_so_far
 from poise.cli.pricing import EngineName
 from poise.cli.verdict_recipe import RecipeQuestion, say_recipe
 from poise.cost.split import SPLITS
+from poise.planning.budget import Budget
 from poise.replay.verdict import COLUMNS, PhaseVerdict, Verdict
 from poise.replay.windows import PHASES
 from poise.report import write_verdict
@@ -104,23 +106,23 @@ def verdict(
             tokens: dict[Phase, int | None] = {
                 "prefill": prefill_tokens or tokens_per_step, "decode": decode_tokens or tokens_per_step,
             }  # fmt: skip
-            with executor_of(executor) as workers, o.progress() as report:
+            with executor_of(executor) as workers, o.progress() as report, best_so_far(o.talk.print) as wish:
                 asked = RecipeQuestion(given, cluster, model, engine, current, o.one_of("phase", phase, PHASES),
                                        context, o.one_of("homes", homes, HOMES), time_limit, work, seed, tokens,
-                                       workers)  # fmt: skip
+                                       workers, wish)  # fmt: skip
                 say_recipe(recipe, asked, report, json=json)
             return
         if not given or cluster is None or model is None:
             missing = [name for name, value in (("a recording", given), ("--cluster", cluster), ("--model", model))
                        if not value]  # fmt: skip
             raise OptionError(f"a verdict needs {' and '.join(missing)}", hint="or --recipe FILE")
-        with executor_of(executor) as workers, o.progress() as report:
+        with executor_of(executor) as workers, o.progress() as report, best_so_far(o.talk.print) as wish:
             found = api.verdict(
                 *given, cluster=cluster, model=model, current=current, redundant=redundant,
                 phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step, prefill_tokens=prefill_tokens,
                 decode_tokens=decode_tokens, engine=engine, split=o.one_of("split", split, SPLITS), context=context,
-                homes=o.one_of("homes", homes, HOMES), time_limit_s=time_limit, work=work, seed=seed, progress=report,
-                executor=workers,
+                homes=o.one_of("homes", homes, HOMES), seed=seed, progress=report,
+                time_limit_s=Budget(time_limit, work=work, executor=workers, wish=wish), executor=workers,
             )  # fmt: skip
         if output is not None:
             found.leading.placement.save(output)

@@ -15,11 +15,13 @@ from poise.engines.recipes.settings import ExpertSettings, expert_settings
 from poise.engines.slots import trivial_placement
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
+from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.replay.verdict import MS, PhaseVerdict, Verdict
 from poise.routing.batch import Homes
 from poise.routing.trace import Phase
 from poise.util.errors import OptionError
+from poise.util.wish import Wish
 from poise.util.words import percent
 
 EVERY_PHASE: tuple[Phase, ...] = ("prefill", "decode")
@@ -42,6 +44,7 @@ class RecipeQuestion:
     seed: int
     tokens: Mapping[Phase, int | None]
     executor: Executor | None = None
+    wish: Wish | None = None
 
 
 def say_recipe(path: Path, asked: RecipeQuestion, report: Any, *, json: bool) -> None:
@@ -148,8 +151,8 @@ def _judged(
         api.verdict(
             *traffic, cluster=spec, model=model, current=current, redundant=many if settings.own else None, phase=phase,
             tokens_per_step=asked.tokens[phase], engine=engine, context=asked.context, homes=asked.homes,
-            time_limit_s=asked.time_limit_s, work=asked.work, seed=asked.seed, progress=report,
-            executor=asked.executor,
+            time_limit_s=Budget(asked.time_limit_s, work=asked.work, executor=asked.executor, wish=asked.wish),
+            seed=asked.seed, progress=report, executor=asked.executor,
         )
         for phase in phases
     ]  # fmt: skip

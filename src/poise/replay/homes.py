@@ -84,6 +84,7 @@ class HomeStudy:
     order, constants : how steps were made, and what prices them, in words.
     defaults : what was not said and decides the seconds: then no gain in time is claimed.
     notes : what a reader must know.
+    interrupted : somebody ended the search: plans are the best so far, and no verdict follows.
     """
 
     rows: tuple[HomeRow, ...]
@@ -99,6 +100,7 @@ class HomeStudy:
     constants: str
     defaults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def judged(self) -> HomeRow:
@@ -108,7 +110,12 @@ class HomeStudy:
     @property
     def worth_it(self) -> bool:
         """It saves a hundredth of a step, in nearly all draws of the steps, and something whatever the constants."""
-        return not self.defaults and self.share >= NOT_WORTH and self.low > 0 and self.within.least_share > 0
+        return (
+            not (self.defaults or self.interrupted)
+            and self.share >= NOT_WORTH
+            and self.low > 0
+            and self.within.least_share > 0
+        )
 
     def sentence(self) -> str:
         """What planned homes save, or that they are not worth it."""
@@ -117,6 +124,10 @@ class HomeStudy:
             f"pairs off device {percent(self.judged.off_device)}, equal homes {percent(equal.off_device)}; active "
             f"experts a rank and step {self.judged.active:.2f}, {equal.active:.2f}."
         )
+        if self.interrupted:
+            return (
+                f"No verdict: interrupted, these are the best plans so far, and another run may end elsewhere; {tail}"
+            )
         if self.defaults:
             return f"No verdict on time: {'; '.join(self.defaults)}. By tokens alone: {tail}"
         text = (
@@ -134,6 +145,7 @@ class HomeStudy:
             "interval": [self.low, self.high], "least_share": self.within.least_share,
             "most_share": self.within.most_share, "sentence": self.sentence(), "order": self.order,
             "constants": self.constants, "defaults": list(self.defaults), "notes": list(self.notes),
+            "interrupted": self.interrupted,
         }  # fmt: skip
 
 
@@ -183,7 +195,7 @@ def study_homes(
     within = gain_range(equal[1], plans.equal.count_LED(), best.placement.count_LED(), pricing, after=homed[chosen])
     return HomeStudy(
         tuple(rows), chosen, best.table, best.placement, plans.equal, *saved_share(*seconds), within, equal[1].order,
-        ground(problem.cluster), notes=(
+        ground(problem.cluster), interrupted=budget.stopped, notes=(
             *(f"{batch.sampled} are priced" for batch in equal if batch.sampled),
             *((f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same plans each time",)
               if budget.cuts else ()),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -266,6 +266,7 @@ class Verdict:
     engine, cluster, model, current, context : what was asked.
     flags : lines to start the engine with, where a trial is recommended.
     notes : what the reader must know.
+    interrupted : somebody ended the search: maps are the best so far, and no evidence.
     """
 
     phases: tuple[PhaseVerdict, ...]
@@ -276,6 +277,7 @@ class Verdict:
     context: int
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def leading(self) -> PhaseVerdict:
@@ -289,6 +291,14 @@ class Verdict:
         words = {one.advice for one in self.phases}
         order: tuple[Advice, ...] = ("recommend_trial", "insufficient_evidence", "not_recommended_now")
         return next(word for word in order if word in words)
+
+    def as_interrupted(self) -> Verdict:
+        """The same where somebody ended the search: its maps are the best so far, from which nothing follows."""
+        cut = "interrupted, and another run may end elsewhere; of the maps so far: "
+        return replace(
+            self, interrupted=True,
+            phases=tuple(replace(one, advice="insufficient_evidence", reason=cut + one.reason) for one in self.phases),
+        )  # fmt: skip
 
     def sentence(self) -> str:
         """The word and the reason, and where phases differ what follows for both."""
@@ -350,6 +360,7 @@ class Verdict:
             "context": self.context,
             "flags": list(self.flags),
             "notes": list(self.notes),
+            "interrupted": self.interrupted,
             "phases": [one.to_json() for one in self.phases],
         }
 
