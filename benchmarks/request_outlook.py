@@ -27,7 +27,7 @@ from typing import ClassVar
 import numpy as np
 from common import problem, table, write
 from numpy.typing import NDArray
-from planners2 import HIDDEN_S, MODEL, REDUNDANT, SLOTS, Clairvoyant, layers_of
+from planners2 import HIDDEN_S, MODEL, REDUNDANT, SLOTS, Clairvoyant, Oracle, layers_of
 
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -141,17 +141,6 @@ class Outlook:
             mine = seen[here] + self.lean * mean
             out[b] = (mine / mine.sum(axis=2, keepdims=True)).mean(axis=0)
         return out / out.sum(axis=2, keepdims=True) * batch.load_BLE.sum(axis=2, keepdims=True)
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """The step's own loads."""
-
-    name: ClassVar[str] = "oracle"
-
-    def predict_BLE(self, batch: RoutingBatch, prior_LE: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """See :class:`poise.routing.predict.Predictor`."""
-        return batch.load_BLE
 
 
 def surprise(trace: RoutingTrace, lean: float) -> tuple[float, float]:
