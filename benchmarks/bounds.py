@@ -52,9 +52,9 @@ def cases(data: Path) -> list[tuple[str, PlacementProblem]]:
     return out
 
 
-def run(name: str, case: PlacementProblem) -> list[object]:
+def run(name: str, case: PlacementProblem, work: float = WORK) -> list[object]:
     """A row: the plan, its gap to the bounds per term, and to the joint one by its nominal seconds."""
-    plan = solve(case, work=WORK)
+    plan = solve(case, work=work)
     began = time.monotonic()
     closed = evaluate(case, MethodResult(plan.placement), method="poise")
     row: list[object] = [name, f"{1e6 * plan.objective:.1f}", f"{closed.gap:.1%}", f"{time.monotonic() - began:.1f}"]
@@ -69,18 +69,18 @@ def run(name: str, case: PlacementProblem) -> list[object]:
     return row
 
 
-def section(data: Path, only: str = "") -> list[str]:
+def section(data: Path, only: str = "", work: float = WORK) -> list[str]:
     """The parts of a report; ``only``: cases whose name has this."""
     rows = []
     for name, case in cases(data):
         if only in name:
-            rows.append(run(name, case))
+            rows.append(run(name, case, work))
             print(*rows[-1], sep=" | ", flush=True)
     head = ["case", "plan us", "gap, per term", "s"]
     for seconds in SECONDS:
         head += [f"gap, joint, {seconds:g} nominal s", "CPU s"]
     words = (
-        f"Modelled microseconds of one MoE layer and step of poise's plan (work {WORK:g}), in-sample, even split, and how "
+        f"Modelled microseconds of one MoE layer and step of poise's plan (work {work:g}), in-sample, even split, and how "
         "far it can be from the best plan: (plan - bound) / plan. Seconds are of bound and price together; nominal ones "
         "are shared out over layers and decide how many rounds of cuts each has. No joint bound where only loads are known."
     )

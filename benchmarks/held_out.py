@@ -38,6 +38,8 @@ from poise.stepwise.registry import POLICIES
 from poise.util.errors import PoiseError
 
 STEPS, WARM_UP, SLOTS = 30, 5, 2
+STAY_WORK = 600.0, 900.0
+"""Units of work of two stages, and of poise-stay: 20 and 30 nominal seconds."""
 GOALS = {(512, 8): 1.05, (512, 16): 1.10, (512, 32): 1.20, (4096, 8): 1.01, (4096, 16): 1.03, (4096, 32): 1.04}
 STATIC = ("contiguous", "lpt", "eplb-global", "flash-lb", "swift-balance", "grace-moe", "coactivation", "poise")
 
@@ -155,15 +157,15 @@ def llama_efficiency(traces: dict[str, RoutingTrace]) -> list[str]:
                    "MB moved a step"], rows)]  # fmt: skip
 
 
-def stay(traces: dict[str, RoutingTrace]) -> list[str]:
+def stay(traces: dict[str, RoutingTrace], work: tuple[float, float] = STAY_WORK) -> list[str]:
     rows = []
     for name, trace in traces.items():
         fit, held = trace.split_requests()
         other = next(t for n, t in traces.items() if n != name)
         whole = make_batch(fit, tokens_per_step=fit.num_tokens, order="file")
         made = problem(whole, "1x4", 4, traffic="stay")
-        two_stage = solve(problem(whole, "1x4", 0, traffic="stay"), method="moetuner-equal", time_limit_s=20).placement
-        placement = solve(made, method="poise-stay", time_limit_s=30).placement
+        two_stage = solve(problem(whole, "1x4", 0, traffic="stay"), method="moetuner-equal", work=work[0]).placement
+        placement = solve(made, method="poise-stay", work=work[1]).placement
         for part, traffic in (("in-sample", fit), ("held-out requests", held), ("other subject", other)):
             batch = make_batch(traffic, tokens_per_step=traffic.num_tokens, order="file")
 

@@ -2,6 +2,7 @@
 static maps for the split near, bounds, and traffic that stays.
 
     python benchmarks/planners2.py DATA [--only settled,sizes,near,bounds,stay] [--layers 4] [--warm-up 200] [--steps 100]
+        [--quick]
 
 DATA holds llama4-maverick/*.npz (two subjects). The static map is EPLB's for the one, judged is the other. A section is a
 function that returns the parts of a report; ``SECTIONS`` names them. Writes reports/DATE-planners2.md.
@@ -170,7 +171,7 @@ def settled(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[
         *((judge, *one) for one in SETTLED),
         (fit, "4x8:h200", 32768),
         (fit, "4x8:h200", 8192),
-    ):
+    )[slice(1, 2) if given.quick else slice(None)]:
         began = time.perf_counter()
         case = make_case(traces, subject, spec, tokens, given)
         every = {"static map, even split (EPLB)": case.even_B(), "static map, nearest holders": case.loop_B(Hecate(), 0),
@@ -205,7 +206,7 @@ def sizes(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[st
     judge = sorted(traces)[1]
     rows: list[list[object]] = []
     for spec in given.machines:
-        for tokens in SIZES:
+        for tokens in SIZES[: 1 if given.quick else None]:
             case = make_case(traces, judge, spec, tokens, given)
             even, poise, near = case.even_B(), case.loop_B(Poise()), case.loop_B(PoiseNear())
             parts = (slice(0, min(given.steps, given.warm_up)), slice(given.warm_up, None))
@@ -221,17 +222,19 @@ def sizes(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[st
 
 def near(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[str]:
     """benchmarks/static_near.py with its own settings."""
-    return static_near.section(given.data, static_near.Setting())
+    few = static_near.Setting(layers=2, work=6.0, rival_work=6.0, steps=2)
+    one = "abstract_algebra, fitted on other requests, 2x8:h200, N = 2048"
+    return static_near.section(given.data, *((few, one) if given.quick else (static_near.Setting(),)))
 
 
 def gaps(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[str]:
     """benchmarks/bounds.py."""
-    return bounds.section(given.data)
+    return bounds.section(given.data, *(("home_device_dedup", 6.0) if given.quick else ()))
 
 
 def stay(traces: dict[str, RoutingTrace], given: argparse.Namespace) -> list[str]:
     """The section of that name of benchmarks/held_out.py."""
-    return held_out.stay(traces)
+    return held_out.stay(traces, *(((6.0, 6.0),) if given.quick else ()))
 
 
 SECTIONS = {"settled": settled, "sizes": sizes, "near": near, "bounds": gaps, "stay": stay}
@@ -246,12 +249,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--clairvoyant-steps", type=int, default=30)
     parser.add_argument("--machines", nargs="*", default=list(MACHINES), help="of the section sizes")
+    parser.add_argument("--quick", action="store_true", help="a case of each section, little work, no report")
     given = parser.parse_args()
+    if given.quick:
+        given.layers, given.warm_up, given.steps, given.clairvoyant_steps = 1, 4, 2, 1
     traces = {path.stem: read(path) for path in sorted((given.data / "llama4-maverick").glob("*.npz"))}
     parts: list[str] = []
     wanted = given.only.split(",")
     for name in wanted:
         parts += SECTIONS[name](traces, given)
+    if given.quick:
+        print("\n\n".join(parts))
+        return
     write("Planners on several nodes", parts, "" if set(wanted) == set(SECTIONS) else "-" + "-".join(wanted))
 
 

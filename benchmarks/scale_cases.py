@@ -14,7 +14,7 @@ from poise.machine.model import ModelSpec
 from poise.machine.settle import settle
 from poise.routing.batch import RoutingBatch
 
-TOP_K, DENSE, DRIFT, KEPT, WARM_UP, SEED = 8, 3, 0.3, 0.97, 12, 7
+TOP_K, DENSE, LAYERS, DRIFT, KEPT, WARM_UP, SEED = 8, 3, 58, 0.3, 0.97, 12, 7
 GROUPS, TOP_GROUPS = 8, 4
 """DeepSeek-V3 routes a token to 4 of 8 groups of experts."""
 
@@ -79,7 +79,7 @@ class Case:
     def picked(self) -> np.ndarray:
         """Recorded MoE layers, spread over the 58."""
         count = self.layers or EFFORT[self.devices][0]
-        return np.rint(np.linspace(0, 57, count + 2)[1:-1]).astype(int)
+        return np.rint(np.linspace(0, LAYERS - 1, count + 2)[1:-1]).astype(int) if count < LAYERS else np.arange(LAYERS)
 
     @property
     def judged(self) -> int:

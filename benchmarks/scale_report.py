@@ -9,7 +9,7 @@ import numpy as np
 from common import REPORTS, table
 from pictures import line_chart, save
 from scale_cases import DECODE, DRIFT, EFFORT, PREFILL, SEED, WARM_UP, Case, Phase
-from scale_rows import FAST, MODELS, MOETUNER_TO, POISE_TO, TUNED_TO, Row
+from scale_rows import FAST, FAST_TO, MODELS, MOETUNER_TO, TUNED_TO, WORK, Row
 
 from poise.cost.weights import PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR
 
@@ -158,9 +158,9 @@ def phase_words(phase: Phase) -> str:
 
 
 CAVEAT = """\
-**On paper only.** Every number is modelled. The model has been measured on emulated machines of up to 8 ranks (the reports `measured_*`), never at these sizes or on a GPU; rates are datasheet peaks, flows are `home` (no deduplication),
+**On paper only.** Every number is modelled. The model has been measured on emulated machines of up to 8 ranks (the reports `measured_*`), never at these sizes; kernels and ports have constants that others measured on H100s (docs/calibrate.md), flows are `home` (no deduplication),
 the drift from step to step is assumed, and Kimi-K2's loads are synthetic. Read ratios, not milliseconds; only planning
-seconds are measured, on this CPU. Few layers and steps are judged at the large sizes: differences of 5 % mean nothing.
+seconds are measured, on this CPU, in processor seconds of a machine that others use too. Few layers and steps are judged at the large sizes: differences of 5 % mean nothing.
 
 What was found: docs/log.md."""
 SPEED = (
@@ -178,7 +178,7 @@ BREAK_EVEN = (
     "device from which on it gains 1 % or more. `poise` was not run at 1024 (planning)."
 )
 PLANNING = (
-    "Measured on this CPU, one core, judged steps; Python around compiled kernels. After the gate: on the critical path, "
+    "Processor time on this CPU, one core, judged steps; Python around compiled kernels. After the gate: on the critical path, "
     "every layer; the model charges the same 10 us + 14 ns x E x D to every policy that needs exact loads (Hecate needs "
     "none). Ahead: before the gate and in the background, not charged at all: hidden only where it takes less than the "
     "layer; the worst is over all steps, warm-up included. Hecate and LPLB build the rows of all sources up to 256 devices "
@@ -195,11 +195,24 @@ DEDUP = (
     "Policies (M = 1): static time / theirs. Under `home_node_dedup` copies land on the device with the sender's index, so "
     "the network lags by node, not by device."
 )
+DRIFTS = (
+    "DeepSeek-V3 prefill, one layer, EPLB's map; the standard deviation of the logarithm of an expert's popularity about its "
+    "workload's share."
+)
+PLANNED = (
+    "DeepSeek-V3 prefill, both fitted workloads, counted work (30 units are a nominal second): the same plan on every machine. "
+    "Processor seconds of one core, wall seconds on a machine that others use. Gap: to the bound per term. Judged on another workload, two steps."
+)
 ROWS = (
     "Milliseconds, means over the judged steps and layers. Static / it: as charged; planning free: the exact policies' counts "
     "are exchanged but planning takes no time; planning as here: with the seconds measured after the gate. Exchange without "
     "latency (2 x 40 us). Plan ahead: static maps, once; policies, every step. Setting: best of the published grid."
 )
+
+
+def machines() -> str:
+    """Kernels and links that the cases get."""
+    return ", ".join(dict.fromkeys(Case(MODELS[0], 64, phase).cluster.name for phase in (PREFILL, DECODE)))
 
 
 def how() -> str:
@@ -214,7 +227,7 @@ def how() -> str:
         f"- Steps: share x exp({DRIFT} z), z a standard normal AR(1) with 0.97 a step, at most 1/8; then a multinomial draw of "
         f"D x tokens x 8 pairs (seeds {SEED}, {SEED + 1}). The drift is an assumption: no step-level counts of these models are public.",
         "- Only loads are known, so traffic is `home` (a copy for each token and expert), homes spread evenly.",
-        "- Machines: N x 8 H100, datasheet rates, 400 Gb/s a device, start-up 10 + 30 us an exchange at every size.",
+        f"- Machines: N x 8 H100 as measured (`poise.machine.settle`): {machines()}; start-up is the same at every size.",
         f"- Slots a device: the fewest, the same on all devices, that leave an eighth of the experts redundant, as DeepSeek's 32 of 256. For "
         f"{', '.join(map(str, EFFORT))} devices: {slot_words()}. From 512 devices on: one expert a device, as in DeepSeek's "
         "decoding with EP320; at 2048 an expert has 8 (5.3) copies on average.",
@@ -222,28 +235,37 @@ def how() -> str:
         f"- Step-wise policies: M = 1 or 2 step slots (1 above 512 devices; poise above 128), best of each published grid on two "
         f"judged steps of one layer, chosen anew for every case up to {TUNED_TO} devices, beyond that as at {TUNED_TO}. Tuned and chosen on judged traffic, which favours "
         "the rivals; so is the best static map.",
-        f"- Not run: MoETuner's ILPs above {MOETUNER_TO} devices (clusters of one expert) and on the synthetic loads; poise's static search above "
-        f"{POISE_TO} (with one slot a device greedy "
-        "replication is optimal for one scenario); poise's fast loop above 512 (decode), 1024 (prefill), 256 (Kimi-K2): planning ahead takes seconds a layer, and at 2048 the plans it compares "
-        "would not fit into memory (4 GB).",
+        f"- Not run: MoETuner's ILPs above {MOETUNER_TO} devices (clusters of one expert) and on the synthetic loads; poise's fast loop above "
+        f"{FAST_TO[DECODE]} (decode) and {FAST_TO[PREFILL]} (prefill): planning ahead takes seconds a layer, and at 2048 the plans it compares "
+        "would not fit into memory (4 GB); `poise-near`, which plans beside the steps and wants hundreds of them (benchmarks/planners2.py).",
+        f"- poise's maps have {WORK:g} units of work a layer, a nominal second.",
         "- EPLB is hierarchical where groups or experts divide by nodes: DeepSeek-V3 (8 groups) on 64 devices only.",
     ])  # fmt: skip
 
 
 def text(found: Found, curves: dict[int, Series], tables: dict[str, str], plots: dict[str, str]) -> list[str]:
     """The report."""
-    out = [CAVEAT, "## Speed by devices", SPEED]
-    for model in MODELS:
-        for phase in ("prefill", "decode"):
+    out = [CAVEAT]
+    if found:
+        out += ["## Speed by devices", SPEED]
+        for model, phase in dict.fromkeys(key[:2] for key in found):
             out += [f"### {NAMES[model]}, {phase}", summary_table(found, model, phase)]
-    out += [plots["prefill"], plots["decode"], "## Who is the straggler", LAG, lag_table(found)]
-    out += ["## Where policies stop paying", BREAK_EVEN, curve_table(curves), *(plots[f"tokens-{d}"] for d in curves)]
-    out += ["## Planning", PLANNING, "### Prefill", planning_table(found, "prefill"), "### Decode",
-            planning_table(found, "decode"), plots["planning"]]  # fmt: skip
-    out += ["## More slots instead", SLOTS, tables["slots"]]
-    out += ["## How much hangs on the drift", "DeepSeek-V3 prefill, one layer, EPLB's map; the standard deviation of the "
-            "logarithm of an expert's popularity about its workload's share.", tables["drift"]]  # fmt: skip
-    out += ["## Deduplicating flows", DEDUP, tables["dedup"], "## How", how(), "## Every row", ROWS]
+        out += [plots["prefill"], plots["decode"], "## Who is the straggler", LAG, lag_table(found)]
+    if curves:
+        out += ["## Where policies stop paying", BREAK_EVEN, curve_table(curves)]
+        out += [plots[f"tokens-{d}"] for d in curves]
+    if "planning" in tables:
+        out += ["## Planned whole", PLANNED, tables["planning"]]
+    if found:
+        out += ["## Planning", PLANNING, "### Prefill", planning_table(found, "prefill"), "### Decode",
+                planning_table(found, "decode"), plots["planning"]]  # fmt: skip
+    for name, head, words in (("slots", "More slots instead", SLOTS), ("drift", "How much hangs on the drift", DRIFTS),
+                              ("dedup", "Deduplicating flows", DEDUP)):  # fmt: skip
+        if name in tables:
+            out += [f"## {head}", words, tables[name]]
+    out += ["## How", how()]
+    if found:
+        out += ["## Every row", ROWS]
     for key, (_, rows) in found.items():
         base = must(found, key).seconds
         out += [f"### {NAMES[key[0]]}, {key[1]}, {key[2]} devices", table(HEAD, [cells(row, base) for row in rows])]
@@ -253,13 +275,14 @@ def text(found: Found, curves: dict[int, Series], tables: dict[str, str], plots:
 def draw(found: Found, curves: dict[int, Series]) -> dict[str, str]:
     """All plots, by name."""
     out = {}
-    for phase in ("prefill", "decode"):
+    for phase in ("prefill", "decode") if found else ():
         series = speedups(found, MODELS[0], phase, SHOWN)
         out[phase] = plot(phase, series, "devices", f"DeepSeek-V3 {phase}: best static map's time / policy's")
     for devices, lines in curves.items():
         series = {name: lines[name] for name in SHOWN if name in lines}
         out[f"tokens-{devices}"] = plot(f"tokens-{devices}", series, "tokens a device",
                                         f"DeepSeek-V3, {devices} devices: static time / policy's")  # fmt: skip
-    label = "log10 of planning time / layer time, DeepSeek-V3 prefill"
-    out["planning"] = plot("planning", planning_chart(found), "devices", label)
+    if found:
+        label = "log10 of planning time / layer time, DeepSeek-V3 prefill"
+        out["planning"] = plot("planning", planning_chart(found), "devices", label)
     return out

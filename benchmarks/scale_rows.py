@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scale_cases import PREFILL, WARM_UP, Case
+from scale_cases import DECODE, PREFILL, WARM_UP, Case
 
 from poise.cost.compute import device_compute
 from poise.cost.route import locality_pairs
@@ -34,7 +34,11 @@ MODELS = ("deepseek-v3", "kimi-k2")
 STATIC = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner-equal", "poise")
 FAST = ("split", "lplb", "hecate", "llep", "ultra-ep", "moon-ep", "poise")
 STEP_SLOTS = (1, 2)
-TUNED_TO, MOETUNER_TO, POISE_TO = 512, 128, 256
+TUNED_TO, MOETUNER_TO = 512, 128
+FAST_TO = {PREFILL: 1024, DECODE: 512}
+"""Devices up to which poise's fast loop is run: beyond, it plans for seconds a layer."""
+WORK = 30.0
+"""Units of work a layer for poise's map: a nominal second."""
 PREDICTED_FROM = 5
 """Steps before the judged ones that matter to policies without memory: those that predictions look at."""
 PORTS = ("intra port", "network port")
@@ -72,23 +76,23 @@ class Recorder(StepPolicy):
 
     def before_gate(self, view: LayerView) -> Any:
         """Timed."""
-        began = time.perf_counter()
+        began = time.process_time()
         out = self.policy.before_gate(view)
-        self.before_s[view.step, view.layer] += time.perf_counter() - began
+        self.before_s[view.step, view.layer] += time.process_time() - began
         return out
 
     def in_background(self, view: LayerView, holders_ED: Any) -> Any:
         """Timed."""
-        began = time.perf_counter()
+        began = time.process_time()
         out = self.policy.in_background(view, holders_ED)
-        self.before_s[view.step, view.layer] += time.perf_counter() - began
+        self.before_s[view.step, view.layer] += time.process_time() - began
         return out
 
     def after_gate(self, view: LayerView, holders_ED: Any, load_SE: Any) -> StepPlan:
         """Timed; then who lags."""
-        began = time.perf_counter()
+        began = time.process_time()
         plan = self.policy.after_gate(view, holders_ED, load_SE)
-        self.after_s[view.step, view.layer] += time.perf_counter() - began
+        self.after_s[view.step, view.layer] += time.process_time() - began
         if view.step >= self.first:
             cluster, rows = view.price.cluster, plan.rows_SED
             pairs = locality_pairs(load_SE, plan.quota_ED, cluster.node_D) if rows is None else rows.sum(axis=1)
@@ -169,38 +173,28 @@ def static_lags(batch: RoutingBatch, placement: Placement, case: Case, split: st
 
 def static_rows(case: Case, data: Path, batch: RoutingBatch) -> dict[str, tuple[Row, Placement]]:
     """Every static map under the even split; LPT's and poise's under the exact one too."""
-    judged, out, maps = batch.steps_from(WARM_UP), {}, {}
+    judged, out = batch.steps_from(WARM_UP), {}
+    maps: dict[str, Placement] = {}
+    seconds: dict[str, float] = {}
     for name in STATIC:
         for split in ("even", "exact") if name in ("eplb-global", "poise") else ("even",):
-            if not runs(name, case, static=True):
+            if name == "moetuner-equal" and (case.devices > MOETUNER_TO or case.model_name != MODELS[0]):
                 continue
             if name == "poise" or name not in maps:
                 problem = PlacementProblem(case.fitted(data), case.cluster, case.model, case.slots_D, "home", split)
+                began = time.process_time()
                 try:
-                    maps[name] = solve(problem, method=name, time_limit_s=10.0 if "moe" in name else 1.0)
+                    maps[name] = solve(problem, method=name, work=WORK * len(case.picked)).placement
                 except PoiseError as error:
                     print(case.devices, name, error)
                     continue
-            found = maps[name]
-            got = replay(judged, found.placement, case.cluster, case.model, traffic="home", split=split)
+                seconds[name] = (time.process_time() - began) / len(case.picked)
+            placement = maps[name]
+            got = replay(judged, placement, case.cluster, case.model, traffic="home", split=split)
             label = name if split == "even" else f"{name}, exact split"
-            seconds = found.seconds / len(case.picked)
-            lags = static_lags(judged, found.placement, case, split)
-            out[label] = make_row(label, got, lags, case, before_s=seconds), found.placement
+            lags = static_lags(judged, placement, case, split)
+            out[label] = make_row(label, got, lags, case, before_s=seconds[name]), placement
     return out
-
-
-def runs(name: str, case: Case, *, static: bool = False) -> bool:
-    """Whether a row is run at this size; the report says why not."""
-    if name == "moetuner-equal":
-        return case.devices <= MOETUNER_TO and case.model_name == MODELS[0]
-    if name != "poise":
-        return True
-    if static:
-        return case.devices <= POISE_TO
-    if case.model_name != MODELS[0] or case.tokens:
-        return case.devices <= POISE_TO
-    return case.devices <= (1024 if case.phase is PREFILL else 512)
 
 
 def best_static(rows: dict[str, tuple[Row, Placement]]) -> str:
@@ -241,7 +235,7 @@ def fast_rows(
     """Every step-wise policy over one map, at the best of its grid and of the step slots."""
     prior, out = case.fitted(data).load_LE(), []
     for name in names:
-        if not runs(name, case):
+        if name == "poise" and case.devices > FAST_TO[case.phase]:
             continue
         best: Row | None = None
         for slots in slots_of(name, case):

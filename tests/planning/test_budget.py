@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import Executor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,8 +24,10 @@ from poise.planning.engine_rules import NONE
 from poise.planning.methods import exflow
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
+from poise.planning.solve import search as searching
+from poise.planning.solve import solve as solving
 from poise.planning.solve.anneal import annealed
-from poise.planning.solve.effort import some_steps
+from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
 from poise.planning.solve.milp import Milp
 from poise.planning.solve.search import search
 from poise.planning.solve.solve import METHODS, solve
@@ -32,6 +35,7 @@ from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
 from poise.util.compilation import Compilation
 from poise.util.errors import NoResultError, OptionError
+from poise.util.executors import Serial
 
 TRACE = zipf_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2, tokens_per_request=8, stickiness=0.3, seed=1)
 
@@ -160,17 +164,95 @@ def test_the_search_stops_between_two_changes():
     problem.check(cut.placement)
 
 
-@pytest.mark.parametrize("last", ["lpt", "eplb", "flash-lb"])
-def test_a_clock_that_runs_out_before_the_starts_are_priced_leaves_out_none(last):
-    """The best of them comes last: the plan is not worse than it is."""
-    batch = make_batch(zipf_trace(num_tokens=4000, num_layers=3, num_experts=8, top_k=2, exponent=1.2, seed=2), steps=2)
+def starts_whose_last_is_best(last, steps=2):
+    """A problem, three placements, and what each takes."""
+    trace = zipf_trace(num_tokens=4000, num_layers=3, num_experts=8, top_k=2, exponent=1.2, seed=2)
+    batch = make_batch(trace, steps=steps)
     cluster = replace(tiny_cluster(np.random.default_rng(0), (2, 2), equal=True), memory_bytes_per_s=1e9)
     problem = PlacementProblem(batch, cluster, tiny_model(batch), np.full(4, 3), "home", engine=NONE)
     starts = [METHODS[name].plan(problem, time_limit_s=1.0).placement for name in ("round-robin", "contiguous", last)]
-    seconds = [problem.pricing.cost(problem.batch, start.count_LED()).seconds_BL.sum() for start in starts]
+    seconds = [seconds_of(problem, start) for start in starts]
     assert seconds[-1] < 0.95 * min(seconds[:-1]), "the case needs a start that is much better"
-    cut = search(problem, starts, time_limit_s=Budget(1e3, now=Clock(1e3)), seed=0).placement
-    assert problem.pricing.cost(problem.batch, cut.count_LED()).seconds_BL.sum() <= seconds[-1] * (1 + 1e-9)
+    return problem, starts, seconds
+
+
+def seconds_of(problem, placement):
+    return problem.pricing.cost(problem.batch, placement.count_LED()).seconds_BL.sum()
+
+
+@pytest.mark.parametrize("last", ["lpt", "eplb", "flash-lb"])
+@pytest.mark.parametrize("cut", ["clock", "wish", "wish with work"])
+def test_a_search_that_is_cut_before_the_starts_are_priced_leaves_out_none(last, cut):
+    """The best of them comes last: the plan is not worse than it is."""
+    problem, starts, seconds = starts_whose_last_is_best(last)
+    budget = Budget(1e3, now=Clock(1e3 if cut == "clock" else 1e-9), work=30.0 if cut == "wish with work" else None)
+    if cut != "clock":
+        budget.stop()
+    found = search(problem, starts, time_limit_s=budget, seed=0)
+    assert seconds_of(problem, found.placement) <= seconds[-1] * (1 + 1e-9) and found.details["updates"] < 1e5
+
+
+def test_a_start_that_is_made_when_the_clock_runs_out_is_priced(monkeypatch):
+    problem, starts, seconds = starts_whose_last_is_best("flash-lb")
+    now = [0.0]
+    budget = Budget(10.0, now=lambda: now[0])
+
+    def slow(_):
+        now[0] = 100.0
+        return starts[-1]
+
+    monkeypatch.setattr(searching, "plain_start", slow)
+    found = search(problem, starts[:2], time_limit_s=budget, seed=0)
+    assert "flash-lb" in found.details["starts"] and "starts" in budget.cuts
+    assert seconds_of(problem, found.placement) < min(seconds[:2])
+
+
+@pytest.mark.parametrize("stops_at", [1, 2, 3])
+def test_a_wish_while_starts_are_priced_leaves_steps_out_and_no_start(monkeypatch, stops_at):
+    problem, starts, seconds = starts_whose_last_is_best("flash-lb", steps=200)
+    problem = replace(problem, batch=replace(problem.batch, request_T=None))  # searched on these steps
+    overhead = (len(starts) + searching.OPTIONS) * price_seconds(problem) + state_seconds(problem)
+    budget, calls, price = Budget(3 * overhead, work=3 * overhead * 30), [], searching._price
+
+    def priced(asked, placement):
+        calls.append(asked.batch.num_steps)
+        if len(calls) == stops_at:
+            budget.stop()
+        return price(asked, placement)
+
+    monkeypatch.setattr(searching, "_price", priced)
+    found = search(problem, starts, time_limit_s=budget, seed=0)
+    assert calls[:stops_at] == [200] * stops_at and 0 < max(calls[stops_at:]) == min(calls) < 100
+    assert found.details["searched_on"].endswith("of 200 steps") and set(found.details["starts"]) >= {"flash-lb"}
+    assert seconds_of(problem, found.placement) <= seconds[-1] * 1.01, "some steps stand for all"
+
+
+class AtOnce(Executor):
+    """Other processes that are infinitely fast."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        return Serial().submit(fn, *args, **kwargs)
+
+
+@pytest.mark.parametrize("executor", [AtOnce, Serial])
+def test_starts_that_other_processes_have_made_are_taken_though_the_plan_is_to_end(monkeypatch, executor):
+    """Where they are made one after the other, those that are left are not begun any more."""
+    problem, begun, start = make_problem(), [], solving._start
+    budget = Budget(1.0, work=120.0, executor=executor())
+
+    def stopping(problem, name, own, seed):
+        begun.append(name)
+        made = start(problem, name, Budget(1.0, work=30.0), seed)
+        if name == "contiguous":
+            budget.stop()
+        return made
+
+    monkeypatch.setattr(solving, "_start", stopping)
+    found = solve(problem, time_limit_s=budget)
+    early = begun.index("contiguous") + 1
+    assert (len(begun) > early + 5) if executor is AtOnce else (len(begun) == early)
+    assert not set(begun) & set(found.details.get("starts_left_out", ()))
+    assert {"lpt", "eplb", "flash-lb"} & set(found.details["starts"]) == {"lpt", "eplb", "flash-lb"} & set(begun)
 
 
 def test_annealing_that_is_cut_leaves_its_start():

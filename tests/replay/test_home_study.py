@@ -13,6 +13,7 @@ from poise.planning.budget import Budget
 from poise.planning.homes import HomeTable
 from poise.planning.placement import Placement
 from poise.planning.solve import with_homes
+from poise.planning.solve.complete import as_held
 from poise.planning.solve.solve import solve
 from poise.planning.solve.with_homes import at_home, plan_homes
 from poise.routing.batching import make_batch
@@ -155,6 +156,31 @@ def test_the_best_plan_on_the_fitted_requests_is_kept(monkeypatch):
     for name, alone in plans.alone.items():
         assert plans.best[name].seconds < alone.seconds
         np.testing.assert_array_equal(alone.placement.count_LED(), plans.equal.count_LED())
+
+
+def test_a_plan_that_came_out_worse_than_its_start_is_not_taken(monkeypatch):
+    """A search that the clock cuts knows few steps: here it finds blocks of experts whatever it began from."""
+    trace = kinds(0.9)
+
+    def cut(asked, **more):
+        return solve(asked, **{**more, "method": "contiguous"})
+
+    monkeypatch.setattr(with_homes, "solve", cut)
+
+    def batched(part):
+        return make_batch(part, tokens_per_step=512)
+
+    problem = api._problem(batched(trace), CLUSTER, 4, None, None, None, None, "any")
+    best = plan_homes(problem, trace, batched, Budget.of(1.0, 2.0), band=0.3).best["grouped"]
+    start = as_held(problem, at_home(replace(problem, batch=best.batch)))
+    cost = problem.pricing.cost(best.batch, start.count_LED()).seconds_BL
+    assert best.seconds <= best.batch.weight_B @ cost.mean(axis=1) < plan_seconds(problem, best, cut)
+    problem.engine.check(best.placement, problem.slots_D)
+
+
+def plan_seconds(problem, plan, planner):
+    placement = planner(replace(problem, batch=plan.batch)).placement
+    return plan.batch.weight_B @ problem.pricing.cost(plan.batch, placement.count_LED()).seconds_BL.mean(axis=1)
 
 
 def test_a_gain_counts_the_traffic_after(planted):

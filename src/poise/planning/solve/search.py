@@ -28,9 +28,9 @@ Under the exact split the search works on the even one, and step 4 chooses by th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,14 +98,15 @@ def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed:
 
 
 def _choose(
-    whole: PlacementProblem, given: PlacementProblem, problem: PlacementProblem, options: list[Placement],
+    whole: PlacementProblem, given: PlacementProblem | None, problem: PlacementProblem, options: list[Placement],
     seconds: list[float], starts: int, seed: int,
 ) -> int:  # fmt: skip
-    """Step 4: number of the option that is taken; ``seconds`` are theirs on the steps that were searched.
+    """Step 4: number of the option that is taken; ``seconds`` are theirs on the steps that were searched, ``given`` has
+    those that were given, where others were drawn.
 
     The first option is the search's, the next ``starts`` are other methods'.
     """
-    if given is not problem:  # what was given decides who is as good as others, steps that nobody has seen who is best
+    if given is not None:  # what was given decides who is as good as others, steps that nobody has seen who is best
         own = [float(_price(given, o).seconds_L.mean()) + given.migration_seconds(o) for o in options]
         others = replace(whole, batch=drawn_steps(whole.batch, JUDGED, seed + 1))
         near = whole.split == "near"  # balance counts as in its starts
@@ -165,22 +166,85 @@ def _price(problem: PlacementProblem, placement: Placement) -> _Price:
     return _Price(seconds_L, batch.weight_B @ (cost.seconds_BL + weight * per_token * most_BL))
 
 
+class _Pool:
+    """Starts as they will be held, and what each costs on the steps that are searched.
+
+    Attributes
+    ----------
+    problem : with these steps.
+    placements, prices : of the starts.
+    plain : whether a start came without replicas.
+    """
+
+    def __init__(self, problem: PlacementProblem) -> None:
+        self.problem = problem
+        self.placements: list[Placement] = []
+        self.prices: list[_Price] = []
+        self.plain: list[bool] = []
+
+    def add(self, start: Placement) -> None:
+        """One more."""
+        self.plain.append(int(start.replicas_LE().max()) == 1)
+        self.placements.append(as_held(self.problem, start))
+        self.prices.append(_price(self.problem, self.placements[-1]))
+
+    def on(self, problem: PlacementProblem) -> None:
+        """All priced anew, on other steps."""
+        if problem is not self.problem:
+            self.problem, self.prices = problem, [_price(problem, one) for one in self.placements]
+
+
+def _priced(
+    problem: PlacementProblem, starts: list[Placement], own: Iterator[Callable[[], Iterable[Placement]]],
+    budget: Budget, overhead: float,
+) -> _Pool:  # fmt: skip
+    """All starts that others have made, though the clock is over, as a plan is never worse than any of them; of its own
+    those that there is time to make. Once somebody has stopped it, on as few steps as the grace allows; ``overhead``
+    nominal seconds are what prices and data take on those of ``problem``.
+    """
+    pool = _Pool(problem)
+
+    def hurry() -> None:
+        if budget.stopped and pool.problem is problem:
+            pool.on(some_steps(problem, budget.afford(overhead, "steps"), overhead))
+
+    for start in starts:
+        hurry()
+        pool.add(start)
+    for make in own:
+        if pool.placements and budget.over("starts"):  # asked before it is made: what is made is priced
+            break
+        for start in make():
+            pool.add(start)
+    hurry()
+    return pool
+
+
 def _own_starts(
     whole: PlacementProblem, problem: PlacementProblem, proposals: int, near: int, budget: Budget, seed: int
-) -> Iterator[Placement]:
-    """Step 1: starts beside those of other methods; ``problem`` has some of the steps of the ``whole``."""
-    yield plain_start(whole)
-    yield from affinity_start(problem)
+) -> Iterator[Callable[[], Iterable[Placement]]]:
+    """Step 1: starts beside those of other methods, not made yet; ``problem`` has some of the steps of the ``whole``.
+    Each must be made before the next is asked for.
+    """
+    yield lambda: [plain_start(whole)]
+    if whole.traffic == "stay":
+        yield partial(affinity_start, problem)
     place_LE = None
     if whole.whole is not None and whole.whole.must:
-        yield (first := group_first(whole, seed=seed))
-        place_LE = whole.whole.place_LE(first.count_LED())
+        grouped: list[Placement] = []
+
+        def by_group() -> list[Placement]:
+            grouped.append(group_first(whole, seed=seed))
+            return grouped
+
+        yield by_group
+        place_LE = whole.whole.place_LE(grouped[0].count_LED())
     if problem.num_devices > 1 and not problem.pooled:
-        yield annealed(whole, proposals=proposals, seed=seed, budget=budget, place_LE=place_LE)
+        yield lambda: [annealed(whole, proposals=proposals, seed=seed, budget=budget, place_LE=place_LE)]
         if problem.split == "exact" and problem.spare_slots > 0:
-            yield filled(whole, seed=seed)
+            yield lambda: [filled(whole, seed=seed)]
         if problem.split == "near" and problem.cluster.num_nodes > 1:
-            yield from near_starts(whole, problem, proposals=near, seed=seed, budget=budget)
+            yield partial(near_starts, whole, problem, proposals=near, seed=seed, budget=budget)
 
 
 def search(
@@ -204,28 +268,21 @@ def search(
     each = price_seconds(problem) * (1 + (problem.split == "exact"))
     overhead = (len(starts) + OPTIONS) * each + state_seconds(problem)
     most = min(overhead, OVERHEAD * budget.seconds + max(0.0, -behind_s))
+    many = problem.batch.num_steps
     problem = some_steps(problem, budget.afford(most, "steps"), overhead)
-    given = some_steps(whole, budget.seconds, overhead) if drawn else problem
+    given = some_steps(whole, budget.seconds, overhead) if drawn else None
     proposals = min(PROPOSALS, int(0.3 * budget.seconds * PROPOSALS_PER_SECOND / problem.batch.num_layers))
     near, near_s = proposals_within(problem, 0.5 * budget.seconds * (problem.split == "near"))
-    data = make_data(problem, MAX_ROWS)
-    pool: list[Placement] = []
-    prices: list[_Price] = []
-    plain: list[bool] = []
     own_starts = _own_starts(whole, problem, proposals, near, budget.part(0.3, until=0.8), seed)
-    for number, start in enumerate(chain(starts, own_starts)):
-        # what others have made is priced though the clock is over: a plan is never worse than any of them
-        if pool and (budget.stopped if number < len(starts) else budget.over("starts")):
-            break
-        plain.append(int(start.replicas_LE().max()) == 1)
-        pool.append(as_held(problem, start))
-        prices.append(_price(problem, pool[-1]))
+    priced = _priced(problem, starts, own_starts, budget, overhead * problem.batch.num_steps / many)
+    problem, pool, prices = priced.problem, priced.placements, priced.prices
+    data = make_data(problem, MAX_ROWS)
     score_OL = np.stack([price.score_L for price in prices])
     states = [_best_start(data, problem, pool, score_OL)]
-    if (states[0].copies_LE > 1).any() and any(plain):
+    if (states[0].copies_LE > 1).any() and any(priced.plain):
         # Replicas cost weight reads, and descent seldom drops all of them, or, where the engine wants slots filled,
         # replaces all: descend from none, or from those that filling adds, as well.
-        bare = np.flatnonzero(plain)
+        bare = np.flatnonzero(priced.plain)
         states.append(_best_start(data, problem, [pool[i] for i in bare], score_OL[bare]))
     overhead *= problem.batch.num_steps / max(problem.batch.num_steps, whole.batch.num_steps)
     late = behind_s + overhead + near_s + proposals * problem.batch.num_layers / PROPOSALS_PER_SECOND

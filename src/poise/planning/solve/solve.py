@@ -104,10 +104,11 @@ def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progre
     under_way = _Starts(problem, early, seed)
     spent = 0.0
     for at, name in enumerate(names):
-        if starts and (spent + needs[name] > early.seconds or early.over("starts")):
-            left_out.append(name)
-            continue
-        under_way.begin(names[at:], needs, early.seconds - spent)
+        if not under_way.made(name):
+            if starts and (spent + needs[name] > early.seconds or early.over("starts")):
+                left_out.append(name)
+                continue
+            under_way.begin(names[at:], needs, early.seconds - spent)
         placement = under_way.take(name)
         if placement is None:
             continue
@@ -138,6 +139,10 @@ class _Starts:
             if name not in self._futures:
                 own = self._early.part(0.5, until=1.0)
                 self._futures[name] = begun(self._executor, _start, self._problem, name, own, self._seed)
+
+    def made(self, name: str) -> bool:
+        """Whether a start is there and not taken yet: then it costs nothing more, whatever the clock says."""
+        return name in self._futures and self._futures[name].done()
 
     def take(self, name: str) -> Placement | None:
         """The placement of a start, or None where its method found none."""

@@ -19,6 +19,7 @@ from poise.planning.budget import Budget
 from poise.planning.homes import BAND, POLICIES, HomeTable, affine, grouped, pair_seconds, signatures
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem, Progress
+from poise.planning.solve.complete import as_held
 from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT, RoutingTrace
@@ -107,8 +108,9 @@ def plan_homes(
     def moved(plan: HomePlan, placement: Placement) -> HomePlan:
         return plan._replace(placement=placement, seconds=seconds(plan.batch, placement))
 
-    def planned(plan: HomePlan, start: Placement) -> HomePlan:
-        return moved(plan, placed(plan.batch, start))
+    def planned(plan: HomePlan, start: Placement) -> HomePlan:  # never worse than its start: solve may see few steps
+        held = as_held(replace(problem, batch=plan.batch), start)
+        return min(moved(plan, held), moved(plan, placed(plan.batch, start)), key=lambda each: each.seconds)
 
     first = placed(problem.batch, problem.current)
     first = placed(problem.batch, first)
@@ -124,7 +126,7 @@ def plan_homes(
     equal = min(every, key=lambda placement: seconds(problem.batch, placement))
     alone = priced(groups, equal), priced(affine(equal, problem.pricing, band), equal)
     best = (
-        min((moved(by_group, placement) for placement in every), key=lambda plan: plan.seconds),
+        min((near_group, *(moved(by_group, placement) for placement in every)), key=lambda plan: plan.seconds),
         min((*tried, alone[1]), key=lambda plan: plan.seconds),
     )
     names = [plan.table.policy for plan in alone]
