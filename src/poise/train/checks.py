@@ -28,6 +28,8 @@ SHARDINGS: dict[str, ShardingPolicy] = {
     "even": Even(), "heterogeneous": Heterogeneous(by_price=True), "balanced": Balanced()
 }  # fmt: skip
 """By name, none moves owners that the price does not let move; published: ``Heterogeneous()``."""
+NUMBERS = "step_slots", "replica_bytes", "prefetch", "window", "rematerialise", "accumulate_bytes"
+"""Options that :func:`_check` looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
     dist.all_gather_object(devices, device_name(mesh), group=group)
 
     def check() -> tuple[Ready, dict[str, Any]]:
-        _check(**{key: given[key] for key in ("step_slots", "replica_bytes", "prefetch", "window", "rematerialise")})
+        _check(**{key: given[key] for key in NUMBERS})
         policy = as_policy(given["policy"])
         machine = given["cluster"] or presumed(mesh, dist.get_process_group_ranks(group), devices)
         if machine.num_devices != size:
@@ -161,9 +163,12 @@ def _check(
     prefetch: int,
     window: int,
     rematerialise: bool | float,
+    accumulate_bytes: float | None,
 ) -> None:
     if step_slots is not None and replica_bytes is not None:
         raise OptionError(f"step_slots {step_slots} and replica_bytes {replica_bytes:g} say the same", hint="give one")
+    if accumulate_bytes is not None and not accumulate_bytes >= 0:
+        raise OptionError(f"accumulate_bytes must be at least 0, got {accumulate_bytes}", hint="None: no limit")
     budget = 0.0 if isinstance(rematerialise, bool) else rematerialise
     if (step_slots or 0) < 0 or prefetch < 0 or window < 1 or budget < 0:
         raise OptionError(

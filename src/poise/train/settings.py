@@ -26,6 +26,7 @@ class Settings:
     sharding: ShardingPolicy | None
     window_s: float | None
     force_balance: bool
+    accumulate_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
