@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from poise.cost.memory import TrainingBytes, slots_that_fit
+from poise.cost.traffic import DataFlow
 from poise.cost.transfers import Form
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -272,6 +273,7 @@ def fully_shard_experts(
     gather_dtype: torch.dtype | None = None,
     offload: bool = False,
     accumulate_bytes: float | None = None,
+    traffic: DataFlow = "home",
     force_balance: bool = False,
     owners: NDArray[np.int64] | None = None,
 ) -> FssdpExperts:
@@ -306,6 +308,8 @@ def fully_shard_experts(
     accumulate_bytes : of gradient accumulation (:meth:`FssdpExperts.set_requires_gradient_sync`), memory a rank may
         spend on replica gradients that wait for the last micro-batch; what does not fit is reduced while the next one
         computes. None: all wait.
+    traffic : ``home``, a row for every (token, expert) pair, or ``home_device_dedup``: a token goes to a device once,
+        for all of its experts there, and comes back as their weighted sum (:mod:`poise.runtime.once`).
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
     owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
 
@@ -319,7 +323,7 @@ def fully_shard_experts(
         "policy": policy, "step_slots": step_slots, "replica_bytes": replica_bytes, "sharding": sharding,
         "rematerialise": rematerialise, "prefetch": prefetch, "window": window, "cluster": cluster,
         "window_s": window_s, "form": form, "mp_policy": mp_policy, "gather_dtype": gather_dtype, "offload": offload,
-        "accumulate_bytes": accumulate_bytes, "force_balance": force_balance, "owners": owners,
+        "accumulate_bytes": accumulate_bytes, "traffic": traffic, "force_balance": force_balance, "owners": owners,
     }  # fmt: skip
     flat = flattened(mesh)
     tokens_group = flat.get_group()
@@ -374,7 +378,7 @@ def fully_shard_experts(
     settings = Settings(
         policy=checked.policy, step_slots=slots, window=window, prefetch=prefetch, rematerialise=rematerialise,
         sharding=checked.sharding, window_s=window_s, force_balance=force_balance,
-        accumulate_bytes=accumulate_bytes,
+        accumulate_bytes=accumulate_bytes, traffic=traffic,
     )  # fmt: skip
     deployment = Deployment(
         cluster=checked.machine, tokens_group=tokens_group, weights_group=weights_group, device=device,

@@ -28,7 +28,9 @@ SHARDINGS: dict[str, ShardingPolicy] = {
     "even": Even(), "heterogeneous": Heterogeneous(by_price=True), "balanced": Balanced()
 }  # fmt: skip
 """By name, none moves owners that the price does not let move; published: ``Heterogeneous()``."""
-NUMBERS = "step_slots", "replica_bytes", "prefetch", "window", "rematerialise", "accumulate_bytes"
+FLOWS = "home", "home_device_dedup"
+"""Data flows that training runs (:mod:`poise.cost.traffic`)."""
+LOOKED_AT = "step_slots", "replica_bytes", "prefetch", "window", "rematerialise", "accumulate_bytes", "traffic"
 """Options that :func:`_check` looks at."""
 
 
@@ -84,7 +86,7 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
     dist.all_gather_object(devices, device_name(mesh), group=group)
 
     def check() -> tuple[Ready, dict[str, Any]]:
-        _check(**{key: given[key] for key in NUMBERS})
+        _check(**{key: given[key] for key in LOOKED_AT})
         policy = as_policy(given["policy"])
         machine = given["cluster"] or presumed(mesh, dist.get_process_group_ranks(group), devices)
         if machine.num_devices != size:
@@ -164,7 +166,10 @@ def _check(
     window: int,
     rematerialise: bool | float,
     accumulate_bytes: float | None,
+    traffic: str,
 ) -> None:
+    if traffic not in FLOWS:
+        raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(FLOWS)}")
     if step_slots is not None and replica_bytes is not None:
         raise OptionError(f"step_slots {step_slots} and replica_bytes {replica_bytes:g} say the same", hint="give one")
     if accumulate_bytes is not None and not accumulate_bytes >= 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from poise.cost.traffic import DataFlow
 from poise.cost.transfers import Form
 from poise.machine.cluster import Cluster
 from poise.stepwise.protocol import StepPolicy
@@ -27,6 +28,7 @@ class Settings:
     window_s: float | None
     force_balance: bool
     accumulate_bytes: float | None = None
+    traffic: DataFlow = "home"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
