@@ -32,8 +32,8 @@ class OnceExchange(PairExchange):
     width : d, of a token.
     send_N : int64 [N] tokens in the order their copies leave.
     sent_D, got_D : copies to and from each rank.
-    copy_P, weight_P : int64 [P], of each pair computed here, in the order of experts: its row among the copies that came,
-        and the place of its weight in their [n * K].
+    copy_P, weight_P : int64 [P], of each pair computed here, in the order of experts: its row among the copies that
+        came, and the place of its weight in their [n * K].
     """
 
     pairs: Exchange

@@ -188,7 +188,7 @@ class ForwardSchedule:
         self._early.clear()
 
     def compute(self, one: Pass, x_Td: Tensor, *, graph: bool, recomputed: bool) -> Tensor:
-        """Outputs of this rank's pairs, [T * K, d], or of its tokens where they travel once; ``graph``: build the graph inside.
+        """Outputs of this rank's pairs, [T * K, d], of its tokens where they travel once; ``graph``: build it inside.
 
         The layer's replicas are freed, unless they stay until the backward, and the gather for a later layer begins,
         once the combine is on its way.
