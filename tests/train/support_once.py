@@ -16,27 +16,20 @@ from tests.train.support_recompute import checkpoint_retained
 from tests.train.support_routing import experts_that_fail_on_one_rank, pairs_without_an_expert
 from tests.train.support_runs import EXACT, apart, shard
 
-from poise.runtime import once as runtime
-from poise.runtime.layer import LayerStep
-from poise.train import forward
-
-ONCE = "home_device_dedup"
+from poise.train import forward, plans
+from poise.util.errors import OptionError
 
 
 @contextmanager
 def by_copies() -> Iterator[list[Any]]:
     """Every layer of every run sends a token to a device once; the exchanges that are made."""
-    before, made = forward.ForwardSchedule._stages, []
-
-    def stages(self: Any, pairs: Any, width: int, run: Any) -> LayerStep:
-        made.append(runtime.once(pairs, width))
-        return LayerStep(made[-1], made[-1].around(run))
-
-    forward.ForwardSchedule._stages = stages
+    before, asked, made = forward.once, plans.RunPlanner.travels_once, []
+    forward.once = lambda *given: made.append(before(*given)) or made[-1]
+    plans.RunPlanner.travels_once = lambda *_, **__: True
     try:
         yield made
     finally:
-        forward.ForwardSchedule._stages = before
+        forward.once, plans.RunPlanner.travels_once = before, asked
 
 
 @case
@@ -51,14 +44,10 @@ def a_token_goes_to_a_device_once() -> dict:
             for one in (dense, model):
                 for name, weight in one.named_parameters():
                     weight.requires_grad_(not frozen or "gate." in name)
-            run = shard(model, traffic=ONCE, policy="expert-parallelism")
+            run = shard(model, policy="expert-parallelism")
             run.set_gradient_divide_factor(1.0)
-            made, before = [], forward.once
-            forward.once = lambda *args, made=made, before=before: made.append(before(*args)) or made[-1]
-            try:
+            with by_copies() as made:
                 h.loss_of(model, data[1]).backward()
-            finally:
-                forward.once = before
             h.loss_of(dense, data[0]).backward()
             errors[f"top-{top_k}, frozen {frozen}"] = apart(model, run, dense)
             rows = pairs = 0
@@ -73,6 +62,32 @@ def a_token_goes_to_a_device_once() -> dict:
     assert max(errors.values()) <= EXACT, errors
     assert saved[1] == 0 < saved[2] < saved[8], saved
     return {"errors": errors, "rows saved": saved}
+
+
+@case
+def tokens_travel_as_they_are_told_to() -> dict:
+    """``auto`` sends copies where the price says so, on all ranks alike: eight experts of a token, and never one; what
+    is decided in a training pass holds until owners move."""
+    world, found = dist.get_world_size(), {}
+    for traffic, top_k in (("home", 8), ("home_device_dedup", 1), ("auto", 8), ("auto", 1)):
+        data = h.batch("even", 0, world, top_k, dist.get_rank(), torch.float64)
+        model = h.build()
+        run = shard(model, traffic=traffic, policy="expert-parallelism")
+        before, made = forward.once, []
+        forward.once = lambda *given, made=made, before=before: made.append(before(*given)) or made[-1]
+        try:
+            h.loss_of(model, data).backward()
+        finally:
+            forward.once = before
+        found[f"{traffic}, top-{top_k}"] = len(made)
+        assert run.schedule.planner._once == ({0: top_k == 8, 1: top_k == 8} if traffic == "auto" else {})
+        run.reshard(run.owners[:, ::-1].copy())
+        assert not run.schedule.planner._once
+    layers = h.LAYERS
+    assert list(found.values()) == [0, layers, layers, 0], found
+    said = c.raised(OptionError, lambda: shard(h.build(), traffic="stay"))
+    assert "stay" in said and "home_device_dedup" in str(said)
+    return found
 
 
 @case

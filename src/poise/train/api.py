@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from poise.cost.memory import TrainingBytes, slots_that_fit
-from poise.cost.traffic import DataFlow
 from poise.cost.transfers import Form
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -46,7 +45,7 @@ from poise.train.regroup import MicroBatches
 from poise.train.rollout import Rollout
 from poise.train.rows import ExpertRows, Ownership
 from poise.train.schedule import Schedule
-from poise.train.settings import Deployment, Settings
+from poise.train.settings import Deployment, Settings, TrainingFlow
 from poise.train.sharding import Begin, ShardedExperts
 from poise.train.steps import attach, watch_optimizers
 from poise.util.errors import OptionError
@@ -273,7 +272,7 @@ def fully_shard_experts(
     gather_dtype: torch.dtype | None = None,
     offload: bool = False,
     accumulate_bytes: float | None = None,
-    traffic: DataFlow = "home",
+    traffic: TrainingFlow = "home",
     force_balance: bool = False,
     owners: NDArray[np.int64] | None = None,
 ) -> FssdpExperts:
@@ -309,7 +308,8 @@ def fully_shard_experts(
         spend on replica gradients that wait for the last micro-batch; what does not fit is reduced while the next one
         computes. None: all wait.
     traffic : ``home``, a row for every (token, expert) pair, or ``home_device_dedup``: a token goes to a device once,
-        for all of its experts there, and comes back as their weighted sum (:mod:`poise.runtime.once`).
+        for all of its experts there, and comes back as their weighted sum (:mod:`poise.runtime.once`). ``auto``: layer
+        by layer, what is modelled faster for the loads of the first training pass after a start or a move of owners.
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
     owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
 

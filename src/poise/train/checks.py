@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from poise.train.agree import agree
 from poise.train.dispatched import SEAM, lies_behind_dispatcher
 from poise.train.machine import device_name, presumed, unknown
 from poise.train.packing import GATHER_DTYPES
+from poise.train.settings import TrainingFlow
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
 
@@ -28,8 +29,7 @@ SHARDINGS: dict[str, ShardingPolicy] = {
     "even": Even(), "heterogeneous": Heterogeneous(by_price=True), "balanced": Balanced()
 }  # fmt: skip
 """By name, none moves owners that the price does not let move; published: ``Heterogeneous()``."""
-FLOWS = "home", "home_device_dedup"
-"""Data flows that training runs (:mod:`poise.cost.traffic`)."""
+FLOWS = get_args(TrainingFlow)
 LOOKED_AT = "step_slots", "replica_bytes", "prefetch", "window", "rematerialise", "accumulate_bytes", "traffic"
 """Options that :func:`_check` looks at."""
 

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.dispatch import Exchange, evenly, make_exchange, named, routed
-from poise.runtime.layer import LayerFunction, LayerStep, RunExperts
+from poise.runtime.dispatch import evenly, make_exchange, named, routed
+from poise.runtime.layer import LayerFunction, LayerStep
 from poise.runtime.once import OnceExchange, once
 from poise.runtime.recompute import Region, in_backward, places
 from poise.runtime.spans import span
@@ -134,7 +134,11 @@ class ForwardSchedule:
             plan, rows_SED, view = run.planner.finish(layer, weights.early_ED, load_SE, keep=recorded)
             weights.complete(plan.holders_ED, plan.quota_ED > 0)
             pairs = make_exchange(ids_TK, rows_SED, there.rank, there.tokens_group, weights.slots)
-            step = self._stages(pairs, x_Td.shape[1], partial(experts.kind.run_counted, weights.counts(pairs.count_E)))
+            run_experts = partial(experts.kind.run_counted, weights.counts(pairs.count_E))
+            step = LayerStep(pairs, run_experts)
+            if run.planner.travels_once(layer, rows_SED, keep=recorded):
+                way = once(pairs, x_Td.shape[1])
+                step = LayerStep(way, way.around(run_experts))
             frames = [weakref.ref(frame) for frame in region.frames]
             one = Pass(
                 layer, given_TK, step, weights, number, pairs.number, frames, micro_batch=run.planner.micro_batch
@@ -144,13 +148,6 @@ class ForwardSchedule:
                 self._learn(weights, load_SE.sum(axis=0))
                 run.passes.add(one)
         return one
-
-    def _stages(self, pairs: Exchange, width: int, run: RunExperts) -> LayerStep:
-        """Of a pass: by pairs, or a token to a device once."""
-        if self._run.settings.traffic == "home":
-            return LayerStep(pairs, run)
-        way = once(pairs, width)
-        return LayerStep(way, way.around(run))
 
     def _note(
         self, weights: Materialised, load_E: NDArray[np.int64], tokens_D: NDArray[np.int64], view: LayerView

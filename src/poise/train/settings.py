@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from poise.cost.traffic import DataFlow
 from poise.cost.transfers import Form
 from poise.machine.cluster import Cluster
 from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.sharding import ShardingPolicy
 from poise.train.packing import Packing
+
+TrainingFlow = Literal["home", "home_device_dedup", "auto"]
+"""Data flows that training runs (:mod:`poise.cost.traffic`); ``auto``: of both the faster one, layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Settings:
     window_s: float | None
     force_balance: bool
     accumulate_bytes: float | None = None
-    traffic: DataFlow = "home"
+    traffic: TrainingFlow = "home"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
