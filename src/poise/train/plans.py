@@ -151,8 +151,6 @@ class RunPlanner:
 
     def plan_ahead(self, layer: int) -> None:
         """Begin, on a thread, to plan the replicas of the next forward pass: all is known that will be."""
-        if not self.settings.step_slots and not self.settings.policy.unbounded:
-            return  # there will be none
         self._ahead.start(layer, self._version, self._early_task(layer))
 
     def foresee(self, micro_batches: Sequence[MicroBatch]) -> None:
