@@ -28,7 +28,8 @@ from measured_train import (
     Bench,
     Row,
     added_seconds,
-    measured_terms,
+    measured_row,
+    quartiles,
 )
 from train_cases import shares
 
@@ -125,23 +126,20 @@ def rows_of(bench: Bench, step: Step, deals: dict[str, Deal]) -> list[Row]:
 def report(bench: Bench, step: Step, rows: list[Row], got: dict[str, np.ndarray], deals: dict[str, Deal]) -> list[str]:
     """A line a row; seconds of an optimizer step, the owners' move spread over some added."""
     price, totals, lines = bench.price(Row("", "")), {}, []
-    for which, row in enumerate(rows):
-        terms = measured_terms(got, which) * step.micro
-        moved_s = 0.0 if row.owners is None else reshard_seconds(step.given.owner_LE, row.owners, price) / SPREAD
-        totals[row.name] = terms.sum(axis=1) + moved_s
+    found = [measured_row(bench, step.traffic(deals[row.traffic]), row, got, which) for which, row in enumerate(rows)]
+    for one in found:
+        owner_LE = one.row.owners
+        moved_s = 0.0 if owner_LE is None else reshard_seconds(step.given.owner_LE, owner_LE, price) / SPREAD
+        totals[one.row.name] = one.total * step.micro + moved_s
     rival = min((name for name in totals if name in HISTORY), key=lambda name: np.median(totals[name]))
-    for which, row in enumerate(rows):
-        replay = bench.replay(step.traffic(deals[row.traffic]), row)
-        total = totals[row.name]
-        low, high = np.percentile(total, [25, 75])
-        terms = np.median(measured_terms(got, which), axis=0) * step.micro
+    for one in found:
+        replay, total = one.replay, totals[one.row.name]
         below = 1.0 - total / totals[rival]
         spread = np.percentile(below, [25, 75])
-        lines.append([row.name, f"{replay.imbalance:.3f}", f"{replay.moved_BL.sum() / 1e6:.1f}", f"{replay.exposed_BL.sum() / 1e6:.1f}",
-                      f"{np.median(total):.3f}", f"{low:.3f}-{high:.3f}",
+        lines.append([one.row.name, f"{replay.imbalance:.3f}", f"{replay.moved_BL.sum() / 1e6:.1f}", f"{replay.exposed_BL.sum() / 1e6:.1f}",
+                      f"{np.median(total):.3f}", quartiles(total),
                       f"{np.median(below):+.1%} ({spread[0]:+.1%} to {spread[1]:+.1%})", f"{added_seconds(replay) * step.micro:.3f}",
-                      "yes" if (replay.tokens_BLD == got["tokens"][which]).all() else "NO",
-                      *(f"{value:.3f}" for value in terms)])  # fmt: skip
+                      one.plan, *(f"{value:.3f}" for value in one.medians * step.micro)])  # fmt: skip
     head = ["policy", "max/mean", "MB moved", "MB shown", "step s", "quartiles", f"below the best history policy ({rival}), paired",
             "modelled s", "same plan", *TERMS]  # fmt: skip
     return [table(head, lines)]

@@ -198,6 +198,51 @@ def measured_terms(got: dict[str, np.ndarray], which: int) -> np.ndarray:
         for r in range(len(marks))])  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class MeasuredRow:
+    """What was measured of a row, beside what the model says of it.
+
+    Parameters
+    ----------
+    row, replay : it, and its replay on the same traffic.
+    terms : seconds by repeat and term, float64 [R, terms].
+    same : whether ranks computed the tokens that the replay has.
+    """
+
+    row: Row
+    replay: TrainingReplay
+    terms: np.ndarray
+    same: bool
+
+    @property
+    def total(self) -> np.ndarray:
+        """Seconds of a step by repeat, float64 [R]."""
+        return self.terms.sum(axis=1)
+
+    @property
+    def medians(self) -> np.ndarray:
+        """Of each term, float64 [terms]."""
+        return np.median(self.terms, axis=0)
+
+    @property
+    def plan(self) -> str:
+        """Whether the plan was the model's, as a table says it."""
+        return "yes" if self.same else "NO"
+
+
+def measured_row(bench: Bench, loads: SourceLoads, row: Row, got: dict[str, np.ndarray], which: int) -> MeasuredRow:
+    """Row number ``which`` of a measurement on a traffic."""
+    replay = bench.replay(loads, row)
+    same = bool((replay.tokens_BLD == got["tokens"][which]).all())
+    return MeasuredRow(row, replay, measured_terms(got, which), same)
+
+
+def quartiles(seconds: np.ndarray) -> str:
+    """The lower and the upper one."""
+    low, high = np.percentile(seconds, [25, 75])
+    return f"{low:.3f}-{high:.3f}"
+
+
 def simulated_steps(bench: Bench, replay: TrainingReplay, counts_s: float, planning_s: float) -> list[RankStep]:
     """The judged steps by the cost model, rank by rank."""
     return [rank_step(work, bench.cluster.node_D, bench.exchange, window_s=bench.window_s, counts_s=counts_s,
@@ -267,38 +312,33 @@ def compared(bench: Bench, loads: SourceLoads, rows: list[Row], got: dict[str, n
     counts_s = float(np.median([measured_terms(other, i)[:, 3] for i in without or [0]])) / bench.layers
     for which, row in enumerate(rows):
         constants = np.median(measured_terms(other, which), axis=0)
-        replay = bench.replay(loads, row)
-        terms = measured_terms(got, which)
-        ranks = simulated_steps(bench, replay, counts_s, constants[4] / bench.layers)
+        one = measured_row(bench, loads, row, got, which)
+        ranks = simulated_steps(bench, one.replay, counts_s, constants[4] / bench.layers)
         overhead_s = counts_s * bench.layers + constants[4] + constants[5]
         found[row.name] = {
-            "row": row, "replay": replay, "measured": terms, "same": bool((replay.tokens_BLD == got["tokens"][which]).all()),
-            "ranks": ranks, "predicted": predicted_terms(ranks, constants[5]), "added": added_seconds(replay) + overhead_s,
+            "measured": one, "ranks": ranks, "predicted": predicted_terms(ranks, constants[5]),
+            "added": added_seconds(one.replay) + overhead_s,
         }  # fmt: skip
-    step = {name: float(np.median(one["measured"].sum(axis=1))) for name, one in found.items()}
+    step = {name: float(np.median(one["measured"].total)) for name, one in found.items()}
     ep, flat = step.get("expert-parallelism", np.nan), step.get(FORCED, np.nan)
     hecates = [step[name] for name in step if name.startswith("hecate") and "RM" not in name]
     head = ["policy", "setting", "max/mean", "step s", "quartiles", "over EP", "over EP, paired", "share of forced",
             "gap to forced closed", "modelled s", "error", "terms added"]  # fmt: skip
     lines, errors = [], []
     for name, one in found.items():
-        row, total = one["row"], one["measured"].sum(axis=1)
-        low, high = np.percentile(total, [25, 75])
+        seen, row, total = one["measured"], one["measured"].row, one["measured"].total
         paired = (
-            np.median(found["expert-parallelism"]["measured"].sum(axis=1) / total)
-            if "expert-parallelism" in found
-            else 0
+            np.median(found["expert-parallelism"]["measured"].total / total) if "expert-parallelism" in found else 0
         )
         modelled = one["predicted"].sum()
         closed = (
             "" if not hecates or min(hecates) <= flat else f"{(min(hecates) - step[name]) / (min(hecates) - flat):.0%}"
         )
-        lines.append([name, f"{row.policy}, M={row.slots}", f"{one['replay'].imbalance:.2f}", f"{step[name]:.3f}",
-                      f"{low:.3f}-{high:.3f}", f"{ep / step[name]:.2f}", f"{paired:.2f}", f"{flat / step[name]:.1%}", closed,
+        lines.append([name, f"{row.policy}, M={row.slots}", f"{seen.replay.imbalance:.2f}", f"{step[name]:.3f}",
+                      quartiles(total), f"{ep / step[name]:.2f}", f"{paired:.2f}", f"{flat / step[name]:.1%}", closed,
                       f"{modelled:.3f}", f"{modelled / step[name] - 1:+.1%}", f"{one['added'] / step[name] - 1:+.1%}"])  # fmt: skip
-        medians = np.median(one["measured"], axis=0)
-        cells = [f"{m:.3f} / {p:.3f} ({_off(p, m)})" for m, p in zip(medians, one["predicted"], strict=True)]
-        errors.append([name, "yes" if one["same"] else "NO", *cells])
+        cells = [f"{m:.3f} / {p:.3f} ({_off(p, m)})" for m, p in zip(seen.medians, one["predicted"], strict=True)]
+        errors.append([name, seen.plan, *cells])
     parts = [
         table(head, lines),
         "### By term: measured / modelled seconds (error)\n\nA step is cut where the last rank is done with a part. Of the model, "
@@ -316,9 +356,10 @@ def worst_errors(found: dict[str, Any]) -> str:
     for name, at in (("compute", 1), ("all-to-all", 2), ("step", None)):
         off = []
         for one in found.values():
-            measured = one["measured"].sum(axis=1) if at is None else one["measured"][:, at]
+            seen = one["measured"]
+            measured = seen.total if at is None else seen.terms[:, at]
             modelled = one["predicted"].sum() if at is None else one["predicted"][at]
-            if np.median(measured) >= 0.01 * np.median(one["measured"].sum(axis=1)):
+            if np.median(measured) >= 0.01 * np.median(seen.total):
                 off.append(abs(modelled / float(np.median(measured)) - 1))
         out.append(f"{name} {np.max(off):.1%} (median {np.median(off):.1%})")
     return "Largest error of a row, without sign: " + "; ".join(out) + "."

@@ -90,7 +90,7 @@ INTRODUCTION = (
     f"process on all tokens, limit {LIMIT:g}; `gathered-`: the dense process rounds its experts' weights as they are rounded to be "
     f"sent. float32, bfloat16 (mixed precision, float32 weights): that error over the most by "
     f"which dense runs differ that add up in 16 other orders, limit {TIMES:g} times. Every other cell starts on random owners; the form "
-    "of the sparse collectives changes from cell to cell."
+    "of the sparse collectives changes from cell to cell, and in two of five cells a token goes to a device once (`home_device_dedup`)."
 )
 
 

@@ -1,7 +1,7 @@
 """Trainers that others wrote beside poise's sharded training, on CPU: parity with dense first, then steps in turn.
 
     python benchmarks/peers.py [DATA] [--peers deepspeed,nemo-automodel,torchtitan] [--cluster 2x4] [--repeats 20]
-        [--kinds balanced,skewed,drifting] [--parity-only] [--make-only] [--note TEXT] [--dry]
+        [--kinds balanced,skewed,drifting] [--experts 16 --top-k 2] [--once] [--parity-only] [--make-only] [--note TEXT] [--dry]
 
 Each peer runs in an environment of its own (made at the first run, of the size that is said before), with poise's rows in
 the same processes: same model, tokens, seeds and routing, emulated links, and a device clock in everyone's experts.
@@ -46,6 +46,7 @@ LATENCY_S = 4e-3
 RATE, LIMIT, PARITY_STEPS, WARM_UP, SEED, KNOTS = 1e-4, 1e-6, 4, 5, 11, 4
 MOST = ("expert-parallelism", "hecate", "llep", "poise", "force-balanced")
 FEW = ("expert-parallelism", "poise")
+ONCE = ("expert-parallelism, once", "poise, once")
 NOT_COMPARED = ("force-balanced",)
 """Computes something else, to see what balance would cost."""
 
@@ -93,6 +94,11 @@ def targets(shape: Shape, data: Path | None) -> dict[str, np.ndarray]:
     return {"balanced": even, "skewed": known[:1], "drifting": known}
 
 
+def shape_of(asked: argparse.Namespace) -> Shape:
+    """Sizes of the model."""
+    return Shape(experts=asked.experts, top_k=asked.top_k)
+
+
 def device_cluster(spec: EmulatedCluster, shape: Shape) -> Cluster:
     """The emulated machine as poise's policies reckon with it."""
     knots = np.array([1.0, 4096.0])
@@ -108,9 +114,10 @@ def measure(peer: Peer, asked: argparse.Namespace, folder: Path) -> Result:
     """One launch in the peer's environment."""
     nodes, devices = parse_shape(asked.cluster)
     spec = EmulatedCluster(nodes, devices, INTRA, INTER, dilation=DILATION)
-    shape = Shape()
+    shape = shape_of(asked)
     (folder / "cluster.yaml").write_text(device_cluster(spec, shape).to_yaml())
     rows = MOST if peer is next(iter(PEERS.values())) or asked.all_rows else FEW
+    rows = (*rows, *(ONCE if asked.once else ()))
     job = {"peer": peer.name, "module": peer.module, "rows": [name for name in ROWS if name in rows], "shape": asdict(shape),
            "clock": {"start_s": START_S, "token_s": TOKEN_S, "attention_s": ATTENTION_S}, "rate": RATE,
            "cluster": str(folder / "cluster.yaml"), "ranks": asked.cluster, "parity_steps": PARITY_STEPS, "limit": LIMIT, "not_compared": NOT_COMPARED,
@@ -199,7 +206,7 @@ def doubts(results: list[Result], kinds: list[str]) -> str:
 
 
 def about(asked: argparse.Namespace, results: list[Result]) -> str:
-    shape = Shape()
+    shape = shape_of(asked)
     skew = "shares of OLMoE's experts on one domain (drifting: four domains, one after the other)" if asked.data else (
         "shares that fall as 1 / rank (drifting: four orders, one after the other)")  # fmt: skip
     return (
@@ -227,6 +234,9 @@ def main() -> None:
     options.add_argument(
         "--all-rows", action="store_true", help="all of poise's rows beside every peer, not the first alone"
     )
+    options.add_argument("--experts", type=int, default=Shape.experts)
+    options.add_argument("--top-k", type=int, default=Shape.top_k)
+    options.add_argument("--once", action="store_true", help="poise's rows also with a token to a device once")
     options.add_argument("--parity-only", action="store_true")
     options.add_argument("--make-only", action="store_true", help="make the environments and end")
     options.add_argument("--timeout", type=float, default=1500.0, help="seconds for one peer")

@@ -23,6 +23,7 @@ class Ours:
     policy: str
     slots: int
     forced: bool = False
+    traffic: str = "home"
 
 
 ROWS = {
@@ -33,6 +34,8 @@ ROWS = {
         Ours("llep", "llep", 2),
         Ours("poise", "poise", 2),
         Ours("force-balanced", "expert-parallelism", 0, forced=True),
+        Ours("expert-parallelism, once", "expert-parallelism", 0, traffic="home_device_dedup"),
+        Ours("poise, once", "poise", 2, traffic="home_device_dedup"),
     )
 }
 
@@ -50,6 +53,7 @@ class PoiseTrainer:
             step_slots=row.slots,
             cluster=cluster,
             force_balance=row.forced,
+            traffic=row.traffic,
         )
         for experts in self.run.schedule.layers:
             experts.kind = replace(experts.kind, one=_clocked(experts.kind.one, settings.clock))

@@ -4,8 +4,8 @@
 
 Each cell trains 3 steps (5 with POISE_MANY=1) sharded and compares losses, all gradients, the gradient norm and the weights with one dense
 process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
-owners and the form of the sparse collectives changes, and in every third tokens go by messages of their own, so that
-these are covered too. In float32 and bfloat16 ``dense`` is
+owners and the form of the sparse collectives changes, in every third tokens go by messages of their own, and in two of
+five to a device once, so that these are covered too. In float32 and bfloat16 ``dense`` is
 the most by which dense runs differ that add up in 4 other orders (16 with POISE_MANY=1).
 """
 
@@ -101,12 +101,13 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str =
         if number % 2:
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
         with h.messages(-1 if number % 3 == 1 else collectives.SHORT):
+            traffic = "home_device_dedup" if number % 5 in (1, 3) else "home"
             error, gathered, lost = h.sharded_run(
                 workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
-                owners=owners, form=FORMS[number % 4], cluster=machine(world), mutate=mutate, dtype=dtype, gather=gather,
+                owners=owners, form=FORMS[number % 4], cluster=machine(world), traffic=traffic, mutate=mutate, dtype=dtype, gather=gather,
             )  # fmt: skip
         rows.append({"mutate": mutate, "dtype": str(dtype).removeprefix("torch."), "gather": gather, "policy": policy,
-                     "rematerialise": again, "top_k": top_k, "workload": workload, "optimizer": optimizer,
+                     "rematerialise": again, "traffic": traffic, "top_k": top_k, "workload": workload, "optimizer": optimizer,
                      "error": error, "dense": bounds.get(key), "gathered": gathered, "lost": lost})  # fmt: skip
         if rank == 0 and number % 50 == 49:
             worst = max(row["error"] for row in rows)

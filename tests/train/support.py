@@ -9,6 +9,7 @@ from tests.train import (  # noqa: F401
     support_kinds,
     support_loops,
     support_memory,
+    support_once,
     support_optimizers,
     support_parallel,
     support_passes,

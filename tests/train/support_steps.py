@@ -70,6 +70,41 @@ def accumulation() -> dict:
     return errors
 
 
+@case
+def accumulation_within_bytes() -> dict:
+    """Three micro-batches of one plan: what may wait is sent once, what may not thrice, under the next micro-batch."""
+    world, rank, micro = dist.get_world_size(), dist.get_rank(), 3
+    data = [h.batch("hot-expert-a-rank", 0, world, 2, which, torch.float64) for which in (None, rank)]
+    dense = h.build()
+    h.loss_of(dense, data[0]).mul(micro).backward()
+    expected = {name: weight.grad for name, weight in dense.named_parameters()}
+    found, errors, most = {}, {}, {}
+    for limit in (None, 0.0, 0.6):  # of what None keeps
+        model = h.build()
+        run = shard(model, policy="full-replication", rematerialise=True,
+                    accumulate_bytes=None if limit is None else limit * most[None])  # fmt: skip
+        waiting, kept = run.schedule.backward.replica_gradients, []
+        for step in range(micro):
+            run.set_requires_gradient_sync(step == micro - 1)
+            h.loss_of(model, data[1]).mul(world).backward()
+            assert waiting.waiting == (step < micro - 1)
+            assert bool(waiting.reductions) == (limit is not None and step < micro - 1)
+            kept.append(sum(one.kept_D for one in waiting._kept if one.kept_D is not None))
+            if waiting.waiting:
+                said = c.raised(OptionError, lambda run=run: run.reshard(run.owners[:, ::-1].copy()))
+                assert "gradients" in said
+        assert sum(run.schedule.ledger.now.values()) == 0
+        most[limit] = float(np.max(kept[:-1])) * run.schedule.deployment.gradient_bytes
+        found[limit] = run.schedule.moved_bytes["reduce"]
+        c.average_dense(model, run)
+        errors[str(limit)] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
+    assert max(errors.values()) <= EXACT, errors
+    assert most[0.0] == 0 < most[0.6] <= 0.6 * most[None], most
+    assert found[0.0] == micro * found[None], found
+    assert found[None] < found[0.6] < found[0.0], found
+    return {"errors": errors, "reduced": {str(limit): moved for limit, moved in found.items()}}
+
+
 # ---- what a step tells ----------------------------------------------------------------------------------------------
 
 FORWARD = ["counts", "plan", "dispatch", "arrange", "weights", "experts", "combine"]

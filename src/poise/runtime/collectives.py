@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ class _InFlight:
     thread : what runs sparse collectives of the group; None: who waits for them does.
     refused : why no exchange begins any more; "": they do.
     left : what then was on its way.
+    turns, gloo : see :func:`_turns` and :func:`on_gloo`; () and None until they are asked for.
     """
 
     drawn: int = 0
@@ -51,6 +52,16 @@ class _InFlight:
     thread: ThreadPoolExecutor | None = None
     refused: str = ""
     left: list[Any] = field(default_factory=list)
+    turns: tuple[int, list[int]] | tuple[()] = ()
+    gloo: bool | None = None
+
+    @classmethod
+    def of(cls, group: Any) -> _InFlight:
+        """That of a group."""
+        line = _lines.get(group)
+        if line is None:
+            line = _lines[group] = cls()
+        return line
 
 
 _lines: weakref.WeakKeyDictionary[Any, _InFlight] = weakref.WeakKeyDictionary()
@@ -65,7 +76,7 @@ def next_tag(group: Any) -> int:
     CommunicationError : as :func:`not_refused`.
     """
     not_refused(group)
-    line = _lines.setdefault(group, _InFlight())
+    line = _InFlight.of(group)
     line.drawn += 1
     return (line.drawn - 1) % (TAGS - 1) + 1
 
@@ -86,7 +97,7 @@ def refuse(group: Any, why: str, left: Any = None) -> None:
     What one rank has begun and another has not would be taken for the other's next one. ``left`` is what this rank has
     on its way: it is kept, as nobody may wait for it.
     """
-    line = _lines.setdefault(group, _InFlight())
+    line = _InFlight.of(group)
     line.refused = line.refused or why
     line.left.append(left)
 
@@ -113,13 +124,30 @@ def run_on_thread(group: Any) -> None:
     raised where it is
     waited for. All ranks of the group should do the same; from the next collective on.
     """
-    line = _lines.setdefault(group, _InFlight())
+    line = _InFlight.of(group)
     line.thread = line.thread or ThreadPoolExecutor(1, "poise-weights")
 
 
 def thread_of(group: Any) -> ThreadPoolExecutor | None:
     """What runs sparse collectives of a group; None: who waits for them does."""
     return _lines[group].thread if group in _lines else None
+
+
+class Operation(NamedTuple):
+    """A send to, or a receive from, a rank of a group.
+
+    Parameters
+    ----------
+    sends : whether it is a send.
+    tensor : what is sent or filled.
+    peer : rank in the group.
+    tag : of the exchange.
+    """
+
+    sends: bool
+    tensor: Tensor
+    peer: int
+    tag: int
 
 
 class Batch:
@@ -131,8 +159,8 @@ class Batch:
     every rank has posted its part of them.
     """
 
-    def __init__(self, operations: list[dist.P2POp], group: Any) -> None:
-        self._line = line = _lines.setdefault(group, _InFlight())
+    def __init__(self, operations: list[Operation], group: Any) -> None:
+        self._line = line = _InFlight.of(group)
         while line.forgotten:
             _wait(line.held.pop(line.forgotten.pop(0), ([], []))[0])
         self._number = next(_numbers)
@@ -159,19 +187,18 @@ class Batch:
             del self._line.held[self._number]
 
 
-def _post(operations: list[dist.P2POp], group: Any) -> list[Any]:
+def _post(operations: list[Operation], group: Any) -> list[Any]:
     """Works of all operations.
 
     On gloo by the process group itself: the functions around it take a third of the host's time for short messages.
     """
-    if dist.get_backend(group) != "gloo":
-        return list(dist.batch_isend_irecv(operations))
-    return [
-        group.send([one.tensor], one.group_peer, one.tag)
-        if one.op is dist.isend
-        else group.recv([one.tensor], one.group_peer, one.tag)
-        for one in operations
-    ]
+    if not on_gloo(group):
+        return list(dist.batch_isend_irecv([
+            dist.P2POp(dist.isend if one.sends else dist.irecv, one.tensor, dist.get_global_rank(group, one.peer),
+                       group, one.tag) for one in operations
+        ]))  # fmt: skip
+    send, receive = group.send, group.recv
+    return [(send if one.sends else receive)([one.tensor], one.peer, one.tag) for one in operations]
 
 
 def _wait(works: Sequence[Any]) -> None:
@@ -214,17 +241,17 @@ class PairMessages:
         self._own, self._peers, self._tag = *_turns(group), next_tag(group)
         if number is not None:
             self._tag = TAGS + number % TAGS
-        self._later, self._batches = self._operations(dist.irecv, into), list[Batch]()
-        if dist.get_backend(group) == "gloo":
+        self._later, self._batches = self._operations(False, into), list[Batch]()
+        if on_gloo(group):
             self._batches.append(Batch(self._later, group))
             self._later = []
 
-    def _operations(self, kind: Any, of: Sequence[Tensor]) -> list[dist.P2POp]:
-        return [operation(kind, of[p], p, self._group, self._tag) for p in self._peers if len(of[p])]
+    def _operations(self, sends: bool, of: Sequence[Tensor]) -> list[Operation]:
+        return [Operation(sends, of[p], p, self._tag) for p in self._peers if of[p].shape[0]]
 
     def send(self, of: Sequence[Tensor]) -> None:
         """Part ``of[d]`` to every rank d; they may not change before :meth:`wait` returns."""
-        self._batches.append(Batch(self._later + self._operations(dist.isend, of), self._group))
+        self._batches.append(Batch(self._later + self._operations(True, of), self._group))
         self._into[self._own].copy_(of[self._own])
 
     def wait(self) -> None:
@@ -265,7 +292,7 @@ class Arriving(SentRows):
         self._messages: PairMessages | None = None
         self._work: Any = None
         short = number is None and most is not None and most * like.element_size() * self._width.numel() <= SHORT
-        if dist.get_backend(group) == "gloo" and not short:
+        if on_gloo(group) and not short:
             self._out = like.new_empty((sum(self._got_D), *self._width))
             self._messages = PairMessages(self._out.split(self._got_D), group, number)
         else:
@@ -297,13 +324,19 @@ class Arriving(SentRows):
 
 def _turns(group: Any) -> tuple[int, list[int]]:
     """Own rank, and the others in the order in which messages to and from them are posted."""
-    own, world = dist.get_rank(group), dist.get_world_size(group)
-    return own, sorted(set(range(world)) - {own}, key=lambda peer: own ^ peer)
+    line = _InFlight.of(group)
+    if not line.turns:
+        own, world = dist.get_rank(group), dist.get_world_size(group)
+        line.turns = own, sorted(set(range(world)) - {own}, key=lambda peer: own ^ peer)
+    return line.turns
 
 
-def operation(kind: Any, row: Tensor, peer: int, group: Any, tag: int) -> dist.P2POp:
-    """A send to, or a receive from, a rank of the group."""
-    return dist.P2POp(kind, row, dist.get_global_rank(group, peer), group, tag)
+def on_gloo(group: Any) -> bool:
+    """Whether a group's backend is gloo; found once, as every message asks for it."""
+    line = _InFlight.of(group)
+    if line.gloo is None:
+        line.gloo = dist.get_backend(group) == "gloo"
+    return line.gloo
 
 
 def exchange_equal(x_nd: Tensor, group: Any) -> Tensor:

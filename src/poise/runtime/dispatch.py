@@ -28,6 +28,7 @@ class PairExchange(ABC):
 
     ====================================================  ======================================
     :class:`Exchange`                                     exact sizes, which the host knows
+    :class:`poise.runtime.once.OnceExchange`              the same, a token to a device once
     :class:`poise.runtime.device.padded.PaddedExchange`   sizes that stay on the device, padded
     ====================================================  ======================================
     """
@@ -61,6 +62,19 @@ class PairExchange(ABC):
     @abstractmethod
     def back(self, y_nd: Tensor, asked: Arriving | None, prefix: str = "") -> Tensor:
         """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
+
+    @abstractmethod
+    def by_token(self, rows: Tensor) -> Tensor:
+        """What :meth:`back` brought, summed over the pairs of each token, [T, d]."""
+
+    def goes_back(self, like_nd: Tensor) -> Tensor:
+        """Zeros of the shape of what goes back for rows like these; for what is computed, its gradient's."""
+        return like_nd.new_zeros(like_nd.shape)
+
+
+def summed(rows_Nd: Tensor, top_k: int) -> Tensor:
+    """Rows of pairs [T * K, d], summed over each token's, [T, d]."""
+    return rows_Nd.view(len(rows_Nd) // top_k, top_k, rows_Nd.shape[1]).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,6 +145,10 @@ class Exchange(PairExchange):
         all_Nd = out((self.pairs, sent_Nd.shape[1]))
         all_Nd[self.send_N] = sent_Nd
         return all_Nd
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """What :meth:`back` brought, summed over the pairs of each token, [T, d]."""
+        return summed(rows, self.top_k)
 
     def _arranged(self, sent: SentRows, prefix: str) -> Tensor:
         with span(f"{prefix}arrange"):

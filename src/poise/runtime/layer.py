@@ -52,11 +52,11 @@ class LayerStep:
 
     Parameters
     ----------
-    way, top_k, run : who sends what, K, and the experts.
+    way, run : who sends what, and the experts.
     """
 
-    def __init__(self, way: PairExchange, top_k: int, run: RunExperts) -> None:
-        self.way, self.top_k, self.run = way, top_k, run
+    def __init__(self, way: PairExchange, run: RunExperts) -> None:
+        self.way, self.run = way, run
         # the two ends of the experts' graph on this rank, None without tokens
         self._x_edge: GradientEdge | None = None
         self._y_edge: GradientEdge | None = None
@@ -90,7 +90,7 @@ class LayerStep:
                     self._x_edge, self._y_edge = get_gradient_edge(x_work), get_gradient_edge(y_in)
                 return y_in, None
             except Exception as error:
-                return torch.full_like(x_in, torch.nan), error
+                return self.way.goes_back(x_in).fill_(torch.nan), error
 
     def combine(self, y_in: Tensor) -> Tensor:
         """Outputs of this rank's pairs, [T * K, d]; zeros where no expert was named."""
@@ -114,7 +114,7 @@ class LayerStep:
 
         ``keep`` keeps the graph inside for another backward pass.
         """
-        dx_in = dy_in.new_zeros(dy_in.shape)
+        dx_in = self.way.goes_back(dy_in)
         grads: list[Tensor | None] = [None] * len(leaves)
         if self._x_edge is None or self._y_edge is None:
             return dx_in, grads, None
@@ -126,7 +126,7 @@ class LayerStep:
                 )
                 dx_in, grads = got[0], list(got[1:])
             except Exception as error:
-                failed, dx_in = error, torch.full_like(dy_in, torch.nan)
+                failed, dx_in = error, dx_in.fill_(torch.nan)
                 grads = [torch.full_like(leaf, torch.nan) for leaf in leaves]
         if not keep:
             self._x_edge = self._y_edge = None
@@ -134,8 +134,7 @@ class LayerStep:
 
     def combine_gradients(self, dx_in: Tensor) -> Tensor:
         """Gradients of this rank's tokens, [T, d]."""
-        out = self.way.back(dx_in, self._take(), BACKWARD)
-        return out.view(len(out) // self.top_k, self.top_k, out.shape[1]).sum(dim=1)
+        return self.way.by_token(self.way.back(dx_in, self._take(), BACKWARD))
 
     def _asked_back(self, came: Tensor) -> Tensor:
         self._asked = self.way.ask_back(came)  # while experts compute

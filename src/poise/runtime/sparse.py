@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poise.cost.transfers import Transfer, TransferPlan
-from poise.runtime.collectives import Batch, next_tag, operation, thread_of
+from poise.runtime.collectives import Batch, Operation, next_tag, thread_of
 from poise.runtime.spans import ended
 
 ExpertTensors = Callable[[int], Sequence[Tensor]]
@@ -85,14 +85,14 @@ class Pending:
         operations = []
         for move in self.rounds.pop(0):
             if self.rank == move.source:
-                operations += [self._op(dist.isend, row, move.target) for row in self.rows(move.expert)]
+                operations += [Operation(True, row, move.target, self.tag) for row in self.rows(move.expert)]
             elif self.rank == move.target:
                 rows = list(self.rows(move.expert))
                 if self.reduce:
                     rows = [torch.empty(row.shape, dtype=self.wire, device=self.device) for row in rows]
                     self.arrived.append((move, rows))
                     self._counted(sum(row.nbytes for row in rows))
-                operations += [self._op(dist.irecv, row, move.source) for row in rows]
+                operations += [Operation(False, row, move.source, self.tag) for row in rows]
         self.batch = Batch(operations, self.group)
 
     def _land(self) -> None:
@@ -112,9 +112,6 @@ class Pending:
         self._buffer_bytes += nbytes
         if self.count is not None and nbytes:
             self.count(nbytes)
-
-    def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
-        return operation(kind, row, peer, self.group, self.tag)
 
     def wait(self) -> None:
         """Until everything this rank sends and receives is done; may be called again."""

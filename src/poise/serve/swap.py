@@ -28,13 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
 from poise.control.peers import peer_rounds
 from poise.planning.placement import EMPTY, Placement
 from poise.replay.moving import moving
 from poise.runtime.canary import Canary
-from poise.runtime.collectives import Batch, next_tag
+from poise.runtime.collectives import Batch, Operation, next_tag
 from poise.runtime.experts import Bank, ExpertKind
 from poise.util.errors import OptionError
 
@@ -183,7 +182,7 @@ class Swap:
         self.steps += 1
         return seconds
 
-    def _operations(self, moves: list[ExpertTransfer]) -> list[dist.P2POp]:
+    def _operations(self, moves: list[ExpertTransfer]) -> list[Operation]:
         receives, sends = [], []
         for move in moves:
             bank = self.banks[move.layer]
@@ -192,15 +191,13 @@ class Swap:
                 self.arrived[move.layer, move.expert] = rows
                 self._unseen.append((move.layer, move.expert))
                 self.bytes_moved += self._bytes_L[move.layer]
-                receives += [self._op(dist.irecv, row, move.source) for row in rows.values()]
+                receives += [Operation(False, row, move.source, self._tag) for row in rows.values()]
             elif move.source == self.rank:
                 row = self.before.experts_of(move.layer, self.rank).index(move.expert)
                 self.sent += 1
-                sends += [self._op(dist.isend, bank[name][row], move.target) for name in self.kinds[move.layer].shapes]
+                names = self.kinds[move.layer].shapes
+                sends += [Operation(True, bank[name][row], move.target, self._tag) for name in names]
         return receives + sends
-
-    def _op(self, kind: Any, row: Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(kind, row, dist.get_global_rank(self.group, peer), self.group, self._tag)
 
     def apply(self) -> list[Bank]:
         """Put what came in place (step 4); the banks of the new placement, those that fit in the same memory."""

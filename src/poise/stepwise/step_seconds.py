@@ -8,6 +8,7 @@ chosen by (:mod:`poise.stepwise.owners`). Policies plan with the faster and less
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,8 +130,8 @@ def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
     return float(seconds_D.max() * price.compute_passes)
 
 
-def exchange_seconds(pairs_DD: NDArray[np.int64], price: StepPrice) -> float:
-    """All-to-alls of one layer in a step for (token, expert) pairs from device to device, int [D, D]."""
+def exchange_seconds(pairs_DD: NDArray[Any], price: StepPrice) -> float:
+    """All-to-alls of one layer in a step for (token, expert) pairs, or copies, from device to device, [D, D]."""
     cluster, model = price.cluster, price.model
     load = port_load(Copies(pairs_DD[None].astype(np.float64)), cluster)
     both = sum(

@@ -45,7 +45,7 @@ from poise.train.regroup import MicroBatches
 from poise.train.rollout import Rollout
 from poise.train.rows import ExpertRows, Ownership
 from poise.train.schedule import Schedule
-from poise.train.settings import Deployment, Settings
+from poise.train.settings import Deployment, Settings, TrainingFlow
 from poise.train.sharding import Begin, ShardedExperts
 from poise.train.steps import attach, watch_optimizers
 from poise.util.errors import OptionError
@@ -220,7 +220,11 @@ class FssdpExperts:
         self.schedule.restart(replace(old, policy=new, step_slots=slots))
 
     def set_requires_gradient_sync(self, sync: bool) -> None:
-        """False: replica gradients stay where they are until a backward pass with True (gradient accumulation)."""
+        """False: replica gradients stay where they are until a backward pass with True (gradient accumulation).
+
+        So each is sent once for all micro-batches that had it, and not once for each; ``accumulate_bytes`` limits what
+        they take meanwhile. Gradients are whole after a backward pass with True.
+        """
         self.schedule.backward.sync = sync
 
     def set_gradient_divide_factor(self, factor: float) -> None:
@@ -267,6 +271,8 @@ def fully_shard_experts(
     mp_policy: Any = None,
     gather_dtype: torch.dtype | None = None,
     offload: bool = False,
+    accumulate_bytes: float | None = None,
+    traffic: TrainingFlow = "home",
     force_balance: bool = False,
     owners: NDArray[np.int64] | None = None,
 ) -> FssdpExperts:
@@ -298,6 +304,12 @@ def fully_shard_experts(
         what is computed with: owners keep their weights, and owners and replicas alike compute with the rounded ones
         (:mod:`poise.train.packing`). None: as they are computed with.
     offload : owned weights, gradients and states stay on the CPU.
+    accumulate_bytes : of gradient accumulation (:meth:`FssdpExperts.set_requires_gradient_sync`), memory a rank may
+        spend on replica gradients that wait for the last micro-batch; what does not fit is reduced while the next one
+        computes. None: all wait.
+    traffic : ``home``, a row for every (token, expert) pair, or ``home_device_dedup``: a token goes to a device once,
+        for all of its experts there, and comes back as their weighted sum (:mod:`poise.runtime.once`). ``auto``: layer
+        by layer, what is modelled faster for the loads of the first training pass after a start or a move of owners.
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
     owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
 
@@ -311,7 +323,7 @@ def fully_shard_experts(
         "policy": policy, "step_slots": step_slots, "replica_bytes": replica_bytes, "sharding": sharding,
         "rematerialise": rematerialise, "prefetch": prefetch, "window": window, "cluster": cluster,
         "window_s": window_s, "form": form, "mp_policy": mp_policy, "gather_dtype": gather_dtype, "offload": offload,
-        "force_balance": force_balance, "owners": owners,
+        "accumulate_bytes": accumulate_bytes, "traffic": traffic, "force_balance": force_balance, "owners": owners,
     }  # fmt: skip
     flat = flattened(mesh)
     tokens_group = flat.get_group()
@@ -366,6 +378,7 @@ def fully_shard_experts(
     settings = Settings(
         policy=checked.policy, step_slots=slots, window=window, prefetch=prefetch, rematerialise=rematerialise,
         sharding=checked.sharding, window_s=window_s, force_balance=force_balance,
+        accumulate_bytes=accumulate_bytes, traffic=traffic,
     )  # fmt: skip
     deployment = Deployment(
         cluster=checked.machine, tokens_group=tokens_group, weights_group=weights_group, device=device,

@@ -110,7 +110,7 @@ class BackwardSchedule:
             experts.add_gradient(name, grad, scale)
         self._run.ledger.add("gradients of owned experts", -beside)
         self.replica_gradients.add(one.weights, gradients, scale)
-        if self.sync:
+        if self.sync or self.replica_gradients.beyond(self._run.settings.accumulate_bytes):
             self._reduce(one.layer)
 
     def _reduce(self, layer: int) -> None:
@@ -154,10 +154,10 @@ class BackwardSchedule:
         accumulated, self._accumulated = self._accumulated, False
         if not accumulated:  # torch.autograd.grad by something else than weights
             return
-        if self.sync:
-            for layer in range(len(self._run.layers)):  # earlier micro-batches may have reached more of them
-                self._reduce(layer)
+        if not self.sync:  # what is on its way goes on under the next micro-batch, until its backward pass
+            return
+        for layer in range(len(self._run.layers)):  # earlier micro-batches may have reached more of them
+            self._reduce(layer)
         self.replica_gradients.wait()
-        if self.sync:
-            self.unstepped = True
-            self._hooks.call(weight for experts in self._run.layers for weight in experts.parameters())
+        self.unstepped = True
+        self._hooks.call(weight for experts in self._run.layers for weight in experts.parameters())

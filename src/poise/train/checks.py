@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from poise.train.agree import agree
 from poise.train.dispatched import SEAM, lies_behind_dispatcher
 from poise.train.machine import device_name, presumed, unknown
 from poise.train.packing import GATHER_DTYPES
+from poise.train.settings import TrainingFlow
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
 
@@ -28,6 +29,9 @@ SHARDINGS: dict[str, ShardingPolicy] = {
     "even": Even(), "heterogeneous": Heterogeneous(by_price=True), "balanced": Balanced()
 }  # fmt: skip
 """By name, none moves owners that the price does not let move; published: ``Heterogeneous()``."""
+FLOWS = get_args(TrainingFlow)
+LOOKED_AT = "step_slots", "replica_bytes", "prefetch", "window", "rematerialise", "accumulate_bytes", "traffic"
+"""Options that :func:`_check` looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
     dist.all_gather_object(devices, device_name(mesh), group=group)
 
     def check() -> tuple[Ready, dict[str, Any]]:
-        _check(**{key: given[key] for key in ("step_slots", "replica_bytes", "prefetch", "window", "rematerialise")})
+        _check(**{key: given[key] for key in LOOKED_AT})
         policy = as_policy(given["policy"])
         machine = given["cluster"] or presumed(mesh, dist.get_process_group_ranks(group), devices)
         if machine.num_devices != size:
@@ -161,9 +165,15 @@ def _check(
     prefetch: int,
     window: int,
     rematerialise: bool | float,
+    accumulate_bytes: float | None,
+    traffic: str,
 ) -> None:
+    if traffic not in FLOWS:
+        raise OptionError(f"unknown data flow {traffic!r}", hint=f"one of {', '.join(FLOWS)}")
     if step_slots is not None and replica_bytes is not None:
         raise OptionError(f"step_slots {step_slots} and replica_bytes {replica_bytes:g} say the same", hint="give one")
+    if accumulate_bytes is not None and not accumulate_bytes >= 0:
+        raise OptionError(f"accumulate_bytes must be at least 0, got {accumulate_bytes}", hint="None: no limit")
     budget = 0.0 if isinstance(rematerialise, bool) else rematerialise
     if (step_slots or 0) < 0 or prefetch < 0 or window < 1 or budget < 0:
         raise OptionError(

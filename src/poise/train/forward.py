@@ -19,6 +19,7 @@ from torch import Tensor
 
 from poise.runtime.dispatch import evenly, make_exchange, named, routed
 from poise.runtime.layer import LayerFunction, LayerStep
+from poise.runtime.once import OnceExchange, once
 from poise.runtime.recompute import Region, in_backward, places
 from poise.runtime.spans import span
 from poise.stepwise.protocol import LayerView
@@ -71,9 +72,13 @@ class ForwardSchedule:
             self.clock.enter(x_Td)
             one = self._planned(experts, x_Td, ids_TK, region, problem)
         trainable = [weight for weight in experts.parameters() if weight.requires_grad]
-        graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(trainable))
-        compute_dtype = self._run.deployment.compute_dtype
+        if region.frames:  # recorded now, so that the recomputation can put swapped experts back
+            weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
+        compute_dtype, way = self._run.deployment.compute_dtype, one.step.way
         tokens = x_Td.to(compute_dtype) if x_Td.dtype != compute_dtype else x_Td
+        if isinstance(way, OnceExchange):
+            tokens = way.beside(tokens, weights_TK)
+        graph = torch.is_grad_enabled() and (tokens.requires_grad or bool(trainable))
         inside = graph and not region.later
         y_Nd = LayerFunction.apply(
             partial(self.compute, one, graph=inside, recomputed=recomputed), partial(self._backward.layer, one), tokens,
@@ -85,9 +90,9 @@ class ForwardSchedule:
         elif not recomputed:
             one.node = weakref.ref(y_Nd.grad_fn)
         self.clock.leave(y_Nd)
+        if isinstance(way, OnceExchange):  # they are sums
+            return y_Nd.to(x_Td.dtype)
         y_TKd = y_Nd.view(*ids_TK.shape, y_Nd.shape[1])
-        if region.frames:  # recorded now, so that the recomputation can put swapped experts back
-            weights_TK = weights_TK.gather(1, places(one.ids_TK, ids_TK))
         if not one.step.way.whole:  # some name no expert: their weights count for nothing
             weights_TK = weights_TK.masked_fill(~named(one.ids_TK, experts.num_experts), 0)
         return (y_TKd * weights_TK.unsqueeze(-1).to(y_TKd.dtype)).sum(dim=1).to(x_Td.dtype)
@@ -128,10 +133,16 @@ class ForwardSchedule:
             weights = self._early.pop(layer, None) or self._materialise(layer)
             plan, rows_SED, view = run.planner.finish(layer, weights.early_ED, load_SE, keep=recorded)
             weights.complete(plan.holders_ED, plan.quota_ED > 0)
-            way = make_exchange(ids_TK, rows_SED, there.rank, there.tokens_group, weights.slots)
-            step = LayerStep(way, way.top_k, partial(experts.kind.run_counted, weights.counts(way.count_E)))
+            pairs = make_exchange(ids_TK, rows_SED, there.rank, there.tokens_group, weights.slots)
+            run_experts = partial(experts.kind.run_counted, weights.counts(pairs.count_E))
+            step = LayerStep(pairs, run_experts)
+            if run.planner.travels_once(layer, rows_SED, keep=recorded):
+                way = once(pairs, x_Td.shape[1])
+                step = LayerStep(way, way.around(run_experts))
             frames = [weakref.ref(frame) for frame in region.frames]
-            one = Pass(layer, given_TK, step, weights, number, way.number, frames, micro_batch=run.planner.micro_batch)
+            one = Pass(
+                layer, given_TK, step, weights, number, pairs.number, frames, micro_batch=run.planner.micro_batch
+            )
             self._note(weights, load_SE.sum(axis=0), plan.quota_ED.sum(axis=0), view)
             if recorded:
                 self._learn(weights, load_SE.sum(axis=0))
@@ -174,7 +185,7 @@ class ForwardSchedule:
         self._early.clear()
 
     def compute(self, one: Pass, x_Td: Tensor, *, graph: bool, recomputed: bool) -> Tensor:
-        """Outputs of this rank's pairs, [T * K, d]; ``graph``: build the graph inside.
+        """Outputs of this rank's pairs, [T * K, d], of its tokens where they travel once; ``graph``: build it inside.
 
         The layer's replicas are freed, unless they stay until the backward, and the gather for a later layer begins,
         once the combine is on its way.

@@ -159,12 +159,17 @@ class Materialised:
             self._add(plan, late_ED)
 
     @property
-    def fullest_bytes(self) -> float:
-        """Bytes of this layer's replicas on the rank that has most of them; the same on all ranks."""
+    def gathered_D(self) -> NDArray[np.int64]:
+        """Replicas of this layer on each rank, int64 [D]; the same on all ranks."""
         extra_D = np.zeros(self.deployment.cluster.num_devices, np.int64)
         for part in self.parts:
             extra_D += part.plan.links_DD(len(extra_D)).sum(axis=0)
-        return float(extra_D.max() * self.deployment.held_bytes)
+        return extra_D
+
+    @property
+    def fullest_bytes(self) -> float:
+        """Bytes of this layer's replicas on the rank that has most of them; the same on all ranks."""
+        return float(self.gathered_D.max() * self.deployment.held_bytes)
 
     @property
     def gather_s(self) -> float:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Batch, next_tag
+from poise.runtime.collectives import Batch, Operation, next_tag
 from poise.train.owned import OwnedExperts
 from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
 from poise.train.settings import Deployment
@@ -92,14 +92,12 @@ def move_owners(
                 into[new.index(e)] = tensor[old.index(e)]
             for e in moving.tolist():
                 if experts.owner_E[e] == rank:
-                    peer = dist.get_global_rank(group, int(owner_E[e]))
-                    operations.append(dist.P2POp(dist.isend, tensor[old.index(e)].to(device), peer, group, tag))
+                    operations.append(Operation(True, tensor[old.index(e)].to(device), int(owner_E[e]), tag))
                 elif owner_E[e] == rank:
-                    peer = dist.get_global_rank(group, int(experts.owner_E[e]))
                     row = into[new.index(e)]
                     here = row if row.device == device else row.to(device)  # offloaded rows travel by the device
                     landing.append((row, here))
-                    operations.append(dist.P2POp(dist.irecv, here, peer, group, tag))
+                    operations.append(Operation(False, here, int(experts.owner_E[e]), tag))
                     received += row.nbytes
             after.append((put, into))
         Batch(operations, group).wait()

@@ -98,7 +98,9 @@ class OwnedExperts(nn.Module):
     @property
     def trainable(self) -> list[str]:
         """Names of the weights that are trained."""
-        return [name for name, weight in self.owned().items() if weight.requires_grad]
+        weights = self.owned()
+        with plainly():
+            return [name for name, weight in weights.items() if weight.requires_grad]
 
     def gradient(self, name: str) -> Tensor:
         """Gradient of an owned weight, zeros until something is added: every expert gets one in every step."""

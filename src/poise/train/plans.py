@@ -17,6 +17,7 @@ from poise.runtime.spans import span
 from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView, StepPlan
 from poise.stepwise.sharding import owned_ED
+from poise.stepwise.step_seconds import exchange_seconds
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.foresight import MicroBatch
 from poise.train.history import LoadHistory
@@ -48,6 +49,7 @@ class RunPlanner:
         self._ahead, self._version = PlanAhead(), 0
         self.micro_batch: MicroBatch | None = None
         self.foresees = False
+        self._once: dict[int, bool] = {}  # layers whose tokens go to a device once, or by pairs, from now on
 
     def _new_drivers(self) -> list[LayerDriver]:
         """One a layer, from the present owners, policy and slots on."""
@@ -61,6 +63,7 @@ class RunPlanner:
         self.settings = settings
         self.drivers = self._new_drivers()
         self._version += 1
+        self._once.clear()
 
     def measured(self, window_s: float) -> None:
         """The window is known from the run; plans made ahead with another one are dropped."""
@@ -109,6 +112,29 @@ class RunPlanner:
         if rows is None:
             rows = locality_rows(load_SE, plan.quota_ED, self.deployment.cluster.node_D)
         return plan, rows, view
+
+    def travels_once(self, layer: int, rows_SED: NDArray[np.int64], *, keep: bool) -> bool:
+        """Whether a token of a layer goes to a device once, and not a row a pair; the same on all ranks.
+
+        Parameters
+        ----------
+        layer : which.
+        rows_SED : int64 [D, E, D], pairs of this pass. Which of them are of one token no other rank knows: under
+            ``auto`` they are reckoned with as independent.
+        keep : a training pass, whose answer holds until owners or settings change.
+        """
+        if self.settings.traffic != "auto":
+            return self.settings.traffic == "home_device_dedup"
+        if layer in self._once:
+            return self._once[layer]
+        pairs_DD, top_k, price = rows_SED.sum(axis=1), self.top_k, self.price(rows_SED.sum())
+        tokens_D = np.maximum(pairs_DD.sum(axis=1, keepdims=True) / top_k, 1e-9)
+        copies_DD = tokens_D * (1.0 - (1.0 - np.minimum(1.0, pairs_DD / (tokens_D * top_k))) ** top_k)
+        told_s = exchange_seconds(np.zeros_like(pairs_DD), price) / (2.0 * price.exchange_passes)  # a start
+        pays = exchange_seconds(copies_DD, price) + told_s < exchange_seconds(pairs_DD, price)
+        if keep:
+            self._once[layer] = pays
+        return pays
 
     def learn(self, layer: int, load_E: NDArray[np.int64]) -> None:
         """Loads of a training pass; the first of an iteration is planned from at once."""

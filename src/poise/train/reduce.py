@@ -28,12 +28,14 @@ class Kept:
     rows : by expert, one tensor a trainable weight.
     names : the trainable weights.
     holders_ED : bool [E, D], who has gradients; the same on all ranks.
+    kept_D : int64 [D], experts whose gradients lie on each rank that does not own them; the same on all ranks.
     nbytes : what the ledger counts for them.
     """
 
     rows: dict[int, list[Tensor]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     holders_ED: NDArray[np.bool_] | None = None
+    kept_D: NDArray[np.int64] | None = None
     nbytes: int = 0
 
 
@@ -54,8 +56,15 @@ class ReplicaGradients:
 
     @property
     def waiting(self) -> bool:
-        """Whether some wait for a synchronised backward pass; the same on all ranks."""
-        return any(kept.holders_ED is not None for kept in self._kept)
+        """Whether some wait for a synchronised backward pass, or are on their way; the same on all ranks."""
+        return bool(self.reductions) or any(kept.holders_ED is not None for kept in self._kept)
+
+    def beyond(self, limit_bytes: float | None) -> bool:
+        """Whether the rank that keeps most gradients keeps more bytes than that; the same on all ranks."""
+        if limit_bytes is None:
+            return False
+        kept_D = sum(kept.kept_D for kept in self._kept if kept.kept_D is not None)
+        return bool(np.max(kept_D, initial=0) * self.deployment.gradient_bytes > limit_bytes)
 
     def add(self, weights: Materialised, gradients: LayerGradients, scale: float) -> None:
         """Gradients of one micro-batch times ``scale``."""
@@ -69,19 +78,25 @@ class ReplicaGradients:
                 hint="change requires_grad between steps",
             )
         sent = {e: [_scaled(row, scale, wire) for row in rows] for e, rows in gradients.replicas.items()}
-        if wire != self.deployment.compute_dtype:  # copies in the wider type took their place
-            copied = sum(row.nbytes for rows in sent.values() for row in rows)
-            self.ledger.add("replica gradients", copied - nbytes)
-            nbytes = copied
-        for e, rows in sent.items():
-            if e in kept.rows:
-                for into, row in zip(kept.rows[e], rows, strict=True):
-                    into.add_(row)
-            else:
-                kept.rows[e] = rows
+        copied = wire != self.deployment.compute_dtype  # copies in the wider type took their place
+        for e in [e for e in sent if e in kept.rows]:
+            for into, row in zip(kept.rows[e], sent.pop(e), strict=True):
+                into.add_(row)
+        if kept.rows and not copied:  # rows of a stack of which the others have been added hold all of it
+            sent, copied = {e: [row.clone() for row in rows] for e, rows in sent.items()}, True
+        if copied:
+            own = sum(row.nbytes for rows in sent.values() for row in rows)
+            self.ledger.add("replica gradients", own - nbytes)
+            nbytes = own
+        kept.rows |= sent
         kept.names, kept.nbytes = weights.trainable, kept.nbytes + nbytes
         used_ED = weights.used_ED
-        kept.holders_ED = used_ED.copy() if kept.holders_ED is None else kept.holders_ED | used_ED
+        if kept.holders_ED is None or kept.kept_D is None:
+            kept.holders_ED, kept.kept_D = used_ED.copy(), weights.gathered_D
+            return
+        new_ED = used_ED & ~kept.holders_ED
+        new_ED[np.arange(len(new_ED)), weights.owner_E] = False
+        kept.holders_ED, kept.kept_D = kept.holders_ED | used_ED, kept.kept_D + new_ED.sum(axis=0)
 
     def reduce(self, layer: int) -> int:
         """Start to send a layer's gradients to the owners; how many experts' gradients cross between ranks."""

@@ -95,6 +95,10 @@ class ExpertRows(torch.Tensor):
         special = _SPECIAL.get(func)
         if special is not None:
             return special(func, *args, **kwargs)
+        if func in _FACTS or (func in _ELEMENTWISE and _of_the_same(*args, *kwargs.values())):
+            with plainly():
+                out = func(*args, **kwargs)
+                return out if out is args[0] else _tagged(out, args[0])
         name = getattr(func, "__name__", "")
         if getattr(func, "__module__", "") == dist.all_reduce.__module__:
             raise OptionError(
@@ -178,6 +182,14 @@ def _own_part(value: Any, like: ExpertRows) -> Any:
     if value.dim() == len(here) and value.shape[0] == experts != here[0]:
         return value[like.ownership.index(value.device)]
     return value
+
+
+def _of_the_same(*values: Any) -> bool:
+    """Whether these are rows of the same experts and plain numbers, as they are in most of an optimizer's step."""
+    ownership = getattr(values[0], "ownership", None)
+    return ownership is not None and all(
+        value.ownership is ownership if type(value) is ExpertRows else type(value) in (float, int) for value in values
+    )
 
 
 def _size(rows: Tensor) -> torch.Size:
@@ -399,6 +411,18 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.linalg.vector_norm: _norm, torch.norm: _norm, _T.norm: _norm,
     torch.mean: _mean, _T.mean: _mean,
 }  # fmt: skip
+_FACTS = {
+    getattr(_T, name).__get__
+    for name in ("requires_grad", "dtype", "device", "layout", "is_sparse", "_backward_hooks", "is_leaf",
+                 "_post_accumulate_grad_hooks", "_version")
+} | {torch.is_complex, torch.is_floating_point, _T.is_complex, _T.is_floating_point}  # fmt: skip
+"""What is asked of the tensor alone, and is no tensor."""
+_ELEMENTWISE = {
+    getattr(_T, name)
+    for name in ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "sqrt", "add", "sub", "mul", "div",
+                 "__add__", "__sub__", "__mul__", "__truediv__")
+} | {torch.sqrt, torch.add, torch.sub, torch.mul, torch.div}  # fmt: skip
+"""Of an optimizer's step, many times a weight: they are spared the search for DTensors and tensors of all experts."""
 for _op, _empty, _names in (
     (dist.ReduceOp.SUM, 0, ("sum",)), (dist.ReduceOp.MAX, 0, ("any",)), (dist.ReduceOp.MIN, 1, ("all",)),
     (dist.ReduceOp.MAX, -math.inf, ("max", "amax")), (dist.ReduceOp.MIN, math.inf, ("min", "amin")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,9 @@ from poise.machine.cluster import Cluster
 from poise.stepwise.protocol import StepPolicy
 from poise.stepwise.sharding import ShardingPolicy
 from poise.train.packing import Packing
+
+TrainingFlow = Literal["home", "home_device_dedup", "auto"]
+"""Data flows that training runs (:mod:`poise.cost.traffic`); ``auto``: of both the faster one, layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class Settings:
     sharding: ShardingPolicy | None
     window_s: float | None
     force_balance: bool
+    accumulate_bytes: float | None = None
+    traffic: TrainingFlow = "home"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

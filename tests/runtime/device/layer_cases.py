@@ -210,7 +210,7 @@ def present_path(name: str, skew: float) -> None:
     way = make_exchange(ids, rows_SED, rank, dist.group.WORLD, here)
     bank = {key: weight.detach()[here] for key, weight in whole.named_parameters()}
     counts = [way.count_E[here].tolist()]
-    stages = LayerStep(way, TOP_K, partial(layer.kind.run_counted, counts))
+    stages = LayerStep(way, partial(layer.kind.run_counted, counts))
     y_in, failed = stages.compute(stages.dispatch(x), [bank], graph=True, recomputed=False)
     assert failed is None
     out = stages.combine(y_in).view(TOKENS, TOP_K, WIDTH)

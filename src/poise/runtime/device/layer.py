@@ -114,9 +114,7 @@ class DeviceLayer:
             way = self._planned(ids_TK)
         parameters = [weight for weight in self.weights.owned.values() if weight.requires_grad]
         graph = torch.is_grad_enabled() and (x_Td.requires_grad or bool(parameters))
-        one = _DevicePass(
-            LayerStep(way, self.top_k, partial(self._experts, way.ends_S)), way, {}, self.expert_DS.clone()
-        )
+        one = _DevicePass(LayerStep(way, partial(self._experts, way.ends_S)), way, {}, self.expert_DS.clone())
         like = next(iter(self.weights.bank.values()))
         y_Nd = LayerFunction.apply(
             partial(self._forward, one, graph), partial(self._backward, one), x_Td.to(like.dtype), *parameters

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from poise.runtime.collectives import Arriving, SentRows, exchange_equal
-from poise.runtime.dispatch import PairExchange, named
+from poise.runtime.dispatch import PairExchange, named, summed
 from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
@@ -122,6 +122,10 @@ class PaddedExchange(PairExchange):
             came = exchange_equal(sent, self.group)
         came = torch.cat([came, came.new_zeros(1, came.shape[1])])
         return came.index_select(0, self.place_N).masked_fill(self.over, torch.nan)
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """What :meth:`back` brought, summed over the pairs of each token, [T, d]."""
+        return summed(rows, self.top_k)
 
 
 def pairs_of(ids_TK: Tensor, experts: int) -> Tensor:
