@@ -42,7 +42,6 @@ class Engine:
     beside : what it is given in place of what its wheel asks for; none: what it asks for.
     alone : of that what comes without what it asks for in turn.
     loads : modules that the tests import once, and fork from.
-    site : folder beside this file with the stand-in for what it lacks on CPU.
     environ : variables of all its processes.
     """
 
@@ -51,7 +50,6 @@ class Engine:
     beside: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
     loads: tuple[str, ...] = VLLM_LOADS
-    site: str = "site"
     environ: tuple[tuple[str, str], ...] = VLLM_ENVIRON
 
     @property
@@ -146,7 +144,6 @@ SGLANG = Engine(
     ),
     ("compressed-tensors==0.18.0", "apache-tvm-ffi==0.1.11", "frozendict", "loguru", "triton"),
     ("sglang.benchmark.one_batch", "sglang.srt.models.qwen3_moe", "sglang.srt.managers.schedule_batch"),
-    "sglang_site",
     (("SGLANG_USE_CPU_ENGINE", "1"),),
 )  # fmt: skip
 """Its wheel asks for CUDA's packages, many GB, and for kernels that PyPI has for CUDA alone."""

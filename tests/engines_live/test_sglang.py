@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.engines_live import models
+from tests.engines_live.checks import maps_of, near, same_tokens
 from tests.engines_live.environment import SGLANG
-from tests.engines_live.runs import PROMPTS, RANKS, ROUNDS, near, poise
+from tests.engines_live.runs import PROMPTS, RANKS, ROUNDS, poise
 from tests.engines_live.sglang_runs import EPLB, REDUNDANT_SLOTS, SglangRuns
 
 from poise.planning.placement import Placement
@@ -26,24 +27,6 @@ def sglang(tmp_path_factory):
     folder = Path(kept) / "sglang" if kept else tmp_path_factory.mktemp("sglang")
     folder.mkdir(exist_ok=True)
     return SglangRuns(SGLANG, folder)
-
-
-def same_tokens(sglang, ran, row, more=""):
-    """All rounds on all ranks, token for token."""
-    assert ran.fine, ran.tail()
-    for rank in range(len(ran.codes)):
-        assert ran.tokens(rank) == sglang.reference.tokens(), f"rank {rank}\n{ran.tail()}"
-    count = sum(len(answer) for answers in ran.tokens() for answer in answers)
-    row(
-        ran.seconds,
-        f"{count} tokens equal on {len(ran.codes)} rank(s), log-probabilities within {near(ran, sglang.reference):.1g}{more}",
-    )
-
-
-def maps_of(ran):
-    """Maps that ran, int [N, L, S], the same on all ranks."""
-    assert len(ran.maps[0]) and all(maps == ran.maps[0] for maps in ran.maps), "ranks ran different maps"
-    return np.array(ran.maps[0])
 
 
 def counts_of(sglang):
