@@ -152,10 +152,10 @@ def read(folder: Path) -> Ran:
     return Ran(
         tuple(ended["codes"]), tuple(folder / f"rank-{rank}.log" for rank in ranks),
         *(
-            tuple(_lines(folder / file.format(rank), key) for rank in ranks)
+            tuple(lines(folder / file.format(rank), key) for rank in ranks)
             for file, key in (("answers.rank-{}", "answers"), ("answers.rank-{}", "round"), ("answers.phases.rank-{}", "phase"))
         ),
-        tuple(_lines(folder / f"maps.rank-{rank}", "map") for rank in ranks), ended["seconds"],
+        tuple(lines(folder / f"maps.rank-{rank}", "map") for rank in ranks), ended["seconds"],
     )  # fmt: skip
 
 
@@ -326,7 +326,8 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _lines(path: Path, key: str) -> tuple[Any, ...]:
+def lines(path: Path, key: str) -> tuple[Any, ...]:
+    """What each whole line of JSON has under a key."""
     if not path.exists():
         return ()
     return tuple(json.loads(line)[key] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))

@@ -50,6 +50,8 @@ class Ids:
 class Runs:
     """Runs of an engine on one checkpoint; each is made once, and read where the folder has it."""
 
+    layers = models.LAYERS
+
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
         self._made: dict[str, Ran] = {}
@@ -57,7 +59,7 @@ class Runs:
     @cached_property
     def model(self) -> Path:
         folder = self.folder / "qwen3_moe"
-        return folder if folder.exists() else models.qwen3_moe(folder)
+        return folder if folder.exists() else models.qwen3_moe(folder, self.layers)
 
     @cached_property
     def rounds(self) -> list[list[list[int]]]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.engines_live.running import Asked, Ran
+from tests.engines_live.running import Asked, Ran, lines
 from tests.engines_live.runs import RANKS, REDUNDANT, Runs, poise
 
 CORES = f"0-{(os.cpu_count() or 1) - 1}"
@@ -44,6 +44,15 @@ class SglangRuns(Runs):
         environ |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([CORES] * RANKS)}
         asked = replace(self.two(), program="sglang_run.py", environ=environ, more={"settings": dict(settings), "record": bool(record)})  # fmt: skip
         return self.run(name, asked)
+
+    def server(self, name: str, settings: Mapping[str, Any], **environ: str) -> tuple[Ran, list[tuple[Any, ...]]]:
+        """A run of SGLang's server on two ranks, asked over HTTP, and the maps that ran on each of them."""
+        maps = self.folder / name / "live.rank-{rank}"
+        environ |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([CORES] * RANKS), "STAND_IN_MAPS": str(maps)}
+        settings = {**settings, "tp_size": RANKS, "ep_size": RANKS}
+        asked = replace(self.two(), ranks=1, program="sglang_http.py", environ=environ, more={"settings": settings})
+        ran = self.run(name, asked)
+        return ran, [lines(Path(str(maps).format(rank=rank)), "map") for rank in range(RANKS)]
 
     def dumps(self, name: str, mode: str) -> Path:
         """Where the recorder of a run dumps."""

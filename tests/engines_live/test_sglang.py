@@ -91,3 +91,15 @@ def test_rebalances(sglang, row, asked):
     assert changes >= 2
     assert ran.planned(0) == ran.planned(1) and len(ran.planned(0)) == (ROUNDS - 1 if asked else 0)
     same_tokens(sglang, ran, row, f"; {len(ran.planned(0))} maps of poise, {changes} changes of the live map")
+
+
+@pytest.mark.parametrize("kind", ["its first map", "our file"])
+def test_server(sglang, row, kind):
+    """SGLang's server, two schedulers, asked over HTTP, under {kind}: the tokens of one process, and the map asked for"""
+    planned = kind == "our file"
+    file = {"init_expert_location": str(sglang.exported)} if planned else {}
+    ran, maps = sglang.server("server-planned" if planned else "server", {**REDUNDANT_SLOTS, **file})
+    assert maps[0] and maps[0] == maps[1]
+    wanted = Placement.load(sglang.plan).slot_expert_LS if planned else np.array(sglang.trivial.maps[0][0])
+    assert len(maps[0]) == 1 and np.array_equal(np.array(maps[0][0]), wanted)
+    same_tokens(sglang, ran, row, "; by its own scheduler and HTTP")
