@@ -1,7 +1,7 @@
 """SGLang's own server, and a client that asks it over HTTP for the answers to all prompts, greedily.
 
 Usage: python sglang_http.py RUN.json, where the file holds ``model``, ``settings`` (fields of SGLang's ``ServerArgs``, with
-``tp_size`` and ``ep_size``), ``max_tokens``, and what serving.py wants.
+``tp_size`` and ``ep_size``), ``max_tokens``, ``record`` (true or false), and what serving.py wants.
 
 The server is ``sglang.srt.entrypoints.http_server.launch_server`` with its tokenizer manager, a scheduler for each rank and
 its detokenizer, all processes of their own. They are forked where SGLang would start each anew: four imports of SGLang
@@ -36,7 +36,12 @@ def main() -> None:
         if os.waitpid(server, os.WNOHANG)[0]:
             raise SystemExit("the server has ended")
         time.sleep(1.0)
+    if asked["record"]:
+        post(f"{address}/start_expert_distribution_record")
     serving.serve(asked, lambda prompts: answers(address, prompts, asked["max_tokens"]))
+    if asked["record"]:
+        post(f"{address}/stop_expert_distribution_record")
+        post(f"{address}/dump_expert_distribution_record")
     os.kill(server, signal.SIGKILL)  # what it started ends with it, or by who started this
     serving.end()
 
@@ -72,12 +77,14 @@ def answers(address: str, prompts: list[list[int]], max_tokens: int) -> list[dic
         "input_ids": prompts, "return_logprob": True,
         "sampling_params": {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True},
     }  # fmt: skip
-    request = urllib.request.Request(
-        f"{address}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=3600) as got:
-        rows = [row["meta_info"]["output_token_logprobs"] for row in json.load(got)]
+    rows = [row["meta_info"]["output_token_logprobs"] for row in json.loads(post(f"{address}/generate", asked))]
     return [{"tokens": [token for _, token, *_ in row], "logprobs": [log for log, *_ in row]} for row in rows]
+
+
+def post(address: str, what: object = None) -> bytes:
+    request = urllib.request.Request(address, json.dumps(what).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=3600) as got:
+        return got.read()
 
 
 if __name__ == "__main__":

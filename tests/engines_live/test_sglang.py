@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,28 @@ def test_rebalances(sglang, row, asked):
 
 @pytest.mark.parametrize("kind", ["its first map", "our file"])
 def test_server(sglang, row, kind):
-    """SGLang's server, two schedulers, asked over HTTP, under {kind}: the tokens of one process, and the map asked for"""
+    """SGLang's server on two ranks, asked and recorded over HTTP, {kind}: tokens, map and counts are as asked for"""
     planned = kind == "our file"
-    file = {"init_expert_location": str(sglang.exported)} if planned else {}
-    ran, maps = sglang.server("server-planned" if planned else "server", {**REDUNDANT_SLOTS, **file})
-    assert maps[0] and maps[0] == maps[1]
+    name, file = ("server-planned", {"init_expert_location": str(sglang.exported)}) if planned else ("server", {})
+    ran, maps = sglang.server(name, {**REDUNDANT_SLOTS, **file}, record="stat")
+    assert len(maps[0]) == 1 and maps[0] == maps[1]
     wanted = Placement.load(sglang.plan).slot_expert_LS if planned else np.array(sglang.trivial.maps[0][0])
-    assert len(maps[0]) == 1 and np.array_equal(np.array(maps[0][0]), wanted)
-    same_tokens(sglang, ran, row, "; by its own scheduler and HTTP")
+    assert np.array_equal(np.array(maps[0][0]), wanted)
+    loads = sglang.folder / f"{name}.json"
+    poise("convert", sglang.dumps(name, "stat"), "-o", loads)
+    assert np.array_equal(files.read(loads).load_BLE.sum(axis=0), RANKS * counts_of(sglang))
+    same_tokens(sglang, ran, row, "; by its own scheduler, what its recorder dumps equals `poise record`")
+
+
+def test_server_rebalances(sglang, row):
+    """SGLang's server on two ranks, asked over HTTP, rebalanced by its EPLB manager with poise's planner"""
+    ran, maps = sglang.server("server-online", EPLB, POISE_EPLB="1")
+    said = Counter(ran.planned(0))
+    assert maps[0] == maps[1] and len(maps[0]) >= 3
+    assert said and not any(count % RANKS for count in said.values()), "ranks plan alike, in one log"
+    same_tokens(
+        sglang,
+        ran,
+        row,
+        f"; by its own scheduler, {said.total() // RANKS} maps of poise, {len(maps[0]) - 1} changes of the live map",
+    )
