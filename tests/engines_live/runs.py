@@ -33,6 +33,8 @@ EPLB = {
     "step_interval": INTERVAL,
     "log_balancedness": True,
 }
+WORK = 30
+"""Of a plan: a time limit makes another plan on a busy machine, and no more than the first map on a very busy one."""
 SYNC, ASYNC = {**EPLB, "use_async": False}, {**EPLB, "use_async": True}
 WINDOW = {"window_size": NEW * (ROUNDS - DRIFT)}
 """Loads of four rounds, one after the other: from any step on they are those of all prompts before, or after, the drift."""
@@ -155,7 +157,7 @@ class Runs:
 def planned(runs: Runs, trace: Path, out: Path) -> None:
     """``poise plan`` of a trace for these two ranks."""
     poise("plan", trace, "--cluster", f"1x{RANKS}:h100", "--redundant", REDUNDANT, "--model", runs.model / "config.json",
-          "--engine", "vllm", "--time-limit", "1", "--no-verdict", "-o", out)  # fmt: skip
+          "--engine", "vllm", "--work", WORK, "--no-verdict", "-o", out)  # fmt: skip
 
 
 def recorded(model: Path, texts: list[list[int]]) -> RoutingTrace:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines_live.running import Asked, Ran, lines
-from tests.engines_live.runs import RANKS, REDUNDANT, Runs, poise
+from tests.engines_live.runs import RANKS, REDUNDANT, WORK, Runs, poise
 
 CORES = f"0-{(os.cpu_count() or 1) - 1}"
 REDUNDANT_SLOTS = {"ep_num_redundant_experts": REDUNDANT}
@@ -82,7 +82,7 @@ class SglangRuns(Runs):
             assert self.trivial.fine, self.trivial.tail()
             poise("convert", self.dumps("trivial", "stat"), "-o", loads)
             poise("plan", loads, "--cluster", f"1x{RANKS}:h100", "--redundant", REDUNDANT, "--model", self.model / "config.json",
-                  "--engine", "sglang", "--tokens-per-step", "64", "--time-limit", "1", "--no-verdict", "-o", out)  # fmt: skip
+                  "--engine", "sglang", "--tokens-per-step", "64", "--work", WORK, "--no-verdict", "-o", out)  # fmt: skip
         return out
 
     @cached_property

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.engines_live import models
 from tests.engines_live.checks import came, maps_of, planned, same_tokens
-from tests.engines_live.runs import AFTER, PROMPTS, RANKS, REDUNDANT, ROUNDS, SYNC, poise, recorded
+from tests.engines_live.runs import AFTER, PROMPTS, RANKS, REDUNDANT, ROUNDS, SYNC, WORK, poise, recorded
 
 from poise.planning.placement import Placement
 
@@ -112,7 +112,7 @@ def test_relabelled(runs, row, ranks):
     if not placed.exists():
         order = runs.folder / "order.npz"
         poise("plan", runs.plan.with_name("fitted.npz"), "--cluster", f"1x{RANKS}:h100", "--model", runs.model / "config.json",
-              "--engine", "checkpoint", "--time-limit", "1", "--no-verdict", "-o", order)  # fmt: skip
+              "--engine", "checkpoint", "--work", WORK, "--no-verdict", "-o", order)  # fmt: skip
         poise("export", order, "--to", "checkpoint", "--checkpoint", runs.model, "-o", placed)
         moved = Placement.load(order).slot_expert_LS
         assert not np.array_equal(moved, np.tile(np.arange(models.EXPERTS), (models.LAYERS, 1)))
