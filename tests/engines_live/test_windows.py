@@ -26,11 +26,11 @@ def windows(runs):
     return WindowRuns(ENGINE, folder)
 
 
-def words_of(windows, ran, plan_of, *more):
-    """(word, whether it has to be decided) of each window of a run, against the plan of that number."""
+def words_of(windows, ran, asked_of, *more):
+    """(word, whether it has to be decided) of each window of a run: ``asked_of(world)`` is the plan, and more to ask."""
     right(windows, ran)
     for number, log in windows.logs_of(ran):
-        out = poise("verify", plan_of(number // EACH), log, "--traffic", windows.traffic_of(number), "--model",
+        out = poise("verify", *asked_of(number // EACH), log, "--traffic", windows.traffic_of(number), "--model",
                     windows.model / "config.json", "--json", *more, codes=(0, 1))  # fmt: skip
         found = json.loads(out)
         assert found["evidence"] == "balance"
@@ -55,7 +55,7 @@ def judged(words, row, seconds, expected, wrong):
 def test_windows_with_the_plan(windows, row):
     """verify on 48 windows of engines that run the plan: never not-live, and live on three of four where it matters"""
     rans = [windows.with_plan(world) for world in range(len(WORLDS))]
-    words = chain.from_iterable(words_of(windows, ran, windows.plan_of) for ran in rans)
+    words = chain.from_iterable(words_of(windows, ran, lambda world: [windows.plan_of(world)]) for ran in rans)
     decided, apart = judged(words, row, sum(ran.seconds for ran in rans), "live", ["not-live"])
     assert decided >= 0.75 * apart and apart >= 40
 
@@ -64,15 +64,20 @@ def test_windows_without_the_plan(windows, row):
     """verify on 48 windows of an engine under its first map: never live, and not-live on three of four where it matters"""
     ran = windows.without
     decided, apart = judged(
-        words_of(windows, ran, windows.plan_of, "--balancer-off"), row, ran.seconds, "not-live", ["live"]
+        words_of(windows, ran, lambda world: [windows.plan_of(world)], "--balancer-off"),
+        row,
+        ran.seconds,
+        "not-live",
+        ["live"],
     )
     assert decided >= 0.75 * apart and apart >= 40
 
 
 def test_windows_under_another_plan(windows, row):
-    """verify on the windows of engines that run the plan of other words: never live"""
+    """verify on 48 windows of engines that run the plan of other words, which it is told may run: never live"""
     rans = [windows.with_plan(world) for world in range(len(WORLDS))]
-    words = chain.from_iterable(
-        words_of(windows, ran, lambda world: windows.plan_of((world - 1) % len(WORLDS))) for ran in rans
-    )
-    judged(words, row, 0, "not-live", ["live"])
+
+    def asked_of(world):
+        return windows.plan_of((world - 1) % len(WORLDS)), "--against", windows.plan_of(world)
+
+    judged(chain.from_iterable(words_of(windows, ran, asked_of) for ran in rans), row, 0, "not-live", ["live"])
