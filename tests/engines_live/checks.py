@@ -48,7 +48,7 @@ def planned(ran: Ran) -> list[str]:
 
 def came(ran: Ran) -> None:
     """What the run waited for came. Where it did not, and the planner was late or its engine slow to take its maps at
-    most rearrangements, that is said, and nothing is asked of the run; a planner that answers in time has to do it.
+    more than half of its rearrangements, that is said, and nothing is asked of the run; a planner that answers in time has to do it.
     """
     assert ran.fine, ran.tail()
     phase = ran.phases[0][-1]
