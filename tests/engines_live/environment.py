@@ -42,7 +42,6 @@ class Engine:
     beside : what it is given in place of what its wheel asks for; none: what it asks for.
     alone : of that what comes without what it asks for in turn.
     loads : modules that the tests import once, and fork from.
-    site : folder beside this file with the stand-in for what it lacks on CPU.
     environ : variables of all its processes.
     """
 
@@ -51,7 +50,6 @@ class Engine:
     beside: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
     loads: tuple[str, ...] = VLLM_LOADS
-    site: str = "site"
     environ: tuple[tuple[str, str], ...] = VLLM_ENVIRON
 
     @property
@@ -70,7 +68,13 @@ class Engine:
 
     @property
     def made(self) -> bool:
-        return (self.folder / DONE).exists()
+        """With all that it is given today."""
+        done = self.folder / DONE
+        return done.exists() and done.read_text() == self._given
+
+    @property
+    def _given(self) -> str:
+        return "\n".join((*self.beside, *self.alone))
 
     def make(self) -> None:
         """Make the environment if it is not there; says first what that costs."""
@@ -80,8 +84,9 @@ class Engine:
             f"{self.requirement} is fetched and installed, {self.gigabytes} GB in {self.folder} (POISE_ENGINES names "
             "another place); this is done once and takes some minutes", flush=True,
         )  # fmt: skip
-        shutil.rmtree(self.folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
+        if not (self.folder / DONE).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
         try:
             if self.beside:
                 self._pip("install", "-q", *self.beside, *needed())
@@ -95,7 +100,7 @@ class Engine:
             ) from error
         if not self.beside:
             self._pip("uninstall", "-q", "-y", *UNWANTED)
-        (self.folder / DONE).touch()
+        (self.folder / DONE).write_text(self._given)
 
     def installed(self) -> Path:
         """A folder with this checkout of poise in it, installed by pip without what it needs, which is there."""
@@ -140,13 +145,13 @@ SGLANG = Engine(
     2.8,
     (
         "torch==2.13.0", "transformers==5.19.0", "tokenizers==0.23.2", "numba==0.65.1", "openai==2.8.0",
-        "sentencepiece==0.2.1", "aiohttp", "dill", "distro", "einops", "fastapi", "gguf", "msgspec", "orjson",
+        "sentencepiece==0.2.1", "soundfile==0.13.1", "aiohttp", "dill", "distro", "einops", "fastapi", "gguf", "jsonschema", "msgspec", "orjson",
         "partial_json_parser", "pillow", "prometheus-client", "psutil", "pybase64", "python-multipart", "pyzmq", "requests",
         "setproctitle", "uvicorn", "uvloop", "xxhash", "zstandard",
     ),
-    ("compressed-tensors==0.18.0", "apache-tvm-ffi==0.1.11", "frozendict", "loguru", "triton"),
-    ("sglang.benchmark.one_batch", "sglang.srt.models.qwen3_moe", "sglang.srt.managers.schedule_batch"),
-    "sglang_site",
+    ("compressed-tensors==0.18.0", "apache-tvm-ffi==0.1.11", "frozendict", "loguru", "triton", "xgrammar==0.2.7"),
+    ("sglang.benchmark.one_batch", "sglang.srt.models.qwen3_moe", "sglang.srt.managers.scheduler",
+     "sglang.srt.managers.detokenizer_manager", "sglang.srt.entrypoints.http_server"),
     (("SGLANG_USE_CPU_ENGINE", "1"),),
 )  # fmt: skip
 """Its wheel asks for CUDA's packages, many GB, and for kernels that PyPI has for CUDA alone."""

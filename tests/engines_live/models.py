@@ -19,10 +19,11 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-def qwen3_moe(folder: Path) -> Path:
+def qwen3_moe(folder: Path, layers: int = LAYERS) -> Path:
     """The family that vLLM balances."""
     return _saved(Qwen3MoeForCausalLM, Qwen3MoeConfig(
-        intermediate_size=256, moe_intermediate_size=64, norm_topk_prob=True, head_dim=32, **SHAPE,
+        intermediate_size=256, moe_intermediate_size=64, norm_topk_prob=True, head_dim=32,
+        **{**SHAPE, "num_hidden_layers": layers},
     ), folder)  # fmt: skip
 
 

@@ -1,23 +1,18 @@
-"""One rank of a run, with the Python of an engine's environment: the engine starts, and answers all prompts greedily.
+"""One rank of a run of vLLM, with the Python of its environment: all prompts are answered greedily.
 
 Usage: python one_run.py RUN.json, where the file holds ``model``, ``ranks``, ``eplb`` (vLLM's ``--eplb-config``, or
-null), ``rounds`` of prompts (token ids), ``max_tokens`` and ``out``. A line of JSON a round goes to ``out.rank-N``.
+null), ``max_tokens``, and what serving.py wants.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
-import signal
-import sys
-from pathlib import Path
 from typing import Any
+
+import serving  # type: ignore[import-not-found]
 
 
 def main() -> None:
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # who waits too long asks where it hangs
-    asked = json.loads(Path(sys.argv[1]).read_text())
+    asked = serving.asked()
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     more: dict[str, Any] = {}
@@ -33,22 +28,34 @@ def main() -> None:
     greedy = SamplingParams(
         temperature=0, max_tokens=asked["max_tokens"], ignore_eos=True, detokenize=False, logprobs=0
     )
-    with Path(f"{asked['out']}.rank-{os.environ.get('RANK', 0)}").open("w") as out:
-        for number, prompts in enumerate(asked["rounds"]):
-            print(f"ROUND {number}", file=sys.stderr, flush=True)
-            said = engine.generate([{"prompt_token_ids": one} for one in prompts], greedy, use_tqdm=False)
-            rows = [answer(one.outputs[0]) for one in said]
-            out.write(json.dumps({"round": number, "answers": rows}) + "\n")
-            out.flush()
-    print("ROUNDS DONE", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # what gloo's threads do when the interpreter ends is not the engine's
+
+    def answers(prompts: list[list[int]]) -> list[dict[str, Any]]:
+        said = engine.generate([{"prompt_token_ids": one} for one in prompts], greedy, use_tqdm=False)
+        return [answer(one.outputs[0]) for one in said]
+
+    serving.serve(asked, answers, **(counted() if asked["phases"] else {}))
+    serving.end()
 
 
 def answer(one: Any) -> dict[str, Any]:
     """Tokens, and the log of each one's probability."""
     chosen = zip(one.token_ids, one.logprobs, strict=True)
     return {"tokens": list(one.token_ids), "logprobs": [near[token].logprob for token, near in chosen]}
+
+
+def counted() -> dict[str, Any]:
+    """What the stand-in counts, and how ranks tell one another."""
+    import torch
+    from cpu_stand_in.seen import COUNTS  # type: ignore[import-not-found]
+    from vllm.distributed.parallel_state import get_world_group  # type: ignore[import-not-found]
+
+    def gather(mine: list[int]) -> list[list[int]]:
+        world = get_world_group()
+        each = [torch.zeros(len(mine), dtype=torch.int64) for _ in range(world.world_size)]
+        torch.distributed.all_gather(each, torch.tensor(mine), group=world.cpu_group)
+        return [one.tolist() for one in each]
+
+    return {"counts": lambda: dict(COUNTS), "gather": gather}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from typing import Any, Protocol
 from tests.engines_live.environment import Engine
 
 HERE = Path(__file__).parent
+SITE = HERE / "site"
+"""Has the stand-ins for what engines lack on CPU."""
 LIMIT_S = 900.0
-"""Of a run: a start takes half a minute of one core, and the machine may have little left for it."""
+"""Of silence: a run whose ranks neither say nor answer anything for so long hangs. How long it takes is the machine's."""
 GRACE_S = 45.0
 """How long other ranks may go on when one has ended: longer than an engine takes to notice."""
 SETTINGS = {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -35,6 +37,7 @@ class Asked:
     ----------
     model : folder of a checkpoint.
     rounds : prompts (token ids) of each round.
+    phases : which of them are served until what came (serving.py); none: each once.
     ranks : processes, with expert parallelism if more than one.
     eplb : vLLM's ``--eplb-config``; None: no load balancer.
     max_tokens : of an answer.
@@ -48,6 +51,7 @@ class Asked:
 
     model: Path
     rounds: Sequence[Sequence[Sequence[int]]]
+    phases: Sequence[Mapping[str, Any]] = ()
     ranks: int = 2
     eplb: Mapping[str, Any] | None = None
     max_tokens: int = 16
@@ -69,6 +73,8 @@ class Ran:
     codes : exit code of each rank, negative for a signal; None: it did not end by itself.
     logs : what each rank said.
     rounds : of each rank the rounds that it ended, answers in the order of prompts.
+    numbers : which rounds these are.
+    phases : of each rank what it counted in each phase (serving.py).
     maps : of each rank the maps that ran [L][S], in order, the first at the start.
     seconds : of the whole run.
     """
@@ -76,6 +82,8 @@ class Ran:
     codes: tuple[int | None, ...]
     logs: tuple[Path, ...]
     rounds: tuple[tuple[Any, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]
+    phases: tuple[tuple[Any, ...], ...]
     maps: tuple[tuple[Any, ...], ...]
     seconds: float
 
@@ -102,19 +110,19 @@ class Ran:
         return [line.partition("poise: ")[2] for line in self.said(rank).splitlines() if "poise: map " in line]
 
 
-def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S, kill: int | None = None) -> Ran:
-    """All ranks, ended when one has ended badly and the others have had time to notice, or at the limit.
+def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S) -> Ran:
+    """All ranks, ended when one has ended badly and the others have had time to notice, or when all are silent.
 
     Those that did not end by themselves are asked for the stacks of their threads, which are in their logs, and killed.
 
     Parameters
     ----------
-    kill : this rank is killed amid the second round.
+    limit_s : seconds without a word of any rank.
     """
     folder.mkdir(parents=True)
     given = folder / "run.json"
     given.write_text(json.dumps({
-        "model": str(asked.model), "ranks": asked.ranks, "eplb": asked.eplb, "rounds": asked.rounds,
+        "model": str(asked.model), "ranks": asked.ranks, "eplb": asked.eplb, "rounds": asked.rounds, "phases": asked.phases,
         "max_tokens": asked.max_tokens, "out": str(folder / "answers"), **asked.more,
     }))  # fmt: skip
     logs = tuple(folder / f"rank-{rank}.log" for rank in range(asked.ranks))
@@ -128,7 +136,7 @@ def run(engine: Engine, asked: Asked, folder: Path, *, limit_s: float = LIMIT_S,
             processes.append(
                 start([str(engine.python), *words], environment(engine, asked, folder, rank, port), folder, log)
             )
-        codes = _wait(processes, logs, began + limit_s, kill)
+        codes = _wait(processes, folder, limit_s)
     finally:
         for process in processes:
             process.kill()
@@ -143,8 +151,11 @@ def read(folder: Path) -> Ran:
     ranks = range(len(ended["codes"]))
     return Ran(
         tuple(ended["codes"]), tuple(folder / f"rank-{rank}.log" for rank in ranks),
-        tuple(_lines(folder / f"answers.rank-{rank}", "answers") for rank in ranks),
-        tuple(_lines(folder / f"maps.rank-{rank}", "map") for rank in ranks), ended["seconds"],
+        *(
+            tuple(lines(folder / file.format(rank), key) for rank in ranks)
+            for file, key in (("answers.rank-{}", "answers"), ("answers.rank-{}", "round"), ("answers.phases.rank-{}", "phase"))
+        ),
+        tuple(lines(folder / f"maps.rank-{rank}", "map") for rank in ranks), ended["seconds"],
     )  # fmt: skip
 
 
@@ -204,7 +215,7 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self._process = subprocess.Popen(
             [str(engine.python), str(HERE / "forker.py"), *engine.loads],
-            env=plain_environment(engine) | {"PYTHONPATH": str(HERE / engine.site)}, stdin=subprocess.PIPE,
+            env=plain_environment(engine) | {"PYTHONPATH": str(SITE)}, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self.ended: dict[int, int] = {}
@@ -269,7 +280,7 @@ def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int
     out = plain_environment(engine)
     path = [str(engine.installed())] if asked.poise else []
     if asked.stand_in:
-        path.append(str(HERE / engine.site))
+        path.append(str(SITE))
         out["STAND_IN_MAPS"] = str(folder / f"maps.rank-{rank}")
     out |= {"PYTHONPATH": os.pathsep.join(path)}
     if asked.ranks > 1:
@@ -278,17 +289,16 @@ def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int
     return {**out, **asked.environ, **asked.environ_of.get(rank, {})}
 
 
-def _wait(processes: Sequence[Process], logs: Sequence[Path], until: float, kill: int | None) -> tuple[int | None, ...]:
+def _wait(processes: Sequence[Process], folder: Path, limit_s: float) -> tuple[int | None, ...]:
     """Exit codes, when all have ended or there is nothing to wait for."""
-    trouble = 0.0
+    trouble, said, since = 0.0, 0, time.monotonic()
     while None in (codes := tuple(process.poll() for process in processes)):
         now = time.monotonic()
-        if kill is not None and "ROUND 1" in logs[kill].read_text(errors="replace"):
-            processes[kill].kill()
-            kill = None
+        if (written := sum(one.stat().st_size for one in folder.iterdir() if one.is_file())) != said:
+            said, since = written, now
         if any(codes):
             trouble = trouble or now
-        if now > until or (trouble and now - trouble > GRACE_S):
+        if now - since > limit_s or (trouble and now - trouble > GRACE_S):
             for process in processes:
                 process.signal(signal.SIGUSR1)
             time.sleep(3.0)
@@ -316,7 +326,8 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _lines(path: Path, key: str) -> tuple[Any, ...]:
+def lines(path: Path, key: str) -> tuple[Any, ...]:
+    """What each whole line of JSON has under a key."""
     if not path.exists():
         return ()
     return tuple(json.loads(line)[key] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tests.engines_live import models
 from tests.engines_live.environment import Engine
@@ -24,15 +24,20 @@ RANKS, REDUNDANT = 2, 4
 ROUNDS, DRIFT = 8, 4
 """Rounds of eight prompts; from round DRIFT on they are of other words, so that other experts are hot."""
 PROMPTS, WORDS, NEW = 8, 60, 16
-INTERVAL = 8
-"""Steps of the engine from one rearrangement to the next: two a round."""
+INTERVAL, TURNS = 8, 2
+"""Steps of the engine from one rearrangement to the next, and rearrangements a round."""
+BEFORE, AFTER, ALL = list(range(DRIFT)), list(range(DRIFT, ROUNDS)), list(range(ROUNDS))
 EPLB = {
     "num_redundant_experts": REDUNDANT,
     "window_size": INTERVAL,
     "step_interval": INTERVAL,
     "log_balancedness": True,
 }
+WORK = 30
+"""Of a plan: a time limit makes another plan on a busy machine, and no more than the first map on a very busy one."""
 SYNC, ASYNC = {**EPLB, "use_async": False}, {**EPLB, "use_async": True}
+WINDOW = {"window_size": NEW * (ROUNDS - DRIFT)}
+"""Loads of four rounds, one after the other: from any step on they are those of all prompts before, or after, the drift."""
 
 
 class Ids:
@@ -47,6 +52,8 @@ class Ids:
 class Runs:
     """Runs of an engine on one checkpoint; each is made once, and read where the folder has it."""
 
+    layers = models.LAYERS
+
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
         self._made: dict[str, Ran] = {}
@@ -54,20 +61,20 @@ class Runs:
     @cached_property
     def model(self) -> Path:
         folder = self.folder / "qwen3_moe"
-        return folder if folder.exists() else models.qwen3_moe(folder)
+        return folder if folder.exists() else models.qwen3_moe(folder, self.layers)
 
     @cached_property
     def rounds(self) -> list[list[list[int]]]:
         return [models.prompts(PROMPTS, 24 + n, seed=100 + n // DRIFT, words=WORDS) for n in range(ROUNDS)]
 
-    def run(self, name: str, asked: Asked, *, kill: int | None = None) -> Ran:
+    def run(self, name: str, asked: Asked) -> Ran:
         """The run of a name, made now if it was not."""
         if name not in self._made:
             folder = self.folder / name
             over = (folder / "ended.json").exists()
             if not over:
                 shutil.rmtree(folder, ignore_errors=True)
-            self._made[name] = read(folder) if over else run(self.engine, asked, folder, kill=kill)
+            self._made[name] = read(folder) if over else run(self.engine, asked, folder)
         return self._made[name]
 
     def one(self, **more: Any) -> Asked:
@@ -92,8 +99,9 @@ class Runs:
 
     @property
     def static_async(self) -> Ran:
-        """The same in vLLM's background thread."""
-        return self.run("static-async", self.two(eplb=ASYNC, environ=self.file))
+        """The same in vLLM's background thread, until it runs."""
+        phases = [{"rounds": ALL, "everywhere": {"settled": 1}}]
+        return self.run("static-async", self.two(eplb=ASYNC, environ=self.file, phases=phases))
 
     @property
     def stock(self) -> Ran:
@@ -103,12 +111,22 @@ class Runs:
     @property
     def online(self) -> Ran:
         """poise plans, in a process of its own, a rearrangement ahead; weights are looked at after each move."""
-        return self.run("online", self.two(eplb=SYNC, environ={"POISE_EPLB": "1", "POISE_CANARY": "1"}))
+        return self.run("online", self.drifting(SYNC))
 
     @property
     def online_async(self) -> Ran:
         """poise plans in a process that vLLM's background thread waits for."""
-        return self.run("online-async", self.two(eplb=ASYNC, environ={"POISE_EPLB": "1", "POISE_CANARY": "1"}))
+        return self.run("online-async", self.drifting(ASYNC))
+
+    def drifting(self, eplb: dict[str, Any]) -> Asked:
+        """poise plans: until a map came before other words do; until the loads are of those; until it has answered these."""
+        came = "in time" if eplb is SYNC else "turns"
+        phases = [
+            {"rounds": BEFORE, "everywhere": {"changes": 1}},
+            {"rounds": AFTER},
+            {"rounds": AFTER, "everywhere": {came: 2}},  # the first may be of loads from before
+        ]
+        return self.two(eplb={**eplb, **WINDOW}, environ={"POISE_EPLB": "1", "POISE_CANARY": "1"}, phases=phases)
 
     @property
     def file(self) -> dict[str, str]:
@@ -117,7 +135,7 @@ class Runs:
 
     # ---- what is known of the traffic ------------------------------------------------------------------------------
 
-    def traffic(self, rounds: range = range(ROUNDS)) -> RoutingTrace:
+    def traffic(self, rounds: Sequence[int] = ALL) -> RoutingTrace:
         """Experts of all tokens that the engine computed in these rounds, as ``poise record`` sees them."""
         said = self.reference.tokens()
         texts = [
@@ -131,7 +149,7 @@ class Runs:
         trace, out = self.folder / "fitted.npz", self.folder / "plan.npz"
         if out.exists():
             return out
-        self.traffic(range(DRIFT)).save(trace)
+        self.traffic(BEFORE).save(trace)
         planned(self, trace, out)
         return out
 
@@ -139,7 +157,7 @@ class Runs:
 def planned(runs: Runs, trace: Path, out: Path) -> None:
     """``poise plan`` of a trace for these two ranks."""
     poise("plan", trace, "--cluster", f"1x{RANKS}:h100", "--redundant", REDUNDANT, "--model", runs.model / "config.json",
-          "--engine", "vllm", "--time-limit", "1", "--no-verdict", "-o", out)  # fmt: skip
+          "--engine", "vllm", "--work", WORK, "--no-verdict", "-o", out)  # fmt: skip
 
 
 def recorded(model: Path, texts: list[list[int]]) -> RoutingTrace:
@@ -154,14 +172,3 @@ def poise(*words: Any, codes: tuple[int, ...] = (0,)) -> str:
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code in codes, (words, done.output[-2000:], done.exception)
     return done.stdout
-
-
-def near(ran: Ran, reference: Ran) -> float:
-    """The largest difference of a token's log-probability."""
-    ours, theirs = ran.rounds[0], reference.rounds[0]
-    pairs = [
-        (a["logprobs"], b["logprobs"])
-        for one, other in zip(ours, theirs, strict=False)
-        for a, b in zip(one, other, strict=True)
-    ]
-    return float(max(np.abs(np.subtract(*pair)).max() for pair in pairs))

@@ -1,8 +1,8 @@
 """One rank of a run of SGLang, with the Python of its environment: all prompts are answered greedily.
 
 Usage: python sglang_run.py RUN.json, where the file holds ``model``, ``ranks``, ``settings`` (fields of SGLang's
-``ServerArgs``), ``rounds`` of prompts (token ids), ``max_tokens``, ``record`` (true or false) and ``out``. A line
-of JSON a round goes to ``out.rank-N``; with ``record`` SGLang's recorder dumps after all rounds.
+``ServerArgs``), ``max_tokens``, ``record`` (true or false: SGLang's recorder dumps after all rounds), and what
+serving.py wants.
 
 What serves is SGLang's model runner with its own batches, as its ``benchmark.one_batch`` drives them: without the
 scheduler, the tokenizer and HTTP, which are processes of their own.
@@ -10,39 +10,27 @@ scheduler, the tokenizer and HTTP, which are processes of their own.
 
 from __future__ import annotations
 
-import faulthandler
-import json
 import os
-import signal
-import sys
 from array import array
-from pathlib import Path
 from typing import Any
+
+import serving  # type: ignore[import-not-found]
 
 
 def main() -> None:
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # who waits too long asks where it hangs
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    rank = int(os.environ.get("RANK", 0))
-    runner = start(asked, rank)
+    asked = serving.asked()
+    runner = start(asked, serving.RANK)
     from sglang.srt.eplb.expert_distribution import (  # type: ignore[import-not-found]
         get_global_expert_distribution_recorder as recorder,
     )
 
     if asked["record"]:
         recorder().start_record()
-    with Path(f"{asked['out']}.rank-{rank}").open("w") as out:
-        for number, prompts in enumerate(asked["rounds"]):
-            print(f"ROUND {number}", file=sys.stderr, flush=True)
-            rows = answers(runner, prompts, asked["max_tokens"])
-            out.write(json.dumps({"round": number, "answers": rows}) + "\n")
-            out.flush()
+    serving.serve(asked, lambda prompts: answers(runner, prompts, asked["max_tokens"]))
     if asked["record"]:
         recorder().stop_record()
         recorder().dump_record()
-    print("ROUNDS DONE", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # what gloo's threads do when the interpreter ends is not the engine's
+    serving.end()
 
 
 def start(asked: dict[str, Any], rank: int) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.engines_live import models
+from tests.engines_live.checks import maps_of, near, same_tokens
 from tests.engines_live.environment import SGLANG
-from tests.engines_live.runs import PROMPTS, RANKS, ROUNDS, near, poise
+from tests.engines_live.runs import PROMPTS, RANKS, ROUNDS, poise
 from tests.engines_live.sglang_runs import EPLB, REDUNDANT_SLOTS, SglangRuns
 
 from poise.planning.placement import Placement
@@ -26,24 +28,6 @@ def sglang(tmp_path_factory):
     folder = Path(kept) / "sglang" if kept else tmp_path_factory.mktemp("sglang")
     folder.mkdir(exist_ok=True)
     return SglangRuns(SGLANG, folder)
-
-
-def same_tokens(sglang, ran, row, more=""):
-    """All rounds on all ranks, token for token."""
-    assert ran.fine, ran.tail()
-    for rank in range(len(ran.codes)):
-        assert ran.tokens(rank) == sglang.reference.tokens(), f"rank {rank}\n{ran.tail()}"
-    count = sum(len(answer) for answers in ran.tokens() for answer in answers)
-    row(
-        ran.seconds,
-        f"{count} tokens equal on {len(ran.codes)} rank(s), log-probabilities within {near(ran, sglang.reference):.1g}{more}",
-    )
-
-
-def maps_of(ran):
-    """Maps that ran, int [N, L, S], the same on all ranks."""
-    assert len(ran.maps[0]) and all(maps == ran.maps[0] for maps in ran.maps), "ranks ran different maps"
-    return np.array(ran.maps[0])
 
 
 def counts_of(sglang):
@@ -108,3 +92,32 @@ def test_rebalances(sglang, row, asked):
     assert changes >= 2
     assert ran.planned(0) == ran.planned(1) and len(ran.planned(0)) == (ROUNDS - 1 if asked else 0)
     same_tokens(sglang, ran, row, f"; {len(ran.planned(0))} maps of poise, {changes} changes of the live map")
+
+
+@pytest.mark.parametrize("kind", ["its first map", "our file"])
+def test_server(sglang, row, kind):
+    """SGLang's server on two ranks, asked and recorded over HTTP, {kind}: tokens, map and counts are as asked for"""
+    planned = kind == "our file"
+    name, file = ("server-planned", {"init_expert_location": str(sglang.exported)}) if planned else ("server", {})
+    ran, maps = sglang.server(name, {**REDUNDANT_SLOTS, **file}, record="stat")
+    assert len(maps[0]) == 1 and maps[0] == maps[1]
+    wanted = Placement.load(sglang.plan).slot_expert_LS if planned else np.array(sglang.trivial.maps[0][0])
+    assert np.array_equal(np.array(maps[0][0]), wanted)
+    loads = sglang.folder / f"{name}.json"
+    poise("convert", sglang.dumps(name, "stat"), "-o", loads)
+    assert np.array_equal(files.read(loads).load_BLE.sum(axis=0), RANKS * counts_of(sglang))
+    same_tokens(sglang, ran, row, "; by its own scheduler, what its recorder dumps equals `poise record`")
+
+
+def test_server_rebalances(sglang, row):
+    """SGLang's server on two ranks, asked over HTTP, rebalanced by its EPLB manager with poise's planner"""
+    ran, maps = sglang.server("server-online", EPLB, POISE_EPLB="1")
+    said = Counter(ran.planned(0))
+    assert maps[0] == maps[1] and len(maps[0]) >= 3
+    assert said and not any(count % RANKS for count in said.values()), "ranks plan alike, in one log"
+    same_tokens(
+        sglang,
+        ran,
+        row,
+        f"; by its own scheduler, {said.total() // RANKS} maps of poise, {len(maps[0]) - 1} changes of the live map",
+    )

@@ -1,5 +1,6 @@
-"""Faults of one rank, by the word in ``STAND_IN_FAULT``: ``WHAT:N``, from the Nth call on, N from 1.
+"""Faults of one rank, by the word in ``STAND_IN_FAULT``: ``WHAT:N``, from the Nth call on, N from 1; each is counted.
 
+``worker``   the rank is killed at the Nth step of the load balancer: no launcher has to be in time for it.
 ``call``     the rank raises MemoryError before it comes to a plan.
 ``planner``  the planner's process cannot answer.
 ``killed``   the planner's process is killed as soon as it was asked.
@@ -13,6 +14,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from cpu_stand_in.seen import COUNTS
+
 from poise.engines.plugins import vllm_call
 from poise.engines.plugins.aside import Aside
 
@@ -25,12 +28,27 @@ def inject(word: str) -> None:
     WHAT[name](int(number))
 
 
+def _worker(first: int) -> None:
+    from vllm.distributed.eplb.eplb_state import EplbState
+
+    step, steps = EplbState.step, [0]
+
+    def ends(self: Any, *arguments: Any, **named: Any) -> None:
+        steps[0] += 1
+        if steps[0] >= first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, *arguments, **named)
+
+    EplbState.step = ends
+
+
 def _call(first: int) -> None:
     asked, calls = vllm_call.asked, [0]
 
     def fails(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
         if calls[0] >= first:
+            COUNTS["faults"] += 1
             raise MemoryError(f"asked for by the test, call {calls[0]}")
         return asked(*arguments, **named)
 
@@ -44,6 +62,7 @@ def _of_process(first: int, then: Callable[[Aside], None], before: Callable[[Any
         calls[0] += 1
         if calls[0] < first:
             return ask(self, one)
+        COUNTS["faults"] += 1
         coming = ask(self, before(one))
         then(self)
         return coming
@@ -66,6 +85,7 @@ def _planner(first: int) -> None:
 
 
 WHAT: dict[str, Callable[[int], None]] = {
+    "worker": _worker,
     "call": _call,
     "planner": _planner,
     "killed": lambda first: _of_process(first, _signal(signal.SIGKILL)),

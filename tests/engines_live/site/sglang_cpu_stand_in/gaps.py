@@ -33,4 +33,11 @@ def memory_is_not_cached() -> None:
     torch.cpu.empty_cache = lambda: None
 
 
-ALL = (experts_of_other_ranks_are_refused, memory_is_not_cached)
+def nothing_is_captured() -> None:
+    """eplb/expert_distribution.py:325: a recorder that does not record asks whether the device's stream is captured."""
+    import torch
+
+    torch.cpu.is_current_stream_capturing = lambda: False
+
+
+ALL = (experts_of_other_ranks_are_refused, memory_is_not_cached, nothing_is_captured)
