@@ -259,6 +259,19 @@ def csv(tmp_path, text, name="c.csv", **options):
     return read_dump(tmp_path / name, options=ReadOptions(**options))
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32, torch.float16])
+def test_tensors_of_any_plain_type_and_numbers_in_tensors(tmp_path, kind):
+    """As engines keep counts in few bytes, and what a rank is in a tensor."""
+    load = counts(high=200) + 1
+    torch.save({"logical_count": torch.from_numpy(load).to(kind), "rank": torch.tensor(0)}, tmp_path / "s.pt")
+    dump = read_dump(tmp_path / "s.pt")
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], load)
+    assert "rank 0 alone was read" not in "".join(dump.notes)
+    torch.save({"logical_count": torch.from_numpy(load), "rank": torch.tensor([0, 1])}, tmp_path / "s.pt")
+    with pytest.raises(TraceError, match="rank must be a whole number"):
+        read_dump(tmp_path / "s.pt")
+
+
 def test_steps_ranks_and_other_columns(tmp_path):
     dump = csv(tmp_path, "step,layer,expert,count\n4,1,0,5\n9,1,1,6\n4,1,1,1\n")
     assert dump.profile.load_BLE.tolist() == [[[5, 1]], [[0, 6]]]
