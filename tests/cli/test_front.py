@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -274,3 +275,35 @@ def test_without_a_terminal_progress_is_lines(monkeypatch, capsys):
 def test_a_plan_can_be_read_by_the_name_it_was_given(files, tmp_path):
     got = run("plan", files / "trace.npz", "-c", "1x4", *PLAN, "-o", tmp_path / "p.npz")
     assert got.exit_code == 0 and Placement.load(tmp_path / "p.npz").num_experts == 8
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_stream_that_takes_nothing_is_an_error_in_a_line(files):
+    """Closed, full, or read no further by who asked for it."""
+
+    def ends(how):
+        words = f"exec {shlex.quote(sys.executable)} -m poise inspect {shlex.quote(str(files / 'loads.json'))} {how}"
+        done = subprocess.run(["sh", "-c", words], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+        return done.returncode, done.stderr
+
+    assert ends(">&-") == (0, "")
+    for form in ("", "--json"):
+        status, said = ends(f"{form} >/dev/full")
+        assert status == 1 and said.startswith("error: cannot write what is to be said: [Errno 28]")
+    assert ends("2>&-")[0] == 0
+
+
+def test_another_file_of_poise_is_named_for_what_it_is(files):
+    for words, said in (
+        (("plan", "plan.npz", "-c", "1x4", "-o", "out.npz"), "hint: it is an expert placement: was another"),
+        (("inspect", "plan.npz"), "hint: it is an expert placement: was another"),
+        (("diff", "trace.npz", "plan.npz"), "hint: it is a routing trace: was another"),
+        (("export", "trace.npz", "--to", "npz", "-o", "out.npz"), "hint: it is a routing trace: was another"),
+        (("export", "loads.json", "--to", "npz", "-o", "out.npz"), "loads.json is no .npz"),
+    ):
+        done = run(*[files / word if "." in word else word for word in words])
+        assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.stderr
+    cut = files / "cut.npz"
+    cut.write_bytes((files / "plan.npz").read_bytes()[:500])
+    assert "it may be truncated" in run("diff", cut, cut).stderr

@@ -85,6 +85,30 @@ def test_numbers_of_layers_and_experts_are_no_loads(tmp_path, suffix):
             read_dump(save(tmp_path / f"s{suffix}", np.swapaxes(steps, 0, 1).copy()))
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", ".csv"])
+def test_what_a_router_gives_tokens_is_no_table_of_layers(tmp_path, suffix):
+    """Probabilities, weights of the K chosen and masks look like shares of layers where no model says how many."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(64), size=16)
+    chosen = np.argsort(probabilities)[:, -8:]
+    mask = np.zeros((16, 64), np.int64)
+    np.put_along_axis(mask, chosen, 1, axis=1)
+    weights = mask * probabilities
+    tables = [(probabilities, "adds up to 1"), (weights, "has 8 numbers above 0"), (mask, "has 8 numbers above 0")]
+    for table, said in tables:
+        path = save(tmp_path / f"r{suffix}", table)
+        options = [ReadOptions(format="load-table"), ReadOptions(ModelSpec.parse("olmoe-1b-7b"))]
+        with pytest.raises(TraceError, match="may be loads" if table is mask else rf"every row {said}[^|]*--format"):
+            read_dump(path)
+        for option in options:  # who says so, or how many layers there are, is believed
+            np.testing.assert_array_equal(read_dump(path, options=option).profile.load_BLE[0], table)
+    if suffix != ".csv":
+        with pytest.raises(TraceError, match="every row adds up to 1"):
+            read_dump(save(tmp_path / f"s{suffix}", np.stack([probabilities] * 3)))
+    counted = save(tmp_path / f"c{suffix}", counts() * (np.arange(32) < 9) + (np.arange(32) < 9) * 5000)
+    assert read_dump(counted).profile.num_layers == 6  # as many experts with tokens in every layer are nothing odd
+
+
 def test_ids_counted_from_1_are_refused(tmp_path):
     path = tmp_path / "n.json"
 
@@ -235,6 +259,19 @@ def csv(tmp_path, text, name="c.csv", **options):
     return read_dump(tmp_path / name, options=ReadOptions(**options))
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32, torch.float16])
+def test_tensors_of_any_plain_type_and_numbers_in_tensors(tmp_path, kind):
+    """As engines keep counts in few bytes, and what a rank is in a tensor."""
+    load = counts(high=200) + 1
+    torch.save({"logical_count": torch.from_numpy(load).to(kind), "rank": torch.tensor(0)}, tmp_path / "s.pt")
+    dump = read_dump(tmp_path / "s.pt")
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], load)
+    assert "rank 0 alone was read" not in "".join(dump.notes)
+    torch.save({"logical_count": torch.from_numpy(load), "rank": torch.tensor([0, 1])}, tmp_path / "s.pt")
+    with pytest.raises(TraceError, match="rank must be a whole number"):
+        read_dump(tmp_path / "s.pt")
+
+
 def test_steps_ranks_and_other_columns(tmp_path):
     dump = csv(tmp_path, "step,layer,expert,count\n4,1,0,5\n9,1,1,6\n4,1,1,1\n")
     assert dump.profile.load_BLE.tolist() == [[[5, 1]], [[0, 6]]]
@@ -248,6 +285,33 @@ def test_steps_ranks_and_other_columns(tmp_path):
     assert read_dump(files).profile.load_BLE.tolist() == [[[5, 7]]]
     files[1].write_bytes(files[0].read_bytes())  # ranks that share their tokens
     assert read_dump(files).profile.load_BLE.tolist() == [[[5, 1]]]
+
+
+def test_a_column_that_names_the_token_counts_none(tmp_path):
+    """A row a choice, with the token's number and the router's weight: a pair each, not as many as its number says."""
+    rng = np.random.default_rng(4)
+    tokens = dumps.choices(rng, 30)
+    for name in ("token", "Token ID", "position"):
+        rows = [f"{t},{i},{e},0.5" for t, chosen in enumerate(tokens) for i, ids in enumerate(chosen) for e in ids]
+        dump = csv(tmp_path, f"{name},layer,expert,router_weight\n" + "\n".join(rows), num_experts=8)
+        np.testing.assert_array_equal(dump.profile.load_BLE[0], load_LE(tokens, 8))
+    with pytest.raises(TraceError, match="column 'token' may say how many it has, or which one"):
+        csv(tmp_path, "layer,expert,token\n0,0,45\n0,1,17\n1,0,10\n1,1,4\n")
+    assert csv(tmp_path, "layer,expert,tokens\n0,0,45\n0,1,17\n").profile.load_BLE.tolist() == [[[45, 17]]]
+    assert csv(tmp_path, "layer,expert,num_token\n0,0,45\n0,1,17\n").profile.load_BLE.tolist() == [[[45, 17]]]
+
+
+@pytest.mark.parametrize("head", ["", "Unnamed: 0", "index"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_index_and_remarks_are_passed_over(tmp_path, head, end):
+    """As pandas writes a table, and a hand above it."""
+    load = counts(shape=(3, 5)) + 1
+    rows = [f"{n},{i},{e},{load[i, e]}" for n, (i, e) in enumerate(np.ndindex(3, 5))]
+    text = end.join(["# recorded on Monday, by hand", "", "# twice", f"{head},layer,expert,count", *rows])
+    (tmp_path / "p.csv").write_bytes(text.encode())
+    dump = read_dump(tmp_path / "p.csv")
+    np.testing.assert_array_equal(dump.profile.load_BLE[0], load)
+    assert f"columns {head or 'unnamed'} were not read" in dump.notes
 
 
 @pytest.mark.parametrize(

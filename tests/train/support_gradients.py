@@ -14,6 +14,7 @@ from tests.train.support_models import case
 from tests.train.support_runs import EXACT, STEPS, error_of, fsdp, shard, train
 from torch import Tensor, nn
 
+from poise.train import full_state_dict
 from poise.util.errors import ModelError, OptionError
 
 
@@ -61,7 +62,11 @@ def norms_and_sums_are_of_all_experts() -> dict:
         "norm": lambda w: w.norm(), "one": lambda w: torch.norm(w, 1), "inf": lambda w: torch.linalg.vector_norm(w, np.inf),
         "three": lambda w: w.norm(p=3), "sum": lambda w: (w * 2).sum(), "square": lambda w: w.square().mean(), "max": lambda w: w.max(),
         "least": lambda w: w.abs().amin(), "any": lambda w: (w > w.detach().max() * 0.99).any(),
-        "all": lambda w: (w < 0.3).all(), "rows": lambda w: w.sum(dim=(1, 2)).sum() if w is all_rows else w.sum(),
+        "all": lambda w: (w < 0.3).all(), "rows": lambda w: w.sum(dim=(1, 2)).sum(),
+        "deviation": lambda w: w.std(), "variance": lambda w: torch.var(w, unbiased=False), "of rows": lambda w: w.norm(dim=-1).mean(),
+        "deviations": lambda w: w.std(dim=(1, 2)).amax(), "matrices": lambda w: torch.linalg.matrix_norm(w).sum(),
+        "singular": lambda w: torch.linalg.svdvals(w).max(), "folded": lambda w: w.reshape(len(w), -1).square().sum(-1).sum(),
+        "column": lambda w: w[..., 0].sum(), "turned": lambda w: w.mT.norm(), "medians": lambda w: w.median(dim=-1)[0].sum(),
     }  # fmt: skip
     for label, reduce in reductions.items():
         torch.testing.assert_close(reduce(rows), reduce(all_rows), rtol=1e-12, atol=0, msg=label)
@@ -79,10 +84,60 @@ def norms_and_sums_are_of_all_experts() -> dict:
     ):
         said = c.raised(OptionError, part)
         assert "axis of experts" in said
+    for part in (
+        lambda: rows.flatten(), lambda: rows.view(-1), lambda: torch.nn.utils.parameters_to_vector([rows]), lambda: rows.median(),
+        lambda: torch.quantile(rows, 0.9), lambda: rows.argmax(), lambda: rows.cumsum(0), lambda: rows.softmax(dim=0),
+        lambda: rows.transpose(0, 1), lambda: rows.permute(2, 1, 0), lambda: torch.einsum("eij,eij->", rows, rows),
+        lambda: torch.nn.functional.mse_loss(rows, 2 * rows), lambda: torch.dist(rows, 2 * rows), lambda: rows[rows > 0],
+        lambda: nn.utils.vector_to_parameters(torch.zeros(rows.numel(), dtype=rows.dtype), [rows]),
+    ):  # fmt: skip
+        assert f"weight of {h.EXPERTS} experts" in c.raised(OptionError, part)
     torch.testing.assert_close(
         c.whole(rows.norm(dim=(1, 2))), h.local_rows(model, dict(whole.named_parameters()))[name].norm(dim=(1, 2))
     )
     return {"error": error}
+
+
+@case
+def random_numbers_of_experts() -> dict:
+    """Ranks with one seed draw as the unsharded model does; what is scaled by the shape of a weight is refused."""
+    fills: dict[str, Callable[[Tensor], object]] = {
+        "normal": lambda w: nn.init.normal_(w, std=0.02), "method": lambda w: w.data.uniform_(-1, 2),
+        "truncated": lambda w: nn.init.trunc_normal_(w, std=0.02), "he": nn.init.kaiming_uniform_,
+        "noise": lambda w: w.zero_().add_(torch.randn_like(w), alpha=0.1),
+        "even noise": lambda w: w.zero_().sub_(torch.rand_like(w)),
+        "whole noise": lambda w: w.copy_(torch.randint_like(w, 3, 90)),
+    }  # fmt: skip
+    worst = 0.0
+    for kind in ("gated", "list"):
+        for label, fill in fills.items():
+            whole, model = h.build(kind), h.build(kind)
+            shard(model)
+            for one in (whole, model):
+                torch.manual_seed(5)
+                with torch.no_grad():
+                    for name, weight in one.named_parameters():
+                        if ".experts." in name and weight.dim() > 1:
+                            fill(weight)
+            if kind == "gated":
+                rows = h.local_rows(model, dict(whole.named_parameters()))
+                worst = max(
+                    worst,
+                    *(float((w - rows[n]).detach().abs().max()) for n, w in model.named_parameters() if w.dim() > 1),
+                )
+            numbers = full_state_dict(model) or {}  # of the first rank
+            weights = [v for n, v in numbers.items() if ".experts." in n and v.dim() > 1]
+            each = [row for weight in weights for row in (weight if kind == "gated" else [weight])]
+            seen = {tuple(row.flatten().tolist()) for row in each}
+            assert len(seen) == len(each), (kind, label)
+    assert c.agreed(worst) == 0.0, worst
+    model = h.build()
+    shard(model)
+    weight = next(weight for name, weight in model.named_parameters() if name.endswith("down_proj"))
+    for fill in (nn.init.xavier_uniform_, nn.init.kaiming_normal_, nn.init.orthogonal_,
+                 lambda w: nn.init.kaiming_uniform_(w, mode="fan_out"), lambda w: w.data.bernoulli_(torch.rand_like(w))):  # fmt: skip
+        assert f"{h.EXPERTS} experts" in c.raised(OptionError, lambda fill=fill: fill(weight))
+    return {"error": worst}
 
 
 @case

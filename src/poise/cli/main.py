@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -105,5 +107,8 @@ def root(
 
 def main() -> None:
     """Entry point."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: what is said goes nowhere, as of any command
+            setattr(sys, name, open(os.devnull, "w"))
     with signals_end():
         app(prog_name="poise")

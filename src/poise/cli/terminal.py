@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -56,6 +57,7 @@ def errors() -> Iterator[None]:
     try:
         with compiling(), _warnings_told():
             yield
+            sys.stdout.flush()
     except PoiseError as error:
         talk.print(Text("error:", "bold red"), error.message)
         if error.hint:
@@ -69,8 +71,17 @@ def errors() -> Iterator[None]:
         talk.print(Text("error:", "bold red"), f"out of memory: {error or 'no more is given'}")
         talk.print("hint: give a part of the traffic, or a machine with more memory")
         raise typer.Exit(1) from None
-    except BrokenPipeError:
+    except OSError as error:  # those of files are poise's own: this is of a stream
+        _given_up()
+        if not isinstance(error, BrokenPipeError):  # who read enough has gone
+            talk.print(Text("error:", "bold red"), f"cannot write what is to be said: {error}")
         raise typer.Exit(1) from None
+
+
+def _given_up() -> None:
+    """Nothing is written on stdout any more, also not what Python still holds for it when it ends."""
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @contextmanager

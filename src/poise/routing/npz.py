@@ -37,11 +37,18 @@ MAX_RATIO = 100
 
 MAGIC = b"\x93NUMPY"
 MAX_DIRECTORY_BYTES = 1 << 20
+MEMBER = b"PK"
+"""How a zip file begins."""
 END, END_64_AT, END_BYTES = b"PK\x05\x06", b"PK\x06\x07", 22
 """How the end of a zip file begins, and the record before it in large ones."""
 BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError,
           ValueError, IndexError, KeyError, OverflowError, struct.error)  # fmt: skip
 """What zipfile raises on damaged archives, encrypted members and unknown compression."""
+
+
+OF_POISE = {"lost": "placements after losses", "score": "a home table", "slot_expert": "an expert placement",
+            "experts": "a routing trace", "counts": "a load profile", "cross": "a load profile"}  # fmt: skip
+"""What poise writes, by an array that it alone or first has, in the order to look for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,11 @@ class Archive:
     def header(self, name: str) -> Header:
         """Parse a member's header and compare it with the member's size; the data stay unread."""
         if name not in self._info:
-            raise TraceError(f"array {name!r} is missing, the file has {', '.join(self.names[:12]) or 'no arrays'}")
+            kind = next((text for key, text in OF_POISE.items() if key in self), "")
+            raise TraceError(
+                f"array {name!r} is missing, the file has {', '.join(self.names[:12]) or 'no arrays'}",
+                hint=f"it is {kind}: was another file meant?" if kind else "",
+            )
         info = self._info[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise TraceError(f"{name} uses zip compression {info.compress_type}", hint="use numpy.savez_compressed")
@@ -179,9 +190,11 @@ def open_npz(path: Path) -> Iterator[Archive]:
         except TraceError as err:
             raise TraceError(f"{path}: {err.message}", hint=err.hint) from err
         except BROKEN as err:
+            stream.seek(0)
+            begun = stream.read(2) == MEMBER
             raise TraceError(
-                f"{path} is not a readable .npz: {err}",
-                hint="it may be truncated; 'poise convert' reads other formats",
+                f"{path} is {'not a readable' if begun else 'no'} .npz: {err}",
+                hint="it may be truncated" if begun else "'poise convert' reads what engines write",
             ) from err
 
 

@@ -8,6 +8,7 @@ operations make of them: an average kept by hand, a snapshot, a mask. So stock c
   unsharded weight. ``shape`` is that of the rows here.
 - Rows of one layer from before and after its owners moved do not mix: :class:`~poise.util.errors.ModelError` on all
   ranks.
+- Random numbers are drawn for all experts (:mod:`poise.train.draws`), so that ranks with one seed differ.
 - They cannot be pickled: a file would hold one rank's experts.
 
 All else is done by PyTorch on plain tensors, without a dispatch of its own.
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from poise.train.draws import IN_PLACE, LIKE, draw, draw_like
+from poise.train.wholes import RESHAPED, asks_for_all, keeps_experts, plain_name
 from poise.util.errors import ModelError, OptionError
 
 plainly = torch._C.DisableTorchFunctionSubclass
@@ -107,18 +110,33 @@ class ExpertRows(torch.Tensor):
             )
         if name.startswith(("_foreach_", "_fused_", "_amp_foreach_")):
             return _foreach(func, name, args, kwargs)
+        if name in IN_PLACE or name in LIKE:
+            return _random(func, name, list(args), dict(kwargs))
         like = _first(args, kwargs)
         args = [_own_part(value, like) for value in args]
+        name = plain_name(name)
+        wants = asks_for_all(name, args, kwargs, len(_size(like)))
+        if wants:
+            raise _elsewhere(name, wants, like)
         if any(isinstance(value, DTensor) and not value.dim() for value in args):  # a norm of FSDP2's gradients
             args = [value.full_tensor() if isinstance(value, DTensor) else value for value in args]
         with plainly():
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except RuntimeError as error:
+                if name in RESHAPED:  # to a shape that was reckoned from numel(), which is of all experts
+                    raise _elsewhere(name, "to another shape", like) from error
+                raise
             if name == "to" and out.is_meta and not like.is_meta:
                 raise OptionError(
                     f"weights of {len(like.ownership.mine)} sharded experts would be lost on the meta device",
                     hint="leave out cpu_ram_efficient_loading: every rank loads the model, then fully_shard_experts; "
                     "or shard it on the meta device and load a state dict into it",
                 )
+            if keeps_experts(name, args):
+                _kept(out, like)
+            if name in RESHAPED and type(out) is not ExpertRows:
+                raise _elsewhere(name, f"to {list(out.shape)}", like)
             return _tagged(out, like)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertRows:
@@ -172,6 +190,35 @@ def _tagged(out: Any, like: ExpertRows) -> Any:
     if isinstance(out, (tuple, list)) and not isinstance(out, torch.Size):
         return type(out)(_tagged(one, like) for one in out) if type(out) in (tuple, list) else out
     return out
+
+
+def _kept(out: Any, like: ExpertRows) -> Any:
+    """Of what kept the axis of experts first, whatever axes follow."""
+    if type(out) is Tensor and out.dim() and out.size(0) == _size(like)[0]:
+        out.__class__, out.ownership = ExpertRows, like.ownership
+    elif isinstance(out, tuple):
+        for one in out:
+            _kept(one, like)
+    return out
+
+
+def _elsewhere(name: str, wants: str, rows: ExpertRows) -> OptionError:
+    return OptionError(
+        f"{name} {wants} of a weight of {len(rows.ownership.owner_E)} experts, of which this rank has {_size(rows)[0]}",
+        hint="sum, mean, var, std, norm, min and max without dim are of all experts; for what else there is: "
+        "poise.train.full_state_dict",
+    )
+
+
+def _random(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Random numbers in rows, or like rows: every rank draws for all experts (:mod:`poise.train.draws`)."""
+    rows = kwargs.pop("tensor") if "tensor" in kwargs else args.pop(0)
+    one, mine = rows.ownership, rows.ownership.mine
+    with plainly():
+        if name in LIKE:
+            return _tagged(draw_like(func, rows, mine, len(one.owner_E), args, kwargs), rows)
+        draw(func, rows, mine, len(one.owner_E), one.listed, args, kwargs)
+    return rows
 
 
 def _own_part(value: Any, like: ExpertRows) -> Any:
@@ -361,6 +408,21 @@ def _mean(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, *
     return _by_axis(func, rows, dim, lambda: func(rows, dim, *args, **kwargs))
 
 
+def _spread(root: bool) -> Callable[..., Any]:
+    def spread(
+        func: Any, rows: Any, dim: Any = None, unbiased: bool = True, *args: Any, correction: Any = None, **kwargs: Any
+    ) -> Any:
+        if isinstance(dim, bool):  # var(unbiased), which names no axis
+            dim, unbiased = None, dim
+        less = unbiased if correction is None else correction
+        if dim is None and not kwargs.get("keepdim"):
+            variance = torch.sum((rows - torch.mean(rows)).square()) / (rows.numel() - less)
+            return variance.sqrt() if root else variance
+        return _by_axis(func, rows, dim, lambda: func(rows, dim, *args, correction=less, **kwargs))
+
+    return spread
+
+
 def _by_axis(func: Any, rows: ExpertRows, dim: Any, run: Callable[[], Any]) -> Any:
     """Reduce along axes within an expert; along the axis of experts other ranks have the rest, so it is refused."""
     axes = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
@@ -372,7 +434,7 @@ def _by_axis(func: Any, rows: ExpertRows, dim: Any, run: Callable[[], Any]) -> A
             hint="leave dim out for the value of all experts, or use poise.train.full_state_dict",
         )
     with plainly():
-        return _tagged(run(), rows)
+        return _kept(run(), rows)
 
 
 def _numel(func: Any, rows: ExpertRows) -> int:
@@ -409,7 +471,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _T.grad.__get__: _grad, _T.copy_: _copy, _T.numel: _numel, _T.nelement: _numel, torch.numel: _numel,
     _T.dim: _axes, _T.ndim.__get__: _axes, _T.ndimension: _axes,
     torch.linalg.vector_norm: _norm, torch.norm: _norm, _T.norm: _norm,
-    torch.mean: _mean, _T.mean: _mean,
+    torch.mean: _mean, _T.mean: _mean, torch.var: _spread(False), _T.var: _spread(False), torch.std: _spread(True),
+    _T.std: _spread(True),
 }  # fmt: skip
 _FACTS = {
     getattr(_T, name).__get__

@@ -42,6 +42,8 @@ MAX_IDS, MANY_IDS = 4096, 1024
 MAX_TOP_K = 64
 MANY = 3
 """Layers, or experts, of which it is no chance that their first loads count up, or that all have as many tokens."""
+ONE = 1.01
+"""Up to here a sum of probabilities in 16 bits may come instead of 1."""
 LEAST_EXPERTS = 4
 """Of fewer experts, counts may well happen to name each once."""
 MEANINGS = {
@@ -91,7 +93,7 @@ def decide(part: Part, options: ReadOptions) -> str:
             return "vllm-49572"
         raise TraceError(f"one row of {array.size} numbers, and no map that holds every expert", hint="docs/dumps.md")
     found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
-    odd = _not_loads(array) if found in ([], ["load-table"]) else ""
+    odd = _not_loads(array, options) if found in ([], ["load-table"]) else ""
     if odd:
         raise AmbiguousError(
             f"numbers {_shape(array)}: {odd}",
@@ -113,8 +115,11 @@ def decide(part: Part, options: ReadOptions) -> str:
     )
 
 
-def _not_loads(array: NDArray[Any]) -> str:
+def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
     """Why numbers that could be a table of loads by shape and range are probably none, or ``""``."""
+    routed = "" if options.model is not None or not array.size else _of_tokens(array.reshape(-1, array.shape[-1]))
+    if routed:
+        return f"{routed}, as rows of a router's answers to tokens do; shares of each expert of a layer look alike"
     if array.ndim == 2:
         for line, what in (
             (array[:, 0], "column counts, as numbers of layers do"),
@@ -130,6 +135,24 @@ def _not_loads(array: NDArray[Any]) -> str:
         exchanged = all(map(_alike, sums.T)) and not all(map(_alike, sums))
     axes = "rows are experts, and columns layers" if array.ndim == 2 else "layers come first, then steps"
     return f"it seems that {axes}: every layer of a step has as many tokens" if exchanged else ""
+
+
+def _of_tokens(rows: NDArray[Any]) -> str:
+    """What [rows, E] have in common with what a router gives tokens, not layers: probabilities, or weights of K."""
+    if len(rows) < MANY or not np.isfinite(rows).all():
+        return ""
+    chosen = np.count_nonzero(rows, axis=1)
+    top_k, whole_numbers = int(chosen[0]), rows.dtype.kind in "iu"
+    if (chosen == top_k).all() and 1 <= top_k <= min(MAX_TOP_K, rows.shape[1] // 2):
+        if (rows.max() == 1) if whole_numbers else (rows.max() <= ONE or (rows != np.floor(rows)).any()):
+            return f"every row has {top_k} numbers above 0"
+    if (
+        not whole_numbers
+        and rows.max() < 1
+        and np.allclose(rows.sum(axis=1, dtype=np.float64), 1, rtol=0, atol=ONE - 1)
+    ):
+        return "every row adds up to 1"
+    return ""
 
 
 def _alike(sums: NDArray[np.float64]) -> bool:

@@ -29,13 +29,18 @@ from poise.util.errors import TraceError
 ROLES = {
     "layer": re.compile(r"(moe_?)?(layer|block)(_?(id|idx|index|num|number|no))?|l"),
     "expert": re.compile(r"(logical_?)?experts?(_?(id|idx|index|num|number|no))?|e|eid"),
-    "count": re.compile(r"(total_?|num_?|n_?)?(counts?|tokens?|hits?|selections?|activations?)(_?count|_all_topk)?"
-                        r"|n|loads?|(expert|token|logical)_(load|counts?)|freq|frequency"),
+    "count": re.compile(r"(total_?|num_?|n_?)?(counts?|tokens|hits?|selections?|activations?)(_?count|_all_topk)?"
+                        r"|(total_?|num_?|n_)token|n|loads?|(expert|token|logical)_(load|counts?)|freq|frequency"),
     "step": re.compile(r"(forward_?)?(step|pass|iter|iteration)(_?(id|idx|index))?"),
     "rank": re.compile(r"((ep|dp|tp|global)_?)?rank(_?id)?"),
 }  # fmt: skip
-OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k)(_?(id|idx|index|pos))?|phase")
+OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k)(_?(id|idx|index|pos))?|phase|index"
+                         r"|unnamed(:_\d+)?")  # fmt: skip
 """Columns that may stand beside a choice and change nothing about it."""
+OF_A_TOKEN = re.compile(r"(token|tok|position|pos)(_?(id|idx|index|pos))?")
+"""Where a column names the token, a row is one choice of it."""
+WEIGHT = re.compile(r"((router|gate|gating|topk|top_k|expert|routing)_?)?(weight|prob|probability|score|logit)s?")
+"""What a router gave a choice."""
 SGLANG_RANK = re.compile(r"expert_distribution_rank\d{1,5}(?!\d)")
 """Old SGLang's files, each of one rank's tokens."""
 ORDER = ("layer", "expert", "count")
@@ -50,9 +55,13 @@ class _Table:
     notes: tuple[str, ...] = ()
 
 
+def _plain(head: Sequence[str]) -> list[str]:
+    return [re.sub(r"[\s-]+", "_", name.strip().strip("\"'").lower()) for name in head]
+
+
 def roles(head: Sequence[str]) -> dict[str, list[int]]:
     """Places of the columns of each role that a head names."""
-    names = [re.sub(r"[\s-]+", "_", name.strip().strip("\"'").lower()) for name in head]
+    names = _plain(head)
     return {role: found for role, pattern in ROLES.items()
             if (found := [at for at, name in enumerate(names) if pattern.fullmatch(name)])}  # fmt: skip
 
@@ -107,7 +116,11 @@ def _table(part: Part, options: ReadOptions) -> _Table:
     if not {"layer", "expert"} <= at.keys():
         raise TraceError(f"{part.name} has columns {listed(head)}, none of layers or of experts")
     others = [name for i, name in enumerate(head) if [i] not in at.values()]
-    strange = [name for name in others if not OF_A_CHOICE.fullmatch(name.strip().lower())]
+    of_a_token = any(OF_A_TOKEN.fullmatch(name) for name in _plain(others))
+    strange = [
+        name for name, plain in zip(others, _plain(others), strict=True)
+        if not (OF_A_CHOICE.fullmatch(plain) or (of_a_token and WEIGHT.fullmatch(plain)))
+    ]  # fmt: skip
     if strange and "count" not in at:
         raise TraceError(
             f"{part.name}: a row may be one choice, or column {strange[0][:40]!r} may say how many it stands for",
@@ -117,17 +130,24 @@ def _table(part: Part, options: ReadOptions) -> _Table:
     columns = columns_of(part.name, part.value, list(places.values()))
     notes = (f"columns {listed(others)} were not read",) if others else ()
     table = _checked(part, dict(zip(places, columns.T, strict=True)), notes)
-    if "rank" in at and "count" not in at and _each_once(table):
+    if "rank" in at and "count" not in at and _each_once(table, "layer", "expert"):
         raise TraceError(
             f"{part.name} names each expert of a layer once, with a rank: where experts lie, or a choice each",
             hint="loads have a column count; a placement is read from an engine's map",
         )
+    if "count" not in at and "token" in _plain(others) and _each_once(table, *places):
+        raise TraceError(
+            f"{part.name} names each expert of a layer once: column 'token' may say how many it has, or which one "
+            "chose it",
+            hint="call a column of tokens 'count', and one that says which 'token_id'",
+        )
     return table
 
 
-def _each_once(table: _Table) -> bool:
-    pairs = table.column["layer"] * (MAX_EXPERTS + 1) + table.column["expert"]
-    return len(np.unique(pairs)) == len(pairs)
+def _each_once(table: _Table, *named: str) -> bool:
+    """Whether no two rows are alike in the columns of these roles."""
+    rows = np.stack([table.column[role] for role in named])
+    return np.unique(rows, axis=1).shape == rows.shape
 
 
 def _headless(part: Part, width: int, options: ReadOptions) -> _Table:

@@ -15,7 +15,10 @@ from poise.util.errors import TraceError
 MAX_CSV_BYTES = 256 << 20
 MARKS = (",", "\t", ";")
 NUMBER = re.compile(r"[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?")
-NAME = re.compile(r"[A-Za-z_][\w .()/%-]{0,60}")
+NAME = re.compile(r"[A-Za-z_][\w .:()/%-]{0,60}")
+UNNAMED = "unnamed"
+"""A first column that has no name: the index that pandas writes."""
+REMARK = "#"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,21 +41,27 @@ class CsvText:
 
 def sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str] | None:
     """Head, number of columns and mark of a table, told from how it starts; None: it is none."""
-    lines = [line.strip() for line in start.decode("utf-8", "replace").lstrip("\ufeff").splitlines() if line.strip()][
-        :2
-    ]
-    if not lines:
-        return None
-    for mark in MARKS:
-        fields = _fields(lines[0].lstrip("# "), mark)
-        if len(fields) < 2:
-            continue
-        if all(NUMBER.fullmatch(field) for field in fields):
-            return None, len(fields), mark
-        below = _fields(lines[1], mark) if len(lines) > 1 else []
-        if (all(NAME.fullmatch(field) for field in fields) and len(below) == len(fields)
-                and any(NUMBER.fullmatch(field) for field in below)):  # fmt: skip
-            return tuple(fields), len(fields), mark
+    found = _sniff(start)
+    return None if found is None else found[:3]
+
+
+def _sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str, int] | None:
+    """As :func:`sniff`, and how many lines with something in them stand above the rows: remarks and the head."""
+    lines = [line.strip() for line in start.decode("utf-8", "replace").lstrip("\ufeff").splitlines() if line.strip()]
+    for above, line in enumerate(lines):
+        for mark in MARKS:
+            fields = _fields(line.lstrip("# "), mark)
+            if len(fields) < 2:
+                continue
+            if all(NUMBER.fullmatch(field) for field in fields):
+                return None, len(fields), mark, above
+            below = _fields(lines[above + 1], mark) if len(lines) > above + 1 else []
+            names = [fields[0] or UNNAMED, *fields[1:]]
+            if (all(NAME.fullmatch(name) for name in names) and len(below) == len(fields)
+                    and any(NUMBER.fullmatch(field) for field in below)):  # fmt: skip
+                return tuple(names), len(fields), mark, above + 1
+        if not line.startswith(REMARK):
+            break
     return None
 
 
@@ -63,15 +72,17 @@ def csv_text(start: bytes, data: bytes) -> CsvText | None:
     ------
     TraceError : it is larger than is read.
     """
-    found = sniff(start)
+    found = _sniff(start)
     if found is None:
         return None
     if len(data) > MAX_CSV_BYTES:
         raise TraceError(f"a table of {len(data)} bytes, at most {MAX_CSV_BYTES} are read", hint="split it")
-    body = data.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if found[0] is not None:
-        body = body.partition(b"\n")[2]
-    return CsvText(*found, body)
+    body = data.removeprefix(b"\xef\xbb\xbf")
+    if b"\n" not in body:
+        body = body.replace(b"\r", b"\n")  # lines of old Macintoshes
+    for _ in range(found[3]):
+        body = body.lstrip().partition(b"\n")[2]
+    return CsvText(*found[:3], body.lstrip())
 
 
 def columns_of(name: str, text: CsvText, places: Sequence[int]) -> NDArray[np.float64]:

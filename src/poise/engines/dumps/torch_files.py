@@ -32,7 +32,8 @@ ROOM, OTHER_ROOM = {"REDUCE": 1024, "MARK": 128, "BINPUT": 112, "LONG_BINPUT": 1
 FREE_BYTES = 64 << 20
 """Tensors that repeat themselves may take up so much more than their storages."""
 MAX_DEPTH = 8
-GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch.storage UntypedStorage",
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3", "collections OrderedDict",
+           "torch.storage UntypedStorage", "torch uint16", "torch uint32", "torch uint64",
            *(f"torch {name}Storage" for name in
              ("Double", "Float", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool", "BFloat16"))}  # fmt: skip
 REFUSED = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
@@ -126,7 +127,8 @@ class _Plain:
         if isinstance(value, torch.Tensor):
             known = self._done.get(id(value))
             if known is None:
-                known = self._done[id(value)] = (value, self._array(value))
+                array = self._array(value)
+                known = self._done[id(value)] = (value, array if array.ndim else array.item())
             return known[1]
         if isinstance(value, list | tuple):
             if set(map(type, value)) <= PLAIN:
