@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from poise.cli import demo as demo_command
 from poise.cli.main import app
 from poise.engines import sglang
 from poise.planning.placement import Placement
 from poise.routing.files import read
+from poise.routing.profile import load_LE, skew_L
+from poise.routing.shipped import FOLDER, Shipped, balance, shipped
 from poise.routing.synthetic import zipf_trace
 from poise.routing.trace import RoutingTrace
 
@@ -195,8 +199,12 @@ def test_demo(tmp_path):
     assert data["summary"]["slot_bytes_per_rank"] > 0, "EPLB off has no redundant slot"
 
 
-def test_demo_of_all_methods_and_of_other_text(tmp_path):
-    got = run("demo", "--html", tmp_path / "r.html", "--all", "--domain", "dictionary", "--work", 10, "--json")
+def test_demo_of_all_methods_and_of_other_text(tmp_path, monkeypatch):
+    read_ = []
+    monkeypatch.setattr(demo_command, "shipped", lambda name: (read_.append(name), shipped(name))[1])
+    words = ["demo", "--html", tmp_path / "r.html", "--all", "--even", "--domain", "dictionary", "--work", 10, "--json"]
+    got = run(*words)
+    assert set(read_) == {"demo_trace"}
     data = json.loads(got.stdout)
     names = {row["name"] for row in data["rows"]}
     assert {"contiguous", "round-robin", "lpt", "eplb", "moetuner-equal", "poise", "bound"} <= names
@@ -224,12 +232,17 @@ def test_the_first_screen_and_the_readme_say_the_same(tmp_path):
         assert there.format(re.search(words, got)[1]) in " ".join(readme.split()), words
 
 
-def test_the_shipped_trace_is_good_enough():
-    from importlib.resources import files
-
-    data = json.loads(run("inspect", files("poise") / "data" / "demo_trace.npz", "--json").stdout)
+@pytest.mark.parametrize("name", get_args(Shipped))
+def test_the_shipped_traces_are_good_enough(name):
+    data = json.loads(run("inspect", FOLDER / f"{name}.npz", "--json").stdout)
     assert data["layers"] >= 8 and data["experts"] >= 32 and data["top_k"] >= 2 and len(data["domains"]) == 5
     assert max(row["dead_share"] for row in data["per_layer"]) <= 0.05
     for row in data["per_layer"][:-1]:
         assert row["information_to_next_nats"] > 10 * row["shuffled_nats"]
-    assert isinstance(read(files("poise") / "data" / "demo_trace.npz"), RoutingTrace)
+    assert isinstance(read(FOLDER / f"{name}.npz"), RoutingTrace)
+
+
+def test_the_skewed_trace_is_more_skewed_than_the_even_one():
+    """Mixed text: of single kinds even a model that was trained to be even has more."""
+    skew, even = (skew_L(load_LE(one.experts, one.num_experts)) for one in map(shipped, ("demo_skewed", "demo_trace")))
+    assert skew[1:].mean() > 1.3 * even[1:].mean() and float(balance("demo_skewed")) < float(balance("demo_trace"))

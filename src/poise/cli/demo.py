@@ -71,9 +71,15 @@ LABELS = {
 def demo(
     html: Annotated[Path, o.flag("html", "Where the report goes.")] = Path("report.html"),
     output: Annotated[Path | None, o.flag("output", "Write the map of poise there.")] = None,
-    domain: Annotated[str, typer.Option(help=f"Text that the map is made for, or '{ALL}'.")] = DOMAIN,
+    domain: Annotated[
+        str | None,
+        typer.Option(help=f"Text that the map is made for, or '{ALL}'. Default: {DOMAIN}; with --even all."),
+    ] = None,
     even: Annotated[
-        bool, typer.Option("--even", help="Routing of a model that was trained to be even: little to gain.")
+        bool,
+        typer.Option(
+            "--even", help="Routing of a model that was trained to be even, all kinds of text mixed: little to gain."
+        ),
     ] = False,
     all_tables: Annotated[bool, typer.Option("--all", help="Every method and every column.")] = False,
     cluster: o.ClusterSpec = CLUSTER,
@@ -91,10 +97,11 @@ def demo(
         o.writable(html)
         if output is not None:
             o.writable(output, ".npz")
+        source, text = (EVEN, domain or ALL) if even else (TRACE, domain or DOMAIN)
         with best_so_far(o.talk.print) as wish:
             with o.progress() as report, _fast_loop_compiled_beside():
                 found, held_out = compared(
-                    domain, EVEN if even else TRACE, cluster=cluster, redundant=redundant,
+                    text, source, cluster=cluster, redundant=redundant,
                     tokens_per_step=tokens_per_step, all_methods=all_tables,
                     work=WORK if work is None and time_limit is None else work,
                     time_limit_s=10.0 if time_limit is None else time_limit, progress=report, wish=wish,
@@ -105,7 +112,7 @@ def demo(
             if all_tables:
                 show(found, html, json)
             else:
-                _written(found, held_out, html, cluster, domain, EVEN if even else TRACE, json, wish)
+                _written(found, held_out, html, cluster, text, source, json, wish)
         if output is not None:
             o.talk.print(f"wrote {output}")
 
