@@ -30,6 +30,19 @@ def test_dots_are_the_loads_and_both_maps_have_one_scale():
     assert "contiguous: 2.67 × mean" in before and "lpt: 2.13 × mean" in after
 
 
+def test_rows_end_where_their_tokens_do():
+    """Also amid a dot: whole ones would reach beyond the end of the layer."""
+    seen, wide = view([60, 20, 15, 5, 4, 4, 4, 8], 4), wait.charts.HALF - wait.LEFT - wait.RIGHT
+    for drawing, tokens in zip(
+        wait.section(seen).split("<figure")[1:], ([8, 12, 20, 80], [13, 19, 24, 64]), strict=True
+    ):
+        path = re.search(r'class="experts" d="([^"]*)"', drawing)[1]
+        ends = {}
+        for x, y, w in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)", path):
+            ends[y] = max(ends.get(y, 0.0), float(x) + float(w) + 1)  # a gap of 1 on each side of a dot
+        np.testing.assert_allclose(sorted(ends.values()), wait.LEFT + wide * np.array(tokens) / 80, atol=0.11)
+
+
 @pytest.mark.parametrize("devices", [16, 17, 64])
 def test_of_many_devices_the_fullest_of_each_map_are_drawn(devices):
     load_E = np.random.default_rng(devices).pareto(1.2, 2 * devices) + 0.1

@@ -80,9 +80,10 @@ def _picture(row_D: NDArray[np.float64], shown: list[int], top: float) -> tuple[
     end = LEFT + scale * float(row_D.max())
     dots, idle, names = [], [], []
     for place, device in enumerate(shown):
-        y, many = TOP + ROW * place, int(np.ceil(scale * row_D[device] / cell - 1e-9))
-        dots += [(LEFT + cell * k + 1, y + 5, cell - 2, ROW - 10) for k in range(many)]
-        idle.append((LEFT + cell * many, y + 8, end - LEFT - cell * many, ROW - 16))
+        y, long = TOP + ROW * place, scale * float(row_D[device])
+        starts = cell * np.arange(int(np.ceil(long / cell - 1e-9)))  # the last dot ends with the row
+        dots += [(LEFT + at + 1, y + 5, max(0.0, min(cell, long - at) - 2), ROW - 10) for at in starts]
+        idle.append((LEFT + long, y + 8, end - LEFT - long, ROW - 16))
         names.append(charts.text(LEFT - 8, y + 14, str(device), "small", "end"))
     body = (
         charts.boxes("idle", idle)
