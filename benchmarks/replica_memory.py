@@ -22,8 +22,7 @@ from poise.cost.transfers import plan_transfers
 from poise.cost.weights import HIDDEN_SHARE, StepPrice, training_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
-from poise.routing.files import read
-from poise.routing.shipped import TRACE
+from poise.routing.shipped import shipped
 from poise.stepwise.driver import LayerDriver
 from poise.stepwise.registry import as_policy
 from poise.stepwise.sharding import even_sharding, owned_ED
@@ -57,9 +56,9 @@ def drawn(data: Path, tokens: int, devices: int) -> np.ndarray:
     return out
 
 
-def shipped(tokens: int, devices: int) -> np.ndarray:
+def of_the_shipped_trace(tokens: int, devices: int) -> np.ndarray:
     """The same of the shipped trace; requests lie one after the other."""
-    trace = read(TRACE)
+    trace = shipped("demo_trace")
     experts_TLK = np.asarray(trace.experts, np.int64)
     tokens = min(tokens, len(experts_TLK) // devices)
     some = experts_TLK[: tokens * devices].reshape(devices, tokens, *experts_TLK.shape[1:])
@@ -194,7 +193,7 @@ def main() -> None:
     machines = [Cluster.parse(word) for word in CLUSTERS]
     copies, reduced, stored = [], [], []
     for cluster in machines:
-        copies += once("shipped trace, 4 of 32", shipped(asked.tokens, cluster.num_devices), 32, cluster)
+        copies += once("shipped trace, 4 of 32", of_the_shipped_trace(asked.tokens, cluster.num_devices), 32, cluster)
         copies += once(
             "drawn by OLMoE's loads, 8 of 64", drawn(asked.data, asked.tokens, cluster.num_devices), 64, cluster
         )

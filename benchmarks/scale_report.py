@@ -238,7 +238,7 @@ def how() -> str:
         f"- Not run: MoETuner's ILPs above {MOETUNER_TO} devices (clusters of one expert) and on the synthetic loads; poise's fast loop above "
         f"{FAST_TO[DECODE]} (decode) and {FAST_TO[PREFILL]} (prefill): planning ahead takes seconds a layer, and at 2048 the plans it compares "
         "would not fit into memory (4 GB); `poise-near`, which plans beside the steps and wants hundreds of them (benchmarks/planners2.py).",
-        f"- poise's maps have {WORK:g} units of work a layer, a nominal second.",
+        f"- poise's maps of rows have {WORK:g} units of work a layer, a nominal second; those of planning times what `--work` says in all.",
         "- EPLB is hierarchical where groups or experts divide by nodes: DeepSeek-V3 (8 groups) on 64 devices only.",
     ])  # fmt: skip
 

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from html import unescape
+from importlib import import_module
 from io import StringIO
 
 import pytest
@@ -120,6 +121,24 @@ def test_what_was_cut_short_is_no_verdict(command, tmp_path, monkeypatch):
     else:
         assert said["verdict"] == "insufficient_evidence" and said["flags"] == []
         assert "interrupted" in said["reason"] and "interrupted" in page.read_text()
+    assert not [note for note in said["notes"] if "the clock cut" in note]
+
+
+@pytest.mark.parametrize("command", ["verdict", "homes"])
+def test_reading_takes_none_of_the_time(command, trace, monkeypatch):
+    """And control-C ends it: what is shared with the search begins after it."""
+    order, load = [], api.load
+    module = import_module(f"poise.cli.{command}")
+    monkeypatch.setattr(api, "load", lambda *words: (order.append("read"), load(*words))[1])
+
+    def begins(*words, **named):
+        order.append("budget")
+        raise OptionError("enough")
+
+    monkeypatch.setattr(module, "Budget", begins)
+    more = {"verdict": ["-m", "gpt-oss-20b"], "homes": []}
+    assert "enough" in CliRunner().invoke(app, [command, str(trace), "-c", "2x2:h100", *more[command]]).stderr
+    assert order == ["read", "budget"]
 
 
 def without_end(problem, name, budget, seed):

@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 SITE = HERE / "site"
 """Has the stand-ins for what engines lack on CPU."""
 LIMIT_S = 900.0
+MOST_LIMITS = 8
+"""A run may be silent for a limit, and last for so many, whatever it says."""
 """Of silence: a run whose ranks neither say nor answer anything for so long hangs. How long it takes is the machine's."""
 GRACE_S = 45.0
 """How long other ranks may go on when one has ended: longer than an engine takes to notice."""
@@ -292,13 +294,14 @@ def environment(engine: Engine, asked: Asked, folder: Path, rank: int, port: int
 def _wait(processes: Sequence[Process], folder: Path, limit_s: float) -> tuple[int | None, ...]:
     """Exit codes, when all have ended or there is nothing to wait for."""
     trouble, said, since = 0.0, 0, time.monotonic()
+    ends = since + MOST_LIMITS * limit_s
     while None in (codes := tuple(process.poll() for process in processes)):
         now = time.monotonic()
         if (written := sum(one.stat().st_size for one in folder.iterdir() if one.is_file())) != said:
             said, since = written, now
         if any(codes):
             trouble = trouble or now
-        if now - since > limit_s or (trouble and now - trouble > GRACE_S):
+        if now > ends or now - since > limit_s or (trouble and now - trouble > GRACE_S):
             for process in processes:
                 process.signal(signal.SIGUSR1)
             time.sleep(3.0)

@@ -40,7 +40,8 @@ def test_stock(runs, row):
 def test_static(runs, row, mode):
     """Two ranks under a plan's file, moved {mode}: the live map of both is the plan"""
     ran = getattr(runs, mode)
-    came(ran) if mode == "static_async" else None
+    if mode == "static_async":
+        came(ran)
     maps, plan = maps_of(ran), Placement.load(runs.plan)
     assert np.array_equal(maps[-1], plan.slot_expert_LS)
     assert (maps[0] == np.arange(maps.shape[2]) % models.EXPERTS).all() and not np.array_equal(maps[0], maps[-1])

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from poise import api
+from poise.api.asked import problem_of
 from poise.cli.main import app
 from poise.cost.perturb import gain_range
 from poise.planning.budget import Budget
@@ -114,10 +115,10 @@ def test_experts_are_at_home_where_their_tokens_are():
     """With pure kinds, and every kind on a rank of its own, nothing leaves its rank."""
     trace = kinds(1.0)
     batch = make_batch(replace(trace, home=trace.domain.astype(np.int32)), tokens_per_step=512)
-    problem = api._problem(batch, CLUSTER, 0, None, None, "home", None, "any")
+    problem = problem_of(batch, CLUSTER, 0, None, None, "home", None, "any")
     cost = problem.pricing.cost(batch, at_home(problem).count_LED())
     assert cost.cross_device_BL.sum() == 0
-    more = api._problem(batch, CLUSTER, 4, None, None, "home", None, "any")
+    more = problem_of(batch, CLUSTER, 4, None, None, "home", None, "any")
     np.testing.assert_array_equal(at_home(more).count_LED(), at_home(problem).count_LED())
 
 
@@ -134,7 +135,7 @@ def test_the_best_plan_on_the_fitted_requests_is_kept(monkeypatch):
     def batched(part):
         return make_batch(part, tokens_per_step=512)
 
-    problem = api._problem(batched(trace), CLUSTER, 0, None, None, None, None, "any")
+    problem = problem_of(batched(trace), CLUSTER, 0, None, None, None, None, "any")
     plans = plan_homes(problem, trace, batched, Budget.of(1.0, 2.0), band=0.3)
 
     def seconds(batch, placement):
@@ -170,7 +171,7 @@ def test_a_plan_that_came_out_worse_than_its_start_is_not_taken(monkeypatch):
     def batched(part):
         return make_batch(part, tokens_per_step=512)
 
-    problem = api._problem(batched(trace), CLUSTER, 4, None, None, None, None, "any")
+    problem = problem_of(batched(trace), CLUSTER, 4, None, None, None, None, "any")
     best = plan_homes(problem, trace, batched, Budget.of(1.0, 2.0), band=0.3).best["grouped"]
     start = as_held(problem, at_home(replace(problem, batch=best.batch)))
     cost = problem.pricing.cost(best.batch, start.count_LED()).seconds_BL
@@ -188,7 +189,7 @@ def test_a_gain_counts_the_traffic_after(planted):
     trace = kinds(0.9)
     batch = make_batch(trace, tokens_per_step=512)
     piled = replace(batch, home_T=np.zeros(len(batch.experts_TLK), np.int32))
-    problem = api._problem(batch, CLUSTER, 0, None, None, None, None, "any")
+    problem = problem_of(batch, CLUSTER, 0, None, None, None, None, "any")
     count = planted.placement.count_LED()
     found = gain_range(piled, count, count, problem.pricing, after=batch)
     want = [problem.pricing.cost(one, count).seconds_BL.mean() for one in (piled, batch)]

@@ -122,7 +122,7 @@ def verdict(
     found = [one.with_other(other, setting) for one, other in zip(judged, others, strict=True)]
     notes = seen + verdict_notes(windows, sizes, {} if recorded else {name: A_RANK[name] for name in unsaid})
     notes += [said] if (said := rules.caveat(setting.split)) else []
-    if budget.cuts:
+    if budget.cuts and not budget.stopped:
         notes.append(
             f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same maps each time"
         )

@@ -56,12 +56,14 @@ def homes(
         for path in (output, placement_out):
             if path is not None:
                 o.writable(path, ".npz")
-        with o.progress() as report, best_so_far(o.talk.print) as wish:
-            study = api.homes(
-                list(traces), cluster, redundant=redundant, engine=engine, tokens_per_step=tokens_per_step,
-                policy=o.one_of("policy", policy, POLICIES), band=band, seed=seed, progress=report,
-                time_limit_s=Budget(time_limit, work=work, wish=wish), **priced.checked(),
-            )  # fmt: skip
+        with o.progress() as report:
+            traffic = api.load(list(traces))  # control-C ends that, and no limit counts it
+            with best_so_far(o.talk.print) as wish:
+                study = api.homes(
+                    traffic, cluster, redundant=redundant, engine=engine, tokens_per_step=tokens_per_step,
+                    policy=o.one_of("policy", policy, POLICIES), band=band, seed=seed, progress=report,
+                    time_limit_s=Budget(time_limit, work=work, wish=wish), **priced.checked(),
+                )  # fmt: skip
         if output is not None:
             study.table.save(output)
         if placement_out is not None:

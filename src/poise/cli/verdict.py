@@ -116,14 +116,17 @@ def verdict(
             missing = [name for name, value in (("a recording", given), ("--cluster", cluster), ("--model", model))
                        if not value]  # fmt: skip
             raise OptionError(f"a verdict needs {' and '.join(missing)}", hint="or --recipe FILE")
-        with executor_of(executor) as workers, o.progress() as report, best_so_far(o.talk.print) as wish:
-            found = api.verdict(
-                *given, cluster=cluster, model=model, current=current, redundant=redundant,
-                phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step, prefill_tokens=prefill_tokens,
-                decode_tokens=decode_tokens, engine=engine, split=o.one_of("split", split, SPLITS), context=context,
-                homes=o.one_of("homes", homes, HOMES), seed=seed, progress=report,
-                time_limit_s=Budget(time_limit, work=work, executor=workers, wish=wish), executor=workers,
-            )  # fmt: skip
+        with executor_of(executor) as workers, o.progress() as report:
+            traffic = [api.load(one, workers) for one in given]  # control-C ends that, and no limit counts it
+            with best_so_far(o.talk.print) as wish:
+                budget = Budget(time_limit, work=work, executor=workers, wish=wish)
+                found = api.verdict(
+                    *traffic, cluster=cluster, model=model, current=current, redundant=redundant,
+                    phase=o.one_of("phase", phase, PHASES), tokens_per_step=tokens_per_step,
+                    prefill_tokens=prefill_tokens, decode_tokens=decode_tokens, engine=engine,
+                    split=o.one_of("split", split, SPLITS), context=context, homes=o.one_of("homes", homes, HOMES),
+                    seed=seed, progress=report, time_limit_s=budget, executor=workers,
+                )  # fmt: skip
         if output is not None:
             found.leading.placement.save(output)
         if html is not None:

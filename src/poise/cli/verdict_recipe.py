@@ -116,6 +116,8 @@ def _answer(settings: ExpertSettings, asked: RecipeQuestion, report: Any) -> dic
             )
         verdicts = _judged(settings, asked, model, spec, ranks, many, report)
         lines += [line for found in verdicts for one in found.phases for line in _left(settings, one)]
+        if any(found.interrupted for found in verdicts):
+            lines.append("Interrupted: these are the best maps so far, and another run may end elsewhere.")
     return {
         **asdict(settings), "redundant": many if many is not None else settings.redundant, "preset": settings.preset,
         "priced_as": named,

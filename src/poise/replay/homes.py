@@ -198,7 +198,7 @@ def study_homes(
         ground(problem.cluster), interrupted=budget.stopped, notes=(
             *(f"{batch.sampled} are priced" for batch in equal if batch.sampled),
             *((f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same plans each time",)
-              if budget.cuts else ()),
+              if budget.cuts and not budget.stopped else ()),
         ),
     )  # fmt: skip
 
