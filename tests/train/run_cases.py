@@ -245,7 +245,7 @@ def posted(group: Any) -> Iterator[dict[str, np.ndarray]]:
 
     def count(operations, where):
         for one in operations if where is group else ():
-            bytes_D[one.op.__name__][one.group_peer] += one.tensor.nbytes
+            bytes_D["isend" if one.sends else "irecv"][one.peer] += one.tensor.nbytes
         return before(operations, where)
 
     wires.Batch = count
