@@ -102,4 +102,4 @@ def test_what_is_refused(files):
     got = run("export", files / "other.npz", "--to", "npz", "-o", files / "x.npz", "--losses", files / "p.losses.npz")
     assert got.exit_code == 2 and "of another placement" in got.stderr and not (files / "x.npz").exists()
     got = run("export", files / "p.npz", "--to", "npz", "-o", files / "x.npz", "--losses", files / "p.npz")
-    assert got.exit_code == 2 and "file of losses" in got.stderr
+    assert got.exit_code == 2 and "it is an expert placement" in got.stderr
