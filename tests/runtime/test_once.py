@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from poise.runtime.dispatch import Exchange
 from poise.runtime.once import OnceExchange
@@ -19,6 +20,19 @@ class Came:
 
     def wait(self):
         return self.rows
+
+
+class SumsMade(TorchDispatchMode):
+    """In which types rows are added up; weights of pairs have a place each. A CPU's sums of bfloat16 are rounded once anyway; a GPU's are once a summand."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "index_add" in func.__name__ or func.__name__.startswith(("scatter_add", "index_put")):
+            self.types |= {args[0].dtype} if args[0].dim() == 2 else set()
+        return func(*args, **(kwargs or {}))
 
 
 def everything_here(send_N):
@@ -40,12 +54,16 @@ def test_sums_are_rounded_once(dtype):
     weight = torch.rand(TOKENS, TOP_K, generator=generator).to(dtype)
     scale = torch.randn(TOKENS * TOP_K, 1, generator=generator).to(dtype)
     given = way.beside(x, weight).requires_grad_()
-    out = way.around(lambda _, x_Pd: x_Pd * scale)([], given)
+    with SumsMade() as made:
+        out = way.around(lambda _, x_Pd: x_Pd * scale)([], given)
     rows = (x.repeat_interleave(TOP_K, 0) * scale).to(least)
     expected = (rows * weight.reshape(-1, 1).to(least)).view(TOKENS, TOP_K, WIDTH)
     close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5 if least != dtype else 1e3 * torch.finfo(dtype).eps}
     torch.testing.assert_close(out, expected.sum(1).to(dtype), **close)
-    out.sum().backward()
+    assert made.types == {least}
+    with SumsMade() as made:
+        torch.autograd.backward(out, torch.ones_like(out))
+    assert made.types == {least}
     back = (weight.reshape(-1, 1) * scale).to(least).view(TOKENS, TOP_K).sum(1, keepdim=True)
     torch.testing.assert_close(given.grad[:, :WIDTH], back.to(dtype).expand(-1, WIDTH), **close)
 
@@ -54,4 +72,7 @@ def test_sums_over_devices_are_rounded_once():
     sent = torch.randn(64 * TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
     way = everything_here(torch.arange(TOKENS).repeat(64))
     expected = sent.float().view(64, TOKENS, WIDTH).sum(0)
-    torch.testing.assert_close(way.back(sent, Came()), expected.bfloat16(), rtol=2**-8, atol=1e-5)
+    with SumsMade() as made:
+        out = way.back(sent, Came())
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=2**-8, atol=1e-5)
+    assert made.types == {torch.float32}
