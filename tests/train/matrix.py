@@ -1,11 +1,11 @@
-"""The parity matrix: policy x re-materialisation x top-k x workload x optimizer, one launch per world size.
+"""The parity matrix: policy x re-materialisation x top-k x workload x optimizer x data flow, one launch per world size.
 
-    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--mutate NAMES] [--dtype TYPES]
+    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--flows] [--mutate NAMES] [--dtype TYPES]
 
 Each cell trains 3 steps (5 with POISE_MANY=1) sharded and compares losses, all gradients, the gradient norm and the weights with one dense
 process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
-owners and the form of the sparse collectives changes, in every third tokens go by messages of their own, and in two of
-five to a device once, so that these are covered too. In float32 and bfloat16 ``dense`` is
+owners and the form of the sparse collectives changes, and in every third tokens go by messages of their own, so that
+these are covered too. In float32 and bfloat16 ``dense`` is
 the most by which dense runs differ that add up in 4 other orders (16 with POISE_MANY=1).
 """
 
@@ -17,6 +17,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,6 +43,7 @@ POLICIES = {
     "poise": "poise",
 }
 ORDERS = range(1, few_or(16, 4) + 1)
+FLOWS = ("home", "home_device_dedup")
 FORMS = ("auto", "direct", "node", "tree")
 
 
@@ -52,30 +54,40 @@ def machine(world: int) -> Cluster:
                    intra_latency_s=1e-9, inter_latency_s=1e-9)  # fmt: skip
 
 
-def all_cells() -> list[tuple[str, bool, int, str, str]]:
-    return list(itertools.product(h.policies(), (False, True), (1, 2, 8), h.WORKLOADS, ("sgd", "adamw")))
+def all_cells() -> list[tuple[str, bool, int, str, str, str]]:
+    factors = h.policies(), (False, True), (1, 2, 8), h.WORKLOADS, ("sgd", "adamw"), FLOWS
+    return list(itertools.product(*factors))
 
 
-def pairwise(cells: list[tuple]) -> list[tuple]:
-    """A sample in which every pair of values of two factors occurs, greedily."""
-    todo = {((i, cell[i]), (j, cell[j])) for cell in cells for i, j in itertools.combinations(range(5), 2)}
-    out = []
+EVERY_PAIR = tuple(itertools.combinations(range(6), 2))
+OF_FLOWS = tuple((factor, 5) for factor in range(5))
+"""Every value of another factor with either data flow."""
+
+
+def covering(
+    cells: list[tuple], pairs: Sequence[tuple[int, int]] = EVERY_PAIR, have: Sequence[tuple] = ()
+) -> list[tuple]:
+    """A sample in which every pair of values of these factors occurs, greedily; it begins with those at hand."""
+
+    def met(cell: tuple) -> set[tuple]:
+        return {((i, cell[i]), (j, cell[j])) for i, j in pairs}
+
+    todo = set().union(*map(met, cells)) - set().union(*map(met, have))
+    out = list(have)
     rng = np.random.default_rng(0)
     while todo:
         some = [cells[i] for i in rng.choice(len(cells), 60)]
-        best = max(
-            some,
-            key=lambda cell: sum(((i, cell[i]), (j, cell[j])) in todo for i, j in itertools.combinations(range(5), 2)),
-        )
-        out.append(best)
-        todo -= {((i, best[i]), (j, best[j])) for i, j in itertools.combinations(range(5), 2)}
+        best = max(some, key=lambda cell: len(met(cell) & todo))
+        if met(best) & todo:
+            out.append(best)
+            todo -= met(best)
     return out
 
 
 def dense_runs(cells: list[tuple], dtype: torch.dtype, gather: str) -> dict[tuple, h.RunRecord]:
     """The dense runs that cells are compared with, by workload, top-k and optimizer: every rank makes some of them."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    keys = list(dict.fromkeys((workload, top_k, optimizer) for _, _, top_k, workload, optimizer in cells))
+    keys = list(dict.fromkeys((workload, top_k, optimizer) for _, _, top_k, workload, optimizer, _ in cells))
     mine = {key: h.dense(*key, world, dtype=dtype, gather=gather) for key in keys[rank::world]}
     return {key: run for part in everywhere(mine) for key, run in part.items()}
 
@@ -86,7 +98,7 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str =
     references = dense_runs(cells, dtype, gather)
     bounds: dict[tuple, float] = {}
     rows, start = [], time.time()
-    for number, (policy, again, top_k, workload, optimizer) in enumerate(cells):
+    for number, (policy, again, top_k, workload, optimizer, traffic) in enumerate(cells):
         key = (workload, top_k, optimizer)
         if key not in bounds and dtype != torch.float64:
             others = [
@@ -101,7 +113,6 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str =
         if number % 2:
             owners = np.random.default_rng(number).integers(0, world, (h.LAYERS, h.EXPERTS))
         with h.messages(-1 if number % 3 == 1 else collectives.SHORT):
-            traffic = "home_device_dedup" if number % 5 in (1, 3) else "home"
             error, gathered, lost = h.sharded_run(
                 workload, top_k, optimizer, POLICIES.get(policy, policy), references[key], rematerialise=again,
                 owners=owners, form=FORMS[number % 4], cluster=machine(world), traffic=traffic, mutate=mutate, dtype=dtype, gather=gather,
@@ -118,7 +129,8 @@ def run_cells(cells: list[tuple], mutate: str, dtype: torch.dtype, gather: str =
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
-    parser.add_argument("--pairwise", action="store_true")
+    parser.add_argument("--pairwise", action="store_true", help="a sample with every pair of values of two factors")
+    parser.add_argument("--flows", action="store_true", help="and what they lack of every value under either data flow")
     parser.add_argument("--every", type=int, default=1, help="only every n-th cell")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--mutate", default="", help="one mutation, or several separated by commas")
@@ -129,10 +141,10 @@ def main() -> None:
     proven.remember()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    cells = all_cells()
-    if options.pairwise:
-        cells = pairwise(cells)
-    cells = cells[options.first :: options.every]
+    everything = all_cells()
+    cells = (covering(everything) if options.pairwise else everything)[options.first :: options.every]
+    if options.flows:
+        cells = covering(everything, OF_FLOWS, cells)
     if options.mutate:
         cells = [cell for cell in cells if cell[4] == "sgd"]
     rows, start = [], time.time()

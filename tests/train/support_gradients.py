@@ -99,6 +99,41 @@ def norms_and_sums_are_of_all_experts() -> dict:
 
 
 @case
+def rows_by_keyword_and_on_a_rank_without_experts() -> dict:
+    """Arguments may be named; what the other ranks refuse, one that owns one expert or none refuses too, and what they
+    do it does."""
+    found: dict[str, str] = {}
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for last in (0, 1):  # experts of the last rank
+        owners = np.zeros((h.LAYERS, h.EXPERTS), np.int64)
+        owners[:, : last * (world > 1)] = world - 1
+        model = h.build()
+        shard(model, owners=owners)
+        rows = next(weight for name, weight in model.named_parameters() if name.endswith("down_proj")).detach()
+        for out in (torch.add(input=rows, other=rows), torch.mul(other=2.0, input=rows), torch.sub(rows, other=-rows)):
+            assert type(out) is type(rows) and (torch.Tensor.__getitem__(out, slice(None)) == 2 * rows).all()
+        assert type(torch.sqrt(input=rows.abs())) is type(rows) and not torch.is_complex(input=rows)
+        several, width = len(rows), rows.shape[2]
+        for label, reshape in {
+            "view(-1)": lambda w: w.view(-1), "reshape(-1)": lambda w: w.reshape(-1), "flatten": lambda w: w.flatten(),
+            "ravel": lambda w: w.ravel(), "view(-1, d)": lambda w, d=width: w.view(-1, d), "unsqueeze": lambda w: w.unsqueeze(0),
+            "squeeze": lambda w: w.squeeze(), "flatten(0, 1)": lambda w: w.flatten(0, 1), "unflatten": lambda w: w.unflatten(0, (1, -1)),
+        }.items():  # fmt: skip
+            assert f"weight of {h.EXPERTS} experts" in c.raised(OptionError, partial(reshape, rows)), label
+        for label, reshape in {
+            "flatten(1)": lambda w: w.flatten(1), "view(n, -1)": lambda w, n=several: w.view(n, -1),
+            "reshape(n, -1)": lambda w, n=several: w.reshape((n, -1)), "unsqueeze(1)": lambda w: w.unsqueeze(1),
+            "squeeze(1)": lambda w: w.unsqueeze(1).squeeze(1), "bytes": lambda w: w.view(torch.int64),
+            "view(-1, ...)": lambda w: w.view(-1, *w.shape[1:]),
+        }.items():  # fmt: skip
+            out = reshape(rows)
+            assert type(out) is type(rows) and out.shape[0] == several, (label, rank)
+            found[label] = str(c.agreed(float(out[:1].numel() != bool(several) * rows[:1].numel())))
+    assert set(found.values()) == {"0.0"}, found
+    return found
+
+
+@case
 def random_numbers_of_experts() -> dict:
     """Ranks with one seed draw as the unsharded model does; what is scaled by the shape of a weight is refused."""
     fills: dict[str, Callable[[Tensor], object]] = {

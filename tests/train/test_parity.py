@@ -1,7 +1,7 @@
 """Sharded training equals one dense process, for every policy. ``make test-all`` runs all cells.
 
-A pairwise sample: a fifth of it on four ranks, with every policy, smaller parts on two and on eight. With POISE_MANY=1 half of it on
-two ranks, the other half on four.
+A pairwise sample of policies, workloads, data flows and the rest: on four ranks a part of it, with what that lacks of every policy, workload
+and so on under either data flow; smaller parts on two and on eight. With POISE_MANY=1 half of it on two ranks, the other half on four.
 """
 
 import json
@@ -9,6 +9,8 @@ import json
 import pytest
 from tests.helpers import few_or
 from tests.launch import ranks
+from tests.train.harness import WORKLOADS
+from tests.train.matrix import FLOWS
 
 from poise.stepwise.registry import POLICIES
 
@@ -26,9 +28,15 @@ def cells(world, tmp_path, *arguments):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_policy_equals_the_dense_reference(world, tmp_path):
-    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (6, 3), 4: (5, 2), 8: (24, 2)})[world]
-    found = cells(world, tmp_path, "--every", str(every), "--first", str(first))
-    assert {cell["policy"] for cell in found} == set(POLICIES) or world in few_or({8}, {2, 8})
+    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (8, 3), 4: (12, 2), 8: (24, 2)})[world]
+    whole = world in few_or({2, 4}, {4})
+    found = cells(world, tmp_path, "--every", str(every), "--first", str(first), *["--flows"] * whole)
+    for factor, values in (("policy", POLICIES), ("workload", WORKLOADS)):
+        for flow in FLOWS:
+            assert not whole or {cell[factor] for cell in found if cell["traffic"] == flow} == set(values), (
+                factor,
+                flow,
+            )
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
     if world == 4:
         moved = set(POLICIES) - STILL - few_or(set(), {"lplb"})  # which sees no need of it in three steps
@@ -40,7 +48,7 @@ def test_a_mutation_fails_every_cell_it_touches(tmp_path, subtests):
     for mutation in MUTATIONS:
         with subtests.test(mutation):
             touched = [cell for cell in found if cell["mutate"] == mutation and (mutation != "replica" or cell["lost"])]
-            assert len(touched) > few_or(10, 5)
+            assert len(touched) > few_or(10, 5) and {cell["traffic"] for cell in touched} == set(FLOWS)
             assert min(cell["error"] for cell in touched) > 1e-6
 
 
@@ -51,6 +59,7 @@ def test_low_precision_differs_no_more_than_dense_runs_do(tmp_path, subtests):
         with subtests.test(dtype):
             found = [cell for cell in all_found if cell["dtype"] == dtype]
             assert len(found) > 10 and len({cell["policy"] for cell in found}) > 6
+            assert {cell["traffic"] for cell in found} == set(FLOWS)
             assert max(cell["error"] / cell["dense"] for cell in found) <= 4.0, found
 
 
@@ -61,4 +70,5 @@ def test_gathers_of_fewer_bits_equal_a_dense_run_on_rounded_weights(tmp_path, su
         with subtests.test(gather):
             mine = [cell for cell in found if cell["gather"] == gather]
             assert len({cell["policy"] for cell in mine}) > 6 and sum(cell["gathered"] > 0 for cell in mine) > 6
+            assert {cell["traffic"] for cell in mine} == set(FLOWS)
             assert max(cell["error"] for cell in mine) <= 1e-11, max(mine, key=lambda cell: cell["error"])

@@ -30,8 +30,9 @@ TWO_DO = {
     "precision_bfloat16",
     "autocast",
     "compile_aot_eager",
+    "options_by_copies",
 }
-"""Cases of the other modules about a family, a type of numbers or a tool; hf_mixtral, hsdp and ddp are on four."""
+"""Cases of the other modules about a family, a type of numbers or a tool, or that are others once more; hf_mixtral, hsdp and ddp are on four."""
 
 
 def on_two(name: str) -> bool:

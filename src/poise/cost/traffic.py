@@ -61,6 +61,30 @@ def any_of(share_TKD: NDArray[np.float64]) -> NDArray[np.float64]:
     return out
 
 
+SHARE_BITS = 28
+"""Of the fixed-point shares of :func:`independent_copies`."""
+
+
+def independent_copies(pairs_DD: NDArray[np.int64], top_k: int) -> NDArray[np.int64]:
+    """Copies under ``home_device_dedup``, int64 [D, D], were the K devices of a token drawn independently.
+
+    :func:`poise.cost.compute.tokens_per_pair` is the case of even pairs. In whole numbers, so that ranks that know the
+    same find the same, whatever processor and library raise to the power of K.
+
+    Parameters
+    ----------
+    pairs_DD : (token, expert) pairs from device to device; fewer than 2^34 from each.
+    top_k : K, pairs a token.
+    """
+    total_D, one = pairs_DD.sum(axis=1, keepdims=True), 1 << SHARE_BITS
+    misses_DD = ((total_D - pairs_DD) << SHARE_BITS) // np.maximum(total_D, 1)
+    none_DD = np.full_like(pairs_DD, one)
+    for _ in range(top_k):
+        none_DD = none_DD * misses_DD >> SHARE_BITS
+    out: NDArray[np.int64] = (total_D * (one - none_DD) + (top_k * one // 2)) // (top_k * one)
+    return out
+
+
 def node_share(share: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
     """Sum over the devices of each node: [..., D] -> [..., N]."""
     starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))

@@ -210,6 +210,15 @@ def out_of_range(ids_TK: Tensor, num_experts: int) -> ModelError | None:
     )
 
 
+def copies_of(to_P: Tensor, token_P: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs int64 [P] of one token of T for one rank are one copy: rank and token of each copy int64 [n], sorted by
+    rank, then token, and the copy of each pair int64 [P].
+    """
+    tokens = max(1, tokens)
+    copies, copy_P = torch.unique(to_P * tokens + token_P, return_inverse=True)
+    return torch.div(copies, tokens, rounding_mode="floor"), copies % tokens, copy_P
+
+
 def make_exchange(
     ids_TK: Tensor, rows_SED: NDArray[np.int64], rank: int, group: Any, slots: list[int] | None = None
 ) -> Exchange:

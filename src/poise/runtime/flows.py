@@ -22,6 +22,7 @@ from torch import Tensor
 from poise.cost.traffic import DATA_FLOWS, DataFlow, landing_DN
 from poise.machine.cluster import Cluster
 from poise.runtime.collectives import exchange, gather
+from poise.runtime.dispatch import copies_of
 from poise.runtime.spans import span
 from poise.util.errors import OptionError
 
@@ -109,7 +110,7 @@ class Flow:
         """
         if self.traffic == "home_node_dedup" and int(self.node_D.max()) > 0:
             return self._by_node(x_Td, ids_TK, weight_TK, device_TK, compute)
-        token_n, to_n, ids_nK = _copies(ids_TK, device_TK, self.traffic != "home", self.world)
+        token_n, to_n, ids_nK = _copies(ids_TK, device_TK, self.traffic != "home")
         sent = CopyRows(x_Td[token_n], ids_nK, weight_TK[token_n], ids_nK[:, :0])
         got, way = self._out(sent, to_n)
         y_nd = self._back(self._experts(got, compute), way)
@@ -118,13 +119,13 @@ class Flow:
     def _by_node(self, x_Td: Tensor, ids_TK: Tensor, weight_TK: Tensor, device_TK: Tensor, compute: Compute) -> Tensor:
         """Once over the network into every node, then once to each device of it."""
         via_TK = self.lands_D.to(device_TK.device)[device_TK]
-        token_n, to_n, _ = _copies(ids_TK, via_TK, True, self.world)
+        token_n, to_n, _ = _copies(ids_TK, via_TK, True)
         here_nK = via_TK[token_n] == to_n[:, None]
         ids_nK = torch.where(here_nK, ids_TK[token_n], NOBODY)
         target_nK = torch.where(here_nK, device_TK[token_n], self.rank)
         landed, first = self._out(CopyRows(x_Td[token_n], ids_nK, weight_TK[token_n], target_nK), to_n)
         active_mK = landed.ids_nK >= 0
-        copy_m, to_m, ids_mK = _copies(landed.ids_nK, landed.more_nX, True, self.world, active_mK)
+        copy_m, to_m, ids_mK = _copies(landed.ids_nK, landed.more_nX, True, active_mK)
         fan = CopyRows(landed.x_nd[copy_m], ids_mK, landed.weight_nK[copy_m], ids_mK[:, :0])
         got, second = self._out(fan, to_m)
         y_md = self._back(self._experts(got, compute), second)
@@ -138,7 +139,7 @@ class Flow:
 
         ``tag_T`` int64 [T] names each token among those of all ranks. Other parameters as in :meth:`run`.
         """
-        token_n, to_n, ids_nK = _copies(ids_TK, device_TK, True, self.world)
+        token_n, to_n, ids_nK = _copies(ids_TK, device_TK, True)
         along = torch.cat([tag_T[token_n, None], device_TK[token_n]], dim=1)
         got, _ = self._out(CopyRows(h_Td[token_n], ids_nK, weight_TK[token_n], along), to_n)
         y_nd = self._experts(got, compute)
@@ -204,7 +205,7 @@ def _bytes(part: Tensor) -> Tensor:
 
 
 def _copies(
-    ids_TK: Tensor, device_TK: Tensor, dedup: bool, world: int, active_TK: Tensor | None = None
+    ids_TK: Tensor, device_TK: Tensor, dedup: bool, active_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Copies to send, by device, then token: token int64 [n], device int64 [n], experts int64 [n, K], -1 elsewhere.
 
@@ -220,10 +221,8 @@ def _copies(
         ids = ids_TK.new_full((len(token), top_k), NOBODY)
         ids.scatter_(1, k[:, None], ids_TK[token, k, None])
         return token, to[order], ids
-    goes_DT = torch.zeros(world, tokens, dtype=torch.bool, device=ids_TK.device)
     token, k = torch.nonzero(active, as_tuple=True)
-    goes_DT[device_TK[token, k], token] = True
-    to, token = torch.nonzero(goes_DT, as_tuple=True)
+    to, token, _ = copies_of(device_TK[token, k], token, tokens)
     ids = torch.where((device_TK[token] == to[:, None]) & active[token], ids_TK[token], NOBODY)
     return token, to, ids
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from poise.runtime.collectives import Arriving, SentRows
-from poise.runtime.dispatch import Exchange, PairExchange
+from poise.runtime.dispatch import Exchange, PairExchange, copies_of
 from poise.runtime.experts import Bank
 from poise.runtime.layer import RunExperts
 from poise.runtime.spans import span
@@ -63,9 +65,9 @@ class OnceExchange(PairExchange):
 
         def weighted(banks: Sequence[Bank], copy_nd: Tensor) -> Tensor:
             x_nd, weight_nK = copy_nd[:, : self.width], copy_nd[:, self.width :]
-            y_Pd = run(banks, x_nd.index_select(0, self.copy_P))
-            y_Pd = y_Pd * weight_nK.reshape(-1).index_select(0, self.weight_P).unsqueeze(1)
-            return x_nd.new_zeros(x_nd.shape).index_add(0, self.copy_P, y_Pd.to(x_nd.dtype))
+            y_Pd = run(banks, _TokensOfPairs.apply(x_nd, self.copy_P))
+            weight_P = weight_nK.reshape(-1).index_select(0, self.weight_P)
+            return summed_into(len(x_nd), self.copy_P, wide(y_Pd) * wide(weight_P).unsqueeze(1)).to(x_nd.dtype)
 
         return weighted
 
@@ -100,21 +102,48 @@ class OnceExchange(PairExchange):
         with span(f"{prefix}combine"):
             sent_Nd = asked.send(y_nd, self.got_D).wait()
         tokens = self.pairs.pairs // self.top_k
-        return sent_Nd.new_zeros((tokens, sent_Nd.shape[1])).index_add_(0, self.send_N, sent_Nd)
+        return summed_into(tokens, self.send_N, wide(sent_Nd)).to(sent_Nd.dtype)
 
     def by_token(self, rows: Tensor) -> Tensor:
         """As they are: :meth:`back` has summed them."""
         return rows
 
 
+def wide(rows: Tensor) -> Tensor:
+    """In the type that sums are made in: where the sums are narrower than float32, that one, so that they are rounded
+    once, and not once a summand.
+    """
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def summed_into(count: int, row_n: Tensor, y_nd: Tensor) -> Tensor:
+    """Sums of rows [n, d] by the row that each is of, [count, d]."""
+    return y_nd.new_zeros((count, y_nd.shape[1])).index_add_(0, row_n, y_nd)
+
+
+class _TokensOfPairs(torch.autograd.Function):
+    """Rows [n, d] by index [P], whose gradients are summed as :func:`wide` says."""
+
+    @staticmethod
+    def forward(ctx: Any, x_nd: Tensor, row_P: Tensor) -> Tensor:
+        ctx.count = len(x_nd)
+        ctx.save_for_backward(row_P)
+        return x_nd.index_select(0, row_P)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (row_P,) = ctx.saved_tensors
+        return summed_into(ctx.count, row_P, wide(grads[0])).to(grads[0].dtype), None
+
+
 def once(pairs: Exchange, width: int) -> OnceExchange:
     """The same dispatch by copies of tokens of ``width`` d. Collective: one exchange of an integer a pair."""
     device, top_k, world = pairs.send_N.device, pairs.top_k, len(pairs.sent_D)
-    tokens = max(1, pairs.pairs // top_k)
     to_P = torch.repeat_interleave(torch.arange(world, device=device), torch.tensor(pairs.sent_D, device=device))
     token_P = torch.div(pairs.send_N, top_k, rounding_mode="floor")
-    copies, copy_P = torch.unique(to_P * tokens + token_P, return_inverse=True)  # by rank, then by token
-    sent_D = torch.bincount(torch.div(copies, tokens, rounding_mode="floor"), minlength=world)
+    to_n, token_n, copy_P = copies_of(to_P, token_P, pairs.pairs // top_k)
+    sent_D = torch.bincount(to_n, minlength=world)
     first_D = sent_D.cumsum(0) - sent_D
     told_P = (copy_P - first_D[to_P]) * top_k + pairs.send_N % top_k
     coming = Arriving(told_P.unsqueeze(1), pairs.got_D, pairs.group, pairs.most)
@@ -125,6 +154,6 @@ def once(pairs: Exchange, width: int) -> OnceExchange:
     got_D.scatter_reduce_(0, from_P, torch.div(came_P, top_k, rounding_mode="floor") + 1, "amax")
     weight_P = (came_P + (got_D.cumsum(0) - got_D)[from_P] * top_k).index_select(0, pairs.arrange_n)
     return OnceExchange(
-        pairs, width, copies % tokens, sent_D.tolist(), got_D.tolist(),
+        pairs, width, token_n, sent_D.tolist(), got_D.tolist(),
         torch.div(weight_P, top_k, rounding_mode="floor"), weight_P,
     )  # fmt: skip

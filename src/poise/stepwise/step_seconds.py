@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from poise.cost.compute import device_compute
 from poise.cost.links import port_seconds
 from poise.cost.route import locality_rows
-from poise.cost.traffic import Copies, port_load
+from poise.cost.traffic import Copies, independent_copies, port_load
 from poise.cost.transfers import Form, Transfer, TransferPlan, plan_transfers
 from poise.cost.weights import STATE_RATIO, StepPrice, fetch_seconds
+from poise.machine.cluster import Wire
 from poise.stepwise.driver import Outcome
 from poise.stepwise.sharding import owned_ED
 
 Moves = tuple[tuple[Transfer, ...], ...]
+TOLD_BYTES = 8.0
+"""Of a pair: which copy, and which of its weights, it is of."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,17 +134,34 @@ def compute_seconds(quota_ED: NDArray[np.int64], price: StepPrice) -> float:
 
 
 def exchange_seconds(pairs_DD: NDArray[Any], price: StepPrice) -> float:
-    """All-to-alls of one layer in a step for (token, expert) pairs, or copies, from device to device, [D, D]."""
+    """All-to-alls of one layer in a step for (token, expert) pairs from device to device, [D, D]."""
+    return price.exchange_passes * _there_and_back(pairs_DD, price)
+
+
+def once_seconds(pairs_DD: NDArray[np.int64], top_k: int, price: StepPrice) -> float:
+    """The same, forward and back, where a token goes to a device once (:mod:`poise.runtime.once`); int64 [D, D].
+
+    Its K router weights lie behind it in the dispatch of a pass forward and in the combine of one back: in half of all
+    exchanges. Which copy a pair is of is told before, in an integer a pair.
+    """
+    told_s = _all_to_all(pairs_DD, TOLD_BYTES, price.cluster.dispatch_wire, price)
+    copies_DD = independent_copies(pairs_DD, top_k)
+    return price.exchange_passes * _there_and_back(copies_DD, price, 0.5 * top_k) + told_s
+
+
+def _there_and_back(rows_DD: NDArray[Any], price: StepPrice, more: float = 0.0) -> float:
+    """One dispatch and one combine of rows of d + ``more`` elements."""
     cluster, model = price.cluster, price.model
-    load = port_load(Copies(pairs_DD[None].astype(np.float64)), cluster)
-    both = sum(
-        float(port_seconds(load, bytes_, cluster, wire)[0]) + wire.start_s
-        for bytes_, wire in (
-            (model.dispatch_bytes_per_token, cluster.dispatch_wire),
-            (model.combine_bytes_per_token, cluster.combine_wire),
-        )
+    out = (model.expert_width + more) * model.dispatch_bytes
+    back = (model.expert_width + more) * model.combine_bytes
+    return _all_to_all(rows_DD, out, cluster.dispatch_wire, price) + _all_to_all(
+        rows_DD, back, cluster.combine_wire, price
     )
-    return both * price.exchange_passes
+
+
+def _all_to_all(rows_DD: NDArray[Any], row_bytes: float, wire: Wire, price: StepPrice) -> float:
+    load = port_load(Copies(rows_DD[None].astype(np.float64)), price.cluster)
+    return float(port_seconds(load, row_bytes, price.cluster, wire)[0]) + wire.start_s
 
 
 def reshard_seconds(old_LE: NDArray[np.int64], new_LE: NDArray[np.int64], price: StepPrice) -> float:

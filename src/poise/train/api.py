@@ -223,7 +223,7 @@ class FssdpExperts:
         """False: replica gradients stay where they are until a backward pass with True (gradient accumulation).
 
         So each is sent once for all micro-batches that had it, and not once for each; ``accumulate_bytes`` limits what
-        they take meanwhile. Gradients are whole after a backward pass with True.
+        they take meanwhile. Gradients are whole after a backward pass with True; an optimizer step before is an error.
         """
         self.schedule.backward.sync = sync
 
@@ -305,11 +305,12 @@ def fully_shard_experts(
         (:mod:`poise.train.packing`). None: as they are computed with.
     offload : owned weights, gradients and states stay on the CPU.
     accumulate_bytes : of gradient accumulation (:meth:`FssdpExperts.set_requires_gradient_sync`), memory a rank may
-        spend on replica gradients that wait for the last micro-batch; what does not fit is reduced while the next one
-        computes. None: all wait.
+        spend on replica gradients that wait for the last micro-batch; what does not fit is reduced in the same backward
+        pass, where one layer's gradients come on top. None: all wait.
     traffic : ``home``, a row for every (token, expert) pair, or ``home_device_dedup``: a token goes to a device once,
         for all of its experts there, and comes back as their weighted sum (:mod:`poise.runtime.once`). ``auto``: layer
-        by layer, what is modelled faster for the loads of the first training pass after a start or a move of owners.
+        by layer, what is modelled faster for the loads of the first training pass of so many tokens (in powers of two)
+        after a start or a move of owners.
     force_balance : replace the router's choice by an even one, to see what imbalance costs.
     owners : int64 [L, E], who owns what at first, in place of the sharding policy's even plan.
 

@@ -38,6 +38,10 @@ class BackwardSchedule:
         self._accumulated = False  # weights got gradients in this backward pass
         self._started: list[Materialised] = []  # gathered again, and no backward has begun that uses them
 
+    def incomplete(self) -> int:
+        """Layers whose gradients wait for a synchronised backward pass; the same on all ranks."""
+        return 0 if self._callback else self.replica_gradients.layers_waiting
+
     def layer(self, one: Pass, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
         """Gradients of this rank's tokens, [T, d]; those of the weights, if asked for, are added to their owners'.
 
@@ -154,7 +158,8 @@ class BackwardSchedule:
         accumulated, self._accumulated = self._accumulated, False
         if not accumulated:  # torch.autograd.grad by something else than weights
             return
-        if not self.sync:  # what is on its way goes on under the next micro-batch, until its backward pass
+        if not self.sync:  # what was beyond the bytes that may wait is not held through the next forward pass
+            self.replica_gradients.wait()
             return
         for layer in range(len(self._run.layers)):  # earlier micro-batches may have reached more of them
             self._reduce(layer)

@@ -17,7 +17,7 @@ from poise.runtime.spans import span
 from poise.stepwise.driver import LayerDriver
 from poise.stepwise.protocol import LayerView, StepPlan
 from poise.stepwise.sharding import owned_ED
-from poise.stepwise.step_seconds import exchange_seconds
+from poise.stepwise.step_seconds import exchange_seconds, once_seconds
 from poise.train.ahead import Plan, PlanAhead
 from poise.train.foresight import MicroBatch
 from poise.train.history import LoadHistory
@@ -49,7 +49,7 @@ class RunPlanner:
         self._ahead, self._version = PlanAhead(), 0
         self.micro_batch: MicroBatch | None = None
         self.foresees = False
-        self._once: dict[int, bool] = {}  # layers whose tokens go to a device once, or by pairs, from now on
+        self._once: dict[tuple[int, int], bool] = {}  # by layer and power of its tokens: once to a device, or by pairs
 
     def _new_drivers(self) -> list[LayerDriver]:
         """One a layer, from the present owners, policy and slots on."""
@@ -86,11 +86,15 @@ class RunPlanner:
     def price(self, pairs: float) -> StepPrice:
         """Machine, model and window; the tokens count in powers of two, so that it seldom changes."""
         there = self.deployment
-        tokens = 2.0 ** round(np.log2(max(1.0, pairs / self.top_k)))
+        tokens = 2.0 ** self._power(pairs)
         ratio, again = there.gradient_bytes / there.expert_bytes, self.settings.rematerialise is not False
         return _price(tokens, self.layers[0].num_experts, there.cluster, self.model, again, self.window_s, ratio,
                       there.form != "direct", there.expert_bytes / there.held_bytes,
                       there.reduce_dtype.itemsize)  # fmt: skip
+
+    def _power(self, pairs: float) -> int:
+        """Of two, that is nearest to so many pairs' tokens."""
+        return round(float(np.log2(max(1.0, pairs / self.top_k))))
 
     def early_plan(self, layer: int) -> Plan:
         """Replicas that are gathered before the gate, and how: planned ahead, or now."""
@@ -121,19 +125,20 @@ class RunPlanner:
         layer : which.
         rows_SED : int64 [D, E, D], pairs of this pass. Which of them are of one token no other rank knows: under
             ``auto`` they are reckoned with as independent.
-        keep : a training pass, whose answer holds until owners or settings change.
+        keep : a training pass, whose answer holds for passes of as many tokens, in powers of two, until owners or
+            settings change.
         """
         if self.settings.traffic != "auto":
             return self.settings.traffic == "home_device_dedup"
-        if layer in self._once:
-            return self._once[layer]
-        pairs_DD, top_k, price = rows_SED.sum(axis=1), self.top_k, self.price(rows_SED.sum())
-        tokens_D = np.maximum(pairs_DD.sum(axis=1, keepdims=True) / top_k, 1e-9)
-        copies_DD = tokens_D * (1.0 - (1.0 - np.minimum(1.0, pairs_DD / (tokens_D * top_k))) ** top_k)
-        told_s = exchange_seconds(np.zeros_like(pairs_DD), price) / (2.0 * price.exchange_passes)  # a start
-        pays = exchange_seconds(copies_DD, price) + told_s < exchange_seconds(pairs_DD, price)
-        if keep:
-            self._once[layer] = pays
+        pairs_DD = rows_SED.sum(axis=1)
+        pairs = int(pairs_DD.sum())
+        known = layer, self._power(pairs)
+        if known in self._once:
+            return self._once[known]
+        price = self.price(pairs)
+        pays = once_seconds(pairs_DD, self.top_k, price) < exchange_seconds(pairs_DD, price)
+        if keep and pairs:
+            self._once[known] = pays
         return pays
 
     def learn(self, layer: int, load_E: NDArray[np.int64]) -> None:

@@ -57,7 +57,12 @@ class ReplicaGradients:
     @property
     def waiting(self) -> bool:
         """Whether some wait for a synchronised backward pass, or are on their way; the same on all ranks."""
-        return bool(self.reductions) or any(kept.holders_ED is not None for kept in self._kept)
+        return bool(self.reductions or self.layers_waiting)
+
+    @property
+    def layers_waiting(self) -> int:
+        """Layers of which some wait for a synchronised backward pass; the same on all ranks."""
+        return sum(kept.holders_ED is not None for kept in self._kept)
 
     def beyond(self, limit_bytes: float | None) -> bool:
         """Whether the rank that keeps most gradients keeps more bytes than that; the same on all ranks."""

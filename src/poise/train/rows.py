@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from poise.train.draws import IN_PLACE, LIKE, draw, draw_like
-from poise.train.wholes import RESHAPED, asks_for_all, keeps_experts, plain_name
+from poise.train.wholes import RESHAPED, asks_for_all, keeps_experts, plain_name, with_rows
 from poise.util.errors import ModelError, OptionError
 
 plainly = torch._C.DisableTorchFunctionSubclass
@@ -100,8 +100,9 @@ class ExpertRows(torch.Tensor):
             return special(func, *args, **kwargs)
         if func in _FACTS or (func in _ELEMENTWISE and _of_the_same(*args, *kwargs.values())):
             with plainly():
+                like = args[0] if args else _first(args, kwargs)
                 out = func(*args, **kwargs)
-                return out if out is args[0] else _tagged(out, args[0])
+                return out if out is like else _tagged(out, like)
         name = getattr(func, "__name__", "")
         if getattr(func, "__module__", "") == dist.all_reduce.__module__:
             raise OptionError(
@@ -120,6 +121,7 @@ class ExpertRows(torch.Tensor):
             raise _elsewhere(name, wants, like)
         if any(isinstance(value, DTensor) and not value.dim() for value in args):  # a norm of FSDP2's gradients
             args = [value.full_tensor() if isinstance(value, DTensor) else value for value in args]
+        args = with_rows(name, args, _size(like))
         with plainly():
             try:
                 out = func(*args, **kwargs)
@@ -133,7 +135,7 @@ class ExpertRows(torch.Tensor):
                     hint="leave out cpu_ram_efficient_loading: every rank loads the model, then fully_shard_experts; "
                     "or shard it on the meta device and load a state dict into it",
                 )
-            if keeps_experts(name, args):
+            if keeps_experts(name, args, out, like):
                 _kept(out, like)
             if name in RESHAPED and type(out) is not ExpertRows:
                 raise _elsewhere(name, f"to {list(out.shape)}", like)

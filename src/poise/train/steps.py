@@ -68,6 +68,13 @@ def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 f"{type(optimizer).__name__} holds {len(old & held)} weights that fully_shard_experts has replaced",
                 hint="build the optimizer after fully_shard_experts",
             )
+        waiting = run.backward.incomplete() if owned & held else 0
+        if waiting:
+            raise OptionError(
+                f"{type(optimizer).__name__} makes a step while gradients of {waiting} of {len(run.layers)} layers "
+                "wait for a synchronised backward pass",
+                hint="run.set_requires_gradient_sync(True) before the backward pass of the last micro-batch",
+            )
 
 
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:

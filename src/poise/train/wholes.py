@@ -8,6 +8,7 @@ on rows as rows (indices, iteration, ``shape``), which are documented to be thos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +40,8 @@ RESHAPED = frozenset({
     "tensordot", "dot", "vdot", "inner",
 })  # fmt: skip
 """What comes out has the axis of experts first, or has given it up."""
+SAME_NUMBERS = RESHAPED - {"einsum", "tensordot", "dot", "vdot", "inner"}
+"""What comes out has the same bytes in another shape."""
 KEPT = ALL_NUMBERS | ALONG | RESHAPED | {"matrix_norm", "svdvals", "std", "var", "select", "det", "logdet", "slogdet"}
 """Operations after which a first axis as long as before is that of experts, however many follow."""
 DIMS = ("dim", "axis", "dims", "dim0", "dim1")
@@ -62,17 +65,46 @@ def asks_for_all(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], axes
         return "with the axis of experts elsewhere"
     if name == "permute" and dims and dims[0] % axes:
         return "with the axis of experts elsewhere"
+    if name == "flatten" and axes > 1 and _named(0, "start_dim", args, kwargs) % axes == 0:
+        return "with the axis of experts in another" if _named(-1, "end_dim", args, kwargs, 2) % axes else ""
+    if name in ("unsqueeze", "squeeze", "unflatten"):
+        if any(dim % (axes + (name == "unsqueeze")) == 0 for dim in dims or (0,)):
+            return "with the axis of experts elsewhere"
     if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dim() > 1:
         return "of numbers that a mask or indices choose"
     return ""
 
 
-def keeps_experts(name: str, args: Sequence[Any]) -> bool:
-    """Whether the first axis of what comes out is that of experts if it is as long."""
+def with_rows(name: str, args: list[Any], size: Sequence[int]) -> list[Any]:
+    """What a view of rows of that size is given, its -1 reckoned: PyTorch cannot where a rank owns no expert."""
+    if name not in ("view", "reshape") or size[0] or len(args) < 2:
+        return args
+    sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else args[1:]
+    if -1 not in sizes[1:] or sizes.count(-1) > 1 or sizes[0] != 0:
+        return args
+    others = prod(one for one in sizes[1:] if one != -1)
+    return [args[0], *(max(1, prod(size[1:]) // max(1, others)) if one == -1 else one for one in sizes)]
+
+
+def keeps_experts(name: str, args: Sequence[Any], out: Any, rows: Tensor) -> bool:
+    """Whether the first axis of what comes out is that of experts if it is as long.
+
+    That of a rank without experts always is: what has the same bytes in another shape must have as many an expert.
+    """
+    if name in SAME_NUMBERS and isinstance(out, Tensor):
+        return bool(out.dim()) and _row_bytes(out) == _row_bytes(rows)
     if name == "__getitem__":
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return first is Ellipsis or (isinstance(first, slice) and first == slice(None))
     return name in KEPT
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    return prod(tensor.size()[1:]) * tensor.element_size()
+
+
+def _named(default: int, key: str, args: Sequence[Any], kwargs: Mapping[str, Any], at: int = 1) -> int:
+    return int(kwargs.get(key, args[at] if len(args) > at else default))
 
 
 def _dims(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
