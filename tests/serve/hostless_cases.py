@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,18 @@ from poise.cost.weights import StepPrice, step_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.planning.solve.repair import prepared
+from poise.runtime.device.choose import OnHost
 from poise.runtime.device.layer import DeviceLayer
 from poise.runtime.device.padded import RowCapacity
-from poise.serve import Engine, HostlessPolicy
+from poise.serve import Engine, HostlessPolicy, ServingPolicy
 from poise.serve import hostless as code
 from poise.serve.hostless import HostlessLayer
 from poise.serve.layer import ServedLayer
+from poise.serve.recover import recover
+from poise.stepwise.host_kernels import HostKernels
 from poise.stepwise.kernels import LayerSlots
+from poise.stepwise.registry import parse_policy
 from poise.util.errors import CapacityError, OptionError, PlacementError
 
 CASES, case = registry()
@@ -143,7 +149,8 @@ def a_layer_equals_the_present_path() -> dict:
             pairs = int(sizes.sum()) * m.TOP_K
             outs = []
             for each in (old.experts[number], new.experts[number]):
-                each.prefetch(pairs, int(sizes.max()))
+                each.fill_up(int(sizes.max()))
+                each.prefetch(pairs)
                 outs.append(each.run(x, ids, router))
             assert outs[0].shape == outs[1].shape == x.shape
             assert int(new.experts[number].layer.load_E.sum()) == pairs, "what fills up the step is counted"
@@ -168,6 +175,82 @@ def across_a_swap() -> dict:
 
         assert served.generate(m.prompts(), 12, before_step=change) == answers("olmoe", 12)
         assert len(begun) == len(served.swaps) == 2 and not any(swap.wrong for swap in served.swaps)
+    return {}
+
+
+def twice_on_a_device() -> Placement:
+    """Expert 0 of the last layer lies twice on rank 0, and all others lie there once."""
+    count_LED = np.zeros((2, m.EXPERTS, dist.get_world_size()), np.int64)
+    count_LED[:, :, 0] = 1
+    count_LED[1, 0, 0] = 2
+    return Placement.from_counts(count_LED)
+
+
+@case
+def a_swap_that_cannot_be_changes_nothing() -> dict:
+    """A placement that has no slot table is refused before it begins; one among as many slots, written over in place,
+    fails once at its end, is tried again after the next step, and takes place. No token is wrong all the while.
+    """
+    served, calls, failed, whole = engine("olmoe", "contiguous"), [], 0, code.kernels_for
+    before = served.placement
+    shifted = Placement.from_counts(np.roll(before.count_LED(), 1, axis=2), method="shifted")
+
+    def fails_once(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("none left for the second layer")
+        return whole(*given, **options)
+
+    requests = [served.submit(prompt, 12) for prompt in m.prompts()]
+    with mock.patch.object(code, "kernels_for", fails_once):
+        while served.busy:
+            if len(served.steps) == 2 and not served.swapping:
+                with pytest.raises(PlacementError, match="lies 2 times on device 0"):
+                    served.swap(twice_on_a_device())
+                assert not served.swapping
+                served.swap(shifted)
+            try:
+                served.step()
+            except MemoryError:
+                failed += 1
+                assert served.swapping and served.placement is before
+    assert failed == 1 and len(served.swaps) == 1 and len(calls) == 4, (failed, len(calls))
+    assert (served.placement.count_LED() == shifted.count_LED()).all()
+    assert [request.sampled for request in requests] == answers("olmoe", 12)
+    return {}
+
+
+@case
+def loads_known_before_are_of_any_scale() -> dict:
+    """Replicas come before the first step, the same for shares as for counts."""
+    share_LE, tables = np.full((2, m.EXPERTS), 0.3 / (m.EXPERTS - 1)), []
+    share_LE[:, 3] = 0.7
+    for scale in (1.0, 1e-9, 1e6):
+        served = engine("olmoe", "contiguous", policy(prior_LE=scale * share_LE))
+        served.submit(m.prompts()[1], 1)
+        served.step()
+        tables.append([each.layer.expert_DS.tolist() for each in layers_of(served)])
+        assert all(replicas_of(each) for each in layers_of(served)), scale
+    assert tables[0] == tables[1] == tables[2]
+    return {}
+
+
+@case
+def the_host_in_a_gpus_place_is_told_once() -> dict:
+    def on_host(like: Any, table: Any, price: Any, most: int, *, margin: float) -> OnHost:
+        return OnHost(HostKernels(table, price, margin), "devices have two speeds", refused=True)
+
+    with mock.patch.object(code, "kernels_for", on_host), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        served = engine("olmoe", "contiguous")
+        served.swap(place("replicas", "olmoe"))
+        while served.swapping:
+            served.step()
+    told = [str(each.message) for each in said if "devices have two speeds" in str(each.message)]
+    assert len(told) == 1, told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine()  # a CPU that was asked for
     return {}
 
 
@@ -208,7 +291,8 @@ def no_word_to_the_host() -> dict:
         x, router = (torch.from_numpy(make.standard_normal(shape)) for shape in ((5, 32), (5, m.TOP_K)))
         ids = torch.from_numpy(make.integers(0, m.EXPERTS, (5, m.TOP_K)))
         with GraphRules() as rules, torch.no_grad():
-            layer.prefetch(5 * m.TOP_K * dist.get_world_size(), 5)
+            layer.fill_up(5)
+            layer.prefetch(5 * m.TOP_K * dist.get_world_size())
             layer.run(x, ids, router)
         if step:  # there is nothing to prepare for before the first
             seen.append(rules.seen)
@@ -221,18 +305,60 @@ def what_is_refused() -> dict:
     for options in ({"traffic": "home_device_dedup"}, {"split": "near"}, {"clock": mock.Mock()}):
         with pytest.raises(OptionError, match="without the host"):
             engine(**options)
-    with pytest.raises(OptionError, match="a look every 0 steps"):
-        policy(every=0)
-    twice = np.zeros((2, m.EXPERTS, 2), np.int64)
-    twice[:, :, 0] = 1
-    twice[0, 0, 0] = 2
+    for options, said in (
+        ({"every": 0}, "a look every 0 steps"), ({"sent": 0}, "send 0 experts"), ({"margin": np.nan}, "a margin of nan"),
+        ({"margin": -0.1}, "a margin of -0.1"), ({"margin": 1.0}, "a margin of 1"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=said):
+            policy(**options)
     with pytest.raises(PlacementError, match="lies 2 times on device 0"):
-        Engine(copy.deepcopy(plain("olmoe")), Placement.from_counts(twice), machine(), fast=policy())
-    served = engine(fast=replace(policy(), prior_LE=np.arange(2.0 * m.EXPERTS).reshape(2, -1)))
-    assert served.generate(m.prompts(), 8) == answers("olmoe")
+        Engine(copy.deepcopy(plain("olmoe")), twice_on_a_device(), machine(), fast=policy())
+    negative = np.ones((2, m.EXPERTS))
+    negative[1, 2] = -1
+    for prior, said in (
+        (np.ones((2, m.EXPERTS + 1)), r"\(2, 9\), the model has \[layers, experts\] \(2, 8\)"),
+        (np.full((2, m.EXPERTS), np.nan), "prior loads of nan"), (negative, "prior loads of -1"),
+    ):  # fmt: skip
+        for fast in (policy(prior_LE=prior), policy(prior_LE=prior).elsewhere()):
+            with pytest.raises(OptionError, match=said):
+                engine(fast=fast)
+    larger = replace(price(), cluster=Cluster.uniform(1, dist.get_world_size() + 1))
+    for fast in (replace(policy(), price=larger), replace(policy(), price=larger).elsewhere()):
+        with pytest.raises(OptionError, match="a price of 3 devices where 2 run"):
+            engine(fast=fast)
+    with pytest.raises(OptionError, match="no flow 'stay' by a HostlessLayer"):
+        layers_of(engine())[0].move(*[torch.zeros(1, 1)] * 4, lambda x: x)
     table = LayerSlots.in_order([[3, 0], [1], [2, 3]], 4, 1, np.zeros(3))
     assert table.expert_DS.tolist() == [[3, 0, -1], [1, -1, -1], [2, 3, -1]]
     assert table.turn_DS.tolist() == [[0, 0, -1], [0, -1, -2], [0, 1, -1]]
+    return {}
+
+
+@case
+def a_fast_loop_on_what_is_left() -> dict:
+    """The second rank is given up amid the run: the first goes on alone, at the price of one device and with the room
+    that was given last. The last case, as the ranks are not at one any more.
+    """
+    hostless, room = policy(capacity=RowCapacity(6, 1 << 20)), RowCapacity(BUDGET * m.TOP_K, 1 << 20)
+    assert dist.get_world_size() == 2
+    count_LED = np.ones((2, m.EXPERTS, 2), np.int64)
+    for fast in (hostless, ServingPolicy(parse_policy("poise"), price(), step_slots=2)):
+        served = Engine(copy.deepcopy(plain("olmoe")), Placement.from_counts(count_LED), machine(), fast=fast,
+                        budget=BUDGET)  # fmt: skip
+        losses = prepared(served.placement, "device", machine().node_D, np.ones((2, m.EXPERTS)), np.ones(2))
+        requests = [served.submit(prompt, 8) for prompt in m.prompts()]
+        served.give_room(room)
+        for _ in range(4):
+            served.step()
+        if dist.get_rank():
+            continue
+        alone = recover(served, losses, mock.Mock(side_effect=AssertionError("every expert is here")), gone=[1])
+        assert alone.ranks == 1 and alone.fast is not None and alone.fast.price.cluster.num_devices == 1
+        if fast is hostless:
+            assert alone.fast.capacity == room and all(each.layer.capacity == room for each in layers_of(alone))
+        while alone.busy:
+            alone.step()
+        assert [request.sampled for request in requests] == answers("olmoe")
     return {}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import dataclass, replace
 from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tests.serve.harness import answers, banks, case, engine, place, plain, tiny
 from poise.cost.traffic import DATA_FLOWS
 from poise.planning.placement import Placement
 from poise.serve import Engine, ServingPolicy
+from poise.serve.swap import Swap
 from poise.stepwise.methods.split import even_quota
 from poise.stepwise.poise.near import PoiseNear
 from poise.stepwise.protocol import Fetch, LayerView, StepPlan, StepPolicy
@@ -163,6 +166,18 @@ def swap_memory_and_bytes() -> dict:
     after = [{name: weight.data_ptr() for name, weight in bank.items()} for bank in banks(served)]
     assert before == after
     assert served.generate(m.prompts(), 8) == answers("olmoe")
+    old, there, inner = [weakref.ref(next(iter(bank.values()))) for bank in banks(served)], [], Swap._layer
+
+    def count(swap: Swap, layer: int) -> dict:
+        there.append(sum(each() is not None for each in old))
+        return inner(swap, layer)
+
+    count_LED = served.placement.count_LED()
+    served.swap(Placement.from_counts(count_LED + np.roll(count_LED, 1, axis=2), method="doubled"))
+    with mock.patch.object(Swap, "_layer", count):
+        while served.swapping:
+            served.step()
+    assert there == [2, 1], "the first layer's old stack is gone when the second's is made anew"
     return {"bytes": record.bytes_staged, "stall_s": record.stall_s, "worst_s": record.worst_s}
 
 

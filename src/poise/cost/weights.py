@@ -15,7 +15,8 @@ replicas are freed after the forward pass and gathered again (re-materialisation
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Collection
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.settle import settle
 from poise.util.compiled import compiled
+from poise.util.errors import OptionError
 
 PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR = 10e-6, 14e-9
 """Three splits and one rank's row: seconds, and seconds per (expert, device), after benchmarks/fast_loop.py."""
@@ -108,6 +110,21 @@ class StepPrice:
         """The same where the way back is known: the one rule of what hides, for plans and for what is decided on."""
         back = _shown(back_s, 2.0 * self.window_s - self.dense_s, self.hidden_share)
         return float(_shown(early_s, self.window_s, self.hidden_share) + late_s + back)
+
+    def check_devices(self, devices: int) -> None:
+        """Raise OptionError unless the machine has so many devices."""
+        if self.cluster.num_devices != devices:
+            raise OptionError(
+                f"a price of {self.cluster.num_devices} devices where {devices} run",
+                hint="step_price() with the cluster that runs",
+            )
+
+    def without(self, lost: Collection[int]) -> StepPrice:
+        """On the devices that are left when some are lost.
+
+        Window and control stay: a device may have as many tokens in a step as before, and fewer need no more control.
+        """
+        return replace(self, cluster=self.cluster.without(lost))
 
     def hidden_experts(self) -> int:
         """Hecate's overlap degree t: whole experts that the window can bring over the slowest link."""

@@ -41,6 +41,7 @@ class StepBatch:
     num_ranks : D.
     start_C : int64 [C + 1], first tag of each chunk.
     token_T, position_T, home_T : int64 [T].
+    fullest : tokens of the rank that has most.
     """
 
     chunks: tuple[Chunk, ...]
@@ -49,6 +50,7 @@ class StepBatch:
     token_T: NDArray[np.int64] = field(init=False)
     position_T: NDArray[np.int64] = field(init=False)
     home_T: NDArray[np.int64] = field(init=False)
+    fullest: int = field(init=False)
 
     def __post_init__(self) -> None:
         sizes = np.array([len(chunk.tokens) for chunk in self.chunks], np.int64)
@@ -61,6 +63,7 @@ class StepBatch:
             "token_T": np.array([token for chunk in self.chunks for token in chunk.tokens], np.int64),
             "position_T": np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64),
             "home_T": np.repeat(homes, sizes),
+            "fullest": int(np.bincount(homes, sizes).max(initial=0)),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -69,11 +72,6 @@ class StepBatch:
     def num_tokens(self) -> int:
         """T."""
         return len(self.token_T)
-
-    @property
-    def fullest(self) -> int:
-        """Tokens of the rank that has most."""
-        return int(np.bincount(self.home_T).max(initial=0))
 
     def tags(self, rank: int) -> NDArray[np.int64]:
         """Tags whose home is ``rank``, ascending."""

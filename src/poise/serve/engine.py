@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -28,11 +28,11 @@ from poise.runtime.canary import Canary
 from poise.runtime.collectives import lost, timeout_of, twin
 from poise.runtime.device.padded import RowCapacity
 from poise.serve.hostless import HostlessLayer, HostlessPolicy
-from poise.serve.layer import Clock, ServedLayer
+from poise.serve.layer import Clock, ServedExperts, ServedLayer
 from poise.serve.model import Parts, ServedModel, check_placement, take_apart
 from poise.serve.replicas import empty_bank
 from poise.serve.requests import Book, Request, pick
-from poise.serve.split import ServingPolicy
+from poise.serve.split import ServingPolicy, check_loop
 from poise.serve.swap import Swap, SwapRecord, align, by_row
 from poise.util.errors import CommunicationError, OptionError
 
@@ -86,7 +86,11 @@ class Engine:
     ------
     ModelError : a family that is not known, or experts of no known shape.
     PlacementError : a placement for another model or number of ranks.
-    OptionError : an option out of range.
+    OptionError : an option out of range, or a fast loop that is priced for another number of devices.
+
+    Warns
+    -----
+    RuntimeWarning : a layer without the host whose GPU's kernels refuse: the host plans it.
     """
 
     def __init__(
@@ -137,7 +141,10 @@ class Engine:
         self._weights_group = None if fast is None else twin(self.group)
         config: Any = parts.model.config
         self._hostless: list[HostlessLayer] = []
-        self.experts: dict[int, ServedLayer | HostlessLayer] = {}
+        self.experts: dict[int, ServedExperts] = {}
+        self._told_why: str | None = None
+        if fast is not None:
+            check_loop(fast.price, fast.prior_LE, (len(self.layers), self._num_experts), self.ranks)
         if isinstance(fast, HostlessPolicy):
             fast.check(traffic, split, clock is not None)
         if isinstance(fast, HostlessPolicy) and fast.runs_on(like):
@@ -148,6 +155,7 @@ class Engine:
                 for row, layer in enumerate(self.layers)
             ]  # fmt: skip
             self.experts = dict(zip(self.layers, self._hostless, strict=True))
+            self._tell_why()
         else:
             loop = fast.elsewhere() if isinstance(fast, HostlessPolicy) else fast
             step_bank = empty_bank(kind, loop.step_slots, like) if loop is not None and alike else None
@@ -237,9 +245,7 @@ class Engine:
         if swap is not None and swap.wrong:
             layer, expert = swap.wrong[0]
             mine[-1] = layer * self._num_experts + expert
-        *tokens, incomplete, wrong, pair, computed = self._agree(mine, batch.token_T)
-        if self._hostless:
-            self._hostless[0].layer.judge(pair, computed)
+        *tokens, incomplete, wrong = self._agree(mine, batch.token_T)
         sampled = {batch.chunks[i].request: token for i, token in zip(ends, tokens, strict=True)}
         for request in self.book.advance(batch, sampled, self.eos):
             if self.traffic == "stay" or request.home == self.rank:
@@ -256,24 +262,27 @@ class Engine:
         return record
 
     def _agree(self, mine: Tensor, token_T: Any) -> list[int]:
-        """The largest of each number over the ranks, then the rows that any layer without the host needed; ranks whose
-        steps differ find out here.
+        """The largest of each number over the ranks. Ranks whose steps differ, and layers without the host that had no
+        room, are found out here.
         """
         check = zlib.crc32(token_T.tobytes())
-        both = torch.cat([mine, torch.zeros(2, dtype=torch.int64), torch.tensor([check, -check])]).to(self.model.device)
+        both = torch.cat([mine, torch.tensor([check, -check])]).to(self.model.device)
         if self._hostless:  # read here, where the host waits in any case
             needs_L2 = torch.stack([served.layer.need for served in self._hostless])
-            both[-4:-2] = needs_L2.amax(0)
+            both = torch.cat([needs_L2.amax(0).to(both), both])
             for served in self._hostless:
                 served.layer.need.zero_()
         try:
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         except RuntimeError as error:
             raise CommunicationError(*lost(error)) from error
-        *agreed, high, low = both.tolist()
+        *agreed, high, low = (int(value) for value in both.tolist())
         if high != -low:
             raise OptionError("ranks run different tokens", hint="submit the same requests on all ranks, in one order")
-        return [int(value) for value in agreed]
+        if self._hostless:
+            pair, computed, *agreed = agreed
+            self._hostless[0].layer.judge(pair, computed)
+        return agreed
 
     def swap(self, placement: Placement, *, bytes_per_step: int = 2**26) -> None:
         """Start to move to another placement, on all ranks alike, between two steps; see :mod:`poise.serve.swap`.
@@ -290,18 +299,22 @@ class Engine:
         Raises
         ------
         OptionError : a swap is on its way.
-        PlacementError : the placement is for another model or number of ranks.
+        PlacementError : the placement is for another model or number of ranks, or layers without the host cannot serve
+            by it.
         """
         if self._swap is not None:
             raise OptionError("a swap is on its way already", hint="step until `swapping` is False")
         start = time.perf_counter()
         check_placement(placement, self.layers, self._num_experts, self.ranks)
+        after = align(self.placement, placement)
+        for served in self.experts.values():
+            served.check(after)
         if self._weights_group is None:
             self._weights_group = twin(self.group)
         banks = by_row({layer: served.bank for layer, served in self.experts.items()})
         kinds = [self.kinds[layer] for layer in self.layers]
-        self._swap = Swap(self.placement, align(self.placement, placement), banks, kinds, self.cluster.node_D,
-                          self._weights_group, bytes_per_step, self.canary)  # fmt: skip
+        self._swap = Swap(self.placement, after, banks, kinds, self.cluster.node_D, self._weights_group,
+                          bytes_per_step, self.canary)  # fmt: skip
         self._setup_s = time.perf_counter() - start
 
     def give_room(self, capacity: RowCapacity | None = None) -> None:
@@ -309,6 +322,8 @@ class Engine:
 
         None: enough for every routing.
         """
+        if isinstance(self.fast, HostlessPolicy):
+            self.fast = replace(self.fast, capacity=capacity)
         for served in self._hostless:
             served.give_room(capacity)
 
@@ -344,13 +359,25 @@ class Engine:
         self.swaps.append(swap.record(self._setup_s, wrong))
 
     def _switch(self, swap: Swap) -> float:
-        """All ranks have all: from the next step on the new placement serves."""
+        """All ranks have all: from the next step on the new placement serves.
+
+        Rows are written over where a layer has as many as before, so what may fail comes before the first of them.
+        """
         start = time.perf_counter()
+        ready = [self.experts[layer].ready_for(swap.after) for layer in self.layers]
         for served in self.experts.values():
             served.settle()
-        for layer, bank in zip(self.layers, swap.apply(), strict=True):
-            self.experts[layer].switch(bank, swap.after)
+        for serve, bank in zip(ready, swap.apply(), strict=True):
+            serve(bank)
         self.placement = swap.after
+        self._tell_why()
         self._swap = None
         self.swaps.append(swap.record(self._setup_s))
         return time.perf_counter() - start
+
+    def _tell_why(self) -> None:
+        """Warn once where the host plans layers that were to do without it."""
+        why = next((served.why for served in self._hostless if served.why is not None), None)
+        if why is not None and why != self._told_why:
+            warnings.warn(f"the host plans layers that were to do without it: {why}", RuntimeWarning, stacklevel=3)
+        self._told_why = why

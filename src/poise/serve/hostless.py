@@ -7,7 +7,9 @@ there are. What had no room is known to all ranks at the end of the step, where 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,15 +24,19 @@ from poise.cost.weights import StepPrice
 from poise.machine.cluster import Cluster
 from poise.planning.placement import Placement
 from poise.routing.predict import WINDOW
-from poise.runtime.device.choose import kernels_for
+from poise.runtime.device.choose import OnHost, kernels_for
 from poise.runtime.device.layer import DeviceLayer
 from poise.runtime.device.padded import RowCapacity
 from poise.runtime.device.slot_weights import SlotWeights
 from poise.runtime.experts import Bank, ExpertKind
+from poise.serve.layer import ServedExperts
 from poise.serve.split import ServingPolicy
-from poise.stepwise.kernels import LayerSlots
+from poise.stepwise.kernels import LayerSlots, StepKernels
 from poise.stepwise.registry import parse_policy
 from poise.util.errors import OptionError
+
+PRIOR_PAIRS = 1 << 30
+"""What loads known before the first step are scaled to: whole numbers of any shares that matter."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +55,14 @@ class HostlessPolicy:
     margin : least predicted gain, as a share of the passive time, for which a layer is not left alone.
     sent : O, experts that one owner can send in a look; default: twice ``step_slots``.
     capacity : room for rows of tokens; default: enough for every routing.
-    prior_LE : loads known before the first step, float64 [L, E]; default: none, and no replica before the second step.
-    where : types of devices on which layers run so.
+    prior_LE : loads known before the first step, float64 [L, E] of any scale; default: none, and no replica before the
+        second step.
+    where : types of devices on which layers run so. On a GPU whose kernels refuse (speeds that differ, no Triton), an
+        engine warns: the host plans there, and every layer waits for it.
+
+    Raises
+    ------
+    OptionError : a number out of range.
     """
 
     price: StepPrice
@@ -69,6 +81,10 @@ class HostlessPolicy:
                 f"a look every {self.every} steps at {self.window} of them, with {self.step_slots} step slots",
                 hint="at least 1, 1 and 0",
             )
+        if not 0 <= self.margin < 1:
+            raise OptionError(f"a margin of {self.margin}", hint="a share of the passive time, from 0 to below 1")
+        if self.sent is not None and self.sent < 1:
+            raise OptionError(f"owners have room to send {self.sent} experts, at least 1")
 
     def runs_on(self, like: Tensor) -> bool:
         """Whether layers whose weights lie where this one does run without the host."""
@@ -87,8 +103,8 @@ class HostlessPolicy:
                 )
 
 
-class HostlessLayer:
-    """Experts of one layer, served by all ranks together; called as :class:`poise.serve.layer.ServedLayer` is.
+class HostlessLayer(ServedExperts):
+    """Experts of one layer, planned, sent and computed where they lie.
 
     Parameters
     ----------
@@ -100,8 +116,13 @@ class HostlessLayer:
     tokens, top_k : most tokens of a rank in a step, and K.
     group, weights_group : of tokens, and the same ranks for weights.
 
+    Attributes
+    ----------
+    why : why the host plans although weights lie on a GPU; None: it does not.
+
     Raises
     ------
+    OptionError : a price of another number of devices.
     PlacementError : an expert twice on a device, or nodes that do not lie together.
     ModelError : experts of a kind that cannot run grouped.
     """
@@ -113,40 +134,54 @@ class HostlessLayer:
         self.index, self.kind, self.cluster, self.policy = index, kind, cluster, policy
         self.tokens, self.top_k, self._group, self._weights_group = tokens, top_k, group, weights_group
         self._capacity = policy.capacity
+        self._like = next(iter(bank.values())).new_empty(0)
+        self._most_pairs = dist.get_world_size(group) * tokens * top_k
         self.switch(bank, placement)
 
-    def switch(self, bank: Bank, placement: Placement) -> None:
-        """Serve with other weights from now on; all ranks between the same two steps. What was learnt is forgotten."""
-        rank, devices, experts = dist.get_rank(self._group), placement.num_devices, placement.num_experts
-        held = [placement.experts_of(self.index, device) for device in range(devices)]
-        table = LayerSlots.in_order(held, experts, self.policy.step_slots, self.cluster.node_D)
+    def check(self, placement: Placement) -> None:
+        """PlacementError for one of which no slot table can be made."""
+        self._slots(placement)
+
+    def ready_for(self, placement: Placement) -> Callable[[Bank], None]:
+        """Another placement: slot table and kernels are made here, what its weights take when they are given."""
+        table = self._slots(placement)
+        kernels = kernels_for(self._like, table, self.policy.price, self._most_pairs, margin=self.policy.margin)
+        return partial(self._serve, placement, table, kernels)
+
+    def _slots(self, placement: Placement) -> LayerSlots:
+        held = [placement.experts_of(self.index, device) for device in range(placement.num_devices)]
+        return LayerSlots.in_order(held, placement.num_experts, self.policy.step_slots, self.cluster.node_D)
+
+    def _serve(self, placement: Placement, table: LayerSlots, kernels: StepKernels, bank: Bank) -> None:
         weights = SlotWeights(table, bank, self._group, sent=self.policy.sent, weights_group=self._weights_group)
-        like = next(iter(weights.bank.values()))
-        self._most_pairs = devices * self.tokens * self.top_k
-        kernels = kernels_for(like, table, self.policy.price, self._most_pairs, margin=self.policy.margin)
         self.layer = DeviceLayer(
             self.kind, kernels, table, weights, tokens=self.tokens, top_k=self.top_k, group=self._group,
-            capacity=self._capacity,
+            capacity=self._capacity, fewer=True,  # a step's tokens are the same on all ranks, and so is its fullest one
         )  # fmt: skip
-        self.bank: Bank = {name: weight.detach() for name, weight in weights.owned.items()}
-        self.placement, self._rank = placement, rank
-        self._recent_WE = torch.zeros((self.policy.window, experts), dtype=torch.int64, device=like.device)
-        self._steps, self._room = 0, self.tokens
-        if self.policy.prior_LE is not None:
-            self._learn(torch.from_numpy(np.rint(self.policy.prior_LE[self.index])).to(self._recent_WE))
+        self.why = kernels.why if isinstance(kernels, OnHost) and kernels.refused else None
+        self.bank = {name: weight.detach() for name, weight in weights.owned.items()}
+        self.placement = placement
+        self._recent_WE = torch.zeros(
+            (self.policy.window, placement.num_experts), dtype=torch.int64, device=self._like.device
+        )
+        self._steps, self._room, self._first_look = 0, self.tokens, 1
+        if self.policy.prior_LE is not None:  # stands in where no step is known: the first one takes its place
+            self._recent_WE[0].copy_(torch.from_numpy(whole_shares(self.policy.prior_LE[self.index])))
+            self._first_look = 0
 
     def give_room(self, capacity: RowCapacity | None) -> None:
         """Other room from the next step on, on all ranks alike; None: enough for every routing."""
         self._capacity = capacity
         self.layer.capacity = capacity or RowCapacity.enough(self.tokens, self.top_k, self.placement.num_devices)
 
-    def prefetch(self, tokens: int, fullest: int) -> None:
-        """Before attention: plan from the last steps, and start to fetch.
+    def fill_up(self, tokens: int) -> None:
+        """Before a step: all ranks fill up to the next power of two."""
+        self._room = min(self.tokens, 1 << max(0, tokens - 1).bit_length())
 
-        ``tokens``: pairs of this step over all ranks; ``fullest``: tokens of the rank that has most.
-        """
-        self._room = min(self.tokens, 1 << max(0, fullest - 1).bit_length())
-        if self.policy.step_slots and self._steps and (self._steps - 1) % self.policy.every == 0:
+    def prefetch(self, tokens: int) -> None:
+        """Before attention: plan from the last steps, and start to fetch. ``tokens``: pairs of this step, all ranks."""
+        known = self._steps - self._first_look
+        if self.policy.step_slots and known >= 0 and known % self.policy.every == 0:
             mean_E = self._recent_WE.sum(0)
             expected_E = mean_E * tokens // mean_E.sum().clamp(min=1)
             self.layer.prepare(expected_E.clamp(max=self._most_pairs).to(torch.int32))
@@ -154,7 +189,7 @@ class HostlessLayer:
     def run(self, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sums of the chosen experts, [T, d]. Every rank calls it; T may be 0.
 
-        NaN on all ranks where a step had no room; :meth:`judge` raises then.
+        NaN on all ranks where a step had no room; :meth:`poise.runtime.device.layer.DeviceLayer.judge` raises then.
         """
         given, more = len(x_Td), self._room - len(x_Td)
         y_Td = self.layer(
@@ -170,3 +205,9 @@ class HostlessLayer:
     def _learn(self, load_E: Tensor) -> None:
         self._recent_WE[self._steps % self.policy.window].copy_(load_E)
         self._steps += 1
+
+
+def whole_shares(load_E: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Loads of any scale as whole numbers, int64 [E]; all alike where there is none."""
+    load_E = load_E if load_E.any() else np.ones_like(load_E)
+    return np.rint(load_E / load_E.sum() * PRIOR_PAIRS).astype(np.int64)

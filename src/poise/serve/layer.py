@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,8 +33,55 @@ class Clock(Protocol):
         ...
 
 
-class ServedLayer:
-    """Experts of one layer, served by all ranks together.
+class ServedExperts(ABC):
+    """Experts of one layer on one rank, served by all ranks together: what an engine asks of them.
+
+    Attributes
+    ----------
+    bank : weights of the experts in this rank's slots, in slot order.
+    placement : who holds what.
+    """
+
+    bank: Bank
+    placement: Placement
+
+    @abstractmethod
+    def check(self, placement: Placement) -> None:
+        """Raise PlacementError or OptionError for a placement that the layer cannot serve by."""
+
+    @abstractmethod
+    def ready_for(self, placement: Placement) -> Callable[[Bank], None]:
+        """Another placement, checked and prepared while the one before serves on; called with its weights, between the
+        same two steps on all ranks, it serves from then on.
+        """
+
+    def switch(self, bank: Bank, placement: Placement) -> None:
+        """Serve with other weights from now on; all ranks between the same two steps. What was learnt is forgotten."""
+        self.ready_for(placement)(bank)
+
+    @abstractmethod
+    def fill_up(self, tokens: int) -> None:
+        """Before a step: the rank that has most has so many tokens."""
+
+    @abstractmethod
+    def prefetch(self, tokens: int) -> None:
+        """Before attention: plan, and start to fetch. ``tokens``: pairs of this step over all ranks."""
+
+    @abstractmethod
+    def run(self, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sums of the chosen experts, [T, d], under a ``home`` flow. Every rank calls it; T may be 0."""
+
+    def move(self, h_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor, tag_T: Tensor, prepare: Any) -> MovedTokens:
+        """``stay``: tokens go to where their heaviest expert runs (:meth:`ServedLayer.move`)."""
+        raise OptionError(f"no flow 'stay' by a {type(self).__name__}", hint="an engine of flow 'home'")
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Take in replicas that are on their way from rows that are about to change."""
+
+
+class ServedLayer(ServedExperts):
+    """Experts of one layer, split and sent by the host, in any flow.
 
     Parameters
     ----------
@@ -78,15 +128,22 @@ class ServedLayer:
         self._weights_group = weights_group if weights_group is not None else self.flow.group
         self.switch(bank, placement)
 
-    def switch(self, bank: Bank, placement: Placement) -> None:
-        """Serve with other weights from now on; all ranks between the same two steps. A fast loop starts anew."""
+    def check(self, placement: Placement) -> None:
+        """OptionError for one of other sizes."""
         flow = self.flow
         if placement.num_devices != flow.world or placement.num_experts != flow.num_experts:
             raise OptionError(
                 f"the placement has {placement.num_experts} experts on {placement.num_devices} devices, this run"
                 f" {flow.num_experts} on {flow.world}"
             )
-        mine = placement.experts_of(self.index, flow.rank)
+
+    def ready_for(self, placement: Placement) -> Callable[[Bank], None]:
+        """Another placement; a fast loop starts anew with it."""
+        self.check(placement)
+        return partial(self._serve, placement)
+
+    def _serve(self, placement: Placement, bank: Bank) -> None:
+        flow, mine = self.flow, placement.experts_of(self.index, self.flow.rank)
         for name, weight in bank.items():
             if len(weight) != len(mine):
                 raise PlacementError(
@@ -110,11 +167,11 @@ class ServedLayer:
         )
         self.split = PlannedSplit(self._fast, self.index, count_ED, own, flow, self._replicas)
 
-    def prefetch(self, tokens: int, fullest: int = 0) -> None:
-        """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks.
+    def fill_up(self, tokens: int) -> None:
+        """Nothing: sizes follow the routing here."""
 
-        ``fullest``, tokens of the rank that has most, is for layers without the host.
-        """
+    def prefetch(self, tokens: int) -> None:
+        """Before attention: a fast loop plans and starts to fetch. ``tokens``: pairs of this step over all ranks."""
         self.split.prefetch(tokens)
 
     def run(self, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

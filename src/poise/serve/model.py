@@ -24,8 +24,7 @@ from poise.runtime.collectives import gather
 from poise.runtime.experts import Bank, ExpertKind, recognise_all
 from poise.serve.attention import NAME, STEP, AttentionStep, StepSlot
 from poise.serve.batch import KeyValueCache, StepBatch, as_ids
-from poise.serve.hostless import HostlessLayer
-from poise.serve.layer import ServedLayer
+from poise.serve.layer import ServedExperts
 from poise.util.errors import ModelError, PlacementError
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
@@ -155,9 +154,7 @@ class ServedModel:
     group : process group.
     """
 
-    def __init__(
-        self, parts: Parts, layers: Mapping[int, ServedLayer | HostlessLayer], traffic: DataFlow, group: Any
-    ) -> None:
+    def __init__(self, parts: Parts, layers: Mapping[int, ServedExperts], traffic: DataFlow, group: Any) -> None:
         self.model: Any = parts.model
         self.layers, self.traffic, self.group = layers, traffic, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -241,7 +238,8 @@ class ServedModel:
 
     def _start(self, layer: int) -> None:
         batch = self._step.batch
-        self.layers[layer].prefetch(batch.num_tokens * self.top_k, batch.fullest)
+        self.layers[layer].fill_up(batch.fullest)
+        self.layers[layer].prefetch(batch.num_tokens * self.top_k)
 
     def _return_arrived(self, x_Td: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         assert self._arrived is not None
@@ -264,7 +262,6 @@ class ServedModel:
     def _moe_layer(self, number: int, layer: Any, h: Tensor, rotary: Any, step: AttentionStep) -> Tensor:
         """Attention where the token lives, then the experts where it will live: [1, n, d] -> [1, m, d]."""
         served = self.layers[number]
-        assert isinstance(served, ServedLayer)  # the others know no ``stay``
         self._start(number)
         attended, _ = layer.self_attn(
             hidden_states=layer.input_layernorm(h), position_embeddings=rotary, attention_mask=None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -44,7 +45,8 @@ def recover(
 ) -> Engine:  # fmt: skip
     """The engine that goes on, after a step of ``engine`` raised CommunicationError; all ranks that are left call it.
 
-    Its swap to the balanced placement is on its way; requests are those of the old engine, the same objects.
+    Its swap to the balanced placement is on its way; requests are those of the old engine, the same objects. A fast
+    loop goes on at the price of the devices that are left, with the room that it was given last.
 
     Parameters
     ----------
@@ -76,8 +78,9 @@ def recover(
                            use_local_synchronization=True, timeout=engine.timeout)  # fmt: skip
     first = loss.first_on_rest
     parts = Parts(engine.model.model, engine.kinds, _agreed(lambda: _banks(engine, loss, source), here, group), first)
+    fast = None if engine.fast is None else replace(engine.fast, price=engine.fast.price.without(lost))
     new = Engine(
-        parts, first, engine.cluster.without(lost), traffic=engine.traffic, split=engine.split, fast=engine.fast,
+        parts, first, engine.cluster.without(lost), traffic=engine.traffic, split=engine.split, fast=fast,
         group=group, budget=engine.book.budget, most_live=engine.book.most_live, temperature=engine.temperature,
         seed=engine.seed, eos=engine.eos, clock=engine.clock,
     )  # fmt: skip

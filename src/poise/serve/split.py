@@ -18,6 +18,7 @@ from poise.runtime.dispatch import all_counts
 from poise.runtime.flows import Flow
 from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.protocol import LayerView, StepPolicy
+from poise.util.errors import OptionError
 
 
 class ReplicaStore(Protocol):
@@ -88,7 +89,7 @@ class ServingPolicy:
     step_slots : M, slots a device and layer beyond the static placement's (one buffer for all layers if the policy
         keeps no replica from step to step).
     window : steps whose mean load is the prediction.
-    prior_LE : loads known before the first step, float64 [L, E]; default: all experts alike.
+    prior_LE : loads known before the first step, float64 [L, E] of any scale; default: all experts alike.
     """
 
     policy: StepPolicy
@@ -96,6 +97,17 @@ class ServingPolicy:
     step_slots: int = 1
     window: int = WINDOW
     prior_LE: NDArray[np.float64] | None = None
+
+
+def check_loop(price: StepPrice, prior_LE: NDArray[np.float64] | None, shape_LE: tuple[int, int], ranks: int) -> None:
+    """Raise OptionError unless a policy was priced for so many ranks, and its known loads are of these L and E."""
+    price.check_devices(ranks)
+    if prior_LE is None:
+        return
+    if prior_LE.shape != shape_LE:
+        raise OptionError(f"prior loads have shape {prior_LE.shape}, the model has [layers, experts] {shape_LE}")
+    if not np.isfinite(prior_LE).all() or (prior_LE < 0).any():
+        raise OptionError(f"prior loads of {prior_LE.min()} to {prior_LE.max()}", hint="at least 0, and numbers")
 
 
 class PlannedSplit:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -199,13 +199,17 @@ class Swap:
                 sends += [Operation(True, bank[name][row], move.target, self._tag) for name in names]
         return receives + sends
 
-    def apply(self) -> list[Bank]:
-        """Put what came in place (step 4); the banks of the new placement, those that fit in the same memory."""
-        start = time.perf_counter()
-        out = [self._layer(layer) for layer in range(self.before.num_layers)]
-        self.apply_s = time.perf_counter() - start
+    def apply(self) -> Iterator[Bank]:
+        """Put what came in place (step 4): layer by layer its bank, which serves by the new placement from then on.
+
+        The bank before it holds the same memory, or may go once this one is taken.
+        """
+        for layer in range(self.before.num_layers):
+            start = time.perf_counter()
+            bank = self._layer(layer)
+            self.apply_s += time.perf_counter() - start
+            yield bank
         self.worst_s = max(self.worst_s, self.apply_s)
-        return out
 
     def _layer(self, layer: int) -> Bank:
         old, new = self.before.experts_of(layer, self.rank), self.after.experts_of(layer, self.rank)

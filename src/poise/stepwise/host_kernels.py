@@ -29,9 +29,14 @@ class HostKernels:
     table : the layer's slots.
     price : machine, model and control time.
     margin : least predicted gain, as a share of the passive time, for which a layer is not left alone.
+
+    Raises
+    ------
+    OptionError : a price of another number of devices.
     """
 
     def __init__(self, table: LayerSlots, price: StepPrice, margin: float = 0.03) -> None:
+        price.check_devices(len(table.expert_DS))
         self.table, self.price, self.margin = table, price, margin
         self._static_ED = table.holders(table.expert_DS)
         self._slots = int((table.turn_DS == -1).sum(axis=1).max())

@@ -284,8 +284,10 @@ def served() -> None:
 
 
 def fewer_tokens() -> None:
-    """A step of fewer tokens than the layer was made for has less padding, the same outputs, and room for every routing."""
-    layer, whole, _ = made("gated", 1, 2, trained=False)
+    """A step of fewer tokens than the layer was made for, where it may have them: less padding, the same outputs, and
+    room for every routing.
+    """
+    layer, whole, _ = made("gated", 1, 2, trained=False, fewer=True)
     for count in (TOKENS, 4, 1):
         batch = [each[:count] for each in tokens(1, count, dist.get_rank(), 3.0)]
         with GraphRules() as rules, torch.no_grad():
@@ -303,6 +305,7 @@ def refused() -> None:
     layer, _whole, slots = made("plain", 0, 1)
     for error, make, said in (
         (ModelError, lambda: layer(*(each.repeat(2, 1) for each in tokens(0, 0, 0, 1.0))), "the layer was made for"),
+        (ModelError, lambda: layer(*(each[:1] for each in tokens(0, 0, 0, 1.0))), "fills up with ids of -1"),
         (CommunicationError, lambda: made("plain", 0, 1, capacity=RowCapacity(3 + dist.get_rank(), 9)), "has sizes"),
         (CommunicationError, lambda: made("plain", 0, 1, sent=1 + dist.get_rank()), "experts an owner sends"),
         (ModelError, lambda: SlotWeights(slots, {"up": torch.zeros(EXPERTS + 1, 2)}, dist.group.WORLD), "static slots"),
@@ -320,6 +323,32 @@ def refused() -> None:
         assert "several static slots" in told.message
     else:
         raise AssertionError("copies that are trained apart")
+
+
+def asked_for_too_much() -> None:
+    """A slot table by hand that asks an owner for all its experts, and it sends one: that one, and the others leave."""
+    layer, whole, slots = made("plain", 0, 2, trained=False, sent=1)
+    world, static = dist.get_world_size(), layer.weights.static
+    step_DM = np.nonzero(slots.turn_DS == -1)[1].reshape(world, 2)
+    mine = [[int(e) for e in slots.expert_DS[d] if e >= 0] for d in range(world)]
+    wanted = torch.from_numpy(slots.expert_DS.copy())
+    for device in range(world):
+        for at, slot in enumerate(step_DM[device]):
+            wanted[device, slot] = mine[(device + 1) % world][at]
+    load_E = torch.zeros(EXPERTS, dtype=torch.int32)
+    load_E[[each[1] for each in mine]] = 5
+    layer.expert_DS.copy_(wanted)
+    layer.weights.fetch(layer.expert_DS, load_E)
+    bank, rank = layer.weights.ready(), dist.get_rank()
+    assert (layer.expert_DS >= 0).sum() == EXPERTS + world
+    held = [(slot, int(e)) for slot, e in enumerate(layer.expert_DS[rank]) if slot >= static and e >= 0]
+    assert [e for _, e in held] == [mine[(rank + 1) % world][1]]
+    for slot, expert in held:
+        for key, weight in whole.named_parameters():
+            assert torch.equal(bank[key][slot], weight[expert]), key
+    batch = tokens(0, 1, rank, 2.0)
+    close(layer(*batch), whole(*batch), "outputs")
+    layer.check()
 
 
 def changed_between() -> None:
@@ -447,6 +476,7 @@ CASES = {
     "just enough room": just_enough,
     "served": served,
     "fewer tokens": fewer_tokens,
+    "asked for too much": asked_for_too_much,
     "refused": refused,
     "changed between": changed_between,
     "failing backward": failing_backward,

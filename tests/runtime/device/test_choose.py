@@ -27,7 +27,7 @@ def test_on_the_host_numba_plans_a_step_and_its_plan_is_whole():
     for _ in range(20):
         case = random_case(rng)
         kernels = choose.kernels_for(NONE, case.table, case.price, case.pairs)
-        assert isinstance(kernels, choose.OnHost) and "cpu" in kernels.why
+        assert isinstance(kernels, choose.OnHost) and "cpu" in kernels.why and not kernels.refused
         load_SE, load_E = torch.from_numpy(case.load_SE), torch.from_numpy(case.load_E)
         slots, leave = kernels.prepare(load_E, torch.from_numpy(case.expert_DS))
         plan = kernels.split(load_SE, slots, NONE)
@@ -55,12 +55,20 @@ def test_a_gpu_gets_triton_and_numba_where_triton_or_the_price_will_not_do(monke
     )
     for price, pairs, said in ((uneven, 4096, "speeds"), (case.price, 1 << 29, "more than")):
         kernels = choose.kernels_for(on_gpu, case.table, price, pairs)
-        assert isinstance(kernels, choose.OnHost) and said in kernels.why
+        assert isinstance(kernels, choose.OnHost) and said in kernels.why and kernels.refused
     monkeypatch.setattr(choose, "DEVICE", None)
     monkeypatch.setattr(choose, "WHY_NONE", "no Triton: here")
     assert choose.kernels_for(on_gpu, case.table, case.price, 4096).why == "no Triton: here"
     with pytest.raises(OptionError, match="speeds"):
         prices(uneven, 0.03)
+
+
+def test_a_price_of_other_devices_is_refused():
+    case = random_case(np.random.default_rng(1), nodes=[2, 2])
+    fewer = case.price.without([1])
+    assert fewer.cluster.node_D.tolist() == [0, 1, 1] and fewer.window_s == case.price.window_s
+    with pytest.raises(OptionError, match="a price of 3 devices where 4 run"):
+        choose.kernels_for(NONE, case.table, fewer, case.pairs)
 
 
 def test_steps_of_real_models_go_to_the_device_and_longer_ones_to_the_host():

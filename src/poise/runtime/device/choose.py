@@ -21,10 +21,11 @@ class OnHost:
     ----------
     host : numba's.
     why : why the device's kernels do not run.
+    refused : whether tensors lie on a GPU all the same: every call waits for the host, which nobody asked for.
     """
 
-    def __init__(self, host: HostKernels, why: str) -> None:
-        self.host, self.why = host, why
+    def __init__(self, host: HostKernels, why: str, refused: bool = False) -> None:
+        self.host, self.why, self.refused = host, why, refused
 
     def prepare(self, load_E: Tensor, expert_DS: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`poise.stepwise.kernels.StepKernels.prepare`, int32 [D, S] and [1]."""
@@ -53,7 +54,7 @@ def kernels_for(
     if why is None:
         kernels: StepKernels = DEVICE.DeviceKernels(table, price, most_pairs, like.device, margin=margin)
         return kernels
-    return OnHost(HostKernels(table, price, margin), why)
+    return OnHost(HostKernels(table, price, margin), why, refused=like.is_cuda)
 
 
 def _numpy(tensor: Tensor) -> Any:

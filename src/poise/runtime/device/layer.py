@@ -46,11 +46,12 @@ class DeviceLayer:
     kind : how experts compute; one of those that can run grouped.
     kernels : the layer's calls (:func:`poise.runtime.device.choose.kernels_for`).
     table, weights : its slots, and what lies in this rank's.
-    tokens, top_k : most tokens of a step, and K. In a step all ranks give the same number of tokens, T: a rank with
-        fewer of them fills up with ids of -1.
+    tokens, top_k : tokens of a step, T, the same on all ranks, and K. A rank with fewer fills up with ids of -1.
     group : process group of tokens.
     capacity : room for rows; by default enough for every routing.
     product : what multiplies rows with the matrix of their slot.
+    fewer : whether all ranks may give fewer tokens in a step. No collective tells: the caller sees to it that all give
+        the same number.
 
     Attributes
     ----------
@@ -68,6 +69,7 @@ class DeviceLayer:
     def __init__(
         self, kind: ExpertKind, kernels: StepKernels, table: LayerSlots, weights: SlotWeights, *, tokens: int,
         top_k: int, group: Any, capacity: RowCapacity | None = None, product: GroupedProduct = slot_product,
+        fewer: bool = False,
     ) -> None:  # fmt: skip
         if not kind.padded or kind.grouped is None:
             raise ModelError(
@@ -78,7 +80,7 @@ class DeviceLayer:
             raise ModelError("experts that draw random numbers depend on the rank that computes them")
         devices = len(table.expert_DS)
         self.kind, self.kernels, self.weights, self.group = kind, kernels, weights, group
-        self.tokens, self.top_k, self.rank = tokens, top_k, dist.get_rank(group)
+        self.tokens, self.top_k, self.fewer, self.rank = tokens, top_k, fewer, dist.get_rank(group)
         self.capacity, self.product = capacity or RowCapacity.enough(tokens, top_k, devices), product
         where = next(iter(weights.bank.values())).device
         self.expert_DS = torch.from_numpy(table.expert_DS.copy()).to(where)
@@ -96,20 +98,24 @@ class DeviceLayer:
         expected_E = self.load_E if load_E is None else load_E
         filled_DS, leave = self.kernels.prepare(expected_E, self.expert_DS)
         self.weights.ready()  # an earlier fetch reads the table
-        self.expert_DS.copy_(self.weights.fitting(filled_DS, expected_E))
+        self.expert_DS.copy_(filled_DS)
         self.leave.copy_(leave)
-        self.weights.fetch(self.expert_DS)
+        self.weights.fetch(self.expert_DS, expected_E)
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted sums of the experts' outputs, [T, d]; as experts are called (:mod:`poise.runtime.moe`).
 
         Raises
         ------
-        ModelError : more tokens, or another K, than the layer was made for.
+        ModelError : another number of tokens (``fewer``: more of them), or another K, than the layer was made for.
         """
         x_Td, ids_TK, weights_TK = routed(x, ids, weights, self.kind.hidden)
-        if len(ids_TK) > self.tokens or ids_TK.shape[1] != self.top_k:
-            raise ModelError(f"ids of {list(ids_TK.shape)}, the layer was made for [{self.tokens}, {self.top_k}]")
+        short, (tokens, top_k) = self.fewer and len(ids_TK) < self.tokens, ids_TK.shape
+        if top_k != self.top_k or (tokens != self.tokens and not short):
+            raise ModelError(
+                f"ids of {[tokens, top_k]}, the layer was made for {[self.tokens, self.top_k]}",
+                hint="a rank with fewer tokens fills up with ids of -1: in a step all give the same number",
+            )
         with torch.no_grad():
             way = self._planned(ids_TK)
         parameters = [weight for weight in self.weights.owned.values() if weight.requires_grad]

@@ -48,13 +48,14 @@ class DeviceKernels:
 
     Raises
     ------
-    OptionError : a price that the kernels do not know, or numbers that could overflow.
+    OptionError : a price of another number of devices or that the kernels do not know, or numbers that could overflow.
     """
 
     def __init__(
         self, table: LayerSlots, price: StepPrice, most_pairs: int, where: torch.device | str, *, margin: float = 0.03,
         slack: int = 0, most_turns: int = 32, expert_block: int = 64, row_block: int = 4,
     ) -> None:  # fmt: skip
+        price.check_devices(len(table.expert_DS))
         if (why := refusal(table, price, most_pairs, margin)) is not None:
             raise OptionError(f"no device kernels: {why}", hint="the host's kernels have no such limit")
         devices, width = table.expert_DS.shape

@@ -73,25 +73,19 @@ class SlotWeights:
         self._stream = torch.cuda.Stream(where) if where.type == "cuda" else None
         self._coming = False  # what a stream is to wait for; in a graph only what the graph itself has begun
 
-    def fitting(self, expert_DS: Tensor, load_E: Tensor) -> Tensor:
-        """A slot table int32 [D, S] without what owners have no room to send: of an owner, experts with most load
-        int32 [E] stay.
-        """
-        if self._stripes is None:
-            return expert_DS
-        expert_DM = self._expert_DM(expert_DS)
-        fits_DM = self._stripes.fitting(expert_DM, load_E)
-        return expert_DS.scatter(1, self._step_DM, torch.where(fits_DM, expert_DM, EMPTY).to(expert_DS.dtype))
-
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def fetch(self, expert_DS: Tensor) -> None:
-        """Fill this rank's step slots as the slot table int32 [D, S] says, of which all must be :meth:`fitting`;
-        :meth:`ready` waits for it.
+    def fetch(self, expert_DS: Tensor, load_E: Tensor) -> None:
+        """Fill this rank's step slots as the slot table int32 [D, S] says; :meth:`ready` waits for it.
 
-        Between a backward pass and the next forward: what a graph has saved must not change.
+        The table loses what owners have no room to send, and is not to change before :meth:`ready`: of an owner,
+        experts with most load int32 [E] stay. Between a backward pass and the next forward: what a graph has saved must
+        not change.
         """
         if self._stripes is None:
             return
+        expert_DM = self._expert_DM(expert_DS)
+        fits_DM = self._stripes.fitting(expert_DM, load_E)
+        expert_DS.scatter_(1, self._step_DM, torch.where(fits_DM, expert_DM, EMPTY).to(expert_DS.dtype))
         with self._aside():  # whatever it makes is made on that stream
             route = self._stripes.route(self._expert_DM(expert_DS))
             for weight in self.bank.values():
