@@ -25,7 +25,7 @@ POLICIES = {
 }  # fmt: skip
 TRAFFIC = {"--redundant", "--model", "--traffic", "--split", "--tokens-per-step", "--order", "--time-limit", "--seed"}
 OPTIONS = {
-    "demo": {"--html", "--output", "--domain", "--all", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
+    "demo": {"--html", "--output", "--domain", "--all", "--even", "--cluster", "--redundant", "--tokens-per-step", "--time-limit", "--work", "--json"},
     "bench": {"--list", "--only", "--data", "--method", "--fast", "--fast-over", "--work", "--output", "--compare", "--html", "--json"},
     "inspect": {"--executor", "--json"},
     "plan": TRAFFIC | {"--cluster", "--output", "--method", "--work", "--pooled", "--current", "--rank-map", "--migration-steps", "--risk",
