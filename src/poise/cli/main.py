@@ -54,7 +54,7 @@ class Verbs(TyperGroup):
 
     def make_context(self, *words: Any, **more: Any) -> Any:
         """As typer does, of words that a terminal may act on."""
-        with _harmless():
+        with _harmless(), _said():
             return super().make_context(*words, **more)
 
     def invoke(self, ctx: Any) -> Any:
@@ -73,10 +73,30 @@ def _harmless() -> Iterator[None]:
         raise
 
 
+class Verb(TyperCommand):
+    """A verb, whose words are read, and its help printed, where its context is made."""
+
+    def make_context(self, *words: Any, **more: Any) -> Any:
+        """As typer does, on a stdout that may be full."""
+        with _said():
+            return super().make_context(*words, **more)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Help and version end in a line where stdout takes nothing."""
+    try:
+        yield
+    except OSError as error:
+        from poise.cli.terminal import unwritten  # rich is not loaded for what goes well
+
+        raise unwritten(error) from None
+
+
 def command(name: str) -> Any:
     """A verb, imported, with its options."""
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    one.command(name, context_settings=HELP)(getattr(import_module(f"poise.cli.{name}"), name))
+    one.command(name, cls=Verb, context_settings=HELP)(getattr(import_module(f"poise.cli.{name}"), name))
     return typer.main.get_command(one)
 
 

@@ -47,7 +47,41 @@ class _Console(Console):
         return super().render_str(printable(text), **options)
 
 
-out = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+class Unwritable(Exception):
+    """stdout takes nothing more, for this reason."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """What is written here goes to stdout, and an OSError is of that stream: :class:`Unwritable`.
+
+    Those of files are poise's own errors; any other is a fault of the program and passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(error) from error
+
+
+class _Out(_Console):
+    """stdout, which may be full or read by nobody."""
+
+    def print(self, *texts: Any, **options: Any) -> None:
+        """As rich does.
+
+        Raises
+        ------
+        Unwritable : the stream takes nothing.
+        """
+        with writing():
+            super().print(*texts, **options)
+
+
+out = _Out(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = _Console(stderr=True)
 
 
@@ -57,7 +91,6 @@ def errors() -> Iterator[None]:
     try:
         with compiling(), _warnings_told():
             yield
-            sys.stdout.flush()
     except PoiseError as error:
         talk.print(Text("error:", "bold red"), error.message)
         if error.hint:
@@ -71,11 +104,16 @@ def errors() -> Iterator[None]:
         talk.print(Text("error:", "bold red"), f"out of memory: {error or 'no more is given'}")
         talk.print("hint: give a part of the traffic, or a machine with more memory")
         raise typer.Exit(1) from None
-    except OSError as error:  # those of files are poise's own: this is of a stream
-        _given_up()
-        if not isinstance(error, BrokenPipeError):  # who read enough has gone
-            talk.print(Text("error:", "bold red"), f"cannot write what is to be said: {error}")
-        raise typer.Exit(1) from None
+    except Unwritable as error:
+        raise unwritten(error.reason) from None
+
+
+def unwritten(reason: OSError) -> typer.Exit:
+    """What ends a command whose stdout takes nothing, said in a line; nothing where who read enough has gone."""
+    _given_up()
+    if not isinstance(reason, BrokenPipeError):
+        talk.print(Text("error:", "bold red"), f"cannot write what is to be said: {reason}")
+    return typer.Exit(1)
 
 
 def _given_up() -> None:
@@ -150,9 +188,17 @@ def _lines() -> Iterator[Report]:
         teller.join()
 
 
-def print_json(kind: str, value: Mapping[str, Any]) -> None:
-    """JSON on stdout, which begins with the version of its form (:data:`SCHEMAS`)."""
-    sys.stdout.write(json.dumps(named(kind, value), indent=2, allow_nan=False) + "\n")
+def print_json(kind: str, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """JSON on stdout, which begins with the version of its form (:data:`SCHEMAS`).
+
+    Raises
+    ------
+    Unwritable : the stream takes nothing.
+    """
+    text = json.dumps(named(kind, value), indent=indent, allow_nan=False) + "\n"
+    with writing():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def named(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
