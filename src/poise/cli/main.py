@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from poise.cli.ending import signals_end
+from poise.cli.stdout import Unwritable, writing
 from poise.util.words import printable
 from poise.version import VERSION
 
@@ -86,11 +87,12 @@ class Verb(TyperCommand):
 def _said() -> Iterator[None]:
     """Help and version end in a line where stdout takes nothing."""
     try:
-        yield
-    except OSError as error:
-        from poise.cli.terminal import unwritten  # rich is not loaded for what goes well
-
-        raise unwritten(error) from None
+        with writing():
+            yield
+    except Unwritable as error:
+        if told := error.told():
+            typer.echo(f"error: {told}", err=True)
+        raise typer.Exit(1) from None
 
 
 def command(name: str) -> Any:

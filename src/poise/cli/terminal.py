@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from poise.cli.ending import Ended
+from poise.cli.stdout import Unwritable, writing
 from poise.util.compilation import COMPILATION
 from poise.util.errors import InputError, PoiseError
 from poise.util.words import printable
@@ -45,26 +45,6 @@ class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """As rich makes it, of the text as it can be printed."""
         return super().render_str(printable(text), **options)
-
-
-class Unwritable(Exception):
-    """stdout takes nothing more, for this reason."""
-
-    def __init__(self, reason: OSError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
-@contextmanager
-def writing() -> Iterator[None]:
-    """What is written here goes to stdout, and an OSError is of that stream: :class:`Unwritable`.
-
-    Those of files are poise's own errors; any other is a fault of the program and passes.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise Unwritable(error) from error
 
 
 class _Out(_Console):
@@ -105,21 +85,9 @@ def errors() -> Iterator[None]:
         talk.print("hint: give a part of the traffic, or a machine with more memory")
         raise typer.Exit(1) from None
     except Unwritable as error:
-        raise unwritten(error.reason) from None
-
-
-def unwritten(reason: OSError) -> typer.Exit:
-    """What ends a command whose stdout takes nothing, said in a line; nothing where who read enough has gone."""
-    _given_up()
-    if not isinstance(reason, BrokenPipeError):
-        talk.print(Text("error:", "bold red"), f"cannot write what is to be said: {reason}")
-    return typer.Exit(1)
-
-
-def _given_up() -> None:
-    """Nothing is written on stdout any more, also not what Python still holds for it when it ends."""
-    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if told := error.told():
+            talk.print(Text("error:", "bold red"), told)
+        raise typer.Exit(1) from None
 
 
 @contextmanager
