@@ -1,6 +1,7 @@
 """What a stranger meets first: help, completion, near misses, names of files and models, the form of what is printed."""
 
 import ast
+import io
 import json
 import os
 import shlex
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import poise.cli
 from poise import api
 from poise.cli import terminal
 from poise.cli.main import VERBS, app
+from poise.cli.terminal import errors, out, print_json
 from poise.machine.hfconfig.cached import cache_folder
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
@@ -281,17 +284,35 @@ def test_a_plan_can_be_read_by_the_name_it_was_given(files, tmp_path):
 def test_a_stream_that_takes_nothing_is_an_error_in_a_line(files):
     """Closed, full, or read no further by who asked for it."""
 
-    def ends(how):
-        words = f"exec {shlex.quote(sys.executable)} -m poise inspect {shlex.quote(str(files / 'loads.json'))} {how}"
+    inspect = f"inspect {shlex.quote(str(files / 'loads.json'))}"
+
+    def ends(how, verb=inspect):
+        words = f"exec {shlex.quote(sys.executable)} -m poise {verb} {how}"
         done = subprocess.run(["sh", "-c", words], capture_output=True, text=True)
         assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
         return done.returncode, done.stderr
 
     assert ends(">&-") == (0, "")
-    for form in ("", "--json"):
-        status, said = ends(f"{form} >/dev/full")
+    for verb in (inspect, f"{inspect} --json", "machines --json", "--help", "plan --help", "--version"):
+        status, said = ends(">/dev/full", verb)
         assert status == 1 and said.startswith("error: cannot write what is to be said: [Errno 28]")
     assert ends("2>&-")[0] == 0
+
+
+@pytest.mark.parametrize("write", [lambda: out.print("x"), lambda: print_json("plan", {})])
+def test_what_is_said_is_written_at_once_and_a_fault_of_the_program_is_none_of_a_stream(monkeypatch, capsys, write):
+    """Else Python writes when it ends, where nobody tells what went wrong."""
+
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(typer.Exit), errors():
+        write()
+    assert "cannot write what is to be said" in capsys.readouterr().err
+    with pytest.raises(OSError, match="of no stream"), errors():
+        raise OSError("of no stream")
 
 
 def test_another_file_of_poise_is_named_for_what_it_is(files):
@@ -304,6 +325,15 @@ def test_another_file_of_poise_is_named_for_what_it_is(files):
     ):
         done = run(*[files / word if "." in word else word for word in words])
         assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.stderr
+    plan = dict(np.load(files / "plan.npz"))
+    del plan["method"]
+    for arrays, words in (
+        (plan, ("diff", "less.npz", "plan.npz")),
+        ({"cross": np.ones((1, 8, 8))}, ("inspect", "less.npz")),
+    ):
+        np.savez(files / "less.npz", **arrays)  # of the kind that is asked for
+        said = " ".join(run(*[files / word if "." in word else word for word in words]).stderr.split())
+        assert "is missing" in said and "damaged" in said and "was another" not in said
     cut = files / "cut.npz"
     cut.write_bytes((files / "plan.npz").read_bytes()[:500])
     assert "it may be truncated" in run("diff", cut, cut).stderr

@@ -102,11 +102,39 @@ def test_what_a_router_gives_tokens_is_no_table_of_layers(tmp_path, suffix):
             read_dump(path)
         for option in options:  # who says so, or how many layers there are, is believed
             np.testing.assert_array_equal(read_dump(path, options=option).profile.load_BLE[0], table)
+    scores = rng.uniform(0.01, 0.99, (16, 64))  # a router that scores each expert alone
+    for table, said in ((scores, "no number is above 1"), (100 * probabilities, "every row adds up to 100")):
+        path = save(tmp_path / f"d{suffix}", table)
+        with pytest.raises(TraceError, match=said):
+            read_dump(path)
+        for option in (ReadOptions(format="load-table"), ReadOptions(ModelSpec.parse("olmoe-1b-7b"))):
+            np.testing.assert_array_equal(read_dump(path, options=option).profile.load_BLE[0], table)
     if suffix != ".csv":
         with pytest.raises(TraceError, match="every row adds up to 1"):
             read_dump(save(tmp_path / f"s{suffix}", np.stack([probabilities] * 3)))
     counted = save(tmp_path / f"c{suffix}", counts() * (np.arange(32) < 9) + (np.arange(32) < 9) * 5000)
     assert read_dump(counted).profile.num_layers == 6  # as many experts with tokens in every layer are nothing odd
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", ".csv"])
+def test_loads_that_have_something_of_a_router_s_answers_are_loads(tmp_path, suffix):
+    """Means over steps where as many experts of each layer have tokens, and steps of one token."""
+    rng = np.random.default_rng(1)
+    chosen = np.argsort(rng.random((10, 6, 64)))[..., :16]
+    used = np.zeros((10, 6, 64), np.int64)
+    np.put_along_axis(used, chosen, 1, axis=2)
+    means = used[0] * rng.integers(3, 14_926, (6, 64)) / 3
+    assert (np.count_nonzero(means, axis=1) == 16).all()
+    np.testing.assert_array_equal(read_dump(save(tmp_path / f"m{suffix}", means)).profile.load_BLE[0], means)
+    if suffix == ".csv":
+        return
+    for kind in (np.int64, np.float32):
+        np.testing.assert_array_equal(
+            read_dump(save(tmp_path / f"o{suffix}", used.astype(kind))).profile.load_BLE, used
+        )
+    if suffix != ".json":  # where whole numbers are ids as well
+        with pytest.raises(TraceError, match=r"loads of one token \[layers, experts\], or choices \[tokens, experts\]"):
+            read_dump(save(tmp_path / f"o{suffix}", used[:, 0].astype(np.float32)))
 
 
 def test_ids_counted_from_1_are_refused(tmp_path):
@@ -295,10 +323,69 @@ def test_a_column_that_names_the_token_counts_none(tmp_path):
         rows = [f"{t},{i},{e},0.5" for t, chosen in enumerate(tokens) for i, ids in enumerate(chosen) for e in ids]
         dump = csv(tmp_path, f"{name},layer,expert,router_weight\n" + "\n".join(rows), num_experts=8)
         np.testing.assert_array_equal(dump.profile.load_BLE[0], load_LE(tokens, 8))
-    with pytest.raises(TraceError, match="column 'token' may say how many it has, or which one"):
-        csv(tmp_path, "layer,expert,token\n0,0,45\n0,1,17\n1,0,10\n1,1,4\n")
-    assert csv(tmp_path, "layer,expert,tokens\n0,0,45\n0,1,17\n").profile.load_BLE.tolist() == [[[45, 17]]]
-    assert csv(tmp_path, "layer,expert,num_token\n0,0,45\n0,1,17\n").profile.load_BLE.tolist() == [[[45, 17]]]
+
+
+@pytest.mark.parametrize("weight", ["probability", "router_weight", "logit"])
+@pytest.mark.parametrize("token", ["token", "token_id", "pos"])
+def test_a_router_s_numbers_for_all_experts_are_no_choices(tmp_path, token, weight):
+    """A row for each expert of a token, chosen or not, makes loads that are perfectly even."""
+    rng = np.random.default_rng(5)
+    tokens = dumps.choices(rng, 6)
+
+    def text(weight_of, requests=("",)):
+        """Rows of all experts that have a weight; None: no row."""
+        rows = [f"{r}{t},{i},{e},{w}" for r in requests for t, i, e in np.ndindex(6, 3, 8)
+                if (w := weight_of(t, i, e)) is not None]  # fmt: skip
+        return "\n".join([("request," if requests != ("",) else "") + f"{token},layer,expert,{weight}", *rows])
+
+    def of_chosen(t, i, e):
+        return 0.4 if e in tokens[t, i] else None
+
+    for weight_of, said in (
+        (lambda t, i, e: 0.1 + e, "has 8 rows in a layer, of 8 experts"),
+        (lambda t, i, e: 0.4 if e in tokens[t, i] else 0.0, "has 8 rows in a layer, of 8 experts"),
+        (lambda t, i, e: 0.2 if (t, i, e) == (3, 1, min({*range(8)} - {*tokens[3, 1]})) else of_chosen(t, i, e),
+         "has 2 rows in a layer, another 3|in a layer 2 to 3 rows"),
+        (lambda t, i, e: 0.0 if (t, i, e) == (3, 1, tokens[3, 1, 0]) else of_chosen(t, i, e),
+         f"{weight} is 0 or none in 1 of 36 rows"),
+    ):  # fmt: skip
+        with pytest.raises(TraceError, match=said if token != "token" else f"{said}|column 'token' may"):
+            csv(tmp_path, text(weight_of))
+    for requests in (("a,", "b,"), ("0,", "1,")):  # whose tokens are numbered alike
+        dump = csv(tmp_path, text(of_chosen, requests), num_experts=8)
+        np.testing.assert_array_equal(dump.profile.load_BLE[0], 2 * load_LE(tokens, 8))
+    twice = text(of_chosen).split("\n")
+    with pytest.raises(TraceError, match=r"names an expert 2 times|column 'token' may"):
+        csv(tmp_path, "\n".join([*twice, *twice[1:]]))
+
+
+@pytest.mark.parametrize("more", ["", "request", "phase", "index"])
+def test_a_column_token_that_may_count_is_refused(tmp_path, more):
+    """Appended once a step, its rows repeat; what else stands beside them does not tell what it is."""
+    rows = ["0,0,45", "0,1,17", "1,0,10", "1,1,4", "0,0,40", "0,1,12", "1,0,9", "1,1,9"]
+    even = [f"{i},{e},10" for i in range(2) for e in range(4)]
+    once = ["0,0,0", "0,1,1", "0,2,2", "1,0,2", "1,1,0", "1,2,1"]
+    for some in (rows, rows[:4], even, ["0,0,0", "0,1,0", "0,2,1", "0,3,1"], once):
+        beside = [f",{n // 4}" if more else "" for n in range(len(some))]
+        lines = [f"layer,expert,token{',' * bool(more)}{more}", *map(str.__add__, some, beside)]
+        text = "\n".join(lines)
+        with pytest.raises(TraceError, match="column 'token' may say how many it has, or which one"):
+            csv(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["tokens", "num_token", "num_token_count", "total_token_count", "TokenCount", "tokencount", "token_all_topk",
+     "ntoken", "token_load", "token counts", "n"],
+)  # fmt: skip
+def test_a_column_that_counts_is_known_by_its_name(tmp_path, head):
+    assert csv(tmp_path, f"layer,expert,{head}\n0,0,45\n0,1,17\n").profile.load_BLE.tolist() == [[[45, 17]]]
+
+
+def test_a_token_s_number_alone_is_one_choice_a_row(tmp_path):
+    """As it comes again in another request that no column names."""
+    dump = csv(tmp_path, "token_id,layer,expert\n0,0,3\n0,0,1\n0,0,3\n0,0,2\n1,0,0\n1,0,1\n")
+    assert dump.profile.load_BLE.tolist() == [[[1, 2, 1, 2]]]
 
 
 @pytest.mark.parametrize("head", ["", "Unnamed: 0", "index"])
@@ -307,11 +394,16 @@ def test_an_index_and_remarks_are_passed_over(tmp_path, head, end):
     """As pandas writes a table, and a hand above it."""
     load = counts(shape=(3, 5)) + 1
     rows = [f"{n},{i},{e},{load[i, e]}" for n, (i, e) in enumerate(np.ndindex(3, 5))]
-    text = end.join(["# recorded on Monday, by hand", "", "# twice", f"{head},layer,expert,count", *rows])
-    (tmp_path / "p.csv").write_bytes(text.encode())
-    dump = read_dump(tmp_path / "p.csv")
-    np.testing.assert_array_equal(dump.profile.load_BLE[0], load)
-    assert f"columns {head or 'unnamed'} were not read" in dump.notes
+    above = ["# recorded, on Monday, by hand, again", "", "# twice\vover"]
+    named, below = f"{head},layer,expert,count", "# tokens, by expert, in one, step"
+    lines = [*above, named, below, *rows]
+    for mark in ",\t":
+        for text in (end.join(lines), end.join(lines) + "\n", "\n".join(lines[:3]) + "\n" + end.join(lines[3:]),
+                     end.join([*above, f"# {named}", *rows])):  # fmt: skip
+            (tmp_path / "p.csv").write_bytes(text.replace(",", mark).encode())
+            dump = read_dump(tmp_path / "p.csv")
+            np.testing.assert_array_equal(dump.profile.load_BLE[0], load)
+            assert f"columns {head or 'unnamed'} were not read" in dump.notes
 
 
 @pytest.mark.parametrize(

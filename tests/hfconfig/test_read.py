@@ -112,6 +112,18 @@ def test_nested_configs(around):
         )
 
 
+@pytest.mark.parametrize("kind", [None, "qwen2_moe", "qwen3_moe", "brand_new_moe"])
+def test_every_0_th_layer_is_none(kind):
+    with pytest.raises(ModelError, match="decoder_sparse_step is 0"):
+        from_hf_config({**PLAIN, "model_type": kind, "decoder_sparse_step": 0}, name="x")
+
+
+@pytest.mark.parametrize("config", [[], [1], "x", None, 3])
+def test_a_config_that_is_no_object(config):
+    with pytest.raises(ModelError, match="x is not a model config: it holds a"):
+        from_hf_config(config, name="x")
+
+
 @pytest.mark.parametrize(
     ("change", "layers"),
     [

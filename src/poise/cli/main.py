@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from poise.cli.ending import signals_end
+from poise.cli.stdout import Unwritable, writing
 from poise.util.words import printable
 from poise.version import VERSION
 
@@ -54,7 +55,7 @@ class Verbs(TyperGroup):
 
     def make_context(self, *words: Any, **more: Any) -> Any:
         """As typer does, of words that a terminal may act on."""
-        with _harmless():
+        with _harmless(), _said():
             return super().make_context(*words, **more)
 
     def invoke(self, ctx: Any) -> Any:
@@ -73,10 +74,31 @@ def _harmless() -> Iterator[None]:
         raise
 
 
+class Verb(TyperCommand):
+    """A verb, whose words are read, and its help printed, where its context is made."""
+
+    def make_context(self, *words: Any, **more: Any) -> Any:
+        """As typer does, on a stdout that may be full."""
+        with _said():
+            return super().make_context(*words, **more)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Help and version end in a line where stdout takes nothing."""
+    try:
+        with writing():
+            yield
+    except Unwritable as error:
+        if told := error.told():
+            typer.echo(f"error: {told}", err=True)
+        raise typer.Exit(1) from None
+
+
 def command(name: str) -> Any:
     """A verb, imported, with its options."""
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    one.command(name, context_settings=HELP)(getattr(import_module(f"poise.cli.{name}"), name))
+    one.command(name, cls=Verb, context_settings=HELP)(getattr(import_module(f"poise.cli.{name}"), name))
     return typer.main.get_command(one)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from poise.cli.ending import Ended
+from poise.cli.stdout import Unwritable, writing
 from poise.util.compilation import COMPILATION
 from poise.util.errors import InputError, PoiseError
 from poise.util.words import printable
@@ -47,7 +47,21 @@ class _Console(Console):
         return super().render_str(printable(text), **options)
 
 
-out = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+class _Out(_Console):
+    """stdout, which may be full or read by nobody."""
+
+    def print(self, *texts: Any, **options: Any) -> None:
+        """As rich does.
+
+        Raises
+        ------
+        Unwritable : the stream takes nothing.
+        """
+        with writing():
+            super().print(*texts, **options)
+
+
+out = _Out(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 talk = _Console(stderr=True)
 
 
@@ -57,7 +71,6 @@ def errors() -> Iterator[None]:
     try:
         with compiling(), _warnings_told():
             yield
-            sys.stdout.flush()
     except PoiseError as error:
         talk.print(Text("error:", "bold red"), error.message)
         if error.hint:
@@ -71,17 +84,10 @@ def errors() -> Iterator[None]:
         talk.print(Text("error:", "bold red"), f"out of memory: {error or 'no more is given'}")
         talk.print("hint: give a part of the traffic, or a machine with more memory")
         raise typer.Exit(1) from None
-    except OSError as error:  # those of files are poise's own: this is of a stream
-        _given_up()
-        if not isinstance(error, BrokenPipeError):  # who read enough has gone
-            talk.print(Text("error:", "bold red"), f"cannot write what is to be said: {error}")
+    except Unwritable as error:
+        if told := error.told():
+            talk.print(Text("error:", "bold red"), told)
         raise typer.Exit(1) from None
-
-
-def _given_up() -> None:
-    """Nothing is written on stdout any more, also not what Python still holds for it when it ends."""
-    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @contextmanager
@@ -150,9 +156,17 @@ def _lines() -> Iterator[Report]:
         teller.join()
 
 
-def print_json(kind: str, value: Mapping[str, Any]) -> None:
-    """JSON on stdout, which begins with the version of its form (:data:`SCHEMAS`)."""
-    sys.stdout.write(json.dumps(named(kind, value), indent=2, allow_nan=False) + "\n")
+def print_json(kind: str, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """JSON on stdout, which begins with the version of its form (:data:`SCHEMAS`).
+
+    Raises
+    ------
+    Unwritable : the stream takes nothing.
+    """
+    text = json.dumps(named(kind, value), indent=indent, allow_nan=False) + "\n"
+    with writing():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def named(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:

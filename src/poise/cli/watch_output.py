@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json as jsonlib
-import sys
 from pathlib import Path
 from typing import Any
 
 from poise.cli import options as o
-from poise.cli.terminal import named
+from poise.cli.terminal import print_json
 from poise.control.controller import Decision, Look
 from poise.control.restart import Restart
 from poise.util.words import percent
@@ -137,5 +135,4 @@ def _restart(restart: Restart | None) -> dict[str, Any] | None:
 
 
 def _line(value: dict[str, Any]) -> None:
-    sys.stdout.write(jsonlib.dumps(named("watch", value), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    print_json("watch", value, indent=None)

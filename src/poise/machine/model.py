@@ -201,9 +201,7 @@ class ModelSpec:
                 raise ModelError(f"unknown model {spec[:200]!r}", hint=hint)
             named, path = spec, cached_config(spec, MODELS)
         data = read_json(path, MAX_CONFIG_BYTES, ModelError, infinite=True)
-        if not isinstance(data, dict):
-            raise ModelError(f"{path} is not a model config: it holds a {type(data).__name__}")
-        if path.name == "config.json":
+        if path.name == "config.json" and isinstance(data, dict):
             data = with_quantization(data, path.parent)
         return from_hf_config(data, name=named or path.parent.name or path.name)
 
@@ -218,9 +216,11 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelSpec:
 
     Raises
     ------
-    ModelError : a size is missing, of the wrong type or contradicted by another key, no layer is an MoE layer, the
-        family has no one set of experts a layer, or the quantization is not known.
+    ModelError : it is no object, a size is missing, of the wrong type or contradicted by another key, no layer is an
+        MoE layer, the family has no one set of experts a layer, or the quantization is not known.
     """
+    if not isinstance(config, dict):
+        raise ModelError(f"{name} is not a model config: it holds a {type(config).__name__}")
     config = text_part(config)
     sizes = read_sizes(config)
     names = ExpertNames(sizes.moe, sizes.experts, sizes.matrices)

@@ -189,7 +189,7 @@ class HomeTable:
         PlacementError : the file is missing, damaged, pickled, too large, of another format, or no table.
         """
         try:
-            with open_npz(Path(path)) as archive:
+            with open_npz(Path(path), ["a home table"]) as archive:
                 headers = {name: archive.header(name) for name in FIELDS}
                 for name, shape, kinds in (
                     ("format", (), "iu"), ("score", (None, None, None), "f"), ("layer_ids", (None,), "iu"),

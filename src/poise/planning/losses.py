@@ -203,7 +203,7 @@ class Losses:
         """
         path = Path(path)
         try:
-            with open_npz(path) as archive:
+            with open_npz(path, ["placements after losses"]) as archive:
                 headers = [archive.header(name) for name in (*NUMBERS, *WORDS)]
                 if sum(header.nbytes for header in headers) > MAX_BYTES:
                     raise PlacementError(f"{path} unpacks to more than {MAX_BYTES} bytes")

@@ -233,7 +233,7 @@ class Placement:
         """
         path = Path(path)
         try:
-            with open_npz(path) as archive:
+            with open_npz(path, ["an expert placement"]) as archive:
                 said = [name for name in (UNITS, LOADS, ABOUT) if name in archive]
                 if len(said) not in (0, 3):
                     raise PlacementError(f"{path} has {said[0]} without {UNITS}, {LOADS} and {ABOUT} together")

@@ -213,7 +213,7 @@ def _read_json(path: Path) -> LoadProfile:
 
 
 def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
-    with open_npz(path) as archive:
+    with open_npz(path, ["a routing trace", "a load profile"]) as archive:
         if "experts" not in archive and "counts" in archive:
             return _read_counts(archive, path.name)
         if "experts" not in archive and "cross" in archive:

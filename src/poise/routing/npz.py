@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -51,6 +51,9 @@ OF_POISE = {"lost": "placements after losses", "score": "a home table", "slot_ex
 """What poise writes, by an array that it alone or first has, in the order to look for them."""
 
 
+DAMAGED = "the file is truncated or damaged"
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """Shape and dtype of one member, as its header claims and its size confirms."""
@@ -84,8 +87,8 @@ KIND_NAMES = {"i": "integers", "u": "integers", "b": "booleans", "f": "floats", 
 class Archive:
     """Members of one open ``.npz`` of ``size`` bytes; zipfile gives no more of a member than it says it holds."""
 
-    def __init__(self, zf: zipfile.ZipFile, size: int) -> None:
-        self._zf = zf
+    def __init__(self, zf: zipfile.ZipFile, size: int, wanted: Sequence[str] = ()) -> None:
+        self._zf, self._wanted = zf, wanted
         self._info: dict[str, zipfile.ZipInfo] = {}
         infos = zf.infolist()
         if len(infos) > MAX_MEMBERS:
@@ -109,9 +112,10 @@ class Archive:
         """Parse a member's header and compare it with the member's size; the data stay unread."""
         if name not in self._info:
             kind = next((text for key, text in OF_POISE.items() if key in self), "")
+            other = f"it is {kind}: was another file meant?" if kind else ""
             raise TraceError(
                 f"array {name!r} is missing, the file has {', '.join(self.names[:12]) or 'no arrays'}",
-                hint=f"it is {kind}: was another file meant?" if kind else "",
+                hint=DAMAGED if kind in self._wanted else other,
             )
         info = self._info[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -122,7 +126,7 @@ class Archive:
             raise TraceError(
                 f"{name} claims shape {list(header.shape)} of {header.dtype}, {header.nbytes} bytes, but holds "
                 f"{info.file_size - header.offset}",
-                hint="the file is truncated or damaged",
+                hint=DAMAGED,
             )
         return header
 
@@ -173,8 +177,12 @@ class Archive:
 
 
 @contextmanager
-def open_npz(path: Path) -> Iterator[Archive]:
+def open_npz(path: Path, wanted: Sequence[str] = ()) -> Iterator[Archive]:
     """Open an archive; damage that zipfile finds, here or while members are read, becomes a TraceError.
+
+    Parameters
+    ----------
+    wanted : the kinds of :data:`OF_POISE` that are read; a file of another is called what it is.
 
     Raises
     ------
@@ -186,7 +194,7 @@ def open_npz(path: Path) -> Iterator[Archive]:
         try:
             check_directory(stream, size, MAX_DIRECTORY_BYTES)
             with zipfile.ZipFile(stream) as zf:
-                yield Archive(zf, size)
+                yield Archive(zf, size, wanted)
         except TraceError as err:
             raise TraceError(f"{path}: {err.message}", hint=err.hint) from err
         except BROKEN as err:

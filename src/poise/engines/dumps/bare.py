@@ -21,6 +21,7 @@ from poise.engines.dumps.csv_text import columns_of
 from poise.engines.dumps.mapping import (
     BY_PLACE,
     MAX_MTP_LAYERS,
+    MAX_TOP_K,
     check_ids,
     decoder_layers,
     model_layers,
@@ -39,11 +40,11 @@ MAX_LAYERS = 2048
 """A table of more rows is none of layers: no model comes near."""
 MAX_IDS, MANY_IDS = 4096, 1024
 """No model has ids as high as the first; those above the second stand in tables of many choices."""
-MAX_TOP_K = 64
 MANY = 3
 """Layers, or experts, of which it is no chance that their first loads count up, or that all have as many tokens."""
 ONE = 1.01
 """Up to here a sum of probabilities in 16 bits may come instead of 1."""
+SHARES = "shares of each expert of a layer look alike"
 LEAST_EXPERTS = 4
 """Of fewer experts, counts may well happen to name each once."""
 MEANINGS = {
@@ -117,9 +118,9 @@ def decide(part: Part, options: ReadOptions) -> str:
 
 def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
     """Why numbers that could be a table of loads by shape and range are probably none, or ``""``."""
-    routed = "" if options.model is not None or not array.size else _of_tokens(array.reshape(-1, array.shape[-1]))
+    routed = "" if options.model is not None or not array.size else _of_tokens(array)
     if routed:
-        return f"{routed}, as rows of a router's answers to tokens do; shares of each expert of a layer look alike"
+        return f"{routed}, as rows of a router's answers to tokens do; {SHARES}"
     if array.ndim == 2:
         for line, what in (
             (array[:, 0], "column counts, as numbers of layers do"),
@@ -134,25 +135,42 @@ def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
     elif array.ndim == 3 and min(sums.shape) > 1 and len(sums) >= MANY:
         exchanged = all(map(_alike, sums.T)) and not all(map(_alike, sums))
     axes = "rows are experts, and columns layers" if array.ndim == 2 else "layers come first, then steps"
-    return f"it seems that {axes}: every layer of a step has as many tokens" if exchanged else ""
+    if exchanged:
+        return f"it seems that {axes}: every layer of a step has as many tokens"
+    return _of_scores(array) if options.model is None and array.size else ""
 
 
-def _of_tokens(rows: NDArray[Any]) -> str:
-    """What [rows, E] have in common with what a router gives tokens, not layers: probabilities, or weights of K."""
+def _of_tokens(array: NDArray[Any]) -> str:
+    """What [..., E] have in common with what a router gives tokens, not layers: probabilities, scores, weights of K.
+
+    Whole numbers [steps, L, E] are loads: masks of K a row add up to the same ones where the middle axis is of layers.
+    """
+    rows = array.reshape(-1, array.shape[-1])
     if len(rows) < MANY or not np.isfinite(rows).all():
         return ""
-    chosen = np.count_nonzero(rows, axis=1)
-    top_k, whole_numbers = int(chosen[0]), rows.dtype.kind in "iu"
-    if (chosen == top_k).all() and 1 <= top_k <= min(MAX_TOP_K, rows.shape[1] // 2):
-        if (rows.max() == 1) if whole_numbers else (rows.max() <= ONE or (rows != np.floor(rows)).any()):
-            return f"every row has {top_k} numbers above 0"
-    if (
-        not whole_numbers
-        and rows.max() < 1
-        and np.allclose(rows.sum(axis=1, dtype=np.float64), 1, rtol=0, atol=ONE - 1)
-    ):
-        return "every row adds up to 1"
+    chosen, most = np.count_nonzero(rows, axis=1), float(rows.max())
+    top_k, whole_numbers = int(chosen[0]), rows.dtype.kind in "iu" or bool((rows == np.floor(rows)).all())
+    if whole_numbers and len(array) < len(rows):
+        return ""
+    if (chosen == top_k).all() and 1 <= top_k <= min(MAX_TOP_K, rows.shape[1] // 2) and most <= ONE:
+        return f"every row has {top_k} numbers above 0" + (
+            ": loads of one token [layers, experts], or choices [tokens, experts] of a layer" if whole_numbers else ""
+        )
+    if whole_numbers:
+        return ""
+    sums = rows.sum(axis=1, dtype=np.float64)
+    for unit, what in ((1, "1"), (100, "100, as per cents do")):
+        if np.allclose(sums, unit, rtol=0, atol=(ONE - 1) * unit):
+            return f"every row adds up to {what}"
     return ""
+
+
+def _of_scores(array: NDArray[Any]) -> str:
+    """Fractions none of which is above 1: what a router that scores each expert alone gives tokens (DeepSeek's)."""
+    fractions = array.dtype.kind == "f" and len(array.reshape(-1, array.shape[-1])) >= MANY
+    if not fractions or not 0 < float(array.max()) <= 1 or (array == np.floor(array)).all():
+        return ""
+    return f"no number is above 1, as a router's answers to tokens are; {SHARES}"
 
 
 def _alike(sums: NDArray[np.float64]) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
+from poise.engines.dumps.csv_choices import OF_A_TOKEN, WEIGHT, check_choices, code, together
 from poise.engines.dumps.csv_text import columns_of
 from poise.engines.dumps.mapping import MAX_TABLE, model_layers, names_twice, num_experts
 from poise.engines.dumps.parts import Part
@@ -29,18 +30,14 @@ from poise.util.errors import TraceError
 ROLES = {
     "layer": re.compile(r"(moe_?)?(layer|block)(_?(id|idx|index|num|number|no))?|l"),
     "expert": re.compile(r"(logical_?)?experts?(_?(id|idx|index|num|number|no))?|e|eid"),
-    "count": re.compile(r"(total_?|num_?|n_?)?(counts?|tokens|hits?|selections?|activations?)(_?count|_all_topk)?"
-                        r"|(total_?|num_?|n_)token|n|loads?|(expert|token|logical)_(load|counts?)|freq|frequency"),
+    "count": re.compile(r"(?!token\Z)(total_?|num_?|n_?)?(counts?|tokens?|hits?|selections?|activations?)"
+                        r"(_?count|_all_topk)?|n|loads?|(expert|token|logical)_(load|counts?)|freq|frequency"),
     "step": re.compile(r"(forward_?)?(step|pass|iter|iteration)(_?(id|idx|index))?"),
     "rank": re.compile(r"((ep|dp|tp|global)_?)?rank(_?id)?"),
 }  # fmt: skip
 OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k)(_?(id|idx|index|pos))?|phase|index"
                          r"|unnamed(:_\d+)?")  # fmt: skip
 """Columns that may stand beside a choice and change nothing about it."""
-OF_A_TOKEN = re.compile(r"(token|tok|position|pos)(_?(id|idx|index|pos))?")
-"""Where a column names the token, a row is one choice of it."""
-WEIGHT = re.compile(r"((router|gate|gating|topk|top_k|expert|routing)_?)?(weight|prob|probability|score|logit)s?")
-"""What a router gave a choice."""
 SGLANG_RANK = re.compile(r"expert_distribution_rank\d{1,5}(?!\d)")
 """Old SGLang's files, each of one rank's tokens."""
 ORDER = ("layer", "expert", "count")
@@ -135,19 +132,15 @@ def _table(part: Part, options: ReadOptions) -> _Table:
             f"{part.name} names each expert of a layer once, with a rank: where experts lie, or a choice each",
             hint="loads have a column count; a placement is read from an engine's map",
         )
-    if "count" not in at and "token" in _plain(others) and _each_once(table, *places):
-        raise TraceError(
-            f"{part.name} names each expert of a layer once: column 'token' may say how many it has, or which one "
-            "chose it",
-            hint="call a column of tokens 'count', and one that says which 'token_id'",
-        )
+    if "count" not in at:
+        check_choices(part.name, part.value, _plain(head), table.column, options.router_experts)
     return table
 
 
 def _each_once(table: _Table, *named: str) -> bool:
     """Whether no two rows are alike in the columns of these roles."""
-    rows = np.stack([table.column[role] for role in named])
-    return np.unique(rows, axis=1).shape == rows.shape
+    alike = together([code(table.column[role]) for role in named])
+    return bool(alike.max() + 1 == len(alike))
 
 
 def _headless(part: Part, width: int, options: ReadOptions) -> _Table:

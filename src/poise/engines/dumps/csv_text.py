@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ NAME = re.compile(r"[A-Za-z_][\w .:()/%-]{0,60}")
 UNNAMED = "unnamed"
 """A first column that has no name: the index that pandas writes."""
 REMARK = "#"
+LINE = re.compile(rb"[^\r\n]+")
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,23 +48,33 @@ def sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str] | None:
 
 
 def _sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str, int] | None:
-    """As :func:`sniff`, and how many lines with something in them stand above the rows: remarks and the head."""
-    lines = [line.strip() for line in start.decode("utf-8", "replace").lstrip("\ufeff").splitlines() if line.strip()]
-    for above, line in enumerate(lines):
+    """As :func:`sniff`, and the byte at which the rows begin, below remarks and the head."""
+    lines = list(_lines(start))
+    for above, (line, begin, end) in enumerate(lines):
+        remark = line.startswith(REMARK)
         for mark in MARKS:
             fields = _fields(line.lstrip("# "), mark)
             if len(fields) < 2:
                 continue
             if all(NUMBER.fullmatch(field) for field in fields):
-                return None, len(fields), mark, above
-            below = _fields(lines[above + 1], mark) if len(lines) > above + 1 else []
+                return None, len(fields), mark, begin
             names = [fields[0] or UNNAMED, *fields[1:]]
+            rest = (after for after, _, _ in lines[above + 1 :] if remark or not after.startswith(REMARK))
+            below = _fields(next(rest, ""), mark)
             if (all(NAME.fullmatch(name) for name in names) and len(below) == len(fields)
                     and any(NUMBER.fullmatch(field) for field in below)):  # fmt: skip
-                return tuple(names), len(fields), mark, above + 1
-        if not line.startswith(REMARK):
+                return tuple(names), len(fields), mark, end
+        if not remark:
             break
     return None
+
+
+def _lines(start: bytes) -> Iterator[tuple[str, int, int]]:
+    """Lines with something in them, where each begins and where it ends; a tab before the first name is a mark."""
+    for found in LINE.finditer(start):
+        text = found[0].decode("utf-8", "replace").removeprefix("\ufeff")
+        if text.strip():
+            yield text.rstrip().lstrip(" "), found.start(), found.end()
 
 
 def csv_text(start: bytes, data: bytes) -> CsvText | None:
@@ -77,12 +89,7 @@ def csv_text(start: bytes, data: bytes) -> CsvText | None:
         return None
     if len(data) > MAX_CSV_BYTES:
         raise TraceError(f"a table of {len(data)} bytes, at most {MAX_CSV_BYTES} are read", hint="split it")
-    body = data.removeprefix(b"\xef\xbb\xbf")
-    if b"\n" not in body:
-        body = body.replace(b"\r", b"\n")  # lines of old Macintoshes
-    for _ in range(found[3]):
-        body = body.lstrip().partition(b"\n")[2]
-    return CsvText(*found[:3], body.lstrip())
+    return CsvText(*found[:3], data[found[3] :].removeprefix(BOM).lstrip())
 
 
 def columns_of(name: str, text: CsvText, places: Sequence[int]) -> NDArray[np.float64]:
@@ -92,10 +99,33 @@ def columns_of(name: str, text: CsvText, places: Sequence[int]) -> NDArray[np.fl
     ------
     TraceError : something in them is no number, or rows differ in length.
     """
+    return _read(name, text, places)
+
+
+def words_of(name: str, text: CsvText, place: int) -> NDArray[np.float64]:
+    """A column of numbers or words, float64 [rows]: what differs in it differs here, by a chance of 2^-53 not.
+
+    Raises
+    ------
+    TraceError : rows differ in length.
+    """
+    return _read(name, text, [place], {place: _told_apart})[:, 0]
+
+
+def _told_apart(word: str) -> float:
+    return float(hash(word.strip().strip("\"'")) >> 11)
+
+
+def _read(
+    name: str,
+    text: CsvText,
+    places: Sequence[int],
+    converters: Mapping[int | str, Callable[[str], float]] | None = None,
+) -> NDArray[np.float64]:
     try:
         found = np.loadtxt(
             io.TextIOWrapper(io.BytesIO(text.body), "utf-8"), delimiter=text.mark, usecols=list(places), ndmin=2,
-            quotechar='"',
+            quotechar='"', converters=converters, encoding=None,
         )  # fmt: skip
     except (ValueError, IndexError, OverflowError) as error:
         raise TraceError(f"{name} is no table of numbers: {str(error)[:200]}") from None

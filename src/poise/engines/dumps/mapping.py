@@ -17,6 +17,8 @@ from poise.routing.profile import load_LE
 from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks, sealed, twice
 from poise.util.errors import TraceError
 
+MAX_TOP_K = 64
+"""Most experts a token of any model."""
 MAX_MTP_LAYERS = 8
 """Most layers of multi-token prediction behind a model's own that are taken for such."""
 BY_PLACE = "layers are numbered by their place in the record: --model gives decoder layers"

@@ -63,7 +63,9 @@ def stepped(step: str, only: str = "", dense: tuple[int, ...] = (), default: int
     """Every ``step``-th layer, counted from 1, but those that ``only`` lists (``dense`` where it is missing)."""
 
     def find(config: Config, layers: int) -> list[int]:
-        every_nth = number(config, step, default=default) or 1
+        every_nth = number(config, step, default=default)
+        if not every_nth:
+            raise ModelError(f"{step} is 0: no layer is the 0-th", hint="1 if every layer is an MoE layer")
         listed = get(config, only) if only else None
         skip = set(dense if listed is None else whole_list(listed, only))
         return [i for i in range(layers) if (i + 1) % every_nth == 0 and i not in skip]
@@ -240,7 +242,7 @@ PLAIN: tuple[Rule, ...] = (
     only_if_said(first_dense("moe_layer_num_skipped", 0), (0,)),
     unclear("moe_layer_freq"),
     unclear("moe_layer_frequency"),
-    only_if_said(stepped("decoder_sparse_step", "mlp_only_layers"), (0, 1, [])),
+    only_if_said(stepped("decoder_sparse_step", "mlp_only_layers"), (1, [])),
     only_if_said(stepped("interleave_moe_layer_step"), (0, 1)),
     listed(("moe_layers", "moe_layers_enum", "moe_layer_list"), nothing()),
     flagged("is_moe_layer", nothing()),
