@@ -84,6 +84,7 @@ KEPT: dict[str, Callable[[Any], Any]] = {
     "joined": lambda w: torch.cat([w, w], dim=1), "beside": lambda w: torch.stack([w, w], -1), "column": lambda w: w[:, :, 1],
     "last": lambda w: w[..., 0], "chosen": lambda w: w.select(2, 1), "chunks": lambda w: w.chunk(2, dim=2),
     "diagonals": lambda w: w.diagonal(dim1=1, dim2=2), "apart": lambda w: F.mse_loss(w, w + 1, reduction="none"),
+    "larger": lambda w: torch.max(w, torch.ones(EXPERTS, 1, 1, dtype=w.dtype)), "copied out": lambda w: torch.zeros(w.shape).copy_(w),
     "triangle": lambda w: w.tril(), "snapshots": lambda w: torch.stack([w, w + 1]).mean(0),
     "largest of two": lambda w: torch.cat([w.unsqueeze(0), w.abs().unsqueeze_(0)], 0).amax(0),
 }  # fmt: skip
@@ -124,7 +125,8 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "distance": lambda w: torch.cdist(w.sum(2), w.sum(2)), "gathered": lambda w: w.gather(0, torch.zeros(1, A, B, dtype=torch.int64)),
     "pruning": lambda w: nn.utils.parameters_to_vector([w]), "fans": lambda w: nn.init.xavier_uniform_(w.clone()),
     "scaled": lambda w: w.clone().normal_(0, 1 / w.size(0)), "bernoulli of rows": lambda w: torch.zeros(1).bernoulli_(w),
-    "from the first": lambda w: w[None, 0],
+    "copied into more": lambda w: torch.zeros(3, A, B).copy_(w), "larger": lambda w: torch.max(w, torch.ones(6, A, B, dtype=w.dtype)),
+    "mean by hand": lambda w: w.sum((1, 2)) / w.size(0), "from the first": lambda w: w[None, 0],
 }  # fmt: skip
 
 

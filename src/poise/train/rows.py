@@ -5,13 +5,16 @@ operations make of them: an average kept by hand, a snapshot, a mask. So stock c
 
 - Norms, sums, extrema and ``numel`` are those of all experts on all ranks, as DTensor answers them: collective. So
   ``torch.nn.utils.clip_grad_norm_``, ``GradScaler`` and optimizers that scale by a tensor's norm do what they do to the
-  unsharded weight. ``shape`` is that of the rows here.
+  unsharded weight (:mod:`poise.train.totals`). ``shape`` is that of the rows here; ``dim()`` and ``size(axis)`` of a
+  list of experts are those of one expert.
+- Operations after which the axis of experts provably is first give rows again; others are refused, on every rank alike
+  (:mod:`poise.train.wholes`). Indices, slices and iteration give plain tensors of this rank's experts.
 - Rows of one layer from before and after its owners moved do not mix: :class:`~poise.util.errors.ModelError` on all
   ranks.
 - Random numbers are drawn for all experts (:mod:`poise.train.draws`), so that ranks with one seed differ.
 - They cannot be pickled: a file would hold one rank's experts.
 
-All else is done by PyTorch on plain tensors, without a dispatch of its own.
+What is allowed is done by PyTorch on plain tensors, without a dispatch of its own.
 """
 
 from __future__ import annotations
@@ -165,7 +168,8 @@ def _as_said(func: Any, name: str, args: list[Any], kwargs: dict[str, Any], like
             else shape_of(name, args, kwargs, here, experts)
         )
         if shape is not None and not isinstance(args[1:2] and args[1], torch.dtype):
-            out = args[0].expand(shape) if name in EXPANDED else args[0].reshape(shape)
+            shaped = Tensor.expand if name in EXPANDED else Tensor.view if name.startswith("view") else Tensor.reshape
+            out = shaped(args[0], shape)
         else:
             out = func(*args, **kwargs)
         if name == "to" and out.is_meta and not like.is_meta:

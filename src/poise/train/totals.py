@@ -20,6 +20,8 @@ from poise.train.ownership import Ownership
 from poise.train.rows import (
     _SPECIAL,
     ExpertRows,
+    _as_said,
+    _elsewhere,
     _first,
     _kept,
     _own_part,
@@ -125,8 +127,9 @@ def _reduction(op: Any, empty: float) -> Callable[..., Any]:
     def reduce(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, **kwargs: Any) -> Any:
         dim = axis if dim is None else dim
         if isinstance(dim, Tensor):  # torch.max(a, b)
-            with plainly():
-                return _tagged(func(rows, dim, *args, **kwargs), _first((rows, dim), {}))
+            like = _first((rows, dim), {})
+            pair = [_own_part(rows, like), _own_part(dim, like)]
+            return _as_said(func, "maximum", pair, kwargs, like)
         if dim is None and not kwargs.get("keepdim"):
             with plainly():
                 dtype = kwargs.get("dtype") or (rows.dtype if op != dist.ReduceOp.SUM else _sums_of(rows.dtype))
@@ -242,6 +245,8 @@ def _copy(func: Any, into: Tensor, source: Tensor, *args: Any, **kwargs: Any) ->
     like = _first((into, source), {})
     if into is like:
         source = _own_part(source, like)
+    elif type(into) is Tensor and into.shape != _size(like):
+        raise _elsewhere("copy_", f"into {list(into.shape)}", like)
     with plainly():
         return _tagged(func(into, source, *args, **kwargs), like)
 

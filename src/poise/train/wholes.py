@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.train.draws import ExpertCount
+
 
 class Fate(Enum):
     """What comes out of an operation on rows."""
@@ -73,10 +75,11 @@ SHAPED = frozenset({"view", "reshape", "view_as", "reshape_as", "flatten", "rave
                     "broadcast_to"})  # fmt: skip
 FACTS = frozenset(
     "__array__ __array_wrap__ __dir__ __dlpack__ __dlpack_device__ __format__ __hash__ __iter__ __len__"
-    " __repr__ __setitem__ __setstate__ __str__ as_subclass backward can_cast const_data_ptr data_ptr dim_order"
-    " element_size get_device grad_fn has_names module_load new new_empty new_empty_strided new_full new_ones"
-    " new_tensor new_zeros numpy record_stream register_hook register_post_accumulate_grad_hook result_type set"
-    " size sizes storage storage_offset storage_type stride tolist untyped_storage".split()
+    " __repr__ __setitem__ __setstate__ __str__ _has_compatible_shallow_copy_type as_subclass backward can_cast"
+    " const_data_ptr data_ptr dim_order element_size get_device grad_fn has_names module_load new new_empty"
+    " new_empty_strided new_full new_ones new_tensor new_zeros numpy record_stream register_hook"
+    " register_post_accumulate_grad_hook result_type set size sizes storage storage_offset storage_type stride"
+    " tolist untyped_storage".split()
 )
 """Asked of this rank's rows, or done to them."""
 DIMS = ("dim", "axis", "dims", "dim0", "dim1", "dim2", "axis0", "axis1", "source", "destination")
@@ -239,6 +242,8 @@ def _aligned(args: Sequence[Any], kwargs: Mapping[str, Any], sizes: Mapping[int,
     """What is wrong where tensors stand beside rows whose axis of experts they have elsewhere, or longer."""
     axes, here = max((len(size), size[0]) for size in sizes.values())
     for value in (*args, *kwargs.values()):
+        if isinstance(value, ExpertCount):
+            return "by size(0), which counts the experts of this rank alone,"
         if not isinstance(value, Tensor):
             continue
         size = sizes.get(id(value))
