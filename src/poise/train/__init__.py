@@ -8,6 +8,7 @@ from poise.train.muon import Muon
 from poise.train.regroup import regrouped
 from poise.train.rollout import Rollout
 from poise.train.states import full_optimizer_state_dict
+from poise.train.totals import local_rows
 
 __all__ = [
     "FssdpExperts",
@@ -20,6 +21,7 @@ __all__ = [
     "full_state_dict",
     "fully_shard_experts",
     "load_checkpoint",
+    "local_rows",
     "parameter_groups",
     "regrouped",
     "save_checkpoint",

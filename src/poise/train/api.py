@@ -40,10 +40,11 @@ from poise.train.hooks import GRADIENT_HOOKS
 from poise.train.machine import warn_of_rates
 from poise.train.metrics import LayerMetrics
 from poise.train.owned import stacked
+from poise.train.ownership import Ownership
 from poise.train.packing import Packing
 from poise.train.regroup import MicroBatches
 from poise.train.rollout import Rollout
-from poise.train.rows import ExpertRows, Ownership
+from poise.train.rows import ExpertRows
 from poise.train.schedule import Schedule
 from poise.train.settings import Deployment, Settings, TrainingFlow
 from poise.train.sharding import Begin, ShardedExperts

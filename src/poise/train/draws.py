@@ -7,13 +7,11 @@ same whoever owns them. Of the others a scratch of one expert's size is filled; 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from poise.util.errors import OptionError
 
@@ -23,11 +21,36 @@ IN_PLACE = frozenset({"normal_", "uniform_", "exponential_", "geometric_", "log_
 LIKE: dict[str, Callable[..., Any]] = {"randn_like": Tensor.normal_, "rand_like": Tensor.uniform_,
                                        "randint_like": Tensor.random_}  # fmt: skip
 """What makes a tensor of random numbers like another one, and what fills it."""
-BY_FANS = frozenset({"xavier_uniform_", "xavier_normal_", "kaiming_normal_"})
-"""Functions of :mod:`torch.nn.init` that scale by a tensor's shape, which is not that of the unsharded weight."""
-FRAMES = 6
-"""How many callers of a fill are looked at for one of them."""
 OF_THE_SHAPE = ("generator", "dtype", "layout", "device", "pin_memory", "memory_format", "requires_grad")
+
+
+class ExpertCount(int):
+    """How many experts a rank has, as ``size(0)`` says it: a size and an index, and nothing to scale by.
+
+    Fans of :mod:`torch.nn.init` are counted from it, and others' initialisers that use them: in the unsharded model it
+    is the number of all experts. ``len(weight)`` and ``shape[0]`` are plain numbers.
+    """
+
+    def _counted(self, value: Any) -> Any:
+        return ExpertCount(value) if isinstance(value, int) else value
+
+    def __mul__(self, other: Any) -> Any:
+        return self._scaled() if isinstance(other, float) else self._counted(int(self) * other)
+
+    def __add__(self, other: Any) -> Any:
+        return self._scaled() if isinstance(other, float) else self._counted(int(self) + other)
+
+    __rmul__, __radd__ = __mul__, __add__
+
+    def _scaled(self, *_: Any) -> Any:
+        raise OptionError(
+            f"scaled by size(0) of a weight of sharded experts, which counts to {int(self)} with the experts of this "
+            "rank alone",
+            hint="initialise the unsharded model; or normal_, uniform_ or trunc_normal_ with the width that is meant; "
+            "len(weight) counts this rank's experts",
+        )
+
+    __float__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __pow__ = __rpow__ = _scaled
 
 
 def draw(
@@ -46,15 +69,9 @@ def draw(
 
     Raises
     ------
-    OptionError : a parameter is a tensor, or the numbers are scaled by the number of experts.
+    OptionError : a parameter is a tensor, or ``kaiming_uniform_`` scales by the number of experts.
     """
     name = func.__name__
-    caller = _by_fans()
-    if caller:
-        raise OptionError(
-            f"{caller} scales by the shape of a weight, of whose {experts} experts {len(mine)} are here",
-            hint="initialise the unsharded model; or normal_, uniform_ or trunc_normal_ with the width that is meant",
-        )
     if any(isinstance(value, Tensor) and value.dim() for value in (*args, *kwargs.values())):
         raise OptionError(
             f"{name} of {experts} experts that are sharded, by a tensor of parameters",
@@ -74,18 +91,6 @@ def draw(
     return rows
 
 
-def _by_fans() -> str:
-    """The function of :mod:`torch.nn.init` that asks for a fill, if it has scaled it by the shape of rows."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(FRAMES):
-        if frame is None:
-            return ""
-        if frame.f_code.co_name in BY_FANS and frame.f_globals.get("__name__") == nn.init.__name__:
-            return frame.f_code.co_name
-        frame = frame.f_back
-    return ""
-
-
 def draw_like(
     func: Any, rows: Tensor, mine: Sequence[int], experts: int, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Tensor:
@@ -93,8 +98,7 @@ def draw_like(
     shape = {key: value for key, value in kwargs.items() if key in OF_THE_SHAPE and key != "generator"}
     rest = {key: value for key, value in kwargs.items() if key not in shape}
     if func.__name__ == "randint_like":
-        low, high = rest.pop("low", 0), rest.pop("high", None)
-        args = (low, *args) if high is None and "low" not in kwargs and len(args) == 1 else (*args,)
-        args = args if high is None else (low, high)
+        given = [*args, *(rest.pop(key) for key in ("low", "high") if key in rest)]
+        args = given if len(given) > 1 else (0, *given)
     with torch.no_grad():
         return draw(LIKE[func.__name__], torch.empty_like(rows, **shape), mine, experts, False, args, rest)

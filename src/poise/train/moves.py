@@ -14,7 +14,8 @@ from torch import Tensor
 
 from poise.runtime.collectives import Batch, Operation, next_tag
 from poise.train.owned import OwnedExperts
-from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
+from poise.train.ownership import Ownership
+from poise.train.rows import ExpertRows, plain, plainly, rows_of
 from poise.train.settings import Deployment
 from poise.util.errors import OptionError
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.runtime.experts import Bank, ExpertKind
-from poise.train.rows import ExpertRows, Ownership, plain, plainly, rows_of
+from poise.train.ownership import Ownership
+from poise.train.rows import ExpertRows, plain, plainly, rows_of
 from poise.util.errors import ModelError
 
 

@@ -5,86 +5,35 @@ operations make of them: an average kept by hand, a snapshot, a mask. So stock c
 
 - Norms, sums, extrema and ``numel`` are those of all experts on all ranks, as DTensor answers them: collective. So
   ``torch.nn.utils.clip_grad_norm_``, ``GradScaler`` and optimizers that scale by a tensor's norm do what they do to the
-  unsharded weight. ``shape`` is that of the rows here.
+  unsharded weight (:mod:`poise.train.totals`). ``shape`` is that of the rows here; ``dim()`` and ``size(axis)`` of a
+  list of experts are those of one expert.
+- Operations after which the axis of experts provably is first give rows again; others are refused, on every rank alike
+  (:mod:`poise.train.wholes`). Indices, slices and iteration give plain tensors of this rank's experts.
 - Rows of one layer from before and after its owners moved do not mix: :class:`~poise.util.errors.ModelError` on all
   ranks.
 - Random numbers are drawn for all experts (:mod:`poise.train.draws`), so that ranks with one seed differ.
 - They cannot be pickled: a file would hold one rank's experts.
 
-All else is done by PyTorch on plain tensors, without a dispatch of its own.
+What is allowed is done by PyTorch on plain tensors, without a dispatch of its own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from poise.train.draws import IN_PLACE, LIKE, draw, draw_like
-from poise.train.wholes import RESHAPED, asks_for_all, keeps_experts, plain_name, with_rows
-from poise.util.errors import ModelError, OptionError
+from poise.train.ownership import Ownership
+from poise.train.wholes import SHAPED, Fate, fate, plain_name, shape_of, squeezed
+from poise.util.errors import OptionError
 
 plainly = torch._C.DisableTorchFunctionSubclass
 """Within it, rows are tensors like any other."""
-
-
-class Ownership:
-    """Who owns which expert of one layer, from one move of owners to the next.
-
-    Parameters
-    ----------
-    mesh : 1-D, of the ranks that share the layer.
-    owner_E : int64 [E], rank of each expert.
-    listed : in the unsharded model each expert has tensors of its own, so that ``dim()`` counts one axis less.
-    origin : the layer, the same after a move.
-    """
-
-    def __init__(
-        self, mesh: Any, owner_E: NDArray[np.int64], listed: bool = False, origin: object | None = None
-    ) -> None:
-        self.mesh, self.rank = mesh, int(mesh.get_local_rank())
-        self.owner_E = np.array(owner_E, np.int64)
-        self.owner_E.flags.writeable = False
-        self.mine: list[int] = np.flatnonzero(self.owner_E == self.rank).tolist()
-        self.listed, self.origin = listed, object() if origin is None else origin
-
-    def moved(self, owner_E: NDArray[np.int64]) -> Ownership:
-        """The same layer under other owners."""
-        return Ownership(self.mesh, owner_E, self.listed, self.origin)
-
-    def check(self, other: Ownership) -> None:
-        """Refuse to combine rows of both, if they cannot be.
-
-        Raises
-        ------
-        ModelError : they are of the same layer, and of other experts; on all ranks.
-        """
-        if self is not other and self.origin is other.origin and (self.owner_E != other.owner_E).any():
-            expert = int(np.flatnonzero(self.owner_E != other.owner_E)[0])
-            raise ModelError(
-                f"rows from before and after a move of owners meet: expert {expert} is rank "
-                f"{self.owner_E[expert]}'s in the one and rank {other.owner_E[expert]}'s in the other",
-                hint="name averages and snapshots by run.follow(tensors), and they move with the owners",
-            )
-
-    @property
-    def group(self) -> Any:
-        """Process group of the mesh."""
-        return self.mesh.get_group()
-
-    def index(self, device: torch.device) -> Tensor:
-        """The experts owned here, int64 [n]."""
-        return torch.as_tensor(self.mine, dtype=torch.int64, device=device)
-
-    def __deepcopy__(self, memo: Any) -> Ownership:
-        return self
 
 
 class ExpertRows(torch.Tensor):
@@ -103,43 +52,21 @@ class ExpertRows(torch.Tensor):
                 like = args[0] if args else _first(args, kwargs)
                 out = func(*args, **kwargs)
                 return out if out is like else _tagged(out, like)
-        name = getattr(func, "__name__", "")
-        if getattr(func, "__module__", "") == dist.all_reduce.__module__:
-            raise OptionError(
-                f"{name} over rows of sharded experts, which are of other experts on every rank",
-                hint="leave out run.parameters(): their gradients are summed over the ranks already",
-            )
+        name, module = getattr(func, "__name__", ""), getattr(func, "__module__", "") or ""
+        if module == dist.all_reduce.__module__:
+            return _between_ranks(func, name, args, kwargs)
         if name.startswith(("_foreach_", "_fused_", "_amp_foreach_")):
             return _foreach(func, name, args, kwargs)
         if name in IN_PLACE or name in LIKE:
             return _random(func, name, list(args), dict(kwargs))
         like = _first(args, kwargs)
         args = [_own_part(value, like) for value in args]
-        name = plain_name(name)
-        wants = asks_for_all(name, args, kwargs, len(_size(like)))
-        if wants:
-            raise _elsewhere(name, wants, like)
         if any(isinstance(value, DTensor) and not value.dim() for value in args):  # a norm of FSDP2's gradients
             args = [value.full_tensor() if isinstance(value, DTensor) else value for value in args]
-        args = with_rows(name, args, _size(like))
-        with plainly():
-            try:
-                out = func(*args, **kwargs)
-            except RuntimeError as error:
-                if name in RESHAPED:  # to a shape that was reckoned from numel(), which is of all experts
-                    raise _elsewhere(name, "to another shape", like) from error
-                raise
-            if name == "to" and out.is_meta and not like.is_meta:
-                raise OptionError(
-                    f"weights of {len(like.ownership.mine)} sharded experts would be lost on the meta device",
-                    hint="leave out cpu_ram_efficient_loading: every rank loads the model, then fully_shard_experts; "
-                    "or shard it on the meta device and load a state dict into it",
-                )
-            if keeps_experts(name, args, out, like):
-                _kept(out, like)
-            if name in RESHAPED and type(out) is not ExpertRows:
-                raise _elsewhere(name, f"to {list(out.shape)}", like)
-            return _tagged(out, like)
+        if module.startswith("torch.autograd"):
+            with plainly():
+                return _tagged(func(*args, **kwargs), like)
+        return _as_said(func, plain_name(func), args, kwargs, like)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertRows:
         if id(self) in memo:
@@ -159,12 +86,42 @@ class ExpertRows(torch.Tensor):
         raise refused("pickled")
 
 
+class StackedRows(torch.Tensor):
+    """Snapshots of one weight, [k, n, ...]: rows with one axis before that of experts, to be reduced to rows."""
+
+    ownership: Ownership
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, plain_name(func)
+        every = [one for one in _flat((*args, *kwargs.values())) if isinstance(one, StackedRows)]
+        for one in every[1:]:
+            every[0].ownership.check(one.ownership)
+        dims = [kwargs[key] for key in ("dim", "axis") if key in kwargs] or list(args[1:2])
+        fact = getattr(func, "__name__", "") in ("__get__", "__set__") and name not in TENSORS_OF_TENSORS
+        if fact or name in STACK_FACTS:
+            with plainly():
+                return func(*args, **kwargs)
+        over = name in OVER_A_STACK and dims[:1] in ([0], [(0,)], [[0]]) and not kwargs.get("keepdim") and not args[2:]
+        taken = name == "__getitem__" and isinstance(args[1], int)
+        joins = name in ("cat", "concat", "concatenate") and dims in ([], [0]) and len(every) == len(args[0])
+        with plainly():
+            if not (over or taken or joins):
+                raise _elsewhere(name, "of several snapshots", rows_of(every[0].detach()[0], every[0].ownership))
+            out = func(*args, **kwargs)
+            for one in out if isinstance(out, tuple) else (out,):
+                if type(one) is Tensor:
+                    one.__class__, one.ownership = StackedRows if joins else ExpertRows, every[0].ownership
+            return out
+
+
 def refused(what: str) -> OptionError:
     """What is said where a file or another process would get one rank's experts."""
     return OptionError(
         f"rows of sharded experts cannot be {what}: this rank owns a part of the experts",
         hint="poise.train.save_checkpoint, full_state_dict or full_optimizer_state_dict; torch.distributed.checkpoint "
-        "with get_state_dict; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
+        "with get_state_dict; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin; "
+        "of this rank alone: poise.train.local_rows",
     )
 
 
@@ -194,27 +151,92 @@ def _tagged(out: Any, like: ExpertRows) -> Any:
     return out
 
 
-def _kept(out: Any, like: ExpertRows) -> Any:
+def _as_said(func: Any, name: str, args: list[Any], kwargs: dict[str, Any], like: ExpertRows) -> Any:
+    """Run an operation, if the rule knows what becomes of its experts (:mod:`poise.train.wholes`)."""
+    experts, here = len(like.ownership.owner_E), _size(like)
+    sizes = {id(one): _size(one) for one in _flat((*args, *kwargs.values())) if isinstance(one, ExpertRows)}
+    asked = getattr(func, "__name__", "")
+    is_fact = asked in ("__set__", "__delete__") or (asked == "__get__" and name not in TENSORS_OF_TENSORS)
+    with plainly():
+        what = fate(name, is_fact, args, kwargs, sizes, experts)
+        if isinstance(what, str):
+            raise _elsewhere(name, what, like)
+        if name == "squeeze":
+            args, kwargs = [args[0], squeezed(args, kwargs, here)], {}
+        shape = (
+            None
+            if what is not Fate.ROWS or name not in SHAPED or args[0] is not like
+            else shape_of(name, args, kwargs, here, experts)
+        )
+        if shape is not None and not isinstance(args[1:2] and args[1], torch.dtype):
+            shaped = Tensor.expand if name in EXPANDED else Tensor.view if name.startswith("view") else Tensor.reshape
+            out = shaped(args[0], shape)
+        else:
+            out = func(*args, **kwargs)
+        if name == "to" and out.is_meta and not like.is_meta:
+            raise OptionError(
+                f"weights of {len(like.ownership.mine)} sharded experts would be lost on the meta device",
+                hint="leave out cpu_ram_efficient_loading: every rank loads the model, then fully_shard_experts; "
+                "or shard it on the meta device and load a state dict into it",
+            )
+        if what is Fate.STACKED:
+            out.__class__, out.ownership = StackedRows, like.ownership
+            return out
+        return _kept(out, like, name) if what is Fate.ROWS else _of_the_shape(out, name, like)
+
+
+def _of_the_shape(out: Any, name: str, like: ExpertRows) -> Any:
+    """``new_empty`` and its like make rows of the shape of rows."""
+    return _tagged(out, like) if name.startswith("new_") else out
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _kept(out: Any, like: ExpertRows, name: str) -> Any:
     """Of what kept the axis of experts first, whatever axes follow."""
-    if type(out) is Tensor and out.dim() and out.size(0) == _size(like)[0]:
+    if type(out) is Tensor:
+        if not out.dim() or out.size(0) != _size(like)[0]:
+            raise _elsewhere(name, f"to {list(out.shape)}", like)
         out.__class__, out.ownership = ExpertRows, like.ownership
-    elif isinstance(out, tuple):
+    elif isinstance(out, (tuple, list)):
         for one in out:
-            _kept(one, like)
+            _kept(one, like, name)
     return out
 
 
 def _elsewhere(name: str, wants: str, rows: ExpertRows) -> OptionError:
     return OptionError(
         f"{name} {wants} of a weight of {len(rows.ownership.owner_E)} experts, of which this rank has {_size(rows)[0]}",
-        hint="sum, mean, var, std, norm, min and max without dim are of all experts; for what else there is: "
-        "poise.train.full_state_dict",
+        hint="sum, mean, var, std, norm, min and max without dim are of all experts; this rank's numbers: "
+        "poise.train.local_rows(weight), in hooks too; those of all experts: poise.train.full_state_dict",
     )
+
+
+def _between_ranks(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A collective over rows: one number an expert may be gathered; all else would mix experts."""
+    like = _first(args, kwargs)
+    if name not in ("all_gather", "gather") or len(_size(like)) > 1:
+        raise OptionError(
+            f"{name} over rows of sharded experts, which are of other experts on every rank",
+            hint="leave out run.parameters(): their gradients are summed over the ranks already; to send this rank's "
+            "numbers: poise.train.local_rows",
+        )
+    bare = [plain(value) if isinstance(value, ExpertRows) else value for value in args]
+    named = {key: plain(value) if isinstance(value, ExpertRows) else value for key, value in kwargs.items()}
+    return func(*bare, **named)
 
 
 def _random(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """Random numbers in rows, or like rows: every rank draws for all experts (:mod:`poise.train.draws`)."""
     rows = kwargs.pop("tensor") if "tensor" in kwargs else args.pop(0)
+    if not isinstance(rows, ExpertRows):
+        raise _elsewhere(name, "into other numbers, with the chances", _first(args, kwargs))
     one, mine = rows.ownership, rows.ownership.mine
     with plainly():
         if name in LIKE:
@@ -236,9 +258,12 @@ def _own_part(value: Any, like: ExpertRows) -> Any:
 def _of_the_same(*values: Any) -> bool:
     """Whether these are rows of the same experts and plain numbers, as they are in most of an optimizer's step."""
     ownership = getattr(values[0], "ownership", None)
-    return ownership is not None and all(
-        value.ownership is ownership if type(value) is ExpertRows else type(value) in (float, int) for value in values
-    )
+    others = [value for value in values[1:] if type(value) is not float and type(value) is not int]
+    if ownership is None or any(type(one) is not ExpertRows or one.ownership is not ownership for one in others):
+        return False
+    with plainly():
+        axes = values[0].dim()
+        return all(one.dim() == axes for one in others)
 
 
 def _size(rows: Tensor) -> torch.Size:
@@ -264,8 +289,6 @@ def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> ExpertRows:
 def _foreach(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """An operation on lists, in which rows, plain tensors and DTensors may stand beside each other."""
     first = list(args[0])
-    if name == "_foreach_norm":
-        return _norms(first, *args[1:], **kwargs)
     lists = [value for value in (*args, *kwargs.values()) if _one_each(value, len(first))]
     likes: list[ExpertRows | None] = []
     for at in zip(*lists, strict=True):
@@ -320,162 +343,17 @@ def _ownerships(rows: Iterable[ExpertRows | None]) -> list[Ownership]:
     return list(seen.values())
 
 
-# ---- of all experts -----------------------------------------------------------------------------------------------
-
-
-def _over_ranks(local_X: Tensor, ownership: Ownership, op: Any) -> Tensor:
-    """A reduction over the ranks of a few numbers, float64; its gradient goes to this rank's, as in the whole model."""
-    local_X = local_X.double()
-    here = local_X.detach().to(ownership.mesh.device_type, copy=True)
-    dist.all_reduce(here, op=op, group=ownership.group)
-    total_X = here.to(local_X.device)
-    if not local_X.requires_grad:
-        return total_X
-    if op == dist.ReduceOp.SUM:
-        return local_X + (total_X - local_X.detach())
-    return torch.where(local_X.detach() == total_X, local_X, total_X)
-
-
-def _norms(tensors: list[Any], ord: Any = 2, dtype: Any = None) -> list[Tensor]:
-    """Norm of every tensor; those of rows by one reduction a process group."""
-    ord, out = float(ord), [None] * len(tensors)
-    for ownership in _ownerships(one if isinstance(one, ExpertRows) else None for one in tensors):
-        at = [
-            i for i, one in enumerate(tensors) if isinstance(one, ExpertRows) and one.ownership.group is ownership.group
-        ]
-        for i, norm in zip(at, _norms_of_rows([tensors[i] for i in at], ord, ownership), strict=True):
-            out[i] = norm.to(dtype or tensors[i].dtype)
-    for i, one in enumerate(tensors):
-        if out[i] is None:
-            norm = torch.linalg.vector_norm(one, ord, dtype=dtype)
-            out[i] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return out
-
-
-def _norms_of_rows(rows: list[ExpertRows], ord: float, ownership: Ownership) -> Tensor:
-    powered = ord not in (0.0, math.inf, -math.inf)
-    empty = math.inf if ord == -math.inf else 0.0
-    with plainly():
-        each = [torch.linalg.vector_norm(one, ord) if len(one) else one.new_tensor(empty) for one in rows]
-        local = torch.stack([one.to(each[0].device, torch.float64) for one in each])
-    op = {math.inf: dist.ReduceOp.MAX, -math.inf: dist.ReduceOp.MIN}.get(ord, dist.ReduceOp.SUM)
-    total = _over_ranks(local**ord if powered else local, ownership, op)
-    return total ** (1.0 / ord) if powered else total
-
-
-def _norm(
-    func: Any,
-    rows: Any,
-    p: Any = None,
-    dim: Any = None,
-    keepdim: bool = False,
-    *,
-    ord: Any = None,
-    dtype: Any = None,
-    **_: Any,
-) -> Any:
-    """``torch.linalg.vector_norm``, ``torch.norm`` and ``Tensor.norm``, which name the order ``ord`` or ``p``."""
-    order = p if p is not None else ord
-    order = 2 if order in (None, "fro") else order
-    if dim is None and not keepdim and not isinstance(order, str):
-        if stepping and rows.ownership.listed:
-            raise OptionError(
-                f"{stepping[0]} scales by the norm of a weight, and {len(rows.ownership.owner_E)} experts of a list "
-                "are one weight here",
-                hint="take an optimizer that works element by element, or stack the experts of the model: [E, ...]",
-            )
-        return _norms([rows], order, dtype)[0]
-    return _by_axis(func, rows, dim, lambda: func(rows, order, dim, keepdim, dtype=dtype))
-
-
-def _reduction(op: Any, empty: float) -> Callable[..., Any]:
-    def reduce(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, **kwargs: Any) -> Any:
-        dim = axis if dim is None else dim
-        if isinstance(dim, Tensor):  # torch.max(a, b)
-            with plainly():
-                return _tagged(func(rows, dim, *args, **kwargs), _first((rows, dim), {}))
-        if dim is None and not kwargs.get("keepdim"):
-            with plainly():
-                one = func(rows, **kwargs) if len(rows) else func(rows.new_full((1,), empty), **kwargs)
-            return _over_ranks(one.reshape(1), rows.ownership, op)[0].to(one.dtype)
-        return _by_axis(func, rows, dim, lambda: func(rows, dim, *args, **kwargs))
-
-    return reduce
-
-
-def _mean(func: Any, rows: Any, dim: Any = None, *args: Any, axis: Any = None, **kwargs: Any) -> Any:
-    dim = axis if dim is None else dim
-    if dim is None and not kwargs.get("keepdim"):
-        return torch.sum(rows, **kwargs) / rows.numel()
-    return _by_axis(func, rows, dim, lambda: func(rows, dim, *args, **kwargs))
-
-
-def _spread(root: bool) -> Callable[..., Any]:
-    def spread(
-        func: Any, rows: Any, dim: Any = None, unbiased: bool = True, *args: Any, correction: Any = None, **kwargs: Any
-    ) -> Any:
-        if isinstance(dim, bool):  # var(unbiased), which names no axis
-            dim, unbiased = None, dim
-        less = unbiased if correction is None else correction
-        if dim is None and not kwargs.get("keepdim"):
-            variance = torch.sum((rows - torch.mean(rows)).square()) / (rows.numel() - less)
-            return variance.sqrt() if root else variance
-        return _by_axis(func, rows, dim, lambda: func(rows, dim, *args, correction=less, **kwargs))
-
-    return spread
-
-
-def _by_axis(func: Any, rows: ExpertRows, dim: Any, run: Callable[[], Any]) -> Any:
-    """Reduce along axes within an expert; along the axis of experts other ranks have the rest, so it is refused."""
-    axes = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
-    size = _size(rows)
-    if not axes or any(axis % len(size) == 0 for axis in axes):
-        raise OptionError(
-            f"{getattr(func, '__name__', func)} along the axis of experts, of which this rank has {size[0]} of "
-            f"{len(rows.ownership.owner_E)}",
-            hint="leave dim out for the value of all experts, or use poise.train.full_state_dict",
-        )
-    with plainly():
-        return _kept(run(), rows)
-
-
-def _numel(func: Any, rows: ExpertRows) -> int:
-    return len(rows.ownership.owner_E) * math.prod(_size(rows)[1:])
-
-
-def _axes(func: Any, rows: ExpertRows) -> int:
-    return len(_size(rows)) - rows.ownership.listed
-
-
-def _grad(func: Any, rows: ExpertRows, *_: Any) -> Any:
-    """The gradient as rows, also where a plain tensor was set."""
-    with plainly():
-        grad = rows.grad
-        if type(grad) is Tensor:
-            rows.grad = grad = rows_of(grad, rows.ownership)
-    return grad
-
-
-def _copy(func: Any, into: Tensor, source: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """From rows of the same experts, or from the tensor of all experts."""
-    source = getattr(source, "rows", source)  # of a state dict
-    like = _first((into, source), {})
-    if into is like:
-        source = _own_part(source, like)
-    with plainly():
-        return _tagged(func(into, source, *args, **kwargs), like)
-
-
+TENSORS_OF_TENSORS = frozenset({"data", "grad", "real", "imag", "T", "H", "mT", "mH"})
+"""Properties that are tensors."""
+STACK_FACTS = frozenset({"size", "dim", "stride", "__repr__", "__len__", "requires_grad", "is_floating_point"})
+OVER_A_STACK = frozenset({"sum", "mean", "amax", "amin", "max", "min", "median", "std", "var", "norm", "prod", "any",
+                          "all", "logsumexp", "squeeze", "select"})  # fmt: skip
+EXPANDED = frozenset({"expand", "expand_as", "broadcast_to"})
 stepping: list[str] = []
 """The optimizer that makes a step now (:mod:`poise.train.states`)."""
 _T = torch.Tensor
-_SPECIAL: dict[Any, Callable[..., Any]] = {
-    _T.grad.__get__: _grad, _T.copy_: _copy, _T.numel: _numel, _T.nelement: _numel, torch.numel: _numel,
-    _T.dim: _axes, _T.ndim.__get__: _axes, _T.ndimension: _axes,
-    torch.linalg.vector_norm: _norm, torch.norm: _norm, _T.norm: _norm,
-    torch.mean: _mean, _T.mean: _mean, torch.var: _spread(False), _T.var: _spread(False), torch.std: _spread(True),
-    _T.std: _spread(True),
-}  # fmt: skip
+_SPECIAL: dict[Any, Callable[..., Any]] = {}
+"""What is not run as PyTorch runs it (:mod:`poise.train.totals`)."""
 _FACTS = {
     getattr(_T, name).__get__
     for name in ("requires_grad", "dtype", "device", "layout", "is_sparse", "_backward_hooks", "is_leaf",
@@ -488,9 +366,3 @@ _ELEMENTWISE = {
                  "__add__", "__sub__", "__mul__", "__truediv__")
 } | {torch.sqrt, torch.add, torch.sub, torch.mul, torch.div}  # fmt: skip
 """Of an optimizer's step, many times a weight: they are spared the search for DTensors and tensors of all experts."""
-for _op, _empty, _names in (
-    (dist.ReduceOp.SUM, 0, ("sum",)), (dist.ReduceOp.MAX, 0, ("any",)), (dist.ReduceOp.MIN, 1, ("all",)),
-    (dist.ReduceOp.MAX, -math.inf, ("max", "amax")), (dist.ReduceOp.MIN, math.inf, ("min", "amin")),
-):  # fmt: skip
-    for _name in _names:
-        _SPECIAL[getattr(torch, _name)] = _SPECIAL[getattr(_T, _name)] = _reduction(_op, _empty)

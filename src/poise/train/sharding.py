@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from poise.runtime.experts import ExpertKind, inputs_of
 from poise.train.dispatched import Routed
 from poise.train.owned import OwnedExperts
-from poise.train.rows import Ownership
+from poise.train.ownership import Ownership
 from poise.train.schedule import Schedule
 from poise.train.steps import watch_optimizers
 from poise.util.errors import ModelError

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from poise.runtime.collectives import gather_rows
-from poise.train.rows import ExpertRows, Ownership, plain, plainly, refused, rows_of
+from poise.train.ownership import Ownership
+from poise.train.rows import ExpertRows, plain, plainly, refused, rows_of
 from poise.util.errors import ModelError, OptionError
 
 
