@@ -119,14 +119,14 @@ def rows_by_keyword_and_on_a_rank_without_experts() -> dict:
         several, width = len(rows), rows.shape[2]
         for label, reshape in {
             "view(-1)": lambda w: w.view(-1), "reshape(-1)": lambda w: w.reshape(-1), "flatten": lambda w: w.flatten(),
-            "ravel": lambda w: w.ravel(), "view(-1, d)": lambda w, d=width: w.view(-1, d), "unsqueeze": lambda w: w.unsqueeze(0),
-            "squeeze": lambda w: w.squeeze(), "flatten(0, 1)": lambda w: w.flatten(0, 1), "unflatten": lambda w: w.unflatten(0, (1, -1)),
+            "ravel": lambda w: w.ravel(), "view(-1, d)": lambda w, d=width: w.view(-1, d),
+            "flatten(0, 1)": lambda w: w.flatten(0, 1), "unflatten": lambda w: w.unflatten(0, (1, -1)),
         }.items():  # fmt: skip
             assert f"weight of {h.EXPERTS} experts" in c.raised(OptionError, partial(reshape, rows)), label
         for label, reshape in {
             "flatten(1)": lambda w: w.flatten(1), "view(n, -1)": lambda w, n=several: w.view(n, -1),
             "reshape(n, -1)": lambda w, n=several: w.reshape((n, -1)), "unsqueeze(1)": lambda w: w.unsqueeze(1),
-            "squeeze(1)": lambda w: w.unsqueeze(1).squeeze(1), "bytes": lambda w: w.view(torch.int64),
+            "squeeze(1)": lambda w: w.unsqueeze(1).squeeze(1), "squeeze": lambda w: w.squeeze(), "bytes": lambda w: w.view(torch.int64),
             "view(-1, ...)": lambda w: w.view(-1, *w.shape[1:]),
         }.items():  # fmt: skip
             out = reshape(rows)
