@@ -99,7 +99,7 @@ OF_ALL: dict[str, Callable[[Any], Any]] = {
 MINE: dict[str, Callable[[Any], Any]] = {
     "slice": lambda w: w[0:3], "part": lambda w: w.narrow(0, 0, 0), "some": lambda w: w[torch.zeros(len(w), dtype=torch.bool)],
     "local": local_rows, "of index": lambda w: w.index_select(0, torch.zeros(0, dtype=torch.int64)),
-    "flat": lambda w: local_rows(w).flatten(),
+    "flat": lambda w: local_rows(w).flatten(), "cast": lambda w: torch.zeros(3).to(w), "cast as": lambda w: torch.zeros(len(w), A, B).type_as(w),
 }  # fmt: skip
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "flatten": lambda w: w.flatten(), "view": lambda w: w.view(-1), "of length": lambda w: w.view(w.numel()),
@@ -126,6 +126,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "pruning": lambda w: nn.utils.parameters_to_vector([w]), "fans": lambda w: nn.init.xavier_uniform_(w.clone()),
     "scaled": lambda w: w.clone().normal_(0, 1 / w.size(0)), "bernoulli of rows": lambda w: torch.zeros(1).bernoulli_(w),
     "copied into more": lambda w: torch.zeros(3, A, B).copy_(w), "larger": lambda w: torch.max(w, torch.ones(6, A, B, dtype=w.dtype)),
+    "bounds": lambda w: torch.bucketize(torch.ones(3), w.sum((1, 2))), "within": lambda w: torch.isin(torch.ones(3), w),
     "mean by hand": lambda w: w.sum((1, 2)) / w.size(0), "from the first": lambda w: w[None, 0],
 }  # fmt: skip
 

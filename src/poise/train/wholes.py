@@ -30,9 +30,9 @@ class Fate(Enum):
 
 REFUSED_THOUGH_TAGGED = frozenset({"equal", "max", "min", "rrelu", "where", "mvlgamma"})
 NUMBER_BY_NUMBER = frozenset(
-    "absolute alias_copy and arccos arccosh arcsin arcsinh arctan arctan2 arctanh bfloat16 bool bucketize byte"
+    "absolute alias_copy and arccos arccosh arcsin arcsinh arctan arctan2 arctanh bfloat16 bool byte"
     " cdouble cfloat chalf char clone conj contiguous cpu cuda data detach divide double empty_like fill fix"
-    " float floor_divide floordiv full_like greater greater_equal half imag int invert isclose isin isreal less"
+    " float floor_divide floordiv full_like greater greater_equal half imag int invert isclose isreal less"
     " less_equal log_sigmoid logsigmoid long lshift masked_fill mod mtia multiply negative not_equal ones_like"
     " or pin_memory real requires_grad resolve_conj resolve_neg retain_grad rshift share_memory short softsign"
     " special_erf special_expit special_gammaln subtract tanhshrink to truediv type type_as xor xpu zero"
@@ -141,6 +141,8 @@ def fate(
     if is_fact or name in FACTS or name.startswith("is_"):
         return "of all numbers" if name == "is_nonzero" else Fate.MINE
     if name.startswith("_") and not name.startswith("__") and not hasattr(torch.ops.aten, name):  # of PyTorch's own
+        return Fate.MINE
+    if name in ("to", "type_as") and not leads:  # other numbers, to the type and device of rows
         return Fate.MINE
     if number_by_number(name) or (name == "where" and len(args) + len(kwargs) == 3) or _unreduced(name, kwargs):
         return _aligned(args, kwargs, sizes, experts) or Fate.ROWS
