@@ -21,6 +21,7 @@ from poise.engines.plugins.turns import (
     FIRST,
     GIVEN_UP,
     LATE,
+    MIXED,
     MOST_LATE,
     MOST_SILENT,
     MOST_TRIED,
@@ -54,6 +55,36 @@ def test_a_late_map_is_taken_when_it_is_there():
     ranks.planner.answers(new)
     table, word = same(ranks.turn(call(seed=2)))
     assert word == NEW and (table == new).all()
+
+
+def test_nothing_is_planned_of_steps_under_two_maps():
+    """vLLM tells all counted steps by the map in use: of those before it moved they are another expert's."""
+    ranks, first, second = Together(), shuffled(TRIVIAL, 1), shuffled(TRIVIAL, 2)
+
+    def turn(in_use):
+        return same(ranks.turn(call(in_use), in_use, settles=3))[1]
+
+    assert turn(TRIVIAL) == FIRST
+    ranks.planner.answers(first)
+    assert turn(TRIVIAL) == NEW and len(ranks.planner.asked) == 2, "these loads were all of one map"
+    ranks.planner.answers(second)
+    assert turn(first) == NEW and len(ranks.planner.asked) == 2
+    assert [turn(second) for _ in range(2)] == [MIXED, MIXED] and len(ranks.planner.asked) == 2
+    assert turn(second) == FIRST and len(ranks.planner.asked) == 3
+
+
+def test_nor_beside_serving():
+    ranks, new = Together(), shuffled(TRIVIAL)
+    ask = ranks.planner.ask
+
+    def soon(one):
+        coming = ask(one)
+        ranks.planner.answers(new)
+        return coming
+
+    ranks.planner.ask = soon
+    words = [same(ranks.turn(call(table), table, waits=True, settles=2))[1] for table in (TRIVIAL, new, new, new)]
+    assert words == [NEW, MIXED, STAYS, STAYS]
 
 
 def test_who_is_late_too_often_is_ended():

@@ -13,14 +13,14 @@ from poise.engines.plugins import policy, vllm_call
 from poise.engines.plugins.settings import PolicySettings
 from poise.engines.plugins.turns import GIVEN_UP, MOST_TRIED, WORDS
 from poise.engines.plugins.vllm_call import Call, Planning
-from poise.engines.plugins.vllm_caller import BALANCER, WORKER
+from poise.engines.plugins.vllm_caller import BALANCER, WORKER, caller
 
 FRAMES = """
-def rearrange(record, ask):
+def rearrange(record, ask, self=None):
     eplb_model_state = record
     return ask()
 
-def run_rebalance_experts(model_state, ask):
+def run_rebalance_experts(model_state, ask, eplb_state=None):
     return ask()
 """
 
@@ -89,6 +89,14 @@ def test_models_of_one_shape_do_not_take_each_others_maps(planning):
     of_first.set_result(SimpleNamespace(table_LS=new, said=""))
     assert (SERVING(second, lambda: planning.table(call(seed=2))) == TRIVIAL).all()
     assert (SERVING(first, lambda: planning.table(call(seed=3))) == new).all()
+
+
+@pytest.mark.parametrize("window, interval, settles", [(1000, 3000, 1), (64, 64, 1), (64, 8, 8), (65, 8, 9), (0, 8, 1)])
+def test_the_steps_that_loads_are_of_are_read_off_the_state(window, interval, settles):
+    state = SimpleNamespace(expert_load_window_size=window, expert_rearrangement_step_interval=interval)
+    assert SERVING(object(), caller, self=state).settles == settles
+    assert BESIDE(object(), caller, eplb_state=state).settles == settles + (settles > 1)
+    assert SERVING(object(), caller).settles == 1
 
 
 def test_who_cannot_be_told_is_served(planning):

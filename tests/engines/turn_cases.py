@@ -71,13 +71,15 @@ class Together:
         self._barrier.wait()
         return out
 
-    def turn(self, one, in_use=TRIVIAL, *, errors=None, maps=None, waits=False):
+    def turn(self, one, in_use=TRIVIAL, *, errors=None, maps=None, waits=False, settles=1):
         """What every rank takes; ``errors``: rank -> its own; ``maps``: rank -> the map it has in use."""
         errors, maps = errors or {}, maps or {}
 
         def take(rank):
             ranks = TurnRanks(rank, RANKS, self._total)
-            return self.turns[rank].take(errors.get(rank, one), maps.get(rank, in_use), ranks, waits=waits)
+            return self.turns[rank].take(
+                errors.get(rank, one), maps.get(rank, in_use), ranks, waits=waits, settles=settles
+            )
 
         with ThreadPoolExecutor(RANKS) as pool:
             return list(pool.map(take, range(RANKS)))

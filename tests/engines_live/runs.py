@@ -120,11 +120,10 @@ class Runs:
 
     def drifting(self, eplb: dict[str, Any]) -> Asked:
         """poise plans: until a map came before other words do; until the loads are of those; until it has answered these."""
-        came = "in time" if eplb is SYNC else "turns"
         phases = [
             {"rounds": BEFORE, "everywhere": {"changes": 1}},
             {"rounds": AFTER},
-            {"rounds": AFTER, "everywhere": {came: 2}},  # the first may be of loads from before
+            {"rounds": AFTER, "everywhere": {"in time": 2}},  # the first may be of loads from before
         ]
         return self.two(eplb={**eplb, **WINDOW}, environ={"POISE_EPLB": "1", "POISE_CANARY": "1"}, phases=phases)
 

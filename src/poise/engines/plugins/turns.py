@@ -12,6 +12,10 @@ the planner raised, or the map in use is another than it was made from, or a ran
 keep the map in use, and say why. A planner whose processes end, or hang, one after the other without any answer is
 given up: the map in use stays for good.
 
+An engine that counts tokens by slot, over more steps than lie between two rearrangements, tells all of them by the map
+in use: loads of steps under the map before are another expert's. So nothing is planned until all counted steps are of
+one map.
+
 Every rank checks beside that all have the same map in use: its number, and the square, are summed over ranks; they are
 all equal if, and only if, n times the sum of squares is the square of the sum, and then every rank sees that.
 """
@@ -19,6 +23,7 @@ all equal if, and only if, n times the sum of squares is the square of the sum, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -43,7 +48,7 @@ torch's process groups end that after half an hour."""
 MOST_TRIED = 3
 """Processes in a row that ended, or were ended, without an answer, before the planner is given up."""
 NUMBERS = 2**24
-NEW, STAYS, FIRST, LATE, FAILED, OTHER, GIVEN_UP = range(1, 8)
+NEW, STAYS, FIRST, LATE, FAILED, OTHER, GIVEN_UP, MIXED = range(1, 9)
 WORDS = {
     NEW: "a new map",
     STAYS: "the map in use stays: nothing pays",
@@ -53,6 +58,8 @@ WORDS = {
     OTHER: "the map in use stays: it is another than the one that was planned from",
     GIVEN_UP: f"the map in use stays from now on: {MOST_TRIED} processes of the planner, one after the other, gave no "
     "answer; a restart of the engine tries again",
+    MIXED: "the map in use stays: the engine counts more steps than lie between two rearrangements, and tells those "
+    "under the map before as if this one had run; window_size at most step_interval mends that",
 }
 """What ranks say, by the first rank's word."""
 
@@ -94,11 +101,14 @@ class Turns:
     _coming: Future[Answer] | None = None
     _from: Any = None
     _late: int = 0
+    _last: NDArray[np.int64] | None = field(default=None, repr=False)
+    _since: float = math.inf
     _said: str = field(default="", repr=False)
 
     def take(
-        self, asked: Asked | BaseException, in_use_LS: NDArray[np.int64], ranks: TurnRanks, *, waits: bool
-    ) -> Taken:
+        self, asked: Asked | BaseException, in_use_LS: NDArray[np.int64], ranks: TurnRanks, *, waits: bool,
+        settles: int = 1,
+    ) -> Taken:  # fmt: skip
         """The map from this turn on.
 
         Parameters
@@ -107,12 +117,16 @@ class Turns:
         in_use_LS : the map in use, int [L, S], as the engine gave it.
         ranks : all of them.
         waits : whether nothing waits for this call.
+        settles : turns after a change of the map until all steps that are counted are of the new one.
         """
+        if self._last is not None:
+            self._since = self._since + 1 if np.array_equal(self._last, in_use_LS) else 1
+        self._last = np.array(in_use_LS)
         self._said = "" if isinstance(asked, Asked) else f"{type(asked).__name__}: {asked}"
         word, table = 0, None
         if ranks.rank == 0 and isinstance(asked, Asked):
             try:
-                word, table = self._first(asked, waits=waits)
+                word, table = self._first(asked, waits=waits, settled=self._since >= settles)
             except Exception as error:  # no process can be started, say: the others wait for this rank's word
                 word, self._said = FAILED, f"{type(error).__name__}: {error}"
         shape = np.shape(in_use_LS)
@@ -138,7 +152,7 @@ class Turns:
             return Taken(kept, FAILED, "the planned map lacks an expert")
         return Taken(table, word, self._said)
 
-    def _first(self, asked: Asked, *, waits: bool) -> tuple[int, NDArray[np.int64] | None]:
+    def _first(self, asked: Asked, *, waits: bool, settled: bool) -> tuple[int, NDArray[np.int64] | None]:
         """The first rank's word, and its map; what is next is handed over."""
         kept = asked.kept()
         if kept is None:
@@ -146,9 +160,11 @@ class Turns:
         if self.aside.fruitless >= MOST_TRIED:
             return GIVEN_UP, None
         self.aside.start()
+        if waits and not settled:
+            return MIXED, None
         if waits:
             return self._word(self.aside.ask(asked), kept)
-        word, table = FIRST, None
+        word, table = FIRST if settled else MIXED, None
         if self._coming is not None:
             if not self._coming.done():
                 self._late += 1
@@ -159,7 +175,7 @@ class Turns:
             word, table = self._word(self._coming, kept) if fits else (OTHER, None)
         self._coming, self._late = None, 0
         self._from = kept if table is None else table
-        if asked.load_LE.any():  # a call before anything was served has nothing to plan for
+        if settled and asked.load_LE.any():  # a call before anything was served has nothing to plan for
             self._coming = self.aside.ask(asked.moved_on(self._from))
         return word, table
 

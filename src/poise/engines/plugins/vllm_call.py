@@ -96,7 +96,7 @@ class Planning:
         asks = caller()
         model = asks.model if call.state is None else id(call.state)
         turns = self._turns.setdefault((model, *np.shape(call.load_LE), call.replicas, call.ranks), Turns(self._aside))
-        taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=asks.beside)
+        taken = turns.take(made, np.asarray(call.old_LS), ranks, waits=asks.beside, settles=asks.settles)
         said = WORDS[taken.word] + (f" ({taken.said})" if taken.said else "")
         if taken.word == GIVEN_UP:
             say_once(LOG, f"poise: {said}")

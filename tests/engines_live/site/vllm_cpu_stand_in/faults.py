@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,8 +73,14 @@ def _of_process(first: int, then: Callable[[Aside], None], before: Callable[[Any
 
 def _signal(number: signal.Signals) -> Callable[[Aside], None]:
     def send(aside: Aside) -> None:
-        if aside.pid is not None:
-            os.kill(aside.pid, number)
+        for _ in range(1000):  # a thread may still be putting the next process in the place of one that is over
+            try:
+                if aside.pid is not None:
+                    os.kill(aside.pid, number)
+                    return
+            except ProcessLookupError:
+                pass
+            time.sleep(0.01)
 
     return send
 

@@ -17,7 +17,7 @@ from poise.engines.plugins.vllm_call import Planning
 
 WORDS = {
     turns.NEW: "new", turns.STAYS: "stays", turns.FIRST: "first", turns.LATE: "late", turns.FAILED: "failed",
-    turns.OTHER: "other", turns.GIVEN_UP: "given up",
+    turns.OTHER: "other", turns.GIVEN_UP: "given up", turns.MIXED: "mixed",
 }  # fmt: skip
 FAULT = "since the fault: "
 
