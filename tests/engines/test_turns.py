@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -335,6 +336,24 @@ def test_the_count_is_right_while_the_next_process_is_started(monkeypatch):
         until_started = seen[: 2 if number else 1]  # the last one is let go, the next is started
         assert until_started == [(number > 0, number, False)] * len(until_started)
     one.close()
+
+
+def test_what_nobody_waits_for_any_more_starts_no_process():
+    """Else the process after the last one that is tried would be left."""
+    one = Aside(HANGS)
+    first = one.ask(call())
+    while one.pid is None:
+        time.sleep(0.01)
+    second = one.ask(call())
+    assert first.running() and second.cancel() and not first.cancel()
+    pid = one.pid
+    one.end()
+    with pytest.raises(CommunicationError, match="exit code -9"):
+        first.result(60)
+    one.close()  # behind the thread of the second
+    while any(thread.name == "poise-planner" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    assert one.pid == pid and one.fruitless == 1
 
 
 def test_a_process_that_never_answers(tmp_path):

@@ -77,7 +77,7 @@ class Aside:
                 self._turn.release()
 
     def ask(self, asked: Asked) -> Future[Answer]:
-        """The answer, when it comes.
+        """The answer, when it comes; cancelled before its turn came, nothing is asked.
 
         It raises NoResultError if the planner could not answer, CommunicationError if its process ended before it did.
         """
@@ -99,6 +99,8 @@ class Aside:
 
     def _wait(self, asked: Asked, future: Future[Answer]) -> None:
         with self._turn:
+            if not future.set_running_or_notify_cancel():  # whoever asked no longer waits: no process for that
+                return
             try:
                 future.set_result(self._answer(asked))
             except BaseException as error:

@@ -183,6 +183,7 @@ class Turns:
         try:
             answer = coming.result(LONGEST_S)
         except TimeoutError:
+            coming.cancel()
             self.aside.end()
             self._said = f"no answer in {LONGEST_S:.0f} s, the planner's process is ended"
             return FAILED, None
