@@ -1,5 +1,7 @@
 """What benchmarks share: terms that add up to the step, the order of repeats, pictures that stand alone."""
 
+import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -61,3 +63,18 @@ def test_a_picture_is_an_svg_file_with_its_style(tmp_path):
     assert len(spots) == 4 and spots[0][0] == spots[2][0] < spots[1][0] and spots[3] == max(spots, key=lambda s: s[1])
     words = [one.text for one in bars.iter(f"{SVG}text")]
     assert {"contiguous", "poise", "measured", "modelled", "1.1", "0.4"} <= set(words)
+
+
+def test_every_script_and_every_report_is_named_where_people_look():
+    """A report that nothing links is nobody's evidence; a script that no page names is not found."""
+    root = Path(__file__).parents[1]
+    page = (root / "benchmarks" / "README.md").read_text()
+    scripts = {path.name for path in (root / "benchmarks").glob("*.py")}
+    assert not {name for name in scripts if f"`{name}`" not in page}
+    assert not {name for name in re.findall(r"`(\w+\.py)`", page) if name not in scripts}
+    pages = [root / "README.md", root / "benchmarks" / "README.md", *(root / "docs").rglob("*.md")]
+    said = "".join(path.read_text() for path in pages)
+    reports = {path.name for path in (root / "benchmarks" / "reports").iterdir() if path.suffix != ".svg"}
+    assert not {name for name in reports if name not in said}
+    linked = re.findall(r"reports/(\d{4}-[\w.-]+)\)", said)
+    assert not set(linked) - reports
