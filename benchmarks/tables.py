@@ -19,16 +19,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from poise.lab.calibrate.tables import evidence
+from benchmarks import common
+from benchmarks import tables_evidence as evidence
+
 from poise.lab.calibrate.tables.alltoall import read_links
 from poise.lab.calibrate.tables.defaults import UNTUNED
 from poise.lab.calibrate.tables.kernels import read_all_versions, read_kernels
 from poise.lab.calibrate.tables.result import judged_kernel, machines, one_a_line
 from poise.lab.calibrate.tables.source import TableSource
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "accuracy.md"
 CONSTANTS = ROOT / "src" / "poise" / "data" / "machines.json"
 NAME = "Kernels and all-to-alls: constants against measurements"

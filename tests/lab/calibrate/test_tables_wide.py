@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks import tables_evidence as evidence
+from benchmarks import tables_wide as wide
 from tests.lab.calibrate import tables_cases as cases
 
-from poise.lab.calibrate.tables import evidence, result, wide
+from poise.lab.calibrate.tables import result
 from poise.lab.calibrate.tables.source import TableSource
 from poise.util.errors import OptionError
 

@@ -28,7 +28,7 @@ PREDICTORS = ("model", "datasheet", "tokens")
 @dataclass(frozen=True, slots=True, eq=False)
 class WideRows:
     """Rows of one GPU of the wide-EP table; ``slots_R`` is -1 without EPLB. Otherwise as
-    :class:`.kernels.KernelRows`.
+    :class:`poise.lab.calibrate.tables.kernels.KernelRows`.
     """
 
     gpu: str

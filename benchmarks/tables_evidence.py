@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from benchmarks.tables_wide import Ratios, ratios, read_wide, together, wide_work
 from numpy.typing import NDArray
 
 from poise.lab.calibrate.tables.alltoall import AllToAllRows, LinkRows, held_out_exchange
@@ -19,7 +20,6 @@ from poise.lab.calibrate.tables.kernels import KernelRows, version_key
 from poise.lab.calibrate.tables.ranks import KnownLoads
 from poise.lab.calibrate.tables.result import JudgedKernel, power_law_error
 from poise.lab.calibrate.tables.source import TableSource
-from poise.lab.calibrate.tables.wide import Ratios, ratios, read_wide, together, wide_work
 from poise.machine.presets import DEVICES
 
 BANDS = (2.0, 16.0, 128.0, 1024.0)
