@@ -16,32 +16,17 @@ from poise.cost.weights import StepPrice
 from poise.routing.predict import WINDOW
 from poise.runtime.dispatch import all_counts
 from poise.runtime.flows import Flow
+from poise.serve.replicas import StepReplicas
 from poise.stepwise.driver import LayerDriver, Outcome
 from poise.stepwise.protocol import LayerView, StepPolicy
 from poise.util.errors import OptionError
-
-
-class ReplicaStore(Protocol):
-    """Where a fast loop's replicas go (:class:`poise.serve.replicas.StepReplicas`)."""
-
-    def fetch(self, fetched_ED: NDArray[np.bool_], kept_ED: NDArray[np.bool_]) -> None:
-        """Start to fetch replicas for this step; slots of what is not in ``kept_ED`` are free."""
-        ...
-
-    def start(self, coming_ED: NDArray[np.bool_], kept_ED: NDArray[np.bool_]) -> None:
-        """Start to fetch replicas that serve after :meth:`land`."""
-        ...
-
-    def land(self) -> None:
-        """Wait for what was started."""
-        ...
 
 
 class TokenSplit(Protocol):
     """A way to split one layer's tokens."""
 
     def prefetch(self, tokens: int | None) -> None:
-        """Before attention."""
+        """Called before attention: begin to fetch what the layer is expected to need."""
         ...
 
     def devices(self, ids_TK: Tensor) -> Tensor:
@@ -123,7 +108,7 @@ class PlannedSplit:
 
     def __init__(
         self, loop: ServingPolicy, layer: int, count_ED: NDArray[Any], own: EvenSplit, flow: Flow,
-        replicas: ReplicaStore,
+        replicas: StepReplicas,
     ) -> None:  # fmt: skip
         static_ED = count_ED > 0
         self._driver = LayerDriver(

@@ -170,8 +170,8 @@ class Fetch:
 class StepPolicy(Protocol):
     """A step-wise method: a frozen dataclass of settings that derives from this class.
 
-    All calls are pure functions of their arguments. A policy gives ``name``, ``summary``, ``exact``, ``before_gate``
-    and ``after_gate``; the other members have defaults. Only :class:`poise.stepwise.driver.LayerDriver` calls them.
+    All calls are pure functions of their arguments. A policy gives ``name``, ``summary``, ``exact`` and ``after_gate``;
+    the other members have defaults. Only :class:`poise.stepwise.driver.LayerDriver` calls them.
     """
 
     __slots__ = ()
@@ -192,8 +192,8 @@ class StepPolicy(Protocol):
     """Settings that a comparison tries, the published ones first."""
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Holders from predicted loads, bool [E, D]; ``view.before_ED`` if nothing is to move."""
-        ...
+        """Holders from predicted loads, bool [E, D]; by default nothing moves."""
+        return view.before_ED
 
     def leaves_alone(self, view: LayerView, holders_ED: NDArray[np.bool_]) -> bool:
         """Whether ``after_gate`` will be passive whatever the exact loads are: then nobody need wait for them."""

@@ -211,7 +211,7 @@ class Even:
     interval: int = 0
 
     def plan(self, load_LE: NDArray[np.float64], current_LE: NDArray[np.int64], price: StepPrice) -> NDArray[np.int64]:
-        """``current_LE``."""
+        """The owners as they are."""
         return current_LE
 
 
@@ -256,5 +256,5 @@ class Balanced:
     gain: float = LEAST_GAIN
 
     def plan(self, load_LE: NDArray[np.float64], current_LE: NDArray[np.int64], price: StepPrice) -> NDArray[np.int64]:
-        """What is to be priced."""
+        """Algorithm 2 with t = 0; whether it is taken is decided by price."""
         return heterogeneous_sharding(load_LE, 0, price.cluster)

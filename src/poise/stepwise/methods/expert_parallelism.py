@@ -25,10 +25,6 @@ class ExpertParallelism(StepPolicy):
     summary: ClassVar[str] = "plain expert parallelism: tokens go to the owner, nothing moves"
     exact: ClassVar[bool] = False
 
-    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Step 1."""
-        return view.before_ED
-
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Step 2."""
         return StepPlan(holders_ED, even_quota(load_SE.sum(axis=0), holders_ED))

@@ -34,10 +34,6 @@ class FasterMoE(StepPolicy):
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"training": True})
     training: bool = False
 
-    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Nothing moves."""
-        return view.before_ED
-
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 1 to 3."""
         cluster, model = view.price.cluster, view.price.model

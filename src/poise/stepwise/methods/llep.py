@@ -144,10 +144,6 @@ class Llep(StepPolicy):
                 f" {self.threshold}"
             )
 
-    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Nothing moves."""
-        return view.before_ED
-
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """All steps."""
         load_E = load_SE.sum(axis=0)

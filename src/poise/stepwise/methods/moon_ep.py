@@ -133,10 +133,6 @@ class MoonEp(StepPolicy):
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"bounded": False})
     bounded: bool = True
 
-    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Nothing moves."""
-        return view.before_ED
-
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """All steps."""
         load_E, home_E = load_SE.sum(axis=0), view.owner_E

@@ -73,10 +73,6 @@ class ExactSplit(StepPolicy):
     grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"slack": 0.05}, {"slack": 0.1})
     slack: float = 0.0
 
-    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Nothing moves."""
-        return view.before_ED
-
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Exact quotas."""
         nodes = view.price.cluster.node_D.astype(np.int64)

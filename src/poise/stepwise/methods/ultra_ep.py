@@ -217,10 +217,6 @@ class UltraEp(StepPolicy):
                 f" {self.target}"
             )
 
-    def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
-        """Nothing moves."""
-        return view.before_ED
-
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """All steps."""
         static_ED = view.static_ED

@@ -68,7 +68,7 @@ class Site(NamedTuple):
 
     @property
     def machine(self) -> Machine:
-        """Rates."""
+        """The machine as compiled code reads it."""
         return compiled_price(self.price).machine
 
     @property
