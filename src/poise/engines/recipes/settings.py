@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +160,21 @@ class ExpertSettings:
         return f"{where}, {many}, {how}"
 
 
+@dataclass(slots=True)
+class _Read:
+    """What is read of a launch: flags by their roles in :data:`SPELLED`, and fields of :class:`ExpertSettings`."""
+
+    given: dict[str, Any]
+    notes: list[str]
+    tp: int | None
+    dp: int | None
+    own: bool | None
+    redundant: int | None
+    map_file: str
+    ranks: int | None = None
+    slots: int | None = None
+
+
 def expert_settings(launch: Launch) -> ExpertSettings:
     """What a launch says of experts.
 
@@ -167,6 +183,46 @@ def expert_settings(launch: Launch) -> ExpertSettings:
     OptionError : a number that is none, or two that contradict each other.
     """
     names = {spelled: role for role, all_of in SPELLED[launch.engine].items() for spelled in all_of}
+    given = _given(launch, names)
+    inner = _dotted(launch, given)
+    others = (flag for flag in launch.flags if flag not in names and flag not in ALSO and flag not in inner)
+    unknown = tuple(sorted(flag for flag in others if _EXPERTS.search(flag)))
+    notes: list[str] = []
+    tp, dp, pp = (_size(f"{what} parallel size", given, key, notes) for key, what in PARALLEL.items())
+    if launch.engine == "sglang":
+        within = _said("attention of data parallelism", given, "attention", notes)
+        if within is not False:
+            dp = 1 if within else None  # within the tensor parallel group
+    own = _said("EPLB", given, "eplb", notes)
+    redundant = _number("redundant experts", given, "redundant", notes, least=0)
+    read = _Read(given, notes, tp, dp, own, redundant, str(given.get("map") or ""))
+    READ[launch.engine](launch, read)
+    if "$" in read.map_file:
+        notes.append(f"the map is {read.map_file[:60]}, which the recipe does not set")
+    if any("redundan" in flag for flag in unknown):
+        given.setdefault("redundant", None)
+    if read.map_file == "" and read.redundant is None and read.slots is None and "redundant" not in given:
+        read.redundant = 0
+    _check_gpus(launch, read, pp)
+    if read.own and read.map_file and launch.engine == "sglang":
+        notes.append("the map is a start only: --enable-eplb replaces it")
+    if pp is not None and pp > 1:
+        notes.append(f"{pp} stages of a pipeline: each spreads the experts of its own layers over its own ranks")
+    cache = str(launch.flags.get("kv-cache-dtype") or "auto")
+    if cache not in ("auto", "bfloat16", "bf16", "float16", "fp16"):
+        notes.append(f"the key/value cache is of {cache[:40]}: more tokens than those of 16 bits counted here fit")
+    if launch.doubtful:
+        read.ranks = read.redundant = read.slots = read.own = None
+        read.map_file = ""
+    return ExpertSettings(
+        launch.engine, launch.role, launch.model, read.ranks, read.redundant, read.slots, read.own, read.map_file,
+        str(given.get("backend") or ""), launch.gpu.lower(), launch.gpus_per_node, unknown, tuple(notes), pp,
+        launch.precision, launch.doubtful,
+    )  # fmt: skip
+
+
+def _given(launch: Launch, names: dict[str, str]) -> dict[str, Any]:
+    """Values of the flags that are read, by role."""
     given: dict[str, Any] = {}
     for flag, value in launch.flags.items():
         role = names.get(flag)
@@ -175,105 +231,89 @@ def expert_settings(launch: Launch) -> ExpertSettings:
         if role in given and given[role] != value:
             raise OptionError(f"{role} is given as {given[role]!r:.40} and as {value!r:.40}", hint="keep one of them")
         given[role] = value
-    inner = _dotted(launch, given)
-    others = (flag for flag in launch.flags if flag not in names and flag not in ALSO and flag not in inner)
-    unknown = tuple(sorted(flag for flag in others if _EXPERTS.search(flag)))
-    notes: list[str] = []
-    sizes = {key: _size(f"{what} parallel size", given, key, notes) for key, what in PARALLEL.items()}
-    tp, dp, pp = (sizes[key] for key in ("tp", "dp", "pp"))
-    if (
-        launch.engine == "sglang"
-        and (within := _said("attention of data parallelism", given, "attention", notes)) is not False
-    ):
-        dp = 1 if within else None  # within the tensor parallel group
-    ranks: int | None
-    own, map_file, slots = _said("EPLB", given, "eplb", notes), str(given.get("map") or ""), None
-    redundant = _number("redundant experts", given, "redundant", notes, least=0)
-    if launch.engine == "vllm":
-        settings = _json(given.get("config"), notes)
-        there = _number("num_redundant_experts", settings, "num_redundant_experts", notes, least=0)
-        if None not in (redundant, there) and redundant != there:
-            raise OptionError(f"redundant experts are {redundant} by one flag and {there} by --eplb-config")
-        redundant = there if redundant is None else redundant
-        if "$" in str(settings.get("num_redundant_experts", "")) or settings.get("$"):
-            given.setdefault("redundant", None)
-        on = _said("expert parallelism", given, "on", notes)
-        if "eplb-off" in given or "off" in given:
-            own, on = (own if "eplb-off" not in given else False), (on if "off" not in given else False)
-        ranks = 1 if on is False else None if on is None or tp is None or dp is None else tp * dp
-        if "tp" not in given and "dp" not in given and (own or on):
-            ranks = launch.gpus
-            notes += ["the recipe does not say over how many ranks"] if ranks is None else []
-        map_file = str(launch.environment.get("POISE_STATIC_MAP", ""))
-        if own is False and redundant and not launch.doubtful:
-            raise OptionError(
-                f"{redundant} redundant experts with EPLB off: vLLM does not start", hint="--enable-eplb, or 0"
-            )
-        if own and ranks == 1 and not launch.doubtful:
-            raise OptionError(
-                f"EPLB on 1 expert-parallel rank, {tp or '?'} x {dp or '?'} GPUs: vLLM does not start",
-                hint="--enable-expert-parallel, over more than one",
-            )
-    elif launch.engine == "sglang":
-        ranks = _ranks(given, notes)
-        spread = given.get("backend") not in (None, "none") or _on(given.get("deepep", False))
-        if "$" in str(given.get("backend") or ""):
-            notes.append(f"the all-to-all backend is {str(given['backend'])[:40]}, which the recipe does not set")
-            ranks = ranks if ranks == tp else None
-        elif spread and "tp" in given and ranks != tp:
-            says = f" (it says {ranks})" if ranks else ""
-            notes += [f"an all-to-all backend makes the expert-parallel size {tp}{says}"] if tp else []
-            ranks = tp
-        map_file = "" if map_file == "trivial" else map_file
-    else:
-        ranks, balancer = _ranks(given, notes), _balancer(given.get("moe"))
-        if isinstance(balancer, str):
-            map_file = balancer
-        elif balancer is not None:
-            slots = _number("num_slots", balancer, "num_slots", notes)
-            own = bool(balancer.get("layer_updates_per_iter"))
-            map_file = "initial_global_assignments" if balancer.get("initial_global_assignments") else ""
-            if slots is None and "num_slots" in balancer:
-                given["redundant"] = None
-        elif "$" in str(given.get("moe") or ""):
-            notes.append(f"moe_config is {str(given['moe'])[:40]}, which the recipe does not set")
-            own, given["redundant"] = None, None
-    if "$" in map_file:
-        notes.append(f"the map is {map_file[:60]}, which the recipe does not set")
-    if any("redundan" in flag for flag in unknown):
+    return given
+
+
+def _vllm(launch: Launch, read: _Read) -> None:
+    given, notes = read.given, read.notes
+    settings = _json(given.get("config"), notes)
+    there = _number("num_redundant_experts", settings, "num_redundant_experts", notes, least=0)
+    if None not in (read.redundant, there) and read.redundant != there:
+        raise OptionError(f"redundant experts are {read.redundant} by one flag and {there} by --eplb-config")
+    read.redundant = there if read.redundant is None else read.redundant
+    if "$" in str(settings.get("num_redundant_experts", "")) or settings.get("$"):
         given.setdefault("redundant", None)
-    if map_file == "" and redundant is None and slots is None and "redundant" not in given:
-        redundant = 0
-    group = None if tp is None or dp is None else tp * (dp if launch.engine == "vllm" else 1)
-    devices = None if tp is None or dp is None or pp is None else tp * dp * pp
-    if launch.gpus is not None and "tp" in given and devices not in (None, launch.gpus) and not launch.doubtful:
+    on = _said("expert parallelism", given, "on", notes)
+    on, read.own = (False if "off" in given else on), (False if "eplb-off" in given else read.own)
+    read.ranks = 1 if on is False else None if on is None or read.tp is None or read.dp is None else read.tp * read.dp
+    if "tp" not in given and "dp" not in given and (read.own or on):
+        read.ranks = launch.gpus
+        notes += ["the recipe does not say over how many ranks"] if read.ranks is None else []
+    read.map_file = str(launch.environment.get("POISE_STATIC_MAP", ""))
+    if read.own is False and read.redundant and not launch.doubtful:
+        raise OptionError(
+            f"{read.redundant} redundant experts with EPLB off: vLLM does not start", hint="--enable-eplb, or 0"
+        )
+    if read.own and read.ranks == 1 and not launch.doubtful:
+        raise OptionError(
+            f"EPLB on 1 expert-parallel rank, {read.tp or '?'} x {read.dp or '?'} GPUs: vLLM does not start",
+            hint="--enable-expert-parallel, over more than one",
+        )
+
+
+def _sglang(launch: Launch, read: _Read) -> None:
+    given, notes = read.given, read.notes
+    read.ranks = _ranks(given, notes)
+    spread = given.get("backend") not in (None, "none") or _on(given.get("deepep", False))
+    if "$" in str(given.get("backend") or ""):
+        notes.append(f"the all-to-all backend is {str(given['backend'])[:40]}, which the recipe does not set")
+        read.ranks = read.ranks if read.ranks == read.tp else None
+    elif spread and "tp" in given and read.ranks != read.tp:
+        says = f" (it says {read.ranks})" if read.ranks else ""
+        notes += [f"an all-to-all backend makes the expert-parallel size {read.tp}{says}"] if read.tp else []
+        read.ranks = read.tp
+    read.map_file = "" if read.map_file == "trivial" else read.map_file
+
+
+def _tensorrt(launch: Launch, read: _Read) -> None:
+    given, notes = read.given, read.notes
+    read.ranks, balancer = _ranks(given, notes), _balancer(given.get("moe"))
+    if isinstance(balancer, str):
+        read.map_file = balancer
+    elif balancer is not None:
+        read.slots = _number("num_slots", balancer, "num_slots", notes)
+        read.own = bool(balancer.get("layer_updates_per_iter"))
+        read.map_file = "initial_global_assignments" if balancer.get("initial_global_assignments") else ""
+        if read.slots is None and "num_slots" in balancer:
+            given["redundant"] = None
+    elif "$" in str(given.get("moe") or ""):
+        notes.append(f"moe_config is {str(given['moe'])[:40]}, which the recipe does not set")
+        read.own, given["redundant"] = None, None
+
+
+READ: dict[str, Callable[[Launch, _Read], None]] = {"vllm": _vllm, "sglang": _sglang, "tensorrt-llm": _tensorrt}
+"""What is an engine's own."""
+
+
+def _check_gpus(launch: Launch, read: _Read, stages: int | None) -> None:
+    """Refuse more ranks than GPUs, and sizes that the recipe's resources do not hold."""
+    tp, dp = read.tp, read.dp
+    if "tp" not in read.given or tp is None or dp is None or launch.doubtful:
+        return
+    devices, group = None if stages is None else tp * dp * stages, tp * (dp if launch.engine == "vllm" else 1)
+    if launch.gpus is not None and devices not in (None, launch.gpus):
         assert devices is not None
         if launch.gpus != launch.gpus_per_node or devices % launch.gpus:
             raise OptionError(
                 f"the {launch.role or 'engine'} has {launch.gpus} GPUs and is started over {devices}",
                 hint="resources and parallel sizes of the recipe disagree",
             )
-        notes.append(
+        read.notes.append(
             f"its resources are {launch.gpus} GPUs, as many as a node has, and it is started over {devices}: taken as "
             f"{devices // launch.gpus} such nodes"
         )
-    if "tp" in given and group is not None and ranks is not None and ranks > group and not launch.doubtful:
-        raise OptionError(f"{ranks} expert-parallel ranks on {group} GPUs")
-    if own and map_file and launch.engine == "sglang":
-        notes.append("the map is a start only: --enable-eplb replaces it")
-    if pp is not None and pp > 1:
-        notes.append(f"{pp} stages of a pipeline: each spreads the experts of its own layers over its own ranks")
-    cache = str(launch.flags.get("kv-cache-dtype") or "auto")
-    if cache not in ("auto", "bfloat16", "bf16", "float16", "fp16"):
-        notes.append(f"the key/value cache is of {cache[:40]}: more tokens than those of 16 bits counted here fit")
-    if launch.doubtful:
-        ranks = redundant = slots = own = None
-        map_file = ""
-    return ExpertSettings(
-        launch.engine, launch.role, launch.model, ranks, redundant, slots, own, map_file,
-        str(given.get("backend") or ""), launch.gpu.lower(), launch.gpus_per_node, unknown, tuple(notes), pp,
-        launch.precision, launch.doubtful,
-    )  # fmt: skip
+    if read.ranks is not None and read.ranks > group:
+        raise OptionError(f"{read.ranks} expert-parallel ranks on {group} GPUs")
 
 
 def _dotted(launch: Launch, given: dict[str, Any]) -> set[str]:
