@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.engines.checkpoint_cases import write_checkpoint
 
 from poise.util.errors import ClusterError, InputError, ModelError, OptionError
-from poise.util.files import open_regular, read_bounded, regular_size
+from poise.util.files import open_regular, read_bounded
 from poise.util.jsonfile import read_json
 
 READERS = """
@@ -129,7 +129,7 @@ def test_every_reader_refuses_what_is_no_file(tmp_path):
 )  # fmt: skip
 def test_the_error_is_the_callers_and_names_what_it_is(tmp_path, kind, said):
     path = make(tmp_path, kind)
-    for ask in (lambda: read_bounded(path, 10, ClusterError, hint="h"), lambda: regular_size(path, ClusterError, hint="h"),
+    for ask in (lambda: read_bounded(path, 10, ClusterError, hint="h"), lambda: open_regular(path, ClusterError, hint="h").__enter__(),
                 lambda: read_json(path, 10, ClusterError, hint="h")):  # fmt: skip
         with pytest.raises(ClusterError, match=said) as caught:
             ask()

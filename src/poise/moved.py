@@ -38,6 +38,7 @@ MODULES = {
         for room in ("poise.policies", "poise.stepwise.poise")
         for old, new in (("joint", "node_split"), ("joint_plan", "gathers"), ("kernels", "work_split"))
     },
+    "poise.engines.verdict": "poise.engines.verification",
     "poise.evaluate.flow": "poise.replay.affinity",
     "poise.evaluate.lanes": "poise.simulate.lanes",
     "poise.evaluate.ranks": "poise.simulate.training",
@@ -82,7 +83,7 @@ class Moved:
         """An empty one, which :meth:`exec_module` replaces."""
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """For ``python -m``."""
+        """Code of the module of today, which ``python -m`` runs."""
         spec = find_spec(now_called(fullname))
         loader: Any = spec.loader if spec else None
         return None if loader is None else loader.get_code(now_called(fullname))
@@ -93,6 +94,6 @@ class Moved:
 
 
 def install() -> None:
-    """Once."""
+    """Put the finder before all others, if it is not there yet."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.insert(0, Moved())

@@ -147,8 +147,7 @@ def plan(
     if budget.stopped:
         details["interrupted"] = True
     if fewer is not None:
-        many = fewer.placement.num_slots - batch.num_experts
-        details["fewer_redundant"] = {"redundant": many, "objective": fewer.objective}
+        details["fewer_redundant"] = {"redundant": fewer.placement.redundant, "objective": fewer.objective}
     kept = provenance(solution, problem, budget, seen, traffic=found.name, seed=seed, keep_groups=keep_groups)
     named = replace(solution.placement, fitted=kept)
     held_losses = None if solution.losses is None else replace(solution.losses, before=named)

@@ -18,7 +18,7 @@ def aligned(before: Placement, after: Placement, cluster: Cluster, *, whole: boo
     Devices of one node are interchangeable where speed and slots are equal, nodes where their devices are, in order.
     ``whole`` renumbers all layers alike, which linked layers (``stay``) need; else each layer has its own numbering.
     """
-    slots_D = np.bincount(after.slot_device_S, minlength=after.num_devices)
+    slots_D = after.slots_D
     have, want = before.count_LED() > 0, after.count_LED()
     shared_LDD = np.einsum("lea,leb->lab", have.astype(np.float32), (want > 0).astype(np.float32))
     kind_D = list(zip(cluster.speed_D.tolist(), slots_D.tolist(), strict=True))

@@ -35,16 +35,14 @@ def part_back(current: Placement, older: Placement, max_moves: int | None, *, wh
         if fetched[layer] <= left:
             count_LED[layer], left, moved = want_LED[layer], left - fetched[layer], True
     for layer in [] if moved or whole else changed:
-        slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
-        count_LED[layer], taken, least = _chains(count_LED[layer], want_LED[layer], slots_D, left)
+        count_LED[layer], taken, least = _chains(count_LED[layer], want_LED[layer], older.slots_D, left)
         left, moved, shortest = left - taken, moved or taken > 0, min(shortest, least)
     if not moved:
         raise NoResultError(
             f"no part of the way back fetches at most max_moves = {max_moves} experts: the shortest fetches {shortest}",
             hint="--max-moves with more",
         )
-    slots_D = np.bincount(older.slot_device_S, minlength=older.num_devices)
-    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=older.layer_ids_L, method=older.method)
+    return Placement.from_counts(count_LED, slots_D=older.slots_D, layer_ids_L=older.layer_ids_L, method=older.method)
 
 
 def _chains(

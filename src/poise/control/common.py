@@ -43,7 +43,7 @@ def common(before: Placement, after: Placement, lost: Sequence[int] = ()) -> Com
     devices = max(before.num_devices, after.num_devices)
     before, after = before.on_devices(devices), after.on_devices(devices)
     kind_D = np.where(before.leaving_D(after), LEAVES, STAYS)
-    slots_D = np.maximum(*(np.bincount(each.slot_device_S, minlength=devices) for each in (before, after)))
+    slots_D = np.maximum(before.slots_D, after.slots_D)
     slot_device_S = np.repeat(np.arange(devices, dtype=np.int32), slots_D)
     old_LS, new_LS = _table(before, slots_D), _table(after, slots_D)
     old_LS[:, np.isin(slot_device_S, list(lost))] = EMPTY
@@ -65,7 +65,7 @@ def common(before: Placement, after: Placement, lost: Sequence[int] = ()) -> Com
 
 def _table(placement: Placement, slots_D: NDArray[np.int64]) -> NDArray[np.int32]:
     """Experts of slots, int32 [L, S], of which each device has ``slots_D``, as many as it has or more."""
-    mine_D, device_S = np.bincount(placement.slot_device_S, minlength=len(slots_D)), placement.slot_device_S
+    mine_D, device_S = placement.slots_D, placement.slot_device_S
     shift_D = np.cumsum(slots_D - mine_D) - (slots_D - mine_D)
     out = np.full((placement.num_layers, int(slots_D.sum())), EMPTY, np.int32)
     out[:, np.arange(placement.num_slots) + shift_D[device_S]] = placement.slot_expert_LS

@@ -131,7 +131,7 @@ class Controller:
         if problem.current is None or problem.pooled:
             raise OptionError("a controller needs the placement in use, and slots counted layer by layer")
         problem.check(problem.current)
-        slots_D = np.bincount(problem.current.slot_device_S, minlength=problem.num_devices)
+        slots_D = problem.current.slots_D
         if (slots_D != problem.slots_D).any():
             d = int(np.argmax(slots_D != problem.slots_D))
             raise OptionError(f"the placement in use has {slots_D[d]} slots on device {d}, not {problem.slots_D[d]}")
@@ -162,7 +162,7 @@ class Controller:
     def runs(self, placement: Placement) -> None:
         """The engine says that it runs this placement. Plans go on from it, unless a newer one waits for a start."""
         if self.settings.at_start and self._accepted:
-            same = (placement.count_LED() == self.current.count_LED()).all()
+            same = placement.holds_like(self.current)
             self._running = None if same else placement
         else:
             self.current, self.target = placement, None

@@ -179,7 +179,7 @@ def move_list(
         raise OptionError(f"staging must be at least 1 and expert_bytes above 0, got {staging}, {expert_bytes}")
     if migration is not None:
         ends = (migration.before, before), (migration.after, after)
-        if lost or any((one.count_LED() != other.count_LED()).any() for one, other in ends):
+        if lost or not all(one.holds_like(other) for one, other in ends):
             raise OptionError(
                 f"the way goes from {migration.before!r} to {migration.after!r}, the moves from {before!r} to {after!r}"
             )

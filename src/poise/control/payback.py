@@ -144,8 +144,7 @@ def same_slots(before: Placement, after: Placement) -> NDArray[np.int64]:
     before.diff(after)
     if before.num_devices != after.num_devices:
         raise PlacementError(f"{before.num_devices} devices before and {after.num_devices} after")
-    mine = np.bincount(before.slot_device_S, minlength=before.num_devices)
-    theirs = np.bincount(after.slot_device_S, minlength=after.num_devices)
+    mine, theirs = before.slots_D, after.slots_D
     if (mine != theirs).any():
         d = int(np.argmax(mine != theirs))
         raise PlacementError(f"device {d} has {mine[d]} slots before and {theirs[d]} after")
@@ -269,8 +268,7 @@ def bounded(before: Placement, after: Placement, problem: PlacementProblem, max_
 
 
 def _placed(count_LED: NDArray[Any], before: Placement, after: Placement) -> Placement:
-    slots_D = np.bincount(before.slot_device_S, minlength=before.num_devices)
-    return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=before.layer_ids_L, method=after.method)
+    return Placement.from_counts(count_LED, slots_D=before.slots_D, layer_ids_L=before.layer_ids_L, method=after.method)
 
 
 def _legs(

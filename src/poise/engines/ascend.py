@@ -16,7 +16,7 @@ import numpy as np
 from poise.engines.slots import rows_with_mtp
 from poise.planning.placement import Placement
 from poise.util.errors import PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 
 def write(
@@ -54,6 +54,5 @@ def write(
                 )
         devices = [{"device_id": d, "device_expert": held.tolist()} for d, held in enumerate(table_DK)]
         layers.append({"layer_id": index, "device_count": len(devices), "device_list": devices})
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}).encode())
+    write_whole(path, json.dumps({"moe_layer_count": len(layers), "layer_list": layers}), PlacementError)
     return filled, unplanned

@@ -47,7 +47,7 @@ def could_run(
     start_S = trivial_row(experts, placement.num_slots)
     trivial_LED = _shares(placement, np.tile(start_S, (layers, 1)))
     plan_LED = _planned(placement, layer_ids_L, trivial_LED)
-    dealt_ED = deal(experts, np.bincount(placement.slot_device_S, minlength=devices), in_turn=False)
+    dealt_ED = deal(experts, placement.slots_D, in_turn=False)
     rng = np.random.default_rng(0)
     maps = range(int(np.clip(RANDOM_LAYERS // layers, FEWEST_MAPS, MOST_MAPS)))
     shuffled = tuple(_shares(placement, np.stack([rng.permutation(start_S) for _ in range(layers)])) for _ in maps)
@@ -84,7 +84,6 @@ def _balanced(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.
 def _planned(
     placement: Placement, layer_ids_L: NDArray[np.int32], trivial_LED: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    assert placement.layer_ids_L is not None
     share_LED = even_share(placement.count_LED())
     row = {layer_id: index for index, layer_id in enumerate(placement.layer_ids_L.tolist())}
     ids = enumerate(layer_ids_L.tolist())

@@ -222,8 +222,7 @@ class ReadOptions:
 
 def slots_of(placement: Placement) -> SlotRecord:
     """A placement as what its slots hold; its number of devices where they share the slots evenly."""
-    assert placement.layer_ids_L is not None
-    each = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    each = placement.slots_D
     devices = placement.num_devices if (each == each[0]).all() else None
     return SlotRecord(placement.layer_ids_L, placement.slot_expert_LS, num_devices=devices)
 

@@ -94,7 +94,7 @@ class Reported:
 
     @property
     def balance(self) -> float:
-        """Of all passes together."""
+        """Mean over fullest device, all passes together."""
         return float(self.mean_B.sum() / self.most_B.sum())
 
 

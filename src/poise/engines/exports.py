@@ -145,7 +145,6 @@ def _unplanned(placement: Placement, options: ExportOptions) -> int | None:
     """MoE layers without a planned row, those of multi-token prediction that run included; None without a model."""
     if options.model is None:
         return None
-    assert placement.layer_ids_L is not None
     planned, own = set(placement.layer_ids_L.tolist()), options.model.num_hidden_layers
     moe = set(options.model.moe_layer_ids)
     dense = sorted(layer for layer in planned - moe if layer < own)
@@ -156,10 +155,6 @@ def _unplanned(placement: Placement, options: ExportOptions) -> int | None:
             hint="check --model",
         )
     return len((moe | set(range(own, own + options.num_mtp_layers))) - planned)
-
-
-def _redundant(placement: Placement) -> int:
-    return placement.num_slots - placement.num_experts
 
 
 def _quoted(value: dict[str, Any]) -> str:
@@ -188,7 +183,7 @@ def _sglang(placement: Placement, path: Path, options: ExportOptions) -> Written
     near = placement.fitted is not None and placement.fitted.about.get("split") == "near"
     return Written(
         filled,
-        command=f"--ep-size {placement.num_devices} --ep-num-redundant-experts {_redundant(placement)} "
+        command=f"--ep-size {placement.num_devices} --ep-num-redundant-experts {placement.redundant} "
         f"--init-expert-location {quote(str(path))}",
         notes=(
             "the flags are those of 'python -m sglang.launch_server'; record a while, then 'poise verify' tells "
@@ -248,7 +243,6 @@ def _by_place(placement: Placement, options: ExportOptions) -> list[str]:
     """What engines that look rows up by their place make of a placement whose model is not known."""
     if options.model is not None:
         return []
-    assert placement.layer_ids_L is not None
     first, last = (int(placement.layer_ids_L[at]) for at in (0, -1))
     return [
         f"rows are found by their place: the first, of layer {first}, runs in the engine's first MoE layer, the last, "
@@ -297,7 +291,7 @@ def _hygon(placement: Placement, path: Path, options: ExportOptions) -> Written:
             "without --model-class the file names no class of model: versions after pull request #69 want one "
             "(architectures in the model's config)"
         )
-    config = {"num_redundant_experts": _redundant(placement), "expert_map_path": str(path)}
+    config = {"num_redundant_experts": placement.redundant, "expert_map_path": str(path)}
     return Written(
         filled, command=f"{_on_ranks(placement)} --enable-eplb --eplb-config {_quoted(config)}", notes=tuple(notes)
     )

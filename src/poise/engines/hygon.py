@@ -21,7 +21,7 @@ from typing import Any
 from poise.engines.slots import rows_for
 from poise.planning.placement import Placement
 from poise.util.errors import PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 FORMAT = "vllm_offline_eplb_physical_to_logical"
 BY_MODEL = f"{FORMAT}_by_model"
@@ -53,12 +53,11 @@ def write(
         "num_moe_layers": len(rows),
         "num_logical_experts": placement.num_experts,
         "num_physical_experts": placement.num_slots,
-        "num_redundant_experts": placement.num_slots - placement.num_experts,
+        "num_redundant_experts": placement.redundant,
         "physical_to_logical_map": [row.tolist() for _, row in sorted(rows.items())],
     }
     whole = {"version": 1, "format": FORMAT, **one}
     if model_class is not None:
         whole = {"version": 2, "format": BY_MODEL, "model_maps": {model_class: one}}
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps(whole).encode())
+    write_whole(path, json.dumps(whole), PlacementError)
     return filled, unplanned

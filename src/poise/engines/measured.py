@@ -22,7 +22,7 @@ from poise.engines.explain import (
     measures_of,
     steady,
 )  # fmt: skip
-from poise.engines.verdict import LayerFinding, Verification
+from poise.engines.verification import LayerFinding, Verification
 from poise.planning.placement import Placement
 from poise.routing.profile import load_LE
 from poise.routing.trace import RoutingTrace
@@ -42,28 +42,24 @@ class Loads:
     def of(cls, dump: EngineDump) -> Loads | None:
         """The dump's; None: it has none."""
         if dump.profile is not None:
-            assert dump.profile.layer_ids is not None
             load_BLE, top_k = dump.profile.load_BLE.astype(np.float64), dump.profile.top_k
             parts = np.array_split(np.arange(len(load_BLE)), min(PARTS, len(load_BLE)))
             part_GLE = np.stack([load_BLE[part].sum(axis=0) for part in parts])
             return cls(load_BLE, dump.profile.layer_ids, None if top_k == 1 else top_k, part_GLE)
         if dump.trace is not None:
             trace = dump.trace
-            assert trace.layer_ids is not None
             step = (
                 np.zeros(trace.num_tokens, np.int64)
                 if trace.step is None
                 else np.unique(trace.step, return_inverse=True)[1]
             )
-            group = np.arange(trace.num_tokens) * PARTS // trace.num_tokens
-            if trace.request is not None:
-                group = np.unique(trace.request, return_inverse=True)[1] % PARTS
+            group = np.unique(trace.request, return_inverse=True)[1] % PARTS
             load_BLE, part_GLE = (_counted(trace, key) for key in (step, group))
             return cls(load_BLE, trace.layer_ids, int(trace.experts.shape[2]), part_GLE)
         return None
 
     def layer(self, layer_id: int) -> NDArray[np.float64] | None:
-        """[B, E], or None."""
+        """Loads of one decoder layer, [B, E]; None: it was not recorded."""
         at = np.flatnonzero(self.layer_ids_L == layer_id)
         return self.load_BLE[:, at[0]] if at.size else None
 
@@ -89,7 +85,6 @@ def by_balance(
     PlacementError : a placement to test against is of another model.
     TraceError : the traffic has no layer of the placement.
     """
-    assert placement.layer_ids_L is not None
     shares = could_run(placement, loads.layer_ids_L, loads.parts_GLE.sum(axis=0), against, own_balancer=own_balancer)
     seen, ids = loads.layer_ids_L.tolist(), placement.layer_ids_L.tolist()
     if not set(ids) & set(seen):

@@ -67,14 +67,13 @@ def _write_53022(placement: Placement, path: Path, layers: Layers) -> int:
 
 
 def _flags_53022(placement: Placement, path: Path) -> str:
-    redundant = placement.num_slots - placement.num_experts
+    redundant = placement.redundant
     config = {"expert_map_path": str(path)} | ({"num_redundant_experts": redundant} if redundant else {})
     return f"{'--enable-eplb ' if redundant else ''}--eplb-config {quote(json.dumps(config))}"
 
 
 def _flags_49572(placement: Placement, path: Path) -> str:
-    redundant = placement.num_slots - placement.num_experts
-    config = {"num_redundant_experts": redundant, "initial_expert_map_path": str(path)}
+    config = {"num_redundant_experts": placement.redundant, "initial_expert_map_path": str(path)}
     return f"--enable-eplb --eplb-config {quote(json.dumps(config))}"
 
 

@@ -150,7 +150,6 @@ def read_dump(
         dump = without_zeros(dump, options)
         traffic = dump.trace if dump.trace is not None else dump.profile
         if options.model is not None and traffic is not None:
-            assert traffic.layer_ids is not None
             options.model.matches(num_experts=traffic.num_experts, layer_ids=traffic.layer_ids)
         top_k = options.k if traffic is None else traffic.top_k
         if None not in (options.k, top_k) and (top_k > options.k if name in SOME_PICKS else top_k != options.k):  # type: ignore[operator]
@@ -173,7 +172,6 @@ def _unrecorded(traffic: RoutingTrace | LoadProfile | None, options: ReadOptions
         notes.append(f"{traffic.top_k} of the {options.k} experts that a token has were recorded")
     if traffic is None or options.model is None:
         return notes
-    assert traffic.layer_ids is not None
     missing = sorted(set(options.model.moe_layer_ids) - set(traffic.layer_ids.tolist()))
     return notes + ([f"nothing was recorded of MoE layers {listed(map(str, missing))}"] if missing else [])
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from poise.engines.slots import full_table, trivial_row
 from poise.planning.placement import Placement
 from poise.util.errors import PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 from poise.util.jsonfile import read_json
 
 KEY = "physical_to_logical_map"
@@ -52,8 +52,7 @@ def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[N
 def write(placement: Placement, path: str | Path, *, num_hidden_layers: int) -> int:
     """Write the JSON file; returns how many empty slots were filled. Raises as :func:`physical_to_logical`."""
     table, filled = physical_to_logical(placement, num_hidden_layers)
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps({KEY: table.tolist()}).encode())
+    write_whole(path, json.dumps({KEY: table.tolist()}), PlacementError)
     return filled
 
 

@@ -31,7 +31,7 @@ def full_table(
     ------
     PlacementError : devices differ in slots.
     """
-    per_device = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    per_device = placement.slots_D
     if (per_device != per_device[0]).any():
         raise PlacementError(
             f"{engine} needs as many slots on every rank, got {per_device.min()} to {per_device.max()}: "
@@ -79,7 +79,6 @@ def rows_for(
     PlacementError : devices differ in slots, or the placement has a layer that is no MoE layer of the model.
     """
     table, filled = full_table(placement, engine=engine)
-    assert placement.layer_ids_L is not None
     rows = dict(zip(placement.layer_ids_L.tolist(), table, strict=True))
     wanted = tuple(rows) if layer_ids is None else layer_ids
     foreign = sorted(set(rows) - set(wanted))
@@ -116,7 +115,6 @@ def rows_with_mtp(
     """
     if not num_mtp_layers:
         return rows_for(placement, layer_ids, engine=engine)
-    assert placement.layer_ids_L is not None
     planned = placement.layer_ids_L.tolist()
     if num_hidden_layers is None or (layer_ids is None and planned[-1] >= num_hidden_layers):
         raise OptionError(

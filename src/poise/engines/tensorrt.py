@@ -13,7 +13,7 @@ from pathlib import Path
 from poise.engines.slots import rows_with_mtp
 from poise.planning.placement import Placement
 from poise.util.errors import PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,5 @@ def write(
     lines = [f"num_slots: {placement.num_slots}", "initial_global_assignments:"]
     lines += [f"  {layer}: [{', '.join(map(str, row.tolist()))}]" for layer, row in sorted(rows.items())]
     lines.append("layer_updates_per_iter: 0")
-    with replacing(path, PlacementError) as stream:
-        stream.write(("\n".join(lines) + "\n").encode())
+    write_whole(path, ("\n".join(lines) + "\n"), PlacementError)
     return TensorRTFile(len(rows), filled, unplanned)

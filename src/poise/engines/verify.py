@@ -23,7 +23,7 @@ from poise.cost.split import even_share
 from poise.engines.dump import EngineDump, SlotRecord
 from poise.engines.measured import Loads, balance, by_balance, imbalance
 from poise.engines.slots import trivial_row
-from poise.engines.verdict import RUNS, UNKNOWN, LayerFinding, MapState, Verification
+from poise.engines.verification import RUNS, UNKNOWN, LayerFinding, MapState, Verification
 from poise.planning.engine_rules import ANY, hold
 from poise.planning.placement import EMPTY, Placement
 from poise.util.errors import OptionError, PlacementError, TraceError
@@ -94,7 +94,6 @@ def _by_slots(
         raise PlacementError(
             f"the engine's map names expert {slots.map_LS.max()}, the placement has {placement.num_experts}"
         )
-    assert placement.layer_ids_L is not None
     share_LED, plain_ED = even_share(hold(placement, ANY)[0].count_LED()), _trivial_share(placement)
     findings: list[LayerFinding] = []
     measured: list[float] = []
@@ -169,7 +168,7 @@ def _compare(
 def _others(placement: Placement, index: int, against: Collection[Placement]) -> list[NDArray[np.int32]]:
     """Rows that may run in a layer instead of the plan's, int32 [S] each: those that give devices other experts."""
     rows = [trivial_row(placement.num_experts, placement.num_slots)]
-    layer_id = placement.layer_ids_L[index]  # type: ignore[index]
+    layer_id = placement.layer_ids_L[index]
     for other in against:
         if other.num_slots == placement.num_slots:
             rows += list(other.slot_expert_LS[other.layer_ids_L == layer_id])

@@ -19,7 +19,7 @@ import numpy as np
 from poise.engines.slots import full_table, rows_for, rows_with_mtp
 from poise.planning.placement import Placement
 from poise.util.errors import OptionError, PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 
 def write_34811(placement: Placement, path: str | Path) -> None:
@@ -40,14 +40,12 @@ def write_34811(placement: Placement, path: str | Path) -> None:
     differ = np.argwhere(rank_LE != rank_LE[0])
     if differ.size:
         layer, expert = (int(x) for x in differ[0])
-        assert placement.layer_ids_L is not None
         raise PlacementError(
             f"expert {expert} is on rank {rank_LE[0, expert]} in layer {placement.layer_ids_L[0]} and on rank "
             f"{rank_LE[layer, expert]} in layer {placement.layer_ids_L[layer]}: #34811 has one list for all layers",
             hint="export to checkpoint (a permutation a layer) or vllm-49572",
         )
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps({"expert_to_ep_rank": rank_LE[0].tolist()}).encode())
+    write_whole(path, json.dumps({"expert_to_ep_rank": rank_LE[0].tolist()}), PlacementError)
 
 
 def write_49572(placement: Placement, path: str | Path, *, layer_ids: tuple[int, ...] | None = None) -> tuple[int, int]:
@@ -58,8 +56,7 @@ def write_49572(placement: Placement, path: str | Path, *, layer_ids: tuple[int,
     PlacementError : as :func:`poise.engines.slots.rows_for`.
     """
     rows, filled, unplanned = rows_for(placement, layer_ids, engine="vLLM (#49572)")
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps([row.tolist() for _, row in sorted(rows.items())]).encode())
+    write_whole(path, json.dumps([row.tolist() for _, row in sorted(rows.items())]), PlacementError)
     return filled, unplanned
 
 
@@ -91,6 +88,5 @@ def write_53022(
                 f"{group_LGX[layer, block].min()} and {group_LGX[layer, block].max()}, #53022 asks for one",
                 hint="--keep-groups, or plan for --engine checkpoint",
             )
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps(table.tolist()).encode())
+    write_whole(path, json.dumps(table.tolist()), PlacementError)
     return filled

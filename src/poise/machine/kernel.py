@@ -33,10 +33,10 @@ def same_type(weight_bytes: float, other: float) -> bool:
     return abs(weight_bytes / other - 1.0) <= SAME_TYPE
 
 
-def _positive(about: str, value: Any, *, least: float = 0.0, over: bool = False) -> None:
+def _positive(about: str, value: Any, *, over: bool = False) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST and value == value
-    if not good or value < least or (over and value == least):
-        raise ClusterError(f"{about} must be finite and {'above' if over else 'at least'} {least:g}, got {value!r}")
+    if not good or value < 0 or (over and value == 0):
+        raise ClusterError(f"{about} must be finite and {'above' if over else 'at least'} 0, got {value!r}")
 
 
 def _below_one(about: str, value: float) -> None:

@@ -93,7 +93,6 @@ class EngineRules:
         used_LD = (count_LED > 0).sum(axis=1)
         if (count_LED > 1).any() or (used_LD != room_D).any():
             layer, device = (int(x) for x in np.argwhere((count_LED.max(axis=1) > 1) | (used_LD != room_D))[0])
-            assert placement.layer_ids_L is not None
             raise PlacementError(
                 f"layer {placement.layer_ids_L[layer]}: device {device} has {room_D[device]} slots and "
                 f"{used_LD[layer, device]} different experts",

@@ -68,7 +68,6 @@ def signatures(trace: RoutingTrace) -> Signatures:
     ------
     TraceError : they do not fit into memory.
     """
-    assert trace.request is not None and trace.is_decode is not None
     ids, first, own_T = np.unique(trace.request, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     place_T = np.argsort(order, kind="stable")[own_T]
@@ -92,7 +91,6 @@ def signatures(trace: RoutingTrace) -> Signatures:
 
 def at_ranks(trace: RoutingTrace, known: Signatures, rank_R: NDArray[Any]) -> RoutingTrace:
     """The trace with each request at home on its rank: ``known`` are its signatures, ``rank_R`` int [R]."""
-    assert trace.request is not None
     order = np.argsort(known.request_R)
     home_T = np.asarray(rank_R)[order][np.searchsorted(known.request_R[order], trace.request)]
     return replace(trace, home=home_T.astype(np.int32))
@@ -162,7 +160,6 @@ class HomeTable:
         ------
         TraceError : the trace is of other layers or experts.
         """
-        assert trace.layer_ids is not None
         if not np.array_equal(trace.layer_ids, self.layer_ids_L):
             raise TraceError(f"the table is of decoder layers {self.layer_ids_L.tolist()[:8]}, the traffic of "
                              f"{trace.layer_ids.tolist()[:8]}")  # fmt: skip
@@ -249,7 +246,6 @@ def affine(placement: Placement, pricing: Pricing, band: float = BAND) -> HomeTa
     Under the split ``near`` tokens go to the own rank, else the own node, where those hold the expert; under the others
     to any slot alike.
     """
-    assert placement.layer_ids_L is not None
     cost_DD = pair_seconds(pricing)
     count_LED = placement.count_LED().astype(np.float64)
     cost_LED = count_LED / np.maximum(count_LED.sum(axis=2, keepdims=True), 1) @ cost_DD

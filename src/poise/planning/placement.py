@@ -68,7 +68,7 @@ class Placement:
     slot_device_S: NDArray[np.int32]
     num_experts: int
     num_devices: int
-    layer_ids_L: NDArray[np.int32] | None = None
+    layer_ids_L: NDArray[np.int32] = None  # type: ignore[assignment]  # filled in
     method: str = field(default="custom")
     fitted: Provenance | None = None
 
@@ -121,6 +121,16 @@ class Placement:
         """S, empty slots included."""
         return int(self.slot_expert_LS.shape[1])
 
+    @property
+    def slots_D(self) -> NDArray[np.int64]:
+        """Slots of each device, int64 [D]."""
+        return np.bincount(self.slot_device_S, minlength=self.num_devices)
+
+    @property
+    def redundant(self) -> int:
+        """R, slots of a layer beyond one for each expert."""
+        return self.num_slots - self.num_experts
+
     def experts_of(self, layer: int, device: int) -> list[int]:
         """Experts of a device's slots of one layer (its row), in slot order; empty slots are left out."""
         held = self.slot_expert_LS[layer, self.slot_device_S == device]
@@ -139,6 +149,10 @@ class Placement:
         layer, slot = np.nonzero(self.slot_expert_LS != EMPTY)
         flat = np.ravel_multi_index((layer, self.slot_expert_LS[layer, slot]), shape)
         return np.bincount(flat, minlength=prod(shape)).astype(np.int32).reshape(shape)
+
+    def holds_like(self, other: Placement) -> bool:
+        """Whether every device holds what it holds under another placement of this shape, in whatever slots."""
+        return bool((self.count_LED() == other.count_LED()).all())
 
     @property
     def has_duplicates(self) -> bool:
@@ -188,13 +202,13 @@ class Placement:
         if count.ndim != 3 or count.size == 0 or count.min() < 0:
             raise PlacementError(f"count_LED must be [L, E, D] and at least 0, got shape {count.shape}")
         num_layers, num_experts, num_devices = count.shape
+        ids = np.arange(num_layers, dtype=np.int32) if layer_ids_L is None else layer_ids_L
         used_LD = count.sum(axis=1)
         slots = used_LD.max(axis=0) if slots_D is None else _whole("slots_D", slots_D)
         if slots.shape != (num_devices,):
             raise PlacementError(f"slots_D has shape {slots.shape} for {num_devices} devices")
         if (used_LD > slots).any():
             layer, device = (int(x) for x in np.argwhere(used_LD > slots)[0])
-            ids = np.arange(num_layers) if layer_ids_L is None else layer_ids_L
             raise PlacementError(
                 f"{_layer(ids, layer)}: device {device} holds {used_LD[layer, device]} experts in {slots[device]} slots"
             )
@@ -205,7 +219,7 @@ class Placement:
         before_X = np.concatenate([[0], np.cumsum(used_LD)])[layer_X * num_devices + device_X]
         slot_expert[layer_X, start[device_X] + np.arange(len(expert_X)) - before_X] = expert_X
         slot_device = np.repeat(np.arange(num_devices, dtype=np.int32), slots)
-        return cls(slot_expert, slot_device, num_experts, num_devices, layer_ids_L=layer_ids_L, method=method)
+        return cls(slot_expert, slot_device, num_experts, num_devices, layer_ids_L=ids, method=method)
 
     def save(self, path: str | Path) -> None:
         """Write a ``.npz`` without pickles (docs/formats.md); the file appears whole or not at all.
@@ -214,13 +228,12 @@ class Placement:
         ------
         PlacementError : as :func:`poise.util.files.replacing`.
         """
-        ids = np.arange(self.num_layers) if self.layer_ids_L is None else self.layer_ids_L
         more: dict[str, Any] = {} if self.fitted is None else self.fitted.arrays()
         with replacing(path, PlacementError) as stream:
             np.savez_compressed(
                 stream, format=np.int32(FORMAT), slot_expert=self.slot_expert_LS, slot_device=self.slot_device_S,
-                num_experts=np.int32(self.num_experts), num_devices=np.int32(self.num_devices), layer_ids=ids,
-                method=np.array(self.method), **more,
+                num_experts=np.int32(self.num_experts), num_devices=np.int32(self.num_devices),
+                layer_ids=self.layer_ids_L, method=np.array(self.method), **more,
             )  # fmt: skip
 
     @classmethod
@@ -277,7 +290,7 @@ class Placement:
 
     def leaving_D(self, other: Placement) -> NDArray[np.bool_]:
         """Devices with slots here and none in ``other``, bool [D]; both are on D devices."""
-        mine, theirs = (np.bincount(each.slot_device_S, minlength=self.num_devices) for each in (self, other))
+        mine, theirs = (each.slots_D for each in (self, other))
         return (mine > 0) & (theirs == 0)
 
     def diff(self, other: Placement) -> PlacementDiff:

@@ -212,6 +212,13 @@ class PlacementProblem:
         most = self.slots_D * self.batch.num_layers if self.pooled else self.slots_D
         return np.minimum(most, self.batch.num_experts)
 
+    def placed(self, count_LED: NDArray[Any], method: str) -> Placement:
+        """A method's placement, from the slots of each expert on each device [L, E, D], in the slots of this problem;
+        where those are pooled, a device has as many as its fullest layer needs.
+        """
+        slots_D = None if self.pooled else self.slots_D
+        return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=self.batch.layer_ids_L, method=method)
+
     def check(self, placement: Placement) -> None:
         """Raise PlacementError unless the placement fits this problem's shapes and slots."""
         want = (self.batch.num_layers, self.batch.num_experts, self.num_devices)
@@ -234,7 +241,7 @@ class PlacementProblem:
         """Raise PlacementError if a group that must lie whole does not."""
         torn = self._torn(placement)
         if torn.size:
-            assert placement.layer_ids_L is not None and self.whole is not None
+            assert self.whole is not None
             raise PlacementError(
                 f"layer {placement.layer_ids_L[torn[0, 0]]}: routing group {torn[0, 1]} lies in several places, and "
                 f"{len(torn)} of {placement.num_layers * self.whole.num_groups} groups of all layers do"

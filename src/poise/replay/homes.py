@@ -65,7 +65,7 @@ class HomeRow:
 
     @property
     def name(self) -> str:
-        """As tables call it."""
+        """Of its row in tables."""
         return self.homes + (", re-planned" if self.replanned else "")
 
 

@@ -63,7 +63,7 @@ def _row(
     before: Placement, loss: Loss, load_LE: NDArray[np.float64], speed_D: NDArray[np.float64], now: float
 ) -> LossRow:
     left = np.setdiff1d(np.arange(before.num_devices), loss.lost)
-    slots_D, speed = np.bincount(before.slot_device_S, minlength=before.num_devices)[left], speed_D[left]
+    slots_D, speed = before.slots_D[left], speed_D[left]
     bound_L = np.array([level_bound(load_E, slots_D, speed) for load_E in load_LE])
     orphans = int((~(before.count_LED()[:, :, left] > 0).any(axis=2)).sum())
     rule = reassigned(before, loss.lost).after_on_rest

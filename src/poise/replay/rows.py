@@ -132,7 +132,7 @@ def planned_rows(
 
     out = [Entry(method, map_of(found), pooled, found.seconds, fitted=seen)]
     if fewer is not None:
-        redundant = fewer.placement.num_slots - problem.batch.num_experts
+        redundant = fewer.placement.redundant
         said.append(fewer_words(redundant, 1 - fewer.objective / found.objective, defaults))
         out.insert(0, Entry(f"{method}, {redundant} redundant", map_of(fewer), pooled, fewer.seconds, fitted=seen))
         said += [f"{out[0].name}: {text}" for text in shortened(fewer)]

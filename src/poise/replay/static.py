@@ -84,8 +84,7 @@ def replay(
     pooled: bool = False,
 ) -> Replay:
     """Price every step; ``pooled`` counts the placement's memory over all layers together in the bound."""
-    slots_D = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
-    spare = placement.num_slots - placement.num_experts
+    slots_D, spare = placement.slots_D, placement.redundant
     if pooled:
         used = placement.count_LED().sum(axis=(0, 1))
         slots_D = np.minimum(used, placement.num_experts)

@@ -222,7 +222,6 @@ def _current(setting: TrialSetting, batch: RoutingBatch, cluster: Cluster) -> Pl
             f"the map that runs now has [layers, experts, devices] {have}, traffic and cluster {want}",
             hint="is --current of this model and cluster?",
         )
-    assert given.layer_ids_L is not None
     if (given.layer_ids_L != batch.layer_ids_L).any():
         raise OptionError(
             f"the map that runs now is of decoder layers {given.layer_ids_L.tolist()[:8]}, the traffic of "
@@ -301,16 +300,12 @@ def map_price(current: Placement, after: Placement, cluster: Cluster, model: Mod
     for all.
     """
     moves, scale = moving(current, after, cluster.node_D), model.num_moe_layers / after.num_layers
-    more_D = _slots(after) - _slots(current)
+    more_D = after.slots_D - current.slots_D
     slot_bytes = float(more_D.max()) * model.num_moe_layers * model.expert_bytes
     cache = model.kv_bytes_per_token_layer * model.num_hidden_layers
     tokens = ceil(slot_bytes / cache) if cache > 0 else None
     return MapPrice(scale * moves.fetched * model.expert_bytes, moves.seconds(cluster, scale * model.expert_bytes),
                     slot_bytes, tokens)  # fmt: skip
-
-
-def _slots(placed: Placement) -> NDArray[np.int64]:
-    return np.bincount(placed.slot_device_S, minlength=placed.num_devices)
 
 
 def _break_even(

@@ -152,7 +152,7 @@ class PhaseVerdict:
 
     @property
     def interval_s(self) -> tuple[float, float]:
-        """Of the same."""
+        """Interval of :attr:`saved_s`."""
         low, high = self.chosen.interval_s(len(self.tried))
         return self.layers * low, self.layers * high
 

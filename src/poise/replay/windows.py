@@ -57,7 +57,7 @@ def check_windows(windows: Windows, model: ModelSpec) -> None:
     ------
     OptionError : they differ in layers or experts. ModelError : they are not of this model.
     """
-    shapes = [(one.num_experts, () if one.layer_ids is None else tuple(one.layer_ids.tolist())) for one in windows]
+    shapes = [(one.num_experts, tuple(one.layer_ids.tolist())) for one in windows]
     for (experts, layers), one in zip(shapes, windows, strict=True):
         model.matches(num_experts=experts, layer_ids=np.asarray(layers))
         if one.top_k > model.top_k:
@@ -95,7 +95,7 @@ def recorded_phases(windows: Windows) -> tuple[Phase, ...]:
         return ()
     flags: list[bool] = []
     for one in windows:
-        assert isinstance(one, RoutingTrace) and one.is_decode is not None
+        assert isinstance(one, RoutingTrace)
         flags += np.unique(one.is_decode).tolist()
     if not any(flags):  # what a recorder writes that does not know
         return ()
@@ -143,7 +143,7 @@ def phase_traffic(windows: Windows, phase: Phase, tokens: int | None, homes: Hom
     if recorded_phases(windows):
         parts = []
         for one in windows:
-            assert isinstance(one, RoutingTrace) and one.is_decode is not None
+            assert isinstance(one, RoutingTrace)
             if not (one.is_decode == (phase == "decode")).any():
                 raise TraceError(f"{one.name} has no {phase} token", hint="--phase names the phase it has")
             parts.append(one.select(phase=phase))
@@ -219,7 +219,6 @@ def some_of(traffic: RoutingTrace | LoadProfile, seconds: float) -> RoutingTrace
         every = ceil(traffic.load_BLE.size * LOAD_SECONDS / seconds)
         return traffic if every < 2 else traffic.steps(slice(0, None, min(every, traffic.num_steps // 2)))
     every, requests = ceil(traffic.experts.size * PICK_SECONDS / seconds), traffic.requests()
-    assert traffic.request is not None
     if every < 2 or len(requests) < 4 or len(traffic.domain_names) > 1:  # a domain needs two requests to be halved
         return traffic
     return traffic.rows(np.isin(traffic.request, requests[:: min(every, len(requests) // 2)]))

@@ -15,6 +15,8 @@ FULL, HALF = 960, 480
 """Widths of drawings that fill the page, and of those that stand in pairs, in pixels of their text."""
 LEVELS = 12
 """Shades of a cell."""
+MOST_LETTERS = 38
+"""Of a name in a drawing."""
 
 
 def svg(width: float, height: float, title: str, body: str) -> str:
@@ -57,9 +59,9 @@ def margin(names: Sequence[str]) -> float:
     return min(300.0, 24 + 7.2 * max(len(shorten(name)) for name in names))
 
 
-def shorten(name: str, most: int = 38) -> str:
+def shorten(name: str) -> str:
     """A name that fits."""
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
 
 
 def legend(items: Sequence[tuple[str, str]]) -> str:

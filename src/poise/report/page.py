@@ -14,7 +14,7 @@ from poise.report import charts
 from poise.report.sections import facts, flow, links, load, moves, numbers, timeline, times, verdict, wait, what_if
 from poise.report.view import Made, View
 from poise.util.errors import PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 from poise.util.words import harmless
 
 SECTIONS = (
@@ -59,8 +59,7 @@ def write_page(page: str, path: str | Path) -> None:
     ------
     PlacementError : the file cannot be written.
     """
-    with replacing(path, PlacementError) as stream:
-        stream.write(page.encode())
+    write_whole(path, page, PlacementError)
 
 
 def render(comparison: Comparison, made: Made, what: WhatIf | None = None) -> str:

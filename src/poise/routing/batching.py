@@ -160,12 +160,11 @@ class _Sample:
         return np.random.default_rng(self.seed).integers(bounds[:-1], bounds[1:])
 
     def words(self, taken: int) -> str:
-        """What is said of it."""
+        """For the order in a table's title: how many steps are taken, and how."""
         return f", of which {taken} {'are drawn, spread evenly' if self.apart else 'are taken, the first'}"
 
 
 def _places(trace: RoutingTrace, per_step: int, live: int, steps: int, seed: int) -> NDArray[np.int64]:
-    assert trace.request is not None and trace.is_decode is not None
     by_request = np.argsort(trace.request, kind="stable")
     _, start = np.unique(trace.request[by_request], return_index=True)
     num = start.size
@@ -196,7 +195,6 @@ def _batch(
     start = np.concatenate([[0], np.cumsum(size_B)]).astype(np.int64)
     experts = np.ascontiguousarray(trace.experts[token])
     steps, load = size_B.size, count_loads(experts, size_B, trace.num_experts)
-    assert trace.request is not None and trace.layer_ids is not None
     return RoutingBatch(
         load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),
         None if trace.home is None else trace.home[token].copy(),
@@ -247,7 +245,6 @@ def _profile_batch(
         kept, mass, words = kept[taken], mass[taken], words + sample.words(taken.size)
     scaled = load[kept].astype(np.float64)
     scaled *= (target / mass)[:, None, None]
-    assert profile.layer_ids is not None
     return RoutingBatch(
         scaled, np.full(len(scaled), 1.0 / len(scaled)), profile.top_k, profile.layer_ids,
         order=f"{total} recorded loads as steps, {words}", drawn_from=None if taken is None else total,

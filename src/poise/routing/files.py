@@ -73,7 +73,7 @@ def join(
         ):  # fmt: skip
             if a != b:
                 raise TraceError(f"{head.name} has {a} {what}, {part.name} has {b}", hint="join files of one model")
-        if not np.array_equal(head.layer_ids, part.layer_ids):  # type: ignore[arg-type]
+        if not np.array_equal(head.layer_ids, part.layer_ids):
             raise TraceError(f"{head.name} and {part.name} record different layers")
     if all(isinstance(part, LoadProfile) for part in parts):
         return _of_ranks(parts, ranks, allow_missing_ranks)  # type: ignore[arg-type]
@@ -85,7 +85,6 @@ def join(
     names = tuple(dict.fromkeys(name for trace in traces for name in trace.domain_names))
     domains = []
     for trace in traces:
-        assert trace.request is not None
         ids, inverse = np.unique(trace.request, return_inverse=True)
         requests.append(inverse + next_request)
         next_request += ids.size
@@ -103,7 +102,7 @@ def join(
         sealed(np.concatenate([trace.experts for trace in traces])),
         traces[0].num_experts,
         request=np.concatenate(requests),
-        is_decode=stack("is_decode"),
+        is_decode=np.concatenate([trace.is_decode for trace in traces]),
         step=np.concatenate(steps) if len(steps) == len(traces) else None,
         home=stack("home"),
         weights=stack("weights"),
@@ -118,7 +117,7 @@ def join(
 def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_missing: bool) -> LoadProfile:
     """Profiles as one; where a rank's experts have no load in a layer, its row is empty."""
     head = profiles[0]
-    ids = np.unique(np.concatenate([part.layer_ids for part in profiles if part.layer_ids is not None]))
+    ids = np.unique(np.concatenate([part.layer_ids for part in profiles]))
     files = []
     for part in profiles:
         if (part.num_experts, part.top_k) != (head.num_experts, head.top_k):
@@ -128,9 +127,9 @@ def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_miss
                 hint="join files of one model",
             )
         load_BLE = part.load_BLE
-        if not np.array_equal(ids, part.layer_ids):  # type: ignore[arg-type]
+        if not np.array_equal(ids, part.layer_ids):
             load_BLE = np.zeros((part.num_steps, ids.size, part.num_experts), load_BLE.dtype)
-            load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE  # type: ignore[arg-type]
+            load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE
         files.append(Recorded(part.name, part.rank, load_BLE))
     loads, notes = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
     name = " + ".join(part.name for part in profiles)
@@ -146,7 +145,7 @@ def _idle_together(
     parts = []
     for part in profiles:
         parts.append(np.zeros((part.num_steps, ids.size)))
-        parts[-1][:, np.searchsorted(ids, part.layer_ids)] = part.idle_BL  # type: ignore[arg-type]
+        parts[-1][:, np.searchsorted(ids, part.layer_ids)] = part.idle_BL
     steps = len(load_BLE)
     if sum(len(idle) for idle in parts) == steps:
         return np.concatenate(parts)
@@ -259,9 +258,9 @@ def _array(archive: Archive, name: str) -> NDArray[Any]:
 
 def _read_counts(archive: Archive, name: str) -> LoadProfile:
     """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
-    ids = _array(archive, "layers") if "layers" in archive else None
+    more: dict[str, Any] = {"layer_ids": _array(archive, "layers")} if "layers" in archive else {}
     idle = _array(archive, IDLE) if IDLE in archive else None
-    return LoadProfile(_array(archive, "counts"), ids, name=name, idle_BL=idle)
+    return LoadProfile(_array(archive, "counts"), name=name, idle_BL=idle, **more)
 
 
 def _read_cross(archive: Archive, name: str) -> LoadProfile:

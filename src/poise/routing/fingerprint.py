@@ -129,7 +129,6 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _units(trace: RoutingTrace) -> NDArray[np.uint64]:
     """Numbers of all units, uint64 [n]."""
-    assert trace.request is not None and trace.is_decode is not None
     tokens, choices = trace.num_tokens, trace.num_layers * trace.top_k
     token_T = _of_tokens(trace)
     order = np.lexsort((np.arange(tokens), trace.is_decode, trace.request))

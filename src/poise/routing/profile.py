@@ -67,9 +67,9 @@ def skew_L(load: NDArray[Any]) -> NDArray[np.float64]:
     return load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-300)
 
 
-def dead_share_L(load: NDArray[Any], below: float = 0.01) -> NDArray[np.float64]:
-    """Share of experts with less than ``below`` of the mean load, float64 [L], from loads [L, E]."""
-    return (load < below * load.mean(axis=1, keepdims=True)).mean(axis=1)
+def dead_share_L(load: NDArray[Any]) -> NDArray[np.float64]:
+    """Share of experts with less than a hundredth of the mean load, float64 [L], from loads [L, E]."""
+    return (load < 0.01 * load.mean(axis=1, keepdims=True)).mean(axis=1)
 
 
 def mutual_information(

@@ -106,12 +106,12 @@ class RoutingTrace:
 
     experts: NDArray[np.int16]
     num_experts: int
-    request: NDArray[np.int32] | None = None
-    is_decode: NDArray[np.bool_] | None = None
+    request: NDArray[np.int32] = None  # type: ignore[assignment]  # filled in
+    is_decode: NDArray[np.bool_] = None  # type: ignore[assignment]  # filled in
     step: NDArray[np.int32] | None = None
     home: NDArray[np.int32] | None = None
     weights: NDArray[np.float32] | None = None
-    layer_ids: NDArray[np.int32] | None = None
+    layer_ids: NDArray[np.int32] = None  # type: ignore[assignment]  # filled in
     domain: NDArray[np.int16] | None = None
     domain_names: tuple[str, ...] = ()
     name: str = field(default="trace")
@@ -186,7 +186,6 @@ class RoutingTrace:
 
     def requests(self) -> NDArray[np.int32]:
         """Request ids in order of first appearance, int32."""
-        assert self.request is not None
         ids, first = np.unique(self.request, return_index=True)
         return ids[np.argsort(first)]
 
@@ -220,7 +219,6 @@ class RoutingTrace:
         if phase is not None:
             if phase not in ("prefill", "decode"):
                 raise OptionError(f"unknown phase {phase!r}", hint="prefill or decode")
-            assert self.is_decode is not None
             mask &= self.is_decode == (phase == "decode")
         return self.rows(mask)
 
@@ -231,13 +229,11 @@ class RoutingTrace:
 
     def every_second_request(self) -> tuple[RoutingTrace, RoutingTrace]:
         """Every second request in order of appearance, beginning with the first, and the others."""
-        assert self.request is not None
         mask = np.isin(self.request, self.requests()[::2])
         return self.rows(mask), self.rows(~mask)
 
     def first_requests(self, share: float = 0.5) -> NDArray[np.bool_]:
         """Which tokens are of the first part of :meth:`split_requests`, bool [T]."""
-        assert self.request is not None
         first: list[NDArray[np.int32]] = []
         domain = np.zeros(self.num_tokens, np.int16) if self.domain is None else self.domain
         for index in np.unique(domain):
@@ -298,7 +294,7 @@ class LoadProfile:
     """
 
     load_BLE: NDArray[Any]
-    layer_ids: NDArray[np.int32] | None = None
+    layer_ids: NDArray[np.int32] = None  # type: ignore[assignment]  # filled in
     top_k: int = 1
     name: str = field(default="profile")
     rank: int | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.util.errors import OptionError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def write_perfetto(path: str | Path, groups: Mapping[str, Sequence[Event]]) -> N
 
     Raises
     ------
-    OptionError : as :func:`poise.util.files.replacing`.
+    OptionError : as :func:`poise.util.files.write_whole`.
     """
     out: list[dict[str, object]] = []
     for number, (group, events) in enumerate(groups.items(), 1):
@@ -53,5 +53,4 @@ def write_perfetto(path: str | Path, groups: Mapping[str, Sequence[Event]]) -> N
             }
             for event in events
         ]
-    with replacing(path, OptionError) as stream:
-        stream.write(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}).encode())
+    write_whole(path, json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}), OptionError)

@@ -100,17 +100,6 @@ def hears(executor: Executor) -> bool:
     return isinstance(executor, Serial | ThreadPoolExecutor | SeeingProcesses)
 
 
-def checked_executor(spec: str) -> str:
-    """The text, if it names an executor; nothing is started.
-
-    Raises
-    ------
-    OptionError : as :func:`executor_of`.
-    """
-    _parsed(spec)
-    return spec
-
-
 def _parsed(spec: str) -> tuple[str, str]:
     """Kind, and the number of workers or the address."""
     kind, apart, where = spec.partition("://" if "://" in spec else ":")

@@ -82,9 +82,9 @@ def read_at_most(stream: BinaryIO, most: int) -> bytes:
     return data.getvalue()
 
 
-def regular_size(path: str | Path, error: type[InputError], *, hint: str = "") -> int:
+def regular_size(path: str | Path, error: type[InputError]) -> int:
     """Bytes that a regular file says it has. Raises as :func:`open_regular`."""
-    with open_regular(path, error, hint=hint) as stream:
+    with open_regular(path, error) as stream:
         return os.fstat(stream.fileno()).st_size
 
 
@@ -155,6 +155,12 @@ def replacing(path: str | Path, error: type[InputError]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             os.unlink(beside)
+
+
+def write_whole(path: str | Path, text: str, error: type[InputError]) -> None:
+    """Write a file of one text, in UTF-8. Raises as :func:`replacing`."""
+    with replacing(path, error) as stream:
+        stream.write(text.encode())
 
 
 def check_output(path: str | Path, error: type[InputError]) -> None:

@@ -31,7 +31,7 @@ class Wish:
 
     @property
     def came(self) -> bool:
-        """Whether somebody had it."""
+        """Whether somebody wishes that the work ends."""
         return bool(self._seen[0])
 
     def end(self) -> None:

@@ -31,7 +31,7 @@ _NUMBERS: tuple[tuple[re.Pattern[str], Callable[[str], int | float]], ...] = (
 _OCTAL = re.compile(r"[-+]?0[0-9]+")
 
 
-def read_yaml(path: Path, most: int, error: type[InputError], *, hint: str = "") -> Any:
+def read_yaml(path: Path, most: int, error: type[InputError]) -> Any:
     """What a YAML file holds: dicts, lists, texts, ints, finite floats, bools and None.
 
     Parameters
@@ -39,13 +39,12 @@ def read_yaml(path: Path, most: int, error: type[InputError], *, hint: str = "")
     path : the file.
     most : bytes that are read at most.
     error : what is raised.
-    hint : how to mend a file that cannot be read.
 
     Raises
     ------
     InputError : of the type ``error``: no such file, no regular file, too large, or as :func:`parse_yaml`.
     """
-    data = read_bounded(path, most, error, hint=hint)
+    data = read_bounded(path, most, error)
     try:
         return parse_yaml(data, error)
     except error as problem:

@@ -140,7 +140,7 @@ class WayBack:
 
     def of(self, runs: Placement) -> bool:
         """Whether it begins where the engine is: at the map that was judged, or at a part of the way."""
-        return any(_same(runs, one) for one in (self.judged, *self.parts))
+        return any(runs.holds_like(one) for one in (self.judged, *self.parts))
 
 
 class _Met(NamedTuple):
@@ -199,7 +199,7 @@ class MapEffects:
         started : and it was started anew.
         """
         now = self._clock()
-        if runs is not None and (self._newest is None or not _same(self._newest, runs)):
+        if runs is not None and (self._newest is None or not self._newest.holds_like(runs)):
             self._met.append(_Met(self._looked_s, now, runs, told or started))
             self._newest = runs
         self._looked_s = now
@@ -241,11 +241,11 @@ class MapEffects:
 
     def _turn(self, runs: Placement) -> list[Effect]:
         before, self._runs = self._runs, runs
-        if before is None or _same(before, runs):
+        if before is None or before.holds_like(runs):
             return []
         self._windows.cut()
         self._warm, self.back = False, None
-        if self._older is not None and len(self._era) < FEW and _same(self._older, runs):
+        if self._older is not None and len(self._era) < FEW and self._older.holds_like(runs):
             self._era = deque(self._before, MOST_WINDOWS)  # it goes on as if nothing had been between
             self._older, self._before, self._judge = None, (), None
             return [Effect(replace(MapJudge((), self._settings).judgement, why="the map of before runs again"), True)]
@@ -268,7 +268,3 @@ class MapEffects:
             assert self._older is not None and self._runs is not None
             self.back = WayBack(self._runs, self._older, found.tpot_s[1], found.tpot_s[1] / found.ratio)
         return [Effect(found, found.answer != word)]
-
-
-def _same(one: Placement, other: Placement) -> bool:
-    return bool((one.count_LED() == other.count_LED()).all())

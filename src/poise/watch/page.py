@@ -179,7 +179,7 @@ class _Server(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close it."""
+        """Close a connection, and count it no more."""
         with self._lock:
             self._open.pop(request, None)
         super().shutdown_request(request)

@@ -39,7 +39,6 @@ def rows_of(placement: Placement, layer_ids_L: NDArray[np.int32]) -> Placement:
     ------
     OptionError : it has no row for one of them.
     """
-    assert placement.layer_ids_L is not None
     row = {int(layer): at for at, layer in enumerate(placement.layer_ids_L)}
     missing = [int(layer) for layer in layer_ids_L if int(layer) not in row]
     if missing:

@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from poise import api
 from poise.control.controller import Controller, ControlSettings, Decision, Look
 from poise.control.steps import join_steps, steps_of
@@ -277,7 +275,7 @@ class Service:
         if placement.num_devices != devices:
             raise OptionError(f"the placement is for {placement.num_devices} devices, the cluster has {devices}")
         placement = hold(rows_of(placement, steps.layer_ids_L), ANY)[0]  # as the engine that serves it holds it
-        slots_D = np.bincount(placement.slot_device_S, minlength=devices)
+        slots_D = placement.slots_D
         rules = next((ENGINES[one.target] for one in self.outputs if one.target in NEW_IDS), ANY)
         self._problem = PlacementProblem(steps, s.cluster, sizes, slots_D, flow, s.split, current=placement,
                                          engine=rules)  # fmt: skip
@@ -303,8 +301,8 @@ class Service:
             yield Trouble(f"the engine's map was left out: {error.message}")
             return
         self._first, self._said = runs, True
-        changed = (runs.count_LED() != control.running.count_LED()).any()
-        newest = (runs.count_LED() == control.current.count_LED()).all()
+        changed = not runs.holds_like(control.running)
+        newest = runs.holds_like(control.current)
         control.runs(runs)
         if not changed:
             return
@@ -334,7 +332,7 @@ class Service:
         self._first, self._began = runs, True
         if self.setup.settings.at_start:
             self.controller.runs(runs)
-        other = (runs.count_LED() != self.controller.current.count_LED()).any()
+        other = not runs.holds_like(self.controller.current)
         yield Told(f"the engine was started anew{', not with the newest placement' if other else ''}")
 
     def _seen(self, look: Look, once: bool) -> Iterator[ServiceEvent]:
@@ -414,7 +412,7 @@ class Service:
                 return
             before = control.current
             yield from self._carry_out(once)
-            gone = control.current is before or (control.current.count_LED() == back.older.count_LED()).all()
+            gone = control.current is before or control.current.holds_like(back.older)
             self._back = None if gone else replace(back, parts=(*back.parts, control.current))
         except Exception as error:
             if once:

@@ -323,7 +323,6 @@ def _chosen(tokens_per_step: int, rows: int) -> str:
 def recorded_steps(profile: LoadProfile) -> RoutingBatch:
     """Recorded loads as steps of the size they had; those without load (an unused part of a buffer) are left out."""
     load = profile.load_BLE[profile.load_BLE.any(axis=(1, 2))].astype(np.float64)
-    assert profile.layer_ids is not None
     return RoutingBatch(
         load, np.full(len(load), 1.0 / len(load)), profile.top_k, profile.layer_ids, order=f"{len(load)} recorded steps"
     )

@@ -89,7 +89,6 @@ def relabel_checkpoint(
     names, index = _shard_names(source)
     shards = [read_shard(source / name) for name in names]
     _check_index(shards, index, source)
-    assert placement.layer_ids_L is not None
     made = Relabelling(
         placement.layer_ids_L, permutation(placement, num_groups=groups), source.resolve().name, placement.num_devices
     )

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from poise.engines.checkpoints.permutation import permutation
 from poise.planning.placement import Placement
 from poise.util.errors import ModelError, OptionError, PlacementError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 Framework = Literal["megatron", "deepspeed"]
 FRAMEWORKS: tuple[Framework, ...] = ("megatron", "deepspeed")
@@ -70,15 +70,13 @@ def write_order(
     if framework not in FRAMEWORKS:
         raise OptionError(f"unknown framework {framework!r}", hint=f"one of {', '.join(FRAMEWORKS)}")
     order_LE = permutation(placement, num_groups=num_groups)
-    assert placement.layer_ids_L is not None
     layers = {str(layer): order.tolist() for layer, order in zip(placement.layer_ids_L, order_LE, strict=True)}
     data = {
         "format": FORMAT, "version": VERSION, "framework": framework, "num_experts": placement.num_experts,
         "ep_size": placement.num_devices, "experts_per_rank": placement.num_experts // placement.num_devices,
         "layers": layers,
     }  # fmt: skip
-    with replacing(path, PlacementError) as stream:
-        stream.write(json.dumps(data).encode())
+    write_whole(path, json.dumps(data), PlacementError)
 
 
 def _order(order_E: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:

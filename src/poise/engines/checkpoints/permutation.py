@@ -47,7 +47,7 @@ def permutation(placement: Placement, *, num_groups: int = 1) -> NDArray[np.int3
             f"{placement.num_slots} slots for {experts} experts: new expert ids allow neither replicas nor empty slots",
             hint="plan with --redundant 0 and without --pooled",
         )
-    per_device = np.bincount(placement.slot_device_S, minlength=devices)
+    per_device = placement.slots_D
     if (per_device != per_device[0]).any():
         raise PlacementError(
             f"{experts} experts on {devices} devices, {per_device.min()} to {per_device.max()} on each: engines cut "
@@ -77,7 +77,6 @@ def _check_groups(placement: Placement, order_LE: NDArray[np.int32], num_groups:
         per_device = placement.num_experts // placement.num_devices
         first, last = block * size // per_device, (block * size + size - 1) // per_device
         who = f"device {first} holds" if first == last else f"devices {first} to {last} together hold"
-        assert placement.layer_ids_L is not None
         raise PlacementError(
             f"layer {placement.layer_ids_L[layer]}: {who} a part of routing group {group_LGS[layer, block, 0]} and of "
             f"group {group_LGS[layer, block, at]}; the router picks among {num_groups} groups of {size} ids, so new "
@@ -102,7 +101,7 @@ def keep_groups(placement: Placement, num_groups: int) -> Placement:
     permutation(placement)
     if num_groups == 1:
         return placement
-    slots_D = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
+    slots_D = placement.slots_D
     count_LED = gathered(placement.count_LED(), _whole(placement, num_groups), slots_D, filled=True)
     method = f"{placement.method}, groups kept"[:MAX_NAME]
     return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=placement.layer_ids_L, method=method)
@@ -197,7 +196,6 @@ class Relabelling:
         """
         if traffic.num_experts != self.num_experts:
             raise TraceError(f"{traffic.name} has {traffic.num_experts} experts, the relabelling {self.num_experts}")
-        assert traffic.layer_ids is not None
         rows, same = self.rows(), np.arange(self.num_experts)
         old_LE = np.array([rows.get(layer, same) for layer in traffic.layer_ids.tolist()])
         if isinstance(traffic, RoutingTrace):

@@ -11,7 +11,7 @@ from poise.lab.emulate.selftest import SIZES, selftest
 from poise.lab.emulate.spec import EmulatedCluster, parse_shape
 from poise.machine.cluster import Cluster
 from poise.util.errors import InputError, OptionError, PoiseError
-from poise.util.files import check_output, replacing
+from poise.util.files import check_output, write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 spec, sizes=[int(size * 2**20) for size in options.sizes], find_limit=not options.no_limit
             )
             if options.output:
-                with replacing(options.output, OptionError) as stream:
-                    stream.write(f"{result.to_json()}\n".encode())
+                write_whole(options.output, f"{result.to_json()}\n", OptionError)
             print(result.to_json() if options.json else result)
             return 1 if result.inconclusive else 0
         if not options.command:

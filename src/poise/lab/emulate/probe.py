@@ -21,6 +21,8 @@ from poise.runtime.collectives import point_to_point
 ExchangeFunction = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], object]
 SKIP = 2
 """Rounds before the ones that count: connections are made and TCP's windows open."""
+ROUNDS = 30
+"""Of exchanges of 4 bytes."""
 
 
 def main() -> None:
@@ -106,27 +108,27 @@ def peer_counts() -> list[int]:
     return sorted({count for count in (1, 2, 4, 8, 16, 32) if count < world - 1} | {world - 1}) if world > 1 else []
 
 
-def one_float(peers: int, rounds: int = 30) -> dict[str, float]:
+def one_float(peers: int) -> dict[str, float]:
     """Seconds of an all-to-all of 4 bytes with each of the next ``peers`` ranks (and the same many before)."""
     own, world = dist.get_rank(), dist.get_world_size()
     to = [4 if 0 < (peer - own) % world <= peers else 0 for peer in range(world)]
     back = [4 if 0 < (own - peer) % world <= peers else 0 for peer in range(world)]
     sent, got = torch.zeros(sum(to), dtype=torch.uint8), torch.zeros(sum(back), dtype=torch.uint8)
     seconds = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         dist.barrier()
         start = time.perf_counter()
         dist.all_to_all_single(got, sent, back, to)
         took = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
         seconds.append(float(took))
-    return {"peers": peers, "p50_s": statistics.median(seconds), "p95_s": sorted(seconds)[int(0.95 * rounds)]}
+    return {"peers": peers, "p50_s": statistics.median(seconds), "p95_s": sorted(seconds)[int(0.95 * ROUNDS)]}
 
 
-def oversleep(rounds: int = 100, seconds: float = 0.005) -> list[float]:
-    """By how much each of ``rounds`` slept computations of 5 ms was too long."""
-    clock = DeviceClock(lambda _: seconds)
-    return [clock.compute([1]).late_s for _ in range(rounds)]
+def oversleep() -> list[float]:
+    """By how much each of 100 slept computations of 5 ms was too long."""
+    clock = DeviceClock(lambda _: 0.005)
+    return [clock.compute([1]).late_s for _ in range(100)]
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from poise.util.errors import NoResultError
 PROBE = Path(__file__).with_name("probe.py")
 MIB = 2**20
 SIZES = (1 * MIB, 4 * MIB, 16 * MIB, 32 * MIB)
-HOLDS = 0.95
-"""A machine carries a total rate if ports that are all busy reach this part of their set rates."""
+HOLDS, FACTOR, TRIES = 0.95, 1.5, 8
+"""A machine carries a total rate if ports that are all busy reach this part of their set rates; each try of the limit
+search sets rates this much faster or slower."""
 LIMIT_SECONDS = 0.25
 """The limit search takes the rate between messages that last this long and three times as long: what an exchange costs
 whatever its size is no matter of capacity."""
@@ -45,7 +46,7 @@ class PortResult:
 
     @property
     def worst(self) -> float:
-        """The smaller one."""
+        """The share of the port class that reaches less of its set rate."""
         return min(value for value in (self.intra, self.inter) if value is not None)
 
 
@@ -200,12 +201,12 @@ def _port(spec: EmulatedCluster, row: dict[str, Any]) -> PortResult:
     )
 
 
-def _limit(spec: EmulatedCluster, timeout: float, factor: float = 1.5, tries: int = 8) -> list[dict[str, float]]:
+def _limit(spec: EmulatedCluster, timeout: float) -> list[dict[str, float]]:
     """All ports busy: upwards from the set rates until they miss 95 %, or downwards until they hold; every try."""
     tried: list[dict[str, float]] = []
     held: set[bool] = set()
     scale = 1.0
-    while len(held) < 2 and len(tried) < tries and scale > 0.1:
+    while len(held) < 2 and len(tried) < TRIES and scale > 0.1:
         faster = dataclasses.replace(
             spec,
             intra_bytes_per_s=spec.intra_bytes_per_s and max(spec.intra_bytes_per_s * scale, MIN_BYTES_PER_S),
@@ -219,7 +220,7 @@ def _limit(spec: EmulatedCluster, timeout: float, factor: float = 1.5, tries: in
         worst = _port(faster, {**long, **between}).worst if between["median_s"] > 0 else 0.0
         tried.append({"total_bytes_per_s": faster.total_bytes_per_s, "achieved": worst})
         held.add(worst >= HOLDS)
-        scale *= factor if worst >= HOLDS else 1 / factor
+        scale *= FACTOR if worst >= HOLDS else 1 / FACTOR
     return tried
 
 

@@ -27,7 +27,7 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def cached_config(model: str, presets: Iterable[str] = ()) -> Path:
+def cached_config(model: str, presets: Iterable[str]) -> Path:
     """``config.json`` of a model in the cache: of its branch ``main``, else of the snapshot that came last.
 
     Raises

@@ -114,7 +114,7 @@ FAMILIES: dict[str, Family] = {
     "flint": Family(stepped("decoder_sparse_step", "mlp_only_layers", dense=(0, 1))),
     "llama4": Family(listed(("moe_layers",), stepped("interleave_moe_layer_step")), (PLAIN,)),
     "arctic": Family(stepped("moe_layer_frequency", default=2), (PLAIN,)),
-    "jamba": Family(periodic("expert_layer_period", "expert_layer_offset", (2, 1)), (PLAIN,)),
+    "jamba": Family(periodic((2, 1)), (PLAIN,)),
     "ernie4_5_moe": Family(span("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")),
     # the first ones are dense
     "bailing_moe": _deepseek(0), "bailing_moe_linear": _deepseek(0), "bailing_moe_v2": _deepseek(0),

@@ -74,8 +74,9 @@ def stepped(step: str, only: str = "", dense: tuple[int, ...] = (), default: int
     return Rule((step, only) if only else (step,), says, find)
 
 
-def periodic(period: str, offset: str, defaults: tuple[int, int]) -> Rule:
-    """Layers whose number leaves ``offset`` when divided by ``period``."""
+def periodic(defaults: tuple[int, int]) -> Rule:
+    """Layers whose number leaves ``expert_layer_offset`` when divided by ``expert_layer_period``."""
+    period, offset = "expert_layer_period", "expert_layer_offset"
 
     def find(config: Config, layers: int) -> list[int]:
         every_nth = max(1, number(config, period, default=defaults[0]))
@@ -246,7 +247,7 @@ PLAIN: tuple[Rule, ...] = (
     only_if_said(stepped("interleave_moe_layer_step"), (0, 1)),
     listed(("moe_layers", "moe_layers_enum", "moe_layer_list"), nothing()),
     flagged("is_moe_layer", nothing()),
-    only_if_said(periodic("expert_layer_period", "expert_layer_offset", (1, 0)), (1, 0)),
+    only_if_said(periodic((1, 0)), (1, 0)),
     only_if_said(span("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), ()),
     ffn_named(blocks("hybrid_override_pattern", ("layers_block_type",))),
 )

@@ -41,9 +41,8 @@ def starts(problem: PlacementProblem) -> list[Placement]:
 
 def _once(placement: Placement) -> Placement:
     """Without second copies of an expert on one device."""
-    slots_D = np.bincount(placement.slot_device_S, minlength=placement.num_devices)
     return Placement.from_counts(
-        np.minimum(placement.count_LED(), 1), slots_D=slots_D, layer_ids_L=placement.layer_ids_L,
+        np.minimum(placement.count_LED(), 1), slots_D=placement.slots_D, layer_ids_L=placement.layer_ids_L,
         method=placement.method,
     )  # fmt: skip
 

@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import eplb
 from poise.planning.methods.lpt import replicate
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.profile import coactivation_LEE
 from poise.util.errors import NoResultError
@@ -320,6 +319,4 @@ def plan(
     shares("kept_on_device", device)
     shares("kept_on_node", cluster.node_D)
     details.update(exchanges=exchanges, layers_cut_off=left_out)
-    placement = Placement.from_counts(count_LED, slots_D=None if problem.pooled else problem.slots_D,
-                                      layer_ids_L=batch.layer_ids_L, method="coactivation")  # fmt: skip
-    return MethodResult(placement, details)
+    return MethodResult(problem.placed(count_LED, "coactivation"), details)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.budget import Limit
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
 
@@ -44,14 +43,7 @@ def deal(num_experts: int, slots_D: NDArray[Any], *, in_turn: bool) -> NDArray[n
 
 def place_alike(problem: PlacementProblem, count_ED: NDArray[np.int32], name: str) -> MethodResult:
     """The same layout in every layer."""
-    return MethodResult(
-        Placement.from_counts(
-            np.repeat(count_ED[None], problem.batch.num_layers, axis=0),
-            slots_D=None if problem.pooled else problem.slots_D,
-            layer_ids_L=problem.batch.layer_ids_L,
-            method=name,
-        )
-    )
+    return MethodResult(problem.placed(np.repeat(count_ED[None], problem.batch.num_layers, axis=0), name))
 
 
 def plan(

@@ -180,9 +180,7 @@ def _plan(problem: PlacementProblem, groups: int, nodes: int, name: str) -> Meth
         return MethodResult(placement, {"hierarchical": bool(hierarchical and nodes > 1)})
     counts = [pack_all(row, slots, cluster.speed_D) for row in load]
     why = f"the published packing needs equal slots and nodes, got {problem.slots_D.tolist()} on {per_node.tolist()}"
-    placement = Placement.from_counts(np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,
-                                      layer_ids_L=batch.layer_ids_L, method=name)  # fmt: skip
-    return MethodResult(placement, {"adapted": why})
+    return MethodResult(problem.placed(np.stack(counts), name), {"adapted": why})
 
 
 def plan(

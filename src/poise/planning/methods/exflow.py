@@ -309,11 +309,8 @@ def plan(
         np.put_along_axis(device_LE, member_LM, first_P[part_LM], axis=1)
         if progress:
             progress("stage", (number + 1) / len(todo))
-    placement = Placement.from_devices(device_LE, problem.num_devices, layer_ids_L=batch.layer_ids_L, method="exflow")
-    placement = Placement.from_counts(
-        placement.count_LED(), slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L,
-        method="exflow",
-    )  # fmt: skip
+    placement = Placement.from_devices(device_LE, problem.num_devices)
+    placement = problem.placed(placement.count_LED(), "exflow")
     intra, inter = hops(affinity, device_LE, node_D)
     return MethodResult(
         placement,

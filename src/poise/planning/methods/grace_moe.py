@@ -39,7 +39,6 @@ from numpy.typing import NDArray
 
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.profile import coactivation_LEE
 from poise.util.errors import NoResultError
@@ -298,6 +297,4 @@ def plan(
         "setting": asdict(setting), "ratio": ratio, "curve": curve, "grouping": grouping, "replicas": made,
         "affinity_inside_groups": float(np.mean(inside)) if inside else None,
     }  # fmt: skip
-    placement = Placement.from_counts(count_LED, slots_D=None if problem.pooled else problem.slots_D,
-                                      layer_ids_L=batch.layer_ids_L, method="grace-moe")  # fmt: skip
-    return MethodResult(placement, details)
+    return MethodResult(problem.placed(count_LED, "grace-moe"), details)

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.budget import Limit
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.util.compiled import compiled
 
@@ -84,9 +83,4 @@ def plan(
     load_LE = problem.batch.load_LE()
     slots = np.minimum(problem.slots_D, problem.batch.num_experts)
     counts = [pack_all(load, slots, problem.cluster.speed_D) for load in load_LE]
-    return MethodResult(
-        Placement.from_counts(
-            np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,
-            layer_ids_L=problem.batch.layer_ids_L, method="lpt",
-        )
-    )  # fmt: skip
+    return MethodResult(problem.placed(np.stack(counts), "lpt"))

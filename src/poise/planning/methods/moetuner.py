@@ -408,8 +408,7 @@ def _solve(
             "over all layers: its memory constraint knows only equal devices"
         )
     if not problem.pooled:
-        placement = Placement.from_counts(placement.count_LED(), slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L,
-                                          method=name)  # fmt: skip
+        placement = problem.placed(placement.count_LED(), name)
     details: dict[str, Any] = {
         "ilp1": notes,
         "ilp1_worst_gap_of_tokens": max(note["gap_of_tokens"] for note in notes),

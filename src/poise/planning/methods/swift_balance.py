@@ -132,7 +132,7 @@ def start_table(problem: PlacementProblem) -> SlotTable:
         placement = carry.carried(placement, problem)
     experts, devices = problem.batch.num_experts, problem.num_devices
     used_LD = (placement.count_LED() > 0).sum(axis=1)
-    theirs_D = np.bincount(placement.slot_device_S, minlength=devices)
+    theirs_D = placement.slots_D
     room_D = theirs_D if problem.pooled else problem.slots_D
     capacity_LD = used_LD if problem.pooled else np.broadcast_to(np.minimum(room_D, experts), used_LD.shape)
     first = np.concatenate([[0], np.cumsum(theirs_D)])
@@ -150,7 +150,7 @@ def start_table(problem: PlacementProblem) -> SlotTable:
             table[layer, d, np.flatnonzero(table[layer, d, :room] == EMPTY)[: beyond.size]] = beyond
     notes = []
     if problem.current is not None and problem.current is not placement:
-        have_D = np.bincount(problem.current.slot_device_S, minlength=problem.current.num_devices)
+        have_D = problem.current.slots_D
         notes.append(f"the current placement has slots {have_D.tolist()}: {placement.method}")
     if placement.has_duplicates:
         notes.append("second copies of an expert on one device of the current placement were dropped")

@@ -74,12 +74,12 @@ def _vector(count_E: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
     return np.concatenate([[count_E.sum(), (count_E > 0).sum(), tokens], excess])
 
 
-def rank_vector(work: Workload, seed: int = 0) -> NDArray[np.float64]:
+def rank_vector(work: Workload) -> NDArray[np.float64]:
     """Pairs, active experts, tokens and excess of one workload, float [3 + X]: the mean over draws."""
     tokens, experts, top_k, ranks, alpha, slots = work
     if alpha == 0.0:
         return _vector(*loads.balanced_load(tokens, experts, top_k, ranks))
-    rng = np.random.default_rng([seed, tokens, experts, top_k, ranks, round(100 * alpha), slots + 1])
+    rng = np.random.default_rng([0, tokens, experts, top_k, ranks, round(100 * alpha), slots + 1])
     own = (slots if slots > 0 else experts) // ranks
     found = []
     for _ in range(WIDE_DRAWS if slots else DRAWS):
