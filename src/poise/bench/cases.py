@@ -72,7 +72,7 @@ class FrozenCase:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """As batching takes it."""
+        """N for batching; None: steps are as recorded."""
         return None if self.recorded else self.tokens
 
     def digest(self) -> str:

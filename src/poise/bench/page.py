@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from html import escape
 
-from poise.bench.results import STANDING_HEADS, ComparedResults
+from poise.bench.results import ROW_HEADS, STANDING_HEADS, ComparedResults
 from poise.report import charts
 from poise.report.page import page_of
 from poise.report.sections.times import dots_chart
 from poise.report.view import Made
 from poise.util.words import percent
-
-ROW_HEADS = ("method", "ms", "over the bound", "imbalance", "p99", "ms, fitted", "planning s")
 
 
 def render_compared(found: ComparedResults, made: Made) -> str:
@@ -60,15 +58,10 @@ def _changes(found: ComparedResults) -> list[str]:
 
 
 def _cases(found: ComparedResults) -> str:
-    tables = []
-    for case in found.cases:
-        rows = [
-            [name, f"{1e3 * row.seconds:.3f}", f"{row.seconds / row.bound_seconds:.3f}" if row.bound_seconds else "",
-             f"{row.imbalance:.3f}", f"{row.imbalance_p99:.2f}", f"{1e3 * row.fitted_seconds:.3f}",
-             "" if row.plan_seconds is None else f"{row.plan_seconds:.1f}"]
-            for name, row in found.rows(case).items()
-        ]  # fmt: skip
-        tables.append(charts.table(case, ROW_HEADS, rows))
+    tables = [
+        charts.table(case, ROW_HEADS, [[name, *row.cells()[1:]] for name, row in found.rows(case).items()])
+        for case in found.cases
+    ]
     lead = "Modelled milliseconds of the recorded MoE layers of a step, on traffic that the method was not given."
     return charts.section("cases", "Every case", lead, "".join(tables))
 

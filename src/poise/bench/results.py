@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from poise.util.errors import NoResultError, OptionError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 from poise.util.jsonfile import read_json
 from poise.util.words import percent
 
@@ -23,6 +23,7 @@ MOST_CASES, MOST_ROWS, MOST_TEXT = 10_000, 1_000, 2_000
 LEAST_SECONDS, MOST_NUMBER = 1e-12, 1e18
 LOST = 0.005
 """Lead of the best of all others from which a case is lost."""
+ROW_HEADS = ("method", "ms", "over the bound", "imbalance", "p99", "ms, fitted", "planning s")
 HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,6 +49,15 @@ class BenchRow:
     bound_seconds: float
     fitted_seconds: float
     plan_seconds: float | None
+
+    def cells(self) -> list[str]:
+        """Under :data:`ROW_HEADS`."""
+        return [
+            self.method, f"{1e3 * self.seconds:.3f}",
+            f"{self.seconds / self.bound_seconds:.3f}" if self.bound_seconds else "", f"{self.imbalance:.3f}",
+            f"{self.imbalance_p99:.2f}", f"{1e3 * self.fitted_seconds:.3f}",
+            "" if self.plan_seconds is None else f"{self.plan_seconds:.1f}",
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +128,7 @@ class BenchResults:
         ------
         OptionError : it cannot be written.
         """
-        with replacing(path, OptionError) as stream:
-            stream.write((json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        write_whole(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", OptionError)
 
     @classmethod
     def load(cls, path: str | Path) -> BenchResults:

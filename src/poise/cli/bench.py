@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from poise.bench import run as bench_run
 from poise.bench.cases import FrozenCase
-from poise.bench.page import ROW_HEADS, render_compared
-from poise.bench.results import STANDING_HEADS, BenchResults, CaseResult, ComparedResults, standings
+from poise.bench.page import render_compared
+from poise.bench.results import ROW_HEADS, STANDING_HEADS, BenchResults, CaseResult, ComparedResults, standings
 from poise.cli import options as o
 from poise.report.page import write_page
 from poise.report.view import Made
 from poise.util.errors import NoResultError, OptionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 METHODS = ("contiguous", "eplb", "poise")
 
@@ -75,7 +75,7 @@ def bench(
         with o.progress() as report:
             for found in bench_run.run(
                 cases, data, tuple(method or METHODS), tuple(fast or ()), over=fast_over, work=work,
-                command=shlex.join(["poise", *sys.argv[1:]]), progress=report,
+                command=o.command_line(), progress=report,
             ):  # fmt: skip
                 if output is not None:
                     found.save(output)
@@ -100,9 +100,9 @@ def _compare(files: list[Path], html: Path | None, json: bool) -> None:
         names.append(path.stem if path.stem not in names else f"{path.stem} ({len(names) + 1})")
     found = ComparedResults.of([BenchResults.load(path) for path in files], names)
     if html is not None:
-        write_page(render_compared(found, Made.now(shlex.join(["poise", *sys.argv[1:]]))), html)
+        write_page(render_compared(found, Made.now(o.command_line())), html)
     if json:
-        _print_json(found.to_json())
+        o.print_json("bench", found.to_json())
     else:
         _show_compared(found)
     if html is not None:
@@ -111,16 +111,17 @@ def _compare(files: list[Path], html: Path | None, json: bool) -> None:
 
 def _list(cases: list[FrozenCase], json: bool) -> None:
     if json:
-        _print_json({
+        o.print_json("bench", {
             "cases": [
                 {"name": case.name, "hash": case.digest(), "needs": [list(file) for file in case.needs]}
                 for case in cases
             ],
         })  # fmt: skip
         return
-    table = Table(title=f"{len(cases)} frozen cases", title_justify="left", header_style="bold")
-    for head in ("hash", "case", "needs"):
-        table.add_column(head, overflow="fold")
+    heads = ("hash", "case", "needs")
+    table = o.table(f"{len(cases)} frozen cases", heads, left=heads)
+    for column in table.columns:
+        column.overflow = "fold"
     for case in cases:
         files = ", ".join(name for name, _ in case.needs)
         table.add_row(case.digest()[:12], case.name, files or "nothing")
@@ -129,12 +130,11 @@ def _list(cases: list[FrozenCase], json: bool) -> None:
 
 def _show(found: BenchResults, json: bool) -> None:
     if json:
-        _print_json(found.to_json())
+        o.print_json("bench", found.to_json())
         return
     for case in found.cases:
         o.out.print(_case_table(case))
-        for note in case.notes:
-            o.out.print(f"note: {note}")
+        o.say_notes(case.notes)
     for skipped in found.skipped:
         o.out.print(f"skipped: {skipped.name}: {skipped.reason}")
     if len(found.cases) > 1:
@@ -143,28 +143,15 @@ def _show(found: BenchResults, json: bool) -> None:
 
 
 def _case_table(case: CaseResult) -> Table:
-    table = Table(
-        title=f"{case.name} ({case.hash[:12]}), {case.steps} steps", title_justify="left", header_style="bold"
-    )
-    table.add_column(ROW_HEADS[0])
-    for head in ROW_HEADS[1:]:
-        table.add_column(head, justify="right")
+    table = o.table(f"{case.name} ({case.hash[:12]}), {case.steps} steps", ROW_HEADS, left=ROW_HEADS[:1])
     best = min((row.seconds for row in case.rows), default=0.0)
     for row in case.rows:
-        over = f"{row.seconds / row.bound_seconds:.3f}" if row.bound_seconds else ""
-        table.add_row(
-            row.method, f"{1e3 * row.seconds:.3f}", over, f"{row.imbalance:.3f}", f"{row.imbalance_p99:.2f}",
-            f"{1e3 * row.fitted_seconds:.3f}", "" if row.plan_seconds is None else f"{row.plan_seconds:.1f}",
-            style="bold" if row.seconds == best else None,
-        )  # fmt: skip
+        table.add_row(*row.cells(), style="bold" if row.seconds == best else None)
     return table
 
 
 def _standings(times: list[dict[str, float]]) -> Table:
-    table = Table(title="every method against the best of all others", title_justify="left", header_style="bold")
-    table.add_column(STANDING_HEADS[0])
-    for head in STANDING_HEADS[1:]:
-        table.add_column(head, justify="right")
+    table = o.table("every method against the best of all others", STANDING_HEADS, left=STANDING_HEADS[:1])
     for one in standings(times):
         table.add_row(*one.cells())
     return table
@@ -175,10 +162,5 @@ def _show_compared(found: ComparedResults) -> None:
     o.out.print(_standings(times))
     for file, method, mean, least in found.changes():
         o.out.print(f"{file}: {method} saves {mean:.2%} over {found.names[0]}'s in the mean, {least:.2%} at least")
-    for note in found.notes:
-        o.out.print(f"note: {note}")
+    o.say_notes(found.notes)
     o.out.print(found.sentence())
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    o.print_json("bench", value)

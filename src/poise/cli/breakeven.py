@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
@@ -65,10 +64,9 @@ def _numbers(what: str, text: str) -> list[int]:
 
 
 def _show(result: BreakEven, from_trace: bool) -> None:
-    table = Table(title=f"speedup over the static placement; {result.traffic_words}", title_justify="left")
-    for head in ("tokens a step", f"static, us of {result.layers} MoE layers", "balance at any cost",
-                 *(f"poise, {m} slots" for m in result.slots), "efficiency"):  # fmt: skip
-        table.add_column(head, justify="right")
+    heads = ("tokens a step", f"static, us of {result.layers} MoE layers", "balance at any cost",
+             *(f"poise, {m} slots" for m in result.slots), "efficiency")  # fmt: skip
+    table = o.table(f"speedup over the static placement; {result.traffic_words}", heads)
     for row in result.rows:
         table.add_row(
             str(row.tokens), f"{1e6 * row.static_seconds:.1f}", f"{row.always_speedup:.3f}",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from poise.cli import options as o
 from poise.cli import tables
@@ -17,7 +16,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.util.errors import OptionError
 from poise.util.extras import with_torch
-from poise.util.files import replacing
+from poise.util.files import write_whole
 
 GENERIC = (2048, 1024, 3, 64)
 """Hidden, inner, matrices, experts when no model is named."""
@@ -96,8 +95,7 @@ def calibrate(
         result = ranks.calibrate(plan, say=lambda text: o.talk.print(text) if main else None)
         if result is None:
             return
-        with replacing(output, OptionError) as stream:
-            stream.write(result.to_yaml().encode())
+        write_whole(output, result.to_yaml(), OptionError)
         if json:
             o.print_json("calibrate", result.to_json())
         else:
@@ -110,10 +108,8 @@ def calibrate(
 def _show(result: Calibration) -> None:
     cluster, links = result.cluster, result.links
     if links is not None:
-        table = Table(title="exchanges: median, and what the fit says", title_justify="left")
-        table.add_column("pattern")
-        for head in ("peers", "intra KB", "inter KB", "ms", "25 %", "75 %", "fit ms", "fit / measured"):
-            table.add_column(head, justify="right")
+        heads = ("pattern", "peers", "intra KB", "inter KB", "ms", "25 %", "75 %", "fit ms", "fit / measured")
+        table = o.table("exchanges: median, and what the fit says", heads, left=("pattern",))
         for row, off in zip(result.link_rows, links.residual_R, strict=True):
             table.add_row(
                 row.pattern, f"{row.peers:g}", f"{row.intra_bytes / 1e3:.1f}", f"{row.inter_bytes / 1e3:.1f}",
@@ -129,9 +125,10 @@ def _show(result: Calibration) -> None:
         o.out.print(
             f"worst residual {links.worst:.1%} (of long exchanges {links.worst_long:.1%}), median {links.typical:.1%}"
         )
-    table = Table(title=f"experts: {result.machine.expert}, {result.machine.compute}", title_justify="left")
-    for head in ("tokens each", "active", "us an expert", "fastest", "slowest", "fit / measured"):
-        table.add_column(head, justify="right")
+    table = o.table(
+        f"experts: {result.machine.expert}, {result.machine.compute}",
+        ("tokens each", "active", "us an expert", "fastest", "slowest", "fit / measured"),
+    )
     for one, off in zip(result.compute_rows, result.compute.residual_R, strict=True):
         table.add_row(
             str(one.tokens // one.active), str(one.active), f"{1e6 * one.seconds / one.active:.2f}",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,7 +127,7 @@ def unless_stopped(make: Callable[[], WhatIf], wish: Wish) -> WhatIf | None:
 def show(result: Comparison, html: Path | None, json: bool, grid: WhatIf | None = None) -> None:
     """Print a comparison and write its report."""
     if html is not None:
-        write_report(result, html, command=shlex.join(["poise", *sys.argv[1:]]), what=grid)
+        write_report(result, html, command=o.command_line(), what=grid)
     if json:
         o.print_json("compare", result.to_json())
     else:

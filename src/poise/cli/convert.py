@@ -162,12 +162,10 @@ def _facts(dump: EngineDump) -> dict[str, Any]:
     out: dict[str, Any] = {"recorded_layers": dump.recorded_layers}
     if dump.trace is not None:
         t = dump.trace
-        assert t.is_decode is not None and t.layer_ids is not None
         out["trace"] = {"tokens": t.num_tokens, "requests": len(t.requests()), "decoded": int(t.is_decode.sum()),
                         "layers": t.layer_ids.tolist(), "experts": t.num_experts, "top_k": t.top_k}  # fmt: skip
     if dump.profile is not None:
         p = dump.profile
-        assert p.layer_ids is not None
         out["profile"] = {"steps": p.num_steps, "layers": p.layer_ids.tolist(), "experts": p.num_experts,
                           "pairs": float(p.load_BLE.sum(dtype=np.float64))}  # fmt: skip
     if dump.slots is not None:

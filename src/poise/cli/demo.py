@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
@@ -42,6 +40,9 @@ from poise.util.compilation import COMPILATION
 from poise.util.errors import NoResultError, OptionError
 from poise.util.wish import Wish
 from poise.util.words import close_to, percent
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DOMAIN, TURNED = "python", "dictionary"
 """The traffic that maps are made for, and what it turns to later."""
@@ -142,7 +143,7 @@ def _written(
             lambda: what_if(found, setting, batch_of, sizes=WHAT_IF_SIZES, presets=WHAT_IF_PRESETS, work=WHAT_IF_WORK,
                             progress=report, wish=wish), wish,
         )  # fmt: skip
-    write_report(found, html, command=_command(), what=what)
+    write_report(found, html, command=o.command_line(), what=what)
     _first_screen(found, summarise(found, "poise", setting, batch_of, SIZES), domain, source, json)
     o.talk.print(f"wrote {html}")
 
@@ -206,10 +207,6 @@ def _fast_loop_compiled_beside() -> Iterator[None]:
             one.wait()
 
 
-def _command() -> str:
-    return shlex.join(["poise", *sys.argv[1:]])
-
-
 def _blocks(fit: RoutingTrace, cluster: str) -> Placement:
     """What runs with EPLB off: no redundant slot."""
     placed = contiguous_blocks(make_batch(fit, steps=1), Cluster.parse(cluster))
@@ -262,7 +259,7 @@ def _first_screen(found: Comparison, summary: Summary, domain: str, source: Ship
             "fetches is priced, and so is its planning, which comes late. It runs in poise.serve, not in vLLM."
         )
     o.out.print(f"By batch: {summary.batches_words()}.")
-    o.out.print(f"Load it: {_command()} -o placement.npz, then " + "; ".join(launch))
+    o.out.print(f"Load it: {o.command_line()} -o placement.npz, then " + "; ".join(launch))
     o.out.print(
         "More: every method and column: poise demo --all; a model that was trained to be even: poise demo --even; "
         "your own traffic: poise compare, poise verdict."
@@ -271,10 +268,8 @@ def _first_screen(found: Comparison, summary: Summary, domain: str, source: Ship
 
 def _table(title: str, rows: Sequence[SummaryRow], steps: int) -> Table:
     """The maps on one part of the traffic, each beside what runs now."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("map")
-    for head in ("fullest GPU", "MoE ms a step", "saved", f"95 % over {steps} steps"):
-        table.add_column(head, justify="right")
+    heads = ("map", "fullest GPU", "MoE ms a step", "saved", f"95 % over {steps} steps")
+    table = o.table(title, heads, left=("map",))
     for row in rows:
         mean = 1.0 - row.seconds / rows[0].seconds
         between = "" if row.saved is None else f"{percent(row.saved[1])} to {percent(row.saved[2])}"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from poise.cli import options as o
 from poise.control.change import Change, numbers
@@ -138,9 +137,7 @@ def _show(old: Placement, new: Placement, facts: dict[str, Any]) -> None:
         o.out.print(f"{r['count']} rounds with {r['staging']} buffers a device take {r['seconds']:.3g} s of the links.")
         text = f"In each of {r['turns']} turns a device sends to one peer and receives from one"
         o.out.print(f"{text}; with buffers for all it takes {r['fewest_turns']}.")
-    table = Table(title="layers in which most arrives", title_justify="left", header_style="bold")
-    for head in ("layer", "arrive", "leave", "size", "most on one device"):
-        table.add_column(head, justify="right")
+    table = o.table("layers in which most arrives", ("layer", "arrive", "leave", "size", "most on one device"))
     rows = {row["layer"]: row for row in facts["layers"]}
     for layer in facts["most"]:
         row = rows[layer]

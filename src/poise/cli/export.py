@@ -89,7 +89,7 @@ def export(
         if json:
             o.print_json("export", {
                 "engine": to, "file": str(output), "filled_slots": made.filled, "slots": plan.num_slots,
-                "redundant": plan.num_slots - plan.num_experts, "devices": plan.num_devices,
+                "redundant": plan.redundant, "devices": plan.num_devices,
                 "unplanned_layers": made.unplanned, "command": made.command, "notes": list(made.notes),
                 **({"losses": later} if losses is not None else {}), **made.facts,
             })  # fmt: skip

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
@@ -78,19 +77,10 @@ def homes(
 
 
 def _show(study: HomeStudy) -> None:
-    table = Table(title=f"requests never seen: {study.order.split(', homes')[0]}", title_justify="left")
-    table.add_column("homes", no_wrap=True)
-    for head in (
-        "step ms",
-        "all to all ms",
-        "off device",
-        "off node",
-        "active experts",
-        "imbalance",
-        "on its rank",
-        "fullest",
-    ):
-        table.add_column(head, justify="right")
+    heads = ("homes", "step ms", "all to all ms", "off device", "off node", "active experts", "imbalance",
+             "on its rank", "fullest")  # fmt: skip
+    table = o.table(f"requests never seen: {study.order.split(', homes')[0]}", heads, left=("homes",))
+    table.columns[0].no_wrap = True
     best = min(row.step_s for row in study.rows)
     for row in study.rows:
         table.add_row(*_cells(row), style="bold" if row.step_s == best else None)
@@ -103,8 +93,7 @@ def _show(study: HomeStudy) -> None:
         "the mean before they are evened out"
     )
     o.out.print(f"Constants: {study.constants}.")
-    for note in study.notes:
-        o.out.print(f"note: {note}")
+    o.say_notes(study.notes)
     o.out.print(study.sentence())
 
 

@@ -28,7 +28,7 @@ def inspect(traces: o.Traces, executor: o.Executor = "serial", json: o.Json = Fa
                 "tokens": found.num_tokens,
                 "requests": len(found.requests()),
                 "top_k": found.top_k,
-                "decode_share": float(np.mean(found.is_decode)) if found.is_decode is not None else 0.0,
+                "decode_share": float(np.mean(found.is_decode)),
                 "domains": _domains(found),
             }
             real, null = mutual_information(found.experts, found.num_experts)
@@ -41,7 +41,6 @@ def inspect(traces: o.Traces, executor: o.Executor = "serial", json: o.Json = Fa
         idle, all_picks = _idle(found)
         if idle:
             facts["identity_share"] = idle / all_picks
-        assert found.layer_ids is not None
         facts["per_layer"] = [
             {
                 "layer": int(found.layer_ids[index]),
@@ -79,11 +78,8 @@ def _show(facts: dict[str, Any]) -> None:
             o.out.print("domains: " + ", ".join(f"{name} {count} tokens" for name, count in value.items()))
         elif key not in ("per_layer", "domains"):
             o.out.print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
-    from rich.table import Table  # not for --json
-
-    table = Table(title="per layer", title_justify="left")
-    for head in ("layer", "max / mean load", "dead experts", "information to next, nats", "shuffled"):
-        table.add_column(head, justify="right")
+    heads = ("layer", "max / mean load", "dead experts", "information to next, nats", "shuffled")
+    table = o.table("per layer", heads)
     for row in facts["per_layer"]:
         nats = [row["information_to_next_nats"], row["shuffled_nats"]]
         table.add_row(

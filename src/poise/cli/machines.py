@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from poise.cli import options as o
 from poise.machine.constants import gpu_of, tables
@@ -43,18 +42,9 @@ def machines(
         o.out.print(f"Fitted on {found.fitted} to {found.source}. How well, and where not: docs/accuracy.md.")
 
 
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for head in left:
-        table.add_column(head)
-    for head in right:
-        table.add_column(head, justify="right")
-    return table
-
-
 def _show_presets(presets: dict[str, dict[str, float]]) -> None:
-    heads = ("TFLOP/s, 16 bit", "memory GB", "GB/s", "GB/s in the node", "GB/s network")
-    table = _table("presets, by datasheet", ("preset",), heads)
+    heads = ("preset", "TFLOP/s, 16 bit", "memory GB", "GB/s", "GB/s in the node", "GB/s network")
+    table = o.table("presets, by datasheet", heads, left=heads[:1])
     for name, r in presets.items():
         rates = (r["flops_per_s"] / 1e12, r["memory_bytes"] / 1e9, r["memory_bytes_per_s"] / 1e9,
                  r["intra_bytes_per_s"] / 1e9, r["inter_bytes_per_s"] / 1e9)  # fmt: skip
@@ -63,9 +53,10 @@ def _show_presets(presets: dict[str, dict[str, float]]) -> None:
 
 
 def _show_kernels(rows: list[Any]) -> None:
-    right = ("rows", "start us", "read", "compute", "activations", "error")
-    table = _table("expert kernels: seconds over the ideal of each term, held-out error over shapes",
-                   ("name", "kernel", "version"), right)  # fmt: skip
+    heads = ("name", "kernel", "version", "rows", "start us", "read", "compute", "activations", "error")
+    table = o.table(
+        "expert kernels: seconds over the ideal of each term, held-out error over shapes", heads, left=heads[:3]
+    )
     for r in sorted(rows, key=lambda r: (r["gpu"], r["engine"], r["type"], not r["default"])):
         factors = (f"{r[f'{name}_factor']:.2f}" for name in ("read", "compute", "activation"))
         name = f"{r['gpu']}+{r['engine']}.{r['type']}" if r["default"] else "  (not its default)"
@@ -75,8 +66,9 @@ def _show_kernels(rows: list[Any]) -> None:
 
 
 def _show_links(rows: list[Any]) -> None:
-    right = ("dispatch us", "GB/s", "network GB/s", "error", "combine us", "GB/s", "network GB/s", "error")
-    table = _table("all-to-alls", ("name", "reach", "version"), right)
+    way = ("GB/s", "network GB/s", "error")
+    heads = ("name", "reach", "version", "dispatch us", *way, "combine us", *way)
+    table = o.table("all-to-alls", heads, left=heads[:3])
     for r in rows:
         cells: list[str] = []
         for way in (r["dispatch"], r["combine"]):

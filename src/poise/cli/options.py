@@ -16,10 +16,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from poise.cli.terminal import command_line as command_line
 from poise.cli.terminal import errors as errors
 from poise.cli.terminal import out as out
 from poise.cli.terminal import print_json as print_json
 from poise.cli.terminal import progress as progress
+from poise.cli.terminal import say_notes as say_notes
+from poise.cli.terminal import table as table
 from poise.cli.terminal import talk as talk
 from poise.util.errors import OptionError
 from poise.util.files import check_output

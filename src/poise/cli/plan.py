@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
@@ -114,18 +111,16 @@ def plan(
                 with_command(solution.placement).save(output)
         if late := whole.beyond():
             o.talk.print(late)
-        moves, devices = _moves(running, solution, priced.model), solution.placement.num_devices
+        each = None if priced.model is None else ModelSpec.parse(priced.model).expert_bytes
+        moves, devices = _moves(running, solution, each), solution.placement.num_devices
         if json:
-            o.print_json(
-                "plan", {**_json(solution), "moves": moves, "verdict": said, **_losses(solution, priced.model)}
-            )
+            o.print_json("plan", {**_json(solution), "moves": moves, "verdict": said, **_losses(solution, each)})
         else:
             _show(solution)
             if not said:
-                for text in solution.details.get("defaults", ()):
-                    o.out.print(f"note: {text}")
+                o.say_notes(solution.details.get("defaults", ()))
             _show_moves(moves, solution.details.get("payback"))
-            _show_losses(solution, None if priced.model is None else ModelSpec.parse(priced.model).expert_bytes)
+            _show_losses(solution, each)
             if said:
                 over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
                 o.out.print(f"{over} on one half of the traffic and judged on the other. {said}")
@@ -143,7 +138,7 @@ def _stop(budget: Budget) -> None:
 def with_command(placement: Placement) -> Placement:
     """The placement, its file told what made it."""
     assert placement.fitted is not None
-    about = {**placement.fitted.about, "command": shlex.join(["poise", *sys.argv[1:]])}
+    about = {**placement.fitted.about, "command": o.command_line()}
     return replace(placement, fitted=replace(placement.fitted, about=about))
 
 
@@ -158,13 +153,12 @@ def _renumber(current: Path | None, ranks: str | None, cluster: str) -> tuple[Pl
     return placement if ranks is None else change.number(placement), change
 
 
-def _moves(running: tuple[Placement, RankMap] | None, solution: Solution, model: str | None) -> dict[str, Any] | None:
-    """What going from the placement in use to the new one fetches; bytes only where the model is named."""
+def _moves(running: tuple[Placement, RankMap] | None, solution: Solution, each: float | None) -> dict[str, Any] | None:
+    """What going from the placement in use to the new one fetches; ``each``: bytes of an expert, if they are known."""
     if running is None:
         return None
     placement, ranks = running
     diff = placement.diff(solution.placement)
-    each = None if model is None else ModelSpec.parse(model).expert_bytes
     return {
         "ranks_before": len(ranks.new_O), "ranks_after": ranks.num_new, "join": ranks.join, "leave": ranks.leave,
         "fetched": diff.fetched, "moved_bytes": None if each is None else diff.moved_bytes(each),
@@ -194,11 +188,10 @@ def _show_moves(moves: dict[str, Any] | None, payback: dict[str, Any] | None) ->
     o.out.print(text)
 
 
-def _losses(solution: Solution, model: str | None) -> dict[str, Any]:
-    """``losses``: a row for each; bytes only where the model is named. Nothing where none were asked for."""
+def _losses(solution: Solution, each: float | None) -> dict[str, Any]:
+    """``losses``: a row for each; bytes only where those of an expert are known. Nothing where none were asked for."""
     if solution.losses is None:
         return {}
-    each = None if model is None else ModelSpec.parse(model).expert_bytes
     rows = [
         {**row, "read_bytes": None if each is None else row["orphans"] * each,
          "copied_bytes": None if each is None else row["copies"] * each}
@@ -214,9 +207,8 @@ def _show_losses(solution: Solution, each: float | None) -> None:
     about = solution.details["survive"]
     rows = sorted(about["losses"], key=lambda row: (-row["orphans"], -row["after"]))
     unit = about["unit"]
-    table = Table(title=f"after the loss of a {unit}", title_justify="left", header_style="bold")
-    for head in (unit, "orphans", "read", "copied", "imbalance", "at once", "after", "bound", "vLLM's rule"):
-        table.add_column(head, justify="right")
+    heads = (unit, "orphans", "read", "copied", "imbalance", "at once", "after", "bound", "vLLM's rule")
+    table = o.table(f"after the loss of a {unit}", heads)
 
     def size(count: int) -> str:
         return f"{count}" if each is None else f"{count * each / 2**30:.2f} GiB"
@@ -268,21 +260,14 @@ def _json(solution: Solution) -> dict[str, object]:
 
 
 def _show(solution: Solution) -> None:
-    table = Table(title=f"{solution.method}: modelled seconds of one MoE layer and step", title_justify="left")
-    table.add_column("term")
-    for head in ("us", "lower bound us", "gap"):
-        table.add_column(head, justify="right")
+    heads = ("term", "us", "lower bound us", "gap")
+    table = o.table(f"{solution.method}: modelled seconds of one MoE layer and step", heads, left=heads[:1])
     for name, term in solution.terms.items():
         if term.seconds > 0:
             gap = 1 - term.lower_bound / term.seconds
             table.add_row(name, f"{1e6 * term.seconds:.2f}", f"{1e6 * term.lower_bound:.2f}", percent(gap))
-    table.add_row(
-        "all",
-        f"{1e6 * solution.objective:.2f}",
-        f"{1e6 * solution.lower_bound:.2f}",
-        percent(solution.gap),
-        style="bold",
-    )
+    table.add_row("all", f"{1e6 * solution.objective:.2f}", f"{1e6 * solution.lower_bound:.2f}",
+                  percent(solution.gap), style="bold")  # fmt: skip
     o.out.print(table)
     o.out.print(
         f"imbalance {solution.imbalance:.3f} (max / mean tokens, in-sample), planned in {solution.seconds:.2f} s"
@@ -290,8 +275,7 @@ def _show(solution: Solution) -> None:
     o.out.print(f"Constants: {solution.details['ground']}.")
     if solution.joint_bound > sum(term.lower_bound for term in solution.terms.values()):
         o.out.print("The lower bound of all terms is of one placement for all of them, so it is more than their sum.")
-    for note in (*solution.details.get("notes", ()), *shortened(solution)):
-        o.out.print(f"note: {note}")
+    o.say_notes((*solution.details.get("notes", ()), *shortened(solution)))
     if about := solution.details.get("groups"):
         o.out.print(_groups(about))
     fewer = solution.details.get("fewer_redundant")

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from poise.cli import options as o
 from poise.lab.calibrate.tables.alltoall import read_links
 from poise.lab.calibrate.tables.kernels import read_kernels
@@ -27,7 +25,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.machine.presets import DEVICES, PEAKS
 from poise.util.errors import NoResultError, OptionError
-from poise.util.files import replacing
+from poise.util.files import write_whole
 from poise.util.yamlfile import dump_yaml
 
 
@@ -60,8 +58,7 @@ def calibrate_from_tables(folder: Path, output: Path, wanted: Wanted, *, as_json
             text, shown = _for_model(source, wanted)
         else:
             text, shown = _for_all(source, as_json)
-        with replacing(output, OptionError) as stream:
-            stream.write(text.encode())
+        write_whole(output, text, OptionError)
         if as_json:
             o.print_json("calibrate-tables", shown)
         o.talk.print(f"wrote {output}")
@@ -77,11 +74,9 @@ def _for_all(source: TableSource, as_json: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _show(found: list[JudgedKernel], data: dict[str, Any]) -> None:
-    table = Table(title=f"{data['source']}: held-out error of each kernel", title_justify="left")
-    for head in ("gpu", "engine", "type", "kernel", "version"):
-        table.add_column(head)
-    for head in ("rows", "start us", "read", "compute", "activation", "unseen shapes", "power law"):
-        table.add_column(head, justify="right")
+    heads = ("gpu", "engine", "type", "kernel", "version",
+             "rows", "start us", "read", "compute", "activation", "unseen shapes", "power law")  # fmt: skip
+    table = o.table(f"{data['source']}: held-out error of each kernel", heads, left=heads[:5])
     for one, row in zip(found, data["kernels"], strict=True):
         fit, power = one.fit, row["power_law_error"]
         table.add_row(

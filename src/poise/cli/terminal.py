@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +22,9 @@ from poise.cli.stdout import Unwritable, writing
 from poise.util.compilation import COMPILATION
 from poise.util.errors import InputError, PoiseError
 from poise.util.words import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Report = Callable[[str, float], None]
 """Told a stage and the share of it done."""
@@ -154,6 +158,27 @@ def _lines() -> Iterator[Report]:
     finally:
         done.set()
         teller.join()
+
+
+def command_line() -> str:
+    """The command that runs, as it can be typed again."""
+    return shlex.join(["poise", *sys.argv[1:]])
+
+
+def table(title: str, heads: Iterable[str], left: Container[str] = ()) -> Table:
+    """An empty table: columns of figures, but for those in ``left``, which hold words."""
+    from rich.table import Table  # what --json needs not is not loaded
+
+    made = Table(title=title, title_justify="left")
+    for head in heads:
+        made.add_column(head, justify="left" if head in left else "right")
+    return made
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Notes that belong to the data, on stdout."""
+    for note in notes:
+        out.print(f"note: {note}")
 
 
 def print_json(kind: str, value: Mapping[str, Any], indent: int | None = 2) -> None:

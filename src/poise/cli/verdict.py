@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from poise import api
 from poise.cli import options as o
@@ -24,6 +21,9 @@ from poise.routing.batch import HOMES
 from poise.routing.trace import Phase
 from poise.util.errors import OptionError
 from poise.util.executors import executor_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def verdict(
@@ -130,7 +130,7 @@ def verdict(
         if output is not None:
             found.leading.placement.save(output)
         if html is not None:
-            write_verdict(found, html, command=shlex.join(["poise", *sys.argv[1:]]))
+            write_verdict(found, html, command=o.command_line())
         if json:
             o.print_json("verdict", found.to_json())
         else:
@@ -147,20 +147,15 @@ def _show(found: Verdict) -> None:
         for line in one.lines():
             o.out.print(line)
         o.out.print(f"Constants: {one.ground}.")
-        for note in one.notes:
-            o.out.print(f"note: {note}")
+        o.say_notes(one.notes)
     o.out.print(found.basis())
-    for note in found.notes:
-        o.out.print(f"note: {note}")
+    o.say_notes(found.notes)
     for line in found.flags:
         o.out.print(f"set: {line}")
 
 
 def _table(one: PhaseVerdict) -> Table:
-    table = Table(title=one.title(), title_justify="left", header_style="bold")
-    table.add_column(COLUMNS[0])
-    for head in COLUMNS[1:]:
-        table.add_column(head, justify="right")
+    table = o.table(one.title(), COLUMNS, left=COLUMNS[:1])
     for tried, cells in zip(one.tried, one.cells(), strict=True):
         table.add_row(*cells, style="bold" if tried is one.chosen else None)
     return table

@@ -18,13 +18,12 @@ from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
 from poise.replay.verdict import MS, PhaseVerdict, Verdict
+from poise.replay.windows import PHASES
 from poise.routing.batch import Homes
 from poise.routing.trace import Phase
 from poise.util.errors import OptionError
 from poise.util.wish import Wish
 from poise.util.words import percent
-
-EVERY_PHASE: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ def _judged(
         assert ids is not None
         current = trivial_placement(model.num_experts, model.num_experts + many, ranks, ids)
     engine = settings.engine if asked.engine == "any" else asked.engine
-    phases = [one for one in EVERY_PHASE if settings.role in ("", one) and asked.phase in (None, one)]
+    phases = [one for one in PHASES if settings.role in ("", one) and asked.phase in (None, one)]
     return [
         api.verdict(
             *traffic, cluster=spec, model=model, current=current, redundant=many if settings.own else None, phase=phase,

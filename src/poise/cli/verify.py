@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from poise.cli import options as o
 from poise.engines import sglang
@@ -18,6 +17,9 @@ from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.routing.ranks import READINGS
 from poise.util.errors import NoResultError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN = 12
 """Layers of the table on a terminal."""
@@ -106,9 +108,8 @@ def _show(found: Verification) -> None:
     if found.explanations:
         o.out.print(_maps(found))
     rows = sorted(found.layers, key=lambda f: (f.state in RUNS, f.state == "unseen", -(f.measured or 0.0)))
-    table = Table(title=f"evidence: {found.evidence}", title_justify="left")
-    for head in ("layer", "map", "wrong", "imbalance measured", "predicted"):
-        table.add_column(head, justify="left" if head == "map" else "right")
+    heads = ("layer", "map", "wrong", "imbalance measured", "predicted")
+    table = o.table(f"evidence: {found.evidence}", heads, left=("map",))
     for f in rows[:SHOWN]:
         table.add_row(str(f.layer_id), f.state, str(f.wrong),
                       *("" if value is None else f"{value:.3f}" for value in (f.measured, f.predicted)))  # fmt: skip
@@ -119,9 +120,8 @@ def _show(found: Verification) -> None:
 
 
 def _maps(found: Verification) -> Table:
-    table = Table(title=f"what each map would give; measured: {found.measured:.3f}", title_justify="left")
-    for head in ("map", "balance, mean / max", "p value", "explains it"):
-        table.add_column(head, justify="left" if head == "map" else "right")
+    heads = ("map", "balance, mean / max", "p value", "explains it")
+    table = o.table(f"what each map would give; measured: {found.measured:.3f}", heads, left=("map",))
     for e in found.explanations:
         table.add_row(e.name, f"{e.balance:.3f}", f"{e.p_value:.2g}", "yes" if e.explains else "no")
     return table

@@ -84,7 +84,7 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class PageOptions:
-    """The page."""
+    """Where the page is served, and under which names."""
 
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT (or PORT, this machine only) for the page and /metrics.")
@@ -184,7 +184,7 @@ class EffectOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchOptions:
-    """All of them."""
+    """Options of ``poise watch``, in the order of its help."""
 
     cluster: o.ClusterSpec
     trace: Annotated[
