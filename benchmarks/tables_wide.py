@@ -2,10 +2,16 @@
 
 The constants are fitted to rows *without* EPLB of other model shapes, and predict both. Beside the model stand the
 datasheet's roofline and token counts alone (the imbalance that planners usually minimise).
+
+These tables were drawn before 2026-04-19, by another rule than :mod:`poise.lab.calibrate.tables.loads` has: what was
+left over went to the emptiest experts one by one, those of the last rank first where many are equal. Below one token an
+expert that piles work on one rank, and makes EPLB look better. EPLB: greedy replication and longest-first placement on
+the very loads that are timed (an oracle).
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +20,8 @@ from numpy.typing import NDArray
 from poise.lab.calibrate.tables.fit import DATASHEET, KernelWork
 from poise.lab.calibrate.tables.judge import folds, held_out_seconds
 from poise.lab.calibrate.tables.kernels import TYPES, alpha_of, gpu_name, ideal_work
-from poise.lab.calibrate.tables.ranks import KnownLoads, Workload, rank_loads
+from poise.lab.calibrate.tables.loads import Counts, draw_counts, fullest_first
+from poise.lab.calibrate.tables.ranks import KnownLoads, Workload, mean_vector, rank_loads
 from poise.lab.calibrate.tables.source import TableSource, numbers
 from poise.util.errors import OptionError
 
@@ -22,6 +29,8 @@ COLUMNS = (
     "moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "num_slots", "moe_tp_size",
     "moe_ep_size", "distribution", "latency",
 )  # fmt: skip
+DRAWS = 20
+"""Rows are of one draw, which nobody knows: the model predicts the mean of many."""
 PREDICTORS = ("model", "datasheet", "tokens")
 
 
@@ -69,18 +78,94 @@ def read_wide(source: TableSource) -> list[WideRows]:
     return out
 
 
+def _left_over_to_lowest(count: Counts, over: int, missing: int, cap: int) -> Counts:
+    """The old rule for pairs left over: the lowest first (the last of equals), the order kept as it was before."""
+    rising = np.argsort(-count, kind="stable")[::-1]
+    for expert in rising:
+        if over <= 0:
+            break
+        given = min(over, cap - int(count[expert]))
+        count[expert] += given
+        over -= given
+    rising, turn = np.argsort(-count, kind="stable")[::-1], 0
+    while missing != 0:
+        expert = rising[turn % len(rising)]
+        turn += 1
+        if missing > 0 and count[expert] < cap:
+            count[expert] += 1
+            missing -= 1
+        elif missing < 0:
+            count[expert if count[expert] > 0 else int(count.argmax())] -= 1
+            missing += 1
+    return count
+
+
+def old_power_law_load(
+    tokens: int, experts: int, top_k: int, ranks: int, alpha: float, rng: np.random.Generator
+) -> Counts:
+    """As :func:`poise.lab.calibrate.tables.loads.power_law_load`, by the rule before 2026-04-19."""
+    count = _left_over_to_lowest(*draw_counts(tokens, experts, top_k, alpha, rng), tokens)
+    return fullest_first(count.reshape(ranks, -1))
+
+
+def eplb_slots(load_E: NDArray[np.int64], slots: int, ranks: int) -> NDArray[np.float64]:
+    """Tokens of every slot, float [ranks, slots / ranks], the fullest rank first.
+
+    Each slot beyond E goes to the expert whose replicas have most tokens each; then slots, the fullest first, go to the
+    rank that has fewest tokens and still a place.
+    """
+    replicas = np.ones(len(load_E), np.int64)
+    heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
+    heapq.heapify(heap)
+    for _ in range(slots - len(load_E)):
+        _, expert = heap[0]
+        replicas[expert] += 1
+        heapq.heapreplace(heap, (-float(load_E[expert]) / replicas[expert], expert))
+    each = np.sort(np.repeat(load_E / replicas, replicas))[::-1]
+    held: list[list[float]] = [[] for _ in range(ranks)]
+    open_ranks = [(0.0, rank) for rank in range(ranks)]
+    for load in each.tolist():
+        total, rank = heapq.heappop(open_ranks)
+        held[rank].append(load)
+        if len(held[rank]) < slots // ranks:
+            heapq.heappush(open_ranks, (total + load, rank))
+    slot_RS = np.array(held)
+    fullest = int(slot_RS.sum(axis=1).argmax())
+    return np.concatenate([slot_RS[fullest : fullest + 1], np.delete(slot_RS, fullest, axis=0)])
+
+
+def eplb_load(
+    tokens: int, experts: int, top_k: int, ranks: int, alpha: float, slots: int, rng: np.random.Generator
+) -> Counts:
+    """One draw of tokens of every slot, int [slots], after EPLB knew it: sums to N * K, the fullest rank first."""
+    count = _left_over_to_lowest(*draw_counts(tokens, experts, top_k, alpha, rng), tokens)
+    slot = eplb_slots(count, slots, ranks).reshape(-1)
+    whole = np.floor(slot).astype(np.int64)
+    missing = tokens * top_k - int(whole.sum())
+    whole[np.argsort(-(slot - whole), kind="stable")[:missing]] += 1
+    return whole
+
+
+def wide_vector(work: Workload) -> NDArray[np.float64]:
+    """What the load of the timed rank comes to, with EPLB's slots (``work.slots``) or without (-1)."""
+    slots = work.slots
+    if slots > 0:
+        return mean_vector(work, slots // work.ranks, DRAWS, lambda rng: eplb_load(*work[:5], slots, rng))
+    own = work.experts // work.ranks
+    return mean_vector(work, own, DRAWS, lambda rng: old_power_law_load(*work[:5], rng))
+
+
 def wide_work(rows: WideRows, known: KnownLoads) -> KernelWork:
     """Ideal seconds and measured ones; loads by the rule of before 2026-04-19."""
-    loads = rank_loads(
-        (
-            Workload(tokens, experts, top_k, ranks, alpha, slots)
-            for (_, _, experts, top_k), tokens, ranks, alpha, slots in zip(
-                rows.shape_R4.tolist(), rows.tokens_R.tolist(), rows.ranks_R.tolist(), rows.alpha_R.tolist(),
-                rows.slots_R.tolist(), strict=True,
-            )
-        ),
-        known,
-    )  # fmt: skip
+    works = [
+        Workload(tokens, experts, top_k, ranks, alpha, slots)
+        for (_, _, experts, top_k), tokens, ranks, alpha, slots in zip(
+            rows.shape_R4.tolist(), rows.tokens_R.tolist(), rows.ranks_R.tolist(), rows.alpha_R.tolist(),
+            rows.slots_R.tolist(), strict=True,
+        )
+    ]  # fmt: skip
+    known.update({work: wide_vector(work) for work in dict.fromkeys(works) if work not in known and work.alpha})
+    loads = rank_loads(works, known)
     return ideal_work(rows.gpu, rows.weight_bytes, rows.shape_R4, loads, loads.tokens_R, rows.seconds_R)
 
 

@@ -8,16 +8,10 @@ are not in the table, so they are drawn again; a random distribution is the mean
 - *power law a*: loads of the experts are independent with density x**-a on [1, 0.8 N], or [0.01, 2] where there are no
   more pairs than experts; scaled to N * K, rounded, cut at N. What the cut takes off, and what rounding left over, go
   to (or come from) the ranks in turn, there to the emptiest (from the fullest) expert.
-- *before 2026-04-19* (the wide-EP tables): what was left over went to the emptiest experts one by one, those of the
-  last rank first where many are equal. Below one token an expert that piles work on one rank, and makes EPLB look
-  better.
-- *EPLB*: greedy replication and longest-first placement on the very loads that are timed (an oracle), over the old
-  rule.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 
 import numpy as np
@@ -36,7 +30,9 @@ def balanced_load(tokens: int, experts: int, top_k: int, ranks: int) -> tuple[Co
     return np.bincount(chosen_NK[here], minlength=own)[:own], int(here.any(axis=1).sum())
 
 
-def _draw(tokens: int, experts: int, top_k: int, alpha: float, rng: np.random.Generator) -> tuple[Counts, int, int]:
+def draw_counts(
+    tokens: int, experts: int, top_k: int, alpha: float, rng: np.random.Generator
+) -> tuple[Counts, int, int]:
     """Rounded and cut loads [E], pairs that the cut took off, and pairs still missing (or too many, below 0)."""
     low, high = (1.0, 0.8 * tokens) if tokens * top_k > experts else (0.01, 2.0)
     power = 1.0 - alpha
@@ -78,7 +74,8 @@ def _in_turn(count_RE: Counts, pairs: int, cap: int) -> Counts:
     return count_RE
 
 
-def _fullest_first(count_RE: Counts) -> Counts:
+def fullest_first(count_RE: Counts) -> Counts:
+    """Tokens of every expert, int [E], from those by rank, the fullest rank first."""
     fullest = int(count_RE.sum(axis=1).argmax())
     count_RE[[0, fullest]] = count_RE[[fullest, 0]]
     return count_RE.reshape(-1)
@@ -86,81 +83,13 @@ def _fullest_first(count_RE: Counts) -> Counts:
 
 def power_law_load(tokens: int, experts: int, top_k: int, ranks: int, alpha: float, rng: np.random.Generator) -> Counts:
     """One draw of tokens of every expert, int [E]: sums to N * K, none above N, the fullest rank first."""
-    count, over, missing = _draw(tokens, experts, top_k, alpha, rng)
+    count, over, missing = draw_counts(tokens, experts, top_k, alpha, rng)
     count_RE = _in_turn(count.reshape(ranks, -1), over, tokens)
     if missing >= 0:
         count_RE = _in_turn(count_RE, missing, tokens)
     else:  # from the fullest experts: the mirror image
         count_RE = tokens - _in_turn(tokens - count_RE, -missing, tokens)
-    return _fullest_first(count_RE)
-
-
-def _left_over_to_lowest(count: Counts, over: int, missing: int, cap: int) -> Counts:
-    """The old rule for pairs left over: the lowest first (the last of equals), the order kept as it was before."""
-    rising = np.argsort(-count, kind="stable")[::-1]
-    for expert in rising:
-        if over <= 0:
-            break
-        given = min(over, cap - int(count[expert]))
-        count[expert] += given
-        over -= given
-    rising, turn = np.argsort(-count, kind="stable")[::-1], 0
-    while missing != 0:
-        expert = rising[turn % len(rising)]
-        turn += 1
-        if missing > 0 and count[expert] < cap:
-            count[expert] += 1
-            missing -= 1
-        elif missing < 0:
-            count[expert if count[expert] > 0 else int(count.argmax())] -= 1
-            missing += 1
-    return count
-
-
-def old_power_law_load(
-    tokens: int, experts: int, top_k: int, ranks: int, alpha: float, rng: np.random.Generator
-) -> Counts:
-    """As :func:`power_law_load`, by the rule before 2026-04-19."""
-    count = _left_over_to_lowest(*_draw(tokens, experts, top_k, alpha, rng), tokens)
-    return _fullest_first(count.reshape(ranks, -1))
-
-
-def eplb_slots(load_E: NDArray[np.int64], slots: int, ranks: int) -> NDArray[np.float64]:
-    """Tokens of every slot, float [ranks, slots / ranks], the fullest rank first.
-
-    Each slot beyond E goes to the expert whose replicas have most tokens each; then slots, the fullest first, go to the
-    rank that has fewest tokens and still a place.
-    """
-    replicas = np.ones(len(load_E), np.int64)
-    heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
-    heapq.heapify(heap)
-    for _ in range(slots - len(load_E)):
-        _, expert = heap[0]
-        replicas[expert] += 1
-        heapq.heapreplace(heap, (-float(load_E[expert]) / replicas[expert], expert))
-    each = np.sort(np.repeat(load_E / replicas, replicas))[::-1]
-    held: list[list[float]] = [[] for _ in range(ranks)]
-    open_ranks = [(0.0, rank) for rank in range(ranks)]
-    for load in each.tolist():
-        total, rank = heapq.heappop(open_ranks)
-        held[rank].append(load)
-        if len(held[rank]) < slots // ranks:
-            heapq.heappush(open_ranks, (total + load, rank))
-    slot_RS = np.array(held)
-    fullest = int(slot_RS.sum(axis=1).argmax())
-    return np.concatenate([slot_RS[fullest : fullest + 1], np.delete(slot_RS, fullest, axis=0)])
-
-
-def eplb_load(
-    tokens: int, experts: int, top_k: int, ranks: int, alpha: float, slots: int, rng: np.random.Generator
-) -> Counts:
-    """One draw of tokens of every slot, int [slots], after EPLB knew it: sums to N * K, the fullest rank first."""
-    count = _left_over_to_lowest(*_draw(tokens, experts, top_k, alpha, rng), tokens)
-    slot = eplb_slots(count, slots, ranks).reshape(-1)
-    whole = np.floor(slot).astype(np.int64)
-    missing = tokens * top_k - int(whole.sum())
-    whole[np.argsort(-(slot - whole), kind="stable")[:missing]] += 1
-    return whole
+    return fullest_first(count_RE)
 
 
 def different_tokens(load_E: Counts, own: int, tokens: int) -> int:

@@ -6,7 +6,7 @@ The model needs ``sum over active experts of max(a, b * n)``. With ``excess(r) =
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,15 +21,13 @@ KNOTS_X = np.array(
 """Tokens of one expert at which the excess is kept; between them it is taken for straight."""
 DRAWS = 5
 """As many as the collector took the mean of."""
-WIDE_DRAWS = 20
-"""Rows of wide-EP tables are of one draw, which nobody knows: the model predicts the mean of many."""
 
 
 class Workload(NamedTuple):
     """What a row of a table says of the load: the key under which drawn loads are kept.
 
-    ``alpha`` is the exponent of the power law, 0 where loads are balanced. ``slots`` is 0 but in wide-EP tables: there
-    the number of slots under EPLB, and -1 without EPLB, since those tables were drawn by the old rule.
+    ``alpha`` is the exponent of the power law, 0 where loads are balanced. ``slots`` is 0 but for tables that were
+    drawn by other rules (benchmarks/tables_wide.py): their loads must be known before.
     """
 
     tokens: int
@@ -69,28 +67,31 @@ class RankLoads:
         return self.excess_RX[row, at] * (1.0 - part) + self.excess_RX[row, at + 1] * part
 
 
-def _vector(count_E: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
+def load_vector(count_E: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
+    """Pairs, active experts, tokens and excess of one draw of the timed rank, float [3 + X]."""
     excess = np.maximum(count_E[:, None] - KNOTS_X, 0.0).sum(axis=0)
     return np.concatenate([[count_E.sum(), (count_E > 0).sum(), tokens], excess])
 
 
+def mean_vector(
+    work: Workload, own: int, draws: int, draw: Callable[[np.random.Generator], NDArray[np.int64]]
+) -> NDArray[np.float64]:
+    """Of the first ``own`` experts (or slots) of several draws: the mean of :func:`load_vector`."""
+    seed = [0, *work[:4], round(100 * work.alpha), work.slots + 1]
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        count = draw(rng)
+        found.append(load_vector(count[:own], loads.different_tokens(count, own, work.tokens)))
+    return np.mean(found, axis=0)
+
+
 def rank_vector(work: Workload) -> NDArray[np.float64]:
     """Pairs, active experts, tokens and excess of one workload, float [3 + X]: the mean over draws."""
-    tokens, experts, top_k, ranks, alpha, slots = work
-    if alpha == 0.0:
-        return _vector(*loads.balanced_load(tokens, experts, top_k, ranks))
-    rng = np.random.default_rng([0, tokens, experts, top_k, ranks, round(100 * alpha), slots + 1])
-    own = (slots if slots > 0 else experts) // ranks
-    found = []
-    for _ in range(WIDE_DRAWS if slots else DRAWS):
-        if slots > 0:
-            count = loads.eplb_load(tokens, experts, top_k, ranks, alpha, slots, rng)
-        elif slots < 0:
-            count = loads.old_power_law_load(tokens, experts, top_k, ranks, alpha, rng)
-        else:
-            count = loads.power_law_load(tokens, experts, top_k, ranks, alpha, rng)
-        found.append(_vector(count[:own], loads.different_tokens(count, own, tokens)))
-    return np.mean(found, axis=0)
+    if work.alpha == 0.0:
+        return load_vector(*loads.balanced_load(*work[:4]))
+    assert not work.slots, "drawn by another rule, and not known"
+    own = work.experts // work.ranks
+    return mean_vector(work, own, DRAWS, lambda rng: loads.power_law_load(*work[:5], rng))
 
 
 KnownLoads = dict[Workload, NDArray[np.float64]]
