@@ -109,6 +109,8 @@ class ReplicaGradients:
         if kept.holders_ED is None:
             return 0
         self._kept[layer] = Kept()
+        if kept.kept_D is not None and not kept.kept_D.any():  # on no rank: nothing to agree on, or to send
+            return 0
         self.reductions.append(Reduction(self.layers[layer], self.deployment, self.ledger, kept))
         return self.reductions[-1].count
 
