@@ -160,7 +160,14 @@ def step_table(one: Result, kind: str) -> str:
                       "-" if worked is None else middle(1e3 * worked[at], 1),
                       f"{np.median(sent) / 1e6:.2f}" if one.shaped else "-",
                       "-" if np.isnan(overload) else f"{overload:.2f} ({owners:.2f})"])  # fmt: skip
-    head = ["row", "step s", f"{one.peer.name} over it, paired", "processor ms of a rank", "MB sent, all ranks", "max/mean (of owners)"]
+    head = [
+        "row",
+        "step s",
+        f"{one.peer.name} over it, paired",
+        "processor ms of a rank",
+        "MB sent, all ranks",
+        "max/mean (of owners)",
+    ]
     return table(head, lines)
 
 

@@ -217,9 +217,9 @@ def training_view(load_E, recent_HE, share=HIDDEN_SHARE):
     return LayerView(static, static.copy(), load_E, recent_HE, np.zeros_like(static), 2, 0, 0, price)
 
 
-def gathered(policy, load_E, recent_HE=np.zeros((0, 16)), share=HIDDEN_SHARE):
+def gathered(policy, load_E, recent_HE=(), share=HIDDEN_SHARE):
     """Replicas before the gate."""
-    view = training_view(load_E, recent_HE, share)
+    view = training_view(load_E, np.reshape(recent_HE, (-1, 16)), share)
     return policy.training.before_gate(view) & ~view.before_ED
 
 
