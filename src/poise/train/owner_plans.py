@@ -16,7 +16,7 @@ from poise.stepwise.sharding import ShardingPolicy
 from poise.train.plans import RunPlanner
 from poise.train.regroup import ReadGroups
 
-Plan = partial[NDArray[np.int64]]
+OwnerTask = partial[NDArray[np.int64]]
 LAG = 0.1
 """Share of the interval between two plans after which one is taken: so long its thread has."""
 PRICED = 4
@@ -45,11 +45,11 @@ class OwnerPlans:
 
     def _task(
         self, sharding: ShardingPolicy, load_LE: NDArray[np.float64], samples: LoadSamples, micro_batches: int = 1
-    ) -> Plan:
+    ) -> OwnerTask:
         seconds = self._seconds(load_LE.sum(axis=1).mean(), samples, micro_batches)
         return partial(decided, sharding, load_LE, self.current, seconds)
 
-    def _of_history(self, sharding: ShardingPolicy) -> Plan | None:
+    def _of_history(self, sharding: ShardingPolicy) -> OwnerTask | None:
         """What plans from the loads of the last steps; None where no layer has run."""
         history = self._planner.history
         load_LE = history.mean_LE()
