@@ -79,6 +79,13 @@ class Step:
         judged = deal.sources(self.requests, self.bench.devices)
         return SourceLoads(np.concatenate([np.array(self.warm_up), judged]), TOP_K)
 
+    def owners(self) -> np.ndarray:
+        """By price, from the loads before the step, [L, E]: what a run has that knows no more."""
+        history = np.array([one.sum(axis=1) for one in self.warm_up]).astype(float)
+        samples = LoadSamples.of_history(list(history.swapaxes(0, 1)), self.bench.devices)
+        seconds = OwnerSeconds(as_policy("poise"), SLOTS, self.bench.price(Row("", "")), samples)
+        return decided(Balanced(), history[-5:].mean(axis=0), self.given.owner_LE, seconds)
+
     def deals(self) -> dict[str, Deal]:
         """As given, evened out over micro-batches, near even owners, and near owners that move."""
         owned_LED = np.stack([owned_ED(owner_E, self.bench.devices) for owner_E in self.given.owner_LE])
@@ -94,21 +101,16 @@ class Step:
             out[name] = near(self.requests, self.given, self.bench.cluster, owners_move=move)
         for name in ("load", "owners"):
             out[f"{name}, priced"] = priced_owners(
-                out[name], self.requests, ranks, Balanced(interval=SPREAD), seconds_for
+                out[name], self.requests, ranks, Balanced(interval=SPREAD), seconds_for, [self.owners()]
             )
         return out
 
 
 def rows_of(bench: Bench, step: Step, deals: dict[str, Deal]) -> list[Row]:
     """All with the same slots; each history policy at its published setting, Hecate also at t = 8, poise with owners by price."""
-    price = bench.price(Row("", ""))
-    history = [one.sum(axis=1) for one in step.warm_up]
-    mean_LE = np.mean(history[-5:], axis=0)
-    samples = LoadSamples.of_history(list(np.array(history).astype(float).swapaxes(0, 1)), bench.devices)
-    owners = decided(Balanced(), mean_LE, step.given.owner_LE, OwnerSeconds(as_policy("poise"), SLOTS, price, samples))
     rows = [Row(FORCED, "expert-parallelism", 0, forced=True), Row("expert-parallelism", "expert-parallelism", 0),
             Row("llep", "llep"), Row("moon-ep", "moon-ep"), Row("ultra-ep", "ultra-ep"), Row("hecate", "hecate"),
-            Row("hecate, t=8", "hecate:overlap=8"), Row("hecate-calibrated", "hecate-calibrated"), Row("poise", "poise", SLOTS, owners),
+            Row("hecate, t=8", "hecate:overlap=8"), Row("hecate-calibrated", "hecate-calibrated"), Row("poise", "poise", SLOTS, step.owners()),
             Row("poise, loads known", "poise", foresee=True), Row("fore-moe", "fore-moe", foresee=True),
             Row("recorded", "recorded", foresee=True)]  # fmt: skip
     for name, words in (

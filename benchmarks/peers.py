@@ -154,11 +154,20 @@ def step_table(one: Result, kind: str) -> str:
         seconds, sent = one.got[f"{kind} seconds"][at], one.got[f"{kind} sent"][at]
         overload, owners = (np.nanmean(values) if np.isfinite(values := one.got[f"{kind} {key}"][at]).any() else np.nan
                             for key in ("overload", "owners"))  # fmt: skip
+        worked = one.got.get(f"{kind} processor")
         lines.append([f"**{name}**" if name == one.peer.name else name, middle(seconds, 3),
                       "1" if name == one.peer.name else middle(one.ratios(kind, name)),
+                      "-" if worked is None else middle(1e3 * worked[at], 1),
                       f"{np.median(sent) / 1e6:.2f}" if one.shaped else "-",
                       "-" if np.isnan(overload) else f"{overload:.2f} ({owners:.2f})"])  # fmt: skip
-    head = ["row", "step s", f"{one.peer.name} over it, paired", "MB sent, all ranks", "max/mean (of owners)"]
+    head = [
+        "row",
+        "step s",
+        f"{one.peer.name} over it, paired",
+        "processor ms of a rank",
+        "MB sent, all ranks",
+        "max/mean (of owners)",
+    ]
     return table(head, lines)
 
 

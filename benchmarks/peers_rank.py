@@ -141,21 +141,26 @@ class Bench:
         return found
 
     def timed(self, names: list[str], kind: str, warm_up: int, repeats: int, first: int) -> dict[str, np.ndarray]:
-        """Seconds [row, repeat], bytes sent by all ranks, loss, and max / mean pairs over ranks, in turn."""
-        out = {key: np.full((len(names), repeats), np.nan) for key in ("seconds", "sent", "loss", "overload", "owners")}
+        """Seconds [row, repeat], processor seconds of a rank in the mean, bytes sent by all ranks, loss, and max / mean
+        pairs over ranks, in turn.
+        """
+        keys = ("seconds", "processor", "sent", "loss", "overload", "owners")
+        out = {key: np.full((len(names), repeats), np.nan) for key in keys}
         for repeat in range(-warm_up, repeats):
             bias_LE = self.bias(kind, max(0, repeat), repeats)
             for turn in range(len(names)):
                 which = (turn + repeat) % len(names)
                 dist.barrier()
-                sent, began = usage.sent_bytes(), time.monotonic()
+                sent, began, worked = usage.sent_bytes(), time.monotonic(), time.process_time()
                 loss = self.step(names[which], first + warm_up + repeat, bias_LE)
+                worked = time.process_time() - worked
                 dist.barrier()
                 seconds, sent = time.monotonic() - began, usage.sent_bytes() - sent
-                total = sum(gathered(sent))
+                total, worked = sum(gathered(sent)), mean(worked)
                 loss = mean(loss)
                 if repeat >= 0:
                     out["seconds"][which, repeat], out["sent"][which, repeat] = seconds, total
+                    out["processor"][which, repeat] = worked
                     out["loss"][which, repeat] = loss
                     if hasattr(self.rows[names[which]], "overload"):
                         overload, owners = self.rows[names[which]].overload()

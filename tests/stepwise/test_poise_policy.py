@@ -194,9 +194,8 @@ def test_flex_moe_expands_when_called_and_rests_when_balanced():
     assert (FlexMoE().before_gate(calm) == static).all()
 
 
-@pytest.mark.parametrize("share", [0.0, HIDDEN_SHARE])
-def test_replicas_in_training_are_gathered_only_where_they_pay(share):
-    """On 2 x 4 slow devices: even loads ask for none once what hides has a price; skewed ones for some either way."""
+def training_view(load_E, recent_HE, share=HIDDEN_SHARE):
+    """16 experts on 2 x 4 slow devices, two owned by each, two slots."""
     cluster = replace(
         Cluster.uniform(2, 4, "a100"),
         preset="",
@@ -215,12 +214,43 @@ def test_replicas_in_training_are_gathered_only_where_they_pay(share):
         dense_s=0.1 * (share > 0),
     )
     static = owned_ED(np.repeat(np.arange(8), 2), 8)
+    return LayerView(static, static.copy(), load_E, recent_HE, np.zeros_like(static), 2, 0, 0, price)
 
-    def gathered(load_E):
-        view = LayerView(static, static.copy(), load_E, np.zeros((0, 16)), np.zeros_like(static), 2, 0, 0, price)
-        return Poise().training.before_gate(view) & ~static
 
+def gathered(policy, load_E, recent_HE=(), share=HIDDEN_SHARE):
+    """Replicas before the gate."""
+    view = training_view(load_E, np.reshape(recent_HE, (-1, 16)), share)
+    return policy.training.before_gate(view) & ~view.before_ED
+
+
+SKEWED = 4096.0 / np.arange(1, 17) / (1.0 / np.arange(1, 17)).sum()
+
+
+@pytest.mark.parametrize("share", [0.0, HIDDEN_SHARE])
+def test_replicas_in_training_are_gathered_only_where_they_pay(share):
+    """On 2 x 4 slow devices: even loads ask for none once what hides has a price; skewed ones for some either way."""
     nearly = 256.0 * np.array([1.1, 1.1, *[1.0] * 12, 0.9, 0.9])
-    skewed = 4096.0 / np.arange(1, 17) / (1.0 / np.arange(1, 17)).sum()
-    assert gathered(nearly).any() == (share == 0.0)
-    assert gathered(skewed).any()
+    assert gathered(Poise(), nearly, share=share).any() == (share == 0.0)
+    assert gathered(Poise(), SKEWED, share=share).any()
+
+
+def test_replicas_in_training_pay_on_the_last_steps_and_not_on_their_mean_alone():
+    """One odd step of five makes the mean as skewed as five that agree do; what it saves is then no more than chance."""
+    even = np.full(16, 256.0)
+    steady = 0.8 * even + 0.2 * SKEWED
+    odd = np.stack([even] * 4 + [SKEWED])
+    sure = Poise(margin=0.0)
+    assert gathered(sure, steady).any() and gathered(sure, steady, steady[None]).any()
+    assert gathered(sure, steady, np.tile(steady, (5, 1))).any()
+    assert gathered(sure, steady, np.tile(0.1 * steady, (5, 1))).any(), "of fewer tokens, they count by their shares"
+    assert not gathered(sure, steady, odd).any()
+
+
+def test_replicas_in_training_must_gain_the_margin():
+    made = [
+        [gathered(Poise(margin=margin), 256.0 + part * (SKEWED - 256.0)).any() for part in np.linspace(0.0, 1.0, 41)]
+        for margin in (0.0, 0.03, 0.1)
+    ]
+    counts = [sum(one) for one in made]
+    assert counts[0] > counts[1] > counts[2] > 0 and all(not one[0] and one[-1] for one in made)
+    assert gathered(Poise(margin=10.0), SKEWED).sum() == 0

@@ -26,7 +26,7 @@ from poise.runtime.moe import ExpertList, GatedExperts, MoE
 from poise.runtime.recompute import in_backward
 from poise.train import clip_grad_norm_, fully_shard_experts
 from poise.train.gradients import update_correction_bias
-from poise.util.errors import InputError, ModelError, OptionError
+from poise.util.errors import CommunicationError, InputError, ModelError, OptionError
 
 # ---- 4. gradient accumulation --------------------------------------------------------------------------------------
 
@@ -107,6 +107,60 @@ def accumulation_within_bytes() -> dict:
     assert found[0.0] == micro * found[None], found
     assert found[None] < found[0.6] < found[0.0], found
     return {"errors": errors, "reduced": {str(limit): moved for limit, moved in found.items()}}
+
+
+@case
+def accumulation_dropped() -> dict:
+    """``zero_grad`` after unsynchronised passes: what waits of replicas goes as well, on all ranks, or all raise."""
+    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
+    thrown, kept = "two-hot", "hot-expert-a-rank"
+
+    def loss(model: Any, workload: str, rank: int | None = rank) -> Tensor:
+        data = h.batch(workload, 0, world, 2, rank, torch.float64)
+        return h.loss_of(model, data).mul(1 if rank is None else world)
+
+    dense = h.build()
+    loss(dense, kept, None).backward()
+    expected = {name: weight.grad for name, weight in dense.named_parameters()}
+
+    def ends(label: str, model: Any, run: Any) -> None:
+        assert not run.schedule.backward.replica_gradients.waiting and sum(run.schedule.ledger.now.values()) == 0
+        c.average_dense(model, run)
+        errors[label] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
+
+    for to_none in (True, False):
+        for first in ("forward", "backward"):  # where ranks meet next
+            model = h.build()
+            run = shard(model, policy="full-replication", rematerialise=True)
+            waiting = run.schedule.backward.replica_gradients
+            run.set_requires_gradient_sync(False)
+            wrong = loss(model, thrown)
+            right = loss(model, kept) if first == "backward" else None
+            wrong.backward()
+            assert waiting.layers_waiting == h.LAYERS
+            model.zero_grad(set_to_none=to_none)
+            run.set_requires_gradient_sync(True)
+            (loss(model, kept) if right is None else right).backward()
+            ends(f"set to None {to_none}, {first} next", model, run)
+    model = h.build()
+    run = shard(model, policy="full-replication", rematerialise=True)
+    run.set_requires_gradient_sync(False)
+    loss(model, thrown).backward()
+    waiting = run.schedule.backward.replica_gradients
+    if rank == 0:
+        model.zero_grad()
+    said = [c.raised(CommunicationError, lambda: loss(model, kept))]
+    assert "waiting gradients were dropped" in said[0] and waiting.layers_waiting == h.LAYERS
+    if rank:
+        model.blocks[0].experts.zero_grad()
+    said.append(c.raised(ModelError, lambda: loss(model, kept)))
+    assert "were dropped while" in said[1] and waiting.layers_waiting == h.LAYERS
+    model.zero_grad()
+    run.set_requires_gradient_sync(True)
+    loss(model, kept).backward()
+    ends("at last by all", model, run)
+    assert max(errors.values()) <= EXACT, errors
+    return {"errors": errors, "said": [text.splitlines()[0] for text in said]}
 
 
 # ---- what a step tells ----------------------------------------------------------------------------------------------

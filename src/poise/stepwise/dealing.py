@@ -18,7 +18,7 @@ Step 4  As given; as given but evened out over micro-batches; dealt near the own
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,15 +171,16 @@ def deals(requests: Requests, given: Deal, cluster: Cluster, *, owners_move: boo
 
 def priced_owners(
     deal: Deal, requests: Requests, ranks: int, sharding: ShardingPolicy,
-    seconds_for: Callable[[NDArray[np.int32]], OwnerSeconds],
+    seconds_for: Callable[[NDArray[np.int32]], OwnerSeconds], others: Sequence[NDArray[np.int64]] = (),
 ) -> Deal:  # fmt: skip
     """The same requests in the same cells with the owners that a sharding policy by price finds for their loads.
 
-    ``seconds_for``: the price of owners on loads of every micro-batch, int32 [M, L, D, E].
+    ``seconds_for``: the price of owners on loads of every micro-batch, int32 [M, L, D, E]; ``others``: owners that are
+    priced, too.
     """
     load_BLSE = deal.sources(requests, ranks)
     load_LE = load_BLSE.sum(axis=2).mean(axis=0)
-    owner_LE = decided(sharding, load_LE, deal.owner_LE, seconds_for(load_BLSE))
+    owner_LE = decided(sharding, load_LE, deal.owner_LE, seconds_for(load_BLSE), others)
     return replace(deal, name=f"{deal.name}, owners by price", owner_LE=owner_LE)
 
 

@@ -5,8 +5,9 @@ even out what owners leave, and who owns a hot expert sends it. So proposals are
 (:mod:`poise.stepwise.step_seconds`: compute, dispatch and combine, gathers and reductions round by round with their
 ports, control) under the policy and the slots of the run.
 
-Step 1  Proposals: the policy's owners; even ones; the policy's own rule inside each layer, where every device owns as
-        many experts of the layer as it does now, in those layers in which that gains by itself.
+Step 1  Proposals: the policy's owners; others that the caller knows of; even ones; the policy's own rule inside each
+        layer, where every device owns as many experts of the layer as it does now, in those layers in which that gains
+        by itself.
 Step 2  Each is priced on samples of loads: a new driver plans every layer, as after a move.
 Step 3  The one with the least seconds, a share of its move's added (the move over ``interval`` steps), is taken if that
         is less than the present owners' seconds: by more than ``gain`` of them where the loads are of steps that are
@@ -134,8 +135,9 @@ class OwnerSeconds:
 
 
 def decided(
-    sharding: ShardingPolicy, load_LE: NDArray[np.float64], current_LE: NDArray[np.int64], seconds: OwnerSeconds
-) -> NDArray[np.int64]:
+    sharding: ShardingPolicy, load_LE: NDArray[np.float64], current_LE: NDArray[np.int64], seconds: OwnerSeconds,
+    others: Sequence[NDArray[np.int64]] = (),
+) -> NDArray[np.int64]:  # fmt: skip
     """The owners from now on, int64 [L, E]; ``current_LE`` where nothing is to move.
 
     Parameters
@@ -144,6 +146,7 @@ def decided(
     load_LE : float64 [L, E], what it proposes from.
     current_LE : int64 [L, E], the owners now.
     seconds : the price.
+    others : int64 [L, E] each, owners that are priced, too.
     """
     proposed = sharding.plan(load_LE, current_LE, seconds.price)
     if not sharding.by_price or not sharding.interval:
@@ -153,7 +156,7 @@ def decided(
     even_LE = even_sharding(layers, experts, devices)
     guessed = seconds.samples.known is None
     best_LE, best_s = current_LE, now_s * (1.0 - sharding.gain if guessed else 1.0)
-    for other_LE in (proposed, even_LE, _layer_by_layer(load_LE, current_LE, seconds, sharding.interval)):
+    for other_LE in (proposed, *others, even_LE, _layer_by_layer(load_LE, current_LE, seconds, sharding.interval)):
         moving = (other_LE != current_LE).any()
         if moving:
             moved_s = seconds.step(other_LE) + seconds.move(current_LE, other_LE) / sharding.interval

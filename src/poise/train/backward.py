@@ -42,6 +42,24 @@ class BackwardSchedule:
         """Layers whose gradients wait for a synchronised backward pass; the same on all ranks."""
         return 0 if self._callback else self.replica_gradients.layers_waiting
 
+    def dropped(self) -> tuple[bool, ModelError | None]:
+        """Whether this rank has dropped the gradients that wait for a synchronised backward pass (``zero_grad``), or
+        what is wrong: some of them. Where ranks meet first in a pass they are told, and all do alike or all raise.
+        """
+        gone, of = (0, 0) if self._callback else self.replica_gradients.dropped()
+        if 0 < gone < of:
+            return False, ModelError(
+                f"gradients of {gone} of {of} weights were dropped while those of their replicas wait for a "
+                "synchronised backward pass",
+                hint="zero_grad() of all sharded experts between micro-batches, or of none",
+            )
+        return gone > 0, None
+
+    def drop(self) -> None:
+        """All ranks have dropped theirs: replicas' are let go, and the iteration that they belong to is over."""
+        self.replica_gradients.forget()
+        self._run.planner.end_iteration()
+
     def layer(self, one: Pass, dy_Nd: Tensor, accumulates: Callable[[], bool]) -> Tensor:
         """Gradients of this rank's tokens, [T, d]; those of the weights, if asked for, are added to their owners'.
 
@@ -80,7 +98,8 @@ class BackwardSchedule:
 
         The gradients are on their way meanwhile: one wait less.
         """
-        problem, accumulate = None, False
+        accumulate = False
+        dropped, problem = self.dropped()
         try:
             one.weights.check_owners()
             accumulate = accumulates()
@@ -90,8 +109,11 @@ class BackwardSchedule:
         announced = self._run.meeting.announce("backward", one.layer, one.number, problem=problem, more=(
             ("layers still to come", coming), ("whether weights get gradients", accumulate),
             ("whether gradients are synchronised", self.sync), ("divide factor", self.divide_factor),
+            ("whether waiting gradients were dropped", dropped),
         ), sends=one.exchange)  # fmt: skip
         announced.hold(beside=one.step.send_gradients(dy_Nd).wait)
+        if dropped:
+            self.drop()
         return accumulate
 
     def _begin_layer(self, weights: Materialised) -> None:
@@ -160,6 +182,7 @@ class BackwardSchedule:
             return
         if not self.sync:  # what was beyond the bytes that may wait is not held through the next forward pass
             self.replica_gradients.wait()
+            self.replica_gradients.remember()
             return
         for layer in range(len(self._run.layers)):  # earlier micro-batches may have reached more of them
             self._reduce(layer)

@@ -118,16 +118,20 @@ class ForwardSchedule:
         there, number = run.deployment, run.passes.number
         ids_TK = evenly(given_TK, experts.num_experts, there.rank) if run.settings.force_balance else given_TK
         early = self._early.get(layer)
+        dropped, wrong = self._backward.dropped()
         known = b"" if early is None else early.early_ED.tobytes()
         with span("counts"):
-            load_SE = run.meeting.loads(layer, number, ids_TK, problem=problem, more=(
+            load_SE = run.meeting.loads(layer, number, ids_TK, problem=problem or wrong, more=(
                 ("whether gradients are recorded", recorded), ("training", experts.training),
                 ("activation checkpointing", bool(region.frames)), ("experts a token", ids_TK.shape[1]),
                 ("width of tokens", x_Td.shape[1]), ("trained weights", experts.trainable),
                 ("options", run.meeting.options(run.settings)), ("iterations", run.planner.history.seen(layer)),
                 ("micro-batch of a rollout", None if run.planner.micro_batch is None else run.planner.micro_batch.key),
                 ("sum over owners and replicas", zlib.crc32(known, zlib.crc32(experts.owner_E.tobytes()))),
+                ("whether waiting gradients were dropped", dropped),
             ))  # fmt: skip
+        if dropped:
+            self._backward.drop()
         with span("plan"):
             run.passes.layer, run.planner.top_k = layer, ids_TK.shape[1]
             weights = self._early.pop(layer, None) or self._materialise(layer)

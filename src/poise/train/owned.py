@@ -112,6 +112,19 @@ class OwnedExperts(nn.Module):
             grad: Tensor = weight.grad.detach()
         return grad
 
+    def gradient_version(self, name: str) -> int:
+        """How often the gradient of an owned weight was changed in place; -1: there is none."""
+        weight = self._weight(name)
+        with plainly():
+            return -1 if weight.grad is None else weight.grad._version
+
+    def gradient_dropped(self, name: str, version: int) -> bool:
+        """Whether the gradient of an owned weight is gone, or was changed since a version to nothing but zeros."""
+        weight = self._weight(name)
+        with plainly():
+            grad = weight.grad
+            return grad is None or (grad._version != version and not grad.count_nonzero())
+
     def takes(self, name: str, grad: Tensor) -> bool:
         """Whether a new gradient can become the weight's own without a copy: the first of a step, of the same type."""
         weight = self._weight(name)

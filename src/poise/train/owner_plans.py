@@ -16,6 +16,7 @@ from poise.stepwise.sharding import ShardingPolicy
 from poise.train.plans import RunPlanner
 from poise.train.regroup import ReadGroups
 
+OwnerTask = partial[NDArray[np.int64]]
 LAG = 0.1
 """Share of the interval between two plans after which one is taken: so long its thread has."""
 PRICED = 4
@@ -44,19 +45,30 @@ class OwnerPlans:
 
     def _task(
         self, sharding: ShardingPolicy, load_LE: NDArray[np.float64], samples: LoadSamples, micro_batches: int = 1
-    ) -> partial[NDArray[np.int64]]:
+    ) -> OwnerTask:
         seconds = self._seconds(load_LE.sum(axis=1).mean(), samples, micro_batches)
         return partial(decided, sharding, load_LE, self.current, seconds)
 
-    def begin(self, sharding: ShardingPolicy, step: int) -> None:
-        """Plan from the loads of the last steps; nothing where no layer has run."""
+    def _of_history(self, sharding: ShardingPolicy) -> OwnerTask | None:
+        """What plans from the loads of the last steps; None where no layer has run."""
         history = self._planner.history
         load_LE = history.mean_LE()
         if not load_LE.any():
-            return
+            return None
         samples = LoadSamples.of_history([history.of(layer) for layer in range(len(load_LE))],
                                          self._planner.deployment.cluster.num_devices)  # fmt: skip
-        task = self._task(sharding, load_LE, samples, history.micro_batches())
+        return self._task(sharding, load_LE, samples, history.micro_batches())
+
+    def _proposed(self, sharding: ShardingPolicy) -> list[NDArray[np.int64]]:
+        """Owners by loads of the past, which a policy by price weighs beside others."""
+        task = self._of_history(sharding) if sharding.by_price else None
+        return [] if task is None else [task()]
+
+    def begin(self, sharding: ShardingPolicy, step: int) -> None:
+        """Plan from the loads of the last steps; nothing where no layer has run."""
+        task = self._of_history(sharding)
+        if task is None:
+            return
 
         def plan() -> NDArray[np.int64]:
             with span("owners"):
@@ -82,9 +94,12 @@ class OwnerPlans:
     def known(
         self, sharding: ShardingPolicy, load_BLSE: NDArray[np.int32], replayed: bool
     ) -> NDArray[np.int64]:  # fmt: skip
-        """Now, from the loads of micro-batches to come, int32 [B, L, D, E]."""
+        """Now, from the loads of micro-batches to come, int32 [B, L, D, E]; what loads of the past propose is priced on
+        them, too.
+        """
         load_LE = np.mean([load_LSE.sum(axis=1) for load_LSE in load_BLSE], axis=0)
-        return self._task(sharding, load_LE, LoadSamples.of_record(load_BLSE, replayed), len(load_BLSE))()
+        others = self._proposed(sharding)
+        return self._task(sharding, load_LE, LoadSamples.of_record(load_BLSE, replayed), len(load_BLSE))(others=others)
 
     def dealt(self, read: ReadGroups, sharding: ShardingPolicy | None) -> Deal:
         """The requests of an optimizer step where its modelled seconds are least: priced on a few layers.
@@ -108,6 +123,7 @@ class OwnerPlans:
 
         found = deals(requests, given, cluster, owners_move=sharding is not None)
         if sharding is not None:
-            found += [priced_owners(deal, requests, cluster.num_devices, sharding, seconds_for)
+            past = self._proposed(sharding)
+            found += [priced_owners(deal, requests, cluster.num_devices, sharding, seconds_for, past)
                       for deal in (found[1], found[-1])]  # fmt: skip
         return cheapest(found, seconds_of)

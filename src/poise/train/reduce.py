@@ -53,6 +53,7 @@ class ReplicaGradients:
         self.layers, self.deployment, self.ledger = layers, deployment, ledger
         self.reductions: list[Reduction] = []
         self._kept = [Kept() for _ in layers]
+        self._versions: dict[tuple[int, str], int] = {}  # of owners' gradients when some began to wait
 
     @property
     def waiting(self) -> bool:
@@ -63,6 +64,21 @@ class ReplicaGradients:
     def layers_waiting(self) -> int:
         """Layers of which some wait for a synchronised backward pass; the same on all ranks."""
         return sum(kept.holders_ED is not None for kept in self._kept)
+
+    def remember(self) -> None:
+        """A backward pass is over after which some wait: what is done to owners' gradients from now on is seen."""
+        self._versions = {(layer, name): self.layers[layer].gradient_version(name) for layer, name in self._names()}
+
+    def dropped(self) -> tuple[int, int]:
+        """Of how many weights whose replicas' gradients wait this rank's own gradient was dropped since
+        (``zero_grad``, to None or to zeros), and how many there are; the latter is the same on all ranks.
+        """
+        names = self._names()
+        known = self._versions
+        return sum(self.layers[at].gradient_dropped(name, known.get((at, name), -1)) for at, name in names), len(names)
+
+    def _names(self) -> list[tuple[int, str]]:
+        return [(at, name) for at, kept in enumerate(self._kept) if kept.holders_ED is not None for name in kept.names]
 
     def beyond(self, limit_bytes: float | None) -> bool:
         """Whether the rank that keeps most gradients keeps more bytes than that; the same on all ranks."""
@@ -109,6 +125,8 @@ class ReplicaGradients:
         if kept.holders_ED is None:
             return 0
         self._kept[layer] = Kept()
+        if kept.kept_D is not None and not kept.kept_D.any():  # on no rank: nothing to agree on, or to send
+            return 0
         self.reductions.append(Reduction(self.layers[layer], self.deployment, self.ledger, kept))
         return self.reductions[-1].count
 

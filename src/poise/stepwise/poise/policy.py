@@ -38,8 +38,8 @@ class Poise(StepPolicy):
     stall : most that one exposed fetch may take, in layer times.
     urgency : predicted gain, as a share of the layer time, for which a fetch that could wait is made at once.
     patience : most windows that a background fetch may take.
-    margin : least predicted gain, as a share of the passive layer time, that wakes the loop (training: by which
-        sending tokens to the nearest holders must be faster).
+    margin : least predicted gain, as a share of the passive layer time, that wakes the loop (training: that replicas
+        must bring beside none, and by which sending tokens to the nearest holders must be faster).
     slack : the second split may exceed the best maximum by this share to keep tokens at home.
     extra : training: most replicas that are fetched after the gate.
     """

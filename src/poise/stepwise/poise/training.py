@@ -5,7 +5,9 @@ owners only). Priced are three compute passes, four all-to-alls, and weights the
 
 Before the gate
     Step 1  The replicas with the least modelled time on predicted loads (:mod:`poise.stepwise.poise.gathers`, steps 1
-            to 4); none, and no exchange of counts, if that does not beat the owners alone.
+            to 4). None, which is plain expert parallelism, unless that beats the owners alone by more than ``margin``
+            of their time, with what it saves on the loads of each of the last steps, less one standard error of their
+            mean: loads of a few steps look more uneven than the next ones will be.
 After the gate
     Step 2  No counts are exchanged where tokens sent to their nearest holders are predicted to be as fast, within
             ``margin``, as the exact split with its control time.
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.weights import compiled_price
+from poise.routing.predict import WINDOW
 from poise.stepwise.methods.hecate import nearest_rows
 from poise.stepwise.methods.split import even_quota, spread_evenly
 from poise.stepwise.poise.gathers import OwnedLayer, calibrate, plan_layer, tried_counts
@@ -33,7 +36,9 @@ CALIBRATE_SECONDS_BASE, CALIBRATE_SECONDS_PER_PAIR = 25e-6, 100e-9
 
 
 class Weighed(NamedTuple):
-    """Replicas, bool [E, D] with the owners, the seconds that they and their split add, and those that they save."""
+    """Replicas, bool [E, D] with the owners, the seconds that they and their split add, with the least that must be
+    gained, and those that they save, as far as the last steps are sure of it.
+    """
 
     holders_ED: NDArray[np.bool_]
     costs_s: float
@@ -79,7 +84,10 @@ class PoiseTraining(StepPolicy):
             return Weighed(view.before_ED, 0.0, 0.0)
         near_s, exact_s = self.dispatch_seconds(view, plan.holders_ED)
         costs_s = plan.seconds - exact_s + min(near_s, exact_s + self.control_seconds(view)) - exact_s
-        return Weighed(plan.holders_ED, costs_s, alone_s - exact_s)
+        costs_s, saves_s = costs_s + self.margin * alone_s, alone_s - exact_s
+        if costs_s < saves_s:
+            saves_s = min(saves_s, _sure_seconds(view, plan.holders_ED))
+        return Weighed(plan.holders_ED, costs_s, saves_s)
 
     def control_seconds(self, view: LayerView) -> float:
         """Of the exact split, planning included."""
@@ -96,7 +104,26 @@ class PoiseTraining(StepPolicy):
 
 def _expected(view: LayerView) -> NDArray[np.int64]:
     """Predicted tokens of each source, evenly spread, int64 [D, E]."""
-    return spread_evenly(np.rint(view.predicted_E).astype(np.int64), view.price.cluster.num_devices)
+    return _spread(view, view.predicted_E)
+
+
+def _spread(view: LayerView, load_E: NDArray[np.float64]) -> NDArray[np.int64]:
+    return spread_evenly(np.rint(load_E).astype(np.int64), view.price.cluster.num_devices)
+
+
+def _sure_seconds(view: LayerView, holders_ED: NDArray[np.bool_]) -> float:
+    """What holders save beside the owners on each of the last steps' loads: their mean less its standard error; inf
+    where fewer than two steps are known.
+    """
+    machine, pairs = compiled_price(view.price).machine, view.predicted_E.sum()
+    recent_HE = [load_E * (pairs / load_E.sum()) for load_E in view.recent_HE[-WINDOW:] if load_E.any()]
+    if len(recent_HE) < 2:
+        return np.inf
+    saved_H = np.zeros(len(recent_HE))
+    for h, load_E in enumerate(recent_HE):
+        sources = source_tokens(_spread(view, load_E), machine)
+        saved_H[h] = best_quotas(sources, view.before_ED, machine)[0] - best_quotas(sources, holders_ED, machine)[0]
+    return float(saved_H.mean() - saved_H.std(ddof=1) / np.sqrt(len(saved_H)))
 
 
 def layer_of(view: LayerView, load_SE: NDArray[np.int64]) -> OwnedLayer:
