@@ -41,6 +41,13 @@ def properties() -> list[str]:
     return [file for file in found if file not in MANY]
 
 
+def likes() -> list[str]:
+    """The files, none of those above, with tests that ``make test`` leaves out because another goes the same way (``@pytest.mark.like``)."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = [str(path.relative_to(ROOT)) for path in files if "@pytest.mark.like(" in path.read_text("utf-8")]
+    return [file for file in found if file not in (*MANY, *CASES, *properties())]
+
+
 CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py", "tests/train/test_foresight.py",
          "tests/train/test_muon.py", "tests/runtime/test_flows.py")  # fmt: skip
 """Files whose cases run on several processes, and do less in ``make test``."""
@@ -80,6 +87,7 @@ def pieces() -> list[Piece]:
         Piece("gpu-interpreted", ("benchmarks/gpu.py", "--no-report"), {"TRITON_INTERPRET": "1"}),
         *(Piece(f"parity-{word}", ("benchmarks/parity.py", word))
           for word in (f"4/2+{first}:gathered-{sent}" for sent in ("bfloat16", "float8_e4m3fn") for first in range(2))),
+        *([Piece("alike", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *likes()), {"POISE_MANY": "1"})] if likes() else []),
     ]  # fmt: skip
 
 
