@@ -30,7 +30,9 @@ def account() -> Path:
             return ROOT / "cpuacct" / path.lstrip("/") / "cpuacct.usage"
         if not names and (ROOT / path.lstrip("/") / "cpu.stat").exists():
             return ROOT / path.lstrip("/") / "cpu.stat"
-    raise pytest.UsageError("no control group counts this process's seconds: see the first lines of tests/processor_seconds.py")
+    raise pytest.UsageError(
+        "no control group counts this process's seconds: see the first lines of tests/processor_seconds.py"
+    )
 
 
 def seconds(file: Path) -> float:
