@@ -30,6 +30,8 @@ MANY = (
     "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
     "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
     "tests/planning/test_groups.py", "tests/watch/test_effect.py", "tests/test_cookbook.py",
+    "tests/control/test_controller.py", "tests/cli/test_front.py", "tests/engines/test_round_trip.py", "tests/files_written/test_signals.py",
+    "tests/lab/emulate/test_rates.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
 
@@ -39,13 +41,6 @@ def properties() -> list[str]:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     found = [str(path.relative_to(ROOT)) for path in files if "from hypothesis import" in path.read_text("utf-8")]
     return [file for file in found if file not in MANY]
-
-
-def likes() -> list[str]:
-    """The files, none of those above, with tests that ``make test`` leaves out because another goes the same way (``@pytest.mark.like``)."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    found = [str(path.relative_to(ROOT)) for path in files if "@pytest.mark.like(" in path.read_text("utf-8")]
-    return [file for file in found if file not in (*MANY, *CASES, *properties())]
 
 
 CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py", "tests/train/test_foresight.py",
@@ -87,7 +82,6 @@ def pieces() -> list[Piece]:
         Piece("gpu-interpreted", ("benchmarks/gpu.py", "--no-report"), {"TRITON_INTERPRET": "1"}),
         *(Piece(f"parity-{word}", ("benchmarks/parity.py", word))
           for word in (f"4/2+{first}:gathered-{sent}" for sent in ("bfloat16", "float8_e4m3fn") for first in range(2))),
-        *([Piece("alike", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *likes()), {"POISE_MANY": "1"})] if likes() else []),
     ]  # fmt: skip
 
 

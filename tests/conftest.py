@@ -49,22 +49,9 @@ def fewer_examples(items):
         function._hypothesis_internal_use_settings = settings(asked, max_examples=examples)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "like(name): left to make test-all, for the test of that name goes the same way")
-
-
-def without_likes(config, items):
-    """Deselect what is ``@pytest.mark.like("test_other")``; with POISE_MANY=1 (pieces of benchmarks/slices.py) all are run."""
-    left = few_or([], [item for item in items if item.get_closest_marker("like")])
-    if left:
-        items[:] = [item for item in items if not item.get_closest_marker("like")]
-        config.hook.pytest_deselected(items=left)
-
-
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     """The longest first on two workers: each gets one half of the items, and what is stolen comes from the end. Cases
     that are launched together stay together."""
-    without_likes(config, items)
     fewer_examples(items)
     long = []
     for file in LONGEST:

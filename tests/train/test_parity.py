@@ -16,7 +16,7 @@ from poise.stepwise.registry import POLICIES
 
 STILL = {"expert-parallelism", "split"}
 """Policies that move no weights."""
-MUTATIONS, LOW = ("divisor", "replica", "token"), ("float32", "bfloat16")
+MUTATIONS, LOW = ("divisor", "replica", "token"), few_or(("float32", "bfloat16"), ("bfloat16",))
 GATHERS = ("bfloat16", "float8_e4m3fn")
 
 
@@ -53,7 +53,7 @@ def test_a_mutation_fails_every_cell_it_touches(tmp_path, subtests):
 
 
 def test_low_precision_differs_no_more_than_dense_runs_do(tmp_path, subtests):
-    """At most 4 times what dense runs differ that add up in other orders; bfloat16 with float32 weights."""
+    """At most 4 times what dense runs differ that add up in other orders; bfloat16 with float32 weights (float32: the slices)."""
     all_found = cells(4, tmp_path, "--dtype", ",".join(LOW), "--every", "9")
     for dtype in LOW:
         with subtests.test(dtype):
