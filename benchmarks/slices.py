@@ -30,6 +30,8 @@ MANY = (
     "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
     "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
     "tests/planning/test_groups.py", "tests/watch/test_effect.py", "tests/test_cookbook.py",
+    "tests/control/test_controller.py", "tests/cli/test_front.py", "tests/engines/test_round_trip.py", "tests/files_written/test_signals.py",
+    "tests/lab/emulate/test_rates.py", "tests/watch/test_unbreakable.py", "tests/test_executors.py", "tests/train/test_elastic.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
 

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tests.launch import ranks
 
 from poise.planning.problem import Method
 from poise.planning.solve.checked import checked_method
@@ -82,6 +83,7 @@ def test_the_package_of_the_page_works_as_written(folder):
 
 
 TRAIN = """
+import sys; sys.path.insert(0, SITE)
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from poise.machine.cluster import Cluster
@@ -108,8 +110,9 @@ dist.destroy_process_group()
 
 def test_training_takes_the_policy_by_its_name(folder):
     install_page(folder / "site")
-    done = python(folder, "-c", f"FILE = {str(folder / 'store')!r}{TRAIN}")
-    assert done.stdout.splitlines()[-1:] == ["Hottest(most=2)"], done.stderr
+    (folder / "train.py").write_text(f"FILE, SITE = {str(folder / 'store')!r}, {str(folder / 'site')!r}{TRAIN}")
+    (said,) = ranks(1, str(folder / "train.py"), folder=folder)
+    assert said.splitlines()[-1:] == ["Hottest(most=2)"], said
 
 
 GOOD = "from poise.planning.problem import Method, MethodResult\nfrom poise.planning.methods import lpt\n"
@@ -180,26 +183,17 @@ def test_packages_that_are_merely_there_stop_nothing(folder):
     assert unknown.returncode == 2 and "is neither a method nor" in unknown.stderr
 
 
-def test_a_broken_policy_is_a_note_and_other_rows_stand(folder):
-    install(
-        folder / "site",
-        "their-thing",
-        {POLICIES: {"theirs": "their_thing:Policy"}},
-        {"their_thing.py": "class Policy: pass"},
-    )
-    done = python(folder, *COMPARE, "--fast", "split", "--fast", "theirs", "--step-slots", "1")
-    said = " ".join(done.stdout.split())
-    assert done.returncode == 0 and "lpt + split" in said, done.stderr
-    assert "theirs left out: policy 'theirs' of package their-thing is not the class of a frozen dataclass" in said
-
-
-def test_a_policy_that_fails_on_the_way_is_a_note_and_other_rows_stand(folder):
-    """It passes on the small layer of the check, which is step 0."""
+def test_policies_that_are_broken_or_fail_on_the_way_are_notes_and_other_rows_stand(folder):
+    """One is no policy; one passes on the small layer of the check, which is step 0, and fails then."""
+    no_policy = {"no_policy.py": "class Policy: pass"}
+    install(folder / "site", "no-policy", {POLICIES: {"theirs": "no_policy:Policy"}}, no_policy)
     late = FILES["my_placements/hottest.py"].replace("whole_E, rest_E", "1 / (3 - view.step); whole_E, rest_E")
     install(folder / "site", "their-thing", {POLICIES: {"hottest": "their_thing:Hottest"}}, {"their_thing.py": late})
-    done = python(folder, *COMPARE, "--fast", "hottest", "--fast", "split", "--step-slots", "1", "--warm-up", "1")
+    done = python(folder, *COMPARE, "--fast", "hottest", "--fast", "theirs", "--fast", "split", "--step-slots", "1",
+                  "--warm-up", "1")  # fmt: skip
     said = " ".join(done.stdout.split())
     assert done.returncode == 0 and "│ lpt + split" in said, done.stderr
+    assert "theirs left out: policy 'theirs' of package no-policy is not the class of a frozen dataclass" in said
     assert "lpt + hottest left out: policy 'hottest' of their_thing failed: ZeroDivisionError" in said
     assert "│ lpt + hottest" not in said and "Traceback" not in done.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from tests.helpers import few_or
 from typer.testing import CliRunner
 
 import poise.cli
@@ -293,7 +294,7 @@ def test_a_stream_that_takes_nothing_is_an_error_in_a_line(files):
         return done.returncode, done.stderr
 
     assert ends(">&-") == (0, "")
-    for verb in (inspect, f"{inspect} --json", "machines --json", "--help", "plan --help", "--version"):
+    for verb in (inspect, f"{inspect} --json", "--help", *few_or(["machines --json", "plan --help", "--version"], [])):
         status, said = ends(">/dev/full", verb)
         assert status == 1 and said.startswith("error: cannot write what is to be said: [Errno 28]")
     assert ends("2>&-")[0] == 0

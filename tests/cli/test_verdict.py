@@ -128,25 +128,32 @@ def test_even_traffic_gets_no_flags(files):
     assert got.exit_code == 0 and got.stdout.startswith("not_recommended_now") and "\nset: " not in got.stdout
 
 
-def test_the_demo_trace_has_both_phases():
+@pytest.fixture(scope="module")
+def of_the_page():
+    """The page, and what its command says as it stands, but for how long is searched and the number of slots."""
+    page = (ROOT / "docs" / "verdict.md").read_text("utf-8")
+    (command,) = re.findall(r"```sh\n(.*?)\n```", page)
+    words = [*shlex.split(command.replace("--work 60", "--work 1"))[1:], "--redundant", "8", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        got = CliRunner().invoke(app, words)
+    assert got.exit_code == 0, got.output
+    assert DEMO.relative_to(ROOT).as_posix() in words
+    return page, json.loads(got.stdout)
+
+
+def test_the_demo_trace_has_both_phases(of_the_page):
     """Split in time, each phase by its own rows. Fails if one phase is left out or a default is silent."""
-    found = json.loads(run(DEMO, *BASE, "--redundant", 8, "--json").stdout)
+    _, found = of_the_page
     assert [one["phase"] for one in found["phases"]] == ["prefill", "decode"]
     assert [one["tokens_per_step"] for one in found["phases"]] == pytest.approx([8192, 512], rel=0.05)
     assert all(one["ms_per_step_in_other_phase"] is not None for one in found["phases"])
     assert len([note for note in found["notes"] if "assumed" in note]) == 2
 
 
-def test_the_page_of_the_docs_runs(monkeypatch):
-    """Its command as it stands, but for how long is searched, and the keys of JSON that it names."""
-    monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "verdict.md").read_text("utf-8")
-    (command,) = re.findall(r"```sh\n(.*?)\n```", page)
-    got = CliRunner().invoke(
-        app, [*shlex.split(command.replace("--work 60", "--work 2"))[1:], "--redundant", "8", "--json"]
-    )
-    assert got.exit_code == 0, got.output
-    found = json.loads(got.stdout)
+def test_the_page_of_the_docs_runs(of_the_page):
+    """And the keys of JSON that it names are those that come."""
+    page, found = of_the_page
     named = set(re.findall(r"`(\w+)`", page.partition("## JSON")[2]))
     assert named - {"verdict"} <= found.keys() | found["phases"][0].keys() and found.keys() <= named
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tests.engines.checkpoint_cases import EXPERTS, expert_placement, layers_of, write_checkpoint
 from tests.files_written.support import WAIT_S, names, wait_for
+from tests.helpers import few_or
 
 from poise.cli import main as cli
 from poise.cli.ending import signals_end
@@ -124,7 +125,9 @@ def test_signals_leave_nothing_behind(tmp_path, running, name, named):
         as_before(tmp_path, name)
 
 
-@pytest.mark.parametrize(("name", "named"), [*itertools.product(COMMANDS, [False]), ("convert", True)])
+@pytest.mark.parametrize(
+    ("name", "named"), [*itertools.product(few_or(COMMANDS, ("convert", "checkpoint")), [False]), ("convert", True)]
+)
 def test_kill_9_leaves_what_was_there(tmp_path, running, name, named):
     child = running(name, named=named)
     child.kill()

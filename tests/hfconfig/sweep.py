@@ -32,6 +32,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from tests.hfconfig import families
 from tests.hfconfig.table import OUTCOMES, STAGES
 from tests.train.matrix import machine

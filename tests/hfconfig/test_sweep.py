@@ -2,14 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import transformers
 from tests.hfconfig import families, table
+from tests.launch import ranks
 
-ROOT = Path(__file__).parents[2]
 FEW = ("cohere2_moe", "dbrx")
 """One that much is done with, and one that is refused: in ``make test``; all of them with POISE_FAMILIES=1."""
 
@@ -19,13 +16,13 @@ def wrong(kept: dict[str, dict[str, str]]) -> list[str]:
             if said.startswith("WRONG")]  # fmt: skip
 
 
-def test_what_is_done_with_each_family_is_what_the_docs_say(subtests):
+def test_what_is_done_with_each_family_is_what_the_docs_say(subtests, tmp_path, monkeypatch):
     kept = json.loads(table.OUTCOMES.read_text("utf-8"))
     asked = list(families.names()) if os.environ.get("POISE_FAMILIES") else FEW
-    done = subprocess.run([sys.executable, "-m", "tests.hfconfig.sweep", *asked], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=7200)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = {family: row for line in done.stdout.splitlines() for family, row in json.loads(line).items()}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (said,) = ranks(1, "tests/hfconfig/sweep.py", *asked, folder=tmp_path, timeout=7200)
+    lines = [line for line in said.splitlines() if line.startswith('{"')]
+    found = {family: row for line in lines for family, row in json.loads(line).items()}
     assert set(found) == set(asked)
     for family, row in found.items():
         print(family, *row.values(), sep=" | ")

@@ -300,13 +300,13 @@ def bytes_of(tmp_path, name, **options):
 
 @pytest.mark.parametrize("method", ["poise", "moetuner-equal", "exflow", "poise-stay"])
 def test_work_gives_the_same_bytes_however_fast_the_clock(tmp_path, monkeypatch, method):
-    one, first = bytes_of(tmp_path, "one.npz", work=4.0, method=method)
+    one, first = bytes_of(tmp_path, "one.npz", work=2.0, method=method)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=Clock(1e9)))
-    two, second = bytes_of(tmp_path, "two.npz", work=4.0, method=method)
+    two, second = bytes_of(tmp_path, "two.npz", work=2.0, method=method)
     assert first == second and one.objective == two.objective
     for plan in (one, two):
         assert "cut_by_clock" not in plan.details and "cut_by_clock" not in plan.placement.fitted.about
-        assert plan.placement.fitted.about["work"] == "4"
+        assert plan.placement.fitted.about["work"] == "2"
     assert len(bytes_of(tmp_path, "three.npz", work=0.01, method=method)[1]) > 0
 
 

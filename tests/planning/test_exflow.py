@@ -177,7 +177,7 @@ def test_one_layer_and_one_device_leave_nothing_to_cut():
 
 
 def test_the_seed_decides():
-    problem = problem_of(zipf_trace(num_tokens=200, num_layers=3, num_experts=16, stickiness=0.5), "2x4", [2] * 8)
+    problem = problem_of(zipf_trace(num_tokens=200, num_layers=3, num_experts=8, stickiness=0.5), "2x2", [2] * 4)
     few = ExFlowSetting(starts=2)
     one, two = (exflow.plan(problem, time_limit_s=60, seed=5, setting=few).placement.slot_expert_LS for _ in range(2))
     np.testing.assert_array_equal(one, two)

@@ -156,7 +156,7 @@ def test_gathering_keeps_as_many_slots_as_can_be():
         np.testing.assert_array_equal(again, got)
 
 
-@pytest.mark.parametrize("engine", ["any", "none"])
+@pytest.mark.parametrize("engine", few_or(["any", "none"], ["any"]))
 def test_every_method_has_its_groups_gathered(engine):
     some = problem(3, (2, 2), (4, 4, 4, 4), 4, 3, layers=2, engine=ENGINES[engine])
     best = solve(some, work=3)
@@ -218,7 +218,7 @@ def paying(seed, keep, traffic="home_node_dedup"):
 
 
 def test_whole_where_it_pays_is_never_slower_and_where_it_does_it_is_so():
-    for seed in range(few_or(4, 2)):
+    for seed in range(few_or(4, 1)):
         free = solve(paying(seed, None), work=1, seed=seed)
         soft = solve(paying(seed, "pays"), work=1, seed=seed)
         hard = solve(paying(seed, "nodes"), work=1, seed=seed)

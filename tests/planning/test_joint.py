@@ -122,7 +122,7 @@ def copies(sent: Sent, held_EG: np.ndarray) -> np.ndarray:
 
 
 @given(SEEDS, st.booleans())
-@settings(max_examples=few_or(1000, 60), deadline=None)
+@settings(max_examples=few_or(1000, 30), deadline=None)
 def test_whatever_groups_hold_meets_all_rows(seed, mixed):
     """Every placement of experts in groups, with its products and seconds, is a point of the programme and its cuts."""
     rng = np.random.default_rng(seed)

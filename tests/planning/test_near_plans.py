@@ -127,7 +127,7 @@ def test_proposals_fit_the_seconds_they_are_given():
 def test_plans_for_near_are_better_than_plans_for_even_on_such_an_engine():
     """Held to the same slots; and an engine that has no such split refuses it."""
     trace = zipf_trace(num_tokens=4000, num_layers=2, num_experts=16, top_k=1, exponent=1.1, tokens_per_request=10)
-    options = {"cluster": "2x4:h100+datasheet", "redundant": 8, "work": 20, "tokens_per_step": 500}
+    options = {"cluster": "2x4:h100+datasheet", "redundant": 8, "work": 6, "tokens_per_step": 500}
     near, even = (poise.plan(trace, split=split, **options) for split in ("near", "even"))
     table = poise.compare(trace, placements=[near.placement, even.placement], split="near", engine="sglang", **options)
     ours, theirs = table.rows()[:2]

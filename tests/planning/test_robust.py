@@ -150,8 +150,8 @@ def test_a_move_that_costs_more_than_it_saves_is_not_made():
     load = rng.lognormal(sigma=0.5, size=(1, 2, 16)) * 1e4
     problem = of_loads(load, np.full(4, 4))
     current = solve(problem, method="round-robin").placement
-    stuck = solve(replace(problem, current=current, migration_steps=1e-3), work=30).placement
-    free = solve(replace(problem, current=current, migration_steps=1e9), work=30).placement
+    stuck = solve(replace(problem, current=current, migration_steps=1e-3), work=5).placement
+    free = solve(replace(problem, current=current, migration_steps=1e9), work=5).placement
     assert current.diff(stuck).fetched == 0 and current.diff(free).fetched > 0
     assert problem.migration_seconds(free) == 0
     with pytest.raises(OptionError, match="current placement"):

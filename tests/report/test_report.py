@@ -71,6 +71,12 @@ def browser():
         running.close()
 
 
+@pytest.fixture(scope="module")
+def page(browser, report):
+    """Opened once for tests that click on different parts of it."""
+    return open_page(browser, report)
+
+
 def open_page(browser, report, **options):
     page = browser.new_page(**options)
     page.problems = []
@@ -81,8 +87,7 @@ def open_page(browser, report, **options):
     return page
 
 
-def test_it_opens_without_errors_or_network_and_names_are_inert(browser, report, planted):
-    page = open_page(browser, report)
+def test_it_opens_without_errors_or_network_and_names_are_inert(page, planted):
     assert page.problems == []
     assert page.evaluate("window.hacked") is None
     assert EVIL in page.locator("#numbers table").first.inner_text()
@@ -94,8 +99,7 @@ def test_it_opens_without_errors_or_network_and_names_are_inert(browser, report,
     assert planted.verdict() in page.locator("h1").inner_text()
 
 
-def test_a_click_sorts(browser, report):
-    page = open_page(browser, report)
+def test_a_click_sorts(page):
     table = page.locator("table.sorts").nth(1)
     head = table.locator("thead th").nth(1)
 
@@ -108,8 +112,7 @@ def test_a_click_sorts(browser, report):
     assert head.get_attribute("aria-sort") == "descending" and column() == sorted(column(), reverse=True)
 
 
-def test_cells_say_their_value_to_pointer_and_keys(browser, report, planted):
-    page = open_page(browser, report)
+def test_cells_say_their_value_to_pointer_and_keys(page, planted):
     figure = page.locator("#load figure.matrix").first
     said, svg = figure.locator("output"), figure.locator("svg")
     load_LD = planted.replays["contiguous", planted.judged_on].relative_load_LD()

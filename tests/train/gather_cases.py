@@ -65,7 +65,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def plans_do_not_matter() -> dict:
     """Nothing moved, everything everywhere, replicas freed and gathered again, other owners, other ways of travel."""
     out: dict[str, float] = {}
-    for gather in (BF16, E4M3):
+    for number, gather in enumerate((BF16, E4M3)):
         _, _, plain, _ = trained(policy="expert-parallelism")
         alone, run, first, _ = trained(policy="expert-parallelism", gather_dtype=gather)
         assert run.schedule.moved_bytes["gather"] == 0 and abs(first[0] - plain[0]) > 1e-9, "owners did not round"
@@ -73,7 +73,7 @@ def plans_do_not_matter() -> dict:
         for form, again, owners, policy in few_or(
             [(f, a, o, p) for f in ("direct", "node", "tree") for a in (False, True) for o in (0, 3)
              for p in ("full-replication", "hecate", "poise", "moon-ep")],
-            [("tree", False, 3, "full-replication"), ("node", True, 0, "full-replication"), ("direct", True, 3, "poise")],
+            [("tree", False, 3, "full-replication"), ("node", True, 0, "full-replication"), ("direct", True, 3, "poise")][number:][:2],
         ):  # fmt: skip
             placed = some_owners(owners) if owners else None
             model, run, losses, _ = trained(

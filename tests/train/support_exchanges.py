@@ -13,7 +13,13 @@ from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_models import case
 from tests.train.support_recompute import checkpoint_retained, checkpoint_same_layer_twice
-from tests.train.support_routing import alone, experts_that_fail_on_one_rank, odd, pairs_without_an_expert, said_by_all
+from tests.train.support_routing import (
+    alone,
+    experts_that_fail_on_one_rank,
+    odd,
+    said_by_all,
+    some_pairs_without_an_expert,
+)
 from tests.train.support_runs import EXACT, mine, record_of_dense, shard
 from torch import nn
 
@@ -136,6 +142,6 @@ def all_counts_of_exchanges_agree() -> dict:
 @case
 def hard_cases_by_messages_of_their_own() -> dict:
     """The models of the tests are small, so that their rows go by one collective: here every exchange is of messages."""
-    hard = (checkpoint_retained, experts_that_fail_on_one_rank, pairs_without_an_expert)
+    hard = (checkpoint_retained, experts_that_fail_on_one_rank, some_pairs_without_an_expert)
     with h.messages(-1):
         return {one.__name__: one() for one in few_or((*hard, checkpoint_same_layer_twice), hard)}

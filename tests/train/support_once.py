@@ -16,7 +16,7 @@ from tests.train import support_models as c
 from tests.train.support_models import case
 from tests.train.support_plans import force_balance
 from tests.train.support_recompute import checkpoint_retained
-from tests.train.support_routing import experts_that_fail_on_one_rank, pairs_without_an_expert
+from tests.train.support_routing import experts_that_fail_on_one_rank, some_pairs_without_an_expert
 from tests.train.support_runs import EXACT, apart, shard
 from tests.train.support_steps import accumulation_within_bytes, checkpoint_router_flips
 
@@ -116,7 +116,7 @@ def tokens_travel_as_they_are_told_to() -> dict:
 def hard_cases_by_copies() -> dict:
     """Checkpoints and kept graphs, pairs without an expert, experts that fail on one rank."""
     out = {}
-    for one in (checkpoint_retained, pairs_without_an_expert, experts_that_fail_on_one_rank):
+    for one in (checkpoint_retained, some_pairs_without_an_expert, experts_that_fail_on_one_rank):
         with by_copies() as made:
             out[one.__name__] = one()
         assert made

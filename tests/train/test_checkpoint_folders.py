@@ -6,8 +6,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tests.helpers import few_or
+from tests.launch import ranks
 from torch import nn
 
 from poise.train import checkpoint
@@ -93,10 +92,9 @@ def test_ended_at_any_moment_there_is_a_whole_one():
     """
     scenarios = few_or((), ("one kept", "an earlier step", "the same step"))
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, str(Path(__file__).parent / "dying_saver.py"), folder, *scenarios], text=True,
-                              capture_output=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    counts = {line["scenario"]: line["changes"] for line in map(json.loads, done.stdout.splitlines())}
+        (said,) = ranks(1, "tests/train/dying_saver.py", folder, *scenarios, folder=Path(folder), timeout=600)
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"scenario"')]
+    counts = {line["scenario"]: line["changes"] for line in lines}
     assert len(counts) == few_or(5, 3) and all(count > 8 for count in counts.values()), counts
 
 

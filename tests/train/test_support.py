@@ -31,8 +31,12 @@ TWO_DO = {
     "autocast",
     "compile_aot_eager",
     "options_by_copies",
+    "loads_of_the_first_iteration",
+    "pairs_without_an_expert",
+    "parts_called_by_themselves",
 }
-"""Cases of the other modules about a family, a type of numbers or a tool, or that are others once more; hf_mixtral, hsdp and ddp are on four."""
+"""Cases of the other modules about a family, a type of numbers or a tool, or that others do on four
+once more (pairs without an expert: the hard cases); hf_mixtral, hsdp and ddp are on four."""
 
 
 def on_two(name: str) -> bool:

@@ -1,15 +1,13 @@
-"""poise calibrate as it is run: alone, under torchrun, on an emulated cluster with known rates."""
+"""poise calibrate as it is run: alone, as several ranks, on an emulated cluster with known rates."""
 
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
 from tests.helpers import few_or
 from tests.lab.emulate.needs import shaping
-from tests.launch import ROOT
+from tests.launch import processes
 from typer.testing import CliRunner
 
 from poise.cli.main import app
@@ -102,16 +100,18 @@ def test_wrong_input_is_exit_code_2(arguments, says, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_three_ranks_under_torchrun(tmp_path):
+def test_three_ranks_that_torchrun_would_start(tmp_path):
+    """With what it tells them; the ranks are forked."""
     path = tmp_path / "c.yaml"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "poise.cli",
-               "calibrate", *SMALL, "--seconds", "8", "--json", "-o", str(path)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if inconclusive(done.stderr, path):
-        assert done.returncode == 1 and not done.stdout
+    words = ["calibrate", *SMALL, "--seconds", "8", "--json", "-o", str(path)]
+    ended = processes(3, "src/poise/cli/__main__.py", *words, folder=tmp_path, timeout=600)
+    code, said = ended[0]
+    if inconclusive(said, path):
+        assert code == 1 and "{" not in said
         pytest.skip("inconclusive: other work keeps the cores busy")
-    assert done.returncode == 0, done.stderr[-3000:]
-    got = json.loads(done.stdout)
+    assert [code for code, _ in ended] == [0, 0, 0], "\n".join(said[-3000:] for _, said in ended)
+    assert not any("{" in said for _, said in ended[1:])
+    got, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
     cluster = checked(path, (3,))
     patterns = {row["pattern"] for row in got["links"]["rows"]}
     assert patterns == {"1 peers", "2 peers", "intra", "hot"}

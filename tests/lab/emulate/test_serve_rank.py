@@ -2,13 +2,11 @@
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
-from tests.lab.emulate.needs import shaping
+from tests.launch import ranks
 
 from poise.api import deal_slots
-from poise.lab.emulate import EmulatedCluster, run
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.problem import PlacementProblem
@@ -19,12 +17,11 @@ from poise.routing.synthetic import zipf_trace
 from poise.simulate.serving import ServingMark, served_work
 from poise.stepwise.registry import parse_policy
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "serve_rank.py"
+SCRIPT = "benchmarks/serve_rank.py"
 LAYERS, EXPERTS, TOP_K, WIDTH, STEPS, SLOTS, WINDOW_S = 2, 8, 2, 16, 4, 1, 5e-3
 FAST = ("", "poise", "llep")
 
 
-@shaping
 def test_a_repeat_on_two_ranks(tmp_path):
     trace = zipf_trace(num_tokens=600, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=1.2, seed=3)
     batch = make_batch(trace, tokens_per_step=128, steps=STEPS, seed=0)
@@ -46,7 +43,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
            "warm_up": 0, "steps": STEPS, "prior": prior.tolist(), "rows": rows}  # fmt: skip
     paths[0].write_text(json.dumps(job))
     np.savez(paths[1], experts=batch.experts_TLK, home=home_T, start=batch.start_B)
-    run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths[:3]], timeout=600)
+    ranks(2, SCRIPT, *map(str, paths[:3]), folder=tmp_path)
 
     with np.load(paths[2], allow_pickle=False) as z:
         marks, tokens = z["marks"], z["tokens"]

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tests.lab.emulate.needs import shaping
+from tests.launch import ranks
 
 from poise.cost.weights import HIDDEN_SHARE, dense_gradient_seconds, training_price
-from poise.lab.emulate import EmulatedCluster, run
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
@@ -17,7 +16,7 @@ from poise.simulate.training import Backward, Forward
 from poise.stepwise.registry import parse_policy
 from poise.stepwise.sharding import even_sharding
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "train_rank.py"
+SCRIPT = "benchmarks/train_rank.py"
 LAYERS, EXPERTS, WARM_UP, TOKENS, WIDTH, ROWS = 2, 6, 3, 12, 8, 16
 FIXED_S, TOKEN_S, WINDOW_S = 2e-3, 1e-4, 5e-3
 MODEL = ModelSpec("training", LAYERS, tuple(range(LAYERS)), EXPERTS, 2, WIDTH, ROWS, 1, 4.0, 4.0, 4.0, 2.0 * WIDTH)
@@ -39,7 +38,6 @@ def job_of(tmp_path: Path) -> dict:
             "table": table}  # fmt: skip
 
 
-@shaping
 def test_a_repeat_on_two_ranks(tmp_path):
     rng = np.random.default_rng(0)
     share = rng.dirichlet(np.full(EXPERTS, 0.5), LAYERS)
@@ -50,7 +48,7 @@ def test_a_repeat_on_two_ranks(tmp_path):
     job, paths = job_of(tmp_path), [tmp_path / name for name in ("job.json", "counts.npz", "out.npz")]
     paths[0].write_text(json.dumps(job))
     np.savez(paths[1], load=load, forced=loads.force_balanced().load_BLSE)
-    run(EmulatedCluster(1, 2, 50e6), SCRIPT, [str(path) for path in paths], timeout=600)
+    ranks(2, SCRIPT, *map(str, paths), folder=tmp_path)
     with np.load(paths[2], allow_pickle=False) as z:
         out = {name: z[name] for name in z.files}
     rows = len(job["table"])

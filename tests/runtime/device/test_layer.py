@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 from tests.cases import judge
+from tests.launch import ranks
 from tests.runtime.device.layer_cases import CASES
-from tests.runtime.device.test_kernels import ran
 
 SCRIPT = "tests/runtime/device/layer_cases.py"
 
@@ -28,9 +28,10 @@ VALUES = {
 
 
 @pytest.fixture(scope="module")
-def said():
+def said(tmp_path_factory):
     """What is said of each step: a line beginning with its name."""
-    return dict(line.split(" ", 1) for line in ran("tests.runtime.device.faked", *VALUES).splitlines())
+    (lines,) = ranks(1, "tests/runtime/device/faked.py", *VALUES, folder=tmp_path_factory.mktemp("faked"))
+    return dict(line.split(" ", 1) for line in lines.splitlines())
 
 
 @pytest.mark.parametrize("step", VALUES)
