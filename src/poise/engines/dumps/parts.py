@@ -32,6 +32,8 @@ from poise.util.yamlfile import parse_yaml
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
+CSV_HEAD_BYTES = 1 << 18
+"""A line of names may have one for each of thousands of experts."""
 MAX_LINES_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
 MAX_DIRECTORY_BYTES = 32 << 20
@@ -93,7 +95,8 @@ def open_part(path: Path) -> Part:
 def _open(path: Path) -> Part:
     size = file_size(path)
     with open_regular(path, TraceError) as stream:
-        head = stream.read(HEAD_BYTES)
+        start = stream.read(CSV_HEAD_BYTES)
+    head = start[:HEAD_BYTES]
     if not head.strip():
         raise TraceError("the file is empty")
     if head.startswith(b"PK"):
@@ -116,8 +119,8 @@ def _open(path: Path) -> Part:
         return _json(path, size, read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES))
     if YAML_KEYS.search(head):
         return Part(path, size, "yaml", parse_yaml(read_bytes(path, MAX_YAML_BYTES), TraceError))
-    if b"\x00" not in head and sniff(head) is not None:
-        return Part(path, size, "csv", csv_text(head, read_bytes(path, MAX_CSV_BYTES)), room=MAX_CSV_ROOM * size)
+    if b"\x00" not in start and sniff(start) is not None:
+        return Part(path, size, "csv", csv_text(start, read_bytes(path, MAX_CSV_BYTES)), room=MAX_CSV_ROOM * size)
     if b"\x00" in head:
         raise TraceError("a kind of file that is not known", hint="docs/dumps.md lists what is read")
     return Part(path, size, "text", None)
@@ -154,7 +157,8 @@ def _packed(path: Path, size: int) -> Part:
     data = inflate(read_bytes(path, MAX_LINES_BYTES))
     if _is_json(data[:HEAD_BYTES]):
         return _json(path, max(size, len(data)), data)
-    table = None if b"\x00" in data[:HEAD_BYTES] else csv_text(data[:HEAD_BYTES], data)
+    start = data[:CSV_HEAD_BYTES]
+    table = None if b"\x00" in start else csv_text(start, data)
     if table is None:
         raise TraceError("packed by gzip, and neither JSON nor CSV", hint="unpack it first")
     return Part(path, size, "csv", table, room=(1 + MAX_CSV_ROOM) * len(data))
