@@ -37,6 +37,7 @@ from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.engines.proposals import PROPOSALS
 from poise.routing.counters import differences, refuse_running
 from poise.routing.files import join, read
+from poise.routing.plausible import refuse_exchanged, refuse_wrapped
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
 from poise.util.executors import Serial, in_order
@@ -51,6 +52,8 @@ SOME_PICKS = ("exflow", "poise")
 """Formats that may keep fewer picks a token than the router makes."""
 UNSHAPED = ("exflow", "routed-experts")
 """Formats whose numbers may come without their shape [tokens, layers, experts a token]."""
+TYPED = ("npy", "npz", "torch")
+"""Containers that keep the type that was counted in."""
 TRACE, PLACEMENT = "experts", "slot_expert"
 
 
@@ -150,9 +153,14 @@ def read_dump(
     where = str(parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more")
     try:
         dump = FORMATS[name].read(parts, options)
+        typed = all(part.container in TYPED for part in parts)
         parts.clear()  # what the files hold is let go
         if name in UNSHAPED and options.format is None and dump.trace is not None:
             refuse_folded(dump.trace.experts)
+        if dump.profile is not None and options.format is None:
+            refuse_exchanged(dump.profile)
+            if typed:
+                refuse_wrapped(dump.profile)
         dump = _counted(without_zeros(dump, options), options)
         traffic = dump.trace if dump.trace is not None else dump.profile
         if options.model is not None and traffic is not None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from poise.routing.counters import Counters, refuse_running
 from poise.routing.json_tables import Ragged, read_tables
 from poise.routing.npz import Archive, open_npz
+from poise.routing.plausible import refuse_exchanged
 from poise.routing.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
 from poise.routing.trace import FORMAT, MAX_EXPERTS, NO_EXPERT, LoadProfile, RoutingTrace, integers, sealed
 from poise.util.errors import OptionError, TraceError
@@ -45,6 +46,8 @@ def read(path: str | Path, *, counters: Counters | None = None) -> RoutingTrace 
     """
     name, _, selection = str(path).partition("#")
     found, said = _read_json(Path(name)) if name.endswith(".json") else _read_npz(Path(name))
+    if isinstance(found, LoadProfile) and counters is None:
+        refuse_exchanged(found)
     if isinstance(found, LoadProfile) and counters is None and not said:
         refuse_running(found.load_BLE, found.layer_ids, found.name)  # type: ignore[arg-type]
     return _select(found, selection) if selection else found

@@ -30,7 +30,7 @@ INDEX = re.compile(r"unnamed(:[ _]\d+)?|index", re.IGNORECASE)
 MAX_IDS = 4096
 """No model has ids as high."""
 FEW_ROWS = 3
-"""Of fewer rows, or columns, that their sums are alike is no proof."""
+"""Of fewer rows it is no proof that all have different numbers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +125,7 @@ def long_rows(
 
     Raises
     ------
-    TraceError : several rows are of one layer and step; rows seem to be what tokens chose, or to be the columns.
+    TraceError : several rows are of one layer and step; or rows seem to be what tokens chose.
     """
     rows, columns = count_RC.shape
     if rows * columns > MAX_TABLE:
@@ -139,7 +139,6 @@ def long_rows(
         )
     if not sure:
         _refuse_choices(name, wide, column, count_RC, options)
-        _refuse_exchanged(name, wide, column, count_RC)
     out = {role: np.repeat(values, columns) for role, values in column.items()}
     out[wide.role] = np.tile(np.arange(columns, dtype=np.float64), rows)
     out["count"] = count_RC.ravel()
@@ -164,20 +163,4 @@ def _refuse_choices(
             f"{name}: {columns} different numbers up to {ordered.max():g} in every row may be loads of {columns} "
             f"experts, or the {columns} experts that a token chose",
             hint="if they are loads, say so: --format load-csv, or --num-experts",
-        )
-
-
-def _refuse_exchanged(
-    name: str, wide: Wide, column: Mapping[str, NDArray[np.float64]], count_RC: NDArray[np.float64]
-) -> None:
-    """Every layer has as many tokens, so that the axis whose sums are alike is that of layers."""
-    if set(column) != {wide.label} or min(count_RC.shape) < FEW_ROWS:
-        return
-    of_rows, of_columns = (count_RC.sum(axis=axis) for axis in (1, 0))
-    layers, experts = (of_rows, of_columns) if wide.label == "layer" else (of_columns, of_rows)
-    if experts[0] > 0 and np.allclose(experts, experts[0], rtol=1e-9) and not np.allclose(layers, layers[0], rtol=1e-9):
-        raise TraceError(
-            f"{name}: every expert has {experts[0]:g} tokens, and layers from {layers.min():g} to {layers.max():g}: it "
-            "seems that layers and experts are exchanged",
-            hint="exchange the names; or, if they are right, say --format load-csv",
         )
