@@ -1,4 +1,4 @@
-"""What loads show of themselves, as all layers of a model route the same tokens: exchanged axes, counts that wrapped."""
+"""What loads show of themselves, as all layers route the same tokens: exchanged axes, counts that wrapped."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FEW = 3
 
 
 def refuse_exchanged(profile: LoadProfile) -> None:
-    """Raise TraceError where every expert, and not every layer, has as many tokens: layers stand where experts should."""
+    """Raise TraceError where every expert, and not every layer, has as many tokens: each stands for the other."""
     load_LE = profile.load_BLE.sum(axis=0, dtype=np.float64)
     if min(load_LE.shape) < FEW or (load_LE == load_LE[:, :1]).all():
         return
     layer_L, expert_E = load_LE.sum(axis=1), load_LE.sum(axis=0)
     if _alike(expert_E) and not _alike(layer_L):
         raise TraceError(
-            f"{profile.name}: every expert has {expert_E[0]:g} tokens, and layers from {layer_L.min():g} to {layer_L.max():g}: "
-            "it seems that layers and experts are exchanged",
+            f"{profile.name}: every expert has {expert_E[0]:g} tokens, and layers from {layer_L.min():g} to "
+            f"{layer_L.max():g}: it seems that layers and experts are exchanged",
             hint="exchange them; or, if they are right, name the format by 'poise convert --format'",
         )
 
@@ -40,8 +40,8 @@ def refuse_wrapped(profile: LoadProfile) -> None:
         step = int(np.argmax(apart_BL.any(axis=1)))
         low, high = int(np.argmin(tokens_BL[step])), int(np.argmax(tokens_BL[step]))
         raise TraceError(
-            f"{profile.name}: counts of {load_BLE.dtype} wrapped: layer {layer_ids_L[low]} has {tokens_BL[step, low]} pairs, "
-            f"layer {layer_ids_L[high]} {tokens_BL[step, high]}, whole turns of a counter of {bits} bits apart",
+            f"{profile.name}: counts of {load_BLE.dtype} wrapped: layer {layer_ids_L[low]} has {tokens_BL[step, low]} "
+            f"pairs, layer {layer_ids_L[high]} {tokens_BL[step, high]}, whole turns of a counter of {bits} bits apart",
             hint="count in 64 bits",
         )
 
