@@ -1,9 +1,12 @@
 """Tables with a line of names, a column an expert or a layer; and rows of JSON: one set of loads, written in many ways."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
+import zipfile
 
 import numpy as np
 import pytest
@@ -175,3 +178,24 @@ def test_as_many_columns_as_the_model_has_experts(tmp_path):
     assert read_dump(tmp_path / "t", options=ReadOptions(num_experts=EXPERTS)).profile.num_experts == EXPERTS
     with pytest.raises(TraceError, match="8 columns of experts, the model 16"):
         read_dump(tmp_path / "t", options=ReadOptions(num_experts=16))
+
+
+@pytest.mark.parametrize(
+    "packed, said",
+    [
+        (bz2.compress, "packed by bzip2"), (lzma.compress, "packed by xz"), (lambda data: b"\x28\xb5\x2f\xfd" + data, "packed by zstd"),
+        (lambda data: data.decode().encode("utf-16"), "text in UTF-16"), (lambda data: b"PAR1" + data, "Parquet"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("text", [WAYS["rows"], WAYS["expert_{}"]])
+def test_what_has_to_be_unpacked_first_is_named(tmp_path, packed, said, text):
+    (tmp_path / "t").write_bytes(packed(text(loads()).encode()))
+    with pytest.raises(TraceError, match=rf"{said}, which is not read\nhint: unpack it"):
+        read_dump(tmp_path / "t")
+
+
+def test_a_zip_archive_of_other_files_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("counts.json", WAYS["rows"](loads()))
+    with pytest.raises(TraceError, match=r"a zip archive of 'counts\.json' and 0 more"):
+        read_dump(tmp_path / "t.zip")

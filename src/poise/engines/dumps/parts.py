@@ -41,6 +41,12 @@ MAX_DIRECTORY_BYTES = 32 << 20
 MAX_CSV_ROOM = 16
 """Bytes of memory that a byte of a table may take, as numbers and while they are sorted."""
 GZIP = b"\x1f\x8b"
+FOREIGN = {
+    b"BZh": "packed by bzip2", b"\xfd7zXZ": "packed by xz", b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16", b"PAR1": "Parquet", b"\x89HDF": "HDF5",
+    b"SQLite format 3": "a database of SQLite",
+}  # fmt: skip
+"""How files begin that are not read, and what they are."""
 LONG_JSON = 16 << 20
 """From so many bytes on a table in JSON is read piece by piece."""
 TABLES = ("logical_count",)
@@ -101,6 +107,8 @@ def _open(path: Path) -> Part:
         raise TraceError("the file is empty")
     if head.startswith(b"PK"):
         names = _members(path)
+        if names and not any(name.endswith((".npy", ".pkl")) for name in names):
+            raise TraceError(f"a zip archive of {names[0][:60]!r} and {len(names) - 1} more", hint="unpack it first")
         if not any(name.endswith("/data.pkl") for name in names):
             return Part(path, size, "npz", [name.removesuffix(".npy") for name in names])
         value, room = with_torch("poise.engines.dumps.torch_files", f"reading {path}").load(path, skip=UNUSED)
@@ -111,6 +119,9 @@ def _open(path: Path) -> Part:
         raise TraceError("a bare pickle", hint="pickles are not read; torch.save in its zip format is")
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return Part(path, size, "safetensors", _shard(path, int.from_bytes(head[:8], "little")))
+    for begin, what in FOREIGN.items():  # behind safetensors, which may begin with any byte
+        if head.startswith(begin):
+            raise TraceError(f"{what}, which is not read", hint="unpack it: JSON, CSV in UTF-8, .npy, .npz; or gzip")
     if head.startswith(GZIP):
         return _packed(path, size)
     if _is_json(head):
