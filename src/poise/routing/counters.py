@@ -48,6 +48,14 @@ def refuse_running(load_BLE: NDArray[Any], layer_ids_L: NDArray[Any], name: str)
     )
 
 
+def may_contain(later_BLE: NDArray[Any], earlier_BLE: NDArray[Any]) -> bool:
+    """Whether no expert has fewer tokens in all later records than in all earlier ones: a longer window, or one that
+    holds the earlier.
+    """
+    earlier_LE, later_LE = (load.sum(axis=0, dtype=np.float64) for load in (earlier_BLE, later_BLE))
+    return earlier_LE.shape == later_LE.shape and _rises(earlier_LE, later_LE) is True
+
+
 def differences(load_BLE: NDArray[Any], name: str) -> tuple[NDArray[np.float64], list[str]]:
     """What came between records that are running totals, float64 [B, ...], the first one as it is; and notes.
 
