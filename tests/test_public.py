@@ -45,7 +45,7 @@ OPTIONS = {
               "--time-limit", "--seed", "--json", "--export", "--num-hidden-layers", "--listen", "--allow-host", "--metrics", "--metrics-window", "--sglang", "--dump-dir", "--api-key",
               "--admin-api-key", "--steps-per-dump", "--delete-dumps", "--restart-seconds"},
     "convert": {"--output", "--model", "--placement", "--format", "--num-experts", "--top-k", "--zero-experts", "--relabelling",
-                "--devices", "--ranks", "--allow-missing-ranks", "--executor", "--json"},
+                "--devices", "--ranks", "--allow-missing-ranks", "--counters", "--executor", "--json"},
     "verify": {"--model", "--traffic", "--recorded", "--tolerance", "--against", "--error-rate", "--balancer-off", "--ranks",
                "--allow-missing-ranks", "--json"},
     "diff": {"--model", "--cluster", "--staging", "--rank-map", "--lost", "--json"},

@@ -16,7 +16,7 @@ from tests.engines.test_exports import random_plan
 from poise.engines.exports import TARGETS, ExportOptions
 from poise.engines.readers import read_slot_map
 from poise.machine.model import ModelSpec
-from poise.util.errors import PlacementError
+from poise.util.errors import PlacementError, TraceError
 
 
 class Whatever(type):
@@ -139,3 +139,10 @@ def test_a_name_that_it_refuses_is_said(tmp_path):
     for name, said in (("map.json", False), ("map.txt", True)):
         made = TARGETS["vllm-ascend"].write(plan, tmp_path / name, ExportOptions())
         assert any("ends in .json" in note for note in made.notes) == said
+
+
+def test_another_number_of_devices_than_are_listed(tmp_path):
+    layer = {"layer_id": 0, "device_count": 4, "device_list": [{"device_id": d, "device_expert": [2 * d, 2 * d + 1]} for d in range(2)]}  # fmt: skip
+    (tmp_path / "map.json").write_text(json.dumps({"moe_layer_count": 1, "layer_list": [layer]}))
+    with pytest.raises(TraceError, match="layer_id 0: device_count is 4, device_list has 2"):
+        read_slot_map(tmp_path / "map.json")

@@ -76,7 +76,7 @@ def test_numbers_of_layers_and_experts_are_no_loads(tmp_path, suffix):
             read_dump(path)
         assert read_dump(path, options=ReadOptions(format="load-table")).profile.num_layers == len(wrong)
     if suffix != ".csv":
-        steps = np.stack([table, 2 * table, 3 * table])
+        steps = np.stack([2 * table, 3 * table, table])
         assert read_dump(save(tmp_path / f"s{suffix}", steps)).profile.num_steps == 3
         with pytest.raises(TraceError, match="layers come first, then steps"):
             read_dump(save(tmp_path / f"s{suffix}", np.swapaxes(steps, 0, 1).copy()))

@@ -325,6 +325,23 @@ def test_a_step_larger_than_its_window_is_said():
         assert sum("drawn again" in note for one in got.phases for note in one.notes) == said
 
 
+def test_loads_of_fewer_tokens_than_a_step_are_said():
+    """Loads of 100 tokens a layer: steps of 200 are scaled from them, those of 100 are not."""
+    windows = [loads(SKEWED, seed=seed) for seed in (1, 2)]
+    for tokens, said in ((200, 2), (100, 0)):
+        notes = judge(*windows, tokens_per_step=tokens, redundant=0).notes
+        assert sum("has 100 tokens a layer in a record, scaled to steps of 200" in note for note in notes) == said
+
+
+def test_a_window_that_may_hold_the_earlier_one_is_said():
+    rng = np.random.default_rng(5)
+    first, second = (rng.integers(50, 90, (1, 2, 8)) for _ in range(2))
+    model = replace(MODEL, num_experts=8)
+    for later, said in ((first + second, 1), (second, 0)):
+        notes = judge(LoadProfile(first), LoadProfile(later), model=model, redundant=0).notes
+        assert sum("is below that of" in note and "--counters running" in note for note in notes) == said
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from poise.train import local_rows
 from poise.train.ownership import Ownership
 from poise.train.rows import ExpertRows, StackedRows, rows_of
-from poise.util.errors import OptionError
+from poise.util.errors import CommunicationError, OptionError
 
 EXPERTS, A, B = 7, 4, 5
 OWNED = (0, 1, 2, 4)
@@ -139,6 +139,36 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 )  # fmt: skip
 def test_every_rank_gives_the_same_answer(wanted, name, operation):
     assert {owned: what(operation, rows(owned)) for owned in OWNED} == dict.fromkeys(OWNED, wanted)
+
+
+@pytest.mark.parametrize("owned", OWNED)
+def test_weights_of_all_experts_beside_rows_give_each_its_own(owned):
+    """Of a dense model: its parameters are as good as plain tensors, one by one and in lists."""
+    dense = nn.Parameter(torch.randn(EXPERTS, A, B, dtype=torch.float64))
+    mine = dense.detach()[:owned]
+    with torch.no_grad():
+        for made in (
+            rows(owned).copy_(dense), rows(owned).lerp_(dense, 1.0), rows(owned).mul_(0).add_(dense),
+            torch._foreach_lerp([rows(owned)], [dense], 1.0)[0], torch._foreach_add([rows(owned) * 0], [dense])[0],
+        ):  # fmt: skip
+            assert isinstance(made, ExpertRows)
+            torch.testing.assert_close(local_rows(made), mine)
+        several = [rows(owned), torch.zeros(3, dtype=torch.float64)]
+        torch._foreach_copy_(several, [dense, torch.ones(3, dtype=torch.float64)])
+    assert torch.equal(local_rows(several[0]), mine) and several[1].sum() == 3
+
+
+@pytest.mark.parametrize(
+    "asked", [torch.norm, torch.sum, lambda w: w.abs().max(), lambda w: w.std(), torch.Tensor.mean]
+)
+def test_what_one_rank_alone_asks_of_all_experts_is_a_typed_error(asked, monkeypatch):
+    def lonely(*_args, **_kwargs):
+        raise RuntimeError("Timed out waiting 8000ms for recv operation to complete")
+
+    monkeypatch.setattr(dist, "all_reduce", lonely)
+    with pytest.raises(CommunicationError, match="on rank 0: Timed out waiting 8000ms") as caught:
+        asked(rows(2))
+    assert "every rank asks" in caught.value.hint and "local_rows" in caught.value.hint
 
 
 def test_an_index_is_no_row_though_it_is_as_long():

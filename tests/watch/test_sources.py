@@ -200,3 +200,21 @@ def test_what_is_not_installed_is_said(tmp_path):
 
     with pytest.raises(NoResultError):
         DumpFolder(tmp_path, read=needs).poll(last=True)
+
+
+@pytest.mark.parametrize("ending", ["npy", "json"])
+def test_dumps_of_counters_that_are_never_set_back_are_told_once(tmp_path, ending):
+    load = np.random.default_rng(0).integers(1, 90, (9, 3, 16))
+    for running in (False, True):
+        source, notes = DumpFolder(tmp_path / f"{running}"), []
+        source.folder.mkdir()
+        for at, one in enumerate(load.cumsum(axis=0) if running else load):
+            if ending == "npy":
+                np.save(source.folder / f"{at}.npy", one + 5000)
+            else:
+                (source.folder / f"{at}.json").write_text(json.dumps({"logical_count": one.tolist()}))
+            got = source.poll(last=True)
+            assert len(got.arrivals) == 1 and not got.problems
+            notes += [(at, note) for note in got.notes]
+        assert [at for at, _ in notes] == [3] * running
+        assert not notes or "running totals, not steps (layer" in notes[0][1]

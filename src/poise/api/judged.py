@@ -120,7 +120,8 @@ def verdict(
         judged.append(judge_phase(rows, setting, own, progress=progress))
     others = judged[::-1] if len(judged) == 2 else [None]
     found = [one.with_other(other, setting) for one, other in zip(judged, others, strict=True)]
-    notes = seen + verdict_notes(windows, sizes, {} if recorded else {name: A_RANK[name] for name in unsaid})
+    guessed: dict[str, int] = {} if recorded else {name: A_RANK[name] for name in unsaid}
+    notes = seen + verdict_notes(windows, sizes, guessed, max((many or 0 for many in asked.values()), default=0))
     notes += [said] if (said := rules.caveat(setting.split)) else []
     if budget.cuts and not budget.stopped:
         notes.append(

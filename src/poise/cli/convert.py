@@ -16,7 +16,8 @@ from poise.engines.dump import EngineDump, SlotRecord, placement_of
 from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
-from poise.routing.files import IDLE
+from poise.routing.counters import COUNTERS
+from poise.routing.files import COUNTED, IDLE
 from poise.routing.ranks import READINGS
 from poise.routing.trace import LoadProfile, row_blocks
 from poise.util.errors import OptionError, TraceError
@@ -57,6 +58,10 @@ def convert(
     ] = None,
     ranks: o.Ranks = None,
     allow_missing_ranks: o.AllowMissingRanks = False,
+    counters: Annotated[
+        str | None,
+        typer.Option(help="What records of loads are: steps, or running totals of counters that were never set back."),
+    ] = None,
     executor: o.Executor = "serial",
     json: o.Json = False,
 ) -> None:
@@ -71,7 +76,7 @@ def convert(
         options = ReadOptions(
             spec, ran, num_experts, top_k, form, relabelling, o.one_of("reading of ranks", ranks, READINGS),
             allow_missing_ranks or devices is not None,  # the map is in the file of any rank
-            zero_experts,
+            zero_experts, o.one_of("counters", counters, COUNTERS),
         )  # fmt: skip
         with executor_of(executor) as workers:
             dump = read_dump(dumps, options=options, executor=workers)
@@ -80,7 +85,7 @@ def convert(
         if devices is not None or _is_placement(dump):
             wrote = _write_placement(dump, devices, options, output)
         else:
-            wrote = _write_traffic(dump, output)
+            wrote = _write_traffic(dump, output, counters)
         if json:
             o.print_json("convert", {
                 "engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
@@ -98,10 +103,10 @@ def _placement(path: Path, options: ReadOptions) -> Placement | SlotRecord:
     return read_slot_map(path, options=options)
 
 
-def _write_traffic(dump: EngineDump, output: Path) -> str:
+def _write_traffic(dump: EngineDump, output: Path, counters: str | None) -> str:
     traffic = dump.traffic
     if isinstance(traffic, LoadProfile):
-        _write_profile(traffic, output, dump.recorded_layers)
+        _write_profile(traffic, output, dump.recorded_layers, said=counters is not None)
         return "profile"
     if output.suffix != ".npz":
         raise OptionError(f"{output} would hold a trace", hint="name it .npz")
@@ -109,12 +114,17 @@ def _write_traffic(dump: EngineDump, output: Path) -> str:
     return "trace"
 
 
-def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | None) -> None:
-    """``.json``: one row a decoder layer, zeros where nothing was recorded. ``.npz``: counts and their layers."""
+def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | None, *, said: bool) -> None:
+    """``.json``: one row a decoder layer, zeros where nothing was recorded. ``.npz``: counts and their layers.
+
+    ``said``: that its records are steps was said by the user, and is said in the file.
+    """
     ids = profile.layer_ids
     assert ids is not None
     if output.suffix == ".npz":
         idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
+        if said:
+            idle[COUNTED] = np.array("steps")
         with replacing(output, TraceError) as stream:
             np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle)
         return
@@ -128,7 +138,7 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
         for index, (name, table) in enumerate(tables.items()):
             stream.write((", " if index else "{").encode() + jsonlib.dumps(name).encode() + b": ")
             stream.writelines(_rows(table, ids, layers))
-        stream.write(b"}")
+        stream.write(f', "{COUNTED}": "steps"}}'.encode() if said else b"}")
 
 
 def _rows(table: NDArray[Any], ids: NDArray[np.int32], layers: int) -> Iterator[bytes]:

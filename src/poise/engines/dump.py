@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
+from poise.routing.counters import COUNTERS, Counters
 from poise.routing.ranks import READINGS, Reading
 from poise.routing.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
@@ -152,6 +153,8 @@ class ReadOptions:
     ranks : what loads of several files that do not show it are: ``sum``, parts of the same passes by several ranks, or
         ``steps``, passes one after another.
     allow_missing_ranks : whether a rank that recorded nothing is a note; else it is an error.
+    counters : what several records of loads are: ``steps``, each counts its own tokens, or ``running`` totals of
+        counters that were not set back. None: steps, and what shows that it is none is an error.
 
     Raises
     ------
@@ -167,6 +170,7 @@ class ReadOptions:
     ranks: Reading | None = None
     allow_missing_ranks: bool = False
     zero_experts: int | None = None
+    counters: Counters | None = None
 
     def __post_init__(self) -> None:
         for name, value, most in (("num_experts", self.num_experts, MAX_EXPERTS), ("top_k", self.top_k, MAX_EXPERTS)):
@@ -177,6 +181,8 @@ class ReadOptions:
                 raise OptionError(f"{name} is {value}, {self.model.name} has {known}")  # type: ignore[union-attr]
         if self.ranks not in (None, *READINGS):
             raise OptionError(f"unknown reading of ranks {self.ranks!r}", hint=f"one of {', '.join(READINGS)}")
+        if self.counters not in (None, *COUNTERS):
+            raise OptionError(f"unknown counters {self.counters!r}", hint=f"one of {', '.join(COUNTERS)}")
         zeros, known = self.zero_experts or 0, 0 if self.model is None else self.model.num_zero_experts
         if not 0 <= zeros <= MAX_EXPERTS:
             raise OptionError(f"zero_experts must lie in 0..{MAX_EXPERTS}, got {zeros}")

@@ -30,11 +30,14 @@ from poise.engines.dumps import (  # fmt: skip
     tokenspeed,
     vllm_logs,
 )
+from poise.engines.dumps.folded import refuse_folded
 from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.engines.proposals import PROPOSALS
+from poise.routing.counters import differences, refuse_running
 from poise.routing.files import join, read
+from poise.routing.plausible import refuse_exchanged, refuse_wrapped
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
 from poise.util.executors import Serial, in_order
@@ -47,6 +50,10 @@ RANKS_ASKED = ("sglang-stat", "tokenspeed", "load-table", "load-csv", "poise")
 """Formats of which several files may be those of ranks or steps."""
 SOME_PICKS = ("exflow", "poise")
 """Formats that may keep fewer picks a token than the router makes."""
+UNSHAPED = ("exflow", "routed-experts")
+"""Formats whose numbers may come without their shape [tokens, layers, experts a token]."""
+TYPED = ("npy", "npz", "torch")
+"""Containers that keep the type that was counted in."""
 TRACE, PLACEMENT = "experts", "slot_expert"
 
 
@@ -69,8 +76,8 @@ def _in(*containers: str, when: Callable[[object], bool] = lambda value: True) -
 
 
 def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
-    found = join([read(part.path) for part in parts], ranks=options.ranks,
-                 allow_missing_ranks=options.allow_missing_ranks)  # fmt: skip
+    found = join([read(part.path, counters="steps") for part in parts], ranks=options.ranks,
+                 allow_missing_ranks=options.allow_missing_ranks, counters="steps")  # fmt: skip
     if isinstance(found, LoadProfile):
         return EngineDump("poise", "profile", profile=found)
     return EngineDump("poise", "trace", trace=found)
@@ -146,8 +153,15 @@ def read_dump(
     where = str(parts[0].path if len(parts) == 1 else f"{parts[0].path} and {len(parts) - 1} more")
     try:
         dump = FORMATS[name].read(parts, options)
+        typed = all(part.container in TYPED for part in parts)
         parts.clear()  # what the files hold is let go
-        dump = without_zeros(dump, options)
+        if name in UNSHAPED and options.format is None and dump.trace is not None:
+            refuse_folded(dump.trace.experts)
+        if dump.profile is not None and options.format is None:
+            refuse_exchanged(dump.profile)
+            if typed:
+                refuse_wrapped(dump.profile)
+        dump = _counted(without_zeros(dump, options), options)
         traffic = dump.trace if dump.trace is not None else dump.profile
         if options.model is not None and traffic is not None:
             options.model.matches(num_experts=traffic.num_experts, layer_ids=traffic.layer_ids)
@@ -163,6 +177,30 @@ def read_dump(
             hint="give --model",
         )
     return dump if relabelling is None else _original(dump, relabelling)
+
+
+def _counted(dump: EngineDump, options: ReadOptions) -> EngineDump:
+    """A dump whose records of loads are steps."""
+    profile, slots = dump.profile, dump.slots
+    if options.counters is not None and profile is None:
+        raise OptionError(f"--counters {options.counters}: {dump.engine} {dump.kind} has no records of loads",
+                          hint="leave --counters out")  # fmt: skip
+    if profile is None or options.counters == "steps":
+        return dump
+    assert profile.layer_ids is not None
+    if options.counters is None:
+        refuse_running(profile.load_BLE, profile.layer_ids, profile.name)
+        return dump
+    load_BLE, notes = differences(profile.load_BLE, profile.name)
+    idle_BL = None if profile.idle_BL is None else differences(profile.idle_BL, profile.name)[0]
+    if slots is not None and slots.count_BLS is not None:
+        slots = replace(slots, count_BLS=differences(slots.count_BLS, profile.name)[0])
+    busy = np.asarray(load_BLE.any(axis=(1, 2)))
+    if not busy.all():
+        notes.append(f"{(~busy).sum()} of them, in which nothing came, were left out")
+        load_BLE, idle_BL = load_BLE[busy], None if idle_BL is None else idle_BL[busy]
+    return replace(dump, profile=replace(profile, load_BLE=load_BLE, idle_BL=idle_BL), slots=slots,
+                   notes=(*dump.notes, *notes))  # fmt: skip
 
 
 def _unrecorded(traffic: RoutingTrace | LoadProfile | None, options: ReadOptions) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from poise.machine.model import ModelSpec
 from poise.routing.batch import Homes, RoutingBatch
 from poise.routing.batching import make_batch
+from poise.routing.counters import may_contain
 from poise.routing.fingerprint import FITTED, fingerprint
 from poise.routing.trace import LoadProfile, Phase, RoutingTrace
 from poise.util.errors import ModelError, OptionError, TraceError
@@ -86,7 +87,14 @@ def check_unseen(windows: Windows) -> list[str]:
             "seen",
             hint="give two windows recorded one after the other, or one to be split",
         )
-    return [f"{share:.0%} of the later window is in the earlier one too"] if share >= FITTED else []
+    notes = [f"{share:.0%} of the later window is in the earlier one too"] if share >= FITTED else []
+    loads = [one.load_BLE for one in windows if isinstance(one, LoadProfile)]
+    if len(loads) == len(windows) and may_contain(loads[1], loads[0]):
+        notes.append(
+            f"no count of {second.name} is below that of {first.name}: if counters were not set back in between, the "
+            "later window holds the earlier one ('poise convert BOTH --ranks steps --counters running' parts them)"
+        )
+    return notes
 
 
 def recorded_phases(windows: Windows) -> tuple[Phase, ...]:
@@ -186,16 +194,24 @@ def refuse_frequencies(windows: Sequence[RoutingTrace | LoadProfile]) -> None:
             make_batch(one.steps(slice(0, MOST_STEPS)))
 
 
-def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int]) -> list[str]:
-    """What a reader must know of the traffic: sizes of steps that were ``assumed`` (phase -> tokens a rank), phases
-    that are not told apart, loads that hide what passes differ in, picks that are missing.
+def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int], many: int) -> list[str]:
+    """What a reader must know of the traffic: sizes of steps that were ``assumed`` (phase -> tokens a rank), loads of
+    fewer tokens than steps have (``many`` at most), phases that are not told apart, loads that hide what passes differ
+    in, picks that are missing.
     """
     notes = [
-        f"{phase}: {many} tokens a rank and step are assumed; nothing said how many" for phase, many in assumed.items()
+        f"{phase}: {each} tokens a rank and step are assumed; nothing said how many" for phase, each in assumed.items()
     ]
     tables = [one for one in windows if isinstance(one, LoadProfile)]
     for one in tables:
         notes += one.notes
+    for one in tables:
+        tokens = float(one.load_BLE.sum(axis=2, dtype=np.float64).max()) / model.top_k
+        if 1 < tokens < many:
+            notes.append(
+                f"{one.name} has {tokens:,.0f} tokens a layer in a record, scaled to steps of {many:,}: how uneven "
+                "they are is by chance in part"
+            )
     if tables:
         notes.append("loads do not tell prefill from decode: both are judged by the same")
         if max(one.num_steps for one in tables) < 2:

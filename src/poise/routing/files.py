@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.routing.counters import Counters, refuse_running
 from poise.routing.json_tables import Ragged, read_tables
 from poise.routing.npz import Archive, open_npz
+from poise.routing.plausible import refuse_exchanged
 from poise.routing.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
 from poise.routing.trace import FORMAT, MAX_EXPERTS, NO_EXPERT, LoadProfile, RoutingTrace, integers, sealed
 from poise.util.errors import OptionError, TraceError
@@ -23,26 +25,38 @@ MAX_JSON_BYTES = 8 << 30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
 IDLE = "identity_count"
 """Key of the picks that compute nothing, beside the loads of a profile."""
+COUNTED = "counters"
+"""Key by which a profile says that its records are steps, though no count falls from one to the next."""
 SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second|even|odd"
 
 
-def read(path: str | Path) -> RoutingTrace | LoadProfile:
+def read(path: str | Path, *, counters: Counters | None = None) -> RoutingTrace | LoadProfile:
     """A routing trace (``.npz``) or a load profile (``.json``, ``.npz``), with an optional selection behind ``#``.
 
     ``FILE#domain=german,phase=decode,half=first`` keeps one domain, one phase and the first half of the requests.
 
+    Parameters
+    ----------
+    counters : what the user says that records of loads are; None: steps, unless the counts show that they are none.
+
     Raises
     ------
-    TraceError : the file is missing, truncated, pickled, too large, or its arrays break the format (docs/formats.md).
+    TraceError : the file is missing, truncated, pickled, too large, or its arrays break the format (docs/formats.md);
+        or its records are running totals (:mod:`poise.routing.counters`).
     """
     name, _, selection = str(path).partition("#")
-    found = _read_json(Path(name)) if name.endswith(".json") else _read_npz(Path(name))
+    found, said = _read_json(Path(name)) if name.endswith(".json") else _read_npz(Path(name))
+    if isinstance(found, LoadProfile) and counters is None:
+        refuse_exchanged(found)
+    if isinstance(found, LoadProfile) and counters is None and not said:
+        refuse_running(found.load_BLE, found.layer_ids, found.name)  # type: ignore[arg-type]
     return _select(found, selection) if selection else found
 
 
 def join(
-    parts: Sequence[RoutingTrace | LoadProfile], *, ranks: Reading | None = None, allow_missing_ranks: bool = False
-) -> RoutingTrace | LoadProfile:
+    parts: Sequence[RoutingTrace | LoadProfile], *, ranks: Reading | None = None, allow_missing_ranks: bool = False,
+    counters: Counters | None = None,
+) -> RoutingTrace | LoadProfile:  # fmt: skip
     """Several as one: traces back to back with requests kept apart, profiles as the steps of one.
 
     Profiles whose counts show that each is of one rank's experts, or that name ranks, are one workload: as
@@ -53,18 +67,19 @@ def join(
     parts : of one model.
     ranks : what files of several ranks are, where they do not show it: parts of the same steps, or steps of their own.
     allow_missing_ranks : whether a rank that recorded nothing is no error.
+    counters : as of :func:`read`, of profiles that become the steps of one.
 
     Raises
     ------
     TraceError : no part, traces mixed with profiles, layers, experts or top-k that disagree, files of several ranks
-        that may be read in two ways, or a rank that is missing.
+        that may be read in two ways, a rank that is missing, or running totals.
     """
     if not parts:
         raise TraceError("no trace was given")
     if len(parts) == 1 and (isinstance(parts[0], RoutingTrace) or parts[0].rank is None):
         return parts[0]
     if all(isinstance(part, LoadProfile) and part.rank is not None for part in parts):
-        return _of_ranks(parts, ranks, allow_missing_ranks)  # type: ignore[arg-type]
+        return _of_ranks(parts, ranks, allow_missing_ranks, counters)  # type: ignore[arg-type]
     head = parts[0]
     for part in parts[1:]:
         for what, a, b in (
@@ -76,7 +91,7 @@ def join(
         if not np.array_equal(head.layer_ids, part.layer_ids):
             raise TraceError(f"{head.name} and {part.name} record different layers")
     if all(isinstance(part, LoadProfile) for part in parts):
-        return _of_ranks(parts, ranks, allow_missing_ranks)  # type: ignore[arg-type]
+        return _of_ranks(parts, ranks, allow_missing_ranks, counters)  # type: ignore[arg-type]
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
     if len(traces) != len(parts):
         raise TraceError("routing traces and load profiles cannot be joined", hint="give one kind")
@@ -114,7 +129,9 @@ def join(
     return joined.rows(np.argsort(joined.step, kind="stable")) if together else joined  # type: ignore[arg-type]
 
 
-def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_missing: bool) -> LoadProfile:
+def _of_ranks(
+    profiles: Sequence[LoadProfile], ranks: Reading | None, allow_missing: bool, counters: Counters | None
+) -> LoadProfile:
     """Profiles as one; where a rank's experts have no load in a layer, its row is empty."""
     head = profiles[0]
     ids = np.unique(np.concatenate([part.layer_ids for part in profiles]))
@@ -133,6 +150,8 @@ def _of_ranks(profiles: Sequence[LoadProfile], ranks: Reading | None, allow_miss
         files.append(Recorded(part.name, part.rank, load_BLE))
     loads, notes = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
     name = " + ".join(part.name for part in profiles)
+    if counters is None and all(part.num_steps == 1 for part in profiles):
+        refuse_running(loads, ids, f"{len(profiles)} files")
     return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads), notes=tuple(notes))
 
 
@@ -192,7 +211,8 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def _read_json(path: Path) -> LoadProfile:
+def _read_json(path: Path) -> tuple[LoadProfile, bool]:
+    """The profile, and whether it says that its records are steps."""
     try:
         with open_regular(path, TraceError) as stream:
             if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
@@ -208,15 +228,18 @@ def _read_json(path: Path) -> LoadProfile:
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     load, idle = (np.asarray(data[name]) if name in data else None for name in ("logical_count", IDLE))
-    return LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")), idle_BL=idle)  # type: ignore[arg-type]
+    found = LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")), idle_BL=idle)  # type: ignore[arg-type]
+    return found, data.get(COUNTED) == "steps"
 
 
-def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
+def _read_npz(path: Path) -> tuple[RoutingTrace | LoadProfile, bool]:
+    """What is in it, and whether it says that its records are steps."""
     with open_npz(path, ["a routing trace", "a load profile"]) as archive:
         if "experts" not in archive and "counts" in archive:
-            return _read_counts(archive, path.name)
+            said = COUNTED in archive and str(_array(archive, COUNTED)) == "steps"
+            return _read_counts(archive, path.name), said
         if "experts" not in archive and "cross" in archive:
-            return _read_cross(archive, path.name)
+            return _read_cross(archive, path.name), True
         _check_format(archive)
         header = archive.header("experts")
         experts = archive.read_integers(header, NO_EXPERT, MAX_EXPERTS - 1, np.int16)
@@ -234,7 +257,7 @@ def _read_npz(path: Path) -> RoutingTrace | LoadProfile:
             texts = tuple(str(x) for x in names)
         except ValueError:
             raise TraceError("domain_names holds bytes that are no text") from None
-        return RoutingTrace(experts, num_experts, domain_names=texts, name=path.name, **optional)
+        return RoutingTrace(experts, num_experts, domain_names=texts, name=path.name, **optional), True
 
 
 def _check_format(archive: Archive) -> None:

@@ -380,6 +380,19 @@ def begin_gather(mine_X: Tensor, group: Any) -> Callable[[], Tensor]:
     return wait
 
 
+def reduce_over(x_X: Tensor, op: Any, group: Any, hint: str = "") -> None:
+    """In place, over all ranks.
+
+    Raises
+    ------
+    CommunicationError : a rank does not take part; ``hint`` says why that may be.
+    """
+    try:
+        dist.all_reduce(x_X, op=op, group=group)
+    except RuntimeError as error:
+        raise CommunicationError(*lost(error), hint=hint) from error
+
+
 def point_to_point(into: Sequence[Tensor], of: Sequence[Tensor], group: Any) -> None:
     """Part ``of[d]`` to every rank d, what comes from it into ``into[d]``, by :class:`PairMessages`."""
     messages = PairMessages(into, group)

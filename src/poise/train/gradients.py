@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from poise.runtime.collectives import reduce_over
 from poise.train.sharding import ShardedExperts
 from poise.util.errors import ModelError, OptionError
 
@@ -93,7 +94,7 @@ def _norms_of_shards(shards: list[Any], norm_type: float, device: torch.device) 
         for dim, placement in enumerate(placements):
             if not placement.is_replicate():
                 op = dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM
-                dist.all_reduce(norm, op=op, group=mesh.get_group(dim))
+                reduce_over(norm, op, mesh.get_group(dim))
         out.append(norm if infinite else norm ** (1.0 / norm_type))
     return out
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Batch, Operation, next_tag
+from poise.runtime.collectives import Batch, Operation, next_tag, reduce_over
 from poise.train.owned import OwnedExperts
 from poise.train.ownership import Ownership
 from poise.train.rows import ExpertRows, plain, plainly, rows_of
@@ -122,7 +122,7 @@ def _check_states(
     except OptionError as error:
         problem = error
     flag = torch.tensor([problem is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    reduce_over(flag, dist.ReduceOp.MAX, group)
     if problem is not None:
         raise problem
     if flag.item():

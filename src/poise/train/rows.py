@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from poise.runtime.collectives import reduce_over
 from poise.train.draws import IN_PLACE, LIKE, draw, draw_like
 from poise.train.ownership import Ownership
 from poise.train.wholes import SHAPED, Fate, fate, plain_name, shape_of, squeezed
@@ -247,7 +248,7 @@ def _random(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> An
 
 def _own_part(value: Any, like: ExpertRows) -> Any:
     """Rows of this rank of a tensor of all experts that stands beside rows, as a mask by expert does."""
-    if type(value) is not Tensor or not value.dim():
+    if type(value) not in (Tensor, torch.nn.Parameter) or not value.dim():
         return value
     here, experts = _size(like), len(like.ownership.owner_E)
     if value.dim() == len(here) and value.shape[0] == experts != here[0]:
@@ -293,6 +294,8 @@ def _foreach(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) 
     likes: list[ExpertRows | None] = []
     for at in zip(*lists, strict=True):
         likes.append(_first(at, {}) if any(isinstance(one, ExpertRows) for one in at) else None)
+    args = [args[0], *(_own_parts(value, likes) for value in args[1:])]
+    kwargs = {key: _own_parts(value, likes) for key, value in kwargs.items()}
     spread = [i for i, one in enumerate(first) if isinstance(one, DTensor)]
     whole = [i for i, one in enumerate(first) if not isinstance(one, DTensor)]
     out: list[Any] | None = None
@@ -317,6 +320,13 @@ def _one_each(value: Any, count: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == count
 
 
+def _own_parts(value: Any, likes: Sequence[ExpertRows | None]) -> Any:
+    """A list beside a list of rows: rows of this rank of those that are of all experts."""
+    if not _one_each(value, len(likes)):
+        return value
+    return [one if like is None else _own_part(one, like) for one, like in zip(value, likes, strict=True)]
+
+
 def _part(value: Any, indices: list[int], count: int, first: list[Any]) -> Any:
     if _one_each(value, count):
         return [value[i] for i in indices]
@@ -330,7 +340,7 @@ def _agree_on_infinity(found: Tensor, likes: Iterable[ExpertRows | None]) -> Non
     """Every rank skips a step in which any rank's experts have overflowed."""
     for ownership in _ownerships(likes):
         seen = found.to(ownership.mesh.device_type)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=ownership.group)
+        reduce_over(seen, dist.ReduceOp.MAX, ownership.group)
         found.copy_(seen)
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from poise.runtime.collectives import reduce_over
 from poise.train.draws import ExpertCount
 from poise.train.ownership import Ownership
 from poise.train.rows import (
@@ -34,6 +35,11 @@ from poise.train.rows import (
     stepping,
 )  # fmt: skip
 from poise.util.errors import OptionError
+
+OF_ALL = (
+    "norms, sums, extrema and spreads of expert weights and their gradients are of all experts, so every rank asks for "
+    "them, not one that writes a log; this rank's: poise.train.local_rows(weight)"
+)
 
 
 def local_rows(weight: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ def _over_ranks(local_X: Tensor, ownership: Ownership, op: Any) -> Tensor:
     """A reduction over the ranks of a few numbers, float64; its gradient goes to this rank's, as in the whole model."""
     local_X = local_X.double()
     here = local_X.detach().to(ownership.mesh.device_type, copy=True)
-    dist.all_reduce(here, op=op, group=ownership.group)
+    reduce_over(here, op, ownership.group, OF_ALL)
     total_X = here.to(local_X.device)
     if not local_X.requires_grad:
         return total_X

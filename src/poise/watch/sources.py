@@ -21,6 +21,7 @@ from poise.engines.readers import read_dump
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import default_tokens_per_step, make_batch
+from poise.routing.counters import refuse_running
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import ModelError, NoTrafficError, OptionError, PoiseError, TraceError, told
 
@@ -28,6 +29,8 @@ UNREADABLE_POLLS = 3
 """A file that is not readable and no longer changes is broken, not half written, after so many looks at it."""
 FILES_A_LOOK = 16
 """Most files that one look reads: a backlog comes in parts, so that memory stays bounded."""
+DUMPS_COMPARED = 4
+"""Dumps of one record each in which counters that are never set back are looked for."""
 LEAST_TOKENS = 64
 """Rows that a step has at least where N is not named: the first few rows of a file say little about its size."""
 
@@ -203,6 +206,8 @@ class DumpFolder:
         self._notes: tuple[str, ...] = ()
         self._ready: list[tuple[tuple[int, int], str, Path]] = []
         self._failed: dict[str, tuple[tuple[int, int], int]] = {}
+        self._last: list[LoadProfile] = []
+        self._running = False
 
     def skip_present(self) -> None:
         """Leave alone what is there already."""
@@ -298,8 +303,26 @@ class DumpFolder:
         ]
 
     def _arrival(self, dump: EngineDump) -> Arrival:
+        if dump.profile is not None and dump.trace is None and not self._running:
+            self._compare(dump.profile)
         steps = None if dump.trace is None and dump.profile is None else self._steps(dump.traffic)
         return Arrival(steps, dump.slots, dump.recorded_layers)
+
+    def _compare(self, profile: LoadProfile) -> None:
+        """Tell once that dumps one after another are running totals."""
+        alike = not self._last or (
+            profile.load_BLE.shape == self._last[0].load_BLE.shape
+            and np.array_equal(profile.layer_ids, self._last[0].layer_ids)  # type: ignore[arg-type]
+        )
+        self._last = [*self._last[1 - DUMPS_COMPARED :], profile] if alike and profile.num_steps == 1 else []
+        if len(self._last) < DUMPS_COMPARED:
+            return
+        try:
+            loads = np.concatenate([one.load_BLE for one in self._last])
+            refuse_running(loads, profile.layer_ids, f"{profile.name} and those before it")  # type: ignore[arg-type]
+        except TraceError as error:
+            self._running = True
+            self._notes += (f"{error.message}; dumps are read as steps: let the engine set its counters back",)
 
     def _steps(self, traffic: RoutingTrace | LoadProfile) -> RoutingBatch:
         if isinstance(traffic, RoutingTrace):

@@ -68,6 +68,9 @@ def _row(layer: dict[str, Any]) -> tuple[NDArray[np.int64], int]:
     devices = layer.get("device_list")
     if not isinstance(devices, list) or not devices or not all(isinstance(device, dict) for device in devices):
         raise TraceError("device_list must list the devices of a layer")
+    said = layer.get("device_count", len(devices))
+    if said != len(devices):
+        raise TraceError(f"device_count is {str(said)[:20]}, device_list has {len(devices)}")
     held = {
         whole("device_id", device.get("device_id"), 0, MAX_DEVICES):
         table("device_expert", device.get("device_expert"), 1, high=MAX_EXPERTS - 1) for device in devices

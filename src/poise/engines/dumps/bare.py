@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.csv_text import columns_of
+from poise.engines.dumps.csv_text import CsvText
+from poise.engines.dumps.folded import TOKENS, never_alike
 from poise.engines.dumps.mapping import (
     BY_PLACE,
     MAX_MTP_LAYERS,
@@ -31,6 +32,7 @@ from poise.engines.dumps.mapping import (
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, whole
+from poise.engines.dumps.wide import named_experts, numbered
 from poise.routing.npz import open_npz
 from poise.routing.ranks import Recorded, named_rank, one_workload
 from poise.routing.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile
@@ -70,7 +72,7 @@ def is_bare(part: Part) -> bool:
     if part.container in ("npy", "torch", "json") and isinstance(part.value, np.ndarray):
         return True
     if part.container == "csv":
-        return part.value.head is None and part.value.columns > 3
+        return part.value.columns > 3 if part.value.head is None else numbered(part.value.head) is not None
     return part.container == "json" and _first_number(part.value)
 
 
@@ -94,6 +96,8 @@ def decide(part: Part, options: ReadOptions) -> str:
             return "vllm-49572"
         raise TraceError(f"one row of {array.size} numbers, and no map that holds every expert", hint="docs/dumps.md")
     found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
+    if part.container == "csv" and part.value.head is not None and named_experts(part.value.head):
+        found = [name for name in found if name == "load-table"]
     odd = _not_loads(array, options) if found in ([], ["load-table"]) else ""
     if odd:
         raise AmbiguousError(
@@ -128,6 +132,11 @@ def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
         ):
             if len(line) >= MANY and line[0] in (0, 1) and (np.diff(line) == 1).all():
                 return f"from {line[0]:g} to {line[-1]:g} the first {what}"
+    if array.ndim == 3 and array.dtype.kind in "iu" and array.shape[1] <= MAX_TOP_K and array.max() < MAX_IDS:
+        some = array[:: max(1, len(array) // TOKENS)].astype(np.int64)
+        if never_alike([some[:, :, layer, None] for layer in range(some.shape[2])]):
+            return (f"no column has a number twice in its {array.shape[1]} rows, as if they were [tokens, experts a "
+                    "token, layers] of ids")  # fmt: skip
     sums = array.sum(axis=-1, dtype=np.float64)
     exchanged = False
     if array.ndim == 2 and array.shape[1] >= MANY:
@@ -281,8 +290,7 @@ def table_of(part: Part) -> NDArray[Any]:
             return archive.read(header)
     array = part.value
     if part.container in ("csv", "json"):
-        text = part.container == "csv"
-        found = columns_of(part.name, array, range(array.columns)) if text else counts(part.name, array, 1, 2, 3)
+        found = _of_csv(part.name, array) if part.container == "csv" else counts(part.name, array, 1, 2, 3)
         if found.dtype.kind in "iu":
             return found
         whole_numbers = (found == np.floor(found)).all() if found.size else False
@@ -290,6 +298,28 @@ def table_of(part: Part) -> NDArray[Any]:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf" or array.ndim not in (1, 2, 3):
         raise TraceError(f"{part.name} is no table of numbers in 1 to 3 dimensions")
     return array
+
+
+def _of_csv(name: str, text: CsvText) -> NDArray[np.float64]:
+    """The numbers of a table that names no columns, or numbers them; an index beside them counts nothing.
+
+    Raises
+    ------
+    TraceError : the column beside them is no index.
+    """
+    if text.head is None:
+        return text.numbers(name, range(text.columns))
+    order = numbered(text.head)
+    assert order is not None
+    if 0 not in order:
+        index = text.numbers(name, [0])[:, 0]
+        if not np.array_equal(index, np.arange(len(index))):
+            raise TraceError(
+                f"{name}: the column without a name goes from {index[0]:g} to {index[-1]:g} in {len(index)} rows, an "
+                f"index from 0 to {len(index) - 1}",
+                hint="name it layer, or expert, if that is what it numbers",
+            )
+    return text.numbers(name, order)
 
 
 def is_nested(value: Any) -> bool:

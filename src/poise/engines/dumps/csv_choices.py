@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.engines.dumps.csv_text import CsvText, columns_of, words_of
+from poise.engines.dumps.csv_text import CsvText
+from poise.engines.dumps.json_rows import JsonRows
 from poise.engines.dumps.mapping import MAX_TOP_K
 from poise.util.errors import TraceError
 
@@ -26,8 +27,9 @@ NAMES = "call a column of tokens 'count', and one that says which 'token_id'"
 
 
 def check_choices(
-    name: str, text: CsvText, heads: Sequence[str], column: Mapping[str, NDArray[np.float64]], experts: int | None
-) -> None:
+    name: str, text: CsvText | JsonRows, heads: Sequence[str], column: Mapping[str, NDArray[np.float64]],
+    experts: int | None,
+) -> None:  # fmt: skip
     """Refuse rows that name tokens and are no choices of theirs, or may be none.
 
     A choice has K - 1 others of its token in its layer, of different experts, and there are experts that the token did
@@ -49,10 +51,10 @@ def check_choices(
     if not any(map(OF_A_TOKEN.fullmatch, heads)) or not (weights or BARE in heads):
         return
     codes = [code(column[role]) for role in ("layer", "step", "rank") if role in column]
-    told = [code(words_of(name, text, at)) for at, head in enumerate(heads) if OF_A_REQUEST.fullmatch(head)]
+    told = [code(text.words(name, at)) for at, head in enumerate(heads) if OF_A_REQUEST.fullmatch(head)]
     codes += [one for one in told if one.max() + 1 < len(one)]  # else it numbers the rows
     whose = together(codes)
-    token = together([code(words_of(name, text, at)) for at, head in enumerate(heads) if OF_A_TOKEN.fullmatch(head)])
+    token = together([code(text.words(name, at)) for at, head in enumerate(heads) if OF_A_TOKEN.fullmatch(head)])
     group = together([whose, token])
     rows, twice = np.bincount(group), _twice(group, column["expert"])
     least, most, known = int(rows.min()), int(rows.max()), max(len(np.unique(column["expert"])), experts or 0)
@@ -78,7 +80,7 @@ def check_choices(
             hint=hint,
         )
     for at in weights:
-        given = columns_of(name, text, [at])[:, 0]
+        given = text.numbers(name, [at])[:, 0]
         if zeros := int(np.count_nonzero((given == 0) | np.isnan(given))):
             raise TraceError(
                 f"{name}: {heads[at]} is 0 or none in {zeros} of {len(given)} rows: what was not chosen?", hint=hint

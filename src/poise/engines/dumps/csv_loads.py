@@ -6,6 +6,9 @@
     a row a choice in the order of execution: the K choices of every token of a pass, layer after layer. Which rows are
     one token's is certain only where K is known and every layer of every pass has K rows; else they are loads. (The
     tool reads a strided tensor as if it were packed, so a pass of several tokens may name an expert twice.)
+a column an expert, or a layer (:mod:`poise.engines.dumps.wide`)
+
+The same as rows of JSON: :mod:`poise.engines.dumps.json_rows`.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.csv_choices import OF_A_TOKEN, WEIGHT, check_choices, code, together
-from poise.engines.dumps.csv_text import columns_of
+from poise.engines.dumps.csv_text import CsvText
+from poise.engines.dumps.json_rows import JsonRows, head_of, rows_of
 from poise.engines.dumps.mapping import MAX_TABLE, model_layers, names_twice, num_experts
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import listed
+from poise.engines.dumps.wide import Wide, columns_in_order, long_rows, wide_of
 from poise.routing.ranks import Recorded, named_rank, one_workload
 from poise.routing.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile, RoutingTrace
 from poise.util.errors import TraceError
@@ -38,6 +43,11 @@ ROLES = {
 OF_A_CHOICE = re.compile(r"(token|tok|position|pos|request|req|seq|sample|topk|k)(_?(id|idx|index|pos))?|phase|index"
                          r"|unnamed(:_\d+)?")  # fmt: skip
 """Columns that may stand beside a choice and change nothing about it."""
+LABELS = {
+    "layer": re.compile(r"(?:model\.)?(?:layers?|block|l)[_. ]?(\d{1,5})(?:\.[\w.]*)?", re.IGNORECASE),
+    "expert": re.compile(r"(?:experts?|e)[_. ]?(\d{1,5})", re.IGNORECASE),
+}
+"""What may stand for the number of a layer or an expert."""
 SGLANG_RANK = re.compile(r"expert_distribution_rank\d{1,5}(?!\d)")
 """Old SGLang's files, each of one rank's tokens."""
 ORDER = ("layer", "expert", "count")
@@ -64,11 +74,22 @@ def roles(head: Sequence[str]) -> dict[str, list[int]]:
 
 
 def is_loads(part: Part) -> bool:
-    """A head that names a layer and an expert, or no head and two or three columns."""
+    """A head that names a layer and an expert, or one of them and numbers of the other; none and two or three columns.
+
+    Rows of JSON have such a head.
+    """
+    if part.container in ("json", "json-lines"):
+        found = head_of(part.value)
+        return found is not None and _is_head(found)
     if part.container != "csv":
         return False
     head = part.value.head
-    return part.value.columns in (2, 3) if head is None else {"layer", "expert"} <= roles(head).keys()
+    return part.value.columns in (2, 3) if head is None else _is_head(head)
+
+
+def _is_head(head: Sequence[str]) -> bool:
+    at = roles(head)
+    return {"layer", "expert"} <= at.keys() or wide_of(_plain(head), at) is not None
 
 
 def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
@@ -101,10 +122,14 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 
 
 def _table(part: Part, options: ReadOptions) -> _Table:
-    head, width = part.value.head, part.value.columns
+    text: CsvText | JsonRows = part.value if part.container == "csv" else rows_of(part.name, part.value)
+    head = text.head
     if head is None:
-        return _headless(part, width, options)
+        return _headless(part, text.columns, options)
     at = roles(head)
+    wide = wide_of(_plain(head), at)
+    if wide is not None:
+        return _wide(part, text, wide, options)
     for role, found in at.items():
         if len(found) > 1:
             raise TraceError(
@@ -123,18 +148,42 @@ def _table(part: Part, options: ReadOptions) -> _Table:
             f"{part.name}: a row may be one choice, or column {strange[0][:40]!r} may say how many it stands for",
             hint="call a column of tokens 'count', or leave others out",
         )
-    places = {role: found[0] for role, found in at.items()}
-    columns = columns_of(part.name, part.value, list(places.values()))
     notes = (f"columns {listed(others)} were not read",) if others else ()
-    table = _checked(part, dict(zip(places, columns.T, strict=True)), notes)
+    table = _checked(part, _columns(part.name, text, {role: found[0] for role, found in at.items()}), notes)
     if "rank" in at and "count" not in at and _each_once(table, "layer", "expert"):
         raise TraceError(
             f"{part.name} names each expert of a layer once, with a rank: where experts lie, or a choice each",
             hint="loads have a column count; a placement is read from an engine's map",
         )
     if "count" not in at:
-        check_choices(part.name, part.value, _plain(head), table.column, options.router_experts)
+        check_choices(part.name, text, _plain(head), table.column, options.router_experts)
     return table
+
+
+def _columns(name: str, text: CsvText | JsonRows, places: dict[str, int]) -> dict[str, NDArray[np.float64]]:
+    """Columns by role, [rows]; layers and experts may be named with a word before the number."""
+    labels = {at: LABELS[role] for role, at in places.items() if role in LABELS}
+    return dict(zip(places, text.numbers(name, list(places.values()), labels).T, strict=True))
+
+
+def _wide(part: Part, text: CsvText | JsonRows, wide: Wide, options: ReadOptions) -> _Table:
+    """A column an expert, or a layer."""
+    assert text.head is not None
+    heads = _plain(text.head)
+    if named := [head for head in heads if OF_A_TOKEN.fullmatch(head)]:
+        raise TraceError(
+            f"{part.name} has a column {named[0][:40]!r} and {len(wide.places)} of experts: what tokens chose",
+            hint="choices are read a row each: token_id,layer,expert",
+        )
+    order = columns_in_order(part.name, wide, options)
+    at = roles(text.head)
+    places = {role: at[role][0] for role in (wide.label, "step", "rank") if role in at and at[role][0] not in order}
+    column = _checked(part, _columns(part.name, text, places), ()).column
+    count_RC = text.numbers(part.name, order)
+    others = [text.head[i] for i in range(len(heads)) if i not in {*order, *places.values()}]
+    notes = (f"columns {listed(others)} were not read",) if others else ()
+    rows = long_rows(part.name, wide, column, count_RC, options, sure=options.format is not None)
+    return _checked(part, rows, notes)
 
 
 def _each_once(table: _Table, *named: str) -> bool:
@@ -147,7 +196,7 @@ def _headless(part: Part, width: int, options: ReadOptions) -> _Table:
     """Without a head: in the order layer, expert, count, if that is asked for or the rows show it."""
     if width not in (2, 3):
         raise TraceError(f"{part.name} has {width} columns and no head", hint="name the columns layer,expert,count")
-    columns = columns_of(part.name, part.value, range(width))
+    columns = part.value.numbers(part.name, range(width))
     wanted = ORDER[:width]
     if options.format is None and not (width == 2 and _passes(columns)):
         raise TraceError(

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ MAX_CSV_BYTES = 256 << 20
 MARKS = (",", "\t", ";")
 NUMBER = re.compile(r"[+-]?(\d{1,25}(\.\d{0,25})?|\.\d{1,25})([eE][+-]?\d{1,3})?")
 NAME = re.compile(r"[A-Za-z_][\w .:()/%-]{0,60}")
+NUMBERED = re.compile(r"\d{1,5}")
+"""A column that is named by the number of its expert or layer."""
 UNNAMED = "unnamed"
 """A first column that has no name: the index that pandas writes."""
 REMARK = "#"
@@ -40,6 +43,47 @@ class CsvText:
     mark: str
     body: bytes
 
+    def numbers(
+        self, name: str, places: Sequence[int], labels: Mapping[int, re.Pattern[str]] | None = None
+    ) -> NDArray[np.float64]:
+        """Some columns of file ``name``, float64 [rows, columns].
+
+        Parameters
+        ----------
+        labels : by place, what may stand there instead of a number, as in ``layer_3``: its first group is the number.
+
+        Raises
+        ------
+        TraceError : something in them is no number, or rows differ in length.
+        """
+        try:
+            return _read(name, self, places)
+        except TraceError:
+            if not labels:
+                raise
+        return _read(name, self, places, {at: partial(labelled, labels[at]) for at in places if at in labels})
+
+    def words(self, name: str, place: int) -> NDArray[np.float64]:
+        """A column of numbers or words, float64 [rows]: what differs in it differs here, by a chance of 2^-53 not.
+
+        Raises
+        ------
+        TraceError : rows differ in length.
+        """
+        return _read(name, self, [place], {place: told_apart})[:, 0]
+
+
+def labelled(pattern: re.Pattern[str], word: str) -> float:
+    """The number of a cell that may be a name, or ValueError."""
+    text = word.strip().strip("\"'")
+    found = None if NUMBER.fullmatch(text) else pattern.fullmatch(text)
+    return float(text if found is None else found[1])
+
+
+def told_apart(word: str) -> float:
+    """A number for a word."""
+    return float(hash(word.strip().strip("\"'")) >> 11)
+
 
 def sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str] | None:
     """Head, number of columns and mark of a table, told from how it starts; None: it is none."""
@@ -61,8 +105,8 @@ def _sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str, int] | None:
             names = [fields[0] or UNNAMED, *fields[1:]]
             rest = (after for after, _, _ in lines[above + 1 :] if remark or not after.startswith(REMARK))
             below = _fields(next(rest, ""), mark)
-            if (all(NAME.fullmatch(name) for name in names) and len(below) == len(fields)
-                    and any(NUMBER.fullmatch(field) for field in below)):  # fmt: skip
+            named = all(NAME.fullmatch(name) or NUMBERED.fullmatch(name) for name in names)
+            if named and len(below) == len(fields) and any(NUMBER.fullmatch(field) for field in below):
                 return tuple(names), len(fields), mark, end
         if not remark:
             break
@@ -90,30 +134,6 @@ def csv_text(start: bytes, data: bytes) -> CsvText | None:
     if len(data) > MAX_CSV_BYTES:
         raise TraceError(f"a table of {len(data)} bytes, at most {MAX_CSV_BYTES} are read", hint="split it")
     return CsvText(*found[:3], data[found[3] :].removeprefix(BOM).lstrip())
-
-
-def columns_of(name: str, text: CsvText, places: Sequence[int]) -> NDArray[np.float64]:
-    """Some columns, float64 [rows, columns].
-
-    Raises
-    ------
-    TraceError : something in them is no number, or rows differ in length.
-    """
-    return _read(name, text, places)
-
-
-def words_of(name: str, text: CsvText, place: int) -> NDArray[np.float64]:
-    """A column of numbers or words, float64 [rows]: what differs in it differs here, by a chance of 2^-53 not.
-
-    Raises
-    ------
-    TraceError : rows differ in length.
-    """
-    return _read(name, text, [place], {place: _told_apart})[:, 0]
-
-
-def _told_apart(word: str) -> float:
-    return float(hash(word.strip().strip("\"'")) >> 11)
 
 
 def _read(

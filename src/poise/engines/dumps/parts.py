@@ -32,6 +32,8 @@ from poise.util.yamlfile import parse_yaml
 
 Container = Literal["torch", "npz", "npy", "safetensors", "json", "json-lines", "csv", "yaml", "text"]
 HEAD_BYTES = 4096
+CSV_HEAD_BYTES = 1 << 18
+"""A line of names may have one for each of thousands of experts."""
 MAX_LINES_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
 MAX_DIRECTORY_BYTES = 32 << 20
@@ -39,6 +41,12 @@ MAX_DIRECTORY_BYTES = 32 << 20
 MAX_CSV_ROOM = 16
 """Bytes of memory that a byte of a table may take, as numbers and while they are sorted."""
 GZIP = b"\x1f\x8b"
+FOREIGN = {
+    b"BZh": "packed by bzip2", b"\xfd7zXZ": "packed by xz", b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16", b"PAR1": "Parquet", b"\x89HDF": "HDF5",
+    b"SQLite format 3": "a database of SQLite",
+}  # fmt: skip
+"""How files begin that are not read, and what they are."""
 LONG_JSON = 16 << 20
 """From so many bytes on a table in JSON is read piece by piece."""
 TABLES = ("logical_count",)
@@ -93,11 +101,14 @@ def open_part(path: Path) -> Part:
 def _open(path: Path) -> Part:
     size = file_size(path)
     with open_regular(path, TraceError) as stream:
-        head = stream.read(HEAD_BYTES)
+        start = stream.read(CSV_HEAD_BYTES)
+    head = start[:HEAD_BYTES]
     if not head.strip():
         raise TraceError("the file is empty")
     if head.startswith(b"PK"):
         names = _members(path)
+        if names and not any(name.endswith((".npy", ".pkl")) for name in names):
+            raise TraceError(f"a zip archive of {names[0][:60]!r} and {len(names) - 1} more", hint="unpack it first")
         if not any(name.endswith("/data.pkl") for name in names):
             return Part(path, size, "npz", [name.removesuffix(".npy") for name in names])
         value, room = with_torch("poise.engines.dumps.torch_files", f"reading {path}").load(path, skip=UNUSED)
@@ -108,6 +119,9 @@ def _open(path: Path) -> Part:
         raise TraceError("a bare pickle", hint="pickles are not read; torch.save in its zip format is")
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return Part(path, size, "safetensors", _shard(path, int.from_bytes(head[:8], "little")))
+    for begin, what in FOREIGN.items():  # behind safetensors, which may begin with any byte
+        if head.startswith(begin):
+            raise TraceError(f"{what}, which is not read", hint="unpack it: JSON, CSV in UTF-8, .npy, .npz; or gzip")
     if head.startswith(GZIP):
         return _packed(path, size)
     if _is_json(head):
@@ -116,8 +130,8 @@ def _open(path: Path) -> Part:
         return _json(path, size, read_bytes(path, MAX_JSON_BYTES if size <= MAX_JSON_BYTES else MAX_LINES_BYTES))
     if YAML_KEYS.search(head):
         return Part(path, size, "yaml", parse_yaml(read_bytes(path, MAX_YAML_BYTES), TraceError))
-    if b"\x00" not in head and sniff(head) is not None:
-        return Part(path, size, "csv", csv_text(head, read_bytes(path, MAX_CSV_BYTES)), room=MAX_CSV_ROOM * size)
+    if b"\x00" not in start and sniff(start) is not None:
+        return Part(path, size, "csv", csv_text(start, read_bytes(path, MAX_CSV_BYTES)), room=MAX_CSV_ROOM * size)
     if b"\x00" in head:
         raise TraceError("a kind of file that is not known", hint="docs/dumps.md lists what is read")
     return Part(path, size, "text", None)
@@ -154,7 +168,8 @@ def _packed(path: Path, size: int) -> Part:
     data = inflate(read_bytes(path, MAX_LINES_BYTES))
     if _is_json(data[:HEAD_BYTES]):
         return _json(path, max(size, len(data)), data)
-    table = None if b"\x00" in data[:HEAD_BYTES] else csv_text(data[:HEAD_BYTES], data)
+    start = data[:CSV_HEAD_BYTES]
+    table = None if b"\x00" in start else csv_text(start, data)
     if table is None:
         raise TraceError("packed by gzip, and neither JSON nor CSV", hint="unpack it first")
     return Part(path, size, "csv", table, room=(1 + MAX_CSV_ROOM) * len(data))

@@ -115,6 +115,8 @@ def _pass(
     found = [column for column in columns if column is not None and len(column)]
     if not found:
         return None
+    if len(widths := sorted({column.shape[1] for column in found})) > 1:
+        raise TraceError(f"step {step} of rank {rank} has {widths[0]} to {widths[-1]} experts a token, layer by layer")
     if len(found) < len(columns) or len({column.shape for column in found}) > 1:
         sizes = [0 if column is None else len(column) for column in columns]
         raise TraceError(
