@@ -197,11 +197,13 @@ def _batch(
     experts = np.ascontiguousarray(trace.experts[token])
     steps, load = size_B.size, count_loads(experts, size_B, trace.num_experts)
     assert trace.request is not None and trace.layer_ids is not None
+    request_T = _in_turn(trace.request[token])
     return RoutingBatch(
-        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),
+        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, request_T,
         None if trace.home is None else trace.home[token].copy(),
         f"{order}, homes {'as recorded' if trace.home is not None else (homes or HOMES[0]).replace('-', ' ')}",
         None if taken is None else total, homes or HOMES[0],
+        None if trace.domain is None else trace.domain[token][np.unique(request_T, return_index=True)[1]],
     )  # fmt: skip
 
 
