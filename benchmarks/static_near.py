@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from choice import RIVALS, judged
+from choice import RIVALS, by_method, judged
 from common import problem, table, write
 
 from poise.planning.placement import Placement
@@ -49,8 +49,10 @@ class Setting:
     steps: int = 8
 
 
-def rows(data: Path, setting: Setting, only: str = "") -> Iterator[list[object]]:
-    """One row a case (:data:`HEAD`); milliseconds of a step of all layers of the model."""
+def rows(data: Path, setting: Setting, only: str = "") -> Iterator[tuple[bool, list[object], dict[str, float]]]:
+    """Whether a case is of the fitted subject, its row (:data:`HEAD`), and milliseconds of a step of all layers of the
+    model under each method, on the split that is the faster one.
+    """
     subjects = {path.stem: read(path) for path in sorted((data / "llama4-maverick").glob("*.npz"))}
     for (name, other), cluster, tokens, own in product(
         zip(subjects, list(subjects)[::-1], strict=True), ("2x8:h200", "4x8:h200"), (2048, 16384), (True, False)
@@ -58,7 +60,8 @@ def rows(data: Path, setting: Setting, only: str = "") -> Iterator[list[object]]
         fit, judge = subjects[name].every_second_request()
         words = f"{name}, fitted on {'other requests' if own else other}, {cluster}, N = {tokens}"
         if only in words:
-            yield [words, *_row(fit if own else subjects[other], judge, cluster, tokens, setting)]
+            row, ms = _row(fit if own else subjects[other], judge, cluster, tokens, setting)
+            yield own, [words, *row], ms
 
 
 def some_layers(trace: RoutingTrace, layers: int) -> RoutingTrace:
@@ -69,7 +72,9 @@ def some_layers(trace: RoutingTrace, layers: int) -> RoutingTrace:
     return replace(trace, experts=trace.experts[:, keep], layer_ids=trace.layer_ids[keep], weights=weights)
 
 
-def _row(fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, setting: Setting) -> list[object]:
+def _row(
+    fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, setting: Setting
+) -> tuple[list[object], dict[str, float]]:
     scale = 1e3 * judge.experts.shape[1] / setting.layers
     seen = make_batch(some_layers(fit, setting.layers), tokens_per_step=tokens, steps=setting.steps)
     later = make_batch(some_layers(judge, setting.layers), tokens_per_step=tokens, steps=setting.steps)
@@ -95,20 +100,31 @@ def _row(fit: RoutingTrace, judge: RoutingTrace, cluster: str, tokens: int, sett
     even, moved, near = figures(ours["even"], "even"), figures(ours["even"], "near"), figures(ours["near"], "near")
     ms = [f"{found[key][0]:.2f}" for key in product(("lpt", "eplb-global"), ("even", "near"))]
     least = min(found["lpt", split][1] for split in asked)
+    by_name = {name: min(found[name, split][0] for split in asked) for name, _ in found} | {"poise, near": near[0]}
     return [*ms, *best, f"{found[best][0]:.2f}", f"{found[best][1]:.3f}", f"{even[0]:.2f}", f"{moved[0]:.2f}",
             f"{near[0]:.2f}", f"{near[1]:.3f}", f"{1 - near[0] / found[best][0]:+.1%}", f"{least:.3f}",
-            f"{seconds:.0f}"]  # fmt: skip
+            f"{seconds:.0f}"], by_name  # fmt: skip
 
 
 def section(data: Path, setting: Setting, only: str = "") -> list[str]:
     """The parts of a report; ``only``: cases whose name has this."""
-    out = []
-    for row in rows(data, setting, only):
+    out: list[list[object]] = []
+    times: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    for own, row, ms in rows(data, setting, only):
         out.append(row)
+        times[own].append(ms)
         print(*row, sep=" | ", flush=True)
     words = (f"{setting.layers} of the model's MoE layers, evenly spaced, stand for all; {setting.steps} steps fitted, as many judged; "
              f"work {setting.work:g}, other methods {setting.rival_work:g}; one redundant slot a GPU.")  # fmt: skip
-    return ["## Static maps on an engine that keeps tokens near", words, table(HEAD, out)]
+    parts = ["## Static maps on an engine that keeps tokens near", words, table(HEAD, out)]
+    for own, judged_on in ((True, "other requests"), (False, "another subject")):
+        if times[own]:
+            names: list[str] = ["method", "cases", "lost to the best of all others", "lead over it, mean", "worst"]
+            parts += [
+                f"## Every method against the best of all others, {judged_on}",
+                table(names, by_method(times[own])),
+            ]
+    return parts
 
 
 def main() -> None:
@@ -123,7 +139,9 @@ def main() -> None:
     options = parser.parse_args()
     setting = Setting(options.layers, options.work, options.rival_work, options.steps)
     found = section(options.data, setting, options.only)
-    if not options.no_report and not options.only:
+    if options.no_report or options.only:
+        print("\n\n".join(found))
+    else:
         write("static maps near", found)
 
 

@@ -1,5 +1,7 @@
 """Drawn steps: tokens of the traffic, whole blocks of requests, as large as the steps given; who is unknown is idle now and then."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 from tests.helpers import load_batch, token_batch
 
 from poise.planning.solve.scenarios import LEAST_REQUESTS, UNSEEN, can_be_drawn, drawn_steps
+from poise.routing.batching import make_batch
+from poise.routing.trace import RoutingTrace
 
 
 def batch_of(rng, sizes, requests, experts=6):
@@ -69,3 +73,39 @@ def test_what_cannot_be_drawn():
     assert not can_be_drawn(tokens)
     homes = token_batch(tokens.experts_TLK, [50, 50], 6, request_T=np.arange(100), home_T=np.zeros(100, int))
     assert not can_be_drawn(homes)  # where requests live was recorded, and is kept
+
+
+def test_steps_differ_by_domain_where_domains_are_known():
+    """Two domains of fifty requests each that use an expert of their own: steps are of any mix of both, and as many of each in
+    the mean; not told, all are near a half. Fails if the domain of a request is another's, or weights are of requests alone.
+    """
+    request = np.repeat(np.random.default_rng(0).permutation(100), 40)
+    domain_R = (np.arange(100) >= 50).astype(np.int16)
+    batch = token_batch(domain_R[request][:, None, None], [2000, 2000], 2, request_T=request)
+    apart = drawn_steps(replace(batch, domain_R=domain_R), 600, 0).load_BLE[:, 0, 1] / 2000
+    mixed = drawn_steps(batch, 600, 0).load_BLE[:, 0, 1] / 2000
+    assert mixed.mean() == pytest.approx(0.5, abs=0.02) and mixed.std() < 0.1
+    assert apart.mean() == pytest.approx(0.5, abs=0.05)
+    assert np.quantile(apart, [0.1, 0.25, 0.75, 0.9]) == pytest.approx([0.1, 0.25, 0.75, 0.9], abs=0.06)  # uniform
+
+
+def test_one_domain_is_none():
+    """The steps of before, draw for draw."""
+    batch = batch_of(np.random.default_rng(1), [30, 40], 20)
+    told = replace(batch, domain_R=np.full(20, 3, np.int16))  # as of a part of a trace
+    np.testing.assert_array_equal(drawn_steps(told, 5, 2).experts_TLK, drawn_steps(batch, 5, 2).experts_TLK)
+
+
+def test_a_batch_knows_the_domain_of_each_request():
+    """Whatever order steps take requests in. Fails if domains follow the file and not the batch's own numbers."""
+    rng = np.random.default_rng(4)
+    domain = np.repeat(rng.integers(0, 3, 40), 25).astype(np.int16)
+    ids = domain[:, None, None] * np.ones((1, 2, 1), np.int16)  # an expert for each domain
+    trace = RoutingTrace(
+        ids, 3, request=np.repeat(rng.permutation(40), 25), domain=domain, domain_names=("a", "b", "c")
+    )
+    batch = make_batch(trace, tokens_per_step=100)
+    np.testing.assert_array_equal(batch.domain_R[batch.request_T], batch.experts_TLK[:, 0, 0])
+    later = batch.part(slice(3, 6))
+    np.testing.assert_array_equal(later.domain_R[later.request_T], later.experts_TLK[:, 0, 0])
+    assert make_batch(replace(trace, domain=None, domain_names=()), tokens_per_step=100).domain_R is None

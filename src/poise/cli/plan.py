@@ -30,6 +30,7 @@ TIME_LIMIT = (
 )
 VERDICT_SHARE = 0.25
 SURVIVE = {"1": "device", "device": "device", "node": "node"}
+OF_ITS_KIND = "That is of traffic of the same kind; what a map does on another, poise verdict says."
 SHOWN = 8
 """Losses of the table on a terminal."""
 
@@ -123,7 +124,7 @@ def plan(
             _show_losses(solution, each)
             if said:
                 over = "Over what runs now, fitted" if now is None or now.num_devices == devices else "Fitted"
-                o.out.print(f"{over} on one half of the traffic and judged on the other. {said}")
+                o.out.print(f"{over} on one half of the traffic and judged on the other. {said} {OF_ITS_KIND}")
         o.talk.print(f"wrote {output}")
         if solution.losses is not None:
             o.talk.print(f"wrote {beside}: what follows each loss")

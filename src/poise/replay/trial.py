@@ -25,6 +25,7 @@ from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import solve
 from poise.replay.breakeven import SIZES, contiguous_blocks
 from poise.replay.moving import moving
+from poise.replay.redealt import redealt
 from poise.replay.rows import FEWER, uneven_homes
 from poise.replay.verdict import MapPrice, PhaseVerdict, TriedMap, choose, decide
 from poise.replay.windows import PhaseTraffic
@@ -40,6 +41,8 @@ SLOTS_A_RANK = (0, 1, 2, 4)
 MOST_PICKED = 2**28
 """Picks times devices of a batch for the break-even: larger ones are not tried."""
 BREAK_EVEN_STEPS = 4
+REDEALT_STEPS = 8
+"""Steps of a window that are dealt anew to experts, at least: those of fewer several times."""
 Maps = tuple[Placement, Placement]
 Batches = tuple[RoutingBatch, RoutingBatch]
 
@@ -196,6 +199,7 @@ def judge_phase(
         traffic.phase, advice, reason, tokens, best, tuple(tried), layers, layer_s, rest, worst_s,
         map_price(current, chosen[1], cluster, model), least, sizes, None, ground(cluster),
         _with_provenance(chosen[1], traffic, best.method, setting), tuple(notes),
+        _redealt_s(chosen, batches, current, cluster, setting),
     )  # fmt: skip
     return JudgedPhase(traffic, batches, cluster, current, maps, verdict)
 
@@ -282,6 +286,15 @@ def _gains(
         return _seconds(batch, current, cluster, setting) - _seconds(batch, placed, cluster, setting)
 
     return gain(batches[1], maps[0]), gain(batches[0], maps[1])
+
+
+def _redealt_s(maps: Maps, batches: Batches, current: Placement, cluster: Cluster, setting: TrialSetting) -> float:
+    """Seconds of one layer that the maps save where other experts are hot, mean over steps of both windows."""
+    groups, gains = setting.model.num_expert_groups, []
+    for seed in range(ceil(REDEALT_STEPS / min(batch.num_steps for batch in batches))):
+        dealt = redealt(batches[0], groups, 2 * seed), redealt(batches[1], groups, 2 * seed + 1)
+        gains += [one.mean() for one in _gains(maps, dealt, current, cluster, setting)]
+    return float(np.mean(gains))
 
 
 def _worst(maps: Maps, batches: Batches, current: Placement, cluster: Cluster, setting: TrialSetting) -> float:

@@ -120,6 +120,7 @@ class PhaseVerdict:
     other_phase_s : seconds a layer that this map saves in a step of the other phase; None: no other phase was judged.
     ground : what the constants rest on. placement : the chosen map, of the later window. notes : what the reader must
         know.
+    redealt_s : seconds a layer that the map saves where other experts are hot (:mod:`poise.replay.redealt`).
     """
 
     phase: Phase
@@ -139,6 +140,7 @@ class PhaseVerdict:
     ground: str
     placement: Placement
     notes: tuple[str, ...] = ()
+    redealt_s: float = 0.0
 
     @property
     def step_s(self) -> float:
@@ -199,11 +201,10 @@ class PhaseVerdict:
             f"Its price: {price.slot_bytes / 2**30:.2f} GiB of slots a rank{cache}; {price.moved_bytes / 2**30:.2f} "
             f"GiB to move once, {MS * price.seconds:.1f} ms, paid back {pays}.",
             f"It gains {even} (tried: {self.sizes[0]:,} to {self.sizes[-1]:,}).",
+            f"On traffic of another kind, as skewed but other experts hot, it {_saves(self.layers * self.redealt_s)}.",
         ]
         if self.other_phase_s is not None:
-            other = MS * self.layers * self.other_phase_s
-            verb = "saves" if other >= 0 else "costs"
-            out.append(f"In a step of the other phase the same map {verb} {abs(other):.3f} ms.")
+            out.append(f"In a step of the other phase the same map {_saves(self.layers * self.other_phase_s)}.")
         out.append(
             f"The step now: {MS * self.layers * self.layer_s:.3f} ms of MoE layers, and by the datasheet's roofline "
             f"{MS * rest.attention_s:.3f} attention, {MS * rest.scores_s:.3f} scores, {MS * rest.dense_s:.3f} dense "
@@ -251,6 +252,7 @@ class PhaseVerdict:
                  "interval": [MS * self.layers * end for end in one.interval_s(len(self.tried))]}
                 for one in self.tried
             ],
+            "ms_per_step_other_experts_hot": MS * self.layers * self.redealt_s,
             "ground": self.ground,
             "notes": list(self.notes),
         }  # fmt: skip
@@ -334,11 +336,8 @@ class Verdict:
         else:
             said = f"Turn it on in {lead.phase} instances alone where phases run apart."
         if lead.other_phase_s is not None:
-            other = MS * lead.layers * lead.other_phase_s
-            verb = "saves" if other > 0 else "costs"
-            said += (
-                f" Where they share ranks, the map of {lead.phase} {verb} {abs(other):.3f} ms in a step of the other."
-            )
+            other = _saves(lead.layers * lead.other_phase_s)
+            said += f" Where they share ranks, the map of {lead.phase} {other} in a step of the other."
         return said
 
     def to_json(self) -> dict[str, Any]:
@@ -367,6 +366,11 @@ class Verdict:
 
 def _steps(many: int) -> str:
     return f"{many:,} step{'s' * (many != 1)}"
+
+
+def _saves(seconds: float) -> str:
+    """What a map does to a step, in words."""
+    return f"{'saves' if seconds >= 0 else 'costs'} {abs(MS * seconds):.3f} ms"
 
 
 def decide(tried: TriedMap, maps: int, worst_s: float, layers: int, step_s: float) -> tuple[Advice, str]:

@@ -34,6 +34,7 @@ class RoutingBatch:
     order : how the steps were made, in words (printed under every table).
     drawn_from : so many steps there are, of which these are a sample; None: these are all.
     homes : how tokens without a recorded home rank are dealt to ranks (:meth:`home_of_tokens`).
+    domain_R : int16 [R] or None, domain of each request that ``request_T`` numbers.
     """
 
     load_BLE: NDArray[np.float64]
@@ -47,6 +48,7 @@ class RoutingBatch:
     order: str = ""
     drawn_from: int | None = None
     homes: Homes = "equal"
+    domain_R: NDArray[np.int16] | None = None
 
     def __post_init__(self) -> None:
         load = self.load_BLE
@@ -63,7 +65,8 @@ class RoutingBatch:
                 raise TraceError(f"step offsets must have {load.shape[0] + 1} entries")
             if self.experts_TLK.shape[1:] != (load.shape[1], self.top_k):
                 raise TraceError(f"experts {self.experts_TLK.shape} for {load.shape[1]} layers, top-{self.top_k}")
-        for name in ("load_BLE", "weight_B", "layer_ids_L", "experts_TLK", "start_B", "request_T", "home_T"):
+        for name in ("load_BLE", "weight_B", "layer_ids_L", "experts_TLK", "start_B", "request_T", "home_T",
+                     "domain_R"):  # fmt: skip
             arr = getattr(self, name)
             if arr is not None:
                 arr.flags.writeable = False
@@ -154,7 +157,7 @@ class RoutingBatch:
         return RoutingBatch(
             self.load_BLE[steps], weight, self.top_k, self.layer_ids_L, rows(self.experts_TLK),
             None if self.start_B is None else self.start_B[steps.start : steps.stop + 1] - first,
-            rows(self.request_T), rows(self.home_T), self.order, self.drawn_from, self.homes,
+            rows(self.request_T), rows(self.home_T), self.order, self.drawn_from, self.homes, self.domain_R,
         )  # fmt: skip
 
     def home_of_tokens(self, num_devices: int) -> NDArray[np.int32]:

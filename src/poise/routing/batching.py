@@ -195,11 +195,13 @@ def _batch(
     start = np.concatenate([[0], np.cumsum(size_B)]).astype(np.int64)
     experts = np.ascontiguousarray(trace.experts[token])
     steps, load = size_B.size, count_loads(experts, size_B, trace.num_experts)
+    request_T = _in_turn(trace.request[token])
     return RoutingBatch(
-        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, _in_turn(trace.request[token]),
+        load, np.full(steps, 1.0 / steps), trace.top_k, trace.layer_ids, experts, start, request_T,
         None if trace.home is None else trace.home[token].copy(),
         f"{order}, homes {'as recorded' if trace.home is not None else (homes or HOMES[0]).replace('-', ' ')}",
         None if taken is None else total, homes or HOMES[0],
+        None if trace.domain is None else trace.domain[token][np.unique(request_T, return_index=True)[1]],
     )  # fmt: skip
 
 

@@ -4,7 +4,9 @@ A batch of large steps has few of them, and all share the requests that were rec
 steps gains from chance (which requests meet, where they are at home) what other requests will not give it. So the
 search looks at steps that are drawn anew. A block is what one request has in one step. Each drawn step gives every
 request a weight of its own, exponential with mean 1 (the Bayesian bootstrap, Rubin 1981), takes blocks with
-replacement by these weights until it has as many tokens as the steps have in the mean, and deals homes anew.
+replacement by these weights until it has as many tokens as the steps have in the mean, and deals homes anew. Where
+requests are of several domains, each domain has a weight of its own in every step beside, drawn likewise: that a
+recording has as much of each does not say that steps will, and a map for the mean of all is right for none of them.
 """
 
 from __future__ import annotations
@@ -48,10 +50,17 @@ def drawn_steps(batch: RoutingBatch, steps: int, seed: int) -> RoutingBatch:
     first = np.flatnonzero(np.diff(key, prepend=-1))
     size, request = np.diff(np.append(first, key.size)), batch.request_T[order[first]]
     known, own = np.unique(request, return_inverse=True)
+    domains = 1
+    if batch.domain_R is not None:
+        names, domain = np.unique(batch.domain_R[known], return_inverse=True)
+        domains = names.size
     tokens = max(1, round(float(batch.weight_B @ np.diff(batch.start_B))))
     rows: list[NDArray[np.int64]] = []
     for _ in range(steps):
-        weight = rng.exponential(size=known.size)[own] * batch.weight_B[step_T[order[first]]]
+        each = rng.exponential(size=known.size)
+        if domains > 1:
+            each *= rng.exponential(size=domains)[domain]
+        weight = each[own] * batch.weight_B[step_T[order[first]]]
         picks = _until(rng, weight / weight.sum(), size, tokens)
         taken = np.concatenate([order[first[i] : first[i] + size[i]] for i in picks])[:tokens]
         rows.append(taken)
