@@ -218,7 +218,7 @@ class PlacementProblem:
         have = (placement.num_layers, placement.num_experts, placement.num_devices)
         if want != have:
             raise PlacementError(f"placement has [layers, experts, devices] {have}, the problem {want}")
-        used_LD = placement.count_LED().sum(axis=1)
+        used_LD = placement.entries().used_LD()
         used, room = used_LD.max(axis=0), self.slots_D
         if self.pooled:
             used, room = used_LD.sum(axis=0), self.slots_D * want[0]

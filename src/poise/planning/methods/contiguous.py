@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import HeldEntries, LayerEntries
 from poise.planning.budget import Limit
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
@@ -45,8 +46,8 @@ def deal(num_experts: int, slots_D: NDArray[Any], *, in_turn: bool) -> NDArray[n
 def place_alike(problem: PlacementProblem, count_ED: NDArray[np.int32], name: str) -> MethodResult:
     """The same layout in every layer."""
     return MethodResult(
-        Placement.from_counts(
-            np.repeat(count_ED[None], problem.batch.num_layers, axis=0),
+        Placement.from_entries(
+            HeldEntries.of_layers([LayerEntries.of_counts(count_ED)] * problem.batch.num_layers),
             slots_D=None if problem.pooled else problem.slots_D,
             layer_ids_L=problem.batch.layer_ids_L,
             method=name,

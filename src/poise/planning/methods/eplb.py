@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.budget import Limit
-from poise.planning.methods.lpt import pack_all
+from poise.planning.methods.lpt import pack_layers
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.util.compiled import compiled
@@ -178,10 +178,10 @@ def _plan(problem: PlacementProblem, groups: int, nodes: int, name: str) -> Meth
         placement = Placement(phy2log.astype(np.int32), slot_device.astype(np.int32), batch.num_experts,
                               cluster.num_devices, batch.layer_ids_L, name)  # fmt: skip
         return MethodResult(placement, {"hierarchical": bool(hierarchical and nodes > 1)})
-    counts = [pack_all(row, slots, cluster.speed_D) for row in load]
+    held = pack_layers(load, slots, cluster.speed_D)
     why = f"the published packing needs equal slots and nodes, got {problem.slots_D.tolist()} on {per_node.tolist()}"
-    placement = Placement.from_counts(np.stack(counts), slots_D=None if problem.pooled else problem.slots_D,
-                                      layer_ids_L=batch.layer_ids_L, method=name)  # fmt: skip
+    placement = Placement.from_entries(held, slots_D=None if problem.pooled else problem.slots_D,
+                                       layer_ids_L=batch.layer_ids_L, method=name)  # fmt: skip
     return MethodResult(placement, {"adapted": why})
 
 
