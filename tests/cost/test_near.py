@@ -10,6 +10,7 @@ from tests.helpers import load_batch, random_count, random_slots, tiny_batch, ti
 
 from poise.cost.bound import bound_terms
 from poise.cost.compute import device_compute
+from poise.cost.entries import LayerEntries
 from poise.cost.near import near_count, near_groups
 from poise.cost.pricing import Pricing
 from poise.cost.step import batch_cost
@@ -151,7 +152,7 @@ def test_every_token_goes_to_the_nearest(seed, nodes, traffic, loads, top_k):
 @settings(max_examples=60, deadline=None)
 def test_groups_are_what_a_source_may_use(seed, nodes):
     _, cluster, _, count = make(seed, nodes)
-    groups = near_groups(count[0], cluster)
+    groups = near_groups(LayerEntries.of_counts(count[0]), cluster)
     for expert, source in product(range(4), range(cluster.num_devices)):
         g = groups.group_ED[expert, source]
         x = slice(groups.ptr_G[g], groups.ptr_G[g + 1])

@@ -27,7 +27,7 @@ from poise.planning.problem import PlacementProblem
 from poise.planning.solve import search as searching
 from poise.planning.solve import solve as solving
 from poise.planning.solve.anneal import annealed
-from poise.planning.solve.effort import price_seconds, some_steps, state_seconds
+from poise.planning.solve.effort import price_seconds, some_steps, start_seconds, state_seconds
 from poise.planning.solve.milp import Milp
 from poise.planning.solve.search import search
 from poise.planning.solve.solve import METHODS, solve
@@ -225,6 +225,18 @@ def test_a_wish_while_starts_are_priced_leaves_steps_out_and_no_start(monkeypatc
     assert calls[:stops_at] == [200] * stops_at and 0 < max(calls[stops_at:]) == min(calls) < 100
     assert found.details["searched_on"].endswith("of 200 steps") and set(found.details["starts"]) >= {"flash-lb"}
     assert seconds_of(problem, found.placement) <= seconds[-1] * 1.01, "some steps stand for all"
+
+
+def test_on_2048_devices_cheap_starts_fit_and_flash_lb_does_not():
+    """DeepSeek-V3's 58 layers, 300 units: ten nominal seconds, of which four are for starts."""
+    rng = np.random.default_rng(0)
+    batch = load_batch(rng, experts=256, layers=58)
+    cluster = tiny_cluster(rng, (8,) * 256)
+    problem = PlacementProblem(batch, cluster, tiny_model(batch), np.ones(2048, np.int64), "home")
+    assert sum(start_seconds(problem, name, 2.0) for name in ("lpt", "eplb", "eplb-global")) < 4
+    assert start_seconds(problem, "flash-lb", 2.0) > 100
+    near = replace(problem, split="near")
+    assert price_seconds(near) - price_seconds(problem) > 0.1
 
 
 class AtOnce(Executor):

@@ -86,20 +86,65 @@ def filled_work(
     if load_BE.size * most > FINE:  # more replicas never take less: fewer of them stand for those in between
         counts = np.unique(np.rint(1.5 ** np.arange(20))).astype(int)
         counts = counts[counts <= most]
-    seconds_RE = np.array([many * (weight_B @ expert_seconds(load_BE / many, cluster, model)) for many in counts])
+    seconds_RBE = expert_seconds(load_BE / counts[:, None, None], cluster, model)
+    seconds_RE = counts[:, None] * np.einsum("b,rbe->re", weight_B, seconds_RBE)
     step = np.searchsorted(counts, np.arange(1, most + 1), side="right") - 1
     return float(_least_filled(np.ascontiguousarray(seconds_RE[step].T), spare))
 
 
 @compiled
+def _next_vertex(seconds_R, at):  # type: ignore[no-untyped-def]
+    """Next vertex of the lower hull of a column and the slope to it; at the end of the hull the same vertex."""
+    to, slope = at, np.inf
+    for r in range(at + 1, seconds_R.size):
+        rise = (seconds_R[r] - seconds_R[at]) / (r - at)
+        if rise < slope:
+            to, slope = r, rise
+    return to, slope
+
+
+@compiled
 def _least_filled(seconds_ER: NDArray[np.float64], spare: int) -> float:
-    """Least sum over experts with ``spare`` replicas more than one each; column r: an expert with r + 1 replicas."""
+    """Least sum over experts with ``spare`` replicas more than one each; column r: an expert with r + 1 replicas.
+
+    Step 1  Lagrange: along the lower hulls of the columns the cheapest next replicas are taken, ``spare`` of them: a
+            lower bound; with the last ones' own seconds, where a segment of a hull is cut, an upper one.
+    Step 2  Where they differ, by dynamic programming over the replicas that lie no further above the hulls, at this
+            price of a replica, than the bounds lie apart: no other can be in a least sum.
+    """
+    experts, columns = seconds_ER.shape
+    at_E, to_E, slope_E = np.zeros(experts, np.int64), np.zeros(experts, np.int64), np.zeros(experts)
+    total, left = 0.0, spare
+    for e in range(experts):
+        total += seconds_ER[e, 0]
+        to_E[e], slope_E[e] = _next_vertex(seconds_ER[e], 0)
+    least, most, price = total, total, 0.0
+    while left > 0:
+        e = int(np.argmin(slope_E))
+        at, price = at_E[e], slope_E[e]
+        step = min(left, to_E[e] - at)
+        least, most = total + price * step, total + seconds_ER[e, at + step] - seconds_ER[e, at]
+        left -= step
+        if left > 0 or at + step == to_E[e]:
+            total, at_E[e] = most, to_E[e]
+            to_E[e], slope_E[e] = _next_vertex(seconds_ER[e], at_E[e])
+    if most - least <= 1e-12 * abs(most):
+        return least
     best = np.full(spare + 1, np.inf)
     best[0] = 0.0
-    for e in range(seconds_ER.shape[0]):
+    above = most - least + 1e-9 * abs(most)
+    kept_R = np.empty(columns, np.int64)
+    for e in range(experts):
+        kept = 0
+        for r in range(columns):
+            if seconds_ER[e, r] - seconds_ER[e, at_E[e]] - price * (r - at_E[e]) <= above:
+                kept_R[kept] = r
+                kept += 1
         for used in range(spare, -1, -1):
-            least = np.inf
-            for more in range(min(seconds_ER.shape[1] - 1, used) + 1):
-                least = min(least, best[used - more] + seconds_ER[e, more])
-            best[used] = least
+            lowest = np.inf
+            for i in range(kept):
+                if kept_R[i] > used:
+                    break
+                lowest = min(lowest, best[used - kept_R[i]] + seconds_ER[e, kept_R[i]])
+            best[used] = lowest
     return best[spare]

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from poise.cost.entries import LayerEntries
 from poise.cost.links import PortLoad
-from poise.cost.split import Split, split_share_BED
+from poise.cost.split import Split, SplitShares, split_shares
 from poise.machine.cluster import Cluster
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
@@ -114,11 +115,11 @@ class NearGroups:
         return out
 
 
-def near_groups(count_ED: NDArray[Any], cluster: Cluster) -> NearGroups:
-    """Groups under a placement; ``count_ED`` int [E, D] are slots of each expert on each device."""
-    experts, devices = count_ED.shape
-    expert_H, device_H = np.nonzero(count_ED)
-    slots_H, holders = count_ED[expert_H, device_H].astype(np.float64), len(expert_H)
+def near_groups(held: LayerEntries, cluster: Cluster) -> NearGroups:
+    """Groups under a placement."""
+    experts, devices, order = held.num_experts, held.num_devices, held.by_expert()
+    expert_H, device_H = held.expert_H[order], held.device_H[order]
+    slots_H, holders = held.count_H[order].astype(np.float64), len(expert_H)
     node_H = expert_H * cluster.num_nodes + cluster.node_D[device_H]
     held_M, part_H = np.unique(node_H, return_inverse=True)  # ascending, as the holders are
     inside, away = holders, holders + len(held_M)
@@ -156,20 +157,19 @@ def near_count(count_ED: NDArray[Any], node_D: NDArray[np.integer[Any]], source:
 
 
 def layer_share(
-    batch: RoutingBatch, layer: int, count_ED: NDArray[Any], cluster: Cluster, split: Split
-) -> NDArray[np.float64] | NearGroups:
-    """How a layer's tokens are split: shares float64 [B or 1, E, D], or, where those go by the source, groups."""
+    batch: RoutingBatch, layer: int, held: LayerEntries, cluster: Cluster, split: Split
+) -> SplitShares | NearGroups:
+    """How a layer's tokens are split: shares of its entries or, where those go by the source, groups."""
     if split == "near":
-        return near_groups(count_ED, cluster)
-    return split_share_BED(batch.load_BLE[:, layer], count_ED, cluster.speed_D, split)
+        return near_groups(held, cluster)
+    return split_shares(batch.load_BLE[:, layer], held, cluster.speed_D, split)
 
 
 def placed_tokens(
-    batch: RoutingBatch, layer: int, share: NDArray[np.float64] | NearGroups, expert_H: NDArray[Any],
-    device_H: NDArray[Any],
-) -> NDArray[np.float64]:  # fmt: skip
-    """Tokens of each (expert, device) with a slot, float64 [B, H]; ``share`` from :func:`layer_share`."""
+    batch: RoutingBatch, layer: int, share: SplitShares | NearGroups, held: LayerEntries
+) -> NDArray[np.float64]:
+    """Tokens of each entry, float64 [B, H]; ``share`` from :func:`layer_share`."""
     if isinstance(share, NearGroups):
-        return share.tokens(batch, layer, expert_H, device_H)
-    out: NDArray[np.float64] = batch.load_BLE[:, layer, expert_H] * share[:, expert_H, device_H]
+        return share.tokens(batch, layer, held.expert_H, held.device_H)
+    out: NDArray[np.float64] = batch.load_BLE[:, layer, held.expert_H] * share.share_BH
     return out

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.entries import SlotCounts
 from poise.cost.links import fullest_ports
 from poise.cost.pricing import Pricing
 from poise.cost.step import kv_seconds_per_token, layer_works
@@ -59,38 +60,38 @@ def constant_errors(cluster: Cluster) -> ConstantErrors:
 
 
 def gain_range(
-    batch: RoutingBatch, before_LED: NDArray[Any], after_LED: NDArray[Any], pricing: Pricing, *,
+    batch: RoutingBatch, old: SlotCounts, new: SlotCounts, pricing: Pricing, *,
     errors: ConstantErrors | None = None, after: RoutingBatch | None = None,
 ) -> GainRange:  # fmt: skip
-    """What ``after_LED`` saves over ``before_LED`` on a batch.
+    """What the placement ``new`` saves over ``old`` on a batch.
 
     Parameters
     ----------
     batch, pricing : the traffic, and what prices a step of it.
-    before_LED, after_LED : int [L, E, D], slots.
+    old, new : slots, as entries or int [L, E, D].
     errors : default :func:`constant_errors`.
-    after : what ``after_LED`` runs, where that is not the same: the same steps with other homes.
+    after : what ``new`` runs, where that is not the same: the same steps with other homes.
 
     Raises
     ------
     OptionError : see :func:`poise.cost.step.batch_cost`.
     """
     levels = [(1.0, 1.0 - error, 1.0 + error) for error in errors or constant_errors(pricing.cluster)]
-    first = _seconds(batch, before_LED, pricing, levels)
-    second = _seconds(batch if after is None else after, after_LED, pricing, levels)
+    first = _seconds(batch, old, pricing, levels)
+    second = _seconds(batch if after is None else after, new, pricing, levels)
     saved, share = first - second, 1.0 - second / first
     return GainRange(*(float(x) for x in (saved[0], saved.min(), saved.max(), share[0], share.min(), share.max())))
 
 
 def _seconds(
-    batch: RoutingBatch, count_LED: NDArray[Any], pricing: Pricing, levels: list[tuple[float, float, float]]
+    batch: RoutingBatch, counts: SlotCounts, pricing: Pricing, levels: list[tuple[float, float, float]]
 ) -> NDArray[np.float64]:
     """Mean seconds of a layer on each machine, float64 [243]; the first is the one that is given."""
     kernel, inside, between = levels
     cluster, model = pricing.cluster, pricing.model
     computes, exchanges = list(product(kernel, repeat=3)), list(product(inside, between))
     compute_C, exchange_X = np.zeros(len(computes)), np.zeros(len(exchanges))
-    for (steps, _), work in layer_works(batch, count_LED, cluster, traffic=pricing.traffic, split=pricing.split):
+    for (steps, _), work in layer_works(batch, counts, cluster, traffic=pricing.traffic, split=pricing.split):
         weight_B = batch.weight_B[steps]
         for c, factors in enumerate(computes):
             seconds_BH = _expert_seconds(work.tokens_BH, cluster, model, factors)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from numpy.typing import NDArray
-
+from poise.cost.entries import SlotCounts
 from poise.cost.split import Split
 from poise.cost.step import BatchCost, batch_cost
 from poise.cost.traffic import DataFlow
@@ -31,6 +29,6 @@ class Pricing:
     traffic: DataFlow
     split: Split
 
-    def cost(self, batch: RoutingBatch, count_LED: NDArray[Any], *, split: Split | None = None) -> BatchCost:
+    def cost(self, batch: RoutingBatch, counts: SlotCounts, *, split: Split | None = None) -> BatchCost:
         """Seconds of every step under a placement, or under another ``split``; errors of ``batch_cost``."""
-        return batch_cost(batch, count_LED, self.cluster, self.model, traffic=self.traffic, split=split or self.split)
+        return batch_cost(batch, counts, self.cluster, self.model, traffic=self.traffic, split=split or self.split)

@@ -101,6 +101,18 @@ def make_holders(holds_ED: NDArray[Any]) -> Holders:
     return compile_holders(holds, holders_room(holds.shape[0], holds.shape[1], int(holds.sum())))
 
 
+def holders_of(
+    expert_H: NDArray[np.int64], device_H: NDArray[np.int64], num_experts: int, num_devices: int
+) -> Holders:  # fmt: skip
+    """Compile a placement given as its (expert, device) pairs, int64 [H] each, sorted by expert."""
+    copies_E = np.bincount(expert_H, minlength=num_experts)
+    shared_X = np.flatnonzero(copies_E[expert_H] > 1)
+    on_X = shared_X[np.argsort(device_H[shared_X], kind="stable")]
+    on_ptr_D = np.searchsorted(device_H[on_X], np.arange(num_devices + 1))
+    ptr_E = np.concatenate([[0], np.cumsum(copies_E)])
+    return Holders(ptr_E, device_H, expert_H, on_ptr_D, on_X, np.flatnonzero(copies_E > 1))
+
+
 def make_scratch(num_experts: int, num_devices: int) -> Scratch:
     """Working memory for these sizes."""
     devices, experts = np.zeros((6, num_devices), np.int64), np.zeros((3, num_experts), np.int64)

@@ -8,12 +8,13 @@ It lives below planning because the planner's objective is a split too (docs/dec
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.quota import QuotaProblem, balance, make_holders, make_scratch
+from poise.cost.entries import LayerEntries
+from poise.cost.quota import Holders, QuotaProblem, Scratch, balance, holders_of, make_holders, make_scratch
 from poise.util.errors import OptionError
 
 Split = Literal["even", "near", "exact"]
@@ -55,31 +56,57 @@ def exact_quota(load_E: NDArray[Any], count_ED: NDArray[Any], speed_D: NDArray[n
     With equal speeds the optimum is the linear programme's rounded up (DESIGN 3.3). Exact in tokens; under the
     roofline a heuristic.
     """
-    load = np.rint(np.asarray(load_E, dtype=np.float64)).astype(np.int64)
-    holders = make_holders(count_ED)
-    num_experts, num_devices = np.shape(count_ED)
-    quota = np.zeros(holders.device_H.size, np.int64)
-    speed = np.array(speed_D, dtype=np.float64)  # of its own: to numba an array that may not be written is another type
-    problem = QuotaProblem(load, speed, NONE, NONE, 0.0)
-    balance(problem, holders, quota, make_scratch(num_experts, num_devices))
-    out = np.zeros((num_experts, num_devices), np.int64)
-    out[holders.expert_H, holders.device_H] = quota
+    holders, (experts, devices) = make_holders(count_ED), np.shape(count_ED)
+    quota_H = _quota(load_E, holders, speed_D, make_scratch(experts, devices))
+    out = np.zeros((experts, devices), np.int64)
+    out[holders.expert_H, holders.device_H] = quota_H
     return out
+
+
+def _quota(
+    load_E: NDArray[Any], holders: Holders, speed_D: NDArray[np.float64], scratch: Scratch
+) -> NDArray[np.int64]:  # fmt: skip
+    """:func:`exact_quota` of each (expert, device), int64 [H]."""
+    load = np.rint(np.asarray(load_E, dtype=np.float64)).astype(np.int64)
+    speed = np.array(speed_D, dtype=np.float64)  # of its own: to numba an array that may not be written is another type
+    quota_H = np.zeros(holders.device_H.size, np.int64)
+    balance(QuotaProblem(load, speed, NONE, NONE, 0.0), holders, quota_H, scratch)
+    return quota_H
+
+
+class SplitShares(NamedTuple):
+    """Share of its expert's tokens that each entry of a layer computes in each step, float64 [B, H] (B = 1 for the even
+    split).
+    """
+
+    held: LayerEntries
+    share_BH: NDArray[np.float64]
+
+
+def split_shares(
+    load_BE: NDArray[np.float64], held: LayerEntries, speed_D: NDArray[np.float64], split: Split
+) -> SplitShares:  # fmt: skip
+    """Shares of a layer's entries under the even and the exact split.
+
+    Under ``near`` they would be others for every source: :mod:`poise.cost.near` has that split.
+    """
+    even_H = held.count_H / held.replicas_E()[held.expert_H]
+    if split == "even" or int(np.bincount(held.expert_H).max()) <= 1:
+        return SplitShares(held, even_H[None])
+    order = held.by_expert()
+    expert_H, even_H = held.expert_H[order], even_H[order]
+    holders = holders_of(expert_H, held.device_H[order], held.num_experts, held.num_devices)
+    scratch, share_BH = make_scratch(held.num_experts, held.num_devices), np.empty((len(load_BE), len(order)))
+    for b, load_E in enumerate(load_BE):
+        quota_H = _quota(load_E, holders, speed_D, scratch)
+        total_H = np.bincount(expert_H, quota_H)[expert_H]
+        share_BH[b, order] = np.where(total_H > 0, quota_H / np.maximum(total_H, 1), even_H)
+    return SplitShares(held, share_BH)
 
 
 def split_share_BED(
     load_BE: NDArray[np.float64], count_ED: NDArray[Any], speed_D: NDArray[np.float64], split: Split
 ) -> NDArray[np.float64]:
-    """Share of each expert's tokens on each device in each step, float64 [B, E, D] (B = 1 for the even split).
-
-    Under ``near`` it would be another for every source: :mod:`poise.cost.near` has that split.
-    """
-    even = even_share(count_ED)
-    if split == "even" or int(np.max(np.count_nonzero(count_ED, axis=1))) <= 1:
-        return even[None]
-    share = np.empty((load_BE.shape[0], *count_ED.shape))
-    for b, load_E in enumerate(load_BE):
-        quota = exact_quota(load_E, count_ED, speed_D)
-        total = quota.sum(axis=1, keepdims=True)
-        share[b] = np.where(total > 0, quota / np.maximum(total, 1), even)
-    return share
+    """:func:`split_shares` of a layer given as slots, int [E, D], as float64 [B, E, D] (B = 1 for the even split)."""
+    held, share_BH = split_shares(load_BE, LayerEntries.of_counts(count_ED), speed_D, split)
+    return held.dense(share_BH)

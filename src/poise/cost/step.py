@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.entries import SlotCounts, entries_of
 from poise.cost.links import PortLoad, port_seconds
 from poise.cost.near import NearGroups, layer_share, placed_tokens
-from poise.cost.split import Split, check_split
+from poise.cost.split import Split, SplitShares, check_split
 from poise.cost.traffic import Copies, DataFlow, any_of, node_share, port_load, sum_by_source
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -67,7 +68,7 @@ class BatchCost:
 
 def batch_cost(
     batch: RoutingBatch,
-    count_LED: NDArray[Any],
+    counts: SlotCounts,
     cluster: Cluster,
     model: ModelSpec,
     *,
@@ -79,7 +80,7 @@ def batch_cost(
     Parameters
     ----------
     batch : the traffic.
-    count_LED : int [L, E, D], slots of each expert on each device.
+    counts : slots of each expert on each device, as entries or int [L, E, D].
     cluster, model : the machine and the model's sizes.
     traffic : data flow (:mod:`poise.cost.traffic`); a batch of loads knows only ``home``, with homes spread evenly.
     split : token split over replicas (:mod:`poise.cost.split`).
@@ -91,7 +92,7 @@ def batch_cost(
     shape = (batch.num_steps, batch.num_layers)
     out = {name: np.zeros(shape) for name in ("compute", "dispatch", "combine", "kv", "device", "node")}
     tokens_BLD = np.zeros((*shape, cluster.num_devices))
-    for at, work in layer_works(batch, count_LED, cluster, traffic=traffic, split=split):
+    for at, work in layer_works(batch, counts, cluster, traffic=traffic, split=split):
         tokens_BLD[at] = work.tokens_BD
         seconds_BD = work.by_device(expert_seconds(work.tokens_BH, cluster, model))
         out["compute"][at] = (seconds_BD / cluster.speed_D).max(axis=1)
@@ -140,19 +141,20 @@ class PlacedWork:
 
 
 def layer_works(
-    batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, *, traffic: DataFlow, split: Split
+    batch: RoutingBatch, counts: SlotCounts, cluster: Cluster, *, traffic: DataFlow, split: Split
 ) -> Iterator[tuple[tuple[slice, int], PlacedWork]]:
     """Steps and layer, and the work of them, for parameters as in :func:`batch_cost`; the same errors."""
-    check_inputs(batch, count_LED, cluster, traffic)
+    check_inputs(batch, counts, cluster, traffic)
     check_split(split, traffic)
+    placed = entries_of(counts)
     for steps, part in step_parts(batch, cluster.num_devices):
         shares, every = TokenShares(part, traffic), slice(0, part.num_steps)
         for layer in range(batch.num_layers):
-            share = layer_share(part, layer, count_LED[layer], cluster, split)
+            held = placed.layer(layer)
+            share = layer_share(part, layer, held, cluster, split)
             shares.enter(layer, share)
-            device_H, expert_H = np.nonzero(count_LED[layer].T)
-            tokens_BH = placed_tokens(part, layer, share, expert_H, device_H)
-            tokens_BD = _by_device(tokens_BH, device_H, cluster.num_devices)
+            tokens_BH = placed_tokens(part, layer, share, held)
+            tokens_BD = _by_device(tokens_BH, held.device_H, cluster.num_devices)
             if not part.has_tokens and isinstance(share, NearGroups):
                 there = back = share.ports_of_loads(part, layer)
                 cross_B = there.net_out_BD.sum(axis=1)
@@ -165,7 +167,7 @@ def layer_works(
                 leave_B, cross_B = flow.cross_device_B, flow.cross_node_B
                 there = port_load(flow.dispatch, cluster)
                 back = there if flow.combine is None else port_load(flow.combine, cluster)
-            yield (steps, layer), PlacedWork(device_H, tokens_BH, tokens_BD, there, back, leave_B, cross_B)
+            yield (steps, layer), PlacedWork(held.device_H, tokens_BH, tokens_BD, there, back, leave_B, cross_B)
 
 
 def _by_device(value_BH: NDArray[np.float64], device_H: NDArray[Any], num_devices: int) -> NDArray[np.float64]:
@@ -191,11 +193,11 @@ def _leaving(tokens_BD: NDArray[np.float64], cluster: Cluster) -> tuple[NDArray[
     return total_B * (1 - 1 / cluster.num_devices), total_B - tokens_BD @ (size_D / cluster.num_devices)
 
 
-def check_inputs(batch: RoutingBatch, count_LED: NDArray[Any], cluster: Cluster, traffic: DataFlow) -> None:
+def check_inputs(batch: RoutingBatch, counts: SlotCounts, cluster: Cluster, traffic: DataFlow) -> None:
     """Raise OptionError unless the shapes agree and the batch knows what the data flow needs."""
     expected = (batch.num_layers, batch.num_experts, cluster.num_devices)
-    if count_LED.shape != expected:
-        raise OptionError(f"placement [layers, experts, devices] is {count_LED.shape}, traffic and cluster {expected}")
+    if counts.shape != expected:
+        raise OptionError(f"placement [layers, experts, devices] is {counts.shape}, traffic and cluster {expected}")
     if not batch.has_tokens and traffic != "home":
         raise OptionError(
             f"traffic model {traffic!r} needs token-level routing, got loads only", hint="use --traffic home"
@@ -269,25 +271,30 @@ class TokenShares:
     def __init__(self, batch: RoutingBatch, traffic: DataFlow) -> None:
         self.came_from_TL = batch.came_from_TL() if traffic == "stay" and batch.has_tokens else None
         self._experts, self._last = batch.num_experts, np.arange(batch.num_layers)
-        self._kept: dict[int, NDArray[np.float64] | NearGroups] = {}
+        self._kept: dict[int, SplitShares | NearGroups] = {}
+        self._dense: dict[int, NDArray[np.float64]] = {}
         if self.came_from_TL is not None:
             for layer in range(1, batch.num_layers):
                 origin_T = self.came_from_TL[:, layer]
                 self._last[np.unique(origin_T[origin_T >= 0]) // batch.num_experts] = layer
 
-    def enter(self, layer: int, share: NDArray[np.float64] | NearGroups) -> None:
+    def enter(self, layer: int, share: SplitShares | NearGroups) -> None:
         """Go on to a layer."""
         self._kept = {old: kept for old, kept in self._kept.items() if self._last[old] >= layer}
+        self._dense = {old: dense for old, dense in self._dense.items() if old in self._kept}
         self._kept[layer] = share
 
-    def of(self, layer: int) -> NDArray[np.float64] | NearGroups:
+    def of(self, layer: int) -> SplitShares | NearGroups:
         """Shares of a layer that is kept."""
         return self._kept[layer]
 
     def of_tokens(self, layer: int, experts_TK: NDArray[Any], step_T: NDArray[Any]) -> NDArray[np.float64]:
         """Share of each of a token's experts on each device, [T, K, D]; nothing of a pick that computes nothing."""
-        share_BED = self.of(layer)
-        assert not isinstance(share_BED, NearGroups)  # only ``stay`` asks, which the split refuses
+        if layer not in self._dense:
+            share = self.of(layer)
+            assert not isinstance(share, NearGroups)  # only ``stay`` asks, which the split refuses
+            self._dense[layer] = share.held.dense(share.share_BH)
+        share_BED = self._dense[layer]
         if (experts_TK == NO_EXPERT).any():  # index -1 finds the row that is added
             share_BED = np.concatenate([share_BED, np.zeros_like(share_BED[:, :1])], axis=1)
         return share_BED[0][experts_TK] if share_BED.shape[0] == 1 else share_BED[step_T[:, None], experts_TK]
@@ -329,7 +336,7 @@ def layer_flow(
             experts_TK = share.of_tokens(experts_TK, home_T)
             holders = HolderShares(share.ptr_G, share.device_X, share.share_X[None], node_D)
         else:
-            holders = _holder_shares(share if len(share) == 1 else share[steps], node_D)
+            holders = _holder_shares(share, steps, node_D)
         return _flow_from_home(StepTokens(experts_TK, step_T, home_T, num_steps), holders, cluster, traffic)
     share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
     home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
@@ -380,11 +387,12 @@ class SentFromHome(NamedTuple):
     copies_BDN: NDArray[np.float64]
 
 
-def _holder_shares(share_BED: NDArray[np.float64], node_D: NDArray[np.int64]) -> HolderShares:
-    """Of shares of the tokens' steps alone."""
-    expert_H, device_H = np.nonzero(share_BED.any(axis=0))
-    ptr_E = np.searchsorted(expert_H, np.arange(share_BED.shape[1] + 1))
-    return HolderShares(ptr_E, device_H, np.ascontiguousarray(share_BED[:, expert_H, device_H]), node_D)
+def _holder_shares(share: SplitShares, steps: slice, node_D: NDArray[np.int64]) -> HolderShares:
+    """Of some steps of what was split, or of all where they are alike."""
+    held, order = share.held, share.held.by_expert()
+    ptr_E = np.searchsorted(held.expert_H[order], np.arange(held.num_experts + 1))
+    share_BH = share.share_BH if len(share.share_BH) == 1 else share.share_BH[steps]
+    return HolderShares(ptr_E, held.device_H[order], np.ascontiguousarray(share_BH[:, order]), node_D)
 
 
 def _flow_from_home(tokens: StepTokens, holders: HolderShares, cluster: Cluster, traffic: DataFlow) -> LayerFlow:
@@ -435,14 +443,14 @@ def _send_from_home(tokens: StepTokens, holders: HolderShares, num_nodes: int) -
 
 
 def _flow_of_loads(
-    batch: RoutingBatch, layer: int, share: NDArray[np.float64] | NearGroups, steps: slice, cluster: Cluster
+    batch: RoutingBatch, layer: int, share: SplitShares | NearGroups, steps: slice, cluster: Cluster
 ) -> LayerFlow:
     """Copies when only loads are known, of a batch of some ``steps``: homes are spread evenly."""
     if isinstance(share, NearGroups):
         pairs = share.pairs_of_loads(batch, layer)
     else:
-        rows = slice(0, 1) if share.shape[0] == 1 else steps
-        tokens_BD = (batch.load_BLE[:, layer, :, None] * share[rows]).sum(axis=1)
+        held, share_BH = share.held, share.share_BH if len(share.share_BH) == 1 else share.share_BH[steps]
+        tokens_BD = _by_device(batch.load_BLE[:, layer, held.expert_H] * share_BH, held.device_H, cluster.num_devices)
         shape = (batch.num_steps, *(cluster.num_devices,) * 2)
         pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, shape)
     same_node = cluster.node_D[:, None] == cluster.node_D[None, :]

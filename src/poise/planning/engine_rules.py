@@ -88,11 +88,11 @@ class EngineRules:
         """Raise PlacementError unless the engine can hold the placement in slots of int [D]."""
         if self.empty_slots:
             return
-        count_LED = placement.count_LED()
-        room_D = np.minimum(slots_D, placement.num_experts)
-        used_LD = (count_LED > 0).sum(axis=1)
-        if (count_LED > 1).any() or (used_LD != room_D).any():
-            layer, device = (int(x) for x in np.argwhere((count_LED.max(axis=1) > 1) | (used_LD != room_D))[0])
+        held, room_D = placement.entries(), np.minimum(slots_D, placement.num_experts)
+        used_LD = held.used_LD(different=True)
+        wrong_LD = (used_LD != room_D) | (used_LD != held.used_LD())
+        if wrong_LD.any():
+            layer, device = (int(x) for x in np.argwhere(wrong_LD)[0])
             raise PlacementError(
                 f"layer {placement.layer_ids_L[layer]}: device {device} has {room_D[device]} slots and "
                 f"{used_LD[layer, device]} different experts",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import HeldEntries, entries_of
 from poise.planning.provenance import ABOUT, LOADS, UNITS, Provenance
 from poise.routing.npz import open_npz
 from poise.util.errors import PlacementError, TraceError
@@ -136,19 +136,25 @@ class Placement:
         held = self.slot_expert_LS[layer, self.slot_device_S == device]
         return [int(expert) for expert in held if expert != EMPTY]
 
+    def entries(self) -> HeldEntries:
+        """Which device holds which expert, as what is not 0 of :meth:`count_LED`."""
+        layer_S, slot = np.nonzero(self.slot_expert_LS != EMPTY)
+        shape = (self.num_layers, self.num_experts, self.num_devices)
+        return HeldEntries.of_slots(layer_S, self.slot_expert_LS[layer_S, slot], self.slot_device_S[slot], shape)
+
     def count_LED(self) -> NDArray[np.int32]:
         """Slots of expert e on device d, int32 [L, E, D]."""
-        shape = (self.num_layers, self.num_experts, self.num_devices)
-        layer, slot = np.nonzero(self.slot_expert_LS != EMPTY)
-        flat = np.ravel_multi_index((layer, self.slot_expert_LS[layer, slot], self.slot_device_S[slot]), shape)
-        return np.bincount(flat, minlength=prod(shape)).astype(np.int32).reshape(shape)
+        held = self.entries()
+        out = np.zeros(held.shape, np.int32)
+        out[held.layer_X(), held.expert_X, held.device_X] = held.count_X
+        return out
 
     def replicas_LE(self) -> NDArray[np.int32]:
         """Slots of each expert, int32 [L, E]."""
         shape = (self.num_layers, self.num_experts)
         layer, slot = np.nonzero(self.slot_expert_LS != EMPTY)
         flat = np.ravel_multi_index((layer, self.slot_expert_LS[layer, slot]), shape)
-        return np.bincount(flat, minlength=prod(shape)).astype(np.int32).reshape(shape)
+        return np.bincount(flat, minlength=shape[0] * shape[1]).astype(np.int32).reshape(shape)
 
     def holds_like(self, other: Placement) -> bool:
         """Whether every device holds what it holds under another placement of this shape, in whatever slots."""
@@ -157,7 +163,7 @@ class Placement:
     @property
     def has_duplicates(self) -> bool:
         """Some expert has two slots on one device of one layer."""
-        return bool((self.count_LED() > 1).any())
+        return bool((self.entries().count_X > 1).any())
 
     @classmethod
     def from_devices(
@@ -179,10 +185,9 @@ class Placement:
                 f"expert_device_LE must be [L, E] devices within 0..{num_devices - 1}, got shape {device_LE.shape}"
                 + (f" with {device_LE.min()}..{device_LE.max()}" if device_LE.size else "")
             )
-        num_layers, num_experts = device_LE.shape
-        holds = np.zeros((num_layers, num_experts, num_devices), dtype=np.int32)
-        np.put_along_axis(holds, device_LE[:, :, None].astype(np.int64), 1, axis=2)
-        return cls.from_counts(holds, layer_ids_L=layer_ids_L, method=method)
+        layer_X, expert_X = np.indices(device_LE.shape).reshape(2, -1)
+        held = HeldEntries.of_slots(layer_X, expert_X, device_LE.ravel(), (*device_LE.shape, num_devices))
+        return cls.from_entries(held, layer_ids_L=layer_ids_L, method=method)
 
     @classmethod
     def from_counts(
@@ -201,9 +206,16 @@ class Placement:
         count = _whole("count_LED", count_LED)
         if count.ndim != 3 or count.size == 0 or count.min() < 0:
             raise PlacementError(f"count_LED must be [L, E, D] and at least 0, got shape {count.shape}")
-        num_layers, num_experts, num_devices = count.shape
+        return cls.from_entries(entries_of(count), slots_D=slots_D, layer_ids_L=layer_ids_L, method=method)
+
+    @classmethod
+    def from_entries(
+        cls, held: HeldEntries, *, slots_D: NDArray[Any] | None = None, layer_ids_L: NDArray[np.int32] | None = None,
+        method: str = "custom",
+    ) -> Placement:  # fmt: skip
+        """:meth:`from_counts` of what is not 0 of them."""
+        used_LD, (num_layers, num_experts, num_devices) = held.used_LD(), held.shape
         ids = np.arange(num_layers, dtype=np.int32) if layer_ids_L is None else layer_ids_L
-        used_LD = count.sum(axis=1)
         slots = used_LD.max(axis=0) if slots_D is None else _whole("slots_D", slots_D)
         if slots.shape != (num_devices,):
             raise PlacementError(f"slots_D has shape {slots.shape} for {num_devices} devices")
@@ -214,10 +226,11 @@ class Placement:
             )
         start = np.concatenate([[0], np.cumsum(slots)])
         slot_expert = np.full((num_layers, int(start[-1])), EMPTY, dtype=np.int32)
-        held_LDE = count.transpose(0, 2, 1)
-        layer_X, device_X, expert_X = (np.repeat(i, held_LDE[held_LDE > 0]) for i in np.nonzero(held_LDE))
-        before_X = np.concatenate([[0], np.cumsum(used_LD)])[layer_X * num_devices + device_X]
-        slot_expert[layer_X, start[device_X] + np.arange(len(expert_X)) - before_X] = expert_X
+        layer_S, device_S, expert_S = (
+            np.repeat(each, held.count_X) for each in (held.layer_X(), held.device_X, held.expert_X)
+        )
+        before_S = np.concatenate([[0], np.cumsum(used_LD)])[layer_S * num_devices + device_S]
+        slot_expert[layer_S, start[device_S] + np.arange(len(expert_S)) - before_S] = expert_S
         slot_device = np.repeat(np.arange(num_devices, dtype=np.int32), slots)
         return cls(slot_expert, slot_device, num_experts, num_devices, layer_ids_L=ids, method=method)
 

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import SlotCounts, entries_of
 from poise.cost.pricing import Pricing
 from poise.cost.split import SPLITS, Split, check_split
 from poise.cost.traffic import DATA_FLOWS, DataFlow
@@ -212,12 +213,14 @@ class PlacementProblem:
         most = self.slots_D * self.batch.num_layers if self.pooled else self.slots_D
         return np.minimum(most, self.batch.num_experts)
 
-    def placed(self, count_LED: NDArray[Any], method: str) -> Placement:
-        """A method's placement, from the slots of each expert on each device [L, E, D], in the slots of this problem;
-        where those are pooled, a device has as many as its fullest layer needs.
+    def placed(self, held: SlotCounts, method: str) -> Placement:
+        """A method's placement, from the slots of each expert on each device ([L, E, D], or what is not 0 of it), in
+        the slots of this problem; where those are pooled, a device has as many as its fullest layer needs.
         """
         slots_D = None if self.pooled else self.slots_D
-        return Placement.from_counts(count_LED, slots_D=slots_D, layer_ids_L=self.batch.layer_ids_L, method=method)
+        return Placement.from_entries(
+            entries_of(held), slots_D=slots_D, layer_ids_L=self.batch.layer_ids_L, method=method
+        )
 
     def check(self, placement: Placement) -> None:
         """Raise PlacementError unless the placement fits this problem's shapes and slots."""
@@ -225,7 +228,7 @@ class PlacementProblem:
         have = (placement.num_layers, placement.num_experts, placement.num_devices)
         if want != have:
             raise PlacementError(f"placement has [layers, experts, devices] {have}, the problem {want}")
-        used_LD = placement.count_LED().sum(axis=1)
+        used_LD = placement.entries().used_LD()
         used, room = used_LD.max(axis=0), self.slots_D
         if self.pooled:
             used, room = used_LD.sum(axis=0), self.slots_D * want[0]

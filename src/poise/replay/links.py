@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import LayerEntries
 from poise.cost.links import PortLoad, network_ports
 from poise.cost.near import layer_share
 from poise.cost.pricing import Pricing
@@ -48,7 +49,7 @@ def layer_bytes(
     check_split(pricing.split, pricing.traffic)
     shares = TokenShares(batch, pricing.traffic)
     for layer in range(batch.num_layers):
-        shares.enter(layer, layer_share(batch, layer, count_LED[layer], cluster, pricing.split))
+        shares.enter(layer, layer_share(batch, layer, LayerEntries.of_counts(count_LED[layer]), cluster, pricing.split))
         for steps in step_chunks(batch, cluster.num_devices) if step is None else [slice(step, step + 1)]:
             flow = layer_flow(batch, layer, steps, shares, cluster, pricing.traffic)
             out = wire_BDD(flow.dispatch, cluster)

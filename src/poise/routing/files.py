@@ -49,7 +49,7 @@ def read(path: str | Path, *, counters: Counters | None = None) -> RoutingTrace 
     if isinstance(found, LoadProfile) and counters is None:
         refuse_exchanged(found)
     if isinstance(found, LoadProfile) and counters is None and not said:
-        refuse_running(found.load_BLE, found.layer_ids, found.name)  # type: ignore[arg-type]
+        refuse_running(found.load_BLE, found.layer_ids, found.name)
     return _select(found, selection) if selection else found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import device_compute
+from poise.cost.entries import LayerEntries
 from poise.cost.exchange import ExchangeModel
 from poise.cost.near import layer_share, placed_tokens
 from poise.cost.pricing import Pricing
@@ -87,9 +88,9 @@ def step_lanes(batch: RoutingBatch, step: int, count_LED: NDArray[Any], pricing:
         at, count_ED = busy[part.layer], count_LED[part.layer]
         if not one.load_BLE[0, part.layer].any():
             continue
-        share = layer_share(one, part.layer, count_ED, cluster, pricing.split)
-        holders, tokens_ED = np.nonzero(count_ED), np.zeros(count_ED.shape)
-        tokens_ED[holders] = placed_tokens(one, part.layer, share, *holders)[0]
+        held = LayerEntries.of_counts(count_ED)
+        share = layer_share(one, part.layer, held, cluster, pricing.split)
+        tokens_ED = held.dense(placed_tokens(one, part.layer, share, held))[0]
         if traffic == "stay":
             at[:, 0] = batch.tokens_BL()[step, part.layer] * kv_seconds_per_token(cluster, model)
         at[:, 1] = out.start_s + device_seconds(port_load(Copies(part.out_BDD), cluster), cluster, out)[0]

@@ -312,14 +312,14 @@ class DumpFolder:
         """Tell once that dumps one after another are running totals."""
         alike = not self._last or (
             profile.load_BLE.shape == self._last[0].load_BLE.shape
-            and np.array_equal(profile.layer_ids, self._last[0].layer_ids)  # type: ignore[arg-type]
+            and np.array_equal(profile.layer_ids, self._last[0].layer_ids)
         )
         self._last = [*self._last[1 - DUMPS_COMPARED :], profile] if alike and profile.num_steps == 1 else []
         if len(self._last) < DUMPS_COMPARED:
             return
         try:
             loads = np.concatenate([one.load_BLE for one in self._last])
-            refuse_running(loads, profile.layer_ids, f"{profile.name} and those before it")  # type: ignore[arg-type]
+            refuse_running(loads, profile.layer_ids, f"{profile.name} and those before it")
         except TraceError as error:
             self._running = True
             self._notes += (f"{error.message}; dumps are read as steps: let the engine set its counters back",)

@@ -26,7 +26,7 @@ def fits(placement: Placement, problem: PlacementProblem) -> bool:
     """It is for the problem's devices, and none holds more experts than it has slots."""
     if placement.num_devices != problem.num_devices:
         return False
-    return problem.pooled or bool(((placement.count_LED() > 0).sum(axis=1) <= problem.slots_D).all())
+    return problem.pooled or bool((placement.entries().used_LD(different=True) <= problem.slots_D).all())
 
 
 def starts(problem: PlacementProblem) -> list[Placement]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import HeldEntries, LayerEntries
 from poise.planning.budget import Limit
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 
@@ -43,7 +44,8 @@ def deal(num_experts: int, slots_D: NDArray[Any], *, in_turn: bool) -> NDArray[n
 
 def place_alike(problem: PlacementProblem, count_ED: NDArray[np.int32], name: str) -> MethodResult:
     """The same layout in every layer."""
-    return MethodResult(problem.placed(np.repeat(count_ED[None], problem.batch.num_layers, axis=0), name))
+    held = HeldEntries.of_layers([LayerEntries.of_counts(count_ED)] * problem.batch.num_layers)
+    return MethodResult(problem.placed(held, name))
 
 
 def plan(

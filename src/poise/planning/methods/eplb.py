@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.budget import Limit
-from poise.planning.methods.lpt import pack_all
+from poise.planning.methods.lpt import pack_layers
 from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.util.compiled import compiled
@@ -178,9 +178,9 @@ def _plan(problem: PlacementProblem, groups: int, nodes: int, name: str) -> Meth
         placement = Placement(phy2log.astype(np.int32), slot_device.astype(np.int32), batch.num_experts,
                               cluster.num_devices, batch.layer_ids_L, name)  # fmt: skip
         return MethodResult(placement, {"hierarchical": bool(hierarchical and nodes > 1)})
-    counts = [pack_all(row, slots, cluster.speed_D) for row in load]
+    held = pack_layers(load, slots, cluster.speed_D)
     why = f"the published packing needs equal slots and nodes, got {problem.slots_D.tolist()} on {per_node.tolist()}"
-    return MethodResult(problem.placed(np.stack(counts), name), {"adapted": why})
+    return MethodResult(problem.placed(held, name), {"adapted": why})
 
 
 def plan(

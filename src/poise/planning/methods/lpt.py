@@ -12,6 +12,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import HeldEntries, LayerEntries
 from poise.planning.budget import Limit
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.util.compiled import compiled
@@ -76,11 +77,17 @@ def pack_all(
         spare //= 2
 
 
+def pack_layers(
+    load_LE: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]
+) -> HeldEntries:  # fmt: skip
+    """:func:`pack_all` of every layer."""
+    return HeldEntries.of_layers(LayerEntries.of_counts(pack_all(load_E, slots_D, speed_D)) for load_E in load_LE)
+
+
 def plan(
     problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
     """LPT per layer with greedily replicated experts."""
-    load_LE = problem.batch.load_LE()
-    slots = np.minimum(problem.slots_D, problem.batch.num_experts)
-    counts = [pack_all(load, slots, problem.cluster.speed_D) for load in load_LE]
-    return MethodResult(problem.placed(np.stack(counts), "lpt"))
+    slots_D = np.minimum(problem.slots_D, problem.batch.num_experts)
+    held = pack_layers(problem.batch.load_LE(), slots_D, problem.cluster.speed_D)
+    return MethodResult(problem.placed(held, "lpt"))

@@ -39,6 +39,7 @@ Chosen where the source is silent or cannot be followed (docs/planning.md says i
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,23 +132,19 @@ def start_table(problem: PlacementProblem) -> SlotTable:
     elif not carry.fits(placement, problem):
         placement = carry.carried(placement, problem)
     experts, devices = problem.batch.num_experts, problem.num_devices
-    used_LD = (placement.count_LED() > 0).sum(axis=1)
+    used_LD = placement.entries().used_LD(different=True)
     theirs_D = placement.slots_D
     room_D = theirs_D if problem.pooled else problem.slots_D
     capacity_LD = used_LD if problem.pooled else np.broadcast_to(np.minimum(room_D, experts), used_LD.shape)
-    first = np.concatenate([[0], np.cumsum(theirs_D)])
-    table = np.full((problem.batch.num_layers, devices, int(room_D.max())), EMPTY, np.int64)
-    for layer, row in enumerate(placement.slot_expert_LS):
-        for d in range(devices):
-            held = row[first[d] : first[d + 1]].astype(np.int64)
-            _, where = np.unique(held, return_index=True)
-            again = np.ones(len(held), np.bool_)
-            again[where] = False
-            held[again] = EMPTY
-            room = int(room_D[d])
-            table[layer, d, : min(room, len(held))] = held[:room]
-            beyond = held[room:][held[room:] != EMPTY]
-            table[layer, d, np.flatnonzero(table[layer, d, :room] == EMPTY)[: beyond.size]] = beyond
+    held_LS, layers = _once(placement), problem.batch.num_layers
+    table = np.full((layers, devices, int(room_D.max())), EMPTY, np.int64)
+    device_S = placement.slot_device_S
+    turn_S = np.arange(placement.num_slots) - np.concatenate([[0], np.cumsum(theirs_D)])[device_S]
+    fits_S = turn_S < room_D[device_S]
+    table[:, device_S[fits_S], turn_S[fits_S]] = held_LS[:, fits_S]
+    for layer, slot in np.argwhere((held_LS != EMPTY) & ~fits_S).tolist():
+        row = table[layer, device_S[slot], : room_D[device_S[slot]]]
+        row[np.flatnonzero(row == EMPTY)[0]] = held_LS[layer, slot]
     notes = []
     if problem.current is not None and problem.current is not placement:
         have_D = problem.current.slots_D
@@ -159,14 +156,26 @@ def start_table(problem: PlacementProblem) -> SlotTable:
     return SlotTable(table, np.asarray(room_D, np.int64), np.asarray(capacity_LD, np.int64), tuple(notes))
 
 
+def _once(placement: Placement) -> NDArray[np.int64]:
+    """Experts of slots, int64 [L, S], without second copies on a device."""
+    held_LS = placement.slot_expert_LS.astype(np.int64)
+    layer_L1 = np.arange(len(held_LS))[:, None]
+    key_LS = (layer_L1 * placement.num_devices + placement.slot_device_S) * (placement.num_experts + 1) + held_LS
+    first_LS = np.zeros(held_LS.shape, np.bool_)
+    first_LS.flat[np.unique(key_LS, return_index=True)[1]] = True
+    return np.where(first_LS, held_LS, EMPTY)
+
+
 def keep_slots(old_DK: NDArray[np.int64], holds_DE: NDArray[np.bool_], room_D: NDArray[np.int64]) -> NDArray[np.int64]:
     """Experts that stay on their device keep their slot, newcomers fill the others in order; int64 [D, K]."""
-    table = np.full_like(old_DK, EMPTY)
-    for d, old in enumerate(old_DK):
-        stays = (old != EMPTY) & holds_DE[d, old]
-        table[d, stays] = old[stays]
-        new = np.setdiff1d(np.flatnonzero(holds_DE[d]), old[stays])
-        table[d, np.flatnonzero(table[d, : room_D[d]] == EMPTY)[: new.size]] = new
+    stays_DK = (old_DK != EMPTY) & np.take_along_axis(holds_DE, np.maximum(old_DK, 0), axis=1)
+    table, new_DE = np.where(stays_DK, old_DK, EMPTY), holds_DE.copy()
+    device, slot = np.nonzero(stays_DK)
+    new_DE[device, old_DK[device, slot]] = False
+    device, expert = np.nonzero(new_DE)
+    of_free, free = np.nonzero((table == EMPTY) & (np.arange(table.shape[1]) < room_D[:, None]))
+    turn = np.arange(len(device)) - np.searchsorted(device, device)
+    table[device, free[np.searchsorted(of_free, device) + turn]] = expert
     return table
 
 
@@ -197,14 +206,17 @@ def _redundancy(
     """Step 4: redundant replicas of each expert, int [E], and the share each of its replicas is thought to carry."""
     extra, weight = np.zeros(len(load_E), np.int64), load_E.astype(np.float64)
     offset = 1 if share == "published" else 0
+    heap = [(-float(load), -expert) for expert, load in enumerate(weight)] if devices > 1 else []
+    heapq.heapify(heap)  # the last of equal ones comes first
     for _ in range(slots):
-        open_E = extra + 1 < devices
-        if not open_E.any():
+        if not heap:
             break
-        expert = int(np.flatnonzero(open_E & (weight == weight[open_E].max()))[-1])
+        expert = -heapq.heappop(heap)[1]
         extra[expert] += 1
-        parts = extra[expert] + offset
+        parts = int(extra[expert]) + offset
         weight[expert] = weight[expert] * parts / (parts + 1)
+        if extra[expert] + 1 < devices:
+            heapq.heappush(heap, (-float(weight[expert]), -expert))
     return extra, weight.astype(np.float32)
 
 
@@ -245,15 +257,16 @@ def _redeploy(
     holds = np.zeros((devices, len(load_E) + 1), np.bool_)
     np.put_along_axis(holds, np.where(held_DK == EMPTY, len(load_E), held_DK), True, axis=1)
     holds = holds[:, :-1].copy()
-    free_DX = [
-        np.flatnonzero(held_DK[d, : table.room_D[d]] == EMPTY)[:n].tolist()
-        for d, n in enumerate(table.capacity_LD[layer] - holds.sum(axis=1))
-    ]
+    free_DK = (held_DK == EMPTY) & (np.arange(held_DK.shape[1]) < table.room_D[:, None])
+    free_DK &= free_DK.cumsum(axis=1) <= (table.capacity_LD[layer] - holds.sum(axis=1))[:, None]
+    free_DX: list[list[int]] = [[] for _ in range(devices)]
+    for d, k in np.argwhere(free_DK).tolist():
+        free_DX[d].append(k)
     extra, weight = _redundancy(load_E, sum(map(len, free_DX)), devices, s.share)
     load_D = slot_sums(held_DK, weight)
     sent, received = np.zeros((devices, devices), np.int64), np.zeros_like(holds)
 
-    left_D = np.array([len(free) for free in free_DX])
+    open_X = np.flatnonzero(free_DK.any(axis=1))
 
     def receive(d: int, slot: int, expert: int) -> None:
         held_DK[d, slot] = expert
@@ -262,11 +275,12 @@ def _redeploy(
 
     order = np.argsort(-weight, kind="stable")
     for expert in np.repeat(order, extra[order]).tolist():
-        fits = np.flatnonzero((left_D > 0) & ~holds[:, expert] & (sent[owner_E[expert]] < s.max_transfers))
+        fits = open_X[~holds[open_X, expert] & (sent[owner_E[expert], open_X] < s.max_transfers)]
         if fits.size:
             d = int(fits[np.argmin(load_D[fits] / speed_D[fits])])
             receive(d, free_DX[d].pop(), expert)
-            left_D[d] -= 1
+            if not free_DX[d]:
+                open_X = open_X[open_X != d]
             load_D[d] += weight[expert]
     if any(free_DX):
         count = holds.sum(axis=0)
@@ -305,7 +319,10 @@ def _swap(now: _LaidOut, speed_D: NDArray[np.float64], s: SwiftBalanceSetting, m
         order = np.argsort(load_D / speed_D, kind="stable")
         hot = int(order[-1])
         most = float(load_D[hot] / speed_D[hot])
-        for cold in order[:-1].tolist():
+        if not (holds[hot] & ~received[hot]).any():
+            break
+        takes_D = (holds & ~received & ~holds[hot]).any(axis=1)
+        for cold in order[:-1][takes_D[order[:-1]]].tolist():
             if max(sent[hot, cold], sent[cold, hot]) >= s.max_transfers:
                 continue
             after, give, take = _best_pair(hot, cold, now, speed_D)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
+from poise.cost.entries import HeldEntries, LayerEntries
 from poise.planning.budget import Budget
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
@@ -230,7 +231,7 @@ def _annealed(
     slots_D, place_D, speed_D = problem.layer_slots_D, problem.place_D, problem.cluster.speed_D
     places = int(place_D[-1]) + 1
     rate_D = speed_D.sum() / speed_D
-    out = np.zeros((batch.num_layers, batch.num_experts, devices), np.int32)
+    slots: list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = [[] for _ in range(batch.num_layers)]
 
     def anneal(layer: int) -> None:  # random numbers are a thread's own, and seeded by the layer
         load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
@@ -246,7 +247,7 @@ def _annealed(
             anneal_slots(own, weight_B, slot_expert, slot_device, rate_D[here], proposals // places, seed + layer, stop)
             slot_expert = first if stop[0] else slot_expert
             used = slot_expert >= 0
-            out[layer, on[slot_expert[used]], here[slot_device[used]]] = 1
+            slots[layer].append((on[slot_expert[used]], here[slot_device[used]]))
 
     if threads > 1:
         with ThreadPoolExecutor(threads, "poise-annealing") as pool:
@@ -254,16 +255,16 @@ def _annealed(
     else:
         for layer in range(batch.num_layers):
             anneal(layer)
-    return Placement.from_counts(out, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")
+    expert_S, device_S = (np.concatenate([part[i] for parts in slots for part in parts]) for i in (0, 1))
+    layer_S = np.repeat(np.arange(batch.num_layers), [sum(len(part[0]) for part in parts) for parts in slots])
+    held = HeldEntries.of_slots(layer_S, expert_S, device_S, (batch.num_layers, batch.num_experts, devices))
+    return Placement.from_entries(held, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")
 
 
 def _start(load_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]) -> NDArray[np.int64]:
     """Step 1: expert of each slot, int64 [S]; what the packing leaves empty stays empty."""
-    held = pack_all(load_E, slots_D, speed_D) > 0
-    parts = []
-    for d, slots in enumerate(slots_D):
-        mine = np.full(int(slots), EMPTY, np.int64)
-        on = np.flatnonzero(held[:, d])
-        mine[: on.size] = on
-        parts.append(mine)
-    return np.concatenate(parts)
+    held = LayerEntries.of_counts(pack_all(load_E, slots_D, speed_D))
+    out, first_D = np.full(int(slots_D.sum()), EMPTY, np.int64), np.cumsum(slots_D) - slots_D
+    turn_H = np.arange(len(held.device_H)) - np.searchsorted(held.device_H, held.device_H)
+    out[first_D[held.device_H] + turn_H] = held.expert_H
+    return out

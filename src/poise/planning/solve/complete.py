@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.step import batch_cost
+from poise.cost.entries import HeldEntries, LayerEntries, picked_layers
 from poise.planning.groups import gathered
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -45,37 +45,35 @@ def complete(problem: PlacementProblem, placement: Placement) -> Placement:
 
     Slots are those of the problem, counted by layer; a device with more slots than experts keeps the rest empty.
     """
-    held_LED = placement.count_LED() > 0
-    room_D = problem.layer_slots_D
-    if (held_LED.sum(axis=1) == room_D).all() and not placement.has_duplicates:
+    held, room_D = placement.entries(), problem.layer_slots_D
+    if (held.used_LD(different=True) == room_D).all() and not placement.has_duplicates:
         return placement
     load_LE = problem.batch.load_LE()
-    ways = [_filled(held_LED, room_D, load_LE, relief, problem.place_D) for relief in (True, False)]
+    ways = [_filled(held, room_D, load_LE, relief, problem.place_D) for relief in (True, False)]
     seconds_WL = np.stack([_seconds_L(problem, way) for way in ways])
     if problem.traffic == "stay":
         seconds_WL = np.broadcast_to(seconds_WL.sum(axis=1, keepdims=True), seconds_WL.shape)
-    best_L = seconds_WL.argmin(axis=0)
-    chosen = np.where(best_L[:, None, None] == 0, ways[0], ways[1])
-    return Placement.from_counts(chosen.astype(np.int32), slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L,
-                                 method=placement.method)  # fmt: skip
+    chosen = picked_layers(ways, seconds_WL.argmin(axis=0))
+    return Placement.from_entries(chosen, slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L,
+                                  method=placement.method)  # fmt: skip
 
 
-def _seconds_L(problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> NDArray[np.float64]:
-    cost = batch_cost(problem.batch, held_LED.astype(np.int32), problem.cluster, problem.model,
-                      traffic=problem.traffic, split=problem.split)  # fmt: skip
-    out: NDArray[np.float64] = problem.batch.weight_B @ cost.seconds_BL
+def _seconds_L(problem: PlacementProblem, held: HeldEntries) -> NDArray[np.float64]:
+    out: NDArray[np.float64] = problem.batch.weight_B @ problem.pricing.cost(problem.batch, held).seconds_BL
     return out
 
 
 def _filled(
-    held_LED: NDArray[np.bool_], room_D: NDArray[np.int64], load_LE: NDArray[np.float64], relief: bool,
+    held: HeldEntries, room_D: NDArray[np.int64], load_LE: NDArray[np.float64], relief: bool,
     place_D: NDArray[np.int64],
-) -> NDArray[np.bool_]:  # fmt: skip
-    """Step 2, bool [L, E, D]: free slots of the device with least load come first."""
-    out = held_LED.copy()
-    for layer, held_ED in enumerate(out):
-        fill_layer(held_ED, room_D - held_ED.sum(axis=0), load_LE[layer], relief, place_D)
-    return out
+) -> HeldEntries:  # fmt: skip
+    """Step 2: free slots of the device with least load come first."""
+    out = []
+    for layer, load_E in zip(held.layers(), load_LE, strict=True):
+        held_ED = layer.held_ED()
+        fill_layer(held_ED, room_D - held_ED.sum(axis=0), load_E, relief, place_D)
+        out.append(LayerEntries.of_counts(held_ED))
+    return HeldEntries.of_layers(out)
 
 
 @compiled
@@ -86,9 +84,22 @@ def fill_layer(
     """One layer, in place. Loads are summed anew where they change, so that equal ones stay equal."""
     experts, devices = held_ED.shape
     copies_E, place_E = np.zeros(experts, np.int64), np.zeros(experts, np.int64)
+    used_D, most = np.zeros(devices, np.int64), 1
     for e in range(experts):
         copies_E[e] = held_ED[e].sum()
         place_E[e] = place_D[np.argmax(held_ED[e])]
+        for d in range(devices):
+            if held_ED[e, d]:
+                used_D[d] += 1
+    for d in range(devices):
+        most = max(most, used_D[d] + free_D[d])
+    on_DK = np.empty((devices, most), np.int64)  # experts of each device, ascending
+    used_D[:] = 0
+    for e in range(experts):
+        for d in range(devices):
+            if held_ED[e, d]:
+                on_DK[d, used_D[d]] = e
+                used_D[d] += 1
     each_E = load_E / copies_E
     load_D, changed_D = np.zeros(devices), np.ones(devices, np.bool_)
     while True:
@@ -96,9 +107,8 @@ def fill_layer(
         for d in range(devices):
             if changed_D[d]:
                 load_D[d] = 0.0
-                for e in range(experts):
-                    if held_ED[e, d]:
-                        load_D[d] += each_E[e]
+                for k in range(used_D[d]):
+                    load_D[d] += each_E[on_DK[d, k]]
             if free_D[d] > 0 and (to < 0 or load_D[d] < load_D[to]):
                 to = d
         if to < 0:
@@ -110,6 +120,12 @@ def fill_layer(
             if best < 0 or (each_E[e] > each_E[best] if relief else each_E[e] < each_E[best]):
                 best = e
         held_ED[best, to] = True
+        k = used_D[to]
+        while k > 0 and on_DK[to, k - 1] > best:
+            on_DK[to, k] = on_DK[to, k - 1]
+            k -= 1
+        on_DK[to, k] = best
+        used_D[to] += 1
         copies_E[best] += 1
         each_E[best] = load_E[best] / copies_E[best]
         free_D[to] -= 1

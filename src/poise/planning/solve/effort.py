@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from poise.cost.bound_compute import FINE
 from poise.planning.problem import PlacementProblem
 from poise.routing.batch import RoutingBatch
 
@@ -46,17 +47,22 @@ class ProblemSizes:
 
 
 def price_seconds(problem: PlacementProblem) -> float:
-    """One :func:`poise.cost.step.batch_cost`."""
+    """One :func:`poise.cost.step.batch_cost`; under ``near`` with its table of where each device's tokens go."""
     n = ProblemSizes.of(problem)
     steps = n.layers * n.steps * (2.4e-8 * (n.slots + 4 * n.devices) + 1e-4 * (problem.split == "exact"))
     each = 1.7e-8 * n.devices if problem.traffic == "stay" else 5e-8
-    return steps + n.layers * n.tokens * n.top_k * each
+    table = 8e-9 * n.layers * n.experts * n.devices * (problem.split == "near")
+    return steps + n.layers * n.tokens * n.top_k * each + table
 
 
 def bound_seconds(problem: PlacementProblem) -> float:
-    """One :func:`poise.cost.bound.bound_terms`."""
+    """One :func:`poise.cost.bound.bound_terms`, and the least work of filled slots."""
     n = ProblemSizes.of(problem)
-    return 2.5e-8 * n.layers * n.steps * n.experts + 4e-7 * n.layers * n.tokens
+    filled = 0.0
+    if problem.split == "even" and not problem.engine.empty_slots and n.slots > n.experts:
+        parts = n.steps * n.experts * min(n.devices, n.slots - n.experts + 1)
+        filled = 1.5e-8 * n.layers * min(parts, FINE)
+    return 2.5e-8 * n.layers * n.steps * n.experts + 4e-7 * n.layers * n.tokens + filled
 
 
 def state_seconds(problem: PlacementProblem) -> float:
@@ -69,10 +75,11 @@ def state_seconds(problem: PlacementProblem) -> float:
 def start_seconds(problem: PlacementProblem, name: str, seconds: float) -> float:
     """A method as a start of ``poise``, with a budget of some seconds of its own."""
     n = ProblemSizes.of(problem)
+    offers = n.slots * n.devices  # each slot's expert to every device
     if name in ("poise-stay", "exflow"):
         return 1e-5 * n.layers * n.tokens**0.5 + 0.6 * min(seconds, 0.5 * n.layers)
     by_layer = {
-        "flash-lb": 6e-5 * n.slots,
+        "flash-lb": max(6e-5 * n.slots, 5.5e-7 * offers),
         "swift-balance": 2e-5 * n.slots,
         "grace-moe": 1.2e-6 * n.experts**2,
         "coactivation": 4e-7 * n.experts**2,
@@ -80,7 +87,7 @@ def start_seconds(problem: PlacementProblem, name: str, seconds: float) -> float
         "moetuner": 8e-7 * n.experts**2,
         "contiguous": 0.0,
         "round-robin": 0.0,
-    }.get(name, 3e-8 * n.slots * n.devices)
+    }.get(name, min(3e-8 * offers, 2e-6 * n.slots + 3e-9 * offers))
     pairs = n.pairs if n.tokens and name in ("grace-moe", "coactivation", "moetuner-equal", "moetuner") else 0.0
     return n.layers * by_layer + pairs
 

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_times
+from poise.cost.entries import HeldEntries, LayerEntries, picked_layers
 from poise.cost.step import batch_cost
 from poise.planning.budget import UPDATES_PER_SECOND, Budget, Limit
 from poise.planning.methods.lpt import pack
@@ -51,7 +52,7 @@ from poise.planning.solve.group_first import group_first
 from poise.planning.solve.near_anneal import BALANCE, near_starts, proposals_within
 from poise.planning.solve.records import Data, State
 from poise.planning.solve.scenarios import DRAWN, JUDGED, MOST_DRAWN, can_be_drawn, drawn_steps
-from poise.planning.solve.state import STAY, TIE_BREAK, make_data, make_state
+from poise.planning.solve.state import STAY, TIE_BREAK, held_by, make_data, make_state
 from poise.routing.batch import RoutingBatch
 
 PROPOSALS_PER_SECOND = 8e6
@@ -73,11 +74,10 @@ def _best_layers(problem: PlacementProblem, options: list[Placement], seconds_OL
 
     The search itself works on the even split, so under the exact one this is where its layers meet those of rivals.
     """
-    best_L = seconds_OL.argmin(axis=0)
-    counts = {best: options[best].count_LED() for best in set(best_L.tolist())}
-    count_LED = np.stack([counts[best][layer] for layer, best in enumerate(best_L.tolist())])
-    return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
-                                 method="best-layers")  # fmt: skip
+    picks, own_L = np.unique(seconds_OL.argmin(axis=0), return_inverse=True)
+    held = picked_layers([options[pick].entries() for pick in picks], own_L)
+    return Placement.from_entries(held, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
+                                  method="best-layers")  # fmt: skip
 
 
 def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed: int) -> list[float]:
@@ -91,7 +91,7 @@ def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed:
     loads = RoutingBatch(both, np.full(len(both), 1 / len(both)), batch.top_k, batch.layer_ids_L.copy())
     out = []
     for placement in placements:
-        cost = batch_cost(loads, placement.count_LED(), problem.cluster, problem.model, traffic="home",
+        cost = batch_cost(loads, placement.entries(), problem.cluster, problem.model, traffic="home",
                           split=problem.split).seconds_BL.mean(axis=1)  # fmt: skip
         out.append(float(cost[1:].mean() - cost[0]))
     return out
@@ -127,9 +127,14 @@ def plain_start(problem: PlacementProblem) -> Placement:
     batch = problem.batch
     slots = np.minimum(problem.slots_D, batch.num_experts)
     ones = np.ones(batch.num_experts, np.int64)
-    counts = np.stack([pack(load, ones, slots, problem.cluster.speed_D) for load in batch.load_LE()])
-    return Placement.from_counts(
-        counts, slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L, method="lpt-plain"
+    held = HeldEntries.of_layers(
+        LayerEntries.of_counts(pack(load, ones, slots, problem.cluster.speed_D)) for load in batch.load_LE()
+    )
+    return Placement.from_entries(
+        held,
+        slots_D=None if problem.pooled else problem.slots_D,
+        layer_ids_L=batch.layer_ids_L,
+        method="lpt-plain",
     )
 
 
@@ -137,11 +142,10 @@ def _best_start(
     data: Data, problem: PlacementProblem, starts: list[Placement], scores_SL: NDArray[np.float64]
 ) -> State:
     """Step 1: the state of the best start, or of the best of each layer, by their ``scores_SL`` [starts, L]."""
-    best = starts[int(np.argmin(scores_SL.sum(axis=1)))].count_LED() > 0
+    best = starts[int(np.argmin(scores_SL.sum(axis=1)))].entries()
     if not (problem.pooled or (data.flow == STAY and data.has_tokens)):
-        picks = scores_SL.argmin(axis=0).tolist()
-        counts = {pick: starts[pick].count_LED() for pick in set(picks)}
-        best = np.stack([counts[pick][layer] > 0 for layer, pick in enumerate(picks)])
+        picks, own_L = np.unique(scores_SL.argmin(axis=0), return_inverse=True)
+        best = picked_layers([starts[pick].entries() for pick in picks], own_L)
     return make_state(data, problem, best)
 
 
@@ -154,11 +158,11 @@ class _Price:
 
 
 def _price(problem: PlacementProblem, placement: Placement) -> _Price:
-    batch, cluster, count_LED = problem.batch, problem.cluster, placement.count_LED()
-    cost = problem.pricing.cost(batch, count_LED)
+    batch, cluster, held = problem.batch, problem.cluster, placement.entries()
+    cost = problem.pricing.cost(batch, held)
     seconds_L: NDArray[np.float64] = batch.weight_B @ cost.seconds_BL
     if problem.split == "exact":  # the search works on the even split
-        cost = problem.pricing.cost(batch, count_LED, split="even")
+        cost = problem.pricing.cost(batch, held, split="even")
     most_BL = (cost.tokens_BLD / cluster.speed_D).max(axis=2)
     times = expert_times(cluster, problem.model)
     per_token = times.compute_s + times.activation_s
@@ -291,10 +295,7 @@ def search(
         state, kicks, helped = descents(data, problem, states, updates, seed, progress, budget.spread)
     if data.stop[0] and state.work[0] < updates:
         budget.cuts.add("search")
-    found = Placement.from_counts(
-        state.held_LED.astype(np.int32), slots_D=None if problem.pooled else problem.slots_D,
-        layer_ids_L=problem.batch.layer_ids_L, method="poise",
-    )  # fmt: skip
+    found = problem.placed(held_by(state), "poise")
     options, prices = [found, *pool], [_price(problem, found), *prices]
     if not (problem.pooled or problem.traffic == "stay"):
         options.append(_best_layers(problem, options, np.stack([price.seconds_L for price in prices])))

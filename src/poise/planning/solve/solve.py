@@ -89,7 +89,7 @@ def _plan_once(
 
 def _step_seconds(problem: PlacementProblem, placement: Placement) -> NDArray[np.float64]:
     """Seconds of one layer in each scenario, float64 [B]."""
-    out: NDArray[np.float64] = problem.pricing.cost(problem.batch, placement.count_LED()).seconds_BL.mean(axis=1)
+    out: NDArray[np.float64] = problem.pricing.cost(problem.batch, placement.entries()).seconds_BL.mean(axis=1)
     return out
 
 
@@ -303,7 +303,7 @@ def evaluate(
     if problem is not whole:
         details = {**details, "priced_on": problem.batch.sampled}
     batch = problem.batch
-    cost = problem.pricing.cost(batch, result.placement.count_LED())
+    cost = problem.pricing.cost(batch, result.placement.entries())
     bound, compute_L = _bounds(problem)
     weight = batch.weight_B
     terms = {

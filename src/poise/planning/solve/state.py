@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import HeldEntries, SlotCounts, entries_of
 from poise.cost.machine import (
     book,
     book_even_homes,
@@ -132,18 +133,22 @@ def _index(
     return row_X[order].astype(np.int64), np.searchsorted(flat[order], edges).astype(np.int64)
 
 
-def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_]) -> State:
-    """State of a placement given as bool [L, E, D], with all sums computed."""
-    layers, experts, devices = held_LED.shape
-    steps = data.weight_B.size
-    used = held_LED.sum(axis=1).astype(np.int64)
+def make_state(data: Data, problem: PlacementProblem, counts: SlotCounts) -> State:
+    """State of a placement, second slots of an expert on a device left out, with all sums computed."""
+    held = entries_of(counts).once()
+    layers, experts, devices = held.shape
+    steps, layer_X, copies_LE, used = data.weight_B.size, held.layer_X(), held.replicas_LE(), held.used_LD()
     slots = np.minimum(problem.slots_D, experts)
     room = (problem.slots_D * layers - used.sum(axis=0))[None] if problem.pooled else slots[None] - used
-    free = ~held_LED
+    hold_LED, held_LED = np.full(held.shape, -1, np.int16), np.zeros(held.shape, np.bool_)
+    held_LED[layer_X, held.expert_X, held.device_X] = True
+    by_expert = np.argsort(layer_X * experts + held.expert_X, kind="stable")
+    turn_X = np.arange(len(by_expert)) - np.repeat(np.cumsum(copies_LE) - copies_LE.ravel(), copies_LE.ravel())
+    hold_LED[layer_X, held.expert_X[by_expert], turn_X] = held.device_X[by_expert]
     state = State(
-        hold_LED=np.where(np.sort(free, axis=2), -1, np.argsort(free, axis=2, kind="stable")).astype(np.int16),
-        copies_LE=held_LED.sum(axis=2).astype(np.int64),
-        held_LED=held_LED.copy(),
+        hold_LED=hold_LED,
+        copies_LE=copies_LE,
+        held_LED=held_LED,
         used_LD=used,
         room_GD=np.ascontiguousarray(room),
         compute_LBD=np.zeros((layers, steps, devices)),
@@ -156,6 +161,16 @@ def make_state(data: Data, problem: PlacementProblem, held_LED: NDArray[np.bool_
     for layer in range(layers):
         rebuild(data, state, layer)
     return state
+
+
+def held_by(state: State) -> HeldEntries:
+    """The placement of a state."""
+    layers, experts, devices = state.held_LED.shape
+    copies = state.copies_LE.ravel()
+    flat = np.repeat(np.arange(layers * experts), copies)
+    turn = np.arange(len(flat)) - np.repeat(np.cumsum(copies) - copies, copies)
+    layer_S, expert_S = np.divmod(flat, experts)
+    return HeldEntries.of_slots(layer_S, expert_S, state.hold_LED[layer_S, expert_S, turn], (layers, experts, devices))
 
 
 @compiled(nogil=True)
