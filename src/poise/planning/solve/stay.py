@@ -7,9 +7,7 @@ What is left is a graph partition.
 Step 1  Redundant slots: the hottest experts of each layer go to every device (D - 1 slots each). One slot left over
         on a device gets the hottest expert that it does not hold.
 Step 2  Graph: nodes are the other (layer, expert) pairs; an edge weighs how many tokens go from one to the other,
-        layers in which a token used an expert of step 1, or none, skipped. Tokens that come to the other but one or two
-        stops later count too, with :data:`REACH`: only the next stop is a move, but each token says three times as much
-        of which experts belong together, and which tokens take exactly this step is chance.
+        layers in which a token used an expert of step 1, or none, skipped.
 Step 3  Simulated annealing over swaps of two experts of a layer: maximise the edge weight inside devices, minus a
         price on owners' loads above :data:`FILL` of the mean: the filler can lift a device, but not lower it.
 """
@@ -17,7 +15,7 @@ Step 3  Simulated annealing over swaps of two experts of a layer: maximise the e
 from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +34,6 @@ PROPOSALS_PER_SECOND = 2.5e6
 HOT, COLD = 2e-3, 1e-5
 """First and last temperature, in shares of all tokens."""
 FILL, PRICE = 0.6, 0.3
-REACH = (4 / 7, 2 / 7, 1 / 7)
-"""Weights of a token's next stop, and of those after it."""
 
 
 class StayGraph(NamedTuple):
@@ -97,37 +93,33 @@ def _anneal(graph: StayGraph, owner: NDArray[np.int64], proposals: int, seed: in
             x[layer, a], x[layer, c] = on_a, on_c
 
 
-def _graph(batch: RoutingBatch, everywhere_LE: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
-    """Step 2: offsets int64 [L * E + 1], neighbours and weights, in tokens, of both directions."""
+def _graph(batch: RoutingBatch, everywhere_LE: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
+    """Step 2: offsets int64 [L * E + 1], neighbours and tokens of both directions."""
     assert batch.experts_TLK is not None
     layers, experts = everywhere_LE.shape
     first_TL = batch.experts_TLK[:, :, 0].astype(np.int64)
     node_TL = first_TL + np.arange(layers) * experts
     skipped_TL = (first_TL == NO_EXPERT) | everywhere_LE.ravel()[node_TL]
-    last_RT = np.full((len(REACH), len(node_TL)), -1)
-    pairs, tokens = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
+    last_T = np.full(len(node_TL), -1)
+    pairs = [np.zeros((0, 2), np.int64)]
     for layer in range(layers):
         here_T = ~skipped_TL[:, layer]
-        for last_T, share in zip(last_RT, REACH, strict=True):
-            go_T = here_T & (last_T >= 0)
-            pairs.append(np.stack([last_T[go_T], node_TL[go_T, layer]], axis=1))
-            tokens.append(np.full(int(go_T.sum()), share))
-        last_RT[1:, here_T] = last_RT[:-1, here_T]
-        last_RT[0, here_T] = node_TL[here_T, layer]
+        go_T = here_T & (last_T >= 0)
+        pairs.append(np.stack([last_T[go_T], node_TL[go_T, layer]], axis=1))
+        last_T[here_T] = node_TL[here_T, layer]
     flat = np.concatenate(pairs)
-    key, edge = np.unique(flat[:, 0] * (layers * experts) + flat[:, 1], return_inverse=True)
-    weight = np.bincount(edge, weights=np.concatenate(tokens), minlength=key.size)
+    key, tokens = np.unique(flat[:, 0] * (layers * experts) + flat[:, 1], return_counts=True)
     ends = np.stack([key // (layers * experts), key % (layers * experts)])
     source, neighbour = np.concatenate(ends), np.concatenate(ends[::-1])
     order = np.argsort(source, kind="stable")
     ptr = np.searchsorted(source[order], np.arange(layers * experts + 1))
-    return ptr.astype(np.int64), neighbour[order], np.concatenate([weight, weight])[order]
+    return ptr.astype(np.int64), neighbour[order], np.concatenate([tokens, tokens])[order]
 
 
 def plan(
     problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
 ) -> MethodResult:
-    """See the module docstring; ``details["stay_weight"]`` is the share of weight inside devices that step 3 counts.
+    """See the module docstring; ``details["stay_weight"]`` is the share of moves inside devices that step 3 counts.
 
     Raises
     ------
