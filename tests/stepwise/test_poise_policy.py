@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.stepwise.step_cases import random_case, view_of
 
+from poise.cost.compute import expert_times
 from poise.cost.split import exact_quota
 from poise.cost.weights import HIDDEN_SHARE, step_price, training_price
 from poise.machine.cluster import Cluster
+from poise.machine.curve import MeasuredCurve
 from poise.machine.model import ModelSpec
 from poise.stepwise.methods.faster_moe import FasterMoE
 from poise.stepwise.methods.flex_moe import FlexMoE
@@ -18,7 +20,7 @@ from poise.stepwise.methods.hecate import Hecate, HecateCalibrated, materialise,
 from poise.stepwise.methods.lplb import Lplb
 from poise.stepwise.methods.smart_moe import SmartMoE
 from poise.stepwise.poise.policy import Poise
-from poise.stepwise.poise.work_split import best_split, split_seconds
+from poise.stepwise.poise.work_split import best_split, exact_quota_by_work, plan_seconds, split_seconds
 from poise.stepwise.poise.workspace import desk_of
 from poise.stepwise.protocol import LayerView
 from poise.stepwise.registry import POLICIES
@@ -83,6 +85,27 @@ def test_the_fast_split_is_whole_and_priced_as_it_is(seed):
     exact = exact_quota(load_SE.sum(axis=0), view.static_ED, layer.machine.speed_D)[holders.expert_H, holders.device_H]
     assert seconds == pytest.approx(split_seconds(tokens_H, load_SE, layer))
     assert seconds <= split_seconds(exact.astype(float), load_SE, layer) * 1.5 + 1e-12
+
+
+def test_hot_experts_are_split_on_a_machine_with_a_curve():
+    """A roofline, given as a curve whose last knot lies far beyond any load, is planned on as the roofline itself."""
+    load_SE = np.array([[900, 40, 30, 30]] * 4)
+    static = np.eye(4, dtype=bool)
+    static[0] = True
+    view = view_of(static, load_SE, 1)
+    slow = replace(view.price.cluster, memory_bytes_per_s=view.price.cluster.memory_bytes_per_s / 32)
+    view = replace(view, price=replace(view.price, cluster=slow))
+    times = expert_times(view.price.cluster, view.price.model)
+    tokens = np.array([1.0, times.read_s / times.compute_s, 1e7])
+    curve = MeasuredCurve(
+        tokens, np.maximum(times.read_s, tokens * times.compute_s), view.price.model.expert_parameters
+    )
+    measured = replace(view, price=replace(view.price, cluster=replace(view.price.cluster, expert_curve=curve)))
+    quotas = [exact_quota_by_work(load_SE, 0.0, desk_of(each).put(static)) for each in (view, measured)]
+    seconds = [plan_seconds(each.predicted_E.copy(), 0.0, desk_of(each).put(static)) for each in (view, measured)]
+    assert quotas[0][0].max() < 3600
+    np.testing.assert_array_equal(quotas[0], quotas[1])
+    assert seconds[0] == pytest.approx(seconds[1])
 
 
 def test_algorithm_1_by_hand():

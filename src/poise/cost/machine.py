@@ -125,9 +125,8 @@ def token_work(machine: Machine) -> float:
 
 @compiled
 def knee(machine: Machine) -> float:
-    """Tokens of an expert from which reading its weights no longer counts."""
-    last = machine.curve_tokens_X.size - 1
-    return machine.read_s / machine.compute_s if last < 0 else machine.curve_tokens_X[last]
+    """Tokens of an expert from which reading its weights no longer counts; of a curve, in the roofline below it."""
+    return machine.read_s / machine.compute_s
 
 
 @compiled
