@@ -35,12 +35,13 @@ def split_in_time(traffic: RoutingTrace | LoadProfile) -> Windows:
     OptionError : there is but one recorded load, or one step. TraceError : a domain has one request.
     """
     if isinstance(traffic, LoadProfile):
-        if traffic.num_steps < 2:
+        half = traffic.middle()
+        if half is None:
             raise OptionError(
-                f"{traffic.name} has 1 recorded load, and two windows are needed: one to plan on, one to judge on",
+                f"{traffic.name} has 1 recorded load with tokens, and two windows are needed: one to plan on, one to "
+                "judge on",
                 hint="give a second window, recorded later",
             )
-        half = (traffic.num_steps + 1) // 2
         return traffic.steps(slice(0, half)), traffic.steps(slice(half, None))
     if traffic.step is None:
         return traffic.split_requests()
