@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poise.machine.model import ModelSpec
 from poise.routing.batch import Homes, RoutingBatch
@@ -22,6 +25,8 @@ MOST_STEPS = 64
 """Steps of a window that are priced at most."""
 LOAD_SECONDS, PICK_SECONDS = 1.6e-7, 1e-7
 """Nominal seconds to halve, batch and fingerprint traffic, a load and a pick of a token."""
+GROWN = 3.0
+"""Counters that run on grow by a window's tokens; so many times as large, a window of its own may be as well."""
 SAME = 0.5
 """Share of a window in the other one from which on they are the same traffic."""
 
@@ -90,12 +95,22 @@ def check_unseen(windows: Windows) -> list[str]:
         )
     notes = [f"{share:.0%} of the later window is in the earlier one too"] if share >= FITTED else []
     loads = [one.load_BLE for one in windows if isinstance(one, LoadProfile)]
-    if len(loads) == len(windows) and may_contain(loads[1], loads[0]):
+    if len(loads) == len(windows) and _runs_on(loads[0], loads[1]):
         notes.append(
             f"no count of {second.name} is below that of {first.name}: if counters were not set back in between, the "
             "later window holds the earlier one ('poise convert BOTH --ranks steps --counters running' parts them)"
         )
     return notes
+
+
+def _runs_on(earlier_BLE: NDArray[Any], later_BLE: NDArray[Any]) -> bool:
+    """Whether counters may have run on from one window into the next: no count falls from any record to the next, and
+    the first of the later window is not so much larger that any window as long has no count below.
+    """
+    if later_BLE[0].sum(dtype=np.float64) > GROWN * earlier_BLE[-1].sum(dtype=np.float64):
+        return False
+    records = [loads[b : b + 1] for loads in (earlier_BLE, later_BLE) for b in range(len(loads))]
+    return all(may_contain(after, before) for before, after in pairwise(records))
 
 
 def recorded_phases(windows: Windows) -> tuple[Phase, ...]:
