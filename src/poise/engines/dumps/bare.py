@@ -99,9 +99,7 @@ def decide(part: Part, options: ReadOptions) -> str:
     if part.container == "csv" and part.value.head is not None and named_experts(part.value.head):
         found = [name for name in found if name == "load-table"]
         if found and (said := like_choices(array, np.zeros((len(array), 1)), options)):
-            raise AmbiguousError(
-                f"{part.name}: {said}", hint="if they are loads, say so: --format load-table, or --num-experts"
-            )
+            raise AmbiguousError(said, hint="if they are loads, say so: --format load-table, or --num-experts")
     odd = _not_loads(array, options) if found in ([], ["load-table"]) else ""
     if odd:
         raise AmbiguousError(
