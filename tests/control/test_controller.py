@@ -24,7 +24,7 @@ from poise.planning.solve.solve import solve
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.trace import RoutingTrace
-from poise.util.errors import InfeasibleError, OptionError, PlacementError
+from poise.util.errors import InfeasibleError, OptionError, PlacementError, TraceError
 
 LAYERS, EXPERTS, DEVICES, TOKENS = 2, 12, 4, 64
 # Slow enough that computing decides, not latency.
@@ -261,6 +261,27 @@ def test_steps_cut_and_joined_are_the_batch():
         np.testing.assert_array_equal(np.bincount(chosen, minlength=EXPERTS), some.load_BLE[b, 0])
     with pytest.raises(OptionError, match="follow"):
         join_steps([batch, RoutingBatch(batch.load_BLE, batch.weight_B, 2, batch.layer_ids_L)])
+
+
+def test_steps_cut_and_joined_know_the_domains_of_their_requests():
+    """Fails if what is planned on a window of steps does not know which domain a request is of."""
+    rng = np.random.default_rng(0)
+    domain = np.repeat(rng.integers(0, 3, 40), 25).astype(np.int16)
+    trace = RoutingTrace(domain[:, None, None] * np.ones((1, 2, 1), np.int16), 3, request=np.repeat(np.arange(40), 25),
+                         domain=domain, domain_names=("a", "b", "c"))  # fmt: skip
+    batch = make_batch(trace, tokens_per_step=100)
+    for some in (steps_of(batch, slice(2, 6)), join_steps([batch.part(slice(0, 2)), steps_of(batch, slice(5, 6))])):
+        np.testing.assert_array_equal(some.domain_R[some.request_T], some.experts_TLK[:, 0, 0])
+    longer = replace(batch, domain_R=np.append(batch.domain_R, np.int16(1)))
+    np.testing.assert_array_equal(join_steps([batch, longer]).domain_R, longer.domain_R)
+    for other in (None, (batch.domain_R + 1) % 3):
+        assert join_steps([batch, replace(batch, domain_R=other)]).domain_R is None
+    top = batch.request_T.max()
+    for domains in (batch.domain_R[:top], batch.domain_R[:0]):
+        with pytest.raises(TraceError, match=f"domains of {domains.size} requests.* reach {top}"):
+            replace(batch, domain_R=domains)
+    with pytest.raises(TraceError, match=f"domains of {top + 1} requests"):
+        replace(batch, request_T=None)
 
 
 @given(st.integers(0, 10_000), st.booleans())

@@ -74,6 +74,16 @@ def test_filled_slots_take_what_the_best_replicas_take(seed, spare):
     assert filled_work(load, weight, cluster, model, spare=spare) == pytest.approx(best, rel=1e-9)
 
 
+def test_more_slots_than_copies_are_none():
+    """Fails (and never ends) if the search for the least filling goes on where no expert takes another replica."""
+    rng = np.random.default_rng(0)
+    cluster, load = with_constants(tiny_cluster(rng, (2, 1))), rng.integers(1, 30, (2, 4)) * 1.0
+    model, weight = tiny_model(load_batch(rng)), np.full(2, 0.5)
+    assert filled_work(load, weight, cluster, model, spare=8) > 0
+    with pytest.raises(AssertionError, match="9 slots more, 4 experts, 3 copies each"):
+        filled_work(load, weight, cluster, model, spare=9)
+
+
 def test_filled_slots_of_many_replicas_are_bounded_from_below(monkeypatch):
     rng = np.random.default_rng(0)
     cluster, load = with_constants(tiny_cluster(rng, (4, 4))), rng.integers(0, 30, (3, 5)) * 1.0

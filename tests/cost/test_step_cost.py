@@ -11,8 +11,10 @@ from tests.helpers import FLOW_SPLITS, load_batch, random_count, random_slots, t
 from poise.cost import step as step_module
 from poise.cost.bound import bound_terms
 from poise.cost.compute import expert_seconds
+from poise.cost.entries import LayerEntries
+from poise.cost.near import layer_share
 from poise.cost.split import exact_quota
-from poise.cost.step import batch_cost
+from poise.cost.step import TokenShares, batch_cost
 from poise.cost.traffic import DATA_FLOWS
 from poise.routing.batch import RoutingBatch
 
@@ -138,3 +140,16 @@ def test_names_of_devices_do_not_matter(seed, traffic, loads, nodes):
         got, want = getattr(two, name), getattr(one, name)
         got = got[..., name_D] if name == "tokens_BLD" else got
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_a_layer_that_is_entered_again_has_its_new_shares():
+    """Fails if shares that were laid out for one placement are those of the next."""
+    _, cluster, batch, _ = make(3, (2, 1), loads=False, equal=True)
+    shares, experts_TK = TokenShares(batch, "stay"), batch.experts_TLK[:, 0]
+    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    for device in range(3):
+        held_ED = np.zeros((4, 3), np.int32)
+        held_ED[:, device] = 1
+        shares.enter(0, layer_share(batch, 0, LayerEntries.of_counts(held_ED), cluster, "even"))
+        share_TKD = shares.of_tokens(0, experts_TK, step_T)
+        assert (share_TKD[..., device] == 1).all() and share_TKD.sum() == experts_TK.size

@@ -74,12 +74,22 @@ def test_numbers_of_layers_and_experts_are_no_loads(tmp_path, suffix):
         path = save(tmp_path / f"w{suffix}", wrong)
         with pytest.raises(TraceError, match=rf"{said}.*\nhint: .*--format load-table"):
             read_dump(path)
-        assert read_dump(path, options=ReadOptions(format="load-table")).profile.num_layers == len(wrong)
+        dump = read_dump(path, options=ReadOptions(format="load-table"))
+        head = suffix == ".csv" and said == "the first row counts"
+        np.testing.assert_array_equal(dump.profile.load_BLE[0], wrong[int(head) :])
+        assert any("the first row, 0 to 31, was taken for a head" in note for note in dump.notes) == head
     if suffix != ".csv":
         steps = np.stack([2 * table, 3 * table, table])
         assert read_dump(save(tmp_path / f"s{suffix}", steps)).profile.num_steps == 3
         with pytest.raises(TraceError, match="layers come first, then steps"):
             read_dump(save(tmp_path / f"s{suffix}", np.swapaxes(steps, 0, 1).copy()))
+
+
+def test_a_first_row_that_counts_up_is_a_layer_where_it_has_as_many_tokens(tmp_path):
+    layers = np.array([np.arange(8), np.arange(8)[::-1], [28, 0, 0, 0, 0, 0, 0, 0]])
+    for some in (layers, layers[:1]):
+        dump = read_dump(save(tmp_path / "c.csv", some), options=ReadOptions(format="load-table"))
+        np.testing.assert_array_equal(dump.profile.load_BLE[0], some)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", ".csv"])

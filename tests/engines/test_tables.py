@@ -14,13 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from poise.engines.readers import ReadOptions, read_dump
+from poise.machine.model import ModelSpec
 from poise.util.errors import TraceError
 
 LAYERS, EXPERTS = 4, 8
 
 
 def loads(seed=0, steps=1, most=900):
-    return np.random.default_rng(seed).integers(0, most, (steps, LAYERS, EXPERTS))
+    """[steps, L, E]; every layer of a step has as many tokens."""
+    rng = np.random.default_rng(seed)
+    return np.stack(
+        [rng.multinomial(most * EXPERTS // 2 + b, rng.dirichlet(np.ones(EXPERTS)), LAYERS) for b in range(steps)]
+    )
 
 
 def table(head, rows, mark=","):
@@ -83,6 +88,38 @@ def test_one_set_of_loads_in_many_ways(tmp_path, way, seed, gz, end, bom):
     np.testing.assert_array_equal(read_dump(path).profile.load_BLE, load)
 
 
+@given(seed=st.integers(0, 2**20), ids=st.sets(st.integers(0, 60), min_size=2, max_size=6), data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_columns_of_layers_have_the_numbers_of_the_model_s_layers(tmp_path, seed, ids, data):
+    """Whose first layers may be dense; in any order. Fails if they are taken by place, or gaps are refused."""
+    order = data.draw(st.permutations(sorted(ids)))
+    rng = np.random.default_rng(seed)
+    load = {i: rng.multinomial(50_000, rng.dirichlet(np.ones(EXPERTS))) for i in ids}
+    named = {name: table(["expert", *map(name.format, order)], [[e, *(load[i][e] for i in order)] for e in range(EXPERTS)])
+             for name in ("layer_{}", "{}")}  # fmt: skip
+    rows = json.dumps([{"expert": e, **{f"layer_{i}": int(load[i][e]) for i in order}} for e in range(EXPERTS)])
+    for text in (*named.values(), rows):
+        (tmp_path / "t").write_text(text)
+        found = read_dump(tmp_path / "t").profile
+        assert found.layer_ids.tolist() == sorted(ids)
+        np.testing.assert_array_equal(found.load_BLE[0], [load[i] for i in sorted(ids)])
+
+
+def test_columns_of_layers_are_those_of_the_model_that_is_named(tmp_path):
+    model = ModelSpec.parse("deepseek-v3")
+    load = np.random.default_rng(0).integers(5000, 9000, (model.num_experts, len(model.moe_layer_ids)))
+    for first, said in ((3, None), (0, "a dense layer of")):
+        head = ["expert", *(f"layer_{first + i}" for i in range(load.shape[1]))]
+        (tmp_path / "t").write_text(table(head, [[e, *row] for e, row in enumerate(load)]))
+        if said is None:
+            found = read_dump(tmp_path / "t", options=ReadOptions(model)).profile
+            assert tuple(found.layer_ids) == model.moe_layer_ids
+            np.testing.assert_array_equal(found.load_BLE[0], load.T)
+        else:
+            with pytest.raises(TraceError, match=said):
+                read_dump(tmp_path / "t", options=ReadOptions(model))
+
+
 @pytest.mark.parametrize("mark", ["\t", ";"])
 def test_other_marks(tmp_path, mark):
     (tmp_path / "t.csv").write_text(of_experts(loads(), mark=mark))
@@ -130,6 +167,13 @@ SKEW = np.random.default_rng(0).multinomial(4000, np.random.default_rng(1).diric
         (table(["layer", *WIDE[:5], *WIDE[6:]], [[i, *row[:7]] for i, row in enumerate(loads()[0])]),
          "7 columns of experts, numbered 0 to 7"),
         (table(["layer", *WIDE, "expert_3"], [[i, *row, 1] for i, row in enumerate(loads()[0])]), "two columns of one expert"),
+        (table(["expert", "layer_3", "layer_5", "layer_3"], [[e, 1, 2, 3] for e in range(4)]), "two columns of one layer"),
+        (table(["layer", "expert_0", "expert_1", "expert_2"], [[i, *row] for i, row in enumerate(picks())]),
+         "3 different numbers up to 7 in every row may be loads of 3 experts, or the 3 experts that a token chose"),
+        (table(["expert_0", "expert_1", "expert_2"], picks(300)),
+         "3 different numbers up to 7 in every row may be loads of 3 experts, or the 3 experts that a token chose"),
+        (table(["", "expert_0", "expert_1", "expert_2"], [[i, *row] for i, row in enumerate(picks())]),
+         "3 different numbers up to 7 in every row may be loads of 3 experts, or the 3 experts that a token chose"),
         (table(["layer", "expert_0", "expert_1", "expert_2"], [[i % 4, *row] for i, row in enumerate(picks())]),
          "6 rows of one layer, loads have one"),
         (table(["step", "layer", "expert_0", "expert_1", "expert_2"], [[i // 4, i % 4, *row] for i, row in enumerate(picks())]),
@@ -167,6 +211,10 @@ def test_what_is_asked_can_be_answered(tmp_path):
         ["step", "layer", "expert_0", "expert_1", "expert_2"], [[i // 4, i % 4, *r] for i, r in enumerate(picks())]
     )
     right = table(["layer", *map("expert_{}".format, range(LAYERS))], [[i, *row] for i, row in enumerate(SKEW.T)])
+    alone = table(["expert_0", "expert_1", "expert_2"], picks())
+    for text, options in ((alone, ReadOptions(format="load-table")), (alone, ReadOptions(num_experts=3))):
+        (tmp_path / "t").write_text(text)
+        np.testing.assert_array_equal(read_dump(tmp_path / "t", options=options).profile.load_BLE[0], picks())
     for text, options in ((chosen, ReadOptions(format="load-csv")), (chosen, ReadOptions(num_experts=3)),
                           (right, ReadOptions(format="load-csv"))):  # fmt: skip
         (tmp_path / "t").write_text(text)

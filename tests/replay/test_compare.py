@@ -21,6 +21,7 @@ from poise.routing.batch import RoutingBatch
 from poise.routing.batching import make_batch
 from poise.routing.profile import load_LE
 from poise.routing.synthetic import zipf_trace
+from poise.routing.trace import LoadProfile
 from poise.util.errors import OptionError
 
 
@@ -204,3 +205,33 @@ def test_a_trace_of_fewer_picks_than_the_models_is_no_ground_for_a_verdict_on_ti
     trace = skewed()
     got = poise.compare(trace, "1x4", placements=["contiguous", "lpt"], model=ModelSpec.generic(8, 4, trace.layer_ids))
     assert "the trace has 2 experts a token, generic 4" in got.verdict() and "No verdict on time" in got.verdict()
+
+
+PLANNERS = ("round-robin", "lpt", "eplb", "flash-lb", "swift-balance", "surplus-fill", "poise")
+
+
+@pytest.mark.parametrize("method", PLANNERS)
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_plan_is_judged_where_a_layer_is_idle_in_a_half(method, step):
+    """Two recorded steps, one with a layer that had no tokens: its loads are replayed by the plan of the other. Fails if
+    the halves have other layers.
+    """
+    load = np.random.default_rng(step).integers(0, 50, (2, 2, 8))
+    load[step, 0] = 0
+    got = poise.compare(LoadProfile(load), "1x4", placements=("contiguous", method), work=0.2)
+    for name, half in (("in-sample", load[:1]), ("held-out", load[1:])):
+        np.testing.assert_allclose(got.batches[name].load_BLE, half)
+    for entry in got.entries:
+        assert entry.placement.num_layers == 2
+    said = planning_verdict(LoadProfile(load), "1x4", method=method, work=0.2)
+    assert said and "nan" not in said
+
+
+def test_half_a_recording_without_tokens_is_no_half():
+    load = np.random.default_rng(0).integers(1, 50, (4, 2, 8))
+    load[:2] = 0
+    judged = poise.compare(LoadProfile(load), "1x4", placements=("contiguous", "lpt"), work=0.2).batches
+    np.testing.assert_allclose(judged["in-sample"].load_BLE, load[2:3])
+    np.testing.assert_allclose(judged["held-out"].load_BLE, load[3:])
+    load[2] = 0
+    assert planning_verdict(LoadProfile(load), "1x4", method="lpt", work=0.2) is None

@@ -1,14 +1,17 @@
 """Traffic of another kind: the same steps, tokens and skew, other experts; groups stay groups; told beside the verdict."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import token_batch
-from tests.replay.test_verdict import SKEWED, judge, loads
+from tests.replay.test_verdict import MODEL, SKEWED, judge, loads
 
 from poise.replay.redealt import redealt
 from poise.routing.batch import RoutingBatch, count_loads
+from poise.util.errors import OptionError
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(12, 1), (12, 3), (12, 12)]))
@@ -67,3 +70,19 @@ def test_few_steps_are_dealt_several_times(steps, deals, monkeypatch):
     monkeypatch.setattr("poise.replay.trial.redealt", counted)
     judge(loads(SKEWED, seed=1, steps=steps), loads(SKEWED, seed=2, steps=steps), redundant=0)
     assert len(set(seeds)) == len(seeds) == 2 * deals
+
+
+def test_groups_that_are_hot_stay_groups():
+    """Both experts of a group are hot or neither: a map with one of each group a device gains the same under any deal of
+    groups. Fails if the model's groups are not told, as any two experts may be hot then, and the gain is none.
+    """
+    model = replace(MODEL, num_expert_groups=2)
+    one = judge(loads(SKEWED, seed=1, steps=16), loads(SKEWED, seed=2, steps=16), redundant=0, model=model).phases[0]
+    assert one.redealt_s == pytest.approx(one.chosen.mean_s, rel=0.15) and one.chosen.mean_s > 25
+
+
+def test_groups_of_unlike_sizes_are_refused():
+    batch = loads(SKEWED, seed=1)
+    made = RoutingBatch(batch.load_BLE, np.full(6, 1 / 6), 1, batch.layer_ids)
+    with pytest.raises(OptionError, match="4 experts make no 3 routing groups"):
+        redealt(made, 3)

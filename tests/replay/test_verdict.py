@@ -337,7 +337,9 @@ def test_a_window_that_may_hold_the_earlier_one_is_said():
     rng = np.random.default_rng(5)
     first, second = (rng.integers(50, 90, (1, 2, 8)) for _ in range(2))
     model = replace(MODEL, num_experts=8)
-    for later, said in ((first + second, 1), (second, 0)):
+    on = np.concatenate([first + second, first + 2 * second])
+    apart = np.concatenate([2 * second, first[:, :, ::-1]])  # together above the earlier one, but records fall
+    for later, said in ((first + second, 1), (second, 0), (on, 1), (apart, 0)):
         notes = judge(LoadProfile(first), LoadProfile(later), model=model, redundant=0).notes
         assert sum("is below that of" in note and "--counters running" in note for note in notes) == said
 

@@ -1,5 +1,7 @@
 """RoutingTrace and LoadProfile: what they accept, what they refuse, what they select."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -151,3 +153,25 @@ def test_profiles_drop_dense_layers_and_join_as_steps():
 def test_bad_profiles_are_refused(load):
     with pytest.raises(TraceError):
         LoadProfile(load)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_some_steps_of_a_profile_have_the_layers_of_all(seed, steps, layers):
+    """Fails if a layer that is idle in them is left out, which no other part of the recording has left out."""
+    rng = np.random.default_rng(seed)
+    load = rng.integers(1, 9, (steps, layers + 1, 3)) * (rng.random((steps, layers + 1, 1)) < 0.5)
+    load[:, -1] = 0  # dense: left out of all
+    load[0, 0] = 1
+    whole = LoadProfile(load, idle_BL=rng.integers(0, 5, (steps, layers + 1)))
+    assert whole.num_layers == load[:, :-1].any(axis=(0, 2)).sum()
+    middle = whole.middle()
+    busy = load.any(axis=(1, 2))
+    assert (middle is None) == (busy.sum() < 2)
+    for rows in [] if middle is None else [slice(0, middle), slice(middle, None)]:
+        part = replace(whole.steps(rows), top_k=2)
+        np.testing.assert_array_equal(part.layer_ids, whole.layer_ids)
+        np.testing.assert_array_equal(part.load_BLE, whole.load_BLE[rows])
+        np.testing.assert_array_equal(part.idle_BL, whole.idle_BL[rows])
+    if middle is not None:
+        assert busy[:middle].sum() - busy[middle:].sum() in (0, 1)

@@ -194,7 +194,7 @@ def planning_verdict(
     the sentence says so. What runs now stays as it is where the plan must keep routing groups whole.
     """
     whole = load(trace)
-    if isinstance(whole, LoadProfile) and whole.num_steps < 2:
+    if isinstance(whole, LoadProfile) and whole.middle() is None:
         return None
     if isinstance(whole, RoutingTrace) and len(whole.requests()) < 2:
         return None

@@ -29,7 +29,8 @@ def one_step(batch: RoutingBatch, b: int) -> RoutingBatch:
 
     start = np.array([0, rows.stop - rows.start])
     return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, cut(batch.experts_TLK), start,
-                        cut(batch.request_T), cut(batch.home_T), batch.order, homes=batch.homes)  # fmt: skip
+                        cut(batch.request_T), cut(batch.home_T), batch.order, homes=batch.homes,
+                        domain_R=batch.domain_R)  # fmt: skip
 
 
 def join_steps(parts: Sequence[RoutingBatch]) -> RoutingBatch:
@@ -49,4 +50,14 @@ def join_steps(parts: Sequence[RoutingBatch]) -> RoutingBatch:
     sizes = [np.diff(part.start_B) for part in parts if part.start_B is not None]
     start = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]) if head.has_tokens else None
     return RoutingBatch(load, np.full(len(load), 1 / len(load)), head.top_k, head.layer_ids_L, stack("experts_TLK"),
-                        start, stack("request_T"), stack("home_T"), head.order, homes=head.homes)  # fmt: skip
+                        start, stack("request_T"), stack("home_T"), head.order, homes=head.homes,
+                        domain_R=_common(parts))  # fmt: skip
+
+
+def _common(parts: Sequence[RoutingBatch]) -> NDArray[np.int16] | None:
+    """Domains of the requests of all parts; None where one has none, or two say different ones of a request."""
+    domains = [part.domain_R for part in parts if part.domain_R is not None]
+    if len(domains) < len(parts):
+        return None
+    longest = max(domains, key=len)
+    return longest if all(np.array_equal(one, longest[: one.size]) for one in domains) else None

@@ -82,6 +82,7 @@ def filled_work(
     spare : slots beyond one an expert, all of them used.
     """
     most = min(cluster.num_devices, spare + 1)
+    assert spare <= load_BE.shape[1] * (most - 1), f"{spare} slots more, {load_BE.shape[1]} experts, {most} copies each"
     counts = np.arange(1, most + 1)
     if load_BE.size * most > FINE:  # more replicas never take less: fewer of them stand for those in between
         counts = np.unique(np.rint(1.5 ** np.arange(20))).astype(int)

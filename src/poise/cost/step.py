@@ -281,7 +281,7 @@ class TokenShares:
     def enter(self, layer: int, share: SplitShares | NearGroups) -> None:
         """Go on to a layer."""
         self._kept = {old: kept for old, kept in self._kept.items() if self._last[old] >= layer}
-        self._dense = {old: dense for old, dense in self._dense.items() if old in self._kept}
+        self._dense = {old: dense for old, dense in self._dense.items() if old in self._kept and old != layer}
         self._kept[layer] = share
 
     def of(self, layer: int) -> SplitShares | NearGroups:

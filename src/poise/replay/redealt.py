@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from poise.routing.batch import RoutingBatch
+from poise.util.errors import OptionError
 
 
 def redealt(batch: RoutingBatch, groups: int = 1, seed: int = 0) -> RoutingBatch:
@@ -15,9 +16,15 @@ def redealt(batch: RoutingBatch, groups: int = 1, seed: int = 0) -> RoutingBatch
     experts within each, so that groups stay groups.
 
     What a map gains here is what it gains where its traffic tells nothing of the next.
+
+    Raises
+    ------
+    OptionError : the groups are not of equal size.
     """
     rng = np.random.default_rng(seed)
     steps, layers, experts = batch.load_BLE.shape
+    if experts % groups:
+        raise OptionError(f"{experts} experts make no {groups} routing groups of equal size", hint="check --model")
     block = rng.permuted(np.tile(np.arange(groups), (steps, layers, 1)), axis=2)
     each = np.arange(experts // groups)
     within = rng.permuted(np.tile(each, (steps, layers, groups, 1)), axis=3)

@@ -47,8 +47,7 @@ def split_traffic(
         first_T = trace.first_requests()
         fitted, judged["held-out"] = lambda: trace.rows(first_T), lambda: trace.rows(~first_T)
         notes = ("methods are fitted on the first half of the requests and judged on the second",)
-    elif trace.num_steps > 1:
-        half = (trace.num_steps + 1) // 2
+    elif (half := trace.middle()) is not None:
         fitted, judged["held-out"] = lambda: trace.steps(slice(0, half)), lambda: trace.steps(slice(half, None))
         notes = (
             f"methods are fitted on the first {half} recorded loads and judged on the other {trace.num_steps - half}",

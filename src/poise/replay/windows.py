@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poise.machine.model import ModelSpec
 from poise.routing.batch import Homes, RoutingBatch
@@ -35,12 +38,13 @@ def split_in_time(traffic: RoutingTrace | LoadProfile) -> Windows:
     OptionError : there is but one recorded load, or one step. TraceError : a domain has one request.
     """
     if isinstance(traffic, LoadProfile):
-        if traffic.num_steps < 2:
+        half = traffic.middle()
+        if half is None:
             raise OptionError(
-                f"{traffic.name} has 1 recorded load, and two windows are needed: one to plan on, one to judge on",
+                f"{traffic.name} has 1 recorded load with tokens, and two windows are needed: one to plan on, one to "
+                "judge on",
                 hint="give a second window, recorded later",
             )
-        half = (traffic.num_steps + 1) // 2
         return traffic.steps(slice(0, half)), traffic.steps(slice(half, None))
     if traffic.step is None:
         return traffic.split_requests()
@@ -89,12 +93,20 @@ def check_unseen(windows: Windows) -> list[str]:
         )
     notes = [f"{share:.0%} of the later window is in the earlier one too"] if share >= FITTED else []
     loads = [one.load_BLE for one in windows if isinstance(one, LoadProfile)]
-    if len(loads) == len(windows) and may_contain(loads[1], loads[0]):
+    if len(loads) == len(windows) and _runs_on(loads[0], loads[1]):
         notes.append(
             f"no count of {second.name} is below that of {first.name}: if counters were not set back in between, the "
             "later window holds the earlier one ('poise convert BOTH --ranks steps --counters running' parts them)"
         )
     return notes
+
+
+def _runs_on(earlier_BLE: NDArray[Any], later_BLE: NDArray[Any]) -> bool:
+    """Whether counters may have run on from one window into the next: no count falls from any record to the next. Of
+    one record each, a longer window of the same traffic looks alike.
+    """
+    records = [loads[b : b + 1] for loads in (earlier_BLE, later_BLE) for b in range(len(loads))]
+    return all(may_contain(after, before) for before, after in pairwise(records))
 
 
 def recorded_phases(windows: Windows) -> tuple[Phase, ...]:

@@ -65,6 +65,13 @@ class RoutingBatch:
                 raise TraceError(f"step offsets must have {load.shape[0] + 1} entries")
             if self.experts_TLK.shape[1:] != (load.shape[1], self.top_k):
                 raise TraceError(f"experts {self.experts_TLK.shape} for {load.shape[1]} layers, top-{self.top_k}")
+        if self.domain_R is not None:
+            top = -1 if self.request_T is None else int(self.request_T.max(initial=-1))
+            if self.request_T is None or top >= self.domain_R.size or self.request_T.min(initial=0) < 0:
+                raise TraceError(
+                    f"domains of {self.domain_R.size} requests, and the requests of the tokens reach {top}",
+                    hint="request_T numbers them from 0",
+                )
         for name in ("load_BLE", "weight_B", "layer_ids_L", "experts_TLK", "start_B", "request_T", "home_T",
                      "domain_R"):  # fmt: skip
             arr = getattr(self, name)

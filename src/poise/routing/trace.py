@@ -291,6 +291,7 @@ class LoadProfile:
     idle_BL : float64 [B, L] or None, picks of identity experts beside those of load_BLE: they compute nothing, and
         count only for how many tokens a step has.
     notes : what a reader should know of how several files became one.
+    part : these are some of a recording's steps (:meth:`steps`): layers that are idle in them stay.
     """
 
     load_BLE: NDArray[Any]
@@ -300,6 +301,7 @@ class LoadProfile:
     rank: int | None = None
     idle_BL: NDArray[np.float64] | None = None
     notes: tuple[str, ...] = ()
+    part: bool = False
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_BLE)
@@ -325,6 +327,7 @@ class LoadProfile:
         busy = np.asarray(load.any(axis=(0, 2)))
         if not busy.any():
             raise NoTrafficError("all loads are 0", hint="record again with traffic, or drop the file")
+        busy |= self.part
         if self.idle_BL is not None:
             object.__setattr__(self, "idle_BL", _idle(self.idle_BL, load.shape[:2])[:, busy])
         if not busy.all():
@@ -340,7 +343,7 @@ class LoadProfile:
 
     @property
     def num_layers(self) -> int:
-        """L; layers without any load (dense ones) are left out."""
+        """L; layers without any load in the whole recording (dense ones) are left out."""
         return int(self.load_BLE.shape[1])
 
     @property
@@ -349,9 +352,19 @@ class LoadProfile:
         return int(self.load_BLE.shape[0])
 
     def steps(self, rows: slice) -> LoadProfile:
-        """Some of the recorded steps."""
+        """Some of the recorded steps, in all layers of the recording.
+
+        Raises
+        ------
+        NoTrafficError : none of them has any load.
+        """
         idle = None if self.idle_BL is None else self.idle_BL[rows]  # the loads are a view
-        return replace(self, load_BLE=self.load_BLE[rows], idle_BL=idle)
+        return replace(self, load_BLE=self.load_BLE[rows], idle_BL=idle, part=True)
+
+    def middle(self) -> int | None:
+        """The step with which the later half of those that have traffic begins; None: fewer than two have any."""
+        busy = np.flatnonzero(self.load_BLE.any(axis=(1, 2)))
+        return int(busy[(busy.size + 1) // 2]) if busy.size > 1 else None
 
 
 def _idle_last(experts_TLK: NDArray[np.int16], of_TLK: NDArray[Any]) -> NDArray[Any]:

@@ -32,7 +32,7 @@ from poise.engines.dumps.mapping import (
 )
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, whole
-from poise.engines.dumps.wide import named_experts, numbered
+from poise.engines.dumps.wide import like_choices, named_experts, numbered
 from poise.routing.npz import open_npz
 from poise.routing.ranks import Recorded, named_rank, one_workload
 from poise.routing.trace import MAX_EXPERTS, MAX_LOAD, LoadProfile
@@ -98,6 +98,8 @@ def decide(part: Part, options: ReadOptions) -> str:
     found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
     if part.container == "csv" and part.value.head is not None and named_experts(part.value.head):
         found = [name for name in found if name == "load-table"]
+        if found and (said := like_choices(array, np.zeros((len(array), 1)), options)):
+            raise AmbiguousError(said, hint="if they are loads, say so: --format load-table, or --num-experts")
     odd = _not_loads(array, options) if found in ([], ["load-table"]) else ""
     if odd:
         raise AmbiguousError(
@@ -130,7 +132,7 @@ def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
             (array[:, 0], "column counts, as numbers of layers do"),
             (array[0], "row counts, as a head does"),
         ):
-            if len(line) >= MANY and line[0] in (0, 1) and (np.diff(line) == 1).all():
+            if _counts_up(line):
                 return f"from {line[0]:g} to {line[-1]:g} the first {what}"
     if array.ndim == 3 and array.dtype.kind in "iu" and array.shape[1] <= MAX_TOP_K and array.max() < MAX_IDS:
         some = array[:: max(1, len(array) // TOKENS)].astype(np.int64)
@@ -147,6 +149,11 @@ def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
     if exchanged:
         return f"it seems that {axes}: every layer of a step has as many tokens"
     return _of_scores(array) if options.model is None and array.size else ""
+
+
+def _counts_up(line: NDArray[Any]) -> bool:
+    """Whether numbers are those of experts, or layers, from 0 or 1 on."""
+    return len(line) >= MANY and line[0] in (0, 1) and bool((np.diff(line) == 1).all())
 
 
 def _of_tokens(array: NDArray[Any]) -> str:
@@ -300,6 +307,17 @@ def table_of(part: Part) -> NDArray[Any]:
     return array
 
 
+def below_head(part: Part, array: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
+    """Loads as :func:`table_of` gives them, and a note if the first row is numbers of experts, as pandas writes them.
+
+    Where it has as many tokens as every other row, it is a layer.
+    """
+    headless = part.container == "csv" and part.value.head is None and len(array) > 1
+    if not headless or not _counts_up(array[0]) or _alike(array.sum(axis=1, dtype=np.float64)):
+        return array, []
+    return array[1:], [f"{part.name}: the first row, {array[0, 0]:g} to {array[0, -1]:g}, was taken for a head"]
+
+
 def _of_csv(name: str, text: CsvText) -> NDArray[np.float64]:
     """The numbers of a table that names no columns, or numbers them; an index beside them counts nothing.
 
@@ -343,9 +361,11 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """
     if any(isinstance(part.value, dict) for part in parts):
         return _read_nested(parts, options)
-    steps = []
+    steps, heads = [], []
     for part in parts:
         array = table_of(part)
+        array, said = below_head(part, array)
+        heads += said
         if array.ndim == 1:
             raise TraceError(f"{part.name} has one row; loads are [layers, experts] or [steps, layers, experts]")
         steps.append(counts(part.name, array, 2, 3).reshape(-1, *array.shape[-2:]))
@@ -365,7 +385,7 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     profile = LoadProfile(rows_alone(load_BLE, rows, 1), ids, options.k or 1, parts[0].name)
     guessed, recorded = options.model is None, load_BLE.shape[1]
     return EngineDump("plain", "load-table", profile=profile, recorded_layers=recorded, layers_by_place=guessed,
-                      notes=(*([BY_PLACE] if guessed else []), *added, *notes))  # fmt: skip
+                      notes=(*([BY_PLACE] if guessed else []), *heads, *added, *notes))  # fmt: skip
 
 
 def _read_nested(parts: Sequence[Part], options: ReadOptions) -> EngineDump:

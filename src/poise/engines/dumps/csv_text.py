@@ -96,15 +96,17 @@ def _sniff(start: bytes) -> tuple[tuple[str, ...] | None, int, str, int] | None:
     lines = list(_lines(start))
     for above, (line, begin, end) in enumerate(lines):
         remark = line.startswith(REMARK)
+        under = above + 1
+        while not remark and under < len(lines) and lines[under][0].startswith(REMARK):
+            under += 1
         for mark in MARKS:
-            fields = _fields(line.lstrip("# "), mark)
-            if len(fields) < 2:
+            if mark not in line:
                 continue
+            fields = _fields(line.lstrip("# "), mark)
             if all(NUMBER.fullmatch(field) for field in fields):
                 return None, len(fields), mark, begin
             names = [fields[0] or UNNAMED, *fields[1:]]
-            rest = (after for after, _, _ in lines[above + 1 :] if remark or not after.startswith(REMARK))
-            below = _fields(next(rest, ""), mark)
+            below = _fields(lines[under][0] if under < len(lines) else "", mark)
             named = all(NAME.fullmatch(name) or NUMBERED.fullmatch(name) for name in names)
             if named and len(below) == len(fields) and any(NUMBER.fullmatch(field) for field in below):
                 return tuple(names), len(fields), mark, end

@@ -5,8 +5,8 @@
 ``expert,layer_0,layer_1,...`` or ``expert,0,1,...``
     a row an expert.
 
-Choices of tokens look alike, ``expert_0`` the first of K: they are told by several rows of a layer, or by a column that
-names tokens.
+Choices of tokens look alike, ``expert_0`` the first of K: they are told by several rows of a layer, by a column that
+names tokens, or by numbers that are different in every row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,16 +89,16 @@ def _number(match: re.Match[str]) -> int:
 
 
 def columns_in_order(name: str, wide: Wide, options: ReadOptions) -> list[int]:
-    """Places of the columns 0, 1, ...
+    """Places of the columns by number. Layers have those of the model, whose first ones may be dense.
 
     Raises
     ------
-    TraceError : a number is missing or named twice, or there are not as many as the model has experts.
+    TraceError : one is named twice; or an expert is missing, or there are not as many as the model has.
     """
     known, found = options.experts, sorted(wide.places)
     if not found:
         raise TraceError(f"{name} has two columns of one {wide.role}", hint="keep one")
-    if found != list(range(len(found))):
+    if wide.role == "expert" and found != list(range(len(found))):
         from_one = "; they seem to be counted from 1" if found == list(range(1, len(found) + 1)) else ""
         raise TraceError(
             f"{name} has {len(found)} columns of {wide.role}s, numbered {found[0]} to {found[-1]}{from_one}",
@@ -120,7 +121,7 @@ def long_rows(
     Parameters
     ----------
     column : what says which layer (or expert), step and rank a row is of, [rows].
-    count_RC : tokens, [rows, columns].
+    count_RC : tokens, [rows, columns], columns as by :func:`columns_in_order`.
     sure : that they are loads was said.
 
     Raises
@@ -137,30 +138,36 @@ def long_rows(
             f"{name} has {int(often.max())} rows of one {wide.label}, loads have one: choices of tokens, or steps?",
             hint="a column 'step' tells steps apart; choices are read a row each: layer,expert",
         )
-    if not sure:
-        _refuse_choices(name, wide, column, count_RC, options)
+    if not sure and wide.role == "expert":
+        others = [column[role] for role in sorted(column) if role != wide.label]
+        said = like_choices(count_RC, np.stack(others, axis=1) if others else np.zeros((rows, 1)), options)
+        if said:
+            raise TraceError(f"{name}: {said}", hint="if they are loads, say so: --format load-csv, or --num-experts")
     out = {role: np.repeat(values, columns) for role, values in column.items()}
-    out[wide.role] = np.tile(np.arange(columns, dtype=np.float64), rows)
+    out[wide.role] = np.tile(np.array(sorted(wide.places), np.float64), rows)
     out["count"] = count_RC.ravel()
     return out
 
 
-def _refuse_choices(
-    name: str, wide: Wide, column: Mapping[str, NDArray[np.float64]], count_RC: NDArray[np.float64],
-    options: ReadOptions,
-) -> None:  # fmt: skip
-    """Rows of K different ids, a layer and a step each, are what one token a step chose, or loads."""
+def like_choices(count_RC: NDArray[Any], pass_RN: NDArray[np.float64], options: ReadOptions) -> str:
+    """Why rows may be K different ids that one token each chose, or ``""``; layers of a pass have as many tokens.
+
+    Parameters
+    ----------
+    count_RC : tokens, [rows, columns], a column an expert.
+    pass_RN : what says of which step and rank a row is, [rows, numbers].
+    """
     rows, columns = count_RC.shape
-    if wide.role != "expert" or "step" not in column or columns > MAX_TOP_K or options.experts is not None:
-        return
+    if rows < FEW_ROWS or columns > MAX_TOP_K or options.experts is not None:
+        return ""
     if not np.isfinite(count_RC).all() or (count_RC != np.floor(count_RC)).any() or count_RC.max() >= MAX_IDS:
-        return
-    ordered = np.sort(count_RC, axis=1)
-    sums, step = count_RC.sum(axis=1), column["step"]
-    alike = all(np.ptp(sums[step == one]) == 0 for one in np.unique(step)[:FEW_ROWS])
-    if rows >= FEW_ROWS and not alike and (ordered[:, 1:] != ordered[:, :-1]).all():
-        raise TraceError(
-            f"{name}: {columns} different numbers up to {ordered.max():g} in every row may be loads of {columns} "
-            f"experts, or the {columns} experts that a token chose",
-            hint="if they are loads, say so: --format load-csv, or --num-experts",
-        )
+        return ""
+    ordered, sums = np.sort(count_RC, axis=1), count_RC.sum(axis=1)
+    passes, number = np.unique(pass_RN, axis=0, return_inverse=True)
+    alike = all(np.ptp(sums[number.ravel() == one]) == 0 for one in range(min(len(passes), FEW_ROWS)))
+    if alike or (ordered[:, 1:] == ordered[:, :-1]).any():
+        return ""
+    return (
+        f"{columns} different numbers up to {ordered.max():g} in every row may be loads of {columns} experts, or the "
+        f"{columns} experts that a token chose"
+    )
