@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -120,26 +121,79 @@ HANGS = [sys.executable, "-c", "import sys; sys.stdin.buffer.read()"]
 """Takes what it is asked, and never answers."""
 
 
+def counted(monkeypatch, start=subprocess.Popen):
+    """The processes that are started from now on, in their order."""
+    started = []
+
+    def kept(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(aside_module.subprocess, "Popen", kept)
+    return started
+
+
+class Slow(subprocess.Popen):
+    """Looks as if it ran until ``gone`` is set."""
+
+    gone: threading.Event
+
+    def poll(self):
+        return super().poll() if self.gone.is_set() else None
+
+    def wait(self, timeout=None):
+        assert self.gone.wait(60)
+        return super().wait(timeout)
+
+
+class Lingers(Aside):
+    """Whose ended process is there, and is seen to run, until the first rank has decided what it does at the next turn."""
+
+    def __init__(self, command):
+        super().__init__(command)
+        self.gone, self.closing = threading.Event(), False
+
+    def start(self):  # what a turn begins with that goes on at all
+        self.gone.set()
+        super().start()
+
+    def end(self):
+        if not self.closing:
+            self.gone.clear()
+        super().end()
+
+    def close(self):
+        self.closing = True
+        self.gone.set()
+        super().close()
+
+    def process(self, *args, **kwargs):
+        started = Slow(*args, **kwargs)
+        started.gone = self.gone
+        return started
+
+
+@pytest.mark.parametrize("lingers", [False, True], ids=["gone at once", "gone later"])
 @pytest.mark.parametrize("waits", [False, True], ids=["while serving waits", "beside serving"])
-def test_processes_that_hang_in_their_first_call_are_given_up(monkeypatch, waits):
+def test_processes_that_hang_in_their_first_call_are_given_up(monkeypatch, waits, lingers):
     """Every turn ends, all ranks agree on each, and after the last one there is no process."""
     monkeypatch.setattr(turns, "LONGEST_S", 0.2)
-    planner = Aside(HANGS)
-    ranks, words, said, pids = Together(planner), [], set(), set()
+    planner = (Lingers if lingers else Aside)(HANGS)
+    started = counted(monkeypatch, planner.process) if lingers else counted(monkeypatch)
+    ranks, words, said = Together(planner), [], set()
     try:
-        while GIVEN_UP not in words and len(words) < 3 * MOST_TRIED * MOST_SILENT:
+        while GIVEN_UP not in words and len(words) < MOST_TRIED * (30 if waits else 100 * MOST_SILENT):
             taken = ranks.turn(call(), waits=waits)
             table, word = same(taken)
             assert (table == TRIVIAL).all()
             words.append(word)
             said.add(taken[0].said)
-            pids.add(planner.pid)
-        assert words[-1] == GIVEN_UP and len(pids) == MOST_TRIED == planner.fruitless
+        assert words[-1] == GIVEN_UP and len(started) == MOST_TRIED == planner.fruitless
         assert any(("no answer in 0 s" if waits else "exit code -9") in one for one in said), said
         assert waits or words.count(LATE) >= MOST_TRIED * MOST_SILENT
         for _ in range(3):
             assert same(ranks.turn(call(), waits=waits))[1] == GIVEN_UP
-        assert planner.pid in pids and planner.fruitless == MOST_TRIED
+        assert len(started) == MOST_TRIED == planner.fruitless
     finally:
         planner.close()
 
@@ -354,6 +408,47 @@ def test_what_nobody_waits_for_any_more_starts_no_process():
     for thread in set(threading.enumerate()) - others:
         thread.join(60)
     assert one.pid == pid and one.fruitless == 1
+
+
+def test_who_is_ended_while_its_process_starts_is_ended(monkeypatch):
+    """There is only the one before to be killed then: the next one would be waited for, by ``close`` too, for ever."""
+    one, starts, begins = Aside(HANGS), threading.Event(), threading.Event()
+    start = subprocess.Popen
+
+    def slow(*args, **kwargs):
+        starts.set()
+        assert begins.wait(60)
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(aside_module.subprocess, "Popen", slow)
+    for number in (1, 2):
+        starts.clear(), begins.clear()
+        coming = one.ask(call())
+        assert starts.wait(60)
+        one.end()
+        begins.set()
+        try:
+            with pytest.raises(CommunicationError, match="exit code -9"):
+                coming.result(60)
+        finally:
+            one.end()
+        assert one.fruitless == number
+    one.close()
+
+
+def test_what_was_asked_of_a_process_that_is_ended_starts_no_other():
+    """Two models have one planner: a call of the other one would begin a process after the last one that is tried."""
+    one = Aside(HANGS)
+    first = one.ask(call())
+    while one.pid is None:
+        time.sleep(0.01)
+    second, pid = one.ask(call()), one.pid
+    one.end()
+    for coming, said in ((first, "exit code -9"), (second, "ended before this call came to it")):
+        with pytest.raises(CommunicationError, match=said):
+            coming.result(60)
+    assert one.pid == pid and one.fruitless == 1
+    one.close()
 
 
 def test_a_process_that_never_answers(tmp_path):

@@ -23,14 +23,23 @@ from poise.util.errors import CommunicationError, NoResultError
 
 
 class _Child:
-    """A process, how many before it went without an answer, and whether it has answered."""
+    """A process, how many before it went without an answer, and whether it has answered, or was ended.
+
+    Who ends one need not wait until it is gone: from then on nobody asks it, and it counts as over. The system takes a
+    moment for that, and whoever looks meanwhile would think that it runs.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], before: int) -> None:
         self.process, self.before, self.answered = process, before, False
+        self._ended = False
+
+    def end(self) -> None:
+        self._ended = True
+        self.process.kill()
 
     @property
     def over(self) -> bool:
-        return self.process.poll() is not None
+        return self._ended or self.process.poll() is not None
 
     @property
     def fruitless(self) -> int:
@@ -52,6 +61,7 @@ class Aside:
         self._command = tuple(command)
         self._child: _Child | None = None  # replaced whole: who asks looks at it while a thread starts the next
         self._turn = threading.Lock()
+        self._end = object()  # the last one; who was asked before it is asked in vain
 
     @property
     def pid(self) -> int | None:
@@ -72,7 +82,7 @@ class Aside:
         """Start the process if there is none, so that it compiles what it runs before it is asked."""
         if self._child is None and self._turn.acquire(blocking=False):
             try:
-                self._started()
+                self._started(self._end)
             finally:
                 self._turn.release()
 
@@ -82,13 +92,16 @@ class Aside:
         It raises NoResultError if the planner could not answer, CommunicationError if its process ended before it did.
         """
         future: Future[Answer] = Future()
-        threading.Thread(target=self._wait, args=(asked, future), name="poise-planner", daemon=True).start()
+        words = asked, future, self._end
+        threading.Thread(target=self._wait, args=words, name="poise-planner", daemon=True).start()
         return future
 
     def end(self) -> None:
-        """End the process, and with it what is waited for."""
-        if self._child is not None:
-            self._child.process.kill()
+        """End the process, also one that a thread is about to start, and with it all that is waited for."""
+        self._end = object()  # first: who starts a process looks at it when the process is there to be ended
+        child = self._child
+        if child is not None:
+            child.end()
 
     def close(self) -> None:
         """End the process, and let go of what it held."""
@@ -97,16 +110,16 @@ class Aside:
             if self._child is not None:
                 _over(self._child.process)
 
-    def _wait(self, asked: Asked, future: Future[Answer]) -> None:
+    def _wait(self, asked: Asked, future: Future[Answer], end: object) -> None:
         with self._turn:
             if not future.set_running_or_notify_cancel():  # whoever asked no longer waits: no process for that
                 return
             try:
-                future.set_result(self._answer(asked))
+                future.set_result(self._answer(asked, end))
             except BaseException as error:
                 future.set_exception(error)
 
-    def _started(self) -> _Child:
+    def _started(self, end: object) -> _Child:
         last = self._child
         if last is None or last.over:
             if last is not None:
@@ -115,11 +128,15 @@ class Aside:
             environ = {**os.environ, **ENVIRON, "PYTHONPATH": os.pathsep.join(filter(None, path))}
             process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
             self._child = _Child(process, 0 if last is None else last.fruitless)
+            if end is not self._end:  # meanwhile, when there was only the one before to be ended
+                self._child.end()
         assert self._child is not None
         return self._child
 
-    def _answer(self, asked: Asked) -> Answer:
-        child = self._started()
+    def _answer(self, asked: Asked, end: object) -> Answer:
+        if end is not self._end:
+            raise CommunicationError("the planner's process was ended before this call came to it")
+        child = self._started(end)
         process = child.process
         assert process.stdin is not None and process.stdout is not None
         try:
