@@ -291,6 +291,7 @@ class LoadProfile:
     idle_BL : float64 [B, L] or None, picks of identity experts beside those of load_BLE: they compute nothing, and
         count only for how many tokens a step has.
     notes : what a reader should know of how several files became one.
+    said : what the file, or the user, says of the numbers, keys of :data:`poise.routing.said.SAID`.
     """
 
     load_BLE: NDArray[Any]
@@ -300,6 +301,7 @@ class LoadProfile:
     rank: int | None = None
     idle_BL: NDArray[np.float64] | None = None
     notes: tuple[str, ...] = ()
+    said: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_BLE)
