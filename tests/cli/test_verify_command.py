@@ -30,14 +30,24 @@ def plan(tmp_path):
     return placement
 
 
-def per_pass(path, running_LS, passes=4):
+def per_pass(path, running_LS, passes=4, *, never_set_back=False):
     """SGLang's recorder, mode per_pass: counts of slots, and the map at the end."""
     rng = np.random.default_rng(1)
     counts = torch.from_numpy(rng.integers(1, 50, (passes, *running_LS.shape)))
     counts[:, [0, 3, 5]] = 0  # dense layers
+    counts = counts.cumsum(0) if never_set_back else counts
     records = [{"forward_pass_id": i, "rank": 0, "gatherer_key": "primary", "global_physical_count": count}
                for i, count in enumerate(counts)]  # fmt: skip
     torch.save({"records": records, "last_physical_to_logical_map": torch.from_numpy(running_LS)}, path)
+
+
+def test_totals_prove_a_map_and_are_told(plan, tmp_path):
+    running, _ = sglang.physical_to_logical(plan, LAYERS)
+    for never_set_back in (False, True):
+        per_pass(tmp_path / "expert_distribution_recorder_1_0.pt", running, never_set_back=never_set_back)
+        done = run(tmp_path / "placement.npz", tmp_path / "expert_distribution_recorder_1_0.pt")
+        assert done.exit_code == 0 and "the plan runs in all 3 layers" in done.stdout
+        assert ("running totals, not steps" in done.stderr and "read as steps" in done.stderr) == never_set_back
 
 
 def test_a_live_map_is_live_and_a_dropped_one_is_named(plan, tmp_path):

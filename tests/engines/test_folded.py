@@ -55,6 +55,55 @@ def test_bare_picks_of_a_layer_are_not_layers_of_one(tmp_path, suffix):
         assert read_dump(path, options=ReadOptions(format="exflow")).trace.top_k == 1  # who says so means it
 
 
+@pytest.mark.parametrize("top_k", [TOP_K, 2])
+def test_picks_that_compute_nothing_prove_nothing(tmp_path, top_k):
+    """Identity experts leave holes (-1), also several in a layer; too small a K is told as without them."""
+    experts = picks()
+    experts[7, 2, 1:3] = experts[9, 0, 0] = -1
+    (tmp_path / "a.json").write_text(json.dumps(answer(experts)))
+    options = ReadOptions(top_k=top_k, num_experts=EXPERTS, zero_experts=8)
+    if top_k == TOP_K:
+        np.testing.assert_array_equal(
+            np.sort(read_dump(tmp_path / "a.json", options=options).trace.experts), np.sort(experts)
+        )
+    else:
+        with pytest.raises(TraceError, match="read as 12 layers of 2 experts"):
+            read_dump(tmp_path / "a.json", options=options)
+
+
+def cyclic(tokens=3000, layers=LAYERS, experts=32):
+    """A top-1 router whose layers are sure of each other: expert e, then e + 1, ..."""
+    first = np.random.default_rng(0).integers(0, experts, (tokens, 1))
+    return (first + np.arange(layers)) % experts
+
+
+def test_layers_that_never_agree_are_read_where_the_shape_is_said(tmp_path):
+    path = save(tmp_path / "t.npy", cyclic()[:, :, None])
+    np.testing.assert_array_equal(read_dump(path).trace.experts[:, :, 0], cyclic())
+    nested = tmp_path / "v.json"
+    nested.write_text(json.dumps({"routed_experts": cyclic(40)[:, :, None].tolist()}))
+    assert read_dump(nested).trace.num_layers == LAYERS
+    path = save(tmp_path / "t.npy", cyclic())
+    with pytest.raises(TraceError, match=r"read as 6 layers of 1 .*\n.* if they are layers, say so: --format exflow"):
+        read_dump(path)
+    np.testing.assert_array_equal(
+        read_dump(path, options=ReadOptions(format="exflow")).trace.experts[:, :, 0], cyclic()
+    )
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((0, 4, 5), int), np.zeros((0, 5), int), np.zeros((5, 0), int), np.zeros((4, 0, 5), int),
+    np.where(np.arange(64 * 4 * 6).reshape(64, 4, 6) == 77, -1, picks(tokens=64).transpose(0, 2, 1)),
+    np.where(np.arange(6)[:, None] == 3, -1, cyclic(64)[:, :, None]),
+])  # fmt: skip
+def test_empty_arrays_and_ids_below_zero_are_typed_errors(tmp_path, array):
+    np.save(tmp_path / "t.npy", array)
+    for options in (ReadOptions(), ReadOptions(num_experts=32, top_k=1), ReadOptions(format="load-table")):
+        with pytest.raises(TraceError) as error:
+            read_dump(tmp_path / "t.npy", options=options)
+        assert "--format load-table" not in str(error.value)  # which would not help
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_layers_stay_layers(tmp_path, seed):
     """Of top-1 models: even, skewed, and layers that use other experts each, where nothing is proven."""

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import poise
+from poise.cli.main import app
 from poise.engines.readers import ReadOptions, read_dump
 from poise.util.errors import TraceError
 
@@ -51,6 +53,22 @@ def test_exchanged_axes_are_refused_whatever_names_them(tmp_path, name):
     else:
         name = {"t.pt": "sglang-stat", "h.json": "load-history", "n.json": "load-table"}.get(name, "load-csv")
         assert read_dump(path, options=ReadOptions(format=name)).profile.num_layers == EXPERTS
+
+
+@pytest.mark.parametrize("ending", ["json", "npz"])
+@pytest.mark.parametrize("name", ["t.npz", "t.json", "t.csv"])
+def test_what_was_said_of_the_axes_goes_with_the_file(tmp_path, name, ending):
+    """Loads that only look exchanged: their format is named once, and the file that is written reads everywhere."""
+    path, out, again = write(tmp_path, name, loads().T), tmp_path / f"out.{ending}", tmp_path / f"again.{ending}"
+    form = {"t.npz": "poise", "t.json": "sglang-stat", "t.csv": "load-csv"}[name]
+    assert CliRunner().invoke(app, ["convert", str(path), "-o", str(out)]).exit_code == 2
+    for words in ([path, "--format", form, "-o", out], [out, "-o", again]):
+        done = CliRunner().invoke(app, ["convert", *map(str, words)])
+        assert done.exit_code == 0, done.output
+    for found in (out, again):
+        np.testing.assert_array_equal(poise.read(found).load_BLE[0], loads().T)
+        assert read_dump(found).profile.num_layers == EXPERTS
+    assert CliRunner().invoke(app, ["inspect", str(again)]).exit_code == 0
 
 
 def test_even_loads_and_layers_of_unlike_sizes_are_no_sign(tmp_path):

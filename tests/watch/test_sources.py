@@ -218,3 +218,21 @@ def test_dumps_of_counters_that_are_never_set_back_are_told_once(tmp_path, endin
             notes += [(at, note) for note in got.notes]
         assert [at for at, _ in notes] == [3] * running
         assert not notes or "running totals, not steps (layer" in notes[0][1]
+
+
+@pytest.mark.parametrize("records", [1, 2, 3, 5, 9])
+def test_records_of_one_dump_are_told_as_those_of_several(tmp_path, records):
+    """Counters that are never set back are watched all the same, and told once; steps are not."""
+    load = np.random.default_rng(1).integers(1, 90, (18, 3, 16))
+    for name, count in (("steps", load), ("running", load.cumsum(axis=0)), ("said", load.cumsum(axis=0))):
+        source, notes, seen = DumpFolder(tmp_path / name), [], 0
+        source.folder.mkdir()
+        said = {"counters": "steps"} if name == "said" else {}
+        for first in range(0, 18, records):
+            dump = {"logical_count": count[first : first + records].tolist(), **said}
+            (source.folder / f"{first}.json").write_text(json.dumps(dump))
+            got = source.poll(last=True)
+            assert len(got.arrivals) == 1 and not got.problems
+            seen += got.arrivals[0].steps.num_steps
+            notes += got.notes
+        assert seen == 18 and len(notes) == (name == "running")

@@ -17,8 +17,9 @@ from poise.engines.readers import FORMATS, ReadOptions, read_dump, read_slot_map
 from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.routing.counters import COUNTERS
-from poise.routing.files import COUNTED, IDLE
+from poise.routing.files import IDLE
 from poise.routing.ranks import READINGS
+from poise.routing.said import SAID
 from poise.routing.trace import LoadProfile, row_blocks
 from poise.util.errors import OptionError, TraceError
 from poise.util.executors import executor_of
@@ -85,7 +86,7 @@ def convert(
         if devices is not None or _is_placement(dump):
             wrote = _write_placement(dump, devices, options, output)
         else:
-            wrote = _write_traffic(dump, output, counters)
+            wrote = _write_traffic(dump, output)
         if json:
             o.print_json("convert", {
                 "engine": dump.engine, "kind": dump.kind, "wrote": wrote, "file": str(output), **_facts(dump),
@@ -103,10 +104,10 @@ def _placement(path: Path, options: ReadOptions) -> Placement | SlotRecord:
     return read_slot_map(path, options=options)
 
 
-def _write_traffic(dump: EngineDump, output: Path, counters: str | None) -> str:
+def _write_traffic(dump: EngineDump, output: Path) -> str:
     traffic = dump.traffic
     if isinstance(traffic, LoadProfile):
-        _write_profile(traffic, output, dump.recorded_layers, said=counters is not None)
+        _write_profile(traffic, output, dump.recorded_layers)
         return "profile"
     if output.suffix != ".npz":
         raise OptionError(f"{output} would hold a trace", hint="name it .npz")
@@ -114,19 +115,18 @@ def _write_traffic(dump: EngineDump, output: Path, counters: str | None) -> str:
     return "trace"
 
 
-def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | None, *, said: bool) -> None:
+def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | None) -> None:
     """``.json``: one row a decoder layer, zeros where nothing was recorded. ``.npz``: counts and their layers.
 
-    ``said``: that its records are steps was said by the user, and is said in the file.
+    What was said of the numbers is said in the file.
     """
     ids = profile.layer_ids
     assert ids is not None
     if output.suffix == ".npz":
         idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
-        if said:
-            idle[COUNTED] = np.array("steps")
+        said: dict[str, Any] = {key: np.array(SAID[key]) for key in sorted(profile.said)}
         with replacing(output, TraceError) as stream:
-            np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle)
+            np.savez_compressed(stream, counts=profile.load_BLE, layers=ids, **idle, **said)
         return
     if output.suffix != ".json":
         raise OptionError(f"{output} would hold a load profile", hint="name it .json or .npz")
@@ -138,7 +138,10 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
         for index, (name, table) in enumerate(tables.items()):
             stream.write((", " if index else "{").encode() + jsonlib.dumps(name).encode() + b": ")
             stream.writelines(_rows(table, ids, layers))
-        stream.write(f', "{COUNTED}": "steps"}}'.encode() if said else b"}")
+        stream.writelines(
+            f", {jsonlib.dumps(key)}: {jsonlib.dumps(SAID[key])}".encode() for key in sorted(profile.said)
+        )
+        stream.write(b"}")
 
 
 def _rows(table: NDArray[Any], ids: NDArray[np.int32], layers: int) -> Iterator[bytes]:

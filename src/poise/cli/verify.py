@@ -62,12 +62,14 @@ def verify(
         plan = Placement.load(placement)
         spec = None if model is None else ModelSpec.parse(model)
         options = ReadOptions(
-            spec, ranks=o.one_of("reading of ranks", ranks, READINGS), allow_missing_ranks=allow_missing_ranks
-        )
+            spec, ranks=o.one_of("reading of ranks", ranks, READINGS), allow_missing_ranks=allow_missing_ranks,
+            allow_running=True,  # a map is checked against totals, too
+        )  # fmt: skip
         dump = read_dump(dumps, options=options if traffic is None else replace(options, ranks=None))
         if traffic is not None:
             ran = read_dump(traffic, options=options)
-            dump = replace(dump, trace=ran.trace, profile=ran.profile, recorded_layers=ran.recorded_layers)
+            dump = replace(dump, trace=ran.trace, profile=ran.profile, recorded_layers=ran.recorded_layers,
+                           notes=(*dump.notes, *ran.notes))  # fmt: skip
         found = check(
             plan, dump, tolerance=tolerance, recorded=True if recorded else None, error_rate=error_rate,
             against={str(path): _placement(path, plan) for path in against or []}, balancer_off=balancer_off,

@@ -129,7 +129,7 @@ class RecorderOptions:
         folder = self.dump_dir or (Path(trace) if trace is not None and Path(trace).is_dir() else None)
         dumps = None if folder is None else DumpFolder(
             folder, tokens_per_step=tokens_per_step, most_steps=self.steps_per_dump, delete=self.delete_dumps,
-            read=partial(read_dump, options=ReadOptions(model=setup.model)),
+            read=partial(read_dump, options=ReadOptions(model=setup.model, allow_running=True)),
         )  # fmt: skip
         if self.sglang is not None:
             if trace is not None or dumps is None or not follow or redundant:

@@ -17,6 +17,7 @@ from poise.machine.model import ModelSpec
 from poise.planning.placement import Placement
 from poise.routing.counters import COUNTERS, Counters
 from poise.routing.ranks import READINGS, Reading
+from poise.routing.said import AXES, COUNTED
 from poise.routing.trace import MAX_EXPERTS, LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
 
@@ -155,6 +156,7 @@ class ReadOptions:
     allow_missing_ranks : whether a rank that recorded nothing is a note; else it is an error.
     counters : what several records of loads are: ``steps``, each counts its own tokens, or ``running`` totals of
         counters that were not set back. None: steps, and what shows that it is none is an error.
+    allow_running : whether records that seem to be running totals are a note, and read as steps; else an error.
 
     Raises
     ------
@@ -171,6 +173,7 @@ class ReadOptions:
     allow_missing_ranks: bool = False
     zero_experts: int | None = None
     counters: Counters | None = None
+    allow_running: bool = False
 
     def __post_init__(self) -> None:
         for name, value, most in (("num_experts", self.num_experts, MAX_EXPERTS), ("top_k", self.top_k, MAX_EXPERTS)):
@@ -192,6 +195,11 @@ class ReadOptions:
             raise OptionError(
                 f"{zeros} identity experts behind an unknown number of experts", hint="give --num-experts, or --model"
             )
+
+    @property
+    def said(self) -> frozenset[str]:
+        """What the user says of loads (:data:`poise.routing.said.SAID`): what records are, or, by the format, axes."""
+        return frozenset([COUNTED] * (self.counters is not None) + [AXES] * (self.format is not None))
 
     @property
     def experts(self) -> int | None:

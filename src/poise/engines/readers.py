@@ -30,14 +30,14 @@ from poise.engines.dumps import (  # fmt: skip
     tokenspeed,
     vllm_logs,
 )
-from poise.engines.dumps.folded import refuse_folded
 from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.engines.proposals import PROPOSALS
-from poise.routing.counters import differences, refuse_running
-from poise.routing.files import join, read
+from poise.routing.counters import began_anew, differences, refuse_running
+from poise.routing.files import joined, unchecked
 from poise.routing.plausible import refuse_exchanged, refuse_wrapped
+from poise.routing.said import AXES, COUNTED
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import OptionError, TraceError
 from poise.util.executors import Serial, in_order
@@ -50,8 +50,6 @@ RANKS_ASKED = ("sglang-stat", "tokenspeed", "load-table", "load-csv", "poise")
 """Formats of which several files may be those of ranks or steps."""
 SOME_PICKS = ("exflow", "poise")
 """Formats that may keep fewer picks a token than the router makes."""
-UNSHAPED = ("exflow", "routed-experts")
-"""Formats whose numbers may come without their shape [tokens, layers, experts a token]."""
 TYPED = ("npy", "npz", "torch")
 """Containers that keep the type that was counted in."""
 TRACE, PLACEMENT = "experts", "slot_expert"
@@ -76,10 +74,10 @@ def _in(*containers: str, when: Callable[[object], bool] = lambda value: True) -
 
 
 def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
-    found = join([read(part.path, counters="steps") for part in parts], ranks=options.ranks,
-                 allow_missing_ranks=options.allow_missing_ranks, counters="steps")  # fmt: skip
+    found = joined([unchecked(part.path, options.counters) for part in parts], ranks=options.ranks,
+                   allow_missing_ranks=options.allow_missing_ranks, counters=options.counters)  # fmt: skip
     if isinstance(found, LoadProfile):
-        return EngineDump("poise", "profile", profile=found)
+        return EngineDump("poise", "profile", profile=found, notes=found.notes)
     return EngineDump("poise", "trace", trace=found)
 
 
@@ -155,10 +153,9 @@ def read_dump(
         dump = FORMATS[name].read(parts, options)
         typed = all(part.container in TYPED for part in parts)
         parts.clear()  # what the files hold is let go
-        if name in UNSHAPED and options.format is None and dump.trace is not None:
-            refuse_folded(dump.trace.experts)
         if dump.profile is not None and options.format is None:
-            refuse_exchanged(dump.profile)
+            if AXES not in dump.profile.said:
+                refuse_exchanged(dump.profile)
             if typed:
                 refuse_wrapped(dump.profile)
         dump = _counted(without_zeros(dump, options), options)
@@ -180,27 +177,46 @@ def read_dump(
 
 
 def _counted(dump: EngineDump, options: ReadOptions) -> EngineDump:
-    """A dump whose records of loads are steps."""
-    profile, slots = dump.profile, dump.slots
-    if options.counters is not None and profile is None:
-        raise OptionError(f"--counters {options.counters}: {dump.engine} {dump.kind} has no records of loads",
-                          hint="leave --counters out")  # fmt: skip
-    if profile is None or options.counters == "steps":
+    """A dump whose records of loads are steps, and which says of itself what the user said."""
+    profile, notes = dump.profile, list(dump.notes)
+    if profile is None:
+        if options.counters is not None:
+            raise OptionError(f"--counters {options.counters}: {dump.engine} {dump.kind} has no records of loads",
+                              hint="leave --counters out")  # fmt: skip
         return dump
     assert profile.layer_ids is not None
-    if options.counters is None:
-        refuse_running(profile.load_BLE, profile.layer_ids, profile.name)
-        return dump
-    load_BLE, notes = differences(profile.load_BLE, profile.name)
-    idle_BL = None if profile.idle_BL is None else differences(profile.idle_BL, profile.name)[0]
-    if slots is not None and slots.count_BLS is not None:
-        slots = replace(slots, count_BLS=differences(slots.count_BLS, profile.name)[0])
-    busy = np.asarray(load_BLE.any(axis=(1, 2)))
+    if options.counters == "running":
+        return _parted(dump, profile, options.said)
+    profile = replace(profile, said=profile.said | options.said)
+    if COUNTED not in profile.said:
+        try:
+            refuse_running(profile.load_BLE, profile.layer_ids, profile.name)
+        except TraceError as error:
+            if not options.allow_running:
+                raise
+            notes.append(f"{error.message}; they are read as steps")
+    return replace(dump, profile=profile, notes=tuple(notes))
+
+
+def _parted(dump: EngineDump, profile: LoadProfile, said: frozenset[str]) -> EngineDump:
+    """Differences of all that was counted, where its reader has not taken them (rank by rank)."""
+    load_BLE, idle_BL, slots, notes = profile.load_BLE, profile.idle_BL, dump.slots, list[str]()
+    count_BLS = None if slots is None else slots.count_BLS
+    aside_B = None if count_BLS is None or len(count_BLS) != len(load_BLE) else count_BLS
+    if COUNTED not in profile.said:
+        anew_B = began_anew(*(counts for counts in (load_BLE, idle_BL, aside_B) if counts is not None))
+        load_BLE, notes = differences(load_BLE, profile.name, anew_B)
+        idle_BL = None if idle_BL is None else differences(idle_BL, profile.name, anew_B)[0]
+        if count_BLS is not None:
+            count_BLS = differences(count_BLS, profile.name, None if aside_B is None else anew_B)[0]
+    busy = np.asarray(load_BLE.any(axis=(1, 2))) | (False if idle_BL is None else idle_BL.any(axis=1))
     if not busy.all():
         notes.append(f"{(~busy).sum()} of them, in which nothing came, were left out")
         load_BLE, idle_BL = load_BLE[busy], None if idle_BL is None else idle_BL[busy]
-    return replace(dump, profile=replace(profile, load_BLE=load_BLE, idle_BL=idle_BL), slots=slots,
-                   notes=(*dump.notes, *notes))  # fmt: skip
+        count_BLS = count_BLS if count_BLS is None or aside_B is None else count_BLS[busy]
+    slots = slots if slots is None else replace(slots, count_BLS=count_BLS)
+    profile = replace(profile, load_BLE=load_BLE, idle_BL=idle_BL, said=profile.said | said)
+    return replace(dump, profile=profile, slots=slots, notes=(*dump.notes, *notes))
 
 
 def _unrecorded(traffic: RoutingTrace | LoadProfile | None, options: ReadOptions) -> list[str]:

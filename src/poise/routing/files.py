@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from poise.routing.json_tables import Ragged, read_tables
 from poise.routing.npz import Archive, open_npz
 from poise.routing.plausible import refuse_exchanged
 from poise.routing.ranks import ASK, Reading, Recorded, named_rank, one_workload, spans
+from poise.routing.said import AXES, COUNTED, SAID, said_in
 from poise.routing.trace import FORMAT, MAX_EXPERTS, NO_EXPERT, LoadProfile, RoutingTrace, integers, sealed
 from poise.util.errors import OptionError, TraceError
 from poise.util.files import open_regular
@@ -25,37 +26,50 @@ MAX_JSON_BYTES = 8 << 30
 OPTIONAL = ("request", "is_decode", "step", "home", "weights", "layer_ids", "domain", "domain_names")
 IDLE = "identity_count"
 """Key of the picks that compute nothing, beside the loads of a profile."""
-COUNTED = "counters"
-"""Key by which a profile says that its records are steps, though no count falls from one to the next."""
 SELECTORS = "FILE#domain=a+b,phase=prefill|decode,half=first|second|even|odd"
 
 
-def read(path: str | Path, *, counters: Counters | None = None) -> RoutingTrace | LoadProfile:
+def read(path: str | Path, *, counters: Literal["steps"] | None = None) -> RoutingTrace | LoadProfile:
     """A routing trace (``.npz``) or a load profile (``.json``, ``.npz``), with an optional selection behind ``#``.
 
     ``FILE#domain=german,phase=decode,half=first`` keeps one domain, one phase and the first half of the requests.
 
     Parameters
     ----------
-    counters : what the user says that records of loads are; None: steps, unless the counts show that they are none.
+    counters : ``steps``: the user says that records of loads are such; None: unless the counts show that they are none.
 
     Raises
     ------
     TraceError : the file is missing, truncated, pickled, too large, or its arrays break the format (docs/formats.md);
-        or its records are running totals (:mod:`poise.routing.counters`).
+        or its records are running totals (:mod:`poise.routing.counters`), or its axes exchanged, and it does not say
+        that it is right (:mod:`poise.routing.said`).
     """
     name, _, selection = str(path).partition("#")
-    found, said = _read_json(Path(name)) if name.endswith(".json") else _read_npz(Path(name))
-    if isinstance(found, LoadProfile) and counters is None:
+    found = unchecked(name, counters)
+    if isinstance(found, LoadProfile) and AXES not in found.said:
         refuse_exchanged(found)
-    if isinstance(found, LoadProfile) and counters is None and not said:
+    if isinstance(found, LoadProfile) and COUNTED not in found.said:
         refuse_running(found.load_BLE, found.layer_ids, found.name)
     return _select(found, selection) if selection else found
 
 
+def unchecked(path: str | Path, counters: Counters | None = None) -> RoutingTrace | LoadProfile:
+    """As :func:`read`, all of it, whatever counts show: the caller looks at them.
+
+    Parameters
+    ----------
+    counters : what the user says that records of loads are, whatever the file says.
+    """
+    given = frozenset() if counters is None else frozenset({COUNTED})
+    found = (_read_json if str(path).endswith(".json") else _read_npz)(Path(path), given)
+    if isinstance(found, LoadProfile) and counters == "steps":
+        found = replace(found, said=found.said | given)
+    return found
+
+
 def join(
     parts: Sequence[RoutingTrace | LoadProfile], *, ranks: Reading | None = None, allow_missing_ranks: bool = False,
-    counters: Counters | None = None,
+    counters: Literal["steps"] | None = None,
 ) -> RoutingTrace | LoadProfile:  # fmt: skip
     """Several as one: traces back to back with requests kept apart, profiles as the steps of one.
 
@@ -73,6 +87,24 @@ def join(
     ------
     TraceError : no part, traces mixed with profiles, layers, experts or top-k that disagree, files of several ranks
         that may be read in two ways, a rank that is missing, or running totals.
+    """
+    found = joined(parts, ranks=ranks, allow_missing_ranks=allow_missing_ranks, counters=counters)
+    each = [part for part in parts if isinstance(part, LoadProfile) and part.num_steps == 1]
+    if isinstance(found, LoadProfile) and COUNTED not in found.said and 1 < len(each) == len(parts):
+        refuse_running(found.load_BLE, found.layer_ids, f"{len(parts)} files")
+    return found
+
+
+def joined(
+    parts: Sequence[RoutingTrace | LoadProfile], *, ranks: Reading | None = None, allow_missing_ranks: bool = False,
+    counters: Counters | None = None,
+) -> RoutingTrace | LoadProfile:  # fmt: skip
+    """As :func:`join`, whatever counts show: the caller looks at them.
+
+    Parameters
+    ----------
+    counters : what the user says that records of loads are: ``steps``; or ``running`` totals, taken apart rank by rank
+        (profiles that then do not say so, of which there is one or that have idle picks, are left to the caller).
     """
     if not parts:
         raise TraceError("no trace was given")
@@ -148,11 +180,21 @@ def _of_ranks(
             load_BLE = np.zeros((part.num_steps, ids.size, part.num_experts), load_BLE.dtype)
             load_BLE[:, np.searchsorted(ids, part.layer_ids)] = part.load_BLE
         files.append(Recorded(part.name, part.rank, load_BLE))
-    loads, notes = one_workload(files, ranks, allow_missing=allow_missing, unnamed="steps")
+    apart = counters == "running" and all(part.idle_BL is None for part in profiles)
+    loads, notes = one_workload(
+        files, ranks, allow_missing=allow_missing, unnamed="steps", counters=counters if apart else None
+    )
+    if counters == "running" and not apart and 1 < len(loads) != sum(part.num_steps for part in profiles):
+        raise TraceError(
+            f"{head.name} and {len(profiles) - 1} more are running totals of several ranks with picks that compute "
+            "nothing beside them",
+            hint="give what the engine wrote, where such picks are columns of the loads",
+        )
     name = " + ".join(part.name for part in profiles)
-    if counters is None and all(part.num_steps == 1 for part in profiles):
-        refuse_running(loads, ids, f"{len(profiles)} files")
-    return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads), notes=tuple(notes))
+    said = frozenset.intersection(*(part.said for part in profiles))
+    said |= {COUNTED} if apart or counters == "steps" else set()
+    return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads), notes=tuple(notes),
+                       said=said)  # fmt: skip
 
 
 def _idle_together(
@@ -211,8 +253,8 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def _read_json(path: Path) -> tuple[LoadProfile, bool]:
-    """The profile, and whether it says that its records are steps."""
+def _read_json(path: Path, given: frozenset[str]) -> LoadProfile:
+    """The profile; what it says of itself, unless that is ``given``."""
     try:
         with open_regular(path, TraceError) as stream:
             if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
@@ -228,18 +270,18 @@ def _read_json(path: Path) -> tuple[LoadProfile, bool]:
     if not isinstance(data, dict) or "logical_count" not in data:
         raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
     load, idle = (np.asarray(data[name]) if name in data else None for name in ("logical_count", IDLE))
-    found = LoadProfile(load, name=path.name, rank=named_rank(path, data.get("rank")), idle_BL=idle)  # type: ignore[arg-type]
-    return found, data.get(COUNTED) == "steps"
+    rank, said = named_rank(path, data.get("rank")), said_in(path.name, data, given)
+    return LoadProfile(load, name=path.name, rank=rank, idle_BL=idle, said=said)  # type: ignore[arg-type]
 
 
-def _read_npz(path: Path) -> tuple[RoutingTrace | LoadProfile, bool]:
-    """What is in it, and whether it says that its records are steps."""
+def _read_npz(path: Path, given: frozenset[str]) -> RoutingTrace | LoadProfile:
+    """What is in it; what loads say of themselves, unless that is ``given``."""
     with open_npz(path, ["a routing trace", "a load profile"]) as archive:
         if "experts" not in archive and "counts" in archive:
-            said = COUNTED in archive and str(_array(archive, COUNTED)) == "steps"
-            return _read_counts(archive, path.name), said
+            said = said_in(path.name, {key: _array(archive, key) for key in SAID if key in archive}, given)
+            return _read_counts(archive, path.name, said)
         if "experts" not in archive and "cross" in archive:
-            return _read_cross(archive, path.name), True
+            return _read_cross(archive, path.name)
         _check_format(archive)
         header = archive.header("experts")
         experts = archive.read_integers(header, NO_EXPERT, MAX_EXPERTS - 1, np.int16)
@@ -257,7 +299,7 @@ def _read_npz(path: Path) -> tuple[RoutingTrace | LoadProfile, bool]:
             texts = tuple(str(x) for x in names)
         except ValueError:
             raise TraceError("domain_names holds bytes that are no text") from None
-        return RoutingTrace(experts, num_experts, domain_names=texts, name=path.name, **optional), True
+        return RoutingTrace(experts, num_experts, domain_names=texts, name=path.name, **optional)
 
 
 def _check_format(archive: Archive) -> None:
@@ -279,11 +321,11 @@ def _array(archive: Archive, name: str) -> NDArray[Any]:
     return archive.read(archive.header(name))
 
 
-def _read_counts(archive: Archive, name: str) -> LoadProfile:
+def _read_counts(archive: Archive, name: str, said: frozenset[str]) -> LoadProfile:
     """``counts [L, E]`` with ``layers [L]``, as the OLMoE authors publish them."""
     more: dict[str, Any] = {"layer_ids": _array(archive, "layers")} if "layers" in archive else {}
     idle = _array(archive, IDLE) if IDLE in archive else None
-    return LoadProfile(_array(archive, "counts"), name=name, idle_BL=idle, **more)
+    return LoadProfile(_array(archive, "counts"), name=name, idle_BL=idle, said=said, **more)
 
 
 def _read_cross(archive: Archive, name: str) -> LoadProfile:

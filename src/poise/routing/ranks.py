@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.routing.counters import Counters, differences
 from poise.routing.trace import sealed
 from poise.util.errors import TraceError
 
@@ -50,7 +51,7 @@ class Recorded:
 
 def one_workload(
     files: Sequence[Recorded], reading: Reading | None = None, *, allow_missing: bool = False,
-    unnamed: Reading | None = None,
+    unnamed: Reading | None = None, counters: Counters | None = None,
 ) -> tuple[NDArray[np.float64], list[str]]:  # fmt: skip
     """Loads of all files together, float64 [B, L, E], and notes.
 
@@ -64,6 +65,8 @@ def one_workload(
     reading : what files of several ranks are, where the user says it.
     allow_missing : a note instead of an error where a rank is missing.
     unnamed : what files that name no rank are where their counts do not show it; None: ask.
+    counters : ``running``: each rank's records are totals, of which the differences are taken; a rank may begin anew
+        alone, which a sum of ranks would hide.
 
     Raises
     ------
@@ -71,20 +74,25 @@ def one_workload(
     """
     names = {file.rank for file in files}
     if reading == "steps":
-        return _in_order(files), []
+        return _counted(files, counters)
     if len(names) == 1 and (len(files) == 1 or (reading is None and None not in names)):
         kept, notes = _without_copies([[file] for file in files])
-        loads = _in_order([mine[0] for mine, _ in kept])
-        return loads, notes + ([] if None in names else _missing([loads], [names], allow_missing))
+        loads, more = _counted([mine[0] for mine, _ in kept], counters)
+        return loads, notes + more + ([] if None in names else _missing([loads], [names], allow_missing))
     kept, notes = _without_copies(_by_rank(files, apart=len(names) == 1))
     who = [ranks for _, ranks in kept]
     loads_R = [_in_order(mine) for mine, _ in kept]
     if len(kept) == 1:
-        return loads_R[0], notes
+        loads, more = _counted(kept[0][0], counters)
+        return loads, notes + more
     if reading is None and not _own_experts(loads_R, who):
         if names == {None} and unnamed == "steps":
-            return _in_order(files), []
+            return _counted(files, counters)
         raise TraceError(_question(files, who), hint=ASK)
+    if counters == "running":
+        for at, (mine, _) in enumerate(kept):
+            loads_R[at], more = _counted(mine, counters)
+            notes += [f"{mine[0].name}: {note}" for note in more]
     loads_R, more = _aligned(loads_R, [mine[0] for mine, _ in kept], allow_missing)
     notes.append(f"{len(files)} files of {_ranks(who)} were added up: each counts a part of the same passes")
     return sealed(np.asarray(np.sum(loads_R, axis=0, dtype=np.float64))), notes + more + _missing(
@@ -279,6 +287,12 @@ def _firsts(ranks: Sequence[set[int | None]]) -> list[int | None]:
 
 def _in_order(files: Sequence[Recorded]) -> NDArray[np.float64]:
     return files[0].load_BLE if len(files) == 1 else sealed(np.concatenate([file.load_BLE for file in files]))
+
+
+def _counted(files: Sequence[Recorded], counters: Counters | None) -> tuple[NDArray[np.float64], list[str]]:
+    """Files of one rank in order, as the steps that they are, or between running totals; and notes."""
+    loads = _in_order(files)
+    return differences(loads, files[0].name) if counters == "running" else (loads, [])
 
 
 def away_text(ranks: Sequence[int], of: int) -> str:

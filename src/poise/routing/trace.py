@@ -292,6 +292,7 @@ class LoadProfile:
         count only for how many tokens a step has.
     notes : what a reader should know of how several files became one.
     part : these are some of a recording's steps (:meth:`steps`): layers that are idle in them stay.
+    said : what the file, or the user, says of the numbers, keys of :data:`poise.routing.said.SAID`.
     """
 
     load_BLE: NDArray[Any]
@@ -302,6 +303,7 @@ class LoadProfile:
     idle_BL: NDArray[np.float64] | None = None
     notes: tuple[str, ...] = ()
     part: bool = False
+    said: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_BLE)

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poise import api
 from poise.control.steps import steps_of
-from poise.engines.dump import EngineDump, SlotRecord
+from poise.engines.dump import EngineDump, ReadOptions, SlotRecord
 from poise.engines.readers import read_dump
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
 from poise.routing.batching import default_tokens_per_step, make_batch
 from poise.routing.counters import refuse_running
+from poise.routing.said import COUNTED
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import ModelError, NoTrafficError, OptionError, PoiseError, TraceError, told
 
@@ -29,8 +32,10 @@ UNREADABLE_POLLS = 3
 """A file that is not readable and no longer changes is broken, not half written, after so many looks at it."""
 FILES_A_LOOK = 16
 """Most files that one look reads: a backlog comes in parts, so that memory stays bounded."""
-DUMPS_COMPARED = 4
-"""Dumps of one record each in which counters that are never set back are looked for."""
+COMPARED = 4
+"""Records, of one dump or several, in which counters that are never set back are looked for."""
+READ = partial(read_dump, options=ReadOptions(allow_running=True))
+"""What seems to be running totals is told once, of one dump as of several, and watched."""
 LEAST_TOKENS = 64
 """Rows that a step has at least where N is not named: the first few rows of a file say little about its size."""
 
@@ -193,7 +198,7 @@ class DumpFolder:
 
     def __init__(
         self, folder: Path, *, tokens_per_step: int | None = None, most_steps: int | None = None,
-        delete: bool = False, read: Callable[[Path], EngineDump] = read_dump,
+        delete: bool = False, read: Callable[[Path], EngineDump] = READ,
     ) -> None:  # fmt: skip
         if most_steps is not None and most_steps < 1:
             raise OptionError(f"steps per dump must be at least 1, got {most_steps}")
@@ -206,7 +211,7 @@ class DumpFolder:
         self._notes: tuple[str, ...] = ()
         self._ready: list[tuple[tuple[int, int], str, Path]] = []
         self._failed: dict[str, tuple[tuple[int, int], int]] = {}
-        self._last: list[LoadProfile] = []
+        self._last: tuple[NDArray[Any], NDArray[np.int32]] | None = None
         self._running = False
 
     def skip_present(self) -> None:
@@ -309,17 +314,18 @@ class DumpFolder:
         return Arrival(steps, dump.slots, dump.recorded_layers)
 
     def _compare(self, profile: LoadProfile) -> None:
-        """Tell once that dumps one after another are running totals."""
-        alike = not self._last or (
-            profile.load_BLE.shape == self._last[0].load_BLE.shape
-            and np.array_equal(profile.layer_ids, self._last[0].layer_ids)
-        )
-        self._last = [*self._last[1 - DUMPS_COMPARED :], profile] if alike and profile.num_steps == 1 else []
-        if len(self._last) < DUMPS_COMPARED:
+        """Tell once that records one after another are running totals."""
+        last, self._last, loads = self._last, None, profile.load_BLE
+        if COUNTED in profile.said:
+            return
+        more = ""
+        if last is not None and loads.shape[1:] == last[0].shape[1:] and np.array_equal(profile.layer_ids, last[1]):
+            loads, more = np.concatenate([last[0], loads]), " and those before it"
+        self._last = loads[1 - COMPARED :].copy(), profile.layer_ids
+        if len(loads) < COMPARED:
             return
         try:
-            loads = np.concatenate([one.load_BLE for one in self._last])
-            refuse_running(loads, profile.layer_ids, f"{profile.name} and those before it")
+            refuse_running(loads, profile.layer_ids, profile.name + more)
         except TraceError as error:
             self._running = True
             self._notes += (f"{error.message}; dumps are read as steps: let the engine set its counters back",)

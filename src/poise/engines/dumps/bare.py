@@ -98,9 +98,9 @@ def decide(part: Part, options: ReadOptions) -> str:
     found = readings(array, options, npz=part.container == "npz", named=STEP_NAME.fullmatch(part.path.stem) is not None)
     if part.container == "csv" and part.value.head is not None and named_experts(part.value.head):
         found = [name for name in found if name == "load-table"]
-        if found and (said := like_choices(array, np.zeros((len(array), 1)), options)):
+        if found and array.size and (said := like_choices(array, np.zeros((len(array), 1)), options)):
             raise AmbiguousError(said, hint="if they are loads, say so: --format load-table, or --num-experts")
-    odd = _not_loads(array, options) if found in ([], ["load-table"]) else ""
+    odd = _not_loads(array, options) if array.size and found in ([], ["load-table"]) else ""
     if odd:
         raise AmbiguousError(
             f"numbers {_shape(array)}: {odd}",
@@ -134,9 +134,10 @@ def _not_loads(array: NDArray[Any], options: ReadOptions) -> str:
         ):
             if _counts_up(line):
                 return f"from {line[0]:g} to {line[-1]:g} the first {what}"
-    if array.ndim == 3 and array.dtype.kind in "iu" and array.shape[1] <= MAX_TOP_K and array.max() < MAX_IDS:
-        some = array[:: max(1, len(array) // TOKENS)].astype(np.int64)
-        if never_alike([some[:, :, layer, None] for layer in range(some.shape[2])]):
+    may_be_ids = array.dtype.kind in "iu" and 0 <= array.min() <= array.max() < MAX_IDS
+    if array.ndim == 3 and may_be_ids and array.shape[1] <= MAX_TOP_K:
+        some = array[:: max(1, len(array) // TOKENS)]
+        if never_alike(some[:, :, layer, None] for layer in range(some.shape[2])):
             return (f"no column has a number twice in its {array.shape[1]} rows, as if they were [tokens, experts a "
                     "token, layers] of ids")  # fmt: skip
     sums = array.sum(axis=-1, dtype=np.float64)
@@ -364,6 +365,8 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     steps, heads = [], []
     for part in parts:
         array = table_of(part)
+        if not array.size:
+            raise TraceError(f"{part.name} is empty: {list(array.shape)}", hint="record again with traffic")
         array, said = below_head(part, array)
         heads += said
         if array.ndim == 1:
@@ -375,14 +378,16 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
                 f"{list(steps[0].shape[1:])}"
             )
     files = [Recorded(part.name, named_rank(part.path), step) for part, step in zip(parts, steps, strict=True)]
-    load_BLE, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
+    load_BLE, added = one_workload(
+        files, options.ranks, allow_missing=options.allow_missing_ranks, counters=options.counters
+    )
     width = load_BLE.shape[2]
     if options.experts is not None and width not in (options.experts, options.router_experts):
         raise TraceError(
             f"{parts[0].name} has {width} experts a layer, the model {options.router_experts}", hint="check --model"
         )
     rows, ids, notes = decoder_layers(load_BLE.shape[1], options.model, parts[0].name)
-    profile = LoadProfile(rows_alone(load_BLE, rows, 1), ids, options.k or 1, parts[0].name)
+    profile = LoadProfile(rows_alone(load_BLE, rows, 1), ids, options.k or 1, parts[0].name, said=options.said)
     guessed, recorded = options.model is None, load_BLE.shape[1]
     return EngineDump("plain", "load-table", profile=profile, recorded_layers=recorded, layers_by_place=guessed,
                       notes=(*([BY_PLACE] if guessed else []), *heads, *added, *notes))  # fmt: skip
@@ -406,8 +411,10 @@ def _read_nested(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         lists = any(not isinstance(row, dict) for part in parts for row in part.value.values())
         _refuse_ids(parts[0].name, load_BLE[:, load_BLE.any(axis=(0, 2))].reshape(-1, experts), options, lists=lists)
     files = [Recorded(part.name, named_rank(part.path), load[None]) for part, load in zip(parts, load_BLE, strict=True)]
-    together, added = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
-    profile = LoadProfile(together, np.array(ids, np.int32), options.k or 1, parts[0].name)
+    together, added = one_workload(
+        files, options.ranks, allow_missing=options.allow_missing_ranks, counters=options.counters
+    )
+    profile = LoadProfile(together, np.array(ids, np.int32), options.k or 1, parts[0].name, said=options.said)
     return EngineDump("plain", "load-table", profile=profile, notes=(*notes, *said, *added))
 
 

@@ -117,7 +117,7 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         notes.append(f"rows are choices, read as loads: which are one token's is not certain"
                      f"{'' if options.k else ' (--top-k may tell)'}")  # fmt: skip
     load_BLE, added = _steps(parts, tables, kept, experts, options)
-    profile = LoadProfile(load_BLE, np.array(kept, np.int32), options.k or 1, name)
+    profile = LoadProfile(load_BLE, np.array(kept, np.int32), options.k or 1, name, said=options.said)
     return EngineDump("plain", "load-csv", profile=profile, notes=(*notes, *added))
 
 
@@ -253,7 +253,10 @@ def _steps(
     files = [file for part, table in zip(parts, tables, strict=True) for file in _recorded(part, table, kept, experts)]
     told = any("rank" in table.column for table in tables)
     told |= all(SGLANG_RANK.match(part.name) for part in parts)
-    return one_workload(files, options.ranks or ("sum" if told else None), allow_missing=options.allow_missing_ranks)
+    return one_workload(
+        files, options.ranks or ("sum" if told else None), allow_missing=options.allow_missing_ranks,
+        counters=options.counters,
+    )  # fmt: skip
 
 
 def _recorded(part: Part, table: _Table, kept: Sequence[int], experts: int) -> list[Recorded]:

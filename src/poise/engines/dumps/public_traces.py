@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.bare import STEP_NAME, table_of
+from poise.engines.dumps.folded import refuse_folded
 from poise.engines.dumps.mapping import (
     BY_PLACE,
     MAX_TABLE,
@@ -57,6 +58,8 @@ def read_exflow(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     tokens = rows_alone(tokens, rows, 1)
     experts, more = num_experts(options, int(tokens.max()), parts[0].name)
     trace = RoutingTrace(tokens, experts, layer_ids=ids, name=parts[0].name)
+    if tokens.ndim == 2 and options.format is None:
+        refuse_folded(trace.experts, "exflow")
     return EngineDump("exflow", "top-1", trace=trace, recorded_layers=recorded,
                       layers_by_place=options.model is None, notes=(*_by_place(options), *notes, *more))  # fmt: skip
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
+from poise.engines.dumps.folded import refuse_folded
 from poise.engines.dumps.mapping import BY_PLACE, decoder_layers, num_experts, routed_picks
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.untrusted import id_table, integer_npy, whole
@@ -120,6 +121,8 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         experts_TLK[keep_T], experts, request=request_T[keep_T].astype(np.int32),
         is_decode=decode_T[keep_T], layer_ids=ids, name=parts[0].name,
     )  # fmt: skip
+    if engine == "sglang" and options.format is None:  # the other's numbers say their shape
+        refuse_folded(trace.experts, "routed-experts")
     guessed = options.model is None and engine == "vllm"
     return EngineDump(engine, "routed-experts", trace=trace, recorded_layers=shapes[0][0], layers_by_place=guessed,
                       notes=(*notes, *said, *more))  # fmt: skip

@@ -39,6 +39,7 @@ from poise.engines.dumps.sglang_records import Record, check_size, maps_of, reco
 from poise.engines.dumps.sglang_tokens import per_token
 from poise.engines.dumps.untrusted import counts, table
 from poise.routing.ranks import Recorded, named_rank, one_workload
+from poise.routing.said import said_in
 from poise.routing.trace import MAX_EXPERTS, LoadProfile, finite
 from poise.util.errors import NoTrafficError, TraceError
 
@@ -81,16 +82,17 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         known = isinstance(rate, float | int) and math.isfinite(rate) and 0 < rate <= 1.001  # 0 means not tracked
         if known and rank == files[0].rank:  # all ranks are told the same
             balance.append(min(1.0, float(rate)))
-    count, notes = one_workload(files, options.ranks, allow_missing=options.allow_missing_ranks)
+    count, notes = one_workload(
+        files, options.ranks, allow_missing=options.allow_missing_ranks, counters=options.counters
+    )
     busy = np.asarray(count.any(axis=(1, 2)))
     if not busy.any():
         raise NoTrafficError("all loads are 0", hint="record again with traffic")
     if not busy.all():
-        notes.append(
-            f"{(~busy).sum()} of {len(busy)} steps have no load and were left out: an unused part of the buffer"
-        )
-    count, said = routed_loads(count, options, "logical_count")
-    notes += said
+        why = "nothing came in them" if options.counters == "running" else "an unused part of the buffer"
+        notes.append(f"{(~busy).sum()} of {len(busy)} steps have no load and were left out: {why}")
+    count, more = routed_loads(count, options, "logical_count")
+    notes += more
     experts, _ = num_experts(options, count.shape[2] - 1, "logical_count")
     if experts != count.shape[2]:
         raise TraceError(f"logical_count has {count.shape[2]} experts, the model {experts}")
@@ -102,7 +104,8 @@ def read_stat(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
             f"logical_count has load in layer {dense[0]}, a dense layer of the model", hint="check --model"
         )
     recorded, count = count.shape[1], rows_alone(rows_alone(count, np.flatnonzero(busy), 0), rows, 1)
-    profile = LoadProfile(count, ids, options.k or 1, parts[0].name)
+    said = options.said | frozenset.intersection(*(said_in(part.name, part.value, options.said) for part in parts))
+    profile = LoadProfile(count, ids, options.k or 1, parts[0].name, said=said)
     return EngineDump("sglang", "stat", profile=profile, balance_B=np.array(balance) if balance else None,
                       recorded_layers=recorded, notes=(*notes, *more))  # fmt: skip
 

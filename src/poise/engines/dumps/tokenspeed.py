@@ -19,6 +19,7 @@ from poise.engines.dumps.mapping import MAX_TABLE, agree, copies, decoder_layers
 from poise.engines.dumps.parts import Part
 from poise.engines.dumps.ranks import RankRecord, check_ranks
 from poise.engines.dumps.untrusted import table, whole
+from poise.routing.counters import began_anew, differences
 from poise.routing.ranks import ASK, MAX_RANKS
 from poise.routing.trace import MAX_EXPERTS, LoadProfile
 from poise.util.errors import TraceError
@@ -81,14 +82,18 @@ def read(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
         raise TraceError(f"{windows} windows of {first[0].shape} are too many")
     count_BLS, load_BLE = np.zeros((windows, *first[0].shape)), np.zeros((windows, *first[1].shape))
     for rank in kept:
-        for window, (slots, experts) in enumerate(ranks[rank]):
-            count_BLS[window] += slots
-            load_BLE[window] += experts
+        slots_B, experts_B = (np.stack(counted) for counted in zip(*ranks[rank], strict=True))
+        if options.counters == "running":  # a rank may begin anew alone
+            anew_B = began_anew(slots_B, experts_B)
+            (slots_B, _), (experts_B, added) = (differences(x, f"rank {rank}", anew_B) for x in (slots_B, experts_B))
+            notes += [f"rank {rank}: {note}" for note in added]
+        count_BLS[: len(slots_B)] += slots_B
+        load_BLE[: len(experts_B)] += experts_B
     known, _ = num_experts(options, load_BLE.shape[2] - 1, "logical_count")
     if known != load_BLE.shape[2]:
         raise TraceError(f"logical_count has {load_BLE.shape[2]} experts, the model {known}")
     rows, ids, more = decoder_layers(count_BLS.shape[1], options.model, "physical_count")
-    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name)
+    profile = LoadProfile(load_BLE[:, rows], ids, options.k or 1, parts[0].name, said=options.said)
     record = SlotRecord(ids, maps[-1][rows].astype(np.int32) if maps else None, count_BLS[:, rows],
                         agree([map_LS[rows] for map_LS in maps]))  # fmt: skip
     return EngineDump("tokenspeed", "expert-load", profile=profile, slots=record, recorded_layers=count_BLS.shape[1],
