@@ -23,14 +23,14 @@ LIMIT_S = 3600.0
 PROBLEMS = 10_000
 MANY = (
     "tests/control/test_moves.py", "tests/control/test_payback.py", "tests/control/test_peers.py", "tests/cost/test_bound_compute.py", "tests/cost/test_bounds.py",
-    "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py", "tests/planning/test_joint.py", "tests/routing/test_homes.py",
-    "tests/planning/test_home_tables.py", "tests/stepwise/test_poise_near.py",
+    "tests/cost/test_entries.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py", "tests/planning/test_joint.py", "tests/routing/test_homes.py",
+    "tests/planning/test_home_tables.py", "tests/planning/test_slots_filled.py", "tests/stepwise/test_poise_near.py",
     "tests/engines/test_readers_hostile.py", "tests/engines/test_explain.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
     "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
     "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
     "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
     "tests/planning/test_groups.py", "tests/watch/test_effect.py", "tests/test_cookbook.py",
-    "tests/control/test_controller.py", "tests/cli/test_front.py", "tests/engines/test_round_trip.py", "tests/files_written/test_signals.py",
+    "tests/control/test_controller.py", "tests/engines/test_round_trip.py", "tests/files_written/test_signals.py", "tests/test_extend.py",
     "tests/lab/emulate/test_rates.py", "tests/watch/test_unbreakable.py", "tests/test_executors.py", "tests/train/test_elastic.py",
 )  # fmt: skip
 """Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tests.helpers import few_or
 from tests.launch import ranks
 
 from poise.planning.problem import Method
@@ -83,7 +84,6 @@ def test_the_package_of_the_page_works_as_written(folder):
 
 
 TRAIN = """
-import sys; sys.path.insert(0, SITE)
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from poise.machine.cluster import Cluster
@@ -108,10 +108,19 @@ dist.destroy_process_group()
 """
 
 
-def test_training_takes_the_policy_by_its_name(folder):
+@pytest.mark.parametrize(
+    "forked", few_or([True, False], [True]), ids=lambda forked: "forked" if forked else "installed before Python began"
+)
+def test_training_takes_the_policy_by_its_name(folder, forked):
     install_page(folder / "site")
-    (folder / "train.py").write_text(f"FILE, SITE = {str(folder / 'store')!r}, {str(folder / 'site')!r}{TRAIN}")
-    (said,) = ranks(1, str(folder / "train.py"), folder=folder)
+    own = "" if not forked else f"import sys; sys.path.insert(0, {str(folder / 'site')!r})"
+    (folder / "train.py").write_text(f"{own}\nFILE = {str(folder / 'store')!r}{TRAIN}")
+    if forked:
+        (said,) = ranks(1, str(folder / "train.py"), folder=folder)
+    else:
+        done = python(folder, "train.py")
+        assert done.returncode == 0, done.stderr
+        said = done.stdout
     assert said.splitlines()[-1:] == ["Hottest(most=2)"], said
 
 

@@ -73,8 +73,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page(browser, report):
-    """Opened once for tests that click on different parts of it."""
-    return open_page(browser, report)
+    """Opened once for tests that click on different parts of it; after the last of them nothing has gone wrong."""
+    opened = open_page(browser, report)
+    yield opened
+    assert opened.problems == []
 
 
 def open_page(browser, report, **options):

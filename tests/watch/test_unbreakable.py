@@ -17,6 +17,7 @@ from tests.helpers import few_or
 from tests.watch.test_end_to_end import CLUSTER as SLOW
 from tests.watch.test_end_to_end import until
 from tests.watch.test_service import CLUSTER, STEPS, WINDOW, Script, dumps, of, run, settings
+from typer.testing import CliRunner
 
 from poise.cli.ending import WatchEnding
 from poise.cli.main import app
@@ -342,6 +343,31 @@ def ended(process, folder):
     """It ended by itself, and well: SIGALRM, which ends what hangs, would show as its status."""
     assert process.wait(60) == 0, (folder / "err").read_text()
     assert "Traceback" not in (folder / "err").read_text() and not list((folder / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("number", WatchEnding.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_a_watch_that_waits(tmp_path, monkeypatch, number):
+    """The process of the tests takes for the watch's own what the system sends one, as where a terminal goes."""
+
+    def not_taken(number, frame):
+        raise AssertionError(f"{number} was not taken")
+
+    def wait(self, seconds):
+        signal.raise_signal(number)
+        raise AssertionError("it goes on")
+
+    ends = []
+    monkeypatch.setattr(WatchEnding, "wait", wait)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    (tmp_path / "l.json").write_text(json.dumps({"logical_count": [[[3, 1, 2, 2], [1, 1, 1, 5]]] * 2}))
+    before = signal.signal(number, not_taken)
+    try:
+        got = CliRunner().invoke(app, ["watch", str(tmp_path / "l.json"), "-c", "1x4", "--json"])
+        assert signal.getsignal(number) is not_taken
+    finally:
+        signal.signal(number, before)
+    assert got.exit_code == 0 and ends == [0], (got.output, got.exception)
+    assert "2 steps watched" in got.stderr and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_a_file_is_written_to_its_end_before_a_signal_counts(dumps, tmp_path):
