@@ -9,6 +9,7 @@ Filled into the table of :mod:`poise.train.rows`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _replaced(weight: ExpertRows, gradient: Any) -> None:
     mark = weight.gradient_mark
     if mark is None:
         return
-    if getattr(gradient, "zero_mark", None) is mark:  # it was put aside
+    if isinstance(gradient, ExpertRows) and gradient.zero_mark is mark:  # it was put aside
         mark.gone = False
     elif not (mark.gone or mark.zeroed):
         _mark(weight, gradient)
@@ -105,7 +106,8 @@ def _zero_each(func: Any, *args: Any, **named: Any) -> Any:
 
 
 _T = torch.Tensor
-_SPECIAL.update({
+_DONE: dict[Any, Callable[..., Any]] = {
     _T.grad.__get__: _get, _T.grad.__set__: _set, _T.grad.__delete__: _delete, _T.zero_: _zero, torch.zero_: _zero,
     torch._foreach_zero_: _zero_each,
-})  # fmt: skip
+}  # fmt: skip
+_SPECIAL.update(_DONE)
