@@ -1,6 +1,7 @@
 """Every case of ``support_cases.py``: its modules add theirs when they are imported."""
 
 from tests.train import (  # noqa: F401
+    support_accumulation,
     support_cases,
     support_checkpoints,
     support_exchanges,

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from tests.ranks import everywhere
 from tests.train import harness as h
 from tests.train import support_models as c
+from tests.train.support_accumulation import accumulation_within_bytes
 from tests.train.support_models import case
 from tests.train.support_plans import force_balance
 from tests.train.support_recompute import checkpoint_retained
 from tests.train.support_routing import experts_that_fail_on_one_rank, some_pairs_without_an_expert
 from tests.train.support_runs import EXACT, apart, shard
-from tests.train.support_steps import accumulation_within_bytes, checkpoint_router_flips
+from tests.train.support_steps import checkpoint_router_flips
 
 from poise.train import forward, plans
 from poise.util.errors import OptionError

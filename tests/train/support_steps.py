@@ -1,8 +1,9 @@
-"""Cases about steps: accumulation, activation checkpointing, errors, derivatives."""
+"""Cases about steps: activation checkpointing, errors, derivatives."""
 
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tests.helpers import few_or
-from tests.ranks import everywhere
 from tests.train import harness as h
 from tests.train import support_models as c
 from tests.train.support_models import case, case_like
-from tests.train.support_runs import EXACT, fsdp, record_of_dense, shard
+from tests.train.support_runs import EXACT, record_of_dense, shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -27,141 +27,6 @@ from poise.runtime.recompute import in_backward
 from poise.train import clip_grad_norm_, fully_shard_experts
 from poise.train.gradients import update_correction_bias
 from poise.util.errors import CommunicationError, InputError, ModelError, OptionError
-
-# ---- 4. gradient accumulation --------------------------------------------------------------------------------------
-
-
-@case
-def accumulation() -> dict:
-    """Three micro-batches, replica gradients kept until the last one, equal one large batch; plans differ between."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    workloads = ("two-hot", "hot-expert-a-rank", "hot-rank")
-    dense = h.build()
-    for step, workload in enumerate(workloads):
-        h.loss_of(dense, h.batch(workload, step, world, 2, None, torch.float64)).backward()
-    expected = {name: weight.grad for name, weight in dense.named_parameters()}
-    norm = torch.nn.utils.get_total_norm(expected.values()).item()
-    for again in (False, True):
-        for wrap in (False, True):
-            model = h.build()
-            run = shard(model, rematerialise=again, policy="hecate:overlap=3")
-            if wrap:
-                fsdp(model, h.MESH(world))
-            reduced, plans = [], []
-            for step, workload in enumerate(workloads):
-                last = step == len(workloads) - 1
-                run.set_requires_gradient_sync(last)
-                if wrap:
-                    model.set_requires_gradient_sync(last)
-                h.loss_of(model, h.batch(workload, step, world, 2, rank, torch.float64)).mul(world).backward()
-                plans.append([one.tokens_D.tolist() for one in run.metrics])
-                reduced.append(run.schedule.moved_bytes["reduce"])
-                if not last:
-                    said = c.raised(OptionError, lambda run=run: run.reshard(run.owners[:, ::-1].copy()))
-                    assert "gradients" in said
-                    early = torch.optim.SGD(model.parameters(), lr=1.0)
-                    said = c.raised(OptionError, early.step)
-                    assert f"{h.LAYERS} of {h.LAYERS} layers" in said and "set_requires_gradient_sync(True)" in said
-            assert reduced[0] == reduced[1] == 0 < reduced[2], reduced
-            assert plans[0] != plans[1] != plans[2]
-            if not wrap:
-                c.average_dense(model, run)
-            mine = run.clip_grad_norm_(1e9).item()
-            errors[f"rematerialise {again}, FSDP2 {wrap}"] = c.agreed(
-                max(abs(mine / norm - 1), h.worst(c.of_all(model), h.local_rows(model, expected)))
-            )
-    assert max(errors.values()) <= EXACT, errors
-    return errors
-
-
-@case
-def accumulation_within_bytes() -> dict:
-    """Three micro-batches of one plan: what may wait is sent once, what may not thrice; between passes no more waits."""
-    world, rank, micro = dist.get_world_size(), dist.get_rank(), 3
-    data = [h.batch("hot-expert-a-rank", 0, world, 2, which, torch.float64) for which in (None, rank)]
-    dense = h.build()
-    h.loss_of(dense, data[0]).mul(micro).backward()
-    expected = {name: weight.grad for name, weight in dense.named_parameters()}
-    found, errors, most = {}, {}, {}
-    for limit in (None, 0.0, 0.6):  # of what None keeps
-        model = h.build()
-        run = shard(model, policy="full-replication", rematerialise=True,
-                    accumulate_bytes=None if limit is None else limit * most[None])  # fmt: skip
-        waiting, kept = run.schedule.backward.replica_gradients, []
-        for step in range(micro):
-            run.set_requires_gradient_sync(step == micro - 1)
-            h.loss_of(model, data[1]).mul(world).backward()
-            assert waiting.waiting == (step < micro - 1 and limit != 0.0) and not waiting.reductions
-            held = run.schedule.ledger.now
-            kept.append(held["replica gradients"] + held.get("arriving gradients", 0))
-            if waiting.waiting:
-                said = c.raised(OptionError, lambda run=run: run.reshard(run.owners[:, ::-1].copy()))
-                assert "gradients" in said
-        assert sum(run.schedule.ledger.now.values()) == 0
-        most[limit] = max(max(everywhere(kept[:-1])))
-        found[limit] = run.schedule.moved_bytes["reduce"]
-        c.average_dense(model, run)
-        errors[str(limit)] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-    assert max(errors.values()) <= EXACT, errors
-    assert most[0.0] == 0 < most[0.6] <= 0.6 * most[None], most
-    assert found[0.0] == micro * found[None], found
-    assert found[None] < found[0.6] < found[0.0], found
-    return {"errors": errors, "reduced": {str(limit): moved for limit, moved in found.items()}}
-
-
-@case
-def accumulation_dropped() -> dict:
-    """``zero_grad`` after unsynchronised passes: what waits of replicas goes as well, on all ranks, or all raise."""
-    world, rank, errors = dist.get_world_size(), dist.get_rank(), {}
-    thrown, kept = "two-hot", "hot-expert-a-rank"
-
-    def loss(model: Any, workload: str, rank: int | None = rank) -> Tensor:
-        data = h.batch(workload, 0, world, 2, rank, torch.float64)
-        return h.loss_of(model, data).mul(1 if rank is None else world)
-
-    dense = h.build()
-    loss(dense, kept, None).backward()
-    expected = {name: weight.grad for name, weight in dense.named_parameters()}
-
-    def ends(label: str, model: Any, run: Any) -> None:
-        assert not run.schedule.backward.replica_gradients.waiting and sum(run.schedule.ledger.now.values()) == 0
-        c.average_dense(model, run)
-        errors[label] = c.agreed(h.worst(c.of_all(model), h.local_rows(model, expected)))
-
-    for to_none in (True, False):
-        for first in ("forward", "backward"):  # where ranks meet next
-            model = h.build()
-            run = shard(model, policy="full-replication", rematerialise=True)
-            waiting = run.schedule.backward.replica_gradients
-            run.set_requires_gradient_sync(False)
-            wrong = loss(model, thrown)
-            right = loss(model, kept) if first == "backward" else None
-            wrong.backward()
-            assert waiting.layers_waiting == h.LAYERS
-            model.zero_grad(set_to_none=to_none)
-            run.set_requires_gradient_sync(True)
-            (loss(model, kept) if right is None else right).backward()
-            ends(f"set to None {to_none}, {first} next", model, run)
-    model = h.build()
-    run = shard(model, policy="full-replication", rematerialise=True)
-    run.set_requires_gradient_sync(False)
-    loss(model, thrown).backward()
-    waiting = run.schedule.backward.replica_gradients
-    if rank == 0:
-        model.zero_grad()
-    said = [c.raised(CommunicationError, lambda: loss(model, kept))]
-    assert "waiting gradients were dropped" in said[0] and waiting.layers_waiting == h.LAYERS
-    if rank:
-        model.blocks[0].experts.zero_grad()
-    said.append(c.raised(ModelError, lambda: loss(model, kept)))
-    assert "were dropped while" in said[1] and waiting.layers_waiting == h.LAYERS
-    model.zero_grad()
-    run.set_requires_gradient_sync(True)
-    loss(model, kept).backward()
-    ends("at last by all", model, run)
-    assert max(errors.values()) <= EXACT, errors
-    return {"errors": errors, "said": [text.splitlines()[0] for text in said]}
-
 
 # ---- what a step tells ----------------------------------------------------------------------------------------------
 
@@ -466,6 +331,26 @@ def failed_backward_is_forgotten() -> dict:
     error = c.follow(model, run, record_of_dense(), c.plain_loss("hot-expert-a-rank"), average=True)
     assert error <= EXACT, error
     return {"error": error}
+
+
+@case
+def a_norm_that_one_rank_alone_asks_for() -> dict:
+    """Its error says what is asked of all ranks; those that go on wait for it, and get one that says so, none of gloo's
+    own. A process group of its own: nothing is exchanged in it afterwards."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    model = h.build()
+    run = shard(model, mesh=DeviceMesh.from_group(group, "cpu"), policy="expert-parallelism")
+    first = dist.get_rank() == 0
+    weight = next(iter(model.blocks[0].experts.parameters()))
+    error = None
+    try:
+        _ = weight.norm() if first else c.plain_loss("hot-expert-a-rank")(model, 0)
+    except CommunicationError as caught:
+        error = caught
+    assert c.agreed(float(error is None)) == 0 and error is not None and run.metrics is not None
+    assert not first or ("every rank asks" in error.hint and "local_rows" in error.hint)
+    assert "a collective failed on rank" in error.message
+    return {"said": error.message}
 
 
 # ---- 10. derivatives -----------------------------------------------------------------------------------------------

@@ -171,6 +171,16 @@ def test_what_one_rank_alone_asks_of_all_experts_is_a_typed_error(asked, monkeyp
     assert "every rank asks" in caught.value.hint and "local_rows" in caught.value.hint
 
 
+def test_other_errors_of_a_reduction_keep_their_own_words(monkeypatch):
+    def wrong(*_args, **_kwargs):
+        raise RuntimeError("Invalid scalar type")
+
+    monkeypatch.setattr(dist, "all_reduce", wrong)
+    with pytest.raises(RuntimeError, match="Invalid scalar type") as caught:
+        torch.norm(rows(2))
+    assert not isinstance(caught.value, CommunicationError)
+
+
 def test_an_index_is_no_row_though_it_is_as_long():
     square = rows(4, 4, 5)
     assert what(lambda w: w.select(0, 1), square) == "mine" == what(lambda w: w[1], square)

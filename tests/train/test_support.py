@@ -7,6 +7,7 @@ from tests.train.support import LIKE, MINE
 SCRIPT = "tests/train/support_cases.py"
 CHOSEN = few_or(list(MINE), [name for name in MINE if name not in LIKE])
 ABOUT_A_RANK = (
+    "accumulation",
     "checkpoints",
     "frozen",
     "gradients",

@@ -9,6 +9,7 @@ the tag counts it (:func:`exchanges`). Ranks that have left different exchanges 
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -385,11 +386,14 @@ def reduce_over(x_X: Tensor, op: Any, group: Any, hint: str = "") -> None:
 
     Raises
     ------
-    CommunicationError : a rank does not take part; ``hint`` says why that may be.
+    CommunicationError : a rank does not take part; ``hint`` says why that may be. RuntimeError : PyTorch's own, of
+        numbers that its backend does not add up.
     """
     try:
         dist.all_reduce(x_X, op=op, group=group)
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not GONE.search(str(error)):
+            raise
         raise CommunicationError(*lost(error), hint=hint) from error
 
 
@@ -427,6 +431,10 @@ def timeout_of(group: Any) -> timedelta | None:
     """How long operations of a group wait; None where its backend does not say."""
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", None)
+
+
+GONE = re.compile("timed out|timeout|connect|closed|peer|abort", re.IGNORECASE)
+"""In gloo's words for a rank that does not come, or is gone; other backends have types of errors for it."""
 
 
 def lost(error: RuntimeError) -> tuple[str]:

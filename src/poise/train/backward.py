@@ -20,6 +20,9 @@ from poise.train.reduce import ReplicaGradients
 from poise.train.run import RunState
 from poise.util.errors import ModelError
 
+DROPPED = "whether waiting gradients were dropped (or none wait)"
+"""What ranks tell one another where they meet."""
+
 
 class BackwardSchedule:
     """When weights are gathered again, and gradients computed and reduced.
@@ -35,6 +38,7 @@ class BackwardSchedule:
         self.unstepped = False
         self._hooks = GradientHooks()
         self._callback = False  # the engine will call _finish when the backward pass is over
+        self._lost = False  # this rank forgot what waited when its backward pass failed
         self._accumulated = False  # weights got gradients in this backward pass
         self._started: list[Materialised] = []  # gathered again, and no backward has begun that uses them
 
@@ -43,20 +47,27 @@ class BackwardSchedule:
         return 0 if self._callback else self.replica_gradients.layers_waiting
 
     def dropped(self) -> tuple[bool, ModelError | None]:
-        """Whether this rank has dropped the gradients that wait for a synchronised backward pass (``zero_grad``), or
-        what is wrong: some of them. Where ranks meet first in a pass they are told, and all do alike or all raise.
+        """Whether this rank has dropped all gradients that wait for a synchronised backward pass (``zero_grad``), or
+        none wait here; or what is wrong: some were dropped, a weight was replaced. Ranks tell one another where they
+        meet next, and all do alike (:meth:`let_go`) or all raise.
         """
-        gone, of = (0, 0) if self._callback else self.replica_gradients.dropped()
+        try:
+            gone, of = (0, 0) if self._callback else self.replica_gradients.dropped()
+        except ModelError as error:
+            return False, error
         if 0 < gone < of:
             return False, ModelError(
                 f"gradients of {gone} of {of} weights were dropped while those of their replicas wait for a "
                 "synchronised backward pass",
                 hint="zero_grad() of all sharded experts between micro-batches, or of none",
             )
-        return gone > 0, None
+        return gone == of, None
 
-    def drop(self) -> None:
-        """All ranks have dropped theirs: replicas' are let go, and the iteration that they belong to is over."""
+    def let_go(self) -> None:
+        """On all ranks all that waits was dropped: replicas' gradients go as well, and with them their iteration."""
+        if self._callback or not (self._lost or self.replica_gradients.layers_waiting):
+            return
+        self._lost = False
         self.replica_gradients.forget()
         self._run.planner.end_iteration()
 
@@ -104,16 +115,16 @@ class BackwardSchedule:
             one.weights.check_owners()
             accumulate = accumulates()
         except ModelError as error:
-            problem = error
+            problem = problem or error
         coming = sum(other.comes for other in self._run.passes.open() if other is not one)
         announced = self._run.meeting.announce("backward", one.layer, one.number, problem=problem, more=(
             ("layers still to come", coming), ("whether weights get gradients", accumulate),
             ("whether gradients are synchronised", self.sync), ("divide factor", self.divide_factor),
-            ("whether waiting gradients were dropped", dropped),
+            (DROPPED, dropped),
         ), sends=one.exchange)  # fmt: skip
         announced.hold(beside=one.step.send_gradients(dy_Nd).wait)
         if dropped:
-            self.drop()
+            self.let_go()
         return accumulate
 
     def _begin_layer(self, weights: Materialised) -> None:
@@ -169,6 +180,7 @@ class BackwardSchedule:
         self._run.budget.clear()
         self._hooks.put_back()
         self._end_started()
+        self._lost = self._lost or self.replica_gradients.layers_waiting > 0
         self.replica_gradients.forget()
 
     def _finish(self) -> None:

@@ -23,7 +23,7 @@ from poise.runtime.once import OnceExchange, once
 from poise.runtime.recompute import Region, in_backward, places
 from poise.runtime.spans import span
 from poise.stepwise.protocol import LayerView
-from poise.train.backward import BackwardSchedule
+from poise.train.backward import DROPPED, BackwardSchedule
 from poise.train.materialize import Materialised
 from poise.train.metrics import LayerMetrics
 from poise.train.owned import OwnedExperts
@@ -117,21 +117,25 @@ class ForwardSchedule:
         run, layer, recorded = self._run, experts.number, torch.is_grad_enabled()
         there, number = run.deployment, run.passes.number
         ids_TK = evenly(given_TK, experts.num_experts, there.rank) if run.settings.force_balance else given_TK
-        early = self._early.get(layer)
+        early, trained = self._early.get(layer), list[str]()
         dropped, wrong = self._backward.dropped()
+        try:
+            trained = experts.trainable
+        except ModelError as error:
+            wrong = error
         known = b"" if early is None else early.early_ED.tobytes()
         with span("counts"):
             load_SE = run.meeting.loads(layer, number, ids_TK, problem=problem or wrong, more=(
                 ("whether gradients are recorded", recorded), ("training", experts.training),
                 ("activation checkpointing", bool(region.frames)), ("experts a token", ids_TK.shape[1]),
-                ("width of tokens", x_Td.shape[1]), ("trained weights", experts.trainable),
+                ("width of tokens", x_Td.shape[1]), ("trained weights", trained),
                 ("options", run.meeting.options(run.settings)), ("iterations", run.planner.history.seen(layer)),
                 ("micro-batch of a rollout", None if run.planner.micro_batch is None else run.planner.micro_batch.key),
                 ("sum over owners and replicas", zlib.crc32(known, zlib.crc32(experts.owner_E.tobytes()))),
-                ("whether waiting gradients were dropped", dropped),
+                (DROPPED, dropped),
             ))  # fmt: skip
         if dropped:
-            self._backward.drop()
+            self._backward.let_go()
         with span("plan"):
             run.passes.layer, run.planner.top_k = layer, ids_TK.shape[1]
             weights = self._early.pop(layer, None) or self._materialise(layer)

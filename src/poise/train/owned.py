@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poise.runtime.experts import Bank, ExpertKind
+from poise.train.marks import dropped, watch
 from poise.train.ownership import Ownership
 from poise.train.rows import ExpertRows, plain, plainly, rows_of
 from poise.util.errors import ModelError
@@ -112,18 +113,13 @@ class OwnedExperts(nn.Module):
             grad: Tensor = weight.grad.detach()
         return grad
 
-    def gradient_version(self, name: str) -> int:
-        """How often the gradient of an owned weight was changed in place; -1: there is none."""
-        weight = self._weight(name)
-        with plainly():
-            return -1 if weight.grad is None else weight.grad._version
+    def watch_gradient(self, name: str) -> None:
+        """From now on what drops the gradient of an owned weight is seen."""
+        watch(self._weight(name))
 
-    def gradient_dropped(self, name: str, version: int) -> bool:
-        """Whether the gradient of an owned weight is gone, or was changed since a version to nothing but zeros."""
-        weight = self._weight(name)
-        with plainly():
-            grad = weight.grad
-            return grad is None or (grad._version != version and not grad.count_nonzero())
+    def gradient_dropped(self, name: str) -> bool:
+        """Whether the gradient of an owned weight was dropped since it is watched, or there is none."""
+        return dropped(self._weight(name))
 
     def takes(self, name: str, grad: Tensor) -> bool:
         """Whether a new gradient can become the weight's own without a copy: the first of a step, of the same type."""

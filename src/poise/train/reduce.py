@@ -53,7 +53,6 @@ class ReplicaGradients:
         self.layers, self.deployment, self.ledger = layers, deployment, ledger
         self.reductions: list[Reduction] = []
         self._kept = [Kept() for _ in layers]
-        self._versions: dict[tuple[int, str], int] = {}  # of owners' gradients when some began to wait
 
     @property
     def waiting(self) -> bool:
@@ -66,16 +65,20 @@ class ReplicaGradients:
         return sum(kept.holders_ED is not None for kept in self._kept)
 
     def remember(self) -> None:
-        """A backward pass is over after which some wait: what is done to owners' gradients from now on is seen."""
-        self._versions = {(layer, name): self.layers[layer].gradient_version(name) for layer, name in self._names()}
+        """A backward pass is over after which some wait: what drops owners' gradients from now on is seen."""
+        for layer, name in self._names():
+            self.layers[layer].watch_gradient(name)
 
     def dropped(self) -> tuple[int, int]:
         """Of how many weights whose replicas' gradients wait this rank's own gradient was dropped since
-        (``zero_grad``, to None or to zeros), and how many there are; the latter is the same on all ranks.
+        (``zero_grad``: :mod:`poise.train.marks`), and how many there are.
+
+        Raises
+        ------
+        ModelError : a weight was replaced.
         """
         names = self._names()
-        known = self._versions
-        return sum(self.layers[at].gradient_dropped(name, known.get((at, name), -1)) for at, name in names), len(names)
+        return sum(self.layers[layer].gradient_dropped(name) for layer, name in names), len(names)
 
     def _names(self) -> list[tuple[int, str]]:
         return [(at, name) for at, kept in enumerate(self._kept) if kept.holders_ED is not None for name in kept.names]

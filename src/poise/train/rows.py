@@ -37,10 +37,21 @@ plainly = torch._C.DisableTorchFunctionSubclass
 """Within it, rows are tensors like any other."""
 
 
+class GradientMark:
+    """What was done to one gradient since it is watched (:mod:`poise.train.marks`): taken away, or made zeros."""
+
+    __slots__ = ("gone", "zeroed")
+
+    def __init__(self) -> None:
+        self.gone, self.zeroed = False, False
+
+
 class ExpertRows(torch.Tensor):
     """See the module docstring; made by :func:`rows_of`."""
 
     ownership: Ownership
+    gradient_mark: GradientMark | None = None  # of a weight whose gradient is watched
+    zero_mark: GradientMark | None = None  # of that gradient
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,6 +216,8 @@ def _kept(out: Any, like: ExpertRows, name: str) -> Any:
         if not out.dim() or out.size(0) != _size(like)[0]:
             raise _elsewhere(name, f"to {list(out.shape)}", like)
         out.__class__, out.ownership = ExpertRows, like.ownership
+        if like.zero_mark is not None and name in SAME_NUMBERS:
+            out.zero_mark = like.zero_mark
     elif isinstance(out, (tuple, list)):
         for one in out:
             _kept(one, like, name)
@@ -355,6 +368,8 @@ def _ownerships(rows: Iterable[ExpertRows | None]) -> list[Ownership]:
 
 TENSORS_OF_TENSORS = frozenset({"data", "grad", "real", "imag", "T", "H", "mT", "mH"})
 """Properties that are tensors."""
+SAME_NUMBERS = frozenset({"data", "detach"})
+"""Of the same memory, whole."""
 STACK_FACTS = frozenset({"size", "dim", "stride", "__repr__", "__len__", "requires_grad", "is_floating_point"})
 OVER_A_STACK = frozenset({"sum", "mean", "amax", "amin", "max", "min", "median", "std", "var", "norm", "prod", "any",
                           "all", "logsumexp", "squeeze", "select"})  # fmt: skip
@@ -363,7 +378,7 @@ stepping: list[str] = []
 """The optimizer that makes a step now (:mod:`poise.train.states`)."""
 _T = torch.Tensor
 _SPECIAL: dict[Any, Callable[..., Any]] = {}
-"""What is not run as PyTorch runs it (:mod:`poise.train.totals`)."""
+"""What is not run as PyTorch runs it (:mod:`poise.train.totals`, :mod:`poise.train.marks`)."""
 _FACTS = {
     getattr(_T, name).__get__
     for name in ("requires_grad", "dtype", "device", "layout", "is_sparse", "_backward_hooks", "is_leaf",

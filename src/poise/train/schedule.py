@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from poise.machine.model import ModelSpec
 from poise.runtime.recompute import checkpoint_region, in_backward
 from poise.stepwise.dealing import Deal
-from poise.train.backward import BackwardSchedule
+from poise.train.backward import DROPPED, BackwardSchedule
 from poise.train.foresight import MicroBatch
 from poise.train.forward import ForwardSchedule
 from poise.train.known import known_ahead
@@ -172,9 +172,12 @@ class Schedule:
     def reshard(self, owner_LE: NDArray[np.int64]) -> int:
         """Give experts new owners, optimizer states with them; bytes this rank received. Between steps only."""
         flag = torch.tensor([int(bool(self.passes.open()))], device=self.deployment.device)
-        owners = (("owners", zlib.crc32(owner_LE.tobytes())),)
-        if self._run.meeting.meet("moving owners", numbers_X=flag, more=owners).any():
+        dropped, wrong = self.backward.dropped()
+        told = (("owners", zlib.crc32(owner_LE.tobytes())), (DROPPED, dropped))
+        if self._run.meeting.meet("moving owners", numbers_X=flag, problem=wrong, more=told).any():
             raise OptionError("owners cannot move while a backward pass is to come")
+        if dropped:
+            self.backward.let_go()
         return self._move(owner_LE)
 
     def _move(self, owner_LE: NDArray[np.int64]) -> int:
@@ -206,9 +209,13 @@ class Schedule:
             return False
         if self._planned_at is not None and self.steps - self._planned_at < sharding.interval:
             return False
-        busy = bool(self.passes.open()) or self.backward.replica_gradients.waiting
+        dropped, _ = self.backward.dropped()  # not all of it, or not on all ranks: said where the next pass begins
+        busy = bool(self.passes.open()) or not dropped
         flag = torch.tensor([int(busy)], device=self.deployment.device)
-        return not self._run.meeting.meet("owners known ahead", numbers_X=flag).any()
+        if self._run.meeting.meet("owners known ahead", numbers_X=flag).any():
+            return False
+        self.backward.let_go()
+        return True
 
     def _own_ahead(self, found: Sequence[MicroBatch]) -> None:
         """Owners by the sharding policy from the loads to come, as often as it plans, unless a backward is to come."""

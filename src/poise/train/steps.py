@@ -73,7 +73,8 @@ def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             raise OptionError(
                 f"{type(optimizer).__name__} makes a step while gradients of {waiting} of {len(run.layers)} layers "
                 "wait for a synchronised backward pass",
-                hint="run.set_requires_gradient_sync(True) before the backward pass of the last micro-batch",
+                hint="run.set_requires_gradient_sync(True) before the backward pass of the last micro-batch; after "
+                "zero_grad() they wait until ranks meet in the next pass",
             )
 
 

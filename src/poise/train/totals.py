@@ -31,7 +31,6 @@ from poise.train.rows import (
     _tagged,
     plain,
     plainly,
-    rows_of,
     stepping,
 )  # fmt: skip
 from poise.util.errors import OptionError
@@ -236,15 +235,6 @@ def _length(func: Any, rows: ExpertRows, dim: int | None = None) -> Any:
     return ExpertCount(size[at]) if at % len(size) == 0 else size[at]
 
 
-def _grad(func: Any, rows: ExpertRows, *_: Any) -> Any:
-    """The gradient as rows, also where a plain tensor was set."""
-    with plainly():
-        grad = rows.grad
-        if type(grad) is Tensor:
-            rows.grad = grad = rows_of(grad, rows.ownership)
-    return grad
-
-
 def _copy(func: Any, into: Tensor, source: Tensor, *args: Any, **kwargs: Any) -> Any:
     """From rows of the same experts, or from the tensor of all experts."""
     source = getattr(source, "rows", source)  # of a state dict
@@ -259,7 +249,7 @@ def _copy(func: Any, into: Tensor, source: Tensor, *args: Any, **kwargs: Any) ->
 
 _T = torch.Tensor
 _SPECIAL.update({
-    _T.grad.__get__: _grad, _T.copy_: _copy, _T.numel: _numel, _T.nelement: _numel, torch.numel: _numel,
+    _T.copy_: _copy, _T.numel: _numel, _T.nelement: _numel, torch.numel: _numel,
     _T.size: _length, torch.equal: _same, _T.equal: _same, torch.allclose: _same, _T.allclose: _same,
     torch.linalg.norm: _norm_of_any, torch._foreach_norm: _norms_of_list,
     _T.dim: _axes, _T.ndim.__get__: _axes, _T.ndimension: _axes,

@@ -36,13 +36,27 @@ CALIBRATE_SECONDS_BASE, CALIBRATE_SECONDS_PER_PAIR = 25e-6, 100e-9
 
 
 class Weighed(NamedTuple):
-    """Replicas, bool [E, D] with the owners, the seconds that they and their split add, with the least that must be
-    gained, and those that they save, as far as the last steps are sure of it.
+    """Replicas for one step, and what speaks for and against them.
+
+    Parameters
+    ----------
+    holders_ED : bool [E, D], with the owners.
+    costs_s : seconds that they and their split add.
+    margin_s : the least that must be gained beside.
+    saves_s : seconds that they save on the predicted loads.
+    sure_s : the part of it that the last steps are sure of; ``saves_s`` where that is too little already.
     """
 
     holders_ED: NDArray[np.bool_]
     costs_s: float
+    margin_s: float
     saves_s: float
+    sure_s: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether they are made."""
+        return self.costs_s + self.margin_s < self.sure_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +72,7 @@ class PoiseTraining(StepPolicy):
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Step 1."""
         best = self.weighed(view)
-        return best.holders_ED if best.costs_s < best.saves_s else view.before_ED
+        return best.holders_ED if best.pays else view.before_ED
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
         """Steps 2 and 3."""
@@ -81,13 +95,11 @@ class PoiseTraining(StepPolicy):
         counts = tried_counts(view.step_slots, int(cluster.devices_per_node_N.max()), len(view.before_ED))
         plan, alone_s = plan_layer(layer_of(view, _expected(view)), counts)
         if (plan.holders_ED == view.before_ED).all():
-            return Weighed(view.before_ED, 0.0, 0.0)
+            return Weighed(view.before_ED, 0.0, 0.0, 0.0, 0.0)
         near_s, exact_s = self.dispatch_seconds(view, plan.holders_ED)
         costs_s = plan.seconds - exact_s + min(near_s, exact_s + self.control_seconds(view)) - exact_s
-        costs_s, saves_s = costs_s + self.margin * alone_s, alone_s - exact_s
-        if costs_s < saves_s:
-            saves_s = min(saves_s, _sure_seconds(view, plan.holders_ED))
-        return Weighed(plan.holders_ED, costs_s, saves_s)
+        best = Weighed(plan.holders_ED, costs_s, self.margin * alone_s, alone_s - exact_s, alone_s - exact_s)
+        return best._replace(sure_s=min(best.saves_s, _sure_seconds(view, plan.holders_ED))) if best.pays else best
 
     def control_seconds(self, view: LayerView) -> float:
         """Of the exact split, planning included."""
