@@ -163,7 +163,7 @@ def schedule_of(plans: Any, told: list[Any]) -> Schedule:
     )
     out.deployment, out._owners, out._planned_at, out._due = here, plans, None, np.zeros((2, 8), np.int64)
     out.passes, out.layers = SimpleNamespace(open=list), [SimpleNamespace(num_experts=8)] * 2
-    out.backward = SimpleNamespace(replica_gradients=SimpleNamespace(waiting=False))
+    out.backward = SimpleNamespace(dropped=lambda: (True, None), let_go=lambda: None)
     out._move = lambda owner_LE: told.append(owner_LE.tolist())
     return out
 
