@@ -118,6 +118,17 @@ def test_inspect(trace, tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"logical_count": [[0, 0], [1, 3]]}))
     data = json.loads(run("inspect", tmp_path / "l.json", "--json").stdout)
     assert data["per_layer"][0]["layer"] == 1 and data["per_layer"][0]["max_over_mean"] == 1.5
+    assert "information to next" in run("inspect", trace).stdout
+
+
+def test_inspect_of_many_layers_shows_the_most_skewed_first(tmp_path):
+    """60 layers fill three screens; of loads nothing is known of tokens, so no column is empty."""
+    loads = [[100, 100, 100, 100 + layer] for layer in range(60)]
+    (tmp_path / "l.json").write_text(json.dumps({"logical_count": loads}))
+    said = run("inspect", tmp_path / "l.json").stdout
+    rows = [int(found) for found in re.findall(r"^\W*(\d+) \u2502", said, flags=re.M)]
+    assert rows == list(range(59, 35, -1)) and "36 more layers" in said and "information" not in said
+    assert "at most 1.39 (layer 59)" in said
 
 
 def bad_files(folder):

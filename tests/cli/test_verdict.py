@@ -61,6 +61,7 @@ def test_text_json_and_page_say_the_same(files):
     assert text.exit_code == 0, text.output
     found = json.loads(run(*words, "--json").stdout)
     assert text.stdout.startswith(f"recommend_trial: {found['reason'].partition(': ')[2][:40]}")
+    assert "saved, ms a step" in text.stdout and " 0.000 " not in text.stdout.partition("The step now")[2]
     assert found["verdict"] == "recommend_trial" and found["schema"] == 1 and found["redundant"] == 8
     one = found["phases"][0]
     assert found["figures_of"] == one["phase"] == "prefill" and one["tokens_per_step"] == pytest.approx(16384)

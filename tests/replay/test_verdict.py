@@ -326,9 +326,9 @@ def test_a_step_larger_than_its_window_is_said():
 
 
 def test_loads_of_fewer_tokens_than_a_step_are_said():
-    """Loads of 100 tokens a layer: steps of 200 are scaled from them, those of 100 are not."""
-    windows = [loads(SKEWED, seed=seed) for seed in (1, 2)]
-    for tokens, said in ((200, 2), (100, 0)):
+    """Loads of 100 tokens a layer: steps of 200 are scaled from them, those of 100 are not. Of one file it is said once."""
+    two = [replace(loads(SKEWED, seed=seed), name=f"{seed}.json") for seed in (1, 2)]
+    for windows, tokens, said in ((two, 200, 2), (two, 100, 0), ([loads(SKEWED, seed=1)], 200, 1)):
         notes = judge(*windows, tokens_per_step=tokens, redundant=0).notes
         assert sum("has 100 tokens a layer in a record, scaled to steps of 200" in note for note in notes) == said
 

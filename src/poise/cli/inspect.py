@@ -12,6 +12,9 @@ from poise.routing.profile import dead_share_L, load_LE, mutual_information, ske
 from poise.routing.trace import NO_EXPERT, LoadProfile, RoutingTrace, row_blocks
 from poise.util.executors import executor_of
 
+MOST_LAYERS = 24
+"""Of a table: a screen shows them at once."""
+
 
 def inspect(traces: o.Traces, executor: o.Executor = "serial", json: o.Json = False) -> None:
     """Say what recorded traffic holds: sizes, domains, and per layer skew, dead experts and mutual information.
@@ -78,16 +81,28 @@ def _show(facts: dict[str, Any]) -> None:
             o.out.print("domains: " + ", ".join(f"{name} {count} tokens" for name, count in value.items()))
         elif key not in ("per_layer", "domains"):
             o.out.print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
-    heads = ("layer", "max / mean load", "dead experts", "information to next, nats", "shuffled")
-    table = o.table("per layer", heads)
-    for row in facts["per_layer"]:
-        nats = [row["information_to_next_nats"], row["shuffled_nats"]]
+    rows = facts["per_layer"]
+    most = max(rows, key=lambda row: row["max_over_mean"])
+    o.out.print(
+        f"fullest expert over the mean: {np.mean([row['max_over_mean'] for row in rows]):.2f} in the mean of layers, "
+        f"at most {most['max_over_mean']:.2f} (layer {most['layer']})"
+    )
+    shown = rows if len(rows) <= MOST_LAYERS else sorted(rows, key=lambda row: -row["max_over_mean"])[:MOST_LAYERS]
+    informed = any(row["information_to_next_nats"] is not None for row in rows)  # loads do not tell tokens apart
+    heads = ["layer", "max / mean load", "dead experts"]
+    heads += ["information to next, nats", "shuffled"] if informed else []
+    table = o.table("per layer" if shown is rows else "per layer, most skewed first", heads)
+    for row in shown:
+        nats = (row["information_to_next_nats"], row["shuffled_nats"]) if informed else ()
         table.add_row(
             str(row["layer"]), f"{row['max_over_mean']:.2f}", f"{row['dead_share']:.1%}",
             *("" if value is None else f"{value:.3f}" for value in nats),
         )  # fmt: skip
     o.out.print(table)
     o.out.print(
-        "load: tokens of an expert; information: between a token's heaviest experts of this layer and "
-        "of the next, and what is left of it when tokens are shuffled"
-    )
+        "load: tokens of an expert"
+        + ("; information: between a token's heaviest experts of this layer and of the next, and what is left of it "
+           "when tokens are shuffled" if informed else "")
+    )  # fmt: skip
+    if shown is not rows:
+        o.out.print(f"{len(rows) - len(shown)} more layers: --json shows all")

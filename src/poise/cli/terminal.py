@@ -120,7 +120,8 @@ def compiling() -> Iterator[None]:
     finally:
         if COMPILATION.count > count:
             took = COMPILATION.seconds - seconds
-            talk.print(f"compiled {COMPILATION.count - count} functions in {took:.0f} s, once")
+            made = COMPILATION.count - count
+            talk.print(f"compiled {made} function{'s' if made > 1 else ''} in {took:.0f} s, once")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ FEW_STEPS = 4
 """Judged steps of a window below which all of them must agree."""
 DRAWS, LEVEL = 4000, 0.95
 MS = 1e3
-COLUMNS = ("map", "redundant", "us a layer", "ms a step", "interval", "of the step")
+COLUMNS = ("map", "redundant", "saved, us a layer", "saved, ms a step", "interval", "of the step")
 """Of a table of maps: what each saves."""
 
 
@@ -205,10 +205,14 @@ class PhaseVerdict:
         ]
         if self.other_phase_s is not None:
             out.append(f"In a step of the other phase the same map {_saves(self.layers * self.other_phase_s)}.")
+        parts = {
+            "attention": rest.attention_s, "scores": rest.scores_s, "dense layers": rest.dense_s,
+            "shared experts": rest.shared_s, "head": rest.head_s,
+        }  # fmt: skip
+        told = ", ".join(f"{MS * seconds:.3f} {name}" for name, seconds in parts.items() if seconds)
         out.append(
-            f"The step now: {MS * self.layers * self.layer_s:.3f} ms of MoE layers, and by the datasheet's roofline "
-            f"{MS * rest.attention_s:.3f} attention, {MS * rest.scores_s:.3f} scores, {MS * rest.dense_s:.3f} dense "
-            f"layers, {MS * rest.shared_s:.3f} shared experts, {MS * rest.head_s:.3f} head."
+            f"The step now: {MS * self.layers * self.layer_s:.3f} ms of MoE layers"
+            + (f", and by the datasheet's roofline {told}." if told else ".")
         )
         return out
 

@@ -232,7 +232,7 @@ def verdict_notes(windows: Windows, model: ModelSpec, assumed: dict[str, int], m
         notes.append("the traces do not say which tokens were generated: both phases are judged by all")
     if any(isinstance(one, RoutingTrace) and one.top_k < model.top_k for one in windows):
         notes.append(f"{windows[0].top_k} experts a token were recorded, {model.name} has {model.top_k}")
-    return notes
+    return list(dict.fromkeys(notes))  # both halves of one file say the same
 
 
 def much(traffic: RoutingTrace | LoadProfile) -> str:
