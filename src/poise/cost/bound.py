@@ -171,8 +171,7 @@ def _spread_bound(load_BE: NDArray[np.float64], cluster: Cluster, wire: Wire, ro
         bound = np.maximum(bound, compute_bound(load_BE, room.slots_D, 1 / each_D, spare=room.spare))
     if cluster.nic_shared and cluster.num_nodes > 1:
         slots_N = np.bincount(cluster.node_D, weights=room.slots_D).astype(np.int64)
-        first_N = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-        bound = np.maximum(bound, compute_bound(load_BE, slots_N, 1 / away_D[first_N], spare=room.spare))
+        bound = np.maximum(bound, compute_bound(load_BE, slots_N, 1 / away_D[cluster.first_N], spare=room.spare))
     return bound
 
 
@@ -241,8 +240,7 @@ def _home_bound(
         net_B[:, cluster.node_D[d]] = port + leaves if cluster.nic_shared else np.maximum(port, leaves)
     total_B = flow.sum(axis=(1, 2))
     bound = np.maximum(bound, (total_B - _most_local(flow, spare)) / per_copy / rate / devices)
-    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-    leaves_B = (total_B - _most_local(np.add.reduceat(flow, starts, axis=1), spare)) / per_net_copy
+    leaves_B = (total_B - _most_local(cluster.sum_by_node(flow, axis=1), spare)) / per_net_copy
     ports = cluster.num_nodes if cluster.nic_shared else devices
     net_B = np.maximum(net_B, leaves_B[:, None] / ports)
     return np.maximum(bound, net_B.max(axis=1) / wire.inter_bytes_per_s)

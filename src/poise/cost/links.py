@@ -28,11 +28,7 @@ class PortLoad:
 
 def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
     """Copies per network port: of each device, or summed over each node's shared one; float64 [B, D or N]."""
-    if not cluster.nic_shared:
-        return copies_BD
-    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-    out: NDArray[np.float64] = np.add.reduceat(copies_BD, starts, axis=1)
-    return out
+    return cluster.sum_by_node(copies_BD) if cluster.nic_shared else copies_BD
 
 
 def fullest_ports(load: PortLoad, cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

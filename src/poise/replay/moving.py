@@ -66,7 +66,7 @@ class Moving:
     def by_link(self, cluster: Cluster) -> tuple[int, int]:
         """Experts that move inside their node, and over the network."""
         links_DD = self.links_DD()
-        near = int(links_DD[cluster.node_D[:, None] == cluster.node_D[None, :]].sum())
+        near = int(links_DD[cluster.same_node_DD].sum())
         return near, self.fetched - self.read - near
 
     def seconds(self, cluster: Cluster, expert_bytes: float) -> float:

@@ -196,9 +196,8 @@ class _ServingRun:
         self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster, cluster.combine_wire)[
             0
         ]
-        same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
         self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
-        self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
+        self.out["node"][at] = pairs_DD.sum() - (pairs_DD * cluster.same_node_DD).sum()
         once = {name: np.zeros((1, 1)) for name in ("compute", "dispatch", "combine", "kv")}
         add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
         for name in ("dispatch", "combine", "kv"):  # the start of compute is in a device's own

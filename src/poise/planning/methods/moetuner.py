@@ -179,8 +179,7 @@ def ilp1(
 
 def pair_bandwidth(cluster: Cluster) -> NDArray[np.float64]:
     """B[g1, g2], bytes/s [D, D]: the narrower port class on the way; infinite on the diagonal (no traffic)."""
-    same = cluster.node_D[:, None] == cluster.node_D[None, :]
-    out = np.where(same, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s)
+    out = np.where(cluster.same_node_DD, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s)
     np.fill_diagonal(out, np.inf)
     return out
 

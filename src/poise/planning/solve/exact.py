@@ -53,8 +53,7 @@ def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
 
 def copy_seconds_DD(cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
     """Seconds of one token copy between two devices, as a share of the mean port, [D, D]."""
-    same = cluster.node_D[:, None] == cluster.node_D[None, :]
-    out = np.where(same, 1 / cluster.intra_bytes_per_s, 1 / cluster.inter_bytes_per_s)
+    out = np.where(cluster.same_node_DD, 1 / cluster.intra_bytes_per_s, 1 / cluster.inter_bytes_per_s)
     np.fill_diagonal(out, 0.0)
     return out * model.dispatch_bytes_per_token / cluster.num_devices
 
