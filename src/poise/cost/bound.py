@@ -139,11 +139,11 @@ def _port_bound(
     out = np.zeros((batch.num_steps, batch.num_layers))
     if cluster.num_devices == 1:
         return out
-    if batch.experts_TLK is None or batch.start_B is None:
+    if batch.experts_TLK is None:
         for layer in range(batch.num_layers):
             out[:, layer] = _spread_bound(batch.load_BLE[:, layer], cluster, wire, room)
         return out
-    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    step_T = batch.step_T()
     home_T = batch.home_of_tokens(cluster.num_devices)
     came_from_TL = batch.came_from_TL() if traffic == "stay" else None
     for layer in range(batch.num_layers):

@@ -83,13 +83,12 @@ def expected_affinity_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]
     ------
     NoResultError : the batch has loads only.
     """
-    if batch.experts_TLK is None or batch.start_B is None:
+    if batch.experts_TLK is None:
         raise NoResultError(
             "ExFlow needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
         )
     experts = batch.num_experts
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
-    ids = batch.experts_TLK.astype(np.int64)
+    weight_T, ids = batch.weight_T(), batch.experts_TLK.astype(np.int64)
     out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
     for layer in range(batch.num_layers - 1):
         for k in range(batch.top_k if flow == "all" else 1):

@@ -40,9 +40,9 @@ def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
     """
     experts = batch.num_experts
     out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
-    if batch.experts_TLK is None or batch.start_B is None:
+    if batch.experts_TLK is None:
         return out
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    weight_T = batch.weight_T()
     ids = batch.experts_TLK.astype(np.int64)
     for layer in range(batch.num_layers - 1):
         came_T = np.repeat(ids[:, layer, 0], batch.top_k)

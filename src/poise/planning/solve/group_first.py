@@ -163,10 +163,10 @@ def _patterns(
     batch: RoutingBatch, layer: int, whole: WholeGroups
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:  # fmt: skip
     """Groups that tokens take together, bool [X, G], and how many tokens of a step do, float64 [X]."""
-    assert batch.experts_TLK is not None and batch.start_B is not None
+    assert batch.experts_TLK is not None
     ids_TK = batch.experts_TLK[:, layer].astype(np.int64)
     bit_TK = np.where(ids_TK == NO_EXPERT, 0, np.int64(1) << (np.maximum(ids_TK, 0) // whole.size))
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    weight_T = batch.weight_T()
     pattern_X, which_T = np.unique(np.bitwise_or.reduce(bit_TK, axis=1), return_inverse=True)
     hit_XG = (pattern_X[:, None] >> np.arange(whole.num_groups)) & 1 > 0
     return hit_XG, np.bincount(which_T, weights=weight_T).astype(np.float64)

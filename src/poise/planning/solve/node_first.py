@@ -62,10 +62,10 @@ def _need(problem: PlacementProblem) -> NDArray[np.float64]:
 
 def _tokens_of_nodes(batch: RoutingBatch, cluster: Cluster) -> NDArray[np.float64]:
     """Tokens of a step that each node's devices have for each expert, float64 [L, E, N]."""
-    assert batch.experts_TLK is not None and batch.start_B is not None
+    assert batch.experts_TLK is not None
     nodes, shape = cluster.num_nodes, (batch.num_experts, cluster.num_nodes)
     node_T = cluster.node_D[batch.home_of_tokens(cluster.num_devices)]
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    weight_T = batch.weight_T()
     out = np.empty((batch.num_layers, *shape))
     for layer in range(batch.num_layers):
         ids_TK = batch.experts_TLK[:, layer].astype(np.int64)
