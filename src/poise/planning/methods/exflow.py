@@ -33,9 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.cost.entries import HeldEntries
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.planning.solve.milp import INF, Milp
 from poise.routing.batch import RoutingBatch
 from poise.routing.profile import count_pairs
@@ -109,15 +109,6 @@ def hops(affinity: NDArray[np.float64], device_LE: NDArray[Any], node_D: NDArray
     total = max(float(affinity.sum()), 1e-300)
     inter = crossings(affinity, np.asarray(node_D)[device_LE])
     return (crossings(affinity, device_LE) - inter) / total, inter / total
-
-
-def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
-    """Experts of each device in every layer, int [D]: as equal as slots allow, the first devices get the rest."""
-    sizes = np.zeros(len(slots_D), np.int64)
-    for _ in range(num_experts):
-        fits = np.flatnonzero(sizes < slots_D)
-        sizes[fits[np.argmin(sizes[fits])]] += 1
-    return sizes
 
 
 def integer_programme(
@@ -308,8 +299,7 @@ def plan(
         np.put_along_axis(device_LE, member_LM, first_P[part_LM], axis=1)
         if progress:
             progress("stage", (number + 1) / len(todo))
-    placement = Placement.from_devices(device_LE, problem.num_devices)
-    placement = problem.placed(placement.count_LED(), "exflow")
+    placement = problem.placed(HeldEntries.of_devices(device_LE, problem.num_devices), "exflow")
     intra, inter = hops(affinity, device_LE, node_D)
     return MethodResult(
         placement,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.cost.entries import HeldEntries
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -59,13 +60,5 @@ def affinity_start(problem: PlacementProblem) -> list[Placement]:
             gain = np.bincount(flat, minlength=experts * devices).reshape(experts, devices) / max(1, len(ids))
             load = load_LE[layer] / max(load_LE[layer].sum(), 1e-12)
             device[layer] = _assign(gain, load, slots, price)
-        placement = Placement.from_devices(device, devices, layer_ids_L=batch.layer_ids_L, method=f"affinity-{price:g}")
-        out.append(
-            Placement.from_counts(
-                placement.count_LED(),
-                slots_D=None if problem.pooled else problem.slots_D,
-                layer_ids_L=batch.layer_ids_L,
-                method=placement.method,
-            ),
-        )
+        out.append(problem.placed(HeldEntries.of_devices(device, devices), f"affinity-{price:g}"))
     return out

@@ -258,7 +258,7 @@ def _annealed(
     expert_S, device_S = (np.concatenate([part[i] for parts in slots for part in parts]) for i in (0, 1))
     layer_S = np.repeat(np.arange(batch.num_layers), [sum(len(part[0]) for part in parts) for parts in slots])
     held = HeldEntries.of_slots(layer_S, expert_S, device_S, (batch.num_layers, batch.num_experts, devices))
-    return Placement.from_entries(held, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")
+    return problem.placed(held, "annealed")
 
 
 def _start(load_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]) -> NDArray[np.int64]:

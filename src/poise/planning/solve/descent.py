@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.problem import PlacementProblem, Progress
-from poise.planning.solve.group_first import expected_work, moved_groups
+from poise.planning.solve.group_first import moved_groups
 from poise.planning.solve.records import Data, State
 from poise.planning.solve.state import STAY, change, layer_seconds, put_layer, rebuild
 from poise.util.compiled import compiled
@@ -238,7 +238,7 @@ def descents(
     state, local_L = _merge(data, problem, states, np.stack(local))
     state.work[0] = sum(int(each.work[0]) for each in states)
     rng, places = np.random.default_rng(seed), int(problem.place_D[-1]) + 1
-    work_LE = expected_work(problem) if places > 1 else np.zeros((layers, 0))
+    work_LE = problem.work_LE() if places > 1 else np.zeros((layers, 0))
     kicks, helped = 0, 0
     while state.work[0] < updates and not data.stop[0] and problem.num_devices > 1:
         layer = int(rng.integers(layers))

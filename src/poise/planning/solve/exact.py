@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
+from poise.cost.entries import HeldEntries
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.routing.batch import RoutingBatch
 from poise.routing.profile import count_pairs
 from poise.util.errors import NoResultError
@@ -102,10 +102,7 @@ def plan(
     NoResultError : a layer has more than 6,000 placements, or the budget does not reach.
     """
     batch, devices = problem.batch, problem.num_devices
-    sizes = np.zeros(devices, np.int64)
-    for _ in range(batch.num_experts):
-        fits = np.flatnonzero(sizes < problem.slots_D)
-        sizes[fits[np.argmin(sizes[fits])]] += 1
+    sizes = equal_sizes(batch.num_experts, problem.slots_D)
     number = factorial(batch.num_experts) // prod(factorial(int(s)) for s in sizes)
     if number > MAX_PLACEMENTS:
         raise NoResultError(
@@ -138,11 +135,6 @@ def plan(
     path = [int(cost.argmin())]
     for layer in range(batch.num_layers - 1, 0, -1):
         path.append(int(came[layer, path[-1]]))
-    device_LE = options[path[::-1]]
-    placement = Placement.from_devices(device_LE, devices, layer_ids_L=batch.layer_ids_L, method="exact")
-    placement = Placement.from_counts(
-        placement.count_LED(), slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L,
-        method="exact",
-    )  # fmt: skip
+    placement = problem.placed(HeldEntries.of_devices(options[path[::-1]], devices), "exact")
     value = float(cost.min()) / batch.num_layers
     return MethodResult(placement, {"linear_stay_objective": value, "linear_stay_bound": value, "placements": number})

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
 from poise.planning.groups import WholeGroups
 from poise.planning.methods.lpt import pack, pack_all
 from poise.planning.placement import Placement
@@ -186,13 +185,6 @@ def assigned(sums: _LayerSums, seed: int = 0) -> NDArray[np.int64]:
     return np.stack([found[seconds] for seconds in sorted(found)])
 
 
-def expected_work(problem: PlacementProblem) -> NDArray[np.float64]:
-    """Seconds of each expert at speed 1, mean of the steps, float64 [L, E]."""
-    work_BLE = expert_seconds(problem.batch.load_BLE, problem.cluster, problem.model)
-    out: NDArray[np.float64] = np.einsum("b,ble->le", problem.batch.weight_B, work_BLE)
-    return out
-
-
 def packed(
     problem: PlacementProblem, place_E: NDArray[np.int64], work_E: NDArray[np.float64], places: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
@@ -252,18 +244,14 @@ def group_first(problem: PlacementProblem, *, seed: int = 0) -> Placement:
     """A placement with groups whole; slots are counted by layer."""
     batch, whole = problem.batch, problem.whole
     assert whole is not None
-    work_LE = expected_work(problem)
+    work_LE = problem.work_LE()
     options = [assigned(sums, seed + layer) for layer, sums in enumerate(group_sums(problem, whole))]
     few, every = some_steps(problem, PRICED, batch.num_steps), np.arange(whole.num_places)
-    counts, seconds = [], []
+    counts = []
     for turn in range(max(len(option) for option in options)):
         place_LG = np.stack([option[min(turn, len(option) - 1)] for option in options])
         place_LE = np.repeat(place_LG, whole.size, axis=1)
         made: list[NDArray[Any]] = [packed(problem, place_E, work_E, every)
                                     for place_E, work_E in zip(place_LE, work_LE, strict=True)]  # fmt: skip
-        counts.append(np.stack(made).astype(np.int32))
-        seconds.append(few.batch.weight_B @ few.pricing.cost(few.batch, counts[-1]).seconds_BL)
-    best_L = np.stack(seconds).argmin(axis=0)
-    count_LED = np.stack([counts[best][layer] for layer, best in enumerate(best_L.tolist())])
-    return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L,
-                                 method="group-first")  # fmt: skip
+        counts.append(np.stack(made))
+    return problem.placed(few.fastest_layers(counts), "group-first")

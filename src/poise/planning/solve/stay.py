@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
@@ -164,6 +163,4 @@ def plan(
                 held[layer, e, d] = True
     source = np.repeat(np.arange(layers * experts), np.diff(ptr))
     inside = float(tokens[owner[source] == owner[neighbour]].sum() / max(1, tokens.sum()))
-    placement = Placement.from_counts(held.astype(np.int32), slots_D=slots_D, layer_ids_L=batch.layer_ids_L,
-                                      method="poise-stay")  # fmt: skip
-    return MethodResult(placement, {"stay_weight": inside, "everywhere": hot})
+    return MethodResult(problem.placed(held, "poise-stay"), {"stay_weight": inside, "everywhere": hot})
