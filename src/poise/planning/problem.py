@@ -43,7 +43,7 @@ from poise.planning.groups import WholeGroups
 from poise.planning.losses import Losses
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
-from poise.util.errors import OptionError, PlacementError
+from poise.util.errors import NoResultError, OptionError, PlacementError
 from poise.util.notebook import lines_html, table_html
 from poise.util.words import percent
 
@@ -186,6 +186,18 @@ class PlacementProblem:
         """Each layer from the option that is fastest there."""
         held = [entries_of(option) for option in options]
         return picked_layers(held, np.stack([self.seconds_L(each) for each in held]).argmin(axis=0))
+
+    def tokens_for(self, method: str) -> NDArray[np.int16]:
+        """Experts of every token, int16 [T, L, K], for a method that cannot plan without.
+
+        Raises
+        ------
+        NoResultError : the batch has loads only.
+        """
+        if self.batch.experts_TLK is None:
+            raise NoResultError(f"{method} needs token-level routing, got loads only",
+                                hint="give a routing trace, not a load profile")  # fmt: skip
+        return self.batch.experts_TLK
 
     def risk_seconds(self, seconds_B: NDArray[np.float64]) -> float:
         """Mean, worst, or mean of the worst quarter (by weight) of scenario times, float64 [B]."""

@@ -35,7 +35,6 @@ from poise.planning.methods import eplb
 from poise.planning.methods.lpt import replicate
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.profile import coactivation_LEE
-from poise.util.errors import NoResultError
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,13 +271,9 @@ def plan(
     NoResultError : the batch has loads only.
     """
     batch, cluster = problem.batch, problem.cluster
-    if batch.experts_TLK is None:
-        raise NoResultError(
-            "co-activation needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
-        )
+    pairs_LEE = coactivation_LEE(problem.tokens_for("co-activation"), batch.num_experts)
     budget = Budget.of(time_limit_s)
     load_LE = batch.load_LE()
-    pairs_LEE = coactivation_LEE(batch.experts_TLK, batch.num_experts)
     pairs_LEE[:, np.arange(batch.num_experts), np.arange(batch.num_experts)] = 0
     slots = np.minimum(problem.slots_D, batch.num_experts)
     details: dict[str, Any] = {"setting": asdict(setting)}

@@ -77,19 +77,14 @@ GRID: tuple[ExFlowSetting, ...] = (
 
 
 def expected_affinity_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
-    """Step 1: expected tokens of a step from expert to expert of the next layer, [L - 1, E, E].
-
-    Raises
-    ------
-    NoResultError : the batch has loads only.
+    """Step 1: expected tokens of a step from expert to expert of the next layer, [L - 1, E, E]; 0 where only loads are
+    known. A token that computes nothing in a layer is not followed over it.
     """
-    if batch.experts_TLK is None:
-        raise NoResultError(
-            "ExFlow needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
-        )
     experts = batch.num_experts
-    weight_T, ids = batch.weight_T(), batch.experts_TLK.astype(np.int64)
     out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
+    if batch.experts_TLK is None:
+        return out
+    weight_T, ids = batch.weight_T(), batch.experts_TLK.astype(np.int64)
     for layer in range(batch.num_layers - 1):
         for k in range(batch.top_k if flow == "all" else 1):
             pairs = count_pairs(ids[:, layer, 0], ids[:, layer + 1, k], experts, weight_T)
@@ -262,6 +257,7 @@ def plan(
     NoResultError : the batch has loads only.
     """
     batch, node_D = problem.batch, problem.cluster.node_D
+    problem.tokens_for("ExFlow")
     affinity = expected_affinity_LEE(batch, setting.flow)
     sizes = equal_sizes(batch.num_experts, problem.slots_D)
     layers = batch.num_layers

@@ -41,7 +41,6 @@ from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.profile import coactivation_LEE
-from poise.util.errors import NoResultError
 
 RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 KMEANS_STARTS = 10
@@ -247,16 +246,13 @@ def plan(
     """
     batch, node_D, budget = problem.batch, problem.cluster.node_D, Budget.of(time_limit_s)
     experts, devices = batch.num_experts, problem.num_devices
-    if batch.experts_TLK is None:
-        raise NoResultError(
-            "GRACE-MoE needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
-        )
+    experts_TLK = problem.tokens_for("GRACE-MoE")
     slots = np.minimum(problem.slots_D, experts)
     room = np.maximum(slots - setting.reserve, np.minimum(slots, 1))
     if room.sum() < experts:
         room = slots
     load_LE = batch.load_LE()
-    affinity_LEE = coactivation_LEE(batch.experts_TLK, experts)
+    affinity_LEE = coactivation_LEE(experts_TLK, experts)
     affinity_LEE[:, np.arange(experts), np.arange(experts)] = 0
     rng = np.random.default_rng(seed)
     clusters: list[_Clusters | None] = []

@@ -23,32 +23,14 @@ from poise.cost.entries import HeldEntries
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget, Limit
+from poise.planning.methods.exflow import expected_affinity_LEE
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.routing.batch import RoutingBatch
-from poise.routing.profile import count_pairs
 from poise.util.errors import NoResultError
 
 MAX_PLACEMENTS = 6_000
 PAIRS_PER_SECOND = 1e8
 """Pairs of placements of two layers that are tried in a nominal second."""
-
-
-def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
-    """Expected tokens of a step from each heaviest expert to each expert of the next layer, [L - 1, E, E].
-
-    A token that computes nothing in a layer is not followed over it.
-    """
-    experts = batch.num_experts
-    out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
-    if batch.experts_TLK is None:
-        return out
-    weight_T = batch.weight_T()
-    ids = batch.experts_TLK.astype(np.int64)
-    for layer in range(batch.num_layers - 1):
-        came_T = np.repeat(ids[:, layer, 0], batch.top_k)
-        pairs = count_pairs(came_T, ids[:, layer + 1].ravel(), experts, np.repeat(weight_T, batch.top_k))
-        out[layer] = pairs.reshape(experts, experts)
-    return out
 
 
 def copy_seconds_DD(cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
@@ -64,7 +46,7 @@ def linear_stay_objective(
     """The objective of this module for a placement without replicas, seconds a layer and step."""
     work = expert_seconds(batch.load_LE(), cluster, model)
     move = copy_seconds_DD(cluster, model)
-    flow = transitions_LEE(batch)
+    flow = expected_affinity_LEE(batch, "all")
     total = 0.0
     for layer, device in enumerate(expert_device_LE):
         total += float(
@@ -117,7 +99,7 @@ def plan(
     one_hot = np.eye(devices)[options]
     work = expert_seconds(batch.load_LE(), problem.cluster, problem.model)
     move = copy_seconds_DD(problem.cluster, problem.model)
-    flow = transitions_LEE(batch)
+    flow = expected_affinity_LEE(batch, "all")
     flat = one_hot.reshape(len(options), -1)
     compute = (np.einsum("ned,le->lnd", one_hot, work) / problem.cluster.speed_D).max(axis=2)
     cost = compute[0]
