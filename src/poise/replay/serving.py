@@ -23,6 +23,7 @@ from poise.replay.static import Replay
 from poise.routing.batch import RoutingBatch
 from poise.routing.predict import Predictor, SlidingMean
 from poise.stepwise.driver import LayerDriver, Outcome
+from poise.stepwise.methods.split import spread_evenly
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.errors import NoResultError, OptionError
 from poise.util.wish import Wish
@@ -135,12 +136,10 @@ class _ServingRun:
             load_E = np.rint(batch.load_BLE[step, layer]).astype(np.int64)
             if not load_E.any():
                 continue
-            load_SE = np.zeros((cluster.num_devices, batch.num_experts), np.int64)
             if source_T is None or batch.experts_TLK is None:
-                whole, rest = np.divmod(load_E, cluster.num_devices)
-                first = (np.cumsum(rest) - rest)[None, :]  # what is left is dealt on in turn
-                load_SE += whole + ((np.arange(cluster.num_devices)[:, None] - first) % cluster.num_devices < rest)
+                load_SE = spread_evenly(load_E, cluster.num_devices)
             else:
+                load_SE = np.zeros((cluster.num_devices, batch.num_experts), np.int64)
                 experts_TK = batch.experts_TLK[rows, layer]
                 count_sources(experts_TK, source_T, load_SE)
             driver = self.drivers[layer]
