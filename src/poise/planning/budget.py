@@ -177,13 +177,17 @@ class Budget:
         return True
 
     @contextmanager
-    def stops(self, flag: NDArray[Any]) -> Iterator[None]:
-        """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it."""
+    def stops(self, flag: NDArray[Any], stage: str = "") -> Iterator[None]:
+        """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it. A
+        ``stage`` that is named is cut then.
+        """
         with self.wish.told(flag):
             if self._clock is None and not self.wish.far:
                 yield
-                return
-            yield from self._watched(flag)
+            else:
+                yield from self._watched(flag)
+        if stage and flag[0]:
+            self.over(stage)
 
     def _watched(self, flag: NDArray[Any]) -> Iterator[None]:
         done = threading.Event()

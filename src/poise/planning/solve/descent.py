@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from poise.planning.solve.group_first import moved_groups
 from poise.planning.solve.records import Data, State
 from poise.planning.solve.state import STAY, change, layer_seconds, put_layer, rebuild
 from poise.util.compiled import compiled
+from poise.util.executors import in_threads
 
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""
@@ -230,11 +230,7 @@ def descents(
 
         return _descent(data, states[turn], updates * 0.7 / len(states), report)
 
-    if threads and len(states) > 1:
-        with ThreadPoolExecutor(len(states), "poise-descent") as pool:
-            local = list(pool.map(descend, range(len(states))))
-    else:
-        local = [descend(turn) for turn in range(len(states))]
+    local = in_threads(descend, range(len(states)), len(states) if threads else 1, "poise-descent")
     state, local_L = _merge(data, problem, states, np.stack(local))
     state.work[0] = sum(int(each.work[0]) for each in states)
     rng, places = np.random.default_rng(seed), int(problem.place_D[-1]) + 1

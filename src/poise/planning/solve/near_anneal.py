@@ -161,11 +161,9 @@ def near_annealed(
     held_LED = start.count_LED() > 0
     data = make_data(problem, 0)
     state = make_state(data, problem, held_LED)
-    with budget.stops(data.stop):
+    with budget.stops(data.stop, "annealing near"):
         for layer, held_ED in enumerate(held_LED):
             _anneal(data, state, layer, proposals, seed + layer, held_ED)
-    if data.stop[0]:
-        budget.over("annealing near")
     return problem.placed(held_LED, "near-annealed")
 
 

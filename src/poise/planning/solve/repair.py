@@ -27,7 +27,7 @@ from poise.planning.exchange import FREE, SlotLayer, descend, make_layer, put, r
 from poise.planning.losses import Loss, Losses, lost_together
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
-from poise.planning.solve.anneal import anneal_slots
+from poise.planning.solve.anneal import anneal_slots, slot_table
 from poise.util.compiled import compiled
 from poise.util.errors import InfeasibleError
 
@@ -192,9 +192,7 @@ def _starts(one: SlotLayer, mine: NDArray[np.bool_], slots_D: NDArray[np.int64])
     filled = make_layer(packed, room_D, one.load_E, one.speed_D)
     if (one.room_D == 0).all():
         _fill(filled)
-    slot_expert = np.concatenate([
-        np.append(np.flatnonzero(filled.held_ED[:, d]), np.full(int(filled.room_D[d]), EMPTY)) for d in range(devices)
-    ]).astype(np.int64)  # fmt: skip
+    slot_expert = slot_table(filled.held_ED, room_D)
     load = np.append(one.load_E, 0.0)[None]
     rate_D = one.speed_D.sum() / one.speed_D / max(float(load.sum()), 1e-300)
     device_S = np.repeat(np.arange(devices), room_D)

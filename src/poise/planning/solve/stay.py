@@ -145,10 +145,8 @@ def plan(
     proposals = int(min(PROPOSALS * layers, max(1.0, budget.seconds) * PROPOSALS_PER_SECOND))
     graph = StayGraph(ptr, neighbour, tokens / total, relative, everywhere.ravel(), layers, experts, devices)
     stop = np.zeros(1, np.int64)
-    with budget.stops(stop):
+    with budget.stops(stop, "poise-stay"):
         _anneal(graph, owner, proposals, seed, stop)
-    if stop[0]:
-        budget.over("poise-stay")
     held = np.zeros((layers, experts, devices), dtype=bool)
     for layer in range(layers):
         held[layer, np.arange(experts), owner[layer * experts : (layer + 1) * experts]] = True
