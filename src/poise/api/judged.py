@@ -123,10 +123,7 @@ def verdict(
     guessed: dict[str, int] = {} if recorded else {name: A_RANK[name] for name in unsaid}
     notes = seen + verdict_notes(windows, sizes, guessed, max((many or 0 for many in asked.values()), default=0))
     notes += [said] if (said := rules.caveat(setting.split)) else []
-    if budget.cuts and not budget.stopped:
-        notes.append(
-            f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same maps each time"
-        )
+    notes += budget.cut_words("maps")
     out = Verdict(
         tuple(found), engine, repr(machine), sizes.name,
         "contiguous blocks, EPLB off" if placed is None else placed.method, context, (), tuple(notes),

@@ -116,14 +116,6 @@ def _terms(
     return BoundTerms(compute, dispatch, combine, kv)
 
 
-def step_bound_BL(
-    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: DataFlow, slots_D: NDArray[Any],
-    blind: bool = True,
-) -> NDArray[np.float64]:  # fmt: skip
-    """Least seconds any placement with these slots could need; float64 [B, L]. See :func:`bound_terms`."""
-    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, blind=blind).seconds_BL
-
-
 class _Room(NamedTuple):
     """What placements and splits may do: slots of each device, int [D], spare ones of a layer, blind to sources."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,17 @@ class PortLoad:
     intra_in_BD: NDArray[np.float64]
     net_out_BD: NDArray[np.float64]
     net_in_BD: NDArray[np.float64]
+
+
+def pair_ports(rows: Sequence[Iterable[tuple[int, int]]], cluster: Cluster) -> PortLoad:
+    """What goes once from a device to a device, (source, target) each, a row of ports for each of ``rows``."""
+    port = np.zeros((4, len(rows), cluster.num_devices))
+    for at, pairs in enumerate(rows):
+        for source, target in pairs:
+            out = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
+            port[out, at, source] += 1
+            port[out + 1, at, target] += 1
+    return PortLoad(*port)
 
 
 def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:

@@ -169,6 +169,12 @@ class Budget:
             f"took {passed:.1f} s, the limit was {self.seconds:g} s: traffic of this size needs as much on this machine"
         )
 
+    def cut_words(self, what: str) -> list[str]:
+        """That the clock cut a search, and how ``what`` comes out the same each time; none where it did not."""
+        if not self.cuts or self.stopped:
+            return []
+        return [f"the clock cut the search ({', '.join(sorted(self.cuts))}): --work gives the same {what} each time"]
+
     def over(self, stage: str) -> bool:
         """Whether the clock has run out, asked by a stage that would go on: it is cut then."""
         if self.left() > 0:

@@ -101,7 +101,6 @@ def moving(
     devices = max(before.num_devices, after.num_devices)
     before, after = before.on_devices(devices), after.on_devices(devices)
     ids, others = before.layer_ids_L, after.layer_ids_L
-    assert ids is not None and others is not None  # set by the constructor
     if (ids != others).any():
         at = int(np.argmax(ids != others))
         raise PlacementError(
