@@ -10,12 +10,20 @@ from tests.helpers import load_batch, random_slots, tiny_cluster, tiny_model
 from tests.planning.test_swift_balance import random_problem, start_of
 
 from poise.planning.methods import eplb, flash_lb
-from poise.planning.methods.flash_lb import GRID, PUBLISHED, FlashLBSetting, Layer, allot, renumber, samples, statistics
+from poise.planning.methods.flash_lb import PUBLISHED, FlashLBSetting, Layer, allot, renumber, samples, statistics
 from poise.planning.methods.lpt import replicate
 from poise.planning.placement import EMPTY
 from poise.planning.problem import PlacementProblem
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError
+
+GRID = (
+    PUBLISHED,
+    FlashLBSetting(samples=None),
+    FlashLBSetting(allotment="proportional"),
+    FlashLBSetting(depth=8, width=16),
+    FlashLBSetting(z_score=0.0),
+)
 
 SETTINGS = st.sampled_from(
     [*GRID, FlashLBSetting(depth=1), FlashLBSetting(depth=2, width=1), FlashLBSetting(samples=1)]

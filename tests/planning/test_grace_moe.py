@@ -11,9 +11,19 @@ from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, ti
 
 from poise.machine.cluster import Cluster
 from poise.planning.methods import grace_moe
-from poise.planning.methods.grace_moe import GRID, PUBLISHED, GraceSetting
+from poise.planning.methods.grace_moe import PUBLISHED, GraceSetting
 from poise.planning.problem import PlacementProblem
 from poise.util.errors import NoResultError
+
+GRID = (
+    PUBLISHED,
+    *(
+        GraceSetting(ratio=ratio, rounds=rounds, reserve=reserve)
+        for ratio in (None, 0.0, 0.15, 0.5)
+        for rounds, reserve in ((1, 1), (1000, 1))
+    ),
+    GraceSetting(ratio=0.15),
+)
 
 
 def random_affinity(rng, experts):

@@ -88,13 +88,6 @@ class FlashLBSetting:
 
 
 PUBLISHED = FlashLBSetting()
-GRID: tuple[FlashLBSetting, ...] = (
-    PUBLISHED,
-    FlashLBSetting(samples=None),
-    FlashLBSetting(allotment="proportional"),
-    FlashLBSetting(depth=8, width=16),
-    FlashLBSetting(z_score=0.0),
-)
 
 
 def samples(

@@ -64,15 +64,6 @@ class GraceSetting:
 
 
 PUBLISHED = GraceSetting()
-GRID: tuple[GraceSetting, ...] = (
-    PUBLISHED,
-    *(
-        GraceSetting(ratio=ratio, rounds=rounds, reserve=reserve)
-        for ratio in (None, 0.0, 0.15, 0.5)
-        for rounds, reserve in ((1, 1), (1000, 1))
-    ),
-    GraceSetting(ratio=0.15),
-)
 
 
 def spectral_groups(affinity: NDArray[Any], groups: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -46,7 +46,7 @@ def linear_stay_objective(
     """The objective of this module for a placement without replicas, seconds a layer and step."""
     work = expert_seconds(batch.load_LE(), cluster, model)
     move = copy_seconds_DD(cluster, model)
-    flow = expected_affinity_LEE(batch, "all")
+    flow = expected_affinity_LEE(batch, picks=batch.top_k)
     total = 0.0
     for layer, device in enumerate(expert_device_LE):
         total += float(
@@ -99,7 +99,7 @@ def plan(
     one_hot = np.eye(devices)[options]
     work = expert_seconds(batch.load_LE(), problem.cluster, problem.model)
     move = copy_seconds_DD(problem.cluster, problem.model)
-    flow = expected_affinity_LEE(batch, "all")
+    flow = expected_affinity_LEE(batch, picks=batch.top_k)
     flat = one_hot.reshape(len(options), -1)
     compute = (np.einsum("ned,le->lnd", one_hot, work) / problem.cluster.speed_D).max(axis=2)
     cost = compute[0]
