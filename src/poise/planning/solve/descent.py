@@ -20,6 +20,8 @@ KICK_UPDATES = 15_000
 GROUP_KICKS = 0.25
 """Share of perturbations that move groups, where groups lie whole in several places."""
 BETTER = 1.0 - 1e-9
+OF_LAYER = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
+"""What a state has of each layer alone; ports of ``stay`` depend on the layers before, too."""
 
 
 @compiled(nogil=True)
@@ -154,28 +156,22 @@ def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
         to.room_GD[layer] = other.room_GD[layer]
     else:
         to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
-    for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFBPD"):
+    for name in (*OF_LAYER, "port_LFBPD"):
         getattr(to, name)[layer] = getattr(other, name)[layer]
     for later in range(layer + 1, int(data.reach_L[layer]) + 1):
         rebuild(data, to, later)
 
 
 def _snapshot(data: Data, state: State, layer: int) -> tuple[NDArray[Any], ...]:
-    room = state.room_GD.copy()
-    last = int(data.reach_L[layer]) + 1
-    return (
-        room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
-        state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
-        state.port_LFBPD[layer:last].copy(),
-    )  # fmt: skip
+    ports = state.port_LFBPD[layer : int(data.reach_L[layer]) + 1]
+    return state.room_GD.copy(), ports.copy(), *(getattr(state, name)[layer].copy() for name in OF_LAYER)
 
 
 def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
-    state.room_GD[:] = saved[0]
-    names = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
-    for name, value in zip(names, saved[1:7], strict=True):
+    state.room_GD[:], ports = saved[0], saved[1]
+    state.port_LFBPD[layer : layer + len(ports)] = ports
+    for name, value in zip(OF_LAYER, saved[2:], strict=True):
         getattr(state, name)[layer] = value
-    state.port_LFBPD[layer : layer + len(saved[7])] = saved[7]
 
 
 def _merge(
