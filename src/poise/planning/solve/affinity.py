@@ -16,18 +16,18 @@ from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.routing.trace import NO_EXPERT
 
-PRICES = (1.0, 3.0)
+PRICES, ROUNDS = (1.0, 3.0), 6
 
 
 def _assign(
-    gain_ED: NDArray[np.float64], load_E: NDArray[np.float64], slots_D: NDArray[np.int64], price: float, rounds: int = 6
+    gain_ED: NDArray[np.float64], load_E: NDArray[np.float64], slots_D: NDArray[np.int64], price: float
 ) -> NDArray[np.int64]:
     """Device of each expert, int [E]: most gain, with the price of a device raised while it is overloaded."""
     slot_device = np.repeat(np.arange(len(slots_D)), slots_D)
     price_D = np.zeros(len(slots_D))
     share = load_E.sum() * slots_D / slots_D.sum()
     best, best_load = np.zeros(len(load_E), np.int64), np.inf
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         value = gain_ED - load_E[:, None] * price_D
         _, slot = linear_sum_assignment(-value[:, slot_device])
         device = slot_device[slot]

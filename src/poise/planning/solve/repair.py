@@ -40,7 +40,7 @@ ANY = 1 << 61
 
 def repaired(
     before: Placement, lost: Sequence[int], load_LE: NDArray[np.float64], speed_D: NDArray[np.float64],
-    *, copies: float | None = None, near: float = NEAR,
+    *, copies: float | None = None,
 ) -> Loss:  # fmt: skip
     """What follows the loss of some devices; steps: module docstring.
 
@@ -74,7 +74,7 @@ def repaired(
         bound = level_bound(load_LE[layer], slots_D, speed)
         one.base_ED[:] = first_LED[layer]
         if copies is None:
-            after_LED[layer] = _balanced(one, slots_D, bound, near)
+            after_LED[layer] = _balanced(one, slots_D, bound)
         else:
             allowed += copies * len(orphans)
             used += int(descend(one, False, math.floor(allowed + 1e-9) - used, bound))
@@ -166,9 +166,9 @@ def _fill(s):  # type: ignore[no-untyped-def]
             put(s, bf, d)
 
 
-def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float, near: float) -> NDArray[np.bool_]:
+def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float) -> NDArray[np.bool_]:
     """Steps 2 and 3 without a budget, bool [E, D]."""
-    enough, base = bound * (1 + near), one.base_ED.copy()
+    enough, base = bound * (1 + NEAR), one.base_ED.copy()
     kicks = int(np.clip(KICKS_WORK / (slots_D.sum() * len(base)), LEAST_KICKS, MOST_KICKS))
     descend(one, False, ANY, enough)
     mine, level = one.held_ED.copy(), float(one.level_D.max())
@@ -177,7 +177,7 @@ def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float, near: fl
     for start in _starts(one, mine, slots_D):
         new = make_layer(start, slots_D, one.load_E, one.speed_D)
         search(new, False, enough, kicks, 0)
-        if float(new.level_D.max()) < level / (1 + near):
+        if float(new.level_D.max()) < level / (1 + NEAR):
             mine, level = _matched(new.held_ED, base, slots_D, one.speed_D), float(new.level_D.max())
         if level <= enough:
             break
