@@ -25,7 +25,6 @@ from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods.exflow import expected_affinity_LEE
 from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
-from poise.routing.batch import RoutingBatch
 from poise.util.errors import NoResultError
 
 MAX_PLACEMENTS = 6_000
@@ -38,23 +37,6 @@ def copy_seconds_DD(cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
     out = np.where(cluster.same_node_DD, 1 / cluster.intra_bytes_per_s, 1 / cluster.inter_bytes_per_s)
     np.fill_diagonal(out, 0.0)
     return out * model.dispatch_bytes_per_token / cluster.num_devices
-
-
-def linear_stay_objective(
-    expert_device_LE: NDArray[np.int64], batch: RoutingBatch, cluster: Cluster, model: ModelSpec
-) -> float:
-    """The objective of this module for a placement without replicas, seconds a layer and step."""
-    work = expert_seconds(batch.load_LE(), cluster, model)
-    move = copy_seconds_DD(cluster, model)
-    flow = expected_affinity_LEE(batch, picks=batch.top_k)
-    total = 0.0
-    for layer, device in enumerate(expert_device_LE):
-        total += float(
-            (np.bincount(device, weights=work[layer], minlength=cluster.num_devices) / cluster.speed_D).max()
-        )
-        if layer:
-            total += float((flow[layer - 1] * move[np.ix_(expert_device_LE[layer - 1], device)]).sum())
-    return total / len(expert_device_LE)
 
 
 def all_placements(sizes_D: NDArray[np.int64]) -> NDArray[np.int64]:
