@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from grids import grid_of
 from scale_cases import DECODE, PREFILL, WARM_UP, Case
 
 from poise.cost.compute import device_compute
@@ -219,7 +220,8 @@ def setting_for(
     two = first[WARM_UP : WARM_UP + 2].copy()
     small = RoutingBatch(two, np.full(2, 0.5), batch.top_k, batch.layer_ids_L[:1].copy())
     one = Placement.from_counts(placement.count_LED()[:1], layer_ids_L=small.layer_ids_L)
-    grid = policy.grid[:2] if policy.name == "lplb" else policy.grid  # the rest place replicas where the map has none
+    grid = grid_of(policy)
+    grid = grid[:2] if policy.name == "lplb" else grid  # the rest place replicas where the map has none
 
     def seconds(setting: dict[str, Any]) -> float:
         loop = FastLoop(replace(policy, **setting), slots)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from common import table, write
+from grids import grid_of
 from train_cases import (
     MODELS,
     REACHED,
@@ -102,7 +103,7 @@ def thin(traffic: SourceLoads) -> SourceLoads:
 def rival(case: Case, traffic: SourceLoads, name: str, slots: int) -> Row:
     """A rival at the setting of its grid that is best on every third layer."""
     policy, part = POLICIES[name], thin(traffic)
-    grid = (*policy.grid, *(FLEX if name == "flex-moe" else ()))
+    grid = (*grid_of(policy), *(FLEX if name == "flex-moe" else ()))
     found = [(Row(name, words(s), run(case, part, replace(policy, **s), slots)).ms, i) for i, s in enumerate(grid)]
     chosen = grid[min(found)[1]]
     return Row(name, words(chosen), run(case, traffic, replace(policy, **chosen), slots))
