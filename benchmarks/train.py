@@ -23,19 +23,17 @@ from train_cases import (
     TOKENS,
     TRAFFIC,
     WARM_UP,
-    Activations,
     Case,
     clusters,
     dense_parameters,
     drifting,
-    largest_batch,
     matched_sigma,
     shares,
     skew,
     traced,
 )
+from train_memory import Activations, RankMemory, largest_batch, training_memory
 
-from poise.cost.memory import RankMemory, training_memory
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
 from poise.replay.training import SourceLoads, TrainingReplay, replay_training
@@ -336,7 +334,7 @@ def memory(data: Path) -> list[str]:
             "flight (prefetch depth 1), weights and gradients. The published rows use one layer in flight.",
             table(["model", "scheme", "owned GB", "replicas GB", "over EP"], rows),
             "### Largest batch", "Sequences a device that fit: model and states, dense parts, replica slots, 2 GB reserved, and "
-            "activations without re-computation (`Activations` of `train_cases.py`) at the largest max / mean that the policy reached "
+            "activations without re-computation (`Activations` of `train_memory.py`) at the largest max / mean that the policy reached "
             "on the traces.",
             table(["cluster", "model", "policy", "M", "held GB", "peak max/mean", "sequences"], batches)]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What benchmarks/train.py runs on: Hecate's models and clusters, real and synthetic routing counts, batches that fit."""
+"""What benchmarks/train.py runs on: Hecate's models and clusters, real and synthetic routing counts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.cost.memory import RankMemory
 from poise.cost.weights import StepPrice, training_price
 from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
 from poise.replay.training import SourceLoads
-from poise.util.errors import OptionError
 
 MODELS = {"gpt-moe-s": (2048, True, 50_257), "gpt-moe-l": (2048, True, 50_257),
           "bert-moe": (512, False, 30_522), "bert-moe-deep": (512, False, 30_522)}  # fmt: skip
@@ -64,66 +62,6 @@ class Case:
 def dense_parameters(name: str) -> float:
     model = ModelSpec.parse(name)
     return 4.0 * model.hidden_size**2 * model.num_hidden_layers + model.hidden_size * MODELS[name][2]
-
-
-@dataclass(frozen=True, slots=True)
-class Activations:
-    """Bytes that a token leaves on a rank between forward and backward, without re-computation.
-
-    Attention, norms and residuals: ``per_hidden`` bytes an element of the hidden size and layer (arXiv 2205.05198,
-    equation 1: 34 for a layer, 19 of them the dense network; scores are not stored). Experts, a (token, expert) pair:
-    input and output (hidden size) and two inner activations, 2 bytes each, times the imbalance of the fullest rank.
-    Output head: ``vocabulary`` logits in 16 and 32 bits.
-
-    Parameters
-    ----------
-    per_hidden : see above.
-    vocabulary : entries of the output head; 0: none.
-    reserved_bytes : context, communication buffers and workspace.
-    """
-
-    per_hidden: float = 15.0
-    vocabulary: int = 0
-    reserved_bytes: float = 2e9
-
-    def per_token(self, model: ModelSpec, imbalance: float) -> float:
-        """Bytes a token of the rank's own batch, when its device computes ``imbalance`` times the mean."""
-        pair = 2.0 * (2.0 * model.expert_width + 2.0 * model.expert_intermediate_size)
-        dense = self.per_hidden * model.hidden_size * model.num_hidden_layers
-        return dense + pair * model.top_k * imbalance * model.num_moe_layers + 6.0 * self.vocabulary
-
-
-def largest_batch(
-    memory_bytes: float,
-    held: RankMemory,
-    model: ModelSpec,
-    sequence_length: int,
-    *,
-    imbalance: float,
-    activations: Activations | None = None,
-) -> int:
-    """Sequences a rank that fit beside what it holds; 0 if none does.
-
-    Parameters
-    ----------
-    memory_bytes : of a device.
-    held : parameters, gradients, states and replicas.
-    model, sequence_length : what a sequence is.
-    imbalance : largest max / mean tokens that a layer reaches: the fullest device must not run out.
-    activations : the model of activations.
-
-    Raises
-    ------
-    OptionError : a size that is not above 0, or an imbalance below 1.
-    """
-    if not (memory_bytes > 0 and sequence_length >= 1 and imbalance >= 1):
-        raise OptionError(
-            f"memory, sequence length and imbalance must be above 0, 0 and at least 1, got {memory_bytes:g},"
-            f" {sequence_length} and {imbalance:g}"
-        )
-    model_of = activations or Activations()
-    left = memory_bytes - held.total - model_of.reserved_bytes
-    return max(0, int(left / (model_of.per_token(model, imbalance) * sequence_length)))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from benchmarks.train_cases import Activations
+from benchmarks.train_memory import Activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
