@@ -10,6 +10,7 @@ from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, ti
 
 from poise.machine.cluster import Cluster
 from poise.planning.methods import grace_moe
+from poise.planning.methods.lpt import pack
 from poise.planning.problem import PlacementProblem
 from poise.routing.profile import coactivation_LEE
 from poise.util.errors import NoResultError
@@ -202,8 +203,10 @@ def test_top_1_models_are_grouped_by_load_alone():
     assert got.details["grouping"] == "load only in 2 of 2 layers: no co-activation"
     count, load = got.placement.count_LED(), batch.load_LE()
     for layer in range(2):  # the hottest expert has more than a third of the load: nothing else is as heavy
-        each = load[layer] / count[layer].sum(axis=1)
-        assert (each @ count[layer]).max() < load[layer].max() and count[layer][load[layer].argmax()].sum() > 1
+        want = pack(load[layer], np.ones(6, np.int64), problem.slots_D, np.ones(3))
+        assert (load[layer] @ want).max() == pytest.approx(load[layer].max())
+        assert grace_moe.replicate_hot(want, load[layer], problem.slots_D) > 0
+        np.testing.assert_array_equal(count[layer], want)
 
 
 def test_the_seed_decides():

@@ -84,7 +84,7 @@ def bulk_patterns(node_D: NDArray[np.int32], *, single: bool = False) -> dict[st
     if near.any() and far.any():
         out["all"] = (near | far).astype(float)
     if devices > 2:
-        hot: NDArray[np.float64] = 0.25 * (near | far)
+        hot = 0.25 * (near | far).astype(float)
         hot[:-1, -1] = 1.0
         out["hot"] = hot
     if single and far.any() and near.any():
