@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from common import table, write
+from grids import grid_of
 from train_cases import REACHED, shares
 
 from poise.cost.weights import StepPrice, training_price
@@ -259,7 +260,7 @@ class Table:
         out = [flat, self.row("expert-parallelism", "even owners", ep, slots=0)]
         for name in EXACT_AFTER:
             policy = POLICIES[name]
-            settings = policy.grid[:4]
+            settings = grid_of(policy)[:4]
             out.append(best([self.row(name, words(one), replace(policy, **one)) for one in settings]))
         hecate = POLICIES["hecate"]
         out.append(best([self.row("hecate", f"t={t or 'window'}, window {window}", replace(hecate, overlap=t), window=window)
@@ -270,7 +271,7 @@ class Table:
                              for one in own]))  # fmt: skip
         fore = FORESIGHT["fore-moe"]
         out.append(
-            best([self.row("fore-moe", words(one), replace(fore, **one), known="replayed") for one in fore.grid])
+            best([self.row("fore-moe", words(one), replace(fore, **one), known="replayed") for one in grid_of(fore)])
         )
         ahead = FORESIGHT["recorded"]
         for known in ("forecast", "replayed"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from common import table, write
+from group_trace import grouped_trace
 from numpy.typing import NDArray
 
 from poise import api
@@ -27,7 +28,6 @@ from poise.planning.problem import PlacementProblem, deal_slots
 from poise.planning.solve.complete import as_held
 from poise.planning.solve.solve import solve
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import grouped_trace
 from poise.routing.trace import LoadProfile, RoutingTrace
 
 MODEL = ModelSpec.parse("deepseek-r1")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from common import problem, table, write
+from grids import grid_of
 
 from poise.api import deal_slots
 from poise.cost.split import exact_quota
@@ -106,7 +107,7 @@ def llama_rivals(traces: dict[str, RoutingTrace]) -> list[str]:
         rows = [["static, even split", "", *_figures(base)]]
         for name, policy in POLICIES.items():
             best = None
-            for setting in policy.grid:
+            for setting in grid_of(policy):
                 try:
                     got = replay_steps(batch, static, FastLoop(replace(policy, **setting), SLOTS), cluster, model,
                                        traffic="home")  # fmt: skip

@@ -20,7 +20,7 @@ from poise.planning.losses import lost_together
 from poise.planning.methods.lpt import pack_all
 from poise.planning.methods.vllm_reassign import reassigned
 from poise.planning.placement import Placement
-from poise.planning.solve.anneal import anneal_slots
+from poise.planning.solve.anneal import anneal_slots, slot_table
 from poise.planning.solve.repair import level_bound, repaired
 from poise.replay.losses import imbalance
 from poise.util.errors import InfeasibleError
@@ -49,9 +49,7 @@ def best_found(load_E: np.ndarray, devices: int, slots: int, bound: float, effor
     """Largest level of the best map from scratch: LPT, descent with perturbations, annealing, from several seeds."""
     slots_D, speed_D = np.full(devices, slots), np.ones(devices)
     packed, best = pack_all(load_E, slots_D, speed_D) > 0, np.inf
-    table = np.concatenate([
-        np.append(np.flatnonzero(packed[:, d]), np.full(slots - int(packed[:, d].sum()), -1)) for d in range(devices)
-    ]).astype(np.int64)  # fmt: skip
+    table = slot_table(packed, slots_D)
     device_S = np.repeat(np.arange(devices), slots)
     for seed in range(effort):
         here = table.copy()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from common import REPORTS, problem, table, write
+from linear_stay import linear_stay_objective
 from pictures import line_chart, save
 
 from poise.planning.methods import moetuner
-from poise.planning.solve.exact import linear_stay_objective
 from poise.planning.solve.solve import solve
 from poise.replay.static import replay
 from poise.routing.batching import make_batch

@@ -23,7 +23,7 @@ import static_near
 from common import problem, table, write
 from numpy.typing import NDArray
 
-from poise.cost.bound import step_bound_BL
+from poise.cost.bound import bound_terms
 from poise.cost.weights import compiled_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -139,8 +139,8 @@ class Case:
     def bound_B(self) -> NDArray[np.float64]:
         """Seconds below which no placement and split of a step can be."""
         slots_D = np.bincount(self.static.slot_device_S, minlength=self.cluster.num_devices) + SLOTS
-        found = step_bound_BL(self.batch, self.cluster, self.model, traffic="home", slots_D=slots_D)
-        return np.asarray(found.sum(axis=1))
+        found = bound_terms(self.batch, self.cluster, self.model, traffic="home", slots_D=slots_D)
+        return np.asarray(found.seconds_BL.sum(axis=1))
 
 
 def layers_of(trace: RoutingTrace, layers: int) -> list[int]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from grids import grid_of
 from scale_cases import DECODE, PREFILL, WARM_UP, Case
 
 from poise.cost.compute import device_compute
+from poise.cost.entries import LayerEntries
 from poise.cost.route import locality_pairs
-from poise.cost.split import split_share_BED
+from poise.cost.split import split_shares
 from poise.cost.traffic import Copies, port_load
 from poise.cost.weights import PLAN_SECONDS_BASE, PLAN_SECONDS_PER_PAIR
 from poise.machine.cluster import Cluster
@@ -161,8 +163,9 @@ def make_row(name: str, got: Replay, lags: Iterable[Lag], case: Case, *, before_
 def static_lags(batch: RoutingBatch, placement: Placement, case: Case, split: str) -> list[Lag]:
     """Lags under a static placement; homes spread evenly."""
     devices, out = case.devices, []
-    share_LBED = [split_share_BED(batch.load_BLE[:, layer], count, case.cluster.speed_D, split)
-                  for layer, count in enumerate(placement.count_LED())]  # fmt: skip
+    shares = [split_shares(batch.load_BLE[:, layer], LayerEntries.of_counts(count), case.cluster.speed_D, split)
+              for layer, count in enumerate(placement.count_LED())]  # fmt: skip
+    share_LBED = [one.held.dense(one.share_BH) for one in shares]
     for step, load_LE in enumerate(batch.load_BLE):
         for load_E, share_BED in zip(load_LE, share_LBED, strict=True):
             tokens_ED = load_E[:, None] * share_BED[min(step, len(share_BED) - 1)]
@@ -217,7 +220,8 @@ def setting_for(
     two = first[WARM_UP : WARM_UP + 2].copy()
     small = RoutingBatch(two, np.full(2, 0.5), batch.top_k, batch.layer_ids_L[:1].copy())
     one = Placement.from_counts(placement.count_LED()[:1], layer_ids_L=small.layer_ids_L)
-    grid = policy.grid[:2] if policy.name == "lplb" else policy.grid  # the rest place replicas where the map has none
+    grid = grid_of(policy)
+    grid = grid[:2] if policy.name == "lplb" else grid  # the rest place replicas where the map has none
 
     def seconds(setting: dict[str, Any]) -> float:
         loop = FastLoop(replace(policy, **setting), slots)

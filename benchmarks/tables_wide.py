@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from poise.lab.calibrate.tables.fit import DATASHEET, KernelWork
 from poise.lab.calibrate.tables.judge import folds, held_out_seconds
-from poise.lab.calibrate.tables.kernels import TYPES, alpha_of, gpu_name, ideal_work
+from poise.lab.calibrate.tables.kernels import TYPES, KernelRows, alpha_of, gpu_name, ideal_work
 from poise.lab.calibrate.tables.loads import Counts, draw_counts, fullest_first
 from poise.lab.calibrate.tables.ranks import KnownLoads, Workload, mean_vector, rank_loads
 from poise.lab.calibrate.tables.source import TableSource, numbers
@@ -35,21 +35,10 @@ PREDICTORS = ("model", "datasheet", "tokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WideRows:
-    """Rows of one GPU of the wide-EP table; ``slots_R`` is -1 without EPLB. Otherwise as
-    :class:`poise.lab.calibrate.tables.kernels.KernelRows`.
-    """
+class WideRows(KernelRows):
+    """Rows of one GPU of the wide-EP table; ``slots_R`` int [R] is -1 without EPLB."""
 
-    gpu: str
-    type: str
-    version: str
-    weight_bytes: float
-    shape_R4: NDArray[np.int64]
-    ranks_R: NDArray[np.int64]
-    tokens_R: NDArray[np.int64]
-    alpha_R: NDArray[np.float64]
     slots_R: NDArray[np.int64]
-    seconds_R: NDArray[np.float64]
 
 
 def read_wide(source: TableSource) -> list[WideRows]:
@@ -68,10 +57,10 @@ def read_wide(source: TableSource) -> list[WideRows]:
         eplb = np.char.endswith(words, "_eplb")
         seconds = numbers(data["latency"], "latency", place.key, least=0.0) / 1e3
         out.append(WideRows(
-            gpu, name, place.version, weight_bytes,
+            gpu, name, place.engine, "wide-EP", place.version, weight_bytes,
             np.stack([whole[key] for key in ("hidden_size", "inter_size", "num_experts", "topk")], axis=1),
             whole["moe_ep_size"], whole["num_tokens"], np.array([alpha_of(str(word), place.key) for word in words]),
-            np.where(eplb, whole["num_slots"], -1), seconds,
+            seconds, np.where(eplb, whole["num_slots"], -1),
         ))  # fmt: skip
     if not out:
         raise OptionError(f"{source.path} has no table wideep_moe_perf of a GPU that poise knows")
@@ -157,13 +146,7 @@ def wide_vector(work: Workload) -> NDArray[np.float64]:
 
 def wide_work(rows: WideRows, known: KnownLoads) -> KernelWork:
     """Ideal seconds and measured ones; loads by the rule of before 2026-04-19."""
-    works = [
-        Workload(tokens, experts, top_k, ranks, alpha, slots)
-        for (_, _, experts, top_k), tokens, ranks, alpha, slots in zip(
-            rows.shape_R4.tolist(), rows.tokens_R.tolist(), rows.ranks_R.tolist(), rows.alpha_R.tolist(),
-            rows.slots_R.tolist(), strict=True,
-        )
-    ]  # fmt: skip
+    works = [work._replace(slots=slots) for work, slots in zip(rows.workloads(), rows.slots_R.tolist(), strict=True)]
     known.update({work: wide_vector(work) for work in dict.fromkeys(works) if work not in known and work.alpha})
     loads = rank_loads(works, known)
     return ideal_work(rows.gpu, rows.weight_bytes, rows.shape_R4, loads, loads.tokens_R, rows.seconds_R)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from common import table, write
+from grids import grid_of
 from train_cases import (
     MODELS,
     REACHED,
@@ -31,8 +32,8 @@ from train_cases import (
     skew,
     traced,
 )
+from train_memory import Activations, RankMemory, largest_batch, training_memory
 
-from poise.cost.memory import Activations, RankMemory, largest_batch, training_memory
 from poise.machine.model import ModelSpec
 from poise.replay.serving import FastLoop
 from poise.replay.training import SourceLoads, TrainingReplay, replay_training
@@ -100,7 +101,7 @@ def thin(traffic: SourceLoads) -> SourceLoads:
 def rival(case: Case, traffic: SourceLoads, name: str, slots: int) -> Row:
     """A rival at the setting of its grid that is best on every third layer."""
     policy, part = POLICIES[name], thin(traffic)
-    grid = (*policy.grid, *(FLEX if name == "flex-moe" else ()))
+    grid = (*grid_of(policy), *(FLEX if name == "flex-moe" else ()))
     found = [(Row(name, words(s), run(case, part, replace(policy, **s), slots)).ms, i) for i, s in enumerate(grid)]
     chosen = grid[min(found)[1]]
     return Row(name, words(chosen), run(case, traffic, replace(policy, **chosen), slots))
@@ -333,7 +334,7 @@ def memory(data: Path) -> list[str]:
             "flight (prefetch depth 1), weights and gradients. The published rows use one layer in flight.",
             table(["model", "scheme", "owned GB", "replicas GB", "over EP"], rows),
             "### Largest batch", "Sequences a device that fit: model and states, dense parts, replica slots, 2 GB reserved, and "
-            "activations without re-computation (`poise.cost.memory.Activations`) at the largest max / mean that the policy reached "
+            "activations without re-computation (`Activations` of `train_memory.py`) at the largest max / mean that the policy reached "
             "on the traces.",
             table(["cluster", "model", "policy", "M", "held GB", "peak max/mean", "sequences"], batches)]  # fmt: skip
 

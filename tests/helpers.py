@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from poise.cost.split import SPLITS
+from poise.cost.entries import LayerEntries
+from poise.cost.split import SPLITS, split_shares
 from poise.cost.traffic import DATA_FLOWS
 from poise.machine.cluster import Cluster
 from poise.machine.kernel import AllToAllLinks, ExchangeWay, ExpertKernel
@@ -26,6 +27,12 @@ def few_or(many: Any, few: Any) -> Any:
     What is few has one of each kind; benchmarks/slices.py names the files (MANY, CASES), which it runs with POISE_MANY=1.
     """
     return many if os.environ.get("POISE_MANY") else few
+
+
+def split_share_BED(load_BE, count_ED, speed_D, split: str):
+    """Share of each expert's tokens on each device in each step, float64 [B, E, D] (B = 1 for the even split)."""
+    held, share_BH = split_shares(load_BE, LayerEntries.of_counts(count_ED), speed_D, split)
+    return held.dense(share_BH)
 
 
 def tiny_cluster(

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from benchmarks.group_trace import grouped_trace
 from typer.testing import CliRunner
 
 from poise import api
@@ -12,7 +13,6 @@ from poise.cli.main import app
 from poise.planning.groups import WholeGroups
 from poise.planning.methods.contiguous import deal
 from poise.planning.placement import Placement
-from poise.routing.synthetic import grouped_trace
 
 SIZES = {"num_hidden_layers": 2, "num_experts": 16, "num_experts_per_tok": 3, "hidden_size": 8,
          "moe_intermediate_size": 4, "n_group": 4, "topk_group": 2}  # fmt: skip

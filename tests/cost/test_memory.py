@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from benchmarks.train_memory import Activations, largest_batch, training_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.cost.memory import Activations, TrainingBytes, largest_batch, slots_that_fit, training_memory
+from poise.cost.memory import TrainingBytes, slots_that_fit
 from poise.machine.model import ModelSpec
 from poise.util.errors import OptionError
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from tests.helpers import random_count
+from tests.helpers import random_count, split_share_BED
 
-from poise.cost.split import even_share, exact_quota, split_share_BED
+from poise.cost.split import even_share, exact_quota
 
 SEEDS = st.integers(0, 2**32 - 1)
 

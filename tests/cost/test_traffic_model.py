@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.helpers import load_batch, random_count, tiny_batch, tiny_cluster, tiny_model, token_batch
+from tests.helpers import load_batch, random_count, split_share_BED, tiny_batch, tiny_cluster, tiny_model, token_batch
 
-from poise.cost.split import split_share_BED
 from poise.cost.step import batch_cost, kv_seconds_per_token
 from poise.cost.traffic import DATA_FLOWS
 from poise.util.errors import OptionError

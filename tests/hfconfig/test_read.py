@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from benchmarks.train_memory import Activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise import ModelSpec
-from poise.cost.memory import Activations
 from poise.machine.model import from_hf_config
 from poise.machine.presets import MODELS
 from poise.util.errors import ModelError

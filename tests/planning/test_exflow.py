@@ -12,7 +12,6 @@ from poise.machine.cluster import Cluster, from_preset
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget
 from poise.planning.methods import exflow
-from poise.planning.methods.exflow import GRID, PUBLISHED, ExFlowSetting
 from poise.planning.problem import PlacementProblem
 from poise.routing.batching import make_batch
 from poise.routing.synthetic import zipf_trace
@@ -41,10 +40,10 @@ def problem_of(trace, cluster, slots, **options):
     return PlacementProblem(batch, machine, model, np.asarray(slots), **options)
 
 
-def contiguous_hops(problem, setting=PUBLISHED):
+def contiguous_hops(problem):
     sizes = exflow.equal_sizes(problem.batch.num_experts, problem.slots_D)
     device = np.tile(np.repeat(np.arange(len(sizes)), sizes), (problem.batch.num_layers, 1))
-    return exflow.hops(exflow.expected_affinity_LEE(problem.batch, setting.flow), device, problem.cluster.node_D)
+    return exflow.hops(exflow.expected_affinity_LEE(problem.batch), device, problem.cluster.node_D)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([((2, 2), 4), ((2, 1), 5), ((1, 1, 2), 3), ((2, 2, 1), 2)]))
@@ -62,7 +61,7 @@ def test_the_integer_programme_equals_brute_force(seed, shape):
     assert [np.bincount(row, minlength=len(sizes)).tolist() for row in part] == [sizes.tolist()] * layers
     assert exflow.crossings(affinity, part) == pytest.approx(best, abs=1e-6)
     assert bound == pytest.approx(best, abs=1e-4)
-    descended = exflow.descend(affinity, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
+    descended = exflow.descend(affinity, sizes, layers, seed=seed, budget=FAR)
     assert exflow.crossings(affinity, descended) >= best - 1e-9
 
 
@@ -92,21 +91,21 @@ def test_descent_keeps_sizes_and_is_never_worse_than_contiguous(seed, parts, lay
     sizes = rng.integers(1, per_part + 1, parts)
     members = int(sizes.sum())
     affinity = rng.random((layers - 1, members, members)) ** 4
-    part = exflow.descend(affinity, sizes, layers, PUBLISHED, seed=seed, budget=FAR)
+    part = exflow.descend(affinity, sizes, layers, seed=seed, budget=FAR)
     assert part.shape == (layers, members)
     assert all((np.bincount(row, minlength=parts) == sizes).all() for row in part)
     contiguous = np.tile(np.repeat(np.arange(parts), sizes), (layers, 1))
     assert exflow.crossings(affinity, part) <= exflow.crossings(affinity, contiguous) + 1e-9
 
 
-@given(st.integers(0, 10_000), st.sampled_from(GRID))
+@given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
-def test_any_shape_gets_a_valid_placement_and_honest_hops(seed, setting):
+def test_any_shape_gets_a_valid_placement_and_honest_hops(seed):
     rng = np.random.default_rng(seed)
     cluster = tiny_cluster(rng, (2, 1))
     batch = tiny_batch(rng, devices=3, experts=5, layers=3)
     problem = PlacementProblem(batch, cluster, tiny_model(batch), random_slots(rng, 5, 3, int(rng.integers(4))))
-    got = exflow.plan(problem, time_limit_s=20, seed=seed, setting=setting)
+    got = exflow.plan(problem, time_limit_s=20, seed=seed)
     problem.check(got.placement)
     count = got.placement.count_LED()
     assert (count.sum(axis=2) == 1).all()
@@ -116,16 +115,15 @@ def test_any_shape_gets_a_valid_placement_and_honest_hops(seed, setting):
     node, inside, between, total = cluster.node_D, 0.0, 0.0, 0.0
     for t, token in enumerate(batch.experts_TLK):
         for layer in range(2):
-            for expert in token[layer + 1] if setting.flow == "all" else token[layer + 1][:1]:
-                here, there = device[layer, token[layer][0]], device[layer + 1, expert]
-                total += weight[t]
-                inside += weight[t] * (here != there and node[here] == node[there])
-                between += weight[t] * (node[here] != node[there])
+            here, there = device[layer, token[layer][0]], device[layer + 1, token[layer + 1][0]]
+            total += weight[t]
+            inside += weight[t] * (here != there and node[here] == node[there])
+            between += weight[t] * (node[here] != node[there])
     assert got.details["hops_inside_nodes"] == pytest.approx(inside / total)
     assert got.details["hops_between_nodes"] == pytest.approx(between / total)
     assert got.details["hop_cost"] == pytest.approx((inside + 2 * between) / total)
-    if setting.stages == "node-gpu":  # the first stage cuts as few tokens between nodes as any layout of its sizes
-        assert between / total <= contiguous_hops(problem, setting)[1] + 1e-9
+    # the first stage cuts as few tokens between nodes as any layout of its sizes
+    assert between / total <= contiguous_hops(problem)[1] + 1e-9
 
 
 def test_node_stage_is_the_optimum_of_all_layouts():
@@ -133,7 +131,7 @@ def test_node_stage_is_the_optimum_of_all_layouts():
     cluster = tiny_cluster(np.random.default_rng(4), (2, 2))
     problem = PlacementProblem(batch, cluster, tiny_model(batch), np.ones(4, int))
     got = exflow.plan(problem, time_limit_s=20)
-    affinity = exflow.expected_affinity_LEE(batch, "top1")
+    affinity = exflow.expected_affinity_LEE(batch)
     assert {note["by"] for note in got.details["stages"]} <= {"integer programme", "descent"}
     assert got.details["hops_between_nodes"] == pytest.approx(
         least_crossings(affinity, np.array([2, 2])) / affinity.sum()
@@ -149,11 +147,10 @@ def test_planted_tokens_never_move():
     assert (on == on[:, :1]).all()
 
 
-@pytest.mark.parametrize("setting", [s for s in GRID if s.flow == "top1"])
-def test_large_single_node_never_has_more_hops_than_contiguous(setting):
+def test_large_single_node_never_has_more_hops_than_contiguous():
     trace = zipf_trace(num_tokens=1500, num_layers=6, num_experts=32, top_k=1, stickiness=0.6, seed=3)
     problem = problem_of(trace, "1x8", [4] * 8)
-    got = exflow.plan(problem, time_limit_s=60, setting=setting)
+    got = exflow.plan(problem, time_limit_s=60)
     assert got.details["hop_cost"] < 0.75 * contiguous_hops(problem)[0]
 
 
@@ -176,10 +173,10 @@ def test_one_layer_and_one_device_leave_nothing_to_cut():
     assert alone.details["hop_cost"] == 0 and alone.details["stages"] == []
 
 
-def test_the_seed_decides():
+def test_the_seed_decides(monkeypatch):
+    monkeypatch.setattr(exflow, "STARTS", 2)
     problem = problem_of(zipf_trace(num_tokens=200, num_layers=3, num_experts=8, stickiness=0.5), "2x2", [2] * 4)
-    few = ExFlowSetting(starts=2)
-    one, two = (exflow.plan(problem, time_limit_s=60, seed=5, setting=few).placement.slot_expert_LS for _ in range(2))
+    one, two = (exflow.plan(problem, time_limit_s=60, seed=5).placement.slot_expert_LS for _ in range(2))
     np.testing.assert_array_equal(one, two)
 
 

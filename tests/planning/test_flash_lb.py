@@ -10,12 +10,19 @@ from tests.helpers import load_batch, random_slots, tiny_cluster, tiny_model
 from tests.planning.test_swift_balance import random_problem, start_of
 
 from poise.planning.methods import eplb, flash_lb
-from poise.planning.methods.flash_lb import GRID, PUBLISHED, FlashLBSetting, Layer, allot, renumber, samples, statistics
+from poise.planning.methods.flash_lb import PUBLISHED, FlashLBSetting, Layer, allot, renumber, samples, statistics
 from poise.planning.methods.lpt import replicate
 from poise.planning.placement import EMPTY
 from poise.planning.problem import PlacementProblem
 from poise.routing.batch import RoutingBatch
 from poise.util.errors import OptionError
+
+GRID = (
+    PUBLISHED,
+    FlashLBSetting(samples=None),
+    FlashLBSetting(depth=8, width=16),
+    FlashLBSetting(z_score=0.0),
+)
 
 SETTINGS = st.sampled_from(
     [*GRID, FlashLBSetting(depth=1), FlashLBSetting(depth=2, width=1), FlashLBSetting(samples=1)]
@@ -97,15 +104,11 @@ def test_samples_are_the_last_steps_merged():
 def test_allotments(seed, experts, most):
     value = np.random.default_rng(seed).lognormal(sigma=1.5, size=experts)
     extra = experts * (most - 1)
-    for how in ("proportional", "greedy"):
-        history = allot(value, extra, most, how)
-        np.testing.assert_array_equal(history.sum(axis=1), experts + np.arange(extra + 1))
-        assert history.min() == 1 and history.max() <= most
+    history = allot(value, extra, most)
+    np.testing.assert_array_equal(history.sum(axis=1), experts + np.arange(extra + 1))
+    assert history.min() == 1 and history.max() <= most
     for r in range(extra + 1):
         np.testing.assert_array_equal(history[r], replicate(value, r, most))
-        quota = value / value.sum() * r
-        if quota.max() <= most - 1:  # no cap binds: largest remainders, off by less than one
-            assert (np.abs(allot(value, extra, most, "proportional")[r] - 1 - quota) < 1 + 1e-9).all()
 
 
 @given(st.integers(0, 10**6))
@@ -114,7 +117,7 @@ def test_placing_takes_the_least_risk_with_all_covariances(seed):
     rng = np.random.default_rng(seed)
     layer, z = random_layer(rng), float(rng.choice([0.0, 0.674, 2.0]))
     devices, experts = len(layer.slots_D), len(layer.mean_E)
-    replicas = allot(layer.mean_E, int(layer.slots_D.sum()) - experts, devices, "greedy")[-1]
+    replicas = allot(layer.mean_E, int(layer.slots_D.sum()) - experts, devices)[-1]
     holds = np.zeros((devices, experts), bool)
     for e in np.argsort(-layer.mean_E / replicas, kind="stable"):
         for _ in range(replicas[e]):
@@ -160,15 +163,15 @@ def test_loads_of_devices_are_added_up_in_single_precision():
 @settings(max_examples=60, deadline=None)
 def test_searching_never_ends_above_the_greedy_allotment(seed, depth, width):
     layer = random_layer(np.random.default_rng(seed))
-    plain, _ = flash_lb.search(layer, FlashLBSetting(allotment="greedy", depth=1))
-    searched, holds = flash_lb.search(layer, FlashLBSetting(allotment="greedy", depth=depth, width=width))
+    plain, _ = flash_lb.search(layer, FlashLBSetting(depth=1))
+    searched, holds = flash_lb.search(layer, FlashLBSetting(depth=depth, width=width))
     assert searched <= plain * (1 + 1e-6)
     assert (holds.sum(axis=1) <= layer.slots_D).all() and holds.any(axis=0).all()
 
 
 def test_a_wide_search_in_two_groups_is_exhaustive():
     layer = random_layer(np.random.default_rng(3), experts=8, equal=True)
-    setting = FlashLBSetting(allotment="greedy", depth=2, width=99)
+    setting = FlashLBSetting(depth=2, width=99)
     value = layer.mean_E + setting.z_score * np.sqrt(np.diag(layer.cov_EE))
     order = np.argsort(-value)
     extra, most = int(layer.slots_D.sum()) - 8, len(layer.slots_D)
@@ -233,7 +236,7 @@ def test_the_published_counterexample():
     assert largest(eplb.plan_global(problem, time_limit_s=1.0).placement) == pytest.approx(232)
     ours = largest(flash_lb.plan(problem, time_limit_s=1.0).placement)
     assert ours == pytest.approx(200)
-    two = flash_lb.plan(problem, time_limit_s=1.0, setting=FlashLBSetting(allotment="greedy", depth=2))
+    two = flash_lb.plan(problem, time_limit_s=1.0, setting=FlashLBSetting(depth=2))
     assert largest(two.placement) == pytest.approx(205)
     # No pairing of 16 replicas on 8 devices lies below the heaviest with the lightest, the second with the last but one,
     # and so on; over all numbers of replicas that is 590 / 3.
@@ -253,6 +256,6 @@ def test_uneven_machines_are_named_and_settings_checked():
     assert "equal slots, got [4, 2, 1]" in flash_lb.plan(problem, time_limit_s=1.0).details["adapted"]
     assert "adapted" not in flash_lb.plan(published_problem(), time_limit_s=1.0).details
     assert GRID[0] == PUBLISHED == FlashLBSetting()
-    for bad in ({"z_score": -1.0}, {"depth": 0}, {"samples": 0}, {"allotment": "half"}, {"added": -1.0}):
+    for bad in ({"z_score": -1.0}, {"depth": 0}, {"samples": 0}, {"added": -1.0}):
         with pytest.raises(OptionError):
             FlashLBSetting(**bad)

@@ -1,6 +1,5 @@
 """GRACE-MoE: each step against its equation or algorithm, and placements that hold on any shape."""
 
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,8 +10,9 @@ from tests.helpers import load_batch, random_slots, tiny_batch, tiny_cluster, ti
 
 from poise.machine.cluster import Cluster
 from poise.planning.methods import grace_moe
-from poise.planning.methods.grace_moe import GRID, PUBLISHED, GraceSetting
+from poise.planning.methods.lpt import pack
 from poise.planning.problem import PlacementProblem
+from poise.routing.profile import coactivation_LEE
 from poise.util.errors import NoResultError
 
 
@@ -136,15 +136,15 @@ def test_replication_follows_equation_3(seed, devices):
     assert load_D[targets].max() <= min((load_D[d] for d in range(devices) if d not in targets), default=np.inf)
 
 
-@given(st.integers(0, 10_000), st.sampled_from(GRID), st.sampled_from([(2, 2), (2, 1), (3,), (1,)]))
+@given(st.integers(0, 10_000), st.sampled_from([(2, 2), (2, 1), (3,), (1,)]))
 @settings(max_examples=80, deadline=None)
-def test_any_shape_gets_a_valid_placement(seed, setting, nodes):
+def test_any_shape_gets_a_valid_placement(seed, nodes):
     rng = np.random.default_rng(seed)
     devices = sum(nodes)
     batch = tiny_batch(rng, devices=devices, experts=7, layers=3, top_k=1 + seed % 3, tokens=(8, 0, 5))
     slots = random_slots(rng, 7, devices, seed % 6)
     problem = PlacementProblem(batch, tiny_cluster(rng, nodes), tiny_model(batch), slots, pooled=bool(seed % 2))
-    got = grace_moe.plan(problem, time_limit_s=5, seed=seed, setting=setting)
+    got = grace_moe.plan(problem, time_limit_s=5, seed=seed)
     problem.check(got.placement)
     count = got.placement.count_LED()
     assert count.max() == 1 and (count.sum(axis=1) <= slots).all()
@@ -168,13 +168,13 @@ def planted_problem(slots, sizes=(4, 3, 6, 3), nodes=(2, 2)):
 
 def test_groups_are_whole_where_slots_and_the_ratio_allow():
     problem, group = planted_problem([8] * 4)
-    got = grace_moe.plan(problem, time_limit_s=5, setting=GraceSetting(ratio=0.5, rounds=0))
-    count = got.placement.count_LED()[0]
-    device = count.argmax(axis=1)
+    affinity = coactivation_LEE(problem.tokens_for("the test"), len(group))[0]
+    np.fill_diagonal(affinity, 0)
+    node_D = problem.cluster.node_D
+    clusters = grace_moe._cluster(affinity, node_D, problem.slots_D, np.random.default_rng(0))
+    device = clusters.devices(node_D, problem.slots_D, 0.5)
     assert same_partition(device, group)
-    node = problem.cluster.node_D[device]
-    assert same_partition(node, group // 2)
-    assert got.details["replicas"] == 0 and (count.sum(axis=1) == 1).all()
+    assert same_partition(node_D[device], group // 2)
 
 
 def test_tight_slots_force_equal_groups_and_replicas_use_the_spare_ones():
@@ -182,10 +182,8 @@ def test_tight_slots_force_equal_groups_and_replicas_use_the_spare_ones():
     got = grace_moe.plan(problem, time_limit_s=5)
     assert (got.placement.count_LED()[0].sum(axis=0) == 4).all() and got.details["replicas"] == 0
     spare, _ = planted_problem([6] * 4)
-    once = grace_moe.plan(spare, time_limit_s=5, setting=GraceSetting(reserve=1))
-    many = grace_moe.plan(spare, time_limit_s=5, setting=GraceSetting(reserve=1, rounds=1000))
-    assert 0 < once.details["replicas"] <= many.details["replicas"]
-    assert once.placement.replicas_LE().max() > 1
+    got = grace_moe.plan(spare, time_limit_s=5)
+    assert got.details["replicas"] > 0 and got.placement.replicas_LE().max() > 1
 
 
 def test_the_knee_is_taken_from_the_curve_that_is_told():
@@ -195,26 +193,26 @@ def test_the_knee_is_taken_from_the_curve_that_is_told():
     uses, deviations = (np.array([point[name] for point in got.details["curve"]]) for name in "US")
     assert got.details["ratio"] == grace_moe.RATIOS[grace_moe.knee(uses, deviations)]
     assert (np.diff(uses) >= -1e-12).all() and uses[-1] > uses[0]
-    at = grace_moe.plan(problem, time_limit_s=5, setting=replace(PUBLISHED, ratio=got.details["ratio"]))
-    np.testing.assert_array_equal(at.placement.slot_expert_LS, got.placement.slot_expert_LS)
 
 
 def test_top_1_models_are_grouped_by_load_alone():
     rng = np.random.default_rng(2)
     batch = token_batch(rng.choice(6, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1], size=(200, 2, 1)), [100, 100], 6)
     problem = PlacementProblem(batch, tiny_cluster(rng, (3,), equal=True), tiny_model(batch), np.full(3, 3))
-    got = grace_moe.plan(problem, time_limit_s=5, setting=GraceSetting(rounds=0))
+    got = grace_moe.plan(problem, time_limit_s=5)
     assert got.details["grouping"] == "load only in 2 of 2 layers: no co-activation"
     count, load = got.placement.count_LED(), batch.load_LE()
     for layer in range(2):  # the hottest expert has more than a third of the load: nothing else is as heavy
-        assert (load[layer] @ count[layer]).max() == pytest.approx(load[layer].max())
+        want = pack(load[layer], np.ones(6, np.int64), problem.slots_D, np.ones(3))
+        assert (load[layer] @ want).max() == pytest.approx(load[layer].max())
+        assert grace_moe.replicate_hot(want, load[layer], problem.slots_D) > 0
+        np.testing.assert_array_equal(count[layer], want)
 
 
-def test_the_seed_decides_and_settings_are_distinct():
+def test_the_seed_decides():
     problem, _ = planted_problem([6] * 4, sizes=(5, 4, 3, 4))
     one, two = (grace_moe.plan(problem, time_limit_s=5, seed=3).placement.slot_expert_LS for _ in range(2))
     np.testing.assert_array_equal(one, two)
-    assert len(set(GRID)) == len(GRID) and GRID[0] == PUBLISHED
 
 
 def test_loads_alone_are_not_enough():

@@ -5,6 +5,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from benchmarks.group_trace import grouped_trace
 from tests.helpers import few_or, tiny_cluster, tiny_model
 
 from poise.machine.cluster import Cluster, from_preset
@@ -19,7 +20,6 @@ from poise.planning.solve.solve import METHODS, solve, without_redundant
 from poise.replay.rows import groups_unseen, plan_and_fewer
 from poise.replay.surviving import Survival
 from poise.routing.batching import make_batch
-from poise.routing.synthetic import grouped_trace
 from poise.routing.trace import NO_EXPERT, RoutingTrace
 from poise.util.errors import NoResultError, OptionError, PlacementError
 

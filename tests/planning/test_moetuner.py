@@ -5,6 +5,7 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
+from benchmarks.linear_stay import linear_stay_objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,7 +127,7 @@ def test_exact_equals_brute_force_and_beats_the_two_stages(seed):
     got = exact.plan(p, time_limit_s=10)
 
     def value(device):
-        return exact.linear_stay_objective(np.array(device), p.batch, p.cluster, p.model)
+        return linear_stay_objective(np.array(device), p.batch, p.cluster, p.model)
 
     options = exact.all_placements(np.array([2, 2]))
     assert len(options) == 6

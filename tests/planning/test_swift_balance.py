@@ -11,10 +11,17 @@ from tests.helpers import load_batch, random_slots, tiny_cluster, tiny_model
 
 from poise.planning.methods import contiguous, swift_balance
 from poise.planning.methods.lpt import replicate
-from poise.planning.methods.swift_balance import GRID, PUBLISHED, SwiftBalanceSetting
+from poise.planning.methods.swift_balance import PUBLISHED, SwiftBalanceSetting
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 from poise.util.errors import OptionError
+
+GRID = (
+    PUBLISHED,
+    SwiftBalanceSetting(share="even"),
+    SwiftBalanceSetting(share="even", min_gain=0.0),
+    SwiftBalanceSetting(share="even", min_gain=0.0, max_transfers=8),
+)
 
 SETTINGS = st.sampled_from(
     [

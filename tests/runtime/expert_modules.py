@@ -5,10 +5,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from poise.runtime.moe import ExpertList
+from poise.runtime.moe import DenseExperts, ExpertList
 
 E, D, H = 5, 8, 12
 SILU, BIAS_FREE = nn.SiLU(), nn.Linear(D, H, bias=False)
+
+
+class PlainExperts(DenseExperts):
+    """Experts of two matrices: ``down(act(up(x)))``."""
+
+    def __init__(self, num_experts, hidden_size, inner_size):
+        super().__init__()
+        self.act_fn = F.gelu
+        self.up_proj = nn.Parameter(torch.empty(num_experts, inner_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, inner_size))
+        for weight in (self.up_proj, self.down_proj):
+            if not weight.is_meta:
+                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def expert(self, e, x_nd):
+        return F.linear(self.act_fn(F.linear(x_nd, self.up_proj[e])), self.down_proj[e])
 
 
 class Expert(nn.Module):

@@ -18,6 +18,7 @@ from tests.runtime.expert_modules import (
     Forever,
     H,
     Loop,
+    PlainExperts,
     Slotted,
     changed,
     clamped,
@@ -33,7 +34,7 @@ from torch.nn.utils import parametrizations
 
 from poise.runtime import probe
 from poise.runtime.experts import recognise, recognise_all
-from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
+from poise.runtime.moe import ExpertList, GatedExperts
 from poise.util.errors import ModelError
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from benchmarks.grids import grid_of
 from tests.helpers import tiny_batch, tiny_cluster, tiny_model
 
 from poise.cost.weights import StepPrice
@@ -74,7 +75,7 @@ def passes_replay(policy, seed: int) -> None:
     if rng.integers(2):
         count[:, 1, 0] = 1
     placement = Placement.from_counts(count)
-    for setting in policy.grid:
+    for setting in grid_of(policy):
         loop = FastLoop(replace(policy, **setting), int(rng.integers(0, 3)))
         replay = replay_steps(batch, placement, loop, cluster, tiny_model(batch), traffic="home", warm_up=2)
         np.testing.assert_allclose(replay.cost.tokens_BLD.sum(axis=2), batch.load_BLE[2:].sum(axis=2))

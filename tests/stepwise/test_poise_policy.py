@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.grids import grid_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.stepwise.step_cases import random_case, view_of
@@ -36,7 +37,7 @@ def test_plans_are_valid_with_every_published_setting(name, seed, slots):
     rng = np.random.default_rng(seed)
     view, load_SE = random_case(rng, slots=slots)
     policy = POLICIES[name]
-    setting = policy.grid[seed % len(policy.grid)]
+    setting = grid_of(policy)[seed % len(grid_of(policy))]
     policy = type(policy)(**setting)
     held = policy.before_gate(view)
     assert (held.sum(axis=0) <= view.slots_D).all() and held.any(axis=1).all()

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tests.helpers import few_or
+from tests.runtime.expert_modules import PlainExperts
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from poise.runtime import collectives
-from poise.runtime.moe import ExpertList, GatedExperts, PlainExperts
+from poise.runtime.moe import ExpertList, GatedExperts
 from poise.stepwise.registry import POLICIES
 from poise.train import fully_shard_experts
 

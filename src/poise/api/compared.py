@@ -19,6 +19,7 @@ from poise.planning.budget import Budget, Limit
 from poise.planning.groups import Keep
 from poise.planning.methods.contiguous import deal
 from poise.planning.placement import Placement
+from poise.planning.problem import PlacementProblem
 from poise.planning.provenance import Provenance
 from poise.planning.solve.solve import METHODS
 from poise.replay.compare import IN_SAMPLE, Comparison, Entry
@@ -38,13 +39,10 @@ from poise.replay.rows import (
     uneven_homes,
 )
 from poise.replay.serving import WARM_UP
-from poise.replay.windows import (
-    much,
-    some_of,
-)
+from poise.replay.windows import much, some_of
 from poise.routing.batch import Homes
 from poise.routing.batching import Order, make_batch
-from poise.routing.fingerprint import NO_TRAFFIC, fingerprint
+from poise.routing.fingerprint import NO_TRAFFIC, Fingerprint, fingerprint
 from poise.routing.sources import TrafficSource, load
 from poise.routing.trace import LoadProfile, RoutingTrace
 from poise.util.errors import NoResultError, OptionError
@@ -148,11 +146,7 @@ def compare(
         if progress:
             progress(f"{item if isinstance(item, str) else 'placement'}", index / len(placements))
         if isinstance(item, Placement) or (item not in METHODS and Path(item).suffix == ".npz"):
-            name, file = item.method if isinstance(item, Placement) else Path(item).stem, placement_of(item)
-            if file.num_devices != problem.num_devices:
-                entries.append(carried_row(name, file, problem, prints[IN_SAMPLE], entries, said))
-            else:
-                entries.append(held_row(free_name(name, entries), file, problem, said))
+            entries.append(_given_row(item, problem, prints[IN_SAMPLE], entries, said))
         elif item in METHODS:
             if isinstance(time_limit_s, Budget):
                 own = time_limit_s.part(1 - JUDGE)
@@ -176,6 +170,17 @@ def compare(
         batches, entries, pricing=problem.pricing, slots_D=problem.slots_D, notes=said, warm_up=skip, prints=prints,
         defaults=defaults, engine=problem.engine, wish=wish,
     )  # fmt: skip
+
+
+def _given_row(
+    item: str | Path | Placement, problem: PlacementProblem, fitted: Fingerprint, entries: Sequence[Entry],
+    said: list[str],
+) -> Entry:  # fmt: skip
+    """The row of a placement that was given, as it is or carried over to the cluster."""
+    name, file = item.method if isinstance(item, Placement) else Path(item).stem, placement_of(item)
+    if file.num_devices != problem.num_devices:
+        return carried_row(name, file, problem, fitted, entries, said)
+    return held_row(free_name(name, entries), file, problem, said)
 
 
 def planning_verdict(

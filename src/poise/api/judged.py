@@ -84,26 +84,13 @@ def verdict(
     ------
     InputError : the input is wrong, or both windows are the same traffic. NoResultError : no method has a map.
     """
-    if phase not in (None, *PHASES):
-        raise OptionError(f"unknown phase {phase!r}", hint="prefill or decode")
-    if tokens_per_step is not None and phase is None:
-        raise OptionError(
-            f"{tokens_per_step} tokens a step, but of prefill or of decode?",
-            hint="--phase, or --prefill-tokens and --decode-tokens",
-        )
+    asked = _tokens_asked(phase, tokens_per_step, {"prefill": prefill_tokens, "decode": decode_tokens})
     machine, rules = machine_of(cluster), parse_engine(engine)
     sizes = ModelSpec.parse(model) if isinstance(model, str) else model
     parts = [with_top_k(load(item, executor), sizes.top_k) for item in (window, later) if item is not None]
     windows = split_in_time(parts[0]) if len(parts) == 1 else (parts[0], parts[1])
     check_windows(windows, sizes)
     seen = check_unseen(windows) if len(parts) == 2 else []
-    asked = {"prefill": prefill_tokens, "decode": decode_tokens}
-    if phase is not None and tokens_per_step is not None:
-        if asked[phase] not in (None, tokens_per_step):
-            raise OptionError(f"{tokens_per_step} and {asked[phase]} tokens a step of {phase}", hint="give one of them")
-        asked[phase] = tokens_per_step
-    if min((many for many in asked.values() if many is not None), default=1) < 1:
-        raise OptionError(f"tokens of a step must be at least 1, got {asked['prefill']} and {asked['decode']}")
     phases = (recorded_phases(windows) or PHASES) if phase is None else (phase,)
     unsaid = [name for name in phases if asked[name] is None]
     recorded = all(isinstance(one, RoutingTrace) and one.step is not None for one in windows)
@@ -123,10 +110,7 @@ def verdict(
     guessed: dict[str, int] = {} if recorded else {name: A_RANK[name] for name in unsaid}
     notes = seen + verdict_notes(windows, sizes, guessed, max((many or 0 for many in asked.values()), default=0))
     notes += [said] if (said := rules.caveat(setting.split)) else []
-    if budget.cuts and not budget.stopped:
-        notes.append(
-            f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same maps each time"
-        )
+    notes += budget.cut_words("maps")
     out = Verdict(
         tuple(found), engine, repr(machine), sizes.name,
         "contiguous blocks, EPLB off" if placed is None else placed.method, context, (), tuple(notes),
@@ -139,3 +123,21 @@ def verdict(
     spec = model if isinstance(model, str) else sizes.name
     want = EplbSetting(best.method == "eplb", best.redundant, machine.num_devices, sizes.num_experts, spec)
     return replace(out, flags=eplb_flags(engine, want))
+
+
+def _tokens_asked(phase: Phase | None, tokens: int | None, each: dict[Phase, int | None]) -> dict[Phase, int | None]:
+    """Tokens of a step by phase: ``tokens`` of the one ``phase`` that is asked about, else those of ``each``."""
+    if phase not in (None, *PHASES):
+        raise OptionError(f"unknown phase {phase!r}", hint="prefill or decode")
+    if tokens is not None and phase is None:
+        raise OptionError(
+            f"{tokens} tokens a step, but of prefill or of decode?",
+            hint="--phase, or --prefill-tokens and --decode-tokens",
+        )
+    if phase is not None and tokens is not None:
+        if each[phase] not in (None, tokens):
+            raise OptionError(f"{tokens} and {each[phase]} tokens a step of {phase}", hint="give one of them")
+        each = {**each, phase: tokens}
+    if min((many for many in each.values() if many is not None), default=1) < 1:
+        raise OptionError(f"tokens of a step must be at least 1, got {each['prefill']} and {each['decode']}")
+    return each

@@ -21,13 +21,7 @@ from poise.planning.placement import Placement
 from poise.planning.problem import Progress, Risk, Solution
 from poise.planning.solve.solve import METHODS
 from poise.planning.solve.survive import COST
-from poise.replay.rows import (
-    groups_unseen,
-    plan_and_fewer,
-    provenance,
-    silent_defaults,
-    uneven_homes,
-)
+from poise.replay.rows import groups_unseen, plan_and_fewer, provenance, silent_defaults, uneven_homes
 from poise.replay.surviving import Survival
 from poise.routing.batch import Homes
 from poise.routing.batching import Order, make_batch

@@ -121,7 +121,6 @@ def _write_profile(profile: LoadProfile, output: Path, recorded_layers: int | No
     What was said of the numbers is said in the file.
     """
     ids = profile.layer_ids
-    assert ids is not None
     if output.suffix == ".npz":
         idle: dict[str, Any] = {} if profile.idle_BL is None else {IDLE: profile.idle_BL}
         said: dict[str, Any] = {key: np.array(SAID[key]) for key in sorted(profile.said)}

@@ -143,9 +143,7 @@ def _judged(
         raise OptionError(f"the recipe loads the map {settings.map_file[:80]!r}", hint="--current says what is in it")
     traffic = [api.load(name, asked.executor) for name in asked.windows]
     if current is None and many and not settings.own:  # slot p holds expert p mod E, as SGLang starts
-        ids = traffic[0].layer_ids
-        assert ids is not None
-        current = trivial_placement(model.num_experts, model.num_experts + many, ranks, ids)
+        current = trivial_placement(model.num_experts, model.num_experts + many, ranks, traffic[0].layer_ids)
     engine = settings.engine if asked.engine == "any" else asked.engine
     phases = [one for one in PHASES if settings.role in ("", one) and asked.phase in (None, one)]
     return [

@@ -351,8 +351,7 @@ class Controller:
         plans = [] if target is None else [target]
         if target is None:
             found = solve(problem, method=s.method, time_limit_s=s.time_limit_s, seed=s.seed).placement
-            count_LED, ids = found.count_LED(), found.layer_ids_L
-            found = Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=ids, method=found.method)
+            found = problem.placed(found.entries(), found.method)  # in the slots of what runs
             plans = [found, aligned(current, found, cluster, whole=problem.traffic == "stay")]
         before, traffic = self._seconds(judged, current), self._traffic(judged, current)
         best: tuple[float, Decision] | None = None

@@ -44,7 +44,7 @@ from poise.control.common import CHECKPOINT, STAYS, common
 from poise.control.payback import Migration
 from poise.control.peers import fewest_rounds, peer_rounds
 from poise.control.price import PortTraffic
-from poise.cost.links import PortLoad, port_seconds
+from poise.cost.links import PortLoad, pair_ports, port_seconds
 from poise.machine.cluster import Cluster
 from poise.planning.placement import EMPTY, Placement
 from poise.util.errors import OptionError
@@ -75,11 +75,15 @@ class Round(NamedTuple):
         """Moves from a device to another."""
         return [move for move in self.moves if move.from_device not in (move.to_device, FROM_CHECKPOINT)]
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Sender and receiver of each fetch."""
+        return [(move.from_device, move.to_device) for move in self.fetches]
+
     def turns(self, num_devices: int) -> list[list[Move]]:
         """Fetches, so that in a turn a device sends to one peer and receives from one; the fewest turns."""
         every = self.fetches
-        pairs = [(move.from_device, move.to_device) for move in every]
-        return [[every[number] for number in one] for one in peer_rounds(pairs, num_devices)]
+        return [[every[number] for number in one] for one in peer_rounds(self.pairs, num_devices)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,13 +140,7 @@ class MoveList:
 
     def _ports(self, cluster: Cluster) -> PortLoad:
         """Experts through every port, a row a round."""
-        port = np.zeros((4, len(self.rounds), cluster.num_devices))
-        for at, each in enumerate(self.rounds):
-            for move in each.fetches:
-                source, target = move.from_device, move.to_device
-                kind = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
-                port[[kind, kind + 1], at, [source, target]] += 1
-        return PortLoad(*port)
+        return pair_ports([each.pairs for each in self.rounds], cluster)
 
     def __repr__(self) -> str:
         size = f"{self.fetched} experts fetched, {self.moved_bytes / 2**20:.1f} MiB"
@@ -150,7 +148,7 @@ class MoveList:
 
 
 def _turns(rounds: Sequence[Round]) -> int:
-    pairs = [(move.from_device, move.to_device) for each in rounds for move in each.fetches]
+    pairs = [pair for each in rounds for pair in each.pairs]
     return fewest_rounds(pairs, 1 + max((max(pair) for pair in pairs), default=0))
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from poise.control.chains import LayerMoves, after_chain, count_fetched
 from poise.control.price import PortTraffic
-from poise.cost.links import PortLoad
+from poise.cost.links import PortLoad, pair_ports
 from poise.cost.split import even_share
 from poise.planning.budget import Budget
 from poise.planning.placement import Placement
@@ -117,16 +117,15 @@ class Migration:
         """Seconds that steps wait in all for the moves of none, one, ... all legs, each sent on its own; [K + 1]."""
         plan = moving(self.before, self.after, traffic.cluster.node_D)
         source = [{(move.expert, move.target): move.source for move in layer} for layer in plan.transfers]
-        have_LED, node_D = self.before.count_LED() > 0, traffic.cluster.node_D
-        port = np.zeros((4, len(self.legs) + 1, self.before.num_devices))
-        for at, each in enumerate(self.legs, 1):
-            for e, d in np.argwhere((each.count_ED > 0) & ~have_LED[each.layer]).tolist():
-                s = source[each.layer].get((e, d))
-                if s is not None:
-                    kind = 0 if node_D[s] == node_D[d] else 2
-                    port[[kind, kind + 1], at, [s, d]] += 1
+        have_LED = self.before.count_LED() > 0
+        sent: list[list[tuple[int, int]]] = [[]]
+        for each in self.legs:
+            came = np.argwhere((each.count_ED > 0) & ~have_LED[each.layer]).tolist()
+            sent.append([(source[each.layer][e, d], d) for e, d in came if (e, d) in source[each.layer]])
             have_LED[each.layer] = each.count_ED > 0
-        return traffic.delay_s(PortLoad(*np.cumsum(port, axis=1)), expert_bytes)
+        load = pair_ports(sent, traffic.cluster)
+        so_far = (np.cumsum(getattr(load, field.name), axis=0) for field in fields(PortLoad))
+        return traffic.delay_s(PortLoad(*so_far), expert_bytes)
 
     def fetches_for(self, share: float) -> int:
         """Fewest fetches after which this share of what the whole way saves is saved; all where it saves nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,7 @@ def steps_of(batch: RoutingBatch, rows: slice | NDArray[Any]) -> RoutingBatch:
 
 def one_step(batch: RoutingBatch, b: int) -> RoutingBatch:
     """One step as a batch."""
-    load, weight = batch.load_BLE[b : b + 1], np.ones(1)
-    if batch.start_B is None:
-        return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, order=batch.order)
-    rows = slice(int(batch.start_B[b]), int(batch.start_B[b + 1]))
-
-    def cut(array: NDArray[Any] | None) -> Any:
-        return None if array is None else array[rows]
-
-    start = np.array([0, rows.stop - rows.start])
-    return RoutingBatch(load, weight, batch.top_k, batch.layer_ids_L, cut(batch.experts_TLK), start,
-                        cut(batch.request_T), cut(batch.home_T), batch.order, homes=batch.homes,
-                        domain_R=batch.domain_R)  # fmt: skip
+    return replace(batch.part(slice(b, b + 1)), drawn_from=None)
 
 
 def join_steps(parts: Sequence[RoutingBatch]) -> RoutingBatch:

@@ -116,14 +116,6 @@ def _terms(
     return BoundTerms(compute, dispatch, combine, kv)
 
 
-def step_bound_BL(
-    batch: RoutingBatch, cluster: Cluster, model: ModelSpec, *, traffic: DataFlow, slots_D: NDArray[Any],
-    blind: bool = True,
-) -> NDArray[np.float64]:  # fmt: skip
-    """Least seconds any placement with these slots could need; float64 [B, L]. See :func:`bound_terms`."""
-    return bound_terms(batch, cluster, model, traffic=traffic, slots_D=slots_D, blind=blind).seconds_BL
-
-
 class _Room(NamedTuple):
     """What placements and splits may do: slots of each device, int [D], spare ones of a layer, blind to sources."""
 
@@ -139,11 +131,11 @@ def _port_bound(
     out = np.zeros((batch.num_steps, batch.num_layers))
     if cluster.num_devices == 1:
         return out
-    if batch.experts_TLK is None or batch.start_B is None:
+    if batch.experts_TLK is None:
         for layer in range(batch.num_layers):
             out[:, layer] = _spread_bound(batch.load_BLE[:, layer], cluster, wire, room)
         return out
-    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    step_T = batch.step_T()
     home_T = batch.home_of_tokens(cluster.num_devices)
     came_from_TL = batch.came_from_TL() if traffic == "stay" else None
     for layer in range(batch.num_layers):
@@ -171,8 +163,7 @@ def _spread_bound(load_BE: NDArray[np.float64], cluster: Cluster, wire: Wire, ro
         bound = np.maximum(bound, compute_bound(load_BE, room.slots_D, 1 / each_D, spare=room.spare))
     if cluster.nic_shared and cluster.num_nodes > 1:
         slots_N = np.bincount(cluster.node_D, weights=room.slots_D).astype(np.int64)
-        first_N = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-        bound = np.maximum(bound, compute_bound(load_BE, slots_N, 1 / away_D[first_N], spare=room.spare))
+        bound = np.maximum(bound, compute_bound(load_BE, slots_N, 1 / away_D[cluster.first_N], spare=room.spare))
     return bound
 
 
@@ -241,8 +232,7 @@ def _home_bound(
         net_B[:, cluster.node_D[d]] = port + leaves if cluster.nic_shared else np.maximum(port, leaves)
     total_B = flow.sum(axis=(1, 2))
     bound = np.maximum(bound, (total_B - _most_local(flow, spare)) / per_copy / rate / devices)
-    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-    leaves_B = (total_B - _most_local(np.add.reduceat(flow, starts, axis=1), spare)) / per_net_copy
+    leaves_B = (total_B - _most_local(cluster.sum_by_node(flow, axis=1), spare)) / per_net_copy
     ports = cluster.num_nodes if cluster.nic_shared else devices
     net_B = np.maximum(net_B, leaves_B[:, None] / ports)
     return np.maximum(bound, net_B.max(axis=1) / wire.inter_bytes_per_s)

@@ -91,6 +91,12 @@ class HeldEntries:
         return cls(ptr_L, expert_X, device_X, count_X.astype(np.int64), experts, devices)
 
     @classmethod
+    def of_devices(cls, device_LE: NDArray[Any], num_devices: int) -> HeldEntries:
+        """From the one device of each expert, int [L, E]."""
+        layer_X, expert_X = np.indices(device_LE.shape).reshape(2, -1)
+        return cls.of_slots(layer_X, expert_X, device_LE.ravel(), (*device_LE.shape, num_devices))
+
+    @classmethod
     def of_layers(cls, layers: Iterable[LayerEntries]) -> HeldEntries:
         """From one layer after the other, at least one."""
         all_L = list(layers)

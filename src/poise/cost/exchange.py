@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.machine.cluster import Cluster
+from poise.machine.cluster import Cluster, same_node
 from poise.util.errors import ClusterError
 
 RAMP = 4.0
@@ -101,10 +101,10 @@ def exchange_ends(
     posts_D = ((tokens_DD > 0).sum(axis=0) + (tokens_DD > 0).sum(axis=1)) / 2
     heard_D = np.where(all_DD > 0, released_D[:, None], -np.inf).max(axis=0)  # nothing arrives before it is sent
     end_D = np.maximum(released_D + model.peer_s * posts_D, heard_D)
-    near_DD = node_D[:, None] == node_D[None, :]
+    same_DD = same_node(node_D)
     for part_DD, rate, credit_s in (
-        (all_DD * near_DD, model.intra_bytes_per_s, model.intra_credit_s),
-        (all_DD * ~near_DD, model.inter_bytes_per_s, model.inter_credit_s),
+        (all_DD * same_DD, model.intra_bytes_per_s, model.intra_credit_s),
+        (all_DD * ~same_DD, model.inter_bytes_per_s, model.inter_credit_s),
     ):
         if part_DD.any():
             end_D = np.maximum(end_D, _drained(part_DD, released_D, rate, model.crowding_bytes) - credit_s)

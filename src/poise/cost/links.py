@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,13 +27,20 @@ class PortLoad:
     net_in_BD: NDArray[np.float64]
 
 
+def pair_ports(rows: Sequence[Iterable[tuple[int, int]]], cluster: Cluster) -> PortLoad:
+    """What goes once from a device to a device, (source, target) each, a row of ports for each of ``rows``."""
+    port = np.zeros((4, len(rows), cluster.num_devices))
+    for at, pairs in enumerate(rows):
+        for source, target in pairs:
+            out = 0 if cluster.node_D[source] == cluster.node_D[target] else 2
+            port[out, at, source] += 1
+            port[out + 1, at, target] += 1
+    return PortLoad(*port)
+
+
 def network_ports(copies_BD: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
     """Copies per network port: of each device, or summed over each node's shared one; float64 [B, D or N]."""
-    if not cluster.nic_shared:
-        return copies_BD
-    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-    out: NDArray[np.float64] = np.add.reduceat(copies_BD, starts, axis=1)
-    return out
+    return cluster.sum_by_node(copies_BD) if cluster.nic_shared else copies_BD
 
 
 def fullest_ports(load: PortLoad, cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -69,10 +69,10 @@ class NearGroups:
         devices, groups = self.group_ED.shape[1], self.num_groups
         size_G = np.bincount(self.group_ED.ravel(), minlength=groups)
         load_BG: NDArray[np.float64] = batch.load_BLE[:, layer, self.expert_G]
-        if batch.experts_TLK is None or batch.start_B is None:
+        if batch.experts_TLK is None:
             return load_BG * (size_G / devices)
         group_TK = self.of_tokens(batch.experts_TLK[:, layer], batch.home_of_tokens(devices))
-        step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+        step_T = batch.step_T()
         flat = (step_T[:, None] * groups + group_TK)[group_TK != NO_EXPERT]
         count_BG = np.bincount(flat, minlength=batch.num_steps * groups).reshape(batch.num_steps, groups)
         of_GE = csr_array((np.ones(groups), self.expert_G, np.arange(groups + 1)), shape=(groups, batch.num_experts))

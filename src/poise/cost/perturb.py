@@ -60,23 +60,21 @@ def constant_errors(cluster: Cluster) -> ConstantErrors:
 
 
 def gain_range(
-    batch: RoutingBatch, old: SlotCounts, new: SlotCounts, pricing: Pricing, *,
-    errors: ConstantErrors | None = None, after: RoutingBatch | None = None,
-) -> GainRange:  # fmt: skip
-    """What the placement ``new`` saves over ``old`` on a batch.
+    batch: RoutingBatch, old: SlotCounts, new: SlotCounts, pricing: Pricing, *, after: RoutingBatch | None = None
+) -> GainRange:
+    """What the placement ``new`` saves over ``old`` on a batch, by :func:`constant_errors`.
 
     Parameters
     ----------
     batch, pricing : the traffic, and what prices a step of it.
     old, new : slots, as entries or int [L, E, D].
-    errors : default :func:`constant_errors`.
     after : what ``new`` runs, where that is not the same: the same steps with other homes.
 
     Raises
     ------
     OptionError : see :func:`poise.cost.step.batch_cost`.
     """
-    levels = [(1.0, 1.0 - error, 1.0 + error) for error in errors or constant_errors(pricing.cluster)]
+    levels = [(1.0, 1.0 - error, 1.0 + error) for error in constant_errors(pricing.cluster)]
     first = _seconds(batch, old, pricing, levels)
     second = _seconds(batch if after is None else after, new, pricing, levels)
     saved, share = first - second, 1.0 - second / first

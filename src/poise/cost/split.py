@@ -102,11 +102,3 @@ def split_shares(
         total_H = np.bincount(expert_H, quota_H)[expert_H]
         share_BH[b, order] = np.where(total_H > 0, quota_H / np.maximum(total_H, 1), even_H)
     return SplitShares(held, share_BH)
-
-
-def split_share_BED(
-    load_BE: NDArray[np.float64], count_ED: NDArray[Any], speed_D: NDArray[np.float64], split: Split
-) -> NDArray[np.float64]:
-    """:func:`split_shares` of a layer given as slots, int [E, D], as float64 [B, E, D] (B = 1 for the even split)."""
-    held, share_BH = split_shares(load_BE, LayerEntries.of_counts(count_ED), speed_D, split)
-    return held.dense(share_BH)

@@ -15,7 +15,7 @@ from poise.cost.entries import SlotCounts, entries_of
 from poise.cost.links import PortLoad, port_seconds
 from poise.cost.near import NearGroups, layer_share, placed_tokens
 from poise.cost.split import Split, SplitShares, check_split
-from poise.cost.traffic import Copies, DataFlow, any_of, node_share, port_load, sum_by_source
+from poise.cost.traffic import Copies, DataFlow, any_of, port_load, sum_by_source
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
@@ -181,7 +181,7 @@ def _by_device(value_BH: NDArray[np.float64], device_H: NDArray[Any], num_device
 def _ports_of_loads(tokens_BD: NDArray[np.float64], cluster: Cluster) -> PortLoad:
     """Copies through the ports when only loads are known: every device is the home of 1 / D of all tokens."""
     share_BD, size_D = tokens_BD / cluster.num_devices, cluster.devices_per_node_N[cluster.node_D]
-    inside_BD = node_share(share_BD, cluster)[:, cluster.node_D]
+    inside_BD = cluster.sum_by_node(share_BD)[:, cluster.node_D]
     total_B1 = share_BD.sum(axis=1, keepdims=True)
     return PortLoad(inside_BD - share_BD, share_BD * (size_D - 1), total_B1 - inside_BD,
                     share_BD * (cluster.num_devices - size_D))  # fmt: skip
@@ -343,9 +343,7 @@ def layer_flow(
     source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)
     pairs_TD = share_TKD.sum(axis=1)
     pairs = sum_by_source(source_TD, pairs_TD, step_T, num_steps)
-    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
-    total = pairs.sum(axis=(1, 2))
-    crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
+    crossing = _crossing(pairs, cluster)
     copies = pairs if batch.top_k == 1 else sum_by_source(source_TD, any_of(share_TKD), step_T, num_steps)
     join = any_of(share_TKD[:, 1:]) if batch.top_k > 1 else np.zeros_like(pairs_TD)
     return LayerFlow(Copies(copies), Copies(sum_by_source(join, share_TKD[:, 0], step_T, num_steps)), *crossing)
@@ -398,9 +396,7 @@ def _holder_shares(share: SplitShares, steps: slice, node_D: NDArray[np.int64]) 
 def _flow_from_home(tokens: StepTokens, holders: HolderShares, cluster: Cluster, traffic: DataFlow) -> LayerFlow:
     """The data flows from and to the home rank."""
     pairs, copies_BDD, copies_BDN = _send_from_home(tokens, holders, cluster.num_nodes)
-    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
-    total = pairs.sum(axis=(1, 2))
-    crossing = (total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2)))
+    crossing = _crossing(pairs, cluster)
     if traffic == "home":
         return LayerFlow(Copies(pairs), None, *crossing)
     once_a_node = traffic == "home_node_dedup" and cluster.num_nodes > 1
@@ -453,8 +449,10 @@ def _flow_of_loads(
         tokens_BD = _by_device(batch.load_BLE[:, layer, held.expert_H] * share_BH, held.device_H, cluster.num_devices)
         shape = (batch.num_steps, *(cluster.num_devices,) * 2)
         pairs = np.broadcast_to(tokens_BD[:, None, :] / cluster.num_devices, shape)
-    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
-    total = pairs.sum(axis=(1, 2))
-    return LayerFlow(
-        Copies(pairs), None, total - np.einsum("bdd->b", pairs), total - (pairs * same_node).sum(axis=(1, 2))
-    )
+    return LayerFlow(Copies(pairs), None, *_crossing(pairs, cluster))
+
+
+def _crossing(pairs_BDD: NDArray[np.float64], cluster: Cluster) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pairs that leave their device, and their node, float64 [B] each."""
+    total_B = pairs_BDD.sum(axis=(1, 2))
+    return total_B - np.einsum("bdd->b", pairs_BDD), total_B - (pairs_BDD * cluster.same_node_DD).sum(axis=(1, 2))

@@ -46,8 +46,7 @@ class Copies:
 
 def landing_DN(cluster: Cluster) -> NDArray[np.int64]:
     """Device of node n where the network copies of device d land: the one with d's index in its node; int [D, N]."""
-    per_node = cluster.devices_per_node_N
-    first = np.concatenate([[0], np.cumsum(per_node)[:-1]])
+    per_node, first = cluster.devices_per_node_N, cluster.first_N
     local = np.arange(cluster.num_devices) - first[cluster.node_D]
     landing: NDArray[np.int64] = first[None, :] + local[:, None] % per_node[None, :]
     return landing
@@ -85,13 +84,6 @@ def independent_copies(pairs_DD: NDArray[np.int64], top_k: int) -> NDArray[np.in
     return out
 
 
-def node_share(share: NDArray[np.float64], cluster: Cluster) -> NDArray[np.float64]:
-    """Sum over the devices of each node: [..., D] -> [..., N]."""
-    starts = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
-    out: NDArray[np.float64] = np.add.reduceat(share, starts, axis=-1)
-    return out
-
-
 def sum_by_source(
     source_TD: NDArray[np.float64], to_TX: NDArray[np.float64], step_T: NDArray[np.int64], num_steps: int
 ) -> NDArray[np.float64]:
@@ -106,7 +98,7 @@ def sum_by_source(
 
 def port_load(copies: Copies, cluster: Cluster) -> PortLoad:
     """Book every copy on the ports it passes: the fabric inside a node, the network between nodes."""
-    same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
+    same_node = cluster.same_node_DD
     intra = copies.device_BDD * (same_node & ~np.eye(cluster.num_devices, dtype=bool))
     intra_out, intra_in = intra.sum(axis=2), intra.sum(axis=1)
     if copies.node_BDN is None:

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.links import PortLoad, port_seconds
+from poise.cost.links import pair_ports, port_seconds
 from poise.machine.cluster import Cluster
 from poise.util.errors import OptionError, PlacementError
 
@@ -88,13 +88,9 @@ class TransferPlan:
 
 
 def _round_seconds(moves: tuple[Transfer, ...], cluster: Cluster, expert_bytes: float) -> float:
-    port = np.zeros((4, cluster.num_devices))
-    for move in moves:
-        far = 2 * int(cluster.node_D[move.source] != cluster.node_D[move.target])
-        port[far, move.source] += 1
-        port[far + 1, move.target] += 1
-    wire = port_seconds(PortLoad(*port[:, None]), expert_bytes, cluster, cluster.plain_wire)[0]
-    return float(wire + cluster.intra_latency_s + (cluster.inter_latency_s if port[2:].any() else 0.0))
+    load = pair_ports([[(move.source, move.target) for move in moves]], cluster)
+    wire = port_seconds(load, expert_bytes, cluster, cluster.plain_wire)[0]
+    return float(wire + cluster.intra_latency_s + (cluster.inter_latency_s if load.net_out_BD.any() else 0.0))
 
 
 def plan_transfers(

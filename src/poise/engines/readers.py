@@ -184,7 +184,6 @@ def _counted(dump: EngineDump, options: ReadOptions) -> EngineDump:
             raise OptionError(f"--counters {options.counters}: {dump.engine} {dump.kind} has no records of loads",
                               hint="leave --counters out")  # fmt: skip
         return dump
-    assert profile.layer_ids is not None
     if options.counters == "running":
         return _parted(dump, profile, options.said)
     profile = replace(profile, said=profile.said | options.said)

@@ -37,7 +37,6 @@ def physical_to_logical(placement: Placement, num_hidden_layers: int) -> tuple[N
     if not 1 <= num_hidden_layers <= MAX_LAYERS:
         raise PlacementError(f"num_hidden_layers must lie in 1..{MAX_LAYERS}, got {num_hidden_layers}")
     ids = placement.layer_ids_L
-    assert ids is not None
     if int(ids.max()) >= num_hidden_layers:
         raise PlacementError(
             f"the placement reaches layer {ids.max()}, the model has {num_hidden_layers}",

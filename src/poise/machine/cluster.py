@@ -30,6 +30,12 @@ class Wire(NamedTuple):
     inter_bytes_per_s: float
 
 
+def same_node(node_D: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether two devices lie in one node, bool [D, D], by the node of each."""
+    same: NDArray[np.bool_] = node_D[:, None] == node_D[None, :]
+    return same
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Cluster:
     """D devices on N nodes. A device is one EP rank: a GPU, or a tensor-parallel group of GPUs.
@@ -135,6 +141,21 @@ class Cluster:
     def devices_per_node_N(self) -> NDArray[np.int64]:
         """Devices of each node, int [N]."""
         return np.bincount(self.node_D, minlength=self.num_nodes)
+
+    @property
+    def first_N(self) -> NDArray[np.int64]:
+        """First device of each node, int [N]."""
+        return np.flatnonzero(np.diff(self.node_D, prepend=-1))
+
+    @property
+    def same_node_DD(self) -> NDArray[np.bool_]:
+        """Whether two devices lie in one node, bool [D, D]."""
+        return same_node(self.node_D)
+
+    def sum_by_node(self, values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        """Sum over the devices of each node: [..., D] -> [..., N], where ``axis`` is that of devices."""
+        out: NDArray[np.float64] = np.add.reduceat(values, self.first_N, axis=axis)
+        return out
 
     @property
     def slowest_bytes_per_s(self) -> float:

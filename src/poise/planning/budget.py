@@ -169,6 +169,12 @@ class Budget:
             f"took {passed:.1f} s, the limit was {self.seconds:g} s: traffic of this size needs as much on this machine"
         )
 
+    def cut_words(self, what: str) -> list[str]:
+        """That the clock cut a search, and how ``what`` comes out the same each time; none where it did not."""
+        if not self.cuts or self.stopped:
+            return []
+        return [f"the clock cut the search ({', '.join(sorted(self.cuts))}): --work gives the same {what} each time"]
+
     def over(self, stage: str) -> bool:
         """Whether the clock has run out, asked by a stage that would go on: it is cut then."""
         if self.left() > 0:
@@ -177,13 +183,17 @@ class Budget:
         return True
 
     @contextmanager
-    def stops(self, flag: NDArray[Any]) -> Iterator[None]:
-        """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it."""
+    def stops(self, flag: NDArray[Any], stage: str = "") -> Iterator[None]:
+        """Meanwhile ``flag[0]`` turns 1 when the clock runs out; compiled code that releases the GIL looks at it. A
+        ``stage`` that is named is cut then.
+        """
         with self.wish.told(flag):
             if self._clock is None and not self.wish.far:
                 yield
-                return
-            yield from self._watched(flag)
+            else:
+                yield from self._watched(flag)
+        if stage and flag[0]:
+            self.over(stage)
 
     def _watched(self, flag: NDArray[Any]) -> Iterator[None]:
         done = threading.Event()

@@ -234,8 +234,7 @@ def _inside_between(pricing: Pricing) -> tuple[float, float]:
 
 def pair_seconds(pricing: Pricing) -> NDArray[np.float64]:
     """Seconds of a port for a pair from device to device, out and back, float64 [D, D]; none where it stays."""
-    node_D = pricing.cluster.node_D
-    cost_DD = np.where(node_D[:, None] == node_D[None, :], *_inside_between(pricing))
+    cost_DD = np.where(pricing.cluster.same_node_DD, *_inside_between(pricing))
     np.fill_diagonal(cost_DD, 0.0)
     return cost_DD
 
@@ -250,8 +249,8 @@ def affine(placement: Placement, pricing: Pricing, band: float = BAND) -> HomeTa
     count_LED = placement.count_LED().astype(np.float64)
     cost_LED = count_LED / np.maximum(count_LED.sum(axis=2, keepdims=True), 1) @ cost_DD
     if pricing.split == "near":
-        node_D, held_LED = pricing.cluster.node_D, count_LED > 0
-        inside_LED = held_LED @ (node_D[:, None] == node_D[None, :]).astype(np.float64) > 0
+        held_LED = count_LED > 0
+        inside_LED = held_LED @ pricing.cluster.same_node_DD.astype(np.float64) > 0
         inside_s = _inside_between(pricing)[0]
         cost_LED = np.where(held_LED, 0.0, np.where(inside_LED, inside_s, cost_LED))
     score_DLE = np.ascontiguousarray(-cost_LED.transpose(2, 0, 1), dtype=np.float32)

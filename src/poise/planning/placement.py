@@ -185,9 +185,7 @@ class Placement:
                 f"expert_device_LE must be [L, E] devices within 0..{num_devices - 1}, got shape {device_LE.shape}"
                 + (f" with {device_LE.min()}..{device_LE.max()}" if device_LE.size else "")
             )
-        layer_X, expert_X = np.indices(device_LE.shape).reshape(2, -1)
-        held = HeldEntries.of_slots(layer_X, expert_X, device_LE.ravel(), (*device_LE.shape, num_devices))
-        return cls.from_entries(held, layer_ids_L=layer_ids_L, method=method)
+        return cls.from_entries(HeldEntries.of_devices(device_LE, num_devices), layer_ids_L=layer_ids_L, method=method)
 
     @classmethod
     def from_counts(

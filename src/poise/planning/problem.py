@@ -23,14 +23,15 @@ Subject to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.entries import SlotCounts, entries_of
+from poise.cost.compute import expert_seconds
+from poise.cost.entries import HeldEntries, SlotCounts, entries_of, picked_layers
 from poise.cost.pricing import Pricing
 from poise.cost.split import SPLITS, Split, check_split
 from poise.cost.traffic import DATA_FLOWS, DataFlow
@@ -42,7 +43,7 @@ from poise.planning.groups import WholeGroups
 from poise.planning.losses import Losses
 from poise.planning.placement import Placement
 from poise.routing.batch import RoutingBatch
-from poise.util.errors import OptionError, PlacementError
+from poise.util.errors import NoResultError, OptionError, PlacementError
 from poise.util.notebook import lines_html, table_html
 from poise.util.words import percent
 
@@ -171,6 +172,32 @@ class PlacementProblem:
     def pricing(self) -> Pricing:
         """What prices a step."""
         return Pricing(self.cluster, self.model, self.traffic, self.split)
+
+    def work_LE(self) -> NDArray[np.float64]:
+        """Seconds of each expert at speed 1, mean of the steps, float64 [L, E]."""
+        work_BLE = expert_seconds(self.batch.load_BLE, self.cluster, self.model)
+        return np.asarray(np.einsum("b,ble->le", self.batch.weight_B, work_BLE))
+
+    def seconds_L(self, counts: SlotCounts) -> NDArray[np.float64]:
+        """Seconds of each layer under a placement, mean of the steps, float64 [L]."""
+        return np.asarray(self.batch.weight_B @ self.pricing.cost(self.batch, counts).seconds_BL)
+
+    def fastest_layers(self, options: Sequence[SlotCounts]) -> HeldEntries:
+        """Each layer from the option that is fastest there."""
+        held = [entries_of(option) for option in options]
+        return picked_layers(held, np.stack([self.seconds_L(each) for each in held]).argmin(axis=0))
+
+    def tokens_for(self, method: str) -> NDArray[np.int16]:
+        """Experts of every token, int16 [T, L, K], for a method that cannot plan without.
+
+        Raises
+        ------
+        NoResultError : the batch has loads only.
+        """
+        if self.batch.experts_TLK is None:
+            raise NoResultError(f"{method} needs token-level routing, got loads only",
+                                hint="give a routing trace, not a load profile")  # fmt: skip
+        return self.batch.experts_TLK
 
     def risk_seconds(self, seconds_B: NDArray[np.float64]) -> float:
         """Mean, worst, or mean of the worst quarter (by weight) of scenario times, float64 [B]."""
@@ -350,6 +377,15 @@ class Solution:
         return table_html(caption, ("term", "us", "lower bound us", "gap"), rows) + lines_html(
             [said, repr(self.placement)]
         )
+
+
+def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
+    """Experts of each device in every layer, int [D]: as equal as slots allow, the first devices get the rest."""
+    sizes = np.zeros(len(slots_D), np.int64)
+    for _ in range(num_experts):
+        fits = np.flatnonzero(sizes < slots_D)
+        sizes[fits[np.argmin(sizes[fits])]] += 1
+    return sizes
 
 
 def deal_slots(num_experts: int, redundant: int, num_devices: int) -> NDArray[np.int64]:

@@ -94,8 +94,7 @@ def _locality(
     pairs_EE: NDArray[np.int64], expert_F2: NDArray[np.int64], from_ED: NDArray[np.float64],
     to_ED: NDArray[np.float64], cluster: Cluster,
 ) -> Locality:  # fmt: skip
-    node_D = cluster.node_D
-    same_node = (node_D[:, None] == node_D[None, :]).astype(np.float64)
+    same_node = cluster.same_node_DD.astype(np.float64)
     affinity_DD = from_ED.T @ pairs_EE @ to_ED
     total = max(float(affinity_DD.sum()), 1e-300)
     first_FD, second_FD = from_ED[expert_F2[:, 0]], to_ED[expert_F2[:, 1]]

@@ -40,6 +40,11 @@ INTERRUPTED = (
 """Instead of a verdict."""
 NOT_WORTH = 0.01
 """A gain below this share of a step is called not worth it."""
+OF_BOUND: dict[str, float | None] = {
+    "imbalance": 1.0, "imbalance_p99": 1.0, "cross_device_share": None, "cross_node_share": None, "efficiency": 1.0,
+    "moved_bytes_per_step": 0.0,
+}  # fmt: skip
+"""What a row says of its replay, as it is for the bound."""
 COLUMNS = ("imbalance", "p99", "off device", "off node", "step ms", "p99 ms", "efficiency", "speedup")
 """Of a table, behind the name of the placement."""
 
@@ -152,46 +157,35 @@ class Comparison:
         """One row an entry and part, plus the bound; JSON values."""
         out = []
         for part in self.batches:
-            base = float(self.replays[self.entries[0].name, part].step_seconds_B.mean())
             for entry in self.entries:
                 got = self.replays[entry.name, part]
-                seconds = got.step_seconds_B
-                out.append(
-                    {
-                        "name": entry.name,
-                        "judged_on": self.title(part) if entry.looks_at_nothing else self.label(entry.name, part),
-                        "part": part,
-                        "fitted_share": self.fitted_share.get((entry.name, part)),
-                        "imbalance": got.imbalance,
-                        "imbalance_p99": got.imbalance_p99,
-                        "cross_device_share": got.cross_device_share,
-                        "cross_node_share": got.cross_node_share,
-                        "step_seconds": _spread(seconds),
-                        "efficiency": got.efficiency,
-                        "moved_bytes_per_step": got.moved_bytes_per_step,
-                        "speedup": base / float(seconds.mean()),
-                        "planning_seconds": entry.seconds,
-                    }
-                )
-            bound = self.bounds_B[part]
-            out.append(
-                {
-                    "name": "bound",
-                    "judged_on": self.title(part),
-                    "part": part,
-                    "fitted_share": None,
-                    "imbalance": 1.0,
-                    "imbalance_p99": 1.0,
-                    "cross_device_share": None,
-                    "cross_node_share": None,
-                    "step_seconds": _spread(bound),
-                    "efficiency": 1.0,
-                    "moved_bytes_per_step": 0.0,
-                    "speedup": base / float(bound.mean()),
-                    "planning_seconds": None,
-                }
-            )
+                judged_on = self.title(part) if entry.looks_at_nothing else self.label(entry.name, part)
+                figures = {name: getattr(got, name) for name in OF_BOUND}
+                share = self.fitted_share.get((entry.name, part))
+                out.append(self._row(entry.name, judged_on, part, got.step_seconds_B, figures, share, entry.seconds))
+            out.append(self._row("bound", self.title(part), part, self.bounds_B[part], OF_BOUND))
         return out
+
+    def _row(
+        self, name: str, judged_on: str, part: str, seconds_B: NDArray[np.float64], figures: Mapping[str, Any],
+        fitted_share: float | None = None, planned_s: float | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        base = float(self.replays[self.entries[0].name, part].step_seconds_B.mean())
+        return {
+            "name": name,
+            "judged_on": judged_on,
+            "part": part,
+            "fitted_share": fitted_share,
+            "imbalance": figures["imbalance"],
+            "imbalance_p99": figures["imbalance_p99"],
+            "cross_device_share": figures["cross_device_share"],
+            "cross_node_share": figures["cross_node_share"],
+            "step_seconds": _spread(seconds_B),
+            "efficiency": figures["efficiency"],
+            "moved_bytes_per_step": figures["moved_bytes_per_step"],
+            "speedup": base / float(seconds_B.mean()),
+            "planning_seconds": planned_s,
+        }
 
     def gain(self, name: str, over: str, part: str | None = None) -> tuple[float, float, float]:
         """Share of step time that ``name`` saves over ``over``: mean and a 95 % interval (bootstrap over steps)."""
@@ -439,50 +433,49 @@ def compare(
             )
         batch = batch.at_home(cluster.num_devices)
         judged[part] = batch.steps_from(skip)
-        for entry in entries:
-            if entry.name in broken:
-                continue
-            if entry.fast is not None:
-                try:
-                    loop = replace(entry.fast, engine_split="near" if pricing.split == "near" else "even")
-                    replays[entry.name, part] = replay_steps(
-                        batch, entry.placement, loop, cluster, model, traffic=traffic, warm_up=skip,
-                        prior_LE=entry.prior_LE, wish=wish,
-                    )  # fmt: skip
-                except Exception as error:
-                    problem = _why_none(entry.fast, error, wish)
-                    if problem is None:
-                        raise
-                    broken[entry.name] = problem
-                continue
-            replays[entry.name, part] = replay(
-                judged[part],
-                entry.placement,
-                cluster,
-                model,
-                traffic=traffic,
-                split=pricing.split,
-                pooled=entry.pooled,
-            )
+        for entry in (entry for entry in entries if entry.name not in broken):
+            try:
+                replays[entry.name, part] = _replayed(entry, batch, skip, replace(pricing, cluster=cluster), wish)
+            except Exception as error:
+                problem = None if entry.fast is None else _why_none(entry.fast, error, wish)
+                if problem is None:
+                    raise
+                broken[entry.name] = problem
         terms = bound_terms(judged[part], cluster, model, traffic=traffic, slots_D=room_D, blind=blind)
         bounds[part] = terms.seconds_BL.sum(axis=1)
     entries = [entry for entry in entries if entry.name not in broken]
     notes = [*notes, *(left_out(name, problem) for name, problem in broken.items())]
     if not entries:
         raise NoResultError("; ".join(notes))
-    shares = {
-        (entry.name, part): share
-        for part, print_ in (prints or {}).items()
-        for entry in entries
-        if entry.fitted is not None and (share := entry.fitted.share_of(print_)) is not None
-    }
-    said = [
-        f"{entry.name}: whether {part} traffic is held out for it cannot be told"
-        for part in (prints or {})
-        for entry in entries
-        if part != IN_SAMPLE and entry.fitted is not None and (entry.name, part) not in shares
-    ]
+    shares, said = _fitted_on(entries, prints or {})
     return Comparison(
         tuple(entries), judged, replays, bounds, pricing, slots_D, (*notes, *said), skip, shares, tuple(defaults),
         engine.name, wish is not None and wish.came,
     )  # fmt: skip
+
+
+def _replayed(entry: Entry, batch: RoutingBatch, skip: int, pricing: Pricing, wish: Wish | None) -> Replay:
+    """One entry on the steps of one part; the first ``skip`` are not judged."""
+    cluster, model, traffic = pricing.cluster, pricing.model, pricing.traffic
+    if entry.fast is None:
+        return replay(batch.steps_from(skip), entry.placement, cluster, model, traffic=traffic, split=pricing.split,
+                      pooled=entry.pooled)  # fmt: skip
+    loop = replace(entry.fast, engine_split="near" if pricing.split == "near" else "even")
+    return replay_steps(batch, entry.placement, loop, cluster, model, traffic=traffic, warm_up=skip,
+                        prior_LE=entry.prior_LE, wish=wish)  # fmt: skip
+
+
+def _fitted_on(
+    entries: Sequence[Entry], prints: Mapping[str, Fingerprint]
+) -> tuple[dict[tuple[str, str], float], list[str]]:
+    """Share of each part's traffic that each entry was fitted on, and where that cannot be told, in words."""
+    shares: dict[tuple[str, str], float] = {}
+    said = []
+    for part, print_ in prints.items():
+        for entry in entries:
+            share = None if entry.fitted is None else entry.fitted.share_of(print_)
+            if share is not None:
+                shares[entry.name, part] = share
+            elif entry.fitted is not None and part != IN_SAMPLE:
+                said.append(f"{entry.name}: whether {part} traffic is held out for it cannot be told")
+    return shares, said

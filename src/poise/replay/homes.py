@@ -195,11 +195,8 @@ def study_homes(
     within = gain_range(equal[1], plans.equal.count_LED(), best.placement.count_LED(), pricing, after=homed[chosen])
     return HomeStudy(
         tuple(rows), chosen, best.table, best.placement, plans.equal, *saved_share(*seconds), within, equal[1].order,
-        ground(problem.cluster), interrupted=budget.stopped, notes=(
-            *(f"{batch.sampled} are priced" for batch in equal if batch.sampled),
-            *((f"the clock cut the search ({', '.join(sorted(budget.cuts))}): --work gives the same plans each time",)
-              if budget.cuts and not budget.stopped else ()),
-        ),
+        ground(problem.cluster), interrupted=budget.stopped,
+        notes=(*(f"{batch.sampled} are priced" for batch in equal if batch.sampled), *budget.cut_words("plans")),
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def wire_BDD(copies: Copies, cluster: Cluster) -> NDArray[np.float64]:
     if copies.node_BDN is None:
         return copies.device_BDD
     node_D, landing = cluster.node_D, landing_DN(cluster)
-    wire: NDArray[np.float64] = copies.device_BDD * (node_D[:, None] == node_D[None, :])
+    wire: NDArray[np.float64] = copies.device_BDD * cluster.same_node_DD
     for node in range(cluster.num_nodes):
         inside, away = np.flatnonzero(node_D == node), np.flatnonzero(node_D != node)
         wire[:, away, landing[away, node]] += copies.node_BDN[:, away, node]
@@ -140,8 +140,8 @@ class LinkBytes:
 
     def by_class(self) -> tuple[float, float, float]:
         """Bytes a step that stay on their device, go over links inside a node, and over the network."""
-        total, node_D = self.bytes_DD, self.cluster.node_D
-        near = float((total * (node_D[:, None] == node_D[None, :])).sum())
+        total = self.bytes_DD
+        near = float((total * self.cluster.same_node_DD).sum())
         stay = float(np.trace(total))
         return stay, near - stay, float(total.sum()) - near
 

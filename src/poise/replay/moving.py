@@ -66,7 +66,7 @@ class Moving:
     def by_link(self, cluster: Cluster) -> tuple[int, int]:
         """Experts that move inside their node, and over the network."""
         links_DD = self.links_DD()
-        near = int(links_DD[cluster.node_D[:, None] == cluster.node_D[None, :]].sum())
+        near = int(links_DD[cluster.same_node_DD].sum())
         return near, self.fetched - self.read - near
 
     def seconds(self, cluster: Cluster, expert_bytes: float) -> float:
@@ -101,7 +101,6 @@ def moving(
     devices = max(before.num_devices, after.num_devices)
     before, after = before.on_devices(devices), after.on_devices(devices)
     ids, others = before.layer_ids_L, after.layer_ids_L
-    assert ids is not None and others is not None  # set by the constructor
     if (ids != others).any():
         at = int(np.argmax(ids != others))
         raise PlacementError(

@@ -23,6 +23,7 @@ from poise.replay.static import Replay
 from poise.routing.batch import RoutingBatch
 from poise.routing.predict import Predictor, SlidingMean
 from poise.stepwise.driver import LayerDriver, Outcome
+from poise.stepwise.methods.split import spread_evenly
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
 from poise.util.errors import NoResultError, OptionError
 from poise.util.wish import Wish
@@ -135,12 +136,10 @@ class _ServingRun:
             load_E = np.rint(batch.load_BLE[step, layer]).astype(np.int64)
             if not load_E.any():
                 continue
-            load_SE = np.zeros((cluster.num_devices, batch.num_experts), np.int64)
             if source_T is None or batch.experts_TLK is None:
-                whole, rest = np.divmod(load_E, cluster.num_devices)
-                first = (np.cumsum(rest) - rest)[None, :]  # what is left is dealt on in turn
-                load_SE += whole + ((np.arange(cluster.num_devices)[:, None] - first) % cluster.num_devices < rest)
+                load_SE = spread_evenly(load_E, cluster.num_devices)
             else:
+                load_SE = np.zeros((cluster.num_devices, batch.num_experts), np.int64)
                 experts_TK = batch.experts_TLK[rows, layer]
                 count_sources(experts_TK, source_T, load_SE)
             driver = self.drivers[layer]
@@ -196,9 +195,8 @@ class _ServingRun:
         self.out["combine"][at] = port_seconds(back_load, model.combine_bytes_per_token, cluster, cluster.combine_wire)[
             0
         ]
-        same_node = cluster.node_D[:, None] == cluster.node_D[None, :]
         self.out["device"][at] = pairs_DD.sum() - np.trace(pairs_DD)
-        self.out["node"][at] = pairs_DD.sum() - (pairs_DD * same_node).sum()
+        self.out["node"][at] = pairs_DD.sum() - (pairs_DD * cluster.same_node_DD).sum()
         once = {name: np.zeros((1, 1)) for name in ("compute", "dispatch", "combine", "kv")}
         add_constants(once, self.tokens_BL[at][None, None], self.batch.top_k, cluster, model, self.traffic)
         for name in ("dispatch", "combine", "kv"):  # the start of compute is in a device's own

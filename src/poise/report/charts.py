@@ -38,11 +38,10 @@ def rule(x: float, top: float, bottom: float, kind: str = "grid") -> str:
     return f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
 
 
-def boxes(kind: str, places: Iterable[tuple[float, float, float, float]], title: str = "") -> str:
+def boxes(kind: str, places: Iterable[tuple[float, float, float, float]]) -> str:
     """Rectangles (x, y, width, height) of one colour, as one path; those too thin to see are left out."""
     path = "".join(f"M{x:.1f} {y:.1f}h{w:.1f}v{h:.1f}h{-w:.1f}z" for x, y, w, h in places if w >= 0.05 and h >= 0.05)
-    name = f"<title>{escape(title)}</title>" if title else ""
-    return f'<path class="{kind}" d="{path}">{name}</path>' if path else ""
+    return f'<path class="{kind}" d="{path}"></path>' if path else ""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

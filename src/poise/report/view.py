@@ -97,7 +97,7 @@ class Columns:
     def of(cls, cluster: Cluster) -> Columns:
         """One device a column up to :data:`MOST_COLUMNS`, else several of one node, or whole nodes."""
         devices, size = cluster.num_devices, -(-cluster.num_devices // MOST_COLUMNS)
-        node_first = np.flatnonzero(np.diff(cluster.node_D, prepend=-1))
+        node_first = cluster.first_N
         if int(cluster.devices_per_node_N.max()) <= size:
             first = node_first[:: -(-len(node_first) // MOST_COLUMNS)]
         else:

@@ -105,6 +105,21 @@ class RoutingBatch:
             return np.asarray(pairs_BL / self.top_k)
         return np.asarray((pairs_BL > 0) * np.diff(self.start_B)[:, None].astype(np.float64))
 
+    def step_T(self) -> NDArray[np.int64]:
+        """Step of each token, int64 [T].
+
+        Raises
+        ------
+        TraceError : no tokens are known.
+        """
+        if self.start_B is None:
+            raise TraceError("tokens need token-level routing", hint="give a routing trace, not a load profile")
+        return np.repeat(np.arange(self.num_steps), np.diff(self.start_B))
+
+    def weight_T(self) -> NDArray[np.float64]:
+        """Weight of each token's step, float64 [T]; errors as :meth:`step_T`."""
+        return self.weight_B[self.step_T()]
+
     def mean_tokens(self) -> float:
         """Tokens of a step, of the layer that has most, mean over steps."""
         return float(self.weight_B @ self.tokens_BL().max(axis=1))
@@ -218,8 +233,7 @@ class RoutingBatch:
         if not self.has_tokens or self.start_B is None:
             return 1.0
         size_B = np.diff(self.start_B)
-        step_T = np.repeat(np.arange(self.num_steps), size_B)
-        flat = step_T * num_devices + self.home_of_tokens(num_devices)
+        flat = self.step_T() * num_devices + self.home_of_tokens(num_devices)
         count_BD = np.bincount(flat, minlength=self.num_steps * num_devices).reshape(self.num_steps, num_devices)
         return float((count_BD.max(axis=1) / np.maximum(np.ceil(size_B / num_devices), 1.0)).mean())
 

@@ -29,7 +29,6 @@ def refuse_exchanged(profile: LoadProfile) -> None:
 def refuse_wrapped(profile: LoadProfile) -> None:
     """Raise TraceError where tokens of layers differ by whole turns of a counter of 8 or 16 bits."""
     load_BLE, layer_ids_L = profile.load_BLE, profile.layer_ids
-    assert layer_ids_L is not None
     bits = 8 * load_BLE.itemsize
     if load_BLE.dtype.kind not in "iu" or bits > 16:
         return

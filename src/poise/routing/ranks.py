@@ -28,6 +28,8 @@ READINGS: tuple[Reading, ...] = ("sum", "steps")
 PROOF_BITS = 16.0
 """Counts show how ranks count if it would look so by chance once in 2^16 times."""
 MAX_RANKS = 65_536
+MOST_SAID = 6
+"""Runs of numbers that a message names."""
 RANK_NAME = re.compile(r"(?<![a-z])rank[-_]?(\d{1,5})(?!\d)", re.IGNORECASE)
 ASK = "'poise convert --ranks sum' adds them up, '--ranks steps' takes them one after another"
 MISSING = "give the files of all ranks; 'poise convert --allow-missing-ranks' takes what is there for all traffic"
@@ -166,13 +168,13 @@ def absent(groups: Sequence[set[int]], expected: int | None = None) -> list[int]
     return [rank for rank in range(most) if rank not in there and (size == 1 or rank // size not in held)]
 
 
-def spans(numbers: Iterable[int], most: int = 6) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """Ascending numbers as text: ``0 to 2, 5``."""
     values = list(numbers)
     breaks = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1] + 1), len(values)]
     runs = [(values[a], values[b - 1]) for a, b in pairwise(breaks) if b > a]
     said = [str(a) if a == b else f"{a}{',' if b == a + 1 else ' to'} {b}" for a, b in runs]
-    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
+    return ", ".join(said[:MOST_SAID]) + (f" and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else "")
 
 
 def told(text: str, allowed: bool) -> list[str]:

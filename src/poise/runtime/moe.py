@@ -41,22 +41,6 @@ class DenseExperts(nn.Module):
         return out
 
 
-class PlainExperts(DenseExperts):
-    """Experts of two matrices: ``down(act(up(x)))``."""
-
-    def __init__(self, num_experts: int, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.act_fn = F.gelu
-        self.up_proj = nn.Parameter(torch.empty(num_experts, inner_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, inner_size))
-        for weight in (self.up_proj, self.down_proj):
-            if not weight.is_meta:
-                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-
-    def expert(self, e: int, x_nd: Tensor) -> Tensor:  # noqa: D102
-        return F.linear(self.act_fn(F.linear(x_nd, self.up_proj[e])), self.down_proj[e])
-
-
 class GatedExperts(DenseExperts):
     """Experts of three matrices, gate and up in one: ``down(silu(gate(x)) * up(x))``."""
 

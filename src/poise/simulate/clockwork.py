@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.exchange import ExchangeModel, exchange_ends
+from poise.machine.cluster import same_node
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,9 +120,9 @@ def meanwhile(
     weights_DD: NDArray[np.float64], tokens_DD: NDArray[np.float64], node_D: NDArray[np.int32]
 ) -> NDArray[np.float64]:
     """Bytes of weights that pass before tokens that share their ports are through: messages share a port evenly."""
-    near_DD = node_D[:, None] == node_D[None, :]
+    same_DD = same_node(node_D)
     out = np.zeros_like(weights_DD)
-    for ports_DD in (near_DD & ~np.eye(len(node_D), dtype=bool), ~near_DD):
+    for ports_DD in (same_DD & ~np.eye(len(node_D), dtype=bool), ~same_DD):
         sent_DD = tokens_DD * ports_DD
         longest_DD = np.maximum(sent_DD.max(axis=1)[:, None], sent_DD.max(axis=0)[None, :])
         out += np.minimum(weights_DD, longest_DD) * ports_DD

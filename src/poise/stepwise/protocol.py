@@ -188,8 +188,6 @@ class StepPolicy(Protocol):
     """Most recent steps whose loads it looks at beside the prediction (:attr:`LayerView.recent_HE`)."""
     unbounded: ClassVar[bool] = False
     """Takes no notice of ``step_slots``: a plan may fill more slots than there are."""
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    """Settings that a comparison tries, the published ones first."""
 
     def before_gate(self, view: LayerView) -> NDArray[np.bool_]:
         """Holders from predicted loads, bool [E, D]; by default nothing moves."""

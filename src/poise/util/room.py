@@ -15,9 +15,9 @@ FREE_BYTES = 64 << 20
 GROUPS = Path("/sys/fs/cgroup")
 
 
-def blocks(count: int, each: int, most: int | None = None) -> Iterator[slice]:
-    """Slices of ``count`` rows of ``each`` bytes, in order: of ``most`` bytes (:data:`BLOCK_BYTES`) or one row."""
-    rows = max(1, (BLOCK_BYTES if most is None else most) // max(1, each))
+def blocks(count: int, each: int) -> Iterator[slice]:
+    """Slices of ``count`` rows of ``each`` bytes, in order: of :data:`BLOCK_BYTES` or one row."""
+    rows = max(1, BLOCK_BYTES // max(1, each))
     for first in range(0, count, rows):
         yield slice(first, min(count, first + rows))
 

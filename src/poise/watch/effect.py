@@ -160,7 +160,7 @@ class MapEffects:
     Parameters
     ----------
     source : where scrapes come from.
-    settings, window_s : how maps are judged, and seconds of a window.
+    window_s : seconds of a window.
     clock : seconds since 1970, as scrapes are told in.
 
     Attributes
@@ -169,10 +169,9 @@ class MapEffects:
     """
 
     def __init__(
-        self, source: MetricSource, settings: HelpedSettings | None = None, *, window_s: float = WINDOW_S,
-        clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
-        self._source, self._settings, self._clock = source, settings or HelpedSettings(), clock
+        self, source: MetricSource, *, window_s: float = WINDOW_S, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._source, self._settings, self._clock = source, HelpedSettings(), clock
         self._windows = MetricWindows(window_s)
         self._era: deque[MetricWindow] = deque(maxlen=MOST_WINDOWS)
         self._runs: Placement | None = None

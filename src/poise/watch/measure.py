@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.bound import step_bound_BL
+from poise.cost.bound import bound_terms
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.routing.batch import RoutingBatch
@@ -52,6 +52,5 @@ def judge(window: RoutingBatch, placement: Placement, problem: PlacementProblem)
 def bound_seconds(window: RoutingBatch, problem: PlacementProblem) -> float:
     """Seconds of a step's MoE layers that no placement with the problem's slots, and no split, can beat."""
     p = problem
-    bound_BL = step_bound_BL(window, p.cluster, p.model, traffic=p.traffic, slots_D=p.slots_D,
-                             blind=p.split != "near")  # fmt: skip
-    return float(window.weight_B @ bound_BL.sum(axis=1))
+    bound = bound_terms(window, p.cluster, p.model, traffic=p.traffic, slots_D=p.slots_D, blind=p.split != "near")
+    return float(window.weight_B @ bound.seconds_BL.sum(axis=1))

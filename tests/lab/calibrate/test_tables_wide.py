@@ -24,7 +24,9 @@ def made_up(gpu="h200"):
     shape = np.array([(hidden, 1536, 256, 8) for hidden, *_ in grid])
     ranks, tokens, slots = (np.array([one[i] for one in grid]) for i in (1, 2, 4))
     alpha = np.array([one[3] for one in grid])
-    rows = wide.WideRows(gpu, "fp8_block", "1.3.0", 1.0, shape, ranks, tokens, alpha, slots, np.ones(len(grid)))
+    rows = wide.WideRows(
+        gpu, "fp8_block", "sglang", "wide-EP", "1.3.0", 1.0, shape, ranks, tokens, alpha, np.ones(len(grid)), slots
+    )
     return replace(rows, seconds_R=cases.TRUE.seconds(wide.wide_work(rows, KNOWN)))
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 from tests.cases import read_options, run_cases
 from tests.runtime.device.mirror import MirrorKernels
 from tests.runtime.device.traced import GraphRules
+from tests.runtime.expert_modules import PlainExperts
 
 from poise.cost.route import rows_into
 from poise.cost.weights import step_price
@@ -29,7 +30,7 @@ from poise.runtime.device.slot_weights import SlotWeights
 from poise.runtime.dispatch import all_counts, make_exchange
 from poise.runtime.experts import recognise
 from poise.runtime.layer import LayerStep
-from poise.runtime.moe import GatedExperts, PlainExperts
+from poise.runtime.moe import GatedExperts
 from poise.stepwise.kernels import LayerSlots
 from poise.util.errors import CapacityError, CommunicationError, ModelError, OptionError
 

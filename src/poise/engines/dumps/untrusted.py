@@ -144,17 +144,17 @@ def whole(name: str, value: Any, low: int = 0, high: int = BIG) -> int:
     return value
 
 
-def npy_file(path: Path, most: int = MAX_FILE_BYTES) -> NDArray[Any]:
+def npy_file(path: Path) -> NDArray[Any]:
     """The array of a ``.npy`` file of whole numbers or floats, read-only.
 
     Raises
     ------
-    TraceError : as :func:`integer_npy`, a file of more than ``most`` bytes, or one that does not fit into memory.
+    TraceError : as :func:`integer_npy`, or a file of more bytes than :data:`MAX_FILE_BYTES`, or than memory has left.
     """
     with open_regular(path, TraceError) as stream:
         size = os.fstat(stream.fileno()).st_size
-        if size > most:
-            raise TraceError(f"{size} bytes, at most {most} are read")
+        if size > MAX_FILE_BYTES:
+            raise TraceError(f"{size} bytes, at most {MAX_FILE_BYTES} are read")
         start, dtype, shape, fortran = _npy_header(stream.read(4096), size, floats=True)
         require(size, f"an array {list(shape)} of {dtype}", TraceError)
         out = np.empty(prod(shape), dtype)
@@ -170,14 +170,14 @@ def npy_file(path: Path, most: int = MAX_FILE_BYTES) -> NDArray[Any]:
     return out
 
 
-def integer_npy(data: bytes, *, floats: bool = False) -> NDArray[Any]:
-    """An array of whole numbers (or ``floats``) in numpy's own format; a view of ``data``.
+def integer_npy(data: bytes) -> NDArray[Any]:
+    """An array of whole numbers in numpy's own format; a view of ``data``.
 
     Raises
     ------
     TraceError : another type of array, or another size than its header claims.
     """
-    start, dtype, shape, fortran = _npy_header(data[:4096], len(data), floats=floats)
+    start, dtype, shape, fortran = _npy_header(data[:4096], len(data), floats=False)
     return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 

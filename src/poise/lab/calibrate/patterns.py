@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.exchange import evenness
+from poise.machine.cluster import same_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class PortBytes:
 def port_bytes(bytes_DD: NDArray[np.float64], node_D: NDArray[np.int32]) -> PortBytes:
     """The fullest ports of an exchange; what stays on its rank passes none."""
     sent = bytes_DD * ~np.eye(len(node_D), dtype=bool)
-    near = node_D[:, None] == node_D[None, :]
+    near = same_node(node_D)
     inside, between = sent * near, sent * ~near
     out_N = np.bincount(node_D, weights=between.sum(axis=1))
     in_N = np.bincount(node_D, weights=between.sum(axis=0))
@@ -73,8 +74,8 @@ def bulk_patterns(node_D: NDArray[np.int32], *, single: bool = False) -> dict[st
     port of a device from one of a node.
     """
     devices = len(node_D)
-    near = (node_D[:, None] == node_D[None, :]) & ~np.eye(devices, dtype=bool)
-    far = node_D[:, None] != node_D[None, :]
+    far = ~same_node(node_D)
+    near = ~far & ~np.eye(devices, dtype=bool)
     out: dict[str, NDArray[np.float64]] = {}
     if near.any():
         out["intra"] = near.astype(float)
@@ -83,7 +84,7 @@ def bulk_patterns(node_D: NDArray[np.int32], *, single: bool = False) -> dict[st
     if near.any() and far.any():
         out["all"] = (near | far).astype(float)
     if devices > 2:
-        hot = 0.25 * (near | far)
+        hot = 0.25 * (near | far).astype(float)
         hot[:-1, -1] = 1.0
         out["hot"] = hot
     if single and far.any() and near.any():
@@ -94,8 +95,8 @@ def bulk_patterns(node_D: NDArray[np.int32], *, single: bool = False) -> dict[st
 
 def balanced(node_D: NDArray[np.int32], intra_bytes_per_s: float, inter_bytes_per_s: float) -> NDArray[np.float64]:
     """Inside and between nodes at once, in proportion to the rates, so that all ports should end together."""
-    near = (node_D[:, None] == node_D[None, :]) & ~np.eye(len(node_D), dtype=bool)
-    far = node_D[:, None] != node_D[None, :]
+    far = ~same_node(node_D)
+    near = ~far & ~np.eye(len(node_D), dtype=bool)
     most_near, most_far = near.sum(axis=1).max(), far.sum(axis=1).max()
     return scaled(near * (intra_bytes_per_s / most_near) + far * (inter_bytes_per_s / most_far), node_D)
 

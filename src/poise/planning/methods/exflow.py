@@ -6,7 +6,7 @@ Step 2  Integer programme of a stage: binary x[l, e, p], expert e of layer l in 
         cost >= |x[l, a, p] - x[l + 1, b, p]| for all p; every expert in one part; every part holds exactly its number
         of experts in every layer; minimise the mean cost, the share of transitions that change their part.
 Step 3  Stage 1: parts are the nodes. Stage 2: in each node, parts are its devices, and only transitions that stay on
-        the node count. ``bipartition``, the code's other mode, halves the devices until one is left.
+        the node count. (The code's other mode, which halves the devices until one is left, is not here.)
 
 There is no load term and no notion of replicas: redundant slots stay empty.
 
@@ -19,23 +19,21 @@ What the source leaves open, and what stands in for Gurobi:
 - Larger programmes: the same objective by block-coordinate descent. With its neighbours fixed the best parts of a
   whole layer are an assignment problem, solved exactly, in sweeps forward and backward until nothing improves, from
   the contiguous layout and from seeded ones: a random layer grown outwards, then the best with some layers drawn anew.
-- Models with K > 1 (the paper has top-1 gates): ``flow="top1"`` follows the heaviest experts, ``flow="all"`` goes from
-  the heaviest to all K experts of the next layer.
+- Models with K > 1 (the paper has top-1 gates): the heaviest experts are followed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.cost.entries import HeldEntries
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.planning.solve.milp import INF, Milp
 from poise.routing.batch import RoutingBatch
 from poise.routing.profile import count_pairs
@@ -46,53 +44,23 @@ MAX_ROWS = 800
 MAX_NODES = 200
 ASSIGNMENT_SECONDS = 1e-7
 """Nominal seconds of the best parts of one layer, by the square of its experts."""
+STARTS, SWEEPS = 24, 15
+"""Most layouts that the descent starts from, and sweeps from each."""
 INTER_HOP = 2.0
 """Cost of a hop between nodes in the published code; inside a node it is 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExFlowSetting:
-    """What the paper leaves open.
-
-    Parameters
-    ----------
-    stages : nodes, then devices; or halves of halves.
-    flow : transitions between heaviest experts, or from the heaviest to all K of the next layer.
-    starts, sweeps : bounds on the descent's work.
+def expected_affinity_LEE(batch: RoutingBatch, *, picks: int = 1) -> NDArray[np.float64]:
+    """Step 1: expected tokens of a step from each heaviest expert to the heaviest ``picks`` of the next layer,
+    [L - 1, E, E]; 0 where only loads are known. A token that computes nothing in a layer is not followed over it.
     """
-
-    stages: Literal["node-gpu", "bipartition"] = "node-gpu"
-    flow: Literal["top1", "all"] = "top1"
-    starts: int = 24
-    sweeps: int = 15
-
-
-PUBLISHED = ExFlowSetting()
-GRID: tuple[ExFlowSetting, ...] = (
-    PUBLISHED,
-    ExFlowSetting(stages="bipartition"),
-    ExFlowSetting(flow="all"),
-    ExFlowSetting(stages="bipartition", flow="all"),
-)
-
-
-def expected_affinity_LEE(batch: RoutingBatch, flow: str) -> NDArray[np.float64]:
-    """Step 1: expected tokens of a step from expert to expert of the next layer, [L - 1, E, E].
-
-    Raises
-    ------
-    NoResultError : the batch has loads only.
-    """
-    if batch.experts_TLK is None or batch.start_B is None:
-        raise NoResultError(
-            "ExFlow needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
-        )
     experts = batch.num_experts
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
-    ids = batch.experts_TLK.astype(np.int64)
     out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
+    if batch.experts_TLK is None:
+        return out
+    weight_T, ids = batch.weight_T(), batch.experts_TLK.astype(np.int64)
     for layer in range(batch.num_layers - 1):
-        for k in range(batch.top_k if flow == "all" else 1):
+        for k in range(picks):
             pairs = count_pairs(ids[:, layer, 0], ids[:, layer + 1, k], experts, weight_T)
             out[layer] += pairs.reshape(experts, experts)
     return out
@@ -110,15 +78,6 @@ def hops(affinity: NDArray[np.float64], device_LE: NDArray[Any], node_D: NDArray
     total = max(float(affinity.sum()), 1e-300)
     inter = crossings(affinity, np.asarray(node_D)[device_LE])
     return (crossings(affinity, device_LE) - inter) / total, inter / total
-
-
-def equal_sizes(num_experts: int, slots_D: NDArray[Any]) -> NDArray[np.int64]:
-    """Experts of each device in every layer, int [D]: as equal as slots allow, the first devices get the rest."""
-    sizes = np.zeros(len(slots_D), np.int64)
-    for _ in range(num_experts):
-        fits = np.flatnonzero(sizes < slots_D)
-        sizes[fits[np.argmin(sizes[fits])]] += 1
-    return sizes
 
 
 def integer_programme(
@@ -208,7 +167,6 @@ def descend(
     affinity: NDArray[np.float64],
     sizes_P: NDArray[np.int64],
     layers: int,
-    setting: ExFlowSetting,
     *,
     seed: int,
     budget: Budget,
@@ -218,13 +176,13 @@ def descend(
     blocks = np.repeat(np.arange(len(sizes_P)), sizes_P)
     best = np.tile(blocks, (layers, 1))
     left = max(1, int(budget.seconds / (2 * layers * ASSIGNMENT_SECONDS * max(1, len(blocks)) ** 2)))
-    value, done = _sweep(affinity, best, sizes_P, min(setting.sweeps, left), budget)
+    value, done = _sweep(affinity, best, sizes_P, min(SWEEPS, left), budget)
     left -= done
-    for start in range(1, setting.starts):
+    for start in range(1, STARTS):
         if value <= 0 or left <= 0 or budget.over("exflow"):
             break
         trial = best.copy()
-        if start <= setting.starts // 2:
+        if start <= STARTS // 2:
             known = np.zeros(layers, bool)
             root = int(rng.integers(layers))
             trial[root], known[root] = rng.permutation(blocks), True
@@ -232,27 +190,16 @@ def descend(
             known = rng.random(layers) < 0.5
             known[rng.integers(layers)] = True
         _grow(affinity, trial, known, sizes_P)
-        found, done = _sweep(affinity, trial, sizes_P, min(setting.sweeps, left), budget)
+        found, done = _sweep(affinity, trial, sizes_P, min(SWEEPS, left), budget)
         left -= done + 1
         if found < value * (1 - 1e-12):
             best, value = trial, found
     return best
 
 
-def _stages(node_D: NDArray[Any], stages: str) -> Iterator[list[NDArray[np.int64]]]:
+def _stages(node_D: NDArray[Any]) -> Iterator[list[NDArray[np.int64]]]:
     """Step 3: each split of a set of devices into the parts of one programme, outermost first."""
-
-    def halve(devices: NDArray[np.int64]) -> Iterator[list[NDArray[np.int64]]]:
-        if len(devices) > 1:
-            halves = [devices[: len(devices) // 2], devices[len(devices) // 2 :]]
-            yield halves
-            for half in halves:
-                yield from halve(half)
-
     devices = np.arange(len(node_D), dtype=np.int64)
-    if stages == "bipartition":
-        yield from halve(devices)
-        return
     nodes = [devices[node_D == n] for n in range(int(node_D[-1]) + 1)]
     if len(nodes) > 1:
         yield nodes
@@ -262,23 +209,23 @@ def _stages(node_D: NDArray[Any], stages: str) -> Iterator[list[NDArray[np.int64
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None,
-    setting: ExFlowSetting = PUBLISHED,
-) -> MethodResult:  # fmt: skip
-    """ExFlow in two stages (or by halves); see the module.
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
+) -> MethodResult:
+    """ExFlow in two stages; see the module.
 
     Raises
     ------
     NoResultError : the batch has loads only.
     """
     batch, node_D = problem.batch, problem.cluster.node_D
-    affinity = expected_affinity_LEE(batch, setting.flow)
+    problem.tokens_for("ExFlow")
+    affinity = expected_affinity_LEE(batch)
     sizes = equal_sizes(batch.num_experts, problem.slots_D)
     layers = batch.num_layers
     # Experts with the same first device are not told apart yet.
     device_LE = np.zeros((layers, batch.num_experts), np.int64)
     budget = Budget.of(time_limit_s)
-    todo = list(_stages(node_D, setting.stages))
+    todo = list(_stages(node_D))
     notes: list[dict[str, Any]] = []
     for number, parts in enumerate(todo):
         sizes_P = np.array([int(sizes[part].sum()) for part in parts])
@@ -289,7 +236,7 @@ def plan(
         for layer, step in enumerate(affinity):
             inner[layer] = step[np.ix_(member_LM[layer], member_LM[layer + 1])]
         share, done = 0.5 / len(todo), number / len(todo)
-        part_LM = descend(inner, sizes_P, layers, setting, seed=seed + number,
+        part_LM = descend(inner, sizes_P, layers, seed=seed + number,
                           budget=budget.part(share, until=done + share))  # fmt: skip
         value, bound = crossings(inner, part_LM), 0.0
         note: dict[str, Any] = {"parts": len(parts), "by": "descent"}
@@ -309,13 +256,11 @@ def plan(
         np.put_along_axis(device_LE, member_LM, first_P[part_LM], axis=1)
         if progress:
             progress("stage", (number + 1) / len(todo))
-    placement = Placement.from_devices(device_LE, problem.num_devices)
-    placement = problem.placed(placement.count_LED(), "exflow")
+    placement = problem.placed(HeldEntries.of_devices(device_LE, problem.num_devices), "exflow")
     intra, inter = hops(affinity, device_LE, node_D)
     return MethodResult(
         placement,
         {
-            "setting": asdict(setting),
             "stages": notes,
             "hops_inside_nodes": intra,
             "hops_between_nodes": inter,

@@ -9,8 +9,8 @@ Step 2  Experts in descending mean + z std (z = 0.674, the 75 % quantile) are cu
 Step 3  For each group but the last: how many of the redundant replicas left go to it, the rest going to all later
         groups. Start from its part in an allotment over both together; try up to 8 (width) fewer and more, nearest
         first, fewer before more, and keep the first with the least score. Inside a group and among the later ones
-        each replica goes to the largest (mean + z std) / replicas; release 0.18.0 and the version offered to vLLM (pull
-        request 37656) gave them in proportion to mean + z std (largest remainders): ``allotment="proportional"``.
+        each replica goes to the largest (mean + z std) / replicas (in proportion to mean + z std in release 0.18.0 and
+        in the version offered to vLLM, pull request 37656).
 Step 4  Score of a choice: all replicas are placed by step 5; mean over samples of max/mean over devices, even split.
 Step 5  Covariance-aware LPT: experts in descending mean / replicas; each replica to the device with a free slot,
         without the expert, where mean + z std of the device's load (with all covariances on it) is least.
@@ -39,7 +39,7 @@ Chosen where the source is silent or cannot be followed (docs/planning.md says i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,6 @@ class FlashLBSetting:
     depth : groups of experts whose replicas are decided one after the other; 1 = no search.
     width : farthest distance of a tried number of replicas from the first guess.
     samples : samples that steps are merged into where there are enough, or None to use every step.
-    allotment : replicas one at a time to the largest load / replicas, or in proportion to load.
     added : tokens added to every expert in every step.
     """
 
@@ -71,7 +70,6 @@ class FlashLBSetting:
     depth: int = 4
     width: int = 8
     samples: int | None = 64
-    allotment: Literal["greedy", "proportional"] = "greedy"
     added: float = 1.0
 
     def __post_init__(self) -> None:
@@ -83,18 +81,9 @@ class FlashLBSetting:
             )
         if not (np.isfinite(self.added) and self.added >= 0):
             raise OptionError(f"the tokens added to every expert must be at least 0, got {self.added}")
-        if self.allotment not in ("greedy", "proportional"):
-            raise OptionError(f"unknown allotment {self.allotment!r}", hint="one of greedy, proportional")
 
 
 PUBLISHED = FlashLBSetting()
-GRID: tuple[FlashLBSetting, ...] = (
-    PUBLISHED,
-    FlashLBSetting(samples=None),
-    FlashLBSetting(allotment="proportional"),
-    FlashLBSetting(depth=8, width=16),
-    FlashLBSetting(z_score=0.0),
-)
 
 
 def samples(
@@ -132,26 +121,15 @@ def statistics(
     return mean_E, (off * count_T[:, None]).T @ off / freedom
 
 
-def allot(value_E: NDArray[np.float64], extra: int, most: int, how: str) -> NDArray[np.int64]:
+def allot(value_E: NDArray[np.float64], extra: int, most: int) -> NDArray[np.int64]:
     """Replicas after 0, 1, ..., ``extra`` redundant ones, int [extra + 1, E], at most ``most`` each.
 
     ``extra`` must not exceed E * (most - 1).
     """
-    experts = len(value_E)
-    out = np.ones((extra + 1, experts), np.int64)
-    if how == "greedy":
-        for r in range(1, extra + 1):
-            out[r] = out[r - 1]
-            out[r, np.argmax(np.where(out[r] < most, value_E / out[r], -1.0))] += 1
-        return out
-    total = float(value_E.sum())
-    share_E = value_E / total if total > 0 else np.full(experts, 1.0 / max(experts, 1))
+    out = np.ones((extra + 1, len(value_E)), np.int64)
     for r in range(1, extra + 1):
-        quota = share_E * r
-        given = np.minimum(np.floor(quota).astype(np.int64), most - 1)
-        for _ in range(r - int(given.sum())):
-            given[np.argmax(np.where(given < most - 1, quota - given, -np.inf))] += 1
-        out[r] += given
+        out[r] = out[r - 1]
+        out[r, np.argmax(np.where(out[r] < most, value_E / out[r], -1.0))] += 1
     return out
 
 
@@ -244,17 +222,17 @@ def search(layer: Layer, s: FlashLBSetting) -> tuple[float, NDArray[np.bool_]]:
     experts, most = len(layer.mean_E), int((layer.slots_D > 0).sum())
     value_E = layer.mean_E + s.z_score * np.sqrt(np.maximum(np.diag(layer.cov_EE), 0.0))
     left = int(layer.slots_D.sum()) - experts
-    replicas = allot(value_E, left, most, s.allotment)[-1]
+    replicas = allot(value_E, left, most)[-1]
     order = np.argsort(-value_E, kind="stable")
     size = -(-experts // s.depth)
     for node in range(s.depth - 1):
         rest = order[node * size :]
         own, later = rest[:size], rest[size:]
         room, beyond = len(own) * (most - 1), len(later) * (most - 1)
-        own_RE = allot(value_E[own], min(left, room), most, s.allotment)
-        later_RE = allot(value_E[later], min(left, beyond), most, s.allotment)
+        own_RE = allot(value_E[own], min(left, room), most)
+        later_RE = allot(value_E[later], min(left, beyond), most)
         low, high = max(0, left - beyond), min(left, room)
-        guess = int((allot(value_E[rest], left, most, s.allotment)[-1][:size] - 1).sum())
+        guess = int((allot(value_E[rest], left, most)[-1][:size] - 1).sum())
         best, best_score = guess, np.inf
         tried = [guess, *(guess + sign * r for r in range(1, s.width + 1) for sign in (-1, 1))]
         for r in (r for r in tried if low <= r <= high):
@@ -322,7 +300,7 @@ def plan(
     details: dict[str, Any] = {
         "changed_layers": int((after < before).sum()), "samples": len(weight_T),
         "empty_slots": int(table.room_D.sum() * batch.num_layers - (out >= 0).sum()),
-        "score_before": float(before.mean()), "score": float(after.mean()), "allotment": setting.allotment,
+        "score_before": float(before.mean()), "score": float(after.mean()),
     }  # fmt: skip
     notes = [*table.notes, *uneven(problem, table)]
     if notes:

@@ -24,14 +24,12 @@ Where the source is under-specified, and what was chosen:
   groups go to nodes and devices with more slots. A replica whose device is full goes to the next least loaded one with
   room, or nowhere.
 - "Those whose cumulative load exceeds": the shortest list of the hottest experts with more load than that.
-- ``rounds`` > 1 repeats step 5 with the replicas' loads split evenly until no slot or round is left (published: once);
-  ``reserve`` slots of every device are kept from the groups, for replicas, where the slots suffice.
 - A layer without co-activation (top-1 models): groups balanced by load alone (LPT); ``details["grouping"]`` says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,39 +39,10 @@ from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.profile import coactivation_LEE
-from poise.util.errors import NoResultError
 
 RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 KMEANS_STARTS = 10
 KMEANS_ROUNDS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class GraceSetting:
-    """What the paper leaves open.
-
-    Parameters
-    ----------
-    ratio : r; None = the knee.
-    rounds : most repetitions of the replication step (0: no replicas).
-    reserve : slots of each device that grouping leaves to replicas.
-    """
-
-    ratio: float | None = None
-    rounds: int = 1
-    reserve: int = 0
-
-
-PUBLISHED = GraceSetting()
-GRID: tuple[GraceSetting, ...] = (
-    PUBLISHED,
-    *(
-        GraceSetting(ratio=ratio, rounds=rounds, reserve=reserve)
-        for ratio in (None, 0.0, 0.15, 0.5)
-        for rounds, reserve in ((1, 1), (1000, 1))
-    ),
-    GraceSetting(ratio=0.15),
-)
 
 
 def spectral_groups(affinity: NDArray[Any], groups: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -236,9 +205,8 @@ def replicate_hot(count_ED: NDArray[np.int32], load_E: NDArray[np.float64], slot
 
 
 def plan(
-    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None,
-    setting: GraceSetting = PUBLISHED,
-) -> MethodResult:  # fmt: skip
+    problem: PlacementProblem, *, time_limit_s: Limit, seed: int = 0, progress: Progress | None = None
+) -> MethodResult:
     """Grouping and replication of GRACE-MoE; layers that the clock cuts off go by load alone.
 
     Raises
@@ -247,54 +215,42 @@ def plan(
     """
     batch, node_D, budget = problem.batch, problem.cluster.node_D, Budget.of(time_limit_s)
     experts, devices = batch.num_experts, problem.num_devices
-    if batch.experts_TLK is None:
-        raise NoResultError(
-            "GRACE-MoE needs token-level routing, got loads only", hint="give a routing trace, not a load profile"
-        )
+    experts_TLK = problem.tokens_for("GRACE-MoE")
     slots = np.minimum(problem.slots_D, experts)
-    room = np.maximum(slots - setting.reserve, np.minimum(slots, 1))
-    if room.sum() < experts:
-        room = slots
     load_LE = batch.load_LE()
-    affinity_LEE = coactivation_LEE(batch.experts_TLK, experts)
+    affinity_LEE = coactivation_LEE(experts_TLK, experts)
     affinity_LEE[:, np.arange(experts), np.arange(experts)] = 0
     rng = np.random.default_rng(seed)
     clusters: list[_Clusters | None] = []
     for layer, affinity in enumerate(affinity_LEE):
         useful = affinity.any() and not budget.over("grace-moe")
-        clusters.append(_cluster(affinity, node_D, room, rng) if useful else None)
+        clusters.append(_cluster(affinity, node_D, slots, rng) if useful else None)
         if progress:
             progress("spectral clustering", (layer + 1) / batch.num_layers)
     grouped = [c for c in clusters if c is not None]
-    ratio = setting.ratio
+    ratio = RATIOS[0]
     curve: list[dict[str, float]] = []
-    if ratio is None:
-        ratio = RATIOS[0]
-        if grouped:
-            for r in RATIOS:
-                layouts = [c.devices(node_D, room, r) for c in grouped]
-                inside = [affinity_inside(c.affinity, d) for c, d in zip(grouped, layouts, strict=True)]
-                sizes = np.array([np.bincount(d, minlength=devices) for d in layouts])
-                deviation = np.sqrt(((sizes - experts / devices) ** 2).mean(axis=1))
-                curve.append({"r": r, "U": float(np.mean(inside)), "S": float(deviation.mean())})
-            ratio = RATIOS[knee(np.array([c["U"] for c in curve]), np.array([c["S"] for c in curve]))]
+    for r in RATIOS if grouped else ():
+        layouts = [c.devices(node_D, slots, r) for c in grouped]
+        inside = [affinity_inside(c.affinity, d) for c, d in zip(grouped, layouts, strict=True)]
+        sizes = np.array([np.bincount(d, minlength=devices) for d in layouts])
+        deviation = np.sqrt(((sizes - experts / devices) ** 2).mean(axis=1))
+        curve.append({"r": r, "U": float(np.mean(inside)), "S": float(deviation.mean())})
+    if curve:
+        ratio = RATIOS[knee(np.array([c["U"] for c in curve]), np.array([c["S"] for c in curve]))]
     count_LED = np.zeros((batch.num_layers, experts, devices), np.int32)
     made = 0
     for count, load, cluster in zip(count_LED, load_LE, clusters, strict=True):
         if cluster is None:
-            count[:] = pack(load, np.ones(experts, np.int64), room, np.ones(devices))
+            count[:] = pack(load, np.ones(experts, np.int64), slots, np.ones(devices))
         else:
-            count[np.arange(experts), cluster.devices(node_D, room, ratio)] = 1
-        for _ in range(setting.rounds):
-            new = replicate_hot(count, load, slots)
-            made += new
-            if not new:
-                break
+            count[np.arange(experts), cluster.devices(node_D, slots, ratio)] = 1
+        made += replicate_hot(count, load, slots)
     plain = batch.num_layers - len(grouped)
     grouping = "spectral" if not plain else f"load only in {plain} of {batch.num_layers} layers: no co-activation"
-    inside = [affinity_inside(c.affinity, c.devices(node_D, room, ratio)) for c in grouped]
+    inside = [affinity_inside(c.affinity, c.devices(node_D, slots, ratio)) for c in grouped]
     details: dict[str, Any] = {
-        "setting": asdict(setting), "ratio": ratio, "curve": curve, "grouping": grouping, "replicas": made,
+        "ratio": ratio, "curve": curve, "grouping": grouping, "replicas": made,
         "affinity_inside_groups": float(np.mean(inside)) if inside else None,
     }  # fmt: skip
     return MethodResult(problem.placed(count_LED, "grace-moe"), details)

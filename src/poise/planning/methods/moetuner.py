@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.cost.entries import HeldEntries
 from poise.machine.cluster import Cluster
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.planning.solve.milp import INF, Milp
 from poise.routing.profile import affinity_LEE
 from poise.util.compiled import compiled
@@ -179,8 +179,7 @@ def ilp1(
 
 def pair_bandwidth(cluster: Cluster) -> NDArray[np.float64]:
     """B[g1, g2], bytes/s [D, D]: the narrower port class on the way; infinite on the diagonal (no traffic)."""
-    same = cluster.node_D[:, None] == cluster.node_D[None, :]
-    out = np.where(same, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s)
+    out = np.where(cluster.same_node_DD, cluster.intra_bytes_per_s, cluster.inter_bytes_per_s)
     np.fill_diagonal(out, np.inf)
     return out
 
@@ -364,12 +363,7 @@ def _solve(
 ) -> MethodResult:
     batch, num = problem.batch, problem.num_devices
     load_LE = batch.load_LE()
-    sizes = None
-    if equal:
-        sizes = np.zeros(num, np.int64)
-        for _ in range(batch.num_experts):
-            fits = np.flatnonzero(sizes < problem.slots_D)
-            sizes[fits[np.argmin(sizes[fits])]] += 1
+    sizes = equal_sizes(batch.num_experts, problem.slots_D) if equal else None
     clusters: list[NDArray[np.int64]] = []
     notes: list[dict[str, Any]] = []
     for layer, load in enumerate(load_LE):
@@ -399,16 +393,14 @@ def _solve(
     if progress:
         progress("ILP 2", 1.0)
     device_LE = np.take_along_axis(gpu_LC, cluster_LE, axis=1)
-    placement = Placement.from_devices(device_LE, num, layer_ids_L=batch.layer_ids_L, method=name)
-    used_D = placement.count_LED().sum(axis=(0, 1))
+    held = HeldEntries.of_devices(device_LE, num)
+    used_D = held.used_LD().sum(axis=0)
     if problem.pooled and (used_D > problem.slots_D * batch.num_layers).any():
         d = int(np.argmax(used_D - problem.slots_D * batch.num_layers))
         raise InfeasibleError(
             f"MoETuner puts {used_D[d]} experts on device {d}, which has {problem.slots_D[d] * batch.num_layers} slots "
             "over all layers: its memory constraint knows only equal devices"
         )
-    if not problem.pooled:
-        placement = problem.placed(placement.count_LED(), name)
     details: dict[str, Any] = {
         "ilp1": notes,
         "ilp1_worst_gap_of_tokens": max(note["gap_of_tokens"] for note in notes),
@@ -416,7 +408,7 @@ def _solve(
         "ilp2_bound": bound,
         "ilp2": "as published" if batch.has_tokens else "no token-level routing: only the memory equalities",
     }
-    return MethodResult(placement, details)
+    return MethodResult(problem.placed(held, name), details)
 
 
 def plan(

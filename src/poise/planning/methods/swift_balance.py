@@ -22,7 +22,7 @@ Step 8  Experts that stay on their rank keep their slot.
 
 Shares and loads of ranks are float32, added up slot by slot, as in the code. The shares of step 4 never lie below the
 true ones, so, where the layers' loads are alike, a kept layer is never less balanced than it was on the fitted traffic;
-they do hide gains, which is why :data:`GRID` has ``share="even"`` too.
+they do hide gains, which is why there is ``share="even"`` too.
 
 Chosen where the source is silent or cannot be followed (docs/planning.md says it for users):
 
@@ -87,12 +87,6 @@ class SwiftBalanceSetting:
 
 
 PUBLISHED = SwiftBalanceSetting()
-GRID: tuple[SwiftBalanceSetting, ...] = (
-    PUBLISHED,
-    SwiftBalanceSetting(share="even"),
-    SwiftBalanceSetting(share="even", min_gain=0.0),
-    SwiftBalanceSetting(share="even", min_gain=0.0, max_transfers=8),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,23 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from poise.cost.entries import HeldEntries
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
 from poise.routing.trace import NO_EXPERT
 
-PRICES = (1.0, 3.0)
+PRICES, ROUNDS = (1.0, 3.0), 6
 
 
 def _assign(
-    gain_ED: NDArray[np.float64], load_E: NDArray[np.float64], slots_D: NDArray[np.int64], price: float, rounds: int = 6
+    gain_ED: NDArray[np.float64], load_E: NDArray[np.float64], slots_D: NDArray[np.int64], price: float
 ) -> NDArray[np.int64]:
     """Device of each expert, int [E]: most gain, with the price of a device raised while it is overloaded."""
     slot_device = np.repeat(np.arange(len(slots_D)), slots_D)
     price_D = np.zeros(len(slots_D))
     share = load_E.sum() * slots_D / slots_D.sum()
     best, best_load = np.zeros(len(load_E), np.int64), np.inf
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         value = gain_ED - load_E[:, None] * price_D
         _, slot = linear_sum_assignment(-value[:, slot_device])
         device = slot_device[slot]
@@ -59,13 +60,5 @@ def affinity_start(problem: PlacementProblem) -> list[Placement]:
             gain = np.bincount(flat, minlength=experts * devices).reshape(experts, devices) / max(1, len(ids))
             load = load_LE[layer] / max(load_LE[layer].sum(), 1e-12)
             device[layer] = _assign(gain, load, slots, price)
-        placement = Placement.from_devices(device, devices, layer_ids_L=batch.layer_ids_L, method=f"affinity-{price:g}")
-        out.append(
-            Placement.from_counts(
-                placement.count_LED(),
-                slots_D=None if problem.pooled else problem.slots_D,
-                layer_ids_L=batch.layer_ids_L,
-                method=placement.method,
-            ),
-        )
+        out.append(problem.placed(HeldEntries.of_devices(device, devices), f"affinity-{price:g}"))
     return out

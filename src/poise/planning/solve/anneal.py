@@ -17,9 +17,7 @@ Step 3  In the last quarter the state with the least weighted mean of maxima is 
 from __future__ import annotations
 
 # ruff: noqa: NPY002 - inside compiled code numpy's global generator is numba's own, seeded in the same call
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +29,7 @@ from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
 from poise.planning.problem import PlacementProblem
 from poise.util.compiled import compiled
-from poise.util.executors import cores
+from poise.util.executors import cores, in_threads
 
 PROPOSALS = 400_000
 MAX_SCENARIOS = 8
@@ -53,17 +51,36 @@ def _power(x, high):  # type: ignore[no-untyped-def]
     return x
 
 
-@compiled(nogil=True)
-def anneal_slots(
-    load_BE: NDArray[np.float64], weight_B: NDArray[np.float64], slot_expert: NDArray[np.int64],
-    slot_device: NDArray[Any], rate_D: NDArray[np.float64], proposals: int, draws_seed: int, stop: NDArray[np.int64],
-) -> float:  # fmt: skip
-    """Improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
+class _Annealing(NamedTuple):
+    """One layer under way.
 
-    ``load_BE`` float64 [B, E + 1]: the last column is the empty slot's zero load; ``rate_D`` float64 [D] turns load
-    into relative load of a device. ``stop`` int64 [1]: not 0 once the clock has run out.
+    Parameters
+    ----------
+    load_BE : float64 [B, E + 1]; the last column is the empty slot's zero load.
+    weight_B, rate_D : of scenarios; what turns load into relative load of a device.
+    expert_S, device_S : int64 [S], the expert (-1: none) and the device of each slot.
+    copies_E : int64 [E + 1], slots of each expert; 1 for the empty slot.
+    held_ED, slot_EK : bool [E + 1, D], and the slots of each expert in any order, int64 [E + 1, D].
+    x_DB, after_DB : float64 [D, B], relative loads, and those after a proposal of the devices that are marked.
+    mark_D : int64 [D].
     """
-    np.random.seed(draws_seed)
+
+    load_BE: NDArray[np.float64]
+    weight_B: NDArray[np.float64]
+    rate_D: NDArray[np.float64]
+    expert_S: NDArray[np.int64]
+    device_S: NDArray[np.int64]
+    copies_E: NDArray[np.int64]
+    held_ED: NDArray[np.bool_]
+    slot_EK: NDArray[np.int64]
+    x_DB: NDArray[np.float64]
+    after_DB: NDArray[np.float64]
+    mark_D: NDArray[np.int64]
+
+
+@compiled(nogil=True)
+def _begun(load_BE, weight_B, slot_expert, slot_device, rate_D):  # type: ignore[no-untyped-def]
+    """Sums of what ``slot_expert`` holds, which is changed in place from now on."""
     steps, experts = load_BE.shape[0], load_BE.shape[1] - 1
     slots, devices = slot_expert.size, rate_D.size
     copies = np.zeros(experts + 1, np.int64)
@@ -82,108 +99,160 @@ def anneal_slots(
         for b in range(steps):
             if e >= 0:
                 x[d, b] += load_BE[b, e] / copies[e] * rate_D[d]
-    after = np.zeros((devices, steps))
-    mark = np.zeros(devices, np.int64)
-    best = np.inf
-    kept = slot_expert.copy()
+    return _Annealing(load_BE, weight_B, rate_D, slot_expert, slot_device, copies, held, where, x,
+                      np.zeros((devices, steps)), np.zeros(devices, np.int64))  # fmt: skip
+
+
+@compiled(nogil=True)
+def _move_slot(layer, e, from_s, to_s):  # type: ignore[no-untyped-def]
+    """A copy of an expert, if it is one, to another slot."""
+    if e < 0:
+        return
+    layer.held_ED[e, layer.device_S[from_s]] = False
+    layer.held_ED[e, layer.device_S[to_s]] = True
+    for k in range(layer.copies_E[e]):
+        if layer.slot_EK[e, k] == from_s:
+            layer.slot_EK[e, k] = to_s
+            break
+
+
+@compiled(nogil=True)
+def _swap(layer, heat, high):  # type: ignore[no-untyped-def]
+    """Propose to swap the contents of two slots of two devices; whether that was accepted."""
+    load_BE, weight_B, rate_D, x, held = layer.load_BE, layer.weight_B, layer.rate_D, layer.x_DB, layer.held_ED
+    steps, slots = load_BE.shape[0], layer.expert_S.size
+    i, j = np.random.randint(slots), np.random.randint(slots)
+    di, dj = layer.device_S[i], layer.device_S[j]
+    a, c = layer.expert_S[i], layer.expert_S[j]
+    if di == dj or a == c or (a >= 0 and held[a, dj]) or (c >= 0 and held[c, di]):
+        return False
+    delta = 0.0
+    for b in range(steps):
+        moved = load_BE[b, c] / layer.copies_E[c] - load_BE[b, a] / layer.copies_E[a]
+        one, two = x[di, b] + moved * rate_D[di], x[dj, b] - moved * rate_D[dj]
+        delta += weight_B[b] * (_power(one, high) + _power(two, high))
+        delta -= weight_B[b] * (_power(x[di, b], high) + _power(x[dj, b], high))
+    if delta > 0.0 and np.random.random() >= np.exp(-delta / heat):
+        return False
+    for b in range(steps):
+        moved = load_BE[b, c] / layer.copies_E[c] - load_BE[b, a] / layer.copies_E[a]
+        x[di, b] += moved * rate_D[di]
+        x[dj, b] -= moved * rate_D[dj]
+    layer.expert_S[i], layer.expert_S[j] = c, a
+    _move_slot(layer, a, i, j)
+    _move_slot(layer, c, j, i)
+    return True
+
+
+@compiled(nogil=True)
+def _spread_anew(layer, e, change):  # type: ignore[no-untyped-def]
+    """Loads of the devices of an expert, each of whose copies gets ``change`` of its load more; they are marked."""
+    if e < 0:
+        return
+    steps = layer.load_BE.shape[0]
+    for k in range(layer.copies_E[e]):
+        d = layer.device_S[layer.slot_EK[e, k]]
+        if layer.mark_D[d] == 0:
+            layer.mark_D[d] = 1
+            for b in range(steps):
+                layer.after_DB[d, b] = layer.x_DB[d, b]
+        for b in range(steps):
+            layer.after_DB[d, b] += layer.load_BE[b, e] * change * layer.rate_D[d]
+
+
+@compiled(nogil=True)
+def _replace(layer, heat, high):  # type: ignore[no-untyped-def]
+    """Propose another expert in place of a replica, or of nothing; whether that was accepted."""
+    load_BE, rate_D, copies, x, after = layer.load_BE, layer.rate_D, layer.copies_E, layer.x_DB, layer.after_DB
+    steps, experts, devices = load_BE.shape[0], load_BE.shape[1] - 1, rate_D.size
+    i = np.random.randint(layer.expert_S.size)
+    a, di = layer.expert_S[i], layer.device_S[i]
+    c = np.random.randint(experts)
+    if c == a or layer.held_ED[c, di] or (a >= 0 and copies[a] < 2):
+        return False
+    layer.mark_D[di] = 1
+    for b in range(steps):
+        after[di, b] = x[di, b]
+    _spread_anew(layer, a, 1.0 / (copies[a] - 1) - 1.0 / copies[a] if a >= 0 else 0.0)
+    _spread_anew(layer, c, 1.0 / (copies[c] + 1) - 1.0 / copies[c])
+    for b in range(steps):
+        if a >= 0:
+            after[di, b] -= load_BE[b, a] / (copies[a] - 1) * rate_D[di]
+        after[di, b] += load_BE[b, c] / (copies[c] + 1) * rate_D[di]
+    delta = 0.0
+    for d in range(devices):
+        if layer.mark_D[d]:
+            for b in range(steps):
+                delta += layer.weight_B[b] * (_power(after[d, b], high) - _power(x[d, b], high))
+    taken = delta <= 0.0 or np.random.random() < np.exp(-delta / heat)
+    for d in range(devices):
+        if layer.mark_D[d]:
+            layer.mark_D[d] = 0
+            if taken:
+                for b in range(steps):
+                    x[d, b] = after[d, b]
+    if taken:
+        _give_slot(layer, i, a, c)
+    return taken
+
+
+@compiled(nogil=True)
+def _give_slot(layer, s, a, c):  # type: ignore[no-untyped-def]
+    """A slot from expert ``a``, if it held one, to expert ``c``."""
+    d, copies = layer.device_S[s], layer.copies_E
+    if a >= 0:
+        for k in range(copies[a]):
+            if layer.slot_EK[a, k] == s:
+                layer.slot_EK[a, k] = layer.slot_EK[a, copies[a] - 1]
+                break
+        copies[a] -= 1
+        layer.held_ED[a, d] = False
+    layer.slot_EK[c, copies[c]] = s
+    copies[c] += 1
+    layer.held_ED[c, d] = True
+    layer.expert_S[s] = c
+
+
+@compiled(nogil=True)
+def _fullest(layer):  # type: ignore[no-untyped-def]
+    """Weighted mean of the scenarios' maxima."""
+    value = 0.0
+    for b in range(layer.weight_B.size):
+        most = 0.0
+        for d in range(layer.rate_D.size):
+            most = max(most, layer.x_DB[d, b])
+        value += layer.weight_B[b] * most
+    return value
+
+
+@compiled(nogil=True)
+def anneal_slots(
+    load_BE: NDArray[np.float64], weight_B: NDArray[np.float64], slot_expert: NDArray[np.int64],
+    slot_device: NDArray[Any], rate_D: NDArray[np.float64], proposals: int, draws_seed: int, stop: NDArray[np.int64],
+) -> float:  # fmt: skip
+    """Steps 2 and 3: improve ``slot_expert`` (int64 [S], -1 empty) in place; returns the weighted mean of maxima.
+
+    ``load_BE`` float64 [B, E + 1]: the last column is the empty slot's zero load; ``rate_D`` float64 [D] turns load
+    into relative load of a device. ``stop`` int64 [1]: not 0 once the clock has run out.
+    """
+    np.random.seed(draws_seed)
+    layer = _begun(load_BE, weight_B, slot_expert, slot_device, rate_D)
+    best, kept = np.inf, slot_expert.copy()
     for turn in range(proposals):
         if turn % 1024 == 0 and stop[0]:
             break
         done = turn / proposals
-        heat = HOT * (COLD / HOT) ** done
-        high = done >= 0.5
-        if np.random.random() >= REPLICA_SHARE:
-            i, j = np.random.randint(slots), np.random.randint(slots)
-            di, dj = slot_device[i], slot_device[j]
-            a, c = slot_expert[i], slot_expert[j]
-            if di == dj or a == c or (a >= 0 and held[a, dj]) or (c >= 0 and held[c, di]):
-                continue
-            delta = 0.0
-            for b in range(steps):
-                moved = load_BE[b, c] / copies[c] - load_BE[b, a] / copies[a]
-                one, two = x[di, b] + moved * rate_D[di], x[dj, b] - moved * rate_D[dj]
-                delta += weight_B[b] * (_power(one, high) + _power(two, high))
-                delta -= weight_B[b] * (_power(x[di, b], high) + _power(x[dj, b], high))
-            if delta > 0.0 and np.random.random() >= np.exp(-delta / heat):
-                continue
-            for b in range(steps):
-                moved = load_BE[b, c] / copies[c] - load_BE[b, a] / copies[a]
-                x[di, b] += moved * rate_D[di]
-                x[dj, b] -= moved * rate_D[dj]
-            slot_expert[i], slot_expert[j] = c, a
-            for e, from_s, to_s in ((a, i, j), (c, j, i)):
-                if e >= 0:
-                    held[e, slot_device[from_s]] = False
-                    held[e, slot_device[to_s]] = True
-                    for k in range(copies[e]):
-                        if where[e, k] == from_s:
-                            where[e, k] = to_s
-                            break
-        else:
-            i = np.random.randint(slots)
-            a, di = slot_expert[i], slot_device[i]
-            c = np.random.randint(experts)
-            if c == a or held[c, di] or (a >= 0 and copies[a] < 2):
-                continue
-            more = 1.0 / (copies[c] + 1) - 1.0 / copies[c]
-            less = 1.0 / (copies[a] - 1) - 1.0 / copies[a] if a >= 0 else 0.0
-            mark[di] = 1
-            for b in range(steps):
-                after[di, b] = x[di, b]
-            for q in range(2):
-                e, change = (c, more) if q else (a, less)
-                if e < 0:
-                    continue
-                for k in range(copies[e]):
-                    d = slot_device[where[e, k]]
-                    if mark[d] == 0:
-                        mark[d] = 1
-                        for b in range(steps):
-                            after[d, b] = x[d, b]
-                    for b in range(steps):
-                        after[d, b] += load_BE[b, e] * change * rate_D[d]
-            for b in range(steps):
-                if a >= 0:
-                    after[di, b] -= load_BE[b, a] / (copies[a] - 1) * rate_D[di]
-                after[di, b] += load_BE[b, c] / (copies[c] + 1) * rate_D[di]
-            delta = 0.0
-            for d in range(devices):
-                if mark[d]:
-                    for b in range(steps):
-                        delta += weight_B[b] * (_power(after[d, b], high) - _power(x[d, b], high))
-            taken = delta <= 0.0 or np.random.random() < np.exp(-delta / heat)
-            for d in range(devices):
-                if mark[d]:
-                    mark[d] = 0
-                    if taken:
-                        for b in range(steps):
-                            x[d, b] = after[d, b]
-            if not taken:
-                continue
-            if a >= 0:
-                for k in range(copies[a]):
-                    if where[a, k] == i:
-                        where[a, k] = where[a, copies[a] - 1]
-                        break
-                copies[a] -= 1
-                held[a, di] = False
-            where[c, copies[c]] = i
-            copies[c] += 1
-            held[c, di] = True
-            slot_expert[i] = c
-        if done > 0.75 and turn % 256 == 0:
-            value = 0.0
-            for b in range(steps):
-                most = 0.0
-                for d in range(devices):
-                    most = max(most, x[d, b])
-                value += weight_B[b] * most
+        heat, high = HOT * (COLD / HOT) ** done, done >= 0.5
+        swap = np.random.random() >= REPLICA_SHARE
+        accepted = _swap(layer, heat, high) if swap else _replace(layer, heat, high)
+        if accepted and done > 0.75 and turn % 256 == 0:
+            value = _fullest(layer)
             if value < best:
                 best = value
-                for s in range(slots):
+                for s in range(kept.size):
                     kept[s] = slot_expert[s]
     if best < np.inf:
-        for s in range(slots):
+        for s in range(kept.size):
             slot_expert[s] = kept[s]
     return best
 
@@ -210,16 +279,13 @@ def annealed(
     Where routing groups must lie whole, ``place_LE`` int64 [L, E] has the place of each expert. Devices of different
     places then share no expert, so that the sum is one of places, each annealed for its part of the proposals.
     """
-    stop = np.zeros(1, np.int64)
-    place_LE = (
-        np.zeros((problem.batch.num_layers, problem.batch.num_experts), np.int64) if place_LE is None else place_LE
-    )
-    with nullcontext() if budget is None else budget.stops(stop):
-        threads = cores() if budget is not None and budget.spread else 1
-        found = _annealed(problem, place_LE, proposals, seed, stop, threads)
-    if stop[0] and budget is not None:
-        budget.over("annealing")
-    return found
+    batch, stop, threads = problem.batch, np.zeros(1, np.int64), 1
+    if place_LE is None:
+        place_LE = np.zeros((batch.num_layers, batch.num_experts), np.int64)
+    if budget is None:
+        return _annealed(problem, place_LE, proposals, seed, stop, threads)
+    with budget.stops(stop, "annealing"):
+        return _annealed(problem, place_LE, proposals, seed, stop, cores() if budget.spread else 1)
 
 
 def _annealed(
@@ -231,39 +297,32 @@ def _annealed(
     slots_D, place_D, speed_D = problem.layer_slots_D, problem.place_D, problem.cluster.speed_D
     places = int(place_D[-1]) + 1
     rate_D = speed_D.sum() / speed_D
-    slots: list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = [[] for _ in range(batch.num_layers)]
 
-    def anneal(layer: int) -> None:  # random numbers are a thread's own, and seeded by the layer
+    def anneal(layer: int) -> LayerEntries:  # random numbers are a thread's own, and seeded by the layer
         load = np.concatenate([work_BLE[:, layer], np.zeros((len(work_BLE), 1))], axis=1)
         load /= np.maximum(load.sum(axis=1, keepdims=True), 1e-300)
+        held_ED = np.zeros((batch.num_experts, devices), np.bool_)
         for place in range(places):
             on, here = np.flatnonzero(place_LE[layer] == place), np.flatnonzero(place_D == place)
             if not on.size:
                 continue
             own, room_D = np.ascontiguousarray(load[:, [*on, -1]]), np.minimum(slots_D[here], on.size)
             slot_device = np.repeat(np.arange(here.size), room_D)
-            slot_expert = _start(np.sqrt(weight_B @ own[:, :-1] ** 2), room_D, speed_D[here])
-            first = slot_expert.copy()
-            anneal_slots(own, weight_B, slot_expert, slot_device, rate_D[here], proposals // places, seed + layer, stop)
-            slot_expert = first if stop[0] else slot_expert
-            used = slot_expert >= 0
-            slots[layer].append((on[slot_expert[used]], here[slot_device[used]]))
+            first = slot_table(pack_all(np.sqrt(weight_B @ own[:, :-1] ** 2), room_D, speed_D[here]), room_D)
+            made = first.copy()
+            anneal_slots(own, weight_B, made, slot_device, rate_D[here], proposals // places, seed + layer, stop)
+            made = first if stop[0] else made
+            used = made >= 0
+            held_ED[on[made[used]], here[slot_device[used]]] = True
+        return LayerEntries.of_counts(held_ED)
 
-    if threads > 1:
-        with ThreadPoolExecutor(threads, "poise-annealing") as pool:
-            list(pool.map(anneal, range(batch.num_layers)))
-    else:
-        for layer in range(batch.num_layers):
-            anneal(layer)
-    expert_S, device_S = (np.concatenate([part[i] for parts in slots for part in parts]) for i in (0, 1))
-    layer_S = np.repeat(np.arange(batch.num_layers), [sum(len(part[0]) for part in parts) for parts in slots])
-    held = HeldEntries.of_slots(layer_S, expert_S, device_S, (batch.num_layers, batch.num_experts, devices))
-    return Placement.from_entries(held, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method="annealed")
+    held = in_threads(anneal, range(batch.num_layers), threads, "poise-annealing")
+    return problem.placed(HeldEntries.of_layers(held), "annealed")
 
 
-def _start(load_E: NDArray[np.float64], slots_D: NDArray[np.int64], speed_D: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Step 1: expert of each slot, int64 [S]; what the packing leaves empty stays empty."""
-    held = LayerEntries.of_counts(pack_all(load_E, slots_D, speed_D))
+def slot_table(held_ED: NDArray[Any], slots_D: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Expert of each slot, int64 [S]; what is left empty comes last on its device."""
+    held = LayerEntries.of_counts(held_ED)
     out, first_D = np.full(int(slots_D.sum()), EMPTY, np.int64), np.cumsum(slots_D) - slots_D
     turn_H = np.arange(len(held.device_H)) - np.searchsorted(held.device_H, held.device_H)
     out[first_D[held.device_H] + turn_H] = held.expert_H

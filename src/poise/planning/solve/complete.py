@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.entries import HeldEntries, LayerEntries, picked_layers
+from poise.cost.entries import HeldEntries, LayerEntries
 from poise.planning.groups import gathered
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -35,8 +35,7 @@ def as_held(problem: PlacementProblem, placement: Placement) -> Placement:
         after = gathered(before, whole, problem.layer_slots_D, load_LE=problem.batch.load_LE(),
                          filled=not problem.engine.empty_slots)  # fmt: skip
         if ((before > 0) != (after > 0)).any():
-            placement = Placement.from_counts(after, slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L,
-                                              method=placement.method)  # fmt: skip
+            placement = problem.placed(after, placement.method)
     return placement if problem.engine.empty_slots else complete(problem, placement)
 
 
@@ -50,17 +49,11 @@ def complete(problem: PlacementProblem, placement: Placement) -> Placement:
         return placement
     load_LE = problem.batch.load_LE()
     ways = [_filled(held, room_D, load_LE, relief, problem.place_D) for relief in (True, False)]
-    seconds_WL = np.stack([_seconds_L(problem, way) for way in ways])
     if problem.traffic == "stay":
-        seconds_WL = np.broadcast_to(seconds_WL.sum(axis=1, keepdims=True), seconds_WL.shape)
-    chosen = picked_layers(ways, seconds_WL.argmin(axis=0))
-    return Placement.from_entries(chosen, slots_D=problem.slots_D, layer_ids_L=placement.layer_ids_L,
-                                  method=placement.method)  # fmt: skip
-
-
-def _seconds_L(problem: PlacementProblem, held: HeldEntries) -> NDArray[np.float64]:
-    out: NDArray[np.float64] = problem.batch.weight_B @ problem.pricing.cost(problem.batch, held).seconds_BL
-    return out
+        chosen = min(ways, key=lambda way: problem.seconds_L(way).sum())
+    else:
+        chosen = problem.fastest_layers(ways)
+    return problem.placed(chosen, placement.method)
 
 
 def _filled(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.problem import PlacementProblem, Progress
-from poise.planning.solve.group_first import expected_work, moved_groups
+from poise.planning.solve.group_first import moved_groups
 from poise.planning.solve.records import Data, State
 from poise.planning.solve.state import STAY, change, layer_seconds, put_layer, rebuild
 from poise.util.compiled import compiled
+from poise.util.executors import in_threads
 
 KICK_UPDATES = 15_000
 """What one perturbation costs beside its updates."""
 GROUP_KICKS = 0.25
 """Share of perturbations that move groups, where groups lie whole in several places."""
 BETTER = 1.0 - 1e-9
+OF_LAYER = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
+"""What a state has of each layer alone; ports of ``stay`` depend on the layers before, too."""
 
 
 @compiled(nogil=True)
@@ -154,28 +156,22 @@ def _copy_layer(data: Data, to: State, other: State, layer: int) -> None:
         to.room_GD[layer] = other.room_GD[layer]
     else:
         to.room_GD[0] += to.used_LD[layer] - other.used_LD[layer]
-    for name in ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD", "port_LFBPD"):
+    for name in (*OF_LAYER, "port_LFBPD"):
         getattr(to, name)[layer] = getattr(other, name)[layer]
     for later in range(layer + 1, int(data.reach_L[layer]) + 1):
         rebuild(data, to, later)
 
 
 def _snapshot(data: Data, state: State, layer: int) -> tuple[NDArray[Any], ...]:
-    room = state.room_GD.copy()
-    last = int(data.reach_L[layer]) + 1
-    return (
-        room, state.hold_LED[layer].copy(), state.copies_LE[layer].copy(), state.held_LED[layer].copy(),
-        state.used_LD[layer].copy(), state.compute_LBD[layer].copy(), state.tokens_LBD[layer].copy(),
-        state.port_LFBPD[layer:last].copy(),
-    )  # fmt: skip
+    ports = state.port_LFBPD[layer : int(data.reach_L[layer]) + 1]
+    return state.room_GD.copy(), ports.copy(), *(getattr(state, name)[layer].copy() for name in OF_LAYER)
 
 
 def _restore(state: State, layer: int, saved: tuple[NDArray[Any], ...]) -> None:
-    state.room_GD[:] = saved[0]
-    names = ("hold_LED", "copies_LE", "held_LED", "used_LD", "compute_LBD", "tokens_LBD")
-    for name, value in zip(names, saved[1:7], strict=True):
+    state.room_GD[:], ports = saved[0], saved[1]
+    state.port_LFBPD[layer : layer + len(ports)] = ports
+    for name, value in zip(OF_LAYER, saved[2:], strict=True):
         getattr(state, name)[layer] = value
-    state.port_LFBPD[layer : layer + len(saved[7])] = saved[7]
 
 
 def _merge(
@@ -230,15 +226,11 @@ def descents(
 
         return _descent(data, states[turn], updates * 0.7 / len(states), report)
 
-    if threads and len(states) > 1:
-        with ThreadPoolExecutor(len(states), "poise-descent") as pool:
-            local = list(pool.map(descend, range(len(states))))
-    else:
-        local = [descend(turn) for turn in range(len(states))]
+    local = in_threads(descend, range(len(states)), len(states) if threads else 1, "poise-descent")
     state, local_L = _merge(data, problem, states, np.stack(local))
     state.work[0] = sum(int(each.work[0]) for each in states)
     rng, places = np.random.default_rng(seed), int(problem.place_D[-1]) + 1
-    work_LE = expected_work(problem) if places > 1 else np.zeros((layers, 0))
+    work_LE = problem.work_LE() if places > 1 else np.zeros((layers, 0))
     kicks, helped = 0, 0
     while state.work[0] < updates and not data.stop[0] and problem.num_devices > 1:
         layer = int(rng.integers(layers))

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.compute import expert_seconds
+from poise.cost.entries import HeldEntries
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress
-from poise.routing.batch import RoutingBatch
-from poise.routing.profile import count_pairs
+from poise.planning.methods.exflow import expected_affinity_LEE
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.util.errors import NoResultError
 
 MAX_PLACEMENTS = 6_000
@@ -33,47 +32,11 @@ PAIRS_PER_SECOND = 1e8
 """Pairs of placements of two layers that are tried in a nominal second."""
 
 
-def transitions_LEE(batch: RoutingBatch) -> NDArray[np.float64]:
-    """Expected tokens of a step from each heaviest expert to each expert of the next layer, [L - 1, E, E].
-
-    A token that computes nothing in a layer is not followed over it.
-    """
-    experts = batch.num_experts
-    out = np.zeros((max(0, batch.num_layers - 1), experts, experts))
-    if batch.experts_TLK is None or batch.start_B is None:
-        return out
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
-    ids = batch.experts_TLK.astype(np.int64)
-    for layer in range(batch.num_layers - 1):
-        came_T = np.repeat(ids[:, layer, 0], batch.top_k)
-        pairs = count_pairs(came_T, ids[:, layer + 1].ravel(), experts, np.repeat(weight_T, batch.top_k))
-        out[layer] = pairs.reshape(experts, experts)
-    return out
-
-
 def copy_seconds_DD(cluster: Cluster, model: ModelSpec) -> NDArray[np.float64]:
     """Seconds of one token copy between two devices, as a share of the mean port, [D, D]."""
-    same = cluster.node_D[:, None] == cluster.node_D[None, :]
-    out = np.where(same, 1 / cluster.intra_bytes_per_s, 1 / cluster.inter_bytes_per_s)
+    out = np.where(cluster.same_node_DD, 1 / cluster.intra_bytes_per_s, 1 / cluster.inter_bytes_per_s)
     np.fill_diagonal(out, 0.0)
     return out * model.dispatch_bytes_per_token / cluster.num_devices
-
-
-def linear_stay_objective(
-    expert_device_LE: NDArray[np.int64], batch: RoutingBatch, cluster: Cluster, model: ModelSpec
-) -> float:
-    """The objective of this module for a placement without replicas, seconds a layer and step."""
-    work = expert_seconds(batch.load_LE(), cluster, model)
-    move = copy_seconds_DD(cluster, model)
-    flow = transitions_LEE(batch)
-    total = 0.0
-    for layer, device in enumerate(expert_device_LE):
-        total += float(
-            (np.bincount(device, weights=work[layer], minlength=cluster.num_devices) / cluster.speed_D).max()
-        )
-        if layer:
-            total += float((flow[layer - 1] * move[np.ix_(expert_device_LE[layer - 1], device)]).sum())
-    return total / len(expert_device_LE)
 
 
 def all_placements(sizes_D: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -103,10 +66,7 @@ def plan(
     NoResultError : a layer has more than 6,000 placements, or the budget does not reach.
     """
     batch, devices = problem.batch, problem.num_devices
-    sizes = np.zeros(devices, np.int64)
-    for _ in range(batch.num_experts):
-        fits = np.flatnonzero(sizes < problem.slots_D)
-        sizes[fits[np.argmin(sizes[fits])]] += 1
+    sizes = equal_sizes(batch.num_experts, problem.slots_D)
     number = factorial(batch.num_experts) // prod(factorial(int(s)) for s in sizes)
     if number > MAX_PLACEMENTS:
         raise NoResultError(
@@ -121,7 +81,7 @@ def plan(
     one_hot = np.eye(devices)[options]
     work = expert_seconds(batch.load_LE(), problem.cluster, problem.model)
     move = copy_seconds_DD(problem.cluster, problem.model)
-    flow = transitions_LEE(batch)
+    flow = expected_affinity_LEE(batch, picks=batch.top_k)
     flat = one_hot.reshape(len(options), -1)
     compute = (np.einsum("ned,le->lnd", one_hot, work) / problem.cluster.speed_D).max(axis=2)
     cost = compute[0]
@@ -139,11 +99,6 @@ def plan(
     path = [int(cost.argmin())]
     for layer in range(batch.num_layers - 1, 0, -1):
         path.append(int(came[layer, path[-1]]))
-    device_LE = options[path[::-1]]
-    placement = Placement.from_devices(device_LE, devices, layer_ids_L=batch.layer_ids_L, method="exact")
-    placement = Placement.from_counts(
-        placement.count_LED(), slots_D=None if problem.pooled else problem.slots_D, layer_ids_L=batch.layer_ids_L,
-        method="exact",
-    )  # fmt: skip
+    placement = problem.placed(HeldEntries.of_devices(options[path[::-1]], devices), "exact")
     value = float(cost.min()) / batch.num_layers
     return MethodResult(placement, {"linear_stay_objective": value, "linear_stay_bound": value, "placements": number})

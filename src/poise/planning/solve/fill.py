@@ -16,12 +16,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
 from poise.cost.split import exact_quota
 from poise.planning.budget import Limit
 from poise.planning.methods.lpt import pack
 from poise.planning.placement import Placement
-from poise.planning.problem import MethodResult, PlacementProblem, Progress
+from poise.planning.problem import MethodResult, PlacementProblem, Progress, equal_sizes
 from poise.util.errors import NoResultError
 
 UNITS = 1e6
@@ -61,11 +60,8 @@ def _fill_once(
     """Steps 1 to 3."""
     experts, devices = len(work_E), len(slots_D)
     total = max(float(work_E.sum()), 1e-300)
-    own_D = np.zeros(devices, np.int64)
-    for _ in range(experts):
-        fits = np.flatnonzero(own_D < slots_D)
-        own_D[fits[np.argmin(own_D[fits])]] += 1
-    held = pack(np.minimum(shaken_E, total / devices), np.ones(experts, np.int64), own_D, speed_D)
+    own_D, ones_E = equal_sizes(experts, slots_D), np.ones(experts, np.int64)
+    held = pack(np.minimum(shaken_E, total / devices), ones_E, own_D, speed_D)
     units_E = np.rint(work_E / total * UNITS)
     if alias:
         _alias(units_E, held, slots_D, speed_D)
@@ -116,12 +112,9 @@ def _alias(
 
 def filled(problem: PlacementProblem, *, seed: int = 0) -> Placement:
     """A placement for the expected loads; slots are counted by layer."""
-    work_LE = np.einsum("b,ble->le", problem.batch.weight_B,
-                        expert_seconds(problem.batch.load_BLE, problem.cluster, problem.model))  # fmt: skip
     slots_D, speed_D = problem.layer_slots_D, problem.cluster.speed_D
-    counts = [fill_layer(work, slots_D, speed_D, seed + layer) for layer, work in enumerate(work_LE)]
-    return Placement.from_counts(np.stack(counts), slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
-                                 method="surplus-fill")  # fmt: skip
+    counts = [fill_layer(work, slots_D, speed_D, seed + layer) for layer, work in enumerate(problem.work_LE())]
+    return problem.placed(np.stack(counts), "surplus-fill")
 
 
 def plan(

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
 from poise.planning.groups import WholeGroups
 from poise.planning.methods.lpt import pack, pack_all
 from poise.planning.placement import Placement
@@ -163,10 +162,10 @@ def _patterns(
     batch: RoutingBatch, layer: int, whole: WholeGroups
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:  # fmt: skip
     """Groups that tokens take together, bool [X, G], and how many tokens of a step do, float64 [X]."""
-    assert batch.experts_TLK is not None and batch.start_B is not None
+    assert batch.experts_TLK is not None
     ids_TK = batch.experts_TLK[:, layer].astype(np.int64)
     bit_TK = np.where(ids_TK == NO_EXPERT, 0, np.int64(1) << (np.maximum(ids_TK, 0) // whole.size))
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    weight_T = batch.weight_T()
     pattern_X, which_T = np.unique(np.bitwise_or.reduce(bit_TK, axis=1), return_inverse=True)
     hit_XG = (pattern_X[:, None] >> np.arange(whole.num_groups)) & 1 > 0
     return hit_XG, np.bincount(which_T, weights=weight_T).astype(np.float64)
@@ -184,13 +183,6 @@ def assigned(sums: _LayerSums, seed: int = 0) -> NDArray[np.int64]:
         seconds = float(_improve(sums, place_G))
         found.setdefault(round(seconds, 12 - int(np.floor(np.log10(max(seconds, 1e-300))))), place_G)
     return np.stack([found[seconds] for seconds in sorted(found)])
-
-
-def expected_work(problem: PlacementProblem) -> NDArray[np.float64]:
-    """Seconds of each expert at speed 1, mean of the steps, float64 [L, E]."""
-    work_BLE = expert_seconds(problem.batch.load_BLE, problem.cluster, problem.model)
-    out: NDArray[np.float64] = np.einsum("b,ble->le", problem.batch.weight_B, work_BLE)
-    return out
 
 
 def packed(
@@ -252,18 +244,14 @@ def group_first(problem: PlacementProblem, *, seed: int = 0) -> Placement:
     """A placement with groups whole; slots are counted by layer."""
     batch, whole = problem.batch, problem.whole
     assert whole is not None
-    work_LE = expected_work(problem)
+    work_LE = problem.work_LE()
     options = [assigned(sums, seed + layer) for layer, sums in enumerate(group_sums(problem, whole))]
     few, every = some_steps(problem, PRICED, batch.num_steps), np.arange(whole.num_places)
-    counts, seconds = [], []
+    counts = []
     for turn in range(max(len(option) for option in options)):
         place_LG = np.stack([option[min(turn, len(option) - 1)] for option in options])
         place_LE = np.repeat(place_LG, whole.size, axis=1)
         made: list[NDArray[Any]] = [packed(problem, place_E, work_E, every)
                                     for place_E, work_E in zip(place_LE, work_LE, strict=True)]  # fmt: skip
-        counts.append(np.stack(made).astype(np.int32))
-        seconds.append(few.batch.weight_B @ few.pricing.cost(few.batch, counts[-1]).seconds_BL)
-    best_L = np.stack(seconds).argmin(axis=0)
-    count_LED = np.stack([counts[best][layer] for layer, best in enumerate(best_L.tolist())])
-    return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L,
-                                 method="group-first")  # fmt: skip
+        counts.append(np.stack(made))
+    return problem.placed(few.fastest_layers(counts), "group-first")

@@ -112,8 +112,7 @@ class _Tightening:
         self.ports_G = np.bincount(self.group_R)
         self.block_B = _blocks(batch.weight_B)
         self.weight_Q = np.bincount(self.block_B, weights=batch.weight_B).astype(np.float64)
-        assert batch.start_B is not None
-        self.step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+        self.step_T = batch.step_T()
         self.home_T = batch.home_of_tokens(cluster.num_devices)
         out, back = cluster.dispatch_wire, cluster.combine_wire
         rates = [(w.inter_bytes_per_s if self.many else w.intra_bytes_per_s) for w in (out, back)]

@@ -161,13 +161,10 @@ def near_annealed(
     held_LED = start.count_LED() > 0
     data = make_data(problem, 0)
     state = make_state(data, problem, held_LED)
-    with budget.stops(data.stop):
+    with budget.stops(data.stop, "annealing near"):
         for layer, held_ED in enumerate(held_LED):
             _anneal(data, state, layer, proposals, seed + layer, held_ED)
-    if data.stop[0]:
-        budget.over("annealing near")
-    return Placement.from_counts(held_LED.astype(np.int32), slots_D=problem.slots_D,
-                                 layer_ids_L=problem.batch.layer_ids_L, method="near-annealed")  # fmt: skip
+    return problem.placed(held_LED, "near-annealed")
 
 
 def _of_loads(problem: PlacementProblem, start: Placement) -> PlacementProblem:

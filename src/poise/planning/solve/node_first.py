@@ -17,7 +17,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.cost.compute import expert_seconds
 from poise.machine.cluster import Cluster
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import Placement
@@ -37,20 +36,14 @@ def node_first(problem: PlacementProblem) -> Placement:
     cluster, slots_D = problem.cluster, problem.layer_slots_D
     need_LEN = _need(problem)
     few = some_steps(problem, PRICED, problem.batch.num_steps)
-    counts, seconds = [], []
-    for share in SHARES:
-        counts.append(np.stack([_layer(need_EN, slots_D, cluster, share) for need_EN in need_LEN]))
-        seconds.append(few.batch.weight_B @ few.pricing.cost(few.batch, counts[-1]).seconds_BL)
-    best_L = np.stack(seconds).argmin(axis=0)
-    count_LED = np.stack([counts[best][layer] for layer, best in enumerate(best_L.tolist())])
-    return Placement.from_counts(count_LED, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
-                                 method="node-first")  # fmt: skip
+    options = [np.stack([_layer(need_EN, slots_D, cluster, share) for need_EN in need_LEN]) for share in SHARES]
+    return problem.placed(few.fastest_layers(options), "node-first")
 
 
 def _need(problem: PlacementProblem) -> NDArray[np.float64]:
     """Step 1, float64 [L, E, N]."""
     batch, cluster = problem.batch, problem.cluster
-    work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, cluster, problem.model))
+    work_LE = problem.work_LE()
     part_LEN = np.tile(cluster.devices_per_node_N / cluster.num_devices, (*work_LE.shape, 1))
     if batch.home_T is not None:
         known_LEN = _tokens_of_nodes(batch, cluster)
@@ -62,10 +55,10 @@ def _need(problem: PlacementProblem) -> NDArray[np.float64]:
 
 def _tokens_of_nodes(batch: RoutingBatch, cluster: Cluster) -> NDArray[np.float64]:
     """Tokens of a step that each node's devices have for each expert, float64 [L, E, N]."""
-    assert batch.experts_TLK is not None and batch.start_B is not None
+    assert batch.experts_TLK is not None
     nodes, shape = cluster.num_nodes, (batch.num_experts, cluster.num_nodes)
     node_T = cluster.node_D[batch.home_of_tokens(cluster.num_devices)]
-    weight_T = np.repeat(batch.weight_B, np.diff(batch.start_B))
+    weight_T = batch.weight_T()
     out = np.empty((batch.num_layers, *shape))
     for layer in range(batch.num_layers):
         ids_TK = batch.experts_TLK[:, layer].astype(np.int64)

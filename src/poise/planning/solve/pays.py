@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from poise.cost.entries import picked_layers
 from poise.planning.budget import Budget
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem
 from poise.planning.solve.complete import as_held
 from poise.planning.solve.effort import price_seconds, some_steps
@@ -44,12 +44,8 @@ def where_it_pays(
     costs = [some.pricing.cost(some.batch, option.count_LED()).seconds_BL for option in options]
     if problem.traffic != "stay" and problem.risk == "mean":
         pays_L = some.batch.weight_B @ costs[1] < (1 - 1e-9) * (some.batch.weight_B @ costs[0])
-        counts = np.where(pays_L[:, None, None], options[1].count_LED(), options[0].count_LED())
-        options.append(
-            Placement.from_counts(
-                counts, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L, method="poise"
-            )
-        )
+        held = picked_layers([option.entries() for option in options], pays_L.astype(np.int64))
+        options.append(problem.placed(held, "poise"))
         costs.append(np.where(pays_L, costs[1], costs[0]))
     value = [some.risk_seconds(cost.mean(axis=1)) + problem.migration_seconds(option)
              for cost, option in zip(costs, options, strict=True)]  # fmt: skip

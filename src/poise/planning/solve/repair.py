@@ -27,7 +27,7 @@ from poise.planning.exchange import FREE, SlotLayer, descend, make_layer, put, r
 from poise.planning.losses import Loss, Losses, lost_together
 from poise.planning.methods.lpt import pack_all
 from poise.planning.placement import EMPTY, Placement
-from poise.planning.solve.anneal import anneal_slots
+from poise.planning.solve.anneal import anneal_slots, slot_table
 from poise.util.compiled import compiled
 from poise.util.errors import InfeasibleError
 
@@ -40,7 +40,7 @@ ANY = 1 << 61
 
 def repaired(
     before: Placement, lost: Sequence[int], load_LE: NDArray[np.float64], speed_D: NDArray[np.float64],
-    *, copies: float | None = None, near: float = NEAR,
+    *, copies: float | None = None,
 ) -> Loss:  # fmt: skip
     """What follows the loss of some devices; steps: module docstring.
 
@@ -74,7 +74,7 @@ def repaired(
         bound = level_bound(load_LE[layer], slots_D, speed)
         one.base_ED[:] = first_LED[layer]
         if copies is None:
-            after_LED[layer] = _balanced(one, slots_D, bound, near)
+            after_LED[layer] = _balanced(one, slots_D, bound)
         else:
             allowed += copies * len(orphans)
             used += int(descend(one, False, math.floor(allowed + 1e-9) - used, bound))
@@ -166,9 +166,9 @@ def _fill(s):  # type: ignore[no-untyped-def]
             put(s, bf, d)
 
 
-def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float, near: float) -> NDArray[np.bool_]:
+def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float) -> NDArray[np.bool_]:
     """Steps 2 and 3 without a budget, bool [E, D]."""
-    enough, base = bound * (1 + near), one.base_ED.copy()
+    enough, base = bound * (1 + NEAR), one.base_ED.copy()
     kicks = int(np.clip(KICKS_WORK / (slots_D.sum() * len(base)), LEAST_KICKS, MOST_KICKS))
     descend(one, False, ANY, enough)
     mine, level = one.held_ED.copy(), float(one.level_D.max())
@@ -177,7 +177,7 @@ def _balanced(one: SlotLayer, slots_D: NDArray[np.int64], bound: float, near: fl
     for start in _starts(one, mine, slots_D):
         new = make_layer(start, slots_D, one.load_E, one.speed_D)
         search(new, False, enough, kicks, 0)
-        if float(new.level_D.max()) < level / (1 + near):
+        if float(new.level_D.max()) < level / (1 + NEAR):
             mine, level = _matched(new.held_ED, base, slots_D, one.speed_D), float(new.level_D.max())
         if level <= enough:
             break
@@ -192,9 +192,7 @@ def _starts(one: SlotLayer, mine: NDArray[np.bool_], slots_D: NDArray[np.int64])
     filled = make_layer(packed, room_D, one.load_E, one.speed_D)
     if (one.room_D == 0).all():
         _fill(filled)
-    slot_expert = np.concatenate([
-        np.append(np.flatnonzero(filled.held_ED[:, d]), np.full(int(filled.room_D[d]), EMPTY)) for d in range(devices)
-    ]).astype(np.int64)  # fmt: skip
+    slot_expert = slot_table(filled.held_ED, room_D)
     load = np.append(one.load_E, 0.0)[None]
     rate_D = one.speed_D.sum() / one.speed_D / max(float(load.sum()), 1e-300)
     device_S = np.repeat(np.arange(devices), room_D)

@@ -44,7 +44,7 @@ def drawn_steps(batch: RoutingBatch, steps: int, seed: int) -> RoutingBatch:
     """
     assert batch.experts_TLK is not None and batch.request_T is not None and batch.start_B is not None
     rng = np.random.default_rng(seed)
-    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    step_T = batch.step_T()
     order = np.lexsort((batch.request_T, step_T))  # stable: the tokens of a block stay in order
     key = step_T[order].astype(np.int64) * (int(batch.request_T.max()) + 1) + batch.request_T[order]
     first = np.flatnonzero(np.diff(key, prepend=-1))

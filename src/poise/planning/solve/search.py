@@ -74,10 +74,13 @@ def _best_layers(problem: PlacementProblem, options: list[Placement], seconds_OL
 
     The search itself works on the even split, so under the exact one this is where its layers meet those of rivals.
     """
-    picks, own_L = np.unique(seconds_OL.argmin(axis=0), return_inverse=True)
-    held = picked_layers([options[pick].entries() for pick in picks], own_L)
-    return Placement.from_entries(held, slots_D=problem.slots_D, layer_ids_L=problem.batch.layer_ids_L,
-                                  method="best-layers")  # fmt: skip
+    return problem.placed(_layers_of(options, seconds_OL), "best-layers")
+
+
+def _layers_of(options: list[Placement], score_OL: NDArray[np.float64]) -> HeldEntries:
+    """Each layer from the option with the least score there."""
+    picks, own_L = np.unique(score_OL.argmin(axis=0), return_inverse=True)
+    return picked_layers([options[pick].entries() for pick in picks], own_L)
 
 
 def _shift_seconds(problem: PlacementProblem, placements: list[Placement], seed: int) -> list[float]:
@@ -130,12 +133,7 @@ def plain_start(problem: PlacementProblem) -> Placement:
     held = HeldEntries.of_layers(
         LayerEntries.of_counts(pack(load, ones, slots, problem.cluster.speed_D)) for load in batch.load_LE()
     )
-    return Placement.from_entries(
-        held,
-        slots_D=None if problem.pooled else problem.slots_D,
-        layer_ids_L=batch.layer_ids_L,
-        method="lpt-plain",
-    )
+    return problem.placed(held, "lpt-plain")
 
 
 def _best_start(
@@ -144,8 +142,7 @@ def _best_start(
     """Step 1: the state of the best start, or of the best of each layer, by their ``scores_SL`` [starts, L]."""
     best = starts[int(np.argmin(scores_SL.sum(axis=1)))].entries()
     if not (problem.pooled or (data.flow == STAY and data.has_tokens)):
-        picks, own_L = np.unique(scores_SL.argmin(axis=0), return_inverse=True)
-        best = picked_layers([starts[pick].entries() for pick in picks], own_L)
+        best = _layers_of(starts, scores_SL)
     return make_state(data, problem, best)
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods.lpt import pack_all
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.util.errors import NoResultError
 
@@ -147,6 +146,5 @@ def plan(
     budget = Budget.of(time_limit_s)
     nodes = _Nodes(int(min(MAX_NODES, budget.seconds * NODES_PER_SECOND)), budget)
     found = [even_optimum(load, problem.layer_slots_D, nodes) for load in problem.batch.load_LE()]
-    placement = Placement.from_counts(np.stack([plan for plan, _ in found]), slots_D=problem.slots_D,
-                                      layer_ids_L=problem.batch.layer_ids_L, method="exact-balance")  # fmt: skip
+    placement = problem.placed(np.stack([plan for plan, _ in found]), "exact-balance")
     return MethodResult(placement, {"proven_maximum": [value for _, value in found]})

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from poise.cost.bound import BoundTerms, bound_terms
 from poise.cost.bound_compute import compute_bound, filled_work
-from poise.cost.compute import expert_seconds, expert_times
+from poise.cost.compute import expert_times
 from poise.planning.budget import Budget, Limit
 from poise.planning.methods import (
     carry,
@@ -331,13 +331,13 @@ def lower_bound(problem: PlacementProblem, budget: Budget) -> float:
 def _bounds(problem: PlacementProblem) -> tuple[BoundTerms, NDArray[np.float64]]:
     """Bounds per term, and of compute for one static plan, float64 [L]."""
     batch = problem.batch
-    bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=problem.layer_slots_D,
-                        spare=problem.spare_slots, blind=problem.split != "near")  # fmt: skip
+    slots_D, speed_D, spare = problem.layer_slots_D, problem.cluster.speed_D, problem.spare_slots
+    bound = bound_terms(batch, problem.cluster, problem.model, traffic=problem.traffic, slots_D=slots_D, spare=spare,
+                        blind=problem.split != "near")  # fmt: skip
     # One static plan serves all scenarios, so the mean work of an expert bounds it too.
-    work_LE = np.einsum("b,ble->le", batch.weight_B, expert_seconds(batch.load_BLE, problem.cluster, problem.model))
-    static_L = compute_bound(work_LE, problem.layer_slots_D, problem.cluster.speed_D, spare=problem.spare_slots)
-    if problem.split == "even" and not problem.engine.empty_slots and problem.spare_slots > 0:
-        static_L = np.maximum(static_L, _filled_L(problem) / problem.cluster.speed_D.sum())
+    static_L = compute_bound(problem.work_LE(), slots_D, speed_D, spare=spare)
+    if problem.split == "even" and not problem.engine.empty_slots and spare > 0:
+        static_L = np.maximum(static_L, _filled_L(problem) / speed_D.sum())
     start_L = batch.weight_B @ (batch.tokens_BL() > 0) * expert_times(problem.cluster, problem.model).start_s
     return bound, np.maximum(batch.weight_B @ bound.compute_BL, static_L + start_L)
 

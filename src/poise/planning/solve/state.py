@@ -73,14 +73,14 @@ def make_data(problem: PlacementProblem, max_rows: int) -> Data:
 def _rows(problem: PlacementProblem, steps: NDArray[Any]) -> Rows:
     batch = problem.batch
     layers, experts = batch.num_layers, batch.num_experts
-    if batch.experts_TLK is None or batch.start_B is None:
+    if batch.experts_TLK is None:
         none = np.zeros(0, np.int64)
         ptr = np.zeros((layers, experts + 1), np.int64)
         return Rows(
             np.zeros(layers + 1, np.int64), np.zeros((0, batch.top_k), np.int16), none.astype(np.int32),
             none.astype(np.int32), none, none, none.astype(np.float64), none, ptr, none, ptr,
         )  # fmt: skip
-    step_T = np.repeat(np.arange(batch.num_steps), np.diff(batch.start_B))
+    step_T = batch.step_T()
     kept = np.isin(step_T, steps)
     step_T, experts_TLK = np.searchsorted(steps, step_T[kept]), batch.experts_TLK[kept]
     home_T = batch.home_of_tokens(problem.num_devices)[kept]

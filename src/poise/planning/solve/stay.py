@@ -21,9 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.planning.budget import Budget, Limit
-from poise.planning.placement import Placement
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
-from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
 from poise.util.compiled import compiled
 from poise.util.errors import NoResultError
@@ -93,11 +91,10 @@ def _anneal(graph: StayGraph, owner: NDArray[np.int64], proposals: int, seed: in
             x[layer, a], x[layer, c] = on_a, on_c
 
 
-def _graph(batch: RoutingBatch, everywhere_LE: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
+def _graph(experts_TLK: NDArray[np.int16], everywhere_LE: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
     """Step 2: offsets int64 [L * E + 1], neighbours and tokens of both directions."""
-    assert batch.experts_TLK is not None
     layers, experts = everywhere_LE.shape
-    first_TL = batch.experts_TLK[:, :, 0].astype(np.int64)
+    first_TL = experts_TLK[:, :, 0].astype(np.int64)
     node_TL = first_TL + np.arange(layers) * experts
     skipped_TL = (first_TL == NO_EXPERT) | everywhere_LE.ravel()[node_TL]
     last_T = np.full(len(node_TL), -1)
@@ -126,8 +123,7 @@ def plan(
     NoResultError : loads without tokens, or devices with unequal slots.
     """
     batch, devices, budget = problem.batch, problem.num_devices, Budget.of(time_limit_s)
-    if batch.experts_TLK is None:
-        raise NoResultError("poise-stay needs token-level routing, got loads only")
+    experts_TLK = problem.tokens_for("poise-stay")
     slots_D = problem.slots_D
     if problem.pooled or (slots_D != slots_D[0]).any():
         raise NoResultError(f"poise-stay needs as many slots on every device, got {slots_D.tolist()[:8]}")
@@ -143,16 +139,14 @@ def plan(
     for layer in range(layers):
         others = rng.permutation(np.flatnonzero(~everywhere[layer]))
         owner[layer * experts + others] = np.arange(others.size) % devices
-    ptr, neighbour, tokens = _graph(batch, everywhere)
-    total = max(1, len(batch.experts_TLK))
+    ptr, neighbour, tokens = _graph(experts_TLK, everywhere)
+    total = max(1, len(experts_TLK))
     relative = (load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300) * devices).ravel()
     proposals = int(min(PROPOSALS * layers, max(1.0, budget.seconds) * PROPOSALS_PER_SECOND))
     graph = StayGraph(ptr, neighbour, tokens / total, relative, everywhere.ravel(), layers, experts, devices)
     stop = np.zeros(1, np.int64)
-    with budget.stops(stop):
+    with budget.stops(stop, "poise-stay"):
         _anneal(graph, owner, proposals, seed, stop)
-    if stop[0]:
-        budget.over("poise-stay")
     held = np.zeros((layers, experts, devices), dtype=bool)
     for layer in range(layers):
         held[layer, np.arange(experts), owner[layer * experts : (layer + 1) * experts]] = True
@@ -164,6 +158,4 @@ def plan(
                 held[layer, e, d] = True
     source = np.repeat(np.arange(layers * experts), np.diff(ptr))
     inside = float(tokens[owner[source] == owner[neighbour]].sum() / max(1, tokens.sum()))
-    placement = Placement.from_counts(held.astype(np.int32), slots_D=slots_D, layer_ids_L=batch.layer_ids_L,
-                                      method="poise-stay")  # fmt: skip
-    return MethodResult(placement, {"stay_weight": inside, "everywhere": hot})
+    return MethodResult(problem.placed(held, "poise-stay"), {"stay_weight": inside, "everywhere": hot})

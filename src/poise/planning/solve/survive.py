@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.cost.entries import picked_layers
 from poise.planning.exchange import descend, endangered, make_layer, put, replaced, swapped, take
 from poise.planning.placement import Placement
 from poise.planning.problem import PlacementProblem
@@ -69,11 +70,8 @@ def hardened(
     for layer, load_E in enumerate(load_LE):
         for option, held_ED in enumerate(_options(options[0][layer] > 0, load_E, problem, unit_D), start=1):
             options[option][layer] = held_ED
-    seconds_OL = np.stack([batch.weight_B @ problem.pricing.cost(batch, counts).seconds_BL for counts in options])
-    made = [
-        Placement.from_counts(counts, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method=placement.method)
-        for counts in options
-    ]
+    seconds_OL = np.stack([problem.seconds_L(counts) for counts in options])
+    made = [problem.placed(counts, placement.method) for counts in options]
     alone_OL = np.stack([alone_LE(one, unit_D).sum(axis=1) for one in made])
     if problem.traffic == "stay":
         seconds_OL, alone_OL = seconds_OL.sum(axis=1, keepdims=True), alone_OL.sum(axis=1, keepdims=True)
@@ -81,10 +79,8 @@ def hardened(
     rows = np.arange(seconds_OL.shape[1])
     picked = chosen[: len(rows)]
     before, after = float(seconds_OL[0].sum()), float(seconds_OL[picked, rows].sum())
-    counts = np.stack([options[option][layer] for layer, option in enumerate(chosen)])
-    new = placement if not chosen.any() else Placement.from_counts(
-        counts, slots_D=problem.slots_D, layer_ids_L=batch.layer_ids_L, method=placement.method
-    )  # fmt: skip
+    held = picked_layers([one.entries() for one in made], chosen)
+    new = problem.placed(held, placement.method) if chosen.any() else placement
     used = int(np.minimum(problem.slots_D, batch.num_experts).sum())
     return Hardened(new, int(alone_OL[0].sum()), int(alone_OL[picked, rows].sum()),
                     batch.num_layers * max(0, 2 * batch.num_experts - used),

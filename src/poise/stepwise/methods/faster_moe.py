@@ -14,7 +14,7 @@ does not hold, so at most M of them; static replicas of the others split evenly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,6 @@ class FasterMoE(StepPolicy):
     name: ClassVar[str] = "faster-moe"
     summary: ClassVar[str] = "FasterMoE: hot experts on all devices after the gate, while that lowers its latency"
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"training": True})
     training: bool = False
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:

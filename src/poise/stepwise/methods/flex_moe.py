@@ -18,7 +18,7 @@ them (step 4).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,6 @@ class FlexMoE(StepPolicy):
     keeps: ClassVar[bool] = True
     keeps_in_training: ClassVar[bool] = True
     exact: ClassVar[bool] = False
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"trigger": 1.05}, {"horizon": 100.0}, {"most": 32})
     trigger: float = 1.2
     horizon: float = 25.0
     most: int = 8

@@ -24,7 +24,7 @@ Balance alone decides, what a transfer exposes does not: nothing that was read s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,6 @@ class ForeMoe(StepPolicy):
     name: ClassVar[str] = "fore-moe"
     summary: ClassVar[str] = "routing known from the rollout: nodes, then devices, are levelled before the micro-step"
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"tolerance": 1.1}, {"tolerance": 1.3})
     tolerance: float = 1.02
 
     def __post_init__(self) -> None:

@@ -133,7 +133,6 @@ class Hecate(StepPolicy):
     name: ClassVar[str] = "hecate"
     summary: ClassVar[str] = "Hecate: sparse materialisation from predicted loads, nearest replica"
     exact: ClassVar[bool] = False
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"overlap": 4}, {"overlap": 8}, {"overlap": 16})
     overlap: int = 0
 
     def limits(self, view: LayerView) -> tuple[int, int]:

@@ -24,7 +24,7 @@ gives the first tokens in source order to the native device. Device speeds are n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,18 +121,6 @@ class Llep(StepPolicy):
     name: ClassVar[str] = "llep"
     summary: ClassVar[str] = "exact loads: overflow spills to the least loaded device, weights sent after the gate"
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = (
-        {},
-        {"min_tokens": 64},
-        {"min_tokens": 8},
-        {"min_tokens": 1},
-        {"min_tokens": 8, "alpha": 1.0},
-        {"min_tokens": 8, "alpha": 1.25},
-        {"min_tokens": 8, "alpha": 1.5, "threshold": 1.5},
-        {"min_tokens": 8, "threshold": 2.0},
-        {"min_tokens": 8, "threshold": 0.0},
-        {"threshold": 0.0},
-    )
     alpha: float = 1.1
     min_tokens: int = 1024
     threshold: float = 1.3

@@ -30,7 +30,7 @@ balanced, not seconds, and device speeds are not looked at, as published.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import highspy
 import numpy as np
@@ -202,15 +202,6 @@ class Lplb(StepPolicy):
     keeps: ClassVar[bool] = True
     keeps_in_training: ClassVar[bool] = True
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = (
-        {},
-        {"rounding": "total"},
-        {"rounding": "total", "topology": "cube"},
-        {"rounding": "total", "topology": "hypercube"},
-        {"rounding": "total", "topology": "torus"},
-        {"rounding": "total", "topology": "ring"},
-        {"rounding": "total", "history_steps": 0},
-    )
     topology: Topology = "auto"
     rounding: Rounding = "source"
     history_steps: int = 4

@@ -25,7 +25,7 @@ the order in which they stop giving, so that a receiver that gave less than plan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +130,6 @@ class MoonEp(StepPolicy):
     name: ClassVar[str] = "moon-ep"
     summary: ClassVar[str] = "exact loads: equal tokens on every rank, each receiver served by one home group"
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"bounded": False})
     bounded: bool = True
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:

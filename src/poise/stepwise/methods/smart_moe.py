@@ -13,7 +13,7 @@ Serving moves weights only; training moves optimizer states with them (the repla
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,6 @@ class SmartMoE(StepPolicy):
     keeps: ClassVar[bool] = True
     keeps_in_training: ClassVar[bool] = True
     exact: ClassVar[bool] = False
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"interval": 5}, {"interval": 25}, {"threshold": 0.2})
     interval: int = 10
     threshold: float = 0.05
     most: int = 64

@@ -70,7 +70,6 @@ class ExactSplit(StepPolicy):
     name: ClassVar[str] = "split"
     summary: ClassVar[str] = "exact token split over the static placement"
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"slack": 0.05}, {"slack": 0.1})
     slack: float = 0.0
 
     def after_gate(self, view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:

@@ -27,7 +27,7 @@ looked at.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,19 +190,6 @@ class UltraEp(StepPolicy):
     name: ClassVar[str] = "ultra-ep"
     summary: ClassVar[str] = "exact loads: replicas and quotas together by a search on the largest load, inside a node"
     exact: ClassVar[bool] = True
-    grid: ClassVar[tuple[dict[str, Any], ...]] = (
-        {},
-        {"probe": False},
-        {"probe": False, "min_tokens": 64},
-        {"probe": False, "min_tokens": 8},
-        {"min_tokens": 8},
-        {"min_tokens": 8, "target": 1.1},
-        {"min_tokens": 8, "target": 1.5},
-        {"min_tokens": 8, "empty_owner": True},
-        {"min_tokens": 8, "cross_node": True},
-        {"min_tokens": 8, "cross_node": True, "target": 1.1},
-        {"min_tokens": 8, "cross_node": True, "target": 1.5},
-    )
     min_tokens: int = 1024
     eps: float = 0.01
     target: float = 1.0

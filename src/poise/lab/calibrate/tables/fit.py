@@ -75,10 +75,10 @@ DATASHEET = KernelFit(0.0, 1.0, 1.0, 0.0)
 """The roofline of a datasheet: no start, no activations, everything at its peak."""
 
 
-def fit_kernel(work: KernelWork, seed: int = 0, sample: int = SAMPLE) -> KernelFit:
-    """Constants that fit the rows best; of many rows, of a sample that ``seed`` draws."""
-    if len(work.seconds_R) > sample:
-        work = work.take(np.random.default_rng(seed).choice(len(work.seconds_R), sample, replace=False))
+def fit_kernel(work: KernelWork) -> KernelFit:
+    """Constants that fit the rows best; of many rows, of a sample."""
+    if len(work.seconds_R) > SAMPLE:
+        work = work.take(np.random.default_rng(0).choice(len(work.seconds_R), SAMPLE, replace=False))
     begin = np.log(START)
 
     def residual(log: NDArray[np.float64]) -> NDArray[np.float64]:
