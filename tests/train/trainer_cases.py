@@ -218,7 +218,7 @@ def best_model_at_the_end() -> dict:
         model = build()
         shard(model)
         one = trainer(place, model, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, max_steps=3,
-                      load_best_model_at_end=True, metric_for_best_model="judged", save_total_limit=None)  # fmt: skip
+                      load_best_model_at_end=True, metric_for_best_model="judged", greater_is_better=False)  # fmt: skip
 
         def judge(*_: Any, **__: Any) -> dict[str, float]:
             step = one.state.global_step
