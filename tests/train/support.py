@@ -2,6 +2,7 @@
 
 from tests.train import (  # noqa: F401
     support_accumulation,
+    support_beside,
     support_cases,
     support_checkpoints,
     support_exchanges,

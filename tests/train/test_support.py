@@ -8,6 +8,7 @@ SCRIPT = "tests/train/support_cases.py"
 CHOSEN = few_or(list(MINE), [name for name in MINE if name not in LIKE])
 ABOUT_A_RANK = (
     "accumulation",
+    "beside",
     "checkpoints",
     "frozen",
     "gradients",
@@ -21,7 +22,7 @@ ABOUT_A_RANK = (
 )
 """Modules (``support_*``) whose cases are about what a rank does with tools of PyTorch, and whether the others hear of it: one other
 rank is enough. Four are for what is dealt to ranks, sent between them and grouped: exchanges, routing, plans, meshes, families."""
-NEED_FOUR = {"checkpoint_troubles", "optimizers_that_cannot_move"}
+NEED_FOUR = {"averaged_over_more_ranks_than_experts", "checkpoint_troubles", "optimizers_that_cannot_move"}
 """Cases of those modules that need owners who hold unequally many, or groups of ranks."""
 TWO_DO = {
     "hf_gpt_oss",

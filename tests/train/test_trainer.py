@@ -4,7 +4,13 @@ import pytest
 from tests.cases import judge
 
 pytest.importorskip("accelerate")
-FIRST = ["data_parallel", "fsdp2", "checkpoint_and_resume", "stock_trainer_that_saves_is_refused"]
+FIRST = [
+    "data_parallel",
+    "fsdp2",
+    "checkpoint_and_resume",
+    "best_model_at_the_end",
+    "stock_trainer_that_saves_is_refused",
+]
 
 
 def test_all_cases(tmp_path, subtests):

@@ -210,6 +210,31 @@ def fsdp2() -> dict:
     return {**errors, "said": said}
 
 
+@case
+def best_model_at_the_end() -> dict:
+    """``load_best_model_at_end``: all weights are those of the checkpoint that was best."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    with folder() as place:
+        model = build()
+        shard(model)
+        one = trainer(place, model, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, max_steps=3,
+                      load_best_model_at_end=True, metric_for_best_model="judged", greater_is_better=False)  # fmt: skip
+
+        def judge(*_: Any, **__: Any) -> dict[str, float]:
+            step = one.state.global_step
+            kept[step] = {name: weight.clone() for name, weight in c.of_all(model, "weight").items()}
+            found = {"eval_judged": float(step != 2)}
+            one.control = one.callback_handler.on_evaluate(one.args, one.state, one.control, found)
+            return found
+
+        one.evaluate = judge
+        one.train()
+        assert one.state.best_model_checkpoint.endswith("checkpoint-2")
+    error = c.agreed(h.worst(c.of_all(model, "weight"), kept[2]))
+    assert error == 0.0, error
+    return {"error": error}
+
+
 def checkpoints() -> Path:
     return Path(os.environ["POISE_CHECKPOINTS"])
 

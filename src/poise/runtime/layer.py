@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from poise.runtime.collectives import Arriving, SentRows
@@ -164,21 +163,29 @@ class LayerFunction(torch.autograd.Function):
         return forward(x_Td)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of the tokens; None for all else."""
         ctx.saved_tensors  # noqa: B018
-        dx_Td = ctx.back(grads[0], partial(_accumulates, ctx))
+        again = torch.is_grad_enabled()
+        with torch.no_grad():
+            dx_Td = ctx.back(grads[0], partial(_accumulates, ctx, again))
         return (None, None, dx_Td, *[None] * ctx.given)
 
 
-def _accumulates(ctx: Any) -> bool:
+def _accumulates(ctx: Any, again: bool) -> bool:
     """Whether this pass adds to the weights' gradients: ``torch.autograd.grad`` by something else does not.
+
+    ``again`` : a graph of this backward pass is wanted. PyTorch's own ``once_differentiable`` says so where all of that
+    graph goes backward, and leaves its part out where ``torch.autograd.grad`` asks for the rest.
 
     Raises
     ------
-    ModelError : it is asked to return them.
+    ModelError : it is asked to return them, or for derivatives of its derivatives.
     """
+    if again:
+        raise ModelError(
+            "derivatives of derivatives of sharded experts are not computed", hint="leave out create_graph=True"
+        )
     leaves = [node for node, _ in ctx.next_functions[len(ctx.next_functions) - ctx.given :] if node is not None]
     try:
         return any([torch._C._will_engine_execute_node(node) for node in leaves])

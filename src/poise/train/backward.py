@@ -200,4 +200,7 @@ class BackwardSchedule:
             self._reduce(layer)
         self.replica_gradients.wait()
         self.unstepped = True
+        for experts in self._run.layers:  # what drops them ends the iteration
+            for name in experts.owned():
+                experts.watch_gradient(name)
         self._hooks.call(weight for experts in self._run.layers for weight in experts.parameters())

@@ -1,8 +1,8 @@
 """Checkpoints keyed by logical expert: saved at one world size and sharding, loaded at any other, or without poise.
 
 In ``torch.distributed.checkpoint`` an expert weight is one tensor [E, ...] under the name it has in the unsharded
-model, in chunks of one expert; so are its optimizer states. Where checkpoints lie, and why one is whole however a write
-ends: :mod:`poise.train.folders`.
+model, in chunks of experts that follow one another; so are its optimizer states. Where checkpoints lie, and why one is
+whole however a write ends: :mod:`poise.train.folders`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from poise.util.errors import InputError, ModelError, OptionError, PoiseError, t
 from poise.util.files import check_new_folder, new_folder
 
 T = TypeVar("T")
+COMPILED = "_orig_mod."
+"""In names of what lies in modules that ``torch.compile`` has wrapped."""
 
 
 def speak_of_experts(experts: ShardedExperts) -> None:
@@ -186,16 +188,15 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The unsharded model's weights on the CPU of rank 0 (None elsewhere), one tensor at a time. Collective."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, ShardedExperts)}
-    schedule = next(iter(layers.values())).schedule if layers else None
+    layers = {module.ownership.origin: module for module in sharded_layers(model)}  # wrappers change names, not these
+    schedule = next(iter(layers.values())).schedule
     if schedule is None:
-        sharded_layers(model)
         raise ModelError("these experts belong to no run")
-    first, out = schedule.deployment.rank == 0, {}
+    first, out = schedule.deployment.rank == 0, dict[str, Any]()
     for key, value in model.state_dict().items():
         if isinstance(value, ExpertShards):
             prefix, _, attribute = key.rpartition(".")
-            module = layers[prefix]
+            module = layers[value.ownership.origin]
             full = _collect(value.rows, module, schedule.deployment.weights_group)
             name = next(n for n, a in module._attribute.items() if a == attribute)
             if full is not None and module.listed:
@@ -205,7 +206,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
         else:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if first:
-                out[key] = whole.detach().cpu().clone()
+                out[key] = whole.detach().cpu().clone() if isinstance(whole, Tensor) else whole  # of get_extra_state
     return out if first else None
 
 
@@ -228,14 +229,17 @@ def _collect(rows: Tensor, module: ShardedExperts, group: Any) -> Tensor | None:
 def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
     """The unsharded model as safetensors, by rank 0: as Hugging Face names it where the model can save itself.
 
-    Collective. A model with ``save_pretrained`` is written with its config; any other as ``model.safetensors``. The
-    folder appears whole or not at all.
+    Collective. A model with ``save_pretrained`` is written with its config; any other as ``model.safetensors``.
+    Wrappers (``DistributedDataParallel``, ``torch.compile``) leave no trace in the names. The folder appears whole or
+    not at all.
 
     Raises
     ------
     OptionError : on all ranks: the folder exists and is not empty, or cannot be written.
     """
     place = Path(folder)
+    while isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)):
+        model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model._orig_mod
 
     def check() -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +257,8 @@ def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
                 save_file(whole, str(scratch / "model.safetensors"))
 
     _on_first(check)
-    state = full_state_dict(model)
+    full = full_state_dict(model)
+    state = None if full is None else {name.replace(COMPILED, ""): value for name, value in full.items()}
     _on_first(write)
     return place
 

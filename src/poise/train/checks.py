@@ -23,6 +23,7 @@ from poise.train.machine import device_name, presumed, unknown
 from poise.train.packing import GATHER_DTYPES
 from poise.train.settings import TrainingFlow
 from poise.train.sharding import ShardedExperts
+from poise.train.wrappers import check_unwrapped
 from poise.util.errors import ModelError, OptionError
 
 SHARDINGS: dict[str, ShardingPolicy] = {
@@ -96,6 +97,7 @@ def ready(model: nn.Module, mesh: DeviceMesh, group: Any, given: dict[str, Any])
             raise OptionError(f"unknown sharding {sharding!r}", hint=f"one of {', '.join(SHARDINGS)}")
         sharding = SHARDINGS[sharding] if isinstance(sharding, str) else sharding
         found, again = _find(model)
+        check_unwrapped(model, found.values())
         kinds, experts = _alike(model, found)
         shape = (len(found), experts)
         owners = given["owners"]

@@ -4,9 +4,10 @@
         pass
 
 Training, clipping and evaluation are Trainer's own. Under data parallelism it writes a model and its optimizer on rank
-0 alone, which has a part of the experts: this gathers them first, on all ranks. And it resumes by ``load_state_dict``
-from files in a family's published layout, of which experts and routers are then missing, with no more than a warning
-(seen in transformers 5.23, sharded or not): this resumes by ``from_pretrained``. Under FSDP2 Trainer gathers by itself.
+0 alone, which has a part of the experts: this gathers them first, on all ranks. And it resumes, and goes back to the
+best model at the end, by ``load_state_dict`` from files in a family's published layout, of which experts and routers
+are then missing, with no more than a warning (seen in transformers 5.23, sharded or not): this loads them by
+``from_pretrained``. Under FSDP2 Trainer gathers by itself.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ class ShardedExpertsMixin:
             return
         saved = type(one).from_pretrained(resume_from_checkpoint, dtype=one.dtype)
         one.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self: Any) -> None:
+        if self.is_fsdp_enabled or hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         attach(getattr(self.optimizer, "optimizer", self.optimizer))

@@ -109,6 +109,7 @@ class Materialised:
         self, experts: OwnedExperts, deployment: Deployment, ledger: Ledger, early_ED: NDArray[np.bool_],
         plan: TransferPlan,
     ) -> None:  # fmt: skip
+        experts.check_filled()
         self.experts, self.deployment, self.ledger = experts, deployment, ledger
         self.early_ED = early_ED
         self.owner_E, self.trainable = experts.owner_E, experts.trainable

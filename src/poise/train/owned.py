@@ -62,6 +62,40 @@ class OwnedExperts(nn.Module):
             row = rows_of(weights[name][ownership.index(weights[name].device)].clone(), ownership)
             self.register_parameter(self._attribute[name], nn.Parameter(row, requires_grad=name in trainable))
         self.number = -1
+        self._empty = {name for name in kind.shapes if weights[name].is_meta}  # on the meta device, or not filled yet
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module; weights that get memory and no numbers (``to_empty``) are NaN until they have some."""
+        without = self._on_meta()
+        out = super()._apply(fn, recurse)
+        given = without - self._on_meta()
+        for name in given:
+            self.rows()[name].fill_(torch.nan)
+        self._empty |= given
+        return out
+
+    def _on_meta(self) -> set[str]:
+        found = {name: self._parameters.get(attribute) for name, attribute in self._attribute.items()}
+        return {name for name, weight in found.items() if weight is not None and weight.is_meta}
+
+    def check_filled(self) -> None:
+        """Refuse to compute with weights that have no memory, or got memory and no numbers since.
+
+        Raises
+        ------
+        ModelError : there are some.
+        """
+        if not self._empty:
+            return
+        for name in sorted(self._empty):
+            rows = self.rows()[name]
+            if rows.is_meta or (rows.numel() and rows.isnan().all()):
+                raise ModelError(
+                    f"{name} of experts that were sharded on the meta device has no numbers",
+                    hint="to_empty(device=...), then load_state_dict or set_model_state_dict with all experts, or fill "
+                    "run.parameters(); init_weights and reset_parameters of the model do not reach experts",
+                )
+        self._empty.clear()
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("_attribute", {}).values():

@@ -56,6 +56,16 @@ class Ownership:
         """Process group of the mesh."""
         return self.mesh.get_group()
 
+    def runs(self) -> list[tuple[int, int]]:
+        """First expert and length of every run of numbers, one after another, that are owned here."""
+        out: list[tuple[int, int]] = []
+        for expert in self.mine:
+            if out and sum(out[-1]) == expert:
+                out[-1] = (out[-1][0], out[-1][1] + 1)
+            else:
+                out.append((expert, 1))
+        return out
+
     def index(self, device: torch.device) -> Tensor:
         """The experts owned here, int64 [n]."""
         return torch.as_tensor(self.mine, dtype=torch.int64, device=device)

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from poise.runtime.collectives import reduce_over
 from poise.train.draws import IN_PLACE, LIKE, draw, draw_like
 from poise.train.ownership import Ownership
-from poise.train.wholes import SHAPED, Fate, fate, plain_name, shape_of, squeezed
+from poise.train.wholes import SHAPED, Fate, fate, from_the_start, plain_name, shape_of, squeezed
 from poise.util.errors import OptionError
 
 plainly = torch._C.DisableTorchFunctionSubclass
@@ -173,6 +173,8 @@ def _as_said(func: Any, name: str, args: list[Any], kwargs: dict[str, Any], like
         what = fate(name, is_fact, args, kwargs, sizes, experts)
         if isinstance(what, str):
             raise _elsewhere(name, what, like)
+        if like.ownership.listed and what is Fate.ROWS and from_the_start(name, args, kwargs):
+            raise counted_from_the_start(name, like)
         if name == "squeeze":
             args, kwargs = [args[0], squeezed(args, kwargs, here)], {}
         shape = (
@@ -229,6 +231,15 @@ def _elsewhere(name: str, wants: str, rows: ExpertRows) -> OptionError:
         f"{name} {wants} of a weight of {len(rows.ownership.owner_E)} experts, of which this rank has {_size(rows)[0]}",
         hint="sum, mean, var, std, norm, min and max without dim are of all experts; this rank's numbers: "
         "poise.train.local_rows(weight), in hooks too; those of all experts: poise.train.full_state_dict",
+    )
+
+
+def counted_from_the_start(name: str, rows: ExpertRows) -> OptionError:
+    """What is said of axes of a list's weight: ``dim()`` is that of one expert, and ``shape`` has one axis more."""
+    return OptionError(
+        f"{name} along an axis that is counted from the first one, of a weight of {len(rows.ownership.owner_E)} "
+        "experts of a list: of one expert's axes, or of the rows'?",
+        hint="count axes from the last one (dim=-1); this rank's numbers: poise.train.local_rows(weight)",
     )
 
 

@@ -45,7 +45,7 @@ from poise.train.rollout import Rollout
 from poise.train.rows import stepping
 from poise.train.run import new_run
 from poise.train.settings import Deployment, Settings
-from poise.train.wrappers import wrapped_well
+from poise.train.wrappers import check_plain_call, wrapped_well
 from poise.util.errors import ModelError, OptionError
 
 WINDOW_STEPS = (3, 10)
@@ -109,6 +109,7 @@ class Schedule:
         """A forward pass of the model starts; where the model's hook does not run, its first layer says so."""
         if in_backward():
             return
+        check_plain_call()
         self.forward.drop_early()
         stepping.clear()  # of a step that failed
         self.backward.forget_failed()
@@ -158,11 +159,12 @@ class Schedule:
             self._due = planned
 
     def _gradients_dropped(self) -> bool:
-        """Whether gradients were set to None since the last backward pass: without a step, that ends an iteration too.
+        """Whether gradients were dropped since the last backward pass (:mod:`poise.train.marks`): without a step, as
+        by hand or where a step is left out, that ends an iteration too.
 
         The first step of an optimizer comes after the first iteration's last pass: before it, nothing else tells.
         """
-        return all(weight.grad is None for experts in self.layers for weight in experts.owned().values())
+        return all(experts.gradient_dropped(name) for experts in self.layers for name in experts.owned())
 
     def _close_iteration(self) -> None:
         self.backward.unstepped = False

@@ -18,6 +18,7 @@ from poise.train.owned import OwnedExperts
 from poise.train.ownership import Ownership
 from poise.train.schedule import Schedule
 from poise.train.steps import watch_optimizers
+from poise.train.wrappers import check_meshes
 from poise.util.errors import ModelError
 
 
@@ -88,8 +89,11 @@ class Begin:
     """The model's forward hook; a copy of the model has one of its own run."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+        self.schedule, self._looked = schedule, False
 
-    def __call__(self, *_: Any) -> None:
-        """A forward pass starts."""
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        """A forward pass starts; before the first one it is looked at what averages the dense rest."""
+        if not self._looked:
+            check_meshes(model, self.schedule.layers)
+            self._looked = True
         self.schedule.begin()

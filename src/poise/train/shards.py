@@ -3,7 +3,7 @@
 To PyTorch it is a DTensor, so that its own tools do with it what they do with FSDP2's: gather it whole, write and read
 it in chunks, stage it. It claims to be replicated, as ``full_tensor`` gives the same on every rank: a true placement
 would have to say which rows lie where, and PyTorch knows only even blocks in order. ``torch.distributed.checkpoint``
-sees one chunk an expert.
+sees one chunk a run of experts with numbers that follow one another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from poise.runtime.collectives import gather_rows
 from poise.train.ownership import Ownership
-from poise.train.rows import ExpertRows, plain, plainly, refused, rows_of
+from poise.train.rows import TENSORS_OF_TENSORS, ExpertRows, plain, plainly, refused, rows_of
+from poise.train.wholes import plain_name
 from poise.util.errors import ModelError, OptionError
 
 
@@ -49,7 +50,14 @@ class ExpertShards(DTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", str(func))
-        one = next(value for value in args if isinstance(value, cls))
+        one = next((value for value in args if isinstance(value, cls)), None)
+        if one is None:  # in a list, or by name
+            raise undefined(name)
+        fact = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else ""
+        if fact in TENSORS_OF_TENSORS:
+            if name == "__set__" or fact not in ("data", "grad"):  # as a DTensor they would be this rank's rows alone
+                raise undefined(fact)
+            return None if fact == "grad" else shards_of(one._local_tensor, one.ownership)
         if name in ("__get__", "__set__") or name in READ:
             with plainly():
                 return func(*args, **kwargs)
@@ -71,11 +79,16 @@ class ExpertShards(DTensor):
                 )
         if name == "data_ptr":
             return 0
-        raise OptionError(
-            f"{name} is not defined for a state dict's tensor of experts that lie on several ranks",
-            hint="poise.train.full_state_dict or get_model_state_dict(full_state_dict=True), on all ranks, gives all "
-            "of them; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
-        )
+        raise undefined(name)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return shards_of(args[0]._local_tensor, args[0].ownership)
+        raise undefined(str(getattr(func, "overloadpacket", func)).rpartition(".")[2])  # as torch.tensor comes here
+
+    def __tensor_flatten__(self) -> Any:
+        raise undefined("taking apart")
 
     def __deepcopy__(self, memo: Any) -> ExpertShards:
         if id(self) not in memo:
@@ -91,30 +104,61 @@ class ExpertShards(DTensor):
 
     # ---- the protocol of torch.distributed.checkpoint -------------------------------------------------------------
 
-    def _chunk(self, expert: int) -> ChunkStorageMetadata:
-        rest = self._local_tensor.shape[1:]
-        return ChunkStorageMetadata(torch.Size([expert, *[0] * len(rest)]), torch.Size([1, *rest]))
-
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        """One chunk an expert owned here."""
+        """One chunk a run of experts owned here."""
         properties = TensorProperties.create_from_tensor(plain(self._local_tensor))
         return [
             WriteItem(
-                index=MetadataIndex(fqn, self._chunk(expert).offsets),
+                index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(self._chunk(expert), properties, self.size()),
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
             )
-            for expert in self.ownership.mine
+            for chunk in self.__create_chunk_list__()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """One chunk an expert owned here."""
-        return [self._chunk(expert) for expert in self.ownership.mine]
+        """One chunk a run of experts owned here."""
+        rest = self._local_tensor.shape[1:]
+        return [
+            ChunkStorageMetadata(torch.Size([first, *[0] * len(rest)]), torch.Size([count, *rest]))
+            for first, count in self.ownership.runs()
+        ]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        """The expert at an offset."""
-        row = self.ownership.mine.index(int(index.offset[0]))
-        return plain(self._local_tensor)[row : row + 1]
+        """The run of experts at an offset."""
+        first, runs = int(index.offset[0]), dict(self.ownership.runs())
+        row = self.ownership.mine.index(first)
+        chunk = plain(self._local_tensor)[row : row + runs[first]]
+        return chunk if len(runs) == 1 else chunk.as_subclass(OneOfSeveral)
+
+
+class OneOfSeveral(torch.Tensor):
+    """A chunk beside which this rank has others of the same tensor.
+
+    PyTorch's writer of safetensors keeps the last chunk of a tensor that a rank has, and writes zeros for the others.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if plain_name(func) in ("layout", "data_ptr", "numpy"):
+            raise OptionError(
+                "this rank owns experts in several runs of their numbers, and safetensors by "
+                "torch.distributed.checkpoint take one run a rank",
+                hint="poise.train.export_safetensors; or dcp.save without HuggingFaceStorageWriter",
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def undefined(name: str) -> OptionError:
+    """What is said where a rank would answer with its own experts in the name of all."""
+    return OptionError(
+        f"{name} is not defined for a state dict's tensor of experts that lie on several ranks",
+        hint="poise.train.full_state_dict or get_model_state_dict(full_state_dict=True), on all ranks, gives all "
+        "of them; Hugging Face's Trainer: poise.train.hf.ShardedExpertsMixin",
+    )
 
 
 READ = {"size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous",

@@ -29,6 +29,7 @@ from poise.train.rows import (
     _ownerships,
     _size,
     _tagged,
+    counted_from_the_start,
     plain,
     plainly,
     stepping,
@@ -118,14 +119,19 @@ def _norm(
     order = p if p is not None else ord
     order = 2 if order in (None, "fro") else order
     if dim is None and not keepdim and not isinstance(order, str):
-        if stepping and rows.ownership.listed:
-            raise OptionError(
-                f"{stepping[0]} scales by the norm of a weight, and {len(rows.ownership.owner_E)} experts of a list "
-                "are one weight here",
-                hint="take an optimizer that works element by element, or stack the experts of the model: [E, ...]",
-            )
+        _check_step("norm", rows)
         return _norms([rows], order, dtype)[0]
     return _by_axis(func, rows, dim, lambda: func(rows, order, dim, keepdim, dtype=dtype))
+
+
+def _check_step(what: str, rows: Any) -> None:
+    """Refuse what an optimizer asks of one weight in its step, where that is all experts of a list."""
+    if stepping and rows.ownership.listed:
+        raise OptionError(
+            f"{stepping[0]} scales by the {what} of a weight, and {len(rows.ownership.owner_E)} experts of a list "
+            "are one weight here",
+            hint="take an optimizer that works element by element, or stack the experts of the model: [E, ...]",
+        )
 
 
 def _reduction(op: Any, empty: float) -> Callable[..., Any]:
@@ -136,6 +142,8 @@ def _reduction(op: Any, empty: float) -> Callable[..., Any]:
             pair = [_own_part(rows, like), _own_part(dim, like)]
             return _as_said(func, "maximum", pair, kwargs, like)
         if dim is None and not kwargs.get("keepdim"):
+            if func.__name__ not in ("any", "all"):  # whether a gradient is finite
+                _check_step(func.__name__, rows)
             with plainly():
                 dtype = kwargs.get("dtype") or (rows.dtype if op != dist.ReduceOp.SUM else _sums_of(rows.dtype))
                 named = {**kwargs, "dtype": _wide(dtype)} if op == dist.ReduceOp.SUM else kwargs
@@ -214,6 +222,8 @@ def _by_axis(func: Any, rows: ExpertRows, dim: Any, run: Callable[[], Any]) -> A
             f"{len(rows.ownership.owner_E)}",
             hint="leave dim out for the value of all experts, or use poise.train.full_state_dict",
         )
+    if rows.ownership.listed and any(axis >= 0 for axis in axes):
+        raise counted_from_the_start(getattr(func, "__name__", ""), rows)
     with plainly():
         return _kept(run(), rows, getattr(func, "__name__", ""))
 

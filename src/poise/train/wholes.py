@@ -142,8 +142,8 @@ def fate(
         return "of all numbers" if name == "is_nonzero" else Fate.MINE
     if name.startswith("_") and not name.startswith("__") and not hasattr(torch.ops.aten, name):  # of PyTorch's own
         return Fate.MINE
-    if name in ("to", "type_as") and not leads:  # other numbers, to the type and device of rows
-        return Fate.MINE
+    if name in ("to", "type_as"):  # the other has a type and a device alone
+        return Fate.ROWS if leads else Fate.MINE
     if number_by_number(name) or (name == "where" and len(args) + len(kwargs) == 3) or _unreduced(name, kwargs):
         return _aligned(args, kwargs, sizes, experts) or Fate.ROWS
     if name in ("cat", "concat", "concatenate", "stack"):
@@ -190,6 +190,13 @@ def fate(
     if name in SHAPED:
         return Fate.ROWS if shape_of(name, args, kwargs, size, experts) is not None else "to another shape"
     return "of numbers that may be other ranks'"
+
+
+def from_the_start(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation along axes names one that is counted from the first."""
+    if name not in ALONG:
+        return False
+    return any(dim >= 0 for dim in _dims(name, args, kwargs) or ())
 
 
 def shape_of(

@@ -1,10 +1,19 @@
-"""``DistributedDataParallel`` around a parent of the model is refused: it would make all ranks' experts equal."""
+"""What averages the dense rest: refused where it would make experts wrong, or leave them out.
+
+``DistributedDataParallel`` around a parent of the model would make all ranks' experts equal; put on before experts were
+sharded, it waits for weights that are gone, and averages nothing; and where it or FSDP2 averages over ranks among which
+experts are not summed, these drift apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from poise.train.owned import OwnedExperts
 from poise.util.errors import ModelError
@@ -26,4 +35,85 @@ def wrapped_well(layers: Sequence[OwnedExperts]) -> bool:
             "DistributedDataParallel manages sharded experts, and has overwritten them",
             hint="wrap the very model that was given to fully_shard_experts, or use fully_shard",
         )
+    check_not_stale(active)
+    if layers:
+        check_ranks("DistributedDataParallel", dist.get_process_group_ranks(active.process_group), layers)
     return True
+
+
+def check_plain_call() -> None:
+    """Refuse transformations of functions: what ranks exchange has none.
+
+    Raises
+    ------
+    ModelError : ``torch.func``, forward-mode derivatives or ``torch.jit.trace`` run the model.
+    """
+    by = (
+        "torch.func" if torch._C._functorch.peek_interpreter_stack() is not None
+        else "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0
+        else "torch.jit.trace" if torch._C._get_tracing_state() is not None
+        else ""
+    )  # fmt: skip
+    if by:
+        raise ModelError(
+            f"sharded experts cannot be run by {by}", hint="call the model, and backward() or torch.autograd.grad"
+        )
+
+
+def check_not_stale(wrapper: Any) -> None:
+    """Refuse ``DistributedDataParallel`` that waits for gradients of weights that its model has no more.
+
+    Raises
+    ------
+    ModelError : it does; with ``find_unused_parameters=True`` it would not wait.
+    """
+    here = {id(weight) for weight in wrapper.module.parameters()}
+    gone = sum(id(weight) not in here for weight in wrapper._module_parameters)
+    if gone and not wrapper.find_unused_parameters:
+        raise ModelError(
+            f"DistributedDataParallel waits for {gone} weights that fully_shard_experts has replaced",
+            hint="wrap the model after fully_shard_experts",
+        )
+
+
+def check_ranks(who: str, ranks: Iterable[int], layers: Sequence[OwnedExperts]) -> None:
+    """Refuse to average the dense rest over ranks that have experts of their own.
+
+    Raises
+    ------
+    ModelError : experts are sharded over some of them only.
+    """
+    over, wanted = set(dist.get_process_group_ranks(layers[0].ownership.group)), set(ranks)
+    if not wanted <= over:
+        raise ModelError(
+            f"{who} averages the dense rest over {len(wanted)} ranks, and experts are sharded over {len(over)}, of "
+            f"which {len(wanted & over)} are among them: those of other ranks would drift apart",
+            hint="give fully_shard_experts the mesh of all ranks with batches of their own; with two dimensions, too",
+        )
+
+
+def check_meshes(model: nn.Module, layers: Sequence[OwnedExperts]) -> None:
+    """As :func:`check_ranks`, of FSDP2's modules in a model."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                if group.mesh_info.dp_mesh_dims is None:  # else the mesh has other dimensions beside
+                    check_ranks("fully_shard", group.mesh_info.mesh.mesh.flatten().tolist(), layers)
+
+
+def check_unwrapped(model: nn.Module, experts: Iterable[nn.Module]) -> None:
+    """Refuse a model in which ``DistributedDataParallel`` would wait for the weights that are about to be replaced.
+
+    Raises
+    ------
+    ModelError : it holds some of them.
+    """
+    replaced = {id(weight) for one in experts for weight in one.parameters()}
+    for module in model.modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and not module.find_unused_parameters:
+            held = sum(id(weight) in replaced for weight in module._module_parameters)
+            if held:
+                raise ModelError(
+                    f"DistributedDataParallel holds {held} weights of experts, and would wait for them",
+                    hint="wrap the model after fully_shard_experts",
+                )
