@@ -28,6 +28,13 @@ def few_or(many: Any, few: Any) -> Any:
     return many if os.environ.get("POISE_MANY") else few
 
 
+def many_only(like: str) -> Any:
+    """A mark of a test that ``make test`` leaves out, as ``like`` tells why it may; ``make test-all`` runs it."""
+    import pytest  # what ranks import has no need of it
+
+    return pytest.mark.skipif(few_or(False, True), reason=f"POISE_MANY=1 runs it; {like}")
+
+
 def tiny_cluster(
     rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False, measured: bool | None = None
 ) -> Cluster:

@@ -24,7 +24,11 @@ def compile_all() -> None:
 
 
 def loops() -> None:
-    """What fast loops plan with where replicas pay: in sharded training, with its routing known or not, and in serving."""
+    """What fast loops plan with where replicas pay: in sharded training, with its routing known or not, and in serving.
+
+    Also owners by price, and the plans of a record: what ranks of a launch need and no other function here calls would
+    be compiled by each of them.
+    """
     import numpy as np
 
     from poise.cost.weights import compiled_price, training_price
@@ -32,7 +36,7 @@ def loops() -> None:
     from poise.machine.model import ModelSpec
     from poise.planning.placement import Placement
     from poise.replay.serving import FastLoop, replay_steps
-    from poise.replay.training import SourceLoads, replay_training
+    from poise.replay.training import Foresight, SourceLoads, replay_training
     from poise.routing.batching import make_batch
     from poise.routing.synthetic import zipf_trace
     from poise.stepwise.poise.early import improved
@@ -40,13 +44,19 @@ def loops() -> None:
     from poise.stepwise.poise.near import PoiseNear
     from poise.stepwise.poise.node_split import source_tokens
     from poise.stepwise.poise.shares import deal_rows
-    from poise.stepwise.registry import POLICIES
+    from poise.stepwise.registry import FORESIGHT, POLICIES
+    from poise.stepwise.sharding import Heterogeneous
 
     model = ModelSpec.generic(8, 2, np.arange(2))
     price = training_price(4096, 8, Cluster.uniform(2, 2), model)
     weight = np.random.default_rng(0).dirichlet(np.full(8, 0.4), size=(2, 4))
     loads = np.random.default_rng(1).multinomial(60_000, weight, size=(4, 2, 4)).astype(np.int32)
-    replay_training(SourceLoads(loads, 2), FastLoop(POLICIES["poise"], 2), price, warm_up=2)
+    traffic = SourceLoads(loads, 2)
+    replay_training(traffic, FastLoop(POLICIES["poise"], 2), price, warm_up=2)
+    owners = Heterogeneous(interval=1, overlap=1, by_price=True)
+    for policy, replayed in itertools.product(FORESIGHT.values(), (True, False)):
+        replay_training(traffic, FastLoop(policy, 2), price, sharding=owners, first_reshard=1, warm_up=1,
+                        foresight=Foresight(traffic, replayed=replayed))  # fmt: skip
     owned_ED, load_SE = np.arange(8)[:, None] // 2 == np.arange(4), loads[0, 0].astype(np.int64)
     machine = compiled_price(price).machine
     improved(OwnedLayer(source_tokens(load_SE, machine), owned_ED, np.full(4, 2), compiled_price(price)), owned_ED, 1)
