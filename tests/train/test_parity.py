@@ -44,8 +44,9 @@ def test_every_policy_equals_the_dense_reference(world, tmp_path):
     if world == 4:
         assert {cell["policy"] for cell in found} == set(POLICIES)
         assert {cell["traffic"] for cell in found} == set(FLOWS)
-    if whole:
-        moved = set(POLICIES) - STILL - few_or(set(), {"lplb"})  # which sees no need of it in three steps
+    if world != 8:
+        few = {2: {"lplb", "ultra-ep"}, 4: {"lplb", "faster-moe"}}[world]  # see no need of it in so few steps and cells
+        moved = set(POLICIES) - STILL - few_or(set(), few)
         assert {cell["policy"] for cell in found if cell["gathered"]} == moved
 
 
