@@ -10,6 +10,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import typer
+from tests.helpers import few_or
 from typer.testing import CliRunner
 
 from poise import api
@@ -119,7 +120,7 @@ def test_the_same_file_gives_the_same_lines_and_people_get_words(parts, cluster,
 def test_a_growing_file_is_followed_and_torn_writes_are_tried_again(both, parts, cluster, tmp_path, monkeypatch):
     """The file grows by some hundred rows between looks; every other time it is caught half written."""
     path = tmp_path / "t.npz"
-    sizes = [*range(700, both.num_tokens, 2600), both.num_tokens]
+    sizes = [*range(700, both.num_tokens, few_or(2600, 6000)), both.num_tokens]
     first = first_rows(both, sizes[0])
     first.save(path)
     todo = [(size, torn) for size in sizes[1:] for torn in (True, False)]
