@@ -35,7 +35,7 @@ MANY = (
     "tests/control/test_controller.py", "tests/engines/test_round_trip.py", "tests/files_written/test_signals.py", "tests/test_extend.py",
     "tests/lab/emulate/test_rates.py", "tests/watch/test_unbreakable.py", "tests/test_executors.py", "tests/train/test_elastic.py",
     "tests/cli/test_demo_compiles.py", "tests/cli/test_interrupt.py", "tests/routing/test_large.py", "tests/train/test_titan.py",
-    "tests/cli/test_watch.py", "tests/stepwise/test_driver.py", "tests/runtime/device/test_layer.py",
+    "tests/cli/test_watch.py", "tests/cli/test_read_only.py", "tests/stepwise/test_driver.py", "tests/runtime/device/test_layer.py",
 )  # fmt: skip
 """Files whose random examples, cases or tests are few in ``make test`` (tests/helpers.few_or, many_only)."""
 

@@ -115,7 +115,7 @@ def random_change(seed):
 @pytest.mark.parametrize("part", range(2))
 def test_devices_join_leave_or_are_lost(part):
     kinds = set()
-    for seed in range(part * 200, part * 200 + few_or(200, 30)):
+    for seed in range(part * 200, part * 200 + few_or(200, 80)):
         rng, before, after, lost, start, device = random_change(seed)
         staging, node = int(rng.integers(1, 4)), np.sort(rng.integers(0, 3, max(before.num_devices, after.num_devices)))
         moves = move_list(before, after, expert_bytes=7.0, staging=staging, node_D=node, lost=lost)

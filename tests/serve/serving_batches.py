@@ -33,11 +33,11 @@ def ranks_without_requests() -> dict:
 @case
 def chunked_prefill() -> dict:
     """Budgets of one token to all of them give the same tokens; how many steps they take."""
-    out = {}
+    out, count = {}, few_or(5, 2)
     for traffic in ("home_node_dedup", "stay"):
         for budget in (1, 5, 64) if traffic == "stay" else few_or((1, 5, 64), (5,)):
             served = engine(traffic=traffic, budget=budget)
-            assert served.generate(m.prompts(), 8) == answers("olmoe"), (traffic, budget)
+            assert served.generate(m.prompts(count), 8) == answers("olmoe")[:count], (traffic, budget)
             assert max(step.local_tokens for step in served.steps) <= budget
             out[f"{traffic} {budget}"] = len(served.steps)
     assert out["stay 1"] > out["stay 5"] > out["stay 64"] == 8
@@ -48,13 +48,13 @@ def chunked_prefill() -> dict:
 def continuous_batching() -> dict:
     """Requests come while others run, and wait for room: at most one of a rank is live."""
     served = engine("qwen3_moe", traffic="stay", most_live=1, budget=9)
-    requests = []
-    for prompt in m.prompts():
+    requests, count = [], few_or(5, 3)
+    for prompt in m.prompts(count):
         requests.append(served.submit(prompt, 8, home=0))
         served.step()
     while served.busy:
         served.step()
-    assert [request.sampled for request in requests] == answers("qwen3_moe")
+    assert [request.sampled for request in requests] == answers("qwen3_moe")[:count]
     return {"steps": len(served.steps)}
 
 
