@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 3600.0
 PROBLEMS = 10_000
+PARTS = 4
+"""Pieces of :data:`MANY`."""
 MANY = (
     "tests/control/test_moves.py", "tests/control/test_payback.py", "tests/control/test_peers.py", "tests/cost/test_bound_compute.py", "tests/cost/test_bounds.py",
     "tests/cost/test_entries.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py", "tests/planning/test_joint.py", "tests/routing/test_homes.py",
@@ -32,12 +34,14 @@ MANY = (
     "tests/planning/test_groups.py", "tests/watch/test_effect.py", "tests/test_cookbook.py",
     "tests/control/test_controller.py", "tests/engines/test_round_trip.py", "tests/files_written/test_signals.py", "tests/test_extend.py",
     "tests/lab/emulate/test_rates.py", "tests/watch/test_unbreakable.py", "tests/test_executors.py", "tests/train/test_elastic.py",
+    "tests/cli/test_demo_compiles.py", "tests/cli/test_interrupt.py", "tests/routing/test_large.py", "tests/train/test_titan.py",
+    "tests/cli/test_watch.py", "tests/cli/test_read_only.py", "tests/stepwise/test_driver.py", "tests/runtime/device/test_layer.py",
 )  # fmt: skip
-"""Files whose random examples, or cases, are few in ``make test`` (tests/helpers.few_or)."""
+"""Files whose random examples, cases or tests are few in ``make test`` (tests/helpers.few_or, many_only)."""
 
 
 def properties() -> list[str]:
-    """The other files with properties, which are tried on a third of their random examples in ``make test`` (tests/conftest.py)."""
+    """The other files with properties, which are tried on a fifth of their random examples in ``make test`` (tests/conftest.py)."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     found = [str(path.relative_to(ROOT)) for path in files if "from hypothesis import" in path.read_text("utf-8")]
     return [file for file in found if file not in MANY]
@@ -68,12 +72,9 @@ def pieces() -> list[Piece]:
             for first in (0, half)
         ),
         *(Piece(f"parity-{word}", ("benchmarks/parity.py", word)) for word in parity),
-        Piece("many-examples", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *MANY), {"POISE_MANY": "1"}),
         Piece("watch-soak", ("benchmarks/watch_soak.py", "--minutes", "1", "--no-report")),
         # a third of a gigabyte each: not fetched is a skip, which the summary shows
         Piece("older-engines", ("-m", "pytest", "-q", "tests/engines/test_vllm_plugin.py"), {"POISE_WHEELS": "1", "CI": ""}),
-        # every support case, with the parity matrix's five steps; serving by every data flow with every placement
-        Piece("many-steps", ("-m", "pytest", "-q", *CASES), {"POISE_MANY": "1"}),
         Piece("families", ("-m", "pytest", "-q", "-rP", "tests/hfconfig/test_sweep.py"), {"POISE_FAMILIES": "1"}),
         *(Piece(f"parity-4/2+{first}:bfloat16", ("benchmarks/parity.py", f"4/2+{first}:bfloat16")) for first in range(2)),
         *(Piece(f"properties-{first}", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *properties()[first::2]),
@@ -82,6 +83,11 @@ def pieces() -> list[Piece]:
         Piece("gpu-interpreted", ("benchmarks/gpu.py", "--no-report"), {"TRITON_INTERPRET": "1"}),
         *(Piece(f"parity-{word}", ("benchmarks/parity.py", word))
           for word in (f"4/2+{first}:gathered-{sent}" for sent in ("bfloat16", "float8_e4m3fn") for first in range(2))),
+        *(Piece(f"many-examples-{first}", ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *MANY[first::PARTS]),
+                {"POISE_MANY": "1"}) for first in range(PARTS)),
+        # every support case, with the parity matrix's five steps; serving by every data flow with every placement
+        *(Piece(f"many-steps-{number}", ("-m", "pytest", "-q", *files), {"POISE_MANY": "1"})
+          for number, files in enumerate((CASES[:1], CASES[1:]))),
     ]  # fmt: skip
 
 

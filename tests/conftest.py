@@ -37,15 +37,15 @@ LONGEST = tuple(
 """Tests that start several processes, the longest first."""
 
 
-FEWEST = 6
-"""Random examples that a property is tried on at least, if it asks for as many."""
+FEWEST, PART = 5, 5
+"""Random examples that a property is tried on at least, if it asks for as many; and of how many it is tried on one."""
 
 
 def fewer_examples(items):
-    """A third of the random examples that properties ask for; with POISE_MANY=1 (pieces ``properties``) all of them."""
+    """A fifth of the random examples that properties ask for; with POISE_MANY=1 (pieces ``properties``) all of them."""
     for function in {item.obj for item in items if is_hypothesis_test(getattr(item, "obj", None))}:
         asked = function._hypothesis_internal_use_settings
-        examples = few_or(asked.max_examples, max(min(asked.max_examples, FEWEST), asked.max_examples // 3))
+        examples = few_or(asked.max_examples, max(min(asked.max_examples, FEWEST), asked.max_examples // PART))
         function._hypothesis_internal_use_settings = settings(asked, max_examples=examples)
 
 

@@ -35,6 +35,13 @@ def split_share_BED(load_BE, count_ED, speed_D, split: str):
     return held.dense(share_BH)
 
 
+def many_only(like: str) -> Any:
+    """A mark of a test that ``make test`` leaves out, as ``like`` tells why it may; ``make test-all`` runs it."""
+    import pytest  # what ranks import has no need of it
+
+    return pytest.mark.skipif(few_or(False, True), reason=f"POISE_MANY=1 runs it; {like}")
+
+
 def tiny_cluster(
     rng, nodes: Sequence[int] = (2, 1), *, shared: bool | None = None, equal: bool = False, measured: bool | None = None
 ) -> Cluster:

@@ -402,7 +402,7 @@ def test_comparisons_and_verdicts_say_the_same_on_an_executor(folder, tmp_path, 
     monkeypatch.setattr(solving, "_plan_once", seen)
     windows = [tmp_path / "monday.npz", tmp_path / "tuesday.npz"]
     for seed, path in enumerate(windows):
-        zipf_trace(num_tokens=300, num_layers=32, num_experts=8, top_k=2, seed=seed).save(path)
+        zipf_trace(num_tokens=300, num_layers=4, num_experts=8, top_k=2, seed=seed).save(path)
     compare = ("compare", folder, "-c", "1x4", "-r", 4, "-p", "contiguous", "-p", "poise")
     verdict = ("verdict", *windows, "-c", "1x4:h200", "-m", "mixtral-8x7b", "-r", 4, "--phase", "decode", "-n", 64)
     for words in (compare, verdict):

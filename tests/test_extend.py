@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.helpers import few_or
-from tests.launch import ranks
+from tests.launch import processes, ranks
 
 from poise.planning.problem import Method
 from poise.planning.solve.checked import checked_method
@@ -47,6 +47,22 @@ def install_page(site: Path) -> None:
             {name: text for name, text in FILES.items() if name.endswith(".py")})  # fmt: skip
 
 
+POISE = """
+import os, sys
+sys.path.insert(0, os.path.abspath("site"))
+os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+from poise.cli.main import main
+main()
+"""
+
+
+def poise_command(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """``poise words`` in the folder, with its site; forked from a process that has imported poise and looked at no package."""
+    (folder / "command.py").write_text(f"import os\nos.chdir({str(folder)!r})\n{POISE}")
+    ((code, said),) = processes(1, str(folder / "command.py"), *words, folder=folder, timeout=600)
+    return subprocess.CompletedProcess(words, code, said, (folder / "stderr").read_text())
+
+
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder,
@@ -70,7 +86,7 @@ def test_the_package_of_the_page_works_as_written(folder):
     for name, text in FILES.items():
         assert len(text.splitlines()) <= 40, name
     for words in COMMANDS:
-        done = python(folder, "-m", "poise.cli", *words[1:])
+        done = poise_command(folder, *words[1:])
         assert done.returncode == 0, done.stderr
         assert "left out:" not in done.stdout
     for row in ("snake  ", r"snake \+ hottest  ", r"snake \+ +│"):  # the last goes over two lines
@@ -138,7 +154,7 @@ BROKEN = {  # a module's text, and what is said of it
     f"{GOOD}from dataclasses import replace\nMETHOD = Method(lambda p, **_: MethodResult("
     "lpt.plan(replace(p, slots_D=p.slots_D + 1), time_limit_s=1.0).placement), 'takes more slots')": "in 4 slots",
 }  # fmt: skip
-COMPARE = ("-m", "poise.cli", "compare", "trace.npz", "--cluster", "1x4:h100", "-p", "contiguous", "-p", "lpt")
+COMPARE = ("compare", "trace.npz", "--cluster", "1x4:h100", "-p", "contiguous", "-p", "lpt")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +165,9 @@ def compared_with_broken_ones(tmp_path_factory):
     for number, text in enumerate(BROKEN):
         install(folder / "site", f"their-thing-{number}", {METHODS: {f"theirs-{number}": f"their_thing_{number}:METHOD"}},
                 {f"their_thing_{number}.py": text})  # fmt: skip
-    return python(folder, *COMPARE, *(word for number in range(len(BROKEN)) for word in ("-p", f"theirs-{number}")))
+    return poise_command(
+        folder, *COMPARE, *(word for number in range(len(BROKEN)) for word in ("-p", f"theirs-{number}"))
+    )
 
 
 @pytest.mark.parametrize("number", range(len(BROKEN)), ids=list(BROKEN.values()))
@@ -169,9 +187,7 @@ def test_a_broken_method_is_a_note_and_our_own_rows_stand(compared_with_broken_o
 
 def test_a_plan_by_a_broken_method_ends_with_its_package_and_no_file(folder):
     install(folder / "site", "their-thing", {METHODS: {"theirs": "their_thing:METHOD"}}, {"their_thing.py": "1 / 0"})
-    done = python(
-        folder, "-m", "poise.cli", "plan", "trace.npz", "--cluster", "1x4:h100", "--method", "theirs", "-o", "out.npz"
-    )
+    done = poise_command(folder, "plan", "trace.npz", "--cluster", "1x4:h100", "--method", "theirs", "-o", "out.npz")
     assert done.returncode == 2 and not (folder / "out.npz").exists()
     assert "package their-thing cannot be imported" in " ".join(done.stderr.split())
     assert "hint: mend or uninstall their-thing" in done.stderr and "Traceback" not in done.stderr
@@ -183,12 +199,12 @@ def test_packages_that_are_merely_there_stop_nothing(folder):
     loud = {"loud.py": "print('imported')\nMETHOD = 3"}
     install(site, "first", {METHODS: {"lpt": "loud:METHOD", "both": "loud:METHOD"}}, loud)
     install(site, "second", {METHODS: {"both": "loud:METHOD"}}, {})
-    done = python(folder, *COMPARE, "-p", "both")
+    done = python(folder, "-m", "poise.cli", *COMPARE, "-p", "both")
     said = " ".join(done.stderr.split())
     assert done.returncode == 0 and "imported" not in done.stdout and "Traceback" not in said
     assert said.count("package first offers a method 'lpt'") == 1
     assert "both left out: method 'both' is offered 2 times, by first and second" in " ".join(done.stdout.split())
-    unknown = python(folder, *COMPARE, "-p", "nobody")
+    unknown = poise_command(folder, *COMPARE, "-p", "nobody")
     assert unknown.returncode == 2 and "is neither a method nor" in unknown.stderr
 
 
@@ -198,7 +214,7 @@ def test_policies_that_are_broken_or_fail_on_the_way_are_notes_and_other_rows_st
     install(folder / "site", "no-policy", {POLICIES: {"theirs": "no_policy:Policy"}}, no_policy)
     late = FILES["my_placements/hottest.py"].replace("whole_E, rest_E", "1 / (3 - view.step); whole_E, rest_E")
     install(folder / "site", "their-thing", {POLICIES: {"hottest": "their_thing:Hottest"}}, {"their_thing.py": late})
-    done = python(folder, *COMPARE, "--fast", "hottest", "--fast", "theirs", "--fast", "split", "--step-slots", "1",
+    done = poise_command(folder, *COMPARE, "--fast", "hottest", "--fast", "theirs", "--fast", "split", "--step-slots", "1",
                   "--warm-up", "1")  # fmt: skip
     said = " ".join(done.stdout.split())
     assert done.returncode == 0 and "│ lpt + split" in said, done.stderr

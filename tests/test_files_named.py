@@ -3,13 +3,12 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engines.checkpoint_cases import write_checkpoint
+from tests.launch import processes
 
 from poise.util.errors import ClusterError, InputError, ModelError, OptionError
 from poise.util.files import open_regular, read_bounded
@@ -112,12 +111,12 @@ def test_every_reader_refuses_what_is_no_file(tmp_path):
     for kind in kinds:
         make(tmp_path, kind)
     checkpoint = write_checkpoint(tmp_path / "model", "granite")
-    done = subprocess.run(
-        [sys.executable, "-c", READERS, str(tmp_path), str(checkpoint), *kinds],
-        capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-300:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "readers.py").write_text(READERS)
+    ((code, said),) = processes(1, str(tmp_path / "run" / "readers.py"), str(tmp_path), str(checkpoint), *kinds,
+                                folder=tmp_path / "run", timeout=1200)  # fmt: skip
+    assert code == 0, said[-2300:]
+    lines = [json.loads(line) for line in said.splitlines()]
     assert len(lines) == 18 * len(kinds)
     assert not [line for line in lines if line[2] != "refused"]
 

@@ -11,7 +11,7 @@ from benchmarks.slices import CASES, MANY, PROBLEMS, Piece, of_day, pieces, run
 from tests.conftest import seconds_of_files
 
 ROOT = Path(__file__).parents[1]
-OF_RANKS = ("tests/train/test_support.py", "tests/serve/test_serve.py")
+OF_RANKS = ("tests/train/test_support.py", "tests/serve/test_serve.py", "tests/train/test_runs.py")
 CELLS = 1248
 """Of the parity matrix; any number would do."""
 
@@ -52,7 +52,7 @@ def test_together_they_are_all_problems_and_all_cells():
 
 def test_files_with_few_examples_are_those_that_get_many():
     using = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
-             if re.search(r"import .*\bfew_or\b|^    few_or,$", path.read_text("utf-8"), re.MULTILINE)}  # fmt: skip
+             if re.search(r"import .*\b(few_or|many_only)\b|^    (few_or|many_only),$", path.read_text("utf-8"), re.MULTILINE)}  # fmt: skip
     assert using - {"tests/test_slices.py"} == {*MANY, *OF_RANKS}
     assert set(OF_RANKS) <= set(CASES)
     many = [piece.words for piece in pieces() if piece.environment.get("POISE_MANY")]

@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from tests.helpers import many_only
 
 from poise.cli import demo
 from poise.util.compilation import COMPILATION
@@ -34,6 +35,7 @@ def functions(code, path):
     return {tuple(one) for one in json.loads(path.read_text())}
 
 
+@many_only("a function that it lacks is compiled a moment later: no answer depends on it")
 def test_the_second_process_compiles_what_the_fast_loop_needs(tmp_path):
     beside = functions("from poise.cli.demo import compile_fast_loop as f; f()", tmp_path / "beside.json")
     whole = functions("from poise.cli.demo import compared; compared(work=1.0)", tmp_path / "whole.json")

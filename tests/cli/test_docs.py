@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 LAYERS, EXPERTS, TOP_K, DEVICES, TOKENS = 48, 128, 8, 8, 2000
 
 
+@cache
 def routing():
     trace = zipf_trace(num_tokens=TOKENS, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, exponent=0.8)
     return trace.experts.astype(np.int32)

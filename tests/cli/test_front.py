@@ -325,6 +325,9 @@ def test_what_is_said_is_written_at_once_and_a_fault_of_the_program_is_none_of_a
     assert "cannot write what is to be said" in capsys.readouterr().err
     with pytest.raises(OSError, match="of no stream"), errors():
         raise OSError("of no stream")
+    monkeypatch.undo()
+    out.print("next")
+    assert capsys.readouterr().out == "next\n", "what could not be said is over"
 
 
 def test_another_file_of_poise_is_named_for_what_it_is(files):

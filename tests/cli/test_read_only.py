@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.engines.test_plugin_imports import CALL, LOAD, STUBS
+from tests.helpers import few_or
 
 import poise
 from poise.planning.placement import Placement
@@ -68,19 +69,20 @@ def run(tmp_path):
 
 
 def test_help_a_plan_and_what_cannot_be_written(run):
+    """A plan is in ``make test-all``: what it computes with is compiled anew, as the plugins' functions below."""
+    whole = few_or(True, False)
     elsewhere = f"/tmp/{uuid.uuid4().hex[:8]}.npz"
     plans = [[*PLAN, "-o", str(run.out / "p.npz")], [*PLAN, "-o", elsewhere]]
-    done = run(POISE, json.dumps([["--help"], *plans]))
+    done = run(POISE, json.dumps([["--help"], *plans[not whole :]]))
     assert "calibrate" in done.stdout and "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith(("exit", "error"))]
     assert said == [
-        "exit code 0",
-        "exit code 0",
+        *["exit code 0"] * (1 + whole),
         f"error: cannot write '{elsewhere}': Read-only file system",
         "exit code 2",
     ]
-    assert Placement.load(run.out / "p.npz").num_devices == 4
-    assert [path.name for path in run.out.iterdir()] == ["p.npz"]
+    assert not whole or Placement.load(run.out / "p.npz").num_devices == 4
+    assert [path.name for path in run.out.iterdir()] == ["p.npz"] * whole
 
 
 def test_plugins(run):

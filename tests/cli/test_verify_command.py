@@ -124,7 +124,7 @@ def test_a_server_log_tells_only_what_no_other_map_explains(server, tmp_path):
 def test_a_file_is_a_file(plan, tmp_path):
     sglang.write(plan, tmp_path / "map.json", num_hidden_layers=LAYERS)
     done = run(tmp_path / "placement.npz", tmp_path / "map.json")
-    assert done.exit_code == 1 and "whether the engine runs it,  this file cannot say" in done.stderr.replace("\n", " ")
+    assert done.exit_code == 1 and "whether the engine runs it, this file cannot say" in " ".join(done.stderr.split())
     assert "live" not in done.output and "matches" in done.stdout
 
 

@@ -77,7 +77,7 @@ def simulate_slots(slots, device, moves: MoveList, staging: int) -> list[np.ndar
 
 @pytest.mark.parametrize("part", range(4))
 def test_every_state_on_the_way_serves_and_nothing_is_fetched_twice(part):
-    for seed in range(part * 800, part * 800 + few_or(800, 200)):
+    for seed in range(part * 800, part * 800 + few_or(800, 80)):
         rng, before, after = random_pair(seed)
         staging = int(rng.integers(1, 4))
         node = np.sort(rng.integers(0, 3, before.num_devices))

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import tiny_cluster
 
+from poise.cost import route
 from poise.cost.route import assign_tokens, count_sources, locality_pairs, locality_rows, token_copies
 from poise.cost.weights import StepPrice, fetch_seconds, step_price, window_seconds
 from poise.machine.model import ModelSpec
@@ -53,6 +54,21 @@ def test_tokens_follow_their_rows(seed):
     counted = np.zeros_like(load)
     count_sources(expert[:, None], source, counted)
     assert (counted == load).all()
+
+
+def test_arrays_in_any_form_are_compiled_for_once():
+    """Views, what may not be written, and narrow integers: each would be a function of its own."""
+    picks = np.arange(12).reshape(3, 4) % 5
+    wide = np.zeros((3, 8), np.int16)
+    wide[:, ::2] = picks
+    fixed, homes = picks.copy(), np.array([1, 0, 1], np.int32)
+    fixed.flags.writeable = homes.flags.writeable = False
+    before, found = set(route._count_sources.signatures), []
+    for experts_TK, source_T in ((picks, np.array([1, 0, 1])), (wide[:, ::2], homes), (fixed, homes)):
+        found.append(np.zeros((2, 5), np.int64))
+        count_sources(experts_TK, source_T, found[-1])
+    assert len(set(route._count_sources.signatures) - before) <= 1
+    assert all((one == found[0]).all() for one in found) and found[0].sum() == 12
 
 
 def test_copies_by_hand():

@@ -27,6 +27,7 @@ ROWS = ("contiguous", "round-robin", "lpt", "eplb", "eplb-global", "moetuner-equ
 FEW = ("contiguous", "eplb", "eplb-global", "poise")
 """Whole blocks, replicas of one expert on several nodes, layers of other slots, and ours."""
 ALL_ROWS_OF = few_or(set(TARGETS), {"sglang"})
+WORK = few_or(3, 1)
 ENGINE_OF = {"vllm-34811": "checkpoint", "vllm-49572": "vllm", "vllm-53022": "vllm", "vllm-hygon": "vllm", "npz": "any"}
 
 
@@ -60,7 +61,7 @@ def test_what_was_exported_costs_what_was_priced(target, tmp_path):
     if target == "checkpoint":  # of three layers, all of them MoE layers
         model = replace(MODEL, num_hidden_layers=3, moe_layer_ids=(0, 1, 2))
         write_checkpoint(tmp_path / "checkpoint", "minimax")
-    options = {"model": model, "redundant": redundant, "engine": engine, "tokens_per_step": 96, "work": 3}
+    options = {"model": model, "redundant": redundant, "engine": engine, "tokens_per_step": 96, "work": WORK}
     first, second = traffic(layers=model.moe_layer_ids).split_requests()
     rows = ROWS if target in ALL_ROWS_OF else FEW
     table = poise.compare(second, "2x2:h100", fit=first, placements=rows, **options)
@@ -82,7 +83,7 @@ def test_what_was_exported_costs_what_was_priced(target, tmp_path):
 
 def test_plan_gives_the_placement_of_its_row():
     first, second = traffic(3).split_requests()
-    options = {"model": MODEL, "redundant": 4, "tokens_per_step": 96, "work": 3}
+    options = {"model": MODEL, "redundant": 4, "tokens_per_step": 96, "work": WORK}
     table = poise.compare(second, "2x2:h100", fit=first, placements=("contiguous", "lpt", "eplb", "poise"), **options)
     for entry in table.entries:
         if entry.name in METHODS:
@@ -99,7 +100,7 @@ def test_the_verdict_of_plan_is_that_of_its_file_once_exported(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "qwen3_moe", "num_hidden_layers": 5, "mlp_only_layers": [0, 3], "num_experts": 8, '
                       '"num_experts_per_tok": 2, "hidden_size": 2048, "moe_intermediate_size": 1024}')  # fmt: skip
-    common = ["-c", "2x2:h100", "-r", 4, "-m", config, "-n", 96, "--engine", "sglang", "--work", 3]
+    common = ["-c", "2x2:h100", "-r", 4, "-m", config, "-n", 96, "--engine", "sglang", "--work", WORK]
     plan, exported, again = tmp_path / "p.npz", tmp_path / "map.json", tmp_path / "again.npz"
     assert run("plan", tmp_path / "first.npz", *common, "-o", plan, "--no-verdict").exit_code == 0
     assert run("export", plan, "--to", "sglang", "-m", config, "-o", exported).exit_code == 0

@@ -2,8 +2,9 @@
 
 import json
 import signal
+from contextlib import ExitStack
 
-import pytest
+from tests.files_written.support import wait_for
 from tests.helpers import few_or
 from tests.launch import Ranks
 
@@ -16,12 +17,37 @@ CASES = [
 ]
 
 
-def test_all_refuse_what_one_reads_wrong(tmp_path):
+WRONG_READ = ("home", "1", "a wrong read", "device")
+
+
+def test_no_token_is_wrong_and_what_is_read_wrong_is_refused_by_all(tmp_path, subtests):
+    """A launch begins once the one before has lost a rank and for the rest waits for its time-outs."""
+    with ExitStack() as stack:
+        begun = {}
+        for number, case in enumerate((CASES[0], WRONG_READ, *CASES[1:])):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            begun[case] = stack.enter_context(Ranks(4, "tests/serve/losing.py", *case, folder=folder))
+            wait_for(lambda ranks=begun[case]: None not in ranks.codes() or any(map(has_lost, range(4), [ranks] * 4)))
+        for case, ranks in begun.items():
+            with subtests.test(", ".join(case)):
+                for process in ranks.running:
+                    process.wait(120)
+                codes, said = ranks.codes(), [ranks.said(rank) for rank in range(4)]
+                if case == WRONG_READ:
+                    all_refuse(codes, said)
+                else:
+                    goes_on(case, codes, said)
+
+
+def has_lost(rank, ranks):
+    """Whether a rank has said that an operation failed."""
+    return ranks.said(rank).startswith("after ")
+
+
+def all_refuse(codes, said):
     """An expert that is read anew as another, in part, or not at all, for whatever reason: all ranks raise, none waits."""
-    with Ranks(4, "tests/serve/losing.py", "home", "1", "a wrong read", "device", folder=tmp_path) as ranks:
-        for process in ranks.running:
-            process.wait(120)
-        codes, said = ranks.codes(), [ranks.said(rank) for rank in (0, 2, 3)]
+    said = [said[rank] for rank in (0, 2, 3)]
     assert [codes[rank] for rank in (0, 2, 3)] == [0, 0, 0], said
     told = [json.loads(one.splitlines()[-1])["refused"] for one in said]
     words = {"wrong": "was read anew and is not what was served", "half": "is not what was served", "lacks a weight": "KeyError",
@@ -34,13 +60,10 @@ def test_all_refuse_what_one_reads_wrong(tmp_path):
         assert kind not in ("OSError", "RuntimeError") or all(one.startswith(kind) for one in mine), "its own error"
 
 
-@pytest.mark.parametrize(("traffic", "gone", "when", "unit"), CASES)
-def test_serving_goes_on_and_no_token_is_wrong(tmp_path, traffic, gone, when, unit):
+def goes_on(case, codes, said):
+    """The others have the dead rank's requests, experts and tokens."""
+    traffic, gone, _, _ = case
     dead = [int(rank) for rank in gone.split(",")]
-    with Ranks(4, "tests/serve/losing.py", traffic, gone, when, unit, folder=tmp_path) as ranks:
-        for process in ranks.running:
-            process.wait(120)
-        codes, said = ranks.codes(), [ranks.said(rank) for rank in range(4)]
     told = {}
     for rank in range(4):
         if rank in dead:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from benchmarks.grids import grid_of
 from tests.cases import judge
+from tests.helpers import few_or
 from tests.stepwise.driver_cases import CASES
 
 from poise.routing.predict import mean_share
@@ -20,8 +21,14 @@ FILES = [path for part in ("src/poise", "benchmarks") for path in sorted((ROOT /
          if "stepwise" not in path.parts]  # fmt: skip
 
 
+ALIKE = {"training hecate", "training hecate-calibrated", "training smart-moe:interval=1,threshold=0.0"}
+"""Cases of ``make test-all`` alone: of policies that train, three are left, one of which moves weights as these do."""
+
+
 def test_one_trace_gets_the_same_plans_everywhere(tmp_path, subtests):
-    judge("tests/stepwise/driver_cases.py", CASES, tmp_path, subtests, world=2)
+    chosen = few_or(list(CASES), [case for case in CASES if case not in ALIKE])
+    judge("tests/stepwise/driver_cases.py", chosen, tmp_path, subtests, world=2)
+    assert ALIKE < set(CASES)
 
 
 def around_the_protocol(source: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The parity matrix: policy x re-materialisation x top-k x workload x optimizer x data flow, one launch per world size.
 
-    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--flows] [--mutate NAMES] [--dtype TYPES]
+    torchrun --standalone --nproc-per-node 4 tests/train/matrix.py --out cells.json [--pairwise] [--flows | --policies] [--mutate NAMES] [--dtype TYPES]
 
 Each cell trains 3 steps (5 with POISE_MANY=1) sharded and compares losses, all gradients, the gradient norm and the weights with one dense
 process on all tokens: the largest ||a - b|| / ||b|| of any tensor. In every other cell the experts start on random
@@ -62,6 +62,8 @@ def all_cells() -> list[tuple[str, bool, int, str, str, str]]:
 EVERY_PAIR = tuple(itertools.combinations(range(6), 2))
 OF_FLOWS = tuple((factor, 5) for factor in range(5))
 """Every value of another factor with either data flow."""
+OF_POLICIES = ((0, 0),)
+"""Every policy."""
 
 
 def covering(
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--pairwise", action="store_true", help="a sample with every pair of values of two factors")
     parser.add_argument("--flows", action="store_true", help="and what they lack of every value under either data flow")
+    parser.add_argument("--policies", action="store_true", help="and what they lack of every policy")
     parser.add_argument("--every", type=int, default=1, help="only every n-th cell")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--mutate", default="", help="one mutation, or several separated by commas")
@@ -145,6 +148,8 @@ def main() -> None:
     cells = (covering(everything) if options.pairwise else everything)[options.first :: options.every]
     if options.flows:
         cells = covering(everything, OF_FLOWS, cells)
+    if options.policies:
+        cells = covering(everything, OF_POLICIES, cells)
     if options.mutate:
         cells = [cell for cell in cells if cell[4] == "sgd"]
     rows, start = [], time.time()

@@ -1,7 +1,8 @@
 """Sharded training equals one dense process, for every policy. ``make test-all`` runs all cells.
 
-A pairwise sample of policies, workloads, data flows and the rest: on four ranks a part of it, with what that lacks of every policy, workload
-and so on under either data flow; smaller parts on two and on eight. With POISE_MANY=1 half of it on two ranks, the other half on four.
+A pairwise sample of policies, workloads, data flows and the rest: on two ranks a part of it, with what that lacks of every policy, workload
+and so on under either data flow; on four every policy once more, a smaller part on eight. With POISE_MANY=1 half of it on two ranks, the
+other half on four, both with all of either data flow.
 """
 
 import json
@@ -29,9 +30,10 @@ def cells(world, tmp_path, *arguments):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_policy_equals_the_dense_reference(world, tmp_path):
-    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (8, 3), 4: (12, 2), 8: (24, 2)})[world]
-    whole = world in few_or({2, 4}, {4})
-    found = cells(world, tmp_path, "--every", str(every), "--first", str(first), *["--flows"] * whole)
+    every, first = few_or({2: (2, 0), 4: (2, 1), 8: (8, 0)}, {2: (12, 2), 4: (12, 2), 8: (40, 2)})[world]
+    whole = world in few_or({2, 4}, {2})
+    more = ["--flows"] * whole or ["--policies"] * (world == 4)
+    found = cells(world, tmp_path, "--every", str(every), "--first", str(first), *more)
     for factor, values in (("policy", POLICIES), ("workload", WORKLOADS)):
         for flow in FLOWS:
             assert not whole or {cell[factor] for cell in found if cell["traffic"] == flow} == set(values), (
@@ -40,22 +42,26 @@ def test_every_policy_equals_the_dense_reference(world, tmp_path):
             )
     assert max(cell["error"] for cell in found) <= 1e-11, max(found, key=lambda cell: cell["error"])
     if world == 4:
-        moved = set(POLICIES) - STILL - few_or(set(), {"lplb"})  # which sees no need of it in three steps
+        assert {cell["policy"] for cell in found} == set(POLICIES)
+        assert {cell["traffic"] for cell in found} == set(FLOWS)
+    if world != 8:
+        few = {2: {"lplb", "ultra-ep"}, 4: {"lplb", "faster-moe"}}[world]  # see no need of it in so few steps and cells
+        moved = set(POLICIES) - STILL - few_or(set(), few)
         assert {cell["policy"] for cell in found if cell["gathered"]} == moved
 
 
 def test_a_mutation_fails_every_cell_it_touches(tmp_path, subtests):
-    found = cells(2, tmp_path, "--mutate", ",".join(MUTATIONS), "--every", str(few_or(2, 4)))
+    found = cells(2, tmp_path, "--mutate", ",".join(MUTATIONS), "--every", str(few_or(2, 8)))
     for mutation in MUTATIONS:
         with subtests.test(mutation):
             touched = [cell for cell in found if cell["mutate"] == mutation and (mutation != "replica" or cell["lost"])]
-            assert len(touched) > few_or(10, 5) and {cell["traffic"] for cell in touched} == set(FLOWS)
+            assert len(touched) > few_or(10, 2) and {cell["traffic"] for cell in touched} == set(FLOWS)
             assert min(cell["error"] for cell in touched) > 1e-6
 
 
 def test_low_precision_differs_no_more_than_dense_runs_do(tmp_path, subtests):
     """At most 4 times what dense runs differ that add up in other orders; bfloat16 with float32 weights (float32: the slices)."""
-    all_found = cells(4, tmp_path, "--dtype", ",".join(LOW), "--every", "9")
+    all_found = cells(few_or(4, 2), tmp_path, "--dtype", ",".join(LOW), "--every", "9")
     for dtype in LOW:
         with subtests.test(dtype):
             found = [cell for cell in all_found if cell["dtype"] == dtype]
@@ -66,7 +72,7 @@ def test_low_precision_differs_no_more_than_dense_runs_do(tmp_path, subtests):
 
 def test_gathers_of_fewer_bits_equal_a_dense_run_on_rounded_weights(tmp_path, subtests):
     """Wherever a token is computed, it is with the same rounded weights; the masters get the gradients."""
-    found = cells(4, tmp_path, "--gather", ",".join(GATHERS), "--every", str(few_or(3, 9)))
+    found = cells(few_or(4, 2), tmp_path, "--gather", ",".join(GATHERS), "--every", str(few_or(3, 9)))
     for gather in GATHERS:
         with subtests.test(gather):
             mine = [cell for cell in found if cell["gather"] == gather]

@@ -12,22 +12,36 @@ ABOUT_A_RANK = (
     "checkpoints",
     "frozen",
     "gradients",
+    "kinds",
     "loops",
     "memory",
     "optimizers",
+    "passes",
+    "plans",
     "recompute",
     "states",
     "steps",
     "titan",
 )
 """Modules (``support_*``) whose cases are about what a rank does with tools of PyTorch, and whether the others hear of it: one other
-rank is enough. Four are for what is dealt to ranks, sent between them and grouped: exchanges, routing, plans, meshes, families."""
-NEED_FOUR = {"averaged_over_more_ranks_than_experts", "checkpoint_troubles", "optimizers_that_cannot_move"}
-"""Cases of those modules that need owners who hold unequally many, or groups of ranks."""
+rank is enough. Four are for what is dealt to ranks, sent between them and grouped: exchanges, routing, meshes, a family."""
+NEED_FOUR = {
+    "averaged_over_more_ranks_than_experts",
+    "checkpoint_troubles",
+    "optimizers_that_cannot_move",
+    "one_rank_whose_check_fails",
+    "one_rank_with_another_model",
+    "one_rank_with_other_options",
+    "rates_of_another_machine",
+}
+"""Cases of those modules that need owners who hold unequally many, groups of ranks, several who agree beside one who does not, or nodes of
+several devices."""
 TWO_DO = {
     "hf_gpt_oss",
     "hf_deepseek_v3",
     "fsdp2_ignored_params",
+    "fsdp2_passes_over_experts",
+    "clip_norms",
     "groups_foreach_fused",
     "precision_bfloat16",
     "autocast",
@@ -35,7 +49,6 @@ TWO_DO = {
     "options_by_copies",
     "loads_of_the_first_iteration",
     "pairs_without_an_expert",
-    "parts_called_by_themselves",
 }
 """Cases of the other modules about a family, a type of numbers or a tool, or that others do on four
 once more (pairs without an expert: the hard cases); hf_mixtral, hsdp and ddp are on four."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers import many_only
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from peer import environments, titan  # noqa: E402
 
 
+@many_only("torchtitan's layout on stand-ins: support_titan.py")
 def test_stand_in_and_sharding_beside_the_real_source():
     if not environments.made(titan.PEER):
         pytest.skip("torchtitan's environment is not here: python benchmarks/peers.py --make-only --peers torchtitan")

@@ -50,6 +50,14 @@ class _Console(Console):
         """As rich makes it, of the text as it can be printed."""
         return super().render_str(printable(text), **options)
 
+    def print(self, *texts: Any, **options: Any) -> None:
+        """As rich does; what a stream did not take is not said once more before the next text."""
+        try:
+            super().print(*texts, **options)
+        except BaseException:
+            del self._buffer[:]
+            raise
+
 
 class _Out(_Console):
     """stdout, which may be full or read by nobody."""

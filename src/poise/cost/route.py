@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from poise.cost.traffic import Copies, DataFlow
 from poise.machine.cluster import Cluster
-from poise.util.compiled import compiled
+from poise.util.compiled import compiled, plain
 
 
 @compiled
@@ -102,8 +102,7 @@ def locality_rows(
     devices, experts = load_SE.shape
     rows = np.zeros((devices if source is None else 1, experts, devices), np.int64)
     work = np.zeros((2, devices), np.int64)
-    nodes = np.asarray(node_D, dtype=np.int64)
-    rows_into(np.ascontiguousarray(load_SE), np.ascontiguousarray(quota_ED), nodes,
+    rows_into(plain(load_SE, np.int64), plain(quota_ED, np.int64), plain(node_D, np.int64),
               -1 if source is None else source, work[0], work[1], rows)  # fmt: skip
     return rows
 
@@ -112,14 +111,17 @@ def locality_pairs(load_SE: NDArray[np.int64], quota_ED: NDArray[np.int64], node
     """Sum over experts of :func:`locality_rows`, int64 [D, D], without the rows: 2048 devices need 34 MB, not 9 GB."""
     devices = load_SE.shape[0]
     pairs, work = np.zeros((devices, 1, devices), np.int64), np.zeros((2, devices), np.int64)
-    rows_into(np.ascontiguousarray(load_SE), np.ascontiguousarray(quota_ED), np.asarray(node_D, dtype=np.int64), -1,
-              work[0], work[1], pairs)  # fmt: skip
+    rows_into(plain(load_SE, np.int64), plain(quota_ED, np.int64), plain(node_D, np.int64), -1, work[0], work[1], pairs)
     return pairs[:, 0]
 
 
-@compiled
-def count_sources(experts_TK: NDArray[Any], source_T: NDArray[np.int64], load_SE: NDArray[np.int64]) -> None:
+def count_sources(experts_TK: NDArray[Any], source_T: NDArray[Any], load_SE: NDArray[np.int64]) -> None:
     """Tokens of each expert on each source device, int64 [D, E], in place; picks of -1 compute nothing."""
+    _count_sources(plain(experts_TK, np.int64), plain(source_T, np.int64), load_SE)
+
+
+@compiled
+def _count_sources(experts_TK: NDArray[np.int64], source_T: NDArray[np.int64], load_SE: NDArray[np.int64]) -> None:
     load_SE[:] = 0
     for t in range(experts_TK.shape[0]):
         for k in range(experts_TK.shape[1]):
@@ -127,14 +129,20 @@ def count_sources(experts_TK: NDArray[Any], source_T: NDArray[np.int64], load_SE
                 load_SE[source_T[t], experts_TK[t, k]] += 1
 
 
-@compiled
 def assign_tokens(
-    experts_TK: NDArray[Any], source_T: NDArray[np.int64], row_SED: NDArray[np.int64], device_TK: NDArray[np.int64]
+    experts_TK: NDArray[Any], source_T: NDArray[Any], row_SED: NDArray[np.int64], device_TK: NDArray[np.int64]
 ) -> None:
     """Device of each (token, expert) pair, int64 [T, K], in place: a source's tokens of an expert fill its row in
     order, but join a device that the token goes to anyway where there is room. ``row_SED`` is used up. A pick of -1 has
     the device -1.
     """
+    _assign_tokens(plain(experts_TK, np.int64), plain(source_T, np.int64), row_SED, device_TK)
+
+
+@compiled
+def _assign_tokens(
+    experts_TK: NDArray[np.int64], source_T: NDArray[np.int64], row_SED: NDArray[np.int64], device_TK: NDArray[np.int64]
+) -> None:
     devices = row_SED.shape[2]
     for t in range(experts_TK.shape[0]):
         s = source_T[t]

@@ -20,7 +20,7 @@ from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
 from poise.routing.batch import RoutingBatch
 from poise.routing.trace import NO_EXPERT
-from poise.util.compiled import compiled
+from poise.util.compiled import compiled, plain
 from poise.util.errors import OptionError
 
 _CHUNK_ELEMENTS = 4_000_000
@@ -329,15 +329,17 @@ def layer_flow(
     num_steps = steps.stop - steps.start
     step_T = np.repeat(np.arange(num_steps), np.diff(batch.start_B[steps.start : steps.stop + 1]))
     if traffic != "stay":
-        experts_TK: NDArray[Any] = np.ascontiguousarray(batch.experts_TLK[first:last, layer])
+        experts_TK: NDArray[Any] = batch.experts_TLK[first:last, layer]
         home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
         share, node_D = shares.of(layer), cluster.node_D.astype(np.int64)
         if isinstance(share, NearGroups):
             experts_TK = share.of_tokens(experts_TK, home_T)
-            holders = HolderShares(share.ptr_G, share.device_X, share.share_X[None], node_D)
+            share_1X = plain(share.share_X[None], np.float64)
+            holders = HolderShares(plain(share.ptr_G, np.int64), plain(share.device_X, np.int64), share_1X, node_D)
         else:
             holders = _holder_shares(share, steps, node_D)
-        return _flow_from_home(StepTokens(experts_TK, step_T, home_T, num_steps), holders, cluster, traffic)
+        tokens = StepTokens(plain(experts_TK, np.int32), step_T, plain(home_T, np.int32), num_steps)
+        return _flow_from_home(tokens, holders, cluster, traffic)
     share_TKD = shares.of_tokens(layer, batch.experts_TLK[first:last, layer], step_T + steps.start)
     home_T = batch.home_of_tokens(cluster.num_devices)[first:last]
     source_TD = shares.sources(layer, slice(first, last), home_T, step_T + steps.start, cluster.num_devices)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.routing.trace import NO_EXPERT, finite
-from poise.util.compiled import compiled
+from poise.util.compiled import compiled, plain
 from poise.util.errors import TraceError
 
 Homes = Literal["equal", "by-request"]
@@ -207,7 +207,7 @@ class RoutingBatch:
         request_T = self.request_T
         if request_T.size and request_T.max() >= 4 * request_T.size:
             request_T = np.unique(request_T, return_inverse=True)[1].astype(np.int32)
-        out: NDArray[np.int32] = _equal_homes(request_T, self.start_B, num_devices)
+        out: NDArray[np.int32] = _equal_homes(plain(request_T, np.int32), plain(self.start_B, np.int64), num_devices)
         return out
 
     def evened(self, num_devices: int) -> RoutingBatch:
@@ -221,8 +221,8 @@ class RoutingBatch:
         """
         if self.home_T is None or self.start_B is None:
             raise TraceError("no home ranks are recorded that could be evened out")
-        wish_T = self.home_of_tokens(num_devices)
-        return replace(self, home_T=_evened(wish_T, self.start_B, num_devices))
+        wish_T = plain(self.home_of_tokens(num_devices), np.int32)
+        return replace(self, home_T=_evened(wish_T, plain(self.start_B, np.int64), num_devices))
 
     def at_home(self, num_devices: int) -> RoutingBatch:
         """The batch with its home ranks fixed for so many devices, so that parts of it have those of the whole."""

@@ -18,6 +18,7 @@ from numba import njit, types
 from numba.core.caching import IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
+from numpy.typing import NDArray
 
 from poise.util.compilation import COMPILATION
 
@@ -66,6 +67,15 @@ def _wide(kind: Any) -> Any:
     """The type of an argument without its value; whole numbers with a sign as int64, as numba computes with them."""
     kind = types.unliteral(kind)
     return types.int64 if isinstance(kind, types.Integer) and kind.signed and kind.bitwidth < 64 else kind
+
+
+def plain(array: NDArray[Any], dtype: type[Any]) -> NDArray[Any]:
+    """The array in the one form that is compiled for: of a type, contiguous, and such that it may be written.
+
+    Views, arrays that may not be written and narrower integers are types of their own to numba: a function that is
+    called with each would be compiled for each. Copied if it is none such.
+    """
+    return np.require(array, dtype, ("C", "W"))
 
 
 class _Cache:

@@ -49,7 +49,7 @@ from poise.planning.budget import Budget, Limit
 from poise.planning.methods.swift_balance import keep_slots, start_table, to_placement, uneven
 from poise.planning.problem import MethodResult, PlacementProblem, Progress
 from poise.routing.batch import RoutingBatch
-from poise.util.compiled import compiled
+from poise.util.compiled import compiled, plain
 from poise.util.errors import OptionError
 
 
@@ -275,7 +275,7 @@ def plan(
     ``adapted`` where slots, speeds or the current placement are not what the code knows.
     """
     budget = Budget.of(time_limit_s)
-    batch, speed_D = problem.batch, np.ascontiguousarray(problem.cluster.speed_D, dtype=np.float64)
+    batch, speed_D = problem.batch, plain(problem.cluster.speed_D, np.float64)
     table = start_table(problem)
     holds_LDE = table.holds_LDE(batch.num_experts)
     load_TLE, weight_T = samples(batch, setting.samples, setting.added)
@@ -283,12 +283,13 @@ def plan(
     out = table.expert_LDK.copy()
     before, after = np.ones(batch.num_layers), np.ones(batch.num_layers)
     for index in range(batch.num_layers):
-        slots_D = np.ascontiguousarray(table.capacity_LD[index])
+        slots_D = plain(table.capacity_LD[index], np.int64)
         if load_TLE[weight_T > 0, index].max() > setting.added and not budget.over("flash-lb"):
             load_TE = np.ascontiguousarray(load_TLE[weight_T > 0, index])
             weight = weight_T[weight_T > 0]
             layer = Layer(load_TE, weight, *statistics(load_TE, weight), slots_D, speed_D)
-            all_steps = replace(layer, load_TE=np.ascontiguousarray(every_TLE[:, index]), weight_T=batch.weight_B)
+            every_TE = np.ascontiguousarray(every_TLE[:, index])
+            all_steps = replace(layer, load_TE=every_TE, weight_T=plain(batch.weight_B, np.float64))
             before[index] = after[index] = all_steps.score(holds_LDE[index])
             score, holds = search(layer, setting)
             if score < before[index]:

@@ -37,6 +37,7 @@ from poise.stepwise.poise.node_split import best_quotas, source_tokens
 from poise.stepwise.poise.training import PoiseTraining, layer_of
 from poise.stepwise.protocol import MAX_ROWS, LayerView, StepPlan, StepPolicy
 from poise.stepwise.step_seconds import layer_seconds
+from poise.util.compiled import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class KnownRouting(StepPolicy):
         plan, _ = plan_layer(layer, tried_counts(view.step_slots, per_node, len(view.before_ED)))
         found = [view.before_ED, improved(layer, plan.holders_ED, self.changes).holders_ED]
         for held_ED in self._of_history(view, load_SE):
-            found += [improved(layer, held_ED, changes).holders_ED for changes in (0, self.changes)]
+            found += [improved(layer, plain(held_ED, np.bool_), changes).holders_ED for changes in (0, self.changes)]
             found.append(held_ED)  # with those that get no token, too: the split is searched, and may be worse without
         return min(found, key=lambda held_ED: self._seconds(view, held_ED, load_SE))
 
@@ -114,6 +115,6 @@ class KnownRouting(StepPolicy):
 def _split(view: LayerView, holders_ED: NDArray[np.bool_], load_SE: NDArray[np.int64]) -> StepPlan:
     """Step 4: the fastest split of loads that were known before the gate."""
     machine = compiled_price(view.price).machine
-    _, quota_ED = best_quotas(source_tokens(load_SE, machine), holders_ED, machine)
+    _, quota_ED = best_quotas(source_tokens(plain(load_SE, np.int64), machine), plain(holders_ED, np.bool_), machine)
     rows_SED = locality_rows(load_SE, quota_ED, view.price.cluster.node_D)
     return StepPlan(holders_ED, quota_ED, rows_SED, passive=True)

@@ -30,6 +30,7 @@ from poise.stepwise.methods.split import even_quota, spread_evenly
 from poise.stepwise.poise.gathers import OwnedLayer, calibrate, plan_layer, tried_counts
 from poise.stepwise.poise.node_split import best_quotas, quota_seconds, source_tokens
 from poise.stepwise.protocol import LayerView, StepPlan, StepPolicy
+from poise.util.compiled import plain
 
 CALIBRATE_SECONDS_BASE, CALIBRATE_SECONDS_PER_PAIR = 25e-6, 100e-9
 """Step 3 on one core: seconds, and seconds per (expert, device), after benchmarks/train.py (part ``planner``)."""
@@ -82,7 +83,7 @@ class PoiseTraining(StepPolicy):
         if near_s * (1.0 + self.margin) < exact_s + self.control_seconds(view):
             rows = nearest_rows(load_SE, holders_ED, view.price.cluster.node_D)
             return StepPlan(holders_ED, rows.sum(axis=0), rows, passive=True)
-        plan = calibrate(layer_of(view, np.ascontiguousarray(load_SE)), holders_ED, self.extra)
+        plan = calibrate(layer_of(view, plain(load_SE, np.int64)), plain(holders_ED, np.bool_), self.extra)
         return StepPlan(plan.holders_ED, plan.quota_ED)
 
     def training_plan_seconds(self, num_experts: int, num_devices: int) -> float:
@@ -109,7 +110,7 @@ class PoiseTraining(StepPolicy):
         """Predicted seconds of a layer if tokens go to the nearest holders, and if they are split exactly."""
         machine = compiled_price(view.price).machine
         sources = source_tokens(_expected(view), machine)
-        exact_s, _ = best_quotas(sources, holders_ED, machine)
+        exact_s, _ = best_quotas(sources, plain(holders_ED, np.bool_), machine)
         near = nearest_rows(sources.load_SE, holders_ED, machine.node_D).sum(axis=0)
         return quota_seconds(near, sources, machine), exact_s
 
@@ -132,9 +133,10 @@ def _sure_seconds(view: LayerView, holders_ED: NDArray[np.bool_]) -> float:
     if len(recent_HE) < 2:
         return np.inf
     saved_H = np.zeros(len(recent_HE))
+    owned_ED, held_ED = plain(view.before_ED, np.bool_), plain(holders_ED, np.bool_)
     for h, load_E in enumerate(recent_HE):
         sources = source_tokens(_spread(view, load_E), machine)
-        saved_H[h] = best_quotas(sources, view.before_ED, machine)[0] - best_quotas(sources, holders_ED, machine)[0]
+        saved_H[h] = best_quotas(sources, owned_ED, machine)[0] - best_quotas(sources, held_ED, machine)[0]
     return float(saved_H.mean() - saved_H.std(ddof=1) / np.sqrt(len(saved_H)))
 
 
@@ -142,4 +144,4 @@ def layer_of(view: LayerView, load_SE: NDArray[np.int64]) -> OwnedLayer:
     """A layer to plan for tokens of each source, int64 [D, E]."""
     price = compiled_price(view.price)
     free_D = view.slots_D - view.before_ED.sum(axis=0)
-    return OwnedLayer(source_tokens(load_SE, price.machine), view.before_ED, free_D, price)
+    return OwnedLayer(source_tokens(load_SE, price.machine), plain(view.before_ED, np.bool_), free_D, price)

@@ -29,6 +29,7 @@ from poise.stepwise.poise.node_split import source_tokens
 from poise.stepwise.poise.outlook import Site, descended, expected_loads, improved, planned_tokens
 from poise.stepwise.poise.spread import Spread, even_seconds
 from poise.stepwise.poise.surplus import filled_by_work
+from poise.util.compiled import plain
 
 STAGES = 16
 """Most batches of a way."""
@@ -81,7 +82,7 @@ def first_batch(site: Site, held: bytes, loads: bytes, horizon: float, margin: f
 def _seconds(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> float:
     """Predicted seconds of holders, or of the engine's split over the static ones."""
     planned_s = planned_tokens(site, held_ED.tobytes(), load_E.tobytes()).seconds
-    return min(planned_s, even_seconds(load_E.copy(), site.static_ED, site.machine))
+    return min(planned_s, even_seconds(load_E.copy(), plain(site.static_ED, np.bool_), site.machine))
 
 
 def targets(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64]) -> Iterator[tuple[float, Spread]]:
@@ -92,7 +93,8 @@ def targets(site: Site, held_ED: NDArray[np.bool_], load_E: NDArray[np.float64])
     starts = [held_ED]
     if len(sizes_N) > 1:
         whole_SE = spread_evenly(np.rint(load_E).astype(np.int64), len(slots_D))
-        layer = OwnedLayer(source_tokens(whole_SE, price.machine), static_ED, slots_D - static_ED.sum(axis=0), price)
+        free_D, owned_ED = slots_D - static_ED.sum(axis=0), plain(static_ED, np.bool_)
+        layer = OwnedLayer(source_tokens(whole_SE, price.machine), owned_ED, free_D, price)
         counts = tried_counts(site.step_slots, int(sizes_N.max()), len(static_ED))
         starts.append(plan_layer(layer, counts)[0].holders_ED)
     else:
@@ -111,7 +113,7 @@ def _price(
 ) -> tuple[FirstBatch | None, float]:
     """Step 2: the first batch of the best part of the way, and what the horizon takes."""
     window_s, price = site.price.window_s, compiled_price(site.price)
-    even_s = even_seconds(load_E.copy(), site.static_ED, site.machine)
+    even_s = even_seconds(load_E.copy(), plain(site.static_ED, np.bool_), site.machine)
     way = Way(target.held_ED, target.tokens_ED, site.static_ED, site.slots_D)
     at_ED, tokens_ED = held_ED, planned_tokens(site, held_ED.tobytes(), load_E.tobytes()).tokens_ED
     spent_s, left, now_s = 0.0, horizon, _seconds(site, held_ED, load_E)
