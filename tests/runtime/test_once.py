@@ -39,7 +39,16 @@ def everything_here(send_N):
     """All pairs of all tokens are computed on this rank."""
     count = TOKENS * TOP_K
     pairs = Exchange(
-        torch.arange(count), [count], [count], torch.arange(count), np.array([count]), 0, count, TOP_K, None, 0
+        *[torch.arange(count)] * 2,
+        [count],
+        [count],
+        *[torch.arange(count)] * 2,
+        np.array([count]),
+        0,
+        count,
+        TOP_K,
+        None,
+        0,
     )
     copy_P = torch.arange(TOKENS).repeat_interleave(TOP_K)
     return OnceExchange(pairs, WIDTH, send_N, [len(send_N)], [TOKENS], copy_P, torch.arange(count))

@@ -88,8 +88,9 @@ def a_problem_of_one_rank_leaves_nothing_on_its_way() -> dict:
 
 @case
 def ranks_apart_begin_no_other_exchange() -> dict:
-    """Gradients of some are on their way when others go forward, or through another layer: the run is over, on all ranks
-    by an error and not by a time-out, as what is left would be taken for what comes next.
+    """Some go backward when others go forward, or through another layer: an error on all ranks, and no time-out. Where
+    gradients were on their way as messages, the run is over, as what is left would be taken for what comes next; those
+    that go by a collective wait until ranks have met, so that nothing is left and the group goes on.
     """
     said: dict[str, str] = {}
 
@@ -111,10 +112,15 @@ def ranks_apart_begin_no_other_exchange() -> dict:
                 group = run.schedule.deployment.tokens_group
                 key = f"{apart.__name__}, {most_bytes}"
                 assert "out of step" in said_by_all(partial(apart, model))
-                said[key] = said_by_all(lambda model=model: h.loss_of(model, mine(2)))
-                assert "exchange nothing any more" in said[key], said
                 mine_1 = torch.ones(1, dtype=torch.int64)
                 ones = [1] * dist.get_world_size()
+                if most_bytes > 0:
+                    assert collectives.gather_rows(mine_1 + dist.get_rank(), ones, group).tolist() == [
+                        1 + rank for rank in range(len(ones))
+                    ]
+                    continue
+                said[key] = said_by_all(lambda model=model: h.loss_of(model, mine(2)))
+                assert "exchange nothing any more" in said[key], said
                 assert said_by_all(lambda g=group, one=mine_1, n=ones: collectives.gather_rows(one, n, g)) == said[key]
     return said
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Arriving, SentRows, exchanges, gather
+from poise.runtime.collectives import Arriving, SentRows, exchanges, gather, is_short, on_gloo
 from poise.runtime.spans import span
 from poise.util.errors import ModelError
 
@@ -43,6 +43,10 @@ class PairExchange(ABC):
     @abstractmethod
     def tokens_there(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
+
+    def sends_ahead(self, like_Nd: Tensor) -> bool:
+        """Whether :meth:`send_pairs` may begin before it is known that all ranks do."""
+        return False
 
     @abstractmethod
     def send_pairs(self, y_Nd: Tensor) -> SentRows:
@@ -85,7 +89,8 @@ class Exchange(PairExchange):
     ----------
     send_N : int64 [N] positions of this rank's pairs (token * K + k) in the order they leave.
     sent_D, got_D : pairs to and from each rank.
-    arrange_n : int64 [n] what arrived, in the order the experts need it.
+    left_N : the reverse of ``send_N``; None where some pairs name no expert.
+    arrange_n, came_n : int64 [n] what arrived, in the order the experts need it, and the reverse.
     count_E : pairs of each expert computed here, int64 [E] on the host.
     most : most pairs from any rank to another one.
     pairs, top_k, group : T * K, K, and the process group of tokens.
@@ -93,9 +98,11 @@ class Exchange(PairExchange):
     """
 
     send_N: Tensor
+    left_N: Tensor | None
     sent_D: list[int]
     got_D: list[int]
     arrange_n: Tensor
+    came_n: Tensor
     count_E: NDArray[np.int64]
     most: int
     pairs: int
@@ -103,10 +110,21 @@ class Exchange(PairExchange):
     group: Any
     number: int
 
+    def sends_ahead(self, like_Nd: Tensor) -> bool:
+        """On gloo long rows are messages with a number of their own. A collective, as of short rows, is for ranks that
+        are all in it: apart, they would end the process by rows of other sizes.
+        """
+        return not (on_gloo(self.group) and is_short(like_Nd, self.most))
+
+    def arriving_ahead(self, like_Nd: Tensor, got_D: list[int] | None = None) -> Arriving:
+        """What comes of :meth:`send_pairs` of all ranks, of rows like these."""
+        number = self.number if self.sends_ahead(like_Nd) else None
+        return Arriving(like_Nd, self.got_D if got_D is None else got_D, self.group, self.most, number)
+
     @property
     def whole(self) -> bool:
         """Whether every pair names an expert."""
-        return len(self.send_N) == self.pairs
+        return self.left_N is not None
 
     def tokens_there(self, x_Td: Tensor) -> Tensor:
         """Tokens of this rank to what is computed here, [n, d], sorted by expert."""
@@ -117,12 +135,8 @@ class Exchange(PairExchange):
         return self._arranged(coming, "")
 
     def send_pairs(self, y_Nd: Tensor) -> SentRows:
-        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it.
-
-        Before it is known whether all ranks do: they go by a number of their own.
-        """
-        coming = Arriving(y_Nd, self.got_D, self.group, number=self.number)
-        return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
+        """Begin to send rows of this rank's pairs [T * K, d] to where their experts are; :meth:`arrived` takes it."""
+        return self.arriving_ahead(y_Nd).send(y_Nd.index_select(0, self.send_N), self.sent_D)
 
     def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:
         """What comes of it is computed here, [n, d], sorted by expert."""
@@ -137,14 +151,12 @@ class Exchange(PairExchange):
     def back(self, y_nd: Tensor, asked: Arriving | None, prefix: str = "") -> Tensor:
         """The reverse: rows of all this rank's pairs, [T * K, d]; zeros where no expert was named."""
         assert asked is not None
-        as_came = torch.empty_like(y_nd)
-        as_came[self.arrange_n] = y_nd
+        as_came = y_nd.index_select(0, self.came_n)
         with span(f"{prefix}combine"):
             sent_Nd = asked.send(as_came, self.got_D).wait()
-        out = sent_Nd.new_empty if self.whole else sent_Nd.new_zeros
-        all_Nd = out((self.pairs, sent_Nd.shape[1]))
-        all_Nd[self.send_N] = sent_Nd
-        return all_Nd
+        if self.left_N is not None:
+            return sent_Nd.index_select(0, self.left_N)
+        return sent_Nd.new_zeros((self.pairs, sent_Nd.shape[1])).index_copy_(0, self.send_N, sent_Nd)
 
     def by_token(self, rows: Tensor) -> Tensor:
         """What :meth:`back` brought, summed over the pairs of each token, [T, d]."""
@@ -238,13 +250,20 @@ def make_exchange(
     expert = np.repeat(np.tile(np.arange(here_SE.shape[1]), here_SE.shape[0]), here_SE.reshape(-1))
     place_E = np.zeros(here_SE.shape[1], np.int64)
     place_E[slots if slots is not None else slice(None)] = np.arange(len(place_E) if slots is None else len(slots))
+    arrange = np.argsort(place_E[expert], kind="stable")
+    came = np.empty_like(arrange)
+    came[arrange] = np.arange(len(arrange))
     pairs_SD = rows_SED.sum(axis=1)
     np.fill_diagonal(pairs_SD, 0)
+    send_N = by_expert[by_rank]
+    whole = len(send_N) == len(ids)
     return Exchange(
-        by_expert[by_rank],
+        send_N,
+        torch.empty_like(send_N).scatter_(0, send_N, torch.arange(len(ids), device=device)) if whole else None,
         mine_ED.sum(axis=0).tolist(),
         here_SE.sum(axis=1).tolist(),
-        torch.from_numpy(np.argsort(place_E[expert], kind="stable")).to(device),
+        torch.from_numpy(arrange).to(device),
+        torch.from_numpy(came).to(device),
         here_SE.sum(axis=0),
         int(pairs_SD.max()),
         ids_TK.numel(),

@@ -46,6 +46,10 @@ class OnceExchange(PairExchange):
     copy_P: Tensor
     weight_P: Tensor
 
+    def sends_ahead(self, like_Nd: Tensor) -> bool:
+        """As :meth:`poise.runtime.dispatch.Exchange.sends_ahead`."""
+        return self.pairs.sends_ahead(like_Nd)
+
     @property
     def whole(self) -> bool:
         """Whether every pair names an expert."""
@@ -79,7 +83,7 @@ class OnceExchange(PairExchange):
 
     def send_pairs(self, y_Nd: Tensor) -> SentRows:
         """Begin to send rows of this rank's tokens [T, d] to where their copies went."""
-        coming = Arriving(y_Nd, self.got_D, self.pairs.group, number=self.pairs.number)
+        coming = self.pairs.arriving_ahead(y_Nd, self.got_D)
         return coming.send(y_Nd.index_select(0, self.send_N), self.sent_D)
 
     def arrived(self, sent: SentRows, prefix: str = "") -> Tensor:

@@ -122,6 +122,11 @@ class LayerDriver:
         planner.passes(step, looks, view.recent_HE, self.held_ED)
         return replace(view, seen_HE=planner.seen_HE, settled=planner.settled(self.held_ED))
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the policy has something to choose before the gate; else holders stay as they are."""
+        return type(self.policy).before_gate is not StepPolicy.before_gate
+
     def choose(self, view: LayerView) -> NDArray[np.bool_]:
         """The holders that the policy wants before the gate, bool [E, D]. Any thread may call it."""
         return self.policy.before_gate(view)

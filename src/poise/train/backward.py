@@ -107,7 +107,8 @@ class BackwardSchedule:
     def _together(self, one: Pass, accumulates: Callable[[], bool], dy_Nd: Tensor) -> bool:
         """All ranks go backward through this layer of this pass, and through as many after it, or all raise.
 
-        The gradients are on their way meanwhile: one wait less.
+        Long gradients are on their way meanwhile: one wait less. Short ones leave when ranks have met, by one
+        collective: a message a rank costs the host more than the wait.
         """
         accumulate = False
         dropped, problem = self.dropped()
@@ -117,12 +118,17 @@ class BackwardSchedule:
         except ModelError as error:
             problem = problem or error
         coming = sum(other.comes for other in self._run.passes.open() if other is not one)
+        step, ahead = one.step, one.step.way.sends_ahead(dy_Nd)
         announced = self._run.meeting.announce("backward", one.layer, one.number, problem=problem, more=(
             ("layers still to come", coming), ("whether weights get gradients", accumulate),
             ("whether gradients are synchronised", self.sync), ("divide factor", self.divide_factor),
             (DROPPED, dropped),
-        ), sends=one.exchange)  # fmt: skip
-        announced.hold(beside=one.step.send_gradients(dy_Nd).wait)
+        ), sends=one.exchange if ahead else None)  # fmt: skip
+        if ahead:
+            announced.hold(beside=step.send_gradients(dy_Nd).wait)
+        else:
+            announced.hold()
+            step.send_gradients(dy_Nd)
         if dropped:
             self.let_go()
         return accumulate

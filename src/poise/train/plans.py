@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.cost.route import locality_rows
-from poise.cost.transfers import plan_transfers
+from poise.cost.transfers import TransferPlan, plan_transfers
 from poise.cost.weights import HIDDEN_SHARE, StepPrice, dense_gradient_seconds, training_price
 from poise.machine.cluster import Cluster
 from poise.machine.model import ModelSpec
@@ -98,6 +98,9 @@ class RunPlanner:
 
     def early_plan(self, layer: int) -> Plan:
         """Replicas that are gathered before the gate, and how: planned ahead, or now."""
+        driver = self.drivers[layer]
+        if not driver.chooses:
+            return driver.held_ED.copy(), self._route(layer)(driver.held_ED)
         now = self.micro_batch
         key = layer if now is None else (now.key, layer)
         return self._ahead.get(key, self._version) or self._early_task(layer, now)()
@@ -155,13 +158,16 @@ class RunPlanner:
                 self.plan_ahead(layer)
 
     def plan_ahead(self, layer: int) -> None:
-        """Begin, on a thread, to plan the replicas of the next forward pass: all is known that will be."""
-        self._ahead.start(layer, self._version, self._early_task(layer))
+        """Begin, on a thread, to plan the replicas of the next forward pass: all is known that will be. A policy that
+        chooses none has nothing to plan.
+        """
+        if self.drivers[layer].chooses:
+            self._ahead.start(layer, self._version, self._early_task(layer))
 
     def foresee(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Begin, on a thread, to plan the replicas of all layers of micro-batches whose routing is known."""
-        if self.settings.policy.keeps_in_training:
-            return  # what is held by then is not known
+        if self.settings.policy.keeps_in_training or not self.drivers[0].chooses:
+            return  # what is held by then is not known, or stays
         for one in micro_batches:
             for layer in range(len(self.layers)):
                 self._ahead.start((one.key, layer), self._version, self._early_task(layer, one))
@@ -173,11 +179,14 @@ class RunPlanner:
         if self.micro_batch is micro_batch:
             self.micro_batch = None
 
+    def _route(self, layer: int) -> Callable[[NDArray[np.bool_]], TransferPlan]:
+        there = self.deployment
+        return partial(plan_transfers, self.layers[layer].owner_E, cluster=there.cluster,
+                       expert_bytes=there.expert_bytes, form=there.form)  # fmt: skip
+
     def _early_task(self, layer: int, micro_batch: MicroBatch | None = None) -> Callable[[], Plan]:
-        there, driver = self.deployment, self.drivers[layer]
+        driver, route = self.drivers[layer], self._route(layer)
         view = self.view(layer, micro_batch=micro_batch)
-        route = partial(plan_transfers, self.layers[layer].owner_E, cluster=there.cluster,
-                        expert_bytes=there.expert_bytes, form=there.form)  # fmt: skip
 
         def plan() -> Plan:
             with span("early plan"):
