@@ -150,6 +150,7 @@ def test_ranks_with_picks_beside(tmp_path, ending, anew):
     """Each rank's totals are taken apart by themselves, its picks that compute nothing with its loads."""
     load = [steps(rank, 4, 100, 200) if rank else steps(rank, 4, 1, 9) for rank in range(2)]
     idle_BL = [np.random.default_rng(rank).integers(1, 90, (4, 4)) for rank in range(2)]
+    idle_BL[0][2] = 1000  # more than before it began anew, which only its loads show
     paths = [tmp_path / f"rank{rank}.{ending}" for rank in range(2)]
     for rank, path in enumerate(paths):
         began = anew if rank == 0 else ()
