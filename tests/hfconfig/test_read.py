@@ -156,7 +156,7 @@ def test_unknown_families_are_read_by_plain_keys(kind, change, layers):
         {"num_local_experts": 8}, {"n_routed_experts": 4}, {"moe_topk": 2}, {"num_experts_per_tok": [4, 4, 4, 4, 4, 2]},
         {"num_experts_per_tok": [4, 4]}, {"num_experts": [16, 16]}, {"hidden_act": "relu2"},
         {"first_k_dense_replace": 1, "mlp_only_layers": [3]}, {"mlp_layer_types": ["dense"]}, {"mlp_layer_types": ["odd"] * 6},
-        {"block_configs": [{"num_experts": 8}]}, {"num_experts": 1}, {"num_experts": 0}, {"is_moe_layer": [2] * 6}, {"moe_layers": [9]}, {"use_moe": False}, {"poise_matrices": True},
+        {"block_configs": [{"num_experts": 8}]}, {"num_experts": 1}, {"num_experts": 0}, {"is_moe_layer": [2] * 6}, {"moe_layers": [9]}, {"parallel_expert_intermediate_size": 8}, {"use_moe": False}, {"poise_matrices": True},
         {"moe_intermediate_size": None, "first_k_dense_replace": 1, "intermediate_size": 96}, {"moe_layers_enum": "1,x"},
     ],
 )  # fmt: skip

@@ -45,3 +45,14 @@ def test_what_is_read_is_what_the_modules_have(family):
     attention, shared, dense = counted(model, spec)
     assert spec.attention_parameters in attention and shared == {spec.shared_expert_size}
     assert dense <= {spec.dense_intermediate_size} and spec.vocab_size == 61
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_shared_experts_may_be_listed_a_layer(listed):
+    """As Hunyuan-A13B's config has them; lists that differ say nothing that one size could."""
+    config = {
+        "model_type": "hunyuan_v1_moe", "hidden_size": 64, "num_hidden_layers": 4, "num_experts": 8, "moe_topk": [2] * 4,
+        "moe_intermediate_size": [48] * 4, "intermediate_size": 48, "num_shared_expert": [2] * 4 if listed else 2,
+    }  # fmt: skip
+    assert from_hf_config(config, name="x").shared_expert_size == 96
+    assert from_hf_config({**config, "num_shared_expert": [2, 2, 2, 1]}, name="x").shared_expert_size == 0

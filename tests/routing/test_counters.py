@@ -144,13 +144,26 @@ def test_a_rank_that_began_anew_alone(tmp_path, form):
         np.testing.assert_array_equal(dump.slots.count_BLS, load)
 
 
-def test_ranks_with_picks_beside_are_refused(tmp_path):
-    for rank in range(2):
-        count = running(steps(rank, 4, 1, 90))
-        np.savez(tmp_path / f"rank{rank}.npz", counts=count, identity_count=count[:, :, 0])
-    paths = [tmp_path / f"rank{rank}.npz" for rank in range(2)]
-    with pytest.raises(TraceError, match="of several ranks with picks that compute nothing"):
-        read_dump(paths, options=ReadOptions(counters="running", ranks="sum"))
+@pytest.mark.parametrize("anew", [(), (2,)])
+@pytest.mark.parametrize("ending", ["npz", "json"])
+def test_ranks_with_picks_beside(tmp_path, ending, anew):
+    """Each rank's totals are taken apart by themselves, its picks that compute nothing with its loads."""
+    load = [steps(rank, 4, 100, 200) if rank else steps(rank, 4, 1, 9) for rank in range(2)]
+    idle_BL = [np.random.default_rng(rank).integers(1, 90, (4, 4)) for rank in range(2)]
+    idle_BL[0][2] = 1000  # more than before it began anew, which only its loads show
+    paths = [tmp_path / f"rank{rank}.{ending}" for rank in range(2)]
+    for rank, path in enumerate(paths):
+        began = anew if rank == 0 else ()
+        count, idle = running(load[rank], began), running(idle_BL[rank], began)
+        if ending == "npz":
+            np.savez(path, counts=count, identity_count=idle)
+        else:
+            path.write_text(
+                json.dumps({"rank": rank, "logical_count": count.tolist(), "identity_count": idle.tolist()})
+            )
+    profile = read_dump(paths, options=ReadOptions(counters="running", ranks="sum")).profile
+    np.testing.assert_array_equal(profile.load_BLE, load[0] + load[1])
+    np.testing.assert_array_equal(profile.idle_BL, idle_BL[0] + idle_BL[1])
     assert read_dump(paths, options=ReadOptions(counters="steps", ranks="sum")).profile.num_steps == 4
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tests.helpers import no_experts
 
+from poise.engines.readers import read_dump
 from poise.routing.batching import make_batch
 from poise.routing.files import join, read
 from poise.routing.trace import LoadProfile, RoutingTrace
@@ -54,3 +55,28 @@ def test_a_profile_counts_them_for_the_size_of_a_step_alone(tmp_path):
     for wrong in (np.array([1, 2, 3]), np.array([-1.0]), np.array([np.nan]), np.array(["a"])):
         with pytest.raises(TraceError, match="compute nothing"):
             LoadProfile(np.ones((1, 2)), idle_BL=wrong)
+
+
+def test_a_profile_in_json_keeps_them_when_it_is_read_as_a_dump(tmp_path):
+    load, idle = np.random.default_rng(1).integers(0, 90, (3, 2, 8)), np.random.default_rng(2).integers(0, 9, (3, 2))
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"logical_count": load.tolist(), "identity_count": idle.tolist()}))
+    profile = read_dump(path).profile
+    np.testing.assert_array_equal(profile.load_BLE, load)
+    np.testing.assert_array_equal(profile.idle_BL, idle)
+
+
+def test_profiles_with_an_idle_layer_are_joined():
+    """A layer that nobody used in one file is empty in its steps; picks that compute nothing go along."""
+    rng = np.random.default_rng(3)
+    load, idle = rng.integers(1, 90, (4, 3, 8)), rng.integers(1, 9, (4, 3)).astype(float)
+    load[2:, 1], idle[2:, 1] = 0, 0
+    parts = [LoadProfile(load[:2], idle_BL=idle[:2], name="a"), LoadProfile(load[2:], idle_BL=idle[2:], name="b")]
+    assert parts[1].layer_ids.tolist() == [0, 2]
+    for order in ((0, 1), (1, 0)):
+        together = join([parts[at] for at in order])
+        np.testing.assert_array_equal(together.load_BLE, np.concatenate([load[2 * at : 2 * at + 2] for at in order]))
+        np.testing.assert_array_equal(together.idle_BL, np.concatenate([idle[2 * at : 2 * at + 2] for at in order]))
+    other = LoadProfile(load[:1, 1:], np.array([4, 5]), name="c")  # of another stage of a pipeline, or model
+    with pytest.raises(TraceError, match="a has 3 layers with load, c 2, and 0 of 5 are in each"):
+        join([parts[0], other])

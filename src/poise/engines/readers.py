@@ -20,6 +20,7 @@ from poise.engines.dumps import (  # fmt: skip
     csv_loads,
     eplb_stats,
     hygon_maps,
+    named,
     orders,
     public_traces,
     routed,
@@ -35,7 +36,7 @@ from poise.engines.dumps.parts import Part, open_part
 from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
 from poise.engines.proposals import PROPOSALS
 from poise.routing.counters import began_anew, differences, refuse_running
-from poise.routing.files import joined, unchecked
+from poise.routing.files import IDLE, joined, unchecked
 from poise.routing.plausible import refuse_exchanged, refuse_wrapped
 from poise.routing.said import AXES, COUNTED
 from poise.routing.trace import LoadProfile, RoutingTrace
@@ -52,7 +53,7 @@ SOME_PICKS = ("exflow", "poise")
 """Formats that may keep fewer picks a token than the router makes."""
 TYPED = ("npy", "npz", "torch")
 """Containers that keep the type that was counted in."""
-TRACE, PLACEMENT = "experts", "slot_expert"
+TRACE, PLACEMENT, LOADS = "experts", "slot_expert", "logical_count"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,11 @@ FORMATS: dict[str, Format] = {
     **{name: Format(one.holds, one.read) for name, one in PROPOSALS.items()},
     "exflow": Format(lambda part: bare.is_bare(part) and part.container != "npz", public_traces.read_exflow),
     "load-table": Format(
-        lambda part: bare.is_bare(part) or (part.container in ("torch", "json") and bare.is_nested(part.value)),
-        bare.read_loads,
+        lambda part: (
+            bare.is_bare(part) or named.is_named(part)
+            or (part.container in ("torch", "json") and bare.is_nested(part.value))
+        ),
+        lambda parts, options: bare.read_loads([named.plain(part) for part in parts], options),
     ),
     "load-csv": Format(csv_loads.is_loads, csv_loads.read),
     "selection-trace": Format(_in("json", when=public_traces.is_selections), public_traces.read_selections),
@@ -115,7 +119,11 @@ FORMATS: dict[str, Format] = {
         _in("npz", when=lambda names: isinstance(names, list) and PLACEMENT in names), orders.read_placement
     ),
     "poise": Format(
-        _in("npz", when=lambda names: isinstance(names, list) and bool({TRACE, "counts", "cross"} & set(names))), _own
+        lambda part: (
+            (part.container == "npz" and bool({TRACE, "counts", "cross"} & set(part.value)))
+            or (part.container == "json" and isinstance(part.value, dict) and part.value.keys() >= {LOADS, IDLE})
+        ),
+        _own,
     ),
 }  # fmt: skip
 
@@ -270,9 +278,9 @@ def _sorted_out(
     unknown: list[str] = []
     size = 0
     opened = in_order(executor or Serial(), _opened, [(path, options) for path, _ in files])
-    for (path, named), one in zip(files, opened, strict=True):
+    for (path, by_name), one in zip(files, opened, strict=True):
         if isinstance(one, TraceError):
-            if named or len(files) == 1 or isinstance(one, bare.AmbiguousError):
+            if by_name or len(files) == 1 or isinstance(one, bare.AmbiguousError):
                 raise one
             unknown.append(f"{path.name} ({one.message.removeprefix(str(path)).lstrip(': ')[:80]})")
             continue

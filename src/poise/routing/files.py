@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.routing.counters import Counters, refuse_running
+from poise.routing.counters import Counters, began_anew, differences, refuse_running
 from poise.routing.json_tables import Ragged, read_tables
 from poise.routing.npz import Archive, open_npz
 from poise.routing.plausible import refuse_exchanged
@@ -110,7 +110,9 @@ def joined(
         raise TraceError("no trace was given")
     if len(parts) == 1 and (isinstance(parts[0], RoutingTrace) or parts[0].rank is None):
         return parts[0]
-    if all(isinstance(part, LoadProfile) and part.rank is not None for part in parts):
+    if all(isinstance(part, LoadProfile) for part in parts):
+        if any(part.rank is None for part in parts):  # type: ignore[union-attr]
+            _refuse_other_layers(parts)  # type: ignore[arg-type]
         return _of_ranks(parts, ranks, allow_missing_ranks, counters)  # type: ignore[arg-type]
     head = parts[0]
     for part in parts[1:]:
@@ -122,8 +124,6 @@ def joined(
                 raise TraceError(f"{head.name} has {a} {what}, {part.name} has {b}", hint="join files of one model")
         if not np.array_equal(head.layer_ids, part.layer_ids):
             raise TraceError(f"{head.name} and {part.name} record different layers")
-    if all(isinstance(part, LoadProfile) for part in parts):
-        return _of_ranks(parts, ranks, allow_missing_ranks, counters)  # type: ignore[arg-type]
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
     if len(traces) != len(parts):
         raise TraceError("routing traces and load profiles cannot be joined", hint="give one kind")
@@ -161,6 +161,21 @@ def joined(
     return joined.rows(np.argsort(joined.step, kind="stable")) if together else joined  # type: ignore[arg-type]
 
 
+def _refuse_other_layers(profiles: Sequence[LoadProfile]) -> None:
+    """Raise TraceError where profiles share no more than half of all layers; more, and others were idle in some."""
+    shared, all_ = set(profiles[0].layer_ids.tolist()), set[int]()
+    for part in profiles:
+        ids = set(part.layer_ids.tolist())
+        shared &= ids
+        all_ |= ids
+        if 2 * len(shared) <= len(all_):
+            raise TraceError(
+                f"{profiles[0].name} has {profiles[0].num_layers} layers with load, {part.name} {part.num_layers}, and "
+                f"{len(shared)} of {len(all_)} are in each: different layers of a model, or files of two models",
+                hint="join files of one model that record the same layers",
+            )
+
+
 def _of_ranks(
     profiles: Sequence[LoadProfile], ranks: Reading | None, allow_missing: bool, counters: Counters | None
 ) -> LoadProfile:
@@ -185,16 +200,33 @@ def _of_ranks(
         files, ranks, allow_missing=allow_missing, unnamed="steps", counters=counters if apart else None
     )
     if counters == "running" and not apart and 1 < len(loads) != sum(part.num_steps for part in profiles):
-        raise TraceError(
-            f"{head.name} and {len(profiles) - 1} more are running totals of several ranks with picks that compute "
-            "nothing beside them",
-            hint="give what the engine wrote, where such picks are columns of the loads",
-        )
+        each, more = _taken_apart(profiles)
+        return replace(_of_ranks(each, ranks, allow_missing, "steps"), notes=(*more, *notes))
     name = " + ".join(part.name for part in profiles)
     said = frozenset.intersection(*(part.said for part in profiles))
     said |= {COUNTED} if apart or counters == "steps" else set()
     return LoadProfile(loads, ids, head.top_k, name, idle_BL=_idle_together(profiles, ids, loads), notes=tuple(notes),
                        said=said)  # fmt: skip
+
+
+def _taken_apart(profiles: Sequence[LoadProfile]) -> tuple[list[LoadProfile], list[str]]:
+    """What came between the running totals of each rank, a profile each; and notes. A rank may begin anew alone.
+
+    Picks that compute nothing begin anew with the loads beside them. Files without a rank are of one each.
+    """
+    by_rank: dict[int, list[LoadProfile]] = {}
+    for at, part in enumerate(profiles):
+        by_rank.setdefault(-1 - at if part.rank is None else part.rank, []).append(part)
+    out, notes = [], list[str]()
+    for mine in by_rank.values():
+        whole = mine[0] if len(mine) == 1 else _of_ranks(mine, "steps", True, None)
+        load_BLE, idle_BL = whole.load_BLE, whole.idle_BL
+        anew_B = began_anew(*(counts for counts in (load_BLE, idle_BL) if counts is not None))
+        loads, more = differences(load_BLE, whole.name, anew_B)
+        idle = None if idle_BL is None else differences(idle_BL, whole.name, anew_B)[0]
+        notes += [f"{whole.name}: {note}" for note in more]
+        out.append(replace(whole, load_BLE=loads, idle_BL=idle, rank=mine[0].rank))
+    return out, notes
 
 
 def _idle_together(

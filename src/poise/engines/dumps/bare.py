@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
 from poise.engines.dumps.csv_text import CsvText
-from poise.engines.dumps.folded import TOKENS, never_alike
+from poise.engines.dumps.folded import PROOF_BITS, TOKENS, never_alike
 from poise.engines.dumps.mapping import (
     BY_PLACE,
     MAX_MTP_LAYERS,
@@ -31,7 +31,7 @@ from poise.engines.dumps.mapping import (
     rows_alone,
 )
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, whole
+from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, stacked, whole
 from poise.engines.dumps.wide import like_choices, named_experts, numbered
 from poise.routing.npz import open_npz
 from poise.routing.ranks import Recorded, named_rank, one_workload
@@ -56,7 +56,12 @@ MEANINGS = {
     "step-routing": {2: "expert ids [tokens, experts a token] of one layer"},
     "": {2: "the device of each expert"},
 }
-LAYER_KEY = re.compile(r"(?:(?:model\.)?layers?[_. ]?)?(\d{1,5})")
+LAYER_KEY = re.compile(
+    r"(?:(?:model\.)?(?:layers?|block)[_. ]?)?(\d{1,5})"
+    r"(?:\.(?:mlp|moe|experts|gate|router|block_sparse_moe|feed_forward))*"
+)
+LAYER_NAME = re.compile(r"(?:model\.)?(?:layers?|block|l)[_. ]?(\d{1,5})(?:\.[\w.]*)?", re.IGNORECASE)
+"""What an index may say instead of a number."""
 EXPERT_KEY = re.compile(r"(?:experts?[_. ]?)?(\d{1,5})")
 STEP_NAME = re.compile(r"\d{1,9}_(\d{1,5})")
 
@@ -69,7 +74,7 @@ def is_bare(part: Part) -> bool:
     """An array, lists of numbers, or many columns without names, and nothing else."""
     if part.container == "npz":
         return part.value in (["data"], ["arr_0"])
-    if part.container in ("npy", "torch", "json") and isinstance(part.value, np.ndarray):
+    if part.container in ("npy", "torch", "json") and isinstance(stacked(part.value), np.ndarray):
         return True
     if part.container == "csv":
         return part.value.columns > 3 if part.value.head is None else numbered(part.value.head) is not None
@@ -100,6 +105,12 @@ def decide(part: Part, options: ReadOptions) -> str:
         found = [name for name in found if name == "load-table"]
         if found and array.size and (said := like_choices(array, np.zeros((len(array), 1)), options)):
             raise AmbiguousError(said, hint="if they are loads, say so: --format load-table, or --num-experts")
+    if found == ["exflow"] and options.model is None and array.shape[1] > len(array):
+        raise AmbiguousError(
+            f"ids {_shape(array)}: {len(array)} tokens of {array.shape[1]} layers, or {len(array)} layers of "
+            f"{array.shape[1]} tokens",
+            hint="store [tokens, layers, experts a token]; if it is, say so: --format exflow, or give --model",
+        )
     odd = _not_loads(array, options) if array.size and found in ([], ["load-table"]) else ""
     if odd:
         raise AmbiguousError(
@@ -296,7 +307,7 @@ def table_of(part: Part) -> NDArray[Any]:
             header = archive.header(part.value[0])
             header.require((None, None), (None, None, None), kinds="iuf")
             return archive.read(header)
-    array = part.value
+    array = stacked(part.value)
     if part.container in ("csv", "json"):
         found = _of_csv(part.name, array) if part.container == "csv" else counts(part.name, array, 1, 2, 3)
         if found.dtype.kind in "iu":
@@ -308,15 +319,24 @@ def table_of(part: Part) -> NDArray[Any]:
     return array
 
 
-def below_head(part: Part, array: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
-    """Loads as :func:`table_of` gives them, and a note if the first row is numbers of experts, as pandas writes them.
+def below_head(part: Part, array: NDArray[Any], *, ids: bool = False) -> tuple[NDArray[Any], list[str]]:
+    """Numbers as :func:`table_of` gives them, and a note if the first row is a head of numbers, as pandas writes it.
 
-    Where it has as many tokens as every other row, it is a layer.
+    Of loads, where it has as many tokens as every other row, it is a layer; of ``ids`` of tokens it is a token where
+    there are too few layers for another one of so many tokens not to choose 0, 1, 2, ... by chance.
     """
     headless = part.container == "csv" and part.value.head is None and len(array) > 1
-    if not headless or not _counts_up(array[0]) or _alike(array.sum(axis=1, dtype=np.float64)):
+    if not headless or not _counts_up(array[0]):
+        return array, []
+    if _chosen_by_chance(array) if ids else _alike(array.sum(axis=1, dtype=np.float64)):
         return array, []
     return array[1:], [f"{part.name}: the first row, {array[0, 0]:g} to {array[0, -1]:g}, was taken for a head"]
+
+
+def _chosen_by_chance(array: NDArray[Any]) -> bool:
+    """Whether the first of [tokens, layers] may well be drawn, as often as each of its ids is in the other rows."""
+    share_L = (array[1:] == array[0]).mean(axis=0)
+    return float(np.log2(np.maximum(share_L, 0.5 / len(array))).sum()) > -PROOF_BITS
 
 
 def _of_csv(name: str, text: CsvText) -> NDArray[np.float64]:
@@ -331,7 +351,7 @@ def _of_csv(name: str, text: CsvText) -> NDArray[np.float64]:
     order = numbered(text.head)
     assert order is not None
     if 0 not in order:
-        index = text.numbers(name, [0])[:, 0]
+        index = text.numbers(name, [0], {0: LAYER_NAME})[:, 0]
         if not np.array_equal(index, np.arange(len(index))):
             raise TraceError(
                 f"{name}: the column without a name goes from {index[0]:g} to {index[-1]:g} in {len(index)} rows, an "

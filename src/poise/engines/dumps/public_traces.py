@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.engines.dump import EngineDump, ReadOptions
-from poise.engines.dumps.bare import STEP_NAME, table_of
+from poise.engines.dumps.bare import STEP_NAME, below_head, table_of
 from poise.engines.dumps.folded import refuse_folded
 from poise.engines.dumps.mapping import (
     BY_PLACE,
@@ -48,7 +48,11 @@ LAYER = re.compile(r"\d{1,5}")
 
 def read_exflow(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     """Tokens [T, L] (or [T, L, K]) of all files."""
-    tables = [id_table(part.name, table_of(part), 2, 3) for part in parts]
+    tables, heads = [], list[str]()
+    for part in parts:
+        numbers, said = below_head(part, table_of(part), ids=True)
+        tables.append(id_table(part.name, numbers, 2, 3))
+        heads += said
     shapes = sorted({t.shape[1:] for t in tables})
     if len(shapes) > 1 or 0 in shapes[0] or not sum(map(len, tables)):
         raise TraceError(f"files of [layers, ...] {[list(s) for s in shapes][:4]} with {sum(map(len, tables))} tokens")
@@ -61,7 +65,8 @@ def read_exflow(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
     if tokens.ndim == 2 and options.format is None:
         refuse_folded(trace.experts, "exflow")
     return EngineDump("exflow", "top-1", trace=trace, recorded_layers=recorded,
-                      layers_by_place=options.model is None, notes=(*_by_place(options), *notes, *more))  # fmt: skip
+                      layers_by_place=options.model is None,
+                      notes=(*_by_place(options), *heads, *notes, *more))  # fmt: skip
 
 
 def _by_place(options: ReadOptions) -> list[str]:

@@ -38,6 +38,7 @@ from poise.engines.dumps.ranks import RankRecord, check_ranks, one_run
 from poise.engines.dumps.sglang_records import Record, check_size, maps_of, record_of
 from poise.engines.dumps.sglang_tokens import per_token
 from poise.engines.dumps.untrusted import counts, table
+from poise.routing.files import IDLE
 from poise.routing.ranks import Recorded, named_rank, one_workload
 from poise.routing.said import said_in
 from poise.routing.trace import MAX_EXPERTS, LoadProfile, finite
@@ -46,7 +47,7 @@ from poise.util.errors import NoTrafficError, TraceError
 
 def is_stat(value: Any) -> bool:
     """Loads: of mode ``stat`` or ``stat_approx``, or made for ``--init-expert-location``."""
-    return isinstance(value, dict) and "logical_count" in value and "physical_count" not in value
+    return isinstance(value, dict) and "logical_count" in value and not value.keys() & {"physical_count", IDLE}
 
 
 def is_detail(value: Any) -> bool:

@@ -109,7 +109,16 @@ def counts(name: str, value: Any, *ndims: int) -> NDArray[Any]:
     return kept(array)
 
 
+def stacked(value: Any) -> Any:
+    """A list of arrays of one shape as one array; anything else as it is."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], np.ndarray) or value[0].ndim not in (1, 2):
+        return value
+    alike = all(isinstance(one, np.ndarray) and one.shape == value[0].shape for one in value)
+    return np.stack(value) if alike else value
+
+
 def _array(name: str, value: Any, depth: int, kinds: set[type]) -> NDArray[Any]:
+    value = stacked(value)
     if isinstance(value, list):
         if _count(name, value, depth, kinds) > MAX_CELLS:
             raise TraceError(f"{name} has more than {MAX_CELLS} numbers")

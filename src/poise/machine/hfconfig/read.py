@@ -46,7 +46,7 @@ _SPEAKS = re.compile(
 )
 _OF_EXPERTS = re.compile(r"expert|moe|routed")
 _HARMLESS = re.compile(
-    r"router|aux|loss|jitter|scal|norm|share|scor|bias|dtype|capacity|drop|output_|gat(e|ing)|implementation|parallel_|_parallel"
+    r"router|aux|loss|jitter|scal|norm|share|scor|bias|dtype|capacity|drop|output_|gat(e|ing)|implementation|parallel_(?!expert)|_parallel"
     r"|kernel|backend|fp32|softmax|sigmoid|_act$|activation|ep_size|dispatch|limit|group"
 )
 _ELSEWHERE = re.compile(

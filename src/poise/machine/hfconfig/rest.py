@@ -50,9 +50,11 @@ def read_rest(config: Config, sizes: ExpertSizes) -> RestSizes:
 
 
 def _known(config: Config, *names: str) -> int:
-    """The first of these keys that holds a whole number above 0; 0 where none does."""
+    """The first of these keys that holds a whole number above 0, or a list of it (a layer each); 0 where none does."""
     for name in names:
         value = get(config, name)
+        if isinstance(value, list) and value and all(type(one) is int and one == value[0] for one in value):
+            value = value[0]
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST:
             return value
     return 0
