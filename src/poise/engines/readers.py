@@ -99,6 +99,8 @@ FORMATS: dict[str, Format] = {
     "tensorrt-map": Format(_in("yaml", "json", when=tensorrt_maps.is_map), tensorrt_maps.read),
     "ascend-map": Format(_in("json", when=ascend_maps.is_map), ascend_maps.read),
     **{name: Format(one.holds, one.read) for name, one in PROPOSALS.items()},
+    "expert-order": Format(_in("json", when=orders.is_order), orders.read_order),
+    "relabelling": Format(_in("json", when=orders.is_relabelling), orders.read_relabelling),
     "exflow": Format(lambda part: bare.is_bare(part) and part.container != "npz", public_traces.read_exflow),
     "load-table": Format(
         lambda part: (
@@ -113,8 +115,6 @@ FORMATS: dict[str, Format] = {
     "step-routing": Format(lambda part: bare.is_bare(part) and part.container == "npz", public_traces.read_step),
     "router-lines": Format(_in("json", "json-lines", when=router_lines.is_lines), router_lines.read),
     "route-log": Format(_in("json-lines", when=public_traces.is_routes), public_traces.read_routes),
-    "expert-order": Format(_in("json", when=orders.is_order), orders.read_order),
-    "relabelling": Format(_in("json", when=orders.is_relabelling), orders.read_relabelling),
     "placement": Format(
         _in("npz", when=lambda names: isinstance(names, list) and PLACEMENT in names), orders.read_placement
     ),
