@@ -9,6 +9,7 @@ from tests.train import (  # noqa: F401
     support_frozen,
     support_gradients,
     support_kinds,
+    support_lonely,
     support_loops,
     support_memory,
     support_once,

@@ -13,6 +13,7 @@ ABOUT_A_RANK = (
     "frozen",
     "gradients",
     "kinds",
+    "lonely",
     "loops",
     "memory",
     "optimizers",

@@ -202,12 +202,12 @@ def _post(operations: list[Operation], group: Any) -> list[Any]:
     return [(send if one.sends else receive)([one.tensor], one.peer, one.tag) for one in operations]
 
 
-def _wait(works: Sequence[Any]) -> None:
+def _wait(works: Sequence[Any], hint: str = "") -> None:
     try:
         for work in works:
             work.wait()
     except RuntimeError as error:
-        raise CommunicationError(*lost(error)) from error
+        raise CommunicationError(*lost(error), hint=hint) from error
 
 
 def exchange(x_nd: Tensor, sent_D: Sequence[int], got_D: Sequence[int], group: Any) -> Tensor:
@@ -366,8 +366,8 @@ def gather(mine_X: Tensor, group: Any) -> Tensor:
     return begin_gather(mine_X, group)()
 
 
-def begin_gather(mine_X: Tensor, group: Any) -> Callable[[], Tensor]:
-    """Begin :func:`gather`; what is returned waits for it.
+def begin_gather(mine_X: Tensor, group: Any, hint: str = "") -> Callable[[], Tensor]:
+    """Begin :func:`gather`; what is returned waits for it. ``hint``: why a rank may not take part.
 
     On gloo by an all-to-all of the same numbers for everyone: its own gather goes round a ring in 2 (D - 1) messages a
     rank, each after the one before, and takes three times as long. Called on the process group itself: the functions of
@@ -379,10 +379,10 @@ def begin_gather(mine_X: Tensor, group: Any) -> Callable[[], Tensor]:
         work = group.alltoall_base(out, mine_X.repeat(world), [], []) if on_gloo(group) else (
             group._allgather_base(out, mine_X))  # fmt: skip
     except RuntimeError as error:
-        raise CommunicationError(*lost(error)) from error
+        raise CommunicationError(*lost(error), hint=hint) from error
 
     def wait() -> Tensor:
-        _wait([work])
+        _wait([work], hint)
         return out.view(-1, len(mine_X))
 
     return wait

@@ -75,10 +75,13 @@ class Meeting:
 
     def __init__(self, group: Any) -> None:
         self.group, self.runs, self._of = twin(group), 0, weakref.ref(group)
-        self._zeros = torch.zeros(0, dtype=torch.int64)
+        self._zeros, self._hint = torch.zeros(0, dtype=torch.int64), ""
 
-    def join(self, width: int, device: torch.device) -> int:
-        """Let one more run meet here, with at most ``width`` numbers at a time; the number of the run."""
+    def join(self, width: int, device: torch.device, hint: str = "") -> int:
+        """Let one more run meet here, with at most ``width`` numbers at a time; the number of the run. ``hint``: why a
+        rank may not come.
+        """
+        self._hint = hint or self._hint
         # one width for all runs: ranks that are in different runs can still gather, and so find it out
         self._zeros = torch.zeros(max(len(self._zeros), width), dtype=torch.int64, device=device)
         self.runs += 1
@@ -104,7 +107,7 @@ class Meeting:
         count = 0 if numbers_X is None else len(numbers_X)
         if numbers_X is not None:
             parts[1:] = [numbers_X, self._zeros[count:]]
-        return Announced(self, place, problem, count, begin_gather(torch.cat(parts), self.group))
+        return Announced(self, place, problem, count, begin_gather(torch.cat(parts), self.group, self._hint))
 
     def settle(self, place: Place, problem: PoiseError | None, beside: Callable[[], Any] | None = None) -> NoReturn:
         """Every rank knows that something is wrong: all exchange places and problems in words, and raise.

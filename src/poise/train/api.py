@@ -144,15 +144,10 @@ class FssdpExperts:
 
         Raises
         ------
-        OptionError : a shape that is not [L, E], an owner that does not exist, or a backward pass still to come.
+        OptionError, on every rank : a shape that is not [L, E], an owner that does not exist, or a backward pass still
+            to come.
         """
-        owners = np.asarray(owner_LE)
-        if owners.shape != self.owners.shape:
-            raise OptionError(f"owners have shape {owners.shape}, the model {self.owners.shape}")
-        ranks = self.schedule.deployment.cluster.num_devices
-        if owners.min() < 0 or owners.max() >= ranks:
-            raise OptionError(f"owner {owners.max()} among {ranks} ranks")
-        return self.schedule.reshard(owners.astype(np.int64))
+        return self.schedule.reshard(owner_LE)
 
     def foresee(
         self, rollout: Rollout, micro_batches: Sequence[NDArray[np.int64]], *, replay: bool = True

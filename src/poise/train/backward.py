@@ -117,6 +117,8 @@ class BackwardSchedule:
             accumulate = accumulates()
         except ModelError as error:
             problem = problem or error
+        experts = one.weights.experts
+        problem = problem or experts.unfit() or self._hooks.unfit(experts.parameters(), self.sync)
         coming = sum(other.comes for other in self._run.passes.open() if other is not one)
         step, ahead = one.step, one.step.way.sends_ahead(dy_Nd)
         announced = self._run.meeting.announce("backward", one.layer, one.number, problem=problem, more=(
@@ -139,7 +141,7 @@ class BackwardSchedule:
         if not self._callback:
             self._callback = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self._hooks.take_off(weights.experts.parameters(), self.sync)
+        self._hooks.take_off(weights.experts.parameters())
         self.replica_gradients.wait()
 
     def _add(self, one: Pass, gradients: LayerGradients) -> None:

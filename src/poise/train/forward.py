@@ -45,13 +45,23 @@ class ForwardSchedule:
         self.clock = WindowClock()
         self._early: dict[int, Materialised] = {}  # gathered, or on their way, for layers that have not run yet
 
-    def begin(self) -> None:
-        """A forward pass of the model starts: gather for its first layers."""
+    def begin(self, problem: ModelError | None) -> None:
+        """A forward pass of the model starts: gather for its first layers, as all ranks do, and then say what is wrong.
+
+        Raises
+        ------
+        ModelError : on every rank, where they meet: the problem of one, or its weights are unfit.
+        """
         self.metrics = []
         self.clock.forget()
         self._run.budget.choose()
         for layer in range(min(self._run.settings.prefetch, len(self._run.layers))):
             self._fetch_early(layer)
+        unfit = (weights.problem for weights in self._early.values() if weights.problem is not None)
+        problem = problem or next(unfit, None)
+        if problem is not None:  # before the model's other modules say something else; the others hear it in a layer
+            self._run.passes.count()  # as the others do
+            self._run.meeting.meet("beginning a pass", problem=problem)
 
     def layer(self, experts: OwnedExperts, x: Tensor, ids: Tensor, weights: Tensor, region: Region) -> Tensor:
         """One layer, of whatever leading shapes; [T, d]. ``region``: where the model calls it."""
@@ -117,12 +127,10 @@ class ForwardSchedule:
         run, layer, recorded = self._run, experts.number, torch.is_grad_enabled()
         there, number = run.deployment, run.passes.number
         ids_TK = evenly(given_TK, experts.num_experts, there.rank) if run.settings.force_balance else given_TK
-        early, trained = self._early.get(layer), list[str]()
+        early = self._early.get(layer)
         dropped, wrong = self._backward.dropped()
-        try:
-            trained = experts.trainable
-        except ModelError as error:
-            wrong = error
+        wrong = experts.unfit() or (None if early is None else early.problem) or wrong
+        trained = experts.trainable if wrong is None else []
         known = b"" if early is None else early.early_ED.tobytes()
         with span("counts"):
             load_SE = run.meeting.loads(layer, number, ids_TK, problem=problem or wrong, more=(
@@ -203,9 +211,7 @@ class ForwardSchedule:
             banks = one.weights.banks()
         y_in, failed = one.step.compute(x_in, banks, graph=graph, recomputed=recomputed)
         y_Nd = one.step.combine(y_in)
-        if failed is not None:
-            raise failed
-        if not recomputed:
+        if not recomputed:  # where experts failed, too: the other ranks do, and the gather is also of what lies here
             kept = self._run.budget.take(one.weights)
             if kept is None:
                 one.weights.free()
@@ -213,4 +219,9 @@ class ForwardSchedule:
                 one.kept_bytes = kept
             if self._run.settings.prefetch:
                 self._fetch_early(one.layer + self._run.settings.prefetch)
+        if failed is not None:
+            if not recomputed:  # no backward of it will come here
+                one.weights.free()
+                one.done = True
+            raise failed
         return y_Nd

@@ -24,24 +24,27 @@ class GradientHooks:
     def __init__(self) -> None:
         self._taken: list[tuple[nn.Parameter, str, Any]] = []
 
-    def take_off(self, weights: Iterable[nn.Parameter], sync: bool) -> None:
-        """A layer's backward begins; ``sync``: gradients are complete after this backward pass.
-
-        Raises
-        ------
-        ModelError : a hook on a gradient that more than one backward pass makes.
+    @staticmethod
+    def unfit(weights: Iterable[nn.Parameter], sync: bool) -> ModelError | None:
+        """What is wrong with hooks of a layer whose backward is to begin: one on a gradient that more than one backward
+        pass makes. ``sync``: gradients are complete after this one. A rank may have such a hook alone.
         """
+        for weight in weights:
+            if getattr(weight, "_backward_hooks", None) and (weight.grad is not None or not sync):
+                return ModelError(
+                    "a hook on the gradient of sharded experts would see more than one backward pass",
+                    hint="set gradients to None before each, or change them by hand before the optimizer step",
+                )
+        return None
+
+    def take_off(self, weights: Iterable[nn.Parameter]) -> None:
+        """A layer's backward begins."""
         for weight in weights:
             for name in GRADIENT_HOOKS:
                 hooks = getattr(weight, name, None)
                 if hooks:
                     self._taken.append((weight, name, hooks))
                     setattr(weight, name, OrderedDict())
-                    if name == "_backward_hooks" and (weight.grad is not None or not sync):
-                        raise ModelError(
-                            "a hook on the gradient of sharded experts would see more than one backward pass",
-                            hint="set gradients to None before each, or change them by hand before the optimizer step",
-                        )
 
     def put_back(self) -> None:
         """The backward pass is over, or has failed."""

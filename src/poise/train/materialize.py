@@ -103,20 +103,24 @@ class Materialised:
     ledger : what counts the bytes.
     early_ED : bool [E, D], holders known before the gate.
     plan : how they get their experts.
+
+    It may be gathered before ranks meet, so a rank whose own weights are unfit must not raise here: the others would
+    wait for what it sends. It sends zeros, and ``problem`` says why; it is for the meeting before anything is computed.
     """
 
     def __init__(
         self, experts: OwnedExperts, deployment: Deployment, ledger: Ledger, early_ED: NDArray[np.bool_],
         plan: TransferPlan,
     ) -> None:  # fmt: skip
-        experts.check_filled()
+        self.problem = experts.unfit()
         self.experts, self.deployment, self.ledger = experts, deployment, ledger
         self.early_ED = early_ED
-        self.owner_E, self.trainable = experts.owner_E, experts.trainable
+        self.owner_E, self.trainable = experts.owner_E, [] if self.problem else experts.trainable
         self.parts: list[_Replicas] = []
         self.used_ED: NDArray[np.bool_] = np.zeros_like(early_ED)
         # Every pass has leaves of its own: after owners moved, a graph that is still alive may hold the old shape.
-        own: Bank = {name: rows.requires_grad_(name in self.trainable) for name, rows in experts.rows().items()}
+        rows = self._zeros() if self.problem else experts.rows()
+        own: Bank = {name: row.requires_grad_(name in self.trainable) for name, row in rows.items()}
         self.copies: Storage | None = None
         device, dtype = deployment.device, deployment.compute_dtype
         other = any(rows.dtype != dtype or rows.device != device for rows in own.values())
@@ -131,11 +135,17 @@ class Materialised:
         self._fill_copies()
         self._add(plan, early_ED)
 
+    def _zeros(self) -> Bank:
+        there = self.deployment
+        return {name: torch.zeros(len(self.experts.mine), *shape, dtype=there.compute_dtype, device=there.device)
+                for name, shape in self.experts.kind.shapes.items()}  # fmt: skip
+
     def _fill_copies(self) -> None:
         if self.copies is not None and not self.copies.here:
             self.copies.allocate()
             packing = self.deployment.packing
-            for name, rows in self.experts.rows().items():
+            for name, masters in self._held.masters.items():
+                rows = masters.detach()
                 if packing is None:
                     self.copies.bank[name].data.copy_(rows)
                 else:

@@ -15,11 +15,13 @@ from poise.runtime.collectives import exchanges
 from poise.runtime.dispatch import counted, out_of_range
 from poise.runtime.together import Announced, Place, meeting_of
 from poise.train.settings import Deployment, Settings
+from poise.train.totals import OF_ALL
 from poise.util.errors import OptionError, PoiseError
 
 T = TypeVar("T")
 Facts = tuple[tuple[str, Any], ...]
 """What else must be equal on all ranks, by name."""
+ABSENT = f"a rank that does not come has ended, or waits in what this one has not begun; {OF_ALL}"
 
 
 def tried(action: Callable[[], T], given_to: str, hint: str) -> tuple[T | None, PoiseError | None]:
@@ -63,7 +65,7 @@ class RunMeeting:
     def __init__(self, deployment: Deployment, num_experts: int) -> None:
         self.deployment, self.num_experts, self.steps = deployment, num_experts, 0
         self._meeting = meeting_of(deployment.tokens_group)
-        self._run = self._meeting.join(num_experts + 4, deployment.device)
+        self._run = self._meeting.join(num_experts + 4, deployment.device, ABSENT)
         self._options: tuple[Any, OptionsText] = (None, OptionsText(""))
 
     def meet(

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poise.runtime.collectives import Batch, Operation, next_tag, reduce_over
+from poise.runtime.collectives import Batch, Operation, next_tag
+from poise.train.agree import agree
 from poise.train.owned import OwnedExperts
 from poise.train.ownership import Ownership
 from poise.train.rows import ExpertRows, plain, plainly, rows_of
@@ -69,13 +70,10 @@ def move_owners(
     Raises
     ------
     OptionError : on every rank, if on any a state has neither one row an expert nor a single value; nothing moves then.
-    ModelError : on every rank: a follower's rows are from before an earlier move.
+    ModelError : on every rank, if on any a follower's rows are from before an earlier move, or a weight was replaced.
     """
     rank, received = dist.get_rank(group), 0
-    _check_states(layers, optimizers, group, device)
-    for experts in layers:
-        for one in followers:
-            experts.ownership.check(one.ownership)
+    agree(lambda: (_check(layers, optimizers, followers), {}), group)
     for experts, owner_E in zip(layers, owner_LE, strict=True):
         if (experts.owner_E == owner_E).all():
             continue
@@ -111,25 +109,16 @@ def move_owners(
     return received
 
 
-def _check_states(
-    layers: Sequence[OwnedExperts], optimizers: list[torch.optim.Optimizer], group: Any, device: torch.device
-) -> None:
-    problem: OptionError | None = None
-    try:
-        for experts in layers:
-            for weight in experts.owned().values():
-                _states(weight, len(experts.mine), optimizers)
-    except OptionError as error:
-        problem = error
-    flag = torch.tensor([problem is not None], dtype=torch.int32, device=device)
-    reduce_over(flag, dist.ReduceOp.MAX, group)
-    if problem is not None:
-        raise problem
-    if flag.item():
-        raise OptionError(
-            "optimizer states of another rank do not belong to single experts",
-            hint="use an optimizer whose states have the shape of the parameter",
-        )
+def _check(
+    layers: Sequence[OwnedExperts], optimizers: list[torch.optim.Optimizer], followers: Sequence[ExpertRows]
+) -> bool:
+    for experts in layers:
+        experts.check_rows()
+        for weight in experts.owned().values():
+            _states(weight, len(experts.mine), optimizers)
+        for one in followers:
+            experts.ownership.check(one.ownership)
+    return True
 
 
 def _tables(

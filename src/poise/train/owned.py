@@ -78,15 +78,40 @@ class OwnedExperts(nn.Module):
         found = {name: self._parameters.get(attribute) for name, attribute in self._attribute.items()}
         return {name for name, weight in found.items() if weight is not None and weight.is_meta}
 
-    def check_filled(self) -> None:
-        """Refuse to compute with weights that have no memory, or got memory and no numbers since.
+    def unfit(self) -> ModelError | None:
+        """Why these weights cannot be computed with or sent: replaced, of another shape or type of numbers, without
+        numbers. One rank may have such alone, so it is told where ranks meet.
+        """
+        try:
+            self.check_rows()
+            self._check_filled()
+        except ModelError as error:
+            return error
+        return None
+
+    def check_rows(self) -> None:
+        """Refuse weights that are not rows of the experts owned here, with numbers or without.
 
         Raises
         ------
-        ModelError : there are some.
+        ModelError : a weight was replaced, or given other numbers of another shape or type.
         """
-        if not self._empty:
-            return
+        for name, rows in self.rows().items():
+            wanted = (len(self.mine), *self.kind.shapes[name])
+            if rows.shape != wanted:
+                raise ModelError(
+                    f"{name} of sharded experts has the shape {tuple(rows.shape)}, {len(self.mine)} experts owned here "
+                    f"{wanted}",
+                    hint="change weights in place, or load a state dict of all experts",
+                )
+            if not rows.is_floating_point():
+                raise ModelError(
+                    f"{name} of sharded experts has numbers of type {rows.dtype}, which have no gradients",
+                    hint="weights are floating point; of fewer bits on the wire: gather_dtype",
+                )
+
+    def _check_filled(self) -> None:
+        """Refuse weights that have no memory, or got memory and no numbers since."""
         for name in sorted(self._empty):
             rows = self.rows()[name]
             if rows.is_meta or (rows.numel() and rows.isnan().all()):

@@ -20,6 +20,7 @@ import copy
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,12 +116,13 @@ class Schedule:
         self.backward.forget_failed()
         self._wrapped_well = self._wrapped_well or wrapped_well(self.layers)
         self.passes.begin()
-        if self.backward.unstepped and self._gradients_dropped():
+        dropped, wrong = self._gradients_dropped() if self.backward.unstepped else (False, None)
+        if dropped:
             self._close_iteration()
         if self._due is not None:
-            self._run.meeting.meet("moving owners", more=(("owners", zlib.crc32(self._due.tobytes())),))
+            self._run.meeting.meet("moving owners", problem=wrong, more=(("owners", zlib.crc32(self._due.tobytes())),))
             self._move(self._due)
-        self.forward.begin()
+        self.forward.begin(wrong)
 
     def run(self, experts: OwnedExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One layer, forward, of whatever leading shapes; [T, d]. Its backward follows when autograd asks for it."""
@@ -158,29 +160,43 @@ class Schedule:
         if planned is not None and (planned != self._owners.current).any():
             self._due = planned
 
-    def _gradients_dropped(self) -> bool:
+    def _gradients_dropped(self) -> tuple[bool, ModelError | None]:
         """Whether gradients were dropped since the last backward pass (:mod:`poise.train.marks`): without a step, as
-        by hand or where a step is left out, that ends an iteration too.
+        by hand or where a step is left out, that ends an iteration too. Or what is wrong: a weight was replaced.
 
         The first step of an optimizer comes after the first iteration's last pass: before it, nothing else tells.
         """
-        return all(experts.gradient_dropped(name) for experts in self.layers for name in experts.owned())
+        try:
+            return all(experts.gradient_dropped(name) for experts in self.layers for name in experts.owned()), None
+        except ModelError as error:
+            return False, error
 
     def _close_iteration(self) -> None:
         self.backward.unstepped = False
         self.budget.clear()
         self.planner.end_iteration()
 
-    def reshard(self, owner_LE: NDArray[np.int64]) -> int:
+    def reshard(self, given_LE: Any) -> int:
         """Give experts new owners, optimizer states with them; bytes this rank received. Between steps only."""
         flag = torch.tensor([int(bool(self.passes.open()))], device=self.deployment.device)
+        found, problem = tried(partial(self._owners_given, given_LE), "reshard", "owners are int [L, E]")
+        owner_LE = np.zeros(0, np.int64) if found is None else found
         dropped, wrong = self.backward.dropped()
         told = (("owners", zlib.crc32(owner_LE.tobytes())), (DROPPED, dropped))
-        if self._run.meeting.meet("moving owners", numbers_X=flag, problem=wrong, more=told).any():
+        if self._run.meeting.meet("moving owners", numbers_X=flag, problem=problem or wrong, more=told).any():
             raise OptionError("owners cannot move while a backward pass is to come")
         if dropped:
             self.backward.let_go()
         return self._move(owner_LE)
+
+    def _owners_given(self, given_LE: Any) -> NDArray[np.int64]:
+        owner_LE, shape = np.asarray(given_LE), (len(self.layers), self.layers[0].num_experts)
+        ranks = self.deployment.cluster.num_devices
+        if owner_LE.shape != shape:
+            raise OptionError(f"owners have shape {owner_LE.shape}, the model {shape}")
+        if owner_LE.min() < 0 or owner_LE.max() >= ranks:
+            raise OptionError(f"owners {owner_LE.min()} to {owner_LE.max()} among {ranks} ranks")
+        return owner_LE.astype(np.int64)
 
     def _move(self, owner_LE: NDArray[np.int64]) -> int:
         """Move owners now; a pass whose backward is still to come then raises there."""
