@@ -24,7 +24,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from poise.train import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint, update_correction_bias
+from poise.train import (
+    export_safetensors,
+    full_state_dict,
+    load_checkpoint,
+    local_rows,
+    save_checkpoint,
+    update_correction_bias,
+)
 from poise.util.errors import ModelError, OptionError
 
 
@@ -263,9 +270,15 @@ def weights_without_numbers() -> dict:
     model.head.reset_parameters()
     said.append(c.raised(ModelError, lambda: model(data.x, data.ids)))
     assert all("has no numbers" in one for one in said), said
+    first = next(weight for weight in model.parameters() if any(weight is one for one in run.parameters()))
     with torch.no_grad():
         for weight in model.parameters():
             weight.data.normal_(std=0.1)  # whatever fills them
+        local_rows(first)[:1] = torch.nan  # all but one expert
+    said.append(c.raised(ModelError, lambda: model(data.x, data.ids)))
+    assert "has no numbers for 1 of the" in said[-1], said
+    with torch.no_grad():
+        local_rows(first).normal_(std=0.1)
     h.loss_of(model, data).backward()
     assert all(weight.grad.isfinite().all() for weight in run.parameters())
     model.load_state_dict(h.build().state_dict())

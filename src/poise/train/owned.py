@@ -114,9 +114,11 @@ class OwnedExperts(nn.Module):
         """Refuse weights that have no memory, or got memory and no numbers since."""
         for name in sorted(self._empty):
             rows = self.rows()[name]
-            if rows.is_meta or (rows.numel() and rows.isnan().all()):
+            without = len(rows) if rows.is_meta else int(rows.isnan().flatten(1).all(1).sum()) if rows.numel() else 0
+            if without:
                 raise ModelError(
-                    f"{name} of experts that were sharded on the meta device has no numbers",
+                    f"{name} of experts that were sharded on the meta device has no numbers for {without} of the "
+                    f"{len(rows)} experts here",
                     hint="to_empty(device=...), then load_state_dict or set_model_state_dict with all experts, or fill "
                     "run.parameters(); init_weights and reset_parameters of the model do not reach experts",
                 )
