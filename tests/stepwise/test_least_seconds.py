@@ -17,7 +17,7 @@ from poise.stepwise.poise.policy import Poise
 from poise.stepwise.poise.recorded import KnownRouting
 from poise.stepwise.protocol import Foreseen
 from poise.stepwise.sharding import owned_ED
-from poise.stepwise.step_seconds import layer_seconds
+from poise.stepwise.step_seconds import compute_seconds, exchange_seconds, layer_seconds
 from poise.util.errors import OptionError
 
 EXPERTS = 8
@@ -60,6 +60,40 @@ def test_even_routing_has_it(nodes):
     got = planned_seconds(ExpertParallelism(), load_SE, owner_E, price, 0)
     assert least_layer_seconds(load_SE, owner_E, price, 0) == pytest.approx(got, rel=1e-3)
     assert least_layer_seconds(np.zeros_like(load_SE), owner_E, price, 0) == 0.0
+
+
+@pytest.mark.parametrize("pairs", [1_000, 30_000, 1_000_000])
+@pytest.mark.parametrize("window_s", [0.0, 1e-4, 10.0])
+@pytest.mark.parametrize("slots", [0, 1, 2])
+def test_each_number_of_experts_that_come_in_by_hand(pairs, window_s, slots):
+    """Two nodes of two; every node's tokens are for the other node's four experts, a quarter each."""
+    cluster = Cluster.uniform(2, 2)
+    price, owner_E = price_of(cluster, window_s=window_s), np.repeat(np.arange(4), 2)
+    load_SE = np.where((owner_E[None] // 2) != (np.arange(4)[:, None] // 2), pairs, 0)
+    got = least_layer_seconds(load_SE, owner_E, price, slots)
+    compute_s = 4 * pairs * compute_seconds(np.full((EXPERTS, 4), 10**9), price) / (EXPERTS * 10**9)
+    port_s = price.gathered_bytes / cluster.plain_wire.inter_bytes_per_s
+    found = []
+    for come in range(2 * slots + 1):
+        through = (come + 1) // 2  # of the fuller of two ports
+        shown = max(0.0, through * port_s - window_s) + max(0.0, through * port_s - 2 * window_s)
+        crossing = np.zeros((4, 4))
+        crossing[:2, 2:] = (4 - come) * 2 * pairs / 4
+        off = 4 * pairs * (1 - slots / 4)  # of a device, whose tokens are for four experts alike
+        both_s = exchange_seconds(np.zeros((4, 4)), price) + off * in_node(price)
+        crossing_s = max(exchange_seconds(crossing, price), both_s)
+        found.append(crossing_s + shown)
+    assert got == pytest.approx(compute_s + min(found), rel=1e-5)
+
+
+def in_node(price):
+    """Seconds a pair of a device that leaves through both ports, the one inside the node and the one out of it."""
+    speed, large = 0.0, np.zeros((4, 4))
+    for target in (1, 2):
+        pairs_DD = large.copy()
+        pairs_DD[0, target] = 1e12
+        speed += 1e12 / exchange_seconds(pairs_DD, price)
+    return 1.0 / speed
 
 
 def test_loads_of_other_devices_are_an_error():

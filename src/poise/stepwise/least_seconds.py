@@ -3,8 +3,9 @@
 Of each part the least that some plan could have, so that their sum is below every plan:
 
 compute     all pairs at the rate of large groups, spread by the devices' speeds.
-exchange    pairs of a group's tokens (a node; a device, where there is one node) for experts that it does not hold leave
-            it through its ports, evenly.
+exchange    pairs of a group's tokens (a node; a device, where there is one node) for experts that it does not hold
+            leave it through its ports, evenly; and pairs that leave their device, which holds few, do so through ports
+            inside the node and between nodes, at best in such shares that both take as long.
 weights     what it holds beside what its devices own came in, each expert once, and its gradient goes back: through its
             ports, evenly, all of it before the gate and hidden as far as anything hides.
 
@@ -63,19 +64,42 @@ def _least_compute(pairs: int, price: StepPrice) -> float:
 
 
 def _least_moved(
-    load_SE: NDArray[np.int64], owner_E: NDArray[np.int64], inside_D: NDArray[np.bool_], price: StepPrice, step_slots: int
+    load_SE: NDArray[np.int64], owner_E: NDArray[np.int64], inside_D: NDArray[np.bool_], price: StepPrice,
+    step_slots: int,
 ) -> float:  # fmt: skip
     """Exchange and weights of one group."""
     away_X = np.sort(load_SE[inside_D].sum(axis=0)[~inside_D[owner_E]])[::-1]
     size, outside = int(inside_D.sum()), int((~inside_D).sum())
     if not outside:
         return exchange_seconds(np.zeros((len(inside_D),) * 2), price)
-    one_DD = np.outer(inside_D, ~inside_D) / (size * outside)
-    start_s = exchange_seconds(np.zeros_like(one_DD), price)
-    each_s = (exchange_seconds(one_DD * LARGE, price) - start_s) / LARGE
+    start_s = exchange_seconds(np.zeros((len(inside_D),) * 2), price)
+    each_s = _pair_seconds(np.outer(inside_D, ~inside_D) / (size * outside), price)
+    least_s = 0.0
+    if size > 1:
+        near_DD = np.outer(inside_D, inside_D) & ~np.eye(len(inside_D), dtype=bool)
+        near_s = _pair_seconds(near_DD / (size * (size - 1)), price)
+        least_s = _off_device(load_SE, owner_E, inside_D, step_slots) * near_s * each_s / (near_s + each_s)
     most = min(len(away_X), size * step_slots)
     left_R = away_X.sum() - np.concatenate([[0], np.cumsum(away_X[:most])])
-    return start_s + min(each_s * float(left) + _least_shown(count, size, price) for count, left in enumerate(left_R))
+    return start_s + min(max(least_s, each_s * float(left)) + _least_shown(count, size, price)
+                         for count, left in enumerate(left_R))  # fmt: skip
+
+
+def _pair_seconds(share_DD: NDArray[np.float64], price: StepPrice) -> float:
+    """Of one pair that is spread so, without the start."""
+    start_s = exchange_seconds(np.zeros_like(share_DD), price)
+    return (exchange_seconds(share_DD * LARGE, price) - start_s) / LARGE
+
+
+def _off_device(
+    load_SE: NDArray[np.int64], owner_E: NDArray[np.int64], inside_D: NDArray[np.bool_], step_slots: int
+) -> float:
+    """Pairs of a group that leave their device, were its slots all for those that most of its own pairs are for."""
+    total = 0
+    for device in np.flatnonzero(inside_D):
+        others_X = np.sort(load_SE[device, owner_E != device])[::-1]
+        total += int(others_X[step_slots:].sum())
+    return float(total)
 
 
 def _least_shown(count: int, size: int, price: StepPrice) -> float:
