@@ -20,7 +20,7 @@ from poise.routing.predict import SlidingMean
 from poise.stepwise.methods.expert_parallelism import ExpertParallelism
 from poise.stepwise.methods.flex_moe import FlexMoE
 from poise.stepwise.methods.hecate import Hecate
-from poise.stepwise.owners import SAMPLES, LoadSamples, OwnerSeconds, decided
+from poise.stepwise.owners import KNOWN_SAMPLES, SAMPLES, LoadSamples, OwnerSeconds, decided
 from poise.stepwise.poise.policy import Poise
 from poise.stepwise.poise.recorded import KnownRouting
 from poise.stepwise.sharding import (
@@ -153,14 +153,16 @@ def test_owners_placed_within_a_layer_keep_every_device_s_number(seed):
     np.testing.assert_array_equal(np.bincount(new, minlength=4), np.bincount(owner, minlength=4))
 
 
-def test_samples_are_the_newest_steps_and_spaced_micro_batches():
-    load_BLSE = some_loads(np.random.default_rng(0), 9, 2)
+def test_samples_are_the_newest_steps_and_all_or_spaced_micro_batches():
+    load_BLSE = some_loads(np.random.default_rng(0), 15, 2)
     history = LoadSamples.of_history([load_BLSE[:, 0].sum(axis=1), np.zeros((0, EXPERTS))], 2)
     assert [len(one) for one in history.load_LBSE] == [SAMPLES, 0] and history.known is None
     np.testing.assert_array_equal(history.load_LBSE[0].sum(axis=1), load_BLSE[-SAMPLES:, 0].sum(axis=1))
     np.testing.assert_array_equal(history.mean_LE()[1], 0)
     record = LoadSamples.of_record(load_BLSE, False)
-    np.testing.assert_array_equal(record.load_LBSE[1], load_BLSE[[0, 4, 8], 1])
+    np.testing.assert_array_equal(record.load_LBSE[1], load_BLSE[::2, 1])
+    every = LoadSamples.of_record(load_BLSE[:KNOWN_SAMPLES], False)
+    np.testing.assert_array_equal(every.load_LBSE[0], load_BLSE[:KNOWN_SAMPLES, 0])
     assert record.known is False
 
 

@@ -33,7 +33,9 @@ from poise.stepwise.sharding import ShardingPolicy, even_sharding, owned_ED, pla
 from poise.stepwise.step_seconds import layer_seconds, reshard_seconds
 
 SAMPLES = 3
-"""Steps, or micro-batches, that owners are priced on: every one is planned anew for every proposal."""
+"""Steps that are over that owners are priced on: every one is planned anew for every proposal."""
+KNOWN_SAMPLES = 8
+"""Micro-batches that are known ahead that they are priced on: these will run, so each left out is a guess."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +61,9 @@ class LoadSamples:
 
     @classmethod
     def of_record(cls, load_BLSE: NDArray[np.int32], replayed: bool) -> LoadSamples:
-        """Of micro-batches that are known, int32 [B, L, D, E]: spaced evenly among them."""
+        """Of micro-batches that are known, int32 [B, L, D, E]: all, or as many as may be, spaced evenly among them."""
         count = len(load_BLSE)
-        chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(np.int64))
+        chosen = np.unique(np.linspace(0, count - 1, min(count, KNOWN_SAMPLES)).astype(np.int64))
         return cls(list(load_BLSE[chosen].astype(np.int64).swapaxes(0, 1)), replayed)
 
     def mean_LE(self) -> NDArray[np.float64]:
