@@ -55,7 +55,7 @@ def trace(tmp_path):
 def interrupted(monkeypatch):
     """Send control-C when compiled code searches, once."""
     at_work, stops = threading.Event(), Budget.stops
-    monkeypatch.setattr(Budget, "stops", lambda self, flag: (at_work.set(), stops(self, flag))[1])
+    monkeypatch.setattr(Budget, "stops", lambda self, *words: (at_work.set(), stops(self, *words))[1])
 
     def send():
         assert at_work.wait(120)
