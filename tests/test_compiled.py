@@ -9,8 +9,10 @@ import numba
 import numpy as np
 import pytest
 
+from poise.cost.route import locality_rows
 from poise.planning.solve.complete import fill_layer
 from poise.util.compilation import COMPILATION
+from poise.util.compiled import plain
 
 INNER = "from poise.util.compiled import compiled\nFACTOR = {factor}\n@compiled\ndef inner(x):\n    return x + {add}\n"
 OUTER = (
@@ -177,3 +179,13 @@ def test_no_machine_code_tells_of_shapes():
                 found = Path(file._data_path(path))
                 named.append((name, found.exists() and b"raise_with_shape" in found.read_bytes()))
     assert len(named) > 0 and not [name for name, told in named if told]
+
+
+def test_fractions_are_not_cut_where_whole_numbers_are_asked_for():
+    """Narrower whole numbers are widened; fractions, whose tokens would vanish, are refused."""
+    assert plain(np.arange(3, dtype=np.int16), np.int64).tolist() == [0, 1, 2]
+    assert plain(np.arange(3), np.float64).dtype == np.float64
+    with pytest.raises(TypeError, match="float64 where int64 is asked for"):
+        plain(np.array([1.5, 2.0]), np.int64)
+    with pytest.raises(TypeError, match="float64 where int64"):
+        locality_rows(np.ones((2, 1), np.int64), np.array([[0.5, 1.5]]), np.zeros(2, np.int64))

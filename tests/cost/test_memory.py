@@ -99,5 +99,7 @@ def test_bad_numbers_are_refused():
         TrainingBytes(weight=0.0)
     with pytest.raises(OptionError, match="at least 0 bytes"):
         slots_that_fit(-1.0, S, rematerialise=True)
+    with pytest.raises(OptionError, match="in flight, got 0"):
+        slots_that_fit(1e9, S, rematerialise=True, in_flight=0)
     with pytest.raises(OptionError, match="at least 1"):
         largest_batch(1e9, training_memory(S, 32, np.zeros(12)), S, 2048, imbalance=0.5)

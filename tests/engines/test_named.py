@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from poise.engines.readers import ReadOptions, read_dump
+from poise.machine.model import ModelSpec
 from poise.util.errors import TraceError
 
 NAMES = (
@@ -99,6 +100,27 @@ def test_tensors_in_a_list_are_one_table(tmp_path, kind):
         {"expert_counts": [[5, 6]], "layer_ids": [3]},  # which layers is not read
         {"expert_counts": [[5, 6]], "rank": 1},  # a part of the loads
         {"expert_counts": [[5, 6]], "ep_size": 4},
+        *(
+            {"expert_counts": [[5, 6]], fact: 0}
+            for fact in (
+                "Rank",
+                "rankId",
+                "DP rank",
+                "gpu",
+                "device",
+                "worker",
+                "shard",
+                "node",
+                "stage",
+                "id",
+                "layer",
+                "layer_id",
+                "layerIdx",
+                "first_layer",
+                "start_layer",
+            )
+        ),
+        {"expert_counts": [[5, 6]], "layers": "4-7"},
         {"expert_counts": [[5, 6]], "expert_loads": [[5, 6]]},
         {"expert_bias": [[5, 6], [7, 8]]},
         {"tokens": [[5, 6], [7, 8]]},  # ids of tokens, maybe
@@ -156,3 +178,96 @@ def test_an_index_that_names_layers(tmp_path, label):
     rows = [[label.format(layer), *map(str, row)] for layer, row in enumerate(load_LE)]
     path.write_text("\n".join(map(",".join, [["", *(f"expert_{e}" for e in range(16))], *rows])))
     np.testing.assert_array_equal(read_dump(path).profile.load_BLE[0], load_LE)
+
+
+@pytest.mark.parametrize("form", ["json", "gz", "pt", "list"])
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"axes": "experts, layers"}, "'axes' can say 'layers, experts', it says 'experts, layers'"),
+        ({"counters": "running"}, "'counters' can say 'steps', it says 'running'"),
+        ({"num_layers": 16, "num_experts": 5}, "'num_layers' says 16 layers, the table has 5"),
+        ({"n_layers": 7}, "'n_layers' says 7 layers, the table has 5"),
+        ({"numLayers": 7}, "'numLayers' says 7 layers, the table has 5"),
+        ({"num_experts": 8}, "'num_experts' says 8 experts, the table has 16"),
+    ],
+)
+def test_facts_that_contradict_the_table_are_told(tmp_path, form, facts, said):
+    """Fails if a fact is passed over, whatever holds it."""
+    value = {**facts, "counts": loads(6)[0].tolist()}
+    path = tmp_path / f"x.{form}"
+    if form == "pt":
+        torch.save({**facts, "counts": torch.from_numpy(loads(6)[0])}, path)
+    elif form == "gz":
+        path.write_bytes(gzip.compress(json.dumps(value).encode()))
+    else:
+        path.write_text(json.dumps([value] if form == "list" else value))
+    with pytest.raises(TraceError, match=said):
+        read_dump(path)
+
+
+def test_facts_that_agree_are_kept(tmp_path):
+    load_BLE = loads(7, 3)
+    facts = {"axes": "layers, experts", "counters": "steps", "num_layers": 5, "num_experts": 16, "num_steps": 3}
+    (tmp_path / "x.json").write_text(json.dumps({**facts, "counts": load_BLE.cumsum(axis=0).tolist()}))
+    profile = read_dump(tmp_path / "x.json").profile
+    assert profile.said == {"axes", "counters"}, "else running totals are refused"
+    np.testing.assert_array_equal(profile.load_BLE, load_BLE.cumsum(axis=0))
+    (tmp_path / "x.json").write_text(json.dumps({**facts, "num_steps": 4, "counts": load_BLE.tolist()}))
+    with pytest.raises(TraceError, match="'num_steps' says 4 steps, the table has 3"):
+        read_dump(tmp_path / "x.json")
+
+
+def test_layers_of_a_model_and_those_of_them_that_are_moe(tmp_path):
+    model = ModelSpec.parse("deepseek-v3")
+    load = np.random.default_rng(8).integers(1, 99, (58, 256)).tolist()
+    (tmp_path / "x.json").write_text(json.dumps({"num_layers": 61, "counts": load}))
+    with pytest.raises(TraceError, match="'num_layers' says 61 layers, the table has 58"):
+        read_dump(tmp_path / "x.json")
+    assert read_dump(tmp_path / "x.json", options=ReadOptions(model=model)).profile.layer_ids[0] == 3
+
+
+def test_objects_of_one_step_are_no_steps(tmp_path):
+    rows = [{"step": at // 2, "counts": one.tolist()} for at, one in enumerate(loads(9, 4))]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(TraceError, match="objects 0 and 1 are both of step 0"):
+        read_dump(tmp_path / "x.jsonl")
+
+
+def test_the_fact_that_is_in_the_way_is_named(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"counts": [[5, 6]], "gpu": 1}))
+    with pytest.raises(TraceError) as caught:
+        read_dump(tmp_path / "x.json")
+    assert "'gpu' may say which part of the loads this is" in caught.value.hint
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_list_that_names_one_tensor_often_is_refused_before_it_is_stacked(tmp_path, monkeypatch, whole):
+    """Fails if memory is taken first: 8 MB in the file are 20 GB as a table."""
+    one = torch.ones(1000, 1000)
+    torch.save([one] * 5000 if whole else {"counts": [one] * 5000}, tmp_path / "x.pt")
+    monkeypatch.setattr(np, "stack", lambda *_: pytest.fail("stacked"))
+    with pytest.raises(TraceError, match=r"5000 arrays .1000, 1000. of float32 have 5000000000 numbers"):
+        read_dump(tmp_path / "x.pt")
+    torch.save([{"counts": one} for _ in range(5000)], tmp_path / "steps.pt")
+    with pytest.raises(TraceError, match="5000 arrays"):
+        read_dump(tmp_path / "steps.pt")
+
+
+@pytest.mark.parametrize("key", ["model.layers.{}.mlp.gate", "layers.{}.router"])
+def test_fractions_of_a_router_may_be_its_scores(tmp_path, key):
+    rows = {key.format(layer): [1.5, 2.5, 0.25, 7.0] for layer in range(3)}
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with pytest.raises(TraceError, match="may be loads, or scores or corrections of a router"):
+        read_dump(tmp_path / "x.json")
+    assert read_dump(tmp_path / "x.json", options=ReadOptions(format="load-table")).profile.num_layers == 3
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.json.gz", "p.txt"])
+def test_a_profile_is_one_under_any_name(tmp_path, name):
+    load, idle = loads(10, 3), np.random.default_rng(1).integers(0, 9, (3, 5))
+    text = json.dumps({"logical_count": load.tolist(), "identity_count": idle.tolist()}).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    dump = read_dump(tmp_path / name)
+    np.testing.assert_array_equal(dump.profile.load_BLE, load)
+    np.testing.assert_array_equal(dump.profile.idle_BL, idle)

@@ -49,10 +49,17 @@ def test_what_is_read_is_what_the_modules_have(family):
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_shared_experts_may_be_listed_a_layer(listed):
-    """As Hunyuan-A13B's config has them; lists that differ say nothing that one size could."""
+    """As Hunyuan-A13B's config has them; where layers differ, the mean of those that are MoE layers."""
     config = {
         "model_type": "hunyuan_v1_moe", "hidden_size": 64, "num_hidden_layers": 4, "num_experts": 8, "moe_topk": [2] * 4,
         "moe_intermediate_size": [48] * 4, "intermediate_size": 48, "num_shared_expert": [2] * 4 if listed else 2,
     }  # fmt: skip
     assert from_hf_config(config, name="x").shared_expert_size == 96
-    assert from_hf_config({**config, "num_shared_expert": [2, 2, 2, 1]}, name="x").shared_expert_size == 0
+    assert from_hf_config({**config, "num_shared_expert": [2, 2, 2, 1]}, name="x").shared_expert_size == 84
+    assert from_hf_config({**config, "num_shared_expert": [2, 2, 2]}, name="x").shared_expert_size == 0, (
+        "of which layers?"
+    )
+    later = {"model_type": "deepseek_v3", "first_k_dense_replace": 1, "hidden_size": 64, "num_hidden_layers": 4,
+             "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "intermediate_size": 48}  # fmt: skip
+    for counts in ([0, 1, 1, 1], [1, 1, 1]):
+        assert from_hf_config({**later, "n_shared_experts": counts}, name="x").shared_expert_size == 48

@@ -404,4 +404,4 @@ def test_compiling_is_said_and_not_charged(monkeypatch, capsys):
         mine.end("who")
         assert module._now() < before - 49.0
     said = capsys.readouterr().err
-    assert "compiling" in said and "compiled 1 functions in 50 s" in said
+    assert "compiling" in said and "compiled 1 function in 50 s" in said

@@ -77,6 +77,11 @@ def test_profiles_with_an_idle_layer_are_joined():
         together = join([parts[at] for at in order])
         np.testing.assert_array_equal(together.load_BLE, np.concatenate([load[2 * at : 2 * at + 2] for at in order]))
         np.testing.assert_array_equal(together.idle_BL, np.concatenate([idle[2 * at : 2 * at + 2] for at in order]))
+        assert together.notes == ("b has no load in layers 1: they count as idle in its steps",)
+    ends = LoadProfile(load[:1, 1:], np.array([1, 2]), name="late")  # ranks, or a file that began at another layer
+    for order in ((parts[0], ends), (ends, parts[0])):
+        with pytest.raises(TraceError, match="late has load in layers 1 to 2, a in layers 0 to 2: idle in one of them"):
+            join(order)
     other = LoadProfile(load[:1, 1:], np.array([4, 5]), name="c")  # of another stage of a pipeline, or model
     with pytest.raises(TraceError, match="a has 3 layers with load, c 2, and 0 of 5 are in each"):
         join([parts[0], other])

@@ -83,12 +83,14 @@ def _show(facts: dict[str, Any]) -> None:
             o.out.print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
     rows = facts["per_layer"]
     most = max(rows, key=lambda row: row["max_over_mean"])
+    skews = [row["max_over_mean"] for row in rows if row["dead_share"] < 1]  # a layer without load is not even
+    among = "layers" if len(skews) == len(rows) else f"the {len(skews)} layers with load"
     o.out.print(
-        f"fullest expert over the mean: {np.mean([row['max_over_mean'] for row in rows]):.2f} in the mean of layers, "
+        f"fullest expert over the mean: {np.mean(skews or [0.0]):.2f} in the mean of {among}, "
         f"at most {most['max_over_mean']:.2f} (layer {most['layer']})"
     )
     shown = rows if len(rows) <= MOST_LAYERS else sorted(rows, key=lambda row: -row["max_over_mean"])[:MOST_LAYERS]
-    informed = any(row["information_to_next_nats"] is not None for row in rows)  # loads do not tell tokens apart
+    informed = any(row["information_to_next_nats"] is not None for row in rows)  # not by loads, nor by one layer alone
     heads = ["layer", "max / mean load", "dead experts"]
     heads += ["information to next, nats", "shuffled"] if informed else []
     table = o.table("per layer" if shown is rows else "per layer, most skewed first", heads)

@@ -51,10 +51,12 @@ def slots_that_fit(
 
     Raises
     ------
-    OptionError : a budget below 0.
+    OptionError : a budget below 0, or no layer in flight.
     """
     if not budget_bytes >= 0:
         raise OptionError(f"the budget for replicas must be at least 0 bytes, got {budget_bytes}")
+    if in_flight < 1:
+        raise OptionError(f"at least one layer's replicas are in flight, got {in_flight}")
     each, layers = sizes or TrainingBytes(), model.num_moe_layers
     live, waiting = min(in_flight, layers) if rematerialise else layers, min(GRADIENT_LAYERS, layers)
     one = model.expert_parameters * (live * each.weight + waiting * each.gradient)

@@ -33,10 +33,10 @@ from poise.engines.dumps import (  # fmt: skip
 )
 from poise.engines.dumps.mapping import without_zeros
 from poise.engines.dumps.parts import Part, open_part
-from poise.engines.dumps.untrusted import MAX_FILE_BYTES, listed
+from poise.engines.dumps.untrusted import MAX_FILE_BYTES, counts, listed
 from poise.engines.proposals import PROPOSALS
 from poise.routing.counters import began_anew, differences, refuse_running
-from poise.routing.files import IDLE, joined, unchecked
+from poise.routing.files import IDLE, joined, of_archive, of_tables
 from poise.routing.plausible import refuse_exchanged, refuse_wrapped
 from poise.routing.said import AXES, COUNTED
 from poise.routing.trace import LoadProfile, RoutingTrace
@@ -74,8 +74,16 @@ def _in(*containers: str, when: Callable[[object], bool] = lambda value: True) -
     return lambda part: part.container in containers and when(part.value)
 
 
+def _own_part(part: Part, options: ReadOptions) -> RoutingTrace | LoadProfile:
+    """By what it holds, as it was told: names of files say nothing."""
+    if part.container != "json":
+        return of_archive(part.path, options.counters)
+    tables = {name: counts(name, part.value[name], *dims) for name, dims in ((LOADS, (2, 3)), (IDLE, (1, 2)))}
+    return of_tables(part.path, {**part.value, **tables}, options.counters)
+
+
 def _own(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
-    found = joined([unchecked(part.path, options.counters) for part in parts], ranks=options.ranks,
+    found = joined([_own_part(part, options) for part in parts], ranks=options.ranks,
                    allow_missing_ranks=options.allow_missing_ranks, counters=options.counters)  # fmt: skip
     if isinstance(found, LoadProfile):
         return EngineDump("poise", "profile", profile=found, notes=found.notes)
@@ -107,7 +115,7 @@ FORMATS: dict[str, Format] = {
             bare.is_bare(part) or named.is_named(part)
             or (part.container in ("torch", "json") and bare.is_nested(part.value))
         ),
-        lambda parts, options: bare.read_loads([named.plain(part) for part in parts], options),
+        named.read,
     ),
     "load-csv": Format(csv_loads.is_loads, csv_loads.read),
     "selection-trace": Format(_in("json", when=public_traces.is_selections), public_traces.read_selections),
@@ -330,9 +338,8 @@ def _format(part: Part, options: ReadOptions) -> str:
     for name, format_ in FORMATS.items():
         if format_.holds(part):
             return name
-    raise TraceError(
-        f"{part.path}: no known format, it holds {_content(part)}", hint="docs/dumps.md lists what is read"
-    )
+    hint = named.odd_fact(part) or "docs/dumps.md lists what is read"
+    raise TraceError(f"{part.path}: no known format, it holds {_content(part)}", hint=hint)
 
 
 def _content(part: Part) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,10 +60,39 @@ def unchecked(path: str | Path, counters: Counters | None = None) -> RoutingTrac
     ----------
     counters : what the user says that records of loads are, whatever the file says.
     """
-    given = frozenset() if counters is None else frozenset({COUNTED})
-    found = (_read_json if str(path).endswith(".json") else _read_npz)(Path(path), given)
+    if str(path).endswith(".json"):
+        return of_tables(path, _read_json(Path(path)), counters)
+    return of_archive(path, counters)
+
+
+def of_archive(path: str | Path, counters: Counters | None = None) -> RoutingTrace | LoadProfile:
+    """As :func:`unchecked`, of an ``.npz`` of any name."""
+    return _with(_read_npz(Path(path), _given(counters)), counters)
+
+
+def of_tables(path: str | Path, tables: Mapping[str, Any], counters: Counters | None = None) -> LoadProfile:
+    """As :func:`unchecked`, of what JSON holds, whatever the name of its file.
+
+    Raises
+    ------
+    TraceError : no loads, or what it says of itself is not known.
+    """
+    path = Path(path)
+    if "logical_count" not in tables:
+        raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
+    load, idle = (np.asarray(tables[name]) if name in tables else None for name in ("logical_count", IDLE))
+    rank, said = named_rank(path, tables.get("rank")), said_in(path.name, tables, _given(counters))
+    return _with(LoadProfile(load, name=path.name, rank=rank, idle_BL=idle, said=said), counters)  # type: ignore[arg-type]
+
+
+def _given(counters: Counters | None) -> frozenset[str]:
+    """What of its loads a file need not say, as the user did."""
+    return frozenset() if counters is None else frozenset({COUNTED})
+
+
+def _with(found: Any, counters: Counters | None) -> Any:
     if isinstance(found, LoadProfile) and counters == "steps":
-        found = replace(found, said=found.said | given)
+        return replace(found, said=found.said | {COUNTED})
     return found
 
 
@@ -111,9 +140,11 @@ def joined(
     if len(parts) == 1 and (isinstance(parts[0], RoutingTrace) or parts[0].rank is None):
         return parts[0]
     if all(isinstance(part, LoadProfile) for part in parts):
+        idle = list[str]()
         if any(part.rank is None for part in parts):  # type: ignore[union-attr]
-            _refuse_other_layers(parts)  # type: ignore[arg-type]
-        return _of_ranks(parts, ranks, allow_missing_ranks, counters)  # type: ignore[arg-type]
+            idle = _other_layers(parts)  # type: ignore[arg-type]
+        merged = _of_ranks(parts, ranks, allow_missing_ranks, counters)  # type: ignore[arg-type]
+        return replace(merged, notes=(*merged.notes, *idle)) if idle else merged
     head = parts[0]
     for part in parts[1:]:
         for what, a, b in (
@@ -161,8 +192,14 @@ def joined(
     return joined.rows(np.argsort(joined.step, kind="stable")) if together else joined  # type: ignore[arg-type]
 
 
-def _refuse_other_layers(profiles: Sequence[LoadProfile]) -> None:
-    """Raise TraceError where profiles share no more than half of all layers; more, and others were idle in some."""
+def _other_layers(profiles: Sequence[LoadProfile]) -> list[str]:
+    """Notes on layers between others that were idle in a file: they count as such in its steps.
+
+    Raises
+    ------
+    TraceError : profiles share no more than half of all layers, or one begins or ends at another layer: that is how
+        records of a part of the model look, and nothing tells them from idle layers.
+    """
     shared, all_ = set(profiles[0].layer_ids.tolist()), set[int]()
     for part in profiles:
         ids = set(part.layer_ids.tolist())
@@ -174,6 +211,20 @@ def _refuse_other_layers(profiles: Sequence[LoadProfile]) -> None:
                 f"{len(shared)} of {len(all_)} are in each: different layers of a model, or files of two models",
                 hint="join files of one model that record the same layers",
             )
+    first, last = min(all_), max(all_)
+    notes = list[str]()
+    for part in profiles:
+        mine = part.layer_ids.tolist()
+        if (mine[0], mine[-1]) != (first, last):
+            whole = next(p for p in profiles if {first if mine[0] != first else last} <= set(p.layer_ids.tolist()))
+            raise TraceError(
+                f"{part.name} has load in layers {mine[0]} to {mine[-1]}, {whole.name} in layers "
+                f"{whole.layer_ids[0]} to {whole.layer_ids[-1]}: idle in one of them, or not recorded",
+                hint="join files that record the same layers",
+            )
+        if idle := sorted(all_ - set(mine)):
+            notes.append(f"{part.name} has no load in layers {spans(idle)}: they count as idle in its steps")
+    return notes
 
 
 def _of_ranks(
@@ -285,8 +336,8 @@ def _select(found: RoutingTrace | LoadProfile, selection: str) -> RoutingTrace |
     return replace(found, name=f"{found.name}#{selection}")
 
 
-def _read_json(path: Path, given: frozenset[str]) -> LoadProfile:
-    """The profile; what it says of itself, unless that is ``given``."""
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """The tables of a profile, and what is beside them."""
     try:
         with open_regular(path, TraceError) as stream:
             if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
@@ -299,11 +350,7 @@ def _read_json(path: Path, given: frozenset[str]) -> LoadProfile:
         raise TraceError(f"{path}: logical_count is not a full table of numbers: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{path} is not JSON: {error}", hint="was it cut short?") from None
-    if not isinstance(data, dict) or "logical_count" not in data:
-        raise TraceError(f"{path} has no 'logical_count'", hint='a load profile is {"logical_count": [L][E]}')
-    load, idle = (np.asarray(data[name]) if name in data else None for name in ("logical_count", IDLE))
-    rank, said = named_rank(path, data.get("rank")), said_in(path.name, data, given)
-    return LoadProfile(load, name=path.name, rank=rank, idle_BL=idle, said=said)  # type: ignore[arg-type]
+    return data if isinstance(data, dict) else {}
 
 
 def _read_npz(path: Path, given: frozenset[str]) -> RoutingTrace | LoadProfile:

@@ -74,7 +74,13 @@ def plain(array: NDArray[Any], dtype: type[Any]) -> NDArray[Any]:
 
     Views, arrays that may not be written and narrower integers are types of their own to numba: a function that is
     called with each would be compiled for each. Copied if it is none such.
+
+    Raises
+    ------
+    TypeError : numbers of another kind, as fractions where whole ones are asked for.
     """
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise TypeError(f"an array of {array.dtype} where {np.dtype(dtype)} is asked for")
     return np.require(array, dtype, ("C", "W"))
 
 

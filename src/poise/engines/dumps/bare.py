@@ -31,7 +31,7 @@ from poise.engines.dumps.mapping import (
     rows_alone,
 )
 from poise.engines.dumps.parts import Part
-from poise.engines.dumps.untrusted import MAX_CELLS, counts, listed, stacked, whole
+from poise.engines.dumps.untrusted import MAX_CELLS, counts, is_stack, listed, stacked, whole
 from poise.engines.dumps.wide import like_choices, named_experts, numbered
 from poise.routing.npz import open_npz
 from poise.routing.ranks import Recorded, named_rank, one_workload
@@ -62,6 +62,7 @@ LAYER_KEY = re.compile(
 )
 LAYER_NAME = re.compile(r"(?:model\.)?(?:layers?|block|l)[_. ]?(\d{1,5})(?:\.[\w.]*)?", re.IGNORECASE)
 """What an index may say instead of a number."""
+ROUTER_KEY = re.compile(r"\.(?:gate|router)(?:\.|$)")
 EXPERT_KEY = re.compile(r"(?:experts?[_. ]?)?(\d{1,5})")
 STEP_NAME = re.compile(r"\d{1,9}_(\d{1,5})")
 
@@ -74,7 +75,7 @@ def is_bare(part: Part) -> bool:
     """An array, lists of numbers, or many columns without names, and nothing else."""
     if part.container == "npz":
         return part.value in (["data"], ["arr_0"])
-    if part.container in ("npy", "torch", "json") and isinstance(stacked(part.value), np.ndarray):
+    if part.container in ("npy", "torch", "json") and (isinstance(part.value, np.ndarray) or is_stack(part.value)):
         return True
     if part.container == "csv":
         return part.value.columns > 3 if part.value.head is None else numbered(part.value.head) is not None
@@ -414,7 +415,7 @@ def read_loads(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
 
 
 def _read_nested(parts: Sequence[Part], options: ReadOptions) -> EngineDump:
-    found = [_nested(part) for part in parts]
+    found = [_nested(part, said=options.format is not None) for part in parts]
     ids, notes = model_layers(sorted({layer for rows in found for layer in rows}), options.model, parts[0].name)
     if not ids:
         raise TraceError(f"{parts[0].name} has no MoE layer of the model", hint="check --model")
@@ -452,7 +453,7 @@ def _refuse_ids(name: str, loads_LE: NDArray[np.float64], options: ReadOptions, 
         )
 
 
-def _nested(part: Part) -> dict[int, dict[int, float]]:
+def _nested(part: Part, *, said: bool) -> dict[int, dict[int, float]]:
     if not is_nested(part.value):
         raise TraceError(f"{part.name} is not {{layer: {{expert: tokens}}}}")
     out: dict[int, dict[int, float]] = {}
@@ -467,6 +468,13 @@ def _nested(part: Part) -> dict[int, dict[int, float]]:
             raise TraceError(f"{part.name}: layer {layer} is named twice, or an expert of it")
         out[layer] = experts
     check_ids(part.name, list(out))
+    gate = next((str(key) for key in part.value if ROUTER_KEY.search(str(key))), None)
+    odd = next((n for row in out.values() for n in row.values() if n != int(n)), None)
+    if gate is not None and odd is not None and not said:
+        raise AmbiguousError(
+            f"{part.name}: {odd:g} beside {gate[:60]!r} may be loads, or scores or corrections of a router",
+            hint="if they are loads, say so: --format load-table",
+        )
     return out
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+import numpy as np
+
 from poise.engines.dumps.csv_text import MAX_CSV_BYTES, csv_text, sniff
 from poise.engines.dumps.untrusted import (
     MAX_JSON_BYTES,
@@ -20,6 +22,7 @@ from poise.engines.dumps.untrusted import (
     npy_file,
     parse_json,
     read_bytes,
+    stacked,
 )
 from poise.engines.shards import MAX_HEADER_BYTES, Shard, read_shard
 from poise.routing.json_tables import Ragged, read_tables
@@ -112,7 +115,8 @@ def _open(path: Path) -> Part:
         if not any(name.endswith("/data.pkl") for name in names):
             return Part(path, size, "npz", [name.removesuffix(".npy") for name in names])
         value, room = with_torch("poise.engines.dumps.torch_files", f"reading {path}").load(path, skip=UNUSED)
-        return Part(path, size, "torch", value, room)
+        value = stacked(value)
+        return Part(path, size, "torch", value, max(room, value.nbytes) if isinstance(value, np.ndarray) else room)
     if head.startswith(b"\x93NUMPY"):
         return Part(path, size, "npy", npy_file(path))
     if head[:1] == b"\x80":

@@ -21,7 +21,7 @@ from poise.util.room import require
 MAX_FILE_BYTES = 8 << 30
 MAX_JSON_BYTES = 128 << 20
 MAX_CELLS = 1 << 28
-"""Most numbers of one table that is spelled out in JSON."""
+"""Most numbers of one table that is spelled out in JSON, or of arrays in a list."""
 BIG = 2**31 - 1
 NPY = re.compile(
     rb"\x93NUMPY(?:\x01.(..)|[\x02\x03].(....))"
@@ -109,12 +109,37 @@ def counts(name: str, value: Any, *ndims: int) -> NDArray[Any]:
     return kept(array)
 
 
-def stacked(value: Any) -> Any:
-    """A list of arrays of one shape as one array; anything else as it is."""
+def is_stack(value: Any) -> bool:
+    """Whether it is a list of arrays of one shape, of one or two dimensions."""
     if not isinstance(value, list) or not value or not isinstance(value[0], np.ndarray) or value[0].ndim not in (1, 2):
+        return False
+    return all(isinstance(one, np.ndarray) and one.shape == value[0].shape for one in value)
+
+
+def stacked(value: Any) -> Any:
+    """A list of arrays of one shape as one array; anything else as it is.
+
+    Raises
+    ------
+    TraceError : as :func:`stack_room`.
+    """
+    if not is_stack(value):
         return value
-    alike = all(isinstance(one, np.ndarray) and one.shape == value[0].shape for one in value)
-    return np.stack(value) if alike else value
+    stack_room(len(value), value[0])
+    return np.stack(value)
+
+
+def stack_room(count: int, one: NDArray[Any]) -> None:
+    """Refuse more arrays than are read: a list may name one array any number of times.
+
+    Raises
+    ------
+    TraceError : more than MAX_CELLS numbers, or more than memory has left.
+    """
+    what = f"{count} arrays {list(one.shape)} of {one.dtype}"
+    if count * one.size > MAX_CELLS:
+        raise TraceError(f"{what} have {count * one.size} numbers, at most {MAX_CELLS} are read")
+    require(count * one.nbytes, what, TraceError)
 
 
 def _array(name: str, value: Any, depth: int, kinds: set[type]) -> NDArray[Any]:

@@ -25,7 +25,7 @@ class RestSizes:
 
     Parameters
     ----------
-    shared : summed inner width of the shared experts of an MoE layer.
+    shared : summed inner width of the shared experts of an MoE layer, in the mean of them where they differ.
     dense : inner width of a dense layer.
     vocabulary : entries of the output head.
     attention : parameters of the projections of one layer's attention.
@@ -63,7 +63,27 @@ def _known(config: Config, *names: str) -> int:
 def _shared(config: Config, sizes: ExpertSizes) -> int:
     if str(config.get("model_type") or "").removesuffix("_text") == "llama4":
         return sizes.inner  # one, in the family's code
-    return _known(config, *SHARED_WIDTHS) or _known(config, *SHARED_COUNTS) * sizes.inner
+    width = _mean(config, SHARED_WIDTHS, sizes)
+    return round(width or _mean(config, SHARED_COUNTS, sizes) * sizes.inner)
+
+
+def _mean(config: Config, names: tuple[str, ...], sizes: ExpertSizes) -> float:
+    """As :func:`_known`; of a list, a number each decoder layer or each MoE layer, the mean over MoE layers.
+
+    Times and parameters are linear in it, so that the mean gives those of all layers together.
+    """
+    for name in names:
+        value = get(config, name)
+        if not isinstance(value, list):
+            if known := _known(config, name):
+                return known
+            continue
+        if len(value) not in (sizes.layers, len(sizes.moe)):
+            continue
+        each = [value[layer] for layer in sizes.moe] if len(value) == sizes.layers else value
+        if all(type(one) is int and 0 <= one < MOST for one in each) and any(each):
+            return sum(each) / len(each)
+    return 0.0
 
 
 def _attention(config: Config, hidden: int) -> tuple[int, int, int]:
