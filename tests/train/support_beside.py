@@ -6,7 +6,9 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from poise.train import export_safetensors, full_state_dict, load_checkpoint, save_checkpoint, update_correction_bias
+from poise.train.wrappers import check_meshes
 from poise.util.errors import ModelError, OptionError
 
 
@@ -192,6 +195,33 @@ def wrapped_before_experts_are_sharded() -> dict:
     return {"error": error, "said": [one.splitlines()[0] for one in said]}
 
 
+class Parent(nn.Module):
+    """A model as a part of another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.scale = model, nn.Parameter(torch.ones((), dtype=torch.float64).view(1))
+
+    def forward(self, *given: Any) -> Tensor:
+        return self.model(*given) * self.scale
+
+
+def states_of_older_releases(sharded: nn.Module, layers: Any) -> list[str]:
+    """FSDP2 has had one group a module, and may have none that is known: the first is looked at, the other let be."""
+    (group,) = sharded._get_fsdp_state()._fsdp_param_groups
+    mesh_info = SimpleNamespace(mesh=group.mesh_info.mesh)  # dp_mesh_dims is new
+    one = SimpleNamespace(_fsdp_param_group=SimpleNamespace(fsdp_params=group.fsdp_params, mesh_info=mesh_info))
+    said = []
+    for state, refused in ((one, True), (SimpleNamespace(_fsdp_param_group=None), False), (SimpleNamespace(), False),
+                           (SimpleNamespace(_fsdp_param_groups=[SimpleNamespace()]), False)):  # fmt: skip
+        with mock.patch.object(type(sharded), "_get_fsdp_state", lambda self, state=state: state):
+            if refused:
+                said.append(c.raised(ModelError, lambda: check_meshes(sharded, layers)))
+            else:
+                check_meshes(sharded, layers)
+    return said
+
+
 @case
 def averaged_over_more_ranks_than_experts() -> dict:
     """Experts over pairs of ranks, the dense rest over all four: experts of the pairs would drift apart."""
@@ -207,8 +237,21 @@ def averaged_over_more_ranks_than_experts() -> dict:
             fully_shard(model, mesh=mesh if around == "fully_shard" else h.MESH(4))
         said.append(c.raised(ModelError, lambda: called(data.x, data.ids)))  # noqa: B023
         assert "over 4 ranks, and experts are sharded over 2" in said[-1], said
-    model = h.build()
-    shard(model, mesh=mesh["shard"])
+
+    for when in ("a parent", "after a pass", "a parent after a pass"):
+        model = h.build()
+        shard(model, mesh=mesh["shard"])
+        called = Parent(model)
+        if "after" in when:
+            called(data.x, data.ids).sum().backward()
+        fully_shard(called if "parent" in when else model, mesh=h.MESH(4))
+        said.append(c.raised(ModelError, lambda: called(data.x, data.ids)))  # noqa: B023
+        assert "over 4 ranks, and experts are sharded over 2" in said[-1], (when, said)
+    model, other = h.build(), h.build().head
+    run = shard(model, mesh=mesh["shard"])
+    fully_shard(other, mesh=h.MESH(4))  # none of the model's weights
+    model(data.x, data.ids).sum().backward()
+    said += states_of_older_releases(other, run.schedule.layers)
     around = DistributedDataParallel(model, process_group=mesh["shard"].get_group())
     around(data.x, data.ids).sum().backward()
     return {"said": [one.splitlines()[0] for one in said]}
