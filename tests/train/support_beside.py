@@ -183,15 +183,25 @@ def wrapped_before_experts_are_sharded() -> dict:
     data = mine()
     said.append(c.raised(ModelError, lambda: around(data.x, data.ids)))
     assert all("wrap the model after" in one for one in said), said
-    model = h.build()  # this one does not wait
-    around = DistributedDataParallel(model, find_unused_parameters=True)
-    run = shard(model)
-    around(data.x, data.ids).sum().backward()
-    expected = h.build()
-    expected(everyone().x, everyone().ids).sum().backward()
-    error = c.agreed(h.worst({"head": model.head.weight.grad * dist.get_world_size()},
-                             {"head": expected.head.weight.grad}))  # fmt: skip
-    assert error <= EXACT and run.metrics, error
+    around = DistributedDataParallel(Parent(h.build()))
+    shard(around.module.model)
+    around.module.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    assert "that its model has no more" in c.raised(ModelError, lambda: around(data.x, data.ids))
+    errors = {}
+    for kind in ("find_unused_parameters", "static_graph"):  # these do not wait
+        model, expected = h.build(), h.build()
+        around = DistributedDataParallel(model, **{kind: True})
+        run = shard(model)
+        for step in range(3):  # a static graph is looked at in the first
+            for one, batch in ((around, mine(step)), (expected, everyone(step))):
+                one.zero_grad()
+                one(batch.x, batch.ids).sum().backward()
+            errors[f"{kind}, {step}"] = c.agreed(h.worst(
+                {"head": model.head.weight.grad * dist.get_world_size()}, {"head": expected.head.weight.grad}
+            ))  # fmt: skip
+        assert run.metrics
+    error = max(errors.values())
+    assert error <= EXACT, errors
     return {"error": error, "said": [one.splitlines()[0] for one in said]}
 
 

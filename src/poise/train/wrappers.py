@@ -66,15 +66,20 @@ def check_not_stale(wrapper: Any) -> None:
 
     Raises
     ------
-    ModelError : it does; with ``find_unused_parameters=True`` it would not wait.
+    ModelError : it does; with ``find_unused_parameters=True`` or ``static_graph=True`` it would not wait.
     """
     here = {id(weight) for weight in wrapper.module.parameters()}
     gone = sum(id(weight) not in here for weight in wrapper._module_parameters)
-    if gone and not wrapper.find_unused_parameters:
+    if gone and not _copes(wrapper):
         raise ModelError(
-            f"DistributedDataParallel waits for {gone} weights that fully_shard_experts has replaced",
-            hint="wrap the model after fully_shard_experts",
+            f"DistributedDataParallel waits for {gone} weights that its model has no more",
+            hint="wrap the model after fully_shard_experts, and after whatever else replaces weights",
         )
+
+
+def _copes(wrapper: Any) -> bool:
+    """Whether weights may get no gradient in a pass: it looks which, in every pass or in the first one for all."""
+    return bool(wrapper.find_unused_parameters or wrapper.static_graph)
 
 
 def check_ranks(who: str, ranks: Iterable[int], layers: Sequence[OwnedExperts]) -> None:
@@ -147,7 +152,7 @@ def check_unwrapped(model: nn.Module, experts: Iterable[nn.Module]) -> None:
     """
     replaced = {id(weight) for one in experts for weight in one.parameters()}
     for module in model.modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and not module.find_unused_parameters:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and not _copes(module):
             held = sum(id(weight) in replaced for weight in module._module_parameters)
             if held:
                 raise ModelError(
