@@ -4,8 +4,9 @@ import pytest
 from tests.helpers import few_or
 from tests.train.run_cases import MINE
 
-TWO_DO = ["changes", "schedules", "owners_by_price", "slots_from_memory", "steady", "refusals"]
-"""Cases about steps one after the other; four are for what goes over which link."""
+TWO_DO = ["changes", "schedules", "owners_by_price", "slots_from_memory", "steady"]
+"""Cases about steps one after the other; four are for what goes over which link, and for several that agree beside one
+that refuses."""
 ON_TWO = few_or([], TWO_DO)
 
 

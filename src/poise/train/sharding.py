@@ -89,11 +89,10 @@ class Begin:
     """The model's forward hook; a copy of the model has one of its own run."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule, self._looked = schedule, False
+        self.schedule = schedule
+        self._seen: tuple[int, ...] = ()  # FSDP2's modules
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
-        """A forward pass starts; before the first one it is looked at what averages the dense rest."""
-        if not self._looked:
-            check_meshes(model, self.schedule.layers)
-            self._looked = True
+        """A forward pass starts; before, it is looked at what averages the dense rest, where that is new."""
+        self._seen = check_meshes(model, self.schedule.layers, self._seen)
         self.schedule.begin()

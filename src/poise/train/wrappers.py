@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import _composable_state
 from torch.distributed.fsdp import FSDPModule
 
 from poise.train.owned import OwnedExperts
@@ -65,15 +66,20 @@ def check_not_stale(wrapper: Any) -> None:
 
     Raises
     ------
-    ModelError : it does; with ``find_unused_parameters=True`` it would not wait.
+    ModelError : it does; with ``find_unused_parameters=True`` or ``static_graph=True`` it would not wait.
     """
     here = {id(weight) for weight in wrapper.module.parameters()}
     gone = sum(id(weight) not in here for weight in wrapper._module_parameters)
-    if gone and not wrapper.find_unused_parameters:
+    if gone and not _copes(wrapper):
         raise ModelError(
-            f"DistributedDataParallel waits for {gone} weights that fully_shard_experts has replaced",
-            hint="wrap the model after fully_shard_experts",
+            f"DistributedDataParallel waits for {gone} weights that its model has no more",
+            hint="wrap the model after fully_shard_experts, and after whatever else replaces weights",
         )
+
+
+def _copes(wrapper: Any) -> bool:
+    """Whether weights may get no gradient in a pass: it looks which, in every pass or in the first one for all."""
+    return bool(wrapper.find_unused_parameters or wrapper.static_graph)
 
 
 def check_ranks(who: str, ranks: Iterable[int], layers: Sequence[OwnedExperts]) -> None:
@@ -92,13 +98,49 @@ def check_ranks(who: str, ranks: Iterable[int], layers: Sequence[OwnedExperts]) 
         )
 
 
-def check_meshes(model: nn.Module, layers: Sequence[OwnedExperts]) -> None:
-    """As :func:`check_ranks`, of FSDP2's modules in a model."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                if group.mesh_info.dp_mesh_dims is None:  # else the mesh has other dimensions beside
-                    check_ranks("fully_shard", group.mesh_info.mesh.mesh.flatten().tolist(), layers)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def check_meshes(model: nn.Module, layers: Sequence[OwnedExperts], seen: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """As :func:`check_ranks`, of what FSDP2 does with weights of a model: in modules in it, and in those it is part of.
+
+    It costs a walk through the model where there are other FSDP2 modules than those ``seen`` by the last call, whose
+    result they are. Called by the model's own hook: a forward pass through parts of the model alone is not looked at.
+    """
+    sharded = _fsdp_modules(model)
+    found = tuple(id(module) for module in sharded)
+    if found == seen:
+        return seen
+    inside = {id(module) for module in model.modules()}
+    for module in sharded:
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # PyTorch has had one group a module, and has several
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            weights = getattr(group, "fsdp_params", ())
+            if not any(id(getattr(_info(weight), "module", None)) in inside for weight in weights):
+                continue
+            ranks = _ranks_of(group)
+            if ranks is not None:
+                check_ranks("fully_shard", ranks, layers)
+    return found
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    """All of this process, or, with a PyTorch that keeps no list of them, those in a model."""
+    known = getattr(_composable_state, "_module_state_mapping", None)
+    return [module for module in (model.modules() if known is None else list(known)) if isinstance(module, FSDPModule)]
+
+
+def _info(weight: Any) -> Any:
+    return getattr(weight, "_module_info", None)
+
+
+def _ranks_of(group: Any) -> list[int] | None:
+    """Over which FSDP2 averages; None: a PyTorch that does not tell, or a mesh that has other dimensions beside."""
+    info = getattr(group, "mesh_info", None)
+    mesh = getattr(info, "mesh", None)
+    if mesh is None or getattr(info, "dp_mesh_dims", None) is not None:
+        return None
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
 
 
 def check_unwrapped(model: nn.Module, experts: Iterable[nn.Module]) -> None:
@@ -110,7 +152,7 @@ def check_unwrapped(model: nn.Module, experts: Iterable[nn.Module]) -> None:
     """
     replaced = {id(weight) for one in experts for weight in one.parameters()}
     for module in model.modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and not module.find_unused_parameters:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and not _copes(module):
             held = sum(id(weight) in replaced for weight in module._module_parameters)
             if held:
                 raise ModelError(
