@@ -136,6 +136,11 @@ def wrapped_experts(model: nn.Module) -> nn.Module:
     return model
 
 
+def data_parallel_head(model: nn.Module) -> nn.Module:
+    model.head = DistributedDataParallel(model.head)
+    return model
+
+
 def compiled_blocks(model: nn.Module) -> nn.Module:
     for number, block in enumerate(model.blocks):
         model.blocks[number] = torch.compile(block, backend="eager")
@@ -149,7 +154,7 @@ def exports_of_wrapped_models() -> dict:
 
     expected, errors = dict(h.build().state_dict()), {}
     wraps: dict[str, Callable[[nn.Module], Any]] = {
-        "data parallel": DistributedDataParallel, "compiled": lambda m: torch.compile(m, backend="eager"),
+        "data parallel head": data_parallel_head, "data parallel": DistributedDataParallel, "compiled": lambda m: torch.compile(m, backend="eager"),
         "compiled blocks": compiled_blocks, "checkpointed blocks": wrapped_blocks,
         "checkpointed experts": wrapped_experts,
     }  # fmt: skip

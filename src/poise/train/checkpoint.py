@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -230,8 +231,8 @@ def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
     """The unsharded model as safetensors, by rank 0: as Hugging Face names it where the model can save itself.
 
     Collective. A model with ``save_pretrained`` is written with its config; any other as ``model.safetensors``.
-    Wrappers (``DistributedDataParallel``, ``torch.compile``) leave no trace in the names. The folder appears whole or
-    not at all.
+    Wrappers of it or of its parts (``DistributedDataParallel``, ``torch.compile``) leave no trace in the names. The
+    folder appears whole or not at all.
 
     Raises
     ------
@@ -258,9 +259,23 @@ def export_safetensors(model: nn.Module, folder: str | Path) -> Path:
 
     _on_first(check)
     full = full_state_dict(model)
-    state = None if full is None else {name.replace(COMPILED, ""): value for name, value in full.items()}
+    inner = _data_parallel(model)
+    state = None if full is None else {_own_name(name, inner): value for name, value in full.items()}
     _on_first(write)
     return place
+
+
+def _data_parallel(model: nn.Module) -> list[str]:
+    """Names in a state dict of what lies in ``DistributedDataParallel`` around parts of a model, innermost first."""
+    parts = (name for name, part in model.named_modules() if isinstance(part, nn.parallel.DistributedDataParallel))
+    return sorted((f"{name.replace(_CHECKPOINT_PREFIX, '')}.module." for name in parts), key=len, reverse=True)
+
+
+def _own_name(name: str, inner: list[str]) -> str:
+    for start in inner:
+        if name.startswith(start):
+            name = start.removesuffix("module.") + name.removeprefix(start)
+    return name.replace(COMPILED, "")
 
 
 def _everywhere(do: Callable[[], T]) -> list[T]:
