@@ -28,7 +28,7 @@ MANY = (
     "tests/cost/test_entries.py", "tests/cost/test_method_bounds.py", "tests/cost/test_quota.py", "tests/planning/test_joint.py", "tests/routing/test_homes.py",
     "tests/planning/test_home_tables.py", "tests/planning/test_slots_filled.py", "tests/stepwise/test_poise_near.py",
     "tests/engines/test_readers_hostile.py", "tests/engines/test_explain.py", "tests/routing/test_files.py", "tests/planning/test_robust.py",
-    "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_options.py", "tests/train/test_checkpoint_folders.py",
+    "tests/planning/test_search.py", "tests/train/test_parity.py", "tests/train/test_checkpoint_folders.py",
     "tests/lab/calibrate/test_run.py", "tests/control/test_drift.py", "tests/serve/test_losses.py",
     "tests/runtime/device/test_mirror.py", "tests/runtime/device/test_kernels.py",
     "tests/planning/test_groups.py", "tests/watch/test_effect.py", "tests/test_cookbook.py",
@@ -48,7 +48,7 @@ def properties() -> list[str]:
 
 
 CASES = ("tests/train/test_support.py", "tests/train/test_runs.py", "tests/serve/test_serve.py", "tests/train/test_foresight.py",
-         "tests/train/test_muon.py", "tests/runtime/test_flows.py")  # fmt: skip
+         "tests/train/test_muon.py", "tests/train/test_options.py", "tests/runtime/test_flows.py")  # fmt: skip
 """Files whose cases run on several processes, and do less in ``make test``."""
 
 
