@@ -239,6 +239,17 @@ def test_on_2048_devices_cheap_starts_fit_and_flash_lb_does_not():
     assert price_seconds(near) - price_seconds(problem) > 0.1
 
 
+def test_starts_of_a_moment_are_made_though_the_clock_is_over():
+    """As where the plan before took its time: a verdict compared blocks of experts with EPLB's map."""
+    problem = make_problem()
+    found = solve(problem, time_limit_s=Budget(1.0, now=Clock(10.0)))
+    assert {"lpt", "eplb", "eplb-global"} <= set(found.details["starts"]) and "flash-lb" in found.details[
+        "starts_left_out"
+    ]
+    best = min(seconds_of(problem, solve(problem, method=name).placement) for name in ("contiguous", "lpt", "eplb"))
+    assert seconds_of(problem, found.placement) <= best * (1 + 1e-9)
+
+
 class AtOnce(Executor):
     """Other processes that are infinitely fast."""
 

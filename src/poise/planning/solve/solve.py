@@ -44,6 +44,9 @@ from poise.util.registry import Registry
 RISK_ROUNDS = 3
 STARTS_SHARE, SEARCH_SHARE, SLACK, SEARCH_UNTIL, PRICE_SHARE = 0.4, 0.6, 0.32, 0.95, 0.1
 """Shares of a budget: at most for starts; search; what may be used before it is shortened; its end; the last price."""
+AT_ONCE = ("round-robin", "lpt", "eplb", "eplb-global")
+"""Starts that are made though the clock is over, as where a plan before took its time: they take a moment, and no plan
+is to be worse than what an engine has without one."""
 LISTEN_S = 0.1
 """How often one that waits for a start elsewhere asks whether the plan is to end."""
 AFFINITY_SIZE = 4096
@@ -105,7 +108,8 @@ def _search_once(problem: PlacementProblem, *, budget: Budget, seed: int, progre
     spent = 0.0
     for at, name in enumerate(names):
         if not under_way.made(name):
-            if starts and (spent + needs[name] > early.seconds or early.over("starts")):
+            late = early.over("starts") and (early.stopped or name not in AT_ONCE)
+            if starts and (spent + needs[name] > early.seconds or late):
                 left_out.append(name)
                 continue
             under_way.begin(names[at:], needs, early.seconds - spent)
